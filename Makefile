@@ -1,0 +1,54 @@
+# `make demo` trains a small SPHINX through all its stages; `make test` passes the tests. Both set up .venv first.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+OUT := outputs/demo
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-long lint types build clean
+
+help:
+	@echo "make demo       the whole pipeline on sample data: ends with a table and $(OUT)/report.html"
+	@echo "make test       the tests (up to 15 minutes)"
+	@echo "make test-long  what takes longer: kills, full-size towers (log in docs/logs/)"
+	@echo "make lint       ruff          make types  mypy          make build  the wheel"
+
+venv: $(STAMP)
+
+# The tested set of versions is constraints.txt; setup.cfg has the lower bounds.
+$(STAMP): setup.cfg constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11: make PYTHON=python3.11"; exit 2; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[sample,tensorboard,dev]'
+	@touch $@
+
+# Nothing here that is not a command of its own in the README. Finished steps are made anew.
+demo: venv
+	$(PY) -m sphinx_pl.data.sample --out data/sample
+	$(PY) train.py stage=pretrain_real overwrite=true
+	$(PY) train.py stage=pretrain_synthetic overwrite=true
+	$(PY) train.py stage=pretrain_synthetic run=synthetic_notext data.sources.text=null stage.text_required=false overwrite=true
+	$(PY) mix_weights.py checkpoints=[$(OUT)/pretrain_real/model,$(OUT)/pretrain_synthetic/model] beta=0.5 out=$(OUT)/mixed curve=11 overwrite=true
+	$(PY) train.py stage=finetune overwrite=true
+	$(PY) evaluate.py checkpoint=$(OUT)/finetune/model report=$(OUT)/report.html
+
+test: venv
+	$(PY) -m pytest
+
+test-long: venv
+	mkdir -p docs/logs
+	bash -c 'set -o pipefail; $(PY) -m pytest -m long --timeout 1800 -v 2>&1 | tee docs/logs/test-long.log'
+
+lint: venv
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: venv
+	$(PY) -m mypy
+
+build: venv
+	$(PY) -m build
+
+clean:
+	rm -rf outputs multirun build dist *.egg-info

@@ -1,0 +1,112 @@
+"""Checkpoints to resume from: written to a temporary name, renamed, the oldest pruned."""
+
+from __future__ import annotations
+
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+
+from sphinx_pl.errors import UserError
+
+_NAME = re.compile(r"step-(\d+)\.ckpt")
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first. A file that was being written has another name."""
+    found = [path for path in folder.glob("step-*.ckpt") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(_NAME.fullmatch(path.name)[1]))  # type: ignore[index]
+
+
+def resolve_resume(ckpt_path: str | None, folder: Path) -> Path | None:
+    """The file to resume from: None starts anew, `last` takes the newest of the run folder (or starts anew if none).
+
+    Raises:
+        UserError: no such file.
+    """
+    if ckpt_path is None:
+        return None
+    if ckpt_path == "last":
+        found = checkpoints(folder)
+        return found[-1] if found else None
+    path = Path(ckpt_path)
+    if not path.exists():
+        raise UserError(f"ckpt_path={ckpt_path}: no such file; 'last' takes the newest in {folder}")
+    return path
+
+
+class ResumeCheckpoint(L.Callback):
+    """Every `every_n_steps` optimizer steps and at the end: weights, optimizer, schedule, random states, data position.
+
+    `trainer.fit` on the newest one goes on with exactly the losses of a run that was not stopped. The last `keep` stay.
+    """
+
+    def __init__(self, folder: str, every_n_steps: int = 1000, keep: int = 2) -> None:
+        self.folder = Path(folder)
+        self.every_n_steps = every_n_steps
+        self.keep = keep
+        self._saved = -1
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        step = trainer.global_step
+        if step % self.every_n_steps == 0 and step != self._saved and step > 0:
+            self.save(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step != self._saved:
+            self.save(trainer)
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Write `step-N.ckpt`; on every rank, since sharded strategies write together."""
+        self._saved = trainer.global_step
+        name = f"step-{trainer.global_step:08d}.ckpt"
+        partial = self.folder / f".{name}.tmp"
+        trainer.save_checkpoint(partial)
+        self._publish(partial, self.folder / name)
+        trainer.strategy.barrier()
+
+    @rank_zero_only  # type: ignore[untyped-decorator]
+    def _publish(self, partial: Path, final: Path) -> None:
+        if final.is_dir():
+            shutil.rmtree(final)
+        partial.rename(final)
+        for old in checkpoints(self.folder)[: -self.keep]:
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+
+    # Random states are part of the checkpoint. (Those of data workers are not used: order and wording are functions of
+    # the seed and the position.)
+    def state_dict(self) -> dict[str, Any]:
+        numpy_state = np.random.get_state(legacy=True)  # the simulation of legacy global state is what libraries use
+        version, internal, gauss = random.getstate()
+        state: dict[str, Any] = {
+            "python": [version, list(internal), gauss],
+            "numpy": [numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]],  # type: ignore[union-attr,index]
+            "torch": torch.get_rng_state(),
+        }
+        if torch.cuda.is_available():
+            state["cuda"] = torch.cuda.get_rng_state_all()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restore = state_dict
+
+    _restore: dict[str, Any] | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Restored as late as can be: whatever was drawn while the run was set up does not count."""
+        if self._restore is None:
+            return
+        state, self._restore = self._restore, None
+        version, internal, gauss = state["python"]
+        random.setstate((version, tuple(internal), gauss))
+        name, keys, *rest = state["numpy"]
+        np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+        torch.set_rng_state(state["torch"])
+        if "cuda" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,216 @@
+"""Ask a checkpoint every question of the test sources, score the answers beside guessing. Keys: conf/evaluate.yaml."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from sphinx_pl.checkpoint.format import open_checkpoint
+from sphinx_pl.cli import entry_point
+from sphinx_pl.errors import UserError, suggest
+
+if TYPE_CHECKING:
+    from sphinx_pl.data.record import Record
+    from sphinx_pl.evaluation.benchmarks import Row
+
+
+@dataclass
+class Generation:
+    """How answers are drawn; see `sphinx_pl.models.generation`."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass
+class EvaluateConfig:
+    """The keys of conf/evaluate.yaml, which explains them, with their types."""
+
+    checkpoint: Optional[str] = None
+    test: Optional[list[str]] = None
+    limit: Optional[int] = None
+    seed: int = 0
+    batch_size: int = 32
+    generation: Generation = field(default_factory=Generation)
+    shuffled: bool = True
+    constant: int = 5000
+    device: str = "auto"
+    precision: str = "fp32"
+    out: Optional[str] = None
+
+    @classmethod
+    def from_config(cls, cfg: DictConfig) -> EvaluateConfig:
+        """Typed and checked for what can be known before a file is opened.
+
+        Raises:
+            UserError: no checkpoint, or a value out of range.
+        """
+        values = {f.name: cfg[f.name] for f in dataclasses.fields(cls)}
+        options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
+        assert isinstance(options, cls)
+        if options.checkpoint is None:
+            raise UserError("which checkpoint? Give checkpoint=FOLDER, such as one that train.py wrote")
+        if options.precision not in ("fp32", "bf16"):
+            raise UserError(f"precision='{options.precision}': {suggest(options.precision, ('fp32', 'bf16'))}")
+        for name in ("batch_size", "limit"):
+            value = getattr(options, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}={value} must be at least 1")
+        return options
+
+
+def read_records(
+    sources: Mapping[str, Any], section: str, names: Sequence[str] | None = None, at_most: int | None = None
+) -> tuple[list[Record], dict[str, int]]:
+    """The records of `data.<section>`'s sources with the source's name in front of their keys, and what was unreadable.
+
+    Args:
+        at_most: of each source, spread evenly over it.
+
+    Raises:
+        UserError: an unknown name, or what the sources themselves refuse.
+    """
+    from sphinx_pl.data.bad import BadSample
+    from sphinx_pl.data.mixture import SourceConfig
+
+    for name in names or ():
+        if name not in sources:
+            raise UserError(f"data.{section} has no source '{name}': {suggest(name, sources)}")
+    records: list[Record] = []
+    lost: dict[str, int] = {}
+    for name in names or sources:
+        if sources[name] is None:  # switched off, as train.py has it
+            continue
+        source = SourceConfig.from_dict(name, sources[name]).open(name)
+        stride = max(1, -(-len(source) // at_most)) if at_most else 1
+        for index in range(0, len(source), stride):
+            try:
+                record = source.record(index)
+            except BadSample as error:
+                lost[error.reason] = lost.get(error.reason, 0) + 1
+                continue
+            records.append(dataclasses.replace(record, key=f"{name}/{record.key}"))
+    return records, lost
+
+
+def results_table(rows: Iterable[Row]) -> Table:
+    """The results as a terminal shows them; a green triangle where the whole interval is above the baseline."""
+    table = Table(title="Results", caption="▲: the whole 95 % interval is above the baseline")
+    for name in ("task", "domain", "topic"):
+        table.add_column(name)
+    for name in ("score", "95 %", "baseline", "", "n", "unparsed"):
+        table.add_column(name, justify="left" if not name else "right")
+    for row in rows:
+        total = not row.domain and not row.topic
+        table.add_row(
+            f"[bold]{row.task}[/]" if total else "",
+            row.domain,
+            row.topic,
+            f"{row.score:.3f}",
+            f"{row.low:.3f}–{row.high:.3f}",
+            "–" if row.baseline is None else f"{row.baseline:.3f} {row.baseline_kind}",
+            "[green]▲[/]" if row.above else "",
+            str(row.n),
+            str(row.unparsed or ""),
+        )
+    return table
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+@entry_point(config_name="evaluate")
+def main(cfg: DictConfig) -> float:
+    """Writes predictions.jsonl and results.json; returns the mean score over tasks."""
+    options = EvaluateConfig.from_config(cfg)
+    assert options.checkpoint is not None
+    console = Console()
+    checkpoint = open_checkpoint(options.checkpoint)
+    data = OmegaConf.to_container(cfg.data, resolve=True)
+    assert isinstance(data, dict)
+    if not data.get("test"):
+        raise UserError("data.test is missing: choose a data= that has test sources, such as data=sample")
+
+    import torch
+
+    from sphinx_pl.data.processor import Processor
+    from sphinx_pl.evaluation.baselines import constant_predictions, fit_constants
+    from sphinx_pl.evaluation.benchmarks import evaluate, select, shuffle_images, summarise
+    from sphinx_pl.evaluation.metrics import METRICS
+    from sphinx_pl.models.sphinx import Sphinx
+
+    processor = Processor.from_dict(checkpoint.processor, checkpoint.tokenizer_file, checkpoint.model_config)
+    found, lost = read_records(data["test"], "test", options.test)
+    records = select(found, options.limit, options.seed)
+    if not records:
+        raise UserError("data.test has no record of a task with a score: check its sources")
+
+    device = torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
+    )
+    model = Sphinx(checkpoint.model_config)
+    checkpoint.load_into(model)
+    model.to(device).eval()
+
+    generation = dataclasses.asdict(options.generation)
+    asking = {"batch_size": options.batch_size, "skipped": lost, **generation}
+    autocast = (
+        torch.autocast(device.type, dtype=torch.bfloat16) if options.precision == "bf16" else contextlib.nullcontext()
+    )
+    baselines = {}
+    with autocast:
+        predictions = evaluate(model, processor, records, **asking)
+        if options.shuffled:
+            images = shuffle_images(records, options.seed)
+            asking["skipped"] = None  # the same records are lost again
+            baselines["shuffled"] = evaluate(
+                model, processor, records, images=images, title="shuffled images", **asking
+            )
+    if not predictions:
+        raise UserError(f"none of {len(records)} questions could be asked ({lost}): check data.test and its images")
+    if options.constant and data.get("sources"):
+        training, _ = read_records(data["sources"], "sources", at_most=options.constant)
+        constants = fit_constants(training, processor.geometry, seed=options.seed)
+        by_key = {record.key: record for record in records}
+        baselines["constant"] = constant_predictions(predictions, by_key, constants, processor.geometry)
+
+    rows = summarise(predictions, baselines, options.seed)
+    folder = Path(options.out or HydraConfig.get().runtime.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(prediction.to_dict(), ensure_ascii=False) for prediction in predictions)
+    write_atomically(folder / "predictions.jsonl", "\n".join(lines) + "\n")
+    results = {
+        "checkpoint": options.checkpoint,
+        "model": checkpoint.model_config.name,
+        "decimals": processor.geometry.decimals,
+        "image_size": processor.image_size,
+        "options": dataclasses.asdict(options),
+        "skipped": lost,
+        "metrics": {row.metric: METRICS[row.metric].description for row in rows},
+        "rows": [row.to_dict() for row in rows],
+    }
+    write_atomically(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    console.print(results_table(rows))
+    if lost:
+        console.print(f"Not asked: {', '.join(f'{reason} {count}' for reason, count in sorted(lost.items()))}")
+    console.print(f"Results: {folder / 'results.json'}")
+    tasks = [row.score for row in rows if not row.domain and not row.topic]
+    return sum(tasks) / len(tasks)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Mix the weights of several checkpoints into one, and evaluate the path between two. Keys: conf/mix_weights.yaml."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+from omegaconf import DictConfig, OmegaConf
+
+from sphinx_pl.checkpoint.format import Checkpoint, check_free, open_checkpoint
+from sphinx_pl.checkpoint.mixing import check_compatible, check_weights, mix_checkpoints
+from sphinx_pl.cli import entry_point
+from sphinx_pl.errors import UserError, suggest
+
+
+@dataclass
+class MixConfig:
+    """The keys of conf/mix_weights.yaml, which explains them, with their types."""
+
+    checkpoints: list[str]
+    weights: Optional[list[float]]
+    beta: Optional[float]
+    normalize: bool
+    method: str
+    out: Optional[str]
+    overwrite: bool
+    curve: Optional[int]
+    curve_dir: Optional[str]
+    curve_sources: Optional[list[str]]
+    device: str
+    precision: str
+
+    @classmethod
+    def from_config(cls, cfg: DictConfig) -> MixConfig:
+        """Typed and checked for what can be known before a checkpoint is opened.
+
+        Raises:
+            UserError: keys that contradict each other, or nothing to do.
+        """
+        values = {f.name: cfg[f.name] for f in dataclasses.fields(cls)}
+        options: MixConfig = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))  # type: ignore[assignment]
+        if options.weights is not None and options.beta is not None:
+            raise UserError("weights and beta are both given: drop one of them")
+        if options.out is None and options.curve is None:
+            raise UserError("nothing to do: give out=FOLDER to write a mixture, or curve=11 to evaluate a curve")
+        if options.curve is not None and options.curve < 2:
+            raise UserError(f"curve={options.curve} must be at least 2, the two ends")
+        if options.curve is not None and options.out is None and options.curve_dir is None:
+            raise UserError("the curve has no place to go: give curve_dir=FOLDER")
+        if options.precision not in ("fp32", "bf16"):
+            raise UserError(f"precision='{options.precision}': {suggest(options.precision, ('fp32', 'bf16'))}")
+        return options
+
+    def coefficients(self) -> list[float]:
+        """One for each checkpoint, from `weights` or `beta`.
+
+        Raises:
+            UserError: neither is given, or they do not fit the checkpoints.
+        """
+        if self.beta is not None and len(self.checkpoints) != 2:
+            raise UserError(f"beta is for 2 checkpoints, not {len(self.checkpoints)}: give weights=[...] instead")
+        if self.beta is not None:
+            return check_weights([self.beta, 1 - self.beta], 2)
+        if self.weights is None:
+            raise UserError("how much of each checkpoint? Give weights=[...], or beta=0.5 for two")
+        return check_weights(self.weights, len(self.checkpoints), self.normalize)
+
+
+def write_mixing_curve(options: MixConfig, checkpoints: list[Checkpoint], data: DictConfig, folder: Path) -> dict[str, Any]:
+    """Evaluate and write the curve; returns the content of curve.json."""
+    import torch
+
+    from sphinx_pl.data.datamodule import DataModule
+    from sphinx_pl.data.processor import Processor
+    from sphinx_pl.evaluation.curve import mixing_curve, write_curve
+    from sphinx_pl.evaluation.losses import held_out_losses
+    from sphinx_pl.models.sphinx import Sphinx
+
+    first = checkpoints[0]
+    sources = OmegaConf.to_container(data.val_sources, resolve=True)
+    for name in options.curve_sources or ():
+        if name not in sources:
+            raise UserError(f"curve_sources: no held-out source '{name}': {suggest(name, map(str, sources))}")
+    chosen = {name: sources[name] for name in options.curve_sources or sources}
+    processor = Processor.from_dict(first.processor, first.tokenizer_file, first.model_config)
+    packing = OmegaConf.to_container(data.packing, resolve=True)
+    datamodule = DataModule(processor, {}, chosen, packing, val_samples=data.val_samples)
+    # Decoded once for all points; val_samples bounds the memory.
+    loaders = {name: list(batches) for name, batches in datamodule.val_loaders().items()}
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
+    model = Sphinx(first.model_config).to(device)
+    betas = torch.linspace(0, 1, options.curve, dtype=torch.float64).tolist()
+    points = mixing_curve(
+        model, checkpoints, betas, lambda m: held_out_losses(m, loaders, options.precision), options.method
+    )
+    return write_curve(points, folder)
+
+
+@entry_point(config_name="mix_weights")
+def main(cfg: DictConfig) -> float | None:
+    """Returns the lowest mean loss on the curve, if one was asked for."""
+    options = MixConfig.from_config(cfg)
+    out = Path(options.out) if options.out else None
+    weights = options.coefficients() if out else []
+    if out is not None:
+        check_free(out, options.overwrite)
+    checkpoints = [open_checkpoint(path) for path in options.checkpoints]
+    check_compatible(checkpoints)
+    if out is not None:
+        config = OmegaConf.to_container(cfg)
+        assert isinstance(config, dict)
+        mix_checkpoints(
+            checkpoints,
+            weights,
+            out,
+            method=options.method,
+            overwrite=options.overwrite,
+            config={f.name: config[f.name] for f in dataclasses.fields(options)},
+        )
+        print(f"Mixed checkpoint: {out} (weights {', '.join(f'{weight:g}' for weight in weights)})")
+    if options.curve is None:
+        return None
+    folder = Path(options.curve_dir or options.out or ".")
+    content = write_mixing_curve(options, checkpoints, cfg.data, folder)
+    best = content["best"]
+    print(
+        f"Curve: {folder / 'curve.csv'}. The mean held-out loss is lowest at beta={best['beta']:g}: {best['mean']:.4f}, "
+        f"{best['gain']:.4f} below the better end."
+    )
+    return float(best["mean"])
+
+
+if __name__ == "__main__":
+    main()

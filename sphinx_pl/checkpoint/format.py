@@ -1,0 +1,375 @@
+"""Checkpoints that hold weights only: our folder, and the door through which other layouts come in.
+
+    model-00001-of-00002.safetensors ...   the weights, each tensor once
+    model.safetensors.index.json           tensor name -> shard, as Hugging Face writes it
+    config.json                            {"format": 1, "model": SphinxConfig, "processor": prompt format}
+    tokenizer.model                        SentencePiece
+    provenance.json                        see `sphinx_pl.checkpoint.provenance`
+
+A folder is written under a temporary name and renamed, so whatever stands under the final name is complete.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sphinx_pl.checkpoint.provenance import hash_file
+from sphinx_pl.errors import UserError
+from sphinx_pl.models.config import SphinxConfig
+from sphinx_pl.registry import Registry
+
+FORMAT_VERSION = 1
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+TOKENIZER = "tokenizer.model"
+PROVENANCE = "provenance.json"
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What is known of a stored tensor without reading its values."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+class Checkpoint(ABC):
+    """Weights with what it takes to use them, read one tensor at a time. A format is a subclass in `FORMATS`."""
+
+    path: Path
+    config: dict[str, Any]
+    provenance: dict[str, Any]
+
+    @classmethod
+    @abstractmethod
+    def matches(cls, path: Path) -> bool:
+        """Whether `path` looks like this format. Cheap; the constructor is what validates."""
+
+    @abstractmethod
+    def __init__(self, path: Path) -> None: ...
+
+    @abstractmethod
+    def keys(self) -> Sequence[str]:
+        """Names of all tensors, in the order in which they are best read."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    @abstractmethod
+    def info(self, name: str) -> TensorInfo: ...
+
+    @abstractmethod
+    def tensor(self, name: str) -> Tensor:
+        """The tensor `name`, on the CPU, in the dtype in which it is stored."""
+
+    @abstractmethod
+    def files(self) -> Sequence[Path]:
+        """The files whose content makes this checkpoint."""
+
+    @property
+    @abstractmethod
+    def tokenizer_file(self) -> Path: ...
+
+    @property
+    def model_config(self) -> SphinxConfig:
+        return SphinxConfig.from_dict(self.config["model"])
+
+    @property
+    def processor(self) -> dict[str, Any]:
+        """The prompt format that the model was trained with."""
+        processor: dict[str, Any] = self.config["processor"]
+        return processor
+
+    def identity(self) -> dict[str, Any]:
+        """What a child's provenance keeps of this checkpoint: path, stage and a SHA-256 over its files (reads them)."""
+        digest = hashlib.sha256()
+        for file in sorted(self.files()):
+            digest.update(f"{file.name} {hash_file(file)}\n".encode())
+        return {"path": str(self.path), "stage": self.provenance.get("stage"), "sha256": digest.hexdigest()}
+
+    def load_into(self, module: nn.Module) -> None:
+        """Copy every weight into `module` (a `Sphinx`), keeping the module's dtypes and devices.
+
+        Raises:
+            UserError: names or shapes differ; nothing is copied then.
+        """
+        target = module.state_dict()
+        wanted = {name: tuple(tensor.shape) for name, tensor in target.items()}
+        if problem := compare(wanted, {name: self.info(name).shape for name in self}):
+            raise UserError(f"checkpoint '{self.path}' does not fit this model: {problem}")
+        copy_into(target, ((name, self.tensor(name)) for name in self))
+
+
+@torch.no_grad()
+def copy_into(target: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write `tensors` in place over those of the same name in `target` (a state dict), one by one."""
+    for name, tensor in tensors:
+        target[name].copy_(tensor)
+
+
+def compare(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
+    """How the tensors of two models differ, in a phrase that names the first few; "" if they do not."""
+    missing = [name for name in wanted if name not in found]
+    extra = [name for name in found if name not in wanted]
+    misshaped = [name for name in wanted if name in found and wanted[name] != found[name]]
+
+    def near(name: str, candidates: list[str]) -> str:
+        matches = difflib.get_close_matches(name, candidates[:1000], n=1, cutoff=0.8)
+        return f"'{name}' (it has '{matches[0]}')" if matches else f"'{name}'"
+
+    parts = []
+    if missing:
+        parts.append(f"{len(missing)} missing: " + ", ".join(near(name, extra) for name in missing[:3]))
+    if extra:
+        parts.append(f"{len(extra)} unexpected: " + ", ".join(repr(name) for name in extra[:3]))
+    if misshaped:
+        shapes = (f"'{name}' is {list(found[name])} instead of {list(wanted[name])}" for name in misshaped[:3])
+        parts.append(f"{len(misshaped)} of another shape: " + ", ".join(shapes))
+    return "; ".join(parts)
+
+
+FORMATS: Registry[type[Checkpoint]] = Registry("checkpoint format")
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open and validate the checkpoint at `path`, in whichever of `FORMATS` it is.
+
+    Raises:
+        UserError: there is none, or it is damaged or of a version that this code does not know.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"checkpoint '{path}' does not exist: check the path")
+    for reader in FORMATS.values():
+        if reader.matches(path):
+            return reader(path)
+    raise UserError(
+        f"'{path}' is not a checkpoint of a known format ({', '.join(FORMATS)}): expected a folder with {CONFIG}"
+    )
+
+
+class SphinxCheckpoint(Checkpoint):
+    """Our own folder. The shards stay open (memory-mapped) as long as this object lives."""
+
+    @classmethod
+    def matches(cls, path: Path) -> bool:
+        # Hugging Face's folders have a config.json too, but without "format".
+        return (path / CONFIG).is_file() and "format" in _read_json(path / CONFIG)
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = _read_json(path / CONFIG)
+        if self.config["format"] != FORMAT_VERSION:
+            raise UserError(
+                f"'{path / CONFIG}' has format {self.config['format']!r} but this version reads {FORMAT_VERSION}: "
+                "use the version of sphinx_pl that wrote it, or a newer one"
+            )
+        for section in ("model", "processor"):
+            if not isinstance(self.config.get(section), dict):
+                raise UserError(f"'{path / CONFIG}' lacks the section '{section}': restore the file from its source")
+        self.provenance = _read_json(path / PROVENANCE)
+        weight_map = _read_json(path / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"'{path / INDEX}' has no weight_map: restore the file from its source")
+        self._shard_of: dict[str, str] = weight_map
+        self._require(TOKENIZER)
+        self._shards: dict[str, Any] = {}  # safetensors ships no types
+        self._keys: list[str] = []
+        for shard in dict.fromkeys(weight_map.values()):
+            self._shards[shard] = self._open(shard)
+            stored = set(self._shards[shard].keys())
+            named = {name for name, place in weight_map.items() if place == shard}
+            if stored != named:
+                example = min(stored ^ named)
+                raise UserError(f"'{path / shard}' and {INDEX} disagree about '{example}': copy the checkpoint again")
+            # In the file's own order a pass over all tensors is one sequential read.
+            self._keys += self._shards[shard].offset_keys()
+
+    def _require(self, name: str) -> Path:
+        if not (self.path / name).is_file():
+            raise UserError(f"'{self.path / name}' is missing: copy the checkpoint again, whole")
+        return self.path / name
+
+    def _open(self, shard: str) -> Any:
+        file = self._require(shard)
+        try:
+            return safe_open(str(file), framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"'{file}' is damaged ({error}): copy the checkpoint again") from error
+
+    def keys(self) -> Sequence[str]:
+        return self._keys
+
+    def info(self, name: str) -> TensorInfo:
+        view = self._shards[self._shard_of[name]].get_slice(name)
+        return TensorInfo(tuple(view.get_shape()), _DTYPES[view.get_dtype()])
+
+    def tensor(self, name: str) -> Tensor:
+        tensor: Tensor = self._shards[self._shard_of[name]].get_tensor(name)
+        return tensor
+
+    def files(self) -> Sequence[Path]:
+        return [self.path / name for name in (CONFIG, INDEX, TOKENIZER, *self._shards)]
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return self.path / TOKENIZER
+
+
+FORMATS.register("sphinx_pl", SphinxCheckpoint)
+
+
+def write_checkpoint(
+    path: str | Path,
+    tensors: Iterable[tuple[str, Tensor]] | Mapping[str, Tensor],
+    model: dict[str, Any],
+    processor: dict[str, Any],
+    tokenizer_file: Path,
+    provenance: dict[str, Any],
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 2 * 1024**3,
+    overwrite: bool = False,
+) -> Path:
+    """Write a checkpoint folder; a reader sees all of it or none.
+
+    Args:
+        tensors: names and values, e.g. `module.state_dict()`. An iterator is consumed as the shards are written, so at
+            most one shard is in memory.
+        model: `SphinxConfig.to_dict()`.
+        dtype: of floating-point tensors in the file; None keeps each one's own.
+        max_shard_bytes: upper bound of a shard, unless a single tensor is larger.
+        overwrite: replace what is at `path`.
+
+    Raises:
+        UserError: `path` exists, or the tokenizer's file does not.
+    """
+    path = Path(path)
+    check_free(path, overwrite)
+    if not tokenizer_file.is_file():
+        raise UserError(f"tokenizer '{tokenizer_file}' does not exist: check the path")
+    folder = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed
+    folder.mkdir(parents=True)
+    try:
+        named = tensors.items() if isinstance(tensors, Mapping) else tensors
+        _write_shards(folder, ((name, _storable(tensor, dtype)) for name, tensor in named), max_shard_bytes)
+        _write_json(folder / CONFIG, {"format": FORMAT_VERSION, "model": model, "processor": processor})
+        _write_json(folder / PROVENANCE, provenance)
+        shutil.copyfile(tokenizer_file, folder / TOKENIZER)
+        _sync(*folder.iterdir(), folder)
+        _move_into_place(folder, path)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return path
+
+
+def check_free(path: Path, overwrite: bool) -> None:
+    """Raises: UserError: `path` exists and may not be overwritten, or is something else than a checkpoint."""
+    if not path.exists():
+        return
+    if not overwrite:
+        raise UserError(f"'{path}' exists: choose another path, or set overwrite=true")
+    if not SphinxCheckpoint.matches(path):
+        raise UserError(f"'{path}' is not a checkpoint, so overwrite=true does not replace it: choose another path")
+
+
+def _storable(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    tensor = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
+    # safetensors refuses views of one storage; a view of a part would also keep all of it in memory.
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def _shards(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > max_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    if shard:
+        yield shard
+
+
+def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> None:
+    contents: list[list[str]] = []
+    total = 0
+    for shard in _shards(tensors, max_bytes):
+        save_file(shard, folder / f"{len(contents) + 1:05d}", metadata={"format": "pt"})
+        contents.append(list(shard))
+        total += sum(tensor.nbytes for tensor in shard.values())
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(contents, start=1):
+        final = f"model-{number:05d}-of-{len(contents):05d}.safetensors"
+        (folder / f"{number:05d}").rename(folder / final)
+        weight_map |= dict.fromkeys(names, final)
+    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _move_into_place(folder: Path, path: Path) -> None:
+    old = path.with_name(f".{path.name}.old.tmp")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():  # a folder cannot be renamed over one that is not empty
+        path.rename(old)
+    folder.rename(path)
+    _sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(*paths: Path) -> None:
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"'{path}' is missing: copy the checkpoint again, whole") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{path}' cannot be read ({error}): restore the file from its source") from None
+    if not isinstance(content, dict):
+        raise UserError(f"'{path}' does not hold a JSON object: restore the file from its source")
+    return content

@@ -1,0 +1,69 @@
+"""Entry scripts: Hydra's `main`, with mistakes answered in one line."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.errors import HydraException, InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sphinx_pl.errors import UserError
+
+CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "conf"
+TRACEBACK = "SPHINX_TRACEBACK"
+
+
+def _one_line(error: BaseException) -> str:
+    """The sentence to print. Hydra wraps errors of what it instantiates; the cause is what the user did."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return " ".join(str(cause).split())
+        cause = cause.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    kept = [line for line in lines if not line.startswith(("object_type", "reference_type"))]
+    return "; ".join(kept) or type(error).__name__
+
+
+def report(error: BaseException) -> int:
+    """Print the error as one line on stderr; returns the exit code."""
+    print(f"error: {_one_line(error)}", file=sys.stderr)
+    return 2
+
+
+def _validation_interval(every: int, max_steps: int, accumulate: int) -> int:
+    """Optimizer steps between validations (0: only at the end) in micro-batches, Lightning's unit."""
+    return int(every or max_steps) * int(accumulate)
+
+
+def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], Any]]:
+    """`hydra.main` on `conf/<config_name>.yaml`. Errors that a user can cause end in one line and exit code 2.
+
+    With the environment variable SPHINX_TRACEBACK=1 they end in a traceback.
+    """
+
+    OmegaConf.register_new_resolver("validation_interval", _validation_interval, replace=True)
+
+    def decorate(main: Callable[[DictConfig], Any]) -> Callable[[], Any]:
+        run = hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name=config_name)(main)
+
+        @functools.wraps(main)
+        def wrapped() -> Any:
+            os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises instead of printing and exiting
+            try:
+                return run()
+            except (UserError, HydraException, InstantiationException, OmegaConfBaseException) as error:
+                if os.environ.get(TRACEBACK) == "1":
+                    raise
+                sys.exit(report(error))
+
+        return wrapped
+
+    return decorate

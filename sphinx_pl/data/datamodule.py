@@ -1,0 +1,208 @@
+"""Lightning's view of the data: an endless loader of packed micro-batches, and fixed held-out batches."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from sphinx_pl.data.bad import BadSample
+from sphinx_pl.data.mixture import Mixture, SourceConfig
+from sphinx_pl.data.packing import Collator, PackingConfig, Planner, Row, WindowPlan, first_fit_decreasing
+from sphinx_pl.data.processor import Processor
+from sphinx_pl.data.record import Batch, Sample
+from sphinx_pl.errors import UserError
+
+
+class _Windows(Dataset[list[Batch]]):
+    """Plans in, decoded windows out: what runs in the data workers."""
+
+    def __init__(self, collator: Collator) -> None:
+        self.collator = collator
+
+    def __getitem__(self, plan: WindowPlan) -> list[Batch]:  # type: ignore[override]
+        torch.set_num_threads(1)
+        return self.collator.window(plan)
+
+
+class _Rows(Dataset[Batch]):
+    def __init__(self, collator: Collator, batches: list[list[Row]]) -> None:
+        self.collator = collator
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.collator(self.batches[index])
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+class TrainLoader:
+    """Endless micro-batches. Counts what was skipped and stops the run when it is too much.
+
+    A window that lost all its images to unreadable files (or all its text) is left out and counted, since every step must
+    hold both. With several ranks it is trained on as it is and counted: the other ranks' images are part of the step.
+    """
+
+    def __init__(self, planner: Planner, collator: Collator, workers: int, max_skipped: float, pin_memory: bool) -> None:
+        self.planner = planner
+        self.max_skipped = max_skipped
+        self.counts: Counter[str] = Counter()
+        self._loader = DataLoader(
+            _Windows(collator),
+            sampler=planner,  # type: ignore[arg-type]
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=_as_is,
+            pin_memory=pin_memory,
+            prefetch_factor=2 if workers else None,
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        for window in self._loader:
+            for batch in window:
+                self.counts.update({k: int(v) for k, v in batch.counters.items() if k.startswith(("skipped/", "samples"))})
+            self._check_skipped()
+            missing = [m for m in self.planner.mixture.modalities if not any(b.counters.get(f"modality/{m}") for b in window)]
+            if missing:
+                self.counts[f"windows_without_{missing[0]}"] += 1
+                if self.planner.world_size == 1:
+                    continue
+            yield from window
+
+    def _check_skipped(self) -> None:
+        planned = self.planner.mixture.counts
+        skipped = {k: v for k, v in [*planned.items(), *self.counts.items()] if "skipped/" in k}
+        seen = sum(v for k, v in planned.items() if k.endswith("/seen"))
+        share = sum(skipped.values()) / max(seen, 1)
+        if seen >= 200 and share > self.max_skipped:
+            worst = ", ".join(f"{k}: {v}" for k, v in sorted(skipped.items(), key=lambda item: -item[1])[:5])
+            raise UserError(
+                f"data: {share:.1%} of {seen} samples could not be used, more than data.max_skipped={self.max_skipped:.1%} "
+                f"({worst}): repair these sources or raise the limit"
+            )
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """`source/skipped/reason` and `skipped/source/reason`, since the start of the run."""
+        return {k: v for k, v in [*self.planner.mixture.counts.items(), *self.counts.items()] if "skipped/" in k}
+
+
+class DataModule(L.LightningDataModule):
+    """Built from `conf/data/*.yaml`.
+
+    Args:
+        processor: owns tokenizer and prompt format.
+        sources: name -> source configuration of the training mixture.
+        val_sources: the same for held-out losses; each is reported on its own.
+        packing: `PackingConfig`'s keys.
+        val_samples: at most so many samples of each held-out source.
+        max_skipped: share of bad samples above which a run stops.
+    """
+
+    def __init__(
+        self,
+        processor: Processor,
+        sources: dict[str, Any],
+        val_sources: dict[str, Any],
+        packing: dict[str, Any],
+        workers: int = 1,
+        seed: int = 0,
+        val_samples: int = 256,
+        max_skipped: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.processor = processor
+        self.sources = sources
+        self.val_sources = {name: values for name, values in val_sources.items() if values is not None}
+        self.packing = PackingConfig(**packing)
+        self.workers = workers
+        self.seed = seed
+        self.val_samples = val_samples
+        self.max_skipped = max_skipped
+        self.collator = Collator(
+            self.packing.row_length, processor.image_size, processor.tokens_per_image, self.packing.weighting
+        )
+        self._planner: Planner | None = None
+        self._resume: dict[str, Any] | None = None
+        self._train_loader: TrainLoader | None = None
+
+    @property
+    def val_names(self) -> list[str]:
+        return list(self.val_sources)
+
+    def planner(self, accumulate: int = 1, rank: int = 0, world_size: int = 1) -> Planner:
+        """A planner at the start of the stream."""
+        mixture = Mixture(self.sources, self.processor, self.seed)
+        return Planner(mixture, self.packing, accumulate, rank, world_size)
+
+    def train_dataloader(self) -> TrainLoader:
+        trainer = self.trainer
+        assert trainer is not None, "train_dataloader() is called by a Trainer"
+        self._planner = self.planner(trainer.accumulate_grad_batches, trainer.global_rank, trainer.world_size)
+        if self._resume is not None:
+            self._planner.load_state_dict(self._resume)
+            self._resume = None
+        pin = trainer.strategy.root_device.type == "cuda"
+        self._train_loader = TrainLoader(self._planner, self.collator, self.workers, self.max_skipped, pin)
+        return self._train_loader
+
+    def val_dataloader(self) -> list[DataLoader[Batch]]:
+        trainer = self.trainer
+        rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        return list(self.val_loaders(rank, world).values())
+
+    def val_loaders(self, rank: int = 0, world_size: int = 1) -> dict[str, DataLoader[Batch]]:
+        """Source name -> its held-out batches, the same ones at every call. All ranks get equally many."""
+        loaders = {}
+        for name, values in self.val_sources.items():
+            samples = self._held_out(name, values)
+            rows, _ = first_fit_decreasing(samples, len(samples), self.packing.row_length, self.packing.images_per_row)
+            size = self.packing.rows
+            count = -(-len(rows) // (size * world_size)) * world_size
+            rows += [[] for _ in range(count * size - len(rows))]
+            batches = [rows[i * size : (i + 1) * size] for i in range(rank, count, world_size)]
+            loaders[name] = DataLoader(_Rows(self.collator, batches), batch_size=None, collate_fn=_as_is)
+        return loaders
+
+    def _held_out(self, name: str, values: dict[str, Any]) -> list[Sample]:
+        source = SourceConfig.from_dict(name, values).open(name)
+        samples: list[Sample] = []
+        for index in range(len(source)):
+            if len(samples) == self.val_samples:
+                break
+            try:
+                sample = self.processor.sample(source.record(index), name)
+            except BadSample:
+                continue
+            if sample.length <= self.packing.row_length:
+                samples.append(sample)
+        if not samples:
+            raise UserError(f"data.val_sources.{name}: no usable sample in {values['path']}")
+        return samples
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        if self._planner is not None and self.trainer is not None and self.trainer.training and batch.window_end:
+            self._planner.consumed(batch.window)
+        return batch
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """What the training stream had to leave out so far, by source and reason."""
+        return self._train_loader.skipped if self._train_loader else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"planner": self._planner.state_dict()} if self._planner else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resume = state_dict.get("planner")
+
+

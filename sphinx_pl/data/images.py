@@ -1,0 +1,98 @@
+"""Encoded images -> square uint8 tensors, as the original's `padded_resize` makes them."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from sphinx_pl.data.bad import BadSample
+from sphinx_pl.data.record import ImageRef
+
+PAD_COLOUR = (122, 116, 104)
+"""CLIP's mean colour in bytes, what the original pads with."""
+
+MAX_PIXELS = 64_000_000
+MAX_ASPECT = 100
+
+# Pillow also reads formats that run programs (EPS) or reach for other files; these are the ones that data sets hold.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO")
+
+
+def load_image(ref: ImageRef, size: int, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """Read, decode, pad and resize one image.
+
+    Returns:
+        uint8 [3, size, size], RGB, the image in the middle of a square of `PAD_COLOUR`.
+
+    Raises:
+        BadSample: image_missing, image_empty, image_unreadable, image_truncated, or, before any pixel is decoded,
+            image_too_large and image_aspect.
+    """
+    square = padded_resize(decode(read_bytes(ref), ref.path, max_pixels), size)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+
+
+def read_bytes(ref: ImageRef) -> bytes:
+    """The encoded bytes of an image: a whole file, or its part of a tar shard."""
+    try:
+        with Path(ref.path).open("rb") as file:
+            file.seek(ref.offset)
+            data = file.read(ref.size)
+    except OSError as error:
+        raise BadSample("image_missing", f"{ref.path}: {error.strerror}") from None
+    if not data:
+        raise BadSample("image_empty", ref.path)
+    if len(data) < ref.size:
+        raise BadSample("image_truncated", f"{ref.path} ends inside the image")
+    return data
+
+
+def decode(data: bytes, name: str = "", max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Encoded bytes -> an upright RGB image (EXIF orientation applied, first frame, transparency on white).
+
+    Raises:
+        BadSample: as `load_image`; `name` is what its detail calls the image.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own bound is the lower one
+            image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise BadSample("image_too_large", f"{name}: {error}") from None
+    except Exception as error:  # damaged headers make Pillow raise nearly anything
+        raise BadSample("image_unreadable", f"{name}: {error}") from None
+    width, height = image.size
+    if width * height > max_pixels:
+        raise BadSample("image_too_large", f"{name}: {width}x{height}")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise BadSample("image_aspect", f"{name}: {width}x{height}")
+    try:
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:  # as above
+        reason = "image_truncated" if "truncated" in str(error) else "image_unreadable"
+        raise BadSample(reason, f"{name}: {error}") from None
+
+
+def padded_resize(image: Image.Image, size: int) -> Image.Image:
+    """Paste an RGB image in the middle of a square of its longer side and resize that, bicubic with antialias."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), PAD_COLOUR)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion clips at 255
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")

@@ -1,0 +1,197 @@
+"""Records -> token ids, for training and for prompts. Saved with the model: without its format a model is not usable."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sphinx_pl.data.bad import BadSample
+from sphinx_pl.data.conversation import END_OF_TURN, SYSTEM, Rendered, render
+from sphinx_pl.data.geometry import Geometry
+from sphinx_pl.data.record import IMAGE_SLOT, Branch, ImageRef, Record, Sample, Turn
+from sphinx_pl.data.tasks import TASKS
+from sphinx_pl.data.tokenizer import Tokenizer
+from sphinx_pl.errors import UserError
+
+PLACEHOLDER = "<image>"
+
+
+@dataclass
+class ProcessorConfig:
+    """How text is written: the conversation's system text, the decimals of coordinates, the longest sample in tokens."""
+
+    system: str = SYSTEM
+    decimals: int = 3
+    max_length: int = 2048
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ProcessorConfig:
+        known = {f.name for f in dataclasses.fields(cls)}
+        for key in values:
+            if key not in known:
+                raise UserError(f"data.processor.{key} is not a key; known: {', '.join(sorted(known))}")
+        return cls(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSample:
+    """A prompt in ids (IMAGE_SLOT where visual tokens go) and the images that fill the slots."""
+
+    ids: list[int]
+    images: tuple[ImageRef, ...]
+
+
+@dataclass
+class Processor:
+    """Owns the tokenizer, the conversation format and the geometry's text form.
+
+    `tokens_per_image` and `image_size` are the model's, given by the caller since data does not import models.
+    """
+
+    config: ProcessorConfig
+    tokenizer: Tokenizer
+    tokens_per_image: int
+    image_size: int
+    image_position: str = "after_bos"
+    geometry: Geometry = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.geometry = Geometry(decimals=self.config.decimals)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.config)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], tokenizer_file: str | Path, model: Any) -> Processor:
+        """From `to_dict()`'s mapping, a tokenizer file and a model config (read for its image geometry only).
+
+        Raises:
+            UserError: the tokenizer has more pieces than the model's vocabulary.
+        """
+        tokenizer = Tokenizer(tokenizer_file)
+        if tokenizer.vocab_size > model.decoder.vocab_size:
+            raise UserError(
+                f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} pieces but model.decoder.vocab_size is "
+                f"{model.decoder.vocab_size}: use the tokenizer that the model was made for, or enlarge the vocabulary"
+            )
+        return cls(
+            ProcessorConfig.from_dict(values),
+            tokenizer,
+            tokens_per_image=model.tokens_per_image,
+            image_size=model.vision.image_size if model.vision else 0,
+            image_position=model.image_position,
+        )
+
+    @property
+    def stop_sequences(self) -> list[list[int]]:
+        """Ids that end an answer: `\\n###` as it is tokenized after a word and at a start."""
+        after_word = self.tokenizer.encode("a" + END_OF_TURN)[len(self.tokenizer.encode("a")) :]
+        at_start = self.tokenizer.encode(END_OF_TURN)
+        return [after_word, at_start] if after_word != at_start else [after_word]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of generated ids, without what follows an end of turn."""
+        return self.tokenizer.decode(ids).split(END_OF_TURN)[0].strip()
+
+    def sample(self, record: Record, source: str, rng: random.Random | None = None) -> Sample:
+        """One record as a sample with one branch.
+
+        Raises:
+            BadSample: the record lacks what its task needs, or is longer than `max_length` before its first answer ends.
+        """
+        turns = TASKS[record.task].turns(record, self.geometry, rng)
+        ids, supervised = self._tokens(render(self._place(turns, record), self.config.system), record)
+        # A plain document also teaches where a text ends.
+        if turns[-1].question == "" and len(turns) == 1:
+            ids, supervised = [*ids, self.tokenizer.eos_id], [*supervised, True]
+        budget = self.config.max_length
+        if len(ids) > budget:
+            ids, supervised = ids[:budget], supervised[:budget]  # cut on the right, as the original does
+        if not any(supervised):
+            raise BadSample("too_long", f"no answer within {budget} tokens")
+        # The prefix shared by all branches can reach at most to the first supervised token.
+        return Sample([], [Branch(ids, supervised, record.task, record.key)], record.images, source)
+
+    def prompt(self, record: Record) -> PromptSample:
+        """The record's question in the evaluation wording, stopping where the model is to answer."""
+        turns = TASKS[record.task].turns(record, self.geometry, None)
+        ids, _ = self._tokens(render(self._place(turns, record), self.config.system, open_ended=True), record)
+        return PromptSample(ids, record.images)
+
+    def _place(self, turns: Sequence[Turn], record: Record) -> Sequence[Turn]:
+        """Turns whose `<image>` marks agree with the record's images.
+
+        One image (unless the model wants it inline) stands after BOS and loses its mark, as in the original. Otherwise
+        every image needs a mark; where there is none, the marks are put in front of the first question.
+        """
+        marks = sum(turn.question.count(PLACEHOLDER) for turn in turns)
+        images = len(record.images)
+        if images == 0 and marks:
+            raise BadSample("image_missing", f"{marks} {PLACEHOLDER} but no image")
+        if self._leading(record):
+            return [Turn(turn.question.replace(PLACEHOLDER, "").strip(), turn.answer) for turn in turns]
+        if marks == 0:
+            return [Turn(PLACEHOLDER * images + turns[0].question, turns[0].answer), *turns[1:]]
+        if marks != images:
+            raise BadSample("image_count", f"{marks} {PLACEHOLDER} for {images} images")
+        return turns
+
+    def _leading(self, record: Record) -> bool:
+        return not record.images or (len(record.images) == 1 and self.image_position == "after_bos")
+
+    def _tokens(self, rendered: Rendered, record: Record) -> tuple[list[int], list[bool]]:
+        slots = [IMAGE_SLOT] * self.tokens_per_image
+        ids: list[int] = [self.tokenizer.bos_id]
+        supervised = [False]
+        if record.images and self._leading(record):
+            ids += slots
+            supervised += [False] * len(slots)
+            pieces = [rendered.text]
+        else:
+            pieces = rendered.text.split(PLACEHOLDER) if record.images else [rendered.text]
+        start = 0
+        for i, piece in enumerate(pieces):
+            if i:
+                ids += slots
+                supervised += [False] * len(slots)
+                start += len(PLACEHOLDER)
+            if piece:
+                piece_ids, spans = self.tokenizer.encode_with_spans(piece)
+                ids += piece_ids
+                # A token that holds the answer's first character is a target, also when it began before it.
+                supervised += [
+                    any(start + end > a and start + begin < b for a, b in rendered.answers)
+                    for begin, end in spans
+                ]
+            start += len(piece)
+        return ids, supervised
+
+
+def merge_branches(samples: Sequence[Sample]) -> list[Sample]:
+    """Samples about the same images as one sample with a branch each, sharing what they begin with.
+
+    The shared prefix ends before the first supervised token of any of them, so every target keeps its own context.
+    Samples whose images do not all stand in what they share (inline, after differing text) come back as they were.
+    """
+    if len(samples) == 1:
+        return list(samples)
+    branches = [branch for sample in samples for branch in sample.branches]
+    limit = min(branch.supervised.index(True) for branch in branches) - 1
+    first = branches[0].ids
+    shared = 0
+    while shared < limit and all(branch.ids[shared] == first[shared] for branch in branches):
+        shared += 1
+    if any(IMAGE_SLOT in branch.ids[shared:] for branch in branches):
+        return list(samples)
+    return [
+        Sample(
+            first[:shared],
+            [Branch(b.ids[shared:], b.supervised[shared:], b.task, b.key) for b in branches],
+            samples[0].images,
+            samples[0].source,
+        )
+    ]

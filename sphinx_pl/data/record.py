@@ -1,0 +1,141 @@
+"""The two records that the parts of the project exchange, and what lies between them.
+
+source -> `Record` -> task template -> `Sample` -> mixture and packer -> `Batch` -> model
+
+A `Record` is what a data set says, in pixels of the original image. A `Sample` is what the model reads, in
+token ids. A `Batch` is what a training step gets. The model knows nothing of records, the data nothing of modules.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""Label of a position without supervision."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRef:
+    """Where an encoded image lies: a whole file, or `size` bytes at `offset` of a tar shard. Not decoded yet."""
+
+    path: str
+    offset: int = 0
+    size: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A labelled box in pixels of the original image, (x1, y1) top left, (x2, y2) bottom right.
+
+    `keypoints`: (x, y, visibility) in pixels, in COCO's order for a person (visibility 0: absent, 1: hidden, 2: seen).
+    """
+
+    box: tuple[float, float, float, float]
+    label: str = ""
+    keypoints: tuple[tuple[float, float, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One question and its answer. `<image>` in a question marks an image's place."""
+
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One annotated item of a source, before any instruction wording is chosen.
+
+    Which of the fields a record needs depends on its task (`sphinx_pl.data.tasks`): a task with free text has
+    `turns`; one with geometry has `regions` in pixels and the task writes the text.
+    """
+
+    key: str  # unique within its source, stable over runs
+    task: str  # name in the task registry
+    images: tuple[ImageRef, ...] = ()
+    sizes: tuple[tuple[int, int], ...] = ()  # (width, height) of each image; () where the source does not say
+    turns: tuple[Turn, ...] = ()
+    question: str = ""
+    answer: str = ""
+    choices: tuple[str, ...] = ()
+    regions: tuple[Region, ...] = ()
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Branch:
+    """One conversation over a sample's shared prefix (bos, images, system text)."""
+
+    ids: list[int]
+    supervised: list[bool]  # True where this id is a target
+    task: str
+    key: str
+
+
+@dataclass(slots=True)
+class Sample:
+    """A tokenized item whose length is known before its images are decoded.
+
+    `prefix` is shared by all branches: BOS, image slots (id `IMAGE_SLOT`, `tokens_per_image` in a row for each image)
+    and the text that all branches begin with. A branch attends to the prefix and to itself, never to another
+    branch, so many questions about one image cost its tokens once.
+    """
+
+    prefix: list[int]
+    branches: list[Branch]
+    images: tuple[ImageRef, ...]
+    source: str
+
+    @property
+    def length(self) -> int:
+        return len(self.prefix) + sum(len(branch.ids) for branch in self.branches)
+
+
+IMAGE_SLOT = -1
+"""Token id, in a `Sample`, of a position that a visual token will take."""
+
+
+@dataclass(slots=True)
+class Batch:
+    """Packed rows. B rows of T positions, N images; L = tokens per image.
+
+    Every tensor but `pixels` is small. A row holds several samples (segments); padding has segment 0.
+    """
+
+    input_ids: Tensor  # [B, T] int64; 0 at image slots and padding
+    labels: Tensor  # [B, T] int64: the *next* token where it is supervised, else IGNORE
+    weights: Tensor  # [B, T] float32: weight of that target in the loss; 0 where labels is IGNORE
+    segment_ids: Tensor  # [B, T] int32: 1, 2, ... within a row; 0 is padding
+    branch_ids: Tensor  # [B, T] int32: 0 in a segment's shared prefix, 1, 2, ... in its branches
+    position_ids: Tensor  # [B, T] int64: restarts at each segment; a branch goes on from its prefix
+    task_ids: Tensor  # [B, T] int32: index into `tasks`, valid where labels is not IGNORE
+    pixels: Tensor  # [N, 3, S, S] uint8, padded square images; N may be 0
+    image_starts: Tensor  # [N] int64: flat index b * T + t of each image's first slot
+    tasks: list[str] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)  # "source/key" of every sample in the batch
+    counters: dict[str, float] = field(default_factory=dict)  # additive: samples, tokens, images, skipped/...
+    # Of the whole accumulation window on this rank, all micro-batches together, counted after decoding:
+    window_weight: float = 0.0
+    window_end: bool = True  # the last micro-batch of its window
+    window: int = 0  # its number since the start of the run, by which the planner knows where it was
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The batch with every tensor on `device`."""
+        moved = {
+            f.name: value.to(device, non_blocking=non_blocking)
+            for f in dataclasses.fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return dataclasses.replace(self, **moved)
+
+    def pin_memory(self) -> Batch:
+        pinned = {
+            f.name: value.pin_memory() for f in dataclasses.fields(self) if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return dataclasses.replace(self, **pinned)

@@ -1,0 +1,96 @@
+"""What guessing reaches: the best constant answer of each group, chosen on training records."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+from sphinx_pl.data.bad import BadSample
+from sphinx_pl.data.geometry import Geometry
+from sphinx_pl.data.record import Record
+from sphinx_pl.data.tasks import TASKS
+from sphinx_pl.evaluation.benchmarks import Prediction, judge, topic_of
+from sphinx_pl.evaluation.metrics import METRICS, last_turn
+
+CANDIDATES = 50
+SAMPLE = 500
+
+GroupKey = tuple[str, str]
+"""Task and topic: what a constant answer may depend on, since the question tells both."""
+
+
+def fit_constants(
+    records: Iterable[Record], geometry: Geometry, candidates: int = CANDIDATES, sample: int = SAMPLE, seed: int = 0
+) -> dict[GroupKey, str]:
+    """The constant answer with the best mean score in training: of each task and topic, and of each task (topic "").
+
+    Candidates are the `candidates` most frequent answers and, where answers have geometry, the mean one. Each is scored
+    on at most `sample` records, drawn with `seed`. Records that their task cannot use are passed over.
+    """
+    groups: dict[GroupKey, list[tuple[Record, str]]] = defaultdict(list)
+    for record in records:
+        if TASKS[record.task].scorer == "none":
+            continue
+        try:
+            answer = last_turn(record, geometry).answer
+        except BadSample:
+            continue
+        for key in {(record.task, topic_of(record)), (record.task, "")}:
+            groups[key].append((record, answer))
+    constants = {}
+    for key, group in groups.items():
+        frequent = [answer for answer, _ in Counter(answer for _, answer in group).most_common(candidates)]
+        mean = mean_geometry([answer for _, answer in group], geometry)
+        tried = random.Random(seed).sample(group, min(sample, len(group)))
+        score = METRICS[TASKS[key[0]].scorer].score
+        constants[key] = max(
+            dict.fromkeys([*frequent, *([mean] if mean else [])]),
+            key=lambda answer: sum(score(answer, record, geometry) for record, _ in tried),
+        )
+    return constants
+
+
+def mean_geometry(answers: Sequence[str], geometry: Geometry) -> str:
+    """The mean box of answers that are boxes; of grounded ones, the phrases of at least half of them, at mean places.
+
+    "" where the answers hold no geometry, or share no phrase.
+    """
+    grounded: dict[str, list[tuple[float, ...]]] = defaultdict(list)
+    plain: list[tuple[float, ...]] = []
+    for answer in answers:
+        items = geometry.parse_grounded(answer)
+        for item in {item.phrase: item for item in reversed(items)}.values():
+            grounded[item.phrase].append((item.boxes or item.points)[0])
+        if not items:
+            plain += geometry.parse_boxes(answer)
+    if not grounded:
+        return _mean_text(plain, geometry) if plain else ""
+    common = [(phrase, places) for phrase, places in grounded.items() if 2 * len(places) >= len(answers)]
+    return "".join(f"<p>{phrase}</p>{_mean_text(places, geometry)}" for phrase, places in common)
+
+
+def _mean_text(places: Sequence[tuple[float, ...]], geometry: Geometry) -> str:
+    # A phrase that is a box in one answer and a point in another has no mean: the first one's kind counts.
+    kind = len(places[0])
+    same = [place for place in places if len(place) == kind]
+    return geometry.boxes([[sum(values) / len(same) for values in zip(*same, strict=True)]], (1, 1))
+
+
+def constant_predictions(
+    predictions: Sequence[Prediction],
+    records: Mapping[str, Record],
+    constants: Mapping[GroupKey, str],
+    geometry: Geometry,
+) -> list[Prediction]:
+    """What the constants would have answered to the same questions; those of a task without one are left out.
+
+    Args:
+        records: by key.
+    """
+    answered = []
+    for prediction in predictions:
+        text = constants.get((prediction.task, prediction.topic), constants.get((prediction.task, "")))
+        if text is not None:
+            answered.append(judge(records[prediction.key], text, geometry))
+    return answered

@@ -1,0 +1,64 @@
+"""Boxes and keypoints of an answer's text, drawn on the padded square image that the model saw."""
+
+from __future__ import annotations
+
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from sphinx_pl.data.geometry import Geometry, Point2
+
+TRUE = "#00a878"
+PREDICTED = "#e6007e"
+GIVEN = "#2f6fed"
+"""Colours of the true answer, of the model's, and of what the question itself gives."""
+
+# fmt: off
+SKELETON = (
+    ("nose", "left eye"), ("nose", "right eye"), ("left eye", "left ear"), ("right eye", "right ear"),
+    ("left shoulder", "right shoulder"), ("left shoulder", "left elbow"), ("left elbow", "left wrist"),
+    ("right shoulder", "right elbow"), ("right elbow", "right wrist"), ("left shoulder", "left hip"),
+    ("right shoulder", "right hip"), ("left hip", "right hip"), ("left hip", "left knee"), ("left knee", "left ankle"),
+    ("right hip", "right knee"), ("right knee", "right ankle"),
+)
+# fmt: on
+"""Pairs of COCO's keypoints that are joined by a limb."""
+
+
+def to_picture(pixels: Tensor, scale: int = 1) -> Image.Image:
+    """A uint8 image [3, S, S] as an RGB picture of scale * S pixels a side, each pixel a flat square."""
+    picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy(), "RGB")
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def draw(picture: Image.Image, answer: str, prediction: str, geometry: Geometry, question: str = "") -> Image.Image:
+    """A copy of a square picture with what the three texts name: given below true below predicted.
+
+    Text without well-formed boxes or points draws nothing. Labels are left out: they stand in the text beside it.
+    """
+    picture = picture.convert("RGB")
+    canvas = ImageDraw.Draw(picture)
+    stroke = max(1, round(picture.width / 128))
+    for text, colour in ((question, GIVEN), (answer, TRUE), (prediction, PREDICTED)):
+        _draw_text(canvas, text, colour, geometry, picture.width, stroke)
+    return picture
+
+
+def _draw_text(canvas: ImageDraw.ImageDraw, text: str, colour: str, geometry: Geometry, side: int, stroke: int) -> None:
+    # A white rim keeps every colour visible on every ground.
+    for box in geometry.parse_boxes(text):
+        x1, y1, x2, y2 = (round(value * (side - 1)) for value in box)
+        rim = (max(x1 - 1, 0), max(y1 - 1, 0), min(x2 + 1, side - 1), min(y2 + 1, side - 1))
+        canvas.rectangle(rim, outline="white", width=stroke + 2)
+        canvas.rectangle((x1, y1, x2, y2), outline=colour, width=stroke)
+    named: dict[str, Point2] = {
+        item.phrase: (item.points[0][0] * side, item.points[0][1] * side)
+        for item in geometry.parse_grounded(text)
+        if item.points
+    }
+    for a, b in SKELETON:
+        if a in named and b in named:
+            canvas.line([named[a], named[b]], fill=colour, width=stroke)
+    for x, y in geometry.parse_points(text):
+        radius = 1.5 * stroke
+        canvas.circle((x * side, y * side), radius + 1, fill="white")
+        canvas.circle((x * side, y * side), radius, fill=colour)

@@ -1,0 +1,83 @@
+"""Held-out losses: how well a model predicts the answers of sources that it was not trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sphinx_pl.data.record import Batch
+from sphinx_pl.models.sphinx import Sphinx
+
+
+@dataclass(frozen=True, slots=True)
+class SourceLoss:
+    """Negative log-likelihood over one source, in nats, kept per sample so that its uncertainty can be told.
+
+    `sums[i]` is the sum over the supervised tokens of sample i, `tokens[i]` their number; both are [samples] float64.
+    """
+
+    sums: Tensor
+    tokens: Tensor
+
+    @property
+    def mean(self) -> float:
+        """Per supervised token, every token counting alike."""
+        return float(self.sums.sum() / self.tokens.sum())
+
+    @property
+    def count(self) -> int:
+        """Supervised tokens."""
+        return int(self.tokens.sum())
+
+    def interval(self, level: float = 0.95, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
+        """Percentile bootstrap of `mean` over samples: the tokens of one answer are not independent of each other."""
+        generator = torch.Generator().manual_seed(seed)
+        draws = torch.randint(len(self.sums), (resamples, len(self.sums)), generator=generator)
+        means = self.sums[draws].sum(1) / self.tokens[draws].sum(1)
+        low, high = torch.quantile(means, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=means.dtype)).tolist()
+        return low, high
+
+
+@torch.no_grad()
+def held_out_losses(
+    model: Sphinx, loaders: Mapping[str, Iterable[Batch]], precision: str = "fp32"
+) -> dict[str, SourceLoss]:
+    """The loss of `model` on each source, in eval mode and on the model's device.
+
+    Unlike the training loss, every supervised token counts alike, so that numbers of different recipes compare.
+
+    Args:
+        loaders: source name -> its batches.
+        precision: "bf16" runs under autocast, "fp32" does not.
+    """
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    try:
+        losses = {}
+        for name, batches in loaders.items():
+            parts = []
+            for batch in batches:
+                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                    result = model.token_losses(batch.to(device))
+                parts.append(_per_segment(batch, result.nll, result.index))
+            losses[name] = SourceLoss(
+                torch.cat([sums for sums, _ in parts]), torch.cat([counts for _, counts in parts])
+            )
+        return losses
+    finally:
+        model.train(training)
+
+
+def _per_segment(batch: Batch, nll: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum and number of `nll` [M], at flat positions `index` [M], of each segment that has a supervised token."""
+    rows = len(batch.segment_ids)
+    most = int(batch.segment_ids.max()) + 1
+    segments = batch.segment_ids + most * torch.arange(rows).unsqueeze(1)  # unique over rows
+    place = segments.flatten()[index.cpu()].long()
+    sums = torch.bincount(place, weights=nll.double().cpu(), minlength=rows * most)
+    counts = torch.bincount(place, minlength=rows * most)
+    return sums[counts > 0], counts[counts > 0].double()

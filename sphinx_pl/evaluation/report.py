@@ -1,0 +1,476 @@
+"""One HTML file that tells a stranger what was trained and how well it does.
+
+    python -m sphinx_pl.evaluation.report --out report.html --run real=DIR --mix DIR --evaluation DIR
+
+Everything is inline: styles, SVG charts, PNG pictures. An input that is missing leaves its section with one sentence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import csv
+import datetime
+import io
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from sphinx_pl.data.bad import BadSample
+from sphinx_pl.data.geometry import Geometry
+from sphinx_pl.data.images import load_image
+from sphinx_pl.data.record import ImageRef
+from sphinx_pl.errors import UserError
+from sphinx_pl.evaluation.charts import Series, interval_bar, line_chart, smooth
+from sphinx_pl.evaluation.drawing import GIVEN, PREDICTED, TRUE, draw, to_picture
+
+PICTURE_SCALE = 4
+WITHOUT_TEXT = "_notext"
+"""Ending of the name of a run that trained without text-only data, beside the run of that name with it."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run: `columns` maps a logged name to its (step, value) points in order of steps."""
+
+    name: str
+    folder: Path
+    columns: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        return int(max((points[-1][0] for points in self.columns.values()), default=0))
+
+    def under(self, prefix: str) -> dict[str, list[tuple[float, float]]]:
+        """Columns that begin with `prefix`, by what follows it."""
+        return {name.removeprefix(prefix): points for name, points in self.columns.items() if name.startswith(prefix)}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What evaluate.py wrote: its results and its predictions."""
+
+    name: str
+    results: dict[str, Any]
+    predictions: list[dict[str, Any]]
+
+
+def read_run(name: str, folder: Path) -> Run:
+    """Every metrics.csv of Lightning's CSVLogger under `folder`, oldest first, and the composed config."""
+    columns: dict[str, dict[float, float]] = {}
+    for file in sorted(folder.rglob("metrics.csv"), key=lambda path: path.stat().st_mtime):
+        with file.open(newline="", encoding="utf-8") as stream:
+            for row in csv.DictReader(stream):
+                step = _number(row.get("step"))
+                for column, text in row.items():
+                    value = _number(text)
+                    if step is not None and value is not None and column not in ("step", "epoch"):
+                        columns.setdefault(column, {})[step] = value  # a resumed run repeats steps: the later counts
+    config: dict[str, Any] = {}
+    for candidate in (folder / "config.yaml", folder / ".hydra" / "config.yaml"):
+        if candidate.is_file():
+            config = yaml.safe_load(candidate.read_text(encoding="utf-8")) or {}
+            break
+    return Run(name, folder, {column: sorted(points.items()) for column, points in columns.items()}, config)
+
+
+def read_curve(folder: Path | None) -> dict[str, Any] | None:
+    """curve.json of mix_weights.py's `curve` option, or None."""
+    file = folder / "curve.json" if folder else None
+    return json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else None
+
+
+def read_evaluation(folder: Path) -> Evaluation | None:
+    """results.json and predictions.jsonl of evaluate.py, or None where there are no results."""
+    results = folder / "results.json"
+    if not results.is_file():
+        return None
+    predictions = folder / "predictions.jsonl"
+    lines = predictions.read_text(encoding="utf-8").splitlines() if predictions.is_file() else []
+    return Evaluation(
+        folder.name, json.loads(results.read_text(encoding="utf-8")), [json.loads(line) for line in lines]
+    )
+
+
+def build(
+    runs: Sequence[Run], curve: dict[str, Any] | None, evaluations: Sequence[Evaluation], title: str = "SPHINX-PL"
+) -> str:
+    """The whole page as a string."""
+    sections = [
+        ("results", "What it can do", _results(evaluations)),
+        ("samples", "Sample predictions", "".join(_samples(evaluation) for evaluation in evaluations)),
+        ("training", "How the loss fell", _training(runs)),
+        ("mixing", "Mixing the two models", _mixing(curve)),
+        ("language", "Language survives", _language(runs)),
+    ]
+    if not any(evaluation.predictions for evaluation in evaluations):
+        sections[1] = ("samples", "Sample predictions", _missing("There are no predictions: run evaluate.py."))
+    links = " ".join(f'<a href="#{anchor}">{heading}</a>' for anchor, heading, _ in sections)
+    body = "".join(
+        f'<section id="{anchor}"><h2>{heading}</h2>{content}</section>' for anchor, heading, content in sections
+    )
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>'
+        f"<body><header><h1>{escape(title)}</h1>{_summary(runs, evaluations)}<nav>{links}</nav></header>"
+        f"<main>{body}</main><script>{_SCRIPT}</script></body></html>\n"
+    )
+
+
+def _summary(runs: Sequence[Run], evaluations: Sequence[Evaluation]) -> str:
+    model: dict[str, Any] = next((run.config["model"] for run in runs if isinstance(run.config.get("model"), dict)), {})
+    named = f" <b>{escape(str(model['name']))}</b>" if model.get("name") else ""
+    text = (
+        f"<p class=lead>A multimodal language model{named}, trained in {len(runs)} "
+        f"{'run' if len(runs) == 1 else 'runs'}: a language model reads what several vision encoders see, and "
+        "answers in text, with boxes and points where a question asks for them. This page shows how its training went "
+        "and what it gets right and wrong on data that it was not trained on.</p>"
+    )
+    rows = []
+    for run in runs:
+        data = run.config.get("data")
+        sources = (
+            sorted(data.get("sources", {})) if isinstance(data, dict) and isinstance(data.get("sources"), dict) else []
+        )
+        loss = run.columns.get("train/loss")
+        rows.append(
+            [
+                escape(run.name),
+                f"{run.steps:,}",
+                _duration(run),
+                _amount(run, "samples"),
+                _amount(run, "tokens"),
+                f"{_mean(loss[-20:]):.3f}" if loss else "–",
+                escape(", ".join(map(str, sources))) or "–",
+            ]
+        )
+    table = _table(
+        ["run", "steps", "minutes", "samples", "tokens", "last loss", "trained on"], rows, numbers={1, 2, 3, 4, 5}
+    )
+    tested = sum(len(evaluation.predictions) for evaluation in evaluations)
+    when = datetime.datetime.now(datetime.UTC).strftime("%d %B %Y")
+    return (
+        text + (table if rows else "") + f"<p class=note>{tested:,} held-out questions answered. Written on {when}.</p>"
+    )
+
+
+def _duration(run: Run) -> str:
+    for column in ("train/seconds", "time/seconds", "seconds"):
+        if run.columns.get(column):
+            return f"{run.columns[column][-1][1] / 60:.1f}"
+    return "–"
+
+
+def _amount(run: Run, what: str) -> str:
+    for column in (f"train/total_{what}", f"total/{what}", f"seen/{what}"):
+        if run.columns.get(column):
+            return f"{run.columns[column][-1][1]:,.0f}"
+    return "–"
+
+
+def _training(runs: Sequence[Run]) -> str:
+    blocks = []
+    for run in runs:
+        if "train/loss" not in run.columns:
+            blocks.append(
+                f"<h3>{escape(run.name)}</h3>" + _missing(f"No metrics.csv with train/loss in {run.folder.name}.")
+            )
+            continue
+        train = run.columns["train/loss"]
+        series = [Series("", train, 0, faint=True), Series("training, smoothed", smooth(train), 0)]
+        held_out = sorted(run.under("val/loss/").items())
+        series += [
+            Series(f"held out: {source}", points, i + 1, dots=True) for i, (source, points) in enumerate(held_out)
+        ]
+        tasks = "".join(_small_loss(task, points) for task, points in sorted(run.under("train/loss_task/").items()))
+        chart = line_chart(series, "optimizer step", "loss per token (nats)")
+        blocks.append(f"<h3>{escape(run.name)}</h3><figure>{chart}</figure>")
+        if tasks:
+            blocks.append(
+                f"<details><summary>Training loss of each task</summary><div class=grid>{tasks}</div></details>"
+            )
+    return "".join(blocks) or _missing("There are no training runs: give them with --run.")
+
+
+def _small_loss(task: str, points: list[tuple[float, float]]) -> str:
+    chart = line_chart([Series("", points, faint=True), Series("", smooth(points))], small=True)
+    caption = f"<figcaption>{escape(task)} <span>{_mean(points[-20:]):.2f}</span></figcaption>"
+    return f"<figure class=small>{chart}{caption}</figure>"
+
+
+def _mixing(curve: dict[str, Any] | None) -> str:
+    if not curve:
+        return _missing("There is no curve: run mix_weights.py with the curve option.")
+    betas: list[float] = curve["betas"]
+    losses: dict[str, list[float]] = curve["losses"]
+    mean: list[float] = curve["mean"]
+    best = min(range(len(betas)), key=lambda i: mean[i])
+    series = [
+        Series(f"held out: {source}", list(zip(betas, values, strict=True)), i + 1, dots=True)
+        for i, (source, values) in enumerate(sorted(losses.items()))
+    ]
+    series.append(Series("mean", list(zip(betas, mean, strict=True)), 0, dots=True))
+    chart = line_chart(series, "β, the weight of the real model", "held-out loss (nats)", mark=betas[best])
+    low, high = min(range(len(betas)), key=betas.__getitem__), max(range(len(betas)), key=betas.__getitem__)
+    inside = "Mixing helps" if best not in (low, high) else "On this mean an unmixed model is best"
+    return (
+        "<p>Two models, one after the real and one after the synthetic stage, are mixed weight by weight: "
+        "θ = β·θ<sub>real</sub> + (1−β)·θ<sub>synthetic</sub>. Lower is better.</p>"
+        f"<figure>{chart}</figure>"
+        f"<p>{inside}: the mean loss is lowest at <b>β = {betas[best]:.2f}</b>, {mean[best]:.4f}. "
+        f"That is {mean[low] - mean[best]:.4f} below the synthetic end (β = {betas[low]:g}) and "
+        f"{mean[high] - mean[best]:.4f} below the real end (β = {betas[high]:g}).</p>"
+    )
+
+
+def _language(runs: Sequence[Run]) -> str:
+    rows = []
+    for run in runs:
+        if points := run.columns.get("val/loss/text"):
+            (first, before), (last, after) = points[0], points[-1]
+            rows.append(
+                [
+                    escape(run.name.removesuffix(WITHOUT_TEXT)),
+                    "without" if run.name.endswith(WITHOUT_TEXT) else "with",
+                    f"{before:.3f} <small>step {first:.0f}</small>",
+                    f"{after:.3f} <small>step {last:.0f}</small>",
+                    f"{after - before:+.3f}",
+                ]
+            )
+    if not rows:
+        return _missing("No run logged val/loss/text.")
+    return (
+        "<p>Loss (nats per token) on held-out text without images, before and after each stage. "
+        "“With” had text-only data in every optimizer step, “without” had none.</p>"
+        + _table(["stage", "text in the steps", "before", "after", "change"], rows, numbers={2, 3, 4})
+    )
+
+
+def _results(evaluations: Sequence[Evaluation]) -> str:
+    blocks = []
+    for evaluation in evaluations:
+        rows = []
+        for row in evaluation.results["rows"]:
+            total = not row["domain"] and not row["topic"]
+            baseline = row["baseline"]
+            mark = "" if baseline is None else ("▲" if row["above"] else "·")
+            name = (
+                f"<b>{escape(row['task'])}</b>" if total else f"<span class=sub>{escape(row['topic'] or 'all')}</span>"
+            )
+            rows.append(
+                [
+                    name,
+                    escape(row["domain"]) or ("all" if not total else ""),
+                    interval_bar(row["score"], row["low"], row["high"], baseline),
+                    f"{row['score']:.3f} <small>{row['low']:.2f}–{row['high']:.2f}</small>",
+                    "–" if baseline is None else f"{baseline:.3f} <small>{escape(row['baseline_kind'])}</small>",
+                    str(row["n"]),
+                    str(row["unparsed"]) if row["unparsed"] else "",
+                    f'<span class="{"up" if row["above"] else "flat"}">{mark}</span>',
+                    f"<small>{escape(row['metric'])}</small>",
+                ]
+            )
+        head = ["task", "domain", "0 … 1", "score", "baseline", "n", "unparsed", "", "metric"]
+        heading = f"<h3>{escape(evaluation.name)}</h3>" if len(evaluations) > 1 else ""
+        checkpoint = escape(Path(str(evaluation.results.get("checkpoint", ""))).name)
+        blocks.append(f"{heading}<p class=note>Checkpoint {checkpoint}.</p>" + _table(head, rows, numbers={3, 4, 5, 6}))
+    if not blocks:
+        return _missing("There are no results: run evaluate.py and give its folder with --evaluation.")
+    metrics = {name: text for evaluation in evaluations for name, text in evaluation.results.get("metrics", {}).items()}
+    definitions = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in sorted(metrics.items()))
+    return (
+        "<p>Each bar is the score on held-out data, the thin line its 95 % bootstrap interval, the tick the "
+        "baseline: the better of the best constant answer fitted on training data and of the same model with the images "
+        "shuffled. "
+        "▲ marks a score whose whole interval is above the baseline. “Unparsed” answers lacked the form that was asked "
+        "for; they count as wrong.</p>"
+        + "".join(blocks)
+        + (
+            f"<details><summary>How each metric is defined</summary><dl>{definitions}</dl></details>"
+            if definitions
+            else ""
+        )
+    )
+
+
+def _samples(evaluation: Evaluation, right: int = 3, wrong: int = 5) -> str:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for prediction in evaluation.predictions:
+        groups.setdefault(prediction["task"], []).append(prediction)
+    if not groups:
+        return ""
+    geometry = Geometry(decimals=int(evaluation.results.get("decimals", 3)))
+    size = int(evaluation.results.get("image_size", 0))
+    cards, missing = [], 0
+    for task, predictions in groups.items():
+        good = [p for p in predictions if p["score"] >= 0.5][:right]
+        bad = [p for p in predictions if p["score"] < 0.5][:wrong]
+        for prediction in good + bad:
+            picture, lost = _picture(prediction, size, geometry)
+            missing += lost
+            cards.append(_card(task, prediction, picture))
+    options = "".join(f"<option>{escape(task)}</option>" for task in groups)
+    lost_note = _missing(f"{missing} pictures are left out: their image files could not be read.") if missing else ""
+    return (
+        f"<p>At most {right} right and {wrong} wrong answers per task, the first ones of the held-out data, not "
+        "chosen. "
+        f'Boxes and points: <span class=key style="--k:{TRUE}">true</span> '
+        f'<span class=key style="--k:{PREDICTED}">predicted</span> '
+        f'<span class=key style="--k:{GIVEN}">given in the question</span>. A score of at least 0.5 is shown as '
+        f"right.</p>{lost_note}<form class=filter>"
+        f"<label>task <select name=task><option value=''>all</option>{options}</select></label> "
+        "<label>answers <select name=verdict><option value=''>all</option><option>right</option><option>wrong</option>"
+        f"</select></label></form><div class=cards>{''.join(cards)}</div>"
+    )
+
+
+def _card(task: str, prediction: dict[str, Any], picture: str) -> str:
+    verdict = "right" if prediction["score"] >= 0.5 else "wrong"
+    where = " · ".join(escape(text) for text in (task, prediction["topic"], prediction["domain"]) if text)
+    return (
+        f'<article data-task="{escape(task)}" data-verdict="{verdict}">{picture}<div><p class=where>{where} '
+        f'<span class="{verdict}">{verdict} · {prediction["score"]:.2f}</span></p>'
+        f"<p class=question>{escape(prediction['question'])}</p>"
+        f"<p><span class=tag>true</span> {escape(prediction['answer'])}</p>"
+        f"<p><span class=tag>model</span> {escape(prediction['prediction']) or '<i>nothing</i>'}</p></div></article>"
+    )
+
+
+def _picture(prediction: dict[str, Any], size: int, geometry: Geometry) -> tuple[str, int]:
+    """The images of a prediction as inline PNG with boxes and points drawn, and how many of them could not be read."""
+    html, lost = "", 0
+    for image in prediction["images"]:
+        try:
+            pixels = load_image(ImageRef(**image), size)
+        except (BadSample, OSError):
+            lost += 1
+            continue
+        picture = draw(
+            to_picture(pixels, PICTURE_SCALE),
+            prediction["answer"],
+            prediction["prediction"],
+            geometry,
+            prediction["question"],
+        )
+        stream = io.BytesIO()
+        picture.save(stream, "PNG", optimize=True)
+        data = base64.b64encode(stream.getvalue()).decode()
+        html += f'<img alt="the image of the question" width={picture.width} src="data:image/png;base64,{data}">'
+    return html, lost
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: set[int]) -> str:
+    """A table of cells that are HTML already; the columns in `numbers` are set flush right."""
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        return "".join(f"<{tag}{' class=n' if i in numbers else ''}>{cell}</{tag}>" for i, cell in enumerate(cells))
+
+    body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
+    return f"<div class=scroll><table><thead><tr>{line(head, 'th')}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _missing(sentence: str) -> str:
+    return f"<p class=missing>{escape(sentence)}</p>"
+
+
+def _mean(points: Sequence[tuple[float, float]]) -> float:
+    return sum(value for _, value in points) / len(points)
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        value = float(text or "")
+    except ValueError:
+        return None
+    return value if abs(value) < float("inf") else None
+
+
+_STYLE = """
+:root{color-scheme:light dark;--paper:#fbfaf7;--ink:#22242a;--soft:#6b6f78;--line:#dedbd3;--card:#fff;
+--up:#1a7f5a;--bad:#b5462f;--c0:#2b5f9e;--c1:#c9772b;--c2:#2f8f6b;--c3:#a8518f;--c4:#8a8f2a;--c5:#5c7fd1;--c6:#b5462f}
+@media(prefers-color-scheme:dark){:root{--paper:#16181c;--ink:#e4e2dc;--soft:#9a9da5;--line:#33363d;--card:#1e2126;
+--up:#5fc99d;--bad:#e58a72;--c0:#7fb0ea;--c1:#e9a667;--c2:#6fceaa;--c3:#d68fc2;--c4:#c6ca6a;--c5:#9cb4f0;--c6:#e58a72}}
+*{box-sizing:border-box}
+body{margin:0 auto;padding:3rem 1.5rem 6rem;max-width:66rem;background:var(--paper);color:var(--ink);
+font:16px/1.6 Charter,"Bitstream Charter","Source Serif 4",Cambria,Georgia,serif}
+h1{font-size:2.5rem;line-height:1.1;margin:0 0 1rem;letter-spacing:-.015em;font-weight:600}
+h2{font-size:1.55rem;margin:4rem 0 .8rem;font-weight:600;letter-spacing:-.01em}
+h3{font-size:1.08rem;margin:2rem 0 .4rem;font-weight:600}
+p{max-width:44rem;margin:.5rem 0 1rem}.lead{font-size:1.15rem}.note,.missing,small,figcaption{color:var(--soft)}
+.missing{font-style:italic}small{font-size:.8em}
+nav{display:flex;flex-wrap:wrap;gap:.4rem 1.4rem;margin-top:1.5rem;border-top:1px solid var(--line);padding-top:.8rem}
+a{color:var(--c0);text-decoration:none}a:hover{text-decoration:underline}
+table,nav,select,label,.where,.tag,.key,svg,figcaption,summary,small{
+font-family:system-ui,"Segoe UI",Helvetica,Arial,sans-serif}
+nav,table,summary,label{font-size:.88rem}
+.scroll{overflow-x:auto;margin:1rem 0}table{border-collapse:collapse;font-variant-numeric:tabular-nums;line-height:1.35}
+th{color:var(--soft);font-weight:500;text-align:left;border-bottom:1px solid var(--ink)}
+th,td{padding:.3rem 1.2rem .3rem 0;white-space:nowrap;vertical-align:middle}td{border-bottom:1px solid var(--line)}
+td:last-child{white-space:normal}.n{text-align:right}.sub{padding-left:1rem;color:var(--soft)}
+.up,.right{color:var(--up)}.flat{color:var(--soft)}.wrong{color:var(--bad)}
+figure{margin:1rem 0}figure svg{width:100%;height:auto;display:block}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(11rem,1fr));gap:.6rem 1.4rem}
+.small{margin:.4rem 0}figcaption{font-size:.8rem;display:flex;justify-content:space-between}
+summary{cursor:pointer;color:var(--c0);margin:.6rem 0}
+dl{font-size:.92rem}dt{font-weight:600}dd{margin:0 0 .6rem;max-width:44rem}
+.key{font-size:.85rem;padding-left:1.3em;position:relative;margin-right:.6em}
+.key::before{content:"";position:absolute;left:0;top:.2em;
+width:.85em;height:.85em;border:2.5px solid var(--k);border-radius:2px}
+.filter{display:flex;gap:1.5rem;margin:1rem 0;color:var(--soft)}select{font-size:.88rem;padding:.15rem .3rem}
+.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(19rem,1fr));gap:1.2rem;align-items:start}
+article{background:var(--card);border:1px solid var(--line);border-radius:6px;overflow:hidden}
+article[hidden]{display:none}article img{display:block;width:100%;height:auto;image-rendering:pixelated}
+article div{padding:.7rem .9rem .9rem;font-size:.92rem;line-height:1.45}article p{margin:.3rem 0;overflow-wrap:anywhere}
+.where{color:var(--soft);font-size:.8rem;display:flex;justify-content:space-between;gap:1rem}
+.question{white-space:pre-line}.tag{display:inline-block;min-width:3.2em;font-size:.76rem;color:var(--soft)}
+"""
+
+_SCRIPT = """
+const form=document.querySelectorAll("form.filter");
+form.forEach(f=>f.addEventListener("change",()=>{
+ const cards=f.nextElementSibling.querySelectorAll("article"),t=f.task.value,v=f.verdict.value;
+ cards.forEach(c=>c.hidden=(t&&c.dataset.task!==t)||(v&&c.dataset.verdict!==v))}))
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line: read the folders, write the file, print its path. 2 for a mistake in the arguments."""
+    parser = argparse.ArgumentParser(prog="python -m sphinx_pl.evaluation.report", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="the HTML file to write")
+    parser.add_argument("--run", action="append", default=[], metavar="NAME=DIR", help="a training run's folder")
+    parser.add_argument("--mix", type=Path, metavar="DIR", help="the folder with curve.json")
+    parser.add_argument("--evaluation", type=Path, action="append", default=[], metavar="DIR", nargs="+")
+    parser.add_argument("--title", default="SPHINX-PL")
+    options = parser.parse_args(arguments)
+    console = Console(stderr=True)
+    try:
+        runs = []
+        for text in options.run:
+            name, separator, folder = text.partition("=")
+            if not (name and separator and folder):
+                raise UserError(f"--run {text}: write it as name=folder, such as --run real=outputs/demo/real")
+            runs.append(read_run(name, Path(folder)))
+        folders = [folder for group in options.evaluation for folder in group]
+        evaluations = [evaluation for folder in folders if (evaluation := read_evaluation(folder))]
+        page = build(runs, read_curve(options.mix), evaluations, options.title)
+    except UserError as error:
+        console.print(str(error), style="red", markup=False)
+        return 2
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = options.out.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(options.out)
+    console.print(f"report: {options.out}", markup=False)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

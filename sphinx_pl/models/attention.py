@@ -1,0 +1,28 @@
+"""Which attention kernel training runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+@contextmanager
+def training_kernel(device: torch.device) -> Iterator[None]:
+    """On a CPU with gradients: SDPA as plain matmuls in its own precision; elsewhere PyTorch's choice.
+
+    The CPU's fused kernel saves memory but its backward pass is slow for short rows. Measured on 2 cores in bfloat16,
+    forward and backward: 16 views of 65 tokens 4.2 ms fused, 1.1 ms plain; 8 rows of 256 tokens 15 ms and 8 ms.
+    """
+    if device.type != "cpu" or not torch.is_grad_enabled():
+        yield
+        return
+    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()  # for CPUs too, whatever its name says
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)

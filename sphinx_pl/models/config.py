@@ -1,0 +1,300 @@
+"""The typed configuration of a model. `conf/model/*.yaml` are instances of `SphinxConfig`.
+
+Every size that the modules use is here, and whatever does not fit together is refused here, in one line,
+before anything is built. Sizes are in tokens, channels or pixels as named.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sphinx_pl.errors import UserError, suggest
+
+IMAGE_POSITIONS = ("after_bos", "inline")
+MERGE_MODES = ("none", "mean", "shuffle")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _positive(section: str, config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value > 0, f"{section}.{name} must be positive, not {value}")
+
+
+def _divides(section: str, config: object, part: str, whole: str) -> None:
+    a, b = getattr(config, part), getattr(config, whole)
+    _require(b % a == 0, f"{section}.{part}={a} does not divide {section}.{whole}={b}: change one of them")
+
+
+@dataclass
+class DecoderConfig:
+    """A LLaMA-family decoder (Touvron et al. 2023, table 1; grouped queries: Ainslie et al. 2023)."""
+
+    vocab_size: int = 32000
+    width: int = 4096
+    layers: int = 32
+    heads: int = 32
+    kv_heads: int = 32
+    ffn_width: int = 11008
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    max_positions: int = 4096
+    # RMSNorm on queries and keys per head (Qwen3, OLMo 2). Off in LLaMA; small models learn faster with it.
+    qk_norm: bool = False
+    tie_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        _positive("model.decoder", self, "vocab_size", "width", "layers", "heads", "kv_heads", "ffn_width")
+        _divides("model.decoder", self, "heads", "width")
+        _divides("model.decoder", self, "kv_heads", "heads")
+        _require(self.head_dim % 2 == 0, f"model.decoder.width/heads = {self.head_dim} must be even for rotary embeddings")
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+
+@dataclass
+class ClipViTConfig:
+    """CLIP's ViT, built by open_clip. Defaults: ViT-L/14. `load`: an open_clip pretrained tag or a safetensors file."""
+
+    image_size: int = 224
+    patch_size: int = 14
+    width: int = 1024
+    layers: int = 24
+    heads: int = 16
+    mlp_ratio: float = 4.0
+    quick_gelu: bool = True
+    load: Optional[str] = None
+
+    def __post_init__(self) -> None:
+        _divides("model.vision.clip", self, "heads", "width")
+        _divides("model.vision.clip", self, "patch_size", "image_size")
+
+    @property
+    def grid(self) -> int:
+        return self.image_size // self.patch_size
+
+
+@dataclass
+class ConvNextConfig:
+    """CLIP's ConvNeXt trunk, built by timm. Defaults: XXL. The input is resized to `image_size`, nearest."""
+
+    image_size: int = 256
+    depths: list[int] = field(default_factory=lambda: [3, 4, 30, 3])
+    dims: list[int] = field(default_factory=lambda: [384, 768, 1536, 3072])
+    stem: int = 4
+    load: Optional[str] = None
+
+    def __post_init__(self) -> None:
+        _require(
+            len(self.depths) == len(self.dims),
+            f"model.vision.convnext.depths has {len(self.depths)} stages but dims has {len(self.dims)}: give one number per stage",
+        )
+        _require(
+            self.image_size % self.stride == 0,
+            f"model.vision.convnext.image_size={self.image_size} is not a multiple of the stride {self.stride}",
+        )
+
+    @property
+    def stride(self) -> int:
+        return int(self.stem * 2 ** (len(self.dims) - 1))
+
+    @property
+    def width(self) -> int:
+        return self.dims[-1]
+
+    @property
+    def grid(self) -> int:
+        return self.image_size // self.stride
+
+
+@dataclass
+class Dinov2Config:
+    """DINOv2's ViT, built by timm. Defaults: g/14 with SwiGLU."""
+
+    image_size: int = 224
+    patch_size: int = 14
+    width: int = 1536
+    layers: int = 40
+    heads: int = 24
+    # Of the fused gate and value, as timm counts it: 2.66667 * 2 * 1536 = 8192.
+    mlp_ratio: float = 2.66667 * 2
+    load: Optional[str] = None
+
+    def __post_init__(self) -> None:
+        _divides("model.vision.dinov2", self, "heads", "width")
+        _divides("model.vision.dinov2", self, "patch_size", "image_size")
+
+    @property
+    def grid(self) -> int:
+        return self.image_size // self.patch_size
+
+
+@dataclass
+class QFormerConfig:
+    """BLIP-2's vision model and Q-Former, built by transformers. Defaults: ViT-g/14 and the 12-layer Q-Former."""
+
+    image_size: int = 224
+    patch_size: int = 14
+    vision_width: int = 1408
+    vision_layers: int = 39
+    vision_heads: int = 16
+    vision_ffn_width: int = 6144
+    queries: int = 32
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    ffn_width: int = 3072
+    cross_attention_every: int = 2
+    load: Optional[str] = None
+
+    def __post_init__(self) -> None:
+        _divides("model.vision.qformer", self, "heads", "width")
+        _divides("model.vision.qformer", self, "vision_heads", "vision_width")
+        _divides("model.vision.qformer", self, "patch_size", "image_size")
+
+
+@dataclass
+class VisionConfig:
+    """Mixed visual embeddings (SPHINX, section 3.2) and the view scheme (section 3.3).
+
+    `clip`, `convnext` and `dinov2` are joined by channel in this order, `qformer` by sequence, in front.
+    A tower that is null is left out. The padded square image has `image_size` pixels a side; `grid` n > 1 adds
+    n x n sub-images to the global view, each of `view_size` = image_size / n pixels.
+    """
+
+    image_size: int = 224
+    grid: int = 1
+    clip: Optional[ClipViTConfig] = field(default_factory=ClipViTConfig)
+    convnext: Optional[ConvNextConfig] = field(default_factory=ConvNextConfig)
+    dinov2: Optional[Dinov2Config] = field(default_factory=Dinov2Config)
+    qformer: Optional[QFormerConfig] = field(default_factory=QFormerConfig)
+    # Fewer patch tokens before the projection: the mean of, or all channels of, merge_factor^2 neighbours.
+    merge: str = "none"
+    merge_factor: int = 2
+    # The original resizes images inside the model in float16; on, it reproduces the released weights' inputs.
+    half_resize: bool = False
+
+    def __post_init__(self) -> None:
+        _positive("model.vision", self, "image_size", "grid", "merge_factor")
+        _divides("model.vision", self, "grid", "image_size")
+        _require(self.merge in MERGE_MODES, f"model.vision.merge='{self.merge}': {suggest(self.merge, MERGE_MODES)}")
+        _require(
+            any((self.clip, self.convnext, self.dinov2, self.qformer)),
+            "model.vision has no tower: set at least one of clip, convnext, dinov2, qformer, or set model.vision=null",
+        )
+        if self.clip and self.dinov2:
+            _require(
+                self.clip.grid == self.dinov2.grid,
+                f"model.vision: clip has a {self.clip.grid}x{self.clip.grid} grid but dinov2 {self.dinov2.grid}x{self.dinov2.grid}: "
+                "joining by channel needs equal grids, change an image_size or patch_size",
+            )
+        if self.channel_towers:
+            _require(
+                self.patch_grid % self.merge_factor == 0 or self.merge == "none",
+                f"model.vision.merge_factor={self.merge_factor} does not divide the {self.patch_grid}x{self.patch_grid} patch grid",
+            )
+        if self.convnext and (self.clip or self.dinov2):
+            _require(
+                self.patch_grid % self.convnext.grid == 0,
+                f"model.vision.convnext: its {self.convnext.grid}x{self.convnext.grid} grid does not divide the "
+                f"other towers' {self.patch_grid}x{self.patch_grid}: change convnext.image_size",
+            )
+
+    @property
+    def channel_towers(self) -> list[Any]:
+        return [tower for tower in (self.clip, self.convnext, self.dinov2) if tower]
+
+    @property
+    def patch_grid(self) -> int:
+        """Patches a side of the channel-joined feature map, before merging; 0 without channel towers."""
+        for tower in (self.clip, self.dinov2, self.convnext):
+            if tower:
+                return int(tower.grid)
+        return 0
+
+    @property
+    def view_size(self) -> int:
+        """Pixels a side of each view that the towers see."""
+        return self.image_size // self.grid
+
+    @property
+    def views(self) -> int:
+        return 1 if self.grid == 1 else 1 + self.grid**2
+
+    @property
+    def patch_tokens(self) -> int:
+        """Channel-joined tokens of a view: one class token and the (merged) patches."""
+        if not self.channel_towers:
+            return 0
+        side = self.patch_grid // (1 if self.merge == "none" else self.merge_factor)
+        return 1 + side * side
+
+    @property
+    def joined_width(self) -> int:
+        """Channels of a joined token at the projection's input."""
+        factor = self.merge_factor**2 if self.merge == "shuffle" else 1
+        return factor * sum(tower.width for tower in self.channel_towers)
+
+    @property
+    def tokens_per_view(self) -> int:
+        """Start embedding, Q-Former queries, patch tokens, end embedding."""
+        return 2 + (self.qformer.queries if self.qformer else 0) + self.patch_tokens
+
+    @property
+    def tokens_per_image(self) -> int:
+        return self.views * self.tokens_per_view
+
+
+@dataclass
+class SphinxConfig:
+    """A whole model: a decoder and, unless null, the vision mixer in front of it."""
+
+    name: str = "sphinx"
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    vision: Optional[VisionConfig] = field(default_factory=VisionConfig)
+    # Where one image's tokens stand: right after BOS (the original), or where its <image> stands in the text.
+    # Several images always stand inline.
+    image_position: str = "after_bos"
+
+    def __post_init__(self) -> None:
+        _require(
+            self.image_position in IMAGE_POSITIONS,
+            f"model.image_position='{self.image_position}': {suggest(self.image_position, IMAGE_POSITIONS)}",
+        )
+
+    @property
+    def tokens_per_image(self) -> int:
+        return self.vision.tokens_per_image if self.vision else 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> SphinxConfig:
+        """Build and validate from a mapping (a DictConfig too).
+
+        Raises:
+            UserError: an unknown key, a wrong type or sizes that do not fit, with the key's full name.
+        """
+        try:
+            merged = OmegaConf.merge(OmegaConf.structured(cls), values)
+            config = OmegaConf.to_object(merged)
+        except OmegaConfBaseException as error:
+            key = f"model.{error.full_key}" if error.full_key else "model"
+            cause = error.__cause__
+            if isinstance(cause, UserError):
+                raise cause from None
+            raise UserError(f"{key}: {str(error).splitlines()[0]}") from None
+        assert isinstance(config, cls)
+        return config

@@ -1,0 +1,213 @@
+"""A LLaMA-family decoder (Touvron et al. 2023) on PyTorch's scaled dot-product attention.
+
+Shapes: B rows, T new positions, S positions attended to (T plus what the cache holds), D width, H query heads,
+K key/value heads, h channels of a head. Parameter names are Meta's.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from sphinx_pl.models.attention import training_kernel
+from sphinx_pl.models.config import DecoderConfig
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in float32, cast back, then times the weight: LLaMA's order of operations."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x) * self.weight
+
+
+class KVCache:
+    """Keys and values of all layers for up to `max_length` positions, allocated by the first forward pass."""
+
+    def __init__(self, layers: int, max_length: int) -> None:
+        self.max_length = max_length
+        self.length = 0
+        self._keys: list[Optional[Tensor]] = [None] * layers
+        self._values: list[Optional[Tensor]] = [None] * layers
+
+    def update(self, layer: int, k_BKTh: Tensor, v_BKTh: Tensor) -> tuple[Tensor, Tensor]:
+        """Append to `layer`, return all of its keys and values, [B, K, S, h].
+
+        Raises:
+            ValueError: more positions than `max_length`.
+        """
+        end = self.length + k_BKTh.shape[2]
+        if end > self.max_length:
+            raise ValueError(f"KVCache of {self.max_length} positions cannot hold {end}")
+        keys, values = self._keys[layer], self._values[layer]
+        if keys is None or values is None:
+            batch, heads, _, channels = k_BKTh.shape
+            keys = self._keys[layer] = k_BKTh.new_empty(batch, heads, self.max_length, channels)
+            values = self._values[layer] = torch.empty_like(keys)
+        keys[:, :, self.length : end] = k_BKTh
+        values[:, :, self.length : end] = v_BKTh
+        return keys[:, :, :end], values[:, :, :end]
+
+    def advance(self, positions: int) -> None:
+        """Called once all layers have been updated."""
+        self.length += positions
+
+
+def rotary_angles(position_ids_BT: Tensor, config: DecoderConfig) -> Tensor:
+    """cos + i sin of every position and channel pair (Su et al. 2021), complex64 [B, T, 1, h/2].
+
+    Not a buffer: it would be rounded with a bf16 model, and be missing from a model built on the meta device.
+    """
+    exponent = torch.arange(0, config.head_dim, 2, device=position_ids_BT.device).float() / config.head_dim
+    angles = position_ids_BT[:, :, None, None].float() * config.rope_theta**-exponent
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def rotate(x_BTHh: Tensor, angles: Tensor) -> Tensor:
+    """Turn channel pairs (0, 1), (2, 3), ... by `angles`, in float32."""
+    pairs = torch.view_as_complex(x_BTHh.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * angles).flatten(-2)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023) with rotary embeddings and, by option, normalised queries and keys."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.groups = config.heads // config.kv_heads
+        self.wq = nn.Linear(config.width, config.heads * config.head_dim, bias=False)
+        self.wk = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
+        self.wv = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
+        self.wo = nn.Linear(config.heads * config.head_dim, config.width, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self, x_BTD: Tensor, angles: Tensor, bias: Optional[Tensor], cache: Optional[KVCache], layer: int
+    ) -> Tensor:
+        q, k, v = (w(x_BTD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        q, k = rotate(self.q_norm(q), angles).type_as(v), rotate(self.k_norm(k), angles).type_as(v)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        if cache is not None:
+            k, v = cache.update(layer, k, v)
+        if self.groups > 1:  # not `enable_gqa`: on GPUs, with a mask, it falls back to the unfused kernel
+            k, v = (t.repeat_interleave(self.groups, dim=1) for t in (k, v))
+        causal = bias is None and q.shape[2] > 1
+        with training_kernel(q.device):
+            out_BHTh = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
+        return torch.as_tensor(self.wo(out_BHTh.transpose(1, 2).flatten(2)))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020): w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.width, config.ffn_width, bias=False)
+        self.w2 = nn.Linear(config.ffn_width, config.width, bias=False)
+        self.w3 = nn.Linear(config.width, config.ffn_width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each with its residual."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = RMSNorm(config.width, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.width, config.norm_eps)
+
+    def forward(
+        self, x_BTD: Tensor, angles: Tensor, bias: Optional[Tensor], cache: Optional[KVCache], layer: int
+    ) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), angles, bias, cache, layer)
+        return x_BTD + torch.as_tensor(self.feed_forward(self.ffn_norm(x_BTD)))
+
+
+class Decoder(nn.Module):
+    """Token embedding, `config.layers` blocks, final norm and output head.
+
+    `checkpoint_layers`: recompute each block in the backward pass (training only), to save activation memory.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpoint_layers = False
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.width)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.output = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Normal 0.02; outputs onto the residual stream divided by sqrt(2 layers), as in GPT-2."""
+        for name, parameter in self.named_parameters():
+            if "norm" in name:
+                nn.init.ones_(parameter)
+            else:
+                residual = name.endswith(("wo.weight", "w2.weight"))
+                nn.init.normal_(parameter, std=0.02 / (math.sqrt(2 * self.config.layers) if residual else 1.0))
+
+    def embed(self, ids_BT: Tensor) -> Tensor:
+        """[B, T] ids -> [B, T, D]."""
+        return torch.as_tensor(self.tok_embeddings(ids_BT))
+
+    def forward(
+        self, x_BTD: Tensor, position_ids_BT: Tensor, mask: Optional[Tensor] = None, cache: Optional[KVCache] = None
+    ) -> Tensor:
+        """Hidden states after the final norm, [B, T, D].
+
+        Args:
+            position_ids_BT: rotary positions.
+            mask: bool, broadcastable to [B, 1, T, S], True = may attend; every row needs at least one. None: causal.
+            cache: holds earlier positions; the new ones are added to it.
+        """
+        angles = rotary_angles(position_ids_BT, self.config)
+        bias = self._bias(x_BTD, mask, cache.length if cache else 0)
+        recompute = self.checkpoint_layers and self.training and torch.is_grad_enabled()
+        for index, layer in enumerate(self.layers):
+            if recompute:
+                x_BTD = checkpoint(layer, x_BTD, angles, bias, cache, index, use_reentrant=False)
+            else:
+                x_BTD = layer(x_BTD, angles, bias, cache, index)
+        if cache is not None:
+            cache.advance(x_BTD.shape[1])
+        return torch.as_tensor(self.norm(x_BTD))
+
+    def _bias(self, x_BTD: Tensor, mask: Optional[Tensor], past: int) -> Optional[Tensor]:
+        """The mask as an additive bias in the attention's dtype: converted here once, not in every layer."""
+        length = x_BTD.shape[1]
+        if mask is None and past and length > 1:  # SDPA's own causal flag aligns to the top left
+            mask = torch.ones(length, past + length, dtype=torch.bool, device=x_BTD.device).tril(past)[None, None]
+        if mask is None:
+            return None
+        kind = x_BTD.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_BTD.dtype
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] hidden states -> [..., vocab]."""
+        weight = self.tok_embeddings.weight if self.output is None else self.output.weight
+        return F.linear(hidden, weight)
+
+    def flops(self, tokens: int, context: int, supervised: int) -> float:
+        """Of a forward pass: `tokens` positions that each attend over rows of `context`, `supervised` logits."""
+        c = self.config
+        attention = c.width * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
+        per_token = 2 * (attention + 3 * c.width * c.ffn_width) + 4 * context * c.width
+        return float(tokens * c.layers * per_token + 2 * supervised * c.width * c.vocab_size)

@@ -1,0 +1,158 @@
+"""SPHINX (Lin et al. 2023): visual tokens and text tokens through one decoder.
+
+Shapes: B rows of T positions, N images of L tokens each, M supervised positions, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Union
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sphinx_pl.data.record import IGNORE, Batch
+from sphinx_pl.errors import UserError, suggest
+from sphinx_pl.models.config import SphinxConfig
+from sphinx_pl.models.decoder import Decoder
+from sphinx_pl.models.views import normalise
+from sphinx_pl.models.vision_mixer import VisionMixer
+
+
+@dataclass(slots=True)
+class TokenLosses:
+    """What a batch's supervised positions cost.
+
+    `anchor` is zero; where the batch has no image, or no target, it depends on the modules that would have been left
+    out. Add it to the loss, so that every rank's backward pass runs the same modules, whatever its batch holds.
+    """
+
+    nll: Tensor  # [M] float32, nats
+    index: Tensor  # [M] int64, flat b * T + t
+    anchor: Tensor  # [] float32, zero
+
+
+def packed_mask(segment_ids_BT: Tensor, branch_ids_BT: Tensor) -> Tensor:
+    """Who may attend to whom in packed rows, bool [B, 1, T, T].
+
+    A position sees what is before it in its own segment, as far as it is shared prefix or its own branch. Padding
+    (segment 0) sees itself only: a row of nothing but -inf would be NaN.
+    """
+    length = segment_ids_BT.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=segment_ids_BT.device).tril()
+    same = (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]) & (segment_ids_BT != 0)[:, :, None]
+    visible = (branch_ids_BT[:, None, :] == 0) | (branch_ids_BT[:, :, None] == branch_ids_BT[:, None, :])
+    itself = torch.eye(length, dtype=torch.bool, device=causal.device)
+    return (causal & same & visible | itself)[:, None]
+
+
+class Sphinx(nn.Module):
+    """The vision mixer in front of the decoder; `mixer` is None for a text-only model."""
+
+    def __init__(self, config: SphinxConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.decoder = Decoder(config.decoder)
+        self.mixer = VisionMixer(config.vision, config.decoder.width) if config.vision else None
+        self.frozen: frozenset[str] = frozenset()
+
+    @staticmethod
+    def normalise(pixels: Tensor) -> Tensor:
+        """uint8 [N, 3, S, S] -> float32, as the towers want it."""
+        return normalise(pixels)
+
+    def embed_images(self, pixels: Tensor) -> Tensor:
+        """uint8 [N, 3, S, S] -> [N, L, D].
+
+        Raises:
+            UserError: the model has no vision part.
+        """
+        if self.mixer is None:
+            raise UserError("this model has no vision part (model.vision=null) but was given an image")
+        return torch.as_tensor(self.mixer(self.normalise(pixels)))
+
+    def token_losses(self, batch: Batch) -> TokenLosses:
+        """Negative log likelihood of each supervised target of packed rows."""
+        x_BTD, anchor = self._embed(batch)
+        mask = packed_mask(batch.segment_ids, batch.branch_ids)
+        hidden_FD = self.decoder(x_BTD, batch.position_ids, mask).flatten(0, 1)
+        labels = batch.labels.flatten()
+        index = (labels != IGNORE).nonzero().squeeze(1)
+        if len(index) == 0:
+            anchor = anchor + 0.0 * self.decoder.logits(hidden_FD[:1]).float().sum()
+            return TokenLosses(hidden_FD.new_zeros(0, dtype=torch.float32), index, anchor)
+        logits = self.decoder.logits(hidden_FD[index]).float()
+        return TokenLosses(F.cross_entropy(logits, labels[index], reduction="none"), index, anchor)
+
+    def _embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Embeddings [B, T, D] with the image tokens in their slots, and the anchor."""
+        x_BTD = self.decoder.embed(batch.input_ids)
+        anchor = x_BTD.new_zeros((), dtype=torch.float32)
+        if self.mixer is None and len(batch.pixels) == 0:
+            return x_BTD, anchor
+        if len(batch.pixels) == 0:  # the towers still run, on one blank image
+            assert self.config.vision is not None
+            size = self.config.vision.image_size
+            return x_BTD, anchor + 0.0 * self.embed_images(batch.pixels.new_zeros(1, 3, size, size)).float().sum()
+        tokens_NLD = self.embed_images(batch.pixels)
+        slots = batch.image_starts[:, None] + torch.arange(tokens_NLD.shape[1], device=x_BTD.device)
+        flat = x_BTD.flatten(0, 1).index_copy(0, slots.flatten(), tokens_NLD.flatten(0, 1).to(x_BTD.dtype))
+        return flat.view_as(x_BTD), anchor
+
+    def parts(self) -> dict[str, list[Union[nn.Module, nn.Parameter]]]:
+        """The model in the pieces that can be frozen: decoder, projections and the towers it has."""
+        parts: dict[str, list[Union[nn.Module, nn.Parameter]]] = {"decoder": [self.decoder]}
+        if self.mixer is not None:
+            projections = [p for p in (self.mixer.visual_proj, self.mixer.qformer_proj) if p is not None]
+            parts["projections"] = [*projections, self.mixer.start_img, self.mixer.end_img]
+            parts |= {key: [tower] for key, tower in self.mixer.towers.items()}
+        return parts
+
+    def freeze(self, names: Iterable[str]) -> None:
+        """No gradients for these parts, and eval mode for good, whatever `.train()` says later.
+
+        Raises:
+            UserError: a part that this model does not have.
+        """
+        parts = self.parts()
+        for name in names:
+            if name not in parts:
+                raise UserError(f"this model has no part '{name}' to freeze: {suggest(name, parts)}")
+            for piece in parts[name]:
+                piece.requires_grad_(False)
+        self.frozen |= frozenset(names)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Sphinx:
+        super().train(mode)
+        for name in self.frozen:
+            for piece in self.parts()[name]:
+                if isinstance(piece, nn.Module):
+                    piece.eval()
+        return self
+
+    def trainable_table(self) -> list[tuple[str, int, int]]:
+        """(part, trainable parameters, frozen parameters) of every part."""
+        table = []
+        for name, pieces in self.parts().items():
+            parameters = [p for piece in pieces for p in (piece.parameters() if isinstance(piece, nn.Module) else [piece])]
+            trainable = sum(p.numel() for p in parameters if p.requires_grad)
+            table.append((name, trainable, sum(p.numel() for p in parameters) - trainable))
+        return table
+
+    def flops_per_image(self) -> float:
+        """Forward FLOPs of all towers and projections for one image."""
+        return self.mixer.flops() if self.mixer is not None else 0.0
+
+    def flops_per_token(self, context: int) -> float:
+        """Forward FLOPs of the decoder's layers for one position of a row of `context` positions; no output head."""
+        return self.decoder.flops(tokens=1, context=context, supervised=0)
+
+    def flops(self, batch: Batch) -> float:
+        """Forward FLOPs of `token_losses`: matrix multiplications and convolutions, attention over whole rows."""
+        rows, length = batch.input_ids.shape
+        supervised = max(1, int((batch.labels != IGNORE).sum()))
+        images = max(1, len(batch.pixels))
+        return self.decoder.flops(rows * length, length, supervised) + images * self.flops_per_image()

@@ -1,0 +1,347 @@
+"""The four vision encoders behind one protocol: CLIP ViT, CLIP ConvNeXt, DINOv2 ViT, BLIP-2's Q-Former.
+
+Sizes come from the configuration alone. Building loads no weights and works on the meta device; `load_pretrained`
+reads them, explicitly. A tower holds no parameter that its forward pass does not use.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import ClassVar, Union
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sphinx_pl.errors import UserError
+from sphinx_pl.models.config import ClipViTConfig, ConvNextConfig, Dinov2Config, QFormerConfig, VisionConfig
+from sphinx_pl.models.views import CLIP_MEAN, CLIP_STD, resize
+
+TowerConfig = Union[ClipViTConfig, ConvNextConfig, Dinov2Config, QFormerConfig]
+State = dict[str, Tensor]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+# Of residual branches in towers that train from scratch: CaiT's value for shallow nets. Pretrained weights replace it.
+LAYER_SCALE = 0.1
+
+
+class Tower(nn.Module, ABC):
+    """An encoder: [N, 3, s, s] views, normalised with CLIP's mean and deviation -> [N, tokens, width].
+
+    Channel towers give 1 + patch_grid^2 tokens, class token first; the Q-Former gives its queries. Views of another
+    size than `image_size` are resized first.
+    """
+
+    key: ClassVar[str]
+    resize_mode: ClassVar[str] = "bicubic"
+
+    def __init__(self, width: int, image_size: int, half_resize: bool) -> None:
+        super().__init__()
+        self.width = width
+        self.image_size = image_size
+        self.half_resize = half_resize
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        sized = resize(pixels, self.image_size, self.resize_mode, self.half_resize)
+        return self.encode(sized.to(next(self.parameters()).dtype))
+
+    @abstractmethod
+    def encode(self, pixels: Tensor) -> Tensor:
+        """[N, 3, image_size, image_size] -> [N, tokens, width]."""
+
+    @abstractmethod
+    def flops(self) -> float:
+        """Of the forward pass of one view: matrix multiplications and convolutions."""
+
+    @abstractmethod
+    def fetch(self, source: str) -> State:
+        """Pretrained weights under this tower's names, through the library's own cache and download."""
+
+
+def _vit_flops(grid: int, patch: int, width: int, layers: int, mlp_weights: int) -> float:
+    tokens = 1 + grid**2
+    embedding = 2 * grid**2 * 3 * patch**2 * width
+    return float(embedding + layers * (2 * tokens * (4 * width**2 + mlp_weights) + 4 * tokens**2 * width))
+
+
+class ClipViT(Tower):
+    """CLIP's ViT (Radford et al. 2021) by open_clip: the final norm on all tokens, no projection."""
+
+    key = "clip"
+
+    def __init__(self, config: ClipViTConfig, half_resize: bool = False) -> None:
+        super().__init__(config.width, config.image_size, half_resize)
+        from open_clip.transformer import QuickGELU, VisionTransformer
+
+        self.config = config
+        self.model = VisionTransformer(
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            width=config.width,
+            layers=config.layers,
+            heads=config.heads,
+            mlp_ratio=config.mlp_ratio,
+            output_dim=1,
+            act_layer=QuickGELU if config.quick_gelu else nn.GELU,
+        )
+        self.model.proj = None
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        out = self.model.forward_intermediates(
+            pixels,
+            indices=[self.config.layers - 1],
+            normalize_intermediates=True,
+            intermediates_only=True,
+            output_fmt="NLC",
+            output_extra_tokens=True,
+        )
+        return torch.cat([out["image_intermediates_prefix"][0], out["image_intermediates"][0]], dim=1)
+
+    def flops(self) -> float:
+        c = self.config
+        return _vit_flops(c.grid, c.patch_size, c.width, c.layers, int(2 * c.mlp_ratio * c.width**2))
+
+    def fetch(self, source: str) -> State:
+        """`source`: an open_clip tag of ViT-L-14 such as `openai`, or `ARCHITECTURE/TAG`."""
+        import open_clip
+
+        architecture, _, tag = source.rpartition("/")
+        state: State = open_clip.create_model(architecture or "ViT-L-14", pretrained=tag).visual.state_dict()
+        return {f"model.{name}": value for name, value in state.items() if name != "proj"}
+
+
+class ConvNext(Tower):
+    """CLIP's ConvNeXt trunk (Liu et al. 2022; Cherti et al. 2023) by timm, its map repeated onto the patch grid.
+
+    The mean of the repeated map stands in front as the class token.
+    """
+
+    key = "convnext"
+    resize_mode = "nearest"
+
+    def __init__(self, config: ConvNextConfig, patch_grid: int, half_resize: bool = False) -> None:
+        super().__init__(config.width, config.image_size, half_resize)
+        from timm.models.convnext import ConvNeXt
+
+        stages = len(config.dims)
+        if config.stem == 2 or stages > 4 or config.stride > 32:
+            raise UserError(
+                f"model.vision.convnext: timm's ConvNeXt has no stem={config.stem} with {stages} stages: "
+                "use at most 4 stages, a stem other than 2 and a total stride of at most 32"
+            )
+        self.config = config
+        self.repeats = patch_grid // config.grid
+        missing = 4 - stages  # timm always builds four stages: empty ones are added, then cut off
+        self.model = ConvNeXt(
+            num_classes=0,
+            global_pool="",
+            patch_size=config.stem,
+            depths=(*config.depths, *[0] * missing),
+            dims=(*config.dims, *[config.width] * missing),
+            ls_init_value=LAYER_SCALE,
+            norm_eps=1e-5,
+        )
+        self.model.stages = self.model.stages[:stages]
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        if self.half_resize:  # the original rounds this tower's input to float16 even where the size fits
+            pixels = pixels.half().to(pixels.dtype)
+        return super().forward(pixels)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        # Channels last: timm's blocks are written for it (norms and linears on the last axis).
+        features = self.model(pixels.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
+        features = features.repeat_interleave(self.repeats, dim=1).repeat_interleave(self.repeats, dim=2).flatten(1, 2)
+        return torch.cat([features.mean(dim=1, keepdim=True), features], dim=1)
+
+    def flops(self) -> float:
+        side, before, total = self.config.image_size // self.config.stem, 3, 0.0
+        for stage, (depth, width) in enumerate(zip(self.config.depths, self.config.dims, strict=True)):
+            side = side // 2 if stage else side
+            kernel = 2 if stage else self.config.stem
+            total += 2 * side**2 * (kernel**2 * before * width + depth * (49 * width + 8 * width**2))
+            before = width
+        return total
+
+    def fetch(self, source: str) -> State:
+        """`source`: a timm model with weights, such as `convnext_xxlarge.clip_laion2b_soup`."""
+        import timm
+
+        state: State = timm.create_model(source, pretrained=True, num_classes=0, global_pool="").state_dict()
+        return {f"model.{name}": value for name, value in state.items()}
+
+
+class Dinov2(Tower):
+    """DINOv2's ViT with SwiGLU (Oquab et al. 2023) by timm: the final norm on class and patch tokens."""
+
+    key = "dinov2"
+
+    def __init__(self, config: Dinov2Config, half_resize: bool = False) -> None:
+        super().__init__(config.width, config.image_size, half_resize)
+        import timm
+
+        self.config = config
+        self.model = timm.create_model(
+            "vit_giant_patch14_dinov2",
+            pretrained=False,
+            num_classes=0,
+            img_size=config.image_size,
+            patch_size=config.patch_size,
+            embed_dim=config.width,
+            depth=config.layers,
+            num_heads=config.heads,
+            mlp_ratio=config.mlp_ratio,
+            init_values=LAYER_SCALE,
+        )
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        # (x * clip_std + clip_mean - mean) / std as one multiplication and addition
+        scale = pixels.new_tensor([a / b for a, b in zip(CLIP_STD, IMAGENET_STD, strict=True)])
+        shift = pixels.new_tensor(
+            [(a - b) / c for a, b, c in zip(CLIP_MEAN, IMAGENET_MEAN, IMAGENET_STD, strict=True)]
+        )
+        return torch.as_tensor(self.model.forward_features(pixels * scale[:, None, None] + shift[:, None, None]))
+
+    def flops(self) -> float:
+        c = self.config
+        fused = int(c.mlp_ratio * c.width)
+        return _vit_flops(c.grid, c.patch_size, c.width, c.layers, c.width * fused + c.width * fused // 2)
+
+    def fetch(self, source: str) -> State:
+        """`source`: a timm model with weights, such as `vit_giant_patch14_dinov2.lvd142m`."""
+        import timm
+
+        state: State = timm.create_model(source, pretrained=True, num_classes=0).state_dict()
+        state["pos_embed"] = resample_positions(state["pos_embed"], self.config.grid)
+        return {f"model.{name}": value for name, value in state.items()}
+
+
+def resample_positions(positions: Tensor, grid: int) -> Tensor:
+    """[1, 1 + g*g, D] -> [1, 1 + grid*grid, D] as DINOv2's own code does, which timm's resampling does not.
+
+    Bicubic by the *scale factor* (grid + 0.1) / g: the 0.1 guards a division, and also shifts every sample.
+    """
+    own = int((positions.shape[1] - 1) ** 0.5)
+    if own == grid:
+        return positions
+    patches = positions[:, 1:].float().unflatten(1, (own, own)).permute(0, 3, 1, 2)
+    factor = (grid + 0.1) / own
+    patches = F.interpolate(patches, scale_factor=(factor, factor), mode="bicubic")
+    return torch.cat([positions[:, :1].float(), patches.flatten(2).transpose(1, 2)], dim=1)
+
+
+class QFormer(Tower):
+    """BLIP-2's ViT and Q-Former (Li et al. 2023) by transformers: learned queries that read the ViT's tokens.
+
+    Without dropout: the original leaves 0.1 active in its frozen Q-Former while training, which is a defect.
+    """
+
+    key = "qformer"
+
+    def __init__(self, config: QFormerConfig, half_resize: bool = False) -> None:
+        super().__init__(config.width, config.image_size, half_resize)
+        from transformers import Blip2QFormerConfig, Blip2QFormerModel, Blip2VisionConfig, Blip2VisionModel
+
+        self.config = config
+        self.vision_model = Blip2VisionModel(
+            Blip2VisionConfig(
+                hidden_size=config.vision_width,
+                intermediate_size=config.vision_ffn_width,
+                num_hidden_layers=config.vision_layers,
+                num_attention_heads=config.vision_heads,
+                image_size=config.image_size,
+                patch_size=config.patch_size,
+                initializer_range=0.02,  # its default, 1e-10, is for weights that will be overwritten
+            )
+        )
+        self.qformer = Blip2QFormerModel(
+            Blip2QFormerConfig(
+                hidden_size=config.width,
+                num_hidden_layers=config.layers,
+                num_attention_heads=config.heads,
+                intermediate_size=config.ffn_width,
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
+                cross_attention_frequency=config.cross_attention_every,
+                encoder_hidden_size=config.vision_width,
+            )
+        )
+        self.query_tokens = nn.Parameter(torch.empty(1, config.queries, config.width))
+        nn.init.normal_(self.query_tokens, std=0.02)  # equal queries would stay equal
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        seen = self.vision_model(pixel_values=pixels).last_hidden_state
+        queries = self.query_tokens.expand(len(pixels), -1, -1)
+        return torch.as_tensor(self.qformer(query_embeds=queries, encoder_hidden_states=seen).last_hidden_state)
+
+    def flops(self) -> float:
+        c = self.config
+        grid = c.image_size // c.patch_size
+        seen = 1 + grid**2
+        vision = _vit_flops(grid, c.patch_size, c.vision_width, c.vision_layers, 2 * c.vision_width * c.vision_ffn_width)
+        layer = 2 * c.queries * (4 * c.width**2 + 2 * c.width * c.ffn_width) + 4 * c.queries**2 * c.width
+        cross = 2 * c.queries * 2 * c.width**2 + 2 * seen * 2 * c.vision_width * c.width + 4 * c.queries * seen * c.width
+        crossing = len(range(0, c.layers, c.cross_attention_every))
+        return vision + c.layers * layer + crossing * cross
+
+    def fetch(self, source: str) -> State:
+        """`source`: a BLIP-2 model on the Hugging Face hub, such as `Salesforce/blip2-opt-2.7b`."""
+        import json
+
+        from huggingface_hub import hf_hub_download
+        from safetensors import safe_open
+
+        # The language model is left where it is: only shards that hold vision weights are read.
+        with Path(hf_hub_download(source, "model.safetensors.index.json")).open() as file:
+            shards: dict[str, str] = json.load(file)["weight_map"]
+        wanted = {name: shard for name, shard in shards.items() if name in self.state_dict()}
+        state: State = {}
+        for shard in sorted(set(wanted.values())):
+            with safe_open(hf_hub_download(source, shard), framework="pt") as file:
+                state |= {name: file.get_tensor(name) for name, where in wanted.items() if where == shard}
+        return state
+
+
+def build_towers(config: VisionConfig) -> nn.ModuleDict:
+    """The configured towers, in the order clip, convnext, dinov2, qformer, with new weights."""
+    towers: list[Tower] = []
+    if config.clip:
+        towers.append(ClipViT(config.clip, config.half_resize))
+    if config.convnext:
+        towers.append(ConvNext(config.convnext, config.patch_grid, config.half_resize))
+    if config.dinov2:
+        towers.append(Dinov2(config.dinov2, config.half_resize))
+    if config.qformer:
+        towers.append(QFormer(config.qformer, config.half_resize))
+    return nn.ModuleDict({tower.key: tower for tower in towers})
+
+
+def load_pretrained(tower: Tower, source: str) -> None:
+    """Fill `tower` (its meta tensors too) from a local `.safetensors` file with the tower's own names, or by `fetch`.
+
+    Raises:
+        UserError: nothing found under `source`, or weights that are not this tower's.
+    """
+    where = f"model.vision.{tower.key}.load={source}"
+    if source.endswith(".safetensors"):
+        if not Path(source).is_file():
+            raise UserError(f"{where}: no such file: give a safetensors file, or leave `load` null for new weights")
+        from safetensors.torch import load_file
+
+        state = load_file(source)
+    else:
+        try:
+            state = tower.fetch(source)
+        except Exception as error:
+            raise UserError(
+                f"{where}: neither cached nor downloadable ({type(error).__name__}): download it on a machine with a "
+                "network, copy the cache (HF_HOME) here, or give a local .safetensors file"
+            ) from error
+    own = tower.state_dict()
+    wrong = sorted(own.keys() ^ state.keys()) or [n for n, value in own.items() if value.shape != state[n].shape]
+    if wrong:
+        raise UserError(f"{where}: its weights are not this tower's: '{wrong[0]}' and {len(wrong) - 1} others differ")
+    assign = any(value.is_meta for value in own.values())
+    tower.load_state_dict({name: value.to(own[name].dtype) for name, value in state.items()}, assign=assign)

@@ -1,0 +1,65 @@
+"""Parameter groups and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from sphinx_pl.errors import UserError
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and a warm-up + cosine schedule. `warmup` counts steps, or is a share of all steps if below 1."""
+
+    lr: float = 5e-5
+    min_lr: float = 0.0
+    warmup: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or not 0 <= self.min_lr <= self.lr:
+            raise UserError(f"stage.optim: lr={self.lr} must be positive and min_lr={self.min_lr} between 0 and lr")
+
+
+def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, object]]:
+    """Matrices and embeddings decay; vectors (norms, biases, the start and end embeddings) do not.
+
+    The original excludes by name and so decays the projections' LayerNorm weights; going by shape does not.
+    """
+    decayed, plain = [], []
+    for parameter in parameters:
+        if parameter.requires_grad:
+            (decayed if parameter.ndim >= 2 else plain).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def warmup_cosine(config: OptimConfig, max_steps: int) -> Callable[[int], float]:
+    """Factor of `lr` at a step: linear from 0 over the warm-up, then half a cosine down to `min_lr` at `max_steps`."""
+    warmup = config.warmup * max_steps if config.warmup < 1 else config.warmup
+    floor = config.min_lr / config.lr
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        progress = min(1.0, (step - warmup) / max(1.0, max_steps - warmup))
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return factor
+
+
+def build_adamw(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        decay_groups(module.parameters(), config.weight_decay),
+        lr=config.lr,
+        betas=(config.betas[0], config.betas[1]),
+        eps=config.eps,
+        fused=True,  # one pass over the parameters, on CPUs too
+    )

@@ -1,0 +1,213 @@
+"""Packing changes where samples lie, not what they cost."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.conftest import tiny_model
+
+from sphinx_pl.data.mixture import Mixture
+from sphinx_pl.data.packing import Collator, PackingConfig, Planner, Row, deal, first_fit_decreasing
+from sphinx_pl.data.processor import Processor, merge_branches
+from sphinx_pl.data.record import IGNORE, Batch, Branch, Sample
+from sphinx_pl.data.sources import build_source
+from sphinx_pl.models.sphinx import Sphinx
+
+
+def text_sample(length: int, number: int = 0) -> Sample:
+    return Sample([], [Branch([1] * length, [False] + [True] * (length - 1), "text", f"k{number}")], (), "text")
+
+
+@given(st.lists(st.integers(1, 40), max_size=60), st.integers(1, 12))
+@settings(deadline=None)
+def test_first_fit_decreasing_loses_nothing_and_overfills_nothing(lengths: list[int], rows: int) -> None:
+    samples = [text_sample(n, i) for i, n in enumerate(lengths)]
+    packed, left = first_fit_decreasing(samples, rows, row_length=32)
+    placed = [sample for row in packed for sample in row]
+    assert sorted(id(s) for s in [*placed, *left]) == sorted(id(s) for s in samples)
+    assert len(packed) <= rows
+    assert all(sum(s.length for s in row) <= 32 for row in packed)
+    # Whatever is left would not have fitted: it is longer than every row's rest and no row was unused.
+    for sample in left:
+        assert sample.length > 32 or (
+            len(packed) == rows and all(sum(s.length for s in row) + sample.length > 32 for row in packed)
+        )
+
+
+def test_deal_gives_equal_numbers_of_rows_and_spreads_images() -> None:
+    def row(images: int) -> Row:
+        return [Sample([], [Branch([1], [True], "text", "k")], ("ref",) * images, "s")]  # type: ignore[arg-type]
+
+    bins = deal([row(n) for n in (9, 1, 5, 5, 1, 9, 3, 3)], 4)
+    assert [len(b) for b in bins] == [2, 2, 2, 2]
+    assert [sum(len(s.images) for r in b for s in r) for b in bins] == [10, 10, 8, 8]
+
+
+def collate(processor: Processor, rows: list[Row], row_length: int = 256) -> Batch:
+    return Collator(row_length, processor.image_size, processor.tokens_per_image)(rows)
+
+
+def losses_by_key(model: Sphinx, batch: Batch) -> dict[str, list[float]]:
+    """Every sample's token losses, in the order of `batch.keys`."""
+    losses = model.token_losses(batch)
+    found: dict[tuple[int, int, int], list[float]] = {}
+    length = batch.input_ids.shape[1]
+    for nll, index in zip(losses.nll.tolist(), losses.index.tolist(), strict=True):
+        b, t = divmod(index, length)
+        place = (b, int(batch.segment_ids[b, t]), int(batch.branch_ids[b, t]))
+        found.setdefault(place, []).append(nll)
+    return dict(zip(batch.keys, [found[place] for place in sorted(found)], strict=True))
+
+
+@pytest.fixture
+def samples(processor: Processor, sample_data) -> list[Sample]:  # type: ignore[no-untyped-def]
+    tasks = build_source("instructions", "tasks", str(sample_data / "instructions/train.json"))
+    text = build_source("text", "text", str(sample_data / "text/train.jsonl"))
+    rng = random.Random(0)
+    found = [processor.sample(tasks.record(i), "tasks", rng) for i in range(0, 40, 5)]
+    found += [processor.sample(text.record(i), "text", rng) for i in range(4)]
+    return [sample for sample in found if sample.length <= 256]
+
+
+def test_packed_rows_give_the_losses_and_gradients_of_samples_alone(processor: Processor, samples: list[Sample]) -> None:
+    torch.manual_seed(0)
+    model = Sphinx(tiny_model()).eval()
+    alone: dict[str, list[float]] = {}
+    for sample in samples:
+        batch = collate(processor, [[sample]])
+        alone |= losses_by_key(model, batch)
+        model.token_losses(batch).nll.sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+
+    rows, left = first_fit_decreasing(samples, 16, 256)
+    assert not left
+    assert max(len(row) for row in rows) > 1
+    batch = collate(processor, rows)
+    packed = losses_by_key(model, batch)
+    model.token_losses(batch).nll.sum().backward()
+
+    assert packed.keys() == alone.keys()
+    for key, losses in alone.items():
+        assert packed[key] == pytest.approx(losses, abs=2e-5)
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            scale = expected[name].abs().max().clamp(min=1e-3)
+            assert (parameter.grad - expected[name]).abs().max() < 1e-4 * scale, name
+
+
+def test_branches_over_one_image_give_the_losses_of_samples_alone(processor: Processor, sample_data) -> None:  # type: ignore[no-untyped-def]
+    source = build_source("instructions", "tasks", str(sample_data / "instructions/train.json"))
+    by_image: dict[object, list[Sample]] = {}
+    for i in range(len(source)):
+        record = source.record(i)
+        if record.images:
+            by_image.setdefault(record.images, []).append(processor.sample(record, "tasks"))
+    group = next(g for g in by_image.values() if len(g) >= 3)[:3]
+    [merged] = merge_branches(group)
+    assert len(merged.prefix) >= 1 + processor.tokens_per_image
+    assert merged.length < sum(sample.length for sample in group)
+
+    torch.manual_seed(0)
+    model = Sphinx(tiny_model()).eval()
+    alone: dict[str, list[float]] = {}
+    for sample in group:
+        alone |= losses_by_key(model, collate(processor, [[sample]]))
+    together = losses_by_key(model, collate(processor, [[merged]], row_length=512))
+    assert together.keys() == alone.keys()
+    for key, losses in alone.items():
+        assert together[key] == pytest.approx(losses, abs=2e-5)
+
+
+def test_supervised_positions_are_the_answers(processor: Processor, samples: list[Sample]) -> None:
+    for sample in samples:
+        batch = collate(processor, [[sample]])
+        kept = batch.labels[batch.labels != IGNORE].tolist()
+        text = processor.tokenizer.decode(kept)
+        branch = sample.branches[0]
+        assert kept == [i for i, flag in zip(branch.ids, branch.supervised, strict=True) if flag]
+        if branch.task != "text":
+            assert text.endswith("\n###")
+            assert "Assistant" not in text
+
+
+def mixture(processor: Processor, folder, text_weight: float = 0.05) -> Mixture:  # type: ignore[no-untyped-def]
+    return Mixture(
+        {
+            "real": {"kind": "image_text", "path": f"{folder}/real/train-*.tar", "weight": 1.0},
+            "text": {"kind": "text", "path": f"{folder}/text/train.jsonl", "weight": text_weight},
+        },
+        processor,
+        seed=3,
+    )
+
+
+def test_every_window_holds_text_and_images(processor: Processor, sample_data) -> None:  # type: ignore[no-untyped-def]
+    planner = Planner(mixture(processor, sample_data, text_weight=0.01), PackingConfig(row_length=96, rows=2))
+    for _ in range(40):
+        placed = [s for rows in planner.plan().micro_batches for row in rows for s in row]
+        assert any(s.images for s in placed)
+        assert any(not s.images for s in placed)
+
+
+def test_an_epoch_is_planned_without_loss_or_repeat_whatever_the_ranks(processor: Processor, sample_data) -> None:  # type: ignore[no-untyped-def]
+    def keys(world_size: int, windows: int) -> list[str]:
+        config = PackingConfig(row_length=96, rows=4 // world_size)
+        planners = [Planner(mixture(processor, sample_data), config, 1, r, world_size) for r in range(world_size)]
+        found = []
+        for _ in range(windows):
+            found += sorted(
+                branch.key
+                for planner in planners
+                for rows in planner.plan().micro_batches
+                for row in rows
+                for sample in row
+                for branch in sample.branches
+                if sample.images
+            )
+        return found
+
+    one = keys(1, 12)
+    assert one == keys(2, 12)
+    epoch = len(mixture(processor, sample_data).streams["real"].source)
+    full = keys(1, 60)
+    assert len(full) > epoch + 40
+    drawn_once = full[: epoch - 40]  # the packer's look-ahead reorders only near the seam
+    assert len(set(drawn_once)) == len(drawn_once)
+
+
+def test_a_planner_continues_from_its_state(processor: Processor, sample_data) -> None:  # type: ignore[no-untyped-def]
+    def keys(planner: Planner, windows: int) -> list[str]:
+        plans = [planner.plan() for _ in range(windows)]
+        return [b.key for p in plans for rows in p.micro_batches for row in rows for s in row for b in s.branches]
+
+    config = PackingConfig(row_length=96, rows=2)
+    whole = Planner(mixture(processor, sample_data), config)
+    first = keys(whole, 7)
+    whole.consumed(7)
+    keys(whole, 3)  # a loader that ran ahead does not move the place
+    state = whole.state_dict()
+    resumed = Planner(mixture(processor, sample_data), config)
+    resumed.load_state_dict(state)
+    straight = keys(Planner(mixture(processor, sample_data), config), 15)
+    assert first + keys(resumed, 8) == straight
+
+
+def test_an_unreadable_image_leaves_a_masked_slot(processor: Processor, samples: list[Sample], tmp_path) -> None:  # type: ignore[no-untyped-def]
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"not an image")
+    good, bad = (s for s in samples if s.images) if sum(bool(s.images) for s in samples) == 2 else [
+        s for s in samples if s.images
+    ][:2]
+    ref = type(bad.images[0])(str(broken))
+    bad = Sample(bad.prefix, bad.branches, (ref,), bad.source)
+    batch = collate(processor, [[good], [bad]])
+    assert (batch.labels[0] != IGNORE).any()
+    assert (batch.labels[1] == IGNORE).all()
+    assert batch.weights[1].sum() == 0
+    assert len(batch.pixels) == 2
+    assert batch.counters["skipped/tasks/image_unreadable"] == 1

@@ -1,0 +1,235 @@
+"""Every metric against cases worked by hand; the working stands beside the number."""
+
+from __future__ import annotations
+
+import pytest
+
+from sphinx_pl.data.geometry import Geometry
+from sphinx_pl.data.record import ImageRef, Record, Region, Turn
+from sphinx_pl.data.tasks import TASKS
+from sphinx_pl.errors import UserError
+from sphinx_pl.evaluation.metrics import METRICS, register
+
+GEOMETRY = Geometry(decimals=3)
+IMAGE = (ImageRef("unused.png"),)
+SQUARE = ((100, 100),)
+
+
+def record(task: str, **fields: object) -> Record:
+    return Record(key="k", task=task, images=IMAGE, sizes=SQUARE, **fields)  # type: ignore[arg-type]
+
+
+def score(name: str, prediction: str, item: Record) -> float:
+    return METRICS[name].score(prediction, item, GEOMETRY)
+
+
+VQA = record("short_vqa", question="What colour?", answer="Red")
+
+
+@pytest.mark.parametrize(
+    ("prediction", "expected"),
+    [("Red", 1), (" red. ", 1), ("red\n", 1), ("", 0), ("reddish", 0), ("red circle", 0), ("r.e.d", 0)],
+)
+def test_vqa_exact(prediction: str, expected: float) -> None:
+    assert score("vqa_exact", prediction, VQA) == expected
+
+
+REG = record("reg", regions=(Region((10, 10, 50, 50), "Red square"),))
+
+
+@pytest.mark.parametrize(
+    ("prediction", "expected"),
+    [("Red square", 1), ("  Red  square ", 1), ("red square", 0), ("Red square.", 0), ("", 0)],
+)
+def test_text_exact(prediction: str, expected: float) -> None:
+    assert score("text_exact", prediction, REG) == expected
+
+
+CHOICE = record("multiple_choice", question="Which?", choices=("blue", "red", "green"), answer="red")
+
+
+@pytest.mark.parametrize(
+    ("prediction", "expected", "parsed"),
+    [
+        ("B", 1, True),
+        ("b", 1, True),
+        ("(B)", 1, True),
+        ("B. red", 1, True),
+        ("A", 0, True),
+        ("Blue", 0, False),  # begins with the right letter, but is a word
+        ("A red one", 0, False),
+        ("", 0, False),
+    ],
+)
+def test_choice(prediction: str, expected: float, parsed: bool) -> None:
+    assert score("choice", prediction, CHOICE) == expected
+    assert METRICS["choice"].parsed(prediction) is parsed
+
+
+CAPTION = record("caption", answer="A red circle and a blue square.")  # 7 words, "a" twice
+
+
+@pytest.mark.parametrize(
+    ("prediction", "expected"),
+    [
+        ("a blue square and a red circle", 1.0),  # order does not count: 7 of 7 both ways
+        ("a a a", 0.4),  # "a" counts twice: precision 2/3, recall 2/7 -> 2 * 2 / (3 + 7)
+        ("red", 2 / 8),  # 1 of 1 and 1 of 7 -> 2 * 1 / (1 + 7)
+        ("green", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_caption_f1(prediction: str, expected: float) -> None:
+    assert score("caption_f1", prediction, CAPTION) == pytest.approx(expected)
+
+
+REC = record("rec", question="the red one", regions=(Region((10, 20, 50, 60), "red"),))  # truth [.1,.2,.5,.6]
+
+
+@pytest.mark.parametrize(
+    ("prediction", "expected", "parsed"),
+    [
+        ("[0.100,0.200,0.500,0.600]", 1, True),
+        ("[0.5,0.6,0.1,0.2]", 1, True),  # corners swapped
+        ("[0.1,0.2,0.5,0.4]", 1, True),  # the upper half of the truth: IoU .08 / .16 = 0.5 exactly
+        ("[0.1,0.2,0.5,0.39]", 0, True),  # IoU .19 / .4 = 0.475
+        ("[0.3,0.2,0.7,0.6]", 0, True),  # half beside it: .08 / (.16 + .16 - .08) = 1/3
+        ("[0,0,0.1,0.1;0.1,0.2,0.5,0.6]", 0, True),  # only the first box counts
+        ("It is at [0.1,0.2,0.5,0.6], I think", 1, True),
+        ("[0.1,0.2,0.5]", 0, False),
+        ("[0.1,0.2,0.5,0.6", 0, False),  # cut off: the last number may lack digits
+        ("", 0, False),
+    ],
+)
+def test_box_iou50(prediction: str, expected: float, parsed: bool) -> None:
+    assert score("box_iou50", prediction, REC) == expected
+    assert METRICS["box_iou50"].parsed(prediction) is parsed
+
+
+def test_boxes_are_compared_in_the_padded_square() -> None:
+    # 200 x 100 is padded by 50 above and below: rows 0..100 become 0.25..0.75.
+    item = Record("k", "rec", IMAGE, ((200, 100),), question="it", regions=(Region((0, 0, 100, 100), "it"),))
+    assert score("box_iou50", "[0,0.25,0.5,0.75]", item) == 1
+    assert score("box_iou50", "[0,0,0.5,1]", item) == 1  # IoU .25 / .5 = 0.5
+    assert score("box_iou50", "[0,0,0.5,0.5]", item) == 0  # overlap .125 of .375 = 1/3
+
+
+TWO = record("detection", question="dot", regions=(Region((0, 0, 20, 20), "dot"), Region((50, 50, 90, 90), "dot")))
+NOTHING = record("detection", question="dot", regions=(Region((0, 0, 20, 20), "cube"),))
+
+
+@pytest.mark.parametrize(
+    ("prediction", "expected"),
+    [
+        ("[0,0,0.2,0.2;0.5,0.5,0.9,0.9]", 1.0),
+        ("[0.5,0.5,0.9,0.9;0,0,0.2,0.2]", 1.0),  # order does not count
+        ("[0,0,0.2,0.2]", 2 / 3),  # 1 hit: 2 * 1 / (1 + 2)
+        ("[0,0,0.2,0.2;0,0,0.2,0.2]", 0.5),  # a double counts once: 2 * 1 / (2 + 2)
+        ("[0,0,0.2,0.2;0.5,0.5,0.9,0.9;0.3,0,0.4,0.1]", 0.8),  # one too many: 2 * 2 / (3 + 2)
+        ("None", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_detection_f1(prediction: str, expected: float) -> None:
+    assert score("detection_f1", prediction, TWO) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("prediction", "expected"), [("None", 1), ("none.", 1), ("[0,0,0.2,0.2]", 0), ("", 0)])
+def test_detection_of_nothing(prediction: str, expected: float) -> None:
+    assert score("detection_f1", prediction, NOTHING) == expected
+
+
+def test_matching_takes_the_best_overlap_first() -> None:
+    # Truths A = [0,0,.4,.4] and B = [.1,0,.5,.4], with an IoU of .12/.2 = .6. The first prediction is B and reaches A
+    # too; the second is a part of A (.12/.16 = .75 with A, .08/.2 = .4 with B). Taken in order of prediction and truth
+    # the first would use up A, and the second would be left without any.
+    item = record("detection", question="dot", regions=(Region((0, 0, 40, 40), "dot"), Region((10, 0, 50, 40), "dot")))
+    assert score("detection_f1", "[0.1,0,0.5,0.4;0,0,0.3,0.4]", item) == 1.0
+
+
+GROUNDED = record(
+    "grounded_caption",
+    answer="{0} left of {1}.",
+    regions=(Region((0, 0, 20, 20), "a dot"), Region((50, 50, 90, 90), "a cube")),
+)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "expected"),
+    [
+        ("<p>a dot</p>[0,0,0.2,0.2] left of <p>a cube</p>[0.5,0.5,0.9,0.9].", 1.0),
+        ("<p>A Dot</p>[0,0,0.2,0.2]", 2 / 3),  # 2 * 1 / (1 + 2)
+        ("<p>a cube</p>[0,0,0.2,0.2]<p>a dot</p>[0.5,0.5,0.9,0.9]", 0.0),  # right boxes, wrong phrases
+        ("[0,0,0.2,0.2;0.5,0.5,0.9,0.9]", 0.0),  # no phrases
+        ("<p>a dot</p>", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_grounded_f1(prediction: str, expected: float) -> None:
+    assert score("grounded_f1", prediction, GROUNDED) == pytest.approx(expected)
+
+
+OCR = record("ocr", regions=(Region((60, 0, 80, 20), "7"), Region((0, 0, 20, 20), "4")))  # read from the left: 4, 7
+
+
+@pytest.mark.parametrize(
+    ("prediction", "expected"),
+    [
+        ("<p>4</p>[0,0,0.2,0.2]<p>7</p>[0.6,0,0.8,0.2]", 1),
+        ("<p>4</p>[0.5,0.5,0.6,0.6]<p>7</p>[0,0,0.1,0.1]", 1),  # places do not count
+        ("<p>7</p>[0.6,0,0.8,0.2]<p>4</p>[0,0,0.2,0.2]", 0),
+        ("<p>4</p>[0,0,0.2,0.2]", 0),
+        ("47", 0),
+        ("", 0),
+    ],
+)
+def test_ocr_exact(prediction: str, expected: float) -> None:
+    assert score("ocr_exact", prediction, OCR) == expected
+
+
+# Box 30 x 40 pixels of 100: diagonal 0.5, so points may be off by 0.05. Two keypoints are labelled.
+POSE = record(
+    "pose",
+    regions=(Region((10, 10, 40, 50), "person", ((20, 20, 2), (30, 20, 1), *[(0, 0, 0)] * 15)),),
+)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "expected"),
+    [
+        ("<p>nose</p>[0.2,0.2]<p>left eye</p>[0.3,0.2]", 1.0),
+        ("<p>nose</p>[0.23,0.239]<p>left eye</p>[0.33,0.241]", 0.5),  # off by .0492 and .0508
+        ("<p>nose</p>[0.3,0.2]<p>left eye</p>[0.2,0.2]", 0.0),  # swapped names
+        ("<p>nose</p>[0.9,0.9]<p>nose</p>[0.2,0.2]", 0.0),  # no second chance
+        ("<p>nose</p>[0.2,0.2]<p>left ankle</p>[0.2,0.2]", 0.5),  # an unlabelled one neither helps nor harms
+        ("[0.2,0.2;0.3,0.2]", 0.0),  # no names
+        ("", 0.0),
+    ],
+)
+def test_keypoint_pck(prediction: str, expected: float) -> None:
+    assert score("keypoint_pck", prediction, POSE) == expected
+
+
+@pytest.mark.parametrize(
+    "item", [VQA, REG, CHOICE, CAPTION, REC, TWO, NOTHING, GROUNDED, OCR, POSE], ids=lambda r: r.task
+)
+def test_a_tasks_own_answer_is_perfect_and_parsed(item: Record) -> None:
+    task = TASKS[item.task]
+    answer = task.turns(item, GEOMETRY)[-1].answer
+    assert METRICS[task.scorer].score(answer, item, GEOMETRY) == 1
+    assert METRICS[task.scorer].parsed(answer)
+
+
+def test_finished_turns_score_like_regions() -> None:
+    item = record("rec", turns=(Turn("Where is it?", "[0.100,0.200,0.500,0.600]"),))
+    assert score("box_iou50", "[0.1,0.2,0.5,0.6]", item) == 1
+
+
+def test_every_task_has_a_metric_and_every_metric_its_definition() -> None:
+    for task in TASKS.values():
+        assert task.scorer in METRICS, task.name
+    assert all(metric.description for metric in METRICS.values())
+    with pytest.raises(UserError, match="did you mean 'vqa_exact'"):
+        METRICS["vqa_exakt"]
+    with pytest.raises(ValueError, match="docstring"):
+        register("undefined", lambda prediction, record, geometry: 0.0)

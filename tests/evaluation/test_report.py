@@ -1,0 +1,199 @@
+"""The report: complete, self-contained and escaped; the parts that draw, against pixels and numbers worked by hand."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageColor
+
+from sphinx_pl.data.geometry import Geometry
+from sphinx_pl.data.record import ImageRef, Record, Region
+from sphinx_pl.evaluation.benchmarks import judge, summarise
+from sphinx_pl.evaluation.charts import Series, line_chart, smooth, ticks
+from sphinx_pl.evaluation.drawing import GIVEN, PREDICTED, TRUE, draw, to_picture
+from sphinx_pl.evaluation.report import main, read_run
+
+GEOMETRY = Geometry(decimals=2)
+VOID = {"meta", "img", "br", "rect", "path", "circle"}
+
+
+class Page(HTMLParser):
+    """Checks that tags nest, and keeps the text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text = ""
+        self.images = 0
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.images += tag == "img"
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def write_run(folder: Path, steps: int = 200, start: float = 4.0) -> None:
+    """A metrics.csv as Lightning's CSVLogger writes it: one row per call, other columns empty."""
+    folder.mkdir(parents=True)
+    lines = ["epoch,step,train/loss,train/loss_task/rec,val/loss/text,val/loss/real"]
+    lines.append(f"0,0,,,{start},{start + 0.5}")
+    for step in range(1, steps + 1):
+        loss = 1 + (start - 1) * 0.98**step + 0.2 * ((step * 7919) % 13 - 6) / 13
+        lines.append(f"0,{step},{loss:.4f},{loss + 0.3:.4f},,")
+        if step % 50 == 0:
+            lines.append(f"0,{step},,,{loss + 0.1:.4f},{loss + 0.4:.4f}")
+    (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
+    (folder / "config.yaml").write_text("model: {name: tiny}\ndata: {sources: {real: {}, text: {}}}\n")
+
+
+def write_evaluation(folder: Path, image: Path) -> None:
+    folder.mkdir(parents=True)
+    refs, size = (ImageRef(str(image)),), ((64, 64),)
+    rec = Record("0", "rec", refs, size, question="the red one", regions=(Region((8, 8, 32, 32), "red"),))
+    vqa = Record("1", "short_vqa", refs, size, question="<b>What</b> & why?", answer="<script>alert(1)</script>")
+    lost = Record("2", "short_vqa", (ImageRef(str(image) + ".gone"),), size, question="Lost?", answer="yes")
+    predictions = [
+        judge(rec, "[0.20,0.20,0.60,0.60]", GEOMETRY, refs),
+        judge(vqa, "<script>alert(1)</script>", GEOMETRY, refs),
+        judge(lost, "no", GEOMETRY, lost.images),
+    ]
+    rows = summarise(predictions, {"constant": predictions})
+    results = {
+        "checkpoint": "x/final",
+        "decimals": 2,
+        "image_size": 64,
+        "metrics": {},
+        "rows": [r.to_dict() for r in rows],
+    }
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "predictions.jsonl").write_text("".join(json.dumps(p.to_dict()) + "\n" for p in predictions))
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Path:
+    write_run(tmp_path / "real" / "csv" / "version_0")
+    write_run(tmp_path / "real_notext" / "csv" / "version_0", start=3.0)
+    picture = Image.new("RGB", (64, 64), "white")
+    picture.save(tmp_path / "image.png")
+    write_evaluation(tmp_path / "evaluation", tmp_path / "image.png")
+    curve = {"betas": [0, 0.5, 1], "losses": {"a": [2, 1, 3], "b": [4, 2, 3]}, "mean": [3, 1.5, 3.0]}
+    (tmp_path / "curve.json").write_text(json.dumps(curve))
+    return tmp_path
+
+
+def test_whole_report(inputs: Path) -> None:
+    out = inputs / "report.html"
+    runs = [f"--run={name}={inputs / name}" for name in ("real", "real_notext")]
+    assert main([f"--out={out}", *runs, f"--mix={inputs}", "--evaluation", str(inputs / "evaluation")]) == 0
+    html = out.read_text()
+    page = Page(html)
+    assert page.open == []
+    assert "http://" not in html
+    assert "https://" not in html
+    assert not re.search(r"<(link|iframe|object)|src=(?!\"data:)|url\(|@import", html)
+    assert "<script>alert" not in html
+    assert "<script>alert(1)</script>" in page.text  # shown, not run
+    assert "<b>What</b> & why?" in page.text
+    assert page.images == 2  # the third one's file is gone, which is said
+    assert "1 pictures are left out" in page.text
+    assert "β = 0.50, 1.5000" in page.text.replace("\n", " ")
+    assert "1.5000 below the synthetic end" in page.text
+    assert "4.000 step 0" in page.text  # text before the stage
+    assert page.text.count("without") >= 1
+    assert not list(inputs.glob("*.tmp"))
+
+
+def test_nothing_given_is_said_and_no_crash(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "report.html"
+    missing = str(tmp_path / "nothing")
+    assert main([f"--out={out}", f"--run=real={missing}", f"--mix={missing}", "--evaluation", missing]) == 0
+    text = Page(out.read_text()).text
+    for sentence in (
+        "No metrics.csv",
+        "There is no curve",
+        "There are no results",
+        "There are no predictions",
+        "No run logged",
+    ):
+        assert sentence in text
+
+
+def test_a_wrong_argument_is_answered_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([f"--out={tmp_path / 'r.html'}", "--run=folder"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_resumed_runs_later_file_counts(tmp_path: Path) -> None:
+    for number, (text, time) in enumerate(
+        [("step,train/loss\n1,5\n2,4\n3,9\n", 1), ("step,train/loss\n3,3\n4,2\n", 2)]
+    ):
+        folder = tmp_path / f"version_{number}"
+        folder.mkdir()
+        (folder / "metrics.csv").write_text(text)
+        import os
+
+        os.utime(folder / "metrics.csv", (time, time))
+    assert read_run("r", tmp_path).columns["train/loss"] == [(1, 5), (2, 4), (3, 3), (4, 2)]
+
+
+def test_smoothing_keeps_a_straight_line_and_averages_noise() -> None:
+    line = [(float(x), 2.0 * x) for x in range(50)]
+    assert [y for _, y in smooth(line, 0.2)] == pytest.approx([y for _, y in line])
+    zigzag = [(float(x), float(x % 2)) for x in range(101)]
+    assert smooth(zigzag, 0.2)[50][1] == pytest.approx(0.5, abs=0.05)  # a window of 21: 10 or 11 ones
+
+
+def test_ticks_are_round_and_inside() -> None:
+    assert ticks(0, 10) == [0, 2, 4, 6, 8, 10]
+    assert ticks(0.13, 0.52, 4) == pytest.approx([0.2, 0.3, 0.4, 0.5])
+    assert ticks(1, 1) == [1]
+
+
+def test_chart_of_one_point_and_of_none() -> None:
+    assert "circle" in line_chart([Series("a & b", [(0, 1)], dots=True)])
+    assert "a &amp; b" in line_chart([Series("a & b", [(0, 1)], dots=True)])
+    assert line_chart([Series("a", [])]) == ""
+
+
+def test_boxes_are_drawn_where_the_text_says() -> None:
+    picture = to_picture(torch.zeros(3, 64, 64, dtype=torch.uint8), scale=4)
+    assert picture.size == (256, 256)
+    answer, prediction, question = "[0.25,0.25,0.50,0.50]", "[0.60,0.60,0.90,0.90]", "Look at [0.00,0.70,0.20,1.00]."
+    drawn = draw(picture, answer, prediction, GEOMETRY, question)
+    at = {  # the left edge's middle: x1 * 255, (y1 + y2) / 2 * 255
+        (64, 96): TRUE,
+        (153, 191): PREDICTED,
+        (0, 217): "#ffffff",  # the rim, since the box lies at the picture's edge
+        (2, 217): GIVEN,
+    }
+    for place, colour in at.items():
+        assert drawn.getpixel(place) == ImageColor.getrgb(colour), place
+    assert drawn.getpixel((96, 96)) == (0, 0, 0)  # nothing inside
+    assert picture.getpixel((64, 96)) == (0, 0, 0)  # the picture itself is left as it was
+
+
+def test_keypoints_are_dots_joined_by_limbs() -> None:
+    black = Image.new("RGB", (200, 200))
+    text = "<p>left knee</p>[0.20,0.20]<p>left ankle</p>[0.20,0.80]<p>nose</p>[0.80,0.50]"
+    drawn = draw(black, "", text, GEOMETRY)
+    colour = ImageColor.getrgb(PREDICTED)
+    assert drawn.getpixel((40, 40)) == drawn.getpixel((160, 100)) == colour
+    assert drawn.getpixel((40, 100)) == colour  # the shin
+    assert drawn.getpixel((100, 75)) == (0, 0, 0)  # no limb between knee and nose
+    assert draw(black, "no geometry", "[1,2,3", GEOMETRY).tobytes() == black.tobytes()
