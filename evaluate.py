@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -48,6 +49,7 @@ class EvaluateConfig:
     device: str = "auto"
     precision: str = "fp32"
     out: Optional[str] = None
+    report: Optional[str] = None
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> EvaluateConfig:
@@ -106,20 +108,23 @@ def read_records(
 
 def results_table(rows: Iterable[Row]) -> Table:
     """The results as a terminal shows them; a green triangle where the whole interval is above the baseline."""
-    table = Table(title="Results", caption="▲: the whole 95 % interval is above the baseline")
-    for name in ("task", "domain", "topic"):
-        table.add_column(name)
-    for name in ("score", "95 %", "baseline", "", "n", "unparsed"):
-        table.add_column(name, justify="left" if not name else "right")
+    table = Table(
+        title="Results",
+        caption="▲: the whole 95 % interval is above the baseline",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("task")
+    for name in ("score", "95 %", "baseline", "", "", "n", "unparsed"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for row in rows:
-        total = not row.domain and not row.topic
+        part = " · ".join(name for name in (row.topic, row.domain) if name)
         table.add_row(
-            f"[bold]{row.task}[/]" if total else "",
-            row.domain,
-            row.topic,
+            f"  {part}" if part else f"[bold]{row.task}[/]",
             f"{row.score:.3f}",
-            f"{row.low:.3f}–{row.high:.3f}",
-            "–" if row.baseline is None else f"{row.baseline:.3f} {row.baseline_kind}",
+            f"{row.low:.2f}–{row.high:.2f}",
+            "–" if row.baseline is None else f"{row.baseline:.3f}",
+            row.baseline_kind,
             "[green]▲[/]" if row.above else "",
             str(row.n),
             str(row.unparsed or ""),
@@ -135,7 +140,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 @entry_point(config_name="evaluate")
 def main(cfg: DictConfig) -> float:
-    """Writes predictions.jsonl and results.json; returns the mean score over tasks."""
+    """Writes predictions.jsonl, results.json and, if asked for, the report; returns the mean score over tasks."""
     options = EvaluateConfig.from_config(cfg)
     assert options.checkpoint is not None
     console = Console()
@@ -151,6 +156,7 @@ def main(cfg: DictConfig) -> float:
     from sphinx_pl.evaluation.baselines import constant_predictions, fit_constants
     from sphinx_pl.evaluation.benchmarks import evaluate, select, shuffle_images, summarise
     from sphinx_pl.evaluation.metrics import METRICS
+    from sphinx_pl.evaluation.report import find_inputs, write_report
     from sphinx_pl.models.sphinx import Sphinx
 
     processor = Processor.from_dict(checkpoint.processor, checkpoint.tokenizer_file, checkpoint.model_config)
@@ -177,9 +183,8 @@ def main(cfg: DictConfig) -> float:
         if options.shuffled:
             images = shuffle_images(records, options.seed)
             asking["skipped"] = None  # the same records are lost again
-            baselines["shuffled"] = evaluate(
-                model, processor, records, images=images, title="shuffled images", **asking
-            )
+            others = [record for record in records if record.key in images]
+            baselines["shuffled"] = evaluate(model, processor, others, images=images, title="shuffled images", **asking)
     if not predictions:
         raise UserError(f"none of {len(records)} questions could be asked ({lost}): check data.test and its images")
     if options.constant and data.get("sources"):
@@ -208,6 +213,11 @@ def main(cfg: DictConfig) -> float:
     if lost:
         console.print(f"Not asked: {', '.join(f'{reason} {count}' for reason, count in sorted(lost.items()))}")
     console.print(f"Results: {folder / 'results.json'}")
+    if options.report:
+        report = Path(options.report)
+        runs, mix = find_inputs(report.parent)
+        write_report(report, runs, mix, [folder])
+        console.print(f"Report: {report}")
     tasks = [row.score for row in rows if not row.domain and not row.topic]
     return sum(tasks) / len(tasks)
 

@@ -40,7 +40,8 @@ class MixConfig:
             UserError: keys that contradict each other, or nothing to do.
         """
         values = {f.name: cfg[f.name] for f in dataclasses.fields(cls)}
-        options: MixConfig = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))  # type: ignore[assignment]
+        options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
+        assert isinstance(options, cls)
         if options.weights is not None and options.beta is not None:
             raise UserError("weights and beta are both given: drop one of them")
         if options.out is None and options.curve is None:
@@ -68,7 +69,9 @@ class MixConfig:
         return check_weights(self.weights, len(self.checkpoints), self.normalize)
 
 
-def write_mixing_curve(options: MixConfig, checkpoints: list[Checkpoint], data: DictConfig, folder: Path) -> dict[str, Any]:
+def write_mixing_curve(
+    options: MixConfig, checkpoints: list[Checkpoint], data: DictConfig, folder: Path
+) -> dict[str, Any]:
     """Evaluate and write the curve; returns the content of curve.json."""
     import torch
 
@@ -79,14 +82,16 @@ def write_mixing_curve(options: MixConfig, checkpoints: list[Checkpoint], data: 
     from sphinx_pl.models.sphinx import Sphinx
 
     first = checkpoints[0]
-    sources = OmegaConf.to_container(data.val_sources, resolve=True)
+    values: dict[str, Any] = {
+        key: OmegaConf.to_container(data[key], resolve=True) for key in ("val_sources", "packing")
+    }
+    sources: Any = values["val_sources"]
     for name in options.curve_sources or ():
         if name not in sources:
-            raise UserError(f"curve_sources: no held-out source '{name}': {suggest(name, map(str, sources))}")
-    chosen = {name: sources[name] for name in options.curve_sources or sources}
+            raise UserError(f"curve_sources: no held-out source '{name}': {suggest(name, sources)}")
+    values["val_sources"] = {name: sources[name] for name in options.curve_sources or sources}
     processor = Processor.from_dict(first.processor, first.tokenizer_file, first.model_config)
-    packing = OmegaConf.to_container(data.packing, resolve=True)
-    datamodule = DataModule(processor, {}, chosen, packing, val_samples=data.val_samples)
+    datamodule = DataModule(processor, sources={}, val_samples=data.val_samples, **values)
     # Decoded once for all points; val_samples bounds the memory.
     loaders = {name: list(batches) for name, batches in datamodule.val_loaders().items()}
     device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
@@ -109,15 +114,13 @@ def main(cfg: DictConfig) -> float | None:
     checkpoints = [open_checkpoint(path) for path in options.checkpoints]
     check_compatible(checkpoints)
     if out is not None:
-        config = OmegaConf.to_container(cfg)
-        assert isinstance(config, dict)
         mix_checkpoints(
             checkpoints,
             weights,
             out,
             method=options.method,
             overwrite=options.overwrite,
-            config={f.name: config[f.name] for f in dataclasses.fields(options)},
+            config=dataclasses.asdict(options),
         )
         print(f"Mixed checkpoint: {out} (weights {', '.join(f'{weight:g}' for weight in weights)})")
     if options.curve is None:
@@ -126,7 +129,7 @@ def main(cfg: DictConfig) -> float | None:
     content = write_mixing_curve(options, checkpoints, cfg.data, folder)
     best = content["best"]
     print(
-        f"Curve: {folder / 'curve.csv'}. The mean held-out loss is lowest at beta={best['beta']:g}: {best['mean']:.4f}, "
+        f"Curve: {folder / 'curve.csv'}. The mean loss is lowest at beta={best['beta']:g}: {best['mean']:.4f}, "
         f"{best['gain']:.4f} below the better end."
     )
     return float(best["mean"])

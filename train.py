@@ -22,7 +22,8 @@ log = logging.getLogger(__name__)
 
 def prepare_run_folder(cfg: DictConfig, folder: Path) -> Path | None:
     """Refuse to mix two runs in one folder; record what runs. Returns the checkpoint to resume from, if any."""
-    from callbacks.checkpoint import checkpoints, resolve_resume
+    from callbacks.checkpoint import checkpoints, resolve_resume, step_of
+    from callbacks.csv_logger import forget_after
     from sphinx_pl.checkpoint.provenance import provenance
 
     resume = resolve_resume(cfg.ckpt_path, folder / "checkpoints")
@@ -32,8 +33,10 @@ def prepare_run_folder(cfg: DictConfig, folder: Path) -> Path | None:
                 f"{folder} already holds a run: ckpt_path=last continues it, name=... or run=... starts another, "
                 "overwrite=true replaces it"
             )
-        for old in checkpoints(folder / "checkpoints"):
-            old.unlink()
+        for old in [*checkpoints(folder / "checkpoints"), folder / "metrics.csv"]:
+            old.unlink(missing_ok=True)
+    if resume is not None and resume.parent == folder / "checkpoints":
+        forget_after(folder / "metrics.csv", step_of(resume))
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
     environment = provenance(stage=cfg.stage.name, config=None, parents=[])

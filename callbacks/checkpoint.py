@@ -20,8 +20,15 @@ _NAME = re.compile(r"step-(\d+)\.ckpt")
 
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first. A file that was being written has another name."""
-    found = [path for path in folder.glob("step-*.ckpt") if _NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(_NAME.fullmatch(path.name)[1]))  # type: ignore[index]
+    return sorted((path for path in folder.glob("step-*.ckpt") if _NAME.fullmatch(path.name)), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """Optimizer steps that a `step-N.ckpt` has behind it."""
+    match = _NAME.fullmatch(path.name)
+    if match is None:
+        raise ValueError(f"{path.name} is not step-N.ckpt")
+    return int(match[1])
 
 
 def resolve_resume(ckpt_path: str | None, folder: Path) -> Path | None:

@@ -18,6 +18,7 @@ from sphinx_pl.errors import UserError
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "conf"
 TRACEBACK = "SPHINX_TRACEBACK"
+MISTAKES = (UserError, HydraException, InstantiationException, OmegaConfBaseException)
 
 
 def _one_line(error: BaseException) -> str:
@@ -52,14 +53,24 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
     OmegaConf.register_new_resolver("validation_interval", _validation_interval, replace=True)
 
     def decorate(main: Callable[[DictConfig], Any]) -> Callable[[], Any]:
-        run = hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name=config_name)(main)
+        @functools.wraps(main)
+        def guarded(cfg: DictConfig) -> Any:
+            # Caught before Hydra adds lines of its own.
+            try:
+                return main(cfg)
+            except MISTAKES as error:
+                if os.environ.get(TRACEBACK) == "1":
+                    raise
+                sys.exit(report(error))
+
+        run = hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name=config_name)(guarded)
 
         @functools.wraps(main)
         def wrapped() -> Any:
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises instead of printing and exiting
             try:
                 return run()
-            except (UserError, HydraException, InstantiationException, OmegaConfBaseException) as error:
+            except MISTAKES as error:
                 if os.environ.get(TRACEBACK) == "1":
                     raise
                 sys.exit(report(error))

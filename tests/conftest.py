@@ -43,10 +43,10 @@ def tiny_model(**overrides: Any) -> SphinxConfig:
 @pytest.fixture(scope="session")
 def sample_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sample world at a fiftieth of its size, in the formats of the real thing."""
-    from sphinx_pl.data.sample import make_sample
+    from sphinx_pl.data.sample.writer import build
 
     folder = tmp_path_factory.mktemp("data") / "sample"
-    make_sample(folder, seed=0, scale=0.02)
+    build(folder, seed=0, scale=0.02)
     return folder
 
 

@@ -139,6 +139,12 @@ class DataModule(L.LightningDataModule):
     def val_names(self) -> list[str]:
         return list(self.val_sources)
 
+    @property
+    def has_text(self) -> bool:
+        """Whether the training mixture has a text-only source."""
+        configs = [SourceConfig.from_dict(name, values) for name, values in self.sources.items() if values]
+        return any(config.modality == "text" and config.weight > 0 for config in configs)
+
     def planner(self, accumulate: int = 1, rank: int = 0, world_size: int = 1) -> Planner:
         """A planner at the start of the stream."""
         mixture = Mixture(self.sources, self.processor, self.seed)

@@ -117,7 +117,7 @@ class SourceStream:
                 samples.append(self.processor.sample(self.source.record(index), self.name, rng))
             except BadSample as error:
                 self.counts[f"skipped/{error.reason}"] += 1
-        return merge_branches(samples) if samples else []
+        return merge_branches(samples, self.processor.config.max_length)
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "position": self.position, "counts": dict(self.counts)}

@@ -126,8 +126,11 @@ class Planner:
         pool = list(self.pending)
         carried = len(pool)
         drawn_in_vain = 0
-        while sum(sample.length for sample in pool) < capacity * (1 + config.look_ahead):
+        missing = capacity * (1 + config.look_ahead) - sum(sample.length for sample in pool)
+        while missing > 0:
+            before = len(pool)
             drawn_in_vain = self._draw(pool, None, drawn_in_vain)
+            missing -= sum(sample.length for sample in pool[before:])
         # A small window could lack a modality with a small share: ask for it by name.
         musts = []
         for modality in self.mixture.modalities:

@@ -131,7 +131,7 @@ class Processor:
         marks = sum(turn.question.count(PLACEHOLDER) for turn in turns)
         images = len(record.images)
         if images == 0 and marks:
-            raise BadSample("image_missing", f"{marks} {PLACEHOLDER} but no image")
+            raise BadSample("image_absent", f"{marks} {PLACEHOLDER} but no image")
         if self._leading(record):
             return [Turn(turn.question.replace(PLACEHOLDER, "").strip(), turn.answer) for turn in turns]
         if marks == 0:
@@ -162,36 +162,56 @@ class Processor:
             if piece:
                 piece_ids, spans = self.tokenizer.encode_with_spans(piece)
                 ids += piece_ids
-                # A token that holds the answer's first character is a target, also when it began before it.
-                supervised += [
-                    any(start + end > a and start + begin < b for a, b in rendered.answers)
-                    for begin, end in spans
-                ]
+                supervised += _overlaps(spans, rendered.answers, start)
             start += len(piece)
         return ids, supervised
 
 
-def merge_branches(samples: Sequence[Sample]) -> list[Sample]:
-    """Samples about the same images as one sample with a branch each, sharing what they begin with.
+def _overlaps(spans: Sequence[tuple[int, int]], answers: Sequence[tuple[int, int]], offset: int) -> list[bool]:
+    """Which tokens are targets: those that hold a character of an answer, also when they began before it.
 
-    The shared prefix ends before the first supervised token of any of them, so every target keeps its own context.
+    Both sequences are in order; `offset` is where the spans' text begins in the answers' text.
+    """
+    flags = []
+    at = 0
+    for begin, end in spans:
+        while at < len(answers) and answers[at][1] <= offset + begin:
+            at += 1
+        flags.append(at < len(answers) and answers[at][0] < offset + end)
+    return flags
+
+
+def merge_branches(samples: Sequence[Sample], max_length: int) -> list[Sample]:
+    """Samples about the same images, joined into as few as `max_length` tokens allow: a branch for each question.
+
     Samples whose images do not all stand in what they share (inline, after differing text) come back as they were.
     """
-    if len(samples) == 1:
-        return list(samples)
-    branches = [branch for sample in samples for branch in sample.branches]
-    limit = min(branch.supervised.index(True) for branch in branches) - 1
-    first = branches[0].ids
+    merged: list[Sample] = []
+    for sample in samples:
+        joined = _join(merged[-1], sample) if merged else None
+        if joined is not None and joined.length <= max_length:
+            merged[-1] = joined
+        else:
+            merged.append(sample)
+    return merged
+
+
+def _join(first: Sample, second: Sample) -> Sample | None:
+    """Both samples' branches behind what they begin with, or None where they do not share their images' slots.
+
+    The shared prefix ends before the first supervised token of any branch, so every target keeps its own context.
+    """
+    branches = [(sample.prefix, branch) for sample in (first, second) for branch in sample.branches]
+    chains = [prefix + branch.ids for prefix, branch in branches]
+    limit = min(len(prefix) + branch.supervised.index(True) for prefix, branch in branches) - 1
     shared = 0
-    while shared < limit and all(branch.ids[shared] == first[shared] for branch in branches):
+    while shared < limit and all(chain[shared] == chains[0][shared] for chain in chains):
         shared += 1
-    if any(IMAGE_SLOT in branch.ids[shared:] for branch in branches):
-        return list(samples)
-    return [
-        Sample(
-            first[:shared],
-            [Branch(b.ids[shared:], b.supervised[shared:], b.task, b.key) for b in branches],
-            samples[0].images,
-            samples[0].source,
-        )
+    if any(IMAGE_SLOT in chain[shared:] for chain in chains):
+        return None
+    split = [
+        # What leaves the prefix for a branch was never supervised.
+        Branch(chain[shared:], ([False] * len(prefix) + branch.supervised)[shared:], branch.task, branch.key)
+        for chain, (prefix, branch) in zip(chains, branches, strict=True)
     ]
+    return Sample(chains[0][:shared], split, first.images, first.source)

@@ -9,6 +9,7 @@ token ids. A `Batch` is what a training step gets. The model knows nothing of re
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,10 +92,10 @@ class Sample:
     branches: list[Branch]
     images: tuple[ImageRef, ...]
     source: str
+    length: int = field(init=False)  # positions it takes in a row
 
-    @property
-    def length(self) -> int:
-        return len(self.prefix) + sum(len(branch.ids) for branch in self.branches)
+    def __post_init__(self) -> None:
+        self.length = len(self.prefix) + sum(len(branch.ids) for branch in self.branches)
 
 
 IMAGE_SLOT = -1
@@ -127,15 +128,13 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The batch with every tensor on `device`."""
-        moved = {
-            f.name: value.to(device, non_blocking=non_blocking)
-            for f in dataclasses.fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        return dataclasses.replace(self, **moved)
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
-        pinned = {
-            f.name: value.pin_memory() for f in dataclasses.fields(self) if isinstance(value := getattr(self, f.name), Tensor)
+        return self._mapped(Tensor.pin_memory)
+
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        moved: dict[str, Any] = {
+            f.name: function(value) for f in dataclasses.fields(self) if isinstance(value := getattr(self, f.name), Tensor)
         }
-        return dataclasses.replace(self, **pinned)
+        return dataclasses.replace(self, **moved)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,27 +27,31 @@ def fit_constants(
     """The constant answer with the best mean score in training: of each task and topic, and of each task (topic "").
 
     Candidates are the `candidates` most frequent answers and, where answers have geometry, the mean one. Each is scored
-    on at most `sample` records, drawn with `seed`. Records that their task cannot use are passed over.
+    on at most `sample` records, drawn with `seed`. Records that their task cannot use are passed over, and so are
+    topics with a single answer.
     """
-    groups: dict[GroupKey, list[tuple[Record, str]]] = defaultdict(list)
+    groups: dict[GroupKey, list[Record]] = defaultdict(list)
     for record in records:
         if TASKS[record.task].scorer == "none":
             continue
         try:
-            answer = last_turn(record, geometry).answer
+            turn = last_turn(record, geometry)
         except BadSample:
             continue
+        written = dataclasses.replace(record, turns=(turn,))  # so that no score writes it again
         for key in {(record.task, topic_of(record)), (record.task, "")}:
-            groups[key].append((record, answer))
+            groups[key].append(written)
     constants = {}
-    for key, group in groups.items():
-        frequent = [answer for answer, _ in Counter(answer for _, answer in group).most_common(candidates)]
-        mean = mean_geometry([answer for _, answer in group], geometry)
+    for (task, topic), group in groups.items():
+        answers = Counter(record.turns[0].answer for record in group)
+        if topic and len(answers) == 1:
+            continue  # such a topic names the answer, not the question: whoever guesses does not know it
+        mean = mean_geometry(list(answers.elements()), geometry)
         tried = random.Random(seed).sample(group, min(sample, len(group)))
-        score = METRICS[TASKS[key[0]].scorer].score
-        constants[key] = max(
-            dict.fromkeys([*frequent, *([mean] if mean else [])]),
-            key=lambda answer: sum(score(answer, record, geometry) for record, _ in tried),
+        score = METRICS[TASKS[task].scorer].score
+        constants[task, topic] = max(
+            dict.fromkeys([*(answer for answer, _ in answers.most_common(candidates)), *([mean] if mean else [])]),
+            key=lambda answer: sum(score(answer, record, geometry) for record in tried),
         )
     return constants
 

@@ -116,7 +116,8 @@ def shuffle_images(records: Sequence[Record], seed: int = 0) -> dict[str, tuple[
     """Record key -> the images of another record of the same task with equally many images.
 
     Images are permuted, not records: where several questions share an image they share its replacement, so no
-    question meets its own image again. A record that is alone with its image keeps it.
+    question meets its own image again. Records without an image, or with the only one of their task, are left out:
+    against their own answers nothing could be better.
     """
     groups: dict[tuple[str, int], list[Record]] = defaultdict(list)
     for record in records:
@@ -127,7 +128,8 @@ def shuffle_images(records: Sequence[Record], seed: int = 0) -> dict[str, tuple[
         distinct = list(dict.fromkeys(record.images for record in group))
         order = derangement(len(distinct), rng)
         replacement = {images: distinct[order[i]] for i, images in enumerate(distinct)}
-        shown.update({record.key: replacement[record.images] for record in group})
+        if len(distinct) > 1:
+            shown.update({record.key: replacement[record.images] for record in group})
     return shown
 
 

@@ -23,16 +23,17 @@ class Series:
 
 
 def smooth(points: Points, share: float = 0.04) -> list[tuple[float, float]]:
-    """Centred moving average over `share` of the points."""
+    """Moving average over `share` of the points, centred but for the last ones."""
     reach = max(1, round(len(points) * share / 2))
     sums = [0.0]
     for _, value in points:
         sums.append(sums[-1] + value)
     smoothed = []
     for i, (x, _) in enumerate(points):
-        # The window shrinks on both sides towards an end: a one-sided one would bend the curve's ends.
-        near = min(reach, i, len(points) - 1 - i)
-        smoothed.append((x, (sums[i + near + 1] - sums[i - near]) / (2 * near + 1)))
+        # Shorter at the start, where a loss falls steeply and a one-sided window would bend it; one-sided at the end.
+        before = min(reach, i)
+        after = min(before, len(points) - 1 - i)
+        smoothed.append((x, (sums[i + after + 1] - sums[i - before]) / (before + after + 1)))
     return smoothed
 
 

@@ -13,7 +13,6 @@ import csv
 import datetime
 import io
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -48,6 +47,45 @@ class Run:
     @property
     def steps(self) -> int:
         return int(max((points[-1][0] for points in self.columns.values()), default=0))
+
+    @property
+    def seconds(self) -> float:
+        """Spent in optimizer steps, from the logged time per step; validation and checkpoints are not in it."""
+        return sum(seconds * steps for _, seconds, steps in self._logged())
+
+    def total(self, what: str) -> float:
+        """Tokens or images that the steps saw, from the logged rates."""
+        rates = dict(self.columns.get(f"perf/{what}_per_s", []))
+        return sum(rates.get(step, 0.0) * seconds * steps for step, seconds, steps in self._logged())
+
+    def _logged(self) -> list[tuple[float, float, float]]:
+        """(step, seconds per step, steps since the log before) of each log of the throughput."""
+        logs = self.columns.get("perf/time_step", [])
+        before = [0.0, *(step + 1 for step, _ in logs)]
+        return [(step, seconds, step + 1 - last) for (step, seconds), last in zip(logs, before, strict=False)]
+
+    @property
+    def sources(self) -> list[str]:
+        """Names of the training sources that are switched on."""
+        data = self.config.get("data")
+        sources = data.get("sources") if isinstance(data, dict) else None
+        return (
+            [str(name) for name, values in sources.items() if values is not None] if isinstance(sources, dict) else []
+        )
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether text-only data was among the training sources; where the configuration is lost, the name tells."""
+        if not self.sources:
+            return not self.name.endswith(WITHOUT_TEXT)
+        sources = (self.config["data"]["sources"][name] for name in self.sources)
+        return any("text" in (source.get("kind"), source.get("modality")) for source in sources)
+
+    @property
+    def stage(self) -> str:
+        """The stage's name in the configuration, else the run's."""
+        stage = self.config.get("stage")
+        return str(stage.get("name", self.name)) if isinstance(stage, dict) else self.name.removesuffix(WITHOUT_TEXT)
 
     def under(self, prefix: str) -> dict[str, list[tuple[float, float]]]:
         """Columns that begin with `prefix`, by what follows it."""
@@ -100,6 +138,25 @@ def read_evaluation(folder: Path) -> Evaluation | None:
     )
 
 
+def find_inputs(folder: Path) -> tuple[list[Run], Path | None]:
+    """The training runs right under `folder`, in the order in which they were made, and the folder with a curve."""
+    logs = sorted(folder.glob("*/metrics.csv"), key=lambda file: file.stat().st_mtime)
+    curves = sorted(folder.glob("*/curve.json"), key=lambda file: file.stat().st_mtime)
+    return [read_run(log.parent.name, log.parent) for log in logs], curves[-1].parent if curves else None
+
+
+def write_report(
+    out: Path, runs: Sequence[Run], mix: Path | None, evaluations: Sequence[Path], title: str = "SPHINX-PL"
+) -> None:
+    """Read what the folders hold and write the page; see `build`."""
+    found = [evaluation for folder in evaluations if (evaluation := read_evaluation(folder))]
+    page = build(runs, read_curve(mix), found, title)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.tmp")
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(out)
+
+
 def build(
     runs: Sequence[Run], curve: dict[str, Any] | None, evaluations: Sequence[Evaluation], title: str = "SPHINX-PL"
 ) -> str:
@@ -136,44 +193,25 @@ def _summary(runs: Sequence[Run], evaluations: Sequence[Evaluation]) -> str:
     )
     rows = []
     for run in runs:
-        data = run.config.get("data")
-        sources = (
-            sorted(data.get("sources", {})) if isinstance(data, dict) and isinstance(data.get("sources"), dict) else []
-        )
         loss = run.columns.get("train/loss")
         rows.append(
             [
                 escape(run.name),
                 f"{run.steps:,}",
-                _duration(run),
-                _amount(run, "samples"),
-                _amount(run, "tokens"),
+                f"{run.seconds / 60:.1f}" if run.seconds else "–",
+                f"{run.total('tokens'):,.0f}" if run.total("tokens") else "–",
+                f"{run.total('images'):,.0f}" if run.total("images") else "–",
                 f"{_mean(loss[-20:]):.3f}" if loss else "–",
-                escape(", ".join(map(str, sources))) or "–",
+                escape(", ".join(run.sources)) or "–",
             ]
         )
-    table = _table(
-        ["run", "steps", "minutes", "samples", "tokens", "last loss", "trained on"], rows, numbers={1, 2, 3, 4, 5}
-    )
+    head = ["run", "steps", "minutes", "tokens", "images", "last loss", "trained on"]
+    table = _table(head, rows, numbers={1, 2, 3, 4, 5})
     tested = sum(len(evaluation.predictions) for evaluation in evaluations)
     when = datetime.datetime.now(datetime.UTC).strftime("%d %B %Y")
     return (
         text + (table if rows else "") + f"<p class=note>{tested:,} held-out questions answered. Written on {when}.</p>"
     )
-
-
-def _duration(run: Run) -> str:
-    for column in ("train/seconds", "time/seconds", "seconds"):
-        if run.columns.get(column):
-            return f"{run.columns[column][-1][1] / 60:.1f}"
-    return "–"
-
-
-def _amount(run: Run, what: str) -> str:
-    for column in (f"train/total_{what}", f"total/{what}", f"seen/{what}"):
-        if run.columns.get(column):
-            return f"{run.columns[column][-1][1]:,.0f}"
-    return "–"
 
 
 def _training(runs: Sequence[Run]) -> str:
@@ -238,8 +276,9 @@ def _language(runs: Sequence[Run]) -> str:
             (first, before), (last, after) = points[0], points[-1]
             rows.append(
                 [
-                    escape(run.name.removesuffix(WITHOUT_TEXT)),
-                    "without" if run.name.endswith(WITHOUT_TEXT) else "with",
+                    escape(run.stage),
+                    escape(run.name),
+                    "with" if run.reads_text else "without",
                     f"{before:.3f} <small>step {first:.0f}</small>",
                     f"{after:.3f} <small>step {last:.0f}</small>",
                     f"{after - before:+.3f}",
@@ -250,7 +289,7 @@ def _language(runs: Sequence[Run]) -> str:
     return (
         "<p>Loss (nats per token) on held-out text without images, before and after each stage. "
         "“With” had text-only data in every optimizer step, “without” had none.</p>"
-        + _table(["stage", "text in the steps", "before", "after", "change"], rows, numbers={2, 3, 4})
+        + _table(["stage", "run", "text in the steps", "before", "after", "change"], rows, numbers={3, 4, 5})
     )
 
 
@@ -275,7 +314,7 @@ def _results(evaluations: Sequence[Evaluation]) -> str:
                     str(row["n"]),
                     str(row["unparsed"]) if row["unparsed"] else "",
                     f'<span class="{"up" if row["above"] else "flat"}">{mark}</span>',
-                    f"<small>{escape(row['metric'])}</small>",
+                    f"<small>{escape(row['metric'])}</small>" if total else "",
                 ]
             )
         head = ["task", "domain", "0 … 1", "score", "baseline", "n", "unparsed", "", "metric"]
@@ -288,10 +327,9 @@ def _results(evaluations: Sequence[Evaluation]) -> str:
     definitions = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in sorted(metrics.items()))
     return (
         "<p>Each bar is the score on held-out data, the thin line its 95 % bootstrap interval, the tick the "
-        "baseline: the better of the best constant answer fitted on training data and of the same model with the images "
-        "shuffled. "
-        "▲ marks a score whose whole interval is above the baseline. “Unparsed” answers lacked the form that was asked "
-        "for; they count as wrong.</p>"
+        "baseline: the better of the best constant answer fitted on training data and of the same model with shuffled "
+        "images. ▲ marks a score whose whole interval is above the baseline. “Unparsed” answers lacked the form that "
+        "was asked for; they count as wrong.</p>"
         + "".join(blocks)
         + (
             f"<details><summary>How each metric is defined</summary><dl>{definitions}</dl></details>"
@@ -311,8 +349,8 @@ def _samples(evaluation: Evaluation, right: int = 3, wrong: int = 5) -> str:
     size = int(evaluation.results.get("image_size", 0))
     cards, missing = [], 0
     for task, predictions in groups.items():
-        good = [p for p in predictions if p["score"] >= 0.5][:right]
-        bad = [p for p in predictions if p["score"] < 0.5][:wrong]
+        good = _spread([p for p in predictions if p["score"] >= 0.5], right)
+        bad = _spread([p for p in predictions if p["score"] < 0.5], wrong)
         for prediction in good + bad:
             picture, lost = _picture(prediction, size, geometry)
             missing += lost
@@ -320,16 +358,21 @@ def _samples(evaluation: Evaluation, right: int = 3, wrong: int = 5) -> str:
     options = "".join(f"<option>{escape(task)}</option>" for task in groups)
     lost_note = _missing(f"{missing} pictures are left out: their image files could not be read.") if missing else ""
     return (
-        f"<p>At most {right} right and {wrong} wrong answers per task, the first ones of the held-out data, not "
-        "chosen. "
+        f"<p>At most {right} right and {wrong} wrong answers per task, evenly spread over the held-out data. A score "
+        "of at least 0.5 is shown as right. "
         f'Boxes and points: <span class=key style="--k:{TRUE}">true</span> '
         f'<span class=key style="--k:{PREDICTED}">predicted</span> '
-        f'<span class=key style="--k:{GIVEN}">given in the question</span>. A score of at least 0.5 is shown as '
-        f"right.</p>{lost_note}<form class=filter>"
+        f'<span class=key style="--k:{GIVEN}">given in the question</span></p>'
+        f"{lost_note}<form class=filter>"
         f"<label>task <select name=task><option value=''>all</option>{options}</select></label> "
         "<label>answers <select name=verdict><option value=''>all</option><option>right</option><option>wrong</option>"
         f"</select></label></form><div class=cards>{''.join(cards)}</div>"
     )
+
+
+def _spread(items: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """At most `count` of the items, evenly spread: neither the first, which are of one kind, nor picked by hand."""
+    return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)] if len(items) > count else items
 
 
 def _card(task: str, prediction: dict[str, Any], picture: str) -> str:
@@ -430,7 +473,7 @@ article{background:var(--card);border:1px solid var(--line);border-radius:6px;ov
 article[hidden]{display:none}article img{display:block;width:100%;height:auto;image-rendering:pixelated}
 article div{padding:.7rem .9rem .9rem;font-size:.92rem;line-height:1.45}article p{margin:.3rem 0;overflow-wrap:anywhere}
 .where{color:var(--soft);font-size:.8rem;display:flex;justify-content:space-between;gap:1rem}
-.question{white-space:pre-line}.tag{display:inline-block;min-width:3.2em;font-size:.76rem;color:var(--soft)}
+.question{white-space:pre-line}.tag{display:inline-block;min-width:3.8em;font-size:.76rem;color:var(--soft)}
 """
 
 _SCRIPT = """
@@ -459,15 +502,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise UserError(f"--run {text}: write it as name=folder, such as --run real=outputs/demo/real")
             runs.append(read_run(name, Path(folder)))
         folders = [folder for group in options.evaluation for folder in group]
-        evaluations = [evaluation for folder in folders if (evaluation := read_evaluation(folder))]
-        page = build(runs, read_curve(options.mix), evaluations, options.title)
+        write_report(options.out, runs, options.mix, folders, options.title)
     except UserError as error:
         console.print(str(error), style="red", markup=False)
         return 2
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = options.out.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(options.out)
     console.print(f"report: {options.out}", markup=False)
     return 0
 

@@ -19,7 +19,8 @@ def training_kernel(device: torch.device) -> Iterator[None]:
     if device.type != "cpu" or not torch.is_grad_enabled():
         yield
         return
-    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()  # for CPUs too, whatever its name says
+    # Of CPUs too, whatever its name says.
+    before: bool = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()  # type: ignore[no-untyped-call]
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     try:
         with sdpa_kernel(SDPBackend.MATH):

@@ -74,12 +74,12 @@ def rotary_angles(position_ids_BT: Tensor, config: DecoderConfig) -> Tensor:
 
 def rotate(x_BTHh: Tensor, angles: Tensor) -> Tensor:
     """Turn channel pairs (0, 1), (2, 3), ... by `angles`, in float32."""
-    pairs = torch.view_as_complex(x_BTHh.float().unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(torch.unflatten(x_BTHh.float(), -1, (-1, 2)))
     return torch.view_as_real(pairs * angles).flatten(-2)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023) with rotary embeddings and, by option, normalised queries and keys."""
+    """Grouped-query attention (Ainslie et al. 2023), rotary embeddings and, by option, normalised queries and keys."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Union
 
 import torch
 from torch import Tensor, nn
@@ -101,9 +100,9 @@ class Sphinx(nn.Module):
         flat = x_BTD.flatten(0, 1).index_copy(0, slots.flatten(), tokens_NLD.flatten(0, 1).to(x_BTD.dtype))
         return flat.view_as(x_BTD), anchor
 
-    def parts(self) -> dict[str, list[Union[nn.Module, nn.Parameter]]]:
+    def parts(self) -> dict[str, list[nn.Module | nn.Parameter]]:
         """The model in the pieces that can be frozen: decoder, projections and the towers it has."""
-        parts: dict[str, list[Union[nn.Module, nn.Parameter]]] = {"decoder": [self.decoder]}
+        parts: dict[str, list[nn.Module | nn.Parameter]] = {"decoder": [self.decoder]}
         if self.mixer is not None:
             projections = [p for p in (self.mixer.visual_proj, self.mixer.qformer_proj) if p is not None]
             parts["projections"] = [*projections, self.mixer.start_img, self.mixer.end_img]
@@ -137,7 +136,9 @@ class Sphinx(nn.Module):
         """(part, trainable parameters, frozen parameters) of every part."""
         table = []
         for name, pieces in self.parts().items():
-            parameters = [p for piece in pieces for p in (piece.parameters() if isinstance(piece, nn.Module) else [piece])]
+            parameters = [
+                p for piece in pieces for p in (piece.parameters() if isinstance(piece, nn.Module) else [piece])
+            ]
             trainable = sum(p.numel() for p in parameters if p.requires_grad)
             table.append((name, trainable, sum(p.numel() for p in parameters) - trainable))
         return table

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import ClassVar, Union
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,6 @@ from sphinx_pl.errors import UserError
 from sphinx_pl.models.config import ClipViTConfig, ConvNextConfig, Dinov2Config, QFormerConfig, VisionConfig
 from sphinx_pl.models.views import CLIP_MEAN, CLIP_STD, resize
 
-TowerConfig = Union[ClipViTConfig, ConvNextConfig, Dinov2Config, QFormerConfig]
 State = dict[str, Tensor]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -199,9 +198,7 @@ class Dinov2(Tower):
     def encode(self, pixels: Tensor) -> Tensor:
         # (x * clip_std + clip_mean - mean) / std as one multiplication and addition
         scale = pixels.new_tensor([a / b for a, b in zip(CLIP_STD, IMAGENET_STD, strict=True)])
-        shift = pixels.new_tensor(
-            [(a - b) / c for a, b, c in zip(CLIP_MEAN, IMAGENET_MEAN, IMAGENET_STD, strict=True)]
-        )
+        shift = pixels.new_tensor([(a - b) / c for a, b, c in zip(CLIP_MEAN, IMAGENET_MEAN, IMAGENET_STD, strict=True)])
         return torch.as_tensor(self.model.forward_features(pixels * scale[:, None, None] + shift[:, None, None]))
 
     def flops(self) -> float:
@@ -226,7 +223,7 @@ def resample_positions(positions: Tensor, grid: int) -> Tensor:
     own = int((positions.shape[1] - 1) ** 0.5)
     if own == grid:
         return positions
-    patches = positions[:, 1:].float().unflatten(1, (own, own)).permute(0, 3, 1, 2)
+    patches = torch.unflatten(positions[:, 1:].float(), 1, (own, own)).permute(0, 3, 1, 2)
     factor = (grid + 0.1) / own
     patches = F.interpolate(patches, scale_factor=(factor, factor), mode="bicubic")
     return torch.cat([positions[:, :1].float(), patches.flatten(2).transpose(1, 2)], dim=1)
@@ -280,9 +277,13 @@ class QFormer(Tower):
         c = self.config
         grid = c.image_size // c.patch_size
         seen = 1 + grid**2
-        vision = _vit_flops(grid, c.patch_size, c.vision_width, c.vision_layers, 2 * c.vision_width * c.vision_ffn_width)
+        vision = _vit_flops(
+            grid, c.patch_size, c.vision_width, c.vision_layers, 2 * c.vision_width * c.vision_ffn_width
+        )
         layer = 2 * c.queries * (4 * c.width**2 + 2 * c.width * c.ffn_width) + 4 * c.queries**2 * c.width
-        cross = 2 * c.queries * 2 * c.width**2 + 2 * seen * 2 * c.vision_width * c.width + 4 * c.queries * seen * c.width
+        cross = (
+            2 * c.queries * 2 * c.width**2 + 2 * seen * 2 * c.vision_width * c.width + 4 * c.queries * seen * c.width
+        )
         crossing = len(range(0, c.layers, c.cross_attention_every))
         return vision + c.layers * layer + crossing * cross
 

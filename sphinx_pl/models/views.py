@@ -38,6 +38,6 @@ def split_views(pixels: Tensor, config: VisionConfig) -> Tensor:
     if config.grid == 1:
         return overview[:, None]
     s = config.view_size
-    crops = pixels.unflatten(3, (config.grid, s)).unflatten(2, (config.grid, s))  # [N, 3, row, s, column, s]
+    crops = pixels.reshape(len(pixels), 3, config.grid, s, config.grid, s)  # [N, 3, row, s, column, s]
     crops = crops.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
     return torch.cat([overview[:, None], crops], dim=1)

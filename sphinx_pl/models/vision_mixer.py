@@ -28,7 +28,9 @@ def merge_patches(tokens: Tensor, mode: str, factor: int) -> Tensor:
         return tokens
     first, patches = tokens[:, :1], tokens[:, 1:]
     side = int(patches.shape[1] ** 0.5) // factor
-    blocks = patches.unflatten(1, (side, factor, side, factor)).transpose(2, 3)  # [M, side, side, factor, factor, C]
+    blocks = torch.unflatten(patches, 1, (side, factor, side, factor)).transpose(
+        2, 3
+    )  # [M, side, side, factor, factor, C]
     if mode == "mean":
         return torch.cat([first, blocks.mean(dim=(3, 4)).flatten(1, 2)], dim=1)
     return torch.cat([first.repeat(1, 1, factor**2), blocks.flatten(3).flatten(1, 2)], dim=1)
@@ -62,7 +64,7 @@ class VisionMixer(nn.Module):
             parts.append(self.visual_proj(merge_patches(joined, self.config.merge, self.config.merge_factor)))
         parts.append(self.end_img.expand(len(views), 1, -1))
         tokens = torch.cat([part.to(self.start_img.dtype) for part in parts], dim=1)
-        return tokens.unflatten(0, (-1, self.config.views)).flatten(1, 2)
+        return tokens.reshape(len(pixels), -1, tokens.shape[-1])
 
     @staticmethod
     def _encode(tower: Tower, views: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
-"""LightningModules: one per stage of the recipe."""
+"""Training: one LightningModule; what tells the stages of the recipe apart is their YAML."""
 
-from sphinx_pl.stages.base import Stage
-from sphinx_pl.stages.finetune import FinetuneStage
-from sphinx_pl.stages.pretrain import PretrainStage
+from sphinx_pl.stages.stage import Stage
 
-__all__ = ["FinetuneStage", "PretrainStage", "Stage"]
+__all__ = ["Stage"]

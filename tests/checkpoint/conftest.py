@@ -15,7 +15,15 @@ PROCESSOR = {"system": "Answer.", "decimals": 3, "max_length": 64}
 
 
 def small_config(**decoder: Any) -> SphinxConfig:
-    sizes = {"vocab_size": 48, "width": 16, "layers": 2, "heads": 2, "kv_heads": 1, "ffn_width": 24, "max_positions": 64}
+    sizes = {
+        "vocab_size": 48,
+        "width": 16,
+        "layers": 2,
+        "heads": 2,
+        "kv_heads": 1,
+        "ffn_width": 24,
+        "max_positions": 64,
+    }
     return SphinxConfig(name="small", decoder=DecoderConfig(**(sizes | decoder)), vision=None)
 
 

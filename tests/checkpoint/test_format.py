@@ -87,7 +87,7 @@ def test_a_real_model_gives_equal_logits_after_a_round_trip(write: Write, config
     torch.manual_seed(0)
     source, target = Sphinx(config).eval(), Sphinx(config).eval()
     checkpoint = open_checkpoint(write("a", source.state_dict(), model=config.to_dict()))
-    assert ("decoder.output.weight" in checkpoint.keys()) is not config.decoder.tie_embeddings
+    assert ("decoder.output.weight" in checkpoint) is not config.decoder.tie_embeddings
     assert checkpoint.model_config == config
 
     def logits(model: Sphinx) -> Tensor:
@@ -208,7 +208,10 @@ SHARD = "model-00001-of-00001.safetensors"
         (lambda p: _edit(p / "config.json", model=None), ["config.json", "'model'"]),
         (lambda p: _edit(p / "model.safetensors.index.json", weight_map={}), ["index.json", "weight_map"]),
         (lambda p: _edit(p / "model.safetensors.index.json", weight_map={"x": SHARD}), [SHARD, "disagree"]),
-        (lambda p: _edit(p / "model.safetensors.index.json", weight_map={"x": "gone.safetensors"}), ["gone.safetensors"]),
+        (
+            lambda p: _edit(p / "model.safetensors.index.json", weight_map={"x": "gone.safetensors"}),
+            ["gone.safetensors"],
+        ),
         (lambda p: _truncate(p / SHARD), [SHARD, "damaged"]),
         (lambda p: (p / SHARD).write_bytes(b"\xff" * 100), [SHARD, "damaged"]),
         (lambda p: (p / SHARD).write_bytes(b""), [SHARD, "damaged"]),

@@ -52,7 +52,9 @@ def test_equals_float64_rounded_once(dtype: torch.dtype, weights: list[float]) -
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_no_representable_number_lies_closer_to_the_exact_sum(dtype: torch.dtype) -> None:
     a, b = (torch.randn(500, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in (0, 1))
-    mixed = linear([a, b], [0.3125, 0.6875])  # exact in binary, so near-ties are not decided by the weights' own rounding
+    mixed = linear(
+        [a, b], [0.3125, 0.6875]
+    )  # exact in binary, so near-ties are not decided by the weights' own rounding
     up = torch.full_like(mixed, float("inf")), torch.full_like(mixed, float("-inf"))
     neighbours = [torch.nextafter(mixed.float(), u.float()) for u in up] if dtype == torch.float32 else _next(mixed)
     for i in range(len(a)):

@@ -12,9 +12,14 @@ from sphinx_pl.checkpoint.provenance import hash_file, provenance
 
 
 def test_it_holds_code_versions_command_and_parents_but_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["train.py", "stage.optim.lr=1e-4", "logger.wandb.api_key=hunter2", "+hf_token=hunter2"])
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", "stage.optim.lr=1e-4", "logger.wandb.api_key=hunter2", "+hf_token=hunter2"]
+    )
     monkeypatch.setenv("WANDB_API_KEY", "hunter2")
-    config = {"data": {"max_new_tokens": 30, "tokenizer": "t.model"}, "logger": [{"api_key": "hunter2", "access_token": None}]}
+    config = {
+        "data": {"max_new_tokens": 30, "tokenizer": "t.model"},
+        "logger": [{"api_key": "hunter2", "access_token": None}],
+    }
     parents = [{"path": "a", "stage": "pretrain_real", "sha256": "00"}]
     origin = json.loads(json.dumps(provenance("mix", config, parents)))
     assert "hunter2" not in json.dumps(origin)
@@ -36,7 +41,7 @@ def test_commit_and_dirt_are_those_of_the_checkout(tmp_path: Path) -> None:
     (package / "checkpoint" / "provenance.py").write_bytes(source.read_bytes())
 
     def code() -> dict[str, object]:
-        program = "import json; from sphinx_pl.checkpoint.provenance import provenance as p; print(json.dumps(p('x')['code']))"
+        program = "import json, sphinx_pl.checkpoint.provenance as p; print(json.dumps(p.provenance('x')['code']))"
         done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
         return dict(json.loads(done.stdout))
 

@@ -65,7 +65,7 @@ def losses_by_key(model: Sphinx, batch: Batch) -> dict[str, list[float]]:
 
 @pytest.fixture
 def samples(processor: Processor, sample_data) -> list[Sample]:  # type: ignore[no-untyped-def]
-    tasks = build_source("instructions", "tasks", str(sample_data / "instructions/train.json"))
+    tasks = build_source("instructions", "tasks", str(sample_data / "instructions/train-scenes.json"))
     text = build_source("text", "text", str(sample_data / "text/train.jsonl"))
     rng = random.Random(0)
     found = [processor.sample(tasks.record(i), "tasks", rng) for i in range(0, 40, 5)]
@@ -101,16 +101,20 @@ def test_packed_rows_give_the_losses_and_gradients_of_samples_alone(processor: P
 
 
 def test_branches_over_one_image_give_the_losses_of_samples_alone(processor: Processor, sample_data) -> None:  # type: ignore[no-untyped-def]
-    source = build_source("instructions", "tasks", str(sample_data / "instructions/train.json"))
+    source = build_source("instructions", "tasks", str(sample_data / "instructions/train-scenes.json"))
     by_image: dict[object, list[Sample]] = {}
     for i in range(len(source)):
         record = source.record(i)
         if record.images:
             by_image.setdefault(record.images, []).append(processor.sample(record, "tasks"))
     group = next(g for g in by_image.values() if len(g) >= 3)[:3]
-    [merged] = merge_branches(group)
+    [merged] = merge_branches(group, 512)
     assert len(merged.prefix) >= 1 + processor.tokens_per_image
     assert merged.length < sum(sample.length for sample in group)
+
+    # A bound on the length splits the questions over as few samples as it allows.
+    pair = merge_branches(group[:2], 512)[0].length
+    assert [len(s.branches) for s in merge_branches(group, pair)] == [2, 1]
 
     torch.manual_seed(0)
     model = Sphinx(tiny_model()).eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,7 +17,7 @@ from sphinx_pl.data.record import ImageRef, Record, Region
 from sphinx_pl.evaluation.benchmarks import judge, summarise
 from sphinx_pl.evaluation.charts import Series, line_chart, smooth, ticks
 from sphinx_pl.evaluation.drawing import GIVEN, PREDICTED, TRUE, draw, to_picture
-from sphinx_pl.evaluation.report import main, read_run
+from sphinx_pl.evaluation.report import find_inputs, main, read_run
 
 GEOMETRY = Geometry(decimals=2)
 VOID = {"meta", "img", "br", "rect", "path", "circle"}
@@ -59,7 +60,9 @@ def write_run(folder: Path, steps: int = 200, start: float = 4.0) -> None:
         if step % 50 == 0:
             lines.append(f"0,{step},,,{loss + 0.1:.4f},{loss + 0.4:.4f}")
     (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
-    (folder / "config.yaml").write_text("model: {name: tiny}\ndata: {sources: {real: {}, text: {}}}\n")
+    (folder / "config.yaml").write_text(
+        "model: {name: tiny}\ndata: {sources: {real: {kind: image_text}, text: {kind: text}}}\n"
+    )
 
 
 def write_evaluation(folder: Path, image: Path) -> None:
@@ -139,6 +142,29 @@ def test_a_wrong_argument_is_answered_in_one_line(tmp_path: Path, capsys: pytest
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_inputs_are_found_in_the_reports_folder(tmp_path: Path) -> None:
+    for number, name in enumerate(("second", "first")):
+        write_run(tmp_path / name)
+        os.utime(tmp_path / name / "metrics.csv", (2 - number, 2 - number))
+    (tmp_path / "mixed").mkdir()
+    assert [run.name for run in find_inputs(tmp_path)[0]] == ["first", "second"]
+    assert find_inputs(tmp_path)[1] is None
+    (tmp_path / "mixed" / "curve.json").write_text("{}")
+    assert find_inputs(tmp_path)[1] == tmp_path / "mixed"
+
+
+def test_what_a_run_says_of_itself(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("step,perf/time_step,perf/tokens_per_s\n9,2,100\n19,3,200\n")
+    sources = "{real: {kind: image_text}, chat: {kind: instructions, modality: text}, text: null}"
+    (tmp_path / "config.yaml").write_text(f"stage: {{name: finetune}}\ndata: {{sources: {sources}}}\n")
+    run = read_run("a_notext", tmp_path)
+    # Ten steps of 2 s and ten of 3 s; 20 s at 100 and 30 s at 200 tokens per second.
+    assert (run.seconds, run.total("tokens"), run.total("images")) == (50, 8000, 0)
+    assert (run.stage, run.sources, run.reads_text) == ("finetune", ["real", "chat"], True)
+    (tmp_path / "config.yaml").unlink()
+    assert (read_run("a_notext", tmp_path).stage, read_run("a_notext", tmp_path).reads_text) == ("a", False)
+
+
 def test_a_resumed_runs_later_file_counts(tmp_path: Path) -> None:
     for number, (text, time) in enumerate(
         [("step,train/loss\n1,5\n2,4\n3,9\n", 1), ("step,train/loss\n3,3\n4,2\n", 2)]
@@ -146,15 +172,14 @@ def test_a_resumed_runs_later_file_counts(tmp_path: Path) -> None:
         folder = tmp_path / f"version_{number}"
         folder.mkdir()
         (folder / "metrics.csv").write_text(text)
-        import os
-
         os.utime(folder / "metrics.csv", (time, time))
     assert read_run("r", tmp_path).columns["train/loss"] == [(1, 5), (2, 4), (3, 3), (4, 2)]
 
 
 def test_smoothing_keeps_a_straight_line_and_averages_noise() -> None:
     line = [(float(x), 2.0 * x) for x in range(50)]
-    assert [y for _, y in smooth(line, 0.2)] == pytest.approx([y for _, y in line])
+    assert [y for _, y in smooth(line, 0.2)][:45] == pytest.approx([y for _, y in line][:45])
+    assert smooth(line, 0.2)[-1][1] == pytest.approx(98 - 5)  # the mean of the last six: 2 * 49 back to 2 * 44
     zigzag = [(float(x), float(x % 2)) for x in range(101)]
     assert smooth(zigzag, 0.2)[50][1] == pytest.approx(0.5, abs=0.05)  # a window of 21: 10 or 11 ones
 
@@ -179,8 +204,8 @@ def test_boxes_are_drawn_where_the_text_says() -> None:
     at = {  # the left edge's middle: x1 * 255, (y1 + y2) / 2 * 255
         (64, 96): TRUE,
         (153, 191): PREDICTED,
-        (0, 217): "#ffffff",  # the rim, since the box lies at the picture's edge
-        (2, 217): GIVEN,
+        (0, 217): GIVEN,
+        (2, 217): "#ffffff",  # the rim
     }
     for place, colour in at.items():
         assert drawn.getpixel(place) == ImageColor.getrgb(colour), place

@@ -33,7 +33,7 @@ SHORT_SIDE = 240  # photographs are kept at this size: a crop of a whole picture
 
 @dataclass(frozen=True)
 class Assets:
-    """One split's photographs (RGB) and its scans: index in the full set -> mask [8, 8] in 0-1, and indices by digit."""
+    """One split's photographs (RGB), its scans by index in the full set (mask [8, 8] in 0-1), and indices by digit."""
 
     photos: dict[str, Image.Image]
     scans: dict[int, NDArray[np.float32]]
@@ -42,7 +42,10 @@ class Assets:
 
 @dataclass
 class Origin:
-    """Which photograph (with the crop's box in it, at `SHORT_SIDE`) and which scans a picture was made from."""
+    """The photograph behind a picture (with the crop's box in it, at `SHORT_SIDE`) and the scans in it.
+
+    The texture of painted objects comes from photographs of the same split and is not noted.
+    """
 
     photo: str = ""
     crop: tuple[int, int, int, int] | None = None

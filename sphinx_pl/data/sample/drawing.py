@@ -55,6 +55,11 @@ def jitter(color: Rgb, rng: random.Random, amount: int = 12) -> Array:
     return np.array([min(255, max(0, c + rng.randint(-amount, amount))) for c in color], dtype=np.float32)
 
 
+def coverage(image: Image.Image) -> Array:
+    """A grey image [h, w] as a mask."""
+    return np.asarray(image, dtype=np.float32) / np.float32(255)
+
+
 def trimmed(mask: Array, level: float = 0.35) -> Array:
     """The mask without the rows and columns at its border that stay below `level`."""
     covered = mask > level
@@ -63,7 +68,7 @@ def trimmed(mask: Array, level: float = 0.35) -> Array:
 
 
 def shape_mask(kind: str, size: int, rng: random.Random, real: bool) -> Array:
-    """A shape whose longer side is about `size` pixels; in the real domain turned a little and drawn with a shaky hand."""
+    """A shape whose longer side is about `size` pixels; in the real domain turned a little, by a shaky hand."""
     points = _POLYGONS[kind]
     if real:
         points = _shaky(points, rng)
@@ -71,7 +76,7 @@ def shape_mask(kind: str, size: int, rng: random.Random, real: bool) -> Array:
     scale = (size * _SUPERSAMPLE - 1) / max(max(xs) - min(xs), max(ys) - min(ys))
     image = Image.new("L", (size * _SUPERSAMPLE, size * _SUPERSAMPLE))
     ImageDraw.Draw(image).polygon([((x - min(xs)) * scale, (y - min(ys)) * scale) for x, y in points], fill=255)
-    return trimmed(np.asarray(image.reduce(_SUPERSAMPLE), dtype=np.float32) / 255)
+    return trimmed(coverage(image.reduce(_SUPERSAMPLE)))
 
 
 def _shaky(points: list[tuple[float, float]], rng: random.Random) -> list[tuple[float, float]]:
@@ -104,9 +109,9 @@ def font_mask(text: str, height: int) -> Array:
     left, top, right, bottom = font.getbbox(text, stroke_width=2)
     image = Image.new("L", (math.ceil(right - left), math.ceil(bottom - top)))
     ImageDraw.Draw(image).text((-left, -top), text, font=font, fill=255, stroke_width=2, stroke_fill=255)
-    whole = Image.fromarray((trimmed(np.asarray(image, dtype=np.float32) / 255) * 255).astype(np.uint8))
+    whole = Image.fromarray((trimmed(coverage(image)) * 255).astype(np.uint8))
     width = max(4, round(whole.width * height / whole.height))
-    return np.asarray(whole.resize((width, height), Image.Resampling.BOX), dtype=np.float32) / 255
+    return coverage(whole.resize((width, height), Image.Resampling.BOX))
 
 
 def scan_mask(digit: str, height: int, rng: random.Random, assets: Assets, origin: Origin) -> Array:
@@ -117,7 +122,7 @@ def scan_mask(digit: str, height: int, rng: random.Random, assets: Assets, origi
     ratio = height / (scan.height - 1.5)
     enlarged = scan.resize((round(scan.width * ratio), round(scan.height * ratio)), Image.Resampling.BICUBIC)
     turned = enlarged.rotate(rng.uniform(-8, 8), Image.Resampling.BILINEAR)
-    return trimmed(np.clip((np.asarray(turned, dtype=np.float32) / 255 - 0.22) * 2.4, 0, 1))
+    return trimmed(np.clip((coverage(turned) - 0.22) * 2.4, 0, 1))
 
 
 def text_mask(text: str, height: int, rng: random.Random, assets: Assets | None, origin: Origin) -> Array:
@@ -163,7 +168,7 @@ def paint_by_hand(canvas: Array, mask: Array, x: int, y: int, color: Array, rng:
     ramp = np.linspace(-1, 1, w) * math.cos(angle) + np.linspace(-1, 1, h)[:, None] * math.sin(angle)
     shade = 1.0 + 0.10 * ramp + 0.06 * np.clip(texture, -2, 2)
     blurred = Image.fromarray((np.pad(mask, 2) * 255).astype(np.uint8)).filter(ImageFilter.BoxBlur(1.5))
-    inside = np.asarray(blurred, dtype=np.float32)[2:-2, 2:-2] / 255
+    inside = coverage(blurred)[2:-2, 2:-2]
     shade = shade * (0.72 + 0.28 * np.clip(inside * 1.6 - 0.5, 0, 1))
     paint(canvas, mask, x, y, np.asarray(color * shade[..., None], dtype=np.float32), 0.95)
 

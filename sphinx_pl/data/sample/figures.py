@@ -18,6 +18,7 @@ from sphinx_pl.data.sample.drawing import (
     Array,
     Rgb,
     background,
+    coverage,
     finished,
     jitter,
     paint,
@@ -136,7 +137,7 @@ def _body(bones: dict[str, tuple[float, float]], shift: float, width: int, heigh
     x, y = at("nose")
     radius = (bones["left shoulder"][1] - bones["nose"][1]) * 0.75 * scale
     head.ellipse((x - radius, y - radius, x + radius, y + radius), 255)
-    return [np.asarray(image.reduce(scale), dtype=np.float32) / 255 for image in images]
+    return [coverage(image.reduce(scale)) for image in images]
 
 
 def draw_page(rng: random.Random, domain: str, assets: Assets | None) -> Annotated:

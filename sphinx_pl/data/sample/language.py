@@ -7,11 +7,12 @@ training chat asked for.
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import dataclass
 
-from sphinx_pl.data.sample.drawing import COLORS
-from sphinx_pl.data.sample.scenes import DIGITS, SHAPES, Scene, Thing
+from sphinx_pl.data.sample.drawing import COLORS, SHAPES
+from sphinx_pl.data.sample.scenes import DIGITS, Scene, Thing
 
 NUMBER_WORDS = ("zero", "one", "two", "three", "four")
 WRONG_SHARE = 0.15
@@ -135,16 +136,15 @@ def facts() -> list[Fact]:
     """All facts of the world: order of numbers, days, months and letters, sums below 19, opposites."""
     found = [fact for n in range(99) for fact in _order("number", str(n), str(n + 1))]
     for family, names in (("day", DAYS), ("month", MONTHS), ("letter", LETTERS)):
-        for first, second in zip(names, names[1:], strict=False):
+        for first, second in itertools.pairwise(names):
             found += _order(family, first, second)
-    for a in range(10):
-        for b in range(10):
-            total = str(a + b)
-            said = (f"{a} and {b} make {total}.", f"If you add {b} to {a} you get {total}.")
-            found.append(Fact("sum", f"What is {a} plus {b}?", total, said))
-    for a, b in OPPOSITES:
-        said = (f"{a} and {b} are opposites.", f"If it is not {a}, it is {b}.", f"If it is not {b}, it is {a}.")
-        found += [Fact("opposite", f"What is the opposite of {x}?", y, said) for x, y in ((a, b), (b, a))]
+    for a, b in itertools.product(range(10), repeat=2):
+        total = str(a + b)
+        sums = (f"{a} and {b} make {total}.", f"If you add {b} to {a} you get {total}.")
+        found.append(Fact("sum", f"What is {a} plus {b}?", total, sums))
+    for x, y in OPPOSITES:
+        said = (f"{x} and {y} are opposites.", f"If it is not {x}, it is {y}.", f"If it is not {y}, it is {x}.")
+        found += [Fact("opposite", f"What is the opposite of {one}?", other, said) for one, other in ((x, y), (y, x))]
     return found
 
 

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 from sphinx_pl.data.record import Region
-from sphinx_pl.data.sample.drawing import COLORS
+from sphinx_pl.data.sample.drawing import COLORS, SHAPES
 from sphinx_pl.data.sample.figures import Annotated
 from sphinx_pl.data.sample.language import Fact, description, listing, relation
-from sphinx_pl.data.sample.scenes import DIGITS, SHAPES, Plan, Scene, Thing
+from sphinx_pl.data.sample.scenes import DIGITS, Plan, Scene, Thing, group_of
 
 Entry = dict[str, Any]
 DrawScene = Callable[[int, Callable[[Plan], bool] | None], Scene]
@@ -197,7 +197,7 @@ def held_out_entry(task: str, topic: str, index: int, draw: DrawScene, rng: rand
     if task == "detection":
         groups = [*(f"{shape}s" for shape in SHAPES), "digits"]
         group = groups[index % len(groups)]
-        scene = draw(rng.randint(1, 4), lambda plan: any(_group(kind) == group for _, kind in plan))
+        scene = draw(rng.randint(1, 4), lambda plan: any(group_of(kind) == group for _, kind in plan))
         return scene, detection_entry(scene, group)
     if topic == "color":
         scene = draw(count, _kinds_differ)
@@ -226,7 +226,3 @@ def held_out_entry(task: str, topic: str, index: int, draw: DrawScene, rng: rand
         case "description", _:
             return scene, description_entry(scene)
     raise ValueError(f"no held-out questions for {task} {topic}")
-
-
-def _group(kind: str) -> str:
-    return "digits" if kind in DIGITS else f"{kind}s"

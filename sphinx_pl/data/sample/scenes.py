@@ -27,6 +27,11 @@ Box = tuple[int, int, int, int]
 Plan = list[tuple[str, str]]  # (colour, kind) of each object
 
 
+def group_of(kind: str) -> str:
+    """The class of a kind that detection asks for."""
+    return "digits" if kind in DIGITS else f"{kind}s"
+
+
 @dataclass(frozen=True)
 class Thing:
     """One object: its colour, its kind ("circle", "3") and its tight box in pixels."""
@@ -46,8 +51,7 @@ class Thing:
 
     @property
     def group(self) -> str:
-        """The class that detection asks for."""
-        return "digits" if self.kind in DIGITS else f"{self.kind}s"
+        return group_of(self.kind)
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def picture_size(rng: random.Random) -> tuple[int, int]:
 
 
 def draw_plan(rng: random.Random, count: int) -> Plan:
-    """`count` different (colour, kind) pairs. Half the objects are digits; now and then one repeats a colour or a kind."""
+    """`count` different (colour, kind) pairs, half of them digits; now and then a colour or a kind is repeated."""
     plan: Plan = []
     while len(plan) < count:
         color = rng.choice(tuple(COLORS))
@@ -97,7 +101,10 @@ def draw_scene(
     count: int,
     wanted: Callable[[Plan], bool] | None = None,
 ) -> Scene:
-    """A scene of `count` objects whose plan is `wanted`. `assets`: scans and photographs, None in the synthetic domain."""
+    """A scene of `count` objects whose plan is `wanted`.
+
+    `assets` are the scans and photographs to draw with; the synthetic domain has None.
+    """
     while True:
         plan = draw_plan(rng, count)
         if wanted is None or wanted(plan):

@@ -11,21 +11,22 @@ from collections.abc import Iterator
 import sentencepiece as spm
 
 from sphinx_pl.data.geometry import Geometry
+from sphinx_pl.data.sample.drawing import COLORS
 from sphinx_pl.data.sources import Source
 from sphinx_pl.data.tasks import TASKS
 
 VOCAB_SIZE = 512
 DECIMALS = 2  # enough for 64 pixels; two digits a number keep answers short
-RECORDS = 8000  # instructions that are read, spread over all tasks
+RECORDS = 600  # instructions of each task that are read
 
-# Whole pieces, so that turns and boxes are short: the conversation's marks and the geometry's punctuation. sentencepiece
-# writes a space as "\u2581"; a newline inside a piece stays as it is.
+# Whole pieces, so that turns and boxes are short: the conversation's marks and the geometry's punctuation.
+# sentencepiece writes a space as "\u2581"; a newline inside a piece stays as it is.
 MARKS = ("###", "\n###", "\u2581Human:", "\u2581Assistant:")
 GEOMETRY_MARKS = ("<p>", "\u2581<p>", "</p>", "</p>[0.", "\u2581[0.", "[0.", ",0.", ";0.", "]<p>")
 
 # Half of the vocabulary are byte pieces. Merging pairs spends several pieces on the way to a long word, so the most
-# useful words are made pieces at once and merges get the rest.
-WORDS = 120
+# useful words are made pieces at once and merges get the rest. Colours are such words also right after "<p>".
+WORDS = 124
 
 
 def train_tokenizer(texts: list[str], instructions: Source) -> bytes:
@@ -48,7 +49,7 @@ def train_tokenizer(texts: list[str], instructions: Source) -> bytes:
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         add_dummy_prefix=True,
-        user_defined_symbols=[*MARKS, *GEOMETRY_MARKS, *_useful_words(sentences)],
+        user_defined_symbols=list(dict.fromkeys([*MARKS, *GEOMETRY_MARKS, *COLORS, *_useful_words(sentences)])),
         unk_id=0,
         bos_id=1,
         eos_id=2,
@@ -62,8 +63,12 @@ def train_tokenizer(texts: list[str], instructions: Source) -> bytes:
 def _dialogs(instructions: Source) -> Iterator[str]:
     """Questions and answers as training will see them."""
     rng, geometry = random.Random(0), Geometry(DECIMALS)
-    for index in range(0, len(instructions), max(1, len(instructions) // RECORDS)):
+    read: Counter[str] = Counter()
+    for index in range(len(instructions)):
         record = instructions.record(index)
+        read[record.task] += 1
+        if read[record.task] > RECORDS:
+            continue
         for turn in TASKS[record.task].turns(record, geometry, rng):
             yield from (turn.question, turn.answer)
 

@@ -2,7 +2,8 @@
 
     real/, synthetic/       WebDataset shards as img2dataset writes them: KEY.jpg, KEY.json, KEY.txt
     text/*.jsonl            {"text": ...} a line
-    instructions/*.json     LLaVA-style lists; images/ beside them, `image` is relative to the json's folder
+    instructions/*.json     LLaVA-style lists; images/ beside them, `image` is relative to the json's folder. Training has
+                            a file for each kind of picture (train-scenes, -ocr, -pose, -layout, -chat), as real sets do
     origins.jsonl           of every picture: split, photograph, crop and scans that it was made from
     tokenizer.model         trained on the training texts
     manifest.json           seed, version, counts and the SHA-256 of every file; written last
@@ -15,9 +16,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import random
-import shutil
 import tarfile
 import tempfile
 from collections import Counter
@@ -114,8 +113,8 @@ def build(out: str | Path, seed: int = 0, scale: float = 1.0) -> dict[str, Any]:
         root = Path(temporary) / "new"
         manifest = _fill(_World(root, seed, scale), wanted)
         if out.exists():
-            os.replace(out, Path(temporary) / "old")
-        os.replace(root, out)
+            out.replace(Path(temporary) / "old")
+        root.replace(out)
     return manifest
 
 
@@ -141,7 +140,7 @@ def _fill(world: _World, wanted: dict[str, Any]) -> dict[str, Any]:
             texts += captions if split == "train" else []
     texts += _write_documents(world)
     _write_instructions(world)
-    instructions = InstructionSource("sample", str(world.root / "instructions/train.json"))
+    instructions = InstructionSource("sample", str(world.root / "instructions/train-*.json"))
     world.write("tokenizer.model", train_tokenizer(texts, instructions))
     world.write("origins.jsonl", "".join(f"{line}\n" for line in world.origins))
     names = sorted(path.relative_to(world.root).as_posix() for path in world.root.rglob("*") if path.is_file())
@@ -248,7 +247,8 @@ def _write_instructions(world: _World) -> None:
                 writer.figures(domain, task)
         for index, fact in enumerate(asked):
             writer.add(f"{split}-chat-{index:05d}", records.chat_entry(fact))
-        world.write(f"instructions/{split}.json", json.dumps(writer.entries, sort_keys=True, separators=(",", ":")))
+        for name, entries in writer.files().items():
+            world.write(f"instructions/{name}.json", json.dumps(entries, sort_keys=True, separators=(",", ":")))
 
 
 @dataclass
@@ -267,6 +267,16 @@ class _Instructions:
         self.entries.append({"id": f"{name}-{len(self.entries):06d}", **entry})
         task = entry.get("task", "conversations")
         self.world.counts[f"instructions/{self.split}/{entry['meta']['domain']}/{task}"] += 1
+
+    def files(self) -> dict[str, list[Entry]]:
+        """File name -> its entries: one for each kind of picture in training, where a mixture weighs them; else one."""
+        if self.split != "train":
+            return {self.split: self.entries}
+        kinds: dict[str, list[Entry]] = {}
+        for entry in self.entries:
+            figure = entry.get("task") if entry.get("task") in FIGURES else "scenes"
+            kinds.setdefault(f"train-{figure if 'image' in entry else 'chat'}", []).append(entry)
+        return kinds
 
     def save(self, name: str, picture: Picture) -> None:
         self.world.write(f"instructions/images/{name}.jpg", picture.jpeg)

@@ -1,4 +1,8 @@
-"""What every stage does: build the model where it will live, take packed batches, one loss for the global batch."""
+"""A stage of the recipe: builds the model where it will live, takes packed batches, one loss for the global batch.
+
+Pretraining on real pairs, on synthetic captions and finetuning (SPHINX, section 3.1) differ in what trains, on which mixture,
+from which weights and how long: all of it configuration, so there is one class.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sphinx_pl.checkpoint.format import open_checkpoint
+from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.record import Batch
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.models.config import SphinxConfig
@@ -31,6 +36,8 @@ class Stage(L.LightningModule):
         optim: see `OptimConfig`.
         init_from: checkpoint folder whose weights this stage starts from; null starts from random weights and the towers'
             own `load` entries.
+        text_required: refuse a mixture without text-only data, which keeps the language ability. The planner puts text in
+            every step where the mixture has it. Off only to measure what the text is good for.
         val_names: names of the held-out sources, in the order of the validation loaders.
     """
 
@@ -41,6 +48,7 @@ class Stage(L.LightningModule):
         train_parts: list[str],
         optim: dict[str, Any],
         init_from: str | None = None,
+        text_required: bool = False,
         val_names: list[str] | None = None,
     ) -> None:
         super().__init__()
@@ -49,6 +57,7 @@ class Stage(L.LightningModule):
         self.train_parts = list(train_parts)
         self.optim = OptimConfig(**optim)
         self.init_from = init_from
+        self.text_required = text_required
         self.val_names = val_names or []
         self.model: Sphinx | None = None
         self.parents: list[dict[str, Any]] = []
@@ -98,6 +107,14 @@ class Stage(L.LightningModule):
         schedule = warmup_cosine(self.optim, int(self.trainer.max_steps))
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        datamodule: DataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        if self.text_required and not datamodule.has_text:
+            raise UserError(
+                "data.sources has no text-only source, which pretraining needs in every step to keep the language ability: "
+                "add one, or set stage.text_required=false"
+            )
 
     # -- training ---------------------------------------------------------------------------------------------------
 

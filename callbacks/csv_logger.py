@@ -1,0 +1,55 @@
+"""Lightning's CSV logger, except that a resumed run goes on with the file instead of deleting it."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+
+
+class _AppendingWriter(ExperimentWriter):  # type: ignore[misc]
+    def _check_log_dir_exists(self) -> None:
+        """Called by the base class, which would delete the file here: read its columns instead."""
+        path = Path(self.metrics_file_path)
+        if path.is_file():
+            with path.open(newline="") as file:
+                self.metrics_keys = next(csv.reader(file), [])
+
+
+class MetricsCSV(CSVLogger):  # type: ignore[misc]
+    """`metrics.csv` in `save_dir`: a row for each logged step, columns in alphabetical order."""
+
+    def __init__(self, save_dir: str, flush_every_n_steps: int = 10) -> None:
+        super().__init__(save_dir, name="", version="", flush_logs_every_n_steps=flush_every_n_steps)
+
+    @property
+    @rank_zero_experiment  # type: ignore[untyped-decorator]
+    def experiment(self) -> ExperimentWriter:
+        if self._experiment is None:
+            Path(self.log_dir).mkdir(parents=True, exist_ok=True)
+            self._experiment = _AppendingWriter(log_dir=self.log_dir)
+        return self._experiment
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Drop the rows of steps that a resumed run will make again: those at or after optimizer step `step`.
+
+    A row's `step` is the number of steps finished before it was logged, so the last row to keep is `step - 1`. The file is
+    replaced in one move.
+    """
+    if not path.is_file():
+        return
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        columns = reader.fieldnames or []
+        kept = [row for row in reader if row["step"].isdigit() and int(row["step"]) < step]
+    partial = path.with_name(f".{path.name}.tmp")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=columns)
+        writer.writeheader()
+        writer.writerows(kept)
+    os.replace(partial, path)

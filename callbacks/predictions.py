@@ -1,0 +1,148 @@
+"""The same held-out questions asked again and again while a model trains: answers that a person can look at."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from sphinx_pl.data.bad import BadSample
+from sphinx_pl.data.images import load_image
+from sphinx_pl.data.mixture import SourceConfig
+from sphinx_pl.data.processor import Processor
+from sphinx_pl.data.record import Record
+from sphinx_pl.data.tasks import TASKS
+from sphinx_pl.errors import UserError
+from sphinx_pl.evaluation.benchmarks import Prediction, evaluate
+from sphinx_pl.evaluation.drawing import draw, to_picture
+from sphinx_pl.stages import Stage
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+TABLE = "predictions"
+PICTURE_SIDE = 384
+
+
+def first_of_each_task(sources: Mapping[str, Mapping[str, Any] | None], per_task: int) -> list[Record]:
+    """The first `per_task` records of every task that has a score, in the order of the sources.
+
+    Raises:
+        UserError: there is none.
+    """
+    found: list[Record] = []
+    counts: Counter[str] = Counter()
+    for name, values in sources.items():
+        if values is None:  # switched off, as in data.sources
+            continue
+        source = SourceConfig.from_dict(name, dict(values)).open(name)
+        for index in range(len(source)):
+            try:
+                record = source.record(index)
+            except BadSample:
+                continue
+            if TASKS[record.task].scorer != "none" and counts[record.task] < per_task:
+                counts[record.task] += 1
+                found.append(dataclasses.replace(record, key=f"{name}/{record.key}"))
+    if not found:
+        raise UserError("callbacks.predictions.sources has no record of a task with a score: give it test sources")
+    return found
+
+
+class Predictions(L.Callback):
+    """After every `every`-th validation: greedy answers to fixed questions, as `folder`/step-N.jsonl and a W&B table.
+
+    Random states and the modules' modes are afterwards what they were before. All ranks generate, since a sharded model
+    needs them all; the first one writes.
+
+    Args:
+        sources: name -> source configuration, such as `data.test`.
+        folder: where the files go.
+        per_task: questions of each task.
+        every: 1 is after each validation.
+        batch_size: prompts generated at once.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, Mapping[str, Any] | None],
+        folder: str,
+        per_task: int = 4,
+        every: int = 1,
+        batch_size: int = 16,
+    ) -> None:
+        if per_task < 1 or every < 1 or batch_size < 1:
+            raise UserError(
+                f"callbacks.predictions: per_task={per_task}, every={every} and batch_size={batch_size} must be above 0"
+            )
+        self.sources = sources
+        self.folder = Path(folder)
+        self.per_task = per_task
+        self.every = every
+        self.batch_size = batch_size
+        self._records: list[Record] | None = None
+        self._validations = 0
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        self._validations += 1
+        if self._validations % self.every:
+            return
+        if self._records is None:
+            self._records = first_of_each_task(self.sources, self.per_task)
+        assert isinstance(pl_module, Stage)
+        model = pl_module.sphinx
+        processor: Processor = trainer.datamodule.processor
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        try:
+            with isolate_rng(), trainer.precision_plugin.forward_context():
+                predictions = evaluate(model, processor, self._records, batch_size=self.batch_size, progress=False)
+        finally:
+            for module, training in modes:
+                module.training = training
+        self._publish(trainer, predictions, processor)
+
+    @rank_zero_only  # type: ignore[untyped-decorator]
+    def _publish(self, trainer: L.Trainer, predictions: Sequence[Prediction], processor: Processor) -> None:
+        step = trainer.global_step
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / f"step-{step}.jsonl"
+        partial = file.with_name(f".{file.name}.tmp")
+        lines = (json.dumps({"step": step} | p.to_dict(), ensure_ascii=False) for p in predictions)
+        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        partial.replace(file)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                log_table(logger, predictions, processor, step)
+
+
+def picture_of(prediction: Prediction, processor: Processor) -> Image | None:
+    """The (first) image with the boxes and points of question, answer and prediction drawn; None without images."""
+    if not prediction.images:
+        return None
+    size = processor.image_size
+    picture = to_picture(load_image(prediction.images[0], size), scale=max(1, PICTURE_SIDE // size))
+    return draw(picture, prediction.answer, prediction.prediction, processor.geometry, prediction.question)
+
+
+def log_table(logger: WandbLogger, predictions: Sequence[Prediction], processor: Processor, step: int) -> None:
+    """One row per question in the W&B table `predictions`."""
+    import wandb
+
+    columns = ["task", "key", "image", "question", "answer", "prediction", "score"]
+    rows: list[list[Any]] = []
+    for p in predictions:
+        picture = picture_of(p, processor)
+        image = wandb.Image(picture) if picture is not None else None
+        rows.append([p.task, p.key, image, p.question, p.answer, p.prediction, p.score])
+    logger.log_table(TABLE, columns=columns, data=rows, step=step)

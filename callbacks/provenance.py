@@ -1,0 +1,54 @@
+"""Tells every logger what run it is looking at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from omegaconf import OmegaConf
+
+from sphinx_pl.checkpoint.provenance import provenance
+from sphinx_pl.errors import UserError
+from sphinx_pl.stages import Stage
+
+
+def run_info(stage: str, config: dict[str, Any]) -> dict[str, Any]:
+    """What a logger keeps beside the curves: the stage, the composed configuration (secrets blanked), the code."""
+    origin = provenance(stage=stage, config=config)
+    code = origin["code"]
+    return {
+        "stage": stage,
+        "config": origin["config"],
+        # Empty for an installed package, whose version says enough.
+        "git_commit": code.get("commit", ""),
+        "git_dirty": code.get("dirty", False),
+        "code_version": code["version"],
+        "versions": origin["versions"],
+        "command": " ".join(origin["command"]),
+        "parents": origin["parents"],
+    }
+
+
+class RunInfo(L.Callback):
+    """Logs `run_info` as hyperparameters when training starts.
+
+    Args:
+        config: the file with the composed configuration that train.py keeps in the run folder.
+
+    Raises:
+        UserError: there is no such file.
+    """
+
+    def __init__(self, config: str) -> None:
+        self.config = Path(config)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, Stage)
+        if not self.config.is_file():
+            raise UserError(f"callbacks.provenance.config: there is no file {self.config}; train.py writes it on start")
+        config = OmegaConf.to_container(OmegaConf.load(self.config), resolve=True)
+        assert isinstance(config, dict)
+        info = run_info(pl_module.name, {str(key): value for key, value in config.items()})
+        for logger in trainer.loggers:
+            logger.log_hyperparams(info)

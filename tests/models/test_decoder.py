@@ -1,0 +1,139 @@
+"""The decoder against transformers' LLaMA with the same weights, and its cache, masks and checkpointing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from sphinx_pl.models.config import DecoderConfig
+from sphinx_pl.models.decoder import Decoder, KVCache
+
+CONFIG = DecoderConfig(vocab_size=61, width=48, layers=3, heads=6, kv_heads=2, ffn_width=80, max_positions=64)
+
+
+def half_split(weight: Tensor, heads: int) -> Tensor:
+    """Rows of a query or key matrix from interleaved pairs (ours) to first and second half (transformers')."""
+    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def reference(decoder: Decoder) -> torch.nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    c = decoder.config
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=c.vocab_size,
+            hidden_size=c.width,
+            num_hidden_layers=c.layers,
+            num_attention_heads=c.heads,
+            num_key_value_heads=c.kv_heads,
+            intermediate_size=c.ffn_width,
+            rms_norm_eps=c.norm_eps,
+            max_position_embeddings=c.max_positions,
+            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+        )
+    )
+    ours = decoder.state_dict()
+    theirs = {
+        "model.embed_tokens.weight": ours["tok_embeddings.weight"],
+        "model.norm.weight": ours["norm.weight"],
+        "lm_head.weight": ours["output.weight"],
+    }
+    names = {"wv": "self_attn.v_proj", "wo": "self_attn.o_proj", "w1": "mlp.gate_proj", "w2": "mlp.down_proj"}
+    names |= {"w3": "mlp.up_proj", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+    for n in range(c.layers):
+        for name, value in ours.items():
+            if name.startswith(f"layers.{n}."):
+                short = name.split(".")[-2]
+                if short in names:
+                    theirs[f"model.layers.{n}.{names[short]}.weight"] = value
+        prefix = f"layers.{n}.attention"
+        theirs[f"model.layers.{n}.self_attn.q_proj.weight"] = half_split(ours[f"{prefix}.wq.weight"], c.heads)
+        theirs[f"model.layers.{n}.self_attn.k_proj.weight"] = half_split(ours[f"{prefix}.wk.weight"], c.kv_heads)
+    llama.load_state_dict(theirs, strict=True)
+    return llama.eval()
+
+
+@pytest.fixture
+def decoder() -> Decoder:
+    torch.manual_seed(0)
+    decoder = Decoder(CONFIG).eval()
+    for parameter in decoder.parameters():  # larger than the initial weights, so that logits have a spread of about 1
+        torch.nn.init.normal_(parameter, std=0.3)
+    return decoder
+
+
+def run(decoder: Decoder, ids: Tensor, cache: KVCache | None = None, start: int = 0) -> Tensor:
+    positions = torch.arange(start, start + ids.shape[1]).expand_as(ids)
+    return decoder.logits(decoder(decoder.embed(ids), positions, None, cache))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunks", [[17], [9, *[1] * 8], [5, 6, 6]], ids=["whole", "token by token", "in chunks"])
+def test_logits_equal_transformers(decoder: Decoder, chunks: list[int]) -> None:
+    ids = torch.randint(0, 61, (2, 17))
+    expected = reference(decoder)(ids).logits
+    assert expected.std() > 0.5
+    cache = KVCache(CONFIG.layers, 17) if len(chunks) > 1 else None
+    starts = [sum(chunks[:n]) for n in range(len(chunks))]
+    parts = [run(decoder, ids[:, s : s + n], cache, s) for s, n in zip(starts, chunks, strict=True)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_training_kernel_gives_the_same_logits(decoder: Decoder) -> None:
+    ids = torch.randint(0, 61, (2, 17))
+    with torch.no_grad():
+        expected = run(decoder, ids)
+    with torch.enable_grad():
+        torch.testing.assert_close(run(decoder, ids), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_mask_hides_positions(decoder: Decoder) -> None:
+    ids = torch.randint(0, 61, (1, 8))
+    mask = torch.ones(8, 8, dtype=torch.bool).tril()[None, None]
+    positions = torch.arange(8)[None]
+    hidden = decoder(decoder.embed(ids), positions, mask)
+    torch.testing.assert_close(decoder.logits(hidden), run(decoder, ids), atol=1e-5, rtol=1e-5)
+    mask[..., 4:, :4] = False  # the second half sees itself alone
+    alone = decoder(decoder.embed(ids[:, 4:]), positions[:, 4:])
+    torch.testing.assert_close(decoder(decoder.embed(ids), positions, mask)[:, 4:], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_query_key_norm_makes_their_scale_irrelevant() -> None:
+    torch.manual_seed(0)
+    decoder = Decoder(DecoderConfig(**{**vars(CONFIG), "qk_norm": True, "norm_eps": 1e-12})).eval()
+    ids = torch.randint(0, 61, (1, 8))
+    before = run(decoder, ids)
+    with torch.no_grad():
+        decoder.layers[0].attention.wq.weight.mul_(7)
+    torch.testing.assert_close(run(decoder, ids), before)
+
+
+def test_checkpointed_layers_give_the_same_gradients(decoder: Decoder) -> None:
+    ids = torch.randint(0, 61, (2, 9))
+    decoder.train()
+    gradients = []
+    for decoder.checkpoint_layers in (False, True):
+        decoder.zero_grad()
+        run(decoder, ids).square().mean().backward()
+        gradients.append([p.grad.clone() for p in decoder.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(list(decoder.parameters()))
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_initial_spread_and_tied_embeddings() -> None:
+    torch.manual_seed(0)
+    decoder = Decoder(DecoderConfig(**{**vars(CONFIG), "width": 240, "tie_embeddings": True}))
+    layer = decoder.layers[0]
+    assert layer.attention.wq.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert layer.feed_forward.w2.weight.std().item() == pytest.approx(0.02 / 6**0.5, rel=0.05)
+    assert "output.weight" not in decoder.state_dict()
+    hidden = torch.randn(2, 240)
+    torch.testing.assert_close(decoder.logits(hidden), hidden @ decoder.tok_embeddings.weight.T)
+
+
+def test_full_cache_is_refused(decoder: Decoder) -> None:
+    with pytest.raises(ValueError, match="4 positions cannot hold 5"):
+        run(decoder, torch.zeros(1, 5, dtype=torch.long), KVCache(CONFIG.layers, 4))

@@ -1,0 +1,178 @@
+"""Views, towers and the mixer on small real towers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.utils.flop_counter import FlopCounterMode
+
+from sphinx_pl.errors import UserError
+from sphinx_pl.models.config import ConvNextConfig, VisionConfig
+from sphinx_pl.models.sphinx import Sphinx
+from sphinx_pl.models.towers import ConvNext, load_pretrained, resample_positions
+from sphinx_pl.models.views import CLIP_MEAN, CLIP_STD, normalise, resize, split_views
+from sphinx_pl.models.vision_mixer import VisionMixer, merge_patches
+from tests.models.conftest import model_config
+
+
+def test_views_are_the_whole_then_crops_row_by_row() -> None:
+    pixels = torch.rand(2, 3, 63, 63)
+    views = split_views(pixels, VisionConfig(image_size=63, grid=3))
+    assert views.shape == (2, 10, 3, 21, 21)
+    for row in range(3):
+        for column in range(3):
+            crop = pixels[:, :, row * 21 : row * 21 + 21, column * 21 : column * 21 + 21]
+            assert torch.equal(views[:, 1 + row * 3 + column], crop)
+    whole = torch.nn.functional.interpolate(pixels, size=(21, 21), mode="bicubic", align_corners=False)
+    assert torch.equal(views[:, 0], whole)
+
+
+def test_half_resize_rounds_only_what_is_resized() -> None:
+    pixels = torch.rand(1, 3, 32, 32)
+    views = split_views(pixels, VisionConfig(image_size=32, grid=2, half_resize=True))
+    assert torch.equal(views[:, 0], views[:, 0].half().float())
+    assert torch.equal(views[:, 1], pixels[:, :, :16, :16])
+    assert resize(pixels, 32, half=True) is pixels
+
+
+def test_normalise_maps_clips_mean_to_zero() -> None:
+    pixels = (torch.tensor(CLIP_MEAN) * 255).round().to(torch.uint8)[None, :, None, None].expand(1, 3, 4, 4)
+    assert normalise(pixels).abs().max() < 0.5 / 255 / min(CLIP_STD) + 1e-6
+    white = normalise(torch.full((3, 1, 1), 255, dtype=torch.uint8)).flatten()
+    assert white.tolist() == pytest.approx([(1 - m) / s for m, s in zip(CLIP_MEAN, CLIP_STD, strict=True)])
+
+
+def test_merge_patches() -> None:
+    tokens = torch.arange(17.0)[None, :, None]  # class 0, then a 4 x 4 grid of 1 ... 16
+    assert merge_patches(tokens, "none", 2) is tokens
+    assert merge_patches(tokens, "mean", 2).flatten().tolist() == [0.0, 3.5, 5.5, 11.5, 13.5]
+    assert merge_patches(tokens, "shuffle", 2)[0].tolist() == [
+        [0, 0, 0, 0], [1, 2, 5, 6], [3, 4, 7, 8], [9, 10, 13, 14], [11, 12, 15, 16],
+    ]  # fmt: skip
+
+
+def test_convnext_map_is_repeated_behind_its_mean() -> None:
+    tower = ConvNext(ConvNextConfig(image_size=32, depths=[1, 1], dims=[8, 16]), patch_grid=8).eval()
+    out = tower(torch.randn(2, 3, 40, 40))
+    assert out.shape == (2, 65, 16)
+    grid = out[:, 1:].unflatten(1, (4, 2, 4, 2))
+    assert torch.equal(grid, grid[:, :, :1, :, :1].expand_as(grid))
+    assert not torch.equal(grid[:, 0], grid[:, 1])
+    torch.testing.assert_close(out[:, 0], out[:, 1:].mean(dim=1))
+
+
+def test_convnext_that_timm_cannot_build_is_refused() -> None:
+    with pytest.raises(UserError, match="stem=2"):
+        ConvNext(ConvNextConfig(image_size=32, depths=[1, 1], dims=[8, 16], stem=2), patch_grid=8)
+
+
+def test_qformer_has_no_dropout_and_distinct_queries(sample: Sphinx) -> None:
+    assert sample.mixer is not None
+    tower = sample.mixer.towers["qformer"].train()
+    pixels = torch.randn(1, 3, 64, 64)
+    first = tower(pixels)
+    assert torch.equal(first, tower(pixels))
+    assert (first[0, 0] - first[0, 1]).abs().max() > 0.01
+
+
+def test_every_parameter_gets_a_gradient(sample: Sphinx) -> None:
+    assert sample.mixer is not None
+    sample.mixer(torch.randn(2, 3, 64, 64)).square().mean(dim=(0, 1)).mul(torch.randn(192)).sum().backward()
+    assert [name for name, p in sample.mixer.named_parameters() if p.grad is None] == []
+
+
+def test_mixer_order_and_view_order() -> None:
+    torch.manual_seed(0)
+    config = model_config("sphinx_sample_1k")
+    assert config.vision is not None
+    mixer = VisionMixer(config.vision, 32).eval()
+    pixels = torch.randn(2, 3, 128, 128)
+    with torch.no_grad():
+        out = mixer(pixels).unflatten(1, (5, 27))
+        third = mixer.towers["qformer"](pixels[:, :, 64:, :64])
+        clip, convnext, dinov2 = (mixer.towers[k](pixels[:, :, 64:, :64]) for k in ("clip", "convnext", "dinov2"))
+        visual = mixer.visual_proj(merge_patches(torch.cat([clip, convnext, dinov2], dim=-1), "shuffle", 2))
+    assert torch.equal(out[:, :, 0], mixer.start_img.expand(2, 5, -1))
+    assert torch.equal(out[:, :, -1], mixer.end_img.expand(2, 5, -1))
+    torch.testing.assert_close(out[:, 3, 1:9], mixer.qformer_proj(third), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out[:, 3, 9:26], visual, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("off", [["clip"], ["convnext"], ["dinov2"], ["qformer"], ["clip", "convnext", "dinov2"],
+                                 ["clip", "dinov2", "qformer"]], ids=",".join)  # fmt: skip
+def test_any_subset_of_towers(off: list[str]) -> None:
+    config = model_config("sphinx_sample", *[f"vision.{key}=null" for key in off])
+    assert config.vision is not None
+    mixer = VisionMixer(config.vision, 16)
+    assert set(mixer.towers) == {"clip", "convnext", "dinov2", "qformer"} - set(off)
+    assert mixer(torch.randn(1, 3, 64, 64)).shape == (1, config.tokens_per_image, 16)
+
+
+def test_clip_matches_open_clip_and_quick_gelu_differs(sample: Sphinx) -> None:
+    assert sample.mixer is not None
+    tower = sample.mixer.towers["clip"]
+    pixels = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        whole = tower.model.ln_post(tower.model.transformer(tower.model._embeds(pixels)))
+        torch.testing.assert_close(tower(pixels), whole)
+    exact = Sphinx(model_config("sphinx_sample", "vision.clip.quick_gelu=false"))
+    assert exact.mixer is not None
+    exact.load_state_dict(sample.state_dict())
+    assert (exact.mixer.towers["clip"](pixels) - whole).abs().max() > 1e-4
+
+
+def test_dinov2_sees_imagenets_normalisation(sample: Sphinx) -> None:
+    """A picture of ImageNet's mean colour is all zeros to it."""
+    assert sample.mixer is not None
+    tower = sample.mixer.towers["dinov2"]
+    mean = torch.tensor([0.485, 0.456, 0.406])
+    pixels = ((mean - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD))[None, :, None, None].expand(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(tower(pixels), tower.model.forward_features(torch.zeros(1, 3, 64, 64)))
+
+
+def test_positions_keep_their_class_row_and_constants() -> None:
+    positions = torch.cat([torch.full((1, 1, 4), 7.0), torch.full((1, 37 * 37, 4), 2.0)], dim=1)
+    out = resample_positions(positions, 16)
+    assert out.shape == (1, 257, 4)
+    assert torch.equal(out[:, 0], positions[:, 0])
+    torch.testing.assert_close(out[:, 1:], torch.full((1, 256, 4), 2.0))
+    assert resample_positions(out, 16) is out
+
+
+def test_load_from_a_file_onto_meta(sample: Sphinx, tmp_path: Path) -> None:
+    assert sample.mixer is not None
+    path = tmp_path / "clip.safetensors"
+    save_file(sample.mixer.towers["clip"].state_dict(), path)
+    with torch.device("meta"):
+        other = Sphinx(sample.config)
+    assert other.mixer is not None
+    load_pretrained(other.mixer.towers["clip"], str(path))
+    pixels = torch.randn(1, 3, 64, 64)
+    assert torch.equal(other.mixer.towers["clip"].eval()(pixels), sample.mixer.towers["clip"](pixels))
+
+
+def test_loading_the_wrong_weights_is_one_line(sample: Sphinx, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sample.mixer is not None
+    clip, path = sample.mixer.towers["clip"], tmp_path / "other.safetensors"
+    with pytest.raises(UserError, match=r"model\.vision\.clip\.load=.*no such file"):
+        load_pretrained(clip, str(path))
+    state = clip.state_dict()
+    save_file({name: value for name, value in state.items() if "ln_pre" not in name}, path)
+    with pytest.raises(UserError, match=r"ln_pre\.bias"):
+        load_pretrained(clip, str(path))
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    with pytest.raises(UserError, match=r"model\.vision\.dinov2\.load=no_such_model: neither cached nor downloadable"):
+        load_pretrained(sample.mixer.towers["dinov2"], "no_such_model")
+
+
+def test_flops_of_each_tower(sample: Sphinx) -> None:
+    sample.requires_grad_(False)
+    assert sample.mixer is not None
+    for tower in sample.mixer.towers.values():
+        with FlopCounterMode(display=False) as counter:
+            tower(torch.randn(1, 3, 64, 64))
+        assert tower.flops() == pytest.approx(counter.get_total_flops(), rel=0.03), tower.key

@@ -1,0 +1,106 @@
+"""Every shipped YAML composes, and what a CPU can instantiate is instantiated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig, OmegaConf
+
+import sphinx_pl.cli  # noqa: F401  (registers the resolvers)
+from sphinx_pl.cli import CONFIG_FOLDER, entry_point
+from sphinx_pl.models.config import SphinxConfig
+
+entry_point("train")(lambda cfg: None)
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIG_FOLDER / group).glob("*.yaml") if not path.stem.startswith("_"))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_hydra() -> Iterator[None]:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+        yield
+
+
+def composed(config: str, *overrides: str) -> DictConfig:
+    cfg = compose(config, overrides=list(overrides), return_hydra_config=True)
+    cfg.hydra.runtime.output_dir = "outputs/test"
+    HydraConfig.instance().set_config(cfg)
+    return cfg
+
+
+def test_no_group_is_empty() -> None:
+    groups = ("stage", "model", "data", "data/mixture", "trainer", "callbacks", "logger", "experiment", "debug")
+    assert all(options(group) for group in groups)
+
+
+@pytest.mark.parametrize("name", options("model"))
+def test_models_are_valid(name: str) -> None:
+    model = SphinxConfig.from_dict(composed("train", f"model={name}").model)
+    assert model.name == name
+    assert model.tokens_per_image > 0
+
+
+@pytest.mark.parametrize("name", options("stage"))
+def test_stages_resolve(name: str) -> None:
+    if name == "one_stage":
+        cfg = composed("train", f"stage={name}", "data/mixture=sample_finetune", "experiment=null")
+    else:
+        cfg = composed("train", f"stage={name}")
+    values = OmegaConf.to_container(cfg.stage, resolve=True)
+    assert values["name"] == name
+    assert get_class(values["_target_"]).__name__ == "Stage"
+    assert values["max_steps"] > 0
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+@pytest.mark.parametrize("stage", ["pretrain_real", "pretrain_synthetic", "finetune"])
+def test_experiments_resolve_for_every_stage(experiment: str, stage: str) -> None:
+    cfg = composed("train", f"experiment={experiment}", f"stage={stage}")
+    OmegaConf.to_container(cfg.stage, resolve=True)
+    OmegaConf.to_container(cfg.data, resolve=True)
+    assert cfg.name == experiment
+    assert sum(source.weight for source in cfg.data.sources.values() if source) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", options("trainer"))
+def test_trainers_resolve_and_build(name: str) -> None:
+    cfg = composed("train", f"trainer={name}", "stage.max_steps=10", "stage.accumulate=2", "stage.val_every=5")
+    assert cfg.trainer.val_check_interval == 10
+    if cfg.trainer.accelerator != "gpu":
+        trainer = instantiate(cfg.trainer, logger=False, accelerator="cpu")
+        assert trainer.max_steps == 10
+
+
+@pytest.mark.parametrize("name", options("callbacks"))
+def test_callbacks_build(name: str) -> None:
+    cfg = composed("train", f"callbacks=[{name}]", "data.root=/nowhere")
+    built = [instantiate(entry) for entry in cfg.callbacks.values() if entry]
+    assert built
+
+
+@pytest.mark.parametrize("name", options("logger"))
+def test_loggers_build(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    cfg = composed("train", f"logger={name}")
+    cfg.hydra.runtime.output_dir = str(tmp_path)
+    HydraConfig.instance().set_config(cfg)
+    assert [instantiate(entry) for entry in cfg.logger.values() if entry]
+
+
+@pytest.mark.parametrize("name", options("debug"))
+def test_debug_presets_compose(name: str) -> None:
+    OmegaConf.to_container(composed("train", f"debug={name}").stage, resolve=True)
+
+
+@pytest.mark.parametrize("script", ["train", "mix_weights", "evaluate"])
+def test_entry_scripts_compose(script: str) -> None:
+    assert composed(script)

@@ -1,0 +1,152 @@
+"""train.py as a user runs it: a killed run that continues exactly, and wrong input answered in one line."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tests.conftest import REPOSITORY
+
+from callbacks.checkpoint import checkpoints
+
+# The sample model with every tower, one layer each: the same code in less time.
+SMALL = [
+    "model.decoder.layers=1",
+    "model.vision.clip.layers=1",
+    "model.vision.dinov2.layers=1",
+    "model.vision.qformer.vision_layers=1",
+    "data.packing.rows=2",
+    "data.val_samples=8",
+    "trainer.accelerator=cpu",
+    "trainer.log_every_n_steps=1",
+    "logger.csv.flush_every_n_steps=1",
+]
+
+
+def command(folder: Path, data: Path, *overrides: str) -> list[str]:
+    return [
+        sys.executable,
+        "train.py",
+        "stage=pretrain_real",
+        f"output_dir={folder}",
+        f"data.root={data}",
+        *SMALL,
+        *overrides,
+    ]
+
+
+def run(*args: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    return subprocess.run(
+        command(*args),  # type: ignore[arg-type]
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def losses(folder: Path) -> dict[int, str]:
+    """Step -> training loss as it was written: equal strings are equal bits."""
+    with (folder / "pretrain_real" / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("train/loss")]
+    found = {int(row["step"]): row["train/loss"] for row in rows}
+    assert len(found) == len(rows), "a step was logged twice"
+    return found
+
+
+def kill_when(process: subprocess.Popen[str], ready: Path, extra_seconds: float) -> None:
+    """SIGKILL from outside, `extra_seconds` after the file `ready` has appeared."""
+    deadline = time.monotonic() + 120
+    while not ready.exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(extra_seconds)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def check_kill_and_resume(tmp_path: Path, data: Path, extra_seconds: list[float], steps: int) -> None:
+    options = [f"stage.max_steps={steps}", "callbacks.checkpoint.every_n_steps=3", "data.workers=1"]
+    straight = run(tmp_path / "straight", data, *options)
+    assert straight.returncode == 0, straight.stderr
+    folder = tmp_path / "killed"
+    ready = folder / "pretrain_real" / "checkpoints" / f"step-{3:08d}.ckpt"
+    for number, seconds in enumerate(extra_seconds):
+        process = subprocess.Popen(
+            command(folder, data, *options, "ckpt_path=last"),
+            cwd=REPOSITORY,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        if number:  # an older checkpoint is there already
+            ready = folder / "pretrain_real" / "environment.json"
+        kill_when(process, ready, seconds)
+        assert checkpoints(folder / "pretrain_real" / "checkpoints"), "no complete checkpoint survived the kill"
+    assert not (folder / "pretrain_real" / "model").exists(), "killed too late to test anything"
+    resumed = run(folder, data, *options, "ckpt_path=last")
+    assert resumed.returncode == 0, resumed.stderr
+    assert losses(folder) == losses(tmp_path / "straight")
+    assert len(losses(folder)) == steps
+
+
+def test_a_killed_run_continues_with_the_same_losses(tmp_path: Path, sample_data: Path) -> None:
+    check_kill_and_resume(tmp_path, sample_data, [0.3], steps=40)
+
+
+@pytest.mark.long
+def test_a_run_that_is_killed_again_and_again_continues_with_the_same_losses(tmp_path: Path, sample_data: Path) -> None:
+    check_kill_and_resume(tmp_path, sample_data, [0.1, 9.0, 12.5, 9.7, 11.0], steps=300)
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path, sample_data: Path) -> None:
+    assert run(tmp_path, sample_data, "stage.max_steps=2").returncode == 0
+    again = run(tmp_path, sample_data, "stage.max_steps=2")
+    assert again.returncode == 2
+    assert again.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "ckpt_path=last" in again.stderr
+    assert run(tmp_path, sample_data, "stage.max_steps=3", "overwrite=true").returncode == 0
+
+
+WRONG = {
+    "an unknown key": (["stage.optim.learning_rate=1"], "learning_rate"),
+    "an unknown option": (["stage=pretrian"], "pretrian"),
+    "heads that do not divide": (["model.decoder.heads=7"], "model.decoder.heads=7"),
+    "a missing file": (["data.sources.real.path=nowhere.tar"], "nowhere.tar"),
+    "a missing checkpoint": (["stage.init_from=nowhere"], "nowhere"),
+    "a part that does not exist": (["stage.train_parts=[decodr]"], "decoder"),
+    "no text in pretraining": (["data.sources.text=null"], "text"),
+    "a missing resume file": (["ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
+    "a wrong type": (["model.decoder.layers=two"], "model.decoder.layers"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_answered_in_one_line(
+    case: str, tmp_path: Path, sample_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from hydra.core.global_hydra import GlobalHydra
+
+    import train
+
+    overrides, needle = WRONG[case]
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(sys, "argv", [*command(tmp_path, sample_data, "stage.max_steps=1")[1:], *overrides])
+    GlobalHydra.instance().clear()
+    with pytest.raises(SystemExit) as stopped:
+        train.main()
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert error[-1].startswith("error: ")
+    assert needle in error[-1]
+    assert not any("Traceback" in line for line in error)
