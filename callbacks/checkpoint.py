@@ -89,11 +89,11 @@ class ResumeCheckpoint(L.Callback):
     # Random states are part of the checkpoint. (Those of data workers are not used: order and wording are functions of
     # the seed and the position.)
     def state_dict(self) -> dict[str, Any]:
-        numpy_state = np.random.get_state(legacy=True)  # the simulation of legacy global state is what libraries use
+        name, keys, *rest = np.random.get_state(legacy=True)
         version, internal, gauss = random.getstate()
         state: dict[str, Any] = {
             "python": [version, list(internal), gauss],
-            "numpy": [numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]],  # type: ignore[union-attr,index]
+            "numpy": [name, np.asarray(keys).tolist(), *rest],
             "torch": torch.get_rng_state(),
         }
         if torch.cuda.is_available():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from pathlib import Path
 
 from lightning.pytorch.loggers import CSVLogger
@@ -11,7 +10,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 
-class _AppendingWriter(ExperimentWriter):  # type: ignore[misc]
+class _AppendingWriter(ExperimentWriter):
     def _check_log_dir_exists(self) -> None:
         """Called by the base class, which would delete the file here: read its columns instead."""
         path = Path(self.metrics_file_path)
@@ -20,7 +19,7 @@ class _AppendingWriter(ExperimentWriter):  # type: ignore[misc]
                 self.metrics_keys = next(csv.reader(file), [])
 
 
-class MetricsCSV(CSVLogger):  # type: ignore[misc]
+class MetricsCSV(CSVLogger):
     """`metrics.csv` in `save_dir`: a row for each logged step, columns in alphabetical order."""
 
     def __init__(self, save_dir: str, flush_every_n_steps: int = 10) -> None:
@@ -29,7 +28,7 @@ class MetricsCSV(CSVLogger):  # type: ignore[misc]
     @property
     @rank_zero_experiment  # type: ignore[untyped-decorator]
     def experiment(self) -> ExperimentWriter:
-        if self._experiment is None:
+        if self._experiment is None:  # type: ignore[has-type]
             Path(self.log_dir).mkdir(parents=True, exist_ok=True)
             self._experiment = _AppendingWriter(log_dir=self.log_dir)
         return self._experiment
@@ -38,8 +37,8 @@ class MetricsCSV(CSVLogger):  # type: ignore[misc]
 def forget_after(path: Path, step: int) -> None:
     """Drop the rows of steps that a resumed run will make again: those at or after optimizer step `step`.
 
-    A row's `step` is the number of steps finished before it was logged, so the last row to keep is `step - 1`. The file is
-    replaced in one move.
+    A row's `step` is the number of steps finished before it was logged, so the last row to keep is `step - 1`.
+    The file is replaced in one move.
     """
     if not path.is_file():
         return
@@ -52,4 +51,4 @@ def forget_after(path: Path, step: int) -> None:
         writer = csv.DictWriter(file, fieldnames=columns)
         writer.writeheader()
         writer.writerows(kept)
-    os.replace(partial, path)
+    partial.replace(path)

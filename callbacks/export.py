@@ -47,7 +47,7 @@ class ExportModel(L.Callback):
     @rank_zero_only  # type: ignore[untyped-decorator]
     def export(self, trainer: L.Trainer, pl_module: L.LightningModule, folder: Path) -> None:
         assert isinstance(pl_module, Stage)
-        processor = trainer.datamodule.processor  # type: ignore[attr-defined]
+        processor = trainer.datamodule.processor
         write_checkpoint(
             folder,
             pl_module.sphinx.state_dict(),

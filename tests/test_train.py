@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.conftest import REPOSITORY
 
 from callbacks.checkpoint import checkpoints
+from tests.conftest import REPOSITORY
 
 # The sample model with every tower, one layer each: the same code in less time.
 SMALL = [

@@ -1,8 +1,8 @@
 """Turns -> one string, with the ranges of characters that are answers.
 
-The original's format (LLaMA2-Accessory, `accessory/data/conversation`): the system text, then
-`\n\n###` + ` Human: question\n###` + ` Assistant:` + ` answer\n###`, further turns in the same way. An answer is supervised
-together with its ending `\n###`. Without a system text a conversation starts with ` Human:`'s sentence itself.
+The original's format (LLaMA2-Accessory, `accessory/data/conversation`): the system text, then `\n\n###` +
+` Human: question\n###` + ` Assistant:` + ` answer\n###`, further turns in the same way. An answer is supervised
+together with its ending `\n###`. Without a system text a conversation starts with `###` alone.
 """
 
 from __future__ import annotations

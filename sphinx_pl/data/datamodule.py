@@ -24,7 +24,7 @@ class _Windows(Dataset[list[Batch]]):
     def __init__(self, collator: Collator) -> None:
         self.collator = collator
 
-    def __getitem__(self, plan: WindowPlan) -> list[Batch]:  # type: ignore[override]
+    def __getitem__(self, plan: WindowPlan) -> list[Batch]:
         torch.set_num_threads(1)
         return self.collator.window(plan)
 
@@ -48,17 +48,19 @@ def _as_is(batch: Any) -> Any:
 class TrainLoader:
     """Endless micro-batches. Counts what was skipped and stops the run when it is too much.
 
-    A window that lost all its images to unreadable files (or all its text) is left out and counted, since every step must
-    hold both. With several ranks it is trained on as it is and counted: the other ranks' images are part of the step.
+    A window that lost all its images to unreadable files (or all its text) is left out and counted, since every step
+    must hold both. With several ranks it is trained on as it is and counted: other ranks' images are part of the step.
     """
 
-    def __init__(self, planner: Planner, collator: Collator, workers: int, max_skipped: float, pin_memory: bool) -> None:
+    def __init__(
+        self, planner: Planner, collator: Collator, workers: int, max_skipped: float, pin_memory: bool
+    ) -> None:
         self.planner = planner
         self.max_skipped = max_skipped
         self.counts: Counter[str] = Counter()
         self._loader = DataLoader(
             _Windows(collator),
-            sampler=planner,  # type: ignore[arg-type]
+            sampler=planner,
             batch_size=None,
             num_workers=workers,
             collate_fn=_as_is,
@@ -69,9 +71,13 @@ class TrainLoader:
     def __iter__(self) -> Iterator[Batch]:
         for window in self._loader:
             for batch in window:
-                self.counts.update({k: int(v) for k, v in batch.counters.items() if k.startswith(("skipped/", "samples"))})
+                self.counts.update(
+                    {k: int(v) for k, v in batch.counters.items() if k.startswith(("skipped/", "samples"))}
+                )
             self._check_skipped()
-            missing = [m for m in self.planner.mixture.modalities if not any(b.counters.get(f"modality/{m}") for b in window)]
+            missing = [
+                m for m in self.planner.mixture.modalities if not any(b.counters.get(f"modality/{m}") for b in window)
+            ]
             if missing:
                 self.counts[f"windows_without_{missing[0]}"] += 1
                 if self.planner.world_size == 1:
@@ -86,8 +92,8 @@ class TrainLoader:
         if seen >= 200 and share > self.max_skipped:
             worst = ", ".join(f"{k}: {v}" for k, v in sorted(skipped.items(), key=lambda item: -item[1])[:5])
             raise UserError(
-                f"data: {share:.1%} of {seen} samples could not be used, more than data.max_skipped={self.max_skipped:.1%} "
-                f"({worst}): repair these sources or raise the limit"
+                f"data: {share:.1%} of {seen} samples could not be used, more than "
+                f"data.max_skipped={self.max_skipped:.1%} ({worst}): repair these sources or raise the limit"
             )
 
     @property
@@ -210,5 +216,3 @@ class DataModule(L.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resume = state_dict.get("planner")
-
-

@@ -27,8 +27,8 @@ MODALITIES = ("image", "text")
 class SourceConfig:
     """One entry of a mixture's `sources`; further keys go to the source's constructor.
 
-    `weight` is its share of the drawn samples relative to the others'. `branches` > 1 joins up to that many records about
-    one image into one sample. `modality` says what the source is counted as where a step must hold text and images.
+    `weight` is its share of the drawn samples relative to the others'. `branches` > 1 joins up to that many records
+    about one image into one sample. `modality` says what the source counts as where a step must hold text and images.
     """
 
     kind: str
@@ -153,9 +153,7 @@ class Mixture:
     @property
     def counts(self) -> dict[str, int]:
         """`source/seen`, `source/skipped/reason`: since the start of the run."""
-        return {
-            f"{name}/{key}": value for name, stream in self.streams.items() for key, value in stream.counts.items()
-        }
+        return {f"{name}/{key}": value for name, stream in self.streams.items() for key, value in stream.counts.items()}
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -167,7 +165,8 @@ class Mixture:
         if set(state["streams"]) != set(self.streams):
             raise UserError(
                 f"data.sources: the checkpoint was made with {sorted(state['streams'])}, this run has "
-                f"{sorted(self.streams)}: resume with the same sources, or start a new run from its weights (init_from=)"
+                f"{sorted(self.streams)}: resume with the same sources, or start a new run from its weights "
+                "(stage.init_from)"
             )
         self.drawn = dict(state["drawn"])
         for name, stream in self.streams.items():

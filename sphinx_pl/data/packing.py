@@ -98,8 +98,8 @@ class WindowPlan:
 class Planner:
     """An endless iterator of windows: the sampler of the training loader. Every rank plans the same, takes its part.
 
-    The state is that of the mixture and the samples that were drawn but not placed yet. Loaders run ahead of training, so
-    the state after every planned window is kept until `consumed` says that the window has been trained on.
+    The state is that of the mixture and the samples that were drawn but not placed yet. Loaders run ahead of training,
+    so the state after every planned window is kept until `consumed` says that the window has been trained on.
     """
 
     def __init__(

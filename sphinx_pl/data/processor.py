@@ -1,4 +1,4 @@
-"""Records -> token ids, for training and for prompts. Saved with the model: without its format a model is not usable."""
+"""Records -> token ids, for training and for prompts. Saved with the model, which is of no use without its format."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PLACEHOLDER = "<image>"
 
 @dataclass
 class ProcessorConfig:
-    """How text is written: the conversation's system text, the decimals of coordinates, the longest sample in tokens."""
+    """How text is written: the conversation's system text, decimals of coordinates, the longest sample in tokens."""
 
     system: str = SYSTEM
     decimals: int = 3
@@ -101,7 +101,7 @@ class Processor:
         """One record as a sample with one branch.
 
         Raises:
-            BadSample: the record lacks what its task needs, or is longer than `max_length` before its first answer ends.
+            BadSample: the record lacks what its task needs, or has no answer within `max_length` tokens.
         """
         turns = TASKS[record.task].turns(record, self.geometry, rng)
         ids, supervised = self._tokens(render(self._place(turns, record), self.config.system), record)

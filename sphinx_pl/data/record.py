@@ -135,6 +135,8 @@ class Batch:
 
     def _mapped(self, function: Callable[[Tensor], Tensor]) -> Batch:
         moved: dict[str, Any] = {
-            f.name: function(value) for f in dataclasses.fields(self) if isinstance(value := getattr(self, f.name), Tensor)
+            f.name: function(value)
+            for f in dataclasses.fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
         }
         return dataclasses.replace(self, **moved)

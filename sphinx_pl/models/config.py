@@ -56,7 +56,9 @@ class DecoderConfig:
         _positive("model.decoder", self, "vocab_size", "width", "layers", "heads", "kv_heads", "ffn_width")
         _divides("model.decoder", self, "heads", "width")
         _divides("model.decoder", self, "kv_heads", "heads")
-        _require(self.head_dim % 2 == 0, f"model.decoder.width/heads = {self.head_dim} must be even for rotary embeddings")
+        _require(
+            self.head_dim % 2 == 0, f"model.decoder.width/heads = {self.head_dim} must be even for rotary embeddings"
+        )
 
     @property
     def head_dim(self) -> int:
@@ -98,7 +100,8 @@ class ConvNextConfig:
     def __post_init__(self) -> None:
         _require(
             len(self.depths) == len(self.dims),
-            f"model.vision.convnext.depths has {len(self.depths)} stages but dims has {len(self.dims)}: give one number per stage",
+            f"model.vision.convnext.depths has {len(self.depths)} stages but dims has {len(self.dims)}: "
+            "give one number per stage",
         )
         _require(
             self.image_size % self.stride == 0,
@@ -196,13 +199,15 @@ class VisionConfig:
         if self.clip and self.dinov2:
             _require(
                 self.clip.grid == self.dinov2.grid,
-                f"model.vision: clip has a {self.clip.grid}x{self.clip.grid} grid but dinov2 {self.dinov2.grid}x{self.dinov2.grid}: "
+                f"model.vision: clip has a {self.clip.grid}x{self.clip.grid} grid but dinov2 "
+                f"{self.dinov2.grid}x{self.dinov2.grid}: "
                 "joining by channel needs equal grids, change an image_size or patch_size",
             )
         if self.channel_towers:
             _require(
                 self.patch_grid % self.merge_factor == 0 or self.merge == "none",
-                f"model.vision.merge_factor={self.merge_factor} does not divide the {self.patch_grid}x{self.patch_grid} patch grid",
+                f"model.vision.merge_factor={self.merge_factor} does not divide the "
+                f"{self.patch_grid}x{self.patch_grid} patch grid",
             )
         if self.convnext and (self.clip or self.dinov2):
             _require(
@@ -220,7 +225,8 @@ class VisionConfig:
         """Patches a side of the channel-joined feature map, before merging; 0 without channel towers."""
         for tower in (self.clip, self.dinov2, self.convnext):
             if tower:
-                return int(tower.grid)
+                grid: int = tower.grid
+                return grid
         return 0
 
     @property
@@ -244,7 +250,7 @@ class VisionConfig:
     def joined_width(self) -> int:
         """Channels of a joined token at the projection's input."""
         factor = self.merge_factor**2 if self.merge == "shuffle" else 1
-        return factor * sum(tower.width for tower in self.channel_towers)
+        return factor * sum(int(tower.width) for tower in self.channel_towers)
 
     @property
     def tokens_per_view(self) -> int:

@@ -33,7 +33,8 @@ def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> lis
 
     The original excludes by name and so decays the projections' LayerNorm weights; going by shape does not.
     """
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for parameter in parameters:
         if parameter.requires_grad:
             (decayed if parameter.ndim >= 2 else plain).append(parameter)

@@ -1,14 +1,14 @@
 """A stage of the recipe: builds the model where it will live, takes packed batches, one loss for the global batch.
 
-Pretraining on real pairs, on synthetic captions and finetuning (SPHINX, section 3.1) differ in what trains, on which mixture,
-from which weights and how long: all of it configuration, so there is one class.
+Pretraining on real pairs, on synthetic captions and finetuning (SPHINX, section 3.1) differ in what trains, on which
+mixture, from which weights and how long: all of it configuration, so there is one class.
 """
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -20,7 +20,7 @@ from sphinx_pl.data.record import Batch
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx
-from sphinx_pl.models.towers import load_pretrained
+from sphinx_pl.models.towers import Tower, load_pretrained
 from sphinx_pl.stages.optim import OptimConfig, build_adamw, warmup_cosine
 
 log = logging.getLogger(__name__)
@@ -34,10 +34,10 @@ class Stage(L.LightningModule):
         name: of the stage, in logs and provenance.
         train_parts: parts that train (`Sphinx.parts()`); every other part is frozen, in eval mode, without gradients.
         optim: see `OptimConfig`.
-        init_from: checkpoint folder whose weights this stage starts from; null starts from random weights and the towers'
-            own `load` entries.
-        text_required: refuse a mixture without text-only data, which keeps the language ability. The planner puts text in
-            every step where the mixture has it. Off only to measure what the text is good for.
+        init_from: checkpoint folder whose weights this stage starts from; null starts from random weights and the
+            towers' own `load` entries.
+        text_required: refuse a mixture without text-only data, which keeps the language ability. The planner puts text
+            in every step where the mixture has it. Off only to measure what the text is good for.
         val_names: names of the held-out sources, in the order of the validation loaders.
     """
 
@@ -77,8 +77,8 @@ class Stage(L.LightningModule):
             checkpoint = open_checkpoint(Path(self.init_from))
             if checkpoint.model_config.to_dict() | {"name": ""} != self.config.to_dict() | {"name": ""}:
                 raise UserError(
-                    f"stage.init_from={self.init_from} holds a '{checkpoint.model_config.name}' model of other sizes than "
-                    f"model '{self.config.name}': compose the model that the checkpoint was made with"
+                    f"stage.init_from={self.init_from} holds a '{checkpoint.model_config.name}' model of other sizes "
+                    f"than model '{self.config.name}': compose the model that the checkpoint was made with"
                 )
             checkpoint.load_into(model)
             self.parents = [checkpoint.identity()]
@@ -95,7 +95,7 @@ class Stage(L.LightningModule):
         for key, tower in model.mixer.towers.items() if model.mixer is not None else ():
             source = getattr(self.config.vision, key).load
             if source:
-                load_pretrained(tower, source)
+                load_pretrained(cast(Tower, tower), source)
 
     @property
     def sphinx(self) -> Sphinx:
@@ -109,11 +109,11 @@ class Stage(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        datamodule: DataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        datamodule: DataModule = self.trainer.datamodule
         if self.text_required and not datamodule.has_text:
             raise UserError(
-                "data.sources has no text-only source, which pretraining needs in every step to keep the language ability: "
-                "add one, or set stage.text_required=false"
+                "data.sources has no text-only source, which pretraining needs in every step to keep the language "
+                "ability: add one, or set stage.text_required=false"
             )
 
     # -- training ---------------------------------------------------------------------------------------------------
@@ -131,7 +131,8 @@ class Stage(L.LightningModule):
             torch.distributed.all_reduce(total)
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / total.clamp(min=1e-8)
         self._count(batch, losses.nll.detach(), losses.index, weights)
-        return (losses.nll * weights).sum() * scale + losses.anchor
+        loss: Tensor = (losses.nll * weights).sum() * scale + losses.anchor
+        return loss
 
     def _count(self, batch: Batch, nll: Tensor, index: Tensor, weights: Tensor) -> None:
         self._tasks = batch.tasks

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.conftest import tiny_model
 
 from sphinx_pl.data.mixture import Mixture
 from sphinx_pl.data.packing import Collator, PackingConfig, Planner, Row, deal, first_fit_decreasing
@@ -16,6 +15,7 @@ from sphinx_pl.data.processor import Processor, merge_branches
 from sphinx_pl.data.record import IGNORE, Batch, Branch, Sample
 from sphinx_pl.data.sources import build_source
 from sphinx_pl.models.sphinx import Sphinx
+from tests.conftest import tiny_model
 
 
 def text_sample(length: int, number: int = 0) -> Sample:
@@ -73,7 +73,9 @@ def samples(processor: Processor, sample_data) -> list[Sample]:  # type: ignore[
     return [sample for sample in found if sample.length <= 256]
 
 
-def test_packed_rows_give_the_losses_and_gradients_of_samples_alone(processor: Processor, samples: list[Sample]) -> None:
+def test_packed_rows_give_the_losses_and_gradients_of_samples_alone(
+    processor: Processor, samples: list[Sample]
+) -> None:
     torch.manual_seed(0)
     model = Sphinx(tiny_model()).eval()
     alone: dict[str, list[float]] = {}
@@ -204,9 +206,11 @@ def test_a_planner_continues_from_its_state(processor: Processor, sample_data) -
 def test_an_unreadable_image_leaves_a_masked_slot(processor: Processor, samples: list[Sample], tmp_path) -> None:  # type: ignore[no-untyped-def]
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"not an image")
-    good, bad = (s for s in samples if s.images) if sum(bool(s.images) for s in samples) == 2 else [
-        s for s in samples if s.images
-    ][:2]
+    good, bad = (
+        (s for s in samples if s.images)
+        if sum(bool(s.images) for s in samples) == 2
+        else [s for s in samples if s.images][:2]
+    )
     ref = type(bad.images[0])(str(broken))
     bad = Sample(bad.prefix, bad.branches, (ref,), bad.source)
     batch = collate(processor, [[good], [bad]])

@@ -9,7 +9,6 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from tests.conftest import tiny_model
 
 from callbacks.export import ExportModel
 from sphinx_pl.checkpoint.format import open_checkpoint
@@ -22,6 +21,7 @@ from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.errors import UserError
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.stages import Stage
+from tests.conftest import tiny_model
 
 ALL = ["decoder", "projections", "clip", "convnext", "dinov2", "qformer"]
 OPTIM = {"lr": 1e-3, "warmup": 0.0, "weight_decay": 0.0}
@@ -42,7 +42,12 @@ def datamodule(processor: Processor, folder: Path, rows: int = 4, text: float = 
 def trainer(tmp_path: Path, **options: Any) -> L.Trainer:
     defaults: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False}
     defaults |= {"enable_checkpointing": False, "enable_model_summary": False, "max_epochs": -1}
-    defaults |= {"default_root_dir": tmp_path, "num_sanity_val_steps": 0, "limit_val_batches": 0, "log_every_n_steps": 1}
+    defaults |= {
+        "default_root_dir": tmp_path,
+        "num_sanity_val_steps": 0,
+        "limit_val_batches": 0,
+        "log_every_n_steps": 1,
+    }
     return L.Trainer(**defaults | options)
 
 

@@ -2,8 +2,8 @@
 
     real/, synthetic/       WebDataset shards as img2dataset writes them: KEY.jpg, KEY.json, KEY.txt
     text/*.jsonl            {"text": ...} a line
-    instructions/*.json     LLaVA-style lists; images/ beside them, `image` is relative to the json's folder. Training has
-                            a file for each kind of picture (train-scenes, -ocr, -pose, -layout, -chat), as real sets do
+    instructions/*.json     LLaVA-style lists; images/ beside them, `image` is relative to the json's folder. Training
+                            has a file for each kind of picture (train-scenes, -ocr, -pose, -layout, -chat)
     origins.jsonl           of every picture: split, photograph, crop and scans that it was made from
     tokenizer.model         trained on the training texts
     manifest.json           seed, version, counts and the SHA-256 of every file; written last
