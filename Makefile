@@ -29,9 +29,9 @@ demo: venv
 	$(PY) train.py stage=pretrain_real overwrite=true
 	$(PY) train.py stage=pretrain_synthetic overwrite=true
 	$(PY) train.py stage=pretrain_synthetic run=synthetic_notext data.sources.text=null stage.text_required=false overwrite=true
-	$(PY) mix_weights.py checkpoints=[$(OUT)/pretrain_real/model,$(OUT)/pretrain_synthetic/model] beta=0.5 out=$(OUT)/mixed curve=11 overwrite=true
+	$(PY) mix_weights.py checkpoints=[$(OUT)/pretrain_real/model,$(OUT)/pretrain_synthetic/model] beta=0.5 out=$(OUT)/mixed curve=11 'curve_sources=[real,synthetic]' overwrite=true
 	$(PY) train.py stage=finetune overwrite=true
-	$(PY) evaluate.py checkpoint=$(OUT)/finetune/model report=$(OUT)/report.html
+	$(PY) evaluate.py checkpoint=$(OUT)/finetune/model limit=40 report=$(OUT)/report.html
 
 test: venv
 	$(PY) -m pytest

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import platform
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,17 @@ def prepare_run_folder(cfg: DictConfig, folder: Path) -> Path | None:
     return resume
 
 
+def quiet_known_warnings() -> None:
+    """What Lightning warns of and this project does on purpose, or what only Lightning can mend."""
+    for message in (
+        r".*isinstance\(treespec, LeafSpec\).*",
+        r"Found \d+ module\(s\) in eval mode.*",  # frozen towers
+        r".*does not have many workers.*",  # workers only decode; one is usually enough
+        r"The number of training batches .* is smaller than the logging interval.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
 def train(cfg: DictConfig) -> float | None:
     """Run one stage.
 
@@ -60,6 +72,7 @@ def train(cfg: DictConfig) -> float | None:
     from sphinx_pl.data.processor import Processor
     from sphinx_pl.models.config import SphinxConfig
 
+    quiet_known_warnings()
     folder = Path(HydraConfig.get().runtime.output_dir)
     model = SphinxConfig.from_dict(cfg.model)
     values: dict[str, Any] = OmegaConf.to_container(cfg.data, resolve=True)  # type: ignore[assignment]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 
 from lightning.pytorch.loggers import CSVLogger
@@ -43,9 +44,11 @@ def forget_after(path: Path, step: int) -> None:
     if not path.is_file():
         return
     with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        columns = reader.fieldnames or []
-        kept = [row for row in reader if row["step"].isdigit() and int(row["step"]) < step]
+        written = file.read()
+    # A kill may have left half a row, which a reader could take for a whole one.
+    reader = csv.DictReader(io.StringIO(written[: written.rfind("\n") + 1], newline=""))
+    columns = reader.fieldnames or []
+    kept = [row for row in reader if row["step"].isdigit() and int(row["step"]) < step]
     partial = path.with_name(f".{path.name}.tmp")
     with partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=columns)

@@ -28,13 +28,18 @@ class Rendered:
     answers: tuple[tuple[int, int], ...]
 
 
+def is_document(turns: Sequence[Turn]) -> bool:
+    """Whether a single answer to no question: plain text, not a conversation."""
+    return len(turns) == 1 and not turns[0].question
+
+
 def render(turns: Sequence[Turn], system: str, open_ended: bool = False) -> Rendered:
     """A conversation; with `open_ended` the last turn stops where the model is to answer.
 
-    A single turn without a question is a plain document: its text alone, all supervised.
+    A plain document is its text alone, all supervised; it is open-ended from its start.
     """
-    if len(turns) == 1 and not turns[0].question and not open_ended:
-        return Rendered(turns[0].answer, ((0, len(turns[0].answer)),))
+    if is_document(turns):
+        return Rendered("", ()) if open_ended else Rendered(turns[0].answer, ((0, len(turns[0].answer)),))
     text = f"{system}\n\n{SEPARATOR}" if system else SEPARATOR
     answers: list[tuple[int, int]] = []
     for i, turn in enumerate(turns):

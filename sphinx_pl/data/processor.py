@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.conversation import END_OF_TURN, SYSTEM, Rendered, render
+from sphinx_pl.data.conversation import END_OF_TURN, SYSTEM, Rendered, is_document, render
 from sphinx_pl.data.geometry import Geometry
 from sphinx_pl.data.record import IMAGE_SLOT, Branch, ImageRef, Record, Sample, Turn
 from sphinx_pl.data.tasks import TASKS
@@ -101,18 +101,20 @@ class Processor:
         """One record as a sample with one branch.
 
         Raises:
-            BadSample: the record lacks what its task needs, or has no answer within `max_length` tokens.
+            BadSample: the record lacks what its task needs, or `max_length` tokens hold no answer or not every image.
         """
-        turns = TASKS[record.task].turns(record, self.geometry, rng)
-        ids, supervised = self._tokens(render(self._place(turns, record), self.config.system), record)
+        turns = self._place(TASKS[record.task].turns(record, self.geometry, rng), record)
+        ids, supervised = self._tokens(render(turns, self.config.system), record)
         # A plain document also teaches where a text ends.
-        if turns[-1].question == "" and len(turns) == 1:
+        if is_document(turns):
             ids, supervised = [*ids, self.tokenizer.eos_id], [*supervised, True]
         budget = self.config.max_length
         if len(ids) > budget:
             ids, supervised = ids[:budget], supervised[:budget]  # cut on the right, as the original does
         if not any(supervised):
             raise BadSample("too_long", f"no answer within {budget} tokens")
+        if ids.count(IMAGE_SLOT) < len(record.images) * self.tokens_per_image:
+            raise BadSample("too_long", f"an image is not within {budget} tokens")
         # The prefix shared by all branches can reach at most to the first supervised token.
         return Sample([], [Branch(ids, supervised, record.task, record.key)], record.images, source)
 
@@ -134,6 +136,8 @@ class Processor:
             raise BadSample("image_absent", f"{marks} {PLACEHOLDER} but no image")
         if self._leading(record):
             return [Turn(turn.question.replace(PLACEHOLDER, "").strip(), turn.answer) for turn in turns]
+        if any(PLACEHOLDER in turn.answer for turn in turns):
+            raise BadSample("image_in_answer", f"{PLACEHOLDER} in an answer")
         if marks == 0:
             return [Turn(PLACEHOLDER * images + turns[0].question, turns[0].answer), *turns[1:]]
         if marks != images:
