@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
-from sphinx_pl.checkpoint.format import write_checkpoint
+from sphinx_pl.checkpoint.format import check_free, write_checkpoint
 from sphinx_pl.checkpoint.provenance import provenance
 from sphinx_pl.errors import UserError
 from sphinx_pl.stages import Stage
@@ -24,6 +24,9 @@ class ExportModel(L.Callback):
         folder: of the checkpoint: safetensors, config, tokenizer, provenance.
         dtype: of the stored weights.
         config: the composed run configuration, kept in the provenance.
+
+    Raises:
+        UserError: before training, if `folder` holds something else than a checkpoint.
     """
 
     def __init__(
@@ -35,6 +38,9 @@ class ExportModel(L.Callback):
         self.dtype = DTYPES[dtype]
         self.every_n_steps = every_n_steps
         self.config = config
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        check_free(self.folder, overwrite=True)  # now, not when all the training is done
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         batch = args[1]

@@ -44,7 +44,12 @@ def color_entry(thing: Thing) -> Entry:
 
 
 def shape_entry(thing: Thing) -> Entry:
-    return _vqa("shape", f"What is the {thing.color} object?", thing.kind)
+    """A circle, square, triangle, star, or "digit" whichever digit it is: that is a question of its own."""
+    return _vqa("shape", f"What is the {thing.color} object?", "digit" if thing.kind in DIGITS else thing.kind)
+
+
+def digit_entry(thing: Thing) -> Entry:
+    return _vqa("digit", f"Which digit is {thing.color}?", thing.kind)
 
 
 def count_entry(scene: Scene) -> Entry:
@@ -115,7 +120,6 @@ def relation_entry(a: Thing, b: Thing, place: str) -> Entry:
         "task": "relation",
         "question": f"Where is the {a.phrase} relative to the {b.phrase}?",
         "answer": place,
-        "meta": {"topic": place},
     }
 
 
@@ -132,6 +136,7 @@ def scene_entries(scene: Scene, rng: random.Random) -> list[Entry]:
     entries = [count_entry(scene), description_entry(scene), grounded_entry(scene)]
     entries += [color_entry(thing) for thing in rng.sample(kinds, min(2, len(kinds)))]
     entries += [shape_entry(thing) for thing in rng.sample(colors, min(2, len(colors)))]
+    entries += [digit_entry(thing) for thing in colors if thing.kind in DIGITS][:2]
     entries += [object_choice(scene, thing, rng) for thing in things[:2]]
     entries += [color_choice(thing, rng) for thing in kinds[:1]]
     entries += [rec_entry(thing) for thing in things]
@@ -207,6 +212,10 @@ def held_out_entry(task: str, topic: str, index: int, draw: DrawScene, rng: rand
         scene = draw(count, None)
     thing = rng.choice(scene.things)
     match task, topic:
+        case "short_vqa", "digit":
+            while not (digits := [thing for thing in unique_colors(scene) if thing.kind in DIGITS]):
+                scene = draw(count, _colors_differ)
+            return scene, digit_entry(rng.choice(digits))
         case "short_vqa", "color":
             return scene, color_entry(thing)
         case "short_vqa", "shape":

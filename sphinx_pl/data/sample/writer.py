@@ -53,6 +53,7 @@ FIGURES = {
 TEST_QUESTIONS = {
     ("short_vqa", "color"): 100,
     ("short_vqa", "shape"): 100,
+    ("short_vqa", "digit"): 100,
     ("short_vqa", "count"): 100,
     ("multiple_choice", "object"): 50,
     ("multiple_choice", "color"): 50,

@@ -1,0 +1,288 @@
+"""The loader from damaged files to batches: what is bad is skipped and counted, and the run goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sphinx_pl.data.datamodule import DataModule, TrainLoader
+from sphinx_pl.data.processor import Processor
+from sphinx_pl.data.record import IGNORE, Batch
+from sphinx_pl.errors import UserError
+
+Member = tuple[str, bytes]
+
+
+def pairs(sample_data: Path, count: int) -> list[tuple[bytes, str]]:
+    """Real images with captions."""
+    with tarfile.open(sorted(sample_data.glob("real/train-*.tar"))[0]) as tar:
+        files = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+    images = [data for name, data in sorted(files.items()) if name.endswith(".jpg")]
+    assert images
+    return [(images[i % len(images)], f"caption number {i}") for i in range(count)]
+
+
+def write_tar(path: Path, members: list[Member]) -> str:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def shard(path: Path, content: list[tuple[bytes, str]], bad_images: int = 0, bad_captions: int = 0) -> str:
+    """A tar of pairs of which the first `bad_images` have no image in them, the last `bad_captions` no UTF-8."""
+    members: list[Member] = []
+    for i, (image, caption) in enumerate(content):
+        text = caption.encode() if i < len(content) - bad_captions else b"caf\xe9 " + caption.encode()
+        members += [(f"{i:04d}.jpg", b"<html>404</html>" if i < bad_images else image), (f"{i:04d}.txt", text)]
+    return write_tar(path, members)
+
+
+def text_file(path: Path) -> str:
+    path.write_text("".join(json.dumps({"text": f"text number {i}"}) + "\n" for i in range(20)))
+    return str(path)
+
+
+def web(path: str, **values: Any) -> dict[str, Any]:
+    return {"kind": "image_text", "path": path, **values}
+
+
+def datamodule(processor: Processor, sources: dict[str, Any], rows: int = 4, **options: Any) -> DataModule:
+    return DataModule(processor, sources, options.pop("val", {}), {"row_length": 96, "rows": rows}, **options)
+
+
+def loader(data: DataModule, workers: int = 0, accumulate: int = 1, world_size: int = 1) -> TrainLoader:
+    """As `train_dataloader` builds it for a trainer."""
+    return TrainLoader(data.planner(accumulate, 0, world_size), data.collator, workers, data.max_skipped, False)
+
+
+def tensors(batch: Batch) -> dict[str, Tensor]:
+    values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def assert_same(a: Batch, b: Batch) -> None:
+    assert all(torch.equal(value, tensors(b)[name]) for name, value in tensors(a).items())
+    rest = ("tasks", "keys", "counters", "window_weight", "window_end", "window")
+    assert [getattr(a, name) for name in rest] == [getattr(b, name) for name in rest]
+
+
+# --- damaged files
+
+
+@pytest.fixture
+def damaged(sample_data: Path, tmp_path: Path) -> dict[str, Any]:
+    """A shard cut in half, one with 2 of 20 images broken, one with 3 of 20 captions in Latin-1, and text."""
+    content = pairs(sample_data, 20)
+    whole = Path(shard(tmp_path / "whole.tar", content)).read_bytes()
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(whole[: len(whole) // 2])
+    return {
+        "cut": web(str(cut)),
+        "images": web(shard(tmp_path / "images.tar", content, bad_images=2)),
+        "captions": web(shard(tmp_path / "captions.tar", content, bad_captions=3)),
+        "text": {"kind": "text", "path": text_file(tmp_path / "text.jsonl")},
+    }
+
+
+def test_damaged_files_are_skipped_and_counted_and_the_run_goes_on(
+    processor: Processor, damaged: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    train = loader(datamodule(processor, damaged, max_skipped=0.2))
+    streams = train.planner.mixture.streams
+
+    # Of the shard's first half every whole sample is used. It says so in the log and in the source's counter.
+    assert 5 <= len(streams["cut"].source) < 20
+    assert streams["cut"].source.skipped == {"shard_truncated": 1}
+    assert any("cut.tar is cut off" in message for message in caplog.messages)
+
+    batches = list(itertools.islice(train, 60))
+    assert streams["captions"].epoch >= 3  # so every bad record came several times
+    used = [key for batch in batches for key in batch.keys]
+    assert {f"captions/captions.tar/{i:04d}" for i in range(17)} <= set(used)
+    assert not any(f"captions/captions.tar/{i:04d}" in used for i in (17, 18, 19))
+
+    skipped = train.skipped
+    assert set(skipped) == {"captions/skipped/caption_not_utf8", "skipped/images/image_unreadable"}
+    epochs = streams["captions"].epoch
+    assert 3 * epochs <= skipped["captions/skipped/caption_not_utf8"] <= 3 * (epochs + 1)
+    broken = [key for key in used if key in ("images/images.tar/0000", "images/images.tar/0001")]
+    assert skipped["skipped/images/image_unreadable"] == len(broken) > 0
+
+
+def test_a_broken_image_leaves_no_target_and_is_not_in_the_denominator(
+    processor: Processor, damaged: dict[str, Any]
+) -> None:
+    bad = {"images/images.tar/0000", "images/images.tar/0001"}
+    seen = 0
+    for batch in itertools.islice(loader(datamodule(processor, damaged, max_skipped=0.2)), 60):
+        seen += len(bad & set(batch.keys))
+        targets = int((batch.labels != IGNORE).sum())
+        assert batch.window_weight == float(batch.weights.sum()) == targets == batch.counters["targets"]
+        assert len(batch.pixels) == len(batch.image_starts)
+        # The rows are in the keys' order: a sample has targets if and only if its image could be read.
+        segments = sorted({(int(b), int(s)) for b, row in enumerate(batch.segment_ids) for s in row.unique() if s > 0})
+        for key, (b, segment) in zip(batch.keys, segments, strict=True):
+            of_sample = batch.labels[b][batch.segment_ids[b] == segment]
+            assert bool((of_sample != IGNORE).any()) == (key not in bad), key
+    assert seen > 0
+
+
+def test_too_much_that_is_bad_stops_the_run_and_names_the_worst(
+    processor: Processor, sample_data: Path, tmp_path: Path
+) -> None:
+    content = pairs(sample_data, 20)
+    sources = {
+        "good": web(shard(tmp_path / "good.tar", content, bad_captions=1)),
+        "awful": web(shard(tmp_path / "awful.tar", content, bad_images=10)),
+    }
+    train = loader(datamodule(processor, sources, max_skipped=0.1))
+    with pytest.raises(UserError) as caught:
+        for _ in itertools.islice(train, 400):
+            pass
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "data.max_skipped=10.0%" in message
+    assert 0 < message.index("skipped/awful/image_unreadable") < message.index("good/skipped/caption_not_utf8")
+    seen = train.planner.mixture.counts["good/seen"] + train.planner.mixture.counts["awful/seen"]
+    assert 200 <= seen < 300  # not before the share means something, not long after
+    # The same files pass where the limit allows for them.
+    assert len(list(itertools.islice(loader(datamodule(processor, sources, max_skipped=0.4)), 80))) == 80
+
+
+def test_a_source_without_one_usable_record_does_not_hang(processor: Processor, tmp_path: Path) -> None:
+    path = tmp_path / "empty.jsonl"
+    path.write_text('{"text": ""}\n' * 3)
+    train = loader(datamodule(processor, {"text": {"kind": "text", "path": str(path)}}))
+    with pytest.raises(UserError, match=r"1000 draws in a row .*'text/skipped/text_empty'"):
+        next(iter(train))
+
+
+# --- windows
+
+
+def few_images(processor: Processor, sample_data: Path, tmp_path: Path) -> DataModule:
+    """One readable image in six, so that some windows of one row have none."""
+    return datamodule(
+        processor,
+        {
+            "web": web(shard(tmp_path / "web.tar", pairs(sample_data, 6), bad_images=5)),
+            "text": {"kind": "text", "path": text_file(tmp_path / "text.jsonl")},
+        },
+        rows=1,
+        max_skipped=1.0,
+    )
+
+
+def test_a_window_that_lost_all_its_images_is_left_out(processor: Processor, sample_data: Path, tmp_path: Path) -> None:
+    train = loader(few_images(processor, sample_data, tmp_path))
+    batches = list(itertools.islice(train, 12))
+    assert all(batch.counters["modality/image"] > 0 and batch.counters["modality/text"] > 0 for batch in batches)
+    left_out = batches[-1].window - len(batches)  # windows are numbered from 1
+    assert train.counts["windows_without_image"] == left_out > 0
+
+
+def test_with_several_ranks_it_is_trained_on_as_it_is(processor: Processor, sample_data: Path, tmp_path: Path) -> None:
+    train = loader(few_images(processor, sample_data, tmp_path), world_size=2)
+    batches = list(itertools.islice(train, 12))
+    assert [batch.window for batch in batches] == list(range(1, 13))
+    without = sum(batch.counters.get("modality/image", 0) == 0 for batch in batches)
+    assert train.counts["windows_without_image"] == without > 0
+
+
+def test_a_window_is_as_many_batches_as_are_accumulated(processor: Processor, damaged: dict[str, Any]) -> None:
+    batches = list(itertools.islice(loader(datamodule(processor, damaged, rows=2), accumulate=3), 12))
+    assert [batch.window for batch in batches] == [1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
+    assert [batch.window_end for batch in batches] == [False, False, True] * 4
+    for i in range(0, 12, 3):
+        total = sum(float(batch.weights.sum()) for batch in batches[i : i + 3])
+        assert [batch.window_weight for batch in batches[i : i + 3]] == [total] * 3
+
+
+def test_any_number_of_workers_gives_the_same_batches(processor: Processor, damaged: dict[str, Any]) -> None:
+    def batches(workers: int) -> tuple[list[Batch], TrainLoader]:
+        train = loader(datamodule(processor, damaged, rows=2, max_skipped=0.2), workers, accumulate=2)
+        stream: Iterator[Batch] = iter(train)
+        return list(itertools.islice(stream, 20)), train
+
+    expected, one_process = batches(0)
+    assert sum(len(batch.pixels) for batch in expected) > 20
+    assert {batch.window for batch in expected} == set(range(1, 11))
+    for workers in (1, 2):
+        found, train = batches(workers)
+        for a, b in zip(expected, found, strict=True):
+            assert_same(a, b)
+        # Planning runs ahead of the workers, decoding does not run ahead of the count.
+        assert train.counts == one_process.counts
+
+
+# --- held-out batches
+
+
+def held_out(sample_data: Path) -> dict[str, Any]:
+    """More samples than are asked for; the validation splits of this small world have five."""
+    return {
+        "real": web(str(sample_data / "real/train-*.tar")),
+        "text": {"kind": "text", "path": str(sample_data / "text/train.jsonl")},
+        "none": None,
+    }
+
+
+def test_held_out_batches_are_the_same_at_every_call(processor: Processor, sample_data: Path) -> None:
+    data = datamodule(processor, {}, rows=2, val=held_out(sample_data), val_samples=12)
+    assert data.val_names == ["real", "text"]
+    first, second = ({name: list(batches) for name, batches in data.val_loaders().items()} for _ in range(2))
+    assert list(first) == ["real", "text"]
+    for name, batches in first.items():
+        assert sum(len(batch.keys) for batch in batches) == 12
+        for a, b in zip(batches, second[name], strict=True):
+            assert_same(a, b)
+    assert sum(len(batch.pixels) for batch in first["real"]) == 12
+    # Lightning's view of it, without a trainer.
+    for a, b in zip(itertools.chain(*first.values()), itertools.chain(*data.val_dataloader()), strict=True):
+        assert_same(a, b)
+
+
+def test_ranks_share_the_held_out_samples_in_equally_many_batches(processor: Processor, sample_data: Path) -> None:
+    data = datamodule(processor, {}, rows=2, val=held_out(sample_data), val_samples=12)
+    for name, whole in data.val_loaders().items():
+        ranks = [list(data.val_loaders(rank, 3)[name]) for rank in range(3)]
+        assert len({len(batches) for batches in ranks}) == 1
+        keys = [key for batches in ranks for batch in batches for key in batch.keys]
+        assert sorted(keys) == sorted(key for batch in whole for key in batch.keys)
+
+
+def test_held_out_samples_pass_over_bad_records(processor: Processor, sample_data: Path, tmp_path: Path) -> None:
+    path = shard(tmp_path / "val.tar", pairs(sample_data, 10), bad_captions=4)
+    data = datamodule(processor, {}, val={"web": web(path)}, val_samples=100)
+    [batches] = [list(batches) for batches in data.val_loaders().values()]
+    assert sorted(key for batch in batches for key in batch.keys) == [f"web/val.tar/{i:04d}" for i in range(6)]
+
+
+def test_held_out_sources_without_a_usable_sample_are_named(
+    processor: Processor, sample_data: Path, tmp_path: Path
+) -> None:
+    path = shard(tmp_path / "val.tar", pairs(sample_data, 3), bad_captions=3)
+    with pytest.raises(UserError, match=r"data\.val_sources\.web: no usable sample in .*val\.tar"):
+        datamodule(processor, {}, val={"web": web(path)}).val_loaders()
+    with pytest.raises(UserError, match=r"'web': there is no file '.*nowhere\.tar'"):
+        datamodule(processor, {}, val={"web": web(str(tmp_path / "nowhere.tar"))}).val_loaders()
+
+
+def test_a_mixture_has_text_if_a_text_source_has_weight(processor: Processor) -> None:
+    text, image = {"kind": "text", "path": "t"}, {"kind": "image_text", "path": "i"}
+    assert datamodule(processor, {"a": image, "b": text}).has_text
+    assert datamodule(processor, {"a": {**image, "modality": "text"}}).has_text
+    assert not datamodule(processor, {"a": image, "b": {**text, "weight": 0}, "c": None}).has_text

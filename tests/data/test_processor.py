@@ -1,0 +1,358 @@
+"""Records -> ids: what is supervised, where images stand, and that prompts are tokenized as in training."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from sphinx_pl.data.bad import BadSample
+from sphinx_pl.data.conversation import SYSTEM
+from sphinx_pl.data.processor import Processor, ProcessorConfig, merge_branches
+from sphinx_pl.data.record import IMAGE_SLOT, Branch, ImageRef, Record, Sample, Turn
+from sphinx_pl.data.sources import build_source
+from sphinx_pl.data.tasks import TASKS
+from sphinx_pl.data.tokenizer import Tokenizer
+from sphinx_pl.errors import UserError
+
+SLOTS = 3  # tokens per image: few, so that expected ids can be written out
+
+
+@pytest.fixture
+def make(sample_data: Path):  # type: ignore[no-untyped-def]
+    tokenizer = Tokenizer(sample_data / "tokenizer.model")
+
+    def make(position: str = "after_bos", system: str = "", max_length: int = 4096) -> Processor:
+        config = ProcessorConfig(system=system, decimals=2, max_length=max_length)
+        return Processor(config, tokenizer, tokens_per_image=SLOTS, image_size=32, image_position=position)
+
+    return make
+
+
+def chat(images: int, *turns: tuple[str, str]) -> Record:
+    refs = tuple(ImageRef(f"{i}.jpg") for i in range(images))
+    return Record("k", "chat", refs, turns=tuple(Turn(*turn) for turn in turns))
+
+
+def branch(sample: Sample) -> Branch:
+    [only] = sample.branches
+    assert sample.prefix == []
+    assert len(only.ids) == len(only.supervised) == sample.length
+    return only
+
+
+def supervised_runs(processor: Processor, sample: Sample) -> list[str]:
+    """The text of each run of supervised ids."""
+    runs: list[list[int]] = []
+    before = False
+    for id_, flag in zip(branch(sample).ids, branch(sample).supervised, strict=True):
+        if flag and not before:
+            runs.append([])
+        if flag:
+            runs[-1].append(id_)
+        before = flag
+    return [processor.tokenizer.decode(run) for run in runs]
+
+
+def places(ids: list[int]) -> list[int]:
+    """Where runs of image slots begin."""
+    return [i for i, id_ in enumerate(ids) if id_ == IMAGE_SLOT and (i == 0 or ids[i - 1] != IMAGE_SLOT)]
+
+
+# --- what is supervised
+
+
+def test_a_sample_is_bos_image_text_with_its_answers_supervised(make) -> None:  # type: ignore[no-untyped-def]
+    processor = make()
+    sample = processor.sample(chat(1, ("<image>\nWhat is it?", "a circle"), ("Its colour?", "red")), "s")
+    text = "### Human: What is it?\n### Assistant: a circle\n### Human: Its colour?\n### Assistant: red\n###"
+    assert branch(sample).ids == [1, *[IMAGE_SLOT] * SLOTS, *processor.tokenizer.encode(text)]
+    assert supervised_runs(processor, sample) == ["a circle\n###", "red\n###"]
+    assert sample.images == (ImageRef("0.jpg"),)
+    assert (sample.source, branch(sample).task, branch(sample).key) == ("s", "chat", "k")
+
+
+def test_the_answer_is_supervised_and_not_its_copy_in_the_question(make) -> None:  # type: ignore[no-untyped-def]
+    processor = make()
+    sample = processor.sample(chat(0, ("red\n### or red?", "red")), "s")
+    flags = branch(sample).supervised
+    target = processor.tokenizer.encode("a red\n###")[len(processor.tokenizer.encode("a")) :]
+    assert branch(sample).ids[-len(target) :] == target
+    assert flags == [False] * (len(flags) - len(target)) + [True] * len(target)
+
+
+def test_characters_of_several_bytes_are_supervised_whole(make) -> None:  # type: ignore[no-untyped-def]
+    processor = make(system=SYSTEM)
+    sample = processor.sample(chat(0, ("日本? 😀", "日é😀"), ("é", "😀")), "s")
+    assert supervised_runs(processor, sample) == ["日é😀\n###", "😀\n###"]
+    rest = [i for i, flag in zip(branch(sample).ids, branch(sample).supervised, strict=True) if not flag]
+    assert processor.tokenizer.decode(rest[1:]) == (
+        f"{SYSTEM}\n\n### Human: 日本? 😀\n### Assistant: Human: é\n### Assistant:"
+    )
+
+
+def test_a_document_is_all_supervised_and_ends_with_eos(make) -> None:  # type: ignore[no-untyped-def]
+    processor = make(system=SYSTEM)
+    sample = processor.sample(Record("k", "text", answer="A long time ago."), "s")
+    words = processor.tokenizer.encode("A long time ago.")
+    assert branch(sample).ids == [1, *words, 2]
+    assert branch(sample).supervised == [False] + [True] * (len(words) + 1)
+
+
+def test_a_lone_mark_as_the_question_makes_a_document_about_the_image(make) -> None:  # type: ignore[no-untyped-def]
+    processor = make(system=SYSTEM)
+    record = chat(1, ("<image>", "a red circle"))
+    sample = processor.sample(record, "s")
+    assert branch(sample).ids == [1, *[IMAGE_SLOT] * SLOTS, *processor.tokenizer.encode("a red circle"), 2]
+    assert processor.prompt(record).ids == [1, *[IMAGE_SLOT] * SLOTS]
+
+
+def test_a_conversation_never_has_eos(make) -> None:  # type: ignore[no-untyped-def]
+    assert make().tokenizer.eos_id not in branch(make().sample(chat(0, ("Hi", "Hello")), "s")).ids
+
+
+# --- truncation
+
+
+def test_a_long_sample_is_cut_on_the_right(make) -> None:  # type: ignore[no-untyped-def]
+    record = chat(1, ("What?", "a red circle"), ("And?", "a blue square"))
+    whole = branch(make().sample(record, "s"))
+    for length in range(len(whole.ids) - 1, whole.supervised.index(True), -1):
+        cut = branch(make(max_length=length).sample(record, "s"))
+        assert cut.ids == whole.ids[:length]
+        assert cut.supervised == whole.supervised[:length]
+    with pytest.raises(BadSample, match="too_long"):
+        make(max_length=whole.supervised.index(True)).sample(record, "s")
+
+
+def test_a_document_that_is_cut_has_no_end(make) -> None:  # type: ignore[no-untyped-def]
+    record = Record("k", "text", answer="one two three four")
+    whole = branch(make().sample(record, "s")).ids
+    assert branch(make(max_length=len(whole) - 1).sample(record, "s")).ids == whole[:-1]
+    assert whole[-1] == 2 != whole[-2]
+
+
+def test_a_cut_never_goes_through_an_image(make) -> None:  # type: ignore[no-untyped-def]
+    record = chat(2, ("<image>What?", "red"), ("<image>And?", "blue"))
+    whole = branch(make().sample(record, "s")).ids
+    second = places(whole)[1]
+    for length in range(second, second + SLOTS):
+        with pytest.raises(BadSample, match="too_long"):
+            make(max_length=length).sample(record, "s")
+    assert branch(make(max_length=second + SLOTS).sample(record, "s")).ids == whole[: second + SLOTS]
+
+
+# --- where images stand
+
+
+def test_one_image_stands_after_bos_wherever_its_mark_is(make) -> None:  # type: ignore[no-untyped-def]
+    processor = make()
+    variants = [
+        (("<image>\nWhat?", "red"), ("Why?", "so")),
+        (("What?\n<image>", "red"), ("Why?", "so")),
+        (("What?", "red"), ("<image> Why?", "so")),
+        (("What?", "red"), ("Why?", "so")),
+    ]
+    samples = [branch(processor.sample(chat(1, *turns), "s")).ids for turns in variants]
+    assert all(ids == samples[0] for ids in samples)
+    assert places(samples[0]) == [1]
+
+
+def test_an_inline_image_stands_where_its_mark_is(make) -> None:  # type: ignore[no-untyped-def]
+    processor = make("inline")
+    encode = processor.tokenizer.encode
+    ids = branch(processor.sample(chat(1, ("Look: <image>what?", "red")), "s")).ids
+    assert ids == [
+        1,
+        *encode("### Human: Look: "),
+        *[IMAGE_SLOT] * SLOTS,
+        *encode("what?\n### Assistant: red\n###"),
+    ]
+
+
+def test_several_images_stand_at_their_marks_in_both_settings(make) -> None:  # type: ignore[no-untyped-def]
+    for position in ("after_bos", "inline"):
+        processor = make(position)
+        encode = processor.tokenizer.encode
+        record = chat(2, ("<image><image>Same?", "no"))
+        sample = processor.sample(record, "s")
+        assert branch(sample).ids == [
+            1,
+            *encode("### Human: "),
+            *[IMAGE_SLOT] * (2 * SLOTS),
+            *encode("Same?\n### Assistant: no\n###"),
+        ]
+        assert supervised_runs(processor, sample) == ["no\n###"]
+        assert sample.images == record.images
+
+
+def test_images_without_marks_are_put_in_front_of_the_first_question(make) -> None:  # type: ignore[no-untyped-def]
+    with_marks = chat(2, ("<image><image>Same?", "no"), ("Why?", "size"))
+    without = chat(2, ("Same?", "no"), ("Why?", "size"))
+    assert branch(make().sample(without, "s")).ids == branch(make().sample(with_marks, "s")).ids
+
+
+@pytest.mark.parametrize(
+    ("position", "record", "reason"),
+    [
+        ("after_bos", chat(0, ("<image>What?", "red")), "image_absent"),
+        ("after_bos", chat(2, ("<image>What?", "red")), "image_count"),
+        ("after_bos", chat(2, ("<image><image>What?", "red"), ("<image>?", "red")), "image_count"),
+        ("inline", chat(1, ("<image><image>What?", "red")), "image_count"),
+        ("inline", chat(1, ("<image>What?", "an <image>")), "image_in_answer"),
+        ("after_bos", Record("k", "short_vqa", question="What?", answer="red"), "image_absent"),
+        ("after_bos", chat(0, ("What?", " ")), "answer_empty"),
+    ],
+)
+def test_marks_that_do_not_match_the_images_are_a_bad_sample(make, position, record, reason) -> None:  # type: ignore[no-untyped-def]
+    for method in (lambda: make(position).sample(record, "s"), lambda: make(position).prompt(record)):
+        with pytest.raises(BadSample) as caught:
+            method()
+        assert caught.value.reason == reason
+
+
+def test_the_mark_is_plain_text_where_no_image_is_meant(make) -> None:  # type: ignore[no-untyped-def]
+    processor = make()
+    sample = processor.sample(Record("k", "text", answer="Write <image> there."), "s")
+    assert IMAGE_SLOT not in branch(sample).ids
+    assert processor.tokenizer.decode(branch(sample).ids) == "Write <image> there."
+
+
+# --- prompts
+
+
+def records(folder: Path) -> list[Record]:
+    """A few hundred records: every task, every kind of source."""
+    instructions = build_source("instructions", "tasks", str(folder / "instructions/train-*.json"))
+    taken: Counter[str] = Counter()
+    found = []
+    for i in range(len(instructions)):
+        record = instructions.record(i)
+        taken[record.task] += 1
+        if taken[record.task] <= 40:
+            found.append(record)
+    captions = build_source("image_text", "real", str(folder / "real/train-*.tar"))
+    text = build_source("text", "text", str(folder / "text/train.jsonl"))
+    return [*found, *(source.record(i) for source in (captions, text) for i in range(min(40, len(source))))]
+
+
+@pytest.mark.parametrize("system", ["", SYSTEM])
+@pytest.mark.parametrize("position", ["after_bos", "inline"])
+def test_a_prompt_is_what_the_sample_begins_with(make, sample_data: Path, position: str, system: str) -> None:  # type: ignore[no-untyped-def]
+    processor = make(position, system)
+    seen: Counter[str] = Counter()
+    for record in records(sample_data):
+        sample, prompt = branch(processor.sample(record, "s")), processor.prompt(record)
+        assert sample.ids[: len(prompt.ids)] == prompt.ids, record.key
+        assert prompt.images == record.images
+        # What the model has to say begins right there, and it is all supervised.
+        assert not sample.supervised[len(prompt.ids) - 1]
+        assert all(sample.supervised[len(prompt.ids) :])
+        assert len(sample.ids) > len(prompt.ids)
+        seen[record.task] += 1
+    assert set(seen) == set(TASKS)
+    assert sum(seen.values()) > 200
+
+
+@pytest.mark.parametrize("answer", ["### no", "\n\nred", "  two  spaces", "é", "😀!", ":) :", "0.5", "###", "s Human:"])
+def test_a_prompt_is_a_prefix_also_before_strange_answers(make, answer: str) -> None:  # type: ignore[no-untyped-def]
+    record = chat(0, ("Hi: ", "Yes"), ("What?###", answer))
+    processor = make()
+    ids = processor.prompt(record).ids
+    assert processor.sample(record, "s").branches[0].ids[: len(ids)] == ids
+    assert ids[0] == 1
+    expected = "### Human: Hi:\n### Assistant: Yes\n### Human: What?###\n### Assistant:"
+    assert processor.tokenizer.decode(ids[1:]) == expected
+
+
+def test_stop_sequences_are_the_end_of_every_answer(make, sample_data: Path) -> None:  # type: ignore[no-untyped-def]
+    processor = make()
+    assert all(processor.tokenizer.decode(stop) == "\n###" for stop in processor.stop_sequences)
+    for record in records(sample_data):
+        if record.task != "text":
+            ids = processor.sample(record, "s").branches[0].ids
+            assert any(ids[-len(stop) :] == stop for stop in processor.stop_sequences), record.key
+
+
+def test_decoding_ends_at_the_end_of_a_turn(make) -> None:  # type: ignore[no-untyped-def]
+    processor = make()
+    assert processor.decode(processor.tokenizer.encode(" a red circle\n### Human: more")) == "a red circle"
+
+
+def test_the_configuration_survives_being_saved(make, model_config) -> None:  # type: ignore[no-untyped-def]
+    processor = make(system="Be brief.")
+    again = Processor.from_dict(processor.to_dict(), processor.tokenizer.path, model_config)
+    assert again.config == processor.config
+    assert again.tokens_per_image == model_config.tokens_per_image
+    with pytest.raises(UserError, match=r"data\.processor\.systm is not a key"):
+        Processor.from_dict({"systm": ""}, processor.tokenizer.path, model_config)
+
+
+def test_wordings_vary_with_the_random_numbers_only(make, sample_data: Path) -> None:  # type: ignore[no-untyped-def]
+    processor = make()
+    record = build_source("image_text", "real", str(sample_data / "real/train-*.tar")).record(0)
+    ids = [branch(processor.sample(record, "s", random.Random(i))).ids for i in range(12)]
+    assert ids == [branch(processor.sample(record, "s", random.Random(i))).ids for i in range(12)]
+    assert len({tuple(i) for i in ids}) == len(TASKS["caption"].templates)
+
+
+# --- branches
+
+
+def chains(sample: Sample) -> list[tuple[list[int], list[bool], str]]:
+    """Each branch as it would be alone."""
+    return [(sample.prefix + b.ids, [False] * len(sample.prefix) + b.supervised, b.key) for b in sample.branches]
+
+
+def alone(samples: list[Sample]) -> list[tuple[list[int], list[bool], str]]:
+    return [chain for sample in samples for chain in chains(sample)]
+
+
+def questions(processor: Processor, *questions: str, images: int = 1) -> list[Sample]:
+    records = [dataclasses.replace(chat(images, (q, "red")), key=str(i)) for i, q in enumerate(questions)]
+    return [processor.sample(record, "s") for record in records]
+
+
+def test_joined_samples_keep_every_branch_and_share_what_they_begin_with(make) -> None:  # type: ignore[no-untyped-def]
+    processor = make()
+    samples = questions(processor, "What colour?", "What shape?", "What colour?")
+    [merged] = merge_branches(samples, 4096)
+    assert chains(merged) == alone(samples)
+    start = [1, *[IMAGE_SLOT] * SLOTS, *processor.tokenizer.encode("### Human: What")]
+    assert merged.prefix[: len(start)] == start
+    assert merged.length == len(merged.prefix) + sum(len(b.ids) for b in merged.branches)
+    assert (merged.images, merged.source) == (samples[0].images, "s")
+
+
+def test_equal_questions_leave_the_token_before_the_first_target_to_each_branch(make) -> None:  # type: ignore[no-untyped-def]
+    samples = questions(make(), "What?", "What?")
+    [merged] = merge_branches(samples, 4096)
+    first = branch(samples[0]).supervised.index(True)
+    assert len(merged.prefix) == first - 1
+    assert [b.supervised.index(True) for b in merged.branches] == [1, 1]
+
+
+def test_inline_images_are_shared_only_if_what_stands_before_them_is(make) -> None:  # type: ignore[no-untyped-def]
+    processor = make("inline")
+    same = questions(processor, "<image>What colour?", "<image>What shape?")
+    [merged] = merge_branches(same, 4096)
+    assert merged.prefix.count(IMAGE_SLOT) == SLOTS
+    assert chains(merged) == alone(same)
+    different = questions(processor, "What colour? <image>", "What shape? <image>")
+    assert merge_branches(different, 4096) == different
+    one_of_two = questions(processor, "<image>Then <image>", "<image>Now <image>", images=2)
+    assert merge_branches(one_of_two, 4096) == one_of_two
+
+
+def test_the_length_bounds_what_is_joined_exactly(make) -> None:  # type: ignore[no-untyped-def]
+    samples = questions(make(), "What colour?", "What shape?", "What size?")
+    [whole] = merge_branches(samples, 4096)
+    assert merge_branches(samples, whole.length) == [whole]
+    split = merge_branches(samples, whole.length - 1)
+    assert [len(s.branches) for s in split] == [2, 1]
+    assert alone(split) == alone(samples)
+    assert merge_branches(samples, 1) == samples
+    assert merge_branches([], 10) == []

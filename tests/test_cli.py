@@ -1,0 +1,119 @@
+"""A mistake ends in one line on stderr and exit code 2; anything else in a traceback."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from sphinx_pl.cli import TRACEBACK, entry_point
+from sphinx_pl.errors import UserError
+from tests.conftest import REPOSITORY
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    def arguments(*overrides: str) -> None:
+        GlobalHydra.instance().clear()
+        monkeypatch.chdir(REPOSITORY)
+        monkeypatch.setattr(sys, "argv", ["script.py", f"hydra.run.dir={tmp_path}", *overrides])
+
+    monkeypatch.delenv(TRACEBACK, raising=False)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # set by the entry point: put back after the test
+    monkeypatch.delenv("HYDRA_FULL_ERROR")
+    return arguments
+
+
+@pytest.fixture
+def failure(arguments: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> Run:
+    """The one line with which a main ends."""
+
+    def failure(main: Callable[[], Any], *overrides: str) -> str:
+        arguments(*overrides)
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert stopped.value.code == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        [line] = err.splitlines()
+        assert line.startswith("error: ")
+        return line.removeprefix("error: ")
+
+    return failure
+
+
+def main_that(does: Callable[[DictConfig], Any]) -> Callable[[], Any]:
+    return entry_point("mix_weights")(does)
+
+
+def test_what_main_gets_is_the_composed_configuration(arguments: Callable[..., None]) -> None:
+    seen: list[DictConfig] = []
+    arguments("beta=0.25", "out=mixed")
+    main_that(seen.append)()
+    [cfg] = seen
+    assert (cfg.beta, cfg.out, cfg.method) == (0.25, "mixed", "linear")
+
+
+def test_a_mistake_is_one_line(failure: Run) -> None:
+    def main(cfg: DictConfig) -> None:
+        raise UserError("data.root: no folder\n  at 'x': make it")
+
+    assert failure(main_that(main)) == "data.root: no folder at 'x': make it"
+
+
+def test_a_mistake_in_what_is_instantiated_is_told_without_hydras_wrapping(failure: Run) -> None:
+    def main(cfg: DictConfig) -> None:
+        instantiate({"_target_": "callbacks.export.ExportModel", "folder": "x", "dtype": "float8"})
+
+    assert failure(main_that(main)) == ("callbacks.export.dtype='float8' must be one of float32, bfloat16, float16")
+
+
+def test_an_argument_that_does_not_exist_is_named(failure: Run) -> None:
+    def main(cfg: DictConfig) -> None:
+        instantiate({"_target_": "callbacks.export.ExportModel", "folder": "x", "dtpe": "float32"})
+
+    line = failure(main_that(main))
+    assert "callbacks.export.ExportModel" in line
+    assert "dtpe" in line
+
+
+def test_a_key_that_does_not_exist_is_named(failure: Run) -> None:
+    line = failure(main_that(lambda cfg: OmegaConf.to_container(cfg.data.nothing)))
+    assert "data.nothing" in line
+    assert "object_type" not in line
+
+
+@pytest.mark.parametrize("script", ["train", "mix_weights", "evaluate"])
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [("methd=linear", "methd"), ("data=sampel", "sampel"), ("data.packing.row_lenght=5", "row_lenght"), ("=5", "=5")],
+)
+def test_wrong_overrides_are_answered_by_every_script(failure: Run, script: str, override: str, named: str) -> None:
+    assert named in failure(importlib.import_module(script).main, override)
+
+
+def test_with_the_variable_a_mistake_has_a_traceback(
+    arguments: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def main(cfg: DictConfig) -> None:
+        raise UserError("no")
+
+    monkeypatch.setenv(TRACEBACK, "1")
+    arguments()
+    with pytest.raises(UserError, match="no"):
+        main_that(main)()
+
+
+def test_an_error_of_the_program_is_not_hidden(arguments: Callable[..., None]) -> None:
+    arguments()
+    with pytest.raises(ZeroDivisionError):
+        main_that(lambda cfg: 1 / 0)()
