@@ -2,16 +2,18 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-OUT := outputs/demo
+OUT = outputs/$(RECIPE)
+TRAIN = $(PY) train.py experiment=$(RECIPE) overwrite=true
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-long lint types build clean
+.PHONY: help venv demo sample-full test test-long lint types build clean
 
 help:
-	@echo "make demo       the whole pipeline on sample data: ends with a table and $(OUT)/report.html"
+	@echo "make demo       the whole pipeline on sample data: ends with a table and outputs/demo/report.html"
+	@echo "make sample-full  the same recipe with more steps, under an hour"
 	@echo "make test       the tests (up to 15 minutes)"
-	@echo "make test-long  what takes longer: kills, full-size towers (log in docs/logs/)"
+	@echo "make test-long  what takes longer, such as many kills (log in docs/logs/)"
 	@echo "make lint       ruff          make types  mypy          make build  the wheel"
 
 venv: $(STAMP)
@@ -24,14 +26,17 @@ $(STAMP): setup.cfg constraints.txt pyproject.toml
 	@touch $@
 
 # Nothing here that is not a command of its own in the README. Finished steps are made anew.
-demo: venv
+demo: RECIPE = demo
+demo: LIMIT = limit=40
+sample-full: RECIPE = sample_full
+demo sample-full: venv
 	$(PY) -m sphinx_pl.data.sample --out data/sample
-	$(PY) train.py stage=pretrain_real overwrite=true
-	$(PY) train.py stage=pretrain_synthetic overwrite=true
-	$(PY) train.py stage=pretrain_synthetic run=synthetic_notext data.sources.text=null stage.text_required=false overwrite=true
+	$(TRAIN) stage=pretrain_real
+	$(TRAIN) stage=pretrain_synthetic
+	$(TRAIN) stage=pretrain_synthetic run=synthetic_notext data.sources.text=null stage.text_required=false
 	$(PY) mix_weights.py checkpoints=[$(OUT)/pretrain_real/model,$(OUT)/pretrain_synthetic/model] beta=0.5 out=$(OUT)/mixed curve=11 'curve_sources=[real,synthetic]' overwrite=true
-	$(PY) train.py stage=finetune overwrite=true
-	$(PY) evaluate.py checkpoint=$(OUT)/finetune/model limit=40 report=$(OUT)/report.html
+	$(TRAIN) stage=finetune
+	$(PY) evaluate.py checkpoint=$(OUT)/finetune/model $(LIMIT) report=$(OUT)/report.html
 
 test: venv
 	$(PY) -m pytest

@@ -85,6 +85,7 @@ def read_records(
     """
     from sphinx_pl.data.bad import BadSample
     from sphinx_pl.data.mixture import SourceConfig
+    from sphinx_pl.data.sources import spread
 
     for name in names or ():
         if name not in sources:
@@ -94,9 +95,8 @@ def read_records(
     for name in names or sources:
         if sources[name] is None:  # switched off, as train.py has it
             continue
-        source = SourceConfig.from_dict(name, sources[name]).open(name)
-        stride = max(1, -(-len(source) // at_most)) if at_most else 1
-        for index in range(0, len(source), stride):
+        source = SourceConfig.from_dict(name, sources[name], section).open(name)
+        for index in spread(len(source), at_most):
             try:
                 record = source.record(index)
             except BadSample as error:

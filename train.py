@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
 import platform
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,34 +18,67 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from sphinx_pl.cli import entry_point
-from sphinx_pl.errors import UserError
+from sphinx_pl.errors import UserError, suggest
 
 log = logging.getLogger(__name__)
 
 
-def prepare_run_folder(cfg: DictConfig, folder: Path) -> Path | None:
-    """Refuse to mix two runs in one folder; record what runs. Returns the checkpoint to resume from, if any."""
+def checkpoint_to_resume(cfg: DictConfig, folder: Path) -> Path | None:
+    """The checkpoint that this run goes on from, or None for a new run.
+
+    Raises:
+        UserError: two runs would mix in one folder.
+    """
     from callbacks.checkpoint import checkpoints, resolve_resume, step_of
+
+    own = folder / "checkpoints"
+    resume = resolve_resume(cfg.ckpt_path, own)
+    ours = resume is not None and resume.parent.resolve() == own.resolve()
+    used = [path for path in (*checkpoints(own), folder / "model") if path.exists()]
+    if used and not ours and not cfg.overwrite:
+        raise UserError(
+            f"{folder} already holds a run: ckpt_path=last continues it, name=... or run=... starts another, "
+            "overwrite=true replaces it"
+        )
+    if resume is not None and ours and not cfg.overwrite:
+        newer = [path.name for path in checkpoints(own) if step_of(path) > step_of(resume)]
+        if newer:
+            raise UserError(
+                f"ckpt_path={cfg.ckpt_path}: {own} holds newer ones ({', '.join(newer)}): ckpt_path=last goes on "
+                "from the newest, overwrite=true drops what came after this one"
+            )
+    if resume is not None and resume.is_file():  # a sharded strategy's is a folder
+        import torch
+
+        try:
+            torch.load(resume, map_location="meta", weights_only=True)
+        except Exception as error:  # whatever a damaged or foreign file makes torch raise
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"ckpt_path={resume} is not a checkpoint to resume from: {reason}") from None
+    return resume
+
+
+def prepare_run_folder(cfg: DictConfig, folder: Path, resume: Path | None) -> None:
+    """Clear what a replaced run left, and write down what runs. Called when everything else has been found right."""
+    from callbacks.checkpoint import checkpoints, step_of
     from callbacks.csv_logger import forget_after
     from sphinx_pl.checkpoint.provenance import provenance
 
-    resume = resolve_resume(cfg.ckpt_path, folder / "checkpoints")
-    if resume is None and checkpoints(folder / "checkpoints"):
-        if not cfg.overwrite:
-            raise UserError(
-                f"{folder} already holds a run: ckpt_path=last continues it, name=... or run=... starts another, "
-                "overwrite=true replaces it"
-            )
-        for old in [*checkpoints(folder / "checkpoints"), folder / "metrics.csv"]:
-            old.unlink(missing_ok=True)
-    if resume is not None and resume.parent == folder / "checkpoints":
-        forget_after(folder / "metrics.csv", step_of(resume))
+    own = folder / "checkpoints"
+    reached = step_of(resume) if resume is not None and resume.parent.resolve() == own.resolve() else 0
+    for path in [path for path in checkpoints(own) if step_of(path) > reached]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if reached:
+        forget_after(folder / "metrics.csv", reached)
+    else:
+        (folder / "metrics.csv").unlink(missing_ok=True)
+        # Else the next stage would start from the old weights if this run died.
+        shutil.rmtree(folder / "model", ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
     environment = provenance(stage=cfg.stage.name, config=None, parents=[])
     environment |= {"platform": platform.platform(), "cpus": os.cpu_count()}
     (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
-    return resume
 
 
 def quiet_known_warnings() -> None:
@@ -63,10 +98,9 @@ def train(cfg: DictConfig) -> float | None:
     Returns:
         The logged value named by `metric`, or None if it was not logged.
     """
-    import hydra
     import lightning as L
     from hydra.core.hydra_config import HydraConfig
-    from hydra.utils import instantiate
+    from hydra.utils import get_class, instantiate
 
     from sphinx_pl.data.datamodule import DataModule
     from sphinx_pl.data.processor import Processor
@@ -79,24 +113,34 @@ def train(cfg: DictConfig) -> float | None:
     processor = Processor.from_dict(values["processor"], values["tokenizer"], model)
     keys = ("packing", "workers", "seed", "val_samples", "max_skipped", "sources", "val_sources")
     datamodule = DataModule(processor, **{key: values[key] for key in keys})
-    resume = prepare_run_folder(cfg, folder)
+    resume = checkpoint_to_resume(cfg, folder)
 
     L.seed_everything(cfg.seed, verbose=False)
     options: dict[str, Any] = OmegaConf.to_container(cfg.stage, resolve=True)  # type: ignore[assignment]
-    kind = hydra.utils.get_class(options.pop("_target_"))
-    for key in ("max_steps", "accumulate", "clip", "val_every"):  # the trainer's
+    kind = get_class(options.pop("_target_"))
+    for key in ("max_steps", "accumulate", "clip", "val_every", "text_required"):  # the trainer's and the data's
         options.pop(key)
+    known = inspect.signature(kind).parameters
+    for key in options:
+        if key not in known:
+            raise UserError(f"stage.{key} is not a key of {kind.__name__}: {suggest(key, known)}")
     stage = kind(model, val_names=datamodule.val_names, **options)
     trainer: L.Trainer = instantiate(
         cfg.trainer,
         callbacks=[instantiate(c) for c in cfg.callbacks.values() if c],
         logger=[instantiate(entry) for entry in cfg.logger.values() if entry],
     )
+    # Whatever can be found wrong is found before an older run is replaced.
+    stage.check(processor)
+    datamodule.check(text_required=cfg.stage.text_required)
+    prepare_run_folder(cfg, folder, resume)
     if resume is None:
         trainer.validate(stage, datamodule, verbose=False)  # the held-out losses before the stage
     else:
         log.info("resuming from %s", resume)
     trainer.fit(stage, datamodule, ckpt_path=resume, weights_only=True)
+    if stage.validated_at != trainer.global_step:
+        trainer.validate(stage, datamodule, verbose=False)  # and after it, where the interval does not end with it
     value = trainer.callback_metrics.get(cfg.metric)
     return None if value is None else float(value)
 

@@ -11,8 +11,10 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
+from sphinx_pl.data.record import Batch
 from sphinx_pl.errors import UserError
 
 _NAME = re.compile(r"step-(\d+)\.ckpt")
@@ -52,26 +54,54 @@ class ResumeCheckpoint(L.Callback):
     """Every `every_n_steps` optimizer steps and at the end: weights, optimizer, schedule, random states, data position.
 
     `trainer.fit` on the newest one goes on with exactly the losses of a run that was not stopped. The last `keep` stay.
+    Put it last among the callbacks: where a validation is due at the same step, and at the end of the run, it saves
+    after everything else, so that nothing is left out by a run that continues from here.
     """
 
     def __init__(self, folder: str, every_n_steps: int = 1000, keep: int = 2) -> None:
+        if every_n_steps < 1 or keep < 1:
+            raise UserError(
+                f"callbacks.checkpoint: every_n_steps={every_n_steps} and keep={keep} must be at least 1; "
+                "~callbacks.checkpoint writes none"
+            )
         self.folder = Path(folder)
         self.every_n_steps = every_n_steps
         self.keep = keep
         self._saved = -1
+        self._restore: dict[str, Any] | None = None
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        step = trainer.global_step
-        if step % self.every_n_steps == 0 and step != self._saved and step > 0:
-            self.save(trainer)
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        # Only between two windows: in the midst of one the accumulated gradients would be lost.
+        if batch.window_end and not self._validation_follows(trainer):
+            self._save_if_due(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._save_if_due(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step != self._saved:
             self.save(trainer)
 
+    def _validation_follows(self, trainer: L.Trainer) -> bool:
+        """Validation has its own place in Lightning's loop, after this hook; resuming would skip over it."""
+        every = trainer.val_check_batch
+        if not trainer.limit_val_batches or every is None or every == float("inf"):
+            return False
+        return bool((trainer.fit_loop.total_batch_idx + 1) % int(every) == 0)
+
+    def _save_if_due(self, trainer: L.Trainer) -> None:
+        step = trainer.global_step
+        if step > 0 and step % self.every_n_steps == 0 and step != self._saved:
+            self.save(trainer)
+
     def save(self, trainer: L.Trainer) -> None:
         """Write `step-N.ckpt`; on every rank, since sharded strategies write together."""
         self._saved = trainer.global_step
+        for logger in trainer.loggers:
+            logger.save()  # what happened before this checkpoint will not happen again
         name = f"step-{trainer.global_step:08d}.ckpt"
         partial = self.folder / f".{name}.tmp"
         trainer.save_checkpoint(partial)
@@ -103,10 +133,12 @@ class ResumeCheckpoint(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restore = state_dict
 
-    _restore: dict[str, Any] | None = None
-
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restored as late as can be: whatever was drawn while the run was set up does not count."""
+        self._saved = trainer.global_step
+        if trainer.is_global_zero:
+            for partial in self.folder.glob(".step-*.ckpt.tmp"):  # what a killed run was writing
+                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
         if self._restore is None:
             return
         state, self._restore = self._restore, None

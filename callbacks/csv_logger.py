@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 from lightning.pytorch.loggers import CSVLogger
@@ -18,6 +19,13 @@ class _AppendingWriter(ExperimentWriter):
         if path.is_file():
             with path.open(newline="") as file:
                 self.metrics_keys = next(csv.reader(file), [])
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        """As the base class, but never with half a file: a kill leaves the old one."""
+        path = Path(self.metrics_file_path)
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        _replace(path, fieldnames, rows)
 
 
 class MetricsCSV(CSVLogger):
@@ -49,9 +57,13 @@ def forget_after(path: Path, step: int) -> None:
     reader = csv.DictReader(io.StringIO(written[: written.rfind("\n") + 1], newline=""))
     columns = reader.fieldnames or []
     kept = [row for row in reader if row["step"].isdigit() and int(row["step"]) < step]
+    _replace(path, columns, kept)
+
+
+def _replace(path: Path, columns: Sequence[str], rows: list[dict[str, str]]) -> None:
     partial = path.with_name(f".{path.name}.tmp")
     with partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=columns)
         writer.writeheader()
-        writer.writerows(kept)
+        writer.writerows(rows)
     partial.replace(path)

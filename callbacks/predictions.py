@@ -69,21 +69,24 @@ class Predictions(L.Callback):
         per_task: questions of each task.
         every: 1 is after each validation.
         batch_size: prompts generated at once.
+        only_for_tables: do nothing unless a logger shows tables (Weights & Biases) and there are sources.
     """
 
     def __init__(
         self,
-        sources: Mapping[str, Mapping[str, Any] | None],
+        sources: Mapping[str, Mapping[str, Any] | None] | None,
         folder: str,
         per_task: int = 4,
         every: int = 1,
         batch_size: int = 16,
+        only_for_tables: bool = False,
     ) -> None:
         if per_task < 1 or every < 1 or batch_size < 1:
             raise UserError(
                 f"callbacks.predictions: per_task={per_task}, every={every} and batch_size={batch_size} must be above 0"
             )
-        self.sources = sources
+        self.sources = sources or {}
+        self.only_for_tables = only_for_tables
         self.folder = Path(folder)
         self.per_task = per_task
         self.every = every
@@ -92,7 +95,8 @@ class Predictions(L.Callback):
         self._validations = 0
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.sanity_checking:
+        wanted = self.sources and any(isinstance(logger, WandbLogger) for logger in trainer.loggers)
+        if trainer.sanity_checking or (self.only_for_tables and not wanted):
             return
         self._validations += 1
         if self._validations % self.every:

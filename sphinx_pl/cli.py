@@ -70,8 +70,10 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises instead of printing and exiting
             try:
                 return run()
-            except MISTAKES as error:
-                if os.environ.get(TRACEBACK) == "1":
+            except (*MISTAKES, ValueError) as error:
+                # Hydra's only ValueError on the way to main() is for group=null; main's own errors are not mistakes.
+                composing = not isinstance(error, ValueError) or "Config group override" in str(error)
+                if os.environ.get(TRACEBACK) == "1" or not composing:
                     raise
                 sys.exit(report(error))
 

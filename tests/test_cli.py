@@ -95,7 +95,12 @@ def test_a_key_that_does_not_exist_is_named(failure: Run) -> None:
 @pytest.mark.parametrize("script", ["train", "mix_weights", "evaluate"])
 @pytest.mark.parametrize(
     ("override", "named"),
-    [("methd=linear", "methd"), ("data=sampel", "sampel"), ("data.packing.row_lenght=5", "row_lenght"), ("=5", "=5")],
+    [
+        ("methd=linear", "methd"),
+        ("data=sampel", "sampel"),
+        ("data.packing.row_lenght=5", "row_lenght"),
+        ("seed=[1", "'[1'"),
+    ],
 )
 def test_wrong_overrides_are_answered_by_every_script(failure: Run, script: str, override: str, named: str) -> None:
     assert named in failure(importlib.import_module(script).main, override)

@@ -162,6 +162,26 @@ def compare(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int
 FORMATS: Registry[type[Checkpoint]] = Registry("checkpoint format")
 
 
+_IRRELEVANT = ("name", "load", "max_length")
+"""Last parts of configuration keys that may differ: they change neither what a weight means nor the prompt format."""
+
+
+def differences(a: Mapping[str, Any], b: Mapping[str, Any], section: str) -> list[str]:
+    """Where two `model` or `processor` sections differ in what weights depend on: "key is x and y" each."""
+    x, y = _flatten(a, section), _flatten(b, section)
+    return [f"{key} is {x.get(key)!r} and {y.get(key)!r}" for key in sorted({*x, *y}) if x.get(key) != y.get(key)]
+
+
+def _flatten(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}.{key}")
+        elif key not in _IRRELEVANT:
+            flat[f"{prefix}.{key}"] = value
+    return flat
+
+
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open and validate the checkpoint at `path`, in whichever of `FORMATS` it is.
 

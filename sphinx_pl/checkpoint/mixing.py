@@ -15,7 +15,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from sphinx_pl.checkpoint.format import Checkpoint, check_free, compare, write_checkpoint
+from sphinx_pl.checkpoint.format import Checkpoint, check_free, compare, differences, write_checkpoint
 from sphinx_pl.checkpoint.provenance import hash_file, provenance
 from sphinx_pl.errors import UserError
 from sphinx_pl.registry import Registry
@@ -26,9 +26,6 @@ METHODS: Registry[Method] = Registry("mixing method")
 
 _CHUNK = 1 << 20
 """Elements mixed at once: their float64 copies stay in the cache, whatever the size of the tensor."""
-
-_IRRELEVANT = ("name", "load", "max_length")
-"""Last parts of configuration keys that may differ: they change neither what a weight means nor the prompt format."""
 
 
 def linear(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -98,11 +95,9 @@ def check_compatible(checkpoints: Sequence[Checkpoint]) -> None:
     for other in checkpoints[1:]:
         names = f"'{first.path}' and '{other.path}'"
         for section in ("model", "processor"):
-            a, b = _flatten(first.config[section], section), _flatten(other.config[section], section)
-            if differing := sorted(key for key in {*a, *b} if a.get(key) != b.get(key)):
-                key = differing[0]
+            if differing := differences(first.config[section], other.config[section], section):
                 raise UserError(
-                    f"{names} are not of one {section}: {key} is {a.get(key)!r} and {b.get(key)!r}"
+                    f"{names} are not of one {section}: {differing[0]}"
                     + (f" ({len(differing) - 1} more keys differ)" if len(differing) > 1 else "")
                     + ": mix checkpoints that were trained from the same one"
                 )
@@ -191,13 +186,3 @@ def mix_checkpoints(
 
 def _finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
-
-
-def _flatten(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}.{key}")
-        elif key not in _IRRELEVANT:
-            flat[f"{prefix}.{key}"] = value
-    return flat

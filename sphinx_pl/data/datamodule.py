@@ -15,7 +15,9 @@ from sphinx_pl.data.mixture import Mixture, SourceConfig
 from sphinx_pl.data.packing import Collator, PackingConfig, Planner, Row, WindowPlan, first_fit_decreasing
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.record import Batch, Sample
+from sphinx_pl.data.sources import expand_paths, spread
 from sphinx_pl.errors import UserError
+from sphinx_pl.typed import build
 
 
 class _Windows(Dataset[list[Batch]]):
@@ -25,7 +27,6 @@ class _Windows(Dataset[list[Batch]]):
         self.collator = collator
 
     def __getitem__(self, plan: WindowPlan) -> list[Batch]:
-        torch.set_num_threads(1)
         return self.collator.window(plan)
 
 
@@ -39,6 +40,10 @@ class _Rows(Dataset[Batch]):
 
     def __getitem__(self, index: int) -> Batch:
         return self.collator(self.batches[index])
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)
 
 
 def _as_is(batch: Any) -> Any:
@@ -64,6 +69,7 @@ class TrainLoader:
             batch_size=None,
             num_workers=workers,
             collate_fn=_as_is,
+            worker_init_fn=_one_thread,
             pin_memory=pin_memory,
             prefetch_factor=2 if workers else None,
         )
@@ -79,7 +85,7 @@ class TrainLoader:
                 m for m in self.planner.mixture.modalities if not any(b.counters.get(f"modality/{m}") for b in window)
             ]
             if missing:
-                self.counts[f"windows_without_{missing[0]}"] += 1
+                self.counts[f"skipped/windows/without_{missing[0]}"] += 1
                 if self.planner.world_size == 1:
                     continue
             yield from window
@@ -129,7 +135,7 @@ class DataModule(L.LightningDataModule):
         self.processor = processor
         self.sources = sources
         self.val_sources = {name: values for name, values in val_sources.items() if values is not None}
-        self.packing = PackingConfig(**packing)
+        self.packing = build(PackingConfig, packing, "data.packing")
         self.workers = workers
         self.seed = seed
         self.val_samples = val_samples
@@ -145,15 +151,30 @@ class DataModule(L.LightningDataModule):
     def val_names(self) -> list[str]:
         return list(self.val_sources)
 
-    @property
-    def has_text(self) -> bool:
-        """Whether the training mixture has a text-only source."""
-        configs = [SourceConfig.from_dict(name, values) for name, values in self.sources.items() if values]
-        return any(config.modality == "text" and config.weight > 0 for config in configs)
+    def check(self, text_required: bool = False) -> None:
+        """Whether the sources can be read, without reading them.
+
+        Args:
+            text_required: refuse a mixture without text-only data, which keeps the language ability; the planner puts
+                text in every step where the mixture has it. Off only to measure what the text is good for.
+
+        Raises:
+            UserError: a wrong key, a missing file, or no text.
+        """
+        sources = {name: values for name, values in self.sources.items() if values is not None}
+        configs = {name: SourceConfig.from_dict(name, values) for name, values in sources.items()}
+        held_out = {n: SourceConfig.from_dict(n, values, "val_sources") for n, values in self.val_sources.items()}
+        for name, config in [*configs.items(), *held_out.items()]:
+            expand_paths(name, config.path)
+        if text_required and not any(c.modality == "text" and c.weight > 0 for c in configs.values()):
+            raise UserError(
+                "data.sources has no text-only source, which pretraining needs in every step to keep the language "
+                "ability: add one, or set stage.text_required=false"
+            )
 
     def planner(self, accumulate: int = 1, rank: int = 0, world_size: int = 1) -> Planner:
         """A planner at the start of the stream."""
-        mixture = Mixture(self.sources, self.processor, self.seed)
+        mixture = Mixture(self.sources, self.processor, self.seed, self.packing.row_length)
         return Planner(mixture, self.packing, accumulate, rank, world_size)
 
     def train_dataloader(self) -> TrainLoader:
@@ -161,10 +182,12 @@ class DataModule(L.LightningDataModule):
         assert trainer is not None, "train_dataloader() is called by a Trainer"
         self._planner = self.planner(trainer.accumulate_grad_batches, trainer.global_rank, trainer.world_size)
         if self._resume is not None:
-            self._planner.load_state_dict(self._resume)
-            self._resume = None
+            self._planner.load_state_dict(self._resume["planner"])
         pin = trainer.strategy.root_device.type == "cuda"
         self._train_loader = TrainLoader(self._planner, self.collator, self.workers, self.max_skipped, pin)
+        if self._resume is not None:
+            self._train_loader.counts.update(self._resume["counts"])
+            self._resume = None
         return self._train_loader
 
     def val_dataloader(self) -> list[DataLoader[Batch]]:
@@ -186,11 +209,9 @@ class DataModule(L.LightningDataModule):
         return loaders
 
     def _held_out(self, name: str, values: dict[str, Any]) -> list[Sample]:
-        source = SourceConfig.from_dict(name, values).open(name)
+        source = SourceConfig.from_dict(name, values, "val_sources").open(name)
         samples: list[Sample] = []
-        for index in range(len(source)):
-            if len(samples) == self.val_samples:
-                break
+        for index in spread(len(source), self.val_samples):
             try:
                 sample = self.processor.sample(source.record(index), name)
             except BadSample:
@@ -212,7 +233,9 @@ class DataModule(L.LightningDataModule):
         return self._train_loader.skipped if self._train_loader else {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"planner": self._planner.state_dict()} if self._planner else {}
+        if self._planner is None or self._train_loader is None:
+            return {}
+        return {"planner": self._planner.state_dict(), "counts": dict(self._train_loader.counts)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._resume = state_dict.get("planner")
+        self._resume = state_dict or None

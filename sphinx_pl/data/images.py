@@ -68,7 +68,8 @@ def decode(data: bytes, name: str = "", max_pixels: int = MAX_PIXELS) -> Image.I
     except Exception as error:  # damaged headers make Pillow raise nearly anything
         raise BadSample("image_unreadable", f"{name}: {error}") from None
     width, height = image.size
-    if width * height > max_pixels:
+    # The padded square is what will be allocated: a thin image's is much larger than the image.
+    if width * height > max_pixels or max(width, height) ** 2 > 4 * max_pixels:
         raise BadSample("image_too_large", f"{name}: {width}x{height}")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise BadSample("image_aspect", f"{name}: {width}x{height}")

@@ -19,6 +19,7 @@ from sphinx_pl.data.processor import Processor, merge_branches
 from sphinx_pl.data.record import Sample
 from sphinx_pl.data.sources import Source, build_source
 from sphinx_pl.errors import UserError
+from sphinx_pl.typed import build
 
 MODALITIES = ("image", "text")
 
@@ -39,18 +40,19 @@ class SourceConfig:
     options: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_dict(cls, name: str, values: dict[str, Any]) -> SourceConfig:
-        values = dict(values)
+    def from_dict(cls, name: str, values: dict[str, Any], section: str = "sources") -> SourceConfig:
+        prefix = f"data.{section}.{name}"
         for key in ("kind", "path"):
             if values.get(key) in (None, ""):
-                raise UserError(f"data.sources.{name}.{key} is missing: every source needs a kind and a path")
-        own = {key: values.pop(key) for key in ("kind", "path", "weight", "branches", "modality") if key in values}
-        config = cls(**own, options=values)
+                raise UserError(f"{prefix}.{key} is missing: every source needs a kind and a path")
+        known = {"kind", "path", "weight", "branches", "modality"}
+        own = {key: value for key, value in values.items() if key in known}
+        config = build(cls, own | {"options": {k: v for k, v in values.items() if k not in known}}, prefix)
         config.modality = config.modality or ("text" if config.kind == "text" else "image")
         if config.modality not in MODALITIES:
-            raise UserError(f"data.sources.{name}.modality='{config.modality}' must be one of {', '.join(MODALITIES)}")
+            raise UserError(f"{prefix}.modality='{config.modality}' must be one of {', '.join(MODALITIES)}")
         if config.weight < 0:
-            raise UserError(f"data.sources.{name}.weight={config.weight} must not be negative")
+            raise UserError(f"{prefix}.weight={config.weight} must not be negative")
         return config
 
     def open(self, name: str) -> Source:
@@ -71,8 +73,9 @@ def _images(source: Source, index: int) -> object:
 class SourceStream:
     """A source repeated for ever, each epoch in a new order; groups of records about one image stay together."""
 
-    def __init__(self, name: str, config: SourceConfig, processor: Processor, seed: int) -> None:
+    def __init__(self, name: str, config: SourceConfig, processor: Processor, seed: int, max_length: int) -> None:
         self.name = name
+        self.max_length = min(max_length, processor.config.max_length)
         self.config = config
         self.source = config.open(name)
         self.processor = processor
@@ -80,7 +83,7 @@ class SourceStream:
         self.counts: Counter[str] = Counter()
         self.epoch = 0
         self.position = 0
-        self._units: list[list[int]] = []
+        self._units: Any = []  # lists of indices, or an [n, 1] array of them
         self._by_image: list[list[int]] = []
         if config.branches > 1:
             groups: dict[object, list[int]] = {}
@@ -93,13 +96,13 @@ class SourceStream:
         rng = np.random.default_rng([self.seed, zlib.crc32(self.name.encode()), self.epoch])
         if self._by_image:
             size = self.config.branches
-            units = []
+            units: list[list[int]] = []
             for group in self._by_image:
                 order = [group[i] for i in rng.permutation(len(group))]
                 units += [order[i : i + size] for i in range(0, len(order), size)]
             self._units = [units[i] for i in rng.permutation(len(units))]
         else:
-            self._units = [[int(i)] for i in rng.permutation(len(self.source))]
+            self._units = rng.permutation(len(self.source))[:, None]  # an array: 8 bytes a record, not a list each
 
     def next(self) -> list[Sample]:
         """The next unit's samples: usually one, none if all of its records were bad (counted in `counts`)."""
@@ -110,14 +113,14 @@ class SourceStream:
         unit = self._units[self.position]
         self.position += 1
         samples = []
-        for index in unit:
+        for index in map(int, unit):
             self.counts["seen"] += 1
             try:
                 rng = random.Random(f"{self.seed}/{self.name}/{self.epoch}/{index}")
                 samples.append(self.processor.sample(self.source.record(index), self.name, rng))
             except BadSample as error:
                 self.counts[f"skipped/{error.reason}"] += 1
-        return merge_branches(samples, self.processor.config.max_length)
+        return merge_branches(samples, self.max_length)
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "position": self.position, "counts": dict(self.counts)}
@@ -129,16 +132,23 @@ class SourceStream:
 
 
 class Mixture:
-    """Draws from sources so that after every draw each source's share is as near to its weight as can be."""
+    """Draws from sources so that after every draw each source's share is as near to its weight as can be.
 
-    def __init__(self, sources: dict[str, dict[str, Any]], processor: Processor, seed: int) -> None:
+    Questions about one image are joined up to `max_length` tokens (and no further than the processor's own bound).
+    """
+
+    def __init__(
+        self, sources: dict[str, dict[str, Any]], processor: Processor, seed: int, max_length: int = 1 << 30
+    ) -> None:
         configs = {name: SourceConfig.from_dict(name, values) for name, values in sources.items() if values is not None}
         configs = {name: config for name, config in configs.items() if config.weight > 0}
         if not configs:
             raise UserError("data.sources is empty: give at least one source with a weight above 0")
         total = sum(config.weight for config in configs.values())
         self.shares = {name: config.weight / total for name, config in configs.items()}
-        self.streams = {name: SourceStream(name, config, processor, seed) for name, config in configs.items()}
+        self.streams = {
+            name: SourceStream(name, config, processor, seed, max_length) for name, config in configs.items()
+        }
         self.drawn = dict.fromkeys(configs, 0)
         self.modalities = [m for m in MODALITIES if any(config.modality == m for config in configs.values())]
 

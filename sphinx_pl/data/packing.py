@@ -31,7 +31,7 @@ WEIGHTINGS: dict[str, Callable[[int], float]] = {
 Row = list[Sample]
 
 
-@dataclass(frozen=True)
+@dataclass
 class PackingConfig:
     """`rows` of `row_length` tokens per micro-batch; at most `images_per_row` images in a row (0: no bound)."""
 
@@ -136,7 +136,14 @@ class Planner:
         for modality in self.mixture.modalities:
             while not any(_modality(sample) == modality for sample in pool):
                 drawn_in_vain = self._draw(pool, modality, drawn_in_vain)
-            musts.append(next(sample for sample in pool if _modality(sample) == modality))
+            found = [sample for sample in pool if _modality(sample) == modality]
+            # A single row has to hold both: there the shortest, else the one that has waited longest.
+            musts.append(min(found, key=lambda sample: sample.length) if rows == 1 else found[0])
+        if rows == 1 and sum(sample.length for sample in musts) > config.row_length:
+            raise UserError(
+                f"data.packing: one row of {config.row_length} positions cannot hold an image sample and a text "
+                "sample, which every step needs: raise rows, row_length or stage.accumulate"
+            )
         # Then what waited longest, so that nothing waits for ever; the rest by length.
         waited = [sample for sample in pool[:carried] if not any(sample is must for must in musts)]
         others = [sample for sample in pool[carried:] if not any(sample is must for must in musts)]
@@ -154,17 +161,18 @@ class Planner:
         return WindowPlan(self.number, mine)
 
     def _draw(self, pool: list[Sample], modality: str | None, in_vain: int) -> int:
-        samples = self.mixture.draw(modality)
-        for sample in samples:
+        """Add a draw's samples to the pool; returns how many draws in a row gave none (of `modality`)."""
+        for sample in self.mixture.draw(modality):
             if sample.length > self.config.row_length:
                 stream = self.mixture.streams[sample.source]
                 stream.counts["skipped/longer_than_row"] += len(sample.branches)
             else:
                 pool.append(sample)
-                in_vain = -1
+                in_vain = -1 if modality in (None, _modality(sample)) else in_vain
         if in_vain >= 1000:
+            what = f"{modality} sample (is data.sources.*.modality right?)" if modality else "usable sample"
             raise UserError(
-                f"data: 1000 draws in a row gave no usable sample; skipped so far: {self.mixture.counts}: "
+                f"data: 1000 draws in a row gave no {what}; skipped so far: {self.mixture.counts}: "
                 "check the sources' files, or raise data.packing.row_length"
             )
         return in_vain + 1

@@ -16,6 +16,7 @@ from sphinx_pl.data.record import IMAGE_SLOT, Branch, ImageRef, Record, Sample, 
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.data.tokenizer import Tokenizer
 from sphinx_pl.errors import UserError
+from sphinx_pl.typed import build
 
 PLACEHOLDER = "<image>"
 
@@ -27,14 +28,6 @@ class ProcessorConfig:
     system: str = SYSTEM
     decimals: int = 3
     max_length: int = 2048
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ProcessorConfig:
-        known = {f.name for f in dataclasses.fields(cls)}
-        for key in values:
-            if key not in known:
-                raise UserError(f"data.processor.{key} is not a key; known: {', '.join(sorted(known))}")
-        return cls(**values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +72,7 @@ class Processor:
                 f"{model.decoder.vocab_size}: use the tokenizer that the model was made for, or enlarge the vocabulary"
             )
         return cls(
-            ProcessorConfig.from_dict(values),
+            build(ProcessorConfig, values, "data.processor"),
             tokenizer,
             tokens_per_image=model.tokens_per_image,
             image_size=model.vision.image_size if model.vision else 0,

@@ -69,6 +69,12 @@ class Source(ABC):
         """
 
 
+def spread(length: int, at_most: int | None) -> list[int]:
+    """At most so many of `length` indices, evenly over all of them: a file's first entries are often of one kind."""
+    count = min(length, at_most or length)
+    return [i * length // count for i in range(count)]
+
+
 SOURCES: Registry[type[Source]] = Registry("source kind")
 
 

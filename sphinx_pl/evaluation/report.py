@@ -102,9 +102,9 @@ class Evaluation:
 
 
 def read_run(name: str, folder: Path) -> Run:
-    """Every metrics.csv of Lightning's CSVLogger under `folder`, oldest first, and the composed config."""
+    """The run folder's metrics.csv and composed config; of a sweep, which lies elsewhere, nothing."""
     columns: dict[str, dict[float, float]] = {}
-    for file in sorted(folder.rglob("metrics.csv"), key=lambda path: path.stat().st_mtime):
+    for file in sorted(folder.glob("metrics.csv"), key=lambda path: path.stat().st_mtime):
         with file.open(newline="", encoding="utf-8") as stream:
             for row in csv.DictReader(stream):
                 step = _number(row.get("step"))

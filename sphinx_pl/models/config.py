@@ -10,10 +10,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from sphinx_pl.errors import UserError, suggest
+from sphinx_pl.typed import build
 
 IMAGE_POSITIONS = ("after_bos", "inline")
 MERGE_MODES = ("none", "mean", "shuffle")
@@ -217,6 +215,11 @@ class VisionConfig:
             )
 
     @property
+    def towers(self) -> list[str]:
+        """Names of the towers there are, as parts of the model."""
+        return [name for name in ("clip", "convnext", "dinov2", "qformer") if getattr(self, name)]
+
+    @property
     def channel_towers(self) -> list[Any]:
         return [tower for tower in (self.clip, self.convnext, self.dinov2) if tower]
 
@@ -293,14 +296,4 @@ class SphinxConfig:
         Raises:
             UserError: an unknown key, a wrong type or sizes that do not fit, with the key's full name.
         """
-        try:
-            merged = OmegaConf.merge(OmegaConf.structured(cls), values)
-            config = OmegaConf.to_object(merged)
-        except OmegaConfBaseException as error:
-            key = f"model.{error.full_key}" if error.full_key else "model"
-            cause = error.__cause__
-            if isinstance(cause, UserError):
-                raise cause from None
-            raise UserError(f"{key}: {str(error).splitlines()[0]}") from None
-        assert isinstance(config, cls)
-        return config
+        return build(cls, values, "model")

@@ -12,7 +12,7 @@ from torch import nn
 from sphinx_pl.errors import UserError
 
 
-@dataclass(frozen=True)
+@dataclass
 class OptimConfig:
     """AdamW and a warm-up + cosine schedule. `warmup` counts steps, or is a share of all steps if below 1."""
 

@@ -7,21 +7,22 @@ mixture, from which weights and how long: all of it configuration, so there is o
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
 import torch
 from torch import Tensor
 
-from sphinx_pl.checkpoint.format import open_checkpoint
-from sphinx_pl.data.datamodule import DataModule
+from sphinx_pl.checkpoint.format import differences, open_checkpoint
+from sphinx_pl.checkpoint.provenance import hash_file
+from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.record import Batch
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.models.towers import Tower, load_pretrained
 from sphinx_pl.stages.optim import OptimConfig, build_adamw, warmup_cosine
+from sphinx_pl.typed import build
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +37,6 @@ class Stage(L.LightningModule):
         optim: see `OptimConfig`.
         init_from: checkpoint folder whose weights this stage starts from; null starts from random weights and the
             towers' own `load` entries.
-        text_required: refuse a mixture without text-only data, which keeps the language ability. The planner puts text
-            in every step where the mixture has it. Off only to measure what the text is good for.
         val_names: names of the held-out sources, in the order of the validation loaders.
     """
 
@@ -48,47 +47,71 @@ class Stage(L.LightningModule):
         train_parts: list[str],
         optim: dict[str, Any],
         init_from: str | None = None,
-        text_required: bool = False,
         val_names: list[str] | None = None,
     ) -> None:
         super().__init__()
         self.config = model
         self.name = name
         self.train_parts = list(train_parts)
-        self.optim = OptimConfig(**optim)
+        self.optim = build(OptimConfig, optim, "stage.optim")
         self.init_from = init_from
-        self.text_required = text_required
         self.val_names = val_names or []
         self.model: Sphinx | None = None
         self.parents: list[dict[str, Any]] = []
         """Identities of the checkpoints that the weights come from."""
-        # Sums since the last log, per task: weighted and plain. Not state: a resumed run starts a new log line.
+        # Sums of nll and targets per task since the last log.
         self._task_sums: Tensor | None = None
         self._val_sums: Tensor | None = None
+        self.validated_at = -1
+        """Optimizer steps behind the last held-out losses."""
         self._tasks: list[str] = []
 
     # -- building ---------------------------------------------------------------------------------------------------
 
+    def check(self, processor: Processor | None = None) -> None:
+        """Whether this stage can start, without building anything.
+
+        Args:
+            processor: of this run, to compare with the one that `init_from` was trained with.
+
+        Raises:
+            UserError: an unknown part, no checkpoint at `init_from`, or one of another model or tokenizer.
+        """
+        vision = self.config.vision
+        parts = ["decoder", *(["projections", *vision.towers] if vision else [])]
+        for part in self.train_parts:
+            if part not in parts:
+                raise UserError(f"stage.train_parts: no part '{part}' in this model; {suggest(part, parts)}")
+        if not self.init_from:
+            return
+        checkpoint = open_checkpoint(self.init_from)
+        if differing := differences(checkpoint.model_config.to_dict(), self.config.to_dict(), "model"):
+            raise UserError(
+                f"stage.init_from={self.init_from} holds another model, {differing[0]}: "
+                "compose the model that it was made with"
+            )
+        if processor is None:
+            return
+        if hash_file(checkpoint.tokenizer_file) != hash_file(processor.tokenizer.path):
+            raise UserError(
+                f"stage.init_from={self.init_from} was trained with another tokenizer than {processor.tokenizer.path}: "
+                f"set data.tokenizer={checkpoint.tokenizer_file}"
+            )
+        for difference in differences(checkpoint.processor, processor.to_dict(), "data.processor"):
+            log.warning("%s in stage.init_from=%s and in this run", difference, self.init_from)
+
     def configure_model(self) -> None:
         if self.model is not None:
             return
+        self.check()
         model = Sphinx(self.config)
         if self.init_from:
-            checkpoint = open_checkpoint(Path(self.init_from))
-            if checkpoint.model_config.to_dict() | {"name": ""} != self.config.to_dict() | {"name": ""}:
-                raise UserError(
-                    f"stage.init_from={self.init_from} holds a '{checkpoint.model_config.name}' model of other sizes "
-                    f"than model '{self.config.name}': compose the model that the checkpoint was made with"
-                )
+            checkpoint = open_checkpoint(self.init_from)
             checkpoint.load_into(model)
             self.parents = [checkpoint.identity()]
         else:
             self._load_towers(model)
-        parts = model.parts()
-        for part in self.train_parts:
-            if part not in parts:
-                raise UserError(f"stage.train_parts: no part '{part}' in this model; {suggest(part, parts)}")
-        model.freeze([part for part in parts if part not in self.train_parts])
+        model.freeze([part for part in model.parts() if part not in self.train_parts])
         self.model = model
 
     def _load_towers(self, model: Sphinx) -> None:
@@ -108,14 +131,6 @@ class Stage(L.LightningModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def on_fit_start(self) -> None:
-        datamodule: DataModule = self.trainer.datamodule
-        if self.text_required and not datamodule.has_text:
-            raise UserError(
-                "data.sources has no text-only source, which pretraining needs in every step to keep the language "
-                "ability: add one, or set stage.text_required=false"
-            )
-
     # -- training ---------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -130,41 +145,52 @@ class Stage(L.LightningModule):
         if self.trainer.world_size > 1:
             torch.distributed.all_reduce(total)
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / total.clamp(min=1e-8)
-        self._count(batch, losses.nll.detach(), losses.index, weights)
+        self._count(batch, losses.nll.detach(), losses.index)
         loss: Tensor = (losses.nll * weights).sum() * scale + losses.anchor
         return loss
 
-    def _count(self, batch: Batch, nll: Tensor, index: Tensor, weights: Tensor) -> None:
+    def _count(self, batch: Batch, nll: Tensor, index: Tensor) -> None:
         self._tasks = batch.tasks
         if self._task_sums is None:
-            self._task_sums = torch.zeros(3, len(batch.tasks), device=nll.device, dtype=torch.float64)
+            self._task_sums = torch.zeros(2, len(batch.tasks), dtype=torch.float64)
+        sums = self._task_sums = self._task_sums.to(nll.device)
         tasks = batch.task_ids.flatten()[index].long()
-        rows = torch.stack([nll, torch.ones_like(nll), nll * weights]).double()
-        self._task_sums.index_add_(1, tasks, rows)
+        sums.index_add_(1, tasks, torch.stack([nll, torch.ones_like(nll)]).double())
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        if not batch.window_end or self.global_step % self.trainer.log_every_n_steps:
-            return
-        assert self._task_sums is not None
-        sums = self._reduced(self._task_sums)
-        self._task_sums = None
-        nll, count, _ = sums.tolist()
-        metrics = {"train/loss": sum(nll) / max(sum(count), 1)}
-        for task, total, n in zip(self._tasks, nll, count, strict=True):
-            if n:
-                metrics[f"train/loss_task/{task}"] = total / n
-                metrics[f"train/targets/{task}"] = n
-        metrics["train/lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
-        self.log_dict(metrics)
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["task_sums"] = self._task_sums
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._task_sums = checkpoint["task_sums"]
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
+        """Clip by the global norm, and log the step: here its loss, gradients and learning rate are all known."""
         norm = torch.nn.utils.clip_grad_norm_(
             [p for p in self.parameters() if p.grad is not None], gradient_clip_val or float("inf")
         )
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
-            self.log("train/grad_norm", norm)
+            self._log_steps(float(norm), float(optimizer.param_groups[0]["lr"]))
+
+    def _log_steps(self, gradient_norm: float, lr: float) -> None:
+        """A row for the steps since the last one. `step` counts those that were finished before this one.
+
+        Given to the loggers directly: Lightning would hand it on only after the checkpoint of this step is written, and
+        a run that is killed then would miss the row.
+        """
+        assert self._task_sums is not None
+        nll, count = self._reduced(self._task_sums).tolist()
+        self._task_sums = None
+        loss = sum(nll) / max(sum(count), 1)
+        metrics = {"train/loss": loss, "train/grad_norm": gradient_norm, "train/lr": lr}
+        for task, total, n in zip(self._tasks, nll, count, strict=True):
+            if n:
+                metrics[f"train/loss_task/{task}"] = total / n
+                metrics[f"train/targets/{task}"] = n
+        for logger in self.loggers:
+            logger.log_metrics(metrics, step=self.global_step)
+        self.log_dict(metrics, logger=False)
 
     def _reduced(self, sums: Tensor) -> Tensor:
         if self.trainer.world_size > 1:
@@ -188,3 +214,4 @@ class Stage(L.LightningModule):
         metrics = {f"val/loss/{name}": nll[i] / max(count[i], 1) for i, name in enumerate(self.val_names)}
         metrics["val/loss"] = sum(metrics.values()) / max(len(metrics), 1)
         self.log_dict(metrics)
+        self.validated_at = self.global_step

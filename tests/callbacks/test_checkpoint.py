@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import LambdaCallback
 
 from callbacks.checkpoint import ResumeCheckpoint, checkpoints, resolve_resume, step_of
 from sphinx_pl.errors import UserError
@@ -75,6 +76,15 @@ def test_every_n_steps_and_at_the_end(fit: Fit, tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-00000002.ckpt", "step-00000003.ckpt"]
 
 
+def test_a_validation_of_the_same_step_comes_before_its_checkpoint(fit: Fit, tmp_path: Path) -> None:
+    """Else a run that resumes from there would go on without it."""
+    found: list[list[str]] = []
+    seen = LambdaCallback(on_validation_end=lambda *_: found.append(names(tmp_path)))
+    fit([seen, ResumeCheckpoint(str(tmp_path), every_n_steps=1, keep=9)], steps=4)  # validates after steps 2 and 4
+    assert found == [["step-00000001.ckpt"], [f"step-0000000{step}.ckpt" for step in (1, 2, 3)]]
+    assert len(names(tmp_path)) == 4
+
+
 class FullDisk(TorchCheckpointIO):
     """Writes half of every checkpoint after the first, then fails."""
 
@@ -115,7 +125,8 @@ def numbers() -> list[float]:
     return [random.random(), random.gauss(0, 1), *np.random.rand(2), np.random.randn(), *torch.rand(2).tolist()]
 
 
-def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
+def test_random_numbers_go_on_where_they_were(fit: Fit, tmp_path: Path) -> None:
+    trainer, stage = fit([], steps=1)
     numbers()  # so that gauss and randn have a number in store, which is part of the state too
     path = tmp_path / "state.pt"
     torch.save(ResumeCheckpoint("unused").state_dict(), path)
@@ -125,7 +136,7 @@ def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
     resumed = ResumeCheckpoint("unused")
     resumed.load_state_dict(torch.load(path, weights_only=True))
     assert numbers() != expected  # not before training starts: what set-up draws does not count
-    resumed.on_train_start(None, None)  # type: ignore[arg-type]
+    resumed.on_train_start(trainer, stage)
     assert numbers() == expected
-    resumed.on_train_start(None, None)  # type: ignore[arg-type]
+    resumed.on_train_start(trainer, stage)
     assert numbers() != expected  # once

@@ -191,7 +191,7 @@ def test_a_window_that_lost_all_its_images_is_left_out(processor: Processor, sam
     batches = list(itertools.islice(train, 12))
     assert all(batch.counters["modality/image"] > 0 and batch.counters["modality/text"] > 0 for batch in batches)
     left_out = batches[-1].window - len(batches)  # windows are numbered from 1
-    assert train.counts["windows_without_image"] == left_out > 0
+    assert train.counts["skipped/windows/without_image"] == left_out > 0
 
 
 def test_with_several_ranks_it_is_trained_on_as_it_is(processor: Processor, sample_data: Path, tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_with_several_ranks_it_is_trained_on_as_it_is(processor: Processor, samp
     batches = list(itertools.islice(train, 12))
     assert [batch.window for batch in batches] == list(range(1, 13))
     without = sum(batch.counters.get("modality/image", 0) == 0 for batch in batches)
-    assert train.counts["windows_without_image"] == without > 0
+    assert train.counts["skipped/windows/without_image"] == without > 0
 
 
 def test_a_window_is_as_many_batches_as_are_accumulated(processor: Processor, damaged: dict[str, Any]) -> None:
@@ -231,36 +231,39 @@ def test_any_number_of_workers_gives_the_same_batches(processor: Processor, dama
 # --- held-out batches
 
 
-def held_out(sample_data: Path) -> dict[str, Any]:
-    """More samples than are asked for; the validation splits of this small world have five."""
+def held_out(sample_data: Path, tmp_path: Path) -> dict[str, Any]:
     return {
-        "real": web(str(sample_data / "real/train-*.tar")),
-        "text": {"kind": "text", "path": str(sample_data / "text/train.jsonl")},
+        "web": web(shard(tmp_path / "val.tar", pairs(sample_data, 20))),
+        "text": {"kind": "text", "path": text_file(tmp_path / "val.jsonl")},  # 20 lines
         "none": None,
     }
 
 
-def test_held_out_batches_are_the_same_at_every_call(processor: Processor, sample_data: Path) -> None:
-    data = datamodule(processor, {}, rows=2, val=held_out(sample_data), val_samples=12)
-    assert data.val_names == ["real", "text"]
+def test_held_out_batches_are_the_same_at_every_call(processor: Processor, sample_data: Path, tmp_path: Path) -> None:
+    data = datamodule(processor, {}, rows=2, val=held_out(sample_data, tmp_path), val_samples=10)
+    assert data.val_names == ["web", "text"]
     first, second = ({name: list(batches) for name, batches in data.val_loaders().items()} for _ in range(2))
-    assert list(first) == ["real", "text"]
+    # Every second of twenty: the samples are spread over the file.
+    keys = {name: sorted(key for batch in batches for key in batch.keys) for name, batches in first.items()}
+    assert keys["web"] == [f"web/val.tar/{i:04d}" for i in range(0, 20, 2)]
+    assert keys["text"] == sorted(f"text/val.jsonl:{i}" for i in range(0, 20, 2))
     for name, batches in first.items():
-        assert sum(len(batch.keys) for batch in batches) == 12
         for a, b in zip(batches, second[name], strict=True):
             assert_same(a, b)
-    assert sum(len(batch.pixels) for batch in first["real"]) == 12
     # Lightning's view of it, without a trainer.
     for a, b in zip(itertools.chain(*first.values()), itertools.chain(*data.val_dataloader()), strict=True):
         assert_same(a, b)
 
 
-def test_ranks_share_the_held_out_samples_in_equally_many_batches(processor: Processor, sample_data: Path) -> None:
-    data = datamodule(processor, {}, rows=2, val=held_out(sample_data), val_samples=12)
+def test_ranks_share_the_held_out_samples_in_equally_many_batches(
+    processor: Processor, sample_data: Path, tmp_path: Path
+) -> None:
+    data = datamodule(processor, {}, rows=2, val=held_out(sample_data, tmp_path), val_samples=20)
     for name, whole in data.val_loaders().items():
         ranks = [list(data.val_loaders(rank, 3)[name]) for rank in range(3)]
         assert len({len(batches) for batches in ranks}) == 1
         keys = [key for batches in ranks for batch in batches for key in batch.keys]
+        assert len(keys) == 20
         assert sorted(keys) == sorted(key for batch in whole for key in batch.keys)
 
 
@@ -281,8 +284,26 @@ def test_held_out_sources_without_a_usable_sample_are_named(
         datamodule(processor, {}, val={"web": web(str(tmp_path / "nowhere.tar"))}).val_loaders()
 
 
-def test_a_mixture_has_text_if_a_text_source_has_weight(processor: Processor) -> None:
-    text, image = {"kind": "text", "path": "t"}, {"kind": "image_text", "path": "i"}
-    assert datamodule(processor, {"a": image, "b": text}).has_text
-    assert datamodule(processor, {"a": {**image, "modality": "text"}}).has_text
-    assert not datamodule(processor, {"a": image, "b": {**text, "weight": 0}, "c": None}).has_text
+# --- what can be known before anything is read
+
+
+def test_text_is_there_if_a_text_source_has_weight(processor: Processor, damaged: dict[str, Any]) -> None:
+    text, image = damaged["text"], damaged["images"]
+    datamodule(processor, {"a": image, "b": text}).check(text_required=True)
+    datamodule(processor, {"a": {**image, "modality": "text"}}).check(text_required=True)
+    without = datamodule(processor, {"a": image, "b": {**text, "weight": 0}, "c": None})
+    without.check()
+    with pytest.raises(UserError, match=r"no text-only source"):
+        without.check(text_required=True)
+
+
+def test_missing_files_and_wrong_keys_of_any_source_are_named(processor: Processor, damaged: dict[str, Any]) -> None:
+    good = {"web": damaged["images"]}
+    with pytest.raises(UserError, match=r"'more': there is no file 'nowhere\.tar'"):
+        datamodule(processor, {**good, "more": web("nowhere.tar")}).check()
+    with pytest.raises(UserError, match=r"'late': there is no file 'nowhere\.tar'"):
+        datamodule(processor, good, val={"late": web("nowhere.tar")}).check()
+    with pytest.raises(UserError, match=r"data\.val_sources\.late\.kind is missing"):
+        datamodule(processor, good, val={"late": {"path": "nowhere.tar"}}).check()
+    with pytest.raises(UserError, match=r"data\.packing\.row_lenght"):
+        DataModule(processor, good, {}, {"row_lenght": 96, "rows": 1})

@@ -147,6 +147,14 @@ def test_records_about_one_image_share_a_sample(processor: Processor, sample_dat
         assert all(image_of[branch.key] == sample.images for branch in sample.branches)
 
 
+def test_joined_samples_stay_within_the_bound(processor: Processor, sample_data: Path) -> None:
+    source = {"kind": "instructions", "path": str(sample_data / "instructions/train-scenes.json"), "branches": 9}
+    free, bounded = ([*draw(Mixture({"t": source}, processor, 0, bound), 20)] for bound in (1 << 30, 128))
+    assert any(sample.length > 128 for sample in free)
+    assert all(sample.length <= 128 or len(sample.branches) == 1 for sample in bounded)
+    assert sorted(keys(free)) == sorted(keys(bounded))
+
+
 def test_the_state_is_plain_and_a_mixture_goes_on_from_it(
     processor: Processor, sources: dict[str, Any], tmp_path: Path
 ) -> None:

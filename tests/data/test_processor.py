@@ -11,7 +11,7 @@ import pytest
 
 from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.conversation import SYSTEM
-from sphinx_pl.data.processor import Processor, ProcessorConfig, merge_branches
+from sphinx_pl.data.processor import Processor, ProcessorConfig, _overlaps, merge_branches
 from sphinx_pl.data.record import IMAGE_SLOT, Branch, ImageRef, Record, Sample, Turn
 from sphinx_pl.data.sources import build_source
 from sphinx_pl.data.tasks import TASKS
@@ -112,6 +112,14 @@ def test_a_lone_mark_as_the_question_makes_a_document_about_the_image(make) -> N
 
 def test_a_conversation_never_has_eos(make) -> None:  # type: ignore[no-untyped-def]
     assert make().tokenizer.eos_id not in branch(make().sample(chat(0, ("Hi", "Hello")), "s")).ids
+
+
+def test_a_piece_that_holds_any_character_of_an_answer_is_a_target() -> None:
+    answers = ((1, 4), (7, 8))  # of "ab cd efgh": "b c" and "f"
+    letters = [(0, 1), (1, 3), (3, 5), (5, 7), (7, 8), (8, 10)]
+    assert _overlaps(letters, answers, 0) == [False, True, True, False, True, False]
+    assert _overlaps([(0, 2), (2, 4), (4, 10)], answers, 0) == [True, True, True]  # pieces that begin before an answer
+    assert _overlaps([(0, 2), (2, 3), (3, 4)], answers, 5) == [False, True, False]  # pieces of " efg" alone
 
 
 # --- truncation
@@ -287,7 +295,7 @@ def test_the_configuration_survives_being_saved(make, model_config) -> None:  # 
     again = Processor.from_dict(processor.to_dict(), processor.tokenizer.path, model_config)
     assert again.config == processor.config
     assert again.tokens_per_image == model_config.tokens_per_image
-    with pytest.raises(UserError, match=r"data\.processor\.systm is not a key"):
+    with pytest.raises(UserError, match=r"data\.processor\.systm"):
         Processor.from_dict({"systm": ""}, processor.tokenizer.path, model_config)
 
 

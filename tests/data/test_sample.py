@@ -180,6 +180,10 @@ def test_questions_of_a_scene_have_one_right_answer() -> None:
                 assert [thing.color for thing in drawn.things if thing.kind == kind] == [answer]
             elif topic == "shape":
                 color = question.removeprefix("What is the ").removesuffix(" object?")
+                [kind] = [thing.kind for thing in drawn.things if thing.color == color]
+                assert answer == ("digit" if kind.isdigit() else kind)
+            elif topic == "digit":
+                color = question.removeprefix("Which digit is ").removesuffix("?")
                 assert [thing.kind for thing in drawn.things if thing.color == color] == [answer]
             elif topic == "count":
                 assert int(answer) == len(drawn.things)

@@ -1,0 +1,32 @@
+"""A mapping -> a validated dataclass, with the key's full name where it does not fit."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sphinx_pl.errors import UserError
+
+T = TypeVar("T")
+
+
+def build(cls: type[T], values: Any, prefix: str) -> T:
+    """An instance of the dataclass `cls` from a mapping (a DictConfig too).
+
+    Args:
+        prefix: what the mapping is called in the configuration, for messages.
+
+    Raises:
+        UserError: an unknown key, a wrong type or what `cls` itself refuses, with the key's full name.
+    """
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
+    except OmegaConfBaseException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        key = f"{prefix}.{error.full_key}" if error.full_key else prefix
+        raise UserError(f"{key}: {str(error).splitlines()[0]}") from None
+    assert isinstance(config, cls)
+    return config
