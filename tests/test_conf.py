@@ -30,9 +30,9 @@ def _fresh_hydra() -> Iterator[None]:
         yield
 
 
-def composed(config: str, *overrides: str) -> DictConfig:
+def composed(config: str, *overrides: str, folder: str = "outputs/test") -> DictConfig:
     cfg = compose(config, overrides=list(overrides), return_hydra_config=True)
-    cfg.hydra.runtime.output_dir = "outputs/test"
+    cfg.hydra.runtime.output_dir = folder
     HydraConfig.instance().set_config(cfg)
     return cfg
 
@@ -87,9 +87,7 @@ def test_callbacks_build(name: str) -> None:
 @pytest.mark.parametrize("name", options("logger"))
 def test_loggers_build(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    cfg = composed("train", f"logger={name}")
-    cfg.hydra.runtime.output_dir = str(tmp_path)
-    HydraConfig.instance().set_config(cfg)
+    cfg = composed("train", f"logger={name}", folder=str(tmp_path))
     assert [instantiate(entry) for entry in cfg.logger.values() if entry]
 
 

@@ -104,14 +104,14 @@ class Evaluation:
 def read_run(name: str, folder: Path) -> Run:
     """The run folder's metrics.csv and composed config; of a sweep, which lies elsewhere, nothing."""
     columns: dict[str, dict[float, float]] = {}
-    for file in sorted(folder.glob("metrics.csv"), key=lambda path: path.stat().st_mtime):
-        with file.open(newline="", encoding="utf-8") as stream:
-            for row in csv.DictReader(stream):
-                step = _number(row.get("step"))
-                for column, text in row.items():
-                    value = _number(text)
-                    if step is not None and value is not None and column not in ("step", "epoch"):
-                        columns.setdefault(column, {})[step] = value  # a resumed run repeats steps: the later counts
+    file = folder / "metrics.csv"
+    with file.open(newline="", encoding="utf-8") if file.is_file() else io.StringIO() as stream:
+        for row in csv.DictReader(stream):
+            step = _number(row.get("step"))
+            for column, text in row.items():
+                value = _number(text)
+                if step is not None and value is not None and column not in ("step", "epoch"):
+                    columns.setdefault(column, {})[step] = value  # of a step that was logged twice the last counts
     config: dict[str, Any] = {}
     for candidate in (folder / "config.yaml", folder / ".hydra" / "config.yaml"):
         if candidate.is_file():

@@ -69,13 +69,20 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(world: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     source = f"{{kind: instructions, path: {world / 'test.json'}}}"
-    arguments = [f"data.sources={{tasks: {source}}}", f"hydra.run.dir={world / 'run'}", "device=cpu", *overrides]
+    # Deleted first: a dictionary given for an existing key is merged into it.
+    arguments = [
+        "~data.sources",
+        f"+data.sources={{tasks: {source}}}",
+        f"hydra.run.dir={world / 'run'}",
+        "device=cpu",
+        *overrides,
+    ]
     tests = [] if any("data.test=" in override for override in overrides) else [f"++data.test={{tasks: {source}}}"]
     command = [
         sys.executable,
         str(ROOT / "evaluate.py"),
         *tests,
-        *(f"++{a}" if a.startswith("data.") else a for a in arguments),
+        *arguments,
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False, timeout=240)

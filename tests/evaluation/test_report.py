@@ -90,8 +90,8 @@ def write_evaluation(folder: Path, image: Path) -> None:
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> Path:
-    write_run(tmp_path / "real" / "csv" / "version_0")
-    write_run(tmp_path / "real_notext" / "csv" / "version_0", start=3.0)
+    write_run(tmp_path / "real")
+    write_run(tmp_path / "real_notext", start=3.0)
     picture = Image.new("RGB", (64, 64), "white")
     picture.save(tmp_path / "image.png")
     write_evaluation(tmp_path / "evaluation", tmp_path / "image.png")
@@ -165,14 +165,10 @@ def test_what_a_run_says_of_itself(tmp_path: Path) -> None:
     assert (read_run("a_notext", tmp_path).stage, read_run("a_notext", tmp_path).reads_text) == ("a", False)
 
 
-def test_a_resumed_runs_later_file_counts(tmp_path: Path) -> None:
-    for number, (text, time) in enumerate(
-        [("step,train/loss\n1,5\n2,4\n3,9\n", 1), ("step,train/loss\n3,3\n4,2\n", 2)]
-    ):
-        folder = tmp_path / f"version_{number}"
-        folder.mkdir()
-        (folder / "metrics.csv").write_text(text)
-        os.utime(folder / "metrics.csv", (time, time))
+def test_a_step_that_was_logged_twice_counts_as_it_was_last(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("step,train/loss\n1,5\n2,4\n3,9\n3,3\n4,2\n")
+    (tmp_path / "sweeps" / "a").mkdir(parents=True)
+    (tmp_path / "sweeps" / "a" / "metrics.csv").write_text("step,train/loss\n9,9\n")
     assert read_run("r", tmp_path).columns["train/loss"] == [(1, 5), (2, 4), (3, 3), (4, 2)]
 
 
