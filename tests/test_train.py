@@ -118,6 +118,24 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path, sample_data:
     assert run(tmp_path, sample_data, "stage.max_steps=3", "overwrite=true").returncode == 0
 
 
+@pytest.mark.parametrize("preset", ["one_batch", "overfit", "profiler"])
+def test_debug_presets_run(preset: str, tmp_path: Path, sample_data: Path) -> None:
+    steps = ["stage.max_steps=3"] if preset == "overfit" else []
+    done = run(tmp_path, sample_data, f"debug={preset}", *steps)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / f"pretrain_real-{preset}"
+    assert (folder / "model" / "config.json").is_file()
+    assert list(folder.glob("*profile*")) or preset != "profiler"
+
+
+def test_a_sweep_runs_each_point_in_a_folder_of_its_own(tmp_path: Path, sample_data: Path) -> None:
+    done = run(tmp_path, sample_data, "stage.max_steps=1", "hydra.mode=MULTIRUN", "stage.optim.lr=1e-4,3e-4")
+    assert done.returncode == 0, done.stderr
+    folders = sorted((tmp_path / "sweeps" / "pretrain_real").glob("[01]"))
+    assert len(folders) == 2
+    assert all((folder / "model" / "config.json").is_file() for folder in folders)
+
+
 WRONG = {
     "an unknown key": (["stage.optim.learning_rate=1"], "learning_rate"),
     "an unknown option": (["stage=pretrian"], "pretrian"),

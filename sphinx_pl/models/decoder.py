@@ -155,13 +155,17 @@ class Decoder(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Normal 0.02; outputs onto the residual stream divided by sqrt(2 layers), as in GPT-2."""
+        """Normal with deviation 1 / sqrt(inputs); outputs onto the residual stream divided by sqrt(2 layers) (GPT-2).
+
+        At LLaMA's widths that is near the usual 0.02, which in a narrow decoder would be too little to start with.
+        """
         for name, parameter in self.named_parameters():
             if "norm" in name:
                 nn.init.ones_(parameter)
             else:
                 residual = name.endswith(("wo.weight", "w2.weight"))
-                nn.init.normal_(parameter, std=0.02 / (math.sqrt(2 * self.config.layers) if residual else 1.0))
+                depth = 2 * self.config.layers if residual else 1
+                nn.init.normal_(parameter, std=1 / math.sqrt(parameter.shape[-1] * depth))
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """[B, T] ids -> [B, T, D]."""

@@ -127,8 +127,9 @@ def test_initial_spread_and_tied_embeddings() -> None:
     torch.manual_seed(0)
     decoder = Decoder(DecoderConfig(**{**vars(CONFIG), "width": 240, "tie_embeddings": True}))
     layer = decoder.layers[0]
-    assert layer.attention.wq.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    assert layer.feed_forward.w2.weight.std().item() == pytest.approx(0.02 / 6**0.5, rel=0.05)
+    assert layer.attention.wq.weight.std().item() == pytest.approx(240**-0.5, rel=0.05)
+    ffn_width = layer.feed_forward.w2.weight.shape[1]
+    assert layer.feed_forward.w2.weight.std().item() == pytest.approx((6 * ffn_width) ** -0.5, rel=0.05)
     assert "output.weight" not in decoder.state_dict()
     hidden = torch.randn(2, 240)
     torch.testing.assert_close(decoder.logits(hidden), hidden @ decoder.tok_embeddings.weight.T)
