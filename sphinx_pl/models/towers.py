@@ -22,8 +22,8 @@ State = dict[str, Tensor]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-# Of residual branches in towers that train from scratch; pretrained weights replace it. Values below 1 are for deep nets
-# and long schedules: a shallow one does not begin to learn with them.
+# Of residual branches in towers that train from scratch; pretrained weights replace it. Values below 1 are for deep
+# nets and long schedules: a shallow one does not begin to learn with them.
 LAYER_SCALE = 1.0
 
 

@@ -69,8 +69,10 @@ def test_packed_rows_equal_samples_alone(sample: Sphinx) -> None:
     assert len(nll) == 5 + 3 + 8 + 4
     torch.testing.assert_close(nll, expected, atol=1e-5, rtol=1e-5)
     assert gradients.keys() == expected_gradients.keys()
+    # Some are zero but for rounding (the bias of attention's keys): those are measured by the others' size.
+    largest = max(gradient.abs().max().item() for gradient in expected_gradients.values())
     for name, gradient in gradients.items():
-        scale = expected_gradients[name].abs().max().item() + 1e-6
+        scale = max(expected_gradients[name].abs().max().item(), 1e-3 * largest)
         torch.testing.assert_close(gradient, expected_gradients[name], atol=1e-4 * scale, rtol=1e-4)
 
 

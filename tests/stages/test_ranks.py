@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.conftest import tiny_model
-from tests.stages.test_stage import ALL, OPTIM, datamodule, trainer
 
 from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.stages import Stage
+from tests.conftest import tiny_model
+from tests.stages.test_stage import ALL, OPTIM, datamodule, trainer
 
 STEPS = 4
 
