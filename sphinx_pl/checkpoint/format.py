@@ -210,6 +210,10 @@ class SphinxCheckpoint(Checkpoint):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = _read_json(path / CONFIG)
+        if "${" in json.dumps(self.config):  # would be resolved, an environment variable for instance
+            raise UserError(
+                f"'{path / CONFIG}' holds an interpolation (${{...}}), which no checkpoint needs: remove it"
+            )
         if self.config["format"] != FORMAT_VERSION:
             raise UserError(
                 f"'{path / CONFIG}' has format {self.config['format']!r} but this version reads {FORMAT_VERSION}: "

@@ -18,6 +18,7 @@ PAD_COLOUR = (122, 116, 104)
 """CLIP's mean colour in bytes, what the original pads with."""
 
 MAX_PIXELS = 64_000_000
+MAX_BYTES = 1 << 28
 MAX_ASPECT = 100
 
 # Pillow also reads formats that run programs (EPS) or reach for other files; these are the ones that data sets hold.
@@ -41,13 +42,18 @@ def load_image(ref: ImageRef, size: int, max_pixels: int = MAX_PIXELS) -> Tensor
 def read_bytes(ref: ImageRef) -> bytes:
     """The encoded bytes of an image: a whole file, or its part of a tar shard."""
     try:
+        # An annotation file can name anything: a device or a pipe would never end.
+        if Path(ref.path).exists() and not Path(ref.path).is_file():
+            raise BadSample("image_unreadable", f"{ref.path} is not a file")
         with Path(ref.path).open("rb") as file:
             file.seek(ref.offset)
-            data = file.read(ref.size)
+            data = file.read(ref.size if ref.size >= 0 else MAX_BYTES + 1)
     except OSError as error:
         raise BadSample("image_missing", f"{ref.path}: {error.strerror}") from None
     if not data:
         raise BadSample("image_empty", ref.path)
+    if len(data) > MAX_BYTES:
+        raise BadSample("image_too_large", f"{ref.path} has more than {MAX_BYTES} bytes")
     if len(data) < ref.size:
         raise BadSample("image_truncated", f"{ref.path} ends inside the image")
     return data

@@ -324,12 +324,20 @@ def _unpacked(path: str, skipped: Counter[str]) -> str:
     if not whole.exists() and not cut.exists():
         target = whole
         with gzip.open(path) as packed, tempfile.NamedTemporaryFile(dir=cache, delete=False) as file:
-            try:
-                while chunk := packed.read1(1 << 20):  # read() would lose what it holds when it meets the cut
+            while True:
+                try:
+                    chunk = packed.read1(1 << 20)  # read() would lose what it holds when it meets the cut
+                except (EOFError, OSError, zlib.error) as error:
+                    log.warning("%s: %s: the lines before the cut are used", path, error)
+                    target = cut
+                    break
+                if not chunk:
+                    break
+                try:
                     file.write(chunk)
-            except (EOFError, OSError, zlib.error) as error:
-                log.warning("%s: %s: the lines before the cut are used", path, error)
-                target = cut
+                except OSError as error:  # not the archive's fault: it must not be taken for a cut one
+                    Path(file.name).unlink()
+                    raise UserError(f"{path} cannot be unpacked into {cache} ({error.strerror}): make room") from None
         Path(file.name).replace(target)
     if whole.exists():
         return str(whole)

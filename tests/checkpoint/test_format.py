@@ -255,3 +255,14 @@ def test_show_prints_parts_and_parents(write: Write, capsys: pytest.CaptureFixtu
     assert "364" in shown  # 35 + 300 + 24 + 1 + 4 parameters
     assert main(["show", str(path / "nothing")]) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_an_interpolation_in_a_checkpoint_is_refused_not_resolved(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "not to be read")
+    path = write("a", random_tensors(0))
+    content = json.loads((path / "config.json").read_text())
+    content["model"]["name"] = "${oc.env:SECRET}"
+    (path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="interpolation") as error:
+        open_checkpoint(path)
+    assert "not to be read" not in only_line(error)

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.images import PAD_COLOUR, decode, load_image, padded_resize
+from sphinx_pl.data.images import PAD_COLOUR, decode, load_image, padded_resize, read_bytes
 from sphinx_pl.data.record import ImageRef
 
 
@@ -141,3 +141,15 @@ def test_missing_file_and_file_that_ends_early(tmp_path):
     with pytest.raises(BadSample) as caught:
         load_image(ImageRef(str(path), 0, 10**6), 16)
     assert caught.value.reason == "image_truncated"
+
+
+def test_what_is_not_a_regular_file_is_not_read():
+    for path in ("/dev/zero", "/dev"):
+        with pytest.raises(BadSample) as bad:
+            read_bytes(ImageRef(path))
+        assert bad.value.reason == "image_unreadable"
+
+
+def test_the_padded_square_is_bounded_too(tmp_path):
+    thin = png_header(79_900, 800)  # few enough pixels by itself, 25 GB as a square
+    assert reason(thin, tmp_path) == "image_too_large"
