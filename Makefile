@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 
 help:
 	@echo "make demo       the whole pipeline on sample data: ends with a table and outputs/demo/report.html"
-	@echo "make sample-full  the same recipe with more steps, under an hour"
+	@echo "make sample-full  the same recipe with more steps"
 	@echo "make test       the tests (up to 15 minutes)"
 	@echo "make test-long  what takes longer, such as many kills (log in docs/logs/)"
 	@echo "make lint       ruff          make types  mypy          make build  the wheel"
@@ -43,7 +43,7 @@ test: venv
 
 test-long: venv
 	mkdir -p docs/logs
-	bash -c 'set -o pipefail; $(PY) -m pytest -m long --timeout 1800 -v 2>&1 | tee docs/logs/test-long.log'
+	bash -c 'set -o pipefail; $(PY) -m pytest -m long --timeout 1800 -v --no-header 2>&1 | tee docs/logs/test-long.log'
 
 lint: venv
 	$(PY) -m ruff check .

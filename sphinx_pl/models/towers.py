@@ -50,8 +50,7 @@ class Tower(nn.Module, ABC):
     def init_weights(self) -> None:
         """New weights with deviation 1 / sqrt(inputs), whatever the width.
 
-        The libraries' own 0.02 is that of wide layers: in narrow ones it all but switches the residual branches off. A
-        classifier on the sample's ConvNeXt fits 71 % of its training pictures after 300 steps with this, 18 % without.
+        The libraries' own 0.02 is that of wide layers: in narrow ones it all but switches the residual branches off.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ class Run:
         self.config: dict[str, Any] = {}
         self.history: dict[str, list[tuple[int, Any]]] = {}
         self.artifacts: list[dict[str, Path]] = []
+        self.finished = False
         for data in records(file):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(data)
@@ -59,9 +61,19 @@ class Run:
             row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
             for key, value in row.items():
                 self.history.setdefault(key, []).append((int(row.get("trainer/global_step", -1)), value))
+            self.finished |= record.WhichOneof("record_type") == "exit"
             if record.WhichOneof("record_type") == "artifact":
                 contents = record.artifact.manifest.contents
                 self.artifacts.append({entry.path: Path(entry.local_path) for entry in contents})
+
+
+def finished_run(file: Path) -> Run:
+    """The run once its last record is in the file: another process writes it, and may be behind on a busy machine."""
+    deadline = time.monotonic() + 60
+    while not (run := Run(file)).finished:
+        assert time.monotonic() < deadline, f"{file} never got its last record; it has {sorted(run.config)}"
+        time.sleep(0.2)
+    return run
 
 
 def git(*arguments: str) -> str:
@@ -89,7 +101,7 @@ def test_an_offline_run_holds_everything(
     logger.experiment.finish()
 
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    run = Run(file)
+    run = finished_run(file)
     config, history = run.config, run.history
     assert config["stage"] == "finetune"
     assert config["config"] == composed | {"service": {"api_key": "***"}}

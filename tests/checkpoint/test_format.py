@@ -257,7 +257,9 @@ def test_show_prints_parts_and_parents(write: Write, capsys: pytest.CaptureFixtu
     assert "does not exist" in capsys.readouterr().err
 
 
-def test_an_interpolation_in_a_checkpoint_is_refused_not_resolved(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interpolation_in_a_checkpoint_is_refused_not_resolved(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SECRET", "not to be read")
     path = write("a", random_tensors(0))
     content = json.loads((path / "config.json").read_text())
