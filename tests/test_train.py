@@ -76,6 +76,8 @@ def kill_when(process: subprocess.Popen[str], ready: Path, extra_seconds: float)
 
 def check_kill_and_resume(tmp_path: Path, data: Path, extra_seconds: list[float], steps: int) -> None:
     options = [f"stage.max_steps={steps}", "callbacks.checkpoint.every_n_steps=3", "data.workers=1"]
+    # Windows of two micro-batches, and validations at every second checkpoint: both have gone wrong on the way.
+    options += ["stage.accumulate=2", "data.packing.rows=1", "data.packing.row_length=256", "stage.val_every=6"]
     straight = run(tmp_path / "straight", data, *options)
     assert straight.returncode == 0, straight.stderr
     folder = tmp_path / "killed"
