@@ -19,6 +19,7 @@ from rich.table import Table
 from sphinx_pl.checkpoint.format import open_checkpoint
 from sphinx_pl.cli import entry_point
 from sphinx_pl.errors import UserError, suggest
+from sphinx_pl.files import write_whole
 
 if TYPE_CHECKING:
     from sphinx_pl.data.record import Record
@@ -132,12 +133,6 @@ def results_table(rows: Iterable[Row]) -> Table:
     return table
 
 
-def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
 @entry_point(config_name="evaluate")
 def main(cfg: DictConfig) -> float:
     """Writes predictions.jsonl, results.json and, if asked for, the report; returns the mean score over tasks."""
@@ -197,7 +192,7 @@ def main(cfg: DictConfig) -> float:
     folder = Path(options.out or HydraConfig.get().runtime.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(prediction.to_dict(), ensure_ascii=False) for prediction in predictions)
-    write_atomically(folder / "predictions.jsonl", "\n".join(lines) + "\n")
+    write_whole(folder / "predictions.jsonl", "\n".join(lines) + "\n")
     results = {
         "checkpoint": options.checkpoint,
         "model": checkpoint.model_config.name,
@@ -208,7 +203,7 @@ def main(cfg: DictConfig) -> float:
         "metrics": {row.metric: METRICS[row.metric].description for row in rows},
         "rows": [row.to_dict() for row in rows],
     }
-    write_atomically(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    write_whole(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     console.print(results_table(rows))
     if lost:
         console.print(f"Not asked: {', '.join(f'{reason} {count}' for reason, count in sorted(lost.items()))}")

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sphinx_pl.cli import entry_point
 from sphinx_pl.errors import UserError, suggest
+from sphinx_pl.files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -75,10 +76,10 @@ def prepare_run_folder(cfg: DictConfig, folder: Path, resume: Path | None) -> No
         # Else the next stage would start from the old weights if this run died.
         shutil.rmtree(folder / "model", ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+    write_whole(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     environment = provenance(stage=cfg.stage.name, config=None, parents=[])
     environment |= {"platform": platform.platform(), "cpus": os.cpu_count()}
-    (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+    write_whole(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
 
 
 def quiet_known_warnings() -> None:

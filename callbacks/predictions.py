@@ -23,6 +23,7 @@ from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.errors import UserError
 from sphinx_pl.evaluation.benchmarks import Prediction, evaluate
 from sphinx_pl.evaluation.drawing import draw, to_picture
+from sphinx_pl.files import write_whole
 from sphinx_pl.stages import Stage
 
 if TYPE_CHECKING:
@@ -121,10 +122,8 @@ class Predictions(L.Callback):
         step = trainer.global_step
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / f"step-{step}.jsonl"
-        partial = file.with_name(f".{file.name}.tmp")
         lines = (json.dumps({"step": step} | p.to_dict(), ensure_ascii=False) for p in predictions)
-        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        partial.replace(file)
+        write_whole(file, "\n".join(lines) + "\n")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 log_table(logger, predictions, processor, step)

@@ -17,6 +17,7 @@ from sphinx_pl.checkpoint.format import Checkpoint, copy_into
 from sphinx_pl.checkpoint.mixing import check_compatible, mixed_tensors
 from sphinx_pl.errors import UserError
 from sphinx_pl.evaluation.losses import SourceLoss
+from sphinx_pl.files import write_whole
 from sphinx_pl.models.sphinx import Sphinx
 
 
@@ -105,9 +106,9 @@ def write_curve(points: Sequence[CurvePoint], folder: Path) -> dict[str, Any]:
     for i, point in enumerate(points):
         cells = [(content["losses"][name][i], *content["intervals"][name][i]) for name in names]
         writer.writerow([point.beta, *(value for cell in cells for value in cell), content["mean"][i]])
-    _replace(folder / "curve.csv", table.getvalue().encode())
-    _replace(folder / "curve.json", (json.dumps(content, indent=2) + "\n").encode())
-    _replace(folder / "curve.png", _picture(content))
+    write_whole(folder / "curve.csv", table.getvalue())
+    write_whole(folder / "curve.json", json.dumps(content, indent=2) + "\n")
+    write_whole(folder / "curve.png", _picture(content))
     return content
 
 
@@ -128,9 +129,3 @@ def _picture(content: dict[str, Any]) -> bytes:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
     return picture.getvalue()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)

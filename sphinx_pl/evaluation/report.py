@@ -29,6 +29,7 @@ from sphinx_pl.data.record import ImageRef
 from sphinx_pl.errors import UserError
 from sphinx_pl.evaluation.charts import Series, interval_bar, line_chart, smooth
 from sphinx_pl.evaluation.drawing import GIVEN, PREDICTED, TRUE, draw, to_picture
+from sphinx_pl.files import write_whole
 
 PICTURE_SCALE = 4
 WITHOUT_TEXT = "_notext"
@@ -152,9 +153,7 @@ def write_report(
     found = [evaluation for folder in evaluations if (evaluation := read_evaluation(folder))]
     page = build(runs, read_curve(mix), found, title)
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(out)
+    write_whole(out, page)
 
 
 def build(

@@ -147,10 +147,6 @@ class Sphinx(nn.Module):
         """Forward FLOPs of all towers and projections for one image."""
         return self.mixer.flops() if self.mixer is not None else 0.0
 
-    def flops_per_token(self, context: int) -> float:
-        """Forward FLOPs of the decoder's layers for one position of a row of `context` positions; no output head."""
-        return self.decoder.flops(tokens=1, context=context, supervised=0)
-
     def flops(self, batch: Batch) -> float:
         """Forward FLOPs of `token_losses`: matrix multiplications and convolutions, attention over whole rows."""
         rows, length = batch.input_ids.shape

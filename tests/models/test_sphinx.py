@@ -165,7 +165,6 @@ def test_flops_agree_with_the_counter(sample: Sphinx) -> None:
     with FlopCounterMode(display=False) as counter:
         sample.token_losses(batch)
     assert sample.flops(batch) == pytest.approx(counter.get_total_flops(), rel=0.03)
-    assert sample.flops(batch) > 512 * sample.flops_per_token(256) + 2 * sample.flops_per_image()
 
 
 @pytest.mark.parametrize("name", ["sphinx_7b", "sphinx_13b", "sphinx_1k_13b", "sphinx_2k_13b"])
