@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from sphinx_pl.models.attention import training_kernel
+from sphinx_pl.models.attention import attend
 from sphinx_pl.models.config import DecoderConfig
 
 
@@ -102,10 +102,7 @@ class Attention(nn.Module):
             k, v = cache.update(layer, k, v)
         if self.groups > 1:  # not `enable_gqa`: on GPUs, with a mask, it falls back to the unfused kernel
             k, v = (t.repeat_interleave(self.groups, dim=1) for t in (k, v))
-        causal = bias is None and q.shape[2] > 1
-        with training_kernel(q.device):
-            out_BHTh = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
-        return torch.as_tensor(self.wo(out_BHTh.transpose(1, 2).flatten(2)))
+        return torch.as_tensor(self.wo(attend(q, k, v, bias).transpose(1, 2).flatten(2)))
 
 
 class FeedForward(nn.Module):
