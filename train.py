@@ -119,7 +119,7 @@ def train(cfg: DictConfig) -> float | None:
     L.seed_everything(cfg.seed, verbose=False)
     options: dict[str, Any] = OmegaConf.to_container(cfg.stage, resolve=True)  # type: ignore[assignment]
     kind = get_class(options.pop("_target_"))
-    for key in ("max_steps", "accumulate", "clip", "val_every", "text_required"):  # the trainer's and the data's
+    for key in ("accumulate", "clip", "val_every", "text_required"):  # the trainer's and the data's
         options.pop(key)
     known = inspect.signature(kind).parameters
     for key in options:

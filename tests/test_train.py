@@ -145,6 +145,7 @@ WRONG = {
     "a missing file": (["data.sources.real.path=nowhere.tar"], "nowhere.tar"),
     "a missing checkpoint": (["stage.init_from=nowhere"], "nowhere"),
     "a part that does not exist": (["stage.train_parts=[decodr]"], "decoder"),
+    "a rate of a part that does not exist": (["+stage.optim.lr_scale.clpi=0.5"], "clip"),
     "no text in pretraining": (["data.sources.text=null"], "text"),
     "a missing resume file": (["ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
     "a wrong type": (["model.decoder.layers=two"], "model.decoder.layers"),

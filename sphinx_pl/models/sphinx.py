@@ -109,6 +109,13 @@ class Sphinx(nn.Module):
             parts |= {key: [tower] for key, tower in self.mixer.towers.items()}
         return parts
 
+    def part_parameters(self) -> dict[str, list[nn.Parameter]]:
+        """All parameters, by part."""
+        return {
+            part: [p for piece in pieces for p in ([piece] if isinstance(piece, nn.Parameter) else piece.parameters())]
+            for part, pieces in self.parts().items()
+        }
+
     def freeze(self, names: Iterable[str]) -> None:
         """No gradients for these parts, and eval mode for good, whatever `.train()` says later.
 

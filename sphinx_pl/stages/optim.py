@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -14,7 +14,11 @@ from sphinx_pl.errors import UserError
 
 @dataclass
 class OptimConfig:
-    """AdamW and a warm-up + cosine schedule. `warmup` counts steps, or is a share of all steps if below 1."""
+    """AdamW and a warm-up + cosine schedule. `warmup` counts steps, or is a share of all steps if below 1.
+
+    `lr_scale`: factors on the whole schedule of some of the model's parts (1 for the rest), such as `{clip: 0.1}` for a
+    pretrained tower that is to change slowly.
+    """
 
     lr: float = 5e-5
     min_lr: float = 0.0
@@ -22,8 +26,14 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
+    lr_scale: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for part, factor in self.lr_scale.items():
+            if factor <= 0:
+                raise UserError(
+                    f"stage.optim.lr_scale.{part}={factor} must be positive: to freeze it, leave it out of train_parts"
+                )
         if self.lr <= 0 or not 0 <= self.min_lr <= self.lr:
             raise UserError(f"stage.optim: lr={self.lr} must be positive and min_lr={self.min_lr} between 0 and lr")
 
@@ -56,10 +66,21 @@ def warmup_cosine(config: OptimConfig, max_steps: int) -> Callable[[int], float]
     return factor
 
 
-def build_adamw(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+def build_adamw(parts: Mapping[str, Iterable[nn.Parameter]], config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over the parameters of a model's `parts` that train: two groups for each learning rate, see `decay_groups`.
+
+    A group keeps its factor as "lr_scale".
+    """
+    rates: dict[float, list[nn.Parameter]] = {}
+    for part, parameters in parts.items():
+        rates.setdefault(config.lr_scale.get(part, 1.0), []).extend(parameters)
+    groups = [
+        {**group, "lr": config.lr * factor, "lr_scale": factor}
+        for factor, parameters in rates.items()
+        for group in decay_groups(parameters, config.weight_decay)
+    ]
     return torch.optim.AdamW(
-        decay_groups(module.parameters(), config.weight_decay),
-        lr=config.lr,
+        groups,
         betas=(config.betas[0], config.betas[1]),
         eps=config.eps,
         fused=True,  # one pass over the parameters, on CPUs too

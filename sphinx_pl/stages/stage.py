@@ -35,6 +35,7 @@ class Stage(L.LightningModule):
         name: of the stage, in logs and provenance.
         train_parts: parts that train (`Sphinx.parts()`); every other part is frozen, in eval mode, without gradients.
         optim: see `OptimConfig`.
+        max_steps: optimizer steps of the whole stage, which the learning rate falls over; a trainer may stop earlier.
         init_from: checkpoint folder whose weights this stage starts from; null starts from random weights and the
             towers' own `load` entries.
         val_names: names of the held-out sources, in the order of the validation loaders.
@@ -46,6 +47,7 @@ class Stage(L.LightningModule):
         name: str,
         train_parts: list[str],
         optim: dict[str, Any],
+        max_steps: int,
         init_from: str | None = None,
         val_names: list[str] | None = None,
     ) -> None:
@@ -54,6 +56,7 @@ class Stage(L.LightningModule):
         self.name = name
         self.train_parts = list(train_parts)
         self.optim = build(OptimConfig, optim, "stage.optim")
+        self.max_steps = max_steps
         self.init_from = init_from
         self.val_names = val_names or []
         self.model: Sphinx | None = None
@@ -82,6 +85,9 @@ class Stage(L.LightningModule):
         for part in self.train_parts:
             if part not in parts:
                 raise UserError(f"stage.train_parts: no part '{part}' in this model; {suggest(part, parts)}")
+        for part in self.optim.lr_scale:
+            if part not in parts:
+                raise UserError(f"stage.optim.lr_scale: no part '{part}' in this model; {suggest(part, parts)}")
         if not self.init_from:
             return
         checkpoint = open_checkpoint(self.init_from)
@@ -126,8 +132,8 @@ class Stage(L.LightningModule):
         return self.model
 
     def configure_optimizers(self) -> Any:
-        optimizer = build_adamw(self, self.optim)
-        schedule = warmup_cosine(self.optim, int(self.trainer.max_steps))
+        optimizer = build_adamw(self.sphinx.part_parameters(), self.optim)
+        schedule = warmup_cosine(self.optim, self.max_steps)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -171,7 +177,8 @@ class Stage(L.LightningModule):
             [p for p in self.parameters() if p.grad is not None], gradient_clip_val or float("inf")
         )
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
-            self._log_steps(float(norm), float(optimizer.param_groups[0]["lr"]))
+            group = optimizer.param_groups[0]
+            self._log_steps(float(norm), float(group["lr"] / group.get("lr_scale", 1.0)))
 
     def _log_steps(self, gradient_norm: float, lr: float) -> None:
         """A row for the steps since the last one. `step` counts those that were finished before this one.

@@ -50,7 +50,12 @@ def fit(datamodule: DataModule, model_config: SphinxConfig) -> Fit:
     ) -> tuple[L.Trainer, Stage]:
         L.seed_everything(0, verbose=False)
         stage = Stage(
-            model_config, "finetune", list(train_parts), {"lr": 1e-3, "warmup": 1}, val_names=datamodule.val_names
+            model_config,
+            "finetune",
+            list(train_parts),
+            {"lr": 1e-3, "warmup": 1},
+            steps,
+            val_names=datamodule.val_names,
         )
         settings = {
             "accelerator": "cpu",

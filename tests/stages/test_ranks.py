@@ -19,7 +19,7 @@ STEPS = 4
 
 def fit(data: DataModule, tmp_path: Path, **options: Any) -> Stage:
     torch.manual_seed(0)
-    stage = Stage(tiny_model(), "test", ALL, OPTIM, val_names=["real", "text"])
+    stage = Stage(tiny_model(), "test", ALL, OPTIM, max_steps=STEPS, val_names=["real", "text"])
     stage.configure_model()
     stage.configure_optimizers = lambda: torch.optim.SGD(stage.parameters(), lr=0.1)  # type: ignore[method-assign]
     trainer(tmp_path, max_steps=STEPS, **options).fit(stage, data)
@@ -46,7 +46,7 @@ def test_two_ranks_update_as_one_process_does(processor: Processor, sample_data:
     )
     one = fit(datamodule(processor, sample_data, 2, text=2.0), tmp_path)
     torch.manual_seed(0)
-    start = Stage(tiny_model(), "test", ALL, OPTIM)
+    start = Stage(tiny_model(), "test", ALL, OPTIM, max_steps=STEPS)
     start.configure_model()
     moved = 0.0
     for (name, a), b, c in zip(one.named_parameters(), both.parameters(), start.parameters(), strict=True):

@@ -53,7 +53,7 @@ def trainer(tmp_path: Path, **options: Any) -> L.Trainer:
 
 def fit(processor: Processor, folder: Path, tmp_path: Path, rows: int, accumulate: int, weighting: str) -> Stage:
     torch.manual_seed(0)
-    stage = Stage(tiny_model(), "test", ALL, OPTIM, val_names=["real", "text"])
+    stage = Stage(tiny_model(), "test", ALL, OPTIM, max_steps=3, val_names=["real", "text"])
     # Plain SGD: unlike Adam it does not hide a loss that is off by a factor.
     stage.configure_optimizers = lambda: torch.optim.SGD(stage.parameters(), lr=0.1)  # type: ignore[method-assign]
     data = datamodule(processor, folder, rows, weighting=weighting)
@@ -67,7 +67,7 @@ def test_an_accumulated_window_updates_as_one_batch_does(
 ) -> None:
     whole = fit(processor, sample_data, tmp_path, rows=8, accumulate=1, weighting=weighting)
     parts = fit(processor, sample_data, tmp_path, rows=2, accumulate=4, weighting=weighting)
-    start = Stage(tiny_model(), "test", ALL, OPTIM)
+    start = Stage(tiny_model(), "test", ALL, OPTIM, max_steps=3)
     torch.manual_seed(0)
     start.configure_model()
     moved = 0.0
@@ -80,7 +80,7 @@ def test_an_accumulated_window_updates_as_one_batch_does(
 
 def test_only_the_chosen_parts_move(processor: Processor, sample_data: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    stage = Stage(tiny_model(), "test", ["decoder", "projections"], OPTIM, val_names=["real", "text"])
+    stage = Stage(tiny_model(), "test", ["decoder", "projections"], OPTIM, max_steps=2, val_names=["real", "text"])
     stage.configure_model()
     before = copy.deepcopy(stage.sphinx.state_dict())
     trainer(tmp_path, max_steps=2).fit(stage, datamodule(processor, sample_data))
@@ -99,10 +99,10 @@ def test_pretraining_without_text_is_refused(processor: Processor, sample_data: 
 def test_an_exported_stage_starts_the_next_one_and_another_model_is_refused(
     processor: Processor, sample_data: Path, tmp_path: Path
 ) -> None:
-    stage = Stage(tiny_model(), "first", ALL, OPTIM, val_names=["real", "text"])
+    stage = Stage(tiny_model(), "first", ALL, OPTIM, max_steps=1, val_names=["real", "text"])
     out = tmp_path / "model"
     trainer(tmp_path, max_steps=1, callbacks=[ExportModel(str(out))]).fit(stage, datamodule(processor, sample_data))
-    following = Stage(tiny_model(), "second", ALL, OPTIM, init_from=str(out))
+    following = Stage(tiny_model(), "second", ALL, OPTIM, max_steps=1, init_from=str(out))
     following.configure_model()
     for a, b in zip(stage.parameters(), following.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -110,7 +110,7 @@ def test_an_exported_stage_starts_the_next_one_and_another_model_is_refused(
     config = tiny_model()
     config.decoder.layers = 1
     with pytest.raises(UserError, match=r"model\.decoder\.layers is 2 and 1"):
-        Stage(config, "second", ALL, OPTIM, init_from=str(out)).configure_model()
+        Stage(config, "second", ALL, OPTIM, max_steps=1, init_from=str(out)).configure_model()
 
 
 def records_of_every_task(folder: Path) -> dict[str, list[Record]]:
