@@ -98,8 +98,8 @@ def test_no_scan_or_photograph_is_in_training_and_held_out_pictures(sample: Path
         assert bool(origin["photo"]) == (origin["domain"] == "real")
     assert not used[True][0] & used[False][0]
     assert used[True][1] & used[False][1] == {""}  # the synthetic domain's
-    assert len(used[True][0]) > 300
-    assert len(used[False][0]) > 50
+    assert len(used[True][0]) > 200
+    assert len(used[False][0]) > 40
     assert not set(TRAIN_PHOTOS) & set(HELD_OUT_PHOTOS)
 
 
@@ -282,8 +282,9 @@ def test_answers_of_the_test_are_balanced(sample: Path) -> None:
             answers["count"][entry["answer"]] += 1
         elif entry.get("task") == "relation":
             answers["relation"][entry["answer"]] += 1
+    assert set(answers["count"]) == {"1", "2", "3"}
+    assert set(answers["relation"]) == {"left", "right", "above", "below"}
     for counted in answers.values():
-        assert len(counted) == 4
         assert max(counted.values()) - min(counted.values()) <= 2
 
 

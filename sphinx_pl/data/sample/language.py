@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from sphinx_pl.data.sample.drawing import COLORS, SHAPES
 from sphinx_pl.data.sample.scenes import DIGITS, Scene, Thing
 
-NUMBER_WORDS = ("zero", "one", "two", "three", "four")
+NUMBER_WORDS = ("zero", "one", "two", "three")
 WRONG_SHARE = 0.15
 PARTIAL_SHARE = 0.15
 

@@ -15,7 +15,7 @@ from sphinx_pl.data.record import Region
 from sphinx_pl.data.sample.drawing import COLORS, SHAPES
 from sphinx_pl.data.sample.figures import Annotated
 from sphinx_pl.data.sample.language import Fact, description, listing, relation
-from sphinx_pl.data.sample.scenes import DIGITS, Plan, Scene, Thing, group_of
+from sphinx_pl.data.sample.scenes import DIGITS, MAX_OBJECTS, Plan, Scene, Thing, group_of
 
 Entry = dict[str, Any]
 DrawScene = Callable[[int, Callable[[Plan], bool] | None], Scene]
@@ -191,18 +191,18 @@ def held_out_entry(task: str, topic: str, index: int, draw: DrawScene, rng: rand
 
     `draw(count, wanted)` draws a scene.
     """
-    count = index % 4 + 1
+    count = index % MAX_OBJECTS + 1
     if task == "relation":
         place = RELATIONS[index % 4]
         while True:
-            scene = draw(rng.randint(2, 4), None)
+            scene = draw(rng.randint(2, MAX_OBJECTS), None)
             pairs = [pair for pair in relations(scene) if pair[2] == place]
             if pairs:
                 return scene, relation_entry(*rng.choice(pairs))
     if task == "detection":
         groups = [*(f"{shape}s" for shape in SHAPES), "digits"]
         group = groups[index % len(groups)]
-        scene = draw(rng.randint(1, 4), lambda plan: any(group_of(kind) == group for _, kind in plan))
+        scene = draw(rng.randint(1, MAX_OBJECTS), lambda plan: any(group_of(kind) == group for _, kind in plan))
         return scene, detection_entry(scene, group)
     if topic == "color":
         scene = draw(count, _kinds_differ)

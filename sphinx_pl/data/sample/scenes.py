@@ -1,4 +1,4 @@
-"""Scenes: one to four coloured shapes and digits that do not overlap. Both domains share the plan, not the look."""
+"""Scenes: one to three coloured shapes and digits that do not overlap. Both domains share the plan, not the look."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sphinx_pl.data.sample.drawing import (
 )
 
 DIGITS = tuple("0123456789")
-MAX_OBJECTS = 4
+MAX_OBJECTS = 3
 MARGIN = 2  # pixels between two boxes
 
 Box = tuple[int, int, int, int]
@@ -82,11 +82,11 @@ def picture_size(rng: random.Random) -> tuple[int, int]:
 
 
 def draw_plan(rng: random.Random, count: int) -> Plan:
-    """`count` different (colour, kind) pairs, half of them digits; now and then a colour or a kind is repeated."""
+    """`count` different (colour, kind) pairs, a third of them digits; now and then a colour or a kind is repeated."""
     plan: Plan = []
     while len(plan) < count:
         color = rng.choice(tuple(COLORS))
-        kind = rng.choice(DIGITS) if rng.random() < 0.5 else rng.choice(SHAPES)
+        kind = rng.choice(DIGITS) if rng.random() < 1 / 3 else rng.choice(SHAPES)
         if plan and rng.random() < 0.3:
             color, kind = rng.choice(((plan[-1][0], kind), (color, plan[-1][1])))
         if (color, kind) not in plan:
@@ -126,9 +126,9 @@ def draw_scene(
 def _mask(
     kind: str, rng: random.Random, width: int, height: int, count: int, assets: Assets | None, origin: Origin
 ) -> Array:
-    # The model sees the padded square at one size, so objects of larger pictures are drawn larger: 16 to 26 pixels.
-    smallest = min(22, 17 * max(width, height) // 64)
-    size = rng.randint(smallest, min(26, smallest + (9 if count < MAX_OBJECTS else 5)))
+    # The model sees the padded square at one size, so objects of larger pictures are drawn larger: 20 to 32 pixels.
+    smallest = min(28, 20 * max(width, height) // 64)
+    size = rng.randint(smallest, min(32, smallest + (8 if count < MAX_OBJECTS else 5)))
     if kind not in DIGITS:
         return shape_mask(kind, size, rng, assets is not None)
     if assets is None:

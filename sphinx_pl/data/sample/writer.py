@@ -29,12 +29,12 @@ from sphinx_pl.data.sample import figures, language, records
 from sphinx_pl.data.sample.assets import Assets, load_assets
 from sphinx_pl.data.sample.drawing import DOMAINS, REAL
 from sphinx_pl.data.sample.records import Entry
-from sphinx_pl.data.sample.scenes import Picture, Scene, draw_scene
+from sphinx_pl.data.sample.scenes import MAX_OBJECTS, Picture, Scene, draw_scene
 from sphinx_pl.data.sample.vocabulary import train_tokenizer
 from sphinx_pl.data.sources import InstructionSource
 from sphinx_pl.errors import UserError
 
-VERSION = 1
+VERSION = 2
 """Raised when the world changes, so that data made by older code is made anew."""
 
 SHARD_SIZE = 1000
@@ -167,7 +167,7 @@ def _write_pairs(world: _World, domain: str, split: str) -> list[str]:
         members: list[tuple[str, bytes]] = []
         for index in range(first, min(first + SHARD_SIZE, total)):
             rng = world.rng("pairs", domain, split, index)
-            scene = draw_scene(rng, domain, _assets(domain, split), index % 4 + 1)
+            scene = draw_scene(rng, domain, _assets(domain, split), index % MAX_OBJECTS + 1)
             if domain == REAL:
                 caption, noise = language.real_caption(scene, rng)
             else:
@@ -290,7 +290,7 @@ class _Instructions:
         every = total // min(total, self.world.number(CONVERSATIONS[self.split]))
         for index in range(total):
             rng = self.world.rng("scene", domain, self.split, index)
-            scene = draw_scene(rng, domain, _assets(domain, self.split), index % 4 + 1)
+            scene = draw_scene(rng, domain, _assets(domain, self.split), index % MAX_OBJECTS + 1)
             name = f"{self.split}-{domain}-{index:05d}"
             self.save(name, scene)
             entries = records.scene_entries(scene, rng)
