@@ -270,25 +270,31 @@ def _mixing(curve: dict[str, Any] | None) -> str:
 
 def _language(runs: Sequence[Run]) -> str:
     rows = []
+    text = {run.name: dict(run.columns.get("val/loss/text", [])) for run in runs}
     for run in runs:
-        if points := run.columns.get("val/loss/text"):
-            (first, before), (last, after) = points[0], points[-1]
-            rows.append(
-                [
-                    escape(run.stage),
-                    escape(run.name),
-                    "with" if run.reads_text else "without",
-                    f"{before:.3f} <small>step {first:.0f}</small>",
-                    f"{after:.3f} <small>step {last:.0f}</small>",
-                    f"{after - before:+.3f}",
-                ]
-            )
+        if not (points := run.columns.get("val/loss/text")):
+            continue
+        (first, before), (last, after) = points[0], points[-1]
+        # A run without text may stop early: what counts is the run with text after as many steps.
+        beside = text.get(run.name.removesuffix(WITHOUT_TEXT), {}).get(last) if not run.reads_text else None
+        rows.append(
+            [
+                escape(run.stage),
+                escape(run.name),
+                "with" if run.reads_text else "without",
+                f"{before:.3f} <small>step {first:.0f}</small>",
+                f"{after:.3f} <small>step {last:.0f}</small>",
+                f"{after - before:+.3f}",
+                "" if beside is None else f"{beside:.3f}",
+            ]
+        )
     if not rows:
         return _missing("No run logged val/loss/text.")
+    head = ["stage", "run", "text in the steps", "before", "after", "change", "with text, same step"]
     return (
         "<p>Loss (nats per token) on held-out text without images, before and after each stage. "
-        "“With” had text-only data in every optimizer step, “without” had none.</p>"
-        + _table(["stage", "run", "text in the steps", "before", "after", "change"], rows, numbers={3, 4, 5})
+        "“With” had text-only data in every optimizer step, “without” had none; both are the same run otherwise, and "
+        "one without may have been stopped early.</p>" + _table(head, rows, numbers={3, 4, 5, 6})
     )
 
 

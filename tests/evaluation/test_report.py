@@ -49,7 +49,10 @@ class Page(HTMLParser):
         self.text += data
 
 
-def write_run(folder: Path, steps: int = 200, start: float = 4.0) -> None:
+SOURCES = "real: {kind: image_text}, text: {kind: text}"
+
+
+def write_run(folder: Path, steps: int = 200, start: float = 4.0, sources: str = SOURCES) -> None:
     """A metrics.csv as Lightning's CSVLogger writes it: one row per call, other columns empty."""
     folder.mkdir(parents=True)
     lines = ["epoch,step,train/loss,train/loss_task/rec,val/loss/text,val/loss/real"]
@@ -60,9 +63,7 @@ def write_run(folder: Path, steps: int = 200, start: float = 4.0) -> None:
         if step % 50 == 0:
             lines.append(f"0,{step},,,{loss + 0.1:.4f},{loss + 0.4:.4f}")
     (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
-    (folder / "config.yaml").write_text(
-        "model: {name: tiny}\ndata: {sources: {real: {kind: image_text}, text: {kind: text}}}\n"
-    )
+    (folder / "config.yaml").write_text(f"model: {{name: tiny}}\ndata: {{sources: {{{sources}}}}}\n")
 
 
 def write_evaluation(folder: Path, image: Path) -> None:
@@ -91,7 +92,7 @@ def write_evaluation(folder: Path, image: Path) -> None:
 @pytest.fixture
 def inputs(tmp_path: Path) -> Path:
     write_run(tmp_path / "real")
-    write_run(tmp_path / "real_notext", start=3.0)
+    write_run(tmp_path / "real_notext", steps=100, start=3.0, sources="real: {kind: image_text}")
     picture = Image.new("RGB", (64, 64), "white")
     picture.save(tmp_path / "image.png")
     write_evaluation(tmp_path / "evaluation", tmp_path / "image.png")
@@ -118,7 +119,9 @@ def test_whole_report(inputs: Path) -> None:
     assert "β = 0.50, 1.5000" in page.text.replace("\n", " ")
     assert "1.5000 below the synthetic end" in page.text
     assert "4.000 step 0" in page.text  # text before the stage
-    assert page.text.count("without") >= 1
+    after = {run: dict(read_run(run, inputs / run).columns["val/loss/text"]) for run in ("real", "real_notext")}
+    last = after["real_notext"][100]
+    assert f"without3.000 step 0{last:.3f} step 100{last - 3:+.3f}{after['real'][100]:.3f}" in page.text
     assert not list(inputs.glob("*.tmp"))
 
 
