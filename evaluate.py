@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ from rich.table import Table
 from sphinx_pl.checkpoint.format import open_checkpoint
 from sphinx_pl.cli import entry_point
 from sphinx_pl.errors import UserError, suggest
+from sphinx_pl.evaluation.device import autocast, check_precision, choose_device
 from sphinx_pl.files import write_whole
 
 if TYPE_CHECKING:
@@ -64,8 +64,7 @@ class EvaluateConfig:
         assert isinstance(options, cls)
         if options.checkpoint is None:
             raise UserError("which checkpoint? Give checkpoint=FOLDER, such as one that train.py wrote")
-        if options.precision not in ("fp32", "bf16"):
-            raise UserError(f"precision='{options.precision}': {suggest(options.precision, ('fp32', 'bf16'))}")
+        check_precision(options.precision)
         for name in ("batch_size", "limit"):
             value = getattr(options, name)
             if value is not None and value < 1:
@@ -139,13 +138,12 @@ def main(cfg: DictConfig) -> float:
     options = EvaluateConfig.from_config(cfg)
     assert options.checkpoint is not None
     console = Console()
+    device = choose_device(options.device)
     checkpoint = open_checkpoint(options.checkpoint)
     data = OmegaConf.to_container(cfg.data, resolve=True)
     assert isinstance(data, dict)
     if not data.get("test"):
         raise UserError("data.test is missing: choose a data= that has test sources, such as data=sample")
-
-    import torch
 
     from sphinx_pl.data.processor import Processor
     from sphinx_pl.evaluation.baselines import constant_predictions, fit_constants
@@ -160,20 +158,14 @@ def main(cfg: DictConfig) -> float:
     if not records:
         raise UserError("data.test has no record of a task with a score: check its sources")
 
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
-    )
     model = Sphinx(checkpoint.model_config)
     checkpoint.load_into(model)
     model.to(device).eval()
 
     generation = dataclasses.asdict(options.generation)
     asking = {"batch_size": options.batch_size, "skipped": lost, **generation}
-    autocast = (
-        torch.autocast(device.type, dtype=torch.bfloat16) if options.precision == "bf16" else contextlib.nullcontext()
-    )
     baselines = {}
-    with autocast:
+    with autocast(device, options.precision):
         predictions = evaluate(model, processor, records, **asking)
         if options.shuffled:
             images = shuffle_images(records, options.seed)

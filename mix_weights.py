@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from sphinx_pl.checkpoint.format import Checkpoint, check_free, open_checkpoint
 from sphinx_pl.checkpoint.mixing import check_compatible, check_weights, mix_checkpoints
 from sphinx_pl.cli import entry_point
 from sphinx_pl.errors import UserError, suggest
+from sphinx_pl.evaluation.device import check_precision, choose_device
 
 
 @dataclass
@@ -50,8 +52,7 @@ class MixConfig:
             raise UserError(f"curve={options.curve} must be at least 2, the two ends")
         if options.curve is not None and options.out is None and options.curve_dir is None:
             raise UserError("the curve has no place to go: give curve_dir=FOLDER")
-        if options.precision not in ("fp32", "bf16"):
-            raise UserError(f"precision='{options.precision}': {suggest(options.precision, ('fp32', 'bf16'))}")
+        check_precision(options.precision)
         return options
 
     def coefficients(self) -> list[float]:
@@ -70,11 +71,9 @@ class MixConfig:
 
 
 def write_mixing_curve(
-    options: MixConfig, checkpoints: list[Checkpoint], data: DictConfig, folder: Path
+    options: MixConfig, checkpoints: list[Checkpoint], data: DictConfig, folder: Path, device: torch.device
 ) -> dict[str, Any]:
     """Evaluate and write the curve; returns the content of curve.json."""
-    import torch
-
     from sphinx_pl.data.datamodule import DataModule
     from sphinx_pl.data.processor import Processor
     from sphinx_pl.evaluation.curve import mixing_curve, write_curve
@@ -94,7 +93,6 @@ def write_mixing_curve(
     datamodule = DataModule(processor, sources={}, val_samples=data.val_samples, **values)
     # Decoded once for all points; val_samples bounds the memory.
     loaders = {name: list(batches) for name, batches in datamodule.val_loaders().items()}
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
     model = Sphinx(first.model_config).to(device)
     betas = torch.linspace(0, 1, options.curve, dtype=torch.float64).tolist()
     points = mixing_curve(
@@ -107,6 +105,7 @@ def write_mixing_curve(
 def main(cfg: DictConfig) -> float | None:
     """Returns the lowest mean loss on the curve, if one was asked for."""
     options = MixConfig.from_config(cfg)
+    device = choose_device(options.device)
     out = Path(options.out) if options.out else None
     weights = options.coefficients() if out else []
     if out is not None:
@@ -126,7 +125,7 @@ def main(cfg: DictConfig) -> float | None:
     if options.curve is None:
         return None
     folder = Path(options.curve_dir or options.out or ".")
-    content = write_mixing_curve(options, checkpoints, cfg.data, folder)
+    content = write_mixing_curve(options, checkpoints, cfg.data, folder, device)
     best = content["best"]
     print(
         f"Curve: {folder / 'curve.csv'}. The mean loss is lowest at beta={best['beta']:g}: {best['mean']:.4f}, "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sphinx_pl.data.record import Batch
+from sphinx_pl.evaluation.device import autocast
 from sphinx_pl.models.sphinx import Sphinx
 
 
@@ -61,7 +62,7 @@ def held_out_losses(
         for name, batches in loaders.items():
             parts = []
             for batch in batches:
-                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                with autocast(device, precision):
                     result = model.token_losses(batch.to(device))
                 parts.append(_per_segment(batch, result.nll, result.index))
             losses[name] = SourceLoss(

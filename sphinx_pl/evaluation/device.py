@@ -1,0 +1,38 @@
+"""Where and how precisely models are evaluated: the keys `device` and `precision` of the entry scripts."""
+
+from __future__ import annotations
+
+import torch
+
+from sphinx_pl.errors import UserError, suggest
+
+PRECISIONS = ("fp32", "bf16")
+
+
+def check_precision(precision: str) -> None:
+    """Raises: UserError: neither fp32 nor bf16."""
+    if precision not in PRECISIONS:
+        raise UserError(f"precision='{precision}': {suggest(precision, PRECISIONS)}")
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto`: a GPU if there is one, else the CPU.
+
+    Raises:
+        UserError: no such device here.
+    """
+    found = torch.cuda.device_count()
+    if name == "auto":
+        return torch.device("cuda" if found else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device={name} is no device: give auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= found:
+        raise UserError(f"device={name}: PyTorch finds {found} GPUs here; device=auto takes what there is")
+    return device
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """bf16: matrix multiplications in bfloat16; fp32: no change."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
