@@ -28,17 +28,19 @@ $(STAMP): setup.cfg constraints.txt pyproject.toml
 # Nothing here that is not a command of its own in the README. Finished steps are made anew. The runs without text stop
 # early, where their runs with text had their held-out losses too.
 demo: RECIPE = demo
+demo: DATA = sample_demo
 demo: WITHOUT_TEXT = pretrain_synthetic
 demo: EARLY = 200
 demo: LIMIT = limit=40
 sample-full: RECIPE = sample_full
+sample-full: DATA = sample
 sample-full: WITHOUT_TEXT = pretrain_real pretrain_synthetic finetune
 sample-full: EARLY = 1000
 demo sample-full: venv
 	$(PY) -m sphinx_pl.data.sample --out data/sample
 	$(TRAIN) stage=pretrain_real
 	$(TRAIN) stage=pretrain_synthetic
-	$(PY) mix_weights.py checkpoints=[$(OUT)/pretrain_real/model,$(OUT)/pretrain_synthetic/model] beta=0.5 out=$(OUT)/mixed curve=11 'curve_sources=[real,synthetic]' overwrite=true
+	$(PY) mix_weights.py checkpoints=[$(OUT)/pretrain_real/model,$(OUT)/pretrain_synthetic/model] beta=0.5 out=$(OUT)/mixed curve=11 'curve_sources=[real,synthetic]' data=$(DATA) overwrite=true
 	$(TRAIN) stage=finetune
 	set -e; for stage in $(WITHOUT_TEXT); do $(TRAIN) stage=$$stage run=$${stage}_notext data.sources.text=null ++data.sources.chat=null stage.text_required=false trainer.max_steps=$(EARLY); done
 	$(PY) evaluate.py checkpoint=$(OUT)/finetune/model $(LIMIT) report=$(OUT)/report.html

@@ -1,0 +1,40 @@
+"""The published sizes with random weights on a CPU: each encoder gives the tokens that the projection takes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from sphinx_pl.cli import CONFIG_FOLDER
+from sphinx_pl.models.config import SphinxConfig
+from sphinx_pl.models.towers import ClipViT, ConvNext, Dinov2, QFormer, Tower
+
+pytestmark = pytest.mark.long
+
+TOKENS = {"clip": (257, 1024), "convnext": (257, 3072), "dinov2": (257, 1536), "qformer": (32, 768)}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("key", TOKENS)
+def test_a_full_size_tower_encodes_an_image(key: str) -> None:
+    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+        vision = SphinxConfig.from_dict(compose("train", ["model=sphinx_13b"]).model).vision
+    assert vision is not None
+    assert vision.clip
+    assert vision.convnext
+    assert vision.dinov2
+    assert vision.qformer
+    tower: Tower
+    match key:
+        case "clip":
+            tower = ClipViT(vision.clip)
+        case "convnext":
+            tower = ConvNext(vision.convnext, vision.patch_grid)
+        case "dinov2":
+            tower = Dinov2(vision.dinov2)
+        case _:
+            tower = QFormer(vision.qformer)
+    tokens = tower.eval()(torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0)))
+    assert tokens.shape == (1, *TOKENS[key])
+    assert torch.isfinite(tokens).all()
