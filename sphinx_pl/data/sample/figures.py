@@ -50,8 +50,8 @@ def draw_numbers(rng: random.Random, domain: str, assets: Assets | None) -> Anno
     while True:
         width, height = picture_size(rng)
         origin = Origin()
-        lowest = 18 * max(width, height) // 64
-        masks = [text_mask(text, rng.randint(min(22, lowest), 24), rng, assets, origin) for text in texts]
+        lowest = 22 * max(width, height) // 64
+        masks = [text_mask(text, rng.randint(min(28, lowest), 30), rng, assets, origin) for text in texts]
         boxes = places(masks, rng, width, height)
         if boxes and (len(boxes) == 1 or boxes[0][3] <= boxes[1][1]):
             break
