@@ -35,7 +35,7 @@ demo: LIMIT = limit=40
 sample-full: RECIPE = sample_full
 sample-full: DATA = sample
 sample-full: WITHOUT_TEXT = pretrain_real pretrain_synthetic finetune
-sample-full: EARLY = 1000
+sample-full: EARLY = 500
 demo sample-full: venv
 	$(PY) -m sphinx_pl.data.sample --out data/sample
 	$(TRAIN) stage=pretrain_real

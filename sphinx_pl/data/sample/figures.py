@@ -43,7 +43,7 @@ class Annotated(Picture):
 def draw_numbers(rng: random.Random, domain: str, assets: Assets | None) -> Annotated:
     """One or two different numbers of one or two digits; two stand one below the other, so their order is clear."""
     texts = [_number(rng)]
-    if rng.random() < 0.4:
+    if rng.random() < 0.25:
         texts.append(_number(rng))
         while texts[1] == texts[0]:
             texts[1] = _number(rng)
@@ -64,7 +64,7 @@ def draw_numbers(rng: random.Random, domain: str, assets: Assets | None) -> Anno
 
 
 def _number(rng: random.Random) -> str:
-    return str(rng.randint(10, 99) if rng.random() < 0.6 else rng.randint(0, 9))
+    return str(rng.randint(10, 99) if rng.random() < 0.4 else rng.randint(0, 9))
 
 
 def draw_people(rng: random.Random, domain: str, assets: Assets | None, people: int) -> Annotated:
