@@ -47,7 +47,9 @@ class Run:
 
     @property
     def steps(self) -> int:
-        return int(max((points[-1][0] for points in self.columns.values()), default=0))
+        """Optimizer steps made. A training row's step counts those before its own."""
+        made = [points[-1][0] + name.startswith("train/") for name, points in self.columns.items()]
+        return int(max(made, default=0))
 
     @property
     def seconds(self) -> float:
@@ -324,7 +326,7 @@ def _results(evaluations: Sequence[Evaluation]) -> str:
             )
         head = ["task", "domain", "0 … 1", "score", "baseline", "n", "unparsed", "", "metric"]
         heading = f"<h3>{escape(evaluation.name)}</h3>" if len(evaluations) > 1 else ""
-        checkpoint = escape(Path(str(evaluation.results.get("checkpoint", ""))).name)
+        checkpoint = escape("/".join(Path(str(evaluation.results.get("checkpoint", ""))).parts[-2:]))
         blocks.append(f"{heading}<p class=note>Checkpoint {checkpoint}.</p>" + _table(head, rows, numbers={3, 4, 5, 6}))
     if not blocks:
         return _missing("There are no results: run evaluate.py and give its folder with --evaluation.")

@@ -157,11 +157,12 @@ def test_inputs_are_found_in_the_reports_folder(tmp_path: Path) -> None:
 
 
 def test_what_a_run_says_of_itself(tmp_path: Path) -> None:
-    (tmp_path / "metrics.csv").write_text("step,perf/time_step,perf/tokens_per_s\n9,2,100\n19,3,200\n")
+    (tmp_path / "metrics.csv").write_text("step,train/loss,perf/time_step,perf/tokens_per_s\n9,1,2,100\n19,1,3,200\n")
     sources = "{real: {kind: image_text}, chat: {kind: instructions, modality: text}, text: null}"
     (tmp_path / "config.yaml").write_text(f"stage: {{name: finetune}}\ndata: {{sources: {sources}}}\n")
     run = read_run("a_notext", tmp_path)
     # Ten steps of 2 s and ten of 3 s; 20 s at 100 and 30 s at 200 tokens per second.
+    assert run.steps == 20  # a row's step counts those before it
     assert (run.seconds, run.total("tokens"), run.total("images")) == (50, 8000, 0)
     assert (run.stage, run.sources, run.reads_text) == ("finetune", ["real", "chat"], True)
     (tmp_path / "config.yaml").unlink()
