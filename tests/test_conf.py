@@ -59,7 +59,7 @@ def test_stages_resolve(name: str) -> None:
 
 
 @pytest.mark.parametrize("experiment", [name for name in options("experiment") if name != "none"])
-@pytest.mark.parametrize("stage", ["pretrain_real", "pretrain_synthetic", "finetune"])
+@pytest.mark.parametrize("stage", options("stage"))
 def test_experiments_resolve_for_every_stage(experiment: str, stage: str) -> None:
     cfg = composed("train", f"experiment={experiment}", f"stage={stage}")
     OmegaConf.to_container(cfg.stage, resolve=True)
