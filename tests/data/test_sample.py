@@ -20,7 +20,7 @@ from sphinx_pl.data.sample.__main__ import main
 from sphinx_pl.data.sample.assets import HELD_OUT_PHOTOS, TRAIN_PHOTOS, Origin, load_assets
 from sphinx_pl.data.sample.drawing import COLORS, scan_mask
 from sphinx_pl.data.sample.records import relation_entry, scene_entries
-from sphinx_pl.data.sample.scenes import Scene, Thing, draw_scene
+from sphinx_pl.data.sample.scenes import MAX_OBJECTS, Scene, Thing, draw_scene
 from sphinx_pl.data.sample.writer import build
 from sphinx_pl.data.sources import ImageTextSource, InstructionSource, TextSource
 from sphinx_pl.data.tasks import TASKS
@@ -53,7 +53,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def scene(index: int, domain: str) -> Scene:
     assets = load_assets(train=True) if domain == "real" else None
-    return draw_scene(random.Random(f"scene {index}"), domain, assets, index % 4 + 1)
+    return draw_scene(random.Random(f"scene {index}"), domain, assets, index % MAX_OBJECTS + 1)
 
 
 def test_same_seed_same_bytes_and_another_seed_other_bytes(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_boxes_hold_the_colour_that_they_are_said_to_hold(domain: str) -> None:
 def test_scenes_have_distinct_phrases_and_separate_boxes() -> None:
     for index in range(100):
         things = scene(index, "synthetic").things
-        assert len({thing.phrase for thing in things}) == len(things) == index % 4 + 1
+        assert len({thing.phrase for thing in things}) == len(things) == index % MAX_OBJECTS + 1
         assert all(iou(a.box, b.box) == 0 for a in things for b in things if a is not b)
         assert [thing.center[0] for thing in things] == sorted(thing.center[0] for thing in things)
 
