@@ -10,7 +10,11 @@ PRECISIONS = ("fp32", "bf16")
 
 
 def check_precision(precision: str) -> None:
-    """Raises: UserError: neither fp32 nor bf16."""
+    """Refuse what is neither fp32 nor bf16.
+
+    Raises:
+        UserError: it is something else.
+    """
     if precision not in PRECISIONS:
         raise UserError(f"precision='{precision}': {suggest(precision, PRECISIONS)}")
 
