@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 
 help:
 	@echo "make demo       the whole pipeline on sample data: ends with a table and outputs/demo/report.html"
-	@echo "make sample-full  the same recipe with more steps"
+	@echo "make sample-full  the same recipe with more steps and data (an hour)"
 	@echo "make test       the tests (up to 15 minutes)"
 	@echo "make test-long  what takes longer, such as many kills (log in docs/logs/)"
 	@echo "make lint       ruff          make types  mypy          make build  the wheel"
@@ -29,18 +29,23 @@ $(STAMP): setup.cfg constraints.txt pyproject.toml
 # early, where their runs with text had their held-out losses too.
 demo: RECIPE = demo
 demo: DATA = sample_demo
+demo: ROOT = data/sample
+demo: SCALE = 1
 demo: WITHOUT_TEXT = pretrain_synthetic
 demo: EARLY = 200
 demo: LIMIT = limit=40
 sample-full: RECIPE = sample_full
 sample-full: DATA = sample
+sample-full: ROOT = data/sample_full
+sample-full: SCALE = 4
 sample-full: WITHOUT_TEXT = pretrain_real pretrain_synthetic finetune
 sample-full: EARLY = 500
+sample-full: LIMIT = limit=100 data.root=$(ROOT)
 demo sample-full: venv
-	$(PY) -m sphinx_pl.data.sample --out data/sample
+	$(PY) -m sphinx_pl.data.sample --out $(ROOT) --scale $(SCALE)
 	$(TRAIN) stage=pretrain_real
 	$(TRAIN) stage=pretrain_synthetic
-	$(PY) mix_weights.py checkpoints=[$(OUT)/pretrain_real/model,$(OUT)/pretrain_synthetic/model] beta=0.5 out=$(OUT)/mixed curve=11 'curve_sources=[real,synthetic]' data=$(DATA) overwrite=true
+	$(PY) mix_weights.py checkpoints=[$(OUT)/pretrain_real/model,$(OUT)/pretrain_synthetic/model] beta=0.5 out=$(OUT)/mixed curve=11 'curve_sources=[real,synthetic]' data=$(DATA) data.root=$(ROOT) overwrite=true
 	$(TRAIN) stage=finetune
 	set -e; for stage in $(WITHOUT_TEXT); do $(TRAIN) stage=$$stage run=$${stage}_notext data.sources.text=null ++data.sources.chat=null stage.text_required=false trainer.max_steps=$(EARLY); done
 	$(PY) evaluate.py checkpoint=$(OUT)/finetune/model $(LIMIT) report=$(OUT)/report.html
