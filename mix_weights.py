@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -15,6 +16,9 @@ from sphinx_pl.checkpoint.mixing import check_compatible, check_weights, mix_che
 from sphinx_pl.cli import entry_point
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.evaluation.device import check_precision, choose_device
+
+if TYPE_CHECKING:
+    from sphinx_pl.data.datamodule import DataModule
 
 
 @dataclass
@@ -70,16 +74,19 @@ class MixConfig:
         return check_weights(self.weights, len(self.checkpoints), self.normalize)
 
 
-def write_mixing_curve(
-    options: MixConfig, checkpoints: list[Checkpoint], data: DictConfig, folder: Path, device: torch.device
-) -> dict[str, Any]:
-    """Evaluate and write the curve; returns the content of curve.json."""
+def curve_data(options: MixConfig, checkpoints: list[Checkpoint], data: DictConfig) -> DataModule:
+    """What the curve is measured on.
+
+    Raises:
+        UserError: a source that is not there, more than two checkpoints, or no matplotlib to draw with.
+    """
     from sphinx_pl.data.datamodule import DataModule
     from sphinx_pl.data.processor import Processor
-    from sphinx_pl.evaluation.curve import mixing_curve, write_curve
-    from sphinx_pl.evaluation.losses import held_out_losses
-    from sphinx_pl.models.sphinx import Sphinx
+    from sphinx_pl.evaluation.curve import check_ends
 
+    check_ends(checkpoints)
+    if find_spec("matplotlib") is None:
+        raise UserError("curve= draws a picture and needs matplotlib: pip install 'sphinx-pl[sample]'")
     first = checkpoints[0]
     values: dict[str, Any] = {
         key: OmegaConf.to_container(data[key], resolve=True) for key in ("val_sources", "packing")
@@ -91,10 +98,23 @@ def write_mixing_curve(
     values["val_sources"] = {name: sources[name] for name in options.curve_sources or sources}
     processor = Processor.from_dict(first.processor, first.tokenizer_file, first.model_config)
     datamodule = DataModule(processor, sources={}, val_samples=data.val_samples, **values)
+    datamodule.check()
+    return datamodule
+
+
+def write_mixing_curve(
+    options: MixConfig, checkpoints: list[Checkpoint], datamodule: DataModule, folder: Path, device: torch.device
+) -> dict[str, Any]:
+    """Evaluate and write the curve; returns the content of curve.json."""
+    from sphinx_pl.evaluation.curve import mixing_curve, write_curve
+    from sphinx_pl.evaluation.losses import held_out_losses
+    from sphinx_pl.models.sphinx import Sphinx
+
+    assert options.curve is not None
     # Decoded once for all points; val_samples bounds the memory.
     loaders = {name: list(batches) for name, batches in datamodule.val_loaders().items()}
-    model = Sphinx(first.model_config).to(device)
-    betas = torch.linspace(0, 1, options.curve, dtype=torch.float64).tolist()
+    model = Sphinx(checkpoints[0].model_config).to(device)
+    betas = [index / (options.curve - 1) for index in range(options.curve)]
     points = mixing_curve(
         model, checkpoints, betas, lambda m: held_out_losses(m, loaders, options.precision), options.method
     )
@@ -112,6 +132,7 @@ def main(cfg: DictConfig) -> float | None:
         check_free(out, options.overwrite)
     checkpoints = [open_checkpoint(path) for path in options.checkpoints]
     check_compatible(checkpoints)
+    datamodule = curve_data(options, checkpoints, cfg.data) if options.curve is not None else None
     if out is not None:
         mix_checkpoints(
             checkpoints,
@@ -122,10 +143,10 @@ def main(cfg: DictConfig) -> float | None:
             config=dataclasses.asdict(options),
         )
         print(f"Mixed checkpoint: {out} (weights {', '.join(f'{weight:g}' for weight in weights)})")
-    if options.curve is None:
+    if datamodule is None:
         return None
     folder = Path(options.curve_dir or options.out or ".")
-    content = write_mixing_curve(options, checkpoints, cfg.data, folder, device)
+    content = write_mixing_curve(options, checkpoints, datamodule, folder, device)
     best = content["best"]
     print(
         f"Curve: {folder / 'curve.csv'}. The mean loss is lowest at beta={best['beta']:g}: {best['mean']:.4f}, "

@@ -13,7 +13,7 @@ import platform
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -21,14 +21,17 @@ from sphinx_pl.cli import entry_point
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.files import write_whole
 
+if TYPE_CHECKING:
+    from sphinx_pl.models.config import SphinxConfig
+
 log = logging.getLogger(__name__)
 
 
-def checkpoint_to_resume(cfg: DictConfig, folder: Path) -> Path | None:
+def checkpoint_to_resume(cfg: DictConfig, folder: Path, model: SphinxConfig) -> Path | None:
     """The checkpoint that this run goes on from, or None for a new run.
 
     Raises:
-        UserError: two runs would mix in one folder.
+        UserError: two runs would mix in one folder, or the checkpoint is damaged or of another model.
     """
     from callbacks.checkpoint import checkpoints, resolve_resume, step_of
 
@@ -48,15 +51,28 @@ def checkpoint_to_resume(cfg: DictConfig, folder: Path) -> Path | None:
                 f"ckpt_path={cfg.ckpt_path}: {own} holds newer ones ({', '.join(newer)}): ckpt_path=last goes on "
                 "from the newest, overwrite=true drops what came after this one"
             )
-    if resume is not None and resume.is_file():  # a sharded strategy's is a folder
-        import torch
-
-        try:
-            torch.load(resume, map_location="meta", weights_only=True)
-        except Exception as error:  # whatever a damaged or foreign file makes torch raise
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"ckpt_path={resume} is not a checkpoint to resume from: {reason}") from None
+    if resume is not None:
+        check_resume(resume, model)
     return resume
+
+
+def check_resume(resume: Path, model: SphinxConfig) -> None:
+    """Raises: UserError: the file is damaged, foreign, or of another model."""
+    import torch
+
+    from sphinx_pl.checkpoint.format import compare
+    from sphinx_pl.models.sphinx import Sphinx
+
+    try:
+        state = torch.load(resume, map_location="meta", weights_only=True)["state_dict"]
+        found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    except Exception as error:  # whatever a damaged or foreign file makes torch raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"ckpt_path={resume} is not a checkpoint to resume from: {reason}") from None
+    with torch.device("meta"):
+        wanted = {f"model.{name}": tuple(tensor.shape) for name, tensor in Sphinx(model).state_dict().items()}
+    if problem := compare(wanted, found):
+        raise UserError(f"ckpt_path={resume} is of another model: {problem}")
 
 
 def prepare_run_folder(cfg: DictConfig, folder: Path, resume: Path | None) -> None:
@@ -73,7 +89,9 @@ def prepare_run_folder(cfg: DictConfig, folder: Path, resume: Path | None) -> No
         forget_after(folder / "metrics.csv", reached)
     else:
         (folder / "metrics.csv").unlink(missing_ok=True)
-        # Else the next stage would start from the old weights if this run died.
+        for left in (folder / "predictions", folder / "tensorboard", *folder.glob("model-step-*")):
+            shutil.rmtree(left, ignore_errors=True)
+    if reached < cfg.trainer.max_steps:  # else the next stage would start from the old weights if this run died
         shutil.rmtree(folder / "model", ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
@@ -114,7 +132,7 @@ def train(cfg: DictConfig) -> float | None:
     processor = Processor.from_dict(values["processor"], values["tokenizer"], model)
     keys = ("packing", "workers", "seed", "val_samples", "max_skipped", "sources", "val_sources")
     datamodule = DataModule(processor, **{key: values[key] for key in keys})
-    resume = checkpoint_to_resume(cfg, folder)
+    resume = checkpoint_to_resume(cfg, folder, model)
 
     L.seed_everything(cfg.seed, verbose=False)
     options: dict[str, Any] = OmegaConf.to_container(cfg.stage, resolve=True)  # type: ignore[assignment]
@@ -126,6 +144,7 @@ def train(cfg: DictConfig) -> float | None:
         if key not in known:
             raise UserError(f"stage.{key} is not a key of {kind.__name__}: {suggest(key, known)}")
     stage = kind(model, val_names=datamodule.val_names, **options)
+    stage.resumed = resume is not None
     trainer: L.Trainer = instantiate(
         cfg.trainer,
         callbacks=[instantiate(c) for c in cfg.callbacks.values() if c],

@@ -45,8 +45,12 @@ def resolve_resume(ckpt_path: str | None, folder: Path) -> Path | None:
         found = checkpoints(folder)
         return found[-1] if found else None
     path = Path(ckpt_path)
-    if not path.exists():
-        raise UserError(f"ckpt_path={ckpt_path}: no such file; 'last' takes the newest in {folder}")
+    foreign = path.parent.resolve() == folder.resolve() and not _NAME.fullmatch(path.name)
+    if not path.is_file() or foreign:
+        raise UserError(
+            f"ckpt_path={ckpt_path} is not a file to resume from; 'last' takes the newest in {folder}. To start from "
+            "the weights of a model folder, use stage.init_from"
+        )
     return path
 
 

@@ -44,7 +44,7 @@ def first_of_each_task(sources: Mapping[str, Mapping[str, Any] | None], per_task
     for name, values in sources.items():
         if values is None:  # switched off, as in data.sources
             continue
-        source = SourceConfig.from_dict(name, dict(values)).open(name)
+        source = SourceConfig.from_dict(name, dict(values), "test").open(name)
         for index in range(len(source)):
             try:
                 record = source.record(index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 import time
@@ -57,7 +58,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for known, flops in PEAK_FLOPS.items():
-            if known in name:
+            if re.search(rf"\b{known}\b", name):  # an RTX A1000 is no A100
                 return flops
         return measured_peak(device, dtype, size=8192)
     return measured_peak(device, dtype)

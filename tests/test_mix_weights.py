@@ -95,6 +95,7 @@ def test_the_curve_is_that_of_mixed_checkpoints(
         (["out=mixed", "beta=0.5", "checkpoints=[real,nothing]"], "'nothing' does not exist"),
         (["out=mixed", "beta=0.5", "checkpoints=[real,real,real]"], "beta is for 2"),
         (["curve=1", "curve_dir=c"], "at least 2"),
+        (["curve=3", "beta=0.5", "out=mixed", "curve_sources=[reel]"], "did you mean 'real'"),
         (["curve=3"], "curve_dir=FOLDER"),
         (["curve=3", "curve_dir=c", "curve_sources=[reel]"], "did you mean 'real'"),
         (["curve=3", "curve_dir=c", "precision=bf61"], "did you mean 'bf16'"),

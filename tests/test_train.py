@@ -131,9 +131,18 @@ def test_debug_presets_run(preset: str, tmp_path: Path, sample_data: Path) -> No
 
 
 def test_a_sweep_runs_each_point_in_a_folder_of_its_own(tmp_path: Path, sample_data: Path) -> None:
-    done = run(tmp_path, sample_data, "stage.max_steps=1", "hydra.mode=MULTIRUN", "stage.optim.lr=1e-4,3e-4")
+    # As a user would: without output_dir, which other tests give.
+    script = [sys.executable, str(REPOSITORY / "train.py"), "-m", "stage=pretrain_real", f"data.root={sample_data}"]
+    done = subprocess.run(
+        [*script, *SMALL, "stage.max_steps=1", "stage.optim.lr=1e-4,3e-4"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr
-    folders = sorted((tmp_path / "sweeps" / "pretrain_real").glob("[01]"))
+    folders = sorted((tmp_path / "outputs" / "demo" / "sweeps" / "pretrain_real").glob("[01]"))
     assert len(folders) == 2
     assert all((folder / "model" / "config.json").is_file() for folder in folders)
 
@@ -148,6 +157,11 @@ WRONG = {
     "a rate of a part that does not exist": (["+stage.optim.lr_scale.clpi=0.5"], "clip"),
     "no text in pretraining": (["data.sources.text=null"], "text"),
     "a missing resume file": (["ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
+    "a folder to resume from": (["ckpt_path=conf", "overwrite=true"], "stage.init_from"),
+    "nothing to train": (["stage.train_parts=[]"], "train_parts is empty"),
+    "a kind of source that does not exist": (["data.sources.real.kind=image_txt"], "image_text"),
+    "no heads": (["model.vision.clip.heads=0"], "model.vision.clip.heads must be positive"),
+    "no decimals": (["data.processor.decimals=0"], "data.processor.decimals=0"),
     "a wrong type": (["model.decoder.layers=two"], "model.decoder.layers"),
 }
 

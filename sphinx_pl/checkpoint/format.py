@@ -224,7 +224,11 @@ class SphinxCheckpoint(Checkpoint):
                 raise UserError(f"'{path / CONFIG}' lacks the section '{section}': restore the file from its source")
         self.provenance = _read_json(path / PROVENANCE)
         weight_map = _read_json(path / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
+        if (
+            not isinstance(weight_map, dict)
+            or not weight_map
+            or not all(isinstance(s, str) for s in weight_map.values())
+        ):
             raise UserError(f"'{path / INDEX}' has no weight_map: restore the file from its source")
         self._shard_of: dict[str, str] = weight_map
         self._require(TOKENIZER)
@@ -257,6 +261,10 @@ class SphinxCheckpoint(Checkpoint):
 
     def info(self, name: str) -> TensorInfo:
         view = self._shards[self._shard_of[name]].get_slice(name)
+        if view.get_dtype() not in _DTYPES:
+            raise UserError(
+                f"'{self.path}': '{name}' is stored as {view.get_dtype()}, which this project does not read"
+            )
         return TensorInfo(tuple(view.get_shape()), _DTYPES[view.get_dtype()])
 
     def tensor(self, name: str) -> Tensor:
@@ -392,7 +400,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"'{path}' is missing: copy the checkpoint again, whole") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"'{path}' cannot be read ({error}): restore the file from its source") from None
     if not isinstance(content, dict):
         raise UserError(f"'{path}' does not hold a JSON object: restore the file from its source")

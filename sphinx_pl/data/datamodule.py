@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lightning as L
@@ -18,6 +19,8 @@ from sphinx_pl.data.record import Batch, Sample
 from sphinx_pl.data.sources import expand_paths, spread
 from sphinx_pl.errors import UserError
 from sphinx_pl.typed import build
+
+log = logging.getLogger(__name__)
 
 
 class _Windows(Dataset[list[Batch]]):
@@ -75,6 +78,9 @@ class TrainLoader:
         )
 
     def __iter__(self) -> Iterator[Batch]:
+        left_out = self.planner.mixture.left_out
+        indexed = sum(len(stream.source) for stream in self.planner.mixture.streams.values())
+        self._refuse(left_out, indexed + sum(left_out.values()))
         for window in self._loader:
             for batch in window:
                 self.counts.update(
@@ -94,8 +100,12 @@ class TrainLoader:
         planned = self.planner.mixture.counts
         skipped = {k: v for k, v in [*planned.items(), *self.counts.items()] if "skipped/" in k}
         seen = sum(v for k, v in planned.items() if k.endswith("/seen"))
+        if seen >= 200:
+            self._refuse(skipped, seen)
+
+    def _refuse(self, skipped: Mapping[str, int], seen: int) -> None:
         share = sum(skipped.values()) / max(seen, 1)
-        if seen >= 200 and share > self.max_skipped:
+        if share > self.max_skipped:
             worst = ", ".join(f"{k}: {v}" for k, v in sorted(skipped.items(), key=lambda item: -item[1])[:5])
             raise UserError(
                 f"data: {share:.1%} of {seen} samples could not be used, more than "
@@ -104,8 +114,10 @@ class TrainLoader:
 
     @property
     def skipped(self) -> dict[str, int]:
-        """`source/skipped/reason` and `skipped/source/reason`, since the start of the run."""
-        return {k: v for k, v in [*self.planner.mixture.counts.items(), *self.counts.items()] if "skipped/" in k}
+        """`source/skipped/reason` and `skipped/source/reason`: while indexing, and since the start of the run."""
+        total = Counter(self.planner.mixture.left_out)
+        total.update({k: v for k, v in [*self.planner.mixture.counts.items(), *self.counts.items()] if "skipped/" in k})
+        return dict(total)
 
 
 class DataModule(L.LightningDataModule):
@@ -166,6 +178,11 @@ class DataModule(L.LightningDataModule):
         held_out = {n: SourceConfig.from_dict(n, values, "val_sources") for n, values in self.val_sources.items()}
         for name, config in [*configs.items(), *held_out.items()]:
             expand_paths(name, config.path)
+            if config.modality == "image" and not self.processor.image_size:
+                raise UserError(
+                    f"source '{name}' has images but the model has no vision part (model.vision=null): leave it out, "
+                    "or set its modality to text if no record has an image"
+                )
         if text_required and not any(c.modality == "text" and c.weight > 0 for c in configs.values()):
             raise UserError(
                 "data.sources has no text-only source, which pretraining needs in every step to keep the language "
@@ -211,13 +228,20 @@ class DataModule(L.LightningDataModule):
     def _held_out(self, name: str, values: dict[str, Any]) -> list[Sample]:
         source = SourceConfig.from_dict(name, values, "val_sources").open(name)
         samples: list[Sample] = []
+        left_out: Counter[str] = Counter()
         for index in spread(len(source), self.val_samples):
             try:
                 sample = self.processor.sample(source.record(index), name)
-            except BadSample:
+            except BadSample as bad:
+                left_out[bad.reason] += 1
                 continue
             if sample.length <= self.packing.row_length:
                 samples.append(sample)
+            else:
+                left_out["too_long"] += 1
+        if left_out:
+            reasons = ", ".join(f"{reason}: {count}" for reason, count in left_out.most_common())
+            log.warning("data.val_sources.%s: %d samples left out (%s)", name, left_out.total(), reasons)
         if not samples:
             raise UserError(f"data.val_sources.{name}: no usable sample in {values['path']}")
         return samples

@@ -21,6 +21,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 
+from sphinx_pl.errors import UserError
+
 Box4 = tuple[float, float, float, float]
 Point2 = tuple[float, float]
 Size = tuple[int, int]
@@ -96,7 +98,7 @@ class Geometry:
 
     def __post_init__(self) -> None:
         if not 1 <= self.decimals <= 6:
-            raise ValueError(f"decimals={self.decimals} must be 1 to 6")
+            raise UserError(f"data.processor.decimals={self.decimals} must be 1 to 6")
 
     def box(self, box_px: Box4, size: Size) -> str:
         """`[x1,y1,x2,y2]` of a box in pixels of an image (width, height)."""

@@ -48,8 +48,8 @@ def read_bytes(ref: ImageRef) -> bytes:
         with Path(ref.path).open("rb") as file:
             file.seek(ref.offset)
             data = file.read(ref.size if ref.size >= 0 else MAX_BYTES + 1)
-    except OSError as error:
-        raise BadSample("image_missing", f"{ref.path}: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte or half a character
+        raise BadSample("image_missing", f"{ref.path!r}: {getattr(error, 'strerror', error)}") from None
     if not data:
         raise BadSample("image_empty", ref.path)
     if len(data) > MAX_BYTES:

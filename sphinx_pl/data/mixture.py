@@ -17,7 +17,7 @@ import numpy as np
 from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.processor import Processor, merge_branches
 from sphinx_pl.data.record import Sample
-from sphinx_pl.data.sources import Source, build_source
+from sphinx_pl.data.sources import Source, build_source, check_options
 from sphinx_pl.errors import UserError
 from sphinx_pl.typed import build
 
@@ -53,13 +53,11 @@ class SourceConfig:
             raise UserError(f"{prefix}.modality='{config.modality}' must be one of {', '.join(MODALITIES)}")
         if config.weight < 0:
             raise UserError(f"{prefix}.weight={config.weight} must not be negative")
+        check_options(config.kind, prefix, config.options)
         return config
 
     def open(self, name: str) -> Source:
-        source = build_source(self.kind, name, self.path, **self.options)
-        if len(source) == 0:
-            raise UserError(f"data.sources.{name}: no usable sample in {self.path}")
-        return source
+        return build_source(self.kind, name, self.path, **self.options)
 
 
 def _images(source: Source, index: int) -> object:
@@ -164,6 +162,15 @@ class Mixture:
     def counts(self) -> dict[str, int]:
         """`source/seen`, `source/skipped/reason`: since the start of the run."""
         return {f"{name}/{key}": value for name, stream in self.streams.items() for key, value in stream.counts.items()}
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """`source/skipped/reason`: what was already unreadable when the sources were indexed."""
+        return {
+            f"{name}/skipped/{reason}": count
+            for name, stream in self.streams.items()
+            for reason, count in stream.source.skipped.items()
+        }
 
     def state_dict(self) -> dict[str, Any]:
         return {

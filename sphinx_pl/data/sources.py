@@ -22,7 +22,7 @@ import zlib
 from abc import ABC, abstractmethod
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
@@ -38,6 +38,8 @@ from sphinx_pl.registry import Registry
 log = logging.getLogger(__name__)
 
 Offsets = npt.NDArray[np.int64]
+MAX_SIDE = 1 << 24
+"""Pixels; what an annotation says beyond it is an error."""
 
 
 class Source(ABC):
@@ -84,12 +86,20 @@ def build_source(kind: str, name: str, path: str | Sequence[str], **options: Any
     Raises:
         UserError: an unknown kind or option, or no file is there.
     """
-    source = SOURCES[kind]
-    known = [option for option in inspect.signature(source).parameters if option not in ("name", "path")]
+    check_options(kind, f"source '{name}'", options)
+    return SOURCES[kind](name, path, **options)
+
+
+def check_options(kind: str, where: str, options: Iterable[str]) -> None:
+    """Whether sources of `kind` have these options, without building one.
+
+    Raises:
+        UserError: an unknown kind or option, at the place that `where` names.
+    """
+    known = [option for option in inspect.signature(SOURCES[kind]).parameters if option not in ("name", "path")]
     for option in options:
         if option not in known:
-            raise UserError(f"source '{name}' of kind {kind} has no option '{option}': {suggest(option, known)}")
-    return source(name, path, **options)
+            raise UserError(f"{where} of kind {kind} has no option '{option}': {suggest(option, known)}")
 
 
 def expand_paths(name: str, path: str | Sequence[str]) -> list[str]:
@@ -202,15 +212,15 @@ class _Shard:
         end = Path(path).stat().st_size
         try:
             tar = tarfile.open(path, "r:")  # noqa: SIM115 - closed below, but what fails here is another reason
-        except (tarfile.TarError, OSError) as error:
+        except Exception as error:  # damaged headers make tarfile raise nearly anything
             log.warning("%s: %s", path, error)
             skipped["shard_unreadable"] += 1
             return
         whole = False
-        with tar, contextlib.suppress(tarfile.TarError, OSError):
+        with tar, contextlib.suppress(Exception):  # as above
             while member := tar.next():
                 tar.members = []  # type: ignore[attr-defined]  # else tarfile would keep every header
-                if member.offset_data + member.size > end:
+                if member.size < 0 or member.offset_data + member.size > end:  # below 0 it would never end
                     break
                 file = PurePosixPath(member.name)
                 stem, _, extension = file.name.partition(".")
@@ -271,6 +281,7 @@ class ImageTextSource(Source):
         meta.pop("caption", None)
         if not isinstance(caption, str) or not caption.strip():
             raise BadSample("caption_empty", key)
+        _check_unicode(caption, "caption", key)
         if len(caption) > self.max_caption_chars:
             raise BadSample("caption_too_long", f"{key}: {len(caption)} characters")
         return Record(
@@ -367,6 +378,7 @@ class TextSource(Source):
         text = _json_object(self._lines[index], key).get("text")
         if not isinstance(text, str) or not text.strip():
             raise BadSample("text_empty", key)
+        _check_unicode(text, "text", key)
         return Record(key=key, task=self.task, answer=text)
 
 
@@ -422,7 +434,7 @@ class InstructionSource(Source):
             key = f"{key}:{entry['id']}"
         try:
             return self._record(entry, key)
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
             # Whatever the entry holds instead of what it should: the counter is what matters, the message is a help.
             raise BadSample("entry_malformed", f"{key}: {type(error).__name__}: {error}") from None
 
@@ -455,8 +467,10 @@ class InstructionSource(Source):
             except BadSample as bad:
                 self.skipped[bad.reason] += 1
                 continue
-            meta = entry.get("meta")
-            if (self.tasks is None or entry.get("task", self.task) in self.tasks) and all(
+            task, meta = entry.get("task", self.task), entry.get("meta")
+            if not isinstance(task, str):
+                self.skipped["entry_malformed"] += 1
+            elif (self.tasks is None or task in self.tasks) and all(
                 isinstance(meta, dict) and meta.get(wanted) == value for wanted, value in self.where.items()
             ):
                 rows.append(row)
@@ -521,14 +535,24 @@ def _json_object(data: bytes, key: str) -> dict[str, Any]:
 def _sizes(width: Any, height: Any, key: str) -> tuple[tuple[int, int], ...]:
     if width is None or height is None:
         return ()
-    if not isinstance(width, int) or not isinstance(height, int) or min(width, height) < 1:
+    sides = (width, height)
+    if not all(isinstance(side, int) and 1 <= side <= MAX_SIDE for side in sides):
         raise BadSample("size_malformed", f"{key}: {width}x{height}")
     return ((width, height),)
+
+
+def _check_unicode(text: str, what: str, key: str) -> None:
+    """JSON can spell halves of a character ("\\ud83d", where a text was cut), which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadSample(f"{what}_not_utf8", f"{key}: {error}") from None
 
 
 def _string(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} should be text")
+    value.encode()  # a UnicodeEncodeError is a ValueError
     return value
 
 

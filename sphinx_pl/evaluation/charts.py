@@ -103,7 +103,7 @@ def line_chart(
             ]
     if not small:
         named = [line for line in series if line.name and line.points]
-        places = _spread([at_y(line.points[-1][1]) for line in named], 16, top + 6, height - bottom)
+        places = _apart([at_y(line.points[-1][1]) for line in named], 16, top + 6, height - bottom)
         for line, y in zip(named, places, strict=True):
             x = width - right + 12
             parts.append(
@@ -127,7 +127,7 @@ def interval_bar(score: float, low: float, high: float, baseline: float | None) 
     return "".join([*parts, "</svg>"])
 
 
-def _spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+def _apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
     """Places near `wanted`, at least `gap` apart, between low and high where there is room."""
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     placed: list[float] = []

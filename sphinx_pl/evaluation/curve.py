@@ -34,6 +34,12 @@ class CurvePoint:
         return math.fsum(means) / len(means)
 
 
+def check_ends(checkpoints: Sequence[Checkpoint]) -> None:
+    """Raises: UserError: not two checkpoints."""
+    if len(checkpoints) != 2:
+        raise UserError(f"a curve runs between 2 checkpoints, not {len(checkpoints)}: give checkpoints=[A,B]")
+
+
 def mixing_curve(
     model: Sphinx,
     checkpoints: Sequence[Checkpoint],
@@ -48,8 +54,7 @@ def mixing_curve(
     Raises:
         UserError: not two checkpoints, or two that cannot be mixed or do not fit the model.
     """
-    if len(checkpoints) != 2:
-        raise UserError(f"a curve runs between 2 checkpoints, not {len(checkpoints)}: give checkpoints=[A,B]")
+    check_ends(checkpoints)
     check_compatible(checkpoints)
     checkpoints[0].load_into(model)  # names and shapes are checked here, once
     target = model.state_dict()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sphinx_pl.data.record import Batch
+from sphinx_pl.errors import UserError
 from sphinx_pl.evaluation.device import autocast
 from sphinx_pl.models.sphinx import Sphinx
 
@@ -65,9 +66,10 @@ def held_out_losses(
                 with autocast(device, precision):
                     result = model.token_losses(batch.to(device))
                 parts.append(_per_segment(batch, result.nll, result.index))
-            losses[name] = SourceLoss(
-                torch.cat([sums for sums, _ in parts]), torch.cat([counts for _, counts in parts])
-            )
+            loss = SourceLoss(torch.cat([sums for sums, _ in parts]), torch.cat([counts for _, counts in parts]))
+            if not len(loss.sums):
+                raise UserError(f"held-out source '{name}' has no target left: check the paths of its images")
+            losses[name] = loss
         return losses
     finally:
         model.train(training)

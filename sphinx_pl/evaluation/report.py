@@ -13,7 +13,8 @@ import csv
 import datetime
 import io
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -30,6 +31,8 @@ from sphinx_pl.errors import UserError
 from sphinx_pl.evaluation.charts import Series, interval_bar, line_chart, smooth
 from sphinx_pl.evaluation.drawing import GIVEN, PREDICTED, TRUE, draw, to_picture
 from sphinx_pl.files import write_whole
+
+log = logging.getLogger(__name__)
 
 PICTURE_SCALE = 4
 WITHOUT_TEXT = "_notext"
@@ -108,7 +111,7 @@ def read_run(name: str, folder: Path) -> Run:
     """The run folder's metrics.csv and composed config; of a sweep, which lies elsewhere, nothing."""
     columns: dict[str, dict[float, float]] = {}
     file = folder / "metrics.csv"
-    with file.open(newline="", encoding="utf-8") if file.is_file() else io.StringIO() as stream:
+    with file.open(newline="", encoding="utf-8", errors="replace") if file.is_file() else io.StringIO() as stream:
         for row in csv.DictReader(stream):
             step = _number(row.get("step"))
             for column, text in row.items():
@@ -118,7 +121,7 @@ def read_run(name: str, folder: Path) -> Run:
     config: dict[str, Any] = {}
     for candidate in (folder / "config.yaml", folder / ".hydra" / "config.yaml"):
         if candidate.is_file():
-            config = yaml.safe_load(candidate.read_text(encoding="utf-8")) or {}
+            config = _parsed(candidate, yaml.safe_load) or {}
             break
     return Run(name, folder, {column: sorted(points.items()) for column, points in columns.items()}, config)
 
@@ -126,7 +129,7 @@ def read_run(name: str, folder: Path) -> Run:
 def read_curve(folder: Path | None) -> dict[str, Any] | None:
     """curve.json of mix_weights.py's `curve` option, or None."""
     file = folder / "curve.json" if folder else None
-    return json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else None
+    return _parsed(file, json.loads) if file and file.is_file() else None
 
 
 def read_evaluation(folder: Path) -> Evaluation | None:
@@ -135,10 +138,20 @@ def read_evaluation(folder: Path) -> Evaluation | None:
     if not results.is_file():
         return None
     predictions = folder / "predictions.jsonl"
-    lines = predictions.read_text(encoding="utf-8").splitlines() if predictions.is_file() else []
-    return Evaluation(
-        folder.name, json.loads(results.read_text(encoding="utf-8")), [json.loads(line) for line in lines]
-    )
+    found = _parsed(results, json.loads)
+    lines = _parsed(predictions, lambda text: [json.loads(line) for line in text.splitlines()])
+    return None if found is None else Evaluation(folder.name, found, lines or [])
+
+
+def _parsed(file: Path, parse: Callable[[str], Any]) -> Any:
+    """What the file holds; None, with a warning, where it is damaged: one bad file does not cost the others' page."""
+    try:
+        return parse(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        log.warning("%s is left out of the report: %s", file, str(error).splitlines()[0])
+        return None
 
 
 def find_inputs(folder: Path) -> tuple[list[Run], Path | None]:

@@ -77,6 +77,7 @@ class ClipViTConfig:
     load: Optional[str] = None
 
     def __post_init__(self) -> None:
+        _positive("model.vision.clip", self, "image_size", "patch_size", "width", "layers", "heads")
         _divides("model.vision.clip", self, "heads", "width")
         _divides("model.vision.clip", self, "patch_size", "image_size")
 
@@ -96,10 +97,11 @@ class ConvNextConfig:
     load: Optional[str] = None
 
     def __post_init__(self) -> None:
+        _positive("model.vision.convnext", self, "image_size", "stem")
         _require(
-            len(self.depths) == len(self.dims),
+            len(self.depths) == len(self.dims) > 0 and min(self.dims) > 0 and min(self.depths) >= 0,
             f"model.vision.convnext.depths has {len(self.depths)} stages but dims has {len(self.dims)}: "
-            "give one number per stage",
+            "give one number per stage, none of them negative",
         )
         _require(
             self.image_size % self.stride == 0,
@@ -133,6 +135,7 @@ class Dinov2Config:
     load: Optional[str] = None
 
     def __post_init__(self) -> None:
+        _positive("model.vision.dinov2", self, "image_size", "patch_size", "width", "layers", "heads")
         _divides("model.vision.dinov2", self, "heads", "width")
         _divides("model.vision.dinov2", self, "patch_size", "image_size")
 
@@ -160,6 +163,10 @@ class QFormerConfig:
     load: Optional[str] = None
 
     def __post_init__(self) -> None:
+        _positive("model.vision.qformer", self, "image_size", "patch_size", "queries", "width", "layers", "heads")
+        _positive(
+            "model.vision.qformer", self, "vision_width", "vision_layers", "vision_heads", "cross_attention_every"
+        )
         _divides("model.vision.qformer", self, "heads", "width")
         _divides("model.vision.qformer", self, "vision_heads", "vision_width")
         _divides("model.vision.qformer", self, "patch_size", "image_size")

@@ -142,10 +142,7 @@ class Sphinx(nn.Module):
     def trainable_table(self) -> list[tuple[str, int, int]]:
         """(part, trainable parameters, frozen parameters) of every part."""
         table = []
-        for name, pieces in self.parts().items():
-            parameters = [
-                p for piece in pieces for p in (piece.parameters() if isinstance(piece, nn.Module) else [piece])
-            ]
+        for name, parameters in self.part_parameters().items():
             trainable = sum(p.numel() for p in parameters if p.requires_grad)
             table.append((name, trainable, sum(p.numel() for p in parameters) - trainable))
         return table

@@ -65,6 +65,8 @@ class Stage(L.LightningModule):
         # Sums of nll and targets per task since the last log.
         self._task_sums: Tensor | None = None
         self._val_sums: Tensor | None = None
+        self.resumed = False
+        """The weights come from a resumable checkpoint, so that neither `init_from` nor towers are read again."""
         self.validated_at = -1
         """Optimizer steps behind the last held-out losses."""
         self._tasks: list[str] = []
@@ -82,13 +84,15 @@ class Stage(L.LightningModule):
         """
         vision = self.config.vision
         parts = ["decoder", *(["projections", *vision.towers] if vision else [])]
+        if not self.train_parts:
+            raise UserError(f"stage.train_parts is empty, so nothing would train: choose among {', '.join(parts)}")
         for part in self.train_parts:
             if part not in parts:
                 raise UserError(f"stage.train_parts: no part '{part}' in this model; {suggest(part, parts)}")
         for part in self.optim.lr_scale:
             if part not in parts:
                 raise UserError(f"stage.optim.lr_scale: no part '{part}' in this model; {suggest(part, parts)}")
-        if not self.init_from:
+        if not self.init_from or self.resumed:
             return
         checkpoint = open_checkpoint(self.init_from)
         if differing := differences(checkpoint.model_config.to_dict(), self.config.to_dict(), "model"):
@@ -111,7 +115,9 @@ class Stage(L.LightningModule):
             return
         self.check()
         model = Sphinx(self.config)
-        if self.init_from:
+        if self.resumed:
+            pass
+        elif self.init_from:
             checkpoint = open_checkpoint(self.init_from)
             checkpoint.load_into(model)
             self.parents = [checkpoint.identity()]
@@ -165,9 +171,11 @@ class Stage(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["task_sums"] = self._task_sums
+        checkpoint["parents"] = self.parents
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._task_sums = checkpoint["task_sums"]
+        self.parents = checkpoint["parents"]
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -207,18 +215,27 @@ class Stage(L.LightningModule):
     # -- held-out losses --------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        self._val_sums = torch.zeros(2, max(1, len(self.val_names)), device=self.device, dtype=torch.float64)
+        self._val_sums = torch.zeros(3, max(1, len(self.val_names)), device=self.device, dtype=torch.float64)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         losses = self.sphinx.token_losses(batch)
         assert self._val_sums is not None
         self._val_sums[0, dataloader_idx] += losses.nll.double().sum()
         self._val_sums[1, dataloader_idx] += losses.nll.numel()
+        self._val_sums[2, dataloader_idx] += sum(n for key, n in batch.counters.items() if key.startswith("skipped/"))
 
     def on_validation_epoch_end(self) -> None:
         assert self._val_sums is not None
-        nll, count = self._reduced(self._val_sums).tolist()
-        metrics = {f"val/loss/{name}": nll[i] / max(count[i], 1) for i, name in enumerate(self.val_names)}
+        nll, count, unreadable = self._reduced(self._val_sums).tolist()
+        metrics: dict[str, float] = {}
+        for i, name in enumerate(self.val_names):
+            if not count[i]:
+                raise UserError(
+                    f"data.val_sources.{name}: no target is left to measure ({unreadable[i]:.0f} images could not be "
+                    "read): check the paths of its images"
+                )
+            metrics[f"val/loss/{name}"] = nll[i] / count[i]
         metrics["val/loss"] = sum(metrics.values()) / max(len(metrics), 1)
+        metrics |= {f"val/unreadable/{name}": n for name, n in zip(self.val_names, unreadable, strict=False) if n}
         self.log_dict(metrics)
         self.validated_at = self.global_step

@@ -45,8 +45,11 @@ def test_what_ckpt_path_means(tmp_path: Path) -> None:
     assert resolve_resume(None, run) is None
     assert resolve_resume("last", run) is None  # nothing yet: a job that restarts itself begins anew
     assert resolve_resume(str(other), run) == other
-    with pytest.raises(UserError, match=r"ckpt_path=nowhere\.ckpt: no such file"):
-        resolve_resume("nowhere.ckpt", run)
+    run.mkdir()
+    (run / "best.ckpt").touch()
+    for wrong in ("nowhere.ckpt", str(tmp_path), str(run / "best.ckpt")):
+        with pytest.raises(UserError, match=f"ckpt_path={wrong} is not a file to resume from"):
+            resolve_resume(wrong, run)
 
 
 # --- writing

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.flop_counter import FlopCounterMode
 
+from callbacks import throughput
 from callbacks.throughput import Throughput, TrainingFlops, measured_peak, skipped_metrics
 from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.packing import Collator
@@ -124,6 +125,23 @@ def test_skipped_samples_are_logged_by_source_and_reason(fit: Fit, datamodule: D
 def test_counters_of_planner_and_collator_are_added() -> None:
     counters = {"web/skipped/too_long": 2, "skipped/web/too_long": 1, "skipped/web/image_unreadable": 3}
     assert skipped_metrics(counters) == {"data/skipped/web/too_long": 3.0, "data/skipped/web/image_unreadable": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "flops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA RTX A1000", 1.0),
+        ("NVIDIA RTX A4000", 1.0),
+    ],
+)
+def test_peak_of_a_gpu_goes_by_its_whole_name(name: str, flops: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(throughput, "measured_peak", lambda *args, **options: 1.0)
+    assert throughput.peak_flops(torch.device("cuda"), torch.bfloat16) == flops
 
 
 def test_measured_peak_is_reached_by_a_matrix_product_but_not_passed() -> None:

@@ -115,7 +115,9 @@ def test_damaged_files_are_skipped_and_counted_and_the_run_goes_on(
     assert not any(f"captions/captions.tar/{i:04d}" in used for i in (17, 18, 19))
 
     skipped = train.skipped
-    assert set(skipped) == {"captions/skipped/caption_not_utf8", "skipped/images/image_unreadable"}
+    reasons = {"captions/skipped/caption_not_utf8", "skipped/images/image_unreadable", "cut/skipped/shard_truncated"}
+    assert set(skipped) == reasons
+    assert skipped["cut/skipped/shard_truncated"] == 1
     epochs = streams["captions"].epoch
     assert 3 * epochs <= skipped["captions/skipped/caption_not_utf8"] <= 3 * (epochs + 1)
     broken = [key for key in used if key in ("images/images.tar/0000", "images/images.tar/0001")]
@@ -138,6 +140,48 @@ def test_a_broken_image_leaves_no_target_and_is_not_in_the_denominator(
             of_sample = batch.labels[b][batch.segment_ids[b] == segment]
             assert bool((of_sample != IGNORE).any()) == (key not in bad), key
     assert seen > 0
+
+
+def test_what_cannot_even_be_indexed_stops_the_run_at_its_start(
+    processor: Processor, sample_data: Path, tmp_path: Path
+) -> None:
+    members = [(f"{i:04d}.txt", b"a caption without its image") for i in range(10)]
+    members += [
+        (f"good{i}.{kind}", data)
+        for i, pair in enumerate(pairs(sample_data, 20))
+        for kind, data in (("jpg", pair[0]), ("txt", pair[1].encode()))
+    ]
+    data = datamodule(processor, {"web": web(write_tar(tmp_path / "a.tar", members))}, max_skipped=0.3)
+    with pytest.raises(UserError, match=r"33\.3% of 30 .*web/skipped/image_absent: 10"):
+        next(iter(loader(data)))
+
+
+def test_what_held_out_sources_leave_out_is_said(
+    processor: Processor, sample_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    val = {"web": web(shard(tmp_path / "a.tar", pairs(sample_data, 8), bad_captions=3))}
+    assert list(datamodule(processor, {}, val=val).val_loaders()["web"])
+    assert any("data.val_sources.web: 3 samples left out (caption_not_utf8: 3)" in line for line in caplog.messages)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"kind": "image_txt", "path": "a.tar"}, "did you mean 'image_text'"),
+        ({"kind": "image_text", "path": "a.tar", "max_caption": 3}, "data.sources.web .*max_caption_chars"),
+    ],
+)
+def test_a_wrong_source_is_found_before_anything_is_read(
+    processor: Processor, source: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        datamodule(processor, {"web": source}).check()
+
+
+def test_images_need_a_vision_part(processor: Processor, sample_data: Path, tmp_path: Path) -> None:
+    blind = dataclasses.replace(processor, image_size=0, tokens_per_image=0)
+    with pytest.raises(UserError, match="'web' has images but the model has no vision part"):
+        datamodule(blind, {"web": web(shard(tmp_path / "a.tar", pairs(sample_data, 2)))}).check()
 
 
 def test_too_much_that_is_bad_stops_the_run_and_names_the_worst(

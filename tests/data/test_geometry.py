@@ -12,6 +12,7 @@ from sphinx_pl.data.geometry import (
     to_pixels,
     to_square,
 )
+from sphinx_pl.errors import UserError
 
 G = Geometry()
 
@@ -141,5 +142,5 @@ def test_iou():
 
 
 def test_decimals_are_bounded():
-    with pytest.raises(ValueError, match="decimals=0"):
+    with pytest.raises(UserError, match="decimals=0"):
         Geometry(0)

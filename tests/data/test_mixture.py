@@ -90,7 +90,7 @@ def test_a_null_source_and_one_without_weight_are_left_out(processor: Processor,
         ({"path": "nowhere/*.tar"}, r"source 'real': there is no file 'nowhere/\*\.tar'"),
         ({"weight": -0.5}, r"data\.sources\.real\.weight=-0\.5 must not be negative"),
         ({"modality": "video"}, r"data\.sources\.real\.modality='video' must be one of image, text"),
-        ({"tsk": "caption"}, r"source 'real' of kind image_text has no option 'tsk': did you mean 'task'\?"),
+        ({"tsk": "caption"}, r"data\.sources\.real of kind image_text has no option 'tsk': did you mean 'task'\?"),
         ({"task": "captoin"}, r"unknown task 'captoin': did you mean 'caption'\?"),
     ],
 )

@@ -87,6 +87,12 @@ def test_does_not_write_over_other_files(tmp_path: Path, capsys: pytest.CaptureF
     assert main(["--out", str(tmp_path)]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert (tmp_path / "thesis.txt").read_text() == "three years of work"
+    (tmp_path / "manifest.json").write_text('{"name": "a web extension", "version": 4}')
+    with pytest.raises(UserError, match="not sample data"):
+        build(tmp_path)
+    with pytest.raises(UserError, match="not sample data"):
+        build(tmp_path / "thesis.txt")
+    assert (tmp_path / "thesis.txt").read_text() == "three years of work"
 
 
 def test_no_scan_or_photograph_is_in_training_and_held_out_pictures(sample: Path) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.images import load_image
-from sphinx_pl.data.record import Region, Turn
+from sphinx_pl.data.record import ImageRef, Region, Turn
 from sphinx_pl.data.sources import ImageTextSource, InstructionSource, TextSource, build_source
 from sphinx_pl.errors import UserError
 
@@ -335,11 +335,49 @@ def test_root_of_the_images(tmp_path):
         ({"conversations": "hello"}, "entry_malformed"),
         ({"conversations": 3}, "entry_malformed"),
         ({"width": 0, "height": 5}, "size_malformed"),
+        ({"width": 10**310, "height": 5}, "size_malformed"),
+        ({"regions": [{"box": [10**310, 2, 3, 4]}]}, "entry_malformed"),
+        ({"regions": [{"box": [1, 2, 3, 4], "keypoints": [[1, 1, float("inf")]]}]}, "entry_malformed"),
+        ({"question": "half a character \ud83d"}, "entry_malformed"),
     ],
 )
 def test_broken_entries_are_bad_samples(tmp_path, entry, expected):
     source = InstructionSource("chat", write_json(tmp_path / "c.json", [entry]))
     assert reason(source, 0) == expected
+
+
+def test_half_characters_and_impossible_names(tmp_path):
+    lines = tmp_path / "t.jsonl"
+    lines.write_text(json.dumps({"text": "cut \ud83d"}) + "\n")
+    assert reason(TextSource("text", str(lines)), 0) == "text_not_utf8"
+    path = write_tar(tmp_path / "a.tar", [sample("0")[0], ("0.json", b'{"caption": "cut \\ud83d"}')])
+    assert reason(ImageTextSource("pairs", str(path)), 0) == "caption_not_utf8"
+    for name in ("a\0b.jpg", "a\udcff\ud83d.jpg"):
+        with pytest.raises(BadSample, match="image_missing"):
+            load_image(ImageRef(name), 8)
+
+
+def test_a_filter_meets_tasks_that_are_no_names(tmp_path):
+    entries = [{"task": task, "answer": "a"} for task in ([], {}, 3, "rec")]
+    source = InstructionSource("chat", write_json(tmp_path / "c.json", entries), tasks=["rec"])
+    assert len(source) == 1
+    assert source.skipped == {"entry_malformed": 3}
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("size", [-512, -1, 1 << 62])
+def test_a_tar_with_an_impossible_size_ends(tmp_path, size):
+    path = write_tar(tmp_path / "a.tar", [*sample("0"), *sample("1")])
+    data = bytearray(path.read_bytes())
+    start = data.index(b"1.jpg")
+    number = size.to_bytes(11, "big", signed=True)
+    data[start + 124 : start + 136] = (b"\xff" if size < 0 else b"\x80") + number
+    data[start + 148 : start + 156] = b" " * 8
+    data[start + 148 : start + 156] = b"%06o\0 " % sum(data[start : start + 512])
+    path.write_bytes(data)
+    source = ImageTextSource("pairs", str(path))
+    assert len(source) == 1
+    assert source.skipped == {"shard_truncated": 1}
 
 
 def test_filters(tmp_path):

@@ -140,6 +140,16 @@ def test_nothing_given_is_said_and_no_crash(tmp_path: Path) -> None:
         assert sentence in text
 
 
+def test_damaged_inputs_are_left_out_and_said(inputs: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("curve.json", "evaluation/predictions.jsonl", "real/config.yaml"):
+        (inputs / name).write_bytes(b"{\xff")
+    arguments = [f"--run=real={inputs / 'real'}", f"--mix={inputs}", "--evaluation", str(inputs / "evaluation")]
+    assert main([f"--out={inputs / 'damaged.html'}", *arguments]) == 0
+    left_out = [message for message in caplog.messages if "left out of the report" in message]
+    assert len(left_out) == 3
+    assert "There is no curve" in Page((inputs / "damaged.html").read_text()).text
+
+
 def test_a_wrong_argument_is_answered_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([f"--out={tmp_path / 'r.html'}", "--run=folder"]) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -39,6 +39,7 @@ VERSION = 4
 
 SHARD_SIZE = 1000
 MANIFEST = "manifest.json"
+_IDENTITY = ("version", "seed", "scale")
 
 # Numbers at scale 1, per domain where a thing has domains.
 PAIRS = {"train": 3000, "val": 256}
@@ -107,7 +108,7 @@ def build(out: str | Path, seed: int = 0, scale: float = 1.0) -> dict[str, Any]:
     wanted = {"version": VERSION, "seed": seed, "scale": scale}
     if (found := _intact(out, wanted)) is not None:
         return found
-    if out.exists() and any(out.iterdir()) and not (out / MANIFEST).is_file():
+    if out.exists() and not _replaceable(out):
         raise UserError(f"out={out} is not empty and not sample data: choose another folder or empty this one")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
@@ -117,6 +118,16 @@ def build(out: str | Path, seed: int = 0, scale: float = 1.0) -> dict[str, Any]:
             out.replace(Path(temporary) / "old")
         root.replace(out)
     return manifest
+
+
+def _replaceable(out: Path) -> bool:
+    """An empty folder, or sample data of any version: other things have a manifest.json too."""
+    if not out.is_dir():
+        return False
+    try:
+        return not any(out.iterdir()) or json.loads((out / MANIFEST).read_text()).keys() >= {*_IDENTITY, "files"}
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _intact(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
