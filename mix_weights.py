@@ -78,7 +78,7 @@ def curve_data(options: MixConfig, checkpoints: list[Checkpoint], data: DictConf
     """What the curve is measured on.
 
     Raises:
-        UserError: a source that is not there, more than two checkpoints, or no matplotlib to draw with.
+        UserError: a source that is not there, not two checkpoints, or no matplotlib to draw with.
     """
     from sphinx_pl.data.datamodule import DataModule
     from sphinx_pl.data.processor import Processor

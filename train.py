@@ -91,7 +91,8 @@ def prepare_run_folder(cfg: DictConfig, folder: Path, resume: Path | None) -> No
         (folder / "metrics.csv").unlink(missing_ok=True)
         for left in (folder / "predictions", folder / "tensorboard", *folder.glob("model-step-*")):
             shutil.rmtree(left, ignore_errors=True)
-    if reached < cfg.trainer.max_steps:  # else the next stage would start from the old weights if this run died
+    # Else the next stage would start from the old weights if this run died.
+    if not reached or reached < cfg.trainer.max_steps:
         shutil.rmtree(folder / "model", ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))

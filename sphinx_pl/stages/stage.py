@@ -115,13 +115,11 @@ class Stage(L.LightningModule):
             return
         self.check()
         model = Sphinx(self.config)
-        if self.resumed:
-            pass
-        elif self.init_from:
+        if self.init_from and not self.resumed:
             checkpoint = open_checkpoint(self.init_from)
             checkpoint.load_into(model)
             self.parents = [checkpoint.identity()]
-        else:
+        elif not self.resumed:
             self._load_towers(model)
         model.freeze([part for part in model.parts() if part not in self.train_parts])
         self.model = model
