@@ -32,14 +32,14 @@ demo: DATA = sample_demo
 demo: ROOT = data/sample
 demo: SCALE = 1
 demo: WITHOUT_TEXT = pretrain_synthetic
-demo: EARLY = 200
+demo: EARLY = 100
 demo: LIMIT = limit=40
 sample-full: RECIPE = sample_full
 sample-full: DATA = sample
 sample-full: ROOT = data/sample_full
 sample-full: SCALE = 4
 sample-full: WITHOUT_TEXT = pretrain_real pretrain_synthetic finetune
-sample-full: EARLY = 500
+sample-full: EARLY = 250
 sample-full: LIMIT = limit=100 data.root=$(ROOT)
 demo sample-full: venv
 	$(PY) -m sphinx_pl.data.sample --out $(ROOT) --scale $(SCALE)

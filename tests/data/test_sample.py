@@ -19,8 +19,8 @@ from sphinx_pl.data.sample import language
 from sphinx_pl.data.sample.__main__ import main
 from sphinx_pl.data.sample.assets import HELD_OUT_PHOTOS, TRAIN_PHOTOS, Origin, load_assets
 from sphinx_pl.data.sample.drawing import COLORS, scan_mask
-from sphinx_pl.data.sample.records import relation_entry, scene_entries
-from sphinx_pl.data.sample.scenes import MAX_OBJECTS, Scene, Thing, draw_scene
+from sphinx_pl.data.sample.records import relation_entry, relations_to_middle, scene_entries
+from sphinx_pl.data.sample.scenes import MAX_OBJECTS, Scene, draw_scene
 from sphinx_pl.data.sample.writer import build
 from sphinx_pl.data.sources import ImageTextSource, InstructionSource, TextSource
 from sphinx_pl.data.tasks import TASKS
@@ -205,18 +205,34 @@ def test_questions_of_a_scene_have_one_right_answer() -> None:
 
 
 def test_relation_is_said_only_where_it_is_clear() -> None:
-    middle = Thing("red", "circle", (30, 30, 50, 50))
-
     def place(x: int, y: int) -> str | None:
-        return language.relation(Thing("blue", "3", (30 + x, 30 + y, 50 + x, 50 + y)), middle)
+        return language.relation((40 + x, 40 + y), (40, 40))
 
     assert [place(-20, 10), place(20, -10), place(10, -20), place(0, 20)] == ["left", "right", "above", "below"]
     assert place(20, 11) is None  # too much of both
     assert place(0, 0) is None
     assert place(8, 0) is None  # too close
-    assert relation_entry(Thing("blue", "3", (0, 0, 9, 9)), middle, "left")["question"] == (
+    assert relation_entry("blue 3", "red circle", "left")["question"] == (
         "Where is the blue 3 relative to the red circle?"
     )
+
+
+def test_training_also_asks_for_one_thing_relative_to_the_middle(sample: Path) -> None:
+    def asked(split: str) -> dict[bool, Counter[str]]:
+        found: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
+        for entry in entries(sample, split):
+            if entry.get("task") == "relation":
+                found[entry["question"].endswith("relative to the middle of the picture?")][entry["answer"]] += 1
+        return found
+
+    training, held_out = asked("train"), asked("test")
+    assert set(training[True]) == set(training[False]) == set(language.RELATIONS)
+    assert not held_out[True]
+    for drawn in (scene(index, "synthetic") for index in range(20)):
+        for phrase, _, place in relations_to_middle(drawn):
+            x, y = next(thing.center for thing in drawn.things if thing.phrase == phrase)
+            dx, dy = x - drawn.width / 2, y - drawn.height / 2
+            assert place == (("left" if dx < 0 else "right") if abs(dx) > abs(dy) else ("above" if dy < 0 else "below"))
 
 
 def test_captions_are_as_noisy_as_said() -> None:

@@ -12,7 +12,7 @@ import random
 from dataclasses import dataclass
 
 from sphinx_pl.data.sample.drawing import COLORS, SHAPES
-from sphinx_pl.data.sample.scenes import DIGITS, Scene, Thing
+from sphinx_pl.data.sample.scenes import DIGITS, Scene
 
 NUMBER_WORDS = ("zero", "one", "two", "three")
 WRONG_SHARE = 0.15
@@ -32,17 +32,24 @@ def object_count(count: int) -> str:
     return f"{NUMBER_WORDS[count]} object{'s' if count > 1 else ''}"
 
 
-def relation(a: Thing, b: Thing) -> str | None:
-    """Where `a` is relative to `b`: left, right, above, below; None where neither direction clearly prevails."""
-    dx, dy = a.center[0] - b.center[0], a.center[1] - b.center[1]
-    if abs(dx) >= max(2 * abs(dy), 12):
+RELATIONS = ("left", "right", "above", "below")
+
+
+def relation(a: tuple[float, float], b: tuple[float, float], least: float = 12) -> str | None:
+    """Which of `RELATIONS` the point `a` is relative to `b`; None where neither direction clearly prevails.
+
+    Args:
+        least: pixels that they are apart at least.
+    """
+    dx, dy = a[0] - b[0], a[1] - b[1]
+    if abs(dx) >= max(2 * abs(dy), least):
         return "left" if dx < 0 else "right"
-    if abs(dy) >= max(2 * abs(dx), 12):
+    if abs(dy) >= max(2 * abs(dx), least):
         return "above" if dy < 0 else "below"
     return None
 
 
-RELATION_WORDS = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
+RELATION_PHRASES = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
 
 
 def description(scene: Scene) -> str:
@@ -58,8 +65,8 @@ def synthetic_caption(scene: Scene, rng: random.Random) -> str:
     names = [with_article(thing.phrase) for thing in scene.things]
     if len(names) == 1:
         return rng.choice((names[0], f"there is one object: {names[0]}", f"a picture of {names[0]}"))
-    if len(names) == 2 and (place := relation(scene.things[0], scene.things[1])) and rng.random() < 0.4:
-        return f"{names[0]} {RELATION_WORDS[place]} {names[1]}"
+    if len(names) == 2 and (place := relation(scene.things[0].center, scene.things[1].center)) and rng.random() < 0.4:
+        return f"{names[0]} {RELATION_PHRASES[place]} {names[1]}"
     if rng.random() < 0.4:
         return f"there are {object_count(len(names))}: {listing(names)}"
     return listing(names)

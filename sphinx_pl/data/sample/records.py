@@ -14,7 +14,7 @@ from typing import Any
 from sphinx_pl.data.record import Region
 from sphinx_pl.data.sample.drawing import COLORS, SHAPES
 from sphinx_pl.data.sample.figures import Annotated
-from sphinx_pl.data.sample.language import Fact, description, listing, relation
+from sphinx_pl.data.sample.language import RELATIONS, Fact, description, listing, relation
 from sphinx_pl.data.sample.scenes import DIGITS, MAX_OBJECTS, Plan, Scene, Thing, group_of
 
 Entry = dict[str, Any]
@@ -22,7 +22,7 @@ DrawScene = Callable[[int, Callable[[Plan], bool] | None], Scene]
 
 COUNT_QUESTION = "How many objects are there?"
 CHOICE_QUESTION = "Which of these is in the image?"
-RELATIONS = ("left", "right", "above", "below")
+MIDDLE = "middle of the picture"
 
 
 def region(thing: Thing, label: str) -> Entry:
@@ -115,17 +115,21 @@ def description_entry(scene: Scene) -> Entry:
     return {"task": "description", "answer": description(scene)}
 
 
-def relation_entry(a: Thing, b: Thing, place: str) -> Entry:
-    return {
-        "task": "relation",
-        "question": f"Where is the {a.phrase} relative to the {b.phrase}?",
-        "answer": place,
-    }
+def relation_entry(phrase: str, other: str, place: str) -> Entry:
+    return {"task": "relation", "question": f"Where is the {phrase} relative to the {other}?", "answer": place}
 
 
-def relations(scene: Scene) -> list[tuple[Thing, Thing, str]]:
-    pairs = [(a, b, relation(a, b)) for a in scene.things for b in scene.things if a is not b]
-    return [(a, b, place) for a, b, place in pairs if place]
+def relations(scene: Scene) -> list[tuple[str, str, str]]:
+    """(phrase, other phrase, where it is relative to the other) of every clear pair."""
+    pairs = [(a, b) for a in scene.things for b in scene.things if a is not b]
+    return [(a.phrase, b.phrase, place) for a, b in pairs if (place := relation(a.center, b.center))]
+
+
+def relations_to_middle(scene: Scene) -> list[tuple[str, str, str]]:
+    """As `relations`, for training only: one thing has to be found, not two, which is learned first."""
+    middle = scene.width / 2, scene.height / 2
+    found = [(thing.phrase, relation(thing.center, middle, least=6)) for thing in scene.things]
+    return [(phrase, MIDDLE, place) for phrase, place in found if place]
 
 
 def scene_entries(scene: Scene, rng: random.Random) -> list[Entry]:
@@ -144,6 +148,7 @@ def scene_entries(scene: Scene, rng: random.Random) -> list[Entry]:
     groups = sorted({thing.group for thing in things})
     entries += [detection_entry(scene, group) for group in rng.sample(groups, min(2, len(groups)))]
     entries += [relation_entry(*pair) for pair in rng.sample(pairs, min(2, len(pairs)))]
+    entries += [relation_entry(*pair) for pair in relations_to_middle(scene)]
     return entries
 
 

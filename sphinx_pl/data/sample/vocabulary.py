@@ -12,6 +12,7 @@ import sentencepiece as spm
 
 from sphinx_pl.data.geometry import Geometry
 from sphinx_pl.data.sample.drawing import COLORS
+from sphinx_pl.data.sample.language import RELATIONS
 from sphinx_pl.data.sources import Source
 from sphinx_pl.data.tasks import TASKS
 
@@ -25,8 +26,10 @@ MARKS = ("###", "\n###", "\u2581Human:", "\u2581Assistant:")
 GEOMETRY_MARKS = ("<p>", "\u2581<p>", "</p>", "</p>[0.", "\u2581[0.", "[0.", ",0.", ";0.", "]<p>")
 
 # Half of the vocabulary are byte pieces. Merging pairs spends several pieces on the way to a long word, so the most
-# useful words are made pieces at once and merges get the rest. Colours are such words also right after "<p>".
+# useful words are made pieces at once and merges get the rest. Colours are such words also right after "<p>", and
+# so are the words of relations, whose answers are single ones.
 WORDS = 124
+PLACES = tuple(f"\u2581{word}" for word in (*RELATIONS, "middle"))
 
 
 def train_tokenizer(texts: list[str], instructions: Source) -> bytes:
@@ -49,7 +52,9 @@ def train_tokenizer(texts: list[str], instructions: Source) -> bytes:
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         add_dummy_prefix=True,
-        user_defined_symbols=list(dict.fromkeys([*MARKS, *GEOMETRY_MARKS, *COLORS, *_useful_words(sentences)])),
+        user_defined_symbols=list(
+            dict.fromkeys([*MARKS, *GEOMETRY_MARKS, *COLORS, *PLACES, *_useful_words(sentences)])
+        ),
         unk_id=0,
         bos_id=1,
         eos_id=2,

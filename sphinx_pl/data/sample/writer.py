@@ -34,7 +34,7 @@ from sphinx_pl.data.sample.vocabulary import train_tokenizer
 from sphinx_pl.data.sources import InstructionSource
 from sphinx_pl.errors import UserError
 
-VERSION = 4
+VERSION = 5
 """Raised when the world changes, so that data made by older code is made anew."""
 
 SHARD_SIZE = 1000
