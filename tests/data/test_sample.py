@@ -222,7 +222,7 @@ def test_training_also_asks_for_one_thing_relative_to_the_middle(sample: Path) -
         found: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
         for entry in entries(sample, split):
             if entry.get("task") == "relation":
-                found[entry["question"].endswith("relative to the middle of the picture?")][entry["answer"]] += 1
+                found[entry["question"].endswith("relative to the middle?")][entry["answer"]] += 1
         return found
 
     training, held_out = asked("train"), asked("test")

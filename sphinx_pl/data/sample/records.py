@@ -22,7 +22,7 @@ DrawScene = Callable[[int, Callable[[Plan], bool] | None], Scene]
 
 COUNT_QUESTION = "How many objects are there?"
 CHOICE_QUESTION = "Which of these is in the image?"
-MIDDLE = "middle of the picture"
+MIDDLE = "middle"
 
 
 def region(thing: Thing, label: str) -> Entry:
