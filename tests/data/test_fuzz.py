@@ -76,7 +76,7 @@ def fuzz_sources(
 def test_damaged_data_is_read_or_skipped(
     files: dict[str, tuple[str, Path]], processor: Processor, tmp_path: Path
 ) -> None:
-    for name, found in fuzz_sources(files, tmp_path, processor, rounds=8).items():
+    for name, found in fuzz_sources(files, tmp_path, processor, rounds=24).items():
         assert found["read"] > 0, name
         assert sum(found.values()) > found["read"], name
 

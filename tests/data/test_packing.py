@@ -97,7 +97,9 @@ def test_packed_rows_give_the_losses_and_gradients_of_samples_alone(
     for key, losses in alone.items():
         assert packed[key] == pytest.approx(losses, abs=2e-5)
     for name, parameter in model.named_parameters():
-        if name in expected:
+        if name.endswith("key.bias"):  # shifts all scores of a query alike: no gradient but rounding
+            assert max(parameter.grad.abs().max(), expected[name].abs().max()) < 1e-6, name
+        elif name in expected:
             scale = expected[name].abs().max().clamp(min=1e-3)
             assert (parameter.grad - expected[name]).abs().max() < 1e-4 * scale, name
 
