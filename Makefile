@@ -33,7 +33,7 @@ demo: ROOT = data/sample
 demo: SCALE = 1
 demo: WITHOUT_TEXT = pretrain_synthetic
 demo: EARLY = 100
-demo: LIMIT = limit=40
+demo: LIMIT = limit=60
 sample-full: RECIPE = sample_full
 sample-full: DATA = sample
 sample-full: ROOT = data/sample_full
