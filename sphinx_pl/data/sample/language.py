@@ -32,7 +32,8 @@ def object_count(count: int) -> str:
     return f"{NUMBER_WORDS[count]} object{'s' if count > 1 else ''}"
 
 
-RELATIONS = ("left", "right", "above", "below")
+RELATION_PHRASES = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
+RELATIONS = tuple(RELATION_PHRASES)
 
 
 def relation(a: tuple[float, float], b: tuple[float, float], least: float = 12) -> str | None:
@@ -47,9 +48,6 @@ def relation(a: tuple[float, float], b: tuple[float, float], least: float = 12) 
     if abs(dy) >= max(2 * abs(dx), least):
         return "above" if dy < 0 else "below"
     return None
-
-
-RELATION_PHRASES = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
 
 
 def description(scene: Scene) -> str:

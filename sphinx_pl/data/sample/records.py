@@ -126,7 +126,7 @@ def relations(scene: Scene) -> list[tuple[str, str, str]]:
 
 
 def relations_to_middle(scene: Scene) -> list[tuple[str, str, str]]:
-    """As `relations`, for training only: one thing has to be found, not two, which is learned first."""
+    """As `relations`, but one thing has to be found, not two, which is learned first; the test does not ask for it."""
     middle = scene.width / 2, scene.height / 2
     found = [(thing.phrase, relation(thing.center, middle, least=6)) for thing in scene.things]
     return [(phrase, MIDDLE, place) for phrase, place in found if place]
