@@ -20,6 +20,7 @@ from sphinx_pl.cli import entry_point
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.evaluation.device import autocast, check_precision, choose_device
 from sphinx_pl.files import write_whole
+from sphinx_pl.typed import pick
 
 if TYPE_CHECKING:
     from sphinx_pl.data.record import Record
@@ -52,24 +53,14 @@ class EvaluateConfig:
     out: Optional[str] = None
     report: Optional[str] = None
 
-    @classmethod
-    def from_config(cls, cfg: DictConfig) -> EvaluateConfig:
-        """Typed and checked for what can be known before a file is opened.
-
-        Raises:
-            UserError: no checkpoint, or a value out of range.
-        """
-        values = {f.name: cfg[f.name] for f in dataclasses.fields(cls)}
-        options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
-        assert isinstance(options, cls)
-        if options.checkpoint is None:
+    def __post_init__(self) -> None:
+        if self.checkpoint is None:
             raise UserError("which checkpoint? Give checkpoint=FOLDER, such as one that train.py wrote")
-        check_precision(options.precision)
+        check_precision(self.precision)
         for name in ("batch_size", "limit"):
-            value = getattr(options, name)
+            value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}={value} must be at least 1")
-        return options
 
 
 def read_records(
@@ -135,7 +126,7 @@ def results_table(rows: Iterable[Row]) -> Table:
 @entry_point(config_name="evaluate")
 def main(cfg: DictConfig) -> float:
     """Writes predictions.jsonl, results.json and, if asked for, the report; returns the mean score over tasks."""
-    options = EvaluateConfig.from_config(cfg)
+    options = pick(EvaluateConfig, cfg)
     assert options.checkpoint is not None
     console = Console()
     device = choose_device(options.device)

@@ -16,6 +16,7 @@ from sphinx_pl.checkpoint.mixing import check_compatible, check_weights, mix_che
 from sphinx_pl.cli import entry_point
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.evaluation.device import check_precision, choose_device
+from sphinx_pl.typed import pick
 
 if TYPE_CHECKING:
     from sphinx_pl.data.datamodule import DataModule
@@ -38,26 +39,16 @@ class MixConfig:
     device: str
     precision: str
 
-    @classmethod
-    def from_config(cls, cfg: DictConfig) -> MixConfig:
-        """Typed and checked for what can be known before a checkpoint is opened.
-
-        Raises:
-            UserError: keys that contradict each other, or nothing to do.
-        """
-        values = {f.name: cfg[f.name] for f in dataclasses.fields(cls)}
-        options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
-        assert isinstance(options, cls)
-        if options.weights is not None and options.beta is not None:
+    def __post_init__(self) -> None:
+        if self.weights is not None and self.beta is not None:
             raise UserError("weights and beta are both given: drop one of them")
-        if options.out is None and options.curve is None:
+        if self.out is None and self.curve is None:
             raise UserError("nothing to do: give out=FOLDER to write a mixture, or curve=11 to evaluate a curve")
-        if options.curve is not None and options.curve < 2:
-            raise UserError(f"curve={options.curve} must be at least 2, the two ends")
-        if options.curve is not None and options.out is None and options.curve_dir is None:
+        if self.curve is not None and self.curve < 2:
+            raise UserError(f"curve={self.curve} must be at least 2, the two ends")
+        if self.curve is not None and self.out is None and self.curve_dir is None:
             raise UserError("the curve has no place to go: give curve_dir=FOLDER")
-        check_precision(options.precision)
-        return options
+        check_precision(self.precision)
 
     def coefficients(self) -> list[float]:
         """One for each checkpoint, from `weights` or `beta`.
@@ -124,7 +115,7 @@ def write_mixing_curve(
 @entry_point(config_name="mix_weights")
 def main(cfg: DictConfig) -> float | None:
     """Returns the lowest mean loss on the curve, if one was asked for."""
-    options = MixConfig.from_config(cfg)
+    options = pick(MixConfig, cfg)
     device = choose_device(options.device)
     out = Path(options.out) if options.out else None
     weights = options.coefficients() if out else []

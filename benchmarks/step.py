@@ -93,7 +93,7 @@ class Bench:
         with self.autocast():
             losses = self.model.token_losses(batch)
         weights = batch.weights.flatten()[losses.index]
-        return (losses.nll * weights).sum() / weights.sum().clamp(min=1e-8) + losses.anchor
+        return (losses.nll * weights).sum() / weights.sum().clamp(min=1e-8) + losses.extra
 
 
 def build(arguments: argparse.Namespace) -> Bench:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from rich.console import Console
@@ -25,7 +26,7 @@ from sphinx_pl.data.record import ImageRef
 from sphinx_pl.data.sources import expand_paths, spread
 from sphinx_pl.errors import UserError
 from sphinx_pl.models.sphinx import Sphinx
-from sphinx_pl.models.views import split_views
+from sphinx_pl.models.towers import Tower
 
 IMAGES = "data/sample/instructions/images/test-*.jpg"
 
@@ -41,8 +42,10 @@ def measure(model: Sphinx, pixels: Tensor) -> dict[str, float]:
     """Tower, and "embeddings" for the decoder's input -> `dependence`; `pixels` are uint8 [N, 3, S, S]."""
     assert model.mixer is not None
     model.eval()
-    views = split_views(model.normalise(pixels), model.mixer.config)
-    seen = {name: dependence(tower(views.flatten(0, 1))) for name, tower in model.mixer.towers.items()}
+    seen = {
+        name: dependence(model.mixer.encode(cast(Tower, tower), model.normalise(pixels)).flatten(0, 1))
+        for name, tower in model.mixer.towers.items()
+    }
     return seen | {"embeddings": dependence(model.embed_images(pixels))}
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, TypeVar
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sphinx_pl.errors import UserError
@@ -26,7 +27,16 @@ def build(cls: type[T], values: Any, prefix: str) -> T:
     except OmegaConfBaseException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
-        key = f"{prefix}.{error.full_key}" if error.full_key else prefix
+        key = ".".join(part for part in (prefix, error.full_key) if part)
         raise UserError(f"{key}: {str(error).splitlines()[0]}") from None
     assert isinstance(config, cls)
     return config
+
+
+def pick(cls: type[T], cfg: DictConfig) -> T:
+    """An entry script's options: the keys of `cfg` that the dataclass `cls` has.
+
+    Raises:
+        UserError: as `build`.
+    """
+    return build(cls, {f.name: cfg[f.name] for f in dataclasses.fields(cls)}, "")  # type: ignore[arg-type]

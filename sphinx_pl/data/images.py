@@ -35,8 +35,12 @@ def load_image(ref: ImageRef, size: int, max_pixels: int = MAX_PIXELS) -> Tensor
         BadSample: image_missing, image_empty, image_unreadable, image_truncated, or, before any pixel is decoded,
             image_too_large and image_aspect.
     """
-    square = padded_resize(decode(read_bytes(ref), ref.path, max_pixels), size)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+    return to_tensor(padded_resize(decode(read_bytes(ref), ref.path, max_pixels), size))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB image as uint8 [3, height, width]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def read_bytes(ref: ImageRef) -> bytes:

@@ -49,9 +49,21 @@ class DecoderConfig:
     # RMSNorm on queries and keys per head (Qwen3, OLMo 2). Off in LLaMA; small models learn faster with it.
     qk_norm: bool = False
     tie_embeddings: bool = False
+    # Sparse feed-forward (Mixtral, Jiang et al. 2024): each token goes to `experts_per_token` of so many; 0: dense.
+    experts: int = 0
+    experts_per_token: int = 2
+    # Of the load-balancing loss in the training loss.
+    balance_weight: float = 0.0
+    # Weights to start from: a checkpoint folder (Meta's, Hugging Face's or ours) or `hf-hub:OWNER/NAME`.
+    load: Optional[str] = None
 
     def __post_init__(self) -> None:
         _positive("model.decoder", self, "vocab_size", "width", "layers", "heads", "kv_heads", "ffn_width")
+        _require(
+            self.experts == 0 or 0 < self.experts_per_token <= self.experts,
+            f"model.decoder.experts_per_token={self.experts_per_token} must be 1 to experts={self.experts}",
+        )
+        _require(self.balance_weight >= 0, f"model.decoder.balance_weight={self.balance_weight} must not be negative")
         _divides("model.decoder", self, "heads", "width")
         _divides("model.decoder", self, "kv_heads", "heads")
         _require(
@@ -88,9 +100,13 @@ class ClipViTConfig:
 
 @dataclass
 class ConvNextConfig:
-    """CLIP's ConvNeXt trunk, built by timm. Defaults: XXL. The input is resized to `image_size`, nearest."""
+    """CLIP's ConvNeXt trunk, built by timm. Defaults: XXL.
+
+    Where `view_size` is given, it gets the views of that size, enlarged to `image_size` by repeating pixels.
+    """
 
     image_size: int = 256
+    view_size: Optional[int] = None
     depths: list[int] = field(default_factory=lambda: [3, 4, 30, 3])
     dims: list[int] = field(default_factory=lambda: [384, 768, 1536, 3072])
     stem: int = 4
@@ -98,6 +114,10 @@ class ConvNextConfig:
 
     def __post_init__(self) -> None:
         _positive("model.vision.convnext", self, "image_size", "stem")
+        _require(
+            self.view_size is None or self.view_size > 0,
+            f"model.vision.convnext.view_size must be positive or null, not {self.view_size}",
+        )
         _require(
             len(self.depths) == len(self.dims) > 0 and min(self.dims) > 0 and min(self.depths) >= 0,
             f"model.vision.convnext.depths has {len(self.depths)} stages but dims has {len(self.dims)}: "
@@ -132,6 +152,8 @@ class Dinov2Config:
     heads: int = 24
     # Of the fused gate and value, as timm counts it: 2.66667 * 2 * 1536 = 8192.
     mlp_ratio: float = 2.66667 * 2
+    # Grid of the position embedding, resampled to the patches' in every pass; null: theirs. Released weights have 37.
+    position_grid: Optional[int] = None
     load: Optional[str] = None
 
     def __post_init__(self) -> None:
@@ -178,7 +200,7 @@ class VisionConfig:
 
     `clip`, `convnext` and `dinov2` are joined by channel in this order, `qformer` by sequence, in front.
     A tower that is null is left out. The padded square image has `image_size` pixels a side; `grid` n > 1 adds
-    n x n sub-images to the global view, each of `view_size` = image_size / n pixels.
+    n x n sub-images to the overview. Each tower gets all views at its own size, cut from the whole image.
     """
 
     image_size: int = 224
@@ -190,6 +212,8 @@ class VisionConfig:
     # Fewer patch tokens before the projection: the mean of, or all channels of, merge_factor^2 neighbours.
     merge: str = "none"
     merge_factor: int = 2
+    # False: the overview keeps all of its patch tokens, only sub-images are merged.
+    merge_overview: bool = True
     # The original resizes images inside the model in float16; on, it reproduces the released weights' inputs.
     half_resize: bool = False
 
@@ -200,6 +224,10 @@ class VisionConfig:
         _require(
             any((self.clip, self.convnext, self.dinov2, self.qformer)),
             "model.vision has no tower: set at least one of clip, convnext, dinov2, qformer, or set model.vision=null",
+        )
+        _require(
+            self.merge_overview or self.merge != "shuffle",
+            "model.vision.merge=shuffle changes the width of tokens: it needs merge_overview=true",
         )
         if self.clip and self.dinov2:
             _require(
@@ -240,21 +268,22 @@ class VisionConfig:
         return 0
 
     @property
-    def view_size(self) -> int:
-        """Pixels a side of each view that the towers see."""
-        return self.image_size // self.grid
-
-    @property
     def views(self) -> int:
         return 1 if self.grid == 1 else 1 + self.grid**2
 
-    @property
-    def patch_tokens(self) -> int:
+    def patch_tokens(self, merge: str) -> int:
         """Channel-joined tokens of a view: one class token and the (merged) patches."""
         if not self.channel_towers:
             return 0
-        side = self.patch_grid // (1 if self.merge == "none" else self.merge_factor)
+        side = self.patch_grid // (1 if merge == "none" else self.merge_factor)
         return 1 + side * side
+
+    @property
+    def view_groups(self) -> list[tuple[int, str]]:
+        """(views, how their patches are merged), in the order of the views."""
+        if self.grid == 1 or self.merge_overview:
+            return [(self.views, self.merge)]
+        return [(1, "none"), (self.views - 1, self.merge)]
 
     @property
     def joined_width(self) -> int:
@@ -263,13 +292,10 @@ class VisionConfig:
         return factor * sum(int(tower.width) for tower in self.channel_towers)
 
     @property
-    def tokens_per_view(self) -> int:
-        """Start embedding, Q-Former queries, patch tokens, end embedding."""
-        return 2 + (self.qformer.queries if self.qformer else 0) + self.patch_tokens
-
-    @property
     def tokens_per_image(self) -> int:
-        return self.views * self.tokens_per_view
+        """Of each view: start embedding, Q-Former queries, patch tokens, end embedding."""
+        others = 2 + (self.qformer.queries if self.qformer else 0)
+        return sum(views * (others + self.patch_tokens(merge)) for views, merge in self.view_groups)
 
 
 @dataclass

@@ -118,21 +118,60 @@ class FeedForward(nn.Module):
         return torch.as_tensor(self.w2(F.silu(self.w1(x)) * self.w3(x)))
 
 
+class SparseFeedForward(nn.Module):
+    """Mixtral's mixture of SwiGLU experts (Jiang et al. 2024, section 2.1).
+
+    A token's output is the sum of its best experts', weighted by their softmax renormalised over the chosen ones. All
+    experts are one matrix, [experts * F, D], as MegaBlocks stores them; w2 is not transposed.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.experts = config.experts
+        self.per_token = config.experts_per_token
+        shape = (config.experts * config.ffn_width, config.width)
+        self.w1, self.w2, self.w3 = (nn.Parameter(torch.empty(shape)) for _ in range(3))
+        self.gate = nn.Linear(config.width, config.experts, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, T, D] -> the same shape, and how unevenly the experts are used: 1 if evenly, up to `experts`.
+
+        Unevenness is Switch Transformer's (Fedus et al. 2021, eq. 4): experts * sum of share of choices * mean softmax.
+        """
+        x_MD = x.flatten(0, -2)
+        probabilities = self.gate(x_MD).float().softmax(-1)
+        weights, chosen = probabilities.topk(self.per_token)
+        weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
+        out = torch.zeros_like(x_MD)
+        parts = (w.view(self.experts, -1, w.shape[-1]) for w in (self.w1, self.w2, self.w3))
+        # Every expert runs, also on no token: its weights take part in every backward pass.
+        for expert, (w1, w2, w3) in enumerate(zip(*parts, strict=True)):
+            token, rank = torch.where(chosen == expert)
+            seen = x_MD[token]
+            hidden = F.silu(F.linear(seen, w1)) * F.linear(seen, w3)
+            out = out.index_add(0, token, (hidden @ w2.to(hidden.dtype) * weights[token, rank, None]).to(out.dtype))
+        share = F.one_hot(chosen, self.experts).float().mean(dim=(0, 1))
+        return out.view_as(x), self.experts * (share * probabilities.mean(dim=0)).sum()
+
+
 class Block(nn.Module):
     """Pre-norm attention and feed-forward, each with its residual."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.attention = Attention(config)
-        self.feed_forward = FeedForward(config)
+        self.feed_forward = SparseFeedForward(config) if config.experts else FeedForward(config)
         self.attention_norm = RMSNorm(config.width, config.norm_eps)
         self.ffn_norm = RMSNorm(config.width, config.norm_eps)
 
     def forward(
         self, x_BTD: Tensor, angles: Tensor, bias: Optional[Tensor], cache: Optional[KVCache], layer: int
-    ) -> Tensor:
+    ) -> tuple[Tensor, Optional[Tensor]]:
+        """[B, T, D] -> the same shape, and the unevenness of experts where there are any."""
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), angles, bias, cache, layer)
-        return x_BTD + torch.as_tensor(self.feed_forward(self.ffn_norm(x_BTD)))
+        out = self.feed_forward(self.ffn_norm(x_BTD))
+        out, unevenness = out if isinstance(out, tuple) else (out, None)
+        return x_BTD + out, unevenness
 
 
 class Decoder(nn.Module):
@@ -160,7 +199,7 @@ class Decoder(nn.Module):
             if "norm" in name:
                 nn.init.ones_(parameter)
             else:
-                residual = name.endswith(("wo.weight", "w2.weight"))
+                residual = name.endswith(("wo.weight", "w2.weight", "w2"))
                 depth = 2 * self.config.layers if residual else 1
                 nn.init.normal_(parameter, std=1 / math.sqrt(parameter.shape[-1] * depth))
 
@@ -169,7 +208,12 @@ class Decoder(nn.Module):
         return torch.as_tensor(self.tok_embeddings(ids_BT))
 
     def forward(
-        self, x_BTD: Tensor, position_ids_BT: Tensor, mask: Optional[Tensor] = None, cache: Optional[KVCache] = None
+        self,
+        x_BTD: Tensor,
+        position_ids_BT: Tensor,
+        mask: Optional[Tensor] = None,
+        cache: Optional[KVCache] = None,
+        unevenness: Optional[list[Tensor]] = None,
     ) -> Tensor:
         """Hidden states after the final norm, [B, T, D].
 
@@ -177,15 +221,18 @@ class Decoder(nn.Module):
             position_ids_BT: rotary positions.
             mask: bool, broadcastable to [B, 1, T, S], True = may attend; every row needs at least one. None: causal.
             cache: holds earlier positions; the new ones are added to it.
+            unevenness: gets that of each layer's experts.
         """
         angles = rotary_angles(position_ids_BT, self.config)
         bias = self._bias(x_BTD, mask, cache.length if cache else 0)
         recompute = self.checkpoint_layers and self.training and torch.is_grad_enabled()
         for index, layer in enumerate(self.layers):
             if recompute:
-                x_BTD = checkpoint(layer, x_BTD, angles, bias, cache, index, use_reentrant=False)
+                x_BTD, uneven = checkpoint(layer, x_BTD, angles, bias, cache, index, use_reentrant=False)
             else:
-                x_BTD = layer(x_BTD, angles, bias, cache, index)
+                x_BTD, uneven = layer(x_BTD, angles, bias, cache, index)
+            if unevenness is not None and uneven is not None:
+                unevenness.append(uneven)
         if cache is not None:
             cache.advance(x_BTD.shape[1])
         return torch.as_tensor(self.norm(x_BTD))
@@ -210,5 +257,6 @@ class Decoder(nn.Module):
         """Of a forward pass: `tokens` positions that each attend over rows of `context`, `supervised` logits."""
         c = self.config
         attention = c.width * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
-        per_token = 2 * (attention + 3 * c.width * c.ffn_width) + 4 * context * c.width
+        feed_forward = 3 * c.width * c.ffn_width * (c.experts_per_token if c.experts else 1) + c.width * c.experts
+        per_token = 2 * (attention + feed_forward) + 4 * context * c.width
         return float(tokens * c.layers * per_token + 2 * supervised * c.width * c.vocab_size)

@@ -5,7 +5,7 @@ Prompts of different length are padded on the left, so that all rows grow at the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Optional
 
@@ -54,21 +54,31 @@ class GenerationConfig:
             raise UserError("generation.stop holds an empty sequence, which would end every answer at once: remove it")
 
 
-@torch.no_grad()
 def generate(model: Sphinx, prompts: Sequence[Prompt], config: GenerationConfig) -> list[list[int]]:
     """The new token ids of each prompt, without eos or stop sequence. The model's mode is left as it was.
 
     Raises:
         UserError: slots that do not match the images, or a prompt too long for the decoder.
     """
+    answers: list[list[int]] = []
+    for answers in stream(model, prompts, config):  # noqa: B007
+        pass
+    return answers
+
+
+def stream(model: Sphinx, prompts: Sequence[Prompt], config: GenerationConfig) -> Iterator[list[list[int]]]:
+    """As `generate`, but yields what there is of every answer after each token.
+
+    The lists grow in place; the end of one that is not finished may be the beginning of a stop sequence.
+    """
     if not prompts:
-        return []
+        return
     limits = [prompt.max_new_tokens or config.max_new_tokens for prompt in prompts]
     _check(model, prompts, limits)
     was_training = model.training
     model.eval()
     try:
-        return _generate(model, prompts, limits, config)
+        yield from _steps(model, prompts, limits, config)
     finally:
         model.train(was_training)
 
@@ -90,7 +100,10 @@ def _check(model: Sphinx, prompts: Sequence[Prompt], limits: list[int]) -> None:
             )
 
 
-def _generate(model: Sphinx, prompts: Sequence[Prompt], limits: list[int], config: GenerationConfig) -> list[list[int]]:
+@torch.no_grad()  # on a generator it holds while this runs, not while the caller does
+def _steps(
+    model: Sphinx, prompts: Sequence[Prompt], limits: list[int], config: GenerationConfig
+) -> Iterator[list[list[int]]]:
     decoder = model.decoder
     device = decoder.tok_embeddings.weight.device
     ids_BT = pad_sequence([torch.tensor(p.ids) for p in prompts], batch_first=True, padding_side="left").to(device)
@@ -122,8 +135,9 @@ def _generate(model: Sphinx, prompts: Sequence[Prompt], limits: list[int], confi
         for row, token in enumerate(chosen.tolist()):
             if not done[row]:
                 done[row] = _append(answers[row], token, limits[row], config)
+        yield answers
         if all(done):
-            return answers
+            return
         positions_BT = (cache.length - starts_B)[:, None]
         x_BTD = decoder.embed(chosen.to(device)[:, None])
         hidden_BTD = decoder(x_BTD, positions_BT, real_BS[:, None, None, : cache.length + 1], cache)

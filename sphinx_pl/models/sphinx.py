@@ -24,13 +24,14 @@ from sphinx_pl.models.vision_mixer import VisionMixer
 class TokenLosses:
     """What a batch's supervised positions cost.
 
-    `anchor` is zero; where the batch has no image, or no target, it depends on the modules that would have been left
-    out. Add it to the loss, so that every rank's backward pass runs the same modules, whatever its batch holds.
+    Add `extra` to the loss. It is the experts' weighted load-balancing loss, zero without experts; where the batch has
+    no image, or no target, it also depends on the modules that would have been left out, so that every rank's backward
+    pass runs the same modules, whatever its batch holds.
     """
 
     nll: Tensor  # [M] float32, nats
     index: Tensor  # [M] int64, flat b * T + t
-    anchor: Tensor  # [] float32, zero
+    extra: Tensor  # [] float32
 
 
 def packed_mask(segment_ids_BT: Tensor, branch_ids_BT: Tensor) -> Tensor:
@@ -74,31 +75,34 @@ class Sphinx(nn.Module):
 
     def token_losses(self, batch: Batch) -> TokenLosses:
         """Negative log likelihood of each supervised target of packed rows."""
-        x_BTD, anchor = self._embed(batch)
+        x_BTD, extra = self._embed(batch)
         mask = packed_mask(batch.segment_ids, batch.branch_ids)
-        hidden_FD = self.decoder(x_BTD, batch.position_ids, mask).flatten(0, 1)
+        unevenness: list[Tensor] = []
+        hidden_FD = self.decoder(x_BTD, batch.position_ids, mask, unevenness=unevenness).flatten(0, 1)
+        if unevenness:
+            extra = extra + self.config.decoder.balance_weight * torch.stack(unevenness).mean()
         labels = batch.labels.flatten()
         index = (labels != IGNORE).nonzero().squeeze(1)
         if len(index) == 0:
-            anchor = anchor + 0.0 * self.decoder.logits(hidden_FD[:1]).float().sum()
-            return TokenLosses(hidden_FD.new_zeros(0, dtype=torch.float32), index, anchor)
+            extra = extra + 0.0 * self.decoder.logits(hidden_FD[:1]).float().sum()
+            return TokenLosses(hidden_FD.new_zeros(0, dtype=torch.float32), index, extra)
         logits = self.decoder.logits(hidden_FD[index]).float()
-        return TokenLosses(F.cross_entropy(logits, labels[index], reduction="none"), index, anchor)
+        return TokenLosses(F.cross_entropy(logits, labels[index], reduction="none"), index, extra)
 
     def _embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Embeddings [B, T, D] with the image tokens in their slots, and the anchor."""
+        """Embeddings [B, T, D] with the image tokens in their slots, and a zero that depends on them."""
         x_BTD = self.decoder.embed(batch.input_ids)
-        anchor = x_BTD.new_zeros((), dtype=torch.float32)
+        zero = x_BTD.new_zeros((), dtype=torch.float32)
         if self.mixer is None and len(batch.pixels) == 0:
-            return x_BTD, anchor
+            return x_BTD, zero
         if len(batch.pixels) == 0:  # the towers still run, on one blank image
             assert self.config.vision is not None
             size = self.config.vision.image_size
-            return x_BTD, anchor + 0.0 * self.embed_images(batch.pixels.new_zeros(1, 3, size, size)).float().sum()
+            return x_BTD, zero + 0.0 * self.embed_images(batch.pixels.new_zeros(1, 3, size, size)).float().sum()
         tokens_NLD = self.embed_images(batch.pixels)
         slots = batch.image_starts[:, None] + torch.arange(tokens_NLD.shape[1], device=x_BTD.device)
         flat = x_BTD.flatten(0, 1).index_copy(0, slots.flatten(), tokens_NLD.flatten(0, 1).to(x_BTD.dtype))
-        return flat.view_as(x_BTD), anchor
+        return flat.view_as(x_BTD), zero
 
     def parts(self) -> dict[str, list[nn.Module | nn.Parameter]]:
         """The model in the pieces that can be frozen: decoder, projections and the towers it has."""

@@ -30,8 +30,8 @@ LAYER_SCALE = 1.0
 class Tower(nn.Module, ABC):
     """An encoder: [N, 3, s, s] views, normalised with CLIP's mean and deviation -> [N, tokens, width].
 
-    Channel towers give 1 + patch_grid^2 tokens, class token first; the Q-Former gives its queries. Views of another
-    size than `image_size` are resized first.
+    Channel towers give 1 + patch_grid^2 tokens, class token first; the Q-Former gives its queries. The mixer gives it
+    views of `view_size`; what has another size than `image_size` is resized first.
     """
 
     key: ClassVar[str]
@@ -41,6 +41,7 @@ class Tower(nn.Module, ABC):
         super().__init__()
         self.width = width
         self.image_size = image_size
+        self.view_size = image_size
         self.half_resize = half_resize
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -130,8 +131,12 @@ class ConvNext(Tower):
     key = "convnext"
     resize_mode = "nearest"
 
-    def __init__(self, config: ConvNextConfig, patch_grid: int, half_resize: bool = False) -> None:
+    def __init__(
+        self, config: ConvNextConfig, patch_grid: int, half_resize: bool = False, half_input: bool = False
+    ) -> None:
         super().__init__(config.width, config.image_size, half_resize)
+        self.view_size = config.view_size or config.image_size
+        self.half_input = half_input
         from timm.models.convnext import ConvNeXt
 
         stages = len(config.dims)
@@ -155,15 +160,13 @@ class ConvNext(Tower):
         self.model.stages = self.model.stages[:stages]
 
     def forward(self, pixels: Tensor) -> Tensor:
-        if self.half_resize:  # the original rounds this tower's input to float16 even where the size fits
+        if self.half_input:
             pixels = pixels.half().to(pixels.dtype)
         return super().forward(pixels)
 
     def encode(self, pixels: Tensor) -> Tensor:
         # Channels last: timm's blocks are written for it (norms and linears on the last axis).
-        features = self.model(pixels.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
-        features = features.repeat_interleave(self.repeats, dim=1).repeat_interleave(self.repeats, dim=2).flatten(1, 2)
-        return torch.cat([features.mean(dim=1, keepdim=True), features], dim=1)
+        return map_to_tokens(self.model(pixels.contiguous(memory_format=torch.channels_last)), self.repeats)
 
     def flops(self) -> float:
         side, before, total = self.config.image_size // self.config.stem, 3, 0.0
@@ -180,6 +183,13 @@ class ConvNext(Tower):
 
         state: State = timm.create_model(source, pretrained=True, num_classes=0, global_pool="").state_dict()
         return {f"model.{name}": value for name, value in state.items()}
+
+
+def map_to_tokens(features: Tensor, repeats: int) -> Tensor:
+    """[N, C, g, g] -> [N, 1 + (g * repeats)^2, C]: every place repeated on both axes, behind the mean of all."""
+    places = features.permute(0, 2, 3, 1).repeat_interleave(repeats, dim=1).repeat_interleave(repeats, dim=2)
+    tokens = places.flatten(1, 2)
+    return torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)
 
 
 class Dinov2(Tower):
@@ -204,12 +214,19 @@ class Dinov2(Tower):
             mlp_ratio=config.mlp_ratio,
             init_values=LAYER_SCALE,
         )
+        if config.position_grid:
+            self.model.pos_embed = nn.Parameter(torch.empty(1, 1 + config.position_grid**2, config.width))
+            nn.init.trunc_normal_(self.model.pos_embed, std=0.02)
 
     def encode(self, pixels: Tensor) -> Tensor:
         # (x * clip_std + clip_mean - mean) / std as one multiplication and addition
         scale = pixels.new_tensor([a / b for a, b in zip(CLIP_STD, IMAGENET_STD, strict=True)])
         shift = pixels.new_tensor([(a - b) / c for a, b, c in zip(CLIP_MEAN, IMAGENET_MEAN, IMAGENET_STD, strict=True)])
-        return torch.as_tensor(self.model.forward_features(pixels * scale[:, None, None] + shift[:, None, None]))
+        patches = self.model.patch_embed(pixels * scale[:, None, None] + shift[:, None, None])
+        tokens = torch.cat([self.model.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+        # timm's own forward pass resamples positions differently.
+        tokens = tokens + resample_positions(self.model.pos_embed, self.config.grid).to(tokens.dtype)
+        return torch.as_tensor(self.model.norm(self.model.blocks(tokens)))
 
     def flops(self) -> float:
         c = self.config
@@ -221,7 +238,6 @@ class Dinov2(Tower):
         import timm
 
         state: State = timm.create_model(source, pretrained=True, num_classes=0).state_dict()
-        state["pos_embed"] = resample_positions(state["pos_embed"], self.config.grid)
         return {f"model.{name}": value for name, value in state.items()}
 
 
@@ -321,7 +337,9 @@ def build_towers(config: VisionConfig) -> nn.ModuleDict:
     if config.clip:
         towers.append(ClipViT(config.clip, config.half_resize))
     if config.convnext:
-        towers.append(ConvNext(config.convnext, config.patch_grid, config.half_resize))
+        # The original sends this tower's overview through a float16 resize even where the size fits.
+        half_input = config.half_resize and config.grid == 1
+        towers.append(ConvNext(config.convnext, config.patch_grid, config.half_resize, half_input))
     if config.dinov2:
         towers.append(Dinov2(config.dinov2, config.half_resize))
     if config.qformer:

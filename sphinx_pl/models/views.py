@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sphinx_pl.models.config import VisionConfig
-
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -32,12 +30,14 @@ def resize(pixels: Tensor, size: int, mode: str = "bicubic", half: bool = False)
     return F.interpolate(source, size=(size, size), mode=mode).to(pixels.dtype)
 
 
-def split_views(pixels: Tensor, config: VisionConfig) -> Tensor:
-    """[N, 3, S, S] -> [N, V, 3, s, s]: the whole image made smaller, then its grid x grid crops row by row."""
-    overview = resize(pixels, config.view_size, half=config.half_resize)
-    if config.grid == 1:
+def split_views(pixels: Tensor, size: int, grid: int, half: bool = False) -> Tensor:
+    """[N, 3, S, S] -> [N, V, 3, size, size]: the whole image, then crops of it row by row.
+
+    The crops are cut from the image at grid * size pixels a side, so that neighbours meet without a seam.
+    """
+    overview = resize(pixels, size, half=half)
+    if grid == 1:
         return overview[:, None]
-    s = config.view_size
-    crops = pixels.reshape(len(pixels), 3, config.grid, s, config.grid, s)  # [N, 3, row, s, column, s]
+    crops = resize(pixels, grid * size, half=half).reshape(len(pixels), 3, grid, size, grid, size)
     crops = crops.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
     return torch.cat([overview[:, None], crops], dim=1)

@@ -1,6 +1,6 @@
 """Mixed visual embeddings (SPHINX, section 3.2): four encoders' tokens as one sequence of decoder embeddings.
 
-Shapes: N images, V views of each, L = V * tokens_per_view tokens of an image, C joined channels, D decoder width.
+Shapes: N images, V views of each, L tokens of an image, C joined channels, D decoder width.
 """
 
 from __future__ import annotations
@@ -54,23 +54,38 @@ class VisionMixer(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[N, 3, S, S], normalised -> [N, L, D]; of each view: start, Q-Former queries, class and patches, end."""
-        views = split_views(pixels, self.config).flatten(0, 1)  # image-major
-        seen = {key: self._encode(cast(Tower, tower), views) for key, tower in self.towers.items()}
-        parts = [self.start_img.expand(len(views), 1, -1)]
+        config = self.config
+        seen = {key: self.encode(cast(Tower, tower), pixels) for key, tower in self.towers.items()}
+        groups = [views for views, _ in config.view_groups]
+        by_group = zip(*(torch.split(tokens, groups, dim=1) for tokens in seen.values()), strict=True)
+        return torch.cat(
+            [
+                self._project(dict(zip(seen, group, strict=True)), merge)
+                for group, (_, merge) in zip(by_group, config.view_groups, strict=True)
+            ],
+            dim=1,
+        )
+
+    def encode(self, tower: Tower, pixels: Tensor) -> Tensor:
+        """What one of the towers makes of normalised images: [N, 3, S, S] -> [N, V, tokens, width]."""
+        trains = any(parameter.requires_grad for parameter in tower.parameters())
+        with torch.set_grad_enabled(trains and torch.is_grad_enabled()), training_kernel(pixels.device):
+            views = split_views(pixels, tower.view_size, self.config.grid, self.config.half_resize)
+            return torch.as_tensor(tower(views.flatten(0, 1)).unflatten(0, views.shape[:2]))
+
+    def _project(self, seen: dict[str, Tensor], merge: str) -> Tensor:
+        """The towers' [N, v, tokens, width] of v views -> [N, v * tokens of a view, D]."""
+        images, views = next(iter(seen.values())).shape[:2]
+        seen = {key: tokens.flatten(0, 1) for key, tokens in seen.items()}
+        parts = [self.start_img.expand(images * views, 1, -1)]
         if self.qformer_proj is not None:
             parts.append(self.qformer_proj(seen["qformer"]))
         if self.visual_proj is not None:
             joined = torch.cat([seen[key] for key in CHANNEL_TOWERS if key in seen], dim=-1)
-            parts.append(self.visual_proj(merge_patches(joined, self.config.merge, self.config.merge_factor)))
-        parts.append(self.end_img.expand(len(views), 1, -1))
+            parts.append(self.visual_proj(merge_patches(joined, merge, self.config.merge_factor)))
+        parts.append(self.end_img.expand(images * views, 1, -1))
         tokens = torch.cat([part.to(self.start_img.dtype) for part in parts], dim=1)
-        return tokens.reshape(len(pixels), -1, tokens.shape[-1])
-
-    @staticmethod
-    def _encode(tower: Tower, views: Tensor) -> Tensor:
-        trains = any(parameter.requires_grad for parameter in tower.parameters())
-        with torch.set_grad_enabled(trains and torch.is_grad_enabled()), training_kernel(views.device):
-            return torch.as_tensor(tower(views))
+        return tokens.reshape(images, -1, tokens.shape[-1])
 
     def flops(self) -> float:
         """Of one image's forward pass, all views."""
@@ -78,4 +93,5 @@ class VisionMixer(nn.Module):
         per_view = sum(cast(Tower, tower).flops() for tower in self.towers.values())
         if config.qformer:
             per_view += 2 * config.qformer.queries * config.qformer.width * width
-        return float(config.views * (per_view + 2 * config.patch_tokens * config.joined_width * width))
+        patches = sum(views * config.patch_tokens(merge) for views, merge in config.view_groups)
+        return float(config.views * per_view + 2 * patches * config.joined_width * width)

@@ -19,6 +19,7 @@ from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.record import Batch
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.models.config import SphinxConfig
+from sphinx_pl.models.decoder import Decoder
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.models.towers import Tower, load_pretrained
 from sphinx_pl.stages.optim import OptimConfig, build_adamw, warmup_cosine
@@ -92,7 +93,12 @@ class Stage(L.LightningModule):
         for part in self.optim.lr_scale:
             if part not in parts:
                 raise UserError(f"stage.optim.lr_scale: no part '{part}' in this model; {suggest(part, parts)}")
-        if not self.init_from or self.resumed:
+        if self.resumed:
+            return
+        if not self.init_from:
+            if source := self.config.decoder.load:
+                with torch.device("meta"):
+                    open_checkpoint(source).check(Decoder(self.config.decoder), "decoder.")
             return
         checkpoint = open_checkpoint(self.init_from)
         if differing := differences(checkpoint.model_config.to_dict(), self.config.to_dict(), "model"):
@@ -120,11 +126,13 @@ class Stage(L.LightningModule):
             checkpoint.load_into(model)
             self.parents = [checkpoint.identity()]
         elif not self.resumed:
-            self._load_towers(model)
+            self._load_pretrained(model)
         model.freeze([part for part in model.parts() if part not in self.train_parts])
         self.model = model
 
-    def _load_towers(self, model: Sphinx) -> None:
+    def _load_pretrained(self, model: Sphinx) -> None:
+        if source := self.config.decoder.load:
+            open_checkpoint(source).load_into(model.decoder, "decoder.")
         for key, tower in model.mixer.towers.items() if model.mixer is not None else ():
             source = getattr(self.config.vision, key).load
             if source:
@@ -156,7 +164,7 @@ class Stage(L.LightningModule):
             torch.distributed.all_reduce(total)
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / total.clamp(min=1e-8)
         self._count(batch, losses.nll.detach(), losses.index)
-        loss: Tensor = (losses.nll * weights).sum() * scale + losses.anchor
+        loss: Tensor = (losses.nll * weights).sum() * scale + losses.extra
         return loss
 
     def _count(self, batch: Batch, nll: Tensor, index: Tensor) -> None:

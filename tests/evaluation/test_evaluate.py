@@ -21,6 +21,7 @@ from sphinx_pl.errors import UserError
 from sphinx_pl.evaluation.benchmarks import evaluate
 from sphinx_pl.models.config import ClipViTConfig, DecoderConfig, SphinxConfig, VisionConfig
 from sphinx_pl.models.sphinx import Sphinx
+from sphinx_pl.typed import pick
 
 ROOT = Path(__file__).parents[2]
 CORPUS = ["how many objects are there answer the question using a single word or phrase", "where is the red digit"] * 50
@@ -129,7 +130,7 @@ def test_a_mistake_is_answered_in_one_line(world: Path) -> None:
 def test_keys_are_checked_before_anything_is_read(keys: dict[str, object], message: str) -> None:
     defaults = OmegaConf.structured(EvaluateConfig)
     with pytest.raises(UserError, match=message):
-        EvaluateConfig.from_config(OmegaConf.merge(defaults, keys))
+        pick(EvaluateConfig, OmegaConf.merge(defaults, keys))
 
 
 def test_order_batches_and_shown_images(world: Path) -> None:

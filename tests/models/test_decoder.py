@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sphinx_pl.models.config import DecoderConfig
-from sphinx_pl.models.decoder import Decoder, KVCache
+from sphinx_pl.models.decoder import Decoder, KVCache, SparseFeedForward
 
 CONFIG = DecoderConfig(vocab_size=61, width=48, layers=3, heads=6, kv_heads=2, ffn_width=80, max_positions=64)
 
@@ -18,21 +18,23 @@ def half_split(weight: Tensor, heads: int) -> Tensor:
 
 
 def reference(decoder: Decoder) -> torch.nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
     c = decoder.config
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=c.vocab_size,
-            hidden_size=c.width,
-            num_hidden_layers=c.layers,
-            num_attention_heads=c.heads,
-            num_key_value_heads=c.kv_heads,
-            intermediate_size=c.ffn_width,
-            rms_norm_eps=c.norm_eps,
-            max_position_embeddings=c.max_positions,
-            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-        )
+    sizes = {
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.width,
+        "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads,
+        "intermediate_size": c.ffn_width,
+        "rms_norm_eps": c.norm_eps,
+        "max_position_embeddings": c.max_positions,
+        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
+    }
+    sparse = {"num_local_experts": c.experts, "num_experts_per_tok": c.experts_per_token}
+    model = (
+        MixtralForCausalLM(MixtralConfig(**sizes, **sparse)) if c.experts else LlamaForCausalLM(LlamaConfig(**sizes))
     )
     ours = decoder.state_dict()
     theirs = {
@@ -51,14 +53,22 @@ def reference(decoder: Decoder) -> torch.nn.Module:
         prefix = f"layers.{n}.attention"
         theirs[f"model.layers.{n}.self_attn.q_proj.weight"] = half_split(ours[f"{prefix}.wq.weight"], c.heads)
         theirs[f"model.layers.{n}.self_attn.k_proj.weight"] = half_split(ours[f"{prefix}.wk.weight"], c.kv_heads)
-    llama.load_state_dict(theirs, strict=True)
-    return llama.eval()
+        if c.experts:
+            w1, w2, w3 = (ours[f"layers.{n}.feed_forward.w{i}"].unflatten(0, (c.experts, -1)) for i in (1, 2, 3))
+            theirs[f"model.layers.{n}.mlp.gate.weight"] = ours[f"layers.{n}.feed_forward.gate.weight"]
+            theirs[f"model.layers.{n}.mlp.experts.gate_up_proj"] = torch.cat([w1, w3], dim=1)
+            theirs[f"model.layers.{n}.mlp.experts.down_proj"] = w2.transpose(1, 2)
+    model.load_state_dict(theirs, strict=True)
+    return model.eval()
 
 
-@pytest.fixture
-def decoder() -> Decoder:
+SPARSE = {"experts": 4, "experts_per_token": 2}
+
+
+@pytest.fixture(params=[{}, SPARSE], ids=["dense", "sparse"])
+def decoder(request: pytest.FixtureRequest) -> Decoder:
     torch.manual_seed(0)
-    decoder = Decoder(CONFIG).eval()
+    decoder = Decoder(DecoderConfig(**{**vars(CONFIG), **request.param})).eval()
     for parameter in decoder.parameters():  # larger than the initial weights, so that logits have a spread of about 1
         torch.nn.init.normal_(parameter, std=0.3)
     return decoder
@@ -138,3 +148,28 @@ def test_initial_spread_and_tied_embeddings() -> None:
 def test_full_cache_is_refused(decoder: Decoder) -> None:
     with pytest.raises(ValueError, match="4 positions cannot hold 5"):
         run(decoder, torch.zeros(1, 5, dtype=torch.long), KVCache(CONFIG.layers, 4))
+
+
+def test_every_expert_gets_a_gradient_and_unevenness_is_what_switch_transformer_says() -> None:
+    torch.manual_seed(0)
+    config = DecoderConfig(**{**vars(CONFIG), **SPARSE})
+    layer = SparseFeedForward(config)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(1, 1, 48)  # one token: two of the four experts have nothing to do
+    out, unevenness = layer(x)
+    (out.sum() + unevenness).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+    probabilities = layer.gate(x).softmax(-1).flatten()
+    expected = 4 * (0.5 * probabilities.topk(2).values).sum()
+    torch.testing.assert_close(unevenness, expected)
+    with torch.no_grad():
+        layer.gate.weight.zero_()
+    assert layer(torch.randn(2, 50, 48))[1].item() == pytest.approx(1.0)
+
+
+def test_flops_count_the_chosen_experts() -> None:
+    with torch.device("meta"):
+        dense, sparse = (Decoder(DecoderConfig(**{**vars(CONFIG), **extra})) for extra in ({}, SPARSE))
+    more = sparse.flops(10, 1, 1) - dense.flops(10, 1, 1)
+    assert more == 10 * CONFIG.layers * 2 * (3 * CONFIG.width * CONFIG.ffn_width + 4 * CONFIG.width)

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sphinx_pl.data.record import IGNORE, Batch
 from sphinx_pl.errors import UserError
 from sphinx_pl.models.sphinx import Sphinx, packed_mask
-from tests.models.conftest import model_config
+from tests.models.conftest import CONF, model_config
 
 L = 27  # tokens per image of the sample model
 
@@ -54,7 +54,7 @@ def losses_and_gradients(model: Sphinx, batches: list[Batch]) -> tuple[Tensor, d
     nll = []
     for batch in batches:
         losses = model.token_losses(batch)
-        (losses.nll.sum() + losses.anchor).backward()
+        (losses.nll.sum() + losses.extra).backward()
         nll.append(losses.nll.detach())
     return torch.cat(nll), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -109,7 +109,7 @@ def test_losses_are_cross_entropy_at_supervised_positions(sample: Sphinx) -> Non
     torch.testing.assert_close(losses.nll, expected[losses.index], atol=1e-5, rtol=1e-5)
     assert losses.index.tolist() == [*range(31, 36), *range(37, 40), *range(55, 61)]
     assert losses.nll.isfinite().all()
-    assert losses.anchor == 0
+    assert losses.extra == 0
 
 
 @pytest.mark.parametrize("supervised", [True, False])
@@ -119,7 +119,7 @@ def test_without_images_or_targets_every_parameter_has_a_gradient(sample: Sphinx
         batch.labels.fill_(IGNORE)
     losses = sample.token_losses(batch)
     assert len(losses.nll) == (6 if supervised else 0)
-    (losses.nll.sum() + losses.anchor).backward()
+    (losses.nll.sum() + losses.extra).backward()
     assert sample.mixer is not None
     assert [name for name, p in sample.named_parameters() if p.grad is None] == []
     assert all(p.grad is not None and not p.grad.any() for p in sample.mixer.parameters())
@@ -167,17 +167,43 @@ def test_flops_agree_with_the_counter(sample: Sphinx) -> None:
     assert sample.flops(batch) == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
-@pytest.mark.parametrize("name", ["sphinx_7b", "sphinx_13b", "sphinx_1k_13b", "sphinx_2k_13b"])
+# The decoders' parameters as their publishers count them, and the image words of the original's classes.
+LLAMA_7B, LLAMA_13B, TINY = 6_738_415_616, 13_015_864_320, 1_100_048_384
+INTERN2, MIXTRAL = 7_737_708_544, 46_702_792_704
+REAL_SIZES = {
+    "sphinx_7b": (LLAMA_7B, 291),
+    "sphinx_13b": (LLAMA_13B, 291),
+    "sphinx_1k_13b": (LLAMA_13B, 1455),
+    "sphinx_v2_1k_13b": (LLAMA_13B, 1455),
+    "sphinx_2k_13b": (LLAMA_13B, 2910),
+    "sphinx_pooled_13b": (LLAMA_13B, 687),
+    "sphinx_tiny": (TINY, 259),
+    "sphinx_tiny_1k": (TINY, 1295),
+    "sphinx_plus": (LLAMA_13B, 1295),
+    "sphinx_intern2": (INTERN2, 1295),
+    "sphinx_moe": (MIXTRAL, 291),
+    "sphinx_moe_1k": (MIXTRAL, 1455),
+}
+
+
+def test_no_real_size_is_forgotten() -> None:
+    assert {path.stem for path in CONF.glob("*.yaml") if "sample" not in path.stem} == REAL_SIZES.keys()
+
+
+@pytest.mark.parametrize("name", REAL_SIZES)
 def test_real_sizes(name: str) -> None:
     with torch.device("meta"):
         model = Sphinx(model_config(name))
     counts = {part: trainable for part, trainable, _ in model.trainable_table()}
-    big = name != "sphinx_7b"
-    assert counts.pop("decoder") == (13_015_864_320 if big else 6_738_415_616)  # LLaMA-2's own
-    width = 5120 if big else 4096
-    assert counts.pop("projections") == (5632 + 768) * width + 2 * 3 * width + 2 * width
+    decoder, tokens = REAL_SIZES[name]
+    assert counts.pop("decoder") == decoder
+    assert model.config.tokens_per_image == tokens
+    width, light = model.config.decoder.width, "qformer" not in counts
+    inputs, projections = (4608, 1) if light else (5632 + 768, 2)
+    assert counts.pop("projections") == (inputs + 3 * projections + 2) * width
+    towers = {"clip": 303, "convnext": 843, "dinov2": 1136, "qformer": 1091}
+    left_out = ("clip", "qformer") if light else ()
     assert {part: round(count / 1e6) for part, count in counts.items()} == {
-        "clip": 303, "convnext": 843, "dinov2": 1135, "qformer": 1091,
-    }  # fmt: skip
+        part: count for part, count in towers.items() if part not in left_out
+    }
     assert model.config.name == name
-    assert model.config.tokens_per_image == {"1k": 1455, "2k": 2910}.get(name.split("_")[1], 291)

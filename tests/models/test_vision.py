@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from sphinx_pl.errors import UserError
-from sphinx_pl.models.config import ConvNextConfig, VisionConfig
+from sphinx_pl.models.config import ConvNextConfig
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.models.towers import ConvNext, load_pretrained, resample_positions
 from sphinx_pl.models.views import CLIP_MEAN, CLIP_STD, normalise, resize, split_views
@@ -20,7 +20,7 @@ from tests.models.conftest import model_config
 
 def test_views_are_the_whole_then_crops_row_by_row() -> None:
     pixels = torch.rand(2, 3, 63, 63)
-    views = split_views(pixels, VisionConfig(image_size=63, grid=3))
+    views = split_views(pixels, size=21, grid=3)
     assert views.shape == (2, 10, 3, 21, 21)
     for row in range(3):
         for column in range(3):
@@ -32,10 +32,18 @@ def test_views_are_the_whole_then_crops_row_by_row() -> None:
 
 def test_half_resize_rounds_only_what_is_resized() -> None:
     pixels = torch.rand(1, 3, 32, 32)
-    views = split_views(pixels, VisionConfig(image_size=32, grid=2, half_resize=True))
+    views = split_views(pixels, size=16, grid=2, half=True)
     assert torch.equal(views[:, 0], views[:, 0].half().float())
     assert torch.equal(views[:, 1], pixels[:, :, :16, :16])
     assert resize(pixels, 32, half=True) is pixels
+
+
+def test_crops_are_cut_from_the_resized_image() -> None:
+    pixels = torch.rand(1, 3, 64, 64)
+    views = split_views(pixels, size=14, grid=2)
+    assert views.shape == (1, 5, 3, 14, 14)
+    whole = torch.nn.functional.interpolate(pixels, size=(28, 28), mode="bicubic")
+    assert torch.equal(views[:, 2], whole[:, :, :14, 14:])
 
 
 def test_normalise_maps_clips_mean_to_zero() -> None:
@@ -99,6 +107,28 @@ def test_mixer_order_and_view_order() -> None:
     assert torch.equal(out[:, :, -1], mixer.end_img.expand(2, 5, -1))
     torch.testing.assert_close(out[:, 3, 1:9], mixer.qformer_proj(third), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(out[:, 3, 9:26], visual, atol=1e-5, rtol=1e-5)
+
+
+def test_only_sub_images_are_pooled_where_the_overview_keeps_its_patches() -> None:
+    """LLaMA2-Accessory's llama_ens5p2: pooled before the projection, here 8 + 1 + 16 tokens of a crop instead of 73."""
+    torch.manual_seed(0)
+    overrides = ("vision.merge=mean", "vision.merge_factor=2", "+vision.merge_overview=false")
+    config = model_config("sphinx_sample_1k", *overrides).vision
+    whole = model_config("sphinx_sample_1k", "vision.merge=none").vision
+    assert config is not None
+    assert whole is not None
+    assert config.tokens_per_image == (2 + 8 + 65) + 4 * (2 + 8 + 17)
+    mixer, unmerged = VisionMixer(config, 32).eval(), VisionMixer(whole, 32).eval()
+    unmerged.load_state_dict(mixer.state_dict())
+    pixels = torch.randn(2, 3, 128, 128)
+    with torch.no_grad():
+        out, long = mixer(pixels), unmerged(pixels)
+        torch.testing.assert_close(out[:, :75], long[:, :75])
+        seen = [mixer.encode(mixer.towers[key], pixels)[:, 4, 1:] for key in ("clip", "convnext", "dinov2")]
+        maps = torch.cat(seen, dim=-1).transpose(1, 2).unflatten(2, (8, 8))
+        pooled = torch.nn.functional.interpolate(maps, scale_factor=0.5, mode="bilinear").flatten(2).transpose(1, 2)
+        torch.testing.assert_close(out[:, -17:-1], mixer.visual_proj(pooled))
+        torch.testing.assert_close(out[:, -27:-18], long[:, -75:-66])
 
 
 @pytest.mark.parametrize("off", [["clip"], ["convnext"], ["dinov2"], ["qformer"], ["clip", "convnext", "dinov2"],

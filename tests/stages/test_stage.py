@@ -139,7 +139,7 @@ def test_overfitting_one_batch_drives_the_loss_to_zero(task: str, processor: Pro
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
     for _ in range(150):
         losses = model.token_losses(batch)
-        loss = losses.nll.mean() + losses.anchor
+        loss = losses.nll.mean() + losses.extra
         if float(loss) < 0.02:
             break
         loss.backward()
