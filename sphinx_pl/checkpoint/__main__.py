@@ -1,17 +1,27 @@
-"""`python -m sphinx_pl.checkpoint show PATH`: what a checkpoint holds and where it comes from."""
+"""`python -m sphinx_pl.checkpoint COMMAND`: show what a checkpoint holds, import other layouts, export to them."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
-from sphinx_pl.checkpoint.format import Checkpoint, TensorInfo, open_checkpoint
+from sphinx_pl.checkpoint.format import Checkpoint, TensorInfo, open_checkpoint, write_checkpoint
+from sphinx_pl.checkpoint.llm import write_huggingface
+from sphinx_pl.checkpoint.original import write_original
+from sphinx_pl.checkpoint.provenance import provenance
+from sphinx_pl.cli import report
 from sphinx_pl.errors import UserError
+from sphinx_pl.models.sphinx import Sphinx
+
+PATH = "a checkpoint folder of any layout that this project reads, or hf-hub:OWNER/NAME"
 
 
 def parts_table(checkpoint: Checkpoint) -> Table:
@@ -65,18 +75,67 @@ def _dtypes(group: list[TensorInfo]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sphinx_pl.checkpoint", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     show = commands.add_parser("show", help="parts, dtypes, parameter counts and provenance")
-    show.add_argument("path", help="a checkpoint folder")
+    show.add_argument("path", help=PATH)
+    importer = commands.add_parser("import", help="write a checkpoint of another layout in ours")
+    importer.add_argument("path", help=PATH)
+    importer.add_argument("out", help="the folder to write")
+    importer.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
+    exporter = commands.add_parser("export", help="write a checkpoint in the original's layout, or its decoder in HF's")
+    exporter.add_argument("path", help=PATH)
+    exporter.add_argument("out", help="the folder to write")
+    exporter.add_argument("--to", choices=("original", "huggingface"), required=True, help="the layout")
+    exporter.add_argument("--shards", type=int, default=1, help="files of the original's layout (default: 1)")
     options = parser.parse_args(arguments)
+    console = Console()
     try:
         checkpoint = open_checkpoint(options.path)
+        if options.command == "import":
+            import_checkpoint(checkpoint, options.out, options.overwrite)
+            if note := checkpoint.provenance.get("note"):
+                console.print(note)
+            checkpoint = open_checkpoint(options.out)
+        elif options.command == "export":
+            return _export(checkpoint, options, console)
     except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    console = Console()
+        return report(error)
     console.print(parts_table(checkpoint), provenance_table(checkpoint))
     return 0
+
+
+def _export(checkpoint: Checkpoint, options: argparse.Namespace, console: Console) -> int:
+    out = Path(options.out)
+    if options.shards < 1:
+        raise UserError(f"--shards={options.shards} must be at least 1")
+    if options.to == "huggingface":
+        write_huggingface(checkpoint, out)
+        console.print(f"{out}: the decoder, for LlamaForCausalLM.from_pretrained")
+    else:
+        kind = write_original(checkpoint, out, options.shards)
+        console.print(f"{out}: {kind} in {options.shards} shards")
+    return 0
+
+
+def import_checkpoint(checkpoint: Checkpoint, out: str, overwrite: bool) -> None:
+    """Write `checkpoint` in our layout, a tensor at a time.
+
+    Raises:
+        UserError: its tensors are not those of its model, or `out` exists; nothing is written then.
+    """
+    with torch.device("meta"):
+        model = Sphinx(checkpoint.model_config)
+    checkpoint.check(model)
+    write_checkpoint(
+        out,
+        ((name, checkpoint.tensor(name)) for name in track(checkpoint.keys(), description="Importing")),
+        checkpoint.model_config.to_dict(),
+        checkpoint.processor,
+        checkpoint.tokenizer_file,
+        provenance("import", None, [checkpoint.identity()]),
+        unused=checkpoint.unused(),
+        overwrite=overwrite,
+    )
 
 
 if __name__ == "__main__":

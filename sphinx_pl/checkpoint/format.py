@@ -5,6 +5,7 @@
     config.json                            {"format": 1, "model": SphinxConfig, "processor": prompt format}
     tokenizer.model                        SentencePiece
     provenance.json                        see `sphinx_pl.checkpoint.provenance`
+    unused.safetensors                     of imported checkpoints: what no model here uses, kept for the way back
 
 A folder is written under a temporary name and renamed, so whatever stands under the final name is complete.
 """
@@ -18,6 +19,7 @@ import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,8 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 TOKENIZER = "tokenizer.model"
 PROVENANCE = "provenance.json"
+UNUSED = "unused.safetensors"
+HUB = "hf-hub:"
 
 _DTYPES = {
     "F64": torch.float64,
@@ -62,6 +66,48 @@ class TensorInfo:
     @property
     def numel(self) -> int:
         return torch.Size(self.shape).numel()
+
+
+MAPPED_BYTES = 2**29
+"""What is read through one mapping of a file before it is renewed: mapped pages count as this process's memory."""
+
+
+class SafetensorsFile:
+    """One file, read a tensor at a time with bounded memory.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._read = 0
+        self._file = self._open()
+        self.keys: list[str] = self._file.offset_keys()
+        """In the file's own order, in which a pass over all tensors is one sequential read."""
+
+    def _open(self) -> Any:  # safetensors ships no types
+        if not self.path.is_file():
+            raise UserError(f"'{self.path}' is missing: copy the checkpoint again, whole")
+        try:
+            return safe_open(str(self.path), framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"'{self.path}' is damaged ({error}): copy the checkpoint again") from error
+
+    def info(self, name: str) -> TensorInfo:
+        view = self._file.get_slice(name)
+        if view.get_dtype() not in _DTYPES:
+            raise UserError(
+                f"'{self.path}': '{name}' is stored as {view.get_dtype()}, which this project does not read"
+            )
+        return TensorInfo(tuple(view.get_shape()), _DTYPES[view.get_dtype()])
+
+    def tensor(self, name: str) -> Tensor:
+        tensor: Tensor = self._file.get_tensor(name)
+        self._read += tensor.nbytes
+        if self._read > MAPPED_BYTES:
+            self._file, self._read = self._open(), 0
+        return tensor
 
 
 class Checkpoint(ABC):
@@ -93,6 +139,10 @@ class Checkpoint(ABC):
     def tensor(self, name: str) -> Tensor:
         """The tensor `name`, on the CPU, in the dtype in which it is stored."""
 
+    def unused(self) -> Iterable[tuple[str, Tensor]]:
+        """Tensors, under their own layout's names, that belong to no module here."""
+        return ()
+
     @abstractmethod
     def files(self) -> Sequence[Path]:
         """The files whose content makes this checkpoint."""
@@ -118,17 +168,24 @@ class Checkpoint(ABC):
             digest.update(f"{file.name} {hash_file(file)}\n".encode())
         return {"path": str(self.path), "stage": self.provenance.get("stage"), "sha256": digest.hexdigest()}
 
-    def load_into(self, module: nn.Module) -> None:
+    def load_into(self, module: nn.Module, part: str = "") -> None:
         """Copy every weight into `module` (a `Sphinx`), keeping the module's dtypes and devices.
+
+        Args:
+            part: "decoder.", say: `module` is that part of a `Sphinx`, and only its weights are read.
 
         Raises:
             UserError: names or shapes differ; nothing is copied then.
         """
-        target = module.state_dict()
-        wanted = {name: tuple(tensor.shape) for name, tensor in target.items()}
-        if problem := compare(wanted, {name: self.info(name).shape for name in self}):
+        self.check(module, part)
+        names = (name for name in self if name.startswith(part))
+        copy_into(module.state_dict(prefix=part), ((name, self.tensor(name)) for name in names))
+
+    def check(self, module: nn.Module, part: str = "") -> None:
+        """Raises: UserError: the weights of `module` (which may be on the meta device) have other names or shapes."""
+        wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict(prefix=part).items()}
+        if problem := compare(wanted, {name: self.info(name).shape for name in self if name.startswith(part)}):
             raise UserError(f"checkpoint '{self.path}' does not fit this model: {problem}")
-        copy_into(target, ((name, self.tensor(name)) for name in self))
 
 
 @torch.no_grad()
@@ -185,10 +242,13 @@ def _flatten(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open and validate the checkpoint at `path`, in whichever of `FORMATS` it is.
 
+    Args:
+        path: a folder, or `hf-hub:OWNER/NAME` for a model in the Hugging Face cache, or downloaded to it.
+
     Raises:
         UserError: there is none, or it is damaged or of a version that this code does not know.
     """
-    path = Path(path)
+    path = _from_hub(path) if isinstance(path, str) and path.startswith(HUB) else Path(path)
     if not path.exists():
         raise UserError(f"checkpoint '{path}' does not exist: check the path")
     for reader in FORMATS.values():
@@ -199,17 +259,30 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     )
 
 
+def _from_hub(source: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", "*.json", TOKENIZER]
+    try:
+        return Path(snapshot_download(source.removeprefix(HUB), allow_patterns=patterns))
+    except Exception as error:  # of many libraries: no network, no such model, no access, a name that is none
+        raise UserError(
+            f"'{source}' is neither cached nor downloadable ({type(error).__name__}): download it on a machine with a "
+            f"network and copy the cache (HF_HOME) here, or give a folder with {', '.join(patterns)}"
+        ) from error
+
+
 class SphinxCheckpoint(Checkpoint):
     """Our own folder. The shards stay open (memory-mapped) as long as this object lives."""
 
     @classmethod
     def matches(cls, path: Path) -> bool:
         # Hugging Face's folders have a config.json too, but without "format".
-        return (path / CONFIG).is_file() and "format" in _read_json(path / CONFIG)
+        return (path / CONFIG).is_file() and "format" in read_json(path / CONFIG)
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config = _read_json(path / CONFIG)
+        self.config = read_json(path / CONFIG)
         if "${" in json.dumps(self.config):  # would be resolved, an environment variable for instance
             raise UserError(
                 f"'{path / CONFIG}' holds an interpolation (${{...}}), which no checkpoint needs: remove it"
@@ -222,8 +295,8 @@ class SphinxCheckpoint(Checkpoint):
         for section in ("model", "processor"):
             if not isinstance(self.config.get(section), dict):
                 raise UserError(f"'{path / CONFIG}' lacks the section '{section}': restore the file from its source")
-        self.provenance = _read_json(path / PROVENANCE)
-        weight_map = _read_json(path / INDEX).get("weight_map")
+        self.provenance = read_json(path / PROVENANCE)
+        weight_map = read_json(path / INDEX).get("weight_map")
         if (
             not isinstance(weight_map, dict)
             or not weight_map
@@ -232,47 +305,38 @@ class SphinxCheckpoint(Checkpoint):
             raise UserError(f"'{path / INDEX}' has no weight_map: restore the file from its source")
         self._shard_of: dict[str, str] = weight_map
         self._require(TOKENIZER)
-        self._shards: dict[str, Any] = {}  # safetensors ships no types
-        self._keys: list[str] = []
+        self._shards: dict[str, SafetensorsFile] = {}
         for shard in dict.fromkeys(weight_map.values()):
-            self._shards[shard] = self._open(shard)
-            stored = set(self._shards[shard].keys())
+            self._shards[shard] = SafetensorsFile(path / shard)
+            stored = set(self._shards[shard].keys)
             named = {name for name, place in weight_map.items() if place == shard}
             if stored != named:
                 example = min(stored ^ named)
                 raise UserError(f"'{path / shard}' and {INDEX} disagree about '{example}': copy the checkpoint again")
-            # In the file's own order a pass over all tensors is one sequential read.
-            self._keys += self._shards[shard].offset_keys()
 
     def _require(self, name: str) -> Path:
         if not (self.path / name).is_file():
             raise UserError(f"'{self.path / name}' is missing: copy the checkpoint again, whole")
         return self.path / name
 
-    def _open(self, shard: str) -> Any:
-        file = self._require(shard)
-        try:
-            return safe_open(str(file), framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"'{file}' is damaged ({error}): copy the checkpoint again") from error
-
     def keys(self) -> Sequence[str]:
-        return self._keys
+        return [name for shard in self._shards.values() for name in shard.keys]
 
     def info(self, name: str) -> TensorInfo:
-        view = self._shards[self._shard_of[name]].get_slice(name)
-        if view.get_dtype() not in _DTYPES:
-            raise UserError(
-                f"'{self.path}': '{name}' is stored as {view.get_dtype()}, which this project does not read"
-            )
-        return TensorInfo(tuple(view.get_shape()), _DTYPES[view.get_dtype()])
+        return self._shards[self._shard_of[name]].info(name)
 
     def tensor(self, name: str) -> Tensor:
-        tensor: Tensor = self._shards[self._shard_of[name]].get_tensor(name)
-        return tensor
+        return self._shards[self._shard_of[name]].tensor(name)
+
+    def unused(self) -> Iterable[tuple[str, Tensor]]:
+        if not (self.path / UNUSED).is_file():
+            return
+        file = SafetensorsFile(self.path / UNUSED)
+        yield from ((name, file.tensor(name)) for name in file.keys)
 
     def files(self) -> Sequence[Path]:
-        return [self.path / name for name in (CONFIG, INDEX, TOKENIZER, *self._shards)]
+        unused = [UNUSED] if (self.path / UNUSED).is_file() else []
+        return [self.path / name for name in (CONFIG, INDEX, TOKENIZER, *self._shards, *unused)]
 
     @property
     def tokenizer_file(self) -> Path:
@@ -290,8 +354,9 @@ def write_checkpoint(
     tokenizer_file: Path,
     provenance: dict[str, Any],
     *,
+    unused: Iterable[tuple[str, Tensor]] = (),
     dtype: torch.dtype | None = None,
-    max_shard_bytes: int = 2 * 1024**3,
+    max_shard_bytes: int = 1024**3,
     overwrite: bool = False,
 ) -> Path:
     """Write a checkpoint folder; a reader sees all of it or none.
@@ -300,6 +365,7 @@ def write_checkpoint(
         tensors: names and values, e.g. `module.state_dict()`. An iterator is consumed as the shards are written, so at
             most one shard is in memory.
         model: `SphinxConfig.to_dict()`.
+        unused: see `Checkpoint.unused`.
         dtype: of floating-point tensors in the file; None keeps each one's own.
         max_shard_bytes: upper bound of a shard, unless a single tensor is larger.
         overwrite: replace what is at `path`.
@@ -311,21 +377,30 @@ def write_checkpoint(
     check_free(path, overwrite)
     if not tokenizer_file.is_file():
         raise UserError(f"tokenizer '{tokenizer_file}' does not exist: check the path")
+    named = tensors.items() if isinstance(tensors, Mapping) else tensors
+    with staged(path) as folder:
+        write_shards(folder, ((name, _storable(tensor, dtype)) for name, tensor in named), max_shard_bytes)
+        if kept := {name: _storable(tensor, None) for name, tensor in unused}:
+            save_file(kept, folder / UNUSED, metadata={"format": "pt"})
+        write_json(folder / CONFIG, {"format": FORMAT_VERSION, "model": model, "processor": processor})
+        write_json(folder / PROVENANCE, provenance)
+        shutil.copyfile(tokenizer_file, folder / TOKENIZER)
+    return path
+
+
+@contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """A new folder to write files into: renamed to `path` at the end, in place of what is there; removed on errors."""
     folder = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed
     folder.mkdir(parents=True)
     try:
-        named = tensors.items() if isinstance(tensors, Mapping) else tensors
-        _write_shards(folder, ((name, _storable(tensor, dtype)) for name, tensor in named), max_shard_bytes)
-        _write_json(folder / CONFIG, {"format": FORMAT_VERSION, "model": model, "processor": processor})
-        _write_json(folder / PROVENANCE, provenance)
-        shutil.copyfile(tokenizer_file, folder / TOKENIZER)
+        yield folder
         _sync(*folder.iterdir(), folder)
         _move_into_place(folder, path)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    return path
 
 
 def check_free(path: Path, overwrite: bool) -> None:
@@ -357,7 +432,7 @@ def _shards(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[d
         yield shard
 
 
-def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> None:
+def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_bytes: int = 1024**3) -> None:
     contents: list[list[str]] = []
     total = 0
     for shard in _shards(tensors, max_bytes):
@@ -369,7 +444,7 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_bytes
         final = f"model-{number:05d}-of-{len(contents):05d}.safetensors"
         (folder / f"{number:05d}").rename(folder / final)
         weight_map |= dict.fromkeys(names, final)
-    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _move_into_place(folder: Path, path: Path) -> None:
@@ -391,11 +466,11 @@ def _sync(*paths: Path) -> None:
             os.close(descriptor)
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

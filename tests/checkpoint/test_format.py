@@ -232,8 +232,8 @@ def test_a_damaged_checkpoint_is_answered_in_one_line(
 def test_a_path_without_a_checkpoint_is_answered_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         open_checkpoint(tmp_path / "nothing")
-    # Hugging Face's config.json does not make a folder ours.
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    # Somebody else's config.json does not make a folder ours.
+    (tmp_path / "config.json").write_text('{"architecture": "vit"}')
     assert not SphinxCheckpoint.matches(tmp_path)
     with pytest.raises(UserError, match="not a checkpoint"):
         open_checkpoint(tmp_path)

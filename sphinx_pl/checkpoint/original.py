@@ -1,0 +1,318 @@
+"""The layout of the released SPHINX weights, which LLaMA2-Accessory wrote.
+
+consolidated.00-of-02.model.pth ...   {"model": {"llma.…": tensor}}, see `sphinx_pl.checkpoint.parallel`
+config.json                           the decoder's sizes
+meta.json                             {"llama_type": "llama_ens"}, the model's class
+tokenizer.model
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from sphinx_pl.checkpoint.format import (
+    FORMATS,
+    TOKENIZER,
+    Checkpoint,
+    TensorInfo,
+    differences,
+    read_json,
+    staged,
+    write_json,
+)
+from sphinx_pl.checkpoint.parallel import ParallelFiles, split, write_parallel
+from sphinx_pl.cli import CONFIG_FOLDER
+from sphinx_pl.errors import UserError, suggest
+from sphinx_pl.models.config import DecoderConfig, SphinxConfig
+
+CONFIG = "config.json"
+META = "meta.json"
+_SHARD = re.compile(r"consolidated\.(\d+)-of-(\d+)\.model\.pth")
+
+# The class names of the original, and the configuration in conf/model that has their towers and views.
+TYPES: dict[str, str] = {
+    "llama_ens": "sphinx_7b",
+    "llama_ens5": "sphinx_1k_13b",
+    "llama_ens10": "sphinx_2k_13b",
+    "llama_ens5p2": "sphinx_pooled_13b",
+    "llama_ens_light": "sphinx_tiny",
+    "llama_ens5_light": "sphinx_tiny_1k",
+    "mixtral_sparse_ens": "sphinx_moe",
+    "mixtral_sparse_ens5": "sphinx_moe_1k",
+}
+
+# The original's prefix and ours.
+_PREFIXES = (
+    ("llma.clip.visual.", "mixer.towers.clip.model."),
+    ("llma.openclip_convnext_xxl.", "mixer.towers.convnext.model."),
+    ("llma.dinov2_vitg14.", "mixer.towers.dinov2.model."),
+    ("llma.qformer.", "mixer.towers.qformer."),
+    ("llma.qformer_proj.", "mixer.qformer_proj."),
+    ("llma.visual_proj.", "mixer.visual_proj."),
+    ("llma.start_img", "mixer.start_img"),
+    ("llma.end_img", "mixer.end_img"),
+    ("llma.", "decoder."),
+)
+# timm's names of the two matrices of DINOv2's SwiGLU.
+_SWIGLU = ((".mlp.w12.", ".mlp.fc1."), (".mlp.w3.", ".mlp.fc2."))
+# Parameters that no forward pass uses but the original's files have: CLIP's text side, DINOv2's mask token.
+UNUSED: dict[str, tuple[int, ...]] = {
+    "llma.clip.positional_embedding": (77, 768),
+    "llma.clip.text_projection": (768, 768),
+    "llma.clip.logit_scale": (),
+    "llma.clip.token_embedding.weight": (49408, 768),
+    "llma.clip.ln_final.weight": (768,),
+    "llma.clip.ln_final.bias": (768,),
+    "llma.clip.visual.proj": (1024, 768),
+    "llma.dinov2_vitg14.mask_token": (1, 1536),
+}
+_FLAT = ("mixer.start_img", "mixer.end_img")  # [1, 1, D] there, [D] here
+
+
+def our_name(name: str) -> str:
+    """The original's name of a tensor -> the one that `Sphinx` gives it."""
+    theirs, ours = next(pair for pair in _PREFIXES if name.startswith(pair[0]))
+    name = ours + name[len(theirs) :]
+    if name.startswith("mixer.towers.dinov2."):
+        for theirs, ours in _SWIGLU:
+            name = name.replace(theirs, ours)
+    return name
+
+
+def their_name(name: str) -> str:
+    """The inverse of `our_name`."""
+    theirs, ours = next(pair for pair in _PREFIXES if name.startswith(pair[1]))
+    name = theirs + name[len(ours) :]
+    if name.startswith("llma.dinov2_vitg14."):
+        for theirs, ours in _SWIGLU:
+            name = name.replace(ours, theirs)
+    return name
+
+
+def ffn_width(width: int, multiple_of: int, multiplier: float | None) -> int:
+    """LLaMA's rule: two thirds of four times the width, times the multiplier, rounded up to a multiple."""
+    hidden = int(8 * width / 3)
+    hidden = int(multiplier * hidden) if multiplier else hidden
+    return -(-hidden // multiple_of) * multiple_of
+
+
+def shipped_model(name: str) -> dict[str, Any]:
+    """conf/model/<name>.yaml with the files that it builds on."""
+    values: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(CONFIG_FOLDER / "model" / f"{name}.yaml"))  # type: ignore[assignment]
+    bases = [base for base in values.pop("defaults", []) if base != "_self_"]
+    merged = OmegaConf.merge(*(shipped_model(base) for base in bases), values)
+    return OmegaConf.to_container(merged)  # type: ignore[return-value]
+
+
+def decoder_config(sizes: dict[str, Any], vocab_size: int) -> DecoderConfig:
+    """From the original's config.json, which is Meta's params.json with more keys.
+
+    Raises:
+        KeyError: a size is missing.
+    """
+    width, heads, moe = sizes["dim"], sizes["n_heads"], sizes.get("moe")
+    if moe:
+        ffn = sizes["hidden_dim"]
+    else:
+        ffn = ffn_width(width, sizes["multiple_of"], sizes.get("ffn_dim_multiplier"))
+    return DecoderConfig(
+        vocab_size=vocab_size,
+        width=width,
+        layers=sizes["n_layers"],
+        heads=heads,
+        kv_heads=sizes.get("n_kv_heads") or heads,
+        ffn_width=ffn,
+        norm_eps=sizes["norm_eps"],
+        rope_theta=float(sizes.get("rope_theta", 10000)),
+        max_positions=sizes.get("max_seq_len", 4096),
+        experts=moe["num_experts"] if moe else 0,
+        experts_per_token=moe["num_experts_per_tok"] if moe else 2,
+        balance_weight=sizes.get("load_balancing_weight", 0.0),
+    )
+
+
+class OriginalCheckpoint(Checkpoint):
+    """A folder in the original's layout, of any number of shards."""
+
+    @classmethod
+    def matches(cls, path: Path) -> bool:
+        return (path / META).is_file() and "llama_type" in read_json(path / META)
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        kind = read_json(path / META)["llama_type"]
+        if kind not in TYPES:
+            raise UserError(f"'{path / META}': llama_type '{kind}' cannot be read: {suggest(str(kind), TYPES)}")
+        if not self.tokenizer_file.is_file():
+            raise UserError(f"'{self.tokenizer_file}' is missing: copy the original's tokenizer.model there")
+        sizes = read_json(path / CONFIG)
+        try:
+            experts = sizes["moe"]["num_experts"] if "moe" in sizes else 0
+            self._files = ParallelFiles(self._find_shards(), lambda content: content["model"], experts)
+            self._theirs = {our_name(name): name for name in self._files if name not in UNUSED}
+            vocab = self.info("decoder.tok_embeddings.weight").shape[0]
+            decoder = decoder_config(sizes, vocab)
+        except StopIteration:
+            raise UserError(f"'{path}' has tensors without the prefix 'llma.': it is not SPHINX's") from None
+        except (KeyError, TypeError) as error:
+            raise UserError(f"'{path / CONFIG}' lacks {error}: restore the file from its source") from error
+        model = shipped_model(TYPES[kind]) | {"name": kind, "decoder": vars(decoder)}
+        # What the original's own inference computes with these weights; see docs/original.md.
+        if model["vision"]["clip"]:
+            model["vision"]["clip"]["quick_gelu"] = False
+        self.config = {"model": SphinxConfig.from_dict(model).to_dict(), "processor": {}}
+        self.provenance = {"original": kind}
+        if model["vision"]["clip"]:
+            self.provenance["note"] = (
+                "CLIP gets exact GELU as in the original's own inference; its weights were trained with QuickGELU: "
+                "model.vision.clip.quick_gelu=true (docs/original.md has the difference)"
+            )
+
+    def _find_shards(self) -> list[Path]:
+        found = {file: match for file in self.path.iterdir() if (match := _SHARD.fullmatch(file.name))}
+        counts = {int(match[2]) for match in found.values()}
+        if len(counts) != 1:
+            raise UserError(
+                f"'{self.path}' holds shards of {len(counts)} checkpoints: expected consolidated.00-of-NN.model.pth to "
+                "the last of the same NN"
+            )
+        total = counts.pop()
+        for rank in range(total):
+            file = self.path / _shard_name(rank, total)
+            if file not in found:
+                raise UserError(f"'{file}' is missing: copy all {total} shards")
+        return sorted(found)
+
+    def keys(self) -> Sequence[str]:
+        return list(self._theirs)
+
+    def info(self, name: str) -> TensorInfo:
+        theirs = self._theirs[name]
+        shape = self._files.shape(theirs)
+        return TensorInfo(shape[-1:] if name in _FLAT else shape, self._files.dtype(theirs))
+
+    def tensor(self, name: str) -> Tensor:
+        tensor = self._files.tensor(self._theirs[name])
+        return tensor.flatten() if name in _FLAT else tensor
+
+    def unused(self) -> Iterable[tuple[str, Tensor]]:
+        return ((name, self._files.tensor(name)) for name in self._files if name in UNUSED)
+
+    def files(self) -> Sequence[Path]:
+        return [self.path / CONFIG, self.path / META, self.tokenizer_file, *self._files.files]
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return self.path / TOKENIZER
+
+
+FORMATS.register("original", OriginalCheckpoint)
+
+
+def _shard_name(rank: int, total: int) -> str:
+    return f"consolidated.{rank:02d}-of-{total:02d}.model.pth"
+
+
+# -- the way back ----------------------------------------------------------------------------------------------------
+
+
+def original_type(checkpoint: Checkpoint) -> str:
+    """The name of the original's class that computes what this checkpoint's model does.
+
+    Raises:
+        UserError: there is none.
+    """
+    model = checkpoint.model_config
+    if model.decoder.qk_norm or model.decoder.tie_embeddings:
+        raise UserError(f"'{checkpoint.path}': the original's decoder has no qk_norm and no tie_embeddings")
+    for kind, name in TYPES.items():
+        shipped = SphinxConfig.from_dict(shipped_model(name))
+        same_view = not differences({"v": model.to_dict()["vision"]}, {"v": _any_gelu(shipped, model)}, "")
+        if same_view and bool(shipped.decoder.experts) == bool(model.decoder.experts):
+            return kind
+    raise UserError(f"'{checkpoint.path}': none of the original's types has these towers and views: {', '.join(TYPES)}")
+
+
+def _any_gelu(shipped: SphinxConfig, model: SphinxConfig) -> Any:
+    """The shipped vision part with the model's GELU, which is no part of the original's files."""
+    vision = shipped.to_dict()["vision"]
+    if vision["clip"] and model.vision and model.vision.clip:
+        vision["clip"]["quick_gelu"] = model.vision.clip.quick_gelu
+    return vision
+
+
+def _sizes(decoder: DecoderConfig) -> dict[str, Any]:
+    """The original's config.json, the inverse of `decoder_config`."""
+    sizes: dict[str, Any] = {
+        "dim": decoder.width,
+        "n_layers": decoder.layers,
+        "n_heads": decoder.heads,
+        "n_kv_heads": decoder.kv_heads,
+        "vocab_size": decoder.vocab_size,
+        "norm_eps": decoder.norm_eps,
+        "rope_theta": decoder.rope_theta,
+        "max_seq_len": decoder.max_positions,
+    }
+    if decoder.experts:
+        moe = {"num_experts": decoder.experts, "num_experts_per_tok": decoder.experts_per_token}
+        more = {"hidden_dim": decoder.ffn_width, "head_dim": decoder.head_dim, "moe": moe}
+        return sizes | more | {"load_balancing_weight": decoder.balance_weight}
+    if ffn_width(decoder.width, 256, None) == decoder.ffn_width:
+        return sizes | {"multiple_of": 256, "ffn_dim_multiplier": None}
+    # Any other width: it is the first multiple of itself above what the rule gives.
+    plain = int(8 * decoder.width / 3)
+    multiplier = None if plain <= decoder.ffn_width else decoder.ffn_width / plain
+    return sizes | {"multiple_of": decoder.ffn_width, "ffn_dim_multiplier": multiplier}
+
+
+def write_original(checkpoint: Checkpoint, out: Path, shards: int = 1) -> str:
+    """Write `checkpoint` as the original's folder of `shards` files, a tensor at a time; returns its type.
+
+    Parameters that the original has but no forward pass uses are those the checkpoint was imported with, else zeros.
+
+    Raises:
+        UserError: the original has no such model, `out` exists, or a tensor cannot be split so often.
+    """
+    if out.exists():
+        raise UserError(f"'{out}' exists: choose another path")
+    kind = original_type(checkpoint)
+    decoder, vision = checkpoint.model_config.decoder, checkpoint.model_config.vision
+    assert vision is not None
+    unused = dict(checkpoint.unused())
+    names = {their_name(name): name for name in checkpoint}
+    whole = {theirs: (checkpoint.info(ours).shape, checkpoint.info(ours).dtype) for theirs, ours in names.items()}
+    whole |= {theirs: ((1, 1, *shape), dtype) for theirs, (shape, dtype) in whole.items() if names[theirs] in _FLAT}
+    some = next(iter(whole.values()))[1]
+    for name, shape in UNUSED.items():
+        if vision.clip if name.startswith("llma.clip.") else vision.dinov2:
+            whole[name] = (shape, unused[name].dtype if name in unused else some)
+
+    def value(name: str) -> Tensor:
+        shape, dtype = whole[name]
+        tensor = checkpoint.tensor(names[name]) if name in names else unused.get(name, torch.zeros(shape, dtype=dtype))
+        return tensor.view(shape)
+
+    parts = {
+        name: [part.shape for part in split(name, torch.empty(shape, device="meta"), shards, decoder.experts)]
+        for name, (shape, _) in whole.items()
+    }
+    with staged(out) as folder:
+        for rank in range(shards):
+            write_parallel(
+                folder / _shard_name(rank, shards),
+                {name: (parts[name][rank], dtype) for name, (_, dtype) in whole.items()},
+                lambda name, rank=rank: split(name, value(name), shards, decoder.experts)[rank],  # type: ignore[misc]
+                wrap="model",
+            )
+        write_json(folder / CONFIG, _sizes(decoder))
+        write_json(folder / META, {"llama_type": kind})
+        shutil.copyfile(checkpoint.tokenizer_file, folder / TOKENIZER)
+    return kind

@@ -1,0 +1,214 @@
+"""Decoders of Meta and Hugging Face: the same logits in every layout."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sphinx_pl.checkpoint.format import Checkpoint, open_checkpoint, write_checkpoint
+from sphinx_pl.checkpoint.llm import half_split, interleave, write_huggingface
+from sphinx_pl.checkpoint.parallel import split
+from sphinx_pl.errors import UserError
+from sphinx_pl.models.config import DecoderConfig, SphinxConfig
+from sphinx_pl.models.sphinx import Sphinx
+
+TOKENIZER = Path(__file__).parent.parent / "golden" / "tokenizer.model"
+SIZES = DecoderConfig(vocab_size=61, width=48, layers=2, heads=6, kv_heads=2, ffn_width=80, max_positions=64)
+
+
+def text_only(**changes: Any) -> Sphinx:
+    torch.manual_seed(0)
+    return Sphinx(SphinxConfig(decoder=DecoderConfig(**{**vars(SIZES), **changes}), vision=None)).eval()
+
+
+@torch.no_grad()
+def logits(model: Sphinx) -> Tensor:
+    ids = torch.arange(20)[None] % 61
+    decoder = model.decoder
+    return decoder.logits(decoder(decoder.embed(ids), torch.arange(20)[None]))
+
+
+def loaded(checkpoint: Checkpoint) -> Sphinx:
+    model = Sphinx(checkpoint.model_config).eval()
+    checkpoint.load_into(model)
+    return model
+
+
+def ours(model: Sphinx, path: Path) -> Checkpoint:
+    write_checkpoint(path, model.state_dict(), model.config.to_dict(), {}, TOKENIZER, {"stage": None})
+    return open_checkpoint(path)
+
+
+def theirs(model: Sphinx) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+    c = model.config.decoder
+    sizes = {
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.width,
+        "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads,
+        "intermediate_size": c.ffn_width,
+        "rms_norm_eps": c.norm_eps,
+        "max_position_embeddings": c.max_positions,
+    }
+    torch.manual_seed(1)
+    if c.experts:
+        moe = {"num_local_experts": c.experts, "num_experts_per_tok": c.experts_per_token, "sliding_window": None}
+        return MixtralForCausalLM(MixtralConfig(**sizes, **moe)).eval()
+    return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+
+
+def test_rotary_halves_and_pairs_are_inverse() -> None:
+    weight = torch.arange(24.0)[:, None]
+    assert torch.equal(half_split(interleave(weight, 3), 3), weight)
+    assert interleave(weight, 3)[:8, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+
+
+@pytest.mark.parametrize("experts", [0, 4], ids=["llama", "mixtral"])
+def test_transformers_own_folder_gives_its_logits(tmp_path: Path, experts: int) -> None:
+    reference = theirs(text_only(experts=experts))
+    reference.save_pretrained(tmp_path / "hf")
+    shutil.copy(TOKENIZER, tmp_path / "hf")
+    checkpoint = open_checkpoint(tmp_path / "hf")
+    assert checkpoint.model_config.vision is None
+    assert checkpoint.model_config.decoder.experts == experts
+    expected = reference(torch.arange(20)[None] % 61).logits
+    torch.testing.assert_close(logits(loaded(checkpoint)), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_transformers_reads_what_is_exported(tmp_path: Path, tied: bool) -> None:
+    from transformers import LlamaForCausalLM
+
+    model = text_only(rope_theta=500.0, tie_embeddings=tied)
+    write_huggingface(ours(model, tmp_path / "ours"), tmp_path / "hf")
+    reference, report = LlamaForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    torch.testing.assert_close(reference(torch.arange(20)[None] % 61).logits, logits(model), atol=1e-5, rtol=1e-5)
+    assert torch.equal(logits(loaded(open_checkpoint(tmp_path / "hf"))), logits(model))
+
+
+def test_internlm2s_fused_attention(tmp_path: Path) -> None:
+    model = text_only()
+    state = {name.removeprefix("decoder."): value for name, value in model.state_dict().items()}
+    folder = tmp_path / "internlm2"
+    folder.mkdir()
+    c, tensors = SIZES, {"output.weight": state.pop("output.weight")}
+    for layer in range(c.layers):
+        q, k, v = (state.pop(f"layers.{layer}.attention.w{kind}.weight") for kind in "qkv")
+        parts = [half_split(q, c.heads), half_split(k, c.kv_heads), v]
+        fused = torch.cat([part.unflatten(0, (c.kv_heads, -1, c.head_dim)) for part in parts], dim=1)
+        tensors[f"model.layers.{layer}.attention.wqkv.weight"] = fused.flatten(0, 2).contiguous()
+    save_file({**tensors, **{f"model.{name}": value for name, value in state.items()}}, folder / "model.safetensors")
+    sizes = {"model_type": "internlm2", "vocab_size": 61, "hidden_size": 48, "num_hidden_layers": 2, "bias": False}
+    sizes |= {"num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 80, "rms_norm_eps": 1e-5}
+    sizes |= {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_theta": 10000, "max_position_embeddings": 64}
+    (folder / "config.json").write_text(json.dumps(sizes))
+    assert torch.equal(logits(loaded(open_checkpoint(folder))), logits(model))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_metas_own_files(tmp_path: Path, ranks: int) -> None:
+    model = text_only(ffn_width=128, vocab_size=64)
+    state = {name.removeprefix("decoder."): value for name, value in model.state_dict().items()}
+    state["rope.freqs"] = torch.zeros(4)
+    folder = tmp_path / "llama-2-7b"
+    folder.mkdir()
+    for rank in range(ranks):
+        part = {name: split(name, value, ranks)[rank].clone() for name, value in state.items()}
+        torch.save(part, folder / f"consolidated.{rank:02d}.pth")
+    sizes = {
+        "dim": 48,
+        "n_layers": 2,
+        "n_heads": 6,
+        "n_kv_heads": 2,
+        "multiple_of": 64,
+        "norm_eps": 1e-5,
+        "vocab_size": -1,
+    }
+    (folder / "params.json").write_text(json.dumps(sizes))
+    shutil.copy(TOKENIZER, tmp_path)
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.tokenizer_file.is_file()
+    assert torch.equal(logits(loaded(checkpoint)), logits(model))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_huggingface(ours(text_only(), tmp_path / "ours"), tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    (file,) = folder.glob("*.safetensors")
+    state = load_file(file)
+    change(state)
+    save_file(state, file)
+    (folder / "model.safetensors.index.json").unlink()
+    file.rename(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("model.norm.weight"), r"1 missing: 'decoder.norm.weight'"),
+        (lambda state: state.update({"model.bias": torch.zeros(2)}), r"1 unexpected: 'model.bias'"),
+        (lambda state: state.update({"lm_head.weight": torch.zeros(60, 48)}), r"'decoder.output.weight' is \[60, 48\]"),
+    ],
+)
+def test_other_tensors_are_named(folder: Path, change: Callable[[dict[str, Tensor]], None], message: str) -> None:
+    rewrite(folder, change)
+    checkpoint = open_checkpoint(folder)
+    with pytest.raises(UserError, match=message):
+        checkpoint.load_into(Sphinx(checkpoint.model_config))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model_type", "gpt2", "model_type 'gpt2' cannot be read"),
+        ("attention_bias", True, "attention_bias=True"),
+        ("rope_scaling", {"rope_type": "llama3"}, "rope_scaling"),
+        ("hidden_size", None, "config.json"),
+        ("sliding_window", 4096, "sliding_window=4096"),
+    ],
+)
+def test_what_the_decoder_does_not_compute_is_refused(folder: Path, key: str, value: Any, message: str) -> None:
+    sizes = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(sizes | {key: value}))
+    with pytest.raises(UserError, match=message):
+        open_checkpoint(folder)
+
+
+class Hostile:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {os.environ['HOSTILE']}",)
+
+
+def test_a_hostile_file_of_metas_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOSTILE", str(tmp_path / "executed"))
+    torch.save({"norm.weight": Hostile()}, tmp_path / "consolidated.00.pth")
+    (tmp_path / "params.json").write_text("{}")
+    with pytest.raises(UserError, match="something else than tensors"):
+        open_checkpoint(tmp_path)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("changes", [{"qk_norm": True}, {"experts": 4}], ids=str)
+def test_a_decoder_that_is_no_llama_is_not_exported(tmp_path: Path, changes: dict[str, Any]) -> None:
+    checkpoint = ours(text_only(**changes), tmp_path / "ours")
+    with pytest.raises(UserError, match="LlamaForCausalLM has no"):
+        write_huggingface(checkpoint, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()

@@ -1,0 +1,367 @@
+"""The original's layout, and its numbers: `tests/golden/llama_ens.npz` was measured with its code (LLaMA2-Accessory,
+commit 3777c43) on a CPU in float32, from weights that are a function of their names (`weight`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sphinx_pl.checkpoint.format import copy_into, open_checkpoint, write_checkpoint
+from sphinx_pl.checkpoint.original import our_name, write_original
+from sphinx_pl.checkpoint.parallel import split
+from sphinx_pl.data.images import load_image
+from sphinx_pl.data.packing import Collator
+from sphinx_pl.data.processor import Processor
+from sphinx_pl.data.record import ImageRef, Record, Turn
+from sphinx_pl.errors import UserError
+from sphinx_pl.models.generation import GenerationConfig, Prompt, generate
+from sphinx_pl.models.sphinx import Sphinx, packed_mask
+from sphinx_pl.models.towers import map_to_tokens
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+IMAGE_WORDS = 291
+LEFTOVERS = {
+    "llma.dinov2_vitg14.mask_token",
+    *(f"llma.clip.{name}" for name in ("positional_embedding", "text_projection", "token_embedding.weight")),
+    *(f"llma.clip.ln_final.{name}" for name in ("weight", "bias")),
+}
+Write = Callable[..., Path]
+
+
+def weight(name: str, shape: list[int]) -> Tensor:
+    """The random weight behind the golden numbers: normal, seeded and scaled by its name, in bfloat16."""
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    if "_img" in name:
+        scaled = x
+    elif len(shape) == 1:
+        scaled = 1 + 0.1 * x if name.endswith("weight") else 0.1 * x
+    elif "tok_embeddings" in name:
+        scaled = 0.5 * x
+    else:
+        gain = 3.0 if name == "llma.output.weight" else 1.5 if name.endswith(("wq.weight", "wk.weight")) else 1.0
+        scaled = x * gain * shape[1] ** -0.5
+    return scaled.bfloat16()
+
+
+def shapes() -> dict[str, list[int]]:
+    """Everything but the towers of the golden model."""
+    width, ffn, found = 256, 704, {"llma.start_img": [1, 1, 256], "llma.end_img": [1, 1, 256]}
+    for name in ("tok_embeddings", "output"):
+        found[f"llma.{name}.weight"] = [512, width]
+    for layer in (f"llma.layers.{i}" for i in range(2)):
+        found |= {f"{layer}.attention.w{letter}.weight": [width, width] for letter in "qkvo"}
+        found |= {f"{layer}.feed_forward.w{i}.weight": [width, ffn] if i == 2 else [ffn, width] for i in (1, 2, 3)}
+        found |= {f"{layer}.{name}.weight": [width] for name in ("attention_norm", "ffn_norm")}
+    found["llma.norm.weight"] = [width]
+    for name, inputs in (("visual_proj", 5632), ("qformer_proj", 768)):
+        found |= {f"llma.{name}.0.weight": [width, inputs]}
+        found |= {f"llma.{name}.{end}": [width] for end in ("0.bias", "1.weight", "1.bias")}
+    return found
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """A folder in the original's layout with the golden model's decoder and projections, without towers."""
+
+    def write(shards: int = 1, extra: dict[str, Tensor] | None = None, kind: str = "llama_ens") -> Path:
+        folder = tmp_path / f"original-{shards}"
+        folder.mkdir()
+        state = {name: weight(name, shape) for name, shape in shapes().items()} | (extra or {})
+        for rank in range(shards):
+            part = {name: split(name, value, shards)[rank].clone() for name, value in state.items()}
+            torch.save({"model": part}, folder / f"consolidated.{rank:02d}-of-{shards:02d}.model.pth")
+        sizes: dict[str, Any] = {"dim": 256, "n_layers": 2, "n_heads": 8, "n_kv_heads": None, "vocab_size": 512}
+        sizes |= {"multiple_of": 32, "ffn_dim_multiplier": None, "norm_eps": 1e-5, "rope_theta": 10000}
+        (folder / "config.json").write_text(json.dumps(sizes | {"max_seq_len": 4096}))
+        (folder / "meta.json").write_text(json.dumps({"llama_type": kind}))
+        shutil.copy(GOLDEN / "tokenizer.model", folder)
+        return folder
+
+    return write
+
+
+class Given(nn.Module):
+    """A tower that has seen the image already."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        super().__init__()
+        self.tokens, self.view_size = tokens, 224
+
+    def forward(self, views: Tensor) -> Tensor:
+        return self.tokens.expand(len(views), -1, -1)
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, Tensor]:
+    with np.load(GOLDEN / "llama_ens.npz") as stored:
+        return {name: torch.from_numpy(stored[name]) for name in stored}
+
+
+@pytest.fixture
+def sphinx(write: Write, golden: dict[str, Tensor]) -> Sphinx:
+    """The golden model behind its towers, whose outputs for image a are given."""
+    checkpoint = open_checkpoint(write())
+    with torch.device("meta"):
+        model = Sphinx(checkpoint.model_config)
+    assert model.mixer is not None
+    towers = {key: golden[f"tower_{key}"] for key in ("clip", "dinov2", "qformer")}
+    towers["convnext"] = map_to_tokens(golden["tower_convnext"], repeats=2)
+    model.mixer.towers = nn.ModuleDict({key: Given(towers[key]) for key in model.mixer.towers})
+    model.to_empty(device="cpu")
+    copy_into(model.state_dict(), ((name, checkpoint.tensor(name)) for name in checkpoint))
+    return model.eval()
+
+
+@pytest.fixture
+def processor(write: Write) -> Processor:
+    checkpoint = open_checkpoint(write(shards=2))
+    return Processor.from_dict(checkpoint.processor, checkpoint.tokenizer_file, checkpoint.model_config)
+
+
+def dialog(image: str, *turns: tuple[str, str]) -> Record:
+    return Record(image, "chat", (ImageRef(str(GOLDEN / image)),), turns=tuple(Turn(*turn) for turn in turns))
+
+
+DIALOGS = (
+    dialog(
+        "image_a.png",
+        ("<image>\nWhat shapes are in the picture?", "There is a red circle, a blue square and a green triangle."),
+    ),
+    dialog(
+        "image_b.png",
+        ("What is written in the image?", "The word NILE is written in white."),
+        ("Where is the yellow ellipse?\n<image>", "It is on the left side, below the purple line."),
+    ),
+)
+
+
+def assert_near(found: Tensor, expected: Tensor, relative: float = 1e-4) -> None:
+    """The largest difference, relative to the expected values' own spread."""
+    assert found.shape == expected.shape
+    assert float((found.detach() - expected).abs().max() / expected.std()) < relative
+
+
+def test_shards_are_merged_bit_for_bit(write: Write) -> None:
+    whole, halves, quarters = (open_checkpoint(write(shards)) for shards in (1, 2, 4))
+    for name in whole:
+        for parts in (halves, quarters):
+            assert parts.info(name) == whole.info(name)
+            assert torch.equal(parts.tensor(name), whole.tensor(name)), name
+            assert parts.tensor(name).shape == whole.info(name).shape
+    assert whole.model_config.decoder.ffn_width == 704
+    assert whole.model_config.tokens_per_image == IMAGE_WORDS
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_to_our_format_and_back_is_bit_for_bit(write: Write, tmp_path: Path, shards: int) -> None:
+    unused = {"llma.clip.logit_scale": torch.tensor(4.6), "llma.clip.visual.proj": torch.randn(1024, 768)}
+    theirs = write(shards, extra=unused)
+    before = open_checkpoint(theirs)
+    ours = write_checkpoint(
+        tmp_path / "ours",
+        ((name, before.tensor(name)) for name in before),
+        before.config["model"],
+        before.processor,
+        before.tokenizer_file,
+        {"stage": "import"},
+        unused=before.unused(),
+    )
+    assert write_original(open_checkpoint(ours), tmp_path / "again", shards) == "llama_ens"
+    for rank in range(shards):
+        name = f"consolidated.{rank:02d}-of-{shards:02d}.model.pth"
+        old, new = (torch.load(folder / name, weights_only=True)["model"] for folder in (theirs, tmp_path / "again"))
+        assert old.keys() <= new.keys()
+        for key, value in new.items():
+            if key in old:
+                assert value.dtype == old[key].dtype
+                assert torch.equal(value, old[key]), key
+            else:
+                assert not value.any(), key
+        assert {key for key in new if key not in old} == LEFTOVERS
+    again = open_checkpoint(tmp_path / "again")
+    assert again.model_config == before.model_config
+    assert again.tokenizer_file.read_bytes() == before.tokenizer_file.read_bytes()
+
+
+def test_image_tokens(sphinx: Sphinx, golden: dict[str, Tensor]) -> None:
+    tokens = sphinx.embed_images(torch.zeros(1, 3, 224, 224, dtype=torch.uint8))
+    assert_near(tokens[:, 1:-1], golden["image_tokens_a"][0])
+    assert torch.equal(tokens[0, 0], weight("llma.start_img", [1, 1, 256]).float()[0, 0])
+
+
+def test_ids_labels_and_pixels(processor: Processor, golden: dict[str, Tensor]) -> None:
+    for number, record in enumerate(DIALOGS):
+        (branch,) = processor.sample(record, "golden").branches
+        text = [(token, label) for token, label in zip(branch.ids, branch.supervised, strict=True) if token >= 0]
+        assert len(branch.ids) - len(text) == IMAGE_WORDS
+        examples, labels = golden["examples"][number], golden["labels"][number]
+        assert [token for token, _ in text] == examples[: len(text)].tolist()
+        assert [token if label else 0 for token, label in text] == labels[
+            : len(text)
+        ].tolist()  # the original's "ignore"
+        # The original ends with a token that nothing supervises and nothing attends to: eos.
+        assert examples[len(text)] == processor.tokenizer.eos_id
+        assert not examples[len(text) + 1 :].any()
+        assert not labels[len(text) :].any()
+        assert torch.equal(load_image(record.images[0], 224), golden["pixels"][number])
+
+
+def test_logits_loss_and_gradients(sphinx: Sphinx, processor: Processor, golden: dict[str, Tensor]) -> None:
+    sample = processor.sample(DIALOGS[0], "golden")
+    batch = Collator(sample.length, 224, IMAGE_WORDS)([[sample]])
+    x, _ = sphinx._embed(batch)
+    hidden = sphinx.decoder(x, batch.position_ids)
+    logits = sphinx.decoder.logits(hidden)[:, IMAGE_WORDS:]
+    assert_near(logits, golden["logits_a"][:, : logits.shape[1]])
+    loss = sphinx.token_losses(batch).nll.mean()
+    assert float(loss.detach()) == pytest.approx(float(golden["loss_a"]), rel=1e-5)
+    loss.backward()  # type: ignore[no-untyped-call]
+    parameters = dict(sphinx.named_parameters())
+    for name in ("start_img", "end_img", "visual_proj.0.bias", "visual_proj.1.weight", "qformer_proj.1.bias"):
+        gradient = parameters[f"mixer.{name}"].grad
+        assert gradient is not None
+        assert_near(gradient, golden[f"grad/llma.{name}"].flatten())
+    gradient = parameters["decoder.tok_embeddings.weight"].grad
+    assert gradient is not None
+    assert_near(gradient, golden["grad/llma.tok_embeddings.weight"])
+    norms = {name: golden[name] for name in golden if name.startswith("norm/")}
+    assert len(norms) == 31
+    for name, norm in norms.items():
+        ours = name.removeprefix("norm/llma.")
+        parameter = parameters.get(f"mixer.{ours}", parameters.get(f"decoder.{ours}"))
+        assert parameter is not None
+        assert parameter.grad is not None
+        assert float(parameter.grad.norm()) == pytest.approx(float(norm), rel=1e-4), name
+
+
+@pytest.mark.parametrize("with_image", [True, False])
+def test_greedy_tokens(sphinx: Sphinx, processor: Processor, golden: dict[str, Tensor], with_image: bool) -> None:
+    question = Turn("What's in the image?", "")
+    images = (ImageRef(str(GOLDEN / "image_a.png")),) if with_image else ()
+    ids = processor.prompt(Record("a", "chat", images, turns=(Turn(question.question, "-"),))).ids
+    assert [i for i in ids if i >= 0] == golden["prompt_ids"].tolist()
+    pixels = torch.zeros(1, 3, 224, 224, dtype=torch.uint8) if with_image else None
+    (found,) = generate(sphinx, [Prompt(ids, pixels)], GenerationConfig(max_new_tokens=16))
+    assert found == golden["gen_a" if with_image else "gen_text_only"].tolist()
+
+
+class Hostile:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {os.environ['HOSTILE']}",)
+
+
+def test_a_hostile_pickle_is_refused_and_executes_nothing(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOSTILE", str(tmp_path / "executed"))
+    folder = write()
+    shard = folder / "consolidated.00-of-01.model.pth"
+    torch.save({"model": {"llma.norm.weight": Hostile()}}, shard)
+    with pytest.raises(UserError, match="something else than tensors"):
+        open_checkpoint(folder)
+    shard.write_bytes(pickle.dumps(Hostile()))
+    with pytest.raises(UserError, match="consolidated"):
+        open_checkpoint(folder)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_an_unknown_tensor_is_named(write: Write) -> None:
+    checkpoint = open_checkpoint(write(extra={"llma.layers.0.adapter.weight": torch.zeros(2)}))
+    assert "decoder.layers.0.adapter.weight" in list(checkpoint)
+    with torch.device("meta"):
+        model = Sphinx(checkpoint.model_config)
+    with pytest.raises(UserError, match=r"decoder\.layers\.0\.adapter\.weight"):
+        checkpoint.load_into(model)
+
+
+def test_mistakes(write: Write) -> None:
+    folder = write(shards=2)
+    (folder / "consolidated.01-of-02.model.pth").rename(folder / "consolidated.01-of-02.model.pth.part")
+    with pytest.raises(UserError, match=r"consolidated\.01-of-02\.model\.pth' is missing"):
+        open_checkpoint(folder)
+    (folder / "consolidated.01-of-02.model.pth").write_bytes(b"half")
+    with pytest.raises(UserError, match="damaged"):
+        open_checkpoint(folder)
+    (folder / "meta.json").write_text('{"llama_type": "llama_ens6"}')
+    with pytest.raises(UserError, match=r"llama_type .llama_ens6. cannot be read"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.long
+def test_whole_path_with_full_size_towers(tmp_path: Path) -> None:
+    """SPHINX_REFERENCE names the folder with the original's measured outputs and the script that makes its weights."""
+    reference = Path(os.environ.get("SPHINX_REFERENCE", "reference"))
+    if not (reference / "llama_ens.npz").is_file():
+        pytest.skip("SPHINX_REFERENCE does not name a folder with llama_ens.npz")
+    script = [sys.executable, str(reference / "make_checkpoint.py"), "llama_ens", str(tmp_path / "released")]
+    subprocess.run([*script, "--shards", "2"], check=True)
+    checkpoint = open_checkpoint(tmp_path / "released")
+    model = Sphinx(checkpoint.model_config)
+    checkpoint.load_into(model)
+    assert model.mixer is not None
+    model.freeze(model.mixer.towers)
+    model.eval()
+    processor = Processor.from_dict(checkpoint.processor, checkpoint.tokenizer_file, checkpoint.model_config)
+    with np.load(reference / "llama_ens.npz") as stored:
+        measured = {name: torch.from_numpy(stored[name]) for name in stored}
+    with np.load(reference / "llama_ens_grad.npz") as stored:
+        measured |= {f"a/{name}": torch.from_numpy(stored[name]) for name in stored}
+    figures: list[str] = []
+
+    def check(name: str, found: Tensor, expected: Tensor) -> None:
+        difference = (found.detach() - expected).abs() / expected.std()
+        figures.append(f"{name:40} largest {float(difference.max()):.1e}  mean {float(difference.mean()):.1e}")
+        assert_near(found.detach(), expected)
+
+    pixels = torch.stack([load_image(record.images[0], 224) for record in DIALOGS])
+    check("pixels", model.normalise(pixels), measured["pixel_values"])
+    with torch.inference_mode():
+        view = model.normalise(pixels[:1])
+        for key, tower in model.mixer.towers.items():
+            expected = measured[f"tower_{key}"]
+            check(f"tower {key}", tower(view), map_to_tokens(expected, 2) if key == "convnext" else expected)
+        check("image tokens", model.embed_images(pixels)[:, 1:-1], measured["image_tokens_ab"][:, 0])
+
+    samples = [processor.sample(record, "reference") for record in DIALOGS]
+    collate = Collator(max(sample.length for sample in samples), 224, IMAGE_WORDS)
+    batch = collate([[sample] for sample in samples])
+    x, _ = model._embed(batch)
+    logits = model.decoder.logits(
+        model.decoder(x, batch.position_ids, packed_mask(batch.segment_ids, batch.branch_ids))
+    )
+    for row, sample in enumerate(samples):
+        length = sample.length - IMAGE_WORDS
+        check(f"logits {row}", logits[row, IMAGE_WORDS : sample.length], measured["logits_ab"][row, :length])
+    loss = model.token_losses(batch).nll.mean()
+    check("loss", torch.stack([loss, 0 * loss]), torch.stack([measured["loss"], torch.tensor(0.0)]))
+    model.token_losses(collate([[samples[0]]])).nll.mean().backward()  # type: ignore[no-untyped-call]
+    parameters = dict(model.named_parameters())
+    for name in measured:
+        if name.startswith("a/grad/"):
+            parameter = parameters[our_name(name.removeprefix("a/grad/"))]
+            assert parameter.grad is not None
+            check(name, parameter.grad, measured[name].view_as(parameter))
+
+    questions = ("What's in the image?", "Where is the yellow ellipse? Say it in a few words.")
+    prompts = []
+    for record, question, image, limit in zip(DIALOGS, questions, pixels, (32, 16), strict=True):
+        ids = processor.prompt(dataclasses.replace(record, turns=(Turn(question, "-"),))).ids
+        prompts.append(Prompt(ids, image[None], max_new_tokens=limit))
+    found = generate(model, prompts, GenerationConfig())
+    assert found == [measured[f"gen_ab/ids_{row}"].tolist() for row in range(2)]
+    print("\n".join(figures))
