@@ -1,0 +1,155 @@
+"""A trained model for scripts: load once, then ask.
+
+assistant = Assistant.load("outputs/demo/finetune/model")
+assistant.generate([Dialog("What is in the image?", images=["cat.jpg"])])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sphinx_pl.checkpoint.format import open_checkpoint
+from sphinx_pl.data.bad import BadSample
+from sphinx_pl.data.conversation import END_OF_TURN
+from sphinx_pl.data.images import decode, padded_resize, read_bytes, to_tensor
+from sphinx_pl.data.processor import Processor
+from sphinx_pl.data.record import ImageRef, Record, Turn
+from sphinx_pl.errors import UserError
+from sphinx_pl.evaluation.device import autocast, check_precision, choose_device
+from sphinx_pl.models.generation import GenerationConfig, Prompt, generate, stream
+from sphinx_pl.models.sphinx import Sphinx
+
+Picture = str | Path | bytes | Image.Image
+
+
+@dataclass(frozen=True)
+class Dialog:
+    """A question, the turns before it, and the images it is about (before the text, or where `<image>` stands)."""
+
+    question: str
+    images: Sequence[Picture] = ()
+    history: Sequence[Turn] = field(default=())
+
+    def answered(self, answer: str, question: str) -> Dialog:
+        """This dialog with its answer, and the next question."""
+        return replace(self, question=question, history=(*self.history, Turn(self.question, answer)))
+
+
+class Assistant:
+    """A model, its prompt format and where it runs."""
+
+    def __init__(self, model: Sphinx, processor: Processor, precision: str = "fp32") -> None:
+        self.model = model.eval()
+        self.processor = processor
+        self.precision = precision
+        self.device = model.decoder.tok_embeddings.weight.device
+
+    @classmethod
+    def load(cls, path: str | Path, device: str = "auto", precision: str = "fp32") -> Assistant:
+        """From a checkpoint of any layout, the original's folders included.
+
+        Args:
+            device: auto, cpu, cuda or cuda:N.
+            precision: fp32 or bf16 (the weights' own dtype then, and autocast).
+
+        Raises:
+            UserError: no such checkpoint or device, or the checkpoint is damaged.
+        """
+        check_precision(precision)
+        where = choose_device(device)
+        checkpoint = open_checkpoint(path)
+        processor = Processor.from_dict(checkpoint.processor, checkpoint.tokenizer_file, checkpoint.model_config)
+        with torch.device("meta"):
+            model = Sphinx(checkpoint.model_config)
+        checkpoint.check(model)
+        model = model.to(torch.bfloat16 if precision == "bf16" else torch.float32).to_empty(device=where)
+        checkpoint.load_into(model)
+        return cls(model, processor, precision)
+
+    def generate(self, dialogs: Sequence[Dialog], config: GenerationConfig | None = None) -> list[str]:
+        """The answers, generated in one batch.
+
+        Raises:
+            UserError: an image that cannot be read, or a prompt that is too long.
+        """
+        with autocast(self.device, self.precision):
+            return [
+                self.processor.decode(ids) for ids in generate(self.model, self._prompts(dialogs), self._end(config))
+            ]
+
+    def stream(self, dialogs: Sequence[Dialog], config: GenerationConfig | None = None) -> Iterator[list[str]]:
+        """As `generate`, but yields what there is of every answer after each token; the last are the answers."""
+        steps = stream(self.model, self._prompts(dialogs), self._end(config))
+        while True:
+            with autocast(self.device, self.precision):  # not while the caller's code runs
+                answers = next(steps, None)
+            if answers is None:
+                return
+            yield [_certain(self.processor.tokenizer.decode(ids)) for ids in answers]
+
+    @torch.no_grad()
+    def compute_logits(self, dialog: Dialog, answer: str = "") -> Tensor:
+        """Logits [T, vocab] in float32 at every position of the prompt and, if given, the answer behind it."""
+        (prompt,) = self._prompts([dialog])
+        if answer:
+            prompt.ids = prompt.ids + self.processor.tokenizer.encode(answer)
+        ids = torch.tensor(prompt.ids, device=self.device)[None]
+        with autocast(self.device, self.precision):
+            x = self.model.decoder.embed(ids.clamp(min=0))
+            if prompt.pixels is not None:
+                tokens = self.model.embed_images(prompt.pixels.to(self.device))
+                x = x.masked_scatter((ids < 0)[..., None], tokens.to(x.dtype))
+            hidden = self.model.decoder(x, torch.arange(ids.shape[1], device=self.device)[None])
+            return self.model.decoder.logits(hidden)[0].float()
+
+    def _end(self, config: GenerationConfig | None) -> GenerationConfig:
+        stop = self.processor.stop_sequences
+        return replace(config or GenerationConfig(), eos_id=self.processor.tokenizer.eos_id, stop=stop)
+
+    def _prompts(self, dialogs: Sequence[Dialog]) -> list[Prompt]:
+        return [self._prompt(dialog) for dialog in dialogs]
+
+    def _prompt(self, dialog: Dialog) -> Prompt:
+        pictures = [self._pixels(picture) for picture in dialog.images]
+        # The records' images are only counted here: pixels are given beside them.
+        refs = tuple(ImageRef(str(number)) for number in range(len(pictures)))
+        turns = (*dialog.history, Turn(dialog.question, "-"))
+        try:
+            prompt = self.processor.prompt(Record("dialog", "chat", refs, turns=turns))
+        except BadSample as error:
+            raise UserError(f"this dialog cannot be asked: {error}") from None
+        return Prompt(prompt.ids, torch.stack(pictures) if pictures else None)
+
+    def _pixels(self, picture: Picture) -> Tensor:
+        if self.model.mixer is None:
+            raise UserError("this model has no vision part (model.vision=null): ask it without an image")
+        return to_tensor(padded_resize(open_picture(picture), self.processor.image_size))
+
+
+def open_picture(picture: Picture) -> Image.Image:
+    """A path, encoded bytes or a picture -> an RGB picture.
+
+    Raises:
+        UserError: it cannot be read, or is too large.
+    """
+    try:
+        if isinstance(picture, str | Path):
+            return decode(read_bytes(ImageRef(str(picture))), str(picture))
+        return decode(picture) if isinstance(picture, bytes) else picture.convert("RGB")
+    except BadSample as error:
+        raise UserError(f"image cannot be used ({error}): give a JPEG, PNG or WebP file") from None
+
+
+def _certain(text: str) -> str:
+    """What of a growing answer can be shown: not a character or an end of turn that has only begun."""
+    text = text.split(END_OF_TURN)[0].rstrip("\ufffd")
+    for length in range(len(END_OF_TURN) - 1, 0, -1):
+        if text.endswith(END_OF_TURN[:length]):
+            return text[:-length].strip()
+    return text.strip()

@@ -1,0 +1,108 @@
+"""A conversation in the terminal: streamed answers, and pictures of what they name."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from PIL import Image
+from rich.console import Console
+
+from sphinx_pl.data.geometry import padded_frame
+from sphinx_pl.data.images import padded_resize
+from sphinx_pl.errors import UserError
+from sphinx_pl.evaluation.drawing import draw
+from sphinx_pl.files import write_whole
+from sphinx_pl.inference import Assistant, Dialog, open_picture
+from sphinx_pl.models.generation import GenerationConfig
+
+HELP = "/image PATH: another image   /new: start over   /quit"
+
+
+class Terminal:
+    """One user's dialog with an assistant; `folder` gets a PNG for each answer that names places."""
+
+    def __init__(self, assistant: Assistant, generation: GenerationConfig, folder: Path, console: Console) -> None:
+        self.assistant = assistant
+        self.generation = generation
+        self.folder = folder
+        self.console = console
+        self.image: Image.Image | None = None
+        self.dialog = Dialog("")
+
+    def show(self, path: str) -> None:
+        """Talk about this image from now on.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        self.image = open_picture(path)
+        self.dialog = Dialog("", images=[self.image])
+
+    def talk(self, lines: Iterable[str]) -> None:
+        """Answer line after line until /quit or the end. What goes wrong is said, and the dialog goes on."""
+        self.console.print(HELP)
+        self.console.print("> ", end="")
+        for line in lines:
+            command, _, argument = line.strip().partition(" ")
+            try:
+                if command == "/quit":
+                    return
+                elif command == "/new":
+                    self.dialog = Dialog("", images=self.dialog.images)
+                elif command == "/image":
+                    self.show(argument.strip())
+                elif command.startswith("/"):
+                    self.console.print(f"There is no {command}. {HELP}", markup=False)
+                elif line.strip():
+                    self.ask(line.strip())
+            except UserError as error:
+                self.console.print(f"error: {error}", markup=False)
+            self.console.print("> ", end="")
+
+    def ask(self, question: str) -> str:
+        """The answer, printed as it grows; what it names is drawn."""
+        asked = Dialog(question, self.dialog.images, self.dialog.history)
+        answer = ""
+        for (text,) in self.assistant.stream([asked], self.generation):
+            self.console.print(text[len(answer) :] if text.startswith(answer) else f"\n{text}", end="", markup=False)
+            answer = text
+        self.console.print()
+        self.dialog = asked.answered(answer, "")
+        if self.image is not None:
+            self._draw(self.image, question, answer)
+        return answer
+
+    def _draw(self, image: Image.Image, question: str, answer: str) -> None:
+        geometry = self.assistant.processor.geometry
+        if not geometry.parse_boxes(answer) and not geometry.parse_points(answer):
+            return
+        side, dx, dy = padded_frame(image.size)
+        drawn = draw(padded_resize(image, side), "", answer, geometry, question)
+        drawn = drawn.crop((dx, dy, dx + image.width, dy + image.height))
+        encoded = io.BytesIO()
+        drawn.save(encoded, format="PNG")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / f"{len(self.dialog.history):03d}.png"
+        write_whole(file, encoded.getvalue())
+        self.console.print(f"{file}", markup=False)
+        if self.console.is_terminal and (sequence := inline_image(encoded.getvalue(), os.environ)):
+            self.console.file.write(sequence + "\n")
+
+
+def inline_image(png: bytes, environment: Mapping[str, str]) -> str | None:
+    """What makes the terminal show a picture: iTerm2's or kitty's protocol; None where neither is understood."""
+    data = base64.b64encode(png).decode()
+    if environment.get("TERM_PROGRAM") in ("iTerm.app", "WezTerm"):
+        return f"\033]1337;File=inline=1;size={len(png)}:{data}\a"
+    if "KITTY_WINDOW_ID" in environment:
+        chunks = [data[start : start + 4096] for start in range(0, len(data), 4096)]
+        parts = []
+        for number, chunk in enumerate(chunks):
+            first = "a=T,f=100," if number == 0 else ""
+            parts.append(f"\033_G{first}m={int(number < len(chunks) - 1)};{chunk}\033\\")
+        return "".join(parts)
+    return None

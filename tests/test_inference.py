@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from sphinx_pl.checkpoint.format import write_checkpoint
+from sphinx_pl.data.processor import Processor
+from sphinx_pl.data.record import Turn
+from sphinx_pl.errors import UserError
+from sphinx_pl.inference import Assistant, Dialog, _certain
+from sphinx_pl.models.config import SphinxConfig
+from sphinx_pl.models.generation import GenerationConfig
+from sphinx_pl.models.sphinx import Sphinx
+
+SHORT = GenerationConfig(max_new_tokens=12)
+
+
+def saved(path: Path, model: Sphinx, processor: Processor) -> Path:
+    tokenizer = Path(processor.tokenizer.path)
+    return write_checkpoint(
+        path, model.state_dict(), model.config.to_dict(), processor.to_dict(), tokenizer, {"stage": None}
+    )
+
+
+@pytest.fixture
+def model(model_config: SphinxConfig) -> Sphinx:
+    torch.manual_seed(0)
+    model = Sphinx(model_config)
+    for parameter in model.decoder.layers.parameters():  # the initial weights would repeat one token
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.fixture
+def assistant(tmp_path: Path, model: Sphinx, processor: Processor) -> Assistant:
+    return Assistant.load(saved(tmp_path / "model", model, processor), device="cpu")
+
+
+@pytest.fixture
+def picture() -> Image.Image:
+    return Image.effect_mandelbrot((60, 40), (-2, -1.5, 1, 1.5), 20).convert("RGB")
+
+
+def test_every_weight_and_buffer_is_loaded(assistant: Assistant, model: Sphinx) -> None:
+    ours = dict(assistant.model.named_parameters()) | dict(assistant.model.named_buffers())
+    theirs = dict(model.named_parameters()) | dict(model.named_buffers())
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value), name
+
+
+def test_a_batch_answers_as_each_alone(assistant: Assistant, picture: Image.Image) -> None:
+    dialogs = [
+        Dialog("What is it?", images=[picture]),
+        Dialog("And this?"),
+        Dialog("What colour?", images=[picture], history=[Turn("What is it?", "a fractal")]),
+        Dialog("First <image> or second <image>?", images=[picture, picture]),
+    ]
+    answers = assistant.generate(dialogs, SHORT)
+    assert [assistant.generate([dialog], SHORT)[0] for dialog in dialogs] == answers
+    assert len(set(answers)) > 1
+
+
+def test_streaming_ends_at_the_answer_and_leaves_gradients_on(assistant: Assistant, picture: Image.Image) -> None:
+    dialog = Dialog("What is it?", images=[picture])
+    seen = []
+    for (text,) in assistant.stream([dialog], SHORT):
+        assert torch.is_grad_enabled()
+        seen.append(text)
+    assert len(seen) > 3
+    assert seen[-1] == assistant.generate([dialog], SHORT)[0]
+
+
+def test_logits_are_those_of_generation(assistant: Assistant, picture: Image.Image) -> None:
+    dialog = Dialog("What is it?", images=[picture])
+    prompt = assistant._prompts([dialog])[0]
+    logits = assistant.compute_logits(dialog)
+    assert logits.shape == (len(prompt.ids), 512)
+    tokenizer = assistant.processor.tokenizer
+    first = assistant.generate([dialog], GenerationConfig(max_new_tokens=1))[0]
+    assert first == tokenizer.decode([int(logits[-1].argmax())]).strip()
+    longer = assistant.compute_logits(dialog, " a dog")
+    torch.testing.assert_close(longer[: len(logits)], logits)
+
+
+def test_an_image_may_be_a_path_bytes_or_a_picture(assistant: Assistant, picture: Image.Image, tmp_path: Path) -> None:
+    encoded = io.BytesIO()
+    picture.save(encoded, format="PNG")
+    (tmp_path / "image.png").write_bytes(encoded.getvalue())
+    given = [picture, encoded.getvalue(), tmp_path / "image.png", str(tmp_path / "image.png")]
+    logits = [assistant.compute_logits(Dialog("What is it?", images=[one])) for one in given]
+    assert all(torch.equal(other, logits[0]) for other in logits[1:])
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [("no/such.png", "image_missing"), (b"not one", "image_unreadable"), (b"", "image_unreadable")],
+)
+def test_what_is_no_image_is_refused(assistant: Assistant, image: str | bytes, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        assistant.generate([Dialog("What is it?", images=[image])])
+
+
+def test_more_marks_than_images_are_refused(assistant: Assistant) -> None:
+    with pytest.raises(UserError, match="cannot be asked"):
+        assistant.generate([Dialog("<image> What is it?")])
+
+
+def test_a_text_only_model_takes_no_image(tmp_path: Path, processor: Processor, picture: Image.Image) -> None:
+    model = Sphinx(
+        SphinxConfig.from_dict(
+            {"decoder": {"vocab_size": 512, "width": 64, "layers": 1}, "vision": None}
+            | {"decoder": {"vocab_size": 512, "width": 64, "layers": 1, "heads": 4, "kv_heads": 2, "ffn_width": 96}}
+        )
+    )
+    assistant = Assistant.load(saved(tmp_path / "text", model, processor))
+    assert isinstance(assistant.generate([Dialog("Hello")], SHORT)[0], str)
+    with pytest.raises(UserError, match="no vision part"):
+        assistant.generate([Dialog("What is it?", images=[picture])])
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [(" a cat", "a cat"), ("a cat\n", "a cat"), ("a cat\n##", "a cat"), ("a cat\n###", "a cat"), ("a\nb", "a\nb"),
+     ("caf\ufffd", "caf"), ("a #", "a #"), ("", "")],
+)  # fmt: skip
+def test_an_answer_that_grows_shows_only_what_is_certain(text: str, shown: str) -> None:
+    assert _certain(text) == shown
