@@ -18,7 +18,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sphinx_pl.checkpoint.llm import huggingface_config, huggingface_tensors
+from sphinx_pl.checkpoint.format import StateDict
+from sphinx_pl.checkpoint.llm import LlamaWeights, huggingface_config
 from sphinx_pl.models.config import DecoderConfig, SphinxConfig
 from sphinx_pl.models.generation import GenerationConfig, Prompt, generate
 from sphinx_pl.models.sphinx import Sphinx
@@ -32,7 +33,8 @@ def theirs(model: Sphinx) -> Any:
     values = {key: value for key, value in huggingface_config(config, "float32").items() if key != "architectures"}
     llama = LlamaForCausalLM(LlamaConfig(**values))
     decoder = {f"decoder.{name}": value for name, value in model.decoder.state_dict().items()}
-    llama.load_state_dict(dict(huggingface_tensors(decoder.items(), config)))
+    weights = LlamaWeights(StateDict(decoder), config)
+    llama.load_state_dict({name: weights.tensor(name) for name in weights})
     return llama.to(model.decoder.tok_embeddings.weight).eval()
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from sphinx_pl.checkpoint.format import Checkpoint, TensorInfo, open_checkpoint, write_checkpoint
@@ -128,13 +127,14 @@ def import_checkpoint(checkpoint: Checkpoint, out: str, overwrite: bool) -> None
     checkpoint.check(model)
     write_checkpoint(
         out,
-        ((name, checkpoint.tensor(name)) for name in track(checkpoint.keys(), description="Importing")),
+        checkpoint,
         checkpoint.model_config.to_dict(),
         checkpoint.processor,
         checkpoint.tokenizer_file,
         provenance("import", None, [checkpoint.identity()]),
         unused=checkpoint.unused(),
         overwrite=overwrite,
+        progress="Importing",
     )
 
 

@@ -18,13 +18,21 @@ import json
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -54,6 +62,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +76,12 @@ class TensorInfo:
     def numel(self) -> int:
         return torch.Size(self.shape).numel()
 
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+MAX_SHARD_BYTES = 2**30
 
 MAPPED_BYTES = 2**29
 """What is read through one mapping of a file before it is renewed: mapped pages count as this process's memory."""
@@ -110,8 +125,34 @@ class SafetensorsFile:
         return tensor
 
 
+class Weights(Protocol):
+    """Named tensors that are read or made one at a time, in the order of iteration."""
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def info(self, name: str) -> TensorInfo: ...
+
+    def tensor(self, name: str) -> Tensor: ...
+
+
+class StateDict:
+    """A module's tensors as `Weights`."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def info(self, name: str) -> TensorInfo:
+        return TensorInfo(tuple(self._tensors[name].shape), self._tensors[name].dtype)
+
+    def tensor(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
 class Checkpoint(ABC):
-    """Weights with what it takes to use them, read one tensor at a time. A format is a subclass in `FORMATS`."""
+    """`Weights` with what it takes to use them. A format is a subclass in `FORMATS`."""
 
     path: Path
     config: dict[str, Any]
@@ -348,7 +389,7 @@ FORMATS.register("sphinx_pl", SphinxCheckpoint)
 
 def write_checkpoint(
     path: str | Path,
-    tensors: Iterable[tuple[str, Tensor]] | Mapping[str, Tensor],
+    weights: Weights | Mapping[str, Tensor],
     model: dict[str, Any],
     processor: dict[str, Any],
     tokenizer_file: Path,
@@ -356,19 +397,20 @@ def write_checkpoint(
     *,
     unused: Iterable[tuple[str, Tensor]] = (),
     dtype: torch.dtype | None = None,
-    max_shard_bytes: int = 1024**3,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
+    progress: str | None = None,
 ) -> Path:
-    """Write a checkpoint folder; a reader sees all of it or none.
+    """Write a checkpoint folder; a reader sees all of it or none. One tensor is in memory at a time.
 
     Args:
-        tensors: names and values, e.g. `module.state_dict()`. An iterator is consumed as the shards are written, so at
-            most one shard is in memory.
+        weights: or a state dict.
         model: `SphinxConfig.to_dict()`.
         unused: see `Checkpoint.unused`.
         dtype: of floating-point tensors in the file; None keeps each one's own.
         max_shard_bytes: upper bound of a shard, unless a single tensor is larger.
         overwrite: replace what is at `path`.
+        progress: a word for the progress bar; None shows none.
 
     Raises:
         UserError: `path` exists, or the tokenizer's file does not.
@@ -377,10 +419,10 @@ def write_checkpoint(
     check_free(path, overwrite)
     if not tokenizer_file.is_file():
         raise UserError(f"tokenizer '{tokenizer_file}' does not exist: check the path")
-    named = tensors.items() if isinstance(tensors, Mapping) else tensors
+    weights = StateDict(weights) if isinstance(weights, Mapping) else weights
     with staged(path) as folder:
-        write_shards(folder, ((name, _storable(tensor, dtype)) for name, tensor in named), max_shard_bytes)
-        if kept := {name: _storable(tensor, None) for name, tensor in unused}:
+        write_shards(folder, weights, dtype, max_shard_bytes, progress)
+        if kept := {name: tensor.contiguous() for name, tensor in unused}:
             save_file(kept, folder / UNUSED, metadata={"format": "pt"})
         write_json(folder / CONFIG, {"format": FORMAT_VERSION, "model": model, "processor": processor})
         write_json(folder / PROVENANCE, provenance)
@@ -413,38 +455,74 @@ def check_free(path: Path, overwrite: bool) -> None:
         raise UserError(f"'{path}' is not a checkpoint, so overwrite=true does not replace it: choose another path")
 
 
-def _storable(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    tensor = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
-    # safetensors refuses views of one storage; a view of a part would also keep all of it in memory.
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-
-
-def _shards(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[dict[str, Tensor]]:
-    shard: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in tensors:
-        if shard and size + tensor.nbytes > max_bytes:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor
-        size += tensor.nbytes
-    if shard:
-        yield shard
-
-
-def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_bytes: int = 1024**3) -> None:
-    contents: list[list[str]] = []
-    total = 0
-    for shard in _shards(tensors, max_bytes):
-        save_file(shard, folder / f"{len(contents) + 1:05d}", metadata={"format": "pt"})
-        contents.append(list(shard))
-        total += sum(tensor.nbytes for tensor in shard.values())
+def write_shards(
+    folder: Path,
+    weights: Weights,
+    dtype: torch.dtype | None = None,
+    max_bytes: int = MAX_SHARD_BYTES,
+    progress: str | None = None,
+) -> None:
+    """Safetensors files of at most `max_bytes` (unless a single tensor has more) and their index, as Hugging Face's."""
+    infos = {name: _stored_as(weights.info(name), dtype) for name in weights}
+    shards: list[dict[str, TensorInfo]] = []
+    room = 0
+    for name, info in infos.items():
+        if not shards or info.nbytes > room:
+            shards.append({})
+            room = max_bytes
+        shards[-1][name] = info
+        room -= info.nbytes
+    total = sum(info.nbytes for info in infos.values())
     weight_map: dict[str, str] = {}
-    for number, names in enumerate(contents, start=1):
-        final = f"model-{number:05d}-of-{len(contents):05d}.safetensors"
-        (folder / f"{number:05d}").rename(folder / final)
-        weight_map |= dict.fromkeys(names, final)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), disable=progress is None) as bar:
+        task = bar.add_task(progress or "", total=total)
+        for number, shard in enumerate(shards, start=1):
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            write_safetensors(folder / name, shard, weights.tensor, lambda nbytes: bar.advance(task, nbytes))
+            weight_map |= dict.fromkeys(shard, name)
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _stored_as(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
+    return TensorInfo(info.shape, dtype) if dtype is not None and info.dtype.is_floating_point else info
+
+
+def write_safetensors(
+    file: Path,
+    tensors: Mapping[str, TensorInfo],
+    values: Callable[[str], Tensor],
+    written: Callable[[int], None] = lambda nbytes: None,
+) -> None:
+    """One file, a tensor at a time. The library's own writer holds all of them, twice.
+
+    Layout: 8 bytes with the header's length, the header as JSON, the values without gaps. As the library does, larger
+    elements come first, so that every tensor is aligned.
+
+    Args:
+        values: name -> value, which is cast to the dtype in `tensors`.
+        written: told how many bytes each tensor had.
+    """
+    ordered = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in ordered:
+        info = tensors[name]
+        header[name] = {
+            "dtype": _NAMES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [end, end := end + info.nbytes],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name in ordered:
+            value = values(name).detach().to("cpu", tensors[name].dtype).contiguous()
+            if tuple(value.shape) != tensors[name].shape:
+                raise ValueError(f"'{name}' is {list(value.shape)}, announced as {list(tensors[name].shape)}")
+            out.write(value.flatten().view(torch.uint8).numpy().data)
+            written(value.nbytes)
 
 
 def _move_into_place(folder: Path, path: Path) -> None:

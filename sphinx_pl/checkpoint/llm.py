@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from sphinx_pl.checkpoint.format import (
     Checkpoint,
     SafetensorsFile,
     TensorInfo,
+    Weights,
     read_json,
     staged,
     write_json,
@@ -271,16 +272,26 @@ class HuggingFaceCheckpoint(Checkpoint):
 FORMATS.register("huggingface", HuggingFaceCheckpoint)
 
 
-def huggingface_tensors(tensors: Iterable[tuple[str, Tensor]], config: DecoderConfig) -> Iterator[tuple[str, Tensor]]:
-    """Our names and values -> those of `LlamaForCausalLM`; what is no part of the decoder is left out."""
-    for name, tensor in tensors:
-        ours = name.removeprefix("decoder.")
-        if ours == name:
-            continue
-        (theirs,) = llama_source(ours, config).names
-        if ours.endswith(("attention.wq.weight", "attention.wk.weight")):
-            tensor = half_split(tensor, config.heads if "wq" in ours else config.kv_heads)
-        yield theirs, tensor
+class LlamaWeights:
+    """The decoder of `weights` under the names of `LlamaForCausalLM` and with its order of rotary channels."""
+
+    def __init__(self, weights: Weights, config: DecoderConfig) -> None:
+        self._weights = weights
+        self._config = config
+        decoder = [name for name in weights if name.startswith("decoder.")]
+        self._ours = {llama_source(name.removeprefix("decoder."), config).names[0]: name for name in decoder}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._ours)
+
+    def info(self, name: str) -> TensorInfo:
+        return self._weights.info(self._ours[name])
+
+    def tensor(self, name: str) -> Tensor:
+        tensor = self._weights.tensor(self._ours[name])
+        if name.endswith("q_proj.weight"):
+            return half_split(tensor, self._config.heads)
+        return half_split(tensor, self._config.kv_heads) if name.endswith("k_proj.weight") else tensor
 
 
 def huggingface_config(config: DecoderConfig, dtype: str) -> dict[str, Any]:
@@ -320,9 +331,8 @@ def write_huggingface(checkpoint: Checkpoint, out: Path) -> None:
             f"'{checkpoint.path}': LlamaForCausalLM has no {unlike}: this decoder cannot be exported as one"
         )
     dtype = str(checkpoint.info("decoder.norm.weight").dtype).removeprefix("torch.")
-    tensors = huggingface_tensors(((name, checkpoint.tensor(name)) for name in checkpoint), config)
     with staged(out) as folder:
-        write_shards(folder, ((name, tensor.contiguous()) for name, tensor in tensors))
+        write_shards(folder, LlamaWeights(checkpoint, config), progress="Exporting")
         write_json(folder / CONFIG, huggingface_config(config, dtype))
         shutil.copyfile(checkpoint.tokenizer_file, folder / TOKENIZER)
         write_json(folder / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True})

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor
 
-from sphinx_pl.checkpoint.format import Checkpoint, check_free, compare, differences, write_checkpoint
+from sphinx_pl.checkpoint.format import Checkpoint, TensorInfo, check_free, compare, differences, write_checkpoint
 from sphinx_pl.checkpoint.provenance import hash_file, provenance
 from sphinx_pl.errors import UserError
 from sphinx_pl.registry import Registry
@@ -114,18 +113,28 @@ def check_compatible(checkpoints: Sequence[Checkpoint]) -> None:
                 )
 
 
-def mixed_tensors(
-    checkpoints: Sequence[Checkpoint], weights: Sequence[float], method: str = "linear"
-) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of every tensor of the mixture, one in memory at a time. Tensors equal in all inputs are copied.
+class Mixture:
+    """The mixed tensors as `Weights`. Those that are equal in all inputs are copied."""
 
-    Raises:
-        UserError: an input (named with its file) or a result is not finite, or an integer tensor differs.
-    """
-    mix = METHODS[method]
-    for name in checkpoints[0]:
+    def __init__(self, checkpoints: Sequence[Checkpoint], weights: Sequence[float], method: str = "linear") -> None:
+        self.checkpoints = checkpoints
+        self.weights = weights
+        self.mix = METHODS[method]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.checkpoints[0])
+
+    def info(self, name: str) -> TensorInfo:
+        return self.checkpoints[0].info(name)
+
+    def tensor(self, name: str) -> Tensor:
+        """Mixed in float32, rounded once.
+
+        Raises:
+            UserError: an input (named with its file) or the result is not finite, or an integer tensor differs.
+        """
         tensors = []
-        for checkpoint in checkpoints:
+        for checkpoint in self.checkpoints:
             tensor = checkpoint.tensor(name)
             if tensor.is_floating_point() and not _finite(tensor):
                 raise UserError(
@@ -133,14 +142,13 @@ def mixed_tensors(
                 )
             tensors.append(tensor)
         if all(same_bits(tensors[0], other) for other in tensors[1:]):
-            yield name, tensors[0]
-        elif not tensors[0].is_floating_point():
+            return tensors[0]
+        if not tensors[0].is_floating_point():
             raise UserError(f"'{name}' holds integers that differ between the checkpoints: they cannot be mixed")
-        else:
-            mixed = mix(tensors, weights)
-            if not _finite(mixed):
-                raise UserError(f"the mixture of '{name}' overflows {mixed.dtype}: use smaller weights")
-            yield name, mixed
+        mixed = self.mix(tensors, self.weights)
+        if not _finite(mixed):
+            raise UserError(f"the mixture of '{name}' overflows {mixed.dtype}: use smaller weights")
+        return mixed
 
 
 def mix_checkpoints(
@@ -163,7 +171,7 @@ def mix_checkpoints(
         config: the composed configuration, for the provenance.
 
     Raises:
-        UserError: `out` exists, or see `check_weights`, `check_compatible` and `mixed_tensors`.
+        UserError: `out` exists, or see `check_weights`, `check_compatible` and `Mixture.tensor`.
     """
     out = Path(out)
     check_free(out, overwrite)
@@ -173,14 +181,15 @@ def mix_checkpoints(
     first = checkpoints[0]
     origin = provenance("mix", dict(config) if config else None, [checkpoint.identity() for checkpoint in checkpoints])
     origin["mixing"] = {"method": method, "weights": coefficients}
-    tensors = track(
-        mixed_tensors(checkpoints, coefficients, method),
-        description="Mixing",
-        total=len(first.keys()),
-        disable=not progress,
-    )
     return write_checkpoint(
-        out, tensors, first.config["model"], first.processor, first.tokenizer_file, origin, overwrite=overwrite
+        out,
+        Mixture(checkpoints, coefficients, method),
+        first.config["model"],
+        first.processor,
+        first.tokenizer_file,
+        origin,
+        overwrite=overwrite,
+        progress="Mixing" if progress else None,
     )
 
 

@@ -249,7 +249,7 @@ def _any_gelu(shipped: SphinxConfig, model: SphinxConfig) -> Any:
     return vision
 
 
-def _sizes(decoder: DecoderConfig) -> dict[str, Any]:
+def decoder_sizes(decoder: DecoderConfig) -> dict[str, Any]:
     """The original's config.json, the inverse of `decoder_config`."""
     sizes: dict[str, Any] = {
         "dim": decoder.width,
@@ -312,7 +312,7 @@ def write_original(checkpoint: Checkpoint, out: Path, shards: int = 1) -> str:
                 lambda name, rank=rank: split(name, value(name), shards, decoder.experts)[rank],  # type: ignore[misc]
                 wrap="model",
             )
-        write_json(folder / CONFIG, _sizes(decoder))
+        write_json(folder / CONFIG, decoder_sizes(decoder))
         write_json(folder / META, {"llama_type": kind})
         shutil.copyfile(checkpoint.tokenizer_file, folder / TOKENIZER)
     return kind

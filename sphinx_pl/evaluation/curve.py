@@ -14,7 +14,7 @@ from typing import Any
 from rich.progress import track
 
 from sphinx_pl.checkpoint.format import Checkpoint, copy_into
-from sphinx_pl.checkpoint.mixing import check_compatible, mixed_tensors
+from sphinx_pl.checkpoint.mixing import Mixture, check_compatible
 from sphinx_pl.errors import UserError
 from sphinx_pl.evaluation.losses import SourceLoss
 from sphinx_pl.files import write_whole
@@ -60,7 +60,8 @@ def mixing_curve(
     target = model.state_dict()
     points = []
     for beta in track(betas, description="Mixing curve"):
-        copy_into(target, mixed_tensors(checkpoints, [beta, 1 - beta], method))
+        mixture = Mixture(checkpoints, [beta, 1 - beta], method)
+        copy_into(target, ((name, mixture.tensor(name)) for name in mixture))
         points.append(CurvePoint(beta, losses_fn(model)))
     return points
 

@@ -4,7 +4,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sphinx_pl.checkpoint.__main__ import main
-from sphinx_pl.checkpoint.format import FORMATS, SphinxCheckpoint, open_checkpoint, write_checkpoint
+from sphinx_pl.checkpoint.format import FORMATS, SphinxCheckpoint, StateDict, open_checkpoint, write_checkpoint
 from sphinx_pl.checkpoint.mixing import same_bits
 from sphinx_pl.errors import UserError
 from sphinx_pl.models.config import ClipViTConfig, QFormerConfig, SphinxConfig, VisionConfig
@@ -139,27 +139,31 @@ def test_an_existing_path_is_kept_unless_overwrite(write: Write, tmp_path: Path)
 def test_a_failing_source_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"pieces")
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        yield "t", torch.zeros(3)
-        raise UserError("the source broke")
+    class Broken(StateDict):
+        def tensor(self, name: str) -> Tensor:
+            if name == "u":
+                raise UserError("the source broke")
+            return super().tensor(name)
 
+    weights = Broken({"t": torch.zeros(3), "u": torch.zeros(3)})
     with pytest.raises(UserError, match="the source broke"):
-        write_checkpoint(tmp_path / "a", tensors(), small_config().to_dict(), {}, tmp_path / "tokenizer.model", {})
+        write_checkpoint(tmp_path / "a", weights, small_config().to_dict(), {}, tmp_path / "tokenizer.model", {})
     assert [p.name for p in tmp_path.iterdir()] == ["tokenizer.model"]
 
 
 KILLED = """
 import os, signal, sys, torch
 from pathlib import Path
-from sphinx_pl.checkpoint.format import write_checkpoint
+from sphinx_pl.checkpoint.format import StateDict, write_checkpoint
 folder = Path(sys.argv[1])
-def tensors():
-    for i in range(10):
-        if i == 7:
+class Killed(StateDict):
+    def tensor(self, name):
+        if name == "t7":
             os.kill(os.getpid(), signal.SIGKILL)
-        yield f"t{i}", torch.zeros(1000)
+        return super().tensor(name)
+weights = Killed({f"t{i}": torch.zeros(1000) for i in range(10)})
 write_checkpoint(
-    folder / "a", tensors(), {"decoder": {}}, {}, folder / "tokenizer.model", {}, max_shard_bytes=8000, overwrite=True
+    folder / "a", weights, {"decoder": {}}, {}, folder / "tokenizer.model", {}, max_shard_bytes=8000, overwrite=True
 )
 """
 

@@ -174,7 +174,7 @@ def test_to_our_format_and_back_is_bit_for_bit(write: Write, tmp_path: Path, sha
     before = open_checkpoint(theirs)
     ours = write_checkpoint(
         tmp_path / "ours",
-        ((name, before.tensor(name)) for name in before),
+        before,
         before.config["model"],
         before.processor,
         before.tokenizer_file,
