@@ -1,17 +1,18 @@
-"""Peak memory and time of importing a released checkpoint, beside a plain copy of the same bytes.
+"""Peak memory and time of importing a released decoder, beside a plain copy of the same bytes.
 
-    python -m benchmarks.importing /tmp/importing                      # 13B, two shards: 27 GB in, 31 GB out
+    python -m benchmarks.importing /tmp/importing                      # 13B, two shards; needs 52 GB of disk
     python -m benchmarks.importing /tmp/importing --layers 4
 
-Random numbers in the original's layout, as `sphinx_plus` has it: LLaMA-2 13B and two towers, whose matrices share one
-storage in the files, so that they need little disk. The folder is removed at the end.
+Random numbers in Meta's layout, with the sizes of a model in conf/model. The folder is removed at the end.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -26,40 +27,41 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from sphinx_pl.checkpoint.original import UNUSED, decoder_sizes, shipped_model, their_name
-from sphinx_pl.checkpoint.parallel import split
+from sphinx_pl.checkpoint.format import TensorInfo
+from sphinx_pl.checkpoint.original import decoder_sizes, shipped_model
+from sphinx_pl.checkpoint.parallel import split, write_parallel
 from sphinx_pl.models.config import SphinxConfig
-from sphinx_pl.models.sphinx import Sphinx
+from sphinx_pl.models.decoder import Decoder
 
-MODEL, KIND = "sphinx_plus", "llama_ens5_light"
-TOWERS = ("llma.openclip_convnext_xxl.", "llma.dinov2_vitg14.")
+MODEL = "sphinx_13b"
 POOL = 200_000_000  # more than any tensor
 
 
 def write_random(folder: Path, layers: int, shards: int, tokenizer: Path) -> int:
-    """The largest tensor's bytes. Holds one shard in memory."""
-    config = SphinxConfig.from_dict(shipped_model(MODEL))
-    config.decoder.layers = layers
+    """The largest tensor's bytes."""
+    config = dataclasses.replace(SphinxConfig.from_dict(shipped_model(MODEL)).decoder, layers=layers)
     with torch.device("meta"):
-        shapes = {their_name(name): tensor.shape for name, tensor in Sphinx(config).state_dict().items()}
-    shapes |= {name: (1, 1, *shapes[name]) for name in ("llma.start_img", "llma.end_img")}
-    shapes |= {name: torch.Size(shape) for name, shape in UNUSED.items() if "dinov2" in name}
+        shapes = {name: tuple(tensor.shape) for name, tensor in Decoder(config).state_dict().items()}
     pool = torch.randn(POOL).mul_(0.02).bfloat16()
-
-    def value(name: str, shape: Sequence[int], rank: int) -> Tensor:
-        start = hash((name, rank)) % (POOL - torch.Size(shape).numel())
-        shared = pool[start : start + torch.Size(shape).numel()].view(shape)
-        return shared if name.startswith(TOWERS) else shared.clone()
+    generator = random.Random(0)
 
     folder.mkdir(parents=True)
     for rank in range(shards):
-        parts = {name: split(name, torch.empty(s, device="meta"), shards)[rank].shape for name, s in shapes.items()}
-        content = {name: value(name, shape, rank) for name, shape in parts.items()}
-        torch.save({"model": content}, folder / f"consolidated.{rank:02d}-of-{shards:02d}.model.pth")
-    (folder / "config.json").write_text(json.dumps(decoder_sizes(config.decoder)))
-    (folder / "meta.json").write_text(json.dumps({"llama_type": KIND}))
+        parts = {
+            name: tuple(split(name, torch.empty(shape, device="meta"), shards)[rank].shape)
+            for name, shape in shapes.items()
+        }
+
+        def value(name: str, parts: dict[str, tuple[int, ...]] = parts) -> Tensor:
+            size = torch.Size(parts[name]).numel()
+            start = generator.randrange(POOL - size)
+            return pool[start : start + size].view(parts[name])
+
+        infos = {name: TensorInfo(shape, pool.dtype) for name, shape in parts.items()}
+        write_parallel(folder / f"consolidated.{rank:02d}.pth", infos, value)
+    (folder / "params.json").write_text(json.dumps(decoder_sizes(config)))
     shutil.copyfile(tokenizer, folder / "tokenizer.model")
-    return max(torch.Size(shape).numel() * 2 for shape in shapes.values())
+    return max(TensorInfo(shape, pool.dtype).nbytes for shape in shapes.values())
 
 
 def folder_bytes(folder: Path) -> int:
@@ -94,7 +96,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             largest = process.submit(write_random, released, o.layers, o.shards, o.tokenizer).result()
         os.sync()
         table = Table(
-            "", "GB written", "seconds", "GB/s", "peak GB", title=f"{MODEL}, {o.layers} layers, {o.shards} shards"
+            "",
+            "GB written",
+            "seconds",
+            "GB/s",
+            "peak GB",
+            title=f"decoder of {MODEL}, {o.layers} layers, {o.shards} shards",
         )
 
         def measure(name: str, command: Sequence[str], written: Path) -> float:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from sphinx_pl.checkpoint.format import Checkpoint, TensorInfo, open_checkpoint, write_checkpoint
 from sphinx_pl.checkpoint.llm import write_huggingface
-from sphinx_pl.checkpoint.original import write_original
+from sphinx_pl.checkpoint.original import Restored, write_original
 from sphinx_pl.checkpoint.provenance import provenance
 from sphinx_pl.cli import report
 from sphinx_pl.errors import UserError
@@ -80,6 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     importer = commands.add_parser("import", help="write a checkpoint of another layout in ours")
     importer.add_argument("path", help=PATH)
     importer.add_argument("out", help="the folder to write")
+    importer.add_argument("--base", help="what the differences in .model-diff.pth files are added to, such as LLaMA-2")
     importer.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
     exporter = commands.add_parser("export", help="write a checkpoint in the original's layout, or its decoder in HF's")
     exporter.add_argument("path", help=PATH)
@@ -91,6 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         checkpoint = open_checkpoint(options.path)
         if options.command == "import":
+            checkpoint = Restored(checkpoint, open_checkpoint(options.base)) if options.base else checkpoint
             import_checkpoint(checkpoint, options.out, options.overwrite)
             if note := checkpoint.provenance.get("note"):
                 console.print(note)

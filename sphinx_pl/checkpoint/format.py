@@ -284,7 +284,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open and validate the checkpoint at `path`, in whichever of `FORMATS` it is.
 
     Args:
-        path: a folder, or `hf-hub:OWNER/NAME` for a model in the Hugging Face cache, or downloaded to it.
+        path: a folder, or `hf-hub:OWNER/NAME` or `hf-hub:OWNER/NAME/FOLDER` for one of a repository in the Hugging Face
+            cache, or downloaded to it.
 
     Raises:
         UserError: there is none, or it is damaged or of a version that this code does not know.
@@ -300,16 +301,24 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     )
 
 
-def _from_hub(source: str) -> Path:
-    from huggingface_hub import snapshot_download
+# What the formats read, of a folder; not of folders in it, which hold other formats' copies in some repositories.
+_HUB_FILES = ("*.json", TOKENIZER, "model*.safetensors", "consolidated.*.pth")
 
-    patterns = ["*.safetensors", "*.json", TOKENIZER]
+
+def _from_hub(source: str) -> Path:
+    from huggingface_hub import constants, snapshot_download
+
+    owner, name, *folder = (*source.removeprefix(HUB).split("/"), "")[:-1]
+    repository, inside = f"{owner}/{name}", "/".join(folder)
+    patterns = ["/".join([*folder, pattern]) for pattern in _HUB_FILES]
     try:
-        return Path(snapshot_download(source.removeprefix(HUB), allow_patterns=patterns))
+        return Path(snapshot_download(repository, allow_patterns=patterns)) / inside
     except Exception as error:  # of many libraries: no network, no such model, no access, a name that is none
+        include = " ".join(f"'{pattern}'" for pattern in patterns)
         raise UserError(
-            f"'{source}' is neither cached nor downloadable ({type(error).__name__}): download it on a machine with a "
-            f"network and copy the cache (HF_HOME) here, or give a folder with {', '.join(patterns)}"
+            f"'{source}' is neither in '{constants.HF_HUB_CACHE}' nor downloadable ({type(error).__name__}): run `hf "
+            f"download {repository} --include {include}` on a machine with a network and copy models--{owner}--{name} "
+            "into that folder, or give the path of a folder with these files"
         ) from error
 
 
@@ -474,14 +483,21 @@ def write_shards(
         room -= info.nbytes
     total = sum(info.nbytes for info in infos.values())
     weight_map: dict[str, str] = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), disable=progress is None) as bar:
-        task = bar.add_task(progress or "", total=total)
+    with progress_bar(progress, total) as written:
         for number, shard in enumerate(shards, start=1):
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            write_safetensors(folder / name, shard, weights.tensor, lambda nbytes: bar.advance(task, nbytes))
+            write_safetensors(folder / name, shard, weights.tensor, written)
             weight_map |= dict.fromkeys(shard, name)
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+@contextmanager
+def progress_bar(description: str | None, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar with bytes per second and the time left, and what moves it by so many bytes; None shows none."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), disable=description is None) as bar:
+        task = bar.add_task(description or "", total=total)
+        yield lambda nbytes: bar.advance(task, nbytes)
 
 
 def _stored_as(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:

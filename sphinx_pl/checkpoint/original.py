@@ -1,6 +1,7 @@
 """The layout of the released SPHINX weights, which LLaMA2-Accessory wrote.
 
-consolidated.00-of-02.model.pth ...   {"model": {"llma.…": tensor}}, see `sphinx_pl.checkpoint.parallel`
+consolidated.00-of-02.model.pth ...   {"model": {"llma.…": tensor}}, see `sphinx_pl.checkpoint.parallel`;
+                                      .model-diff.pth: differences to a base model, see `Restored`
 config.json                           the decoder's sizes
 meta.json                             {"llama_type": "llama_ens"}, the model's class
 tokenizer.model
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 
 from sphinx_pl.checkpoint.format import (
     FORMATS,
@@ -24,6 +25,7 @@ from sphinx_pl.checkpoint.format import (
     Checkpoint,
     TensorInfo,
     differences,
+    progress_bar,
     read_json,
     staged,
     write_json,
@@ -35,7 +37,7 @@ from sphinx_pl.models.config import DecoderConfig, SphinxConfig
 
 CONFIG = "config.json"
 META = "meta.json"
-_SHARD = re.compile(r"consolidated\.(\d+)-of-(\d+)\.model\.pth")
+_SHARD = re.compile(r"consolidated\.(\d+)-of-(\d+)\.(model|model-diff)\.pth")
 
 # The class names of the original, and the configuration in conf/model that has their towers and views.
 TYPES: dict[str, str] = {
@@ -156,7 +158,9 @@ class OriginalCheckpoint(Checkpoint):
         sizes = read_json(path / CONFIG)
         try:
             experts = sizes["moe"]["num_experts"] if "moe" in sizes else 0
-            self._files = ParallelFiles(self._find_shards(), lambda content: content["model"], experts)
+            shards = self._find_shards()
+            self.is_delta = "model-diff" in shards[0].name
+            self._files = ParallelFiles(shards, lambda content: content["model"], experts)
             self._theirs = {our_name(name): name for name in self._files if name not in UNUSED}
             vocab = self.info("decoder.tok_embeddings.weight").shape[0]
             decoder = decoder_config(sizes, vocab)
@@ -178,18 +182,26 @@ class OriginalCheckpoint(Checkpoint):
 
     def _find_shards(self) -> list[Path]:
         found = {file: match for file in self.path.iterdir() if (match := _SHARD.fullmatch(file.name))}
-        counts = {int(match[2]) for match in found.values()}
-        if len(counts) != 1:
+        sets = {(int(match[2]), match[3]) for match in found.values()}
+        if len(sets) != 1:
             raise UserError(
-                f"'{self.path}' holds shards of {len(counts)} checkpoints: expected consolidated.00-of-NN.model.pth to "
+                f"'{self.path}' holds shards of {len(sets)} checkpoints: expected consolidated.00-of-NN.model.pth to "
                 "the last of the same NN"
             )
-        total = counts.pop()
-        for rank in range(total):
-            file = self.path / _shard_name(rank, total)
+        ((total, suffix),) = sets
+        files = [self.path / _shard_name(rank, total, suffix) for rank in range(total)]
+        for file in files:
             if file not in found:
                 raise UserError(f"'{file}' is missing: copy all {total} shards")
-        return sorted(found)
+        return files
+
+    def check(self, module: nn.Module, part: str = "") -> None:
+        if self.is_delta:
+            raise UserError(
+                f"'{self.path}' holds differences to a base model: add them to it first, with "
+                "`python -m sphinx_pl.checkpoint import … --base FOLDER`"
+            )
+        super().check(module, part)
 
     def keys(self) -> Sequence[str]:
         return list(self._theirs)
@@ -217,8 +229,58 @@ class OriginalCheckpoint(Checkpoint):
 FORMATS.register("original", OriginalCheckpoint)
 
 
-def _shard_name(rank: int, total: int) -> str:
-    return f"consolidated.{rank:02d}-of-{total:02d}.model.pth"
+def _shard_name(rank: int, total: int, suffix: str = "model") -> str:
+    return f"consolidated.{rank:02d}-of-{total:02d}.{suffix}.pth"
+
+
+class Restored(Checkpoint):
+    """Differences with their base added, as the original's loader adds them; what the base lacks is as it stands.
+
+    Args:
+        base: a decoder alone, Meta's LLaMA-2 for instance.
+
+    Raises:
+        UserError: `delta` holds no differences, or the base's tensors have other shapes.
+    """
+
+    @classmethod
+    def matches(cls, path: Path) -> bool:
+        return False  # it takes two
+
+    def __init__(self, delta: Checkpoint, base: Checkpoint) -> None:
+        if not (isinstance(delta, OriginalCheckpoint) and delta.is_delta):
+            raise UserError(f"'{delta.path}' holds whole weights, not differences (.model-diff.pth): leave out --base")
+        self.path = delta.path
+        self.config, self.provenance = delta.config, delta.provenance
+        self._delta, self._base = delta, base
+        self._changed, self._known = set(delta), set(base)
+        for name in base:
+            if name in self._changed and base.info(name).shape != delta.info(name).shape:
+                sizes = f"{list(base.info(name).shape)} there, {list(delta.info(name).shape)} here"
+                raise UserError(f"'{base.path}' is not the base of '{delta.path}': '{name}' is {sizes}")
+
+    def keys(self) -> Sequence[str]:
+        return list(dict.fromkeys([*self._delta.keys(), *self._base.keys()]))
+
+    def info(self, name: str) -> TensorInfo:
+        return (self._delta if name in self._changed else self._base).info(name)
+
+    def tensor(self, name: str) -> Tensor:
+        """The sum is taken in float32 and has the difference's dtype."""
+        if name not in self._changed:
+            return self._base.tensor(name)
+        delta = self._delta.tensor(name)
+        return (delta.float() + self._base.tensor(name).float()).to(delta) if name in self._known else delta
+
+    def unused(self) -> Iterable[tuple[str, Tensor]]:
+        return self._delta.unused()
+
+    def files(self) -> Sequence[Path]:
+        return [*self._delta.files(), *self._base.files()]
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return self._delta.tokenizer_file
 
 
 # -- the way back ----------------------------------------------------------------------------------------------------
@@ -288,29 +350,34 @@ def write_original(checkpoint: Checkpoint, out: Path, shards: int = 1) -> str:
     assert vision is not None
     unused = dict(checkpoint.unused())
     names = {their_name(name): name for name in checkpoint}
-    whole = {theirs: (checkpoint.info(ours).shape, checkpoint.info(ours).dtype) for theirs, ours in names.items()}
-    whole |= {theirs: ((1, 1, *shape), dtype) for theirs, (shape, dtype) in whole.items() if names[theirs] in _FLAT}
-    some = next(iter(whole.values()))[1]
+    whole = {theirs: checkpoint.info(ours) for theirs, ours in names.items()}
+    some = next(iter(whole.values())).dtype
+    for theirs, ours in names.items():
+        if ours in _FLAT:
+            whole[theirs] = TensorInfo((1, 1, *whole[theirs].shape), whole[theirs].dtype)
     for name, shape in UNUSED.items():
         if vision.clip if name.startswith("llma.clip.") else vision.dinov2:
-            whole[name] = (shape, unused[name].dtype if name in unused else some)
+            whole[name] = TensorInfo(shape, unused[name].dtype if name in unused else some)
 
     def value(name: str) -> Tensor:
-        shape, dtype = whole[name]
-        tensor = checkpoint.tensor(names[name]) if name in names else unused.get(name, torch.zeros(shape, dtype=dtype))
-        return tensor.view(shape)
+        if name in names:
+            return checkpoint.tensor(names[name]).view(whole[name].shape)
+        return unused[name] if name in unused else torch.zeros(whole[name].shape, dtype=whole[name].dtype)
 
-    parts = {
-        name: [part.shape for part in split(name, torch.empty(shape, device="meta"), shards, decoder.experts)]
-        for name, (shape, _) in whole.items()
-    }
-    with staged(out) as folder:
-        for rank in range(shards):
+    parts: list[dict[str, TensorInfo]] = [{} for _ in range(shards)]
+    for name, info in whole.items():
+        split_up = split(name, torch.empty(info.shape, device="meta"), shards, decoder.experts)
+        for part, tensor in zip(parts, split_up, strict=True):
+            part[name] = TensorInfo(tuple(tensor.shape), info.dtype)
+    total = sum(info.nbytes for part in parts for info in part.values())
+    with staged(out) as folder, progress_bar("Exporting", total) as written:
+        for rank, part in enumerate(parts):
             write_parallel(
                 folder / _shard_name(rank, shards),
-                {name: (parts[name][rank], dtype) for name, (_, dtype) in whole.items()},
+                part,
                 lambda name, rank=rank: split(name, value(name), shards, decoder.experts)[rank],  # type: ignore[misc]
                 wrap="model",
+                written=written,
             )
         write_json(folder / CONFIG, decoder_sizes(decoder))
         write_json(folder / META, {"llama_type": kind})

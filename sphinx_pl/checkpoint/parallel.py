@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import get_crc32_options, set_crc32_options, set_default_mmap_options, skip_data
 
-from sphinx_pl.checkpoint.format import MAPPED_BYTES
+from sphinx_pl.checkpoint.format import MAPPED_BYTES, TensorInfo
 from sphinx_pl.errors import UserError
 
 # The dimension along which ranks split a decoder's tensor, by the end of its name; the others are whole in every file.
@@ -125,29 +125,35 @@ class ParallelFiles:
 
 
 def write_parallel(
-    file: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]], values: Callable[[str], Tensor], wrap: str
+    file: Path,
+    tensors: Mapping[str, TensorInfo],
+    values: Callable[[str], Tensor],
+    wrap: str | None = None,
+    written: Callable[[int], None] = lambda nbytes: None,
 ) -> None:
-    """Write one rank's file, `{wrap: {name: tensor}}`, a tensor at a time.
+    """Write one rank's file, `{wrap: {name: tensor}}` or without `wrap` the tensors alone, a tensor at a time.
 
     Args:
-        tensors: name -> shape and dtype.
         values: name -> value; asked once for each name, in their order.
+        written: told how many bytes each tensor had.
     """
     # The pickle and holes for the data first, then the data through a shared mapping of the file.
     before = get_crc32_options()
     set_crc32_options(False)  # of the holes it would be wrong
     try:
         with FakeTensorMode():
-            content = {wrap: {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in tensors.items()}}
+            content: Any = {name: torch.empty(info.shape, dtype=info.dtype) for name, info in tensors.items()}
         with skip_data(materialize_fake_tensors=True):
-            torch.save(content, file)
+            torch.save({wrap: content} if wrap else content, file)
     finally:
         set_crc32_options(before)
-    written, mapped = MAPPED_BYTES, {}
-    for name in tensors:
-        if written >= MAPPED_BYTES:
+    through, mapped = MAPPED_BYTES, {}
+    for name, info in tensors.items():
+        if through >= MAPPED_BYTES:
             with set_default_mmap_options(MAP_SHARED):
-                mapped = torch.load(file, map_location="cpu", mmap=True, weights_only=True)[wrap]
-            written = 0
+                content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            mapped = content[wrap] if wrap else content
+            through = 0
         mapped[name].copy_(values(name))
-        written += mapped[name].nbytes
+        through += info.nbytes
+        written(info.nbytes)
