@@ -118,9 +118,12 @@ def decoder_config(sizes: dict[str, Any], vocab_size: int) -> DecoderConfig:
     """From the original's config.json, which is Meta's params.json with more keys.
 
     Raises:
+        UserError: it asks for something that the decoder here does not compute.
         KeyError: a size is missing.
     """
     width, heads, moe = sizes["dim"], sizes["n_heads"], sizes.get("moe")
+    if sizes.get("rope_scaling") not in (None, 1):
+        raise UserError(f"config.json: rope_scaling={sizes['rope_scaling']} is not what the decoder here computes")
     if moe:
         ffn = sizes["hidden_dim"]
     else:
@@ -335,6 +338,20 @@ def decoder_sizes(decoder: DecoderConfig) -> dict[str, Any]:
     return sizes | {"multiple_of": decoder.ffn_width, "ffn_dim_multiplier": multiplier}
 
 
+def their_infos(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+    """The tensors that the original's file of this checkpoint has, by the original's names."""
+    vision = checkpoint.model_config.vision
+    infos = {their_name(name): checkpoint.info(name) for name in checkpoint}
+    some = next(iter(infos.values())).dtype
+    for name in map(their_name, _FLAT):
+        infos[name] = TensorInfo((1, 1, *infos[name].shape), infos[name].dtype)
+    kept = {name: tensor.dtype for name, tensor in checkpoint.unused()}
+    for name, shape in UNUSED.items():
+        if vision and (vision.clip if name.startswith("llma.clip.") else vision.dinov2):
+            infos[name] = TensorInfo(shape, kept.get(name, some))
+    return infos
+
+
 def write_original(checkpoint: Checkpoint, out: Path, shards: int = 1) -> str:
     """Write `checkpoint` as the original's folder of `shards` files, a tensor at a time; returns its type.
 
@@ -346,18 +363,10 @@ def write_original(checkpoint: Checkpoint, out: Path, shards: int = 1) -> str:
     if out.exists():
         raise UserError(f"'{out}' exists: choose another path")
     kind = original_type(checkpoint)
-    decoder, vision = checkpoint.model_config.decoder, checkpoint.model_config.vision
-    assert vision is not None
+    experts = checkpoint.model_config.decoder.experts
     unused = dict(checkpoint.unused())
     names = {their_name(name): name for name in checkpoint}
-    whole = {theirs: checkpoint.info(ours) for theirs, ours in names.items()}
-    some = next(iter(whole.values())).dtype
-    for theirs, ours in names.items():
-        if ours in _FLAT:
-            whole[theirs] = TensorInfo((1, 1, *whole[theirs].shape), whole[theirs].dtype)
-    for name, shape in UNUSED.items():
-        if vision.clip if name.startswith("llma.clip.") else vision.dinov2:
-            whole[name] = TensorInfo(shape, unused[name].dtype if name in unused else some)
+    whole = their_infos(checkpoint)
 
     def value(name: str) -> Tensor:
         if name in names:
@@ -366,7 +375,7 @@ def write_original(checkpoint: Checkpoint, out: Path, shards: int = 1) -> str:
 
     parts: list[dict[str, TensorInfo]] = [{} for _ in range(shards)]
     for name, info in whole.items():
-        split_up = split(name, torch.empty(info.shape, device="meta"), shards, decoder.experts)
+        split_up = split(name, torch.empty(info.shape, device="meta"), shards, experts)
         for part, tensor in zip(parts, split_up, strict=True):
             part[name] = TensorInfo(tuple(tensor.shape), info.dtype)
     total = sum(info.nbytes for part in parts for info in part.values())
@@ -375,11 +384,11 @@ def write_original(checkpoint: Checkpoint, out: Path, shards: int = 1) -> str:
             write_parallel(
                 folder / _shard_name(rank, shards),
                 part,
-                lambda name, rank=rank: split(name, value(name), shards, decoder.experts)[rank],  # type: ignore[misc]
+                lambda name, rank=rank: split(name, value(name), shards, experts)[rank],  # type: ignore[misc]
                 wrap="model",
                 written=written,
             )
-        write_json(folder / CONFIG, decoder_sizes(decoder))
+        write_json(folder / CONFIG, decoder_sizes(checkpoint.model_config.decoder))
         write_json(folder / META, {"llama_type": kind})
         shutil.copyfile(checkpoint.tokenizer_file, folder / TOKENIZER)
     return kind

@@ -4,6 +4,7 @@ commit 3777c43) on a CPU in float32, from weights that are a function of their n
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import hashlib
 import json
 import os
@@ -19,10 +20,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.serialization import skip_data
 
-from sphinx_pl.checkpoint.format import copy_into, open_checkpoint, write_checkpoint
-from sphinx_pl.checkpoint.original import our_name, write_original
-from sphinx_pl.checkpoint.parallel import split
+from sphinx_pl.checkpoint.__main__ import main as command
+from sphinx_pl.checkpoint.format import TensorInfo, copy_into, open_checkpoint, write_checkpoint
+from sphinx_pl.checkpoint.original import Restored, original_type, our_name, their_infos, write_original
+from sphinx_pl.checkpoint.parallel import ParallelFiles, split
 from sphinx_pl.data.images import load_image
 from sphinx_pl.data.packing import Collator
 from sphinx_pl.data.processor import Processor
@@ -280,6 +284,82 @@ def test_a_hostile_pickle_is_refused_and_executes_nothing(
     assert not (tmp_path / "executed").exists()
 
 
+with gzip.open(GOLDEN / "names.json.gz") as file:
+    NAMES = json.load(file)
+    """Of each type the original's config.json (with a tiny decoder) and family, of each family name -> shape, split."""
+
+
+def unwritten(file: Path, content: Any) -> None:
+    """A file of torch.save with holes instead of values: full-size towers without their bytes."""
+    with skip_data(materialize_fake_tensors=True):
+        torch.save(content, file)
+
+
+@pytest.mark.parametrize("kind", NAMES["types"])
+def test_every_types_names_shapes_and_splits(tmp_path: Path, kind: str) -> None:
+    theirs, ranks = NAMES["tensors"][NAMES["types"][kind]["family"]], 2
+    experts = NAMES["types"][kind]["config"].get("moe", {}).get("num_experts", 0)
+    with FakeTensorMode():
+        parts: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
+        for name, (shape, dimension) in theirs.items():
+            whole = torch.empty(shape, dtype=torch.bfloat16)
+            found = split(name, whole, ranks, experts)
+            if dimension is None:
+                assert [part.shape for part in found] == [whole.shape] * ranks, name
+            else:  # experts are split inside, which leaves the shape of a split along 0
+                assert found[0].shape == whole.chunk(ranks, dim=0 if dimension == "experts" else dimension)[0].shape
+            for rank, part in enumerate(found):
+                parts[rank][name] = torch.empty(part.shape, dtype=torch.bfloat16)
+    for rank, part in enumerate(parts):
+        unwritten(tmp_path / f"consolidated.{rank:02d}-of-{ranks:02d}.model.pth", {"model": part})
+    (tmp_path / "config.json").write_text(json.dumps(NAMES["types"][kind]["config"]))
+    (tmp_path / "meta.json").write_text(json.dumps({"llama_type": kind}))
+    shutil.copy(GOLDEN / "tokenizer.model", tmp_path)
+
+    checkpoint = open_checkpoint(tmp_path)
+    with torch.device("meta"):
+        model = Sphinx(checkpoint.model_config)
+    checkpoint.check(model)
+    assert original_type(checkpoint) == kind
+    assert their_infos(checkpoint) == {name: TensorInfo(tuple(s), torch.bfloat16) for name, (s, _) in theirs.items()}
+
+
+def test_differences_are_added_to_their_base(write: Write, tmp_path: Path) -> None:
+    tuned = write(2)
+    base = tmp_path / "llama-2"
+    base.mkdir()
+    names = [name for name in shapes() if "proj" not in name and "_img" not in name]
+    generator = torch.Generator().manual_seed(0)
+    before = {name: torch.randn(shapes()[name], generator=generator).half() for name in names}
+    for rank in range(2):
+        part = {name.removeprefix("llma."): split(name, value, 2)[rank].clone() for name, value in before.items()}
+        torch.save(part, base / f"consolidated.{rank:02d}.pth")
+        file = tuned / f"consolidated.{rank:02d}-of-02.model.pth"
+        file.rename(tuned / f"consolidated.{rank:02d}-of-02.model-diff.pth")
+    shutil.copy(tuned / "config.json", base / "params.json")
+    shutil.copy(tuned / "tokenizer.model", base)
+
+    delta = open_checkpoint(tuned)
+    with torch.device("meta"):
+        model = Sphinx(delta.model_config)
+    with pytest.raises(UserError, match="--base"):
+        delta.check(model)
+    with pytest.raises(UserError, match="leave out --base"):
+        Restored(open_checkpoint(base), delta)
+    restored = Restored(delta, open_checkpoint(base))
+    assert list(restored) == list(delta)
+    for name, shape in shapes().items():
+        difference, ours = weight(name, shape), our_name(name)
+        expected = (difference.float() + before[name].float()).bfloat16() if name in before else difference
+        assert torch.equal(restored.tensor(ours).view(shape), expected), name
+    (base / "params.json").write_text((base / "params.json").read_text().replace('"dim": 256', '"dim": 128'))
+    half = {name.removeprefix("llma."): value[..., :128].clone() for name, value in before.items()}
+    torch.save(half, base / "consolidated.00.pth")
+    (base / "consolidated.01.pth").unlink()
+    with pytest.raises(UserError, match="is not the base of"):
+        Restored(delta, open_checkpoint(base))
+
+
 def test_an_unknown_tensor_is_named(write: Write) -> None:
     checkpoint = open_checkpoint(write(extra={"llma.layers.0.adapter.weight": torch.zeros(2)}))
     assert "decoder.layers.0.adapter.weight" in list(checkpoint)
@@ -302,15 +382,49 @@ def test_mistakes(write: Write) -> None:
         open_checkpoint(folder)
 
 
+FAMILIES = ("llama_ens", "llama_ens_light", "mixtral_sparse_ens")
+
+
+def reference_folder() -> Path:
+    """SPHINX_REFERENCE names the folder with the original's measured outputs and the script that makes its weights."""
+    folder = Path(os.environ.get("SPHINX_REFERENCE", "reference"))
+    if not (folder / "make_checkpoint.py").is_file():
+        pytest.skip("SPHINX_REFERENCE does not name a folder with make_checkpoint.py")
+    return folder
+
+
+def make_released(reference: Path, kind: str, out: Path, shards: int) -> Path:
+    script = [sys.executable, str(reference / "make_checkpoint.py"), kind, str(out)]
+    subprocess.run([*script, "--shards", str(shards)], check=True)
+    return out
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_full_size_round_trip_is_bit_for_bit(tmp_path: Path, kind: str) -> None:
+    theirs = make_released(reference_folder(), kind, tmp_path / "released", shards=2)
+    assert command(["import", str(theirs), str(tmp_path / "ours")]) == 0
+    experts = NAMES["types"][kind]["config"].get("moe", {}).get("num_experts", 0)
+
+    def files(folder: Path) -> ParallelFiles:
+        return ParallelFiles(sorted(folder.glob("*.pth")), lambda content: content["model"], experts)
+
+    before = files(theirs)
+    for shards in ("2", "1"):
+        back = tmp_path / "back"
+        assert command(["export", str(tmp_path / "ours"), str(back), "--to", "original", "--shards", shards]) == 0
+        after = files(back)
+        assert len(after.files) == int(shards)
+        assert set(after) == set(before)
+        for name in before:
+            assert torch.equal(after.tensor(name), before.tensor(name)), name
+        shutil.rmtree(back)
+
+
 @pytest.mark.long
 def test_whole_path_with_full_size_towers(tmp_path: Path) -> None:
-    """SPHINX_REFERENCE names the folder with the original's measured outputs and the script that makes its weights."""
-    reference = Path(os.environ.get("SPHINX_REFERENCE", "reference"))
-    if not (reference / "llama_ens.npz").is_file():
-        pytest.skip("SPHINX_REFERENCE does not name a folder with llama_ens.npz")
-    script = [sys.executable, str(reference / "make_checkpoint.py"), "llama_ens", str(tmp_path / "released")]
-    subprocess.run([*script, "--shards", "2"], check=True)
-    checkpoint = open_checkpoint(tmp_path / "released")
+    reference = reference_folder()
+    checkpoint = open_checkpoint(make_released(reference, "llama_ens", tmp_path / "released", shards=2))
     model = Sphinx(checkpoint.model_config)
     checkpoint.load_into(model)
     assert model.mixer is not None
