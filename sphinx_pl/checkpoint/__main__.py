@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sphinx_pl.checkpoint.format import Checkpoint, TensorInfo, open_checkpoint, write_checkpoint
+from sphinx_pl.checkpoint.format import Checkpoint, TensorInfo, check_free, open_checkpoint, write_checkpoint
 from sphinx_pl.checkpoint.llm import write_huggingface
 from sphinx_pl.checkpoint.original import Restored, write_original
 from sphinx_pl.checkpoint.provenance import provenance
@@ -124,20 +125,23 @@ def import_checkpoint(checkpoint: Checkpoint, out: str, overwrite: bool) -> None
     Raises:
         UserError: its tensors are not those of its model, or `out` exists; nothing is written then.
     """
+    check_free(Path(out), overwrite)
     with torch.device("meta"):
         model = Sphinx(checkpoint.model_config)
     checkpoint.check(model)
-    write_checkpoint(
-        out,
-        checkpoint,
-        checkpoint.model_config.to_dict(),
-        checkpoint.processor,
-        checkpoint.tokenizer_file,
-        provenance("import", None, [checkpoint.identity()]),
-        unused=checkpoint.unused(),
-        overwrite=overwrite,
-        progress="Importing",
-    )
+    with ThreadPoolExecutor(1) as hashing:  # beside the copying, so that a byte is read from the disk once
+        identity = hashing.submit(checkpoint.identity)
+        write_checkpoint(
+            out,
+            checkpoint,
+            checkpoint.model_config.to_dict(),
+            checkpoint.processor,
+            checkpoint.tokenizer_file,
+            lambda: provenance("import", None, [identity.result()]),
+            unused=checkpoint.unused(),
+            overwrite=overwrite,
+            progress="Importing",
+        )
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -402,7 +403,7 @@ def write_checkpoint(
     model: dict[str, Any],
     processor: dict[str, Any],
     tokenizer_file: Path,
-    provenance: dict[str, Any],
+    provenance: dict[str, Any] | Callable[[], dict[str, Any]],
     *,
     unused: Iterable[tuple[str, Tensor]] = (),
     dtype: torch.dtype | None = None,
@@ -415,6 +416,7 @@ def write_checkpoint(
     Args:
         weights: or a state dict.
         model: `SphinxConfig.to_dict()`.
+        provenance: or what makes it, called once the weights are written.
         unused: see `Checkpoint.unused`.
         dtype: of floating-point tensors in the file; None keeps each one's own.
         max_shard_bytes: upper bound of a shard, unless a single tensor is larger.
@@ -434,7 +436,7 @@ def write_checkpoint(
         if kept := {name: tensor.contiguous() for name, tensor in unused}:
             save_file(kept, folder / UNUSED, metadata={"format": "pt"})
         write_json(folder / CONFIG, {"format": FORMAT_VERSION, "model": model, "processor": processor})
-        write_json(folder / PROVENANCE, provenance)
+        write_json(folder / PROVENANCE, provenance() if callable(provenance) else provenance)
         shutil.copyfile(tokenizer_file, folder / TOKENIZER)
     return path
 
@@ -500,6 +502,18 @@ def progress_bar(description: str | None, total: int) -> Iterator[Callable[[int]
         yield lambda nbytes: bar.advance(task, nbytes)
 
 
+def _one_ahead(names: Iterable[str], values: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Names and values; the next value is made in another thread while the caller writes one."""
+    with ThreadPoolExecutor(1) as reader:
+        pending: tuple[str, Future[Tensor]] | None = None
+        for name in names:
+            previous, pending = pending, (name, reader.submit(values, name))
+            if previous is not None:
+                yield previous[0], previous[1].result()
+        if pending is not None:
+            yield pending[0], pending[1].result()
+
+
 def _stored_as(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
     return TensorInfo(info.shape, dtype) if dtype is not None and info.dtype.is_floating_point else info
 
@@ -533,8 +547,8 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)
     with file.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
-        for name in ordered:
-            value = values(name).detach().to("cpu", tensors[name].dtype).contiguous()
+        for name, tensor in _one_ahead(ordered, values):
+            value = tensor.detach().to("cpu", tensors[name].dtype).contiguous()
             if tuple(value.shape) != tensors[name].shape:
                 raise ValueError(f"'{name}' is {list(value.shape)}, announced as {list(tensors[name].shape)}")
             out.write(value.flatten().view(torch.uint8).numpy().data)
