@@ -9,6 +9,7 @@ The weights are random and the same in both; both decode greedily and their toke
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -38,22 +39,18 @@ def theirs(model: Sphinx) -> Any:
     return llama.to(model.decoder.tok_embeddings.weight).eval()
 
 
-def best(run: Callable[[], list[list[int]]], repeats: int, device: torch.device) -> tuple[float, list[list[int]]]:
-    """The shortest of `repeats` runs in seconds, after one that is not counted, and the tokens."""
-    tokens, seconds = run(), []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds), tokens
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = {"width": 512, "layers": 8, "heads": 8, "kv-heads": 8, "vocab": 32000}
-    for name, default in {**sizes, "batch": 8, "prompt": 64, "new": 64, "repeats": 3, "threads": 0}.items():
+    for name, default in {**sizes, "batch": 8, "prompt": 64, "new": 64, "repeats": 7, "threads": 0}.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
@@ -86,17 +83,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows: list[list[int]] = out[:, o.prompt :].tolist()
         return rows
 
+    runs: dict[str, Callable[[], list[list[int]]]] = {"here": ours, "transformers": transformers}
+    tokens = {name: run() for name, run in runs.items()}
+    # In turn, so that what slows the machine for a while slows both.
+    times = [{name: seconds(run, device) for name, run in runs.items()} for _ in range(o.repeats)]
     table = Table(
         "", "seconds", "tokens/s", title=f"{o.batch} rows, {o.prompt} + {o.new} tokens, {o.precision}, {device}"
     )
-    found = {name: best(run, o.repeats, device) for name, run in (("here", ours), ("transformers", transformers))}
-    for name, (seconds, _) in found.items():
-        table.add_row(name, f"{seconds:.2f}", f"{o.batch * o.new / seconds:,.0f}")
+    for name in runs:
+        median = statistics.median(each[name] for each in times)
+        table.add_row(name, f"{median:.2f}", f"{o.batch * o.new / median:,.0f}")
+    ratios = [each["transformers"] / each["here"] for each in times]
+    same = sum(a == b for a, b in zip(*tokens.values(), strict=True))
     console = Console()
     console.print(table)
-    same = sum(a == b for a, b in zip(*(tokens for _, tokens in found.values()), strict=True))
-    ratio = found["transformers"][0] / found["here"][0]
-    console.print(f"{ratio:.2f} times as fast as transformers; {same} of {o.batch} rows have the same tokens")
+    console.print(
+        f"{statistics.median(ratios):.2f} times as fast as transformers ({min(ratios):.2f} to {max(ratios):.2f} in "
+        f"{o.repeats} pairs); {same} of {o.batch} rows have the same tokens"
+    )
     return 0
 
 

@@ -32,16 +32,17 @@ def training_kernel(device: torch.device) -> Iterator[None]:
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Optional[Tensor]) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Optional[Tensor], causal: bool = True) -> Tensor:
     """Scaled dot-product attention, [B, H, T, h] of [B, H, T, h] queries and [B, H, S, h] keys and values.
 
     Args:
-        bias: added to the scores, broadcastable to [B, H, T, S]; every row attends to something. None: causal, T = S
-            or T = 1.
+        bias: added to the scores, broadcastable to [B, H, T, S]; every row attends to something.
+        causal: where there is no bias and T > 1, which needs T = S; else every query attends to everything.
     """
     if bias is None or q.device.type != "cpu" or not torch.is_grad_enabled():
         with training_kernel(q.device):
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None and q.shape[2] > 1)
+            causal = causal and bias is None and q.shape[2] > 1
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
     # SDPA's plain matmuls also guard rows that attend to nothing, which costs as much as the softmax itself.
     scores = (q * (1 / math.sqrt(q.shape[-1]))) @ k.transpose(-1, -2)
     return torch.softmax(scores.add_(bias), dim=-1) @ v

@@ -100,6 +100,9 @@ class Attention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if cache is not None:
             k, v = cache.update(layer, k, v)
+        if self.groups > 1 and q.shape[2] == 1:  # a group's heads as positions: nothing of the cache is copied
+            out = attend(q.unflatten(1, (-1, self.groups)).squeeze(3), k, v, bias, causal=False).flatten(1)[:, None]
+            return torch.as_tensor(self.wo(out))
         if self.groups > 1:  # not `enable_gqa`: on GPUs, with a mask, it falls back to the unfused kernel
             k, v = (t.repeat_interleave(self.groups, dim=1) for t in (k, v))
         return torch.as_tensor(self.wo(attend(q, k, v, bias).transpose(1, 2).flatten(2)))

@@ -111,6 +111,7 @@ def _steps(
     starts_B = torch.tensor([length - len(prompt.ids) for prompt in prompts], device=device)
     columns = torch.arange(length + max(limits), device=device)
     real_BS = columns >= starts_B[:, None]
+    padded = min(len(prompt.ids) for prompt in prompts) < length
 
     x_BTD = decoder.embed(ids_BT.clamp(min=0))
     images = [prompt.pixels for prompt in prompts if prompt.pixels is not None and len(prompt.pixels)]
@@ -120,9 +121,8 @@ def _steps(
 
     here = columns[:length]
     # Padding attends to itself, so that no row of the softmax is empty.
-    mask = (here <= here[:, None]) & real_BS[:, None, None, :length] | torch.eye(
-        length, dtype=torch.bool, device=device
-    )
+    itself = torch.eye(length, dtype=torch.bool, device=device)
+    mask = (here <= here[:, None]) & real_BS[:, None, None, :length] | itself if padded else None
     cache = KVCache(model.config.decoder.layers, length + max(limits))
     positions_BT = (here - starts_B[:, None]).clamp(min=0)
     hidden_BTD = decoder(x_BTD, positions_BT, mask, cache)
@@ -140,7 +140,8 @@ def _steps(
             return
         positions_BT = (cache.length - starts_B)[:, None]
         x_BTD = decoder.embed(chosen.to(device)[:, None])
-        hidden_BTD = decoder(x_BTD, positions_BT, real_BS[:, None, None, : cache.length + 1], cache)
+        mask = real_BS[:, None, None, : cache.length + 1] if padded else None
+        hidden_BTD = decoder(x_BTD, positions_BT, mask, cache)
 
 
 def _append(answer: list[int], token: int, limit: int, config: GenerationConfig) -> bool:
