@@ -82,6 +82,21 @@ class TensorInfo:
         return self.numel * self.dtype.itemsize
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where a tensor of ours comes from: names in their files, and how their values make it."""
+
+    names: tuple[str, ...]
+    make: Callable[..., Tensor] = lambda tensor: tensor
+
+    def shape(self, found: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+        """Of what `make` gives, from the shapes of `names`; the first of them where they do not fit together."""
+        try:
+            return tuple(self.make(*(torch.empty(shape, device="meta") for shape in found)).shape)
+        except (RuntimeError, IndexError):
+            return tuple(found[0])
+
+
 MAX_SHARD_BYTES = 2**30
 
 MAPPED_BYTES = 2**29

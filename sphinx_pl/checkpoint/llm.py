@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from sphinx_pl.checkpoint.format import (
     TOKENIZER,
     Checkpoint,
     SafetensorsFile,
+    Source,
     TensorInfo,
     Weights,
     read_json,
@@ -98,14 +98,6 @@ def interleave(weight: Tensor, heads: int) -> Tensor:
 def half_split(weight: Tensor, heads: int) -> Tensor:
     """The inverse of `interleave`."""
     return torch.unflatten(weight, 0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a tensor of ours comes from: names in their files, and how their values make it."""
-
-    names: tuple[str, ...]
-    make: Callable[..., Tensor] = lambda tensor: tensor
 
 
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
@@ -248,11 +240,7 @@ class HuggingFaceCheckpoint(Checkpoint):
     def info(self, name: str) -> TensorInfo:
         source = self._source(name)
         infos = [self._shard_of[theirs].info(theirs) for theirs in source.names]
-        try:
-            shape = tuple(source.make(*(torch.empty(info.shape, device="meta") for info in infos)).shape)
-        except (RuntimeError, IndexError):  # not of the size that config.json says
-            shape = infos[0].shape
-        return TensorInfo(shape, infos[0].dtype)
+        return TensorInfo(source.shape([info.shape for info in infos]), infos[0].dtype)
 
     def tensor(self, name: str) -> Tensor:
         source = self._source(name)

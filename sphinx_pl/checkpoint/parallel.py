@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from mmap import MAP_SHARED
 from pathlib import Path
@@ -107,21 +108,62 @@ class ParallelFiles:
         return whole
 
     def _open(self, file: Path) -> Mapping[str, Tensor]:
-        try:
-            content: Any = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-        except pickle.UnpicklingError as error:
+        return open_tensors(file, self._unwrap)
+
+
+def open_tensors(file: Path, unwrap: Callable[[Any], Any]) -> Mapping[str, Tensor]:
+    """The tensors of a file of `torch.save`, mapped into memory rather than read. Executes nothing that is in it.
+
+    Args:
+        unwrap: from the file's content to its tensors by name.
+
+    Raises:
+        UserError: the file is damaged, of a kind that cannot be mapped, or holds something else than tensors.
+    """
+    if _starts_with(file, _LEGACY):
+        raise UserError(
+            f"'{file}' is in the format of PyTorch before 1.6, which cannot be mapped: write it anew with "
+            "torch.save(torch.load(FILE, weights_only=True), NEW_FILE)"
+        )
+    try:
+        if _is_program(file):
             raise UserError(
-                f"'{file}' holds something else than tensors and was not opened: get it from a source that you trust"
-            ) from error
-        except (OSError, RuntimeError, EOFError, ValueError) as error:
-            raise UserError(f"'{file}' is damaged or not a file of torch.save: copy it again") from error
-        try:
-            tensors: Any = self._unwrap(content)
-        except (KeyError, TypeError):
-            tensors = None
-        if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-            raise UserError(f"'{file}' does not hold tensors by name as this layout has them: see docs/original.md")
-        return tensors
+                f"'{file}' is a TorchScript program, which is not read as tensors: "
+                "use the same weights as .safetensors or a state dict"
+            )
+        content: Any = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"'{file}' holds something else than tensors and was not opened: get it from a source that you trust"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"'{file}' is damaged or not a file of torch.save: copy it again") from error
+    try:
+        tensors: Any = unwrap(content)
+    except (KeyError, TypeError):
+        tensors = None
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise UserError(f"'{file}' does not hold tensors by name, as weights do: check the path")
+    return tensors
+
+
+_LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
+"""What files of `torch.save` began with before they were zip archives."""
+
+
+def _starts_with(file: Path, magic: bytes) -> bool:
+    if not file.is_file():
+        return False
+    with file.open("rb") as stream:
+        return stream.read(len(magic)) == magic
+
+
+def _is_program(file: Path) -> bool:
+    """Whether `torch.load` would hand the file to TorchScript."""
+    if not _starts_with(file, b"PK"):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def write_parallel(
