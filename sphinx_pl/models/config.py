@@ -77,7 +77,10 @@ class DecoderConfig:
 
 @dataclass
 class ClipViTConfig:
-    """CLIP's ViT, built by open_clip. Defaults: ViT-L/14. `load`: an open_clip pretrained tag or a safetensors file."""
+    """CLIP's ViT, built by open_clip. Defaults: ViT-L/14.
+
+    `load`, here and in the other towers: released weights, a name or a path (docs/configuration.md has both).
+    """
 
     image_size: int = 224
     patch_size: int = 14

@@ -1,13 +1,13 @@
 """The four vision encoders behind one protocol: CLIP ViT, CLIP ConvNeXt, DINOv2 ViT, BLIP-2's Q-Former.
 
-Sizes come from the configuration alone. Building loads no weights and works on the meta device; `load_pretrained`
-reads them, explicitly. A tower holds no parameter that its forward pass does not use.
+Sizes come from the configuration alone. Building loads no weights and works on the meta device;
+`sphinx_pl.checkpoint.towers` reads released ones, explicitly. A tower holds no parameter that its forward pass does
+not use.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -17,8 +17,6 @@ from torch.nn import functional as F
 from sphinx_pl.errors import UserError
 from sphinx_pl.models.config import ClipViTConfig, ConvNextConfig, Dinov2Config, QFormerConfig, VisionConfig
 from sphinx_pl.models.views import CLIP_MEAN, CLIP_STD, resize
-
-State = dict[str, Tensor]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -65,10 +63,6 @@ class Tower(nn.Module, ABC):
     def flops(self) -> float:
         """Of the forward pass of one view: matrix multiplications and convolutions."""
 
-    @abstractmethod
-    def fetch(self, source: str) -> State:
-        """Pretrained weights under this tower's names, through the library's own cache and download."""
-
 
 def _vit_flops(grid: int, patch: int, width: int, layers: int, mlp_weights: int) -> float:
     tokens = 1 + grid**2
@@ -112,14 +106,6 @@ class ClipViT(Tower):
     def flops(self) -> float:
         c = self.config
         return _vit_flops(c.grid, c.patch_size, c.width, c.layers, int(2 * c.mlp_ratio * c.width**2))
-
-    def fetch(self, source: str) -> State:
-        """`source`: an open_clip tag of ViT-L-14 such as `openai`, or `ARCHITECTURE/TAG`."""
-        import open_clip
-
-        architecture, _, tag = source.rpartition("/")
-        state: State = open_clip.create_model(architecture or "ViT-L-14", pretrained=tag).visual.state_dict()
-        return {f"model.{name}": value for name, value in state.items() if name != "proj"}
 
 
 class ConvNext(Tower):
@@ -177,13 +163,6 @@ class ConvNext(Tower):
             before = width
         return total
 
-    def fetch(self, source: str) -> State:
-        """`source`: a timm model with weights, such as `convnext_xxlarge.clip_laion2b_soup`."""
-        import timm
-
-        state: State = timm.create_model(source, pretrained=True, num_classes=0, global_pool="").state_dict()
-        return {f"model.{name}": value for name, value in state.items()}
-
 
 def map_to_tokens(features: Tensor, repeats: int) -> Tensor:
     """[N, C, g, g] -> [N, 1 + (g * repeats)^2, C]: every place repeated on both axes, behind the mean of all."""
@@ -232,13 +211,6 @@ class Dinov2(Tower):
         c = self.config
         fused = int(c.mlp_ratio * c.width)
         return _vit_flops(c.grid, c.patch_size, c.width, c.layers, c.width * fused + c.width * fused // 2)
-
-    def fetch(self, source: str) -> State:
-        """`source`: a timm model with weights, such as `vit_giant_patch14_dinov2.lvd142m`."""
-        import timm
-
-        state: State = timm.create_model(source, pretrained=True, num_classes=0).state_dict()
-        return {f"model.{name}": value for name, value in state.items()}
 
 
 def resample_positions(positions: Tensor, grid: int) -> Tensor:
@@ -313,23 +285,6 @@ class QFormer(Tower):
         crossing = len(range(0, c.layers, c.cross_attention_every))
         return vision + c.layers * layer + crossing * cross
 
-    def fetch(self, source: str) -> State:
-        """`source`: a BLIP-2 model on the Hugging Face hub, such as `Salesforce/blip2-opt-2.7b`."""
-        import json
-
-        from huggingface_hub import hf_hub_download
-        from safetensors import safe_open
-
-        # The language model is left where it is: only shards that hold vision weights are read.
-        with Path(hf_hub_download(source, "model.safetensors.index.json")).open() as file:
-            shards: dict[str, str] = json.load(file)["weight_map"]
-        wanted = {name: shard for name, shard in shards.items() if name in self.state_dict()}
-        state: State = {}
-        for shard in sorted(set(wanted.values())):
-            with safe_open(hf_hub_download(source, shard), framework="pt") as file:
-                state |= {name: file.get_tensor(name) for name, where in wanted.items() if where == shard}
-        return state
-
 
 def build_towers(config: VisionConfig) -> nn.ModuleDict:
     """The configured towers, in the order clip, convnext, dinov2, qformer, with new weights."""
@@ -347,32 +302,3 @@ def build_towers(config: VisionConfig) -> nn.ModuleDict:
     for tower in towers:
         tower.init_weights()
     return nn.ModuleDict({tower.key: tower for tower in towers})
-
-
-def load_pretrained(tower: Tower, source: str) -> None:
-    """Fill `tower` (its meta tensors too) from a local `.safetensors` file with the tower's own names, or by `fetch`.
-
-    Raises:
-        UserError: nothing found under `source`, or weights that are not this tower's.
-    """
-    where = f"model.vision.{tower.key}.load={source}"
-    if source.endswith(".safetensors"):
-        if not Path(source).is_file():
-            raise UserError(f"{where}: no such file: give a safetensors file, or leave `load` null for new weights")
-        from safetensors.torch import load_file
-
-        state = load_file(source)
-    else:
-        try:
-            state = tower.fetch(source)
-        except Exception as error:
-            raise UserError(
-                f"{where}: neither cached nor downloadable ({type(error).__name__}): download it on a machine with a "
-                "network, copy the cache (HF_HOME) here, or give a local .safetensors file"
-            ) from error
-    own = tower.state_dict()
-    wrong = sorted(own.keys() ^ state.keys()) or [n for n, value in own.items() if value.shape != state[n].shape]
-    if wrong:
-        raise UserError(f"{where}: its weights are not this tower's: '{wrong[0]}' and {len(wrong) - 1} others differ")
-    assign = any(value.is_meta for value in own.values())
-    tower.load_state_dict({name: value.to(own[name].dtype) for name, value in state.items()}, assign=assign)

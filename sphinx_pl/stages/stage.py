@@ -15,13 +15,14 @@ from torch import Tensor
 
 from sphinx_pl.checkpoint.format import differences, open_checkpoint
 from sphinx_pl.checkpoint.provenance import hash_file
+from sphinx_pl.checkpoint.towers import load_pretrained
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.record import Batch
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.decoder import Decoder
 from sphinx_pl.models.sphinx import Sphinx
-from sphinx_pl.models.towers import Tower, load_pretrained
+from sphinx_pl.models.towers import Tower
 from sphinx_pl.stages.optim import OptimConfig, build_adamw, warmup_cosine
 from sphinx_pl.typed import build
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from sphinx_pl.errors import UserError
 from sphinx_pl.models.config import ConvNextConfig
 from sphinx_pl.models.sphinx import Sphinx
-from sphinx_pl.models.towers import ConvNext, load_pretrained, resample_positions
+from sphinx_pl.models.towers import ConvNext, resample_positions
 from sphinx_pl.models.views import CLIP_MEAN, CLIP_STD, normalise, resize, split_views
 from sphinx_pl.models.vision_mixer import VisionMixer, merge_patches
 from tests.models.conftest import model_config
@@ -171,32 +168,6 @@ def test_positions_keep_their_class_row_and_constants() -> None:
     assert torch.equal(out[:, 0], positions[:, 0])
     torch.testing.assert_close(out[:, 1:], torch.full((1, 256, 4), 2.0))
     assert resample_positions(out, 16) is out
-
-
-def test_load_from_a_file_onto_meta(sample: Sphinx, tmp_path: Path) -> None:
-    assert sample.mixer is not None
-    path = tmp_path / "clip.safetensors"
-    save_file(sample.mixer.towers["clip"].state_dict(), path)
-    with torch.device("meta"):
-        other = Sphinx(sample.config)
-    assert other.mixer is not None
-    load_pretrained(other.mixer.towers["clip"], str(path))
-    pixels = torch.randn(1, 3, 64, 64)
-    assert torch.equal(other.mixer.towers["clip"].eval()(pixels), sample.mixer.towers["clip"](pixels))
-
-
-def test_loading_the_wrong_weights_is_one_line(sample: Sphinx, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert sample.mixer is not None
-    clip, path = sample.mixer.towers["clip"], tmp_path / "other.safetensors"
-    with pytest.raises(UserError, match=r"model\.vision\.clip\.load=.*no such file"):
-        load_pretrained(clip, str(path))
-    state = clip.state_dict()
-    save_file({name: value for name, value in state.items() if "ln_pre" not in name}, path)
-    with pytest.raises(UserError, match=r"ln_pre\.bias"):
-        load_pretrained(clip, str(path))
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    with pytest.raises(UserError, match=r"model\.vision\.dinov2\.load=no_such_model: neither cached nor downloadable"):
-        load_pretrained(sample.mixer.towers["dinov2"], "no_such_model")
 
 
 def test_flops_of_each_tower(sample: Sphinx) -> None:
