@@ -125,24 +125,26 @@ def open_tensors(file: Path, unwrap: Callable[[Any], Any]) -> Mapping[str, Tenso
             f"'{file}' is in the format of PyTorch before 1.6, which cannot be mapped: write it anew with "
             "torch.save(torch.load(FILE, weights_only=True), NEW_FILE)"
         )
+    if _is_program(file):
+        raise UserError(
+            f"'{file}' is a TorchScript program, which is not read as tensors: "
+            "use the same weights as .safetensors or a state dict"
+        )
     try:
-        if _is_program(file):
-            raise UserError(
-                f"'{file}' is a TorchScript program, which is not read as tensors: "
-                "use the same weights as .safetensors or a state dict"
-            )
         content: Any = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"'{file}' holds something else than tensors and was not opened: get it from a source that you trust"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    except Exception as error:  # what a damaged pickle's instructions run into: KeyError, struct.error and more
         raise UserError(f"'{file}' is damaged or not a file of torch.save: copy it again") from error
     try:
         tensors: Any = unwrap(content)
     except (KeyError, TypeError):
         tensors = None
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(n, str) and isinstance(v, Tensor) for n, v in tensors.items()
+    ):
         raise UserError(f"'{file}' does not hold tensors by name, as weights do: check the path")
     return tensors
 
@@ -162,8 +164,11 @@ def _is_program(file: Path) -> bool:
     """Whether `torch.load` would hand the file to TorchScript."""
     if not _starts_with(file, b"PK"):
         return False
-    with zipfile.ZipFile(file) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError):
+        return False  # `torch.load` has its own opinion of what is damaged
 
 
 def write_parallel(

@@ -256,10 +256,10 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
 _OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _INDEX = ".index.json"
 _FILES = (
-    f"model.safetensors{_INDEX}",
     "model.safetensors",
-    f"pytorch_model.bin{_INDEX}",
+    f"model.safetensors{_INDEX}",
     "pytorch_model.bin",
+    f"pytorch_model.bin{_INDEX}",
 )
 _TORCH = (".bin", ".pt", ".pth")
 
@@ -343,9 +343,11 @@ class Repository:
 
 def repository(tower: Tower, source: str) -> Repository | None:
     """Of `hf-hub:OWNER/NAME`, of a tag in open_clip's or timm's own tables, else of `OWNER/NAME`; None: not a name."""
+    by_open_clip = tower.key in ("clip", "convnext")
+    files = (*_FILES, *_OPEN_CLIP_FILES) if by_open_clip else _FILES
     if source.startswith(HUB):
-        return Repository(source.removeprefix(HUB), (*_FILES, *_OPEN_CLIP_FILES))
-    if tower.key in ("clip", "convnext"):
+        return Repository(source.removeprefix(HUB), files)
+    if by_open_clip:
         import open_clip
 
         architecture, _, tag = source.rpartition("/")
@@ -354,15 +356,19 @@ def repository(tower: Tower, source: str) -> Repository | None:
             owner, name = hub.split("/")[:2]
             file = hub.split("/", 2)[2]
             return Repository(f"{owner}/{name}", (file,) if file else (*_OPEN_CLIP_FILES, *_FILES), declared)
+        if architecture in open_clip.list_models():
+            return None
     if tower.key != "qformer" and "/" not in source:
         import timm
 
-        config = timm.get_pretrained_cfg(source)
+        try:
+            config = timm.get_pretrained_cfg(source)
+        except RuntimeError:  # the model is one of timm's, the tag is not
+            return None
         if config is not None and config.hf_hub_id:
-            files = (*_FILES, *_OPEN_CLIP_FILES)
             return Repository(config.hf_hub_id, (config.hf_hub_filename,) if config.hf_hub_filename else files)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and Path(source).suffix not in (".safetensors", *_TORCH):
-        return Repository(source, (*_FILES, *_OPEN_CLIP_FILES))
+        return Repository(source, files)
     return None
 
 
@@ -414,10 +420,11 @@ def _download(repo: str, names: Sequence[str]) -> Path:
         except Exception as error:  # of many libraries: no such model, no access, a connection that breaks off
             reason = type(error).__name__
             break
+    what = names[0] if len(names) == 1 else "--include '*.safetensors' '*.json'"
     folder = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
     raise UserError(
         f"looked for {' or '.join(names)} of {repo}: neither in the cache, {folder}, nor downloadable ({reason}): "
-        f"run 'hf download {repo} {names[0]}' where there is a network and copy that folder here, "
+        f'run "hf download {repo} {what}" where there is a network and copy that folder here, '
         "or give the path of a local file"
     )
 
@@ -441,7 +448,8 @@ def find_files(tower: Tower, source: str) -> list[Path]:
     if found is None:
         if path.suffix in (".safetensors", *_TORCH) or source.startswith(("/", ".", "~")):
             raise UserError("no such file: check the path, or leave `load` null for new weights")
-        raise UserError(f"neither a file nor a model's name, {suggest(source, _known_names(tower))}")
+        name = source if tower.key == "qformer" else source.rpartition("/")[2]
+        raise UserError(f"neither a file nor a model's name, {suggest(name, _known_names(tower))}")
     return _hub_files(tower, found)
 
 

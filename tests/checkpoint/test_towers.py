@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import random
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from sphinx_pl.models.config import ClipViTConfig, ConvNextConfig, Dinov2Config,
 from sphinx_pl.models.towers import ClipViT, ConvNext, Dinov2, QFormer, Tower, map_to_tokens, resample_positions
 from sphinx_pl.models.views import CLIP_MEAN, CLIP_STD
 from tests.conftest import REPOSITORY
+from tests.fuzzing import damaged
 
 State = dict[str, Tensor]
 VIT: dict[str, Any] = {"image_size": 32, "patch_size": 8, "width": 24, "layers": 2, "heads": 3}
@@ -442,6 +445,10 @@ def test_a_name_that_is_none(cache: Path) -> None:
         load_pretrained(clip(), "openaii")
     with pytest.raises(UserError, match=r"model\.vision\.dinov2\.load=no_such_model: neither a file nor a model's"):
         load_pretrained(dinov2(), "no_such_model")
+    with pytest.raises(UserError, match=r"did you mean 'laion400m_e32'"):
+        load_pretrained(clip(), "ViT-L-14/laion400m_e33")
+    with pytest.raises(UserError, match=r"did you mean 'vit_giant_patch14_dinov2\.lvd142m'"):
+        load_pretrained(dinov2(), "vit_giant_patch14_dinov2.lvd14m")
     with pytest.raises(UserError, match="no such file"):
         load_pretrained(clip(), "weights/clip.pt")
     with pytest.raises(UserError, match="no name on the Hugging Face hub"):
@@ -549,6 +556,30 @@ def test_a_hostile_pickle_is_refused_and_executes_nothing(
 def test_a_program_is_refused(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "ViT-L-14.pt")
     refused(clip(), tmp_path / "ViT-L-14.pt", "is a TorchScript program")
+
+
+def test_damaged_files_load_or_are_refused(tmp_path: Path) -> None:
+    """Damage in the pickle of an archive that is whole, which no checksum catches, and in the archive's head."""
+    path, counted = tmp_path / "clip.pt", {"read": 0, "refused": 0}
+    torch.save(open_clip_vit().state_dict(), path)
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    tower = clip()
+    for seed in range(60):
+        rng = random.Random(seed)
+        if seed % 3:
+            with zipfile.ZipFile(path, "w") as archive:
+                for name, content in parts.items():
+                    archive.writestr(name, damaged(content, rng) if name.endswith("data.pkl") else content)
+        else:
+            path.write_bytes(damaged(whole[:4096], rng) + whole[4096:])
+        try:
+            load_pretrained(tower, str(path))
+            counted["read"] += 1
+        except UserError:
+            counted["refused"] += 1
+    assert counted["refused"] > 30
 
 
 MEASURE = """
