@@ -122,7 +122,7 @@ def _huggingface_clip(name: str, tower: ClipViT) -> Source:
     theirs = _HF_CLIP(name.removeprefix("model."))
     if "{}" not in theirs:
         return Source((theirs,))
-    return Source(tuple(theirs.format(kind) for kind in "qkv"), lambda *parts: torch.cat(parts))
+    return Source(tuple(theirs.format(kind) for kind in "qkv"), _joined)
 
 
 def _timm_clip(name: str, tower: ClipViT) -> Source:
@@ -134,6 +134,10 @@ def _timm_clip(name: str, tower: ClipViT) -> Source:
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
+
+
+def _joined(*parts: Tensor) -> Tensor:
+    return torch.cat(parts)
 
 
 _RESBLOCK = r"transformer\.resblocks\.\d+\.(ln_[12]|attn\.out_proj|mlp\.c_fc|mlp\.c_proj)\.(weight|bias)"
@@ -164,6 +168,34 @@ def _meta_dinov2(name: str, tower: Dinov2) -> Source:
     source = _timm_dinov2(name, tower)
     theirs = source.names[0].replace(".mlp.fc1.", ".mlp.w12.").replace(".mlp.fc2.", ".mlp.w3.")
     return Source((theirs,), source.make)
+
+
+_HF_DINOV2 = Names(
+    {
+        "cls_token": "embeddings.cls_token",
+        "pos_embed": "embeddings.position_embeddings",
+        "patch_embed.proj": "embeddings.patch_embeddings.projection",
+        "norm": "layernorm",
+    },
+    "encoder.layer",
+    {
+        "norm1": "norm1",
+        "attn.qkv": "attention.attention.{}",
+        "attn.proj": "attention.output.dense",
+        "ls1.gamma": "layer_scale1.lambda1",
+        "norm2": "norm2",
+        "mlp.fc1": "mlp.weights_in",
+        "mlp.fc2": "mlp.weights_out",
+        "ls2.gamma": "layer_scale2.lambda1",
+    },
+)
+
+
+def _huggingface_dinov2(name: str, tower: Dinov2) -> Source:
+    theirs = _HF_DINOV2(name.removeprefix("model."))
+    if "{}" in theirs:
+        return Source(tuple(theirs.format(kind) for kind in ("query", "key", "value")), _joined)
+    return Source((theirs,), _positions(tower) if name == "model.pos_embed" else _same)
 
 
 # -- BLIP-2 ----------------------------------------------------------------------------------------------------------
@@ -242,6 +274,7 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
         Layout("ours", _own),
         Layout("timm", _timm_dinov2, ("mask_token",)),
         Layout("Meta", _meta_dinov2, ("mask_token",)),
+        Layout("transformers", _huggingface_dinov2, (r"embeddings\.mask_token",)),
     ),
     "qformer": (
         # Ours, and transformers', whose modules the tower is made of.

@@ -228,16 +228,31 @@ def as_meta_names(state: State) -> State:
     return {**renamed, "mask_token": torch.zeros(1, 24)}
 
 
+def imagenet(pixels: Tensor) -> Tensor:
+    """Pixels normalised as for CLIP -> as DINOv2 was trained."""
+    values = (CLIP_STD, CLIP_MEAN, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    scale, shift, mean, deviation = (torch.tensor(v)[:, None, None] for v in values)
+    return (pixels * scale + shift - mean) / deviation
+
+
 @pytest.mark.parametrize("layout", ["timm", "Meta"])
 def test_dinov2(tmp_path: Path, layout: str) -> None:
     model = timm_dinov2()
     state = model.state_dict()
     torch.save(as_meta_names(state) if layout == "Meta" else state, tmp_path / "dinov2.pth")
-    scale, shift = (torch.tensor(v)[:, None, None] for v in (CLIP_STD, CLIP_MEAN))
-    mean, deviation = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     pixels = images()
-    expected = model.forward_features((pixels * scale + shift - mean) / deviation)
-    same(dinov2(), tmp_path / "dinov2.pth", expected, pixels)
+    same(dinov2(), tmp_path / "dinov2.pth", model.forward_features(imagenet(pixels)), pixels)
+
+
+def test_transformers_dinov2(tmp_path: Path) -> None:
+    from transformers import Dinov2Config as Config
+    from transformers import Dinov2Model
+
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 32, "patch_size": 8}
+    model = shuffled(Dinov2Model(Config(use_swiglu_ffn=True, **sizes)))
+    model.save_pretrained(tmp_path / "hf")
+    pixels = images()
+    same(dinov2(), tmp_path / "hf", model(pixel_values=imagenet(pixels)).last_hidden_state, pixels)
 
 
 def test_dinov2s_positions_follow_the_configuration(tmp_path: Path) -> None:
