@@ -297,7 +297,7 @@ _FILES = (
 _TORCH = (".bin", ".pt", ".pth")
 
 
-class Weights:
+class TowerFiles:
     """The tensors of one or more files by name, mapped into memory and read one at a time.
 
     Raises:
@@ -600,7 +600,7 @@ def load_pretrained(tower: Tower, source: str) -> None:
         files = find_files(tower, source)
         if isinstance(tower, ClipViT) and (trained_with := _trained_with_quick_gelu(files[0].parent)) is not None:
             _check_gelu(tower, trained_with)
-        weights = Weights(files)
+        weights = TowerFiles(files)
         sources = match(tower, weights.shapes)
     except UserError as error:
         raise UserError(f"model.vision.{tower.key}.load={source}: {error}") from error
