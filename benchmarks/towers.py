@@ -43,7 +43,7 @@ def measure(model: Sphinx, pixels: Tensor) -> dict[str, float]:
     assert model.mixer is not None
     model.eval()
     seen = {
-        name: dependence(model.mixer.encode(cast(Tower, tower), model.normalise(pixels)).flatten(0, 1))
+        name: dependence(model.mixer.encode(cast(Tower, tower), model.normalise(pixels)))
         for name, tower in model.mixer.towers.items()
     }
     return seen | {"embeddings": dependence(model.embed_images(pixels))}

@@ -22,7 +22,7 @@ from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.record import ImageRef, Record, Turn
 from sphinx_pl.errors import UserError
 from sphinx_pl.evaluation.device import autocast, check_precision, choose_device
-from sphinx_pl.models.generation import GenerationConfig, Prompt, generate, stream
+from sphinx_pl.models.generation import GenerationConfig, Prompt, generate, place_images, stream
 from sphinx_pl.models.sphinx import Sphinx
 
 Picture = str | Path | bytes | Image.Image
@@ -101,10 +101,7 @@ class Assistant:
             prompt.ids = prompt.ids + self.processor.tokenizer.encode(answer)
         ids = torch.tensor(prompt.ids, device=self.device)[None]
         with autocast(self.device, self.precision):
-            x = self.model.decoder.embed(ids.clamp(min=0))
-            if prompt.pixels is not None:
-                tokens = self.model.embed_images(prompt.pixels.to(self.device))
-                x = x.masked_scatter((ids < 0)[..., None], tokens.to(x.dtype))
+            x = place_images(self.model, self.model.decoder.embed(ids.clamp(min=0)), ids, [prompt])
             hidden = self.model.decoder(x, torch.arange(ids.shape[1], device=self.device)[None])
             return self.model.decoder.logits(hidden)[0].float()
 
@@ -116,20 +113,19 @@ class Assistant:
         return [self._prompt(dialog) for dialog in dialogs]
 
     def _prompt(self, dialog: Dialog) -> Prompt:
-        pictures = [self._pixels(picture) for picture in dialog.images]
+        if dialog.images and self.model.mixer is None:
+            raise UserError("this model has no vision part (model.vision=null): ask it without an image")
+        pictures = [open_picture(picture) for picture in dialog.images]
         # The records' images are only counted here: pixels are given beside them.
         refs = tuple(ImageRef(str(number)) for number in range(len(pictures)))
         turns = (*dialog.history, Turn(dialog.question, "-"))
         try:
-            prompt = self.processor.prompt(Record("dialog", "chat", refs, turns=turns))
+            record = Record("dialog", "chat", refs, turns=turns)
+            prompt = self.processor.prompt(record, [picture.size for picture in pictures])
         except BadSample as error:
             raise UserError(f"this dialog cannot be asked: {error}") from None
-        return Prompt(prompt.ids, torch.stack(pictures) if pictures else None)
-
-    def _pixels(self, picture: Picture) -> Tensor:
-        if self.model.mixer is None:
-            raise UserError("this model has no vision part (model.vision=null): ask it without an image")
-        return to_tensor(padded_resize(open_picture(picture), self.processor.image_size))
+        pixels = [to_tensor(padded_resize(picture, self.processor.image_size)) for picture in pictures]
+        return Prompt(prompt.ids, torch.stack(pixels) if pixels else None, seen=prompt.seen)
 
 
 def open_picture(picture: Picture) -> Image.Image:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 from pathlib import Path
 
@@ -8,9 +9,11 @@ import torch
 from PIL import Image
 
 from sphinx_pl.checkpoint.format import write_checkpoint
+from sphinx_pl.data.packing import Collator
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.record import Turn
+from sphinx_pl.data.record import ImageRef, Record, Turn
 from sphinx_pl.errors import UserError
+from sphinx_pl.evaluation.benchmarks import evaluate
 from sphinx_pl.inference import Assistant, Dialog, _certain
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.generation import GenerationConfig
@@ -131,3 +134,50 @@ def test_a_text_only_model_takes_no_image(tmp_path: Path, processor: Processor, 
 )  # fmt: skip
 def test_an_answer_that_grows_shows_only_what_is_certain(text: str, shown: str) -> None:
     assert _certain(text) == shown
+
+
+@pytest.fixture
+def skipping(model_config: SphinxConfig) -> Sphinx:
+    """A model with 3 x 3 sub-images that skips those which are padding."""
+    assert model_config.vision is not None
+    size = 3 * model_config.vision.image_size
+    vision = dataclasses.replace(model_config.vision, image_size=size, grid=3, skip_padding=True)
+    torch.manual_seed(0)
+    return Sphinx(dataclasses.replace(model_config, vision=vision))
+
+
+def test_padding_is_skipped_in_training_and_in_answers(
+    tmp_path: Path, skipping: Sphinx, processor: Processor, picture: Image.Image
+) -> None:
+    wide, square = tmp_path / "wide.png", tmp_path / "square.png"
+    picture.resize((900, 100)).save(wide)
+    picture.resize((99, 99)).save(square)
+    vision = skipping.config.vision
+    assert vision is not None
+    processor = Processor.from_dict(processor.to_dict(), Path(processor.tokenizer.path), skipping.config)
+    records = [
+        Record(path.stem, "chat", (ImageRef(str(path)),), turns=(Turn("What is it?", "a fractal"),))
+        for path in (wide, square)
+    ]
+    samples = [processor.sample(record, "test") for record in records]
+    assert samples[1].length - samples[0].length == 6 * (vision.view_tokens[1] - 1)
+
+    collate = Collator(max(sample.length for sample in samples), vision.image_size)
+    for chosen, moves in ((samples, True), (samples[1:], False)):
+        skipping.zero_grad()
+        losses = skipping.token_losses(collate([[sample] for sample in chosen]))
+        (losses.nll.mean() + losses.extra).backward()
+        assert losses.nll.isfinite().all()
+        gradient = skipping.mixer.skip_token.grad  # there in any case, so that all ranks reduce the same
+        assert bool(gradient.any()) == moves
+    together = skipping.token_losses(collate([[sample] for sample in samples])).nll
+    alone = [skipping.token_losses(collate([[sample]])).nll for sample in samples]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
+
+    assistant = Assistant.load(saved(tmp_path / "skipping", skipping, processor), device="cpu")
+    dialogs = [Dialog("What is it?", images=[path]) for path in (wide, square)]
+    assert assistant.generate(dialogs, SHORT) == [assistant.generate([dialog], SHORT)[0] for dialog in dialogs]
+    prompt = processor.prompt(records[0])
+    assert len(assistant.compute_logits(dialogs[0])) == len(prompt.ids)
+    (other,) = evaluate(assistant.model, processor, records[:1], images={"wide": records[1].images}, progress=False)
+    assert other.images == records[1].images

@@ -152,9 +152,7 @@ class DataModule(L.LightningDataModule):
         self.seed = seed
         self.val_samples = val_samples
         self.max_skipped = max_skipped
-        self.collator = Collator(
-            self.packing.row_length, processor.image_size, processor.tokens_per_image, self.packing.weighting
-        )
+        self.collator = Collator(self.packing.row_length, processor.image_size, self.packing.weighting)
         self._planner: Planner | None = None
         self._resume: dict[str, Any] | None = None
         self._train_loader: TrainLoader | None = None

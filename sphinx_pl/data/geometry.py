@@ -48,6 +48,22 @@ def padded_frame(size: Size) -> tuple[int, int, int]:
     return side, (side - width) // 2, (side - height) // 2
 
 
+def seen_views(size: Size, pixels: int, grid: int) -> tuple[bool, ...]:
+    """Of the whole padded square and its grid x grid sub-images, row by row: does it show any of the image?
+
+    Args:
+        size: of the image, before it is padded and resized to `pixels` a side.
+    """
+    side, dx, dy = padded_frame(size)
+    reach = 2 * max(1.0, side / pixels)  # of bicubic resizing, which carries the image's edge into the padding
+    spans = []
+    for start, length in ((dx, size[0]), (dy, size[1])):
+        edges = [(side * i / grid, side * (i + 1) / grid) for i in range(grid)]
+        spans.append([low < start + length + reach and high > start - reach for low, high in edges])
+    columns, rows = spans
+    return (True, *(row and column for row in rows for column in columns))
+
+
 def to_square(box_px: Box4, size: Size) -> Box4:
     """A box in pixels of the image -> fractions of its padded square, not rounded."""
     side, dx, dy = padded_frame(size)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from sphinx_pl.data.bad import BadSample
@@ -63,12 +63,37 @@ def read_bytes(ref: ImageRef) -> bytes:
     return data
 
 
+def image_size(ref: ImageRef) -> tuple[int, int]:
+    """(width, height) of an image as `decode` gives it, from its header.
+
+    Raises:
+        BadSample: as `load_image`, where the header shows it.
+    """
+    image = _open(read_bytes(ref), ref.path, MAX_PIXELS)
+    try:
+        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    except Exception as error:  # damaged headers make Pillow raise nearly anything
+        raise BadSample("image_unreadable", f"{ref.path}: {error}") from None
+    return (image.height, image.width) if turned else image.size
+
+
 def decode(data: bytes, name: str = "", max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Encoded bytes -> an upright RGB image (EXIF orientation applied, first frame, transparency on white).
 
     Raises:
         BadSample: as `load_image`; `name` is what its detail calls the image.
     """
+    image = _open(data, name, max_pixels)
+    try:
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:  # as above
+        reason = "image_truncated" if "truncated" in str(error) else "image_unreadable"
+        raise BadSample(reason, f"{name}: {error}") from None
+
+
+def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
+    """With its header read and its size found bearable, its pixels not yet decoded."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own bound is the lower one
@@ -83,12 +108,7 @@ def decode(data: bytes, name: str = "", max_pixels: int = MAX_PIXELS) -> Image.I
         raise BadSample("image_too_large", f"{name}: {width}x{height}")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise BadSample("image_aspect", f"{name}: {width}x{height}")
-    try:
-        image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
-    except Exception as error:  # as above
-        reason = "image_truncated" if "truncated" in str(error) else "image_unreadable"
-        raise BadSample(reason, f"{name}: {error}") from None
+    return image
 
 
 def padded_resize(image: Image.Image, size: int) -> Image.Image:

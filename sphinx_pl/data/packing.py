@@ -205,6 +205,7 @@ def _to_plain(sample: Sample) -> dict[str, Any]:
         "branches": [[list(b.ids), list(b.supervised), b.task, b.key] for b in sample.branches],
         "images": [[image.path, image.offset, image.size] for image in sample.images],
         "source": sample.source,
+        "seen": [list(views) for views in sample.seen],
     }
 
 
@@ -214,6 +215,7 @@ def _from_plain(plain: dict[str, Any]) -> Sample:
         [Branch(*branch) for branch in plain["branches"]],
         tuple(ImageRef(*image) for image in plain["images"]),
         plain["source"],
+        tuple(tuple(views) for views in plain.get("seen", ())),
     )
 
 
@@ -222,12 +224,11 @@ class Collator:
     """A planned micro-batch -> `Batch`: decodes images, masks the slots of those that cannot be read.
 
     Args:
-        row_length: T. image_size: S, pixels a side. tokens_per_image: slots that one image fills.
+        row_length: T. image_size: S, pixels a side.
     """
 
     row_length: int
     image_size: int
-    tokens_per_image: int
     weighting: str = "token"
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
@@ -240,7 +241,8 @@ class Collator:
         positions = torch.zeros(b, t, dtype=torch.int64)
         tasks = torch.zeros(b, t, dtype=torch.int32)
         pixels: list[torch.Tensor] = []
-        starts: list[int] = []
+        slots: list[torch.Tensor] = []
+        seen: list[tuple[bool, ...]] = []
         keys: list[str] = []
         counters: Counter[str] = Counter()
         weigh = WEIGHTINGS[self.weighting]
@@ -250,6 +252,7 @@ class Collator:
             for segment, sample in enumerate(samples, start=1):
                 images, readable = self._decode(sample, counters)
                 pixels += images
+                seen += sample.seen
                 counters["samples"] += len(sample.branches)
                 counters["images"] += len(images)
                 counters[f"modality/{_modality(sample)}"] += int(readable)
@@ -274,8 +277,7 @@ class Collator:
                     at += n
                 begin = end - sample.length
                 tokens = torch.tensor(flat, dtype=torch.int64)
-                slots = (tokens == IMAGE_SLOT).nonzero().flatten().tolist()
-                starts += [row * t + begin + slot for slot in slots[:: self.tokens_per_image]] if slots else []
+                slots.append(row * t + begin + (tokens == IMAGE_SLOT).nonzero().flatten())
                 ids[row, begin:end] = tokens.clamp(min=0)
 
         size = self.image_size
@@ -291,7 +293,8 @@ class Collator:
             position_ids=positions,
             task_ids=tasks,
             pixels=torch.stack(pixels) if pixels else torch.zeros(0, 3, size, size, dtype=torch.uint8),
-            image_starts=torch.tensor(starts, dtype=torch.int64),
+            image_slots=torch.cat(slots) if slots else torch.zeros(0, dtype=torch.int64),
+            seen_views=torch.tensor(seen) if seen else None,
             tasks=TASK_NAMES,
             keys=keys,
             counters={key: float(value) for key, value in counters.items()},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,8 @@ from typing import Any
 
 from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.conversation import END_OF_TURN, SYSTEM, Rendered, is_document, render
-from sphinx_pl.data.geometry import Geometry
+from sphinx_pl.data.geometry import Geometry, Size, seen_views
+from sphinx_pl.data.images import image_size
 from sphinx_pl.data.record import IMAGE_SLOT, Branch, ImageRef, Record, Sample, Turn
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.data.tokenizer import Tokenizer
@@ -36,13 +38,15 @@ class PromptSample:
 
     ids: list[int]
     images: tuple[ImageRef, ...]
+    seen: tuple[tuple[bool, ...], ...] = ()  # see `Sample`
 
 
 @dataclass
 class Processor:
     """Owns the tokenizer, the conversation format and the geometry's text form.
 
-    `tokens_per_image` and `image_size` are the model's, given by the caller since data does not import models.
+    `tokens_per_image` and `image_size` are the model's, given by the caller since data does not import models; so are
+    `view_tokens`, those of each view, where the model skips views that show only padding.
     """
 
     config: ProcessorConfig
@@ -50,6 +54,7 @@ class Processor:
     tokens_per_image: int
     image_size: int
     image_position: str = "after_bos"
+    view_tokens: tuple[int, ...] = ()
     geometry: Geometry = field(init=False)
 
     def __post_init__(self) -> None:
@@ -77,6 +82,7 @@ class Processor:
             tokens_per_image=model.tokens_per_image,
             image_size=model.vision.image_size if model.vision else 0,
             image_position=model.image_position,
+            view_tokens=tuple(model.vision.view_tokens) if model.vision and model.vision.skip_padding else (),
         )
 
     @property
@@ -97,7 +103,9 @@ class Processor:
             BadSample: the record lacks what its task needs, or `max_length` tokens hold no answer or not every image.
         """
         turns = self._place(TASKS[record.task].turns(record, self.geometry, rng), record)
-        ids, supervised = self._tokens(render(turns, self.config.system), record)
+        seen = self._seen(self.sizes(record.images))
+        slots = self._slots(len(record.images), seen)
+        ids, supervised = self._tokens(render(turns, self.config.system), record, slots)
         # A plain document also teaches where a text ends.
         if is_document(turns):
             ids, supervised = [*ids, self.tokenizer.eos_id], [*supervised, True]
@@ -106,16 +114,45 @@ class Processor:
             ids, supervised = ids[:budget], supervised[:budget]  # cut on the right, as the original does
         if not any(supervised):
             raise BadSample("too_long", f"no answer within {budget} tokens")
-        if ids.count(IMAGE_SLOT) < len(record.images) * self.tokens_per_image:
+        if ids.count(IMAGE_SLOT) < sum(slots):
             raise BadSample("too_long", f"an image is not within {budget} tokens")
         # The prefix shared by all branches can reach at most to the first supervised token.
-        return Sample([], [Branch(ids, supervised, record.task, record.key)], record.images, source)
+        return Sample([], [Branch(ids, supervised, record.task, record.key)], record.images, source, seen)
 
-    def prompt(self, record: Record) -> PromptSample:
-        """The record's question in the evaluation wording, stopping where the model is to answer."""
+    def prompt(self, record: Record, sizes: Sequence[Size] | None = None) -> PromptSample:
+        """The record's question in the evaluation wording, stopping where the model is to answer.
+
+        Args:
+            sizes: (width, height) of the images that will be shown, if those are not the record's own.
+
+        Raises:
+            BadSample: the record lacks what its task needs, or an image whose size is needed cannot be read.
+        """
         turns = TASKS[record.task].turns(record, self.geometry, None)
-        ids, _ = self._tokens(render(self._place(turns, record), self.config.system, open_ended=True), record)
-        return PromptSample(ids, record.images)
+        seen = self._seen(self.sizes(record.images) if sizes is None else sizes)
+        rendered = render(self._place(turns, record), self.config.system, open_ended=True)
+        ids, _ = self._tokens(rendered, record, self._slots(len(record.images), seen))
+        return PromptSample(ids, record.images, seen)
+
+    def sizes(self, images: Sequence[ImageRef]) -> tuple[Size, ...]:
+        """(width, height) of images, from their headers; () where their numbers of tokens do not depend on it.
+
+        Raises:
+            BadSample: an image that cannot be read.
+        """
+        return tuple(image_size(image) for image in images) if self.view_tokens else ()
+
+    def _seen(self, sizes: Sequence[Size]) -> tuple[tuple[bool, ...], ...]:
+        if not self.view_tokens:
+            return ()
+        grid = math.isqrt(len(self.view_tokens) - 1)
+        return tuple(seen_views(size, self.image_size, grid) for size in sizes)
+
+    def _slots(self, images: int, seen: Sequence[Sequence[bool]]) -> list[int]:
+        """How many visual tokens each of so many images has."""
+        if not self.view_tokens:
+            return [self.tokens_per_image] * images
+        return [sum(n if s else 1 for n, s in zip(self.view_tokens, views, strict=True)) for views in seen]
 
     def _place(self, turns: Sequence[Turn], record: Record) -> Sequence[Turn]:
         """Turns whose `<image>` marks agree with the record's images.
@@ -140,21 +177,20 @@ class Processor:
     def _leading(self, record: Record) -> bool:
         return not record.images or (len(record.images) == 1 and self.image_position == "after_bos")
 
-    def _tokens(self, rendered: Rendered, record: Record) -> tuple[list[int], list[bool]]:
-        slots = [IMAGE_SLOT] * self.tokens_per_image
+    def _tokens(self, rendered: Rendered, record: Record, slots: Sequence[int]) -> tuple[list[int], list[bool]]:
         ids: list[int] = [self.tokenizer.bos_id]
         supervised = [False]
         if record.images and self._leading(record):
-            ids += slots
-            supervised += [False] * len(slots)
+            ids += [IMAGE_SLOT] * slots[0]
+            supervised += [False] * slots[0]
             pieces = [rendered.text]
         else:
             pieces = rendered.text.split(PLACEHOLDER) if record.images else [rendered.text]
         start = 0
         for i, piece in enumerate(pieces):
             if i:
-                ids += slots
-                supervised += [False] * len(slots)
+                ids += [IMAGE_SLOT] * slots[i - 1]
+                supervised += [False] * slots[i - 1]
                 start += len(PLACEHOLDER)
             if piece:
                 piece_ids, spans = self.tokenizer.encode_with_spans(piece)
@@ -211,4 +247,4 @@ def _join(first: Sample, second: Sample) -> Sample | None:
         Branch(chain[shared:], ([False] * len(prefix) + branch.supervised)[shared:], branch.task, branch.key)
         for chain, (prefix, branch) in zip(chains, branches, strict=True)
     ]
-    return Sample(chains[0][:shared], split, first.images, first.source)
+    return Sample(chains[0][:shared], split, first.images, first.source, first.seen)

@@ -83,15 +83,17 @@ class Branch:
 class Sample:
     """A tokenized item whose length is known before its images are decoded.
 
-    `prefix` is shared by all branches: BOS, image slots (id `IMAGE_SLOT`, `tokens_per_image` in a row for each image)
-    and the text that all branches begin with. A branch attends to the prefix and to itself, never to another
-    branch, so many questions about one image cost its tokens once.
+    `prefix` is shared by all branches: BOS, image slots (id `IMAGE_SLOT`, one for each visual token) and the text that
+    all branches begin with. A branch attends to the prefix and to itself, never to another branch, so many questions
+    about one image cost its tokens once.
     """
 
     prefix: list[int]
     branches: list[Branch]
     images: tuple[ImageRef, ...]
     source: str
+    # Of each image the views that are not skipped as padding; () where the model skips none.
+    seen: tuple[tuple[bool, ...], ...] = ()
     length: int = field(init=False)  # positions it takes in a row
 
     def __post_init__(self) -> None:
@@ -104,7 +106,7 @@ IMAGE_SLOT = -1
 
 @dataclass(slots=True)
 class Batch:
-    """Packed rows. B rows of T positions, N images; L = tokens per image.
+    """Packed rows. B rows of T positions, N images with L visual tokens together, V views each.
 
     Every tensor but `pixels` is small. A row holds several samples (segments); padding has segment 0.
     """
@@ -117,7 +119,8 @@ class Batch:
     position_ids: Tensor  # [B, T] int64: restarts at each segment; a branch goes on from its prefix
     task_ids: Tensor  # [B, T] int32: index into `tasks`, valid where labels is not IGNORE
     pixels: Tensor  # [N, 3, S, S] uint8, padded square images; N may be 0
-    image_starts: Tensor  # [N] int64: flat index b * T + t of each image's first slot
+    image_slots: Tensor  # [L] int64: flat index b * T + t of every visual token, image by image
+    seen_views: Tensor | None = None  # [N, V] bool where the model skips views that show only padding
     tasks: list[str] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)  # "source/key" of every sample in the batch
     counters: dict[str, float] = field(default_factory=dict)  # additive: samples, tokens, images, skipped/...

@@ -158,7 +158,7 @@ def evaluate(
     lost: dict[str, int] = defaultdict(int)
     for place, record in enumerate(records):
         try:
-            prompt = processor.prompt(record)
+            prompt = processor.prompt(record, None if images is None else processor.sizes(images[record.key]))
         except BadSample as error:
             lost[error.reason] += 1
             continue
@@ -186,7 +186,7 @@ def evaluate(
                 except BadSample as error:
                     lost[error.reason] += 1
                     continue
-                prompts.append(Prompt(prompt.ids, torch.stack(pixels) if pixels else None, limit))
+                prompts.append(Prompt(prompt.ids, torch.stack(pixels) if pixels else None, limit, prompt.seen))
                 places.append(place)
                 refs.append(own)
             config = GenerationConfig(

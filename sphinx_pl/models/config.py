@@ -217,6 +217,8 @@ class VisionConfig:
     merge_factor: int = 2
     # False: the overview keeps all of its patch tokens, only sub-images are merged.
     merge_overview: bool = True
+    # A sub-image that shows only padding is one learned token and no work for the towers (SPHINX-X, Gao et al. 2024).
+    skip_padding: bool = False
     # The original resizes images inside the model in float16; on, it reproduces the released weights' inputs.
     half_resize: bool = False
 
@@ -231,6 +233,10 @@ class VisionConfig:
         _require(
             self.merge_overview or self.merge != "shuffle",
             "model.vision.merge=shuffle changes the width of tokens: it needs merge_overview=true",
+        )
+        _require(
+            self.grid > 1 or not self.skip_padding,
+            "model.vision.skip_padding=true needs sub-images: set model.vision.grid to 2 or more",
         )
         if self.clip and self.dinov2:
             _require(
@@ -295,10 +301,15 @@ class VisionConfig:
         return factor * sum(int(tower.width) for tower in self.channel_towers)
 
     @property
-    def tokens_per_image(self) -> int:
+    def view_tokens(self) -> list[int]:
         """Of each view: start embedding, Q-Former queries, patch tokens, end embedding."""
         others = 2 + (self.qformer.queries if self.qformer else 0)
-        return sum(views * (others + self.patch_tokens(merge)) for views, merge in self.view_groups)
+        return [others + self.patch_tokens(merge) for views, merge in self.view_groups for _ in range(views)]
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Of an image none of whose views is skipped."""
+        return sum(self.view_tokens)
 
 
 @dataclass

@@ -26,6 +26,13 @@ class Prompt:
     ids: list[int]
     pixels: Optional[Tensor] = None  # [n, 3, S, S] uint8
     max_new_tokens: Optional[int] = None  # instead of the configuration's
+    seen: Sequence[Sequence[bool]] = ()  # of each image the views that are not skipped, where the model skips any
+
+    def slots(self, view_tokens: Sequence[int]) -> int:
+        """Visual tokens of all images, from those of each view."""
+        if self.seen:
+            return sum(n if s else 1 for views in self.seen for n, s in zip(view_tokens, views, strict=True))
+        return 0 if self.pixels is None else len(self.pixels) * sum(view_tokens)
 
 
 @dataclass(slots=True)
@@ -84,14 +91,12 @@ def stream(model: Sphinx, prompts: Sequence[Prompt], config: GenerationConfig) -
 
 
 def _check(model: Sphinx, prompts: Sequence[Prompt], limits: list[int]) -> None:
-    per_image, room = model.config.tokens_per_image, model.config.decoder.max_positions
+    vision, room = model.config.vision, model.config.decoder.max_positions
     for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
-        images = 0 if prompt.pixels is None else len(prompt.pixels)
-        slots = prompt.ids.count(IMAGE_SLOT)
-        if slots != images * per_image:
+        slots, needed = prompt.ids.count(IMAGE_SLOT), prompt.slots(vision.view_tokens if vision else [])
+        if slots != needed or (vision and vision.skip_padding and prompt.pixels is not None and not prompt.seen):
             raise UserError(
-                f"prompt {number}: {slots} image slots for {images} images of {per_image} tokens: "
-                "was it made for another model?"
+                f"prompt {number}: {slots} image slots for images of {needed} tokens: was it made for another model?"
             )
         if not prompt.ids or len(prompt.ids) + limit > room:
             raise UserError(
@@ -114,10 +119,7 @@ def _steps(
     padded = min(len(prompt.ids) for prompt in prompts) < length
 
     x_BTD = decoder.embed(ids_BT.clamp(min=0))
-    images = [prompt.pixels for prompt in prompts if prompt.pixels is not None and len(prompt.pixels)]
-    if images:
-        tokens_NLD = model.embed_images(torch.cat(images).to(device))
-        x_BTD = x_BTD.masked_scatter((ids_BT == IMAGE_SLOT)[..., None], tokens_NLD.to(x_BTD.dtype))
+    x_BTD = place_images(model, x_BTD, ids_BT, prompts)
 
     here = columns[:length]
     # Padding attends to itself, so that no row of the softmax is empty.
@@ -142,6 +144,18 @@ def _steps(
         x_BTD = decoder.embed(chosen.to(device)[:, None])
         mask = real_BS[:, None, None, : cache.length + 1] if padded else None
         hidden_BTD = decoder(x_BTD, positions_BT, mask, cache)
+
+
+def place_images(model: Sphinx, x_BTD: Tensor, ids_BT: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    """Embeddings with the visual tokens of all prompts in their slots."""
+    images = [prompt.pixels for prompt in prompts if prompt.pixels is not None and len(prompt.pixels)]
+    if not images:
+        return x_BTD
+    seen = [views for prompt in prompts for views in prompt.seen]
+    tokens = model.embed_images(
+        torch.cat(images).to(x_BTD.device), torch.tensor(seen, device=x_BTD.device) if seen else None
+    )
+    return x_BTD.masked_scatter((ids_BT == IMAGE_SLOT)[..., None], tokens.to(x_BTD.dtype))
 
 
 def _append(answer: list[int], token: int, limit: int, config: GenerationConfig) -> bool:

@@ -63,15 +63,15 @@ class Sphinx(nn.Module):
         """uint8 [N, 3, S, S] -> float32, as the towers want it."""
         return normalise(pixels)
 
-    def embed_images(self, pixels: Tensor) -> Tensor:
-        """uint8 [N, 3, S, S] -> [N, L, D].
+    def embed_images(self, pixels: Tensor, seen_NV: Tensor | None = None) -> Tensor:
+        """uint8 [N, 3, S, S] -> [N, L, D], or [L, D] of all images where `seen_NV` says which views are not skipped.
 
         Raises:
             UserError: the model has no vision part.
         """
         if self.mixer is None:
             raise UserError("this model has no vision part (model.vision=null) but was given an image")
-        return torch.as_tensor(self.mixer(self.normalise(pixels)))
+        return torch.as_tensor(self.mixer(self.normalise(pixels), seen_NV))
 
     def token_losses(self, batch: Batch) -> TokenLosses:
         """Negative log likelihood of each supervised target of packed rows."""
@@ -97,11 +97,12 @@ class Sphinx(nn.Module):
             return x_BTD, zero
         if len(batch.pixels) == 0:  # the towers still run, on one blank image
             assert self.config.vision is not None
-            size = self.config.vision.image_size
-            return x_BTD, zero + 0.0 * self.embed_images(batch.pixels.new_zeros(1, 3, size, size)).float().sum()
-        tokens_NLD = self.embed_images(batch.pixels)
-        slots = batch.image_starts[:, None] + torch.arange(tokens_NLD.shape[1], device=x_BTD.device)
-        flat = x_BTD.flatten(0, 1).index_copy(0, slots.flatten(), tokens_NLD.flatten(0, 1).to(x_BTD.dtype))
+            size, views = self.config.vision.image_size, self.config.vision.views
+            blank = batch.pixels.new_zeros(1, 3, size, size)
+            seen_NV = torch.arange(views, device=blank.device)[None] == 0 if self.config.vision.skip_padding else None
+            return x_BTD, zero + 0.0 * self.embed_images(blank, seen_NV).float().sum()
+        tokens = self.embed_images(batch.pixels, batch.seen_views).flatten(0, -2)
+        flat = x_BTD.flatten(0, 1).index_copy(0, batch.image_slots, tokens.to(x_BTD.dtype))
         return flat.view_as(x_BTD), zero
 
     def parts(self) -> dict[str, list[nn.Module | nn.Parameter]]:
@@ -110,6 +111,8 @@ class Sphinx(nn.Module):
         if self.mixer is not None:
             projections = [p for p in (self.mixer.visual_proj, self.mixer.qformer_proj) if p is not None]
             parts["projections"] = [*projections, self.mixer.start_img, self.mixer.end_img]
+            if self.mixer.config.skip_padding:
+                parts["projections"].append(self.mixer.skip_token)
             parts |= {key: [tower] for key, tower in self.mixer.towers.items()}
         return parts
 

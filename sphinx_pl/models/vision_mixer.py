@@ -47,48 +47,67 @@ class VisionMixer(nn.Module):
         self.qformer_proj = self._projection(config.qformer.width, width) if config.qformer else None
         self.start_img = nn.Parameter(torch.randn(width) * 0.02)
         self.end_img = nn.Parameter(torch.randn(width) * 0.02)
+        if config.skip_padding:
+            self.skip_token = nn.Parameter(torch.randn(width) * 0.02)
 
     @staticmethod
     def _projection(inputs: int, outputs: int) -> nn.Sequential:
         return nn.Sequential(nn.Linear(inputs, outputs), nn.LayerNorm(outputs, eps=1e-5))
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """[N, 3, S, S], normalised -> [N, L, D]; of each view: start, Q-Former queries, class and patches, end."""
-        config = self.config
-        seen = {key: self.encode(cast(Tower, tower), pixels) for key, tower in self.towers.items()}
-        groups = [views for views, _ in config.view_groups]
-        by_group = zip(*(torch.split(tokens, groups, dim=1) for tokens in seen.values()), strict=True)
-        return torch.cat(
-            [
-                self._project(dict(zip(seen, group, strict=True)), merge)
-                for group, (_, merge) in zip(by_group, config.view_groups, strict=True)
-            ],
-            dim=1,
-        )
+    def forward(self, pixels: Tensor, seen_NV: Tensor | None = None) -> Tensor:
+        """[N, 3, S, S], normalised -> [N, L, D]; of each view: start, Q-Former queries, class and patches, end.
 
-    def encode(self, tower: Tower, pixels: Tensor) -> Tensor:
-        """What one of the towers makes of normalised images: [N, 3, S, S] -> [N, V, tokens, width]."""
+        Args:
+            seen_NV: bool, the views that the towers look at; each of the others is one skip token. The result is then
+                [L, D] with the tokens of all images in a row, since they differ in number.
+        """
+        tokens = {key: self.encode(cast(Tower, tower), pixels, seen_NV) for key, tower in self.towers.items()}
+        if seen_NV is not None:
+            return self._with_skipped(tokens, seen_NV)
+        by_view = {key: torch.unflatten(seen, 0, (len(pixels), -1)) for key, seen in tokens.items()}
+        projected, first = [], 0
+        for views, merge in self.config.view_groups:
+            group = {key: seen[:, first : first + views].flatten(0, 1) for key, seen in by_view.items()}
+            projected.append(torch.unflatten(self._project(group, merge), 0, (len(pixels), views)).flatten(1, 2))
+            first += views
+        return torch.cat(projected, dim=1)
+
+    def _with_skipped(self, tokens: dict[str, Tensor], seen_NV: Tensor) -> Tensor:
+        """Tokens of the views that were seen, [M, tokens, width] of each tower -> [L, D]."""
+        lengths_NV = torch.where(seen_NV, torch.tensor(self.config.view_tokens, device=seen_NV.device), 1)
+        starts_M = (lengths_NV.flatten().cumsum(0) - lengths_NV.flatten())[seen_NV.flatten()]
+        view_M = torch.arange(seen_NV.shape[1], device=seen_NV.device).expand_as(seen_NV)[seen_NV]
+        out_LD = self.skip_token.expand(int(lengths_NV.sum()), -1)  # which so takes part in every backward pass
+        first = 0
+        for views, merge in self.config.view_groups:
+            chosen = (view_M >= first) & (view_M < first + views)
+            projected = self._project({key: seen[chosen] for key, seen in tokens.items()}, merge)
+            slots = starts_M[chosen][:, None] + torch.arange(projected.shape[1], device=starts_M.device)
+            out_LD = out_LD.index_copy(0, slots.flatten(), projected.flatten(0, 1))
+            first += views
+        return out_LD
+
+    def encode(self, tower: Tower, pixels: Tensor, seen_NV: Tensor | None = None) -> Tensor:
+        """What one of the towers makes of normalised images: [N, 3, S, S] -> [M, tokens, width] of the views seen."""
         trains = any(parameter.requires_grad for parameter in tower.parameters())
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()), training_kernel(pixels.device):
             views = split_views(pixels, tower.view_size, self.config.grid, self.config.half_resize)
-            return torch.as_tensor(tower(views.flatten(0, 1)).unflatten(0, views.shape[:2]))
+            return torch.as_tensor(tower(views.flatten(0, 1) if seen_NV is None else views[seen_NV]))
 
     def _project(self, seen: dict[str, Tensor], merge: str) -> Tensor:
-        """The towers' [N, v, tokens, width] of v views -> [N, v * tokens of a view, D]."""
-        images, views = next(iter(seen.values())).shape[:2]
-        seen = {key: tokens.flatten(0, 1) for key, tokens in seen.items()}
-        parts = [self.start_img.expand(images * views, 1, -1)]
+        """The towers' [M, tokens, width] of M views -> [M, tokens of a view, D]."""
+        views = len(next(iter(seen.values())))
+        parts = [self.start_img.expand(views, 1, -1)]
         if self.qformer_proj is not None:
             parts.append(self.qformer_proj(seen["qformer"]))
         if self.visual_proj is not None:
             joined = torch.cat([seen[key] for key in CHANNEL_TOWERS if key in seen], dim=-1)
             parts.append(self.visual_proj(merge_patches(joined, merge, self.config.merge_factor)))
-        parts.append(self.end_img.expand(images * views, 1, -1))
-        tokens = torch.cat([part.to(self.start_img.dtype) for part in parts], dim=1)
-        return tokens.reshape(images, -1, tokens.shape[-1])
+        parts.append(self.end_img.expand(views, 1, -1))
+        return torch.cat([part.to(self.start_img.dtype) for part in parts], dim=1)
 
     def flops(self) -> float:
-        """Of one image's forward pass, all views."""
+        """Of one image's forward pass, none of its views skipped."""
         config, width = self.config, len(self.start_img)
         per_view = sum(cast(Tower, tower).flops() for tower in self.towers.values())
         if config.qformer:

@@ -227,7 +227,7 @@ def test_ids_labels_and_pixels(processor: Processor, golden: dict[str, Tensor]) 
 
 def test_logits_loss_and_gradients(sphinx: Sphinx, processor: Processor, golden: dict[str, Tensor]) -> None:
     sample = processor.sample(DIALOGS[0], "golden")
-    batch = Collator(sample.length, 224, IMAGE_WORDS)([[sample]])
+    batch = Collator(sample.length, 224)([[sample]])
     x, _ = sphinx._embed(batch)
     hidden = sphinx.decoder(x, batch.position_ids)
     logits = sphinx.decoder.logits(hidden)[:, IMAGE_WORDS:]
@@ -452,7 +452,7 @@ def test_whole_path_with_full_size_towers(tmp_path: Path) -> None:
         check("image tokens", model.embed_images(pixels)[:, 1:-1], measured["image_tokens_ab"][:, 0])
 
     samples = [processor.sample(record, "reference") for record in DIALOGS]
-    collate = Collator(max(sample.length for sample in samples), 224, IMAGE_WORDS)
+    collate = Collator(max(sample.length for sample in samples), 224)
     batch = collate([[sample] for sample in samples])
     x, _ = model._embed(batch)
     logits = model.decoder.logits(

@@ -133,7 +133,7 @@ def test_a_broken_image_leaves_no_target_and_is_not_in_the_denominator(
         seen += len(bad & set(batch.keys))
         targets = int((batch.labels != IGNORE).sum())
         assert batch.window_weight == float(batch.weights.sum()) == targets == batch.counters["targets"]
-        assert len(batch.pixels) == len(batch.image_starts)
+        assert len(batch.pixels) * processor.tokens_per_image == len(batch.image_slots)
         # The rows are in the keys' order: a sample has targets if and only if its image could be read.
         segments = sorted({(int(b), int(s)) for b, row in enumerate(batch.segment_ids) for s in row.unique() if s > 0})
         for key, (b, segment) in zip(batch.keys, segments, strict=True):

@@ -1,6 +1,10 @@
 import random
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
 
 from sphinx_pl.data.geometry import (
     COCO_KEYPOINTS,
@@ -9,9 +13,11 @@ from sphinx_pl.data.geometry import (
     iou,
     padded_frame,
     point_to_pixels,
+    seen_views,
     to_pixels,
     to_square,
 )
+from sphinx_pl.data.images import PAD_COLOUR, padded_resize
 from sphinx_pl.errors import UserError
 
 G = Geometry()
@@ -144,3 +150,20 @@ def test_iou():
 def test_decimals_are_bounded():
     with pytest.raises(UserError, match="decimals=0"):
         Geometry(0)
+
+
+def test_views_that_show_only_padding() -> None:
+    wide = (True, False, False, False, True, True, True, False, False, False)
+    assert seen_views((900, 100), 672, 3) == wide
+    assert seen_views((100, 900), 672, 3) == (True, *([False, True, False] * 3))
+    assert seen_views((900, 300), 672, 3) == (True,) * 10  # resizing carries its edge over the seam
+    assert seen_views((900, 100), 448, 2) == (True,) * 5
+
+
+@given(st.integers(1, 400), st.integers(1, 400), st.sampled_from([2, 3, 4]))
+def test_skipped_views_are_of_the_padding_colour(width: int, height: int, grid: int) -> None:
+    image = Image.new("RGB", (width, height), (255, 0, 90))
+    pixels = np.asarray(padded_resize(image, 12 * grid)).reshape(grid, 12, grid, 12, 3)
+    crops = pixels.transpose(0, 2, 1, 3, 4).reshape(grid**2, -1, 3)
+    for crop, seen in zip(crops, seen_views((width, height), 12 * grid, grid)[1:], strict=True):
+        assert seen or (crop == PAD_COLOUR).all()

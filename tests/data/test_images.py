@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.images import PAD_COLOUR, decode, load_image, padded_resize, read_bytes
+from sphinx_pl.data.images import PAD_COLOUR, decode, image_size, load_image, padded_resize, read_bytes
 from sphinx_pl.data.record import ImageRef
 
 
@@ -153,3 +153,22 @@ def test_what_is_not_a_regular_file_is_not_read():
 def test_the_padded_square_is_bounded_too(tmp_path):
     thin = png_header(79_900, 800)  # few enough pixels by itself, 25 GB as a square
     assert reason(thin, tmp_path) == "image_too_large"
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_headers_size_is_the_decoded_one(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "a.jpg"
+    photo(40, 30).save(path, exif=exif)
+    assert image_size(ImageRef(str(path))) == decode(path.read_bytes()).size
+
+
+def test_a_size_is_refused_as_the_image_is(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(png_header(100_000, 100_000))
+    with pytest.raises(BadSample, match="image_too_large"):
+        image_size(ImageRef(str(path)))
+    path.write_bytes(b"text")
+    with pytest.raises(BadSample, match="image_unreadable"):
+        image_size(ImageRef(str(path)))

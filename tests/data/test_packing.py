@@ -48,7 +48,7 @@ def test_deal_gives_equal_numbers_of_rows_and_spreads_images() -> None:
 
 
 def collate(processor: Processor, rows: list[Row], row_length: int = 256) -> Batch:
-    return Collator(row_length, processor.image_size, processor.tokens_per_image)(rows)
+    return Collator(row_length, processor.image_size)(rows)
 
 
 def losses_by_key(model: Sphinx, batch: Batch) -> dict[str, list[float]]:

@@ -85,7 +85,7 @@ def test_mode_is_restored_and_nothing_gives_nothing(model: Sphinx, prompts: list
 
 
 def test_bad_prompts_and_settings_are_one_line(model: Sphinx, prompts: list[Prompt]) -> None:
-    with pytest.raises(UserError, match="prompt 0: 26 image slots for 1 images"):
+    with pytest.raises(UserError, match="prompt 0: 26 image slots for images of 27 tokens"):
         generate(model, [Prompt(prompts[0].ids[2:], prompts[0].pixels)], GenerationConfig())
     with pytest.raises(UserError, match="max_positions"):
         generate(model, [Prompt([1] * 1000)], GenerationConfig(max_new_tokens=25))

@@ -22,7 +22,7 @@ def make_batch(rows: list[list[tuple[bool, int, list[int]]]], length: int, seed:
     ids, position = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
     labels = torch.full(shape, IGNORE)
     segment, branch = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape, dtype=torch.int32)
-    pixels, starts = [], []
+    pixels, slots = [], []
     for b, row in enumerate(rows):
         t = 0
         for s, (image, text, branches) in enumerate(row):
@@ -32,7 +32,7 @@ def make_batch(rows: list[list[tuple[bool, int, list[int]]]], length: int, seed:
             ids[b, t : t + prefix] = torch.randint(3, 512, (prefix,), generator=draw)
             if image:
                 pixels.append(torch.randint(0, 256, (3, 64, 64), generator=draw, dtype=torch.uint8))
-                starts.append(b * length + t + 1)
+                slots += range(b * length + t + 1, b * length + t + 1 + L)
             position[b, t : t + prefix] = torch.arange(prefix)
             t += prefix
             for k, size in enumerate(branches, start=1):
@@ -45,7 +45,7 @@ def make_batch(rows: list[list[tuple[bool, int, list[int]]]], length: int, seed:
     return Batch(
         ids, labels, (labels != IGNORE).float(), segment, branch, position, torch.zeros(shape, dtype=torch.int32),
         torch.stack(pixels) if pixels else torch.zeros(0, 3, 64, 64, dtype=torch.uint8),
-        torch.tensor(starts, dtype=torch.long),
+        torch.tensor(slots, dtype=torch.long),
     )  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def test_branches_do_not_see_each_other(sample: Sphinx) -> None:
     columns = [*range(first), *range(first + 6, first + 10)]
     only_second = Batch(
         *(getattr(batch, name)[:, columns] for name in ("input_ids", "labels", "weights", "segment_ids", "branch_ids")),
-        batch.position_ids[:, columns], batch.task_ids[:, columns], batch.pixels, batch.image_starts,
+        batch.position_ids[:, columns], batch.task_ids[:, columns], batch.pixels, batch.image_slots,
     )  # fmt: skip
     torch.testing.assert_close(sample.token_losses(only_second).nll, both[5:], atol=1e-5, rtol=1e-5)
 

@@ -121,11 +121,35 @@ def test_only_sub_images_are_pooled_where_the_overview_keeps_its_patches() -> No
     with torch.no_grad():
         out, long = mixer(pixels), unmerged(pixels)
         torch.testing.assert_close(out[:, :75], long[:, :75])
-        seen = [mixer.encode(mixer.towers[key], pixels)[:, 4, 1:] for key in ("clip", "convnext", "dinov2")]
+        seen = [mixer.encode(mixer.towers[key], pixels)[4::5, 1:] for key in ("clip", "convnext", "dinov2")]
         maps = torch.cat(seen, dim=-1).transpose(1, 2).unflatten(2, (8, 8))
         pooled = torch.nn.functional.interpolate(maps, scale_factor=0.5, mode="bilinear").flatten(2).transpose(1, 2)
         torch.testing.assert_close(out[:, -17:-1], mixer.visual_proj(pooled))
         torch.testing.assert_close(out[:, -27:-18], long[:, -75:-66])
+
+
+@pytest.mark.parametrize("merge", ["shuffle", "mean"])
+def test_views_that_are_padding_cost_one_token_and_no_encoder(merge: str) -> None:
+    torch.manual_seed(0)
+    overrides = [f"vision.merge={merge}", "+vision.merge_overview=false"] if merge == "mean" else []
+    config = model_config("sphinx_sample_1k", "+vision.skip_padding=true", *overrides).vision
+    assert config is not None
+    mixer, pixels = VisionMixer(config, 32).eval(), torch.randn(2, 3, 128, 128)
+    seen = torch.tensor([[True, False, True, True, False], [True, True, True, True, True]])
+    encoded: list[int] = []
+    mixer.towers["clip"].register_forward_hook(lambda module, inputs, output: encoded.append(len(output)))
+    with torch.no_grad():
+        whole, tokens = mixer(pixels), mixer(pixels, seen)
+    assert encoded == [10, 8]
+    first = list(torch.split(whole[0], config.view_tokens))
+    for view in (1, 4):
+        first[view] = mixer.skip_token[None]
+    torch.testing.assert_close(tokens, torch.cat([*first, whole[1]]))
+
+
+def test_skipping_needs_sub_images() -> None:
+    with pytest.raises(UserError, match=r"model\.vision\.grid"):
+        model_config("sphinx_sample", "+vision.skip_padding=true")
 
 
 @pytest.mark.parametrize("off", [["clip"], ["convnext"], ["dinov2"], ["qformer"], ["clip", "convnext", "dinov2"],

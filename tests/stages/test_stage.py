@@ -131,7 +131,7 @@ def records_of_every_task(folder: Path) -> dict[str, list[Record]]:
 def test_overfitting_one_batch_drives_the_loss_to_zero(task: str, processor: Processor, sample_data: Path) -> None:
     records = records_of_every_task(sample_data)[task]
     assert len(records) == 2, f"the sample data has no two records of {task}"
-    collator = Collator(256, processor.image_size, processor.tokens_per_image)
+    collator = Collator(256, processor.image_size)
     batch = collator([[processor.sample(record, "s")] for record in records])
     assert (batch.labels != IGNORE).sum() > 0
     torch.manual_seed(0)
