@@ -96,6 +96,6 @@ def test_debug_presets_compose(name: str) -> None:
     OmegaConf.to_container(composed("train", f"debug={name}").stage, resolve=True)
 
 
-@pytest.mark.parametrize("script", ["train", "mix_weights", "evaluate"])
+@pytest.mark.parametrize("script", ["train", "mix_weights", "evaluate", "chat"])
 def test_entry_scripts_compose(script: str) -> None:
     assert composed(script)

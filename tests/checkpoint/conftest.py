@@ -51,3 +51,23 @@ def write(tmp_path: Path) -> Callable[..., Path]:
         return write_checkpoint(tmp_path / name, values, model, processor, tokenizer, {"stage": name}, **options)
 
     return write
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty Hugging Face cache, and no network."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+def cached(cache: Path, repo: str, name: str) -> Path:
+    """Where the hub's library keeps a file or folder of a repository."""
+    folder, commit = cache / f"models--{repo.replace('/', '--')}", "0" * 40
+    (folder / "refs").mkdir(parents=True, exist_ok=True)
+    (folder / "refs" / "main").write_text(commit)
+    path = folder / "snapshots" / commit / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from sphinx_pl.checkpoint.mixing import same_bits
 from sphinx_pl.errors import UserError
 from sphinx_pl.models.config import ClipViTConfig, QFormerConfig, SphinxConfig, VisionConfig
 from sphinx_pl.models.sphinx import Sphinx
-from tests.checkpoint.conftest import PROCESSOR, random_tensors, small_config
+from tests.checkpoint.conftest import PROCESSOR, cached, random_tensors, small_config
 
 Write = Callable[..., Path]
 
@@ -185,6 +186,21 @@ def test_a_killed_write_leaves_no_half_checkpoint_under_the_final_name(
     write("a", {"t": torch.zeros(3)}, overwrite=True)
     assert open_checkpoint(tmp_path / "a").tensor("t").tolist() == [0, 0, 0]
     assert not (tmp_path / ".a.tmp").exists()
+
+
+@pytest.mark.parametrize("folder", ["", "/finetune/sphinx"])
+def test_a_name_on_the_hub_is_found_in_its_cache(write: Write, cache: Path, folder: str) -> None:
+    shutil.copytree(write("a"), cached(cache, "some/model", f".{folder}"), dirs_exist_ok=True)
+    assert set(open_checkpoint(f"hf-hub:some/model{folder}")) == set(random_tensors(0))
+
+
+def test_a_name_that_is_not_in_the_cache(cache: Path) -> None:
+    with pytest.raises(UserError) as error:
+        open_checkpoint("hf-hub:meta-llama/Llama-2-7b-hf")
+    message = only_line(error)
+    assert str(cache) in message
+    assert "models--meta-llama--Llama-2-7b-hf" in message
+    assert "model*.safetensors" in message
 
 
 def _edit(path: Path, **values: object) -> None:

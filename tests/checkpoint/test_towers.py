@@ -23,6 +23,7 @@ from sphinx_pl.errors import UserError
 from sphinx_pl.models.config import ClipViTConfig, ConvNextConfig, Dinov2Config, QFormerConfig
 from sphinx_pl.models.towers import ClipViT, ConvNext, Dinov2, QFormer, Tower, map_to_tokens, resample_positions
 from sphinx_pl.models.views import CLIP_MEAN, CLIP_STD
+from tests.checkpoint.conftest import cached
 from tests.conftest import REPOSITORY
 from tests.fuzzing import damaged
 
@@ -389,25 +390,6 @@ def test_every_key_of_a_published_model_has_its_place(name: str) -> None:
 
 
 # -- names of models -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty Hugging Face cache, and no network."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    return tmp_path / "hub"
-
-
-def cached(cache: Path, repo: str, name: str) -> Path:
-    """Where the hub's library keeps a file of a repository."""
-    folder, commit = cache / f"models--{repo.replace('/', '--')}", "0" * 40
-    (folder / "refs").mkdir(parents=True, exist_ok=True)
-    (folder / "refs" / "main").write_text(commit)
-    (folder / "snapshots" / commit).mkdir(parents=True, exist_ok=True)
-    return folder / "snapshots" / commit / name
 
 
 @pytest.mark.parametrize(("source", "repo"), [
