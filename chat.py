@@ -1,19 +1,22 @@
-"""Talk to a model in the terminal. Keys: conf/chat.yaml."""
+"""Talk to a model in the terminal or on a local web page. Keys: conf/chat.yaml."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 
 from sphinx_pl.cli import entry_point
-from sphinx_pl.errors import UserError
+from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.typed import pick
+
+if TYPE_CHECKING:
+    from sphinx_pl.models.generation import GenerationConfig
 
 
 @dataclass
@@ -26,25 +29,36 @@ class Generation:
     seed: int = 0
 
 
+UIS = ("terminal", "web")
+
+
 @dataclass
 class ChatConfig:
     """The keys of conf/chat.yaml, which explains them, with their types."""
 
     checkpoint: Optional[str] = None
+    ui: str = "terminal"
     image: Optional[str] = None
     question: Optional[str] = None
     generation: Generation = field(default_factory=Generation)
     device: str = "auto"
     precision: str = "fp32"
+    host: str = "127.0.0.1"
+    port: int = 7860
+    max_upload_mb: float = 20.0
+    max_pixels: int = 64_000_000
+    sam: Optional[str] = None
 
     def __post_init__(self) -> None:
+        if self.ui not in UIS:
+            raise UserError(f"ui={self.ui}: {suggest(self.ui, UIS)}")
         if self.checkpoint is None:
             raise UserError("which checkpoint? Give checkpoint=FOLDER, such as one that train.py wrote")
 
 
 @entry_point(config_name="chat")
 def main(cfg: DictConfig) -> None:
-    """Reads questions from the terminal until /quit."""
+    """Reads questions from the terminal until /quit, or serves the page until it is interrupted."""
     options = pick(ChatConfig, cfg)
     assert options.checkpoint is not None
 
@@ -53,6 +67,9 @@ def main(cfg: DictConfig) -> None:
     from sphinx_pl.terminal import Terminal
 
     generation = GenerationConfig(**vars(options.generation))
+    if options.ui == "web":
+        _serve(options, generation)
+        return
     assistant = Assistant.load(options.checkpoint, options.device, options.precision)
     folder = Path(HydraConfig.get().runtime.output_dir)
     terminal = Terminal(assistant, generation, folder, Console(highlight=False))
@@ -62,6 +79,20 @@ def main(cfg: DictConfig) -> None:
         terminal.ask(options.question)
     else:
         terminal.talk(sys.stdin)
+
+
+def _serve(options: ChatConfig, generation: GenerationConfig) -> None:
+    from sphinx_pl.inference import Assistant
+    from sphinx_pl.segment import Segmenter
+    from sphinx_pl.web import Page, WebConfig, check_address, serve
+
+    assert options.checkpoint is not None
+    config = WebConfig(options.host, options.port, options.max_upload_mb, options.max_pixels)
+    check_address(config.host, config.port)
+    assistant = Assistant.load(options.checkpoint, options.device, options.precision)
+    segmenter = Segmenter.load(options.sam, assistant.device) if options.sam else None
+    page = Page(assistant, generation, config, segmenter)
+    serve(page, page.start(options.image), options.checkpoint, options.question or "")
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ COCO_KEYPOINTS = (
 _NUMBER = re.compile(r"\s*(?:[0-9]+\.?[0-9]*|\.[0-9]+)\s*")
 _BRACKET = re.compile(r"\[([^\[\]]*)(\]?)")
 _GROUNDED = re.compile(r"<p>((?:(?!</?p>).)*)</p>\s*\[([^\[\]]*)(\]?)", re.DOTALL)
+_PLACE = re.compile(f"{_GROUNDED.pattern}|{_BRACKET.pattern}", re.DOTALL)
 
 
 def padded_frame(size: Size) -> tuple[int, int, int]:
@@ -98,6 +99,21 @@ class Grounded:
     """A phrase and the boxes or points that it is tied to, in fractions of the padded square."""
 
     phrase: str
+    boxes: tuple[Box4, ...] = ()
+    points: tuple[Point2, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a text: what stands there, and what it names in fractions of the padded square.
+
+    `numbers` is the bracket as it was written, "" where the part names nothing; `phrase` is what the bracket is tied
+    to, "" where it stands alone.
+    """
+
+    text: str
+    phrase: str = ""
+    numbers: str = ""
     boxes: tuple[Box4, ...] = ()
     points: tuple[Point2, ...] = ()
 
@@ -165,6 +181,21 @@ class Geometry:
             if boxes or points:
                 found.append(Grounded(match[1].strip(), tuple(boxes), tuple(points)))
         return found
+
+    def pieces(self, text: str) -> list[Piece]:
+        """A text cut where its places begin and end; the pieces' `text` joined is the text again."""
+        pieces = []
+        at = 0
+        for match in _PLACE.finditer(text):
+            phrase, inside, closing = match[1] or "", match[2] or match[4] or "", match[3] or match[5] or ""
+            boxes, points = _elements(inside, closing)
+            if not boxes and not points:
+                continue
+            if match.start() > at:
+                pieces.append(Piece(text[at : match.start()]))
+            pieces.append(Piece(match[0], phrase.strip(), f"[{inside}{closing}", tuple(boxes), tuple(points)))
+            at = match.end()
+        return [*pieces, Piece(text[at:])] if at < len(text) else pieces
 
     def _fraction(self, value: float, offset: int, side: int) -> str:
         # In decimal arithmetic on the number as printed: half a unit rounds up on every machine, and the last bit of

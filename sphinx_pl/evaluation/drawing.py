@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from sphinx_pl.data.geometry import Geometry, Point2
+from sphinx_pl.data.geometry import Geometry, Grounded, Point2
 
 TRUE = "#00a878"
 PREDICTED = "#e6007e"
@@ -22,6 +24,26 @@ SKELETON = (
 )
 # fmt: on
 """Pairs of COCO's keypoints that are joined by a limb."""
+
+
+PALETTE = ("#e6007e", "#2f6fed", "#00a878", "#f07800", "#8a3ffc", "#0098c7", "#c21e1e", "#7a8b00")
+"""Colours of one answer's places, in turn; each is readable under white text and on white."""
+
+
+def people(items: Iterable[Grounded]) -> list[dict[str, Point2]]:
+    """Named points as one mapping a person: a name that comes again begins the next one."""
+    found: list[dict[str, Point2]] = [{}]
+    for item in items:
+        if item.points:
+            if item.phrase in found[-1]:
+                found.append({})
+            found[-1][item.phrase] = item.points[0]
+    return [person for person in found if person]
+
+
+def limbs(items: Iterable[Grounded]) -> list[tuple[Point2, Point2]]:
+    """The limbs between the keypoints of each person, in the points' own frame."""
+    return [(person[a], person[b]) for person in people(items) for a, b in SKELETON if a in person and b in person]
 
 
 def to_picture(pixels: Tensor, scale: int = 1) -> Image.Image:
@@ -50,14 +72,8 @@ def _draw_text(canvas: ImageDraw.ImageDraw, text: str, colour: str, geometry: Ge
         rim = (max(x1 - 1, 0), max(y1 - 1, 0), min(x2 + 1, side - 1), min(y2 + 1, side - 1))
         canvas.rectangle(rim, outline="white", width=stroke + 2)
         canvas.rectangle((x1, y1, x2, y2), outline=colour, width=stroke)
-    named: dict[str, Point2] = {
-        item.phrase: (item.points[0][0] * side, item.points[0][1] * side)
-        for item in geometry.parse_grounded(text)
-        if item.points
-    }
-    for a, b in SKELETON:
-        if a in named and b in named:
-            canvas.line([named[a], named[b]], fill=colour, width=stroke)
+    for limb in limbs(geometry.parse_grounded(text)):
+        canvas.line([(x * side, y * side) for x, y in limb], fill=colour, width=stroke)
     for x, y in geometry.parse_points(text):
         radius = 1.5 * stroke
         canvas.circle((x * side, y * side), radius + 1, fill="white")
