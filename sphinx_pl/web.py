@@ -70,10 +70,9 @@ _LABELS = {
     "layout": "Page layout",
 }
 _REFUSED = {
-    "image_empty": "The file is empty.",
-    "image_truncated": "The image is damaged: its end is missing.",
-    "image_unreadable": "This is not an image that can be read: give a JPEG, PNG or WebP file.",
-    "image_aspect": "The image is too thin.",
+    "image_truncated": "the image is damaged, its end is missing.",
+    "image_unreadable": "this is not an image that can be read: give a JPEG, PNG or WebP file.",
+    "image_aspect": "the image is too thin.",
 }
 
 
@@ -363,16 +362,15 @@ class Page:
         """Whether the model has a vision part."""
         return self.assistant.model.mixer is not None
 
-    def show(self, session: Session, file: str | Path) -> str:
-        """Talk about this uploaded file from now on, which is deleted. Returns what is wrong with it, "" if nothing."""
-        path = Path(file)
-        name = path.name
-        try:
-            data = path.read_bytes()
-        except OSError:
-            return "The upload did not arrive."
-        finally:
-            path.unlink(missing_ok=True)
+    def show(self, session: Session, data: bytes, name: str) -> str:
+        """Talk about this uploaded image from now on. Returns what is wrong with it, "" if nothing.
+
+        Args:
+            data: the file as it came.
+            name: what the page calls it.
+        """
+        if not self.sees:
+            return "This model reads text alone."
         if len(data) > self.config.max_upload_mb * 1e6:
             return f"{name} is larger than {self.config.max_upload_mb:g} MB."
         try:
@@ -488,8 +486,9 @@ class Page:
         return f"{question.rstrip()} {box}".lstrip()
 
 
-def build(page: Page, initial: Session, title: str, question: str = "") -> gr.Blocks:
-    """The page. `initial` is what every tab begins with, `title` names the model."""
+def build(page: Page, initial: Session, folder: Path, title: str, question: str = "") -> gr.Blocks:
+    """The page. `initial` is what every tab begins with, uploads come through `folder`, `title` names the model."""
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)  # gradio's components and its server ask there
     geometry = page.geometry
     room = page.assistant.model.config.decoder.max_positions
 
@@ -544,7 +543,14 @@ def build(page: Page, initial: Session, title: str, question: str = "") -> gr.Bl
         hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
         def on_upload(session: Session, file: str) -> tuple[Any, ...]:
-            problem = page.show(session, file)
+            path = Path(file).resolve()
+            # gradio refuses other paths itself; what is deleted here is worth a second look.
+            if folder.resolve() not in path.parents:
+                raise gr.Error("This is no upload.")
+            try:
+                problem = page.show(session, path.read_bytes(), path.name)
+            finally:
+                path.unlink(missing_ok=True)
             return session, *views(session, problem), gr.update(label="Choose another image", value=None)
 
         def on_begin(session: Session, asked: str) -> tuple[Any, ...]:
@@ -599,7 +605,7 @@ def serve(page: Page, initial: Session, title: str, question: str = "") -> None:
     """
     check_address(page.config.host, page.config.port)
     with tempfile.TemporaryDirectory(prefix="sphinx-pl-web-") as folder:
-        blocks = launch(page, build(page, initial, title, question), Path(folder))
+        blocks = launch(page, build(page, initial, Path(folder), title, question))
         print(f"http://{page.config.host}:{page.config.port}", flush=True)
         if page.config.host not in ("127.0.0.1", "localhost", "::1"):
             print("It asks for no password: whoever can reach this address can use it.", flush=True)
@@ -614,9 +620,12 @@ def _leave(number: int, frame: object) -> NoReturn:
     raise SystemExit(0)
 
 
-def launch(page: Page, blocks: gr.Blocks, folder: Path) -> gr.Blocks:
-    """Start serving in a thread; uploads go to `folder`, and no other file can be fetched."""
-    os.environ["GRADIO_TEMP_DIR"] = str(folder)
+def launch(page: Page, blocks: gr.Blocks) -> gr.Blocks:
+    """Start serving in a thread. No file can be fetched but gradio's own and uploads.
+
+    Raises:
+        UserError: the address cannot be used.
+    """
     logging.getLogger("httpx").setLevel(logging.WARNING)  # gradio asks its own server whether it is up
     blocks.queue(default_concurrency_limit=4, max_size=50)
     try:
