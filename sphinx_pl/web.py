@@ -187,24 +187,28 @@ class Mark:
 
 
 def find_marks(pieces: list[Piece], prefix: str, colour: str | None = None) -> list[Mark]:
-    """A mark for each piece that names places; the keypoints of one person share a colour.
+    """A mark for each piece that names places. A person's keypoints share a colour, and so does what is named again.
 
     Args:
         colour: of all of them; None takes the palette's in turn.
     """
     marks: list[Mark] = []
+    known: dict[tuple[str, object], str] = {}
     turn = 0
     person: set[str] = set()
     for piece in pieces:
         if not piece.numbers:
             continue
-        if piece.phrase in COCO_KEYPOINTS and piece.points:
-            if not person or piece.phrase in person:
-                person, turn = set(), turn + 1
+        joint = piece.phrase in COCO_KEYPOINTS and bool(piece.points)
+        thing = (piece.phrase, piece.boxes or piece.points)
+        if not (joint and person and piece.phrase not in person) and thing not in known:
+            person, turn = set(), turn + 1
+        if joint:
             person.add(piece.phrase)
         else:
-            person, turn = set(), turn + 1
-        marks.append(Mark(f"{prefix}{len(marks)}", colour or PALETTE[(turn - 1) % len(PALETTE)], piece))
+            person = set()
+        of_turn = known.setdefault(thing, PALETTE[(turn - 1) % len(PALETTE)])
+        marks.append(Mark(f"{prefix}{len(marks)}", colour or of_turn, piece))
     return marks
 
 
@@ -530,13 +534,13 @@ def build(page: Page, initial: Session, folder: Path, title: str, question: str 
                     new = gr.Button("New conversation", elem_id="new", min_width=80)
                 with gr.Accordion("Generation", open=False, elem_id="generation"), gr.Row():
                     length = gr.Slider(
-                        1, room, min(page.generation.max_new_tokens, room // 2), step=1, label="New tokens at most"
+                        1, room, min(page.generation.max_new_tokens, room // 2), step=1, label="New tokens"
                     )
                     temperature = gr.Slider(
                         0,
                         max(2.0, page.generation.temperature),
                         page.generation.temperature,
-                        label="Temperature (0: greedy)",
+                        label="Temperature",
                     )
                     top_p = gr.Slider(0.01, 1, page.generation.top_p, label="Top p")
 

@@ -233,9 +233,10 @@ def test_places_are_in_the_frame_of_the_image_not_of_the_padded_square(page: Pag
 
 def test_each_person_has_a_colour_and_a_skeleton(page: Page, session: Session) -> None:
     person = "<p>nose</p>[0.5,0.1]<p>left shoulder</p>[0.6,0.3]<p>right shoulder</p>[0.4,0.3]"
-    session.exchanges = [Exchange("?", f"{person} {person} <p>ball</p>[0.1,0.1,0.2,0.2]")]
+    other = person.replace("0.3", "0.4").replace("0.1]", "0.2]")
+    session.exchanges = [Exchange("?", f"{person} {other} <p>ball</p>[0.1,0.1,0.2,0.2] <p>nose</p>[0.5,0.1]")]
     marks = web.find_marks(page.geometry.pieces(session.exchanges[0].answer), "a0-")
-    assert [mark.colour for mark in marks] == [PALETTE[0]] * 3 + [PALETTE[1]] * 3 + [PALETTE[2]]
+    assert [mark.colour for mark in marks] == [PALETTE[0]] * 3 + [PALETTE[1]] * 3 + [PALETTE[2]] + [PALETTE[0]]
     assert web.render_picture(page.geometry, session).count('class="limb"') == 2
 
 
