@@ -56,6 +56,7 @@ _SELECT_SLOT = """() => setTimeout(() => {
   if (slot) area.setSelectionRange(slot.index, slot.index + slot[0].length);
 }, 50)"""
 _INTERVAL = 0.03  # seconds between two states of a growing answer: faster than this is only work for the browser
+_log = logging.getLogger(__name__)
 _SESSIONS = 100  # the longest unused are forgotten first
 _SLOT = re.compile(r"\{(\w+)\}")
 _LABELS = {
@@ -141,11 +142,15 @@ class Picture:
 
 @dataclass
 class Exchange:
-    """A question, what there is of its answer, and after it masks of its marks: data URIs by the mark's key."""
+    """A question, what there is of its answer, and after it masks of its marks: data URIs by the mark's key.
+
+    `ticket` is the session's when the question was taken: another one since then has ended the answer.
+    """
 
     question: str
     answer: str = ""
     growing: bool = False
+    ticket: int = 0
     masks: dict[str, str] = field(default_factory=dict)
 
 
@@ -415,35 +420,44 @@ class Page:
         ]
         if known:
             return f"Replace {{{known[0]}}} by what you mean."
-        session.exchanges.append(Exchange(question, growing=True))
+        session.exchanges.append(Exchange(question, growing=True, ticket=session.ticket))
         return ""
 
     def answer(self, session: Session, max_new_tokens: float, temperature: float, top_p: float) -> Iterator[str]:
         """Let the last question's answer grow in the session. Yields after each step what went wrong, "" if nothing."""
         if not session.busy:
             return
-        exchange, ticket = session.exchanges[-1], session.ticket
+        exchange = session.exchanges[-1]
         images = [session.picture.square] if session.picture is not None else []
         problem = ""
         try:
             config = GenerationConfig(int(max_new_tokens), float(temperature), float(top_p), self.generation.seed)
+            steps = self.assistant.stream([Dialog(exchange.question, images, session.history)], config)
             last = 0.0
-            for (text,) in self.assistant.stream([Dialog(exchange.question, images, session.history)], config):
-                if session.ticket != ticket:
-                    break
-                exchange.answer = text
+            # It may have been stopped while it waited for its turn.
+            while session.ticket == exchange.ticket and (texts := next(steps, None)) is not None:
+                (exchange.answer,) = texts
                 if time.monotonic() - last >= _INTERVAL:
                     yield ""
                     last = time.monotonic()
         except UserError as error:
             problem = str(error)
-            session.exchanges = [other for other in session.exchanges if other is not exchange]
+        except Exception as error:  # out of memory, for one: the others' conversations go on
+            _log.exception("The answer failed")
+            problem = f"The answer failed ({type(error).__name__}): the terminal says where."
         finally:  # also when the tab is closed in the middle
             exchange.growing = False
+        if problem:
+            session.exchanges = [other for other in session.exchanges if other is not exchange]
         yield problem
-        if self.segmenter is not None and session.picture is not None and session.ticket == ticket and not problem:
+        if self.segmenter is None or session.picture is None or problem or session.ticket != exchange.ticket:
+            return
+        try:
             exchange.masks = self._masks(self.segmenter, session.picture, exchange, len(session.exchanges) - 1)
             yield ""
+        except Exception as error:
+            _log.exception("The masks failed")
+            yield f"The masks failed ({type(error).__name__}): the terminal says where."
 
     def _masks(self, segmenter: Segmenter, picture: Picture, exchange: Exchange, number: int) -> dict[str, str]:
         marks = find_marks(self.geometry.pieces(exchange.answer), f"a{number}-")

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -300,6 +301,37 @@ def test_stop_keeps_what_there_is_and_new_forgets(
     assert session.exchanges == []
 
 
+def test_stop_reaches_an_answer_that_waits_for_its_turn(page: Page, session: Session) -> None:
+    page.begin(session, "What is it?")
+    page.stop(session)
+    assert list(page.answer(session, *SETTINGS)) == [""]
+    assert session.exchanges[0].answer == ""
+    assert asked(page, session, "And now?")
+
+
+def test_what_fails_inside_is_said_and_the_session_goes_on(
+    page: Page, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr(page.assistant.model, "embed_images", None)
+        page.begin(session, "What is it?")
+        assert list(page.answer(session, *SETTINGS)) == ["The answer failed (TypeError): the terminal says where."]
+    assert session.exchanges == []
+    assert asked(page, session, "What is it?")
+
+
+def test_a_model_of_text_alone_has_no_upload(processor: Processor, tmp_path: Path) -> None:
+    assistant = Assistant(Sphinx(tiny_model(vision=None)), processor)
+    page = Page(assistant, GenerationConfig(max_new_tokens=8), WebConfig())
+    assert page.show(Session(), encoded(scene()), "x.png") == "This model reads text alone."
+    with pytest.raises(UserError, match=r"image=x\.png: this model has no vision part"):
+        page.start("x.png")
+    blocks = web.build(page, Session(), tmp_path, "a model")
+    hidden = [block for block in blocks.blocks.values() if getattr(block, "visible", True) is False]
+    inside = {child.elem_id for block in hidden for child in getattr(block, "children", [])}
+    assert {"picture", "upload"} <= inside
+
+
 def test_a_tab_closed_in_the_middle_leaves_the_session_usable(page: Page, session: Session) -> None:
     page.begin(session, "What is it?")
     steps = page.answer(session, *SETTINGS)
@@ -489,6 +521,29 @@ def test_every_tab_has_its_own_conversation(served: Callable[[str], Tab], monkey
     assert "first question" in one.call("on_begin", None, "third question")[-1]["output"]["data"][1]
 
 
+def test_the_model_answers_one_tab_at_a_time(
+    served: Callable[[str], Tab], page: Page, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running: list[int] = [0]
+    most: list[int] = []
+    stream = page.assistant.stream
+
+    def counted(*arguments: Any) -> Iterator[list[str]]:
+        running[0] += 1
+        most.append(running[0])
+        yield from stream(*arguments)
+        running[0] -= 1
+
+    monkeypatch.setattr(page.assistant, "stream", counted)
+    tabs = [served(name) for name in ("one", "two", "three")]
+    for tab in tabs:
+        tab.call("on_begin", None, "What is it?")
+    with ThreadPoolExecutor() as pool:
+        done = list(pool.map(lambda tab: tab.call("on_answer", None, *SETTINGS)[-1]["success"], tabs))
+    assert done == [True] * 3
+    assert most == [1] * 3
+
+
 # In a browser
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -560,6 +615,7 @@ def site(tmp_path: Path, processor: Processor, sam: Path) -> Iterator[str]:
 def test_a_browser_uploads_asks_and_sees_boxes(site: str, tmp_path: Path) -> None:
     from playwright.sync_api import expect, sync_playwright
 
+    expect.set_options(timeout=30_000)
     (tmp_path / "text.png").write_text("This is text.")
     (tmp_path / "wide.png").write_bytes(bomb(60_000, 60_000))
     (tmp_path / "large.png").write_bytes(encoded(scene()) + bytes(200_000))
@@ -634,6 +690,32 @@ def test_a_browser_uploads_asks_and_sees_boxes(site: str, tmp_path: Path) -> Non
         page.click("#new")
         expect(page.locator("#talk .question")).to_have_count(0)
         expect(page.locator("#picture img")).to_be_visible()
+
+        # The small model may be done before Stop arrives; that it ends the answer is tested above.
+        page.fill("#question textarea", web.instructions()["grounded_caption"])
+        page.evaluate(
+            """() => { const wait = setInterval(() => {
+              if (!document.querySelector('#talk .answer')?.textContent) return;
+              clearInterval(wait);
+              document.querySelector('#stop').click();
+            }, 5); }"""
+        )
+        page.press("#question textarea", "Enter")
+        expect(page.locator("#talk .answer:not(.growing)")).to_have_count(1)
+        assert plain.startswith(page.locator("#talk .answer").inner_text())
+        expect(page.locator("#send")).to_be_visible()
+
+        page.evaluate(
+            """async () => {
+              const blob = await new Promise(done => { const canvas = document.createElement('canvas');
+                canvas.width = 40; canvas.height = 20; canvas.toBlob(done); });
+              const data = new DataTransfer();
+              data.items.add(new File([blob], 'dropped.png', {type: 'image/png'}));
+              const event = new DragEvent('drop', {dataTransfer: data, bubbles: true, cancelable: true});
+              document.querySelector('#picture .picture').dispatchEvent(event); }"""
+        )
+        expect(page.locator("#picture figcaption")).to_contain_text("dropped.png, 40 x 20 pixels")
+        expect(page.locator("#talk .answer")).to_have_count(0)
         assert hosts <= {urlsplit(site).netloc, ""}, "nothing may be fetched from elsewhere"
         assert broken == []
         browser.close()
