@@ -697,7 +697,7 @@ def test_a_browser_uploads_asks_and_sees_boxes(site: str, tmp_path: Path) -> Non
             """() => { const wait = setInterval(() => {
               if (!document.querySelector('#talk .answer')?.textContent) return;
               clearInterval(wait);
-              document.querySelector('#stop').click();
+              document.querySelector('#stop')?.click();
             }, 5); }"""
         )
         page.press("#question textarea", "Enter")
