@@ -427,7 +427,7 @@ class Page:
         """Let the last question's answer grow in the session. Yields after each step what went wrong, "" if nothing."""
         if not session.busy:
             return
-        exchange = session.exchanges[-1]
+        exchange, number = session.exchanges[-1], len(session.exchanges) - 1
         images = [session.picture.square] if session.picture is not None else []
         problem = ""
         try:
@@ -453,7 +453,7 @@ class Page:
         if self.segmenter is None or session.picture is None or problem or session.ticket != exchange.ticket:
             return
         try:
-            exchange.masks = self._masks(self.segmenter, session.picture, exchange, len(session.exchanges) - 1)
+            exchange.masks = self._masks(self.segmenter, session.picture, exchange, number)
             yield ""
         except Exception as error:
             _log.exception("The masks failed")
@@ -576,14 +576,17 @@ def build(page: Page, initial: Session, folder: Path, title: str, question: str 
             return session, *views(session, problem), asked if problem else "", *buttons(session.busy)
 
         def on_answer(session: Session, *settings: float) -> Iterator[tuple[Any, ...]]:
-            asked = session.exchanges[-1].question if session.busy else ""
-            drawn = ""
+            taken = session.exchanges[-1] if session.busy else None
+            drawn = render_picture(geometry, session)  # as on_begin has sent it
             for problem in page.answer(session, *settings):
                 texts, places, notices = views(session, problem)
                 # The picture is large: sent again only when something new is on it.
                 changed = gr.skip() if places == drawn else places
                 drawn = places
-                yield texts, changed, notices, asked if problem else gr.skip(), *buttons(session.busy)
+                again: Any = gr.skip()
+                if problem and taken is not None and not any(other is taken for other in session.exchanges):
+                    again = taken.question
+                yield texts, changed, notices, again, *buttons(session.busy)
 
         def on_stop(session: Session) -> None:
             page.stop(session)

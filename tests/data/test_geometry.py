@@ -140,6 +140,26 @@ def test_parsing_never_raises():
         G.parse_grounded(text)
 
 
+def test_pieces_join_to_the_text_and_name_what_parsing_finds():
+    text = "A <p>dog</p> [0.1,0.2,0.3,0.4; 0.5,0.5,0.6,0.6] at [0.5,0.5], <p>cat</p>[no] [0.1,0.2,0.3,0.4;0.5"
+    pieces = G.pieces(text)
+    assert "".join(piece.text for piece in pieces) == text
+    named = [piece for piece in pieces if piece.numbers]
+    assert [piece.phrase for piece in named] == ["dog", "", ""]
+    assert [piece.numbers for piece in named] == [
+        "[0.1,0.2,0.3,0.4; 0.5,0.5,0.6,0.6]",
+        "[0.5,0.5]",
+        "[0.1,0.2,0.3,0.4;0.5",
+    ]
+    assert [box for piece in named for box in piece.boxes] == G.parse_boxes(text)
+    assert [point for piece in named for point in piece.points] == G.parse_points(text)
+    draw = random.Random(0)
+    for _ in range(500):
+        text = "".join(draw.choice(["<p>", "</p>", "[", "]", ",", ";", "0.1", "a ", "0.5,0.5"]) for _ in range(20))
+        assert "".join(piece.text for piece in G.pieces(text)) == text
+    assert G.pieces("") == []
+
+
 def test_iou():
     assert iou((0, 0, 2, 2), (1, 1, 3, 3)) == pytest.approx(1 / 7)
     assert iou((0, 0, 1, 1), (0, 0, 1, 1)) == 1
