@@ -5,10 +5,6 @@ PY := $(VENV)/bin/python
 OUT = outputs/$(RECIPE)
 TRAIN = $(PY) train.py experiment=$(RECIPE) overwrite=true
 STAMP := $(VENV)/.installed
-# What the extra `web` installs. gradio 6.31 asks for pillow<13; with 13 its page passes the tests, so that here, where
-# the versions are the tested ones, its own bounds are not read.
-WEB := gradio gradio_client hf-gradio groovy brotli fastapi starlette uvicorn orjson pandas pytz pydub python-multipart \
-	safehttpx semantic-version tomlkit
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo sample-full test test-long lint types build clean
@@ -26,8 +22,7 @@ venv: $(STAMP)
 $(STAMP): setup.cfg constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11: make PYTHON=python3.11"; exit 2; }
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[sample,tensorboard,dev]'
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps $(WEB)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[sample,tensorboard,web,dev]'
 	@touch $@
 
 # Nothing here that is not a command of its own in the README. Finished steps are made anew. The runs without text stop
