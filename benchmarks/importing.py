@@ -64,19 +64,50 @@ def write_random(folder: Path, layers: int, shards: int, tokenizer: Path) -> int
     return max(TensorInfo(shape, pool.dtype).nbytes for shape in shapes.values())
 
 
-def folder_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.iterdir())
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A command: bytes that it wrote, seconds until they were on the disk, peak resident memory in bytes."""
+
+    written: int
+    seconds: float
+    peak: int
 
 
-def timed(command: Sequence[str]) -> tuple[float, int]:
-    """Seconds until a command's bytes are on the disk, and its peak resident memory in bytes."""
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """`largest`: bytes of the largest tensor."""
+
+    largest: int
+    copied: Run
+    imported: Run
+
+
+def timed(command: Sequence[str], out: Path) -> Run:
+    """Of a command that writes the folder `out`."""
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)  # of this child alone, unlike RUSAGE_CHILDREN
     if status:
         raise subprocess.CalledProcessError(status, command)
     os.sync()
-    return time.perf_counter() - start, usage.ru_maxrss * 1024
+    seconds = time.perf_counter() - start
+    return Run(sum(file.stat().st_size for file in out.iterdir()), seconds, usage.ru_maxrss * 1024)
+
+
+def measure(folder: Path, layers: int, shards: int, tokenizer: Path) -> Measured:
+    """In `folder`, which is made and removed."""
+    released, copy, out = (folder / name for name in ("released", "copy", "imported"))
+    folder.mkdir(parents=True)
+    try:
+        with ProcessPoolExecutor(mp_context=get_context("spawn")) as process:  # gives its memory back
+            largest = process.submit(write_random, released, layers, shards, tokenizer).result()
+        os.sync()
+        copied = timed(["cp", "-r", str(released), str(copy)], copy)
+        shutil.rmtree(copy)
+        command = [sys.executable, "-m", "sphinx_pl.checkpoint", "import", str(released), str(out)]
+        return Measured(largest, copied, timed(command, out))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,35 +119,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     o = parser.parse_args(arguments)
     if o.folder.exists():
         parser.error(f"{o.folder} exists")
+    found = measure(o.folder, o.layers, o.shards, o.tokenizer)
+    title = f"decoder of {MODEL}, {o.layers} layers, {o.shards} shards"
+    table = Table("", "GB written", "seconds", "GB/s", "peak GB", title=title)
+    for name, run in (("cp", found.copied), ("import", found.imported)):
+        size = run.written / 1e9
+        # A child's peak begins with what its parent had when it was started: of cp that is all.
+        peak = f"{run.peak / 1e9:.2f}" if name == "import" else ""
+        table.add_row(name, f"{size:.1f}", f"{run.seconds:.0f}", f"{size / run.seconds:.2f}", peak)
+    ratio = (found.imported.seconds / found.imported.written) / (found.copied.seconds / found.copied.written)
     console = Console()
-    released, copy, out = (o.folder / name for name in ("released", "copy", "imported"))
-    try:
-        console.print("Writing random numbers")
-        with ProcessPoolExecutor(mp_context=get_context("spawn")) as process:  # gives its memory back
-            largest = process.submit(write_random, released, o.layers, o.shards, o.tokenizer).result()
-        os.sync()
-        table = Table(
-            "",
-            "GB written",
-            "seconds",
-            "GB/s",
-            "peak GB",
-            title=f"decoder of {MODEL}, {o.layers} layers, {o.shards} shards",
-        )
-
-        def measure(name: str, command: Sequence[str], written: Path) -> float:
-            seconds, peak = timed(command)
-            size = folder_bytes(written) / 1e9
-            table.add_row(name, f"{size:.1f}", f"{seconds:.0f}", f"{size / seconds:.2f}", f"{peak / 1e9:.2f}")
-            return seconds / size
-
-        plain = measure("cp", ["cp", "-r", str(released), str(copy)], copy)
-        shutil.rmtree(copy)
-        ours = measure("import", [sys.executable, "-m", "sphinx_pl.checkpoint", "import", str(released), str(out)], out)
-        console.print(table)
-        console.print(f"largest tensor {largest / 1e9:.2f} GB; a byte costs {ours / plain:.2f} times as long as by cp")
-    finally:
-        shutil.rmtree(o.folder, ignore_errors=True)
+    console.print(table)
+    console.print(f"largest tensor {found.largest / 1e9:.2f} GB; a byte costs {ratio:.2f} times as long as by cp")
     return 0
 
 

@@ -71,7 +71,8 @@ class Terminal:
             self.console.print(text[len(answer) :] if text.startswith(answer) else f"\n{text}", end="", markup=False)
             answer = text
         self.console.print()
-        self.dialog = asked.answered(answer, "")
+        if answer:  # a turn without an answer is no turn
+            self.dialog = asked.answered(answer, "")
         if self.image is not None:
             self._draw(self.image, question, answer)
         return answer

@@ -363,7 +363,9 @@ def write_original(checkpoint: Checkpoint, out: Path, shards: int = 1) -> str:
     if out.exists():
         raise UserError(f"'{out}' exists: choose another path")
     kind = original_type(checkpoint)
-    experts = checkpoint.model_config.decoder.experts
+    experts, kv_heads = checkpoint.model_config.decoder.experts, checkpoint.model_config.decoder.kv_heads
+    if kv_heads % shards:  # the original gives every rank whole heads
+        raise UserError(f"'{checkpoint.path}' has {kv_heads} key/value heads, not a multiple of {shards} shards")
     unused = dict(checkpoint.unused())
     names = {their_name(name): name for name in checkpoint}
     whole = their_infos(checkpoint)

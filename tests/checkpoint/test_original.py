@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import skip_data
@@ -32,6 +33,7 @@ from sphinx_pl.data.packing import Collator
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.record import ImageRef, Record, Turn
 from sphinx_pl.errors import UserError
+from sphinx_pl.inference import Assistant, Dialog
 from sphinx_pl.models.generation import GenerationConfig, Prompt, generate
 from sphinx_pl.models.sphinx import Sphinx, packed_mask
 from sphinx_pl.models.towers import map_to_tokens
@@ -197,6 +199,8 @@ def test_to_our_format_and_back_is_bit_for_bit(write: Write, tmp_path: Path, sha
             else:
                 assert not value.any(), key
         assert {key for key in new if key not in old} == LEFTOVERS
+    with pytest.raises(UserError, match="8 key/value heads, not a multiple of 16"):
+        write_original(open_checkpoint(ours), tmp_path / "many", 16)
     again = open_checkpoint(tmp_path / "again")
     assert again.model_config == before.model_config
     assert again.tokenizer_file.read_bytes() == before.tokenizer_file.read_bytes()
@@ -419,6 +423,17 @@ def test_full_size_round_trip_is_bit_for_bit(tmp_path: Path, kind: str) -> None:
         for name in before:
             assert torch.equal(after.tensor(name), before.tensor(name)), name
         shutil.rmtree(back)
+    shutil.rmtree(tmp_path / "ours")
+
+    # Every type of this family answers from its folder alone, which meta.json names.
+    family = {k: t["config"] for k, t in NAMES["types"].items() if t["family"] == NAMES["types"][kind]["family"]}
+    pooled = {"llama_ens5p2": family["llama_ens5"]} if kind == "llama_ens" else {}
+    for name, sizes in (family | pooled).items():
+        (theirs / "meta.json").write_text(json.dumps({"llama_type": name}))
+        (theirs / "config.json").write_text(json.dumps(sizes))
+        assistant = Assistant.load(theirs, "cpu", "bf16")
+        dialog = Dialog("What's in the image?", images=[GOLDEN / "image_a.png"])
+        assert len(assistant.generate([dialog], GenerationConfig(max_new_tokens=4))) == 1
 
 
 @pytest.mark.long
@@ -478,4 +493,36 @@ def test_whole_path_with_full_size_towers(tmp_path: Path) -> None:
         prompts.append(Prompt(ids, image[None], max_new_tokens=limit))
     found = generate(model, prompts, GenerationConfig())
     assert found == [measured[f"gen_ab/ids_{row}"].tolist() for row in range(2)]
+
+    # Without images, and with the images resized as is right instead of in float16.
+    texts = [processor.sample(dataclasses.replace(record, images=()), "reference") for record in DIALOGS]
+    batch = Collator(max(sample.length for sample in texts), 224)([[sample] for sample in texts])
+    loss = model.token_losses(batch).nll.mean().detach()
+    check("loss of text alone", torch.stack([loss, 0 * loss]), torch.stack([measured["loss_text_only"], 0 * loss]))
+    assert checkpoint.model_config.vision is not None
+    vision = dataclasses.replace(checkpoint.model_config.vision, half_resize=False)
+    with torch.device("meta"):
+        plain = Sphinx(dataclasses.replace(checkpoint.model_config, vision=vision)).eval()
+    plain.load_state_dict(model.state_dict(), assign=True)
+    with torch.inference_mode():
+        tokens = plain.embed_images(pixels[:1])
+        check("image tokens, float32 resizing", tokens[:, 1:-1], measured["nohalf/image_tokens_a"][0])
+        batch = collate([[samples[0]]])
+        x, _ = plain._embed(batch)
+        mask = packed_mask(batch.segment_ids, batch.branch_ids)
+        logits = plain.decoder.logits(plain.decoder(x, batch.position_ids, mask))[0]
+        length = samples[0].length
+        check(
+            "logits, float32 resizing",
+            logits[IMAGE_WORDS:length],
+            measured["nohalf/logits_a"][0, : length - IMAGE_WORDS],
+        )
+        moved = (measured["nohalf/logits_a"] - measured["logits_a"])[0, : length - IMAGE_WORDS].abs().max()
+        figures.append(f"float16 resizing moves logits by {float(moved):.1e} at most")
+        clip = model.mixer.towers["clip"]
+        exact = clip(view)
+        for block in clip.model.transformer.resblocks:
+            block.mlp.gelu = QuickGELU()
+        moved = (clip(view) - exact).abs()
+        figures.append(f"QuickGELU moves CLIP's tokens by {float(moved.mean()):.4f}, {float(moved.max()):.3f} at most")
     print("\n".join(figures))
