@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from sphinx_pl.errors import UserError
@@ -201,3 +205,58 @@ def test_flops_of_each_tower(sample: Sphinx) -> None:
         with FlopCounterMode(display=False) as counter:
             tower(torch.randn(1, 3, 64, 64))
         assert tower.flops() == pytest.approx(counter.get_total_flops(), rel=0.03), tower.key
+
+
+def half(pixels: Tensor, size: int, mode: str = "bicubic") -> Tensor:
+    return F.interpolate(pixels.half(), size=(size, size), mode=mode).float()
+
+
+def quarters(pixels: Tensor) -> list[Tensor]:
+    n = pixels.shape[-1] // 2
+    return [pixels[..., :n, :n], pixels[..., :n, n:], pixels[..., n:, :n], pixels[..., n:, n:]]
+
+
+# What each tower's first layer gets in the original, as its code resizes and cuts: {tower: views of an image}.
+ORIGINAL_VIEWS = {
+    "sphinx_7b": lambda x: {"convnext": [half(x, 256, "nearest")], "clip": [x]},
+    "sphinx_1k_13b": lambda x: {
+        "convnext": [half(view, 256, "nearest") for view in (half(x, 224), *quarters(x))],
+        "clip": [half(x, 224), *quarters(x)],
+    },
+    "sphinx_tiny": lambda x: {"convnext": [half(x, 512)], "dinov2": [half(x, 224)]},
+    "sphinx_tiny_1k": lambda x: {
+        "convnext": [half(x, 512), *quarters(x)],
+        "dinov2": [half(x, 224), *quarters(half(x, 448))],
+    },
+    "sphinx_moe": lambda x: {"convnext": [half(x, 512)], "clip": [half(x, 224)]},
+    "sphinx_moe_1k": lambda x: {
+        "convnext": [half(x, 512), *quarters(x)],
+        "qformer": [half(x, 224), *quarters(half(x, 448))],
+    },
+}
+
+
+@pytest.mark.parametrize("name", ORIGINAL_VIEWS)
+def test_towers_get_the_originals_views(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sizes of the released models, the towers themselves small."""
+    tiny = {"width": 8, "layers": 1, "heads": 1}
+    config = model_config(name).vision
+    assert config is not None
+    small = {key: dataclasses.replace(tower, **tiny) for key in ("clip", "dinov2") if (tower := getattr(config, key))}
+    assert config.convnext is not None
+    small["convnext"] = dataclasses.replace(config.convnext, dims=[2, 2, 2, 8], depths=[0, 0, 0, 0])
+    if config.qformer:
+        sizes = tiny | {"vision_width": 8, "vision_layers": 1, "vision_heads": 1}
+        small["qformer"] = dataclasses.replace(config.qformer, **sizes)
+    mixer = VisionMixer(dataclasses.replace(config, **small), 4)
+    seen: dict[str, Tensor] = {}
+    for key, tower in mixer.towers.items():
+        encode = tower.encode
+        monkeypatch.setattr(
+            tower, "encode", lambda pixels, key=key, encode=encode: encode(seen.setdefault(key, pixels))
+        )
+    pixels = Sphinx.normalise(torch.randint(0, 256, (2, 3, config.image_size, config.image_size), dtype=torch.uint8))
+    with torch.no_grad():
+        assert mixer(pixels).shape[:2] == (2, config.tokens_per_image)
+    for key, views in ORIGINAL_VIEWS[name](pixels).items():
+        assert torch.equal(seen[key], torch.stack(views, dim=1).flatten(0, 1)), key
