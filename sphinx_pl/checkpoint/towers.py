@@ -584,6 +584,18 @@ def match(tower: Tower, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Sour
     return sources
 
 
+def check_pretrained(tower: Tower, source: str) -> tuple[TowerFiles, dict[str, Source]]:
+    """What `load_pretrained` would read into `tower`, which may be on the meta device. Raises as that does."""
+    try:
+        files = find_files(tower, source)
+        if isinstance(tower, ClipViT) and (trained_with := _trained_with_quick_gelu(files[0].parent)) is not None:
+            _check_gelu(tower, trained_with)
+        weights = TowerFiles(files)
+        return weights, match(tower, weights.shapes)
+    except UserError as error:
+        raise UserError(f"model.vision.{tower.key}.load={source}: {error}") from error
+
+
 def load_pretrained(tower: Tower, source: str) -> None:
     """Fill `tower` (its meta tensors too, on the CPU then) with released weights, one tensor at a time.
 
@@ -596,14 +608,7 @@ def load_pretrained(tower: Tower, source: str) -> None:
         UserError: nothing found under `source`, a file that is damaged or holds more than tensors, or weights that are
             not this tower's.
     """
-    try:
-        files = find_files(tower, source)
-        if isinstance(tower, ClipViT) and (trained_with := _trained_with_quick_gelu(files[0].parent)) is not None:
-            _check_gelu(tower, trained_with)
-        weights = TowerFiles(files)
-        sources = match(tower, weights.shapes)
-    except UserError as error:
-        raise UserError(f"model.vision.{tower.key}.load={source}: {error}") from error
+    weights, sources = check_pretrained(tower, source)
     if any(value.is_meta for value in tower.state_dict().values()):
         tower.to_empty(device="cpu")
     copy_into(

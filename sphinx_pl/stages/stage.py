@@ -7,6 +7,7 @@ mixture, from which weights and how long: all of it configuration, so there is o
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 from typing import Any, cast
 
 import lightning as L
@@ -15,18 +16,21 @@ from torch import Tensor
 
 from sphinx_pl.checkpoint.format import differences, open_checkpoint
 from sphinx_pl.checkpoint.provenance import hash_file
-from sphinx_pl.checkpoint.towers import load_pretrained
+from sphinx_pl.checkpoint.towers import check_pretrained, load_pretrained
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.record import Batch
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.decoder import Decoder
 from sphinx_pl.models.sphinx import Sphinx
-from sphinx_pl.models.towers import Tower
+from sphinx_pl.models.towers import Tower, build_towers
 from sphinx_pl.stages.optim import OptimConfig, build_adamw, warmup_cosine
 from sphinx_pl.typed import build
 
 log = logging.getLogger(__name__)
+
+_INPUTS = ("model.vision.clip.quick_gelu", "model.vision.half_resize")
+"""How towers compute, not what a weight means. Released weights need others than their own inference has."""
 
 
 class Stage(L.LightningModule):
@@ -82,7 +86,8 @@ class Stage(L.LightningModule):
             processor: of this run, to compare with the one that `init_from` was trained with.
 
         Raises:
-            UserError: an unknown part, no checkpoint at `init_from`, or one of another model or tokenizer.
+            UserError: an unknown part, no checkpoint at `init_from` or one of another model or tokenizer, or weights to
+                start from that are not there or not this model's.
         """
         vision = self.config.vision
         parts = ["decoder", *(["projections", *vision.towers] if vision else [])]
@@ -97,16 +102,18 @@ class Stage(L.LightningModule):
         if self.resumed:
             return
         if not self.init_from:
-            if source := self.config.decoder.load:
-                with torch.device("meta"):
-                    open_checkpoint(source).check(Decoder(self.config.decoder), "decoder.")
+            self._check_pretrained()
             return
         checkpoint = open_checkpoint(self.init_from)
-        if differing := differences(checkpoint.model_config.to_dict(), self.config.to_dict(), "model"):
-            raise UserError(
-                f"stage.init_from={self.init_from} holds another model, {differing[0]}: "
-                "compose the model that it was made with"
-            )
+        differing = differences(checkpoint.model_config.to_dict(), self.config.to_dict(), "model")
+        for difference in differing:
+            if difference.startswith(_INPUTS):
+                log.warning("%s in stage.init_from=%s and in this run", difference, self.init_from)
+            else:
+                raise UserError(
+                    f"stage.init_from={self.init_from} holds another model, {difference}: "
+                    "compose the model that it was made with"
+                )
         if processor is None:
             return
         if hash_file(checkpoint.tokenizer_file) != hash_file(processor.tokenizer.path):
@@ -116,6 +123,23 @@ class Stage(L.LightningModule):
             )
         for difference in differences(checkpoint.processor, processor.to_dict(), "data.processor"):
             log.warning("%s in stage.init_from=%s and in this run", difference, self.init_from)
+
+    def _check_pretrained(self) -> None:
+        vision, decoder = self.config.vision, self.config.decoder
+        with torch.device("meta"):
+            if decoder.load:
+                checkpoint = open_checkpoint(decoder.load)
+                checkpoint.check(Decoder(decoder), "decoder.")
+                # Shapes don't show these: one matrix is 32 heads of 128 or 64 of 64.
+                theirs, ours = asdict(checkpoint.model_config.decoder), asdict(decoder)
+                for name in ("max_positions", "balance_weight"):  # what is trained here may have others
+                    theirs[name] = ours[name]
+                if differing := differences(theirs, ours, "model.decoder"):
+                    raise UserError(f"model.decoder.load={decoder.load} holds another decoder: {differing[0]} here")
+            if vision and any(getattr(vision, key).load for key in vision.towers):
+                for key, tower in build_towers(vision).items():
+                    if source := getattr(vision, key).load:
+                        check_pretrained(cast(Tower, tower), source)
 
     def configure_model(self) -> None:
         if self.model is not None:

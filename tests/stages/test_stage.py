@@ -9,9 +9,10 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from callbacks.export import ExportModel
-from sphinx_pl.checkpoint.format import open_checkpoint
+from sphinx_pl.checkpoint.format import open_checkpoint, write_checkpoint
 from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.packing import Collator
 from sphinx_pl.data.processor import Processor
@@ -111,6 +112,43 @@ def test_an_exported_stage_starts_the_next_one_and_another_model_is_refused(
     config.decoder.layers = 1
     with pytest.raises(UserError, match=r"model\.decoder\.layers is 2 and 1"):
         Stage(config, "second", ALL, OPTIM, max_steps=1, init_from=str(out)).configure_model()
+
+
+def test_released_weights_are_checked_before_anything_is_built(
+    processor: Processor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny_model()
+    first = Sphinx(config)
+    weights, tower = tmp_path / "weights", tmp_path / "clip.safetensors"
+    path = Path(processor.tokenizer.path)
+    write_checkpoint(weights, first.state_dict(), config.to_dict(), processor.to_dict(), path, {"stage": None})
+    assert first.mixer is not None
+    save_file(first.mixer.towers["clip"].state_dict(), tower)
+
+    config = tiny_model()
+    assert config.vision is not None
+    assert config.vision.clip is not None
+    assert config.vision.dinov2 is not None
+    config.decoder.load, config.vision.clip.load = str(weights), str(tower)
+    stage = Stage(config, "second", ALL, OPTIM, max_steps=1)
+    stage.configure_model()
+    for name, value in first.state_dict().items():
+        if name.startswith(("decoder.", "mixer.towers.clip.")):
+            assert torch.equal(stage.sphinx.state_dict()[name], value), name
+
+    config.vision.dinov2.load = str(tower)
+    with pytest.raises(UserError, match=r"model\.vision\.dinov2\.load=.*clip\.safetensors"):
+        stage.check()
+    config.decoder.rope_theta = 500.0  # which no shape shows
+    with pytest.raises(UserError, match=r"another decoder: model\.decoder\.rope_theta is 10000\.0 and 500\.0"):
+        stage.check()
+
+    config = tiny_model()
+    assert config.vision is not None
+    assert config.vision.clip is not None
+    config.vision.clip.quick_gelu = not config.vision.clip.quick_gelu
+    Stage(config, "third", ALL, OPTIM, max_steps=1, init_from=str(weights)).check(processor)
+    assert "model.vision.clip.quick_gelu" in caplog.text
 
 
 def records_of_every_task(folder: Path) -> dict[str, list[Record]]:
