@@ -9,6 +9,7 @@ tokenizer.model
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 from collections.abc import Iterable, Sequence
@@ -34,6 +35,8 @@ from sphinx_pl.checkpoint.parallel import ParallelFiles, split, write_parallel
 from sphinx_pl.cli import CONFIG_FOLDER
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.models.config import DecoderConfig, SphinxConfig
+
+log = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 META = "meta.json"
@@ -205,6 +208,11 @@ class OriginalCheckpoint(Checkpoint):
                 "`python -m sphinx_pl.checkpoint import … --base FOLDER`"
             )
         super().check(module, part)
+
+    def load_into(self, module: nn.Module, part: str = "") -> None:
+        super().load_into(module, part)
+        if note := self.provenance.get("note"):
+            log.warning("%s: %s", self.path, note)
 
     def keys(self) -> Sequence[str]:
         return list(self._theirs)

@@ -364,6 +364,18 @@ def test_differences_are_added_to_their_base(write: Write, tmp_path: Path) -> No
         Restored(delta, open_checkpoint(base))
 
 
+def test_it_says_which_of_the_originals_defects_it_reproduces(write: Write, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint = open_checkpoint(write())
+    assert checkpoint.model_config.vision is not None
+    assert checkpoint.model_config.vision.clip is not None
+    assert not checkpoint.model_config.vision.clip.quick_gelu
+    assert checkpoint.model_config.vision.half_resize
+    with torch.device("meta"):
+        model = Sphinx(checkpoint.model_config)
+    checkpoint.load_into(model.decoder.to_empty(device="cpu"), "decoder.")
+    assert "exact GELU" in caplog.text
+
+
 def test_an_unknown_tensor_is_named(write: Write) -> None:
     checkpoint = open_checkpoint(write(extra={"llma.layers.0.adapter.weight": torch.zeros(2)}))
     assert "decoder.layers.0.adapter.weight" in list(checkpoint)
