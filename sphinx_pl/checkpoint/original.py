@@ -84,21 +84,20 @@ _FLAT = ("mixer.start_img", "mixer.end_img")  # [1, 1, D] there, [D] here
 
 def our_name(name: str) -> str:
     """The original's name of a tensor -> the one that `Sphinx` gives it."""
-    theirs, ours = next(pair for pair in _PREFIXES if name.startswith(pair[0]))
-    name = ours + name[len(theirs) :]
-    if name.startswith("mixer.towers.dinov2."):
-        for theirs, ours in _SWIGLU:
-            name = name.replace(theirs, ours)
-    return name
+    return _renamed(name, 0, 1)
 
 
 def their_name(name: str) -> str:
     """The inverse of `our_name`."""
-    theirs, ours = next(pair for pair in _PREFIXES if name.startswith(pair[1]))
-    name = theirs + name[len(ours) :]
-    if name.startswith("llma.dinov2_vitg14."):
-        for theirs, ours in _SWIGLU:
-            name = name.replace(ours, theirs)
+    return _renamed(name, 1, 0)
+
+
+def _renamed(name: str, old: int, new: int) -> str:
+    prefix = next(pair for pair in _PREFIXES if name.startswith(pair[old]))
+    name = prefix[new] + name[len(prefix[old]) :]
+    if "dinov2" in prefix[0]:
+        for part in _SWIGLU:
+            name = name.replace(part[old], part[new])
     return name
 
 
