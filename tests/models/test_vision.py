@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sphinx_pl.errors import UserError
@@ -202,7 +203,8 @@ def test_flops_of_each_tower(sample: Sphinx) -> None:
     sample.requires_grad_(False)
     assert sample.mixer is not None
     for tower in sample.mixer.towers.values():
-        with FlopCounterMode(display=False) as counter:
+        # Plain matmuls: the counter of torch 2.11 does not know the CPU's fused attention.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             tower(torch.randn(1, 3, 64, 64))
         assert tower.flops() == pytest.approx(counter.get_total_flops(), rel=0.03), tower.key
 
