@@ -62,11 +62,13 @@ def main(cfg: DictConfig) -> None:
     options = pick(ChatConfig, cfg)
     assert options.checkpoint is not None
 
-    from sphinx_pl.inference import Assistant
+    from sphinx_pl.inference import Assistant, open_picture
     from sphinx_pl.models.generation import GenerationConfig
     from sphinx_pl.terminal import Terminal
 
     generation = GenerationConfig(**vars(options.generation))
+    if options.image:
+        open_picture(options.image)  # a mistake is answered before the model is loaded
     if options.ui == "web":
         _serve(options, generation)
         return
@@ -82,6 +84,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def _serve(options: ChatConfig, generation: GenerationConfig) -> None:
+    from sphinx_pl.evaluation.device import choose_device
     from sphinx_pl.inference import Assistant
     from sphinx_pl.segment import Segmenter
     from sphinx_pl.web import Page, WebConfig, check_address, serve
@@ -89,8 +92,8 @@ def _serve(options: ChatConfig, generation: GenerationConfig) -> None:
     assert options.checkpoint is not None
     config = WebConfig(options.host, options.port, options.max_upload_mb, options.max_pixels)
     check_address(config.host, config.port)
+    segmenter = Segmenter.load(options.sam, choose_device(options.device)) if options.sam else None
     assistant = Assistant.load(options.checkpoint, options.device, options.precision)
-    segmenter = Segmenter.load(options.sam, assistant.device) if options.sam else None
     page = Page(assistant, generation, config, segmenter)
     serve(page, page.start(options.image), options.checkpoint, options.question or "")
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from sphinx_pl.checkpoint.format import open_checkpoint
 from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.conversation import END_OF_TURN
-from sphinx_pl.data.images import decode, padded_resize, read_bytes, to_tensor
+from sphinx_pl.data.images import decode, padded_resize, read_bytes, to_tensor, upright_rgb
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.record import ImageRef, Record, Turn
 from sphinx_pl.errors import UserError
@@ -73,32 +73,41 @@ class Assistant:
         return cls(model, processor, precision)
 
     def generate(self, dialogs: Sequence[Dialog], config: GenerationConfig | None = None) -> list[str]:
-        """The answers, generated in one batch.
+        """The answers, generated in one batch. They end at the decoder's last position if not before.
 
         Raises:
-            UserError: an image that cannot be read, or a prompt that is too long.
+            UserError: an image that cannot be read, or a dialog that leaves no room for an answer.
         """
         with autocast(self.device, self.precision):
             return [
-                self.processor.decode(ids) for ids in generate(self.model, self._prompts(dialogs), self._end(config))
+                self.processor.decode(ids)
+                for ids in generate(self.model, self._prompts(dialogs, config), self._end(config))
             ]
 
     def stream(self, dialogs: Sequence[Dialog], config: GenerationConfig | None = None) -> Iterator[list[str]]:
         """As `generate`, but yields what there is of every answer after each token; the last are the answers."""
-        steps = stream(self.model, self._prompts(dialogs), self._end(config))
+        steps = stream(self.model, self._prompts(dialogs, config), self._end(config))
+        ids: list[list[int]] = []
+        shown: list[str] = []
         while True:
             with autocast(self.device, self.precision):  # not while the caller's code runs
-                answers = next(steps, None)
-            if answers is None:
-                return
-            yield [_certain(self.processor.tokenizer.decode(ids)) for ids in answers]
+                grown = next(steps, None)
+            if grown is None:
+                break
+            ids, shown = grown, [_certain(self.processor.tokenizer.decode(answer)) for answer in grown]
+            yield shown
+        if (answers := [self.processor.decode(answer) for answer in ids]) != shown:  # what began was not an end
+            yield answers
 
     @torch.no_grad()
     def compute_logits(self, dialog: Dialog, answer: str = "") -> Tensor:
-        """Logits [T, vocab] in float32 at every position of the prompt and, if given, the answer behind it."""
-        (prompt,) = self._prompts([dialog])
+        """Logits [T, vocab] in float32 at every position of the prompt and, if given, the answer behind it.
+
+        The answer's tokens are those of training: it begins a word, whether it begins with a space or not.
+        """
+        (prompt,) = self._prompts([dialog], None)
         if answer:
-            prompt.ids = prompt.ids + self.processor.tokenizer.encode(answer)
+            prompt.ids = prompt.ids + self.processor.tokenizer.encode(answer.strip())
         ids = torch.tensor(prompt.ids, device=self.device)[None]
         with autocast(self.device, self.precision):
             x = place_images(self.model, self.model.decoder.embed(ids.clamp(min=0)), ids, [prompt])
@@ -109,10 +118,11 @@ class Assistant:
         stop = self.processor.stop_sequences
         return replace(config or GenerationConfig(), eos_id=self.processor.tokenizer.eos_id, stop=stop)
 
-    def _prompts(self, dialogs: Sequence[Dialog]) -> list[Prompt]:
-        return [self._prompt(dialog) for dialog in dialogs]
+    def _prompts(self, dialogs: Sequence[Dialog], config: GenerationConfig | None) -> list[Prompt]:
+        limit = (config or GenerationConfig()).max_new_tokens
+        return [self._prompt(dialog, limit) for dialog in dialogs]
 
-    def _prompt(self, dialog: Dialog) -> Prompt:
+    def _prompt(self, dialog: Dialog, limit: int) -> Prompt:
         if dialog.images and self.model.mixer is None:
             raise UserError("this model has no vision part (model.vision=null): ask it without an image")
         pictures = [open_picture(picture) for picture in dialog.images]
@@ -125,7 +135,13 @@ class Assistant:
         except BadSample as error:
             raise UserError(f"this dialog cannot be asked: {error}") from None
         pixels = [to_tensor(padded_resize(picture, self.processor.image_size)) for picture in pictures]
-        return Prompt(prompt.ids, torch.stack(pixels) if pixels else None, seen=prompt.seen)
+        room = self.model.config.decoder.max_positions - len(prompt.ids)
+        if room < 1:
+            raise UserError(
+                f"this dialog has {len(prompt.ids)} tokens, which leaves no room for an answer in the decoder's "
+                f"{self.model.config.decoder.max_positions} positions: begin a new one, or ask less"
+            )
+        return Prompt(prompt.ids, torch.stack(pixels) if pixels else None, min(limit, room), prompt.seen)
 
 
 def open_picture(picture: Picture) -> Image.Image:
@@ -137,7 +153,7 @@ def open_picture(picture: Picture) -> Image.Image:
     try:
         if isinstance(picture, str | Path):
             return decode(read_bytes(ImageRef(str(picture))), str(picture))
-        return decode(picture) if isinstance(picture, bytes) else picture.convert("RGB")
+        return decode(picture) if isinstance(picture, bytes) else upright_rgb(picture)
     except BadSample as error:
         raise UserError(f"image cannot be used ({error}): give a JPEG, PNG or WebP file") from None
 

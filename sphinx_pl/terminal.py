@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from sphinx_pl.files import write_whole
 from sphinx_pl.inference import Assistant, Dialog, open_picture
 from sphinx_pl.models.generation import GenerationConfig
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 HELP = "/image PATH: another image   /new: start over   /quit"
 
 
@@ -32,6 +34,7 @@ class Terminal:
         self.console = console
         self.image: Image.Image | None = None
         self.dialog = Dialog("")
+        self._drawn = 0
 
     def show(self, path: str) -> None:
         """Talk about this image from now on.
@@ -68,7 +71,9 @@ class Terminal:
         asked = Dialog(question, self.dialog.images, self.dialog.history)
         answer = ""
         for (text,) in self.assistant.stream([asked], self.generation):
-            self.console.print(text[len(answer) :] if text.startswith(answer) else f"\n{text}", end="", markup=False)
+            more = text[len(answer) :] if text.startswith(answer) else f"\n{text}"
+            # The model's words are no commands to the terminal, and no emoji codes.
+            self.console.print(_CONTROL.sub("", more), end="", markup=False, emoji=False, soft_wrap=True)
             answer = text
         self.console.print()
         if answer:  # a turn without an answer is no turn
@@ -87,9 +92,10 @@ class Terminal:
         encoded = io.BytesIO()
         drawn.save(encoded, format="PNG")
         self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / f"{len(self.dialog.history):03d}.png"
+        self._drawn += 1
+        file = self.folder / f"{self._drawn:03d}.png"
         write_whole(file, encoded.getvalue())
-        self.console.print(f"{file}", markup=False)
+        self.console.print(f"{file}", markup=False, emoji=False, soft_wrap=True)
         if self.console.is_terminal and (sequence := inline_image(encoded.getvalue(), os.environ)):
             self.console.file.write(sequence + "\n")
 

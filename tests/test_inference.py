@@ -14,7 +14,7 @@ from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.record import ImageRef, Record, Turn
 from sphinx_pl.errors import UserError
 from sphinx_pl.evaluation.benchmarks import evaluate
-from sphinx_pl.inference import Assistant, Dialog, _certain
+from sphinx_pl.inference import Assistant, Dialog, _certain, open_picture
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.generation import GenerationConfig
 from sphinx_pl.models.sphinx import Sphinx
@@ -81,7 +81,7 @@ def test_streaming_ends_at_the_answer_and_leaves_gradients_on(assistant: Assista
 
 def test_logits_are_those_of_generation(assistant: Assistant, picture: Image.Image) -> None:
     dialog = Dialog("What is it?", images=[picture])
-    prompt = assistant._prompts([dialog])[0]
+    (prompt,) = assistant._prompts([dialog], None)
     logits = assistant.compute_logits(dialog)
     assert logits.shape == (len(prompt.ids), 512)
     tokenizer = assistant.processor.tokenizer
@@ -181,3 +181,35 @@ def test_padding_is_skipped_in_training_and_in_answers(
     assert len(assistant.compute_logits(dialogs[0])) == len(prompt.ids)
     (other,) = evaluate(assistant.model, processor, records[:1], images={"wide": records[1].images}, progress=False)
     assert other.images == records[1].images
+
+
+def test_a_picture_is_what_its_file_is(tmp_path: Path) -> None:
+    clear, turned = tmp_path / "clear.png", tmp_path / "turned.jpg"
+    Image.new("RGBA", (4, 8), (0, 0, 0, 0)).save(clear)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (4, 8), "red").save(turned, exif=exif)
+    for path in (clear, turned):
+        from_file = open_picture(path)
+        with Image.open(path) as image:
+            assert open_picture(image).size == from_file.size
+            assert open_picture(image).tobytes() == from_file.tobytes()
+
+
+def test_a_long_answer_ends_with_the_positions(assistant: Assistant) -> None:
+    room = assistant.model.config.decoder.max_positions
+    assistant.generate([Dialog("What is it?")], GenerationConfig(max_new_tokens=10 * room))
+    with pytest.raises(UserError, match="leaves no room for an answer"):
+        assistant.generate([Dialog("what " * room)])
+
+
+def test_the_answers_tokens_are_those_of_training(assistant: Assistant, processor: Processor) -> None:
+    record = Record("a", "chat", turns=(Turn("What is it?", "a red circle"),))
+    (branch,) = processor.sample(record, "test").branches
+    for answer in ("a red circle", " a red circle"):
+        logits = assistant.compute_logits(Dialog("What is it?"), answer)
+        ids = torch.tensor(branch.ids[: len(logits)])[None]
+        decoder = assistant.model.decoder
+        expected = decoder.logits(decoder(decoder.embed(ids), torch.arange(len(logits))[None]))[0]
+        assert "".join(assistant.processor.tokenizer.decode(ids[0].tolist())).endswith("a red circle")
+        torch.testing.assert_close(logits, expected)

@@ -77,3 +77,13 @@ def test_pictures_in_terminals_that_show_them() -> None:
     assert base64.b64decode("".join(chunks)) == png
     assert all(len(chunk) <= 4096 for chunk in chunks)
     assert kitty.count("m=1") == len(chunks) - 1
+
+
+def test_a_models_words_are_no_commands(terminal: Terminal, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hostile = ":cat: [bold]x[/bold] \x1b]0;title\x07 <p>a</p>[0.10,0.10,0.50,0.50]"
+    monkeypatch.setattr(Assistant, "stream", lambda self, dialogs, config: iter([[hostile]]))
+    for _ in range(2):
+        terminal.talk(["/new", f"/image {image}", "what is it?", "/quit"])
+    assert ":cat: [bold]x[/bold] ]0;title <p>a</p>" in printed(terminal)
+    assert "\x1b" not in printed(terminal)
+    assert sorted(path.name for path in terminal.folder.iterdir()) == ["001.png", "002.png"]

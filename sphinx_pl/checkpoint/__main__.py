@@ -12,12 +12,21 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from sphinx_pl.checkpoint.format import Checkpoint, TensorInfo, check_free, open_checkpoint, write_checkpoint
+from sphinx_pl.checkpoint.format import (
+    Checkpoint,
+    TensorInfo,
+    check_free,
+    check_room,
+    open_checkpoint,
+    write_checkpoint,
+)
 from sphinx_pl.checkpoint.llm import write_huggingface
 from sphinx_pl.checkpoint.original import Restored, write_original
 from sphinx_pl.checkpoint.provenance import provenance
 from sphinx_pl.cli import report
+from sphinx_pl.data.conversation import SYSTEM
 from sphinx_pl.errors import UserError
 from sphinx_pl.models.sphinx import Sphinx
 
@@ -30,7 +39,7 @@ def parts_table(checkpoint: Checkpoint) -> Table:
     for name in checkpoint:
         words = name.split(".")
         infos[".".join(words[: 3 if words[1:2] == ["towers"] else 2])].append(checkpoint.info(name))
-    table = Table(title=f"{checkpoint.path}", show_footer=True)
+    table = Table(title=Text(str(checkpoint.path)), show_footer=True)
     everything = [info for group in infos.values() for info in group]
     columns = {
         "part": ([*infos], "total"),
@@ -52,17 +61,18 @@ def provenance_table(checkpoint: Checkpoint) -> Table:
     for key, value in checkpoint.provenance.items():
         if key == "parents":
             for parent in value:
-                table.add_row("parent", f"{parent['path']} ({parent['stage']}) sha256 {parent['sha256'][:16]}…")
+                table.add_row("parent", Text(f"{parent['path']} ({parent['stage']}) sha256 {parent['sha256'][:16]}…"))
         elif key == "command":
-            table.add_row(key, " ".join(value))
+            table.add_row(key, Text(" ".join(value)))
         elif key != "config":
             pairs = value.items() if isinstance(value, dict) else [("", value)]
-            table.add_row(key, ", ".join(f"{name} {item}".strip() for name, item in pairs))
+            table.add_row(Text(key), Text(", ".join(f"{name} {item}".strip() for name, item in pairs)))
     return table
 
 
-def _text(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" if isinstance(value, float) else str(value)
+def _text(value: Any) -> Text:
+    """Never as markup: names and paths can hold brackets."""
+    return Text(f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" if isinstance(value, float) else str(value))
 
 
 def _mebibytes(group: list[TensorInfo]) -> float:
@@ -106,16 +116,27 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def check_whole(checkpoint: Checkpoint) -> None:
+    """Raises: UserError: its tensors are not those of its model, of which a difference to a base has none."""
+    with torch.device("meta"):
+        checkpoint.check(Sphinx(checkpoint.model_config))
+
+
 def _export(checkpoint: Checkpoint, options: argparse.Namespace, console: Console) -> int:
     out = Path(options.out)
+    check_whole(checkpoint)
     if options.shards < 1:
         raise UserError(f"--shards={options.shards} must be at least 1")
     if options.to == "huggingface":
         write_huggingface(checkpoint, out)
-        console.print(f"{out}: the decoder, for LlamaForCausalLM.from_pretrained")
+        console.print(f"{out}: the decoder, for LlamaForCausalLM.from_pretrained", markup=False)
     else:
         kind = write_original(checkpoint, out, options.shards)
-        console.print(f"{out}: {kind} in {options.shards} shards")
+        console.print(f"{out}: {kind} in {options.shards} shards", markup=False)
+        if checkpoint.processor.get("system", SYSTEM) != SYSTEM:
+            console.print(
+                "Note: it was trained with another system text than the original's, which always gives its own"
+            )
     return 0
 
 
@@ -126,9 +147,10 @@ def import_checkpoint(checkpoint: Checkpoint, out: str, overwrite: bool) -> None
         UserError: its tensors are not those of its model, or `out` exists; nothing is written then.
     """
     check_free(Path(out), overwrite)
-    with torch.device("meta"):
-        model = Sphinx(checkpoint.model_config)
-    checkpoint.check(model)
+    check_whole(checkpoint)
+    if not checkpoint.tokenizer_file.is_file():
+        raise UserError(f"'{checkpoint.tokenizer_file}' is missing: put the model's tokenizer there")
+    check_room(Path(out), sum(checkpoint.info(name).nbytes for name in checkpoint))
     with ThreadPoolExecutor(1) as hashing:  # beside the copying, so that a byte is read from the disk once
         identity = hashing.submit(checkpoint.identity)
         write_checkpoint(

@@ -13,17 +13,21 @@ A folder is written under a temporary name and renamed, so whatever stands under
 from __future__ import annotations
 
 import difflib
+import errno
 import hashlib
 import json
 import os
 import shutil
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from threading import Lock
+from typing import Any, ClassVar, Protocol
+from weakref import WeakSet
 
 import torch
 from rich.progress import (
@@ -62,6 +66,8 @@ _DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
@@ -98,12 +104,41 @@ class Source:
 
 
 MAX_SHARD_BYTES = 2**30
+AHEAD_BYTES = 2**29
+"""Of a tensor that is being written and the next one, which is read meanwhile; larger ones wait for each other."""
 
 MAPPED_BYTES = 2**29
 """What is read through one mapping of a file before it is renewed: mapped pages count as this process's memory."""
 
 
-class SafetensorsFile:
+class Mapped(ABC):
+    """Files that are mapped into memory. What is read through all of them together is bounded by `MAPPED_BYTES`."""
+
+    _lock: ClassVar = Lock()
+    _all: ClassVar[WeakSet[Mapped]] = WeakSet()
+
+    def __init__(self) -> None:
+        self._read = 0
+        with Mapped._lock:
+            Mapped._all.add(self)
+
+    @abstractmethod
+    def _renew(self) -> None:
+        """Map the files anew, which drops the pages that were read."""
+
+    def _count(self, nbytes: int) -> None:
+        """So many more bytes were read."""
+        with Mapped._lock:
+            self._read += nbytes
+            if sum(file._read for file in Mapped._all) <= MAPPED_BYTES:
+                return
+            for file in Mapped._all:
+                if file._read:
+                    file._renew()
+                    file._read = 0
+
+
+class SafetensorsFile(Mapped):
     """One file, read a tensor at a time with bounded memory.
 
     Raises:
@@ -111,17 +146,17 @@ class SafetensorsFile:
     """
 
     def __init__(self, path: Path) -> None:
+        super().__init__()
         self.path = path
-        self._read = 0
-        self._file = self._open()
+        self._renew()
         self.keys: list[str] = self._file.offset_keys()
         """In the file's own order, in which a pass over all tensors is one sequential read."""
 
-    def _open(self) -> Any:  # safetensors ships no types
+    def _renew(self) -> None:
         if not self.path.is_file():
             raise UserError(f"'{self.path}' is missing: copy the checkpoint again, whole")
         try:
-            return safe_open(str(self.path), framework="pt")
+            self._file: Any = safe_open(str(self.path), framework="pt")  # safetensors ships no types
         except (SafetensorError, OSError) as error:
             raise UserError(f"'{self.path}' is damaged ({error}): copy the checkpoint again") from error
 
@@ -135,9 +170,7 @@ class SafetensorsFile:
 
     def tensor(self, name: str) -> Tensor:
         tensor: Tensor = self._file.get_tensor(name)
-        self._read += tensor.nbytes
-        if self._read > MAPPED_BYTES:
-            self._file, self._read = self._open(), 0
+        self._count(tensor.nbytes)
         return tensor
 
 
@@ -324,7 +357,10 @@ _HUB_FILES = ("*.json", TOKENIZER, "model*.safetensors", "consolidated.*.pth")
 def _from_hub(source: str) -> Path:
     from huggingface_hub import constants, snapshot_download
 
-    owner, name, *folder = (*source.removeprefix(HUB).split("/"), "")[:-1]
+    parts = source.removeprefix(HUB).split("/")
+    if len(parts) < 2 or not all(parts):
+        raise UserError(f"'{source}' is no name of a model: it has the form {HUB}OWNER/NAME or {HUB}OWNER/NAME/FOLDER")
+    owner, name, *folder = parts
     repository, inside = f"{owner}/{name}", "/".join(folder)
     patterns = ["/".join([*folder, pattern]) for pattern in _HUB_FILES]
     try:
@@ -362,13 +398,7 @@ class SphinxCheckpoint(Checkpoint):
             if not isinstance(self.config.get(section), dict):
                 raise UserError(f"'{path / CONFIG}' lacks the section '{section}': restore the file from its source")
         self.provenance = read_json(path / PROVENANCE)
-        weight_map = read_json(path / INDEX).get("weight_map")
-        if (
-            not isinstance(weight_map, dict)
-            or not weight_map
-            or not all(isinstance(s, str) for s in weight_map.values())
-        ):
-            raise UserError(f"'{path / INDEX}' has no weight_map: restore the file from its source")
+        weight_map = read_weight_map(path / INDEX)
         self._shard_of: dict[str, str] = weight_map
         self._require(TOKENIZER)
         self._shards: dict[str, SafetensorsFile] = {}
@@ -426,7 +456,7 @@ def write_checkpoint(
     overwrite: bool = False,
     progress: str | None = None,
 ) -> Path:
-    """Write a checkpoint folder; a reader sees all of it or none. One tensor is in memory at a time.
+    """Write a checkpoint folder; a reader sees all of it or none. A tensor is in memory at a time, of small ones two.
 
     Args:
         weights: or a state dict.
@@ -466,9 +496,23 @@ def staged(path: Path) -> Iterator[Path]:
         yield folder
         _sync(*folder.iterdir(), folder)
         _move_into_place(folder, path)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"the disk of '{path}' is full: free some space, or choose another folder") from error
+        raise
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def check_room(path: Path, nbytes: int) -> None:
+    """Raises: UserError: the disk that `path` will be on has less space than that."""
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if (free := shutil.disk_usage(there).free) < nbytes:
+        raise UserError(
+            f"'{path}' needs {nbytes / 1e9:.1f} GB, and the disk has {free / 1e9:.1f} GB left: free some space"
+        )
 
 
 def check_free(path: Path, overwrite: bool) -> None:
@@ -476,7 +520,7 @@ def check_free(path: Path, overwrite: bool) -> None:
     if not path.exists():
         return
     if not overwrite:
-        raise UserError(f"'{path}' exists: choose another path, or set overwrite=true")
+        raise UserError(f"'{path}' exists: choose another path, or allow it to be overwritten (overwrite=true)")
     if not SphinxCheckpoint.matches(path):
         raise UserError(f"'{path}' is not a checkpoint, so overwrite=true does not replace it: choose another path")
 
@@ -499,6 +543,7 @@ def write_shards(
         shards[-1][name] = info
         room -= info.nbytes
     total = sum(info.nbytes for info in infos.values())
+    check_room(folder, total)
     weight_map: dict[str, str] = {}
     with progress_bar(progress, total) as written:
         for number, shard in enumerate(shards, start=1):
@@ -517,16 +562,25 @@ def progress_bar(description: str | None, total: int) -> Iterator[Callable[[int]
         yield lambda nbytes: bar.advance(task, nbytes)
 
 
-def _one_ahead(names: Iterable[str], values: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Names and values; the next value is made in another thread while the caller writes one."""
+def _one_ahead(
+    names: Iterable[str], infos: Mapping[str, TensorInfo], values: Callable[[str], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Names and values; the next value is made in another thread while the caller writes one, if both are small."""
+    waiting: deque[tuple[str, Future[Tensor]]] = deque()
+
+    def first() -> tuple[str, Tensor]:
+        name, future = waiting.popleft()
+        return name, future.result()
+
     with ThreadPoolExecutor(1) as reader:
-        pending: tuple[str, Future[Tensor]] | None = None
         for name in names:
-            previous, pending = pending, (name, reader.submit(values, name))
-            if previous is not None:
-                yield previous[0], previous[1].result()
-        if pending is not None:
-            yield pending[0], pending[1].result()
+            if waiting and infos[waiting[0][0]].nbytes + infos[name].nbytes > AHEAD_BYTES:
+                yield first()
+            waiting.append((name, reader.submit(values, name)))
+            if len(waiting) > 1:
+                yield first()
+        if waiting:
+            yield first()
 
 
 def _stored_as(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
@@ -562,12 +616,13 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)
     with file.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
-        for name, tensor in _one_ahead(ordered, values):
+        for name, tensor in _one_ahead(ordered, tensors, values):
             value = tensor.detach().to("cpu", tensors[name].dtype).contiguous()
             if tuple(value.shape) != tensors[name].shape:
                 raise ValueError(f"'{name}' is {list(value.shape)}, announced as {list(tensors[name].shape)}")
             out.write(value.flatten().view(torch.uint8).numpy().data)
             written(value.nbytes)
+            del tensor, value  # before the next one is made
 
 
 def _move_into_place(folder: Path, path: Path) -> None:
@@ -603,3 +658,26 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"'{path}' does not hold a JSON object: restore the file from its source")
     return content
+
+
+@contextmanager
+def sizes_of(file: Path) -> Iterator[None]:
+    """What a size that `file` lacks, or that is none, leads to becomes one line."""
+    try:
+        yield
+    except KeyError as error:
+        raise UserError(f"'{file}' lacks {error}: restore the file from its source") from error
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"'{file}' has a size that cannot be ({error}): restore the file from its source") from error
+
+
+def read_weight_map(path: Path) -> dict[str, str]:
+    """Of an index: tensor name -> shard, which is the name of a file beside the index and no path to another place."""
+    weight_map = read_json(path).get("weight_map")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(shard, str) and Path(shard).name == shard for shard in weight_map.values())
+    ):
+        raise UserError(f"'{path}' has no weight_map: restore the file from its source")
+    return weight_map

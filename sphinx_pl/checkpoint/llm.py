@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sphinx_pl.checkpoint.format import (
+    CONFIG,
     FORMATS,
     INDEX,
     TOKENIZER,
@@ -24,6 +25,8 @@ from sphinx_pl.checkpoint.format import (
     TensorInfo,
     Weights,
     read_json,
+    read_weight_map,
+    sizes_of,
     staged,
     write_json,
     write_shards,
@@ -34,7 +37,6 @@ from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.models.config import DecoderConfig, SphinxConfig
 from sphinx_pl.models.decoder import Decoder
 
-CONFIG = "config.json"
 PARAMS = "params.json"
 
 
@@ -59,11 +61,9 @@ class MetaCheckpoint(Checkpoint):
         # Precomputed angles, which every implementation computes itself.
         self._theirs = {f"decoder.{name}": name for name in self._files if name != "rope.freqs"}
         sizes = read_json(path / PARAMS)
-        try:
-            vocab = self.info("decoder.tok_embeddings.weight").shape[0]
+        vocab = self._files.shape("tok_embeddings.weight")[0]
+        with sizes_of(path / PARAMS):
             self.config = _text_only(path.name, decoder_config(sizes, vocab))
-        except (KeyError, TypeError) as error:
-            raise UserError(f"'{path / PARAMS}' lacks {error}: restore the file from its source") from error
         self.provenance = {"original": "Meta"}
 
     def keys(self) -> Sequence[str]:
@@ -215,14 +215,12 @@ class HuggingFaceCheckpoint(Checkpoint):
         kind = str(values["model_type"])
         if kind not in _FAMILIES:
             raise UserError(f"'{path / CONFIG}': model_type '{kind}' cannot be read: {suggest(kind, _FAMILIES)}")
-        try:
+        with sizes_of(path / CONFIG):
             decoder = _from_huggingface(values, path / CONFIG)
-        except (KeyError, TypeError) as error:
-            raise UserError(f"'{path / CONFIG}' lacks {error}: restore the file from its source") from error
         self.config = _text_only(path.name, decoder)
         self.provenance = {"original": kind}
         if (path / INDEX).is_file():
-            names = sorted(set(read_json(path / INDEX).get("weight_map", {}).values()))
+            names = sorted(set(read_weight_map(path / INDEX).values()))
         else:
             names = ["model.safetensors"]
         self._shards = [SafetensorsFile(path / name) for name in names]

@@ -128,7 +128,7 @@ class Mixture:
         return self.checkpoints[0].info(name)
 
     def tensor(self, name: str) -> Tensor:
-        """Mixed in float32, rounded once.
+        """Mixed in more precision than it is stored in, rounded once.
 
         Raises:
             UserError: an input (named with its file) or the result is not finite, or an integer tensor differs.

@@ -13,6 +13,7 @@ import logging
 import re
 import shutil
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +22,27 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from sphinx_pl.checkpoint.format import (
+    CONFIG,
     FORMATS,
     TOKENIZER,
     Checkpoint,
     TensorInfo,
+    check_room,
     differences,
     progress_bar,
     read_json,
+    sizes_of,
     staged,
     write_json,
 )
 from sphinx_pl.checkpoint.parallel import ParallelFiles, split, write_parallel
 from sphinx_pl.cli import CONFIG_FOLDER
+from sphinx_pl.data.processor import ProcessorConfig
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.models.config import DecoderConfig, SphinxConfig
 
 log = logging.getLogger(__name__)
 
-CONFIG = "config.json"
 META = "meta.json"
 _SHARD = re.compile(r"consolidated\.(\d+)-of-(\d+)\.(model|model-diff)\.pth")
 
@@ -116,15 +120,37 @@ def shipped_model(name: str) -> dict[str, Any]:
     return OmegaConf.to_container(merged)  # type: ignore[return-value]
 
 
-def decoder_config(sizes: dict[str, Any], vocab_size: int) -> DecoderConfig:
+# What the original's classes take for what config.json leaves out.
+_LLAMA: dict[str, Any] = {
+    "n_kv_heads": None,
+    "multiple_of": 256,
+    "ffn_dim_multiplier": None,
+    "norm_eps": 1e-5,
+    "rope_theta": 10000,
+}
+_MIXTRAL: dict[str, Any] = {
+    "n_kv_heads": None,
+    "norm_eps": 1e-5,
+    "rope_theta": 1000000,
+    "moe": {"num_experts": 8, "num_experts_per_tok": 2},
+    "load_balancing_weight": 0.1,
+}
+_DEFAULTS = {"mixtral_sparse_ens": _MIXTRAL, "mixtral_sparse_ens5": _MIXTRAL | {"load_balancing_weight": 0.01}}
+
+
+def decoder_config(sizes: dict[str, Any], vocab_size: int, kind: str = "") -> DecoderConfig:
     """From the original's config.json, which is Meta's params.json with more keys.
+
+    Args:
+        kind: the original's class, of which `sizes` may leave out defaults.
 
     Raises:
         UserError: it asks for something that the decoder here does not compute.
         KeyError: a size is missing.
     """
+    sizes = _DEFAULTS.get(kind, _LLAMA) | {key: value for key, value in sizes.items() if value is not None}
     width, heads, moe = sizes["dim"], sizes["n_heads"], sizes.get("moe")
-    if sizes.get("rope_scaling") not in (None, 1):
+    if sizes.get("rope_scaling", 1) != 1:
         raise UserError(f"config.json: rope_scaling={sizes['rope_scaling']} is not what the decoder here computes")
     if moe:
         ffn = sizes["hidden_dim"]
@@ -135,14 +161,14 @@ def decoder_config(sizes: dict[str, Any], vocab_size: int) -> DecoderConfig:
         width=width,
         layers=sizes["n_layers"],
         heads=heads,
-        kv_heads=sizes.get("n_kv_heads") or heads,
+        kv_heads=sizes["n_kv_heads"] or heads,
         ffn_width=ffn,
         norm_eps=sizes["norm_eps"],
-        rope_theta=float(sizes.get("rope_theta", 10000)),
+        rope_theta=float(sizes["rope_theta"]),
         max_positions=sizes.get("max_seq_len", 4096),
         experts=moe["num_experts"] if moe else 0,
         experts_per_token=moe["num_experts_per_tok"] if moe else 2,
-        balance_weight=sizes.get("load_balancing_weight", 0.0),
+        balance_weight=sizes["load_balancing_weight"] if moe else 0.0,
     )
 
 
@@ -161,23 +187,23 @@ class OriginalCheckpoint(Checkpoint):
         if not self.tokenizer_file.is_file():
             raise UserError(f"'{self.tokenizer_file}' is missing: copy the original's tokenizer.model there")
         sizes = read_json(path / CONFIG)
-        try:
-            experts = sizes["moe"]["num_experts"] if "moe" in sizes else 0
-            shards = self._find_shards()
-            self.is_delta = "model-diff" in shards[0].name
-            self._files = ParallelFiles(shards, lambda content: content["model"], experts)
-            self._theirs = {our_name(name): name for name in self._files if name not in UNUSED}
-            vocab = self.info("decoder.tok_embeddings.weight").shape[0]
-            decoder = decoder_config(sizes, vocab)
-        except StopIteration:
-            raise UserError(f"'{path}' has tensors without the prefix 'llma.': it is not SPHINX's") from None
-        except (KeyError, TypeError) as error:
-            raise UserError(f"'{path / CONFIG}' lacks {error}: restore the file from its source") from error
+        shards = self._find_shards()
+        self.is_delta = "model-diff" in shards[0].name
+        with sizes_of(path / CONFIG):
+            moe: Any = sizes.get("moe") or _DEFAULTS.get(kind, {}).get("moe")
+            experts = moe["num_experts"] if moe else 0
+        self._files = ParallelFiles(shards, lambda content: content["model"], experts)
+        if foreign := [name for name in self._files if not name.startswith("llma.")]:
+            raise UserError(f"'{path}' has '{foreign[0]}', without the prefix 'llma.': it is not SPHINX's")
+        self._theirs = {our_name(name): name for name in self._files if name not in UNUSED}
+        vocab = self._files.shape("llma.tok_embeddings.weight")[0]
+        with sizes_of(path / CONFIG):
+            decoder = decoder_config(sizes, vocab, kind)
         model = shipped_model(TYPES[kind]) | {"name": kind, "decoder": vars(decoder)}
         # What the original's own inference computes with these weights; see docs/original.md.
         if model["vision"]["clip"]:
             model["vision"]["clip"]["quick_gelu"] = False
-        self.config = {"model": SphinxConfig.from_dict(model).to_dict(), "processor": {}}
+        self.config = {"model": SphinxConfig.from_dict(model).to_dict(), "processor": asdict(ProcessorConfig())}
         self.provenance = {"original": kind}
         if model["vision"]["clip"]:
             self.provenance["note"] = (
@@ -244,7 +270,7 @@ def _shard_name(rank: int, total: int, suffix: str = "model") -> str:
 
 
 class Restored(Checkpoint):
-    """Differences with their base added, as the original's loader adds them; what the base lacks is as it stands.
+    """Differences with their base added; what the base lacks is as it stands.
 
     Args:
         base: a decoder alone, Meta's LLaMA-2 for instance.
@@ -276,11 +302,17 @@ class Restored(Checkpoint):
         return (self._delta if name in self._changed else self._base).info(name)
 
     def tensor(self, name: str) -> Tensor:
-        """The sum is taken in float32 and has the difference's dtype."""
+        """The sum is taken in float32 and has the difference's dtype; the original adds in the model's."""
         if name not in self._changed:
             return self._base.tensor(name)
         delta = self._delta.tensor(name)
-        return (delta.float() + self._base.tensor(name).float()).to(delta) if name in self._known else delta
+        if name not in self._known:
+            return delta
+        base, out = self._base.tensor(name), torch.empty_like(delta)
+        rows = max(1, 2**22 // max(1, delta[:1].numel()))  # in pieces: float32 takes twice the memory
+        for d, b, o in zip(*(torch.split(tensor, rows) for tensor in (delta, base, out)), strict=True):
+            o.copy_(d.float() + b.float())
+        return out
 
     def unused(self) -> Iterable[tuple[str, Tensor]]:
         return self._delta.unused()
@@ -305,6 +337,8 @@ def original_type(checkpoint: Checkpoint) -> str:
     model = checkpoint.model_config
     if model.decoder.qk_norm or model.decoder.tie_embeddings:
         raise UserError(f"'{checkpoint.path}': the original's decoder has no qk_norm and no tie_embeddings")
+    if model.image_position != "after_bos":
+        raise UserError(f"'{checkpoint.path}': the original puts images after BOS, this model {model.image_position}")
     for kind, name in TYPES.items():
         shipped = SphinxConfig.from_dict(shipped_model(name))
         same_view = not differences({"v": model.to_dict()["vision"]}, {"v": _any_gelu(shipped, model)}, "")
@@ -388,6 +422,7 @@ def write_original(checkpoint: Checkpoint, out: Path, shards: int = 1) -> str:
         for part, tensor in zip(parts, split_up, strict=True):
             part[name] = TensorInfo(tuple(tensor.shape), info.dtype)
     total = sum(info.nbytes for part in parts for info in part.values())
+    check_room(out, total)
     with staged(out) as folder, progress_bar("Exporting", total) as written:
         for rank, part in enumerate(parts):
             write_parallel(

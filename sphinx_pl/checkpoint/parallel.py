@@ -6,6 +6,8 @@ allowed in them, so opening one executes nothing.
 
 from __future__ import annotations
 
+import logging
+import os
 import pickle
 import re
 import zipfile
@@ -19,8 +21,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import get_crc32_options, set_crc32_options, set_default_mmap_options, skip_data
 
-from sphinx_pl.checkpoint.format import MAPPED_BYTES, TensorInfo
+from sphinx_pl.checkpoint.format import MAPPED_BYTES, Mapped, TensorInfo
 from sphinx_pl.errors import UserError
+
+log = logging.getLogger(__name__)
 
 # The dimension along which ranks split a decoder's tensor, by the end of its name; the others are whole in every file.
 _SPLITS = (
@@ -31,39 +35,36 @@ _SPLITS = (
 _EXPERTS = re.compile(r"layers\.\d+\.feed_forward\.w[123]$")
 
 
-def merge(name: str, parts: Sequence[Tensor], experts: int = 0) -> Tensor:
-    """The whole tensor `name` from the parts of all ranks."""
-    if len(parts) > 1 and _EXPERTS.search(name):
-        return torch.cat([part.view(experts, -1, part.shape[-1]) for part in parts], dim=1).flatten(0, 1)
-    dimension = _split_dimension(name)
-    return parts[0] if dimension is None or len(parts) == 1 else torch.cat(list(parts), dim=dimension)
-
-
 def split(name: str, tensor: Tensor, ranks: int, experts: int = 0) -> list[Tensor]:
-    """The inverse of `merge`: what each rank holds of `tensor`, not copied.
+    """What each rank holds of the whole tensor `name`.
 
     Raises:
         UserError: the tensor cannot be split into `ranks` equal parts.
     """
+    parts = _views(name, tensor, ranks, experts)
+    return [part.flatten(0, 1) for part in parts] if ranks > 1 and _EXPERTS.search(name) else parts
+
+
+def _views(name: str, tensor: Tensor, ranks: int, experts: int) -> list[Tensor]:
+    """As `split`, but views of the tensor also where experts are split: [experts, F / ranks, D]."""
+    dimension: int | None
     if ranks == 1:
         return [tensor]
     if _EXPERTS.search(name):
-        parts = torch.chunk(tensor.view(experts, -1, tensor.shape[-1]), ranks, dim=1)
-        size, found = tensor.shape[0] // experts, [part.flatten(0, 1) for part in parts]
-    elif (dimension := _split_dimension(name)) is not None:
-        size, found = tensor.shape[dimension], list(torch.chunk(tensor, ranks, dim=dimension))
-    else:
+        tensor, dimension = tensor.view(experts, -1, tensor.shape[-1]), 1
+    elif (dimension := _split_dimension(name)) is None:
         return [tensor] * ranks
-    if size % ranks:
+    if tensor.shape[dimension] % ranks:
+        size = tensor.shape[dimension]
         raise UserError(f"'{name}' has {size} rows or columns to split, not a multiple of {ranks} shards")
-    return found
+    return list(torch.chunk(tensor, ranks, dim=dimension))
 
 
 def _split_dimension(name: str) -> int | None:
     return next((dimension for pattern, dimension in _SPLITS if pattern.search(name)), None)
 
 
-class ParallelFiles:
+class ParallelFiles(Mapped):
     """The tensors of one model in the files of all its ranks, in the order of the ranks.
 
     Args:
@@ -71,44 +72,66 @@ class ParallelFiles:
         experts: how many of them `feed_forward.w1` and so on hold.
 
     Raises:
-        UserError: a file is damaged, holds something else than tensors, or has other tensors than the first.
+        UserError: a file is damaged, holds something else than tensors, or is not of the same model as the first.
     """
 
     def __init__(self, files: Sequence[Path], unwrap: Callable[[Any], Any], experts: int = 0) -> None:
+        super().__init__()
         self.files = list(files)
         self.experts = experts
         self._unwrap = unwrap
-        self._read = 0
-        self._ranks = [self._open(file) for file in self.files]
-        for file, rank in zip(self.files, self._ranks, strict=True):
-            if different := sorted(rank.keys() ^ self._ranks[0].keys()):
+        self._renew()
+        first = self._ranks[0]
+        for file, rank in zip(self.files[1:], self._ranks[1:], strict=True):
+            different = sorted(rank.keys() ^ first.keys())
+            different += [name for name, tensor in rank.items() if name in first and not _alike(tensor, first[name])]
+            if different:
                 raise UserError(f"'{file}' and '{self.files[0].name}' disagree about '{different[0]}': copy them again")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._ranks[0])
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of the whole tensor."""
-        shapes = [list(rank[name].shape) for rank in self._ranks]
+        """Of the whole tensor.
+
+        Raises:
+            UserError: there is none of that name.
+        """
+        if name not in self._ranks[0]:
+            raise UserError(f"'{self.files[0]}' has no '{name}': it is not, or not all of, what it should be")
+        shape = list(self._ranks[0][name].shape)
         dimension = 0 if _EXPERTS.search(name) else _split_dimension(name)
-        if dimension is not None:
-            shapes[0][dimension] = sum(shape[dimension] for shape in shapes)
-        return tuple(shapes[0])
+        if dimension is not None and dimension < len(shape):
+            shape[dimension] *= len(self._ranks)
+        return tuple(shape)
 
     def dtype(self, name: str) -> torch.dtype:
         return self._ranks[0][name].dtype
 
     def tensor(self, name: str) -> Tensor:
-        """The whole tensor."""
-        whole = merge(name, [rank[name] for rank in self._ranks], self.experts)
-        self._read += whole.nbytes
-        if self._read > MAPPED_BYTES:
-            self._ranks = [self._open(file) for file in self.files]
-            self._read = 0
+        """The whole tensor. What every rank has is taken from the first; small ones that differ are warned of."""
+        first = self._ranks[0][name]
+        if len(self._ranks) == 1 or not (_EXPERTS.search(name) or _split_dimension(name) is not None):
+            if first.nbytes < 2**16 and not all(torch.equal(first, rank[name]) for rank in self._ranks[1:]):
+                log.warning("'%s' differs between the ranks in '%s': the first is taken", name, self.files[0].parent)
+            self._count(first.nbytes)
+            return first
+        whole = torch.empty(self.shape(name), dtype=first.dtype)
+        del first
+        for rank, view in enumerate(_views(name, whole, len(self._ranks), self.experts)):
+            part = self._ranks[rank][name]  # not before: the mappings may have been renewed
+            view.copy_(part.view(view.shape))
+            nbytes = part.nbytes
+            del part
+            self._count(nbytes)
         return whole
 
-    def _open(self, file: Path) -> Mapping[str, Tensor]:
-        return open_tensors(file, self._unwrap)
+    def _renew(self) -> None:
+        self._ranks = [open_tensors(file, self._unwrap) for file in self.files]
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype
 
 
 def open_tensors(file: Path, unwrap: Callable[[Any], Any]) -> Mapping[str, Tensor]:
@@ -194,6 +217,8 @@ def write_parallel(
             torch.save({wrap: content} if wrap else content, file)
     finally:
         set_crc32_options(before)
+    with file.open("r+b") as whole:  # a disk that turns out full under a mapping ends the process
+        os.posix_fallocate(whole.fileno(), 0, file.stat().st_size)
     through, mapped = MAPPED_BYTES, {}
     for name, info in tensors.items():
         if through >= MAPPED_BYTES:

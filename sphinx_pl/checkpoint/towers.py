@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sphinx_pl.checkpoint.format import HUB, SafetensorsFile, Source, compare, copy_into, read_json
+from sphinx_pl.checkpoint.format import HUB, SafetensorsFile, Source, compare, copy_into, read_json, read_weight_map
 from sphinx_pl.checkpoint.parallel import ParallelFiles
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.models.towers import ClipViT, Dinov2, QFormer, Tower, resample_positions
@@ -337,11 +337,7 @@ def _state_dict(content: Any) -> Any:
 
 def _shards(tower: Tower, index: Path) -> list[str]:
     """Those that `index` lists and that hold more than what the tower leaves out."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(s, str) and Path(s).name == s for s in weight_map.values()
-    ):
-        raise UserError(f"'{index}' has no weight_map: restore the file from its source")
+    weight_map = read_weight_map(index)
     layouts = LAYOUTS[tower.key]
     return sorted({s for name, s in weight_map.items() if not any(layout.leaves_out(name) for layout in layouts)})
 

@@ -20,6 +20,7 @@ PAD_COLOUR = (122, 116, 104)
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 1 << 28
 MAX_ASPECT = 100
+_HEADER_BYTES = 1 << 16
 
 # Pillow also reads formats that run programs (EPS) or reach for other files; these are the ones that data sets hold.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO")
@@ -43,22 +44,23 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def read_bytes(ref: ImageRef) -> bytes:
-    """The encoded bytes of an image: a whole file, or its part of a tar shard."""
+def read_bytes(ref: ImageRef, limit: int | None = None) -> bytes:
+    """The encoded bytes of an image, at most the first `limit`: a whole file, or its part of a tar shard."""
     try:
         # An annotation file can name anything: a device or a pipe would never end.
         if Path(ref.path).exists() and not Path(ref.path).is_file():
             raise BadSample("image_unreadable", f"{ref.path} is not a file")
         with Path(ref.path).open("rb") as file:
             file.seek(ref.offset)
-            data = file.read(ref.size if ref.size >= 0 else MAX_BYTES + 1)
+            size = ref.size if ref.size >= 0 else MAX_BYTES + 1
+            data = file.read(size if limit is None else min(size, limit))
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte or half a character
         raise BadSample("image_missing", f"{ref.path!r}: {getattr(error, 'strerror', error)}") from None
     if not data:
         raise BadSample("image_empty", ref.path)
     if len(data) > MAX_BYTES:
         raise BadSample("image_too_large", f"{ref.path} has more than {MAX_BYTES} bytes")
-    if len(data) < ref.size:
+    if len(data) < (ref.size if limit is None else min(ref.size, limit)):
         raise BadSample("image_truncated", f"{ref.path} ends inside the image")
     return data
 
@@ -69,12 +71,23 @@ def image_size(ref: ImageRef) -> tuple[int, int]:
     Raises:
         BadSample: as `load_image`, where the header shows it.
     """
-    image = _open(read_bytes(ref), ref.path, MAX_PIXELS)
     try:
-        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-    except Exception as error:  # damaged headers make Pillow raise nearly anything
-        raise BadSample("image_unreadable", f"{ref.path}: {error}") from None
+        image = _open(read_bytes(ref, _HEADER_BYTES), ref.path, MAX_PIXELS)
+        turned = _turned(image)
+    except BadSample as error:
+        if error.reason not in ("image_unreadable", "image_truncated"):
+            raise
+        # A header that is longer, or a format that is read whole.
+        image = _open(read_bytes(ref), ref.path, MAX_PIXELS)
+        turned = _turned(image)
     return (image.height, image.width) if turned else image.size
+
+
+def _turned(image: Image.Image) -> bool:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    except Exception as error:  # damaged headers make Pillow raise nearly anything
+        raise BadSample("image_unreadable", str(error)) from None
 
 
 def decode(data: bytes, name: str = "", max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -86,7 +99,7 @@ def decode(data: bytes, name: str = "", max_pixels: int = MAX_PIXELS) -> Image.I
     image = _open(data, name, max_pixels)
     try:
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
+        return upright_rgb(image)
     except Exception as error:  # as above
         reason = "image_truncated" if "truncated" in str(error) else "image_unreadable"
         raise BadSample(reason, f"{name}: {error}") from None
@@ -119,7 +132,9 @@ def padded_resize(image: Image.Image, size: int) -> Image.Image:
     return square.resize((size, size), Image.Resampling.BICUBIC)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """EXIF orientation applied, transparency on white, RGB."""
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion clips at 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     if image.has_transparency_data:

@@ -235,8 +235,9 @@ class VisionConfig:
             "model.vision.merge=shuffle changes the width of tokens: it needs merge_overview=true",
         )
         _require(
-            self.grid > 1 or not self.skip_padding,
-            "model.vision.skip_padding=true needs sub-images: set model.vision.grid to 2 or more",
+            self.grid > 2 or not self.skip_padding,
+            f"model.vision.skip_padding=true never skips anything with grid={self.grid}: an image lies in the middle "
+            "of its padding and so crosses all of 2 x 2 sub-images; set model.vision.grid to 3 or more",
         )
         if self.clip and self.dinov2:
             _require(

@@ -204,7 +204,9 @@ class Decoder(nn.Module):
             else:
                 residual = name.endswith(("wo.weight", "w2.weight", "w2"))
                 depth = 2 * self.config.layers if residual else 1
-                nn.init.normal_(parameter, std=1 / math.sqrt(parameter.shape[-1] * depth))
+                # Experts' w2 is not transposed: its inputs are rows.
+                inputs = self.config.ffn_width if name.endswith("w2") else parameter.shape[-1]
+                nn.init.normal_(parameter, std=1 / math.sqrt(inputs * depth))
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """[B, T] ids -> [B, T, D]."""

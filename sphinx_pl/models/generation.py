@@ -53,7 +53,7 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise UserError(f"generation.max_new_tokens must be positive, not {self.max_new_tokens}")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
+        if not self.temperature >= 0 or not 0 < self.top_p <= 1:  # NaN is neither
             raise UserError(
                 f"generation.temperature={self.temperature} must be >= 0 and generation.top_p={self.top_p} in (0, 1]"
             )

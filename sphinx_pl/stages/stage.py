@@ -29,8 +29,13 @@ from sphinx_pl.typed import build
 
 log = logging.getLogger(__name__)
 
-_INPUTS = ("model.vision.clip.quick_gelu", "model.vision.half_resize")
-"""How towers compute, not what a weight means. Released weights need others than their own inference has."""
+_FREE = (
+    "model.decoder.max_positions",
+    "model.decoder.balance_weight",
+    "model.vision.clip.quick_gelu",
+    "model.vision.half_resize",
+)
+"""What a run may choose anew for weights that were trained with another value."""
 
 
 class Stage(L.LightningModule):
@@ -107,7 +112,7 @@ class Stage(L.LightningModule):
         checkpoint = open_checkpoint(self.init_from)
         differing = differences(checkpoint.model_config.to_dict(), self.config.to_dict(), "model")
         for difference in differing:
-            if difference.startswith(_INPUTS):
+            if difference.startswith(_FREE):
                 log.warning("%s in stage.init_from=%s and in this run", difference, self.init_from)
             else:
                 raise UserError(
@@ -131,10 +136,8 @@ class Stage(L.LightningModule):
                 checkpoint = open_checkpoint(decoder.load)
                 checkpoint.check(Decoder(decoder), "decoder.")
                 # Shapes don't show these: one matrix is 32 heads of 128 or 64 of 64.
-                theirs, ours = asdict(checkpoint.model_config.decoder), asdict(decoder)
-                for name in ("max_positions", "balance_weight"):  # what is trained here may have others
-                    theirs[name] = ours[name]
-                if differing := differences(theirs, ours, "model.decoder"):
+                differing = differences(asdict(checkpoint.model_config.decoder), asdict(decoder), "model.decoder")
+                if differing := [difference for difference in differing if not difference.startswith(_FREE)]:
                     raise UserError(f"model.decoder.load={decoder.load} holds another decoder: {differing[0]} here")
             if vision and any(getattr(vision, key).load for key in vision.towers):
                 for key, tower in build_towers(vision).items():

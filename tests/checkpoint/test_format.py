@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from sphinx_pl.checkpoint import format as checkpoint_format
 from sphinx_pl.checkpoint.__main__ import main
+from sphinx_pl.checkpoint.__main__ import main as command
 from sphinx_pl.checkpoint.format import FORMATS, SphinxCheckpoint, StateDict, open_checkpoint, write_checkpoint
 from sphinx_pl.checkpoint.mixing import same_bits
 from sphinx_pl.errors import UserError
@@ -201,6 +203,43 @@ def test_a_name_that_is_not_in_the_cache(cache: Path) -> None:
     assert str(cache) in message
     assert "models--meta-llama--Llama-2-7b-hf" in message
     assert "model*.safetensors" in message
+
+
+@pytest.mark.parametrize("name", ["hf-hub:", "hf-hub:gpt2", "hf-hub:a//b"])
+def test_what_is_no_name_on_the_hub(name: str) -> None:
+    with pytest.raises(UserError, match="OWNER/NAME"):
+        open_checkpoint(name)
+
+
+def _mapped() -> int:
+    """Bytes of files under /tmp that are resident in this process."""
+    resident, counts = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            counts = line.endswith(".safetensors")
+        elif counts and line.startswith("Rss:"):
+            resident += int(line.split()[1]) * 1024
+    return resident
+
+
+def test_many_shards_share_one_budget(tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_format, "MAPPED_BYTES", 2**22)
+    tensors = {f"t{i}": torch.zeros(2**18) for i in range(32)}  # 1 MiB each
+    checkpoint = open_checkpoint(write("many", tensors, max_shard_bytes=2**21))
+    largest = 0
+    for name in checkpoint:
+        assert float(checkpoint.tensor(name).sum()) == 0
+        largest = max(largest, _mapped())
+    assert 2**20 <= largest <= 2**22 + 2**21 + 2**20
+
+
+def test_showing_a_checkpoint_takes_no_name_as_markup(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write("[bold]a[x]")
+    _edit(path / "provenance.json", command=["mix_weights.py", "checkpoints=[/data/a,/data/b]"])
+    assert command(["show", str(path)]) == 0
+    assert "checkpoints=[/data/a,/data/b]" in capsys.readouterr().out
 
 
 def _edit(path: Path, **values: object) -> None:

@@ -192,6 +192,21 @@ def test_what_the_decoder_does_not_compute_is_refused(folder: Path, key: str, va
         open_checkpoint(folder)
 
 
+@pytest.mark.parametrize("weight_map", [None, [], {"a": 1}, {"lm_head.weight": "../../other.safetensors"}])
+def test_an_index_names_files_beside_it(folder: Path, weight_map: Any) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(UserError, match="weight_map"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("value", [0, "six", [6]])
+def test_a_size_that_cannot_be_is_one_line(folder: Path, value: Any) -> None:
+    sizes = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(sizes | {"num_attention_heads": value}))
+    with pytest.raises(UserError):
+        open_checkpoint(folder)
+
+
 class Hostile:
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, (f"touch {os.environ['HOSTILE']}",)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from torch.serialization import skip_data
 
 from sphinx_pl.checkpoint.__main__ import main as command
 from sphinx_pl.checkpoint.format import TensorInfo, copy_into, open_checkpoint, write_checkpoint
-from sphinx_pl.checkpoint.original import Restored, original_type, our_name, their_infos, write_original
+from sphinx_pl.checkpoint.original import Restored, decoder_config, original_type, our_name, their_infos, write_original
 from sphinx_pl.checkpoint.parallel import ParallelFiles, split
 from sphinx_pl.data.images import load_image
 from sphinx_pl.data.packing import Collator
@@ -374,6 +375,52 @@ def test_it_says_which_of_the_originals_defects_it_reproduces(write: Write, capl
         model = Sphinx(checkpoint.model_config)
     checkpoint.load_into(model.decoder.to_empty(device="cpu"), "decoder.")
     assert "exact GELU" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["llama_ens_light", "mixtral_sparse_ens", "mixtral_sparse_ens5"])
+def test_what_config_json_leaves_out_is_the_originals_default(kind: str) -> None:
+    sizes = NAMES["types"][kind]["config"]
+    optional = {"norm_eps", "rope_theta", "load_balancing_weight", "max_seq_len", "rope_scaling", "max_batch_size"}
+    bare = {key: value for key, value in sizes.items() if key not in optional}
+    assert decoder_config(bare, 512, kind) == decoder_config(sizes, 512, kind)
+    if kind.startswith("mixtral"):
+        del bare["moe"]
+        assert decoder_config(bare, 512, kind).experts == 8
+        assert decoder_config(bare, 512, kind).rope_theta == 1e6
+
+
+def test_files_of_different_models_are_named(write: Write, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write(2)
+    file = folder / "consolidated.01-of-02.model.pth"
+    model = torch.load(file, weights_only=True)["model"]
+    other = model | {"llma.layers.0.attention.wq.weight": torch.zeros(128, 255, dtype=torch.bfloat16)}
+    torch.save({"model": other}, file)
+    with pytest.raises(UserError, match=r"disagree about 'llma\.layers\.0\.attention\.wq\.weight'"):
+        open_checkpoint(folder)
+    torch.save({"model": model | {"llma.norm.weight": torch.zeros(256, dtype=torch.bfloat16)}}, file)
+    open_checkpoint(folder).tensor("decoder.norm.weight")
+    assert "'llma.norm.weight' differs between the ranks" in caplog.text
+
+
+def test_what_is_not_whole_is_not_exported(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    for layout in ("huggingface", "original"):
+        assert command(["export", str(write()), str(out), "--to", layout]) == 2
+        assert "missing: 'mixer.towers.clip" in capsys.readouterr().err
+        shutil.rmtree(tmp_path / "original-1")
+    assert not out.exists()
+
+
+def test_a_full_disk_is_said_before_anything_is_written(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(write())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match=r"disk has 0\.0 GB left"):
+        write_original(checkpoint, tmp_path / "out")
+    with pytest.raises(UserError, match=r"disk has 0\.0 GB left"):
+        write_checkpoint(tmp_path / "out", checkpoint, {}, {}, checkpoint.tokenizer_file, {})
+    assert not list(tmp_path.glob("*out*"))
 
 
 def test_an_unknown_tensor_is_named(write: Write) -> None:

@@ -173,3 +173,12 @@ def test_flops_count_the_chosen_experts() -> None:
         dense, sparse = (Decoder(DecoderConfig(**{**vars(CONFIG), **extra})) for extra in ({}, SPARSE))
     more = sparse.flops(10, 1, 1) - dense.flops(10, 1, 1)
     assert more == 10 * CONFIG.layers * 2 * (3 * CONFIG.width * CONFIG.ffn_width + 4 * CONFIG.width)
+
+
+def test_experts_start_as_the_dense_layer_does() -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "width": 64, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_width": 512}
+    dense, sparse = (Decoder(DecoderConfig(**sizes, experts=experts)).layers[0].feed_forward for experts in (0, 4))
+    for name in ("w1", "w2", "w3"):
+        found, expected = getattr(sparse, name).std().item(), getattr(dense, name).weight.std().item()
+        assert found == pytest.approx(expected, rel=0.05), name

@@ -137,15 +137,17 @@ def test_only_sub_images_are_pooled_where_the_overview_keeps_its_patches() -> No
 def test_views_that_are_padding_cost_one_token_and_no_encoder(merge: str) -> None:
     torch.manual_seed(0)
     overrides = [f"vision.merge={merge}", "+vision.merge_overview=false"] if merge == "mean" else []
-    config = model_config("sphinx_sample_1k", "+vision.skip_padding=true", *overrides).vision
+    overrides += ["vision.image_size=192", "vision.grid=3", "+vision.skip_padding=true"]
+    config = model_config("sphinx_sample_1k", *overrides).vision
     assert config is not None
-    mixer, pixels = VisionMixer(config, 32).eval(), torch.randn(2, 3, 128, 128)
-    seen = torch.tensor([[True, False, True, True, False], [True, True, True, True, True]])
+    mixer, pixels = VisionMixer(config, 32).eval(), torch.randn(2, 3, 192, 192)
+    seen = torch.ones(2, 10, dtype=torch.bool)
+    seen[0, [1, 4]] = False
     encoded: list[int] = []
     mixer.towers["clip"].register_forward_hook(lambda module, inputs, output: encoded.append(len(output)))
     with torch.no_grad():
         whole, tokens = mixer(pixels), mixer(pixels, seen)
-    assert encoded == [10, 8]
+    assert encoded == [20, 18]
     first = list(torch.split(whole[0], config.view_tokens))
     for view in (1, 4):
         first[view] = mixer.skip_token[None]
@@ -154,7 +156,7 @@ def test_views_that_are_padding_cost_one_token_and_no_encoder(merge: str) -> Non
 
 def test_skipping_needs_sub_images() -> None:
     with pytest.raises(UserError, match=r"model\.vision\.grid"):
-        model_config("sphinx_sample", "+vision.skip_padding=true")
+        model_config("sphinx_sample_1k", "+vision.skip_padding=true")
 
 
 @pytest.mark.parametrize("off", [["clip"], ["convnext"], ["dinov2"], ["qformer"], ["clip", "convnext", "dinov2"],
