@@ -28,7 +28,7 @@ from torch.serialization import skip_data
 from sphinx_pl.checkpoint.__main__ import main as command
 from sphinx_pl.checkpoint.format import TensorInfo, copy_into, open_checkpoint, write_checkpoint
 from sphinx_pl.checkpoint.original import Restored, decoder_config, original_type, our_name, their_infos, write_original
-from sphinx_pl.checkpoint.parallel import ParallelFiles, split
+from sphinx_pl.checkpoint.parallel import ParallelFiles, split, write_parallel
 from sphinx_pl.data.images import load_image
 from sphinx_pl.data.packing import Collator
 from sphinx_pl.data.processor import Processor
@@ -443,6 +443,36 @@ def test_mistakes(write: Write) -> None:
     (folder / "meta.json").write_text('{"llama_type": "llama_ens6"}')
     with pytest.raises(UserError, match=r"llama_type .llama_ens6. cannot be read"):
         open_checkpoint(folder)
+
+
+EXPERTS_MEMORY = """
+import sys
+from pathlib import Path
+from sphinx_pl.checkpoint.format import TensorInfo, write_safetensors
+from sphinx_pl.checkpoint.parallel import ParallelFiles
+files = ParallelFiles(sorted(Path(sys.argv[1]).glob("*.pth")), lambda content: content, experts=8)
+infos = {name: TensorInfo(files.shape(name), files.dtype(name)) for name in files}
+write_safetensors(Path(sys.argv[1]) / "out.safetensors", infos, files.tensor)
+status = Path("/proc/self/status").read_text().splitlines()
+print(next(line.split()[1] for line in status if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.long
+def test_memory_of_mixtrals_experts(tmp_path: Path) -> None:
+    shape = (8 * 14336, 4096)
+    infos = {
+        f"layers.0.feed_forward.{w}": TensorInfo((shape[0] // 2, shape[1]), torch.bfloat16) for w in ("w1", "w2", "w3")
+    }
+    for rank in range(2):
+        write_parallel(
+            tmp_path / f"{rank}.pth", infos, lambda name: torch.ones(infos[name].shape, dtype=torch.bfloat16)
+        )
+    script = [sys.executable, "-c", EXPERTS_MEMORY, str(tmp_path)]
+    peak = 1024 * int(subprocess.check_output(script, text=True))
+    largest = TensorInfo(shape, torch.bfloat16).nbytes
+    print(f"peak {peak / 1e9:.2f} GB, largest tensor {largest / 1e9:.2f} GB")
+    assert peak < 2e9 + largest
 
 
 FAMILIES = ("llama_ens", "llama_ens_light", "mixtral_sparse_ens")
