@@ -560,7 +560,7 @@ def taught(folder: Path, processor: Processor, question: str) -> Path:
     scene().save(image)
     turns = (Turn(question, LONG),)
     record = Record("scene", "grounded_caption", (ImageRef(str(image)),), ((120, 120),), turns)
-    batch = Collator(256, processor.image_size, processor.tokens_per_image)([[processor.sample(record, "s")]])
+    batch = Collator(256, processor.image_size)([[processor.sample(record, "s")]])
     torch.manual_seed(0)
     model = Sphinx(tiny_model())
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)

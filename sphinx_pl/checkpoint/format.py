@@ -39,7 +39,6 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sphinx_pl.checkpoint.provenance import hash_file
@@ -123,8 +122,8 @@ class Mapped(ABC):
             Mapped._all.add(self)
 
     @abstractmethod
-    def _renew(self) -> None:
-        """Map the files anew, which drops the pages that were read."""
+    def _drop(self) -> None:
+        """Let go of the mappings and so of the pages that were read; the next access maps the files anew."""
 
     def _count(self, nbytes: int) -> None:
         """So many more bytes were read."""
@@ -134,7 +133,7 @@ class Mapped(ABC):
                 return
             for file in Mapped._all:
                 if file._read:
-                    file._renew()
+                    file._drop()
                     file._read = 0
 
 
@@ -148,20 +147,26 @@ class SafetensorsFile(Mapped):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.path = path
-        self._renew()
-        self.keys: list[str] = self._file.offset_keys()
+        self._mapped: Any = None  # safetensors ships no types
+        self.keys: list[str] = self._file().offset_keys()
         """In the file's own order, in which a pass over all tensors is one sequential read."""
 
-    def _renew(self) -> None:
+    def _drop(self) -> None:
+        self._mapped = None
+
+    def _file(self) -> Any:
+        if (mapped := self._mapped) is not None:
+            return mapped
         if not self.path.is_file():
             raise UserError(f"'{self.path}' is missing: copy the checkpoint again, whole")
         try:
-            self._file: Any = safe_open(str(self.path), framework="pt")  # safetensors ships no types
+            mapped = self._mapped = safe_open(str(self.path), framework="pt")
         except (SafetensorError, OSError) as error:
             raise UserError(f"'{self.path}' is damaged ({error}): copy the checkpoint again") from error
+        return mapped
 
     def info(self, name: str) -> TensorInfo:
-        view = self._file.get_slice(name)
+        view = self._file().get_slice(name)
         if view.get_dtype() not in _DTYPES:
             raise UserError(
                 f"'{self.path}': '{name}' is stored as {view.get_dtype()}, which this project does not read"
@@ -169,7 +174,7 @@ class SafetensorsFile(Mapped):
         return TensorInfo(tuple(view.get_shape()), _DTYPES[view.get_dtype()])
 
     def tensor(self, name: str) -> Tensor:
-        tensor: Tensor = self._file.get_tensor(name)
+        tensor: Tensor = self._file().get_tensor(name)
         self._count(tensor.nbytes)
         return tensor
 
@@ -192,6 +197,9 @@ class StateDict:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
     def info(self, name: str) -> TensorInfo:
         return TensorInfo(tuple(self._tensors[name].shape), self._tensors[name].dtype)
@@ -478,8 +486,8 @@ def write_checkpoint(
     weights = StateDict(weights) if isinstance(weights, Mapping) else weights
     with staged(path) as folder:
         write_shards(folder, weights, dtype, max_shard_bytes, progress)
-        if kept := {name: tensor.contiguous() for name, tensor in unused}:
-            save_file(kept, folder / UNUSED, metadata={"format": "pt"})
+        if kept := StateDict(dict(unused)):
+            write_safetensors(folder / UNUSED, {name: kept.info(name) for name in kept}, kept.tensor)
         write_json(folder / CONFIG, {"format": FORMAT_VERSION, "model": model, "processor": processor})
         write_json(folder / PROVENANCE, provenance() if callable(provenance) else provenance)
         shutil.copyfile(tokenizer_file, folder / TOKENIZER)

@@ -80,16 +80,18 @@ class ParallelFiles(Mapped):
         self.files = list(files)
         self.experts = experts
         self._unwrap = unwrap
-        self._renew()
-        first = self._ranks[0]
-        for file, rank in zip(self.files[1:], self._ranks[1:], strict=True):
+        self._mapped: list[Mapping[str, Tensor]] | None = None
+        ranks = self._ranks()
+        first = ranks[0]
+        self._infos = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in first.items()}
+        for file, rank in zip(self.files[1:], ranks[1:], strict=True):
             different = sorted(rank.keys() ^ first.keys())
             different += [name for name, tensor in rank.items() if name in first and not _alike(tensor, first[name])]
             if different:
                 raise UserError(f"'{file}' and '{self.files[0].name}' disagree about '{different[0]}': copy them again")
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._ranks[0])
+        return iter(self._infos)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of the whole tensor.
@@ -97,37 +99,38 @@ class ParallelFiles(Mapped):
         Raises:
             UserError: there is none of that name.
         """
-        if name not in self._ranks[0]:
+        if name not in self._infos:
             raise UserError(f"'{self.files[0]}' has no '{name}': it is not, or not all of, what it should be")
-        shape = list(self._ranks[0][name].shape)
+        shape = list(self._infos[name].shape)
         dimension = 0 if _EXPERTS.search(name) else _split_dimension(name)
         if dimension is not None and dimension < len(shape):
-            shape[dimension] *= len(self._ranks)
+            shape[dimension] *= len(self.files)
         return tuple(shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._ranks[0][name].dtype
+        return self._infos[name].dtype
 
     def tensor(self, name: str) -> Tensor:
         """The whole tensor. What every rank has is taken from the first; small ones that differ are warned of."""
-        first = self._ranks[0][name]
-        if len(self._ranks) == 1 or not (_EXPERTS.search(name) or _split_dimension(name) is not None):
-            if first.nbytes < 2**16 and not all(torch.equal(first, rank[name]) for rank in self._ranks[1:]):
+        if len(self.files) == 1 or not (_EXPERTS.search(name) or _split_dimension(name) is not None):
+            first, *others = (rank[name] for rank in self._ranks())
+            if first.nbytes < 2**16 and not all(torch.equal(first, other) for other in others):
                 log.warning("'%s' differs between the ranks in '%s': the first is taken", name, self.files[0].parent)
             self._count(first.nbytes)
             return first
-        whole = torch.empty(self.shape(name), dtype=first.dtype)
-        del first
-        for rank, view in enumerate(_views(name, whole, len(self._ranks), self.experts)):
-            part = self._ranks[rank][name]  # not before: the mappings may have been renewed
-            view.copy_(part.view(view.shape))
-            nbytes = part.nbytes
-            del part
-            self._count(nbytes)
+        whole = torch.empty(self.shape(name), dtype=self.dtype(name))
+        for rank, view in enumerate(_views(name, whole, len(self.files), self.experts)):
+            view.copy_(self._ranks()[rank][name].view(view.shape))
+            self._count(view.nbytes)
         return whole
 
-    def _renew(self) -> None:
-        self._ranks = [open_tensors(file, self._unwrap) for file in self.files]
+    def _drop(self) -> None:
+        self._mapped = None
+
+    def _ranks(self) -> list[Mapping[str, Tensor]]:
+        if (mapped := self._mapped) is None:
+            mapped = self._mapped = [open_tensors(file, self._unwrap) for file in self.files]
+        return mapped
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

@@ -233,6 +233,17 @@ def test_many_shards_share_one_budget(tmp_path: Path, write: Write, monkeypatch:
     assert 2**20 <= largest <= 2**22 + 2**21 + 2**20
 
 
+def test_a_file_that_is_gone_disturbs_no_other(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {f"t{i}": torch.zeros(2**18) for i in range(8)}
+    gone, here = (open_checkpoint(write(name, tensors)) for name in ("gone", "here"))
+    gone.tensor("t0")
+    shutil.rmtree(gone.path)
+    monkeypatch.setattr(checkpoint_format, "MAPPED_BYTES", 2**20)
+    assert all(here.tensor(name).numel() == 2**18 for name in here)
+    with pytest.raises(UserError, match="missing"):
+        gone.tensor("t1")
+
+
 def test_showing_a_checkpoint_takes_no_name_as_markup(
     write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
