@@ -155,7 +155,7 @@ class Sphinx(nn.Module):
         return table
 
     def flops_per_image(self) -> float:
-        """Forward FLOPs of all towers and projections for one image."""
+        """Forward FLOPs of all towers and projections for one image, none of whose views is skipped."""
         return self.mixer.flops() if self.mixer is not None else 0.0
 
     def flops(self, batch: Batch) -> float:
