@@ -164,9 +164,9 @@ def assert_near(found: Tensor, expected: Tensor, relative: float = 1e-4) -> None
 
 
 def test_shards_are_merged_bit_for_bit(write: Write) -> None:
-    whole, halves, quarters = (open_checkpoint(write(shards)) for shards in (1, 2, 4))
+    whole, *split_up = (open_checkpoint(write(shards)) for shards in (1, 2, 4, 8))
     for name in whole:
-        for parts in (halves, quarters):
+        for parts in split_up:
             assert parts.info(name) == whole.info(name)
             assert torch.equal(parts.tensor(name), whole.tensor(name)), name
             assert parts.tensor(name).shape == whole.info(name).shape
@@ -174,7 +174,7 @@ def test_shards_are_merged_bit_for_bit(write: Write) -> None:
     assert whole.model_config.tokens_per_image == IMAGE_WORDS
 
 
-@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("shards", [1, 2, 8])
 def test_to_our_format_and_back_is_bit_for_bit(write: Write, tmp_path: Path, shards: int) -> None:
     pool = torch.randn(1024, 769)  # their storage may be shared
     unused = {"llma.clip.logit_scale": pool[0, 0], "llma.clip.visual.proj": pool[:, 1:]}
