@@ -10,7 +10,7 @@ import torch
 
 from sphinx_pl.data.processor import Processor, ProcessorConfig
 from sphinx_pl.data.tokenizer import Tokenizer
-from sphinx_pl.models.config import SphinxConfig
+from sphinx_pl.models.config import DecoderConfig, SphinxConfig
 
 torch.set_num_threads(1)
 REPOSITORY = Path(__file__).parent.parent
@@ -65,3 +65,24 @@ def processor(sample_data: Path, model_config: SphinxConfig) -> Processor:
         tokens_per_image=model_config.tokens_per_image,
         image_size=model_config.vision.image_size,
     )
+
+
+def transformers_decoder(config: DecoderConfig) -> Any:
+    """transformers' LLaMA or, with experts, Mixtral of these sizes with new weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+    sizes = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "intermediate_size": config.ffn_width,
+        "rms_norm_eps": config.norm_eps,
+        "max_position_embeddings": config.max_positions,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+    }
+    if config.experts:
+        sparse = {"num_local_experts": config.experts, "num_experts_per_tok": config.experts_per_token}
+        return MixtralForCausalLM(MixtralConfig(**sizes, **sparse, sliding_window=None)).eval()
+    return LlamaForCausalLM(LlamaConfig(**sizes)).eval()

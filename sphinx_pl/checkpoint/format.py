@@ -107,7 +107,7 @@ AHEAD_BYTES = 2**29
 """Of a tensor that is being written and the next one, which is read meanwhile; larger ones wait for each other."""
 
 MAPPED_BYTES = 2**29
-"""What is read through one mapping of a file before it is renewed: mapped pages count as this process's memory."""
+"""What is read through mappings of files before they are dropped: mapped pages count as this process's memory."""
 
 
 class Mapped(ABC):

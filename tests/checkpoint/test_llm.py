@@ -20,6 +20,7 @@ from sphinx_pl.checkpoint.parallel import split
 from sphinx_pl.errors import UserError
 from sphinx_pl.models.config import DecoderConfig, SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx
+from tests.conftest import transformers_decoder
 
 TOKENIZER = Path(__file__).parent.parent / "golden" / "tokenizer.model"
 SIZES = DecoderConfig(vocab_size=61, width=48, layers=2, heads=6, kv_heads=2, ffn_width=80, max_positions=64)
@@ -49,24 +50,8 @@ def ours(model: Sphinx, path: Path) -> Checkpoint:
 
 
 def theirs(model: Sphinx) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
-
-    c = model.config.decoder
-    sizes = {
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.width,
-        "num_hidden_layers": c.layers,
-        "num_attention_heads": c.heads,
-        "num_key_value_heads": c.kv_heads,
-        "intermediate_size": c.ffn_width,
-        "rms_norm_eps": c.norm_eps,
-        "max_position_embeddings": c.max_positions,
-    }
     torch.manual_seed(1)
-    if c.experts:
-        moe = {"num_local_experts": c.experts, "num_experts_per_tok": c.experts_per_token, "sliding_window": None}
-        return MixtralForCausalLM(MixtralConfig(**sizes, **moe)).eval()
-    return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+    return transformers_decoder(model.config.decoder)
 
 
 def test_rotary_halves_and_pairs_are_inverse() -> None:

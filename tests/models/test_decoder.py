@@ -6,36 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from sphinx_pl.checkpoint.llm import half_split
 from sphinx_pl.models.config import DecoderConfig
 from sphinx_pl.models.decoder import Decoder, KVCache, SparseFeedForward
+from tests.conftest import transformers_decoder
 
 CONFIG = DecoderConfig(vocab_size=61, width=48, layers=3, heads=6, kv_heads=2, ffn_width=80, max_positions=64)
 
 
-def half_split(weight: Tensor, heads: int) -> Tensor:
-    """Rows of a query or key matrix from interleaved pairs (ours) to first and second half (transformers')."""
-    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-
-
 def reference(decoder: Decoder) -> torch.nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
-
     c = decoder.config
-    sizes = {
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.width,
-        "num_hidden_layers": c.layers,
-        "num_attention_heads": c.heads,
-        "num_key_value_heads": c.kv_heads,
-        "intermediate_size": c.ffn_width,
-        "rms_norm_eps": c.norm_eps,
-        "max_position_embeddings": c.max_positions,
-        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
-    }
-    sparse = {"num_local_experts": c.experts, "num_experts_per_tok": c.experts_per_token}
-    model = (
-        MixtralForCausalLM(MixtralConfig(**sizes, **sparse)) if c.experts else LlamaForCausalLM(LlamaConfig(**sizes))
-    )
+    model = transformers_decoder(c)
     ours = decoder.state_dict()
     theirs = {
         "model.embed_tokens.weight": ours["tok_embeddings.weight"],
