@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from sphinx_pl.checkpoint.format import HUB
+from sphinx_pl.checkpoint.format import HUB, hub_snapshot
 from sphinx_pl.data.geometry import Box4
 from sphinx_pl.errors import UserError
 
@@ -98,16 +98,11 @@ def _folder(name: str) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
-    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.constants import HF_HUB_CACHE
 
     model = name.removeprefix(HUB)
     try:
-        try:
-            return Path(snapshot_download(model, local_files_only=True, allow_patterns=_FILES))
-        except FileNotFoundError:
-            HfApi().model_info(model, timeout=10)  # without a network the download would try for minutes
-            return Path(snapshot_download(model, allow_patterns=_FILES))
+        return hub_snapshot(model, _FILES)
     except Exception as error:  # of two HTTP libraries, and the hub's own
         raise UserError(
             f"sam={name}: there is no folder {folder}, and the model {model} is neither in {HF_HUB_CACHE} nor could it "

@@ -362,8 +362,27 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 _HUB_FILES = ("*.json", TOKENIZER, "model*.safetensors", "consolidated.*.pth")
 
 
+def hub_snapshot(repository: str, patterns: Sequence[str]) -> Path:
+    """The files of a repository: as the Hugging Face cache has them if it has weights, else downloaded.
+
+    Raises what the library does.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    wanted = list(patterns)
+    try:
+        cached = Path(snapshot_download(repository, local_files_only=True, allow_patterns=wanted))
+        # Another folder of the repository may be all that is cached.
+        if any(any(cached.glob(pattern)) for pattern in wanted if pattern.endswith((".safetensors", ".pth"))):
+            return cached
+    except FileNotFoundError:
+        pass
+    HfApi().model_info(repository, timeout=10)  # without a network the download would try for minutes
+    return Path(snapshot_download(repository, allow_patterns=wanted))
+
+
 def _from_hub(source: str) -> Path:
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import constants
 
     parts = source.removeprefix(HUB).split("/")
     if len(parts) < 2 or not all(parts):
@@ -372,7 +391,7 @@ def _from_hub(source: str) -> Path:
     repository, inside = f"{owner}/{name}", "/".join(folder)
     patterns = ["/".join([*folder, pattern]) for pattern in _HUB_FILES]
     try:
-        return Path(snapshot_download(repository, allow_patterns=patterns)) / inside
+        return hub_snapshot(repository, patterns) / inside
     except Exception as error:  # of many libraries: no network, no such model, no access, a name that is none
         include = " ".join(f"'{pattern}'" for pattern in patterns)
         raise UserError(

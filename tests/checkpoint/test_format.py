@@ -196,6 +196,12 @@ def test_a_name_on_the_hub_is_found_in_its_cache(write: Write, cache: Path, fold
     assert set(open_checkpoint(f"hf-hub:some/model{folder}")) == set(random_tensors(0))
 
 
+def test_another_folder_of_the_repository_is_not_enough(write: Write, cache: Path) -> None:
+    shutil.copytree(write("a"), cached(cache, "some/model", "one"), dirs_exist_ok=True)
+    with pytest.raises(UserError, match="'hf-hub:some/model/two' is neither in"):
+        open_checkpoint("hf-hub:some/model/two")
+
+
 def test_a_name_that_is_not_in_the_cache(cache: Path) -> None:
     with pytest.raises(UserError) as error:
         open_checkpoint("hf-hub:meta-llama/Llama-2-7b-hf")
