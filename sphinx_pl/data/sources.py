@@ -30,7 +30,8 @@ import numpy as np
 import numpy.typing as npt
 
 from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.record import ImageRef, Record, Region, Turn
+from sphinx_pl.data.entries import sizes, to_record
+from sphinx_pl.data.record import ImageRef, Record
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.registry import Registry
@@ -38,8 +39,6 @@ from sphinx_pl.registry import Registry
 log = logging.getLogger(__name__)
 
 Offsets = npt.NDArray[np.int64]
-MAX_SIDE = 1 << 24
-"""Pixels; what an annotation says beyond it is an error."""
 
 
 class Source(ABC):
@@ -288,7 +287,7 @@ class ImageTextSource(Source):
             key=key,
             task=self.task,
             images=(ImageRef(shard.path, offset, size),),
-            sizes=_sizes(meta.pop("width", None), meta.pop("height", None), key),
+            sizes=sizes(meta.pop("width", None), meta.pop("height", None), key),
             answer=caption.strip(),
             meta=meta,
         )
@@ -383,13 +382,9 @@ class TextSource(Source):
 
 
 class InstructionSource(Source):
-    """LLaVA-style instructions: a json list, or jsonl (also .gz), of
+    """Instructions: a json list, or jsonl (also .gz), of entries as `sphinx_pl.data.entries` describes them.
 
-        {"id", "image": path or list of paths, "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}]}
-
-    and, of ours and all optional, "task" (default: the option `task`), "question", "answer", "choices", "regions":
-    [{"box": [x1, y1, x2, y2], "label", "keypoints": [[x, y, visibility], ...]}], "width", "height" (pixels of the
-    image), "meta". Other keys are ignored. A json list is held in memory as bytes, jsonl is not.
+    A json list is held in memory as bytes, jsonl is not. An entry's "task" is by default the option `task`.
 
     Args:
         root: folder that image paths are relative to; by default that of the (first) instruction file.
@@ -432,30 +427,7 @@ class InstructionSource(Source):
         entry = _json_object(self._entries[row], key)
         if isinstance(entry.get("id"), str | int):
             key = f"{key}:{entry['id']}"
-        try:
-            return self._record(entry, key)
-        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
-            # Whatever the entry holds instead of what it should: the counter is what matters, the message is a help.
-            raise BadSample("entry_malformed", f"{key}: {type(error).__name__}: {error}") from None
-
-    def _record(self, entry: dict[str, Any], key: str) -> Record:
-        task = entry.get("task", self.task)
-        if task not in TASKS:
-            raise BadSample("task_unknown", f"{key}: {task}")
-        images = entry.get("image") or []
-        meta = entry.get("meta") or {}
-        return Record(
-            key=key,
-            task=task,
-            images=tuple(ImageRef(str(self.root / image)) for image in _as_list(images)),
-            sizes=_sizes(entry.get("width"), entry.get("height"), key),
-            turns=_turns(entry.get("conversations") or [], key),
-            question=_string(entry.get("question", "")),
-            answer=_string(entry.get("answer", "")),
-            choices=tuple(_string(choice) for choice in entry.get("choices") or []),
-            regions=tuple(_region(region) for region in entry.get("regions") or []),
-            meta=dict(meta),
-        )
+        return to_record(entry, key, self.root, self.task)
 
     def _filtered(self) -> Offsets:
         if self.tasks is None and not self.where:
@@ -532,43 +504,9 @@ def _json_object(data: bytes, key: str) -> dict[str, Any]:
     return value
 
 
-def _sizes(width: Any, height: Any, key: str) -> tuple[tuple[int, int], ...]:
-    if width is None or height is None:
-        return ()
-    sides = (width, height)
-    if not all(isinstance(side, int) and 1 <= side <= MAX_SIDE for side in sides):
-        raise BadSample("size_malformed", f"{key}: {width}x{height}")
-    return ((width, height),)
-
-
 def _check_unicode(text: str, what: str, key: str) -> None:
     """JSON can spell halves of a character ("\\ud83d", where a text was cut), which no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise BadSample(f"{what}_not_utf8", f"{key}: {error}") from None
-
-
-def _string(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} should be text")
-    value.encode()  # a UnicodeEncodeError is a ValueError
-    return value
-
-
-def _as_list(value: Any) -> list[str]:
-    return [_string(item) for item in (value if isinstance(value, list) else [value])]
-
-
-def _region(value: Mapping[str, Any]) -> Region:
-    x1, y1, x2, y2 = (float(number) for number in value["box"])
-    keypoints = tuple((float(x), float(y), int(visibility)) for x, y, visibility in value.get("keypoints") or [])
-    return Region((x1, y1, x2, y2), _string(value.get("label", "")), keypoints)
-
-
-def _turns(conversations: Sequence[Mapping[str, Any]], key: str) -> tuple[Turn, ...]:
-    speakers = [message["from"] for message in conversations]
-    if speakers != ["human", "gpt"] * (len(speakers) // 2):
-        raise BadSample("conversation_malformed", f"{key}: {' '.join(map(str, speakers[:8]))}")
-    values = [_string(message["value"]) for message in conversations]
-    return tuple(itertools.starmap(Turn, zip(values[::2], values[1::2], strict=True)))
