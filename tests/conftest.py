@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,12 @@ def sample_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "sample"
     build(folder, seed=0, scale=0.02)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Copies and indices go to a folder of this run."""
+    os.environ["SPHINX_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture

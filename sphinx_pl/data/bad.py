@@ -1,4 +1,4 @@
-"""The one exception for a record that cannot be used: skipped and counted, never fatal by itself."""
+"""The exceptions for a record that is not used: counted, never fatal by itself."""
 
 from __future__ import annotations
 
@@ -16,3 +16,16 @@ class BadSample(Exception):  # noqa: N818 - not an error of the program
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
+
+    @property
+    def counter(self) -> str:
+        """The counter's name: `skipped/<reason>`."""
+        return f"skipped/{self.reason}"
+
+
+class Filtered(BadSample):
+    """Nothing is wrong with it, but the configuration's filters do not want it."""
+
+    @property
+    def counter(self) -> str:
+        return f"filtered/{self.reason}"

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
+import queue
+import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
 from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.mixture import Mixture, SourceConfig
-from sphinx_pl.data.packing import Collator, PackingConfig, Planner, Row, WindowPlan, first_fit_decreasing
+from sphinx_pl.data.mixture import Group, MixingConfig, Mixture, SourceConfig
+from sphinx_pl.data.packing import (
+    Collator,
+    Lane,
+    MicroPlan,
+    PackingConfig,
+    Planner,
+    Row,
+    first_fit_decreasing,
+    merge_states,
+)
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.record import Batch, Sample
 from sphinx_pl.data.sources import expand_paths, spread
@@ -23,14 +37,55 @@ from sphinx_pl.typed import build
 log = logging.getLogger(__name__)
 
 
-class _Windows(Dataset[list[Batch]]):
-    """Plans in, decoded windows out: what runs in the data workers."""
+class _MicroBatches(Dataset[Batch]):
+    """Plans in, decoded micro-batches out: what runs in the data workers."""
 
     def __init__(self, collator: Collator) -> None:
         self.collator = collator
 
-    def __getitem__(self, plan: WindowPlan) -> list[Batch]:
-        return self.collator.window(plan)
+    def __getitem__(self, plan: MicroPlan) -> Batch:
+        batch = self.collator(plan.rows)
+        batch.window = plan.window
+        return batch
+
+
+class _Ahead:
+    """Iterates over a planner in a thread of its own, `depth` plans ahead, so that reading annotations never waits for
+    the training loop and the loop never waits for them."""
+
+    def __init__(self, planner: Planner, depth: int) -> None:
+        self.planner = planner
+        self.depth = depth
+
+    def __iter__(self) -> Iterator[MicroPlan]:
+        plans: queue.Queue[MicroPlan | BaseException | None] = queue.Queue(self.depth)
+        stopped = threading.Event()
+
+        def put(item: MicroPlan | BaseException | None) -> None:
+            while not stopped.is_set():
+                with contextlib.suppress(queue.Full):
+                    return plans.put(item, timeout=0.1)
+
+        def run() -> None:
+            try:
+                for plan in self.planner:
+                    put(plan)
+                    if stopped.is_set():
+                        return
+                put(None)
+            except BaseException as error:
+                put(error)
+
+        thread = threading.Thread(target=run, name="plan-windows", daemon=True)
+        thread.start()
+        try:
+            while (item := plans.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stopped.set()
+            thread.join()
 
 
 class _Rows(Dataset[Batch]):
@@ -54,41 +109,54 @@ def _as_is(batch: Any) -> Any:
 
 
 class TrainLoader:
-    """Endless micro-batches. Counts what was skipped and stops the run when it is too much.
+    """Micro-batches, endless unless every source has `epochs`. Counts what was skipped and stops the run when it is too
+    much.
 
     A window that lost all its images to unreadable files (or all its text) is left out and counted, since every step
     must hold both. With several ranks it is trained on as it is and counted: other ranks' images are part of the step.
     """
 
     def __init__(
-        self, planner: Planner, collator: Collator, workers: int, max_skipped: float, pin_memory: bool
+        self,
+        planner: Planner,
+        collator: Collator,
+        workers: int,
+        max_skipped: float,
+        pin_memory: bool,
+        at_end: Callable[[], None] = lambda: None,
     ) -> None:
         self.planner = planner
+        self.at_end = at_end
+        self.collator = collator
         self.max_skipped = max_skipped
         self.counts: Counter[str] = Counter()
+        self._reached: int | None = None  # the last window that was handed out
         self._loader = DataLoader(
-            _Windows(collator),
-            sampler=planner,
+            _MicroBatches(collator),
+            sampler=_Ahead(planner, 2 * workers * planner.accumulate) if workers else planner,
             batch_size=None,
             num_workers=workers,
             collate_fn=_as_is,
             worker_init_fn=_one_thread,
             pin_memory=pin_memory,
-            prefetch_factor=2 if workers else None,
+            prefetch_factor=max(2, planner.accumulate // workers) if workers else None,
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        left_out = self.planner.mixture.left_out
-        indexed = sum(len(stream.source) for stream in self.planner.mixture.streams.values())
-        self._refuse(left_out, indexed + sum(left_out.values()))
-        for window in self._loader:
+        streams = self.planner.mixture.streams.values()
+        left_out = Counter(self.planner.mixture.left_out)
+        self._refuse(left_out, sum(stream.indexed for stream in streams) + left_out.total())
+        for window in self._windows():
             for batch in window:
                 self.counts.update(
                     {k: int(v) for k, v in batch.counters.items() if k.startswith(("skipped/", "samples"))}
                 )
-            self._check_skipped()
+            self._reached = window[0].window
+            self._check_skipped(self._reached)
             missing = [
-                m for m in self.planner.mixture.modalities if not any(b.counters.get(f"modality/{m}") for b in window)
+                modality
+                for modality in (() if self.planner.finite else self.planner.mixture.modalities)
+                if not any(batch.counters.get(f"modality/{modality}") for batch in window)
             ]
             if missing:
                 self.counts[f"skipped/windows/without_{missing[0]}"] += 1
@@ -96,8 +164,31 @@ class TrainLoader:
                     continue
             yield from window
 
-    def _check_skipped(self) -> None:
-        planned = self.planner.mixture.counts
+    def _windows(self) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of each optimizer step, each with the weight of them all."""
+        batches = iter(self._loader)
+        number = self.planner.number_consumed
+        while True:
+            window = list(itertools.islice(batches, self.planner.accumulate))
+            # Ranks come to the end of a finite mixture in different steps: those that are through go on with empty
+            # rows.
+            if self.planner.finite and not any_rank(bool(window), self.planner.world_size):
+                self.at_end()
+                return
+            if not window:
+                empty: list[Row] = [[] for _ in range(self.planner.config.rows)]
+                window = [self.collator(empty) for _ in range(self.planner.accumulate)]
+                for batch in window:
+                    batch.window = number
+            number = window[0].window
+            weight = sum(float(batch.weights.sum()) for batch in window)
+            for i, batch in enumerate(window):
+                batch.window_weight = weight
+                batch.window_end = i == len(window) - 1
+            yield window
+
+    def _check_skipped(self, window: int) -> None:
+        planned = self.planner.counts(window)
         skipped = {k: v for k, v in [*planned.items(), *self.counts.items()] if "skipped/" in k}
         seen = sum(v for k, v in planned.items() if k.endswith("/seen"))
         if seen >= 200:
@@ -113,11 +204,24 @@ class TrainLoader:
             )
 
     @property
+    def counters(self) -> dict[str, int]:
+        """Of this rank since the start of the run: `source/seen`, `source/tokens`, `source/images`,
+        `source/skipped/reason`, ... when samples were drawn, `skipped/source/reason` when images were decoded."""
+        return dict(self.planner.counts(self._reached) + self.counts)
+
+    @property
     def skipped(self) -> dict[str, int]:
-        """`source/skipped/reason` and `skipped/source/reason`: while indexing, and since the start of the run."""
-        total = Counter(self.planner.mixture.left_out)
-        total.update({k: v for k, v in [*self.planner.mixture.counts.items(), *self.counts.items()] if "skipped/" in k})
-        return dict(total)
+        """Those of the counters that say what could not be used."""
+        return {key: value for key, value in self.counters.items() if "skipped/" in key}
+
+
+def any_rank(value: bool, world_size: int) -> bool:
+    """Whether it is true on any rank."""
+    if world_size == 1:
+        return value
+    flag = torch.tensor(int(value), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
 
 
 class DataModule(L.LightningDataModule):
@@ -128,6 +232,7 @@ class DataModule(L.LightningDataModule):
         sources: name -> source configuration of the training mixture.
         val_sources: the same for held-out losses; each is reported on its own.
         packing: `PackingConfig`'s keys.
+        mixing: `MixingConfig`'s keys.
         val_samples: at most so many samples of each held-out source.
         max_skipped: share of bad samples above which a run stops.
     """
@@ -142,12 +247,14 @@ class DataModule(L.LightningDataModule):
         seed: int = 0,
         val_samples: int = 256,
         max_skipped: float = 0.1,
+        mixing: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.processor = processor
         self.sources = sources
         self.val_sources = {name: values for name, values in val_sources.items() if values is not None}
         self.packing = build(PackingConfig, packing, "data.packing")
+        self.mixing = build(MixingConfig, mixing or {}, "data.mixing")
         self.workers = workers
         self.seed = seed
         self.val_samples = val_samples
@@ -171,8 +278,7 @@ class DataModule(L.LightningDataModule):
         Raises:
             UserError: a wrong key, a missing file, or no text.
         """
-        sources = {name: values for name, values in self.sources.items() if values is not None}
-        configs = {name: SourceConfig.from_dict(name, values) for name, values in sources.items()}
+        configs = dict(Group.from_dict({"sources": self.sources}).leaves())
         held_out = {n: SourceConfig.from_dict(n, values, "val_sources") for n, values in self.val_sources.items()}
         for name, config in [*configs.items(), *held_out.items()]:
             expand_paths(name, config.path)
@@ -187,21 +293,47 @@ class DataModule(L.LightningDataModule):
                 "ability: add one, or set stage.text_required=false"
             )
 
-    def planner(self, accumulate: int = 1, rank: int = 0, world_size: int = 1) -> Planner:
-        """A planner at the start of the stream."""
-        mixture = Mixture(self.sources, self.processor, self.seed, self.packing.row_length)
-        return Planner(mixture, self.packing, accumulate, rank, world_size)
+    def planner(self, accumulate: int = 1, rank: int = 0, world_size: int = 1, lanes: int | None = None) -> Planner:
+        """A planner at the start of the stream.
+
+        Args:
+            lanes: those of the run that goes on; by default the configured number, else one for each rank, or for
+                several where a rank has a single row, which could not hold an image and a text.
+        """
+        rows = self.packing.rows * accumulate * world_size
+        lanes = lanes or self.mixing.lanes
+        if lanes is None:
+            lanes = max(n for n in range(1, world_size + 1) if world_size % n == 0 and (rows >= 2 * n or n == 1))
+        row_length = self.packing.row_length
+
+        def lane(number: int) -> Lane:
+            mixture = Mixture(self.sources, self.processor, self.seed, row_length, self.mixing, number, lanes)
+            return Lane(mixture, self.packing)
+
+        return Planner(lane, lanes, self.packing, accumulate, rank, world_size)
 
     def train_dataloader(self) -> TrainLoader:
         trainer = self.trainer
         assert trainer is not None, "train_dataloader() is called by a Trainer"
-        self._planner = self.planner(trainer.accumulate_grad_batches, trainer.global_rank, trainer.world_size)
-        if self._resume is not None:
-            self._planner.load_state_dict(self._resume["planner"])
+        resume = self._resume
+        lanes = resume["planner"].get("lane_count") if resume else None
+        if resume and lanes is None:
+            raise UserError(
+                "ckpt_path: the checkpoint's data position was written by an older version, which this one cannot go "
+                "on from: start a new run from the weights (stage.init_from)"
+            )
+        self._planner = self.planner(trainer.accumulate_grad_batches, trainer.global_rank, trainer.world_size, lanes)
         pin = trainer.strategy.root_device.type == "cuda"
-        self._train_loader = TrainLoader(self._planner, self.collator, self.workers, self.max_skipped, pin)
-        if self._resume is not None:
-            self._train_loader.counts.update(self._resume["counts"])
+
+        def at_end() -> None:
+            log.info("every source has been read as often as its epochs say: training ends")
+            trainer.should_stop = True
+
+        self._train_loader = TrainLoader(self._planner, self.collator, self.workers, self.max_skipped, pin, at_end)
+        if resume:
+            self._planner.load_state_dict(resume["planner"])
+            if trainer.is_global_zero:
+                self._train_loader.counts.update(resume["counts"])
             self._resume = None
         return self._train_loader
 
@@ -250,14 +382,28 @@ class DataModule(L.LightningDataModule):
         return batch
 
     @property
+    def counters(self) -> dict[str, int]:
+        """This rank's counters of the training stream so far, by source (`TrainLoader.counters`)."""
+        return self._train_loader.counters if self._train_loader else {}
+
+    @property
     def skipped(self) -> dict[str, int]:
-        """What the training stream had to leave out so far, by source and reason."""
+        """Those of what could not be used."""
         return self._train_loader.skipped if self._train_loader else {}
 
     def state_dict(self) -> dict[str, Any]:
+        """Of all ranks, which call it together."""
         if self._planner is None or self._train_loader is None:
             return {}
-        return {"planner": self._planner.state_dict(), "counts": dict(self._train_loader.counts)}
+        own = {"planner": self._planner.state_dict(), "counts": dict(self._train_loader.counts)}
+        states: list[Any] = [own]
+        if self._planner.world_size > 1:
+            states = [None] * self._planner.world_size
+            dist.all_gather_object(states, own)
+        counts: Counter[str] = Counter()
+        for state in states:
+            counts.update(state["counts"])
+        return {"planner": merge_states([state["planner"] for state in states]), "counts": dict(counts)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resume = state_dict or None

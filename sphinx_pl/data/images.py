@@ -12,6 +12,7 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from sphinx_pl.data.bad import BadSample
+from sphinx_pl.data.files import Reader, is_remote, local_file
 from sphinx_pl.data.record import ImageRef
 
 PAD_COLOUR = (122, 116, 104)
@@ -21,6 +22,7 @@ MAX_PIXELS = 64_000_000
 MAX_BYTES = 1 << 28
 MAX_ASPECT = 100
 _HEADER_BYTES = 1 << 16
+_READER = Reader()
 
 # Pillow also reads formats that run programs (EPS) or reach for other files; these are the ones that data sets hold.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO")
@@ -46,14 +48,19 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 def read_bytes(ref: ImageRef, limit: int | None = None) -> bytes:
     """The encoded bytes of an image, at most the first `limit`: a whole file, or its part of a tar shard."""
+    size = ref.size if ref.size >= 0 else MAX_BYTES + 1
+    if size > MAX_BYTES + 1:
+        raise BadSample("image_too_large", f"{ref.path} should have {size} bytes")
+    wanted = size if limit is None else min(size, limit)
     try:
-        # An annotation file can name anything: a device or a pipe would never end.
-        if Path(ref.path).exists() and not Path(ref.path).is_file():
-            raise BadSample("image_unreadable", f"{ref.path} is not a file")
-        with Path(ref.path).open("rb") as file:
-            file.seek(ref.offset)
-            size = ref.size if ref.size >= 0 else MAX_BYTES + 1
-            data = file.read(size if limit is None else min(size, limit))
+        if ref.size >= 0:  # a shard, named by the configuration: it may be a URL, and is read from again
+            data = _READER.read(local_file(ref.path)[0] if is_remote(ref.path) else ref.path, ref.offset, wanted)
+        else:
+            # An annotation file can name anything: a device or a pipe would never end.
+            if Path(ref.path).exists() and not Path(ref.path).is_file():
+                raise BadSample("image_unreadable", f"{ref.path} is not a file")
+            with Path(ref.path).open("rb") as file:
+                data = file.read(wanted)
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte or half a character
         raise BadSample("image_missing", f"{ref.path!r}: {getattr(error, 'strerror', error)}") from None
     if not data:

@@ -1,35 +1,60 @@
-"""Which record comes next: sources, their shares, their order, and the place that was reached.
+"""Which source the next sample comes from: a tree of sources with weights, and the shares that follow from them.
 
-Nothing here is random in a way that is not a function of (seed, epoch): the state of a mixture is a few integers, the
-same on every rank and for any number of data workers.
+Nothing here is random in a way that is not a function of (seed, source, epoch): the state of a mixture is a few
+integers, the same for any number of ranks and data workers.
 """
 
 from __future__ import annotations
 
-import random
-import zlib
-from collections import Counter
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Optional
 
-import numpy as np
+import yaml
 
-from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.processor import Processor, merge_branches
+from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.record import Sample
 from sphinx_pl.data.sources import Source, build_source, check_options
-from sphinx_pl.errors import UserError
+from sphinx_pl.data.stream import SourceStream
+from sphinx_pl.data.tasks import TASKS
+from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.typed import build
 
 MODALITIES = ("image", "text")
+UNITS = ("sample", "token")
+META = "meta"
+"""The kind of a source that stands for the original's own list of annotation files."""
+
+
+@dataclass
+class MixingConfig:
+    """How sources are drawn from. `data.mixing` in the configuration."""
+
+    unit: str = "sample"
+    """What shares are counted in: samples, or supervised tokens."""
+    epochs: Optional[int] = None
+    """Every source is read at most so often; null: for ever. A source's own `epochs` goes before it."""
+    lanes: Optional[int] = None
+    """Independent lines of planning, fixed for a run; null: from the number of ranks when it is first started."""
+
+    def __post_init__(self) -> None:
+        if self.unit not in UNITS:
+            raise UserError(f"data.mixing.unit='{self.unit}' must be one of {', '.join(UNITS)}")
+        for key in ("epochs", "lanes"):
+            if (value := getattr(self, key)) is not None and value < 1:
+                raise UserError(f"data.mixing.{key}={value} must be at least 1")
 
 
 @dataclass
 class SourceConfig:
     """One entry of a mixture's `sources`; further keys go to the source's constructor.
 
-    `weight` is its share of the drawn samples relative to the others'. `branches` > 1 joins up to that many records
-    about one image into one sample. `modality` says what the source counts as where a step must hold text and images.
+    `weight` is its share relative to the others' beside it. `branches` > 1 joins up to that many records about one
+    image into one sample. `modality` says what the source counts as where a step must hold text and images. `epochs`
+    bounds how often it is read (upsampling), `caps` how many records of a task an epoch has: {ocr: 10000}.
+    `shuffle_shards` files are open at a time, their records shuffled together.
     """
 
     kind: str
@@ -37,22 +62,32 @@ class SourceConfig:
     weight: float = 1.0
     branches: int = 1
     modality: str = ""
+    epochs: Optional[int] = None
+    caps: dict[str, int] = field(default_factory=dict)
+    shuffle_shards: int = 8
     options: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_dict(cls, name: str, values: dict[str, Any], section: str = "sources") -> SourceConfig:
+    def from_dict(cls, name: str, values: Mapping[str, Any], section: str = "sources") -> SourceConfig:
         prefix = f"data.{section}.{name}"
         for key in ("kind", "path"):
             if values.get(key) in (None, ""):
                 raise UserError(f"{prefix}.{key} is missing: every source needs a kind and a path")
-        known = {"kind", "path", "weight", "branches", "modality"}
+        known = {f for f in cls.__dataclass_fields__ if f != "options"}
         own = {key: value for key, value in values.items() if key in known}
         config = build(cls, own | {"options": {k: v for k, v in values.items() if k not in known}}, prefix)
         config.modality = config.modality or ("text" if config.kind == "text" else "image")
         if config.modality not in MODALITIES:
             raise UserError(f"{prefix}.modality='{config.modality}' must be one of {', '.join(MODALITIES)}")
-        if config.weight < 0:
-            raise UserError(f"{prefix}.weight={config.weight} must not be negative")
+        _check_weight(prefix, config.weight)
+        for key in ("branches", "epochs", "shuffle_shards"):
+            if (value := getattr(config, key)) is not None and value < 1:
+                raise UserError(f"{prefix}.{key}={value} must be at least 1")
+        for task, cap in config.caps.items():
+            if task not in TASKS:
+                raise UserError(f"{prefix}.caps: unknown task '{task}': {suggest(task, TASKS)}")
+            if cap < 0:
+                raise UserError(f"{prefix}.caps.{task}={cap} must not be negative")
         check_options(config.kind, prefix, config.options)
         return config
 
@@ -60,116 +95,208 @@ class SourceConfig:
         return build_source(self.kind, name, self.path, **self.options)
 
 
-def _images(source: Source, index: int) -> object:
-    """What records can share a sample over: their images; a record without any, or a bad one, stands alone."""
+@dataclass
+class Group:
+    """Sources with a weight of their own as a whole.
+
+    With a `temperature` T a member's share is its weight times (its number of records) ** (1 / T): 1 in proportion to
+    size, larger ones nearer to equal shares (mT5, arXiv 2010.11934, section 3.1, with alpha = 1 / T).
+    """
+
+    members: dict[str, Group | SourceConfig]
+    weight: float = 1.0
+    temperature: Optional[float] = None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], prefix: str = "data") -> Group:
+        """From {"sources": {name: source or group}, "weight", "temperature"}; members that are null are left out.
+
+        Raises:
+            UserError: an unknown key, or a value that cannot be.
+        """
+        for key in values:
+            if key not in (known := ("sources", "weight", "temperature")):
+                raise UserError(f"{prefix}.{key}: a group of sources has no such key: {suggest(key, known)}")
+        weight, temperature = values.get("weight", 1.0), values.get("temperature")
+        _check_weight(prefix, weight)
+        if temperature is not None and not temperature > 0:
+            raise UserError(f"{prefix}.temperature={temperature} must be positive")
+        members: dict[str, Group | SourceConfig] = {}
+        for name, value in values["sources"].items():
+            if value is None:
+                continue
+            section = f"{prefix}.sources"
+            if "." in name or "/" in name:
+                raise UserError(f"{section}: the name '{name}' must have no dot and no slash")
+            if "sources" in value:
+                members[name] = cls.from_dict(value, f"{section}.{name}")
+            elif value.get("kind") == META:
+                members[name] = _meta_group(value, f"{section}.{name}")
+            else:
+                members[name] = SourceConfig.from_dict(name, value, section.removeprefix("data."))
+        return cls(members, weight, temperature)
+
+    def leaves(self, prefix: str = "") -> Iterator[tuple[str, SourceConfig]]:
+        """(name, configuration) of every source; a member of a group is called `group.member`."""
+        for name, member in self.members.items():
+            if isinstance(member, Group):
+                yield from member.leaves(f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}", member
+
+    @property
+    def needs_sizes(self) -> bool:
+        """Whether shares depend on how many records there are."""
+        groups = [member for member in self.members.values() if isinstance(member, Group)]
+        return self.temperature is not None or any(group.needs_sizes for group in groups)
+
+    def shares(self, sizes: Mapping[str, int], prefix: str = "") -> dict[str, float]:
+        """Of each source with a weight above 0 its share of all draws; they sum to 1.
+
+        Args:
+            sizes: records of each source, where `needs_sizes`.
+        """
+        weights: dict[str, float] = {}
+        inner: dict[str, dict[str, float]] = {}
+        for name, member in self.members.items():
+            full = f"{prefix}{name}"
+            inner[name] = member.shares(sizes, f"{full}.") if isinstance(member, Group) else {full: 1.0}
+            weights[name] = member.weight if inner[name] else 0.0
+            if self.temperature is not None:
+                weights[name] *= sum(sizes[leaf] for leaf in inner[name]) ** (1 / self.temperature)
+        total = sum(weights.values())
+        return {
+            leaf: weights[name] / total * share
+            for name, leaves in inner.items()
+            for leaf, share in leaves.items()
+            if weights[name] > 0
+        }
+
+
+def _check_weight(prefix: str, weight: Any) -> None:
+    if not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
+        raise UserError(f"{prefix}.weight={weight} must not be negative")
+
+
+def _meta_group(values: Mapping[str, Any], prefix: str) -> Group:
+    """The original's own data file: `META: [{path, type, root, ratio}]` (LLaMA2-Accessory, accessory/data/alpaca.py).
+
+    Each entry is a source, in proportion to its size; relative paths are looked for from the working folder as the
+    original does, then from the file's. `type`, which made every global batch of the original homogeneous, is a name
+    here; entries whose type begins with "text" are text-only.
+    """
+    file = Path(str(values.get("path"))).expanduser()
     try:
-        return source.record(index).images or index
-    except BadSample:  # counted when its turn comes
-        return index
+        entries = yaml.safe_load(file.read_bytes())["META"]
+        given = [dict(entry) for entry in entries]
+    except OSError as error:
+        raise UserError(f"{prefix}.path: {file} cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, KeyError, TypeError, ValueError):
+        raise UserError(f"{prefix}.path: {file} is not a list under META of entries with path and type") from None
+    shared = {key: value for key, value in values.items() if key not in ("kind", "path", "weight")}
+    members: dict[str, Group | SourceConfig] = {}
+    for number, entry in enumerate(given):
+        where = f"{file}, entry {number + 1} of META"
+        if not isinstance(entry.get("path"), str):
+            raise UserError(f"{where}: it has no path")
+        kind = str(entry.get("type", "data"))
+        source = {"kind": "instructions", "path": _beside(file, entry["path"]), **shared}
+        if "root" in entry:
+            source["root"] = _beside(file, str(entry["root"]))
+        if "ratio" in entry:
+            source["ratio"] = entry["ratio"]
+        if kind.startswith("text"):
+            source.setdefault("modality", "text")
+        stem = Path(entry["path"]).name.split(".")[0]
+        name = f"{kind}-{stem}".replace(".", "_").replace("/", "_")
+        members[name if name not in members else f"{name}-{number}"] = SourceConfig.from_dict(name, source, where)
+    _check_weight(prefix, weight := values.get("weight", 1.0))
+    return Group(members, weight, temperature=1.0)
 
 
-class SourceStream:
-    """A source repeated for ever, each epoch in a new order; groups of records about one image stay together."""
-
-    def __init__(self, name: str, config: SourceConfig, processor: Processor, seed: int, max_length: int) -> None:
-        self.name = name
-        self.max_length = min(max_length, processor.config.max_length)
-        self.config = config
-        self.source = config.open(name)
-        self.processor = processor
-        self.seed = seed
-        self.counts: Counter[str] = Counter()
-        self.epoch = 0
-        self.position = 0
-        self._units: Any = []  # lists of indices, or an [n, 1] array of them
-        self._by_image: list[list[int]] = []
-        if config.branches > 1:
-            groups: dict[object, list[int]] = {}
-            for index in range(len(self.source)):
-                groups.setdefault(_images(self.source, index), []).append(index)
-            self._by_image = list(groups.values())
-        self._start_epoch()
-
-    def _start_epoch(self) -> None:
-        rng = np.random.default_rng([self.seed, zlib.crc32(self.name.encode()), self.epoch])
-        if self._by_image:
-            size = self.config.branches
-            units: list[list[int]] = []
-            for group in self._by_image:
-                order = [group[i] for i in rng.permutation(len(group))]
-                units += [order[i : i + size] for i in range(0, len(order), size)]
-            self._units = [units[i] for i in rng.permutation(len(units))]
-        else:
-            self._units = rng.permutation(len(self.source))[:, None]  # an array: 8 bytes a record, not a list each
-
-    def next(self) -> list[Sample]:
-        """The next unit's samples: usually one, none if all of its records were bad (counted in `counts`)."""
-        if self.position >= len(self._units):
-            self.epoch += 1
-            self.position = 0
-            self._start_epoch()
-        unit = self._units[self.position]
-        self.position += 1
-        samples = []
-        for index in map(int, unit):
-            self.counts["seen"] += 1
-            try:
-                rng = random.Random(f"{self.seed}/{self.name}/{self.epoch}/{index}")
-                samples.append(self.processor.sample(self.source.record(index), self.name, rng))
-            except BadSample as error:
-                self.counts[f"skipped/{error.reason}"] += 1
-        return merge_branches(samples, self.max_length)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "position": self.position, "counts": dict(self.counts)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.epoch, self.position = state["epoch"], state["position"]
-        self.counts = Counter(state["counts"])
-        self._start_epoch()
+def _beside(file: Path, path: str) -> str:
+    return path if Path(path).exists() or not (file.parent / path).exists() else str(file.parent / path)
 
 
 class Mixture:
     """Draws from sources so that after every draw each source's share is as near to its weight as can be.
 
     Questions about one image are joined up to `max_length` tokens (and no further than the processor's own bound).
+
+    Args:
+        sources: the tree, as `Group.from_dict` takes it under "sources".
+        lane, lanes: which part of every source.
     """
 
     def __init__(
-        self, sources: dict[str, dict[str, Any]], processor: Processor, seed: int, max_length: int = 1 << 30
+        self,
+        sources: Mapping[str, Any],
+        processor: Processor,
+        seed: int,
+        max_length: int = 1 << 30,
+        mixing: MixingConfig | None = None,
+        lane: int = 0,
+        lanes: int = 1,
     ) -> None:
-        configs = {name: SourceConfig.from_dict(name, values) for name, values in sources.items() if values is not None}
-        configs = {name: config for name, config in configs.items() if config.weight > 0}
-        if not configs:
+        self.mixing = mixing or MixingConfig()
+        self.group = Group.from_dict({"sources": sources})
+        configs = dict(self.group.leaves())
+        opened = {name: config.open(name) for name, config in configs.items() if config.weight > 0}
+        sizes = {name: source.size()[0] for name, source in opened.items()} if self.group.needs_sizes else {}
+        self.shares = self.group.shares(dict.fromkeys(configs, 0) | sizes)
+        if not self.shares:
             raise UserError("data.sources is empty: give at least one source with a weight above 0")
-        total = sum(config.weight for config in configs.values())
-        self.shares = {name: config.weight / total for name, config in configs.items()}
-        self.streams = {
-            name: SourceStream(name, config, processor, seed, max_length) for name, config in configs.items()
-        }
-        self.drawn = dict.fromkeys(configs, 0)
-        self.modalities = [m for m in MODALITIES if any(config.modality == m for config in configs.values())]
+        self.streams = {}
+        for name in self.shares:
+            config = configs[name]
+            if config.epochs is None:
+                config.epochs = self.mixing.epochs
+            self.streams[name] = SourceStream(name, config, opened[name], processor, seed, max_length, lane, lanes)
+        self.drawn = dict.fromkeys(self.shares, 0)
+
+    @property
+    def finite(self) -> bool:
+        """Whether it ends."""
+        return all(stream.config.epochs is not None for stream in self.streams.values())
+
+    @property
+    def exhausted(self) -> bool:
+        return all(stream.exhausted for stream in self.streams.values())
+
+    @property
+    def modalities(self) -> list[str]:
+        """Those that there are still samples of."""
+        live = {stream.config.modality for stream in self.streams.values() if not stream.exhausted}
+        return [modality for modality in MODALITIES if modality in live]
 
     def draw(self, modality: str | None = None) -> list[Sample]:
-        """Samples of the source that is furthest behind its share (among those of `modality`)."""
-        names = [n for n, s in self.streams.items() if modality is None or s.config.modality == modality]
+        """Samples of the source (of `modality`) that is furthest behind its share; none when all are exhausted."""
+        names = [
+            name
+            for name, stream in self.streams.items()
+            if not stream.exhausted and modality in (None, stream.config.modality)
+        ]
+        if not names:
+            return []
         total = sum(self.drawn.values()) + 1
         name = max(names, key=lambda n: self.shares[n] * total - self.drawn[n])
-        self.drawn[name] += 1
-        return self.streams[name].next()
+        samples = self.streams[name].next()
+        targets = sum(sample.targets for sample in samples)
+        self.drawn[name] += targets if self.mixing.unit == "token" and targets else 1
+        return samples
 
     @property
     def counts(self) -> dict[str, int]:
-        """`source/seen`, `source/skipped/reason`: since the start of the run."""
+        """`source/seen`, `source/skipped/reason` and the like: since the start of the run."""
         return {f"{name}/{key}": value for name, stream in self.streams.items() for key, value in stream.counts.items()}
 
     @property
     def left_out(self) -> dict[str, int]:
-        """`source/skipped/reason`: what was already unreadable when the sources were indexed."""
+        """`source/skipped/reason`: what was already unreadable when shards were opened."""
         return {
             f"{name}/skipped/{reason}": count
             for name, stream in self.streams.items()
-            for reason, count in stream.source.skipped.items()
+            for reason, count in stream.left_out.items()
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """Samples -> rows -> windows -> batches.
 
 A *window* is what one optimizer step consumes: `rows` packed rows of `row_length` positions on every rank and
-accumulation step. It is planned as a whole, before any image is decoded, so that text and images are both in it and
-its number of targets is known before the first backward.
+accumulation step. It is planned as a whole, before any image is decoded, so that text and images are both in it. Each
+lane (`sphinx_pl.data.stream`) plans its own rows of every window.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ WEIGHTINGS: dict[str, Callable[[int], float]] = {
     "sqrt": lambda targets: 1.0 / math.sqrt(targets),
 }
 Row = list[Sample]
+DRAWS_IN_VAIN = 1000
 
 
 @dataclass
@@ -88,61 +90,50 @@ def deal(rows: list[Row], bins: int) -> list[list[Row]]:
 
 
 @dataclass
-class WindowPlan:
-    """This rank's micro-batches of one window."""
+class MicroPlan:
+    """One micro-batch of this rank: `rows` to decode and collate, the `index`-th of window `window`."""
 
-    number: int
-    micro_batches: list[list[Row]]
+    window: int
+    index: int
+    rows: list[Row]
 
 
-class Planner:
-    """An endless iterator of windows: the sampler of the training loader. Every rank plans the same, takes its part.
+class Lane:
+    """A mixture and its packer: rows of every window, independently of other lanes.
 
-    The state is that of the mixture and the samples that were drawn but not placed yet. Loaders run ahead of training,
-    so the state after every planned window is kept until `consumed` says that the window has been trained on.
+    Its state is that of the mixture and the samples that were drawn but not placed yet.
     """
 
-    def __init__(
-        self, mixture: Mixture, config: PackingConfig, accumulate: int = 1, rank: int = 0, world_size: int = 1
-    ) -> None:
+    def __init__(self, mixture: Mixture, config: PackingConfig) -> None:
         self.mixture = mixture
         self.config = config
-        self.accumulate = accumulate
-        self.rank = rank
-        self.world_size = world_size
         self.pending: list[Sample] = []
-        self.number = 0
-        self._states: dict[int, tuple[dict[str, Any], list[Sample]]] = {0: (mixture.state_dict(), [])}
 
-    def __iter__(self) -> Iterator[WindowPlan]:
-        while True:
-            yield self.plan()
-
-    def plan(self) -> WindowPlan:
+    def plan(self, rows: int) -> list[Row]:
+        """The next `rows` rows. They hold every modality that the mixture still has; empty ones when it has ended."""
         config = self.config
-        bins = self.accumulate * self.world_size
-        rows = config.rows * bins
         capacity = rows * config.row_length
         pool = list(self.pending)
         carried = len(pool)
         drawn_in_vain = 0
         missing = capacity * (1 + config.look_ahead) - sum(sample.length for sample in pool)
-        while missing > 0:
+        while missing > 0 and not self.mixture.exhausted:
             before = len(pool)
             drawn_in_vain = self._draw(pool, None, drawn_in_vain)
             missing -= sum(sample.length for sample in pool[before:])
         # A small window could lack a modality with a small share: ask for it by name.
         musts = []
         for modality in self.mixture.modalities:
-            while not any(_modality(sample) == modality for sample in pool):
+            while not any(_modality(sample) == modality for sample in pool) and modality in self.mixture.modalities:
                 drawn_in_vain = self._draw(pool, modality, drawn_in_vain)
             found = [sample for sample in pool if _modality(sample) == modality]
-            # A single row has to hold both: there the shortest, else the one that has waited longest.
-            musts.append(min(found, key=lambda sample: sample.length) if rows == 1 else found[0])
+            if found:
+                # A single row has to hold both: there the shortest, else the one that has waited longest.
+                musts.append(min(found, key=lambda sample: sample.length) if rows == 1 else found[0])
         if rows == 1 and sum(sample.length for sample in musts) > config.row_length:
             raise UserError(
                 f"data.packing: one row of {config.row_length} positions cannot hold an image sample and a text "
-                "sample, which every step needs: raise rows, row_length or stage.accumulate"
+                "sample, which every step needs: raise rows, row_length or stage.accumulate, or lower data.mixing.lanes"
             )
         # Then what waited longest, so that nothing waits for ever; the rest by length.
         waited = [sample for sample in pool[:carried] if not any(sample is must for must in musts)]
@@ -154,11 +145,7 @@ class Planner:
             config.images_per_row,
             first=len(musts) + len(waited),
         )
-        packed += [[] for _ in range(rows - len(packed))]
-        mine = deal(packed, bins)[self.rank * self.accumulate : (self.rank + 1) * self.accumulate]
-        self.number += 1
-        self._states[self.number] = (self.mixture.state_dict(), self.pending)
-        return WindowPlan(self.number, mine)
+        return packed + [[] for _ in range(rows - len(packed))]
 
     def _draw(self, pool: list[Sample], modality: str | None, in_vain: int) -> int:
         """Add a draw's samples to the pool; returns how many draws in a row gave none (of `modality`)."""
@@ -169,30 +156,156 @@ class Planner:
             else:
                 pool.append(sample)
                 in_vain = -1 if modality in (None, _modality(sample)) else in_vain
-        if in_vain >= 1000:
+        if in_vain >= DRAWS_IN_VAIN:
             what = f"{modality} sample (is data.sources.*.modality right?)" if modality else "usable sample"
             raise UserError(
-                f"data: 1000 draws in a row gave no {what}; skipped so far: {self.mixture.counts}: "
-                "check the sources' files, or raise data.packing.row_length"
+                f"data: {DRAWS_IN_VAIN} draws in a row gave no {what}; so far: {self.mixture.counts}: "
+                "check the sources' files and filters, or raise data.packing.row_length"
             )
         return in_vain + 1
 
-    def consumed(self, number: int) -> None:
-        """Window `number` has been trained on: earlier states are not needed any more."""
-        for old in [n for n in self._states if n < number]:
-            del self._states[old]
-
     def state_dict(self) -> dict[str, Any]:
-        """Where to go on after the last consumed window; only lists, dicts, strings and numbers."""
-        number = min(self._states)
-        mixture, pending = self._states[number]
-        return {"number": number, "mixture": mixture, "pending": [_to_plain(sample) for sample in pending]}
+        return {"mixture": self.mixture.state_dict(), "pending": list(self.pending)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.mixture.load_state_dict(state["mixture"])
+        self.pending = list(state["pending"])
+
+
+class Planner:
+    """An endless iterator of this rank's micro-batches: the sampler of the training loader.
+
+    A window's rows come from all lanes alike, so they do not depend on the number of ranks. Ranks and lanes are put
+    in gcd(lanes, ranks) classes; the ranks of a class plan all of its lanes and share their rows. With as many lanes as
+    ranks each rank plans its own; with one lane all ranks plan the same and take their part.
+
+    Loaders run ahead of training, so the state after every planned window is kept until `consumed` says that the window
+    has been trained on.
+
+    Args:
+        lane: makes the lane of a number.
+    """
+
+    def __init__(
+        self,
+        lane: Callable[[int], Lane],
+        lanes: int,
+        config: PackingConfig,
+        accumulate: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.config = config
+        self.accumulate = accumulate
+        self.rank = rank
+        self.world_size = world_size
+        classes = math.gcd(lanes, world_size)
+        self._bins = accumulate * (world_size // classes)
+        self._first_bin = accumulate * (rank // classes)
+        rows = config.rows * accumulate * world_size
+        if rows < lanes:
+            raise UserError(
+                f"data.mixing.lanes={lanes} is more than the {rows} rows of an optimizer step: lower it, or raise "
+                "data.packing.rows or stage.accumulate"
+            )
+        self.lane_count = lanes
+        self.lanes = {number: lane(number) for number in range(rank % classes, lanes, classes)}
+        self._rows = {number: (number + 1) * rows // lanes - number * rows // lanes for number in self.lanes}
+        # The ranks of a class must get equally many rows.
+        total = sum(self._rows.values())
+        if total != config.rows * self._bins:
+            raise UserError(
+                f"data.mixing.lanes={lanes}: the {rows} rows of an optimizer step do not divide among them so that "
+                f"{world_size} ranks get equally many: choose data.packing.rows * stage.accumulate as a multiple of it"
+            )
+        self.number = 0
+        """Windows planned so far."""
+        self._lock = threading.Lock()
+        self._states: dict[int, dict[int, dict[str, Any]]] = {0: self._snapshot()}
+
+    @property
+    def mixture(self) -> Mixture:
+        """That of this rank's first lane; all have the same sources."""
+        return next(iter(self.lanes.values())).mixture
+
+    @property
+    def finite(self) -> bool:
+        return self.mixture.finite
+
+    def __iter__(self) -> Iterator[MicroPlan]:
+        while micro_batches := self.plan():
+            yield from micro_batches
+
+    def plan(self) -> list[MicroPlan]:
+        """This rank's micro-batches of the next window; none when all its lanes have come to their end."""
+        rows = [row for number, lane in self.lanes.items() for row in lane.plan(self._rows[number])]
+        if not any(rows):
+            return []
+        mine = deal(rows, self._bins)[self._first_bin : self._first_bin + self.accumulate]
+        snapshot = self._snapshot()
+        with self._lock:
+            self.number += 1
+            self._states[self.number] = snapshot
+        return [MicroPlan(self.number, index, rows) for index, rows in enumerate(mine)]
+
+    def _snapshot(self) -> dict[int, dict[str, Any]]:
+        return {number: lane.state_dict() for number, lane in self.lanes.items()}
+
+    def consumed(self, number: int) -> None:
+        """Window `number` has been trained on: earlier states are not needed any more."""
+        with self._lock:
+            for old in [n for n in self._states if n < number]:
+                del self._states[old]
+
+    @property
+    def number_consumed(self) -> int:
+        with self._lock:
+            return min(self._states)
+
+    def counts(self, number: int | None = None) -> Counter[str]:
+        """`source/seen`, `source/skipped/reason`, ... of this rank's lanes up to a window (the last consumed)."""
+        with self._lock:
+            lanes = self._states[min(self._states) if number is None else number]
+        total: Counter[str] = Counter()
+        for lane in lanes.values():
+            for name, stream in lane["mixture"]["streams"].items():
+                total.update({f"{name}/{key}": value for key, value in stream["counts"].items()})
+                total.update({f"{name}/skipped/{key}": value for key, value in stream["left_out"].items()})
+        return total
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where to go on after the last consumed window; only lists, dicts, strings and numbers.
+
+        Of this rank's lanes: the states of all ranks are merged by `merge_states`.
+        """
+        with self._lock:
+            number = min(self._states)
+            states = self._states[number]
+        lanes = {
+            str(lane): {"mixture": state["mixture"], "pending": [_to_plain(sample) for sample in state["pending"]]}
+            for lane, state in states.items()
+        }
+        return {"number": number, "lane_count": self.lane_count, "lanes": lanes}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from the merged states of all ranks, however many there were."""
+        if state["lane_count"] != self.lane_count:
+            raise UserError(
+                f"data.mixing.lanes={self.lane_count}: the checkpoint was made with {state['lane_count']}, which a run "
+                "keeps: leave it null"
+            )
         self.number = state["number"]
-        self.pending = [_from_plain(plain) for plain in state["pending"]]
-        self._states = {self.number: (self.mixture.state_dict(), self.pending)}
+        for number, lane in self.lanes.items():
+            plain = state["lanes"][str(number)]
+            lane.load_state_dict(
+                {"mixture": plain["mixture"], "pending": [_from_plain(sample) for sample in plain["pending"]]}
+            )
+        self._states = {self.number: self._snapshot()}
+
+
+def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The planner states of all ranks as one."""
+    return states[0] | {"lanes": {lane: value for state in states for lane, value in state["lanes"].items()}}
 
 
 def _modality(sample: Sample) -> str:
@@ -310,13 +423,3 @@ class Collator:
                 counters[f"skipped/{sample.source}/{error.reason}"] += len(sample.branches)
                 images.append(torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8))
         return images, readable
-
-    def window(self, plan: WindowPlan) -> list[Batch]:
-        """The window's micro-batches, each with the weight of the whole window."""
-        batches = [self(rows) for rows in plan.micro_batches]
-        weight = sum(float(batch.weights.sum()) for batch in batches)
-        for i, batch in enumerate(batches):
-            batch.window_weight = weight
-            batch.window_end = i == len(batches) - 1
-            batch.window = plan.number
-        return batches

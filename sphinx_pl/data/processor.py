@@ -97,27 +97,41 @@ class Processor:
         return self.tokenizer.decode(ids).split(END_OF_TURN)[0].strip()
 
     def sample(self, record: Record, source: str, rng: random.Random | None = None) -> Sample:
-        """One record as a sample with one branch.
+        """One record as a sample with one branch, cut at `max_length` tokens.
 
         Raises:
             BadSample: the record lacks what its task needs, or `max_length` tokens hold no answer or not every image.
+        """
+        return self.samples(record, source, rng)[0]
+
+    def samples(self, record: Record, source: str, rng: random.Random | None = None) -> list[Sample]:
+        """As `sample`; but what is cut off a plain document makes further samples, so that nothing of it is lost.
+
+        Raises:
+            BadSample: as `sample`.
         """
         turns = self._place(TASKS[record.task].turns(record, self.geometry, rng), record)
         seen = self._seen(self.sizes(record.images))
         slots = self._slots(len(record.images), seen)
         ids, supervised = self._tokens(render(turns, self.config.system), record, slots)
+        budget = self.config.max_length
+        rest: list[int] = []
         # A plain document also teaches where a text ends.
         if is_document(turns):
             ids, supervised = [*ids, self.tokenizer.eos_id], [*supervised, True]
-        budget = self.config.max_length
-        if len(ids) > budget:
-            ids, supervised = ids[:budget], supervised[:budget]  # cut on the right, as the original does
+            rest = ids[budget:]
+        ids, supervised = ids[:budget], supervised[:budget]  # cut on the right, as the original does
         if not any(supervised):
             raise BadSample("too_long", f"no answer within {budget} tokens")
         if ids.count(IMAGE_SLOT) < sum(slots):
             raise BadSample("too_long", f"an image is not within {budget} tokens")
         # The prefix shared by all branches can reach at most to the first supervised token.
-        return Sample([], [Branch(ids, supervised, record.task, record.key)], record.images, source, seen)
+        samples = [Sample([], [Branch(ids, supervised, record.task, record.key)], record.images, source, seen)]
+        for number, start in enumerate(range(0, len(rest), budget - 1), start=2):
+            part = [self.tokenizer.bos_id, *rest[start : start + budget - 1]]
+            branch = Branch(part, [False] + [True] * (len(part) - 1), record.task, f"{record.key}#{number}")
+            samples.append(Sample([], [branch], (), source))
+        return samples
 
     def prompt(self, record: Record, sizes: Sequence[Size] | None = None) -> PromptSample:
         """The record's question in the evaluation wording, stopping where the model is to answer.

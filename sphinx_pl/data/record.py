@@ -99,6 +99,11 @@ class Sample:
     def __post_init__(self) -> None:
         self.length = len(self.prefix) + sum(len(branch.ids) for branch in self.branches)
 
+    @property
+    def targets(self) -> int:
+        """How many tokens are supervised."""
+        return sum(sum(branch.supervised) for branch in self.branches)
+
 
 IMAGE_SLOT = -1
 """Token id, in a `Sample`, of a position that a visual token will take."""

@@ -66,7 +66,7 @@ def test_rates_are_those_of_the_batches_trained_on(fit: Fit, tmp_path: Path) -> 
 
 
 def test_training_flops_are_those_that_torch_counts(datamodule: DataModule, model_config: SphinxConfig) -> None:
-    batch = datamodule.collator.window(datamodule.planner().plan())[0]
+    batch = datamodule.collator(datamodule.planner().plan()[0].rows)
     assert len(batch.pixels) > 1
     counted, computed = [], []
     # Without ConvNeXt, since torch counts the backward pass of its depthwise convolutions as if they were dense.
@@ -84,13 +84,13 @@ def test_training_flops_are_those_that_torch_counts(datamodule: DataModule, mode
 
 
 def test_waiting_for_data_is_told_from_computing(fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    window = Collator.window
+    collate = Collator.__call__
 
-    def slow(self: Collator, plan: Any) -> list[Batch]:
+    def slow(self: Collator, rows: Any) -> Batch:
         time.sleep(0.2)
-        return window(self, plan)
+        return collate(self, rows)
 
-    monkeypatch.setattr(Collator, "window", slow)
+    monkeypatch.setattr(Collator, "__call__", slow)
     fit([Throughput(peak=1e12)], [CSVLogger(tmp_path, name="", version="")], val_check_interval=1000)
     row = logged(tmp_path)[-1]
     assert 0.2 < row["perf/time_data"] < row["perf/time_step"]

@@ -168,7 +168,7 @@ def test_what_held_out_sources_leave_out_is_said(
     ("source", "message"),
     [
         ({"kind": "image_txt", "path": "a.tar"}, "did you mean 'image_text'"),
-        ({"kind": "image_text", "path": "a.tar", "max_caption": 3}, "data.sources.web .*max_caption_chars"),
+        ({"kind": "image_text", "path": "a.tar", "max_caption": 3}, "data.sources.web .*filters"),
     ],
 )
 def test_a_wrong_source_is_found_before_anything_is_read(

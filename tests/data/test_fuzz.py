@@ -23,8 +23,9 @@ RECORDS = 12  # of each damaged file that are read
 
 def read_all(kind: str, path: Path, processor: Processor, found: Counter[str]) -> None:
     """What training does with a source, up to pixels and token ids."""
+    source = build_source(kind, "fuzzed", str(path))
     try:
-        source = build_source(kind, "fuzzed", str(path))
+        len(source)
     except UserError:
         found["refused"] += 1
         return

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +14,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sphinx_pl.data.mixture import Mixture
-from sphinx_pl.data.packing import Collator, PackingConfig, Planner, Row, deal, first_fit_decreasing
+from sphinx_pl.data.packing import (
+    Collator,
+    Lane,
+    MicroPlan,
+    PackingConfig,
+    Planner,
+    Row,
+    deal,
+    first_fit_decreasing,
+    merge_states,
+)
 from sphinx_pl.data.processor import Processor, merge_branches
 from sphinx_pl.data.record import IGNORE, Batch, Branch, Sample
 from sphinx_pl.data.sources import build_source
+from sphinx_pl.errors import UserError
 from sphinx_pl.models.sphinx import Sphinx
 from tests.conftest import tiny_model
 
@@ -143,7 +158,7 @@ def test_supervised_positions_are_the_answers(processor: Processor, samples: lis
             assert "Assistant" not in text
 
 
-def mixture(processor: Processor, folder, text_weight: float = 0.05) -> Mixture:  # type: ignore[no-untyped-def]
+def mixture(processor: Processor, folder: Path, text_weight: float, lane: int = 0, lanes: int = 1) -> Mixture:
     return Mixture(
         {
             "real": {"kind": "image_text", "path": f"{folder}/real/train-*.tar", "weight": 1.0},
@@ -151,58 +166,116 @@ def mixture(processor: Processor, folder, text_weight: float = 0.05) -> Mixture:
         },
         processor,
         seed=3,
+        lane=lane,
+        lanes=lanes,
     )
 
 
-def test_every_window_holds_text_and_images(processor: Processor, sample_data) -> None:  # type: ignore[no-untyped-def]
-    planner = Planner(mixture(processor, sample_data, text_weight=0.01), PackingConfig(row_length=96, rows=2))
-    for _ in range(40):
-        placed = [s for rows in planner.plan().micro_batches for row in rows for s in row]
-        assert any(s.images for s in placed)
-        assert any(not s.images for s in placed)
+def planner(make: Callable[[int, int], Mixture], config: PackingConfig, lanes: int = 1, **ranks: int) -> Planner:
+    """Of lanes with mixtures made from (lane, lanes)."""
+    return Planner(lambda lane: Lane(make(lane, lanes), config), lanes, config, **ranks)
 
 
-def test_an_epoch_is_planned_without_loss_or_repeat_whatever_the_ranks(processor: Processor, sample_data) -> None:  # type: ignore[no-untyped-def]
-    def keys(world_size: int, windows: int) -> list[str]:
-        config = PackingConfig(row_length=96, rows=4 // world_size)
-        planners = [Planner(mixture(processor, sample_data), config, 1, r, world_size) for r in range(world_size)]
-        found = []
-        for _ in range(windows):
-            found += sorted(
-                branch.key
-                for planner in planners
-                for rows in planner.plan().micro_batches
-                for row in rows
-                for sample in row
-                for branch in sample.branches
-                if sample.images
-            )
-        return found
-
-    one = keys(1, 12)
-    assert one == keys(2, 12)
-    epoch = len(mixture(processor, sample_data).streams["real"].source)
-    full = keys(1, 60)
-    assert len(full) > epoch + 40
-    drawn_once = full[: epoch - 40]  # the packer's look-ahead reorders only near the seam
-    assert len(set(drawn_once)) == len(drawn_once)
+def branches(plans: Iterable[MicroPlan], images: bool | None = None) -> list[str]:
+    """Keys of all placed branches, of samples with images or without where asked for."""
+    samples = [sample for plan in plans for row in plan.rows for sample in row]
+    return [f"{s.source}/{branch.key}" for s in samples if images in (None, bool(s.images)) for branch in s.branches]
 
 
-def test_a_planner_continues_from_its_state(processor: Processor, sample_data) -> None:  # type: ignore[no-untyped-def]
-    def keys(planner: Planner, windows: int) -> list[str]:
-        plans = [planner.plan() for _ in range(windows)]
-        return [b.key for p in plans for rows in p.micro_batches for row in rows for s in row for b in s.branches]
-
+def test_every_window_holds_text_and_images(processor: Processor, sample_data: Path) -> None:
     config = PackingConfig(row_length=96, rows=2)
-    whole = Planner(mixture(processor, sample_data), config)
-    first = keys(whole, 7)
+    plans = planner(partial(mixture, processor, sample_data, 0.01), config)
+    for _ in range(40):
+        window = plans.plan()
+        assert branches(window, images=True)
+        assert branches(window, images=False)
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 4])
+def test_the_order_does_not_depend_on_the_ranks(processor: Processor, sample_data: Path, lanes: int) -> None:
+    def windows(world_size: int, accumulate: int = 1, count: int = 12) -> list[list[str]]:
+        config = PackingConfig(row_length=96, rows=8 // world_size // accumulate)
+        make = partial(mixture, processor, sample_data, 0.05)
+        planners = [
+            planner(make, config, lanes, accumulate=accumulate, rank=rank, world_size=world_size)
+            for rank in range(world_size)
+        ]
+        found = [[planner.plan() for planner in planners] for _ in range(count)]
+        assert all(len(plans) == accumulate for ranks in found for plans in ranks)
+        assert all(len(plan.rows) == config.rows for ranks in found for plans in ranks for plan in plans)
+        return [sorted(branches(plan for plans in ranks for plan in plans)) for ranks in found]
+
+    one = windows(1)
+    assert windows(2) == one
+    assert windows(4) == one
+    assert windows(2, accumulate=2) == one
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_an_epoch_is_planned_without_loss_or_repeat(processor: Processor, sample_data: Path, lanes: int) -> None:
+    config = PackingConfig(row_length=96, rows=6)
+    plans = planner(partial(mixture, processor, sample_data, 0.05), config, lanes)
+    epoch = len(plans.mixture.streams["real"].source)
+    full: list[str] = []
+    while len(full) <= epoch + 40:
+        full += branches(plans.plan(), images=True)
+    drawn_once = full[: epoch - 40]  # the packer's look-ahead reorders only near the seam
+    assert len(set(drawn_once)) == len(drawn_once) > 0
+
+
+def test_a_planner_continues_from_its_state(processor: Processor, sample_data: Path) -> None:
+    config = PackingConfig(row_length=96, rows=4)
+    make = partial(mixture, processor, sample_data, 0.05)
+
+    def windows(planner: Planner, count: int) -> list[list[str]]:
+        return [branches(planner.plan()) for _ in range(count)]
+
+    whole = planner(make, config, 2)
+    first = windows(whole, 7)
     whole.consumed(7)
-    keys(whole, 3)  # a loader that ran ahead does not move the place
+    windows(whole, 3)  # a loader that ran ahead does not move the place
     state = whole.state_dict()
-    resumed = Planner(mixture(processor, sample_data), config)
+    assert json.loads(json.dumps(state)) == state
+    resumed = planner(make, config, 2)
     resumed.load_state_dict(state)
-    straight = keys(Planner(mixture(processor, sample_data), config), 15)
-    assert first + keys(resumed, 8) == straight
+    assert first + windows(resumed, 8) == windows(planner(make, config, 2), 15)
+
+
+def test_the_states_of_all_ranks_together_serve_any_number_of_ranks(processor: Processor, sample_data: Path) -> None:
+    make = partial(mixture, processor, sample_data, 0.05)
+
+    def planners(world_size: int) -> list[Planner]:
+        config = PackingConfig(row_length=96, rows=8 // world_size)
+        return [planner(make, config, 4, rank=rank, world_size=world_size) for rank in range(world_size)]
+
+    def windows(planners: list[Planner], count: int) -> list[list[str]]:
+        return [sorted(branches(plan for p in planners for plan in p.plan())) for _ in range(count)]
+
+    straight = windows(planners(1), 9)
+    four = planners(4)
+    assert windows(four, 3) == straight[:3]
+    for one in four:
+        one.consumed(3)
+    two = planners(2)
+    state = merge_states([one.state_dict() for one in four])
+    for one in two:
+        one.load_state_dict(state)
+    assert windows(two, 3) == straight[3:6]
+    for one in two:
+        one.consumed(6)
+    [single] = planners(1)
+    single.load_state_dict(merge_states([one.state_dict() for one in two]))
+    assert windows([single], 3) == straight[6:]
+    with pytest.raises(UserError, match=r"data\.mixing\.lanes=2: the checkpoint was made with 4"):
+        planner(make, PackingConfig(row_length=96, rows=8), 2).load_state_dict(state)
+
+
+def test_rows_that_do_not_go_into_the_ranks_are_refused(processor: Processor, sample_data: Path) -> None:
+    make = partial(mixture, processor, sample_data, 0.05)
+    with pytest.raises(UserError, match=r"data\.mixing\.lanes=3 is more than the 2 rows"):
+        planner(make, PackingConfig(row_length=96, rows=2), 3)
+    with pytest.raises(UserError, match=r"lanes=4: the 6 rows .* 2 ranks"):
+        planner(make, PackingConfig(row_length=96, rows=3), 4, rank=0, world_size=2)
 
 
 def test_an_unreadable_image_leaves_a_masked_slot(processor: Processor, samples: list[Sample], tmp_path) -> None:  # type: ignore[no-untyped-def]

@@ -30,7 +30,7 @@ def images_by_rank(data: DataModule) -> list[tuple[int, int]]:
     """Images that each of two ranks has in each window."""
     planners = [data.planner(rank=rank, world_size=2) for rank in (0, 1)]
     windows = zip(*([p.plan() for _ in range(STEPS)] for p in planners), strict=True)
-    return [tuple(sum(len(s.images) for row in w.micro_batches[0] for s in row) for w in ws) for ws in windows]  # type: ignore[misc]
+    return [tuple(sum(len(s.images) for row in w[0].rows for s in row) for w in ws) for ws in windows]  # type: ignore[misc]
 
 
 @pytest.mark.timeout(120)

@@ -1,0 +1,214 @@
+"""Where records come from: a source is a list of files (shards), an opened shard a numbered list of records.
+
+Nothing is opened before it is needed: a source of a hundred thousand shards starts as fast as one of three. An opened
+shard holds offsets, not contents; a record is the few bytes of its annotation, its image is not decoded.
+"""
+
+from __future__ import annotations
+
+import glob
+import inspect
+import os
+import re
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sphinx_pl.data.bad import BadSample
+from sphinx_pl.data.files import is_remote
+from sphinx_pl.data.record import Record
+from sphinx_pl.errors import UserError, suggest
+from sphinx_pl.registry import Registry
+
+_BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
+
+
+class Shard(ABC):
+    """The records of one file."""
+
+    skipped: Counter[str]
+    """What was unreadable when it was opened: reason -> count."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def record(self, index: int) -> Record:
+        """The record at `index`, 0 <= index < len(self); no image is decoded.
+
+        Raises:
+            BadSample: the record is broken, or not wanted.
+        """
+
+    @abstractmethod
+    def images(self, index: int) -> object:
+        """What records share if they are about the same images; None: it is alone."""
+
+
+class Source(ABC):
+    """Files of one kind, and the records in them.
+
+    Args:
+        name: what configurations, counters and keys call it.
+        path: a file, a glob, a brace range as WebDataset writes them (`{000..003}`, `{a,b}`), `pipe:COMMAND`, a URL
+            that fsspec can read, or a list of these.
+
+    Raises:
+        UserError: no file is there.
+    """
+
+    def __init__(self, name: str, path: str | Sequence[str]) -> None:
+        self.name = name
+        self.urls = expand_paths(name, path)
+        self.shard_names = short_names(self.urls)
+
+    @abstractmethod
+    def open(self, number: int) -> Shard:
+        """Shard `number`.
+
+        Raises:
+            BadSample: it cannot be read.
+        """
+
+    def count(self, number: int) -> int | None:
+        """How many records shard `number` has, where that is known without opening it."""
+        return None
+
+    def size(self, probe: int = 16) -> tuple[int, bool]:
+        """How many records there are, and whether that is certain or extrapolated from `probe` shards."""
+        numbers = spread(len(self.urls), probe)
+        counts = []
+        for number in numbers:
+            if (count := self.count(number)) is None:
+                try:
+                    count = len(self.open(number))
+                except BadSample:
+                    count = 0
+            counts.append(count)
+        return sum(counts) * len(self.urls) // len(numbers), len(numbers) == len(self.urls)
+
+    # All shards as one list, for what needs a source as a whole: held-out sets, evaluation.
+
+    @cached_property
+    def _all(self) -> tuple[list[Shard], list[int], Counter[str]]:
+        shards: list[Shard] = []
+        skipped: Counter[str] = Counter()
+        for number in range(len(self.urls)):
+            try:
+                shards.append(self.open(number))
+                skipped.update(shards[-1].skipped)
+            except BadSample as bad:
+                skipped[bad.reason] += 1
+        ends = np.cumsum([len(shard) for shard in shards]).tolist()
+        if not shards or not ends[-1]:
+            files = self.urls[0] + (" and the like" if len(self.urls) > 1 else "")
+            raise UserError(
+                f"source '{self.name}': no usable sample in {files}{self._hint()} ({dict(skipped) or 'nothing in it'})"
+            )
+        return shards, ends, skipped
+
+    def _hint(self) -> str:
+        """What the configuration may have to do with it that nothing is left."""
+        return ""
+
+    def __len__(self) -> int:
+        return int(self._all[1][-1])
+
+    def record(self, index: int) -> Record:
+        """The record at `index` of all shards one after another.
+
+        Raises:
+            BadSample: the record is broken, or not wanted.
+        """
+        shards, ends, _ = self._all
+        number = int(np.searchsorted(ends, index, side="right"))
+        return shards[number].record(index - ends[number] + len(shards[number]))
+
+    @property
+    def skipped(self) -> Counter[str]:
+        """What was unreadable in all shards when they were opened."""
+        return self._all[2]
+
+
+SOURCES: Registry[type[Source]] = Registry("source kind")
+
+
+def build_source(kind: str, name: str, path: str | Sequence[str], **options: Any) -> Source:
+    """A source of the registered `kind`.
+
+    Raises:
+        UserError: an unknown kind or option, or no file is there.
+    """
+    check_options(kind, f"source '{name}'", options)
+    return SOURCES[kind](name, path, **options)
+
+
+def check_options(kind: str, where: str, options: Iterable[str]) -> None:
+    """Whether sources of `kind` have these options, without building one.
+
+    Raises:
+        UserError: an unknown kind or option, at the place that `where` names.
+    """
+    known = [option for option in inspect.signature(SOURCES[kind]).parameters if option not in ("name", "path")]
+    for option in options:
+        if option not in known:
+            raise UserError(f"{where} of kind {kind} has no option '{option}': {suggest(option, known)}")
+
+
+def spread(length: int, at_most: int | None) -> list[int]:
+    """At most so many of `length` indices, evenly over all of them: a file's first entries are often of one kind."""
+    count = min(length, at_most or length)
+    return [i * length // count for i in range(count)]
+
+
+def expand_paths(name: str, path: str | Sequence[str]) -> list[str]:
+    """The files of a path setting, each pattern's in sorted order; every pattern of paths must match something."""
+    found: list[str] = []
+    for pattern in [path] if isinstance(path, str) else path:
+        if is_remote(pattern):
+            found += _expand_braces(pattern)
+            continue
+        for single in _expand_braces(str(Path(pattern).expanduser())):
+            matches = [single] if Path(single).exists() else sorted(glob.glob(single, recursive=True))  # noqa: PTH207
+            matches = [match for match in matches if Path(match).is_file()]
+            if not matches:
+                raise UserError(
+                    f"source '{name}': there is no file '{single}': correct its path, "
+                    "or make the sample data with `python -m sphinx_pl.data.sample`"
+                )
+            found += matches
+    if not found:
+        raise UserError(f"source '{name}' has an empty list of paths: name at least one file")
+    return found
+
+
+def _expand_braces(pattern: str) -> Iterator[str]:
+    """`a{008..010}` -> a008, a009, a010; `a{x,y}` -> ax, ay."""
+    match = _BRACES.search(pattern)
+    if match is None:
+        yield pattern
+        return
+    first, last, choices = match.groups()
+    middles = choices.split(",") if choices else [f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)]
+    for middle in middles:
+        for rest in _expand_braces(pattern[match.end() :]):
+            yield f"{pattern[: match.start()]}{middle}{rest}"
+
+
+def short_names(urls: Sequence[str]) -> list[str]:
+    """Names that tell the files apart and do not change when the data move: paths below the common folder."""
+    if any(map(is_remote, urls)):
+        # What differs between them, whole path parts and words.
+        common = os.path.commonprefix(urls) if len(set(urls)) > 1 else urls[0].rstrip(" -")  # noqa: RUF071
+        begin = max(common.rfind("/"), common.rfind(" "), common.rfind(":")) + 1
+        end = os.path.commonprefix([url[begin:][::-1] for url in urls])[::-1]  # noqa: RUF071
+        tail = len(end) - end.find(" ") if " " in end else 0  # ` -` of a command
+        return [url[begin : len(url) - tail] for url in urls]
+    absolute = [Path(url).absolute() for url in urls]
+    folder = os.path.commonpath([path.parent for path in absolute])
+    return [path.relative_to(folder).as_posix() for path in absolute]

@@ -1,0 +1,118 @@
+"""Which image-text pairs are wanted. What is left out is counted as `<source>/filtered/<reason>`."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Optional
+
+import numpy as np
+import numpy.typing as npt
+
+from sphinx_pl.data.bad import Filtered
+from sphinx_pl.data.images import image_size
+from sphinx_pl.data.record import Record
+from sphinx_pl.errors import UserError
+
+_WORD = re.compile(r"\w+")
+_CONDITIONS = ("min", "max", "in", "not_in")
+
+
+def key_hash(key: str) -> int:
+    """64 bits of a record's key."""
+    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest())
+
+
+@dataclass
+class PairFilters:
+    """Bounds on images, captions and the columns of the json; all of them inclusive, null or {} for none."""
+
+    min_side: Optional[int] = None
+    """Pixels of the image's shorter side, as it is stored."""
+    max_aspect: Optional[float] = None
+    """Longer side over shorter side."""
+    min_chars: int = 1
+    max_chars: int = 2000
+    min_words: int = 0
+    columns: dict[str, Any] = field(default_factory=dict)
+    """Of the json: {similarity: {min: 0.28}, punsafe: {max: 0.2}, LICENSE: {in: ["?"]}}. A pair that lacks one is left
+    out."""
+    parrot_column: Optional[str] = None
+    """Text that OCR found in the image: captions that merely spell it out teach reading instead of seeing
+    ("Parrot Captions Teach CLIP to Spot Text", arXiv 2312.14232)."""
+    parrot_share: float = 0.5
+    """Share of the caption's words, in the OCR column too, from which on it is left out."""
+    duplicates: Optional[str] = None
+    """A file of `python -m sphinx_pl.data duplicates`: all but the first of equal pairs."""
+
+    def __post_init__(self) -> None:
+        for column, conditions in self.columns.items():
+            unknown = set(conditions) - set(_CONDITIONS) if isinstance(conditions, dict) else {conditions}
+            if unknown:
+                raise UserError(f"filters.columns.{column}: {unknown.pop()!r} is not one of {', '.join(_CONDITIONS)}")
+        if not 0 < self.parrot_share <= 1:
+            raise UserError(f"filters.parrot_share={self.parrot_share} must be above 0 and at most 1")
+
+    def check(self, record: Record) -> None:
+        """Raises: Filtered: the record is not wanted. BadSample: its image's size is needed and cannot be read."""
+        self._check_caption(record)
+        for column, conditions in self.columns.items():
+            _check_column(record, column, conditions)
+        if self.duplicates is not None:
+            hashed = key_hash(record.key)
+            place = int(np.searchsorted(self._duplicates, np.uint64(hashed)))
+            if place < len(self._duplicates) and int(self._duplicates[place]) == hashed:
+                raise Filtered("duplicate", record.key)
+        if self.min_side is not None or self.max_aspect is not None:
+            width, height = record.sizes[0] if record.sizes else image_size(record.images[0])
+            if min(width, height) < (self.min_side or 0):
+                raise Filtered("image_side", f"{record.key}: {width}x{height}")
+            if self.max_aspect is not None and max(width, height) > self.max_aspect * min(width, height):
+                raise Filtered("image_aspect", f"{record.key}: {width}x{height}")
+
+    def _check_caption(self, record: Record) -> None:
+        caption = record.answer
+        if not self.min_chars <= len(caption) <= self.max_chars:
+            raise Filtered("caption_chars", f"{record.key}: {len(caption)} characters")
+        if not self.min_words and self.parrot_column is None:
+            return
+        words = _WORD.findall(caption.lower())
+        if len(words) < self.min_words:
+            raise Filtered("caption_words", f"{record.key}: {len(words)} words")
+        if self.parrot_column is not None and words:
+            seen = Counter(_WORD.findall(str(record.meta.get(self.parrot_column) or "").lower()))
+            spelt = (Counter(words) & seen).total()
+            if spelt >= self.parrot_share * len(words):
+                raise Filtered("parrot", f"{record.key}: {spelt} of {len(words)} words stand in the image")
+
+    @cached_property
+    def _duplicates(self) -> npt.NDArray[np.uint64]:
+        assert self.duplicates is not None
+        try:
+            found: npt.NDArray[np.uint64] = np.load(self.duplicates, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"filters.duplicates={self.duplicates} cannot be read ({error}): make it with "
+                "`python -m sphinx_pl.data duplicates`"
+            ) from None
+        return found
+
+
+def _check_column(record: Record, column: str, conditions: dict[str, Any]) -> None:
+    value = record.meta.get(column)
+    if value is None:
+        raise Filtered(f"{column}_absent", record.key)
+    try:
+        wanted = (
+            ("min" not in conditions or float(value) >= conditions["min"])
+            and ("max" not in conditions or float(value) <= conditions["max"])
+            and ("in" not in conditions or value in conditions["in"])
+            and ("not_in" not in conditions or value not in conditions["not_in"])
+        )
+    except (TypeError, ValueError):
+        wanted = False
+    if not wanted:
+        raise Filtered(column, f"{record.key}: {value!r:.100}")

@@ -1,0 +1,155 @@
+"""Instruction data: LLaVA's format and what is like it, as JSON lists or jsonl (also .gz, .zst)."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import zlib
+from array import array
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sphinx_pl.data.bad import BadSample
+from sphinx_pl.data.entries import to_record
+from sphinx_pl.data.files import Hold, Reader, cache_folder, identity, is_remote, local_file
+from sphinx_pl.data.record import Record
+from sphinx_pl.data.sources.annotation import json_object, read
+from sphinx_pl.data.sources.base import SOURCES, Shard, Source
+from sphinx_pl.data.spans import entry_spans, is_list
+from sphinx_pl.data.tasks import TASKS
+from sphinx_pl.errors import UserError
+from sphinx_pl.files import whole_file
+
+log = logging.getLogger(__name__)
+
+Rows = npt.NDArray[np.int64]
+
+
+class InstructionSource(Source):
+    """Entries as `sphinx_pl.data.entries` describes them. An entry's "task" is by default the option `task`.
+
+    Args:
+        root: folder that image paths are relative to; by default that of the (first) instruction file.
+        tasks: only entries of these tasks.
+        where: only entries whose meta has these values.
+        ratio: only this share of each file's entries, chosen at random and always the same.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        path: str | Sequence[str],
+        root: str | None = None,
+        task: str = "chat",
+        tasks: Sequence[str] | None = None,
+        where: Mapping[str, Any] | None = None,
+        ratio: float = 1.0,
+    ) -> None:
+        super().__init__(name, path)
+        if root is None and is_remote(self.urls[0]):
+            raise UserError(f"source '{name}' reads {self.urls[0]}: say with root=FOLDER where its images lie")
+        if not 0 < ratio <= 1:
+            raise UserError(f"source '{name}': ratio={ratio} must be above 0 and at most 1")
+        self.root = Path(root).expanduser() if root is not None else Path(self.urls[0]).parent
+        self.task = TASKS[task].name
+        self.tasks = frozenset(TASKS[wanted].name for wanted in tasks) if tasks is not None else None
+        self.where = dict(where or {})
+        self.ratio = ratio
+        self.reader = Reader()
+
+    def open(self, number: int) -> Shard:
+        return _InstructionShard(self, self.urls[number], self.shard_names[number])
+
+    def _hint(self) -> str:
+        filters = {"tasks": sorted(self.tasks or ()), "where": self.where}
+        given = [f"{key}={value}" for key, value in filters.items() if value]
+        return f" with {', '.join(given)}" if given else ""
+
+
+class _InstructionShard(Shard):
+    def __init__(self, source: InstructionSource, url: str, name: str) -> None:
+        self.source = source
+        self.name = name
+        self.skipped = Counter()
+        self.path, whole = local_file(url)
+        self._hold = Hold(self.path)
+        if url.endswith((".json", ".json.gz", ".json.zst")) and not is_list(self.path):
+            raise UserError(f"source '{source.name}': {url} is not a JSON list of entries: see docs/configuration.md")
+        self.spans, closed = entry_spans(self.path)
+        if not (whole and closed):
+            log.warning("%s is cut off: the entries before the cut are used", url)
+            self.skipped["shard_truncated"] += 1
+        self.rows = self._rows()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def record(self, index: int) -> Record:
+        row = int(self.rows[index])
+        key = f"{self.name}:{row}"
+        entry = self._entry(row)
+        if isinstance(entry.get("id"), str | int):
+            key = f"{key}:{entry['id']}"
+        return to_record(entry, key, self.source.root, self.source.task)
+
+    def images(self, index: int) -> object:
+        return int(self._image_hashes[self.rows[index]]) or None
+
+    def _entry(self, row: int) -> dict[str, Any]:
+        key = f"{self.name}:{row}"
+        offset, size = self.spans[row].tolist()
+        return json_object(read(self.source.reader, self.path, offset, size, key), key)
+
+    @property
+    def _image_hashes(self) -> Rows:
+        """Of each entry a number for its images, 0 without any; made once, since it means to read everything."""
+        cached = cache_folder() / "spans" / f"{identity(self.path)}-images.npy"
+        if not hasattr(self, "_hashes"):
+            try:
+                self._hashes: Rows = np.load(cached, mmap_mode="r")
+            except (OSError, ValueError):
+                found = array("q", (self._image_hash(row) for row in range(len(self.spans))))
+                with whole_file(cached) as temporary, temporary.open("wb") as file:
+                    np.save(file, np.asarray(found, dtype=np.int64))
+                self._hashes = np.load(cached, mmap_mode="r")
+        return self._hashes
+
+    def _image_hash(self, row: int) -> int:
+        try:
+            images = to_record(self._entry(row), "", Path(), "chat").images
+        except BadSample:  # counted when its turn comes
+            return 0
+        names = "\0".join(image.path for image in images).encode("utf-8", "surrogateescape")
+        return int.from_bytes(hashlib.blake2b(names, digest_size=8).digest(), signed=True) if images else 0
+
+    def _rows(self) -> Rows:
+        rows = np.arange(len(self.spans))
+        source = self.source
+        if source.ratio < 1:
+            rng = np.random.default_rng(zlib.crc32(self.name.encode()))
+            rows = np.sort(rng.permutation(rows)[: round(len(rows) * source.ratio)])
+        if source.tasks is None and not source.where:
+            return rows
+        kept = array("q")
+        for row in rows.tolist():
+            try:
+                entry = self._entry(row)
+            except BadSample as bad:
+                self.skipped[bad.reason] += 1
+                continue
+            task, meta = entry.get("task", source.task), entry.get("meta")
+            if not isinstance(task, str):
+                self.skipped["entry_malformed"] += 1
+            elif (source.tasks is None or task in source.tasks) and all(
+                isinstance(meta, dict) and meta.get(wanted) == value for wanted, value in source.where.items()
+            ):
+                kept.append(row)
+        return np.asarray(kept, dtype=np.int64)
+
+
+SOURCES.register("instructions", InstructionSource)

@@ -1,0 +1,122 @@
+"""Documents of plain text, for co-training: jsonl (also .gz, .zst) or parquet."""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sphinx_pl.data.bad import BadSample
+from sphinx_pl.data.files import Hold, Reader, cache_folder, identity, is_remote, local_file
+from sphinx_pl.data.record import Record
+from sphinx_pl.data.sources.annotation import check_unicode, decoded, json_object, read
+from sphinx_pl.data.sources.base import SOURCES, Shard, Source
+from sphinx_pl.data.spans import Spans, entry_spans
+from sphinx_pl.data.tasks import TASKS
+from sphinx_pl.files import whole_file
+
+log = logging.getLogger(__name__)
+
+
+class TextSource(Source):
+    """A document is a line's object or a table's row. Task "text": all of it is supervised.
+
+    Args:
+        column: the key or column that holds the text ("content" in RefinedWeb's parquet files).
+    """
+
+    def __init__(self, name: str, path: str | Sequence[str], task: str = "text", column: str = "text") -> None:
+        super().__init__(name, path)
+        self.task = TASKS[task].name
+        self.column = column
+        self.reader = Reader()
+
+    def open(self, number: int) -> Shard:
+        return _TextShard(self, self.urls[number], self.shard_names[number])
+
+    def count(self, number: int) -> int | None:
+        url = self.urls[number]
+        if is_remote(url) or not url.endswith(".parquet"):
+            return None
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            return int(pyarrow.parquet.read_metadata(url).num_rows)
+        except (OSError, pyarrow.ArrowException):
+            return None
+
+
+class _TextShard(Shard):
+    def __init__(self, source: TextSource, url: str, name: str) -> None:
+        self.source = source
+        self.name = name
+        self.skipped = Counter()
+        self.path, whole = local_file(url)
+        self.is_table = _is_parquet(self.path)
+        if self.is_table:
+            self.path, self.spans = _column(self.path, source.column)
+        else:
+            self.spans, _ = entry_spans(self.path)
+        self._hold = Hold(self.path)
+        if not whole:
+            self.skipped["shard_truncated"] += 1
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def images(self, index: int) -> object:
+        return None
+
+    def record(self, index: int) -> Record:
+        key = f"{self.name}:{index}"
+        offset, size = self.spans[index].tolist()
+        data = read(self.source.reader, self.path, offset, size, key)
+        text: Any = decoded(data, "text", key) if self.is_table else json_object(data, key).get(self.source.column)
+        if not isinstance(text, str) or not text.strip():
+            raise BadSample("text_empty", key)
+        check_unicode(text, "text", key)
+        return Record(key=key, task=self.source.task, answer=text)
+
+
+def _is_parquet(path: str) -> bool:
+    with Path(path).open("rb") as file:
+        return file.read(4) == b"PAR1"
+
+
+def _column(path: str, column: str) -> tuple[str, Spans]:
+    """A table's text column as a file of its own with the rows' spans: a row can then be read without its row group.
+
+    Raises:
+        BadSample: shard_unreadable, column_absent.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = cache_folder() / "files" / f"{identity(path)}-{column}"
+    ends_file = texts.with_name(texts.name + ".npy")
+    if not (texts.exists() and ends_file.exists()):
+        texts.parent.mkdir(exist_ok=True)
+        ends = array("q", [0])
+        try:
+            with pyarrow.parquet.ParquetFile(path) as table, whole_file(texts) as temporary:
+                if column not in table.schema_arrow.names:
+                    raise BadSample("column_absent", f"{path} has no column '{column}': {table.schema_arrow.names}")
+                with temporary.open("wb") as file:
+                    for batch in table.iter_batches(batch_size=1024, columns=[column]):
+                        for value in batch.column(0).cast(pyarrow.binary()):
+                            ends.append(ends[-1] + file.write(value.as_py() or b""))
+                with whole_file(ends_file) as temporary_ends, temporary_ends.open("wb") as file:
+                    np.save(file, np.asarray(ends, dtype=np.int64))
+        except (OSError, pyarrow.ArrowException) as error:
+            raise BadSample("shard_unreadable", f"{path}: {error}") from None
+    edges = np.load(ends_file, mmap_mode="r")
+    return str(texts), np.stack([edges[:-1], np.diff(edges)], axis=1)
+
+
+SOURCES.register("text", TextSource)

@@ -1,0 +1,128 @@
+"""Where each entry of a text file lies: (offset, size) of lines, or of the items of a JSON list, without parsing them.
+
+An index is built in bounded memory, kept in the cache folder and mapped from there, so that ranks and workers share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from sphinx_pl.data.files import cache_folder, identity
+from sphinx_pl.files import whole_file
+
+Spans = npt.NDArray[np.int64]
+"""[n, 2]: offset and size in bytes."""
+
+_CHUNK = 1 << 24
+_BACKSLASH, _QUOTE, _COMMA = b"\\", ord('"'), ord(",")
+_STEP = np.zeros(256, np.int8)
+_STEP[[ord("["), ord("{")]] = 1
+_STEP[[ord("]"), ord("}")]] = -1
+_STRUCTURE = _STEP != 0
+_STRUCTURE[[_QUOTE, _COMMA]] = True
+_BLANK = b" \t\r\n"
+# Shorter lines are looked at one by one, since they may be blank.
+_SHORT = 16
+
+
+def entry_spans(path: str) -> tuple[Spans, bool]:
+    """The spans of a file's entries, and whether it is whole.
+
+    A file that begins with `[` is a JSON list (not whole: it is not closed), any other has an entry in each line that
+    is not blank. An item of a list is what stands between two of its commas, valid or not: that shows when it is read.
+    """
+    listed = is_list(path)
+    cached = cache_folder() / "spans" / f"{identity(path)}.npy"
+    # The last row is no span: (1 if the file is whole, 0).
+    try:
+        table: Spans = np.load(cached, mmap_mode="r")
+    except (OSError, ValueError):
+        found, whole = _list_spans(path) if listed else (_line_spans(path), True)
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(cached) as temporary, temporary.open("wb") as file:
+            np.save(file, np.concatenate([found, [[int(whole), 0]]]))
+        table = np.load(cached, mmap_mode="r")
+    return table[:-1], bool(table[-1, 0])
+
+
+def is_list(path: str) -> bool:
+    """Whether the first byte that is not blank opens a JSON list."""
+    with Path(path).open("rb") as file:
+        while chunk := file.read(1 << 16):
+            if text := chunk.lstrip(_BLANK):
+                return text.startswith(b"[")
+    return False
+
+
+def _chunks(path: str) -> Iterator[tuple[int, bytes]]:
+    with Path(path).open("rb") as file:
+        offset = 0
+        while chunk := file.read(_CHUNK):
+            yield offset, chunk
+            offset += len(chunk)
+
+
+def _line_spans(path: str) -> Spans:
+    ends = [np.zeros(0, np.int64)]
+    for offset, chunk in _chunks(path):
+        ends.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + (offset + 1))
+    size = Path(path).stat().st_size
+    edges = np.concatenate([[0], *ends, [size]])
+    found = np.stack([edges[:-1], np.diff(edges)], axis=1)
+    found = found[found[:, 1] > 0]
+    keep = np.ones(len(found), bool)
+    with Path(path).open("rb") as file:
+        for row in np.flatnonzero(found[:, 1] < _SHORT):
+            file.seek(found[row, 0])
+            keep[row] = bool(file.read(found[row, 1]).strip(_BLANK))
+    return found[keep]
+
+
+def _list_spans(path: str) -> tuple[Spans, bool]:
+    """Entries of a JSON list; one that the file's end cuts off is left out."""
+    depth, in_string = 0, 0
+    cuts = []  # offsets of the list's own bracket, of its commas, and of its end
+    begun = whole = False
+    carried = b""
+    for offset, read in _chunks(path):
+        chunk = carried + read
+        start = offset - len(carried)
+        # Hold back a run of backslashes, whose meaning the next chunk decides.
+        end = len(chunk.rstrip(_BACKSLASH))
+        chunk, carried = chunk[:end], chunk[end:]
+        if _BACKSLASH in chunk:
+            # Backslashes pair up from the left of their run; what is left over escapes the quote after it.
+            chunk = chunk.replace(b"\\\\", b"..").replace(b'\\"', b"..")
+        data: npt.NDArray[np.uint8] = np.frombuffer(chunk, np.uint8)
+        places = np.flatnonzero(_STRUCTURE[data])
+        kinds: npt.NDArray[np.uint8] = data[places]
+        quotes = kinds == _QUOTE
+        outside = ((np.cumsum(quotes) + in_string) % 2 == 0) & ~quotes
+        in_string = (in_string + int(quotes.sum())) % 2
+        places, kinds = places[outside], kinds[outside]
+        depths = depth + np.cumsum(_STEP[kinds], dtype=np.int64)
+        closing = np.flatnonzero(depths == 0)
+        if len(closing):  # what follows the list is not part of it
+            end = int(closing[0]) + 1
+            places, kinds, depths = places[:end], kinds[:end], depths[:end]
+            whole = True
+        first = np.zeros(len(places), bool)
+        if not begun and len(first):
+            first[0] = begun = True  # the list's own bracket
+        cuts.append(places[first | ((depths == 1) & (kinds == _COMMA)) | (depths == 0)] + start)
+        if whole:
+            break
+        if len(depths):
+            depth = int(depths[-1])
+    edges = np.concatenate(cuts) if cuts else np.zeros(0, np.int64)
+    found = np.stack([edges[:-1] + 1, np.diff(edges) - 1], axis=1) if len(edges) > 1 else np.zeros((0, 2), np.int64)
+    if len(found) == 1 and whole:
+        with Path(path).open("rb") as file:
+            file.seek(found[0, 0])
+            if not file.read(min(int(found[0, 1]), 1 << 20)).strip(_BLANK):
+                found = found[:0]  # []
+    return found, whole
