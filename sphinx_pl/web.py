@@ -69,6 +69,10 @@ _LABELS = {
     "ocr": "Read text",
     "pose": "Key points",
     "layout": "Page layout",
+    "detection_all": "Detect all",
+    "ocr_text": "Text only",
+    "relation_detection": "Relation",
+    "question_generation": "Ask a question",
 }
 _REFUSED = {
     "image_truncated": "the image is damaged, its end is missing.",

@@ -175,12 +175,18 @@ class Geometry:
 
     def parse_grounded(self, text: str) -> list[Grounded]:
         """All phrases of a text that are followed by at least one well-formed box or point."""
-        found = []
+        return [part for part in self.cut_grounded(text) if isinstance(part, Grounded)]
+
+    def cut_grounded(self, text: str) -> list[str | Grounded]:
+        """A text cut at what `parse_grounded` finds in it: those phrases, and the text before, between and after."""
+        parts: list[str | Grounded] = []
+        at = 0
         for match in _GROUNDED.finditer(text):
             boxes, points = _elements(match[2], match[3])
             if boxes or points:
-                found.append(Grounded(match[1].strip(), tuple(boxes), tuple(points)))
-        return found
+                parts += [text[at : match.start()], Grounded(match[1].strip(), tuple(boxes), tuple(points))]
+                at = match.end()
+        return [part for part in (*parts, text[at:]) if part]
 
     def pieces(self, text: str) -> list[Piece]:
         """A text cut where its places begin and end; the pieces' `text` joined is the text again."""

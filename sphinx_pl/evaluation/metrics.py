@@ -1,8 +1,8 @@
 """Metrics by name: one number in 0..1 for one prediction against one record.
 
-The truth is the answer that the record's task writes in its evaluation wording, read back with the same parser as the
-prediction. So a record scores the same whether it came with regions in pixels or with finished turns, and a task's own
-answer always scores 1. A benchmark's official metric is one more `register` call.
+The truth is the answer that the record's task writes in its evaluation wording, read back by the task's own parser, as
+the prediction is. So a record scores the same whether it came with regions in pixels or with finished turns, and a
+task's own answer always scores 1. A benchmark's official metric is one more `register` call.
 """
 
 from __future__ import annotations
@@ -13,9 +13,22 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from sphinx_pl.data.geometry import Box4, Geometry, iou
+from sphinx_pl.data.geometry import Box4, Geometry, Grounded, Point2, iou, to_square
 from sphinx_pl.data.record import Record, Turn
-from sphinx_pl.data.tasks import TASKS
+from sphinx_pl.data.tasks import (
+    TASKS,
+    Parsed,
+    Reader,
+    normalise,
+    read_boxes,
+    read_choice,
+    read_detection,
+    read_grounded,
+    read_keypoints,
+    read_lines,
+    read_ocr,
+    read_yes_no,
+)
 from sphinx_pl.registry import Registry
 
 IOU_THRESHOLD = 0.5
@@ -25,11 +38,14 @@ Score = Callable[[str, Record, Geometry], float]
 
 # Reading tolerates any number of decimals, so whether a text parses does not depend on them.
 _READER = Geometry()
-_LETTER = re.compile(r"\s*\(?([A-Za-z])\s*(?:[).:,]|$)")
 
 
 def _always(prediction: str) -> bool:
     return True
+
+
+def _formed(read: Reader) -> Callable[[str], bool]:
+    return lambda prediction: read(prediction, _READER).formed
 
 
 @dataclass(frozen=True)
@@ -62,9 +78,10 @@ def last_turn(record: Record, geometry: Geometry) -> Turn:
     return TASKS[record.task].turns(record, geometry, None)[-1]
 
 
-def normalise(text: str) -> str:
-    """Lower case, single spaces, no blanks around and no full stop at the end."""
-    return " ".join(text.lower().split()).rstrip(".").rstrip()
+def _both(prediction: str, record: Record, geometry: Geometry) -> tuple[Parsed, Parsed]:
+    """The prediction and the record's own answer as its task reads them."""
+    parse = TASKS[record.task].parse
+    return parse(prediction, geometry), parse(last_turn(record, geometry).answer, geometry)
 
 
 def vqa_exact(prediction: str, record: Record, geometry: Geometry) -> float:
@@ -77,55 +94,78 @@ def text_exact(prediction: str, record: Record, geometry: Geometry) -> float:
     return float(prediction.split() == last_turn(record, geometry).answer.split())
 
 
+def yes_no(prediction: str, record: Record, geometry: Geometry) -> float:
+    """1 if the prediction begins with the right one of the words yes and no, in any case: "No.", "yes, it is"."""
+    predicted, true = _both(prediction, record, geometry)
+    return float(predicted.formed and predicted.answer == true.answer)
+
+
 def choice(prediction: str, record: Record, geometry: Geometry) -> float:
     """1 if the prediction begins with the right choice's letter: "B", "b", "(B)", "B. text"; "Blue" is no letter."""
-    return float(_letter(prediction) == _letter(last_turn(record, geometry).answer) is not None)
+    predicted, true = _both(prediction, record, geometry)
+    return float(predicted.formed and predicted.answer == true.answer)
 
 
 def caption_f1(prediction: str, record: Record, geometry: Geometry) -> float:
     """Harmonic mean of precision and recall of words (letters and digits, lower case), counted as often as they occur
     in both: the token F1 of SQuAD (Rajpurkar et al. 2016), articles kept."""
-    predicted, true = _words(prediction), _words(last_turn(record, geometry).answer)
-    return _f1((predicted & true).total(), predicted.total(), true.total())
+    return _words_f1(prediction, last_turn(record, geometry).answer)
 
 
 def box_iou50(prediction: str, record: Record, geometry: Geometry) -> float:
     """1 if the first box of the prediction and the true box have an intersection over union of at least 0.5, in the
     padded square: the accuracy of referring expression comprehension (Mao et al. 2016)."""
-    predicted, true = geometry.parse_boxes(prediction), geometry.parse_boxes(last_turn(record, geometry).answer)
+    predicted, true = (parsed.boxes for parsed in _both(prediction, record, geometry))
     return float(bool(predicted and true) and iou(predicted[0], true[0]) >= IOU_THRESHOLD)
 
 
 def detection_f1(prediction: str, record: Record, geometry: Geometry) -> float:
     """F1 of boxes, matched one to one, best overlap first, at an intersection over union of at least 0.5. Where there
     is nothing to find, 1 for the answer "None", else 0."""
-    predicted, true = geometry.parse_boxes(prediction), geometry.parse_boxes(last_turn(record, geometry).answer)
-    if not true:
-        return float(_says_none(prediction))
-    return _matched_f1([("", box) for box in predicted], [("", box) for box in true])
+    predicted, true = _both(prediction, record, geometry)
+    if not true.boxes:
+        return float(predicted.formed and not predicted.boxes)
+    return _matched_f1([("", box) for box in predicted.boxes], [("", box) for box in true.boxes])
 
 
 def grounded_f1(prediction: str, record: Record, geometry: Geometry) -> float:
     """F1 of pairs of a phrase and a box: matched one to one where the phrases are equal but for case and white space
     and the boxes' intersection over union is at least 0.5, best overlap first."""
-    return _matched_f1(_pairs(prediction), _pairs(last_turn(record, geometry).answer))
+    predicted, true = _both(prediction, record, geometry)
+    return _matched_f1(_pairs(predicted), _pairs(true))
+
+
+def grounded_answer(prediction: str, record: Record, geometry: Geometry) -> float:
+    """Mean of two scores: the F1 of the words without the boxes, as in caption_f1, and the F1 of the pairs of a phrase
+    and a box, as in grounded_f1."""
+    words = (_without_boxes(text, geometry) for text in (prediction, last_turn(record, geometry).answer))
+    return (_words_f1(*words) + grounded_f1(prediction, record, geometry)) / 2
 
 
 def ocr_exact(prediction: str, record: Record, geometry: Geometry) -> float:
     """1 if the texts given with a box are the true ones in the same order; where the boxes lie is not judged."""
-    predicted, true = geometry.parse_grounded(prediction), geometry.parse_grounded(last_turn(record, geometry).answer)
-    return float(bool(true) and [item.phrase for item in predicted] == [item.phrase for item in true])
+    predicted, true = ([place.phrase for place in parsed.places] for parsed in _both(prediction, record, geometry))
+    return float(bool(true) and predicted == true)
+
+
+def edit_similarity(prediction: str, record: Record, geometry: Geometry) -> float:
+    """1 minus the edit distance (Levenshtein 1966) of the prediction to the true text, divided by the length of the
+    longer; each line's white space counts as single blanks, case counts."""
+    predicted, true = (
+        "\n".join(" ".join(place.phrase.split()) for place in parsed.places)
+        for parsed in _both(prediction, record, geometry)
+    )
+    longer = max(len(predicted), len(true))
+    return 1 - _edit_distance(predicted, true) / longer if longer else 0.0
 
 
 def keypoint_pck(prediction: str, record: Record, geometry: Geometry) -> float:
     """Share of the labelled keypoints whose predicted point of the same name lies within 0.1 of the diagonal of the
     person's box: the percentage of correct keypoints (Yang and Ramanan 2013), there with the box's longer side."""
-    turn = last_turn(record, geometry)
-    true, predicted = _named_points(turn.answer), _named_points(prediction)
-    boxes = geometry.parse_boxes(turn.question)
-    if not true or not boxes:
+    predicted, true = (_named_points(parsed.places) for parsed in _both(prediction, record, geometry))
+    if not true:
         return 0.0
-    x1, y1, x2, y2 = boxes[0]
+    x1, y1, x2, y2 = _persons_box(record, geometry, list(true.values()))
     reach = PCK_ALPHA * math.hypot(x2 - x1, y2 - y1)
     hits = sum(name in predicted and math.dist(predicted[name], point) <= reach for name, point in true.items())
     return hits / len(true)
@@ -136,30 +176,61 @@ def none(prediction: str, record: Record, geometry: Geometry) -> float:
     return 0.0
 
 
-def _letter(text: str) -> str | None:
-    match = _LETTER.match(text)
-    return match[1].upper() if match else None
-
-
 def _words(text: str) -> Counter[str]:
     return Counter(re.findall(r"\w+", text.lower()))
 
 
-def _says_none(text: str) -> bool:
-    return normalise(text) == "none"
+def _words_f1(text: str, truth: str) -> float:
+    predicted, true = _words(text), _words(truth)
+    return _f1((predicted & true).total(), predicted.total(), true.total())
 
 
-def _pairs(text: str) -> list[tuple[str, Box4]]:
-    return [(normalise(item.phrase), box) for item in _READER.parse_grounded(text) for box in item.boxes]
+def _without_boxes(text: str, geometry: Geometry) -> str:
+    return "".join(part if isinstance(part, str) else part.phrase for part in geometry.cut_grounded(text))
 
 
-def _named_points(text: str) -> dict[str, tuple[float, float]]:
+def _pairs(parsed: Parsed) -> list[tuple[str, Box4]]:
+    return [(normalise(place.phrase), box) for place in parsed.places for box in place.boxes]
+
+
+def _named_points(places: Sequence[Grounded]) -> dict[str, Point2]:
     """The first point of each name: a second one does not give a second chance."""
-    points: dict[str, tuple[float, float]] = {}
-    for item in _READER.parse_grounded(text):
-        if item.points:
-            points.setdefault(normalise(item.phrase), item.points[0])
-    return points
+    return {normalise(place.phrase): place.points[0] for place in reversed(places) if place.points}
+
+
+def _persons_box(record: Record, geometry: Geometry, points: Sequence[Point2]) -> Box4:
+    """In fractions: the question's, or the record's where the question names the person by a phrase; at last the
+    keypoints' own extent."""
+    if boxes := geometry.parse_boxes(last_turn(record, geometry).question):
+        return boxes[0]
+    if record.regions and record.sizes:
+        return to_square(record.regions[0].box, record.sizes[0])
+    xs, ys = zip(*points, strict=True)
+    return min(xs), min(ys), max(xs), max(ys)
+
+
+def _edit_distance(a: str, b: str) -> int:
+    """Fewest insertions, deletions and replacements of characters that turn `a` into `b`.
+
+    A column of the table is two numbers whose bits are its steps up and down (Myers 1999; Hyyrö 2003): as many steps as
+    `b` has characters, where the table has the product, and constant answers are tried on thousands of records.
+    """
+    if not a:
+        return len(b)
+    places: dict[str, int] = {}
+    for i, character in enumerate(a):
+        places[character] = places.get(character, 0) | 1 << i
+    whole, last = (1 << len(a)) - 1, 1 << (len(a) - 1)
+    up, down, distance = whole, 0, len(a)
+    for character in b:
+        match = places.get(character, 0)
+        diagonal = (((match & up) + up) ^ up) | match | down
+        right_up, right_down = down | ~(diagonal | up), up & diagonal
+        distance += bool(right_up & last) - bool(right_down & last)
+        right_up, right_down = right_up << 1 | 1, right_down << 1
+        up = (right_down | ~(diagonal | right_up)) & whole
+        down = right_up & diagonal & whole
+    return distance
 
 
 def _f1(hits: int, predicted: int, true: int) -> float:
@@ -188,15 +259,14 @@ def _matched_f1(predicted: Sequence[tuple[str, Box4]], true: Sequence[tuple[str,
 
 register("vqa_exact", vqa_exact)
 register("text_exact", text_exact)
-register("choice", choice, lambda prediction: _letter(prediction) is not None)
+register("yes_no", yes_no, _formed(read_yes_no))
+register("choice", choice, _formed(read_choice))
 register("caption_f1", caption_f1)
-register("box_iou50", box_iou50, lambda prediction: bool(_READER.parse_boxes(prediction)))
-register(
-    "detection_f1",
-    detection_f1,
-    lambda prediction: _says_none(prediction) or bool(_READER.parse_boxes(prediction)),
-)
-register("grounded_f1", grounded_f1, lambda prediction: bool(_pairs(prediction)))
-register("ocr_exact", ocr_exact, lambda prediction: bool(_READER.parse_grounded(prediction)))
-register("keypoint_pck", keypoint_pck, lambda prediction: bool(_named_points(prediction)))
+register("box_iou50", box_iou50, _formed(read_boxes))
+register("detection_f1", detection_f1, _formed(read_detection))
+register("grounded_f1", grounded_f1, _formed(read_grounded))
+register("grounded_answer", grounded_answer, _formed(read_grounded))
+register("ocr_exact", ocr_exact, _formed(read_ocr))
+register("edit_similarity", edit_similarity, _formed(read_lines))
+register("keypoint_pck", keypoint_pck, _formed(read_keypoints))
 register("none", none)

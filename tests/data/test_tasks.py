@@ -6,101 +6,94 @@ import pytest
 
 from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.geometry import Geometry
-from sphinx_pl.data.record import ImageRef, Record, Region, Turn
+from sphinx_pl.data.record import Region, Turn
 from sphinx_pl.data.tasks import TASKS, choice_letter, reading_order
+from tests.examples import EXAMPLES, LEFT, LOW, PERSON, RIGHT
 
 G = Geometry()
-# 100x50 in a square of 100, moved down by 25
-LEFT = Region((10, 5, 20, 15), "red square")  # [0.100,0.300,0.200,0.400]
-RIGHT = Region((60, 5, 80, 25), "blue circle")  # [0.600,0.300,0.800,0.500]
-LOW = Region((0, 30, 50, 50), "red square")  # [0.000,0.550,0.500,0.750]
-BASE = Record("k", "chat", images=(ImageRef("a.jpg"),), sizes=((100, 50),))
-
-PERSON = Region((0, 0, 100, 50), "person", ((50, 25, 2), *[(0, 0, 0)] * 4, (10, 5, 1), *[(0, 0, 0)] * 11))
+BASE = EXAMPLES["chat"]
 
 WRITTEN = {
-    "short_vqa": (
-        {"question": "What colour is it?", "answer": "red"},
-        "What colour is it?\nAnswer the question using a single word or phrase.",
-        "red",
-    ),
-    "relation": (
-        {"question": "Where is it?", "answer": "left"},
-        "Where is it?\nAnswer the question using a single word or phrase.",
-        "left",
-    ),
+    "short_vqa": ("What colour is it?\nAnswer the question using a single word or phrase.", "red"),
+    "relation": ("Where is it?\nAnswer the question using a single word or phrase.", "left"),
     "multiple_choice": (
-        {"question": "Which {digit}?", "answer": "7", "choices": ("3", "7", "9")},
         "Which {digit}?\nA. 3\nB. 7\nC. 9\nAnswer with the option's letter from the given choices directly.",
         "B",
     ),
-    "description": ({"answer": " Two shapes. "}, "Generate a detailed description about the image.", "Two shapes."),
-    "caption": ({"answer": "shapes"}, "Provide a one-sentence caption for the provided image.", "shapes"),
+    "description": ("Generate a detailed description about the image.", "Two shapes."),
+    "caption": ("Provide a one-sentence caption for the provided image.", "shapes"),
     "rec": (
-        {"question": "the red square", "regions": (LEFT,)},
         "Please provide the bounding box coordinate of the region this sentence describes: the red square.",
         "[0.100,0.300,0.200,0.400]",
     ),
-    "reg": (
-        {"regions": (LEFT,)},
-        "Please provide a short description for this region: [0.100,0.300,0.200,0.400].",
-        "red square",
-    ),
+    "reg": ("Please provide a short description for this region: [0.100,0.300,0.200,0.400].", "red square"),
     "grounded_caption": (
-        {"answer": "A {0} left of a {1}.", "regions": (LEFT, RIGHT)},
         "Describe the image concisely. Include the bounding box for each mentioned object.",
         "A <p>red square</p>[0.100,0.300,0.200,0.400] left of a <p>blue circle</p>[0.600,0.300,0.800,0.500].",
     ),
     "detection": (
-        {"question": "red square", "regions": (LOW, RIGHT, LEFT)},
         "Detect all red square shown in the image.",
         "[0.100,0.300,0.200,0.400;0.000,0.550,0.500,0.750]",
     ),
     "ocr": (
-        {"regions": (RIGHT, LOW, LEFT)},
         "Please detect all texts and provide their bounding box coordinate.",
         "<p>red square</p>[0.100,0.300,0.200,0.400]<p>blue circle</p>[0.600,0.300,0.800,0.500]"
         "<p>red square</p>[0.000,0.550,0.500,0.750]",
     ),
     "pose": (
-        {"regions": (PERSON,)},
         "Detect the key points of the person in the region [0.000,0.250,1.000,0.750].",
         "<p>nose</p>[0.500,0.500]<p>left shoulder</p>[0.100,0.300]",
     ),
     "layout": (
-        {"regions": (RIGHT, LOW, LEFT)},
         "Detect the layout elements of this page and provide their bounding box coordinate.",
         "<p>red square</p>[0.100,0.300,0.200,0.400;0.000,0.550,0.500,0.750]<p>blue circle</p>[0.600,0.300,0.800,0.500]",
     ),
-    "chat": ({"question": "Hello?", "answer": "Hello."}, "Hello?", "Hello."),
-    "text": ({"answer": "A document.\n"}, "", "A document.\n"),
+    "chat": ("Hello?", "Hello."),
+    "text": ("", "A document.\n"),
+    "yes_no": ("Is it red?\nAnswer the question using a single word or phrase.", "yes"),
+    "detailed_answer": ("Why is it red?\nAnswer the question in detail.", "It was painted. Nobody knows by whom."),
+    "grounded_vqa": (
+        "What is red?\nInclude the bounding box for each mentioned object.",
+        "The <p>red square</p>[0.100,0.300,0.200,0.400;0.000,0.550,0.500,0.750], not the "
+        "<p>blue circle</p>[0.600,0.300,0.800,0.500].",
+    ),
+    "detection_all": (
+        "Detect all objects shown in the image.",
+        "<p>red square</p>[0.100,0.300,0.200,0.400;0.000,0.550,0.500,0.750]<p>blue circle</p>[0.600,0.300,0.800,0.500]",
+    ),
+    "ocr_text": ("Please detect all texts.", "red square\nblue circle\nred square"),
+    "relation_detection": (
+        "What is the relation between <p>red square</p>[0.100,0.300,0.200,0.400] and "
+        "<p>blue circle</p>[0.600,0.300,0.800,0.500]?\nAnswer the question using a single word or phrase.",
+        "beside",
+    ),
+    "question_generation": ("Ask a question about the image.", "What colour is it?\nHow many are there?"),
 }
 
 
 def record(task, **fields):
-    return dataclasses.replace(BASE, task=task, **fields)
+    return dataclasses.replace(BASE, **{"question": "", "answer": ""} | fields, task=task)
 
 
 def test_every_task_has_its_text_here():
-    assert set(WRITTEN) == set(TASKS)
+    assert set(WRITTEN) == set(EXAMPLES) == set(TASKS)
 
 
 @pytest.mark.parametrize("task", WRITTEN)
 def test_written_text(task):
-    fields, question, answer = WRITTEN[task]
-    assert TASKS[task].turns(record(task, **fields), G) == (Turn(question, answer),)
+    assert TASKS[task].turns(EXAMPLES[task], G) == (Turn(*WRITTEN[task]),)
 
 
 @pytest.mark.parametrize("task", WRITTEN)
 def test_every_wording_can_be_chosen_and_keeps_the_answer(task):
-    fields, _, answer = WRITTEN[task]
     rng = random.Random(0)
-    turns = [TASKS[task].turns(record(task, **fields), G, rng)[0] for _ in range(50)]
+    turns = [TASKS[task].turns(EXAMPLES[task], G, rng)[0] for _ in range(50)]
     assert len({turn.question for turn in turns}) == len(TASKS[task].templates)
-    assert {turn.answer for turn in turns} == {answer}
+    assert {turn.answer for turn in turns} == {WRITTEN[task][1]}
     # each wording holds the same information: the slots
-    slots = {frozenset(name for _, name, _, _ in string.Formatter().parse(t) if name) for t in TASKS[task].templates}
-    assert len(slots) == 1
+    for wordings in filter(None, (TASKS[task].templates, TASKS[task].given)):
+        slots = {frozenset(name for _, name, _, _ in string.Formatter().parse(wording) if name) for wording in wordings}
+        assert len(slots) == 1
 
 
 @pytest.mark.parametrize("task", WRITTEN)
@@ -141,6 +134,20 @@ def test_detection_of_nothing_says_none():
         ("pose", {"regions": (LEFT,)}, "keypoints_count"),
         ("pose", {"regions": (Region(LEFT.box, "", ((0, 0, 0),) * 17),)}, "keypoints_absent"),
         ("pose", {"regions": (Region(LEFT.box, "", ((200, 0, 2),) * 17),)}, "keypoint_outside"),
+        ("yes_no", {"question": "q", "answer": "maybe"}, "answer_not_yes_no"),
+        ("yes_no", {"question": "q", "answer": "yes, both"}, "answer_not_yes_no"),
+        ("yes_no", {"question": "q", "answer": " "}, "answer_empty"),
+        ("detailed_answer", {"question": "q"}, "answer_empty"),
+        ("grounded_vqa", {"question": "q", "answer": "Nothing", "regions": (LEFT,)}, "region_missing"),
+        ("grounded_vqa", {"question": "q", "answer": "{0,1}", "regions": (LEFT,)}, "region_missing"),
+        ("grounded_vqa", {"answer": "{0}", "regions": (LEFT,)}, "question_empty"),
+        ("detection_all", {}, "region_missing"),
+        ("ocr_text", {}, "region_missing"),
+        ("ocr_text", {"regions": (Region(LEFT.box, "\n"),)}, "label_empty"),
+        ("relation_detection", {"answer": "by", "regions": (LEFT,)}, "region_missing"),
+        ("relation_detection", {"answer": "", "regions": (LEFT, RIGHT)}, "answer_empty"),
+        ("question_generation", {"question": " "}, "question_empty"),
+        ("question_generation", {"question": "q", "images": ()}, "image_absent"),
     ],
 )
 def test_what_a_task_refuses(task, fields, reason):
@@ -162,3 +169,141 @@ def test_reading_order_bears_with_uneven_lines():
     words = [Region((50, 8, 70, 20), "b"), Region((10, 10, 30, 22), "a"), Region((5, 30, 30, 40), "c")]
     assert [region.label for region in reading_order(reversed(words))] == ["a", "b", "c"]
     assert reading_order([]) == []
+
+
+@pytest.mark.parametrize("answer", ["No", " no. ", "NO"])
+def test_yes_and_no_are_written_in_one_way(answer):
+    assert TASKS["yes_no"].turns(record("yes_no", question="q", answer=answer), G)[0].answer == "no"
+
+
+def test_a_person_may_be_named_instead_of_pointed_out():
+    named = dataclasses.replace(EXAMPLES["pose"], question="the man in red.")
+    (turn,) = TASKS["pose"].turns(named, G)
+    assert turn == Turn("Detect the key points of the man in red.", WRITTEN["pose"][1])
+    rng = random.Random(0)
+    questions = {TASKS["pose"].turns(named, G, rng)[0].question for _ in range(30)}
+    assert questions == {turn.question, "Where are the body key points of the man in red?"}
+
+
+def test_a_question_can_be_asked_for_by_its_answer():
+    (turn,) = TASKS["question_generation"].turns(
+        record("question_generation", question="What colour is it?", answer="red"), G
+    )
+    assert turn == Turn("Ask a question about the image that has this answer: red", "What colour is it?")
+
+
+def test_a_text_of_several_lines_is_one_line():
+    regions = (Region(LEFT.box, "two\n lines"), Region(LOW.box, "one"))
+    assert TASKS["ocr_text"].turns(record("ocr_text", regions=regions), G)[0].answer == "two lines\none"
+
+
+def test_a_placeholder_may_have_blanks_and_other_braces_stay():
+    item = record("grounded_caption", answer="{a} {1, 0} {}", regions=(LEFT, RIGHT))
+    expected = "{a} <p>blue circle</p>[0.600,0.300,0.800,0.500;0.100,0.300,0.200,0.400] {}"
+    assert TASKS["grounded_caption"].turns(item, G)[0].answer == expected
+
+
+# --- Back from text
+
+# What each example's answer is read back as: the answer, then labels and boxes or keypoints in the order of the text.
+READ = {task: (example.answer, ()) for task, example in EXAMPLES.items()} | {
+    "multiple_choice": ("B", ()),
+    "rec": ("", (Region(LEFT.box),)),  # the phrase stands in the question
+    "reg": (LEFT.label, ()),  # and here the box
+    "grounded_caption": ("A {0} left of a {1}.", (LEFT, RIGHT)),
+    "detection": ("", (Region(LEFT.box), Region(LOW.box))),
+    "ocr": ("", (LEFT, RIGHT, LOW)),
+    "layout": ("", (LEFT, LOW, RIGHT)),
+    "grounded_vqa": ("The {0,1}, not the {2}.", (LEFT, LOW, RIGHT)),
+    "detection_all": ("", (LEFT, LOW, RIGHT)),
+    "question_generation": (EXAMPLES["question_generation"].question, ()),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_an_answer_is_read_back_as_what_it_was_written_from(task):
+    parsed = TASKS[task].parse(WRITTEN[task][1], G)
+    answer, regions = READ[task]
+    size = EXAMPLES[task].sizes[0]
+    assert parsed.formed
+    assert parsed.answer == answer
+    assert [region.label for region in parsed.regions(size)] == [region.label for region in regions]
+    for region, true in zip(parsed.regions(size), regions, strict=True):
+        assert region.box == pytest.approx(true.box)
+    keypoints = PERSON.keypoints if task == "pose" else ((0, 0, 0),) * 17
+    for point, true_point in zip(parsed.keypoints(size), keypoints, strict=True):
+        assert point == pytest.approx(true_point)
+    if task == "ocr_text":
+        assert [place.phrase for place in parsed.places] == [LEFT.label, RIGHT.label, LOW.label]
+
+
+@pytest.mark.parametrize("task", ["grounded_caption", "grounded_vqa", "ocr", "layout", "detection_all"])
+def test_what_is_read_is_written_as_the_same_text(task):
+    rng = random.Random(task)
+    compared = 0
+    for _ in range(300):
+        geometry = Geometry(rng.randint(1, 6))
+        size = (rng.randint(20, 3000), rng.randint(20, 3000))
+        regions = []
+        for label in rng.choices(["a", "red  dot", "5", "(b)", "no."], k=rng.randint(1, 6)):
+            (x1, x2), (y1, y2) = (sorted(rng.sample(range(limit * 10 + 1), 2)) for limit in size)
+            regions.append(Region((x1 / 10, y1 / 10, x2 / 10, y2 / 10), label))
+        mentions, order = [], rng.sample(range(len(regions)), len(regions))
+        while order:
+            count = rng.randint(1, 3)
+            mentions.append("{" + ",".join(map(str, order[:count])) + "}")
+            order = order[count:]
+        item = record(task, question="q", answer=" [1] <p>and ".join(mentions), regions=tuple(regions), sizes=(size,))
+        (turn,) = TASKS[task].turns(item, geometry)
+        parsed = TASKS[task].parse(turn.answer, geometry)
+        assert len(parsed.boxes) == len(regions)
+        # Rounding can leave a box without width, which no record may have.
+        if all(x1 < x2 and y1 < y2 for x1, y1, x2, y2 in parsed.boxes):
+            again = dataclasses.replace(item, answer=parsed.answer, regions=parsed.regions(size))
+            (turn_again,) = TASKS[task].turns(again, geometry)
+            read_again = TASKS[task].parse(turn_again.answer, geometry)
+            assert sorted(read_again.regions(size), key=str) == sorted(parsed.regions(size), key=str)
+            # The other tasks' order follows the boxes, of which rounding can make two start in one row.
+            assert turn_again == turn or not parsed.answer
+            compared += 1
+    assert compared > 200
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "answer"),
+    [
+        ("yes_no", "Yes, it is.", "yes"),
+        ("yes_no", " NO", "no"),
+        ("yes_no", "'No'", "no"),
+        ("yes_no", "nothing", None),
+        ("yes_no", "no-one", None),
+        ("yes_no", "It is. Yes", None),
+        ("multiple_choice", "(c) red", "C"),
+        ("multiple_choice", "Cat", None),
+    ],
+)
+def test_tolerant_reading(task, text, answer):
+    parsed = TASKS[task].parse(text, G)
+    assert parsed.formed is (answer is not None)
+    assert parsed.answer == (answer or "")
+
+
+def test_detection_reads_none_as_no_boxes():
+    assert TASKS["detection"].parse("none.", G).formed
+    assert TASKS["detection"].parse("none.", G).places == ()
+    assert not TASKS["detection"].parse("cats", G).formed
+
+
+def test_of_a_keypoint_named_twice_the_first_counts():
+    parsed = TASKS["pose"].parse("<p>Nose</p>[0.5,0.5]<p>nose</p>[0.1,0.1]<p>tail</p>[0,0]", G)
+    assert parsed.keypoints((100, 50)) == ((50.0, 25.0, 2), *[(0.0, 0.0, 0)] * 16)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_reading_never_raises(task):
+    rng = random.Random(3)
+    pieces = ["[", "]", ";", ",", "0.5", "1", " ", "<p>", "</p>", "{0}", "yes", "A", "\n", "0.1,0.2,0.3,0.4", "0.1,0.2"]
+    for _ in range(500):
+        parsed = TASKS[task].parse("".join(rng.choices(pieces, k=rng.randint(0, 20))), G)
+        parsed.regions((3, 2))
+        parsed.keypoints((3, 2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import numpy as np
@@ -10,8 +11,10 @@ import scipy.stats
 
 from sphinx_pl.data.geometry import Geometry
 from sphinx_pl.data.record import ImageRef, Record, Region
+from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.evaluation.baselines import constant_predictions, fit_constants, mean_geometry
 from sphinx_pl.evaluation.benchmarks import bootstrap, derangement, judge, select, shuffle_images, summarise
+from tests.examples import EXAMPLES
 
 GEOMETRY = Geometry(decimals=2)
 
@@ -175,3 +178,17 @@ def test_mean_of_grounded_answers() -> None:
     assert mean_geometry(answers, GEOMETRY) == "<p>title</p>[0.00,0.10,1.00,0.30]"  # "figure": 1 of 3
     assert mean_geometry(["<p>nose</p>[0.2,0.4]", "<p>nose</p>[0.4,0.4]"], GEOMETRY) == "<p>nose</p>[0.30,0.40]"
     assert mean_geometry(["red", "blue"], GEOMETRY) == ""
+
+
+def test_every_task_is_asked_guessed_and_summed_up() -> None:
+    records = [dataclasses.replace(record, key=f"{task}{i}") for task, record in EXAMPLES.items() for i in range(2)]
+    constants = fit_constants(records, GEOMETRY)
+    # All records of a task are the same here, so whoever guesses is right.
+    assert {task for task, _ in constants} == set(TASKS) - {"text"}
+    asked = select(records, 1)
+    assert [record.task for record in asked] == [task for task in TASKS if task != "text"]
+    answers = [judge(record, "", GEOMETRY) for record in asked]
+    guessed = constant_predictions(answers, {record.key: record for record in records}, constants, GEOMETRY)
+    assert [prediction.score for prediction in guessed] == [1] * len(asked)
+    rows = summarise(answers, {"constant": guessed})
+    assert [(row.task, row.score, row.baseline) for row in rows] == [(record.task, 0, 1) for record in asked]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import random
+
 import pytest
 
 from sphinx_pl.data.geometry import Geometry
 from sphinx_pl.data.record import ImageRef, Record, Region, Turn
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.errors import UserError
-from sphinx_pl.evaluation.metrics import METRICS, register
+from sphinx_pl.evaluation.metrics import METRICS, _edit_distance, register
+from tests.examples import EXAMPLES
 
 GEOMETRY = Geometry(decimals=3)
 IMAGE = (ImageRef("unused.png"),)
@@ -208,6 +212,108 @@ POSE = record(
 )
 def test_keypoint_pck(prediction: str, expected: float) -> None:
     assert score("keypoint_pck", prediction, POSE) == expected
+
+
+# The same person by name: the box is the record's then, and without one the keypoints' own extent.
+@pytest.mark.parametrize(("prediction", "expected"), [("<p>nose</p>[0.23,0.239]", 0.5), ("<p>nose</p>[0.23,0.241]", 0)])
+def test_keypoint_pck_of_a_named_person(prediction: str, expected: float) -> None:
+    named = dataclasses.replace(POSE, question="the man in red")
+    assert score("keypoint_pck", prediction, named) == expected
+    # From [.2,.2] to [.5,.6]: diagonal 0.5 again.
+    turns = (Turn("Where is he?", "<p>nose</p>[0.2,0.2]<p>left ankle</p>[0.5,0.6]"),)
+    assert score("keypoint_pck", prediction, record("pose", turns=turns)) == expected
+    assert score("keypoint_pck", turns[0].answer, record("pose", turns=turns)) == 1
+
+
+YES_NO = record("yes_no", question="Is it?", answer="No")
+
+
+@pytest.mark.parametrize(
+    ("prediction", "expected", "parsed"),
+    [("no", 1, True), ("No, it is not.", 1, True), ("Yes", 0, True), ("not", 0, False), ("I say no", 0, False)],
+)
+def test_yes_no(prediction: str, expected: float, parsed: bool) -> None:
+    assert score("yes_no", prediction, YES_NO) == expected
+    assert METRICS["yes_no"].parsed(prediction) is parsed
+
+
+GROUNDED_VQA = dataclasses.replace(GROUNDED, task="grounded_vqa", question="What is where?")  # a dot left of a cube
+
+
+@pytest.mark.parametrize(
+    ("prediction", "expected"),
+    [
+        ("<p>a dot</p>[0,0,0.2,0.2] left of <p>a cube</p>[0.5,0.5,0.9,0.9].", 1.0),
+        ("a dot left of a cube", 0.5),  # all words, no boxes
+        ("<p>a dot</p>[0,0,0.2,0.2]", (2 * 2 / (2 + 6) + 2 / 3) / 2),  # 2 of 6 words, 1 of 2 pairs
+        ("<p>a dot</p>[0.5,0.5,0.9,0.9]", (2 * 2 / (2 + 6) + 0) / 2),
+        ("", 0.0),
+    ],
+)
+def test_grounded_answer(prediction: str, expected: float) -> None:
+    assert score("grounded_answer", prediction, GROUNDED_VQA) == pytest.approx(expected)
+
+
+OCR_TEXT = record("ocr_text", regions=(Region((0, 40, 20, 60), "Exit 7"), Region((0, 0, 20, 20), "STOP")))
+
+
+@pytest.mark.parametrize(
+    ("prediction", "expected", "parsed"),
+    [
+        ("STOP\nExit 7", 1, True),  # 11 characters
+        (" STOP \n\nExit  7\n", 1, True),  # white space is not judged
+        ("STOP\nExit 1", 1 - 1 / 11, True),  # one replaced
+        ("STOP", 1 - 7 / 11, True),  # seven left out, the line break too
+        ("STOP Exit 7", 1 - 1 / 11, True),  # a blank for the line break
+        ("stop\nExit 7", 1 - 4 / 11, True),
+        ("STOP\nExit 7\nSTOP\nExit 7", 1 - 12 / 23, True),  # twelve too many of 23
+        ("z", 0, True),
+        ("", 0, False),
+    ],
+)
+def test_edit_similarity(prediction: str, expected: float, parsed: bool) -> None:
+    assert score("edit_similarity", prediction, OCR_TEXT) == pytest.approx(expected)
+    assert METRICS["edit_similarity"].parsed(prediction) is parsed
+
+
+def test_the_edit_distance_is_that_of_the_table() -> None:
+    def table(a: str, b: str) -> int:
+        row = list(range(len(b) + 1))
+        for i, x in enumerate(a, 1):
+            before, row[0] = row[0], i
+            for j, y in enumerate(b, 1):
+                before, row[j] = row[j], min(before + (x != y), row[j] + 1, row[j - 1] + 1)
+        return row[-1]
+
+    rng = random.Random(0)
+    for _ in range(2000):
+        a, b = ("".join(rng.choices("abcé", k=rng.randint(0, 12))) for _ in range(2))
+        assert _edit_distance(a, b) == table(a, b), (a, b)
+    assert _edit_distance("a" * 5000, "b" * 3000 + "a" * 2000) == 3000
+
+
+def test_long_answers_and_questions_are_scored_by_their_words() -> None:
+    asked = record("question_generation", question="Is it red?", answer="yes")
+    assert score("caption_f1", "Is it blue?", asked) == pytest.approx(2 / 3)
+    assert score("caption_f1", "because", record("detailed_answer", question="Why?", answer="Just because.")) == 2 / 3
+
+
+def test_relations_are_judged_by_the_predicate() -> None:
+    regions = (Region((0, 0, 20, 20), "man"), Region((50, 50, 90, 90), "horse"))
+    item = record("relation_detection", answer="riding", regions=regions)
+    assert score("vqa_exact", "Riding.", item) == 1
+    assert score("vqa_exact", "<p>man</p>[0,0,0.2,0.2] riding", item) == 0
+
+
+@pytest.mark.parametrize("item", EXAMPLES.values(), ids=lambda item: item.task)
+def test_an_example_of_every_task_answers_itself_perfectly(item: Record) -> None:
+    task = TASKS[item.task]
+    answer = task.turns(item, GEOMETRY)[-1].answer
+    assert task.parse(answer, GEOMETRY).formed
+    assert METRICS[task.scorer].parsed(answer)
+    assert METRICS[task.scorer].score(answer, item, GEOMETRY) == (0 if item.task == "text" else 1)
+    finished = dataclasses.replace(item, turns=task.turns(item, GEOMETRY), regions=())
+    assert METRICS[task.scorer].score(answer, finished, GEOMETRY) == (0 if item.task == "text" else 1)
 
 
 @pytest.mark.parametrize(

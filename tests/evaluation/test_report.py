@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -14,10 +15,12 @@ from PIL import Image, ImageColor
 
 from sphinx_pl.data.geometry import Geometry
 from sphinx_pl.data.record import ImageRef, Record, Region
+from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.evaluation.benchmarks import judge, summarise
 from sphinx_pl.evaluation.charts import Series, line_chart, smooth, ticks
 from sphinx_pl.evaluation.drawing import GIVEN, PREDICTED, TRUE, draw, to_picture
 from sphinx_pl.evaluation.report import find_inputs, main, read_run
+from tests.examples import EXAMPLES
 
 GEOMETRY = Geometry(decimals=2)
 VOID = {"meta", "img", "br", "rect", "path", "circle"}
@@ -232,3 +235,28 @@ def test_keypoints_are_dots_joined_by_limbs() -> None:
     assert drawn.getpixel((40, 100)) == colour  # the shin
     assert drawn.getpixel((100, 75)) == (0, 0, 0)  # no limb between knee and nose
     assert draw(black, "no geometry", "[1,2,3", GEOMETRY).tobytes() == black.tobytes()
+
+
+def test_every_task_has_its_cards_with_what_it_names_drawn(tmp_path: Path) -> None:
+    Image.new("RGB", (100, 50), "white").save(tmp_path / "a.png")
+    refs = (ImageRef(str(tmp_path / "a.png")),)
+    records = [dataclasses.replace(record, key=task, images=refs) for task, record in EXAMPLES.items()]
+    answers = [TASKS[record.task].turns(record, GEOMETRY)[-1].answer for record in records]
+    predictions = [judge(record, answer, GEOMETRY, refs) for record, answer in zip(records, answers, strict=True)]
+    results = {"decimals": 2, "image_size": 50, "rows": [row.to_dict() for row in summarise(predictions)]}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    (tmp_path / "predictions.jsonl").write_text("".join(json.dumps(p.to_dict()) + "\n" for p in predictions))
+    assert main([f"--out={tmp_path / 'report.html'}", "--evaluation", str(tmp_path)]) == 0
+    html = (tmp_path / "report.html").read_text()
+    page = Page(html)
+    assert page.open == []
+    assert page.images == len(TASKS)
+    pictures = {
+        task: re.search(rf'data-task="{task}".*?base64,([^"]*)"', html, re.DOTALL)[1]  # type: ignore[index]
+        for task in TASKS
+    }
+    places = {task for task, picture in pictures.items() if picture != pictures["short_vqa"]}
+    assert places == {
+        *("rec", "reg", "grounded_caption", "grounded_vqa", "detection", "detection_all", "ocr", "layout", "pose"),
+        "relation_detection",  # its places stand in the question
+    }

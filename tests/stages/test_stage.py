@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,21 @@ def records_of_every_task(folder: Path) -> dict[str, list[Record]]:
     found["caption"] = [captions.record(0), captions.record(1)]
     text = build_source("text", "text", str(folder / "text/train.jsonl"))
     found["text"] = [text.record(0), text.record(1)]
+    # The sample data has no records of the other tasks: they are made of what it has.
+    for task, (origin, fields) in DERIVED.items():
+        found[task] = [dataclasses.replace(record, task=task, **fields) for record in found[origin]]
     return found
+
+
+DERIVED: dict[str, tuple[str, dict[str, str]]] = {
+    "yes_no": ("short_vqa", {"answer": "no"}),
+    "detailed_answer": ("description", {"question": "What is there?"}),
+    "grounded_vqa": ("grounded_caption", {"question": "What is there?"}),
+    "detection_all": ("layout", {}),
+    "ocr_text": ("ocr", {}),
+    "relation_detection": ("layout", {"answer": "above"}),
+    "question_generation": ("short_vqa", {}),
+}
 
 
 @pytest.mark.parametrize("task", list(TASKS))
