@@ -29,16 +29,21 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO")
 
 
 def load_image(ref: ImageRef, size: int, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Read, decode, pad and resize one image.
+    """Read, decode, crop and flip as `ref` says, pad and resize one image.
 
     Returns:
         uint8 [3, size, size], RGB, the image in the middle of a square of `PAD_COLOUR`.
 
     Raises:
-        BadSample: image_missing, image_empty, image_unreadable, image_truncated, or, before any pixel is decoded,
-            image_too_large and image_aspect.
+        BadSample: image_missing, image_empty, image_unreadable, image_truncated, crop_outside, or, before any pixel is
+            decoded, image_too_large and image_aspect.
     """
-    return to_tensor(padded_resize(decode(read_bytes(ref), ref.path, max_pixels), size))
+    image = decode(read_bytes(ref), ref.path, max_pixels)
+    if ref.crop is not None:
+        image = image.crop(_checked_crop(ref, image.size))
+    if ref.flip:
+        image = ImageOps.mirror(image)
+    return to_tensor(padded_resize(image, size))
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -73,7 +78,7 @@ def read_bytes(ref: ImageRef, limit: int | None = None) -> bytes:
 
 
 def image_size(ref: ImageRef) -> tuple[int, int]:
-    """(width, height) of an image as `decode` gives it, from its header.
+    """(width, height) of an image as `decode` gives it, from its header; of its crop where `ref` has one.
 
     Raises:
         BadSample: as `load_image`, where the header shows it.
@@ -87,7 +92,19 @@ def image_size(ref: ImageRef) -> tuple[int, int]:
         # A header that is longer, or a format that is read whole.
         image = _open(read_bytes(ref), ref.path, MAX_PIXELS)
         turned = _turned(image)
-    return (image.height, image.width) if turned else image.size
+    size = (image.height, image.width) if turned else image.size
+    if ref.crop is None:
+        return size
+    x1, y1, x2, y2 = _checked_crop(ref, size)
+    return x2 - x1, y2 - y1
+
+
+def _checked_crop(ref: ImageRef, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    assert ref.crop is not None
+    x1, y1, x2, y2 = ref.crop
+    if not (0 <= x1 < x2 <= size[0] and 0 <= y1 < y2 <= size[1]):
+        raise BadSample("crop_outside", f"{ref.path}: {ref.crop} of {size[0]}x{size[1]}")
+    return x1, y1, x2, y2
 
 
 def _turned(image: Image.Image) -> bool:

@@ -316,17 +316,21 @@ def _to_plain(sample: Sample) -> dict[str, Any]:
     return {
         "prefix": list(sample.prefix),
         "branches": [[list(b.ids), list(b.supervised), b.task, b.key] for b in sample.branches],
-        "images": [[image.path, image.offset, image.size] for image in sample.images],
+        "images": [
+            [image.path, image.offset, image.size, list(image.crop or ()), image.flip] for image in sample.images
+        ],
         "source": sample.source,
         "seen": [list(views) for views in sample.seen],
     }
 
 
 def _from_plain(plain: dict[str, Any]) -> Sample:
+    # States from before images could be cropped or flipped have three values.
+    images = [(*image, (), False)[:5] for image in plain["images"]]
     return Sample(
         plain["prefix"],
         [Branch(*branch) for branch in plain["branches"]],
-        tuple(ImageRef(*image) for image in plain["images"]),
+        tuple(ImageRef(path, offset, size, tuple(crop) or None, flip) for path, offset, size, crop, flip in images),
         plain["source"],
         tuple(tuple(views) for views in plain.get("seen", ())),
     )

@@ -22,11 +22,17 @@ IGNORE = -100
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """Where an encoded image lies: a whole file, or `size` bytes at `offset` of a tar shard. Not decoded yet."""
+    """Where an encoded image lies: a whole file, or `size` bytes at `offset` of a tar shard. Not decoded yet.
+
+    What is made of it once it is decoded and upright, before it is padded: `crop` cuts out (x1, y1, x2, y2) in pixels,
+    then `flip` mirrors left and right.
+    """
 
     path: str
     offset: int = 0
     size: int = -1
+    crop: tuple[int, int, int, int] | None = None
+    flip: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,9 @@
+import math
 import random
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -15,10 +17,10 @@ from sphinx_pl.data.geometry import (
     point_to_pixels,
     seen_views,
     to_pixels,
-    to_square,
 )
-from sphinx_pl.data.images import PAD_COLOUR, padded_resize
+from sphinx_pl.data.images import PAD_COLOUR, padded_resize, to_tensor
 from sphinx_pl.errors import UserError
+from sphinx_pl.models.views import split_views
 
 G = Geometry()
 
@@ -75,18 +77,6 @@ def test_text_to_numbers_to_text_is_unchanged_for_any_size_and_decimals():
         point_text = f"[{numbers[0]},{numbers[1]}]"
         (point,) = geometry.parse_points(point_text)
         assert geometry.point(point_to_pixels(point, size), size) == point_text
-
-
-def test_written_boxes_are_within_half_a_unit_of_the_pixels():
-    rng = random.Random(1)
-    for _ in range(2000):
-        decimals = rng.randint(1, 4)
-        size = (rng.randint(1, 5000), rng.randint(1, 5000))
-        xs, ys = (sorted(rng.uniform(0, limit) for _ in range(2)) for limit in size)
-        box = (xs[0], ys[0], xs[1], ys[1])
-        (read,) = Geometry(decimals).parse_boxes(Geometry(decimals).box(box, size))
-        exact = to_square(box, size)
-        assert max(abs(a - b) for a, b in zip(read, exact, strict=True)) <= 0.5 * 10**-decimals + 1e-12
 
 
 @pytest.mark.parametrize(
@@ -187,3 +177,91 @@ def test_skipped_views_are_of_the_padding_colour(width: int, height: int, grid: 
     crops = pixels.transpose(0, 2, 1, 3, 4).reshape(grid**2, -1, 3)
     for crop, seen in zip(crops, seen_views((width, height), 12 * grid, grid)[1:], strict=True):
         assert seen or (crop == PAD_COLOUR).all()
+
+
+# --- Round trips on 10,000 random geometries
+
+
+def random_geometries(seed, count=10_000):
+    """(writer, image size, box, points, keypoints): places of every kind anywhere in the image, edges included."""
+    rng = random.Random(seed)
+
+    def value(limit):
+        return rng.choice([0.0, float(limit), float(rng.randint(0, limit)), rng.uniform(0, limit)])
+
+    for _ in range(count):
+        size = width, height = (rng.randint(1, 4000), rng.randint(1, 4000))
+        (x1, x2), (y1, y2) = sorted((value(width), value(width))), sorted((value(height), value(height)))
+        points = [(value(width), value(height)) for _ in range(rng.randint(1, 4))]
+        keypoints = [(value(width), value(height), rng.randint(0, 2)) for _ in COCO_KEYPOINTS]
+        yield Geometry(rng.randint(1, 6)), size, (x1, y1, x2, y2), points, keypoints
+
+
+def test_round_trips_from_text_and_from_pixels():
+    for geometry, size, box, points, keypoints in random_geometries(0):
+        # As exact as the text can be: half a unit of the last decimal, in pixels of the image.
+        reach = 0.5 * 10**-geometry.decimals * max(size) * (1 + 1e-9)
+
+        text = geometry.box(box, size)
+        (read,) = geometry.parse_boxes(text)
+        back = to_pixels(read, size)
+        assert geometry.box(back, size) == text
+        assert max(abs(a - b) for a, b in zip(back, box, strict=True)) <= reach
+
+        text = geometry.points(points, size)
+        pixels = [point_to_pixels(point, size) for point in geometry.parse_points(text)]
+        assert geometry.points(pixels, size) == text
+        assert max(math.dist(a, b) for a, b in zip(pixels, points, strict=True)) <= math.sqrt(2) * reach
+
+        text = geometry.keypoints(keypoints, size)
+        found = {item.phrase: point_to_pixels(item.points[0], size) for item in geometry.parse_grounded(text)}
+        assert set(found) == {name for name, (_, _, seen) in zip(COCO_KEYPOINTS, keypoints, strict=True) if seen}
+        named = [(*found[name], 1) if name in found else (0.0, 0.0, 0) for name in COCO_KEYPOINTS]
+        assert geometry.keypoints(named, size) == text
+        for (x, y, seen), (true_x, true_y, _) in zip(named, keypoints, strict=True):
+            assert not seen or max(abs(x - true_x), abs(y - true_y)) <= reach
+
+
+@pytest.mark.parametrize("grid", [1, 2, 3])
+def test_the_views_see_a_box_where_its_text_says(grid):
+    # Every pixel of the square holds its own position, so a view tells what part of the square each of its pixels is.
+    pixels = 32
+    side = grid * pixels
+    places = (torch.arange(side) + 0.5) / side
+    square = torch.stack([places.expand(side, side), places[:, None].expand(side, side), torch.zeros(side, side)])
+    views = split_views(square[None], pixels, grid)[0, 1:] if grid > 1 else square[None]
+    for geometry, size, box, _, _ in random_geometries(grid, 10_000 // 3):
+        text = geometry.box(box, size)
+        (read,) = geometry.parse_boxes(text)
+        corners = []
+        for x, y in (read[:2], read[2:]):
+            column, row = (min(int(value * grid), grid - 1) for value in (x, y))
+            inside = [value * side - offset * pixels for value, offset in ((x, column), (y, row))]  # of that view
+            seen = views[row * grid + column, :2, min(int(inside[1]), pixels - 1), min(int(inside[0]), pixels - 1)]
+            assert (seen - torch.tensor([x, y])).abs().max() <= 0.5 / side + 1e-6
+            corners += [(inside[0] + column * pixels) / side, (inside[1] + row * pixels) / side]
+        assert geometry.box(to_pixels(tuple(corners), size), size) == text
+
+
+@pytest.mark.parametrize("grid", [1, 2, 3])
+def test_a_drawn_box_appears_in_the_views_where_its_text_says(grid):
+    rng = random.Random(grid)
+    pixels = 64
+    for _ in range(40):
+        size = width, height = rng.randint(40, 400), rng.randint(40, 400)
+        (x1, x2), (y1, y2) = (sorted(rng.sample(range(limit + 1), 2)) for limit in size)
+        image = np.zeros((height, width, 3), dtype=np.uint8)
+        image[y1:y2, x1:x2] = 255
+        square = to_tensor(padded_resize(Image.fromarray(image), grid * pixels))[None].float()
+        views = split_views(square, pixels, grid)[0]
+        (box,) = Geometry(4).parse_boxes(Geometry(4).box((x1, y1, x2, y2), size))
+        side = max(size)
+        # A shape of under a pixel is never white; a corner lies within a pixel of either picture of where it should.
+        if min(x2 - x1, y2 - y1) < 3 * side / (grid * pixels):
+            continue
+        reach = 1 / (grid * pixels) + 1 / side
+        rows = views[1:].reshape(grid, grid, 3, pixels, pixels) if grid > 1 else views[None]
+        white = torch.cat([torch.cat(list(row), dim=-1) for row in rows], dim=-2).amin(0) > 180
+        at_y, at_x = white.nonzero().unbind(1)
+        seen = (int(at_x.min()), int(at_y.min()), int(at_x.max()) + 1, int(at_y.max()) + 1)
+        assert max(abs(a / (grid * pixels) - b) for a, b in zip(seen, box, strict=True)) <= reach

@@ -1,0 +1,243 @@
+"""Random flips and crops of a record: of what it says about its image here, of the pixels when they are decoded.
+
+Nothing is augmented unless the configuration says so. What a record's text says must stay true, so most are refused
+(see `augment`); a refused record comes back as it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from sphinx_pl.data.bad import BadSample
+from sphinx_pl.data.geometry import COCO_KEYPOINTS, Box4, Geometry, Size
+from sphinx_pl.data.record import Record, Region
+from sphinx_pl.data.tasks import TASKS
+from sphinx_pl.errors import UserError
+
+CROP_ATTEMPTS = 10
+"""Crops that are drawn for one record before it is left whole."""
+
+TEXT_TASKS = frozenset({"ocr", "ocr_text", "layout"})
+"""Tasks about text in the picture: no mirror writing, no words cut in half."""
+
+# The order of regions means nothing there, and what is not seen need not be named.
+_MAY_LOSE_REGIONS = frozenset({"detection", "detection_all"})
+
+# Tasks whose answers are the places themselves: what else is true of the image is not asked.
+_GEOMETRY_TASKS = (
+    *("rec", "reg", "pose", "detection", "detection_all"),
+    *("grounded_caption", "grounded_vqa", "relation_detection"),
+)
+
+# Also "leftmost", "right-hand", "r." and "lft" of referring phrases. Too many matches only cost augmentation.
+_SIDES = re.compile(
+    r"\b(?:left|right|lft|rt|[lr]\b|(?:counter|anti)?-?clockwise|east|west|mirror|revers|backward)", re.IGNORECASE
+)
+# What a crop can make false even where nothing that is named is lost: places in the picture, ranks and counts.
+_PLACES = re.compile(
+    r"\b(?:top|bottom|upper|lower|centre|center|middle|corners?|edges?|sides?|borders?|background|foreground|first|"
+    r"second|third|fourth|fifth|last|(?:[0-9]+(?:st|nd|rd|th))|many|number|count|total|only|all|both|"
+    r"every|none|\w+most)\b",
+    re.IGNORECASE,
+)
+_READER = Geometry()
+_SWAPPED = [
+    COCO_KEYPOINTS.index(re.sub("left|right", lambda side: {"left": "right", "right": "left"}[side[0]], name))
+    for name in COCO_KEYPOINTS
+]
+
+
+@dataclass
+class AugmentConfig:
+    """How often records are flipped and cropped, and which; with probabilities of 0, the defaults, none is.
+
+    Args:
+        flip: probability that a record is mirrored left to right.
+        crop: probability that a record is cropped.
+        min_area: share of the image's area that a crop keeps at least.
+        max_cut: share of a region's area up to which a crop may cut it; a region that is cut more counts as lost.
+        flip_tasks: tasks whose records may be flipped. Captions and free questions are not among them by default since
+            they may quote writing in the picture; ocr, ocr_text and layout can not be.
+        crop_tasks: tasks whose records may be cropped. By default those whose regions tell what has to stay.
+
+    Raises:
+        UserError: a value that cannot be.
+    """
+
+    flip: float = 0.0
+    crop: float = 0.0
+    min_area: float = 0.5
+    max_cut: float = 0.3
+    flip_tasks: list[str] = field(default_factory=lambda: list(_GEOMETRY_TASKS))
+    crop_tasks: list[str] = field(default_factory=lambda: [*_GEOMETRY_TASKS, *sorted(TEXT_TASKS)])
+
+    def __post_init__(self) -> None:
+        for name in ("flip", "crop"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"data.augment.{name}={getattr(self, name)} must be a probability, 0 to 1")
+        if not 0 < self.min_area <= 1:
+            raise UserError(f"data.augment.min_area={self.min_area} must be above 0 and at most 1")
+        if not 0 <= self.max_cut < 1:
+            raise UserError(f"data.augment.max_cut={self.max_cut} must be at least 0 and below 1")
+        for task in (*self.flip_tasks, *self.crop_tasks):
+            TASKS[task]  # an unknown one is refused there
+        if mirrored := TEXT_TASKS.intersection(self.flip_tasks):
+            raise UserError(f"data.augment.flip_tasks: {', '.join(sorted(mirrored))} would have mirror writing")
+
+
+def augment(record: Record, config: AugmentConfig, rng: random.Random | None) -> Record:
+    """The record with its image flipped and cropped at random, and its regions and keypoints moved with the pixels.
+
+    The image's reference says what is to be done (`ImageRef.crop`, `ImageRef.flip`); `sizes` become the crop's. Regions
+    are cut at the crop's edges, keypoints outside it become absent. Left alone are records
+
+    - that their task refuses, so that they are counted as what they are;
+    - without exactly one image, or whose image is cropped or flipped already;
+    - with regions but without a known size: a header is not read for this. A crop needs the size in any case;
+    - with finished turns that hold places in text;
+    - for a flip: that speak of left or right;
+    - for a crop: that speak of places in the picture, ranks or counts, and those that it would take a region from.
+      Only detection and detection_all may lose regions, as long as there is one to find if there was one before. A
+      person keeps a keypoint, and where text in the picture is read a region counts as lost when any of it is cut.
+
+    Args:
+        rng: None leaves the record alone. Nothing is drawn from it where the probabilities are 0.
+    """
+    return augment_together([record], config, rng)[0]
+
+
+def augment_together(records: Sequence[Record], config: AugmentConfig, rng: random.Random | None) -> list[Record]:
+    """Records about one image, in one way that suits them all: so they can still share the image in a sample.
+
+    As `augment` for each of them, otherwise.
+    """
+    changed = list(records)
+    if rng is None or not changed or any(not _can_be_moved(record) for record in changed):
+        return changed
+    if len({(record.images, record.sizes) for record in changed}) > 1:
+        return changed
+    crops = config.crop > 0 and rng.random() < config.crop
+    flips = config.flip > 0 and rng.random() < config.flip
+    if crops and all(_can_be_cropped(record, config) for record in changed):
+        changed = _random_crop(changed, config, rng)
+    if flips and all(_can_be_flipped(record, config) for record in changed):
+        changed = [_flipped(record) for record in changed]
+    return changed
+
+
+def _texts(record: Record) -> Iterable[str]:
+    """All that a record says, but for what its task's wording adds."""
+    yield from (record.question, record.answer, *record.choices)
+    yield from (region.label for region in record.regions)
+    yield from (text for turn in record.turns for text in (turn.question, turn.answer))
+
+
+def _finds_places(record: Record) -> bool | None:
+    """Whether the record's answer holds boxes; None where its task refuses the record."""
+    task = TASKS[record.task]
+    try:
+        return bool(task.parse(task.turns(record, _READER)[-1].answer, _READER).boxes)
+    except BadSample:
+        return None
+
+
+def _can_be_moved(record: Record) -> bool:
+    if len(record.images) != 1 or record.images[0].crop is not None or record.images[0].flip:
+        return False
+    if record.regions and not record.sizes:
+        return False
+    if any(len(region.keypoints) not in (0, len(COCO_KEYPOINTS)) for region in record.regions):
+        return False
+    if any(_READER.parse_boxes(text) or _READER.parse_points(text) for text in _texts(record)):
+        return False
+    return _finds_places(record) is not None
+
+
+def _can_be_flipped(record: Record, config: AugmentConfig) -> bool:
+    return record.task in config.flip_tasks and not any(_SIDES.search(text) for text in _texts(record))
+
+
+def _can_be_cropped(record: Record, config: AugmentConfig) -> bool:
+    if record.task not in config.crop_tasks or not record.sizes:
+        return False
+    if record.task in TEXT_TASKS:
+        return True  # its words are the picture's, not about it
+    return not any(_SIDES.search(text) or _PLACES.search(text) for text in _texts(record))
+
+
+def _flipped(record: Record) -> Record:
+    images = (dataclasses.replace(record.images[0], flip=True),)
+    if not record.regions:
+        return dataclasses.replace(record, images=images)
+    width = record.sizes[0][0]
+    regions = []
+    for region in record.regions:
+        x1, y1, x2, y2 = region.box
+        points = [(width - x, y, seen) if seen else (x, y, seen) for x, y, seen in region.keypoints]
+        keypoints = tuple(points[swapped] for swapped in _SWAPPED) if points else ()
+        regions.append(Region((width - x2, y1, width - x1, y2), region.label, keypoints))
+    return dataclasses.replace(record, images=images, regions=tuple(regions))
+
+
+def _random_crop(records: list[Record], config: AugmentConfig, rng: random.Random) -> list[Record]:
+    """The records cut to the first crop drawn that suits all of them; as they were where none does."""
+    for _ in range(CROP_ATTEMPTS):
+        crop = _draw_crop(records[0].sizes[0], config.min_area, rng)
+        cut = [_cropped(record, crop, config.max_cut) for record in records]
+        if None not in cut:
+            return [record for record in cut if record is not None]
+    return records
+
+
+def _draw_crop(size: Size, min_area: float, rng: random.Random) -> tuple[int, int, int, int]:
+    """Any share of the area from `min_area` on, in any form that fits: no side is shorter than that share of it."""
+    area = rng.uniform(min_area, 1.0)
+    across = area ** rng.random()
+    # Rounded up: at least the area, and at least a pixel.
+    width, height = (
+        min(-int(-side * share // 1), side) for side, share in zip(size, (across, area / across), strict=True)
+    )
+    x, y = rng.randint(0, size[0] - width), rng.randint(0, size[1] - height)
+    return x, y, x + width, y + height
+
+
+def _cropped(record: Record, crop: tuple[int, int, int, int], max_cut: float) -> Record | None:
+    """The record cut to the crop, or None where it would lose what it must not."""
+    max_cut = 0.0 if record.task in TEXT_TASKS else max_cut
+    regions = [_cut(region, crop, max_cut, record.sizes[0]) for region in record.regions]
+    kept = tuple(region for region in regions if region is not None)
+    if len(kept) < len(regions) and record.task not in _MAY_LOSE_REGIONS:
+        return None
+    x1, y1, x2, y2 = crop
+    images = (dataclasses.replace(record.images[0], crop=crop),)
+    cropped = dataclasses.replace(record, images=images, sizes=((x2 - x1, y2 - y1),), regions=kept)
+    # What is lost may still be half in the picture: to say that there is nothing would be wrong.
+    return cropped if _finds_places(cropped) == _finds_places(record) else None
+
+
+def _cut(region: Region, crop: Box4, max_cut: float, size: Size) -> Region | None:
+    """The region in the crop's own pixels and within it; None where more than `max_cut` of its area is outside."""
+    whole = _overlap(region.box, (0, 0, *size))  # what annotations have outside the image is nobody's loss
+    left = _overlap(region.box, crop)
+    if not whole or not left or _area(left) < (1 - max_cut) * _area(whole):
+        return None
+    dx, dy = crop[:2]
+    x1, y1, x2, y2 = left
+    keypoints = tuple(
+        (x - dx, y - dy, seen) if seen and crop[0] <= x <= crop[2] and crop[1] <= y <= crop[3] else (0.0, 0.0, 0)
+        for x, y, seen in region.keypoints
+    )
+    return Region((x1 - dx, y1 - dy, x2 - dx, y2 - dy), region.label, keypoints)
+
+
+def _overlap(a: Box4, b: Box4) -> Box4 | None:
+    x1, y1, x2, y2 = max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])
+    return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
+
+
+def _area(box: Box4) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])
