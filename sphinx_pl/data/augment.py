@@ -116,12 +116,12 @@ def augment_together(records: Sequence[Record], config: AugmentConfig, rng: rand
     As `augment` for each of them, otherwise.
     """
     changed = list(records)
-    if rng is None or not changed or any(not _can_be_moved(record) for record in changed):
+    crops = rng is not None and config.crop > 0 and rng.random() < config.crop
+    flips = rng is not None and config.flip > 0 and rng.random() < config.flip
+    if rng is None or not (crops or flips) or len({(record.images, record.sizes) for record in changed}) != 1:
         return changed
-    if len({(record.images, record.sizes) for record in changed}) > 1:
+    if not all(_can_be_moved(record) for record in changed):
         return changed
-    crops = config.crop > 0 and rng.random() < config.crop
-    flips = config.flip > 0 and rng.random() < config.flip
     if crops and all(_can_be_cropped(record, config) for record in changed):
         changed = _random_crop(changed, config, rng)
     if flips and all(_can_be_flipped(record, config) for record in changed):
