@@ -134,7 +134,7 @@ def time_steps(bench: Bench, steps: int, warmup: int = 2) -> tuple[dict[str, flo
         with watch.time("data: planning"):
             plan = planner.plan()
         with watch.time("data: decoding and collating"):
-            batches = datamodule.collator.window(plan)
+            batches = [datamodule.collator(micro_batch.rows) for micro_batch in plan]
         for batch in batches:
             on_device = batch.to(bench.device)
             with watch.time("forward"):
@@ -274,7 +274,7 @@ def compare_layouts(bench: Bench, windows: int) -> tuple[dict[str, Cost], int]:
     costs = {name: Cost() for name in LAYOUTS}
     useful = 0
     for number in range(windows + 1):  # the first one warms up
-        window = [row for micro_batch in planner.plan().micro_batches for row in micro_batch]
+        window = [row for micro_batch in planner.plan() for row in micro_batch.rows]
         if number == 1:
             costs = {name: Cost() for name in LAYOUTS}
             useful = 0
