@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.entries import to_entry
+from sphinx_pl.data.entries import to_entry, to_record
 from sphinx_pl.data.geometry import Geometry
 from sphinx_pl.data.record import Record
 from sphinx_pl.data.tasks import TASKS
@@ -29,7 +29,7 @@ CONVERTERS: Registry[type[Converter]] = Registry("converter")
 _EXAMPLES = 3
 
 # What code meets in an entry that is not what it should be.
-_MALFORMED = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError)
+_MALFORMED = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 
 
 class Converter(ABC):
@@ -155,7 +155,7 @@ def convert(
     seen: set[str] = set()
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(out) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for key, entry in converter.entries():
+        for key, entry in _entries(converter):
             if report.entries == limit:
                 break
             report.entries += 1
@@ -186,8 +186,18 @@ def convert(
     return report
 
 
+def _entries(converter: Converter) -> Iterator[tuple[str, Any]]:
+    try:
+        yield from converter.entries()
+    except _MALFORMED as error:
+        raise UserError(
+            f"{converter.name}: a file in {converter.src} is not what {converter.url} describes "
+            f"({type(error).__name__}: {error})"
+        ) from None
+
+
 def check(record: Record) -> None:
-    """Whether the record's task can write it and its images lie below their root.
+    """Whether the record's task can write it, its images lie below their root and a run will read it as it is.
 
     Raises:
         BadSample: why not.
@@ -196,7 +206,10 @@ def check(record: Record) -> None:
         path = PurePosixPath(image.path)
         if path.is_absolute() or ".." in path.parts or not path.name:
             raise BadSample("image_path", f"{record.key}: {image.path}")
-    for turn in TASKS[record.task].turns(record, Geometry()):
+    turns = TASKS[record.task].turns(to_record(to_entry(record), record.key, Path(), record.task), Geometry())
+    if not record.images and any("<image>" in turn.question for turn in turns):
+        raise BadSample("image_absent", f"{record.key} has a mark for an image but none")
+    for turn in turns:
         for text in (turn.question, turn.answer):
             try:
                 text.encode()
