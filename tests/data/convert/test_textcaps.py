@@ -1,4 +1,4 @@
-"""Structure: https://textvqa.org/textcaps/dataset (its json files; image folders as Big Vision's text_caps reads them)."""
+"""Structure: https://textvqa.org/textcaps/dataset (its json files; folders of images as Big Vision reads them)."""
 
 from __future__ import annotations
 
