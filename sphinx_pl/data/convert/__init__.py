@@ -190,9 +190,9 @@ def _entries(converter: Converter) -> Iterator[tuple[str, Any]]:
     try:
         yield from converter.entries()
     except _MALFORMED as error:
+        reason = f"{type(error).__name__}: {error}"
         raise UserError(
-            f"{converter.name}: a file in {converter.src} is not what {converter.url} describes "
-            f"({type(error).__name__}: {error})"
+            f"{converter.name}: what {converter.src} holds is not as {converter.url} says ({reason})"
         ) from None
 
 

@@ -19,7 +19,7 @@ ANNOTATIONS = "v2_mscoco_train2014_annotations.json"
 
 @pytest.mark.parametrize("questions", [[], {}, {"questions": None}, {"questions": 5}])
 def test_a_file_that_is_wrong_as_a_whole_is_an_error_of_the_user(run: Run, questions: object) -> None:
-    with pytest.raises(UserError, match="is not what https"):
+    with pytest.raises(UserError, match="is not as https"):
         run("vqav2", {QUESTIONS: questions, ANNOTATIONS: {"annotations": []}})
 
 
