@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.entries import to_entry
+from sphinx_pl.data.entries import to_entry, to_record
 from sphinx_pl.data.geometry import Geometry
 from sphinx_pl.data.record import Record
 from sphinx_pl.data.tasks import TASKS
@@ -29,7 +29,7 @@ CONVERTERS: Registry[type[Converter]] = Registry("converter")
 _EXAMPLES = 3
 
 # What code meets in an entry that is not what it should be.
-_MALFORMED = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError)
+_MALFORMED = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 
 
 class Converter(ABC):
@@ -121,7 +121,7 @@ class Report:
         self.dropped[reason] += 1
         examples = self.examples.setdefault(reason, [])
         if len(examples) < _EXAMPLES:
-            examples.append(detail[:200])
+            examples.append(detail[:200].encode("utf-8", "replace").decode())
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -154,8 +154,8 @@ def convert(
     report = Report()
     seen: set[str] = set()
     out.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(out) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for key, entry in converter.entries():
+    with whole_file(out) as temporary, temporary.open("wb") as file:
+        for key, entry in _entries(converter):
             if report.entries == limit:
                 break
             report.entries += 1
@@ -168,15 +168,15 @@ def convert(
                 records = list(converter.records(key, entry))
                 for record in records:
                     check(record)
+                lines = [json.dumps(to_entry(record), ensure_ascii=False).encode() + b"\n" for record in records]
             except BadSample as bad:
                 report.drop(bad.reason, bad.detail or key)
                 continue
             except _MALFORMED as error:
                 report.drop("entry_malformed", f"{key}: {type(error).__name__}: {error}")
                 continue
-            for record in records:
-                file.write(json.dumps(to_entry(record), ensure_ascii=False) + "\n")
-                report.records[record.task] += 1
+            file.writelines(lines)
+            report.records.update(record.task for record in records)
         progress(report.entries)
         report.skipped = converter.skipped
         if not report.records:
@@ -186,8 +186,18 @@ def convert(
     return report
 
 
+def _entries(converter: Converter) -> Iterator[tuple[str, Any]]:
+    try:
+        yield from converter.entries()
+    except _MALFORMED as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"{converter.name}: what {converter.src} holds is not as {converter.url} says ({reason})"
+        ) from None
+
+
 def check(record: Record) -> None:
-    """Whether the record's task can write it and its images lie below their root.
+    """Whether the record's task can write it, its images lie below their root and a run will read it as it is.
 
     Raises:
         BadSample: why not.
@@ -196,12 +206,9 @@ def check(record: Record) -> None:
         path = PurePosixPath(image.path)
         if path.is_absolute() or ".." in path.parts or not path.name:
             raise BadSample("image_path", f"{record.key}: {image.path}")
-    for turn in TASKS[record.task].turns(record, Geometry()):
-        for text in (turn.question, turn.answer):
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise BadSample("text_not_utf8", f"{record.key}: {error}") from None
+    turns = TASKS[record.task].turns(to_record(to_entry(record), record.key, Path(), record.task), Geometry())
+    if not record.images and any("<image>" in turn.question for turn in turns):
+        raise BadSample("image_absent", f"{record.key} has a mark for an image but none")
 
 
 for _module in pkgutil.iter_modules(__path__):
