@@ -6,10 +6,12 @@ entries into Records; checking, counting and writing are this module's.
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import json
 import pkgutil
 import re
+import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -32,6 +34,8 @@ _T = TypeVar("_T")
 
 # What code meets in an entry that is not what it should be.
 _MALFORMED = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError)
+# What reading a damaged JSON file, or a damaged .gz of one, ends in.
+_UNREADABLE = (ValueError, RecursionError, OSError, EOFError, zlib.error)
 
 
 class Converter(ABC):
@@ -92,11 +96,11 @@ class Converter(ABC):
         raise UserError(f"{self.name}: {self.src} has no {' or '.join(names)}: it is part of {self.url}")
 
     def json(self, *names: str) -> Any:
-        """The contents of a JSON file, found as by `file`."""
+        """The contents of a JSON file, found as by `file`; one that ends in .gz is decompressed."""
         path = self.file(*names)
         try:
-            return json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
+            return json.loads(_contents(path))
+        except _UNREADABLE as error:
             raise UserError(f"{self.name}: {path} is not readable as JSON ({error}): get it anew") from None
 
     def json_items(self, *names: str, of: str = "") -> Iterator[Any]:
@@ -106,7 +110,7 @@ class Converter(ABC):
         """
         path = self.file(*names)
         try:
-            text = path.read_bytes().decode()
+            text = _contents(path).decode()
             start = re.search(rf'"{of}"\s*:\s*\[' if of else r"\A\s*\[", text)
             if not start:
                 raise ValueError(f"no list {of}".strip())
@@ -117,7 +121,7 @@ class Converter(ABC):
                 value, end = decoder.raw_decode(text, at.end())
                 yield value
                 at = separator.match(text, end)
-        except (ValueError, RecursionError) as error:
+        except _UNREADABLE as error:
             raise UserError(f"{self.name}: {path} is not readable as JSON ({error}): get it anew") from None
 
     def json_lines(self, *names: str) -> Iterator[tuple[int, Any]]:
@@ -234,6 +238,13 @@ def _entries(converter: Converter) -> Iterator[tuple[str, Any]]:
         raise UserError(
             f"{converter.name}: what {converter.src} holds is not as {converter.url} says ({reason})"
         ) from None
+
+
+def _contents(path: Path) -> bytes:
+    if path.suffix != ".gz":
+        return path.read_bytes()
+    with gzip.open(path) as file:
+        return file.read()
 
 
 def checked(region: Region, image_size: tuple[tuple[int, int], ...]) -> Region:
