@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.convert import Converter, checked
+from sphinx_pl.data.convert import Converter, checked, identity
 from sphinx_pl.data.entries import sizes
 from sphinx_pl.data.geometry import Box4
 from sphinx_pl.data.record import Region
@@ -40,12 +40,6 @@ class CocoConverter(Converter):
         """The path and size of an image of the file."""
         size = image_size(image)
         return "/".join((self.release, image["file_name"])), size
-
-
-def identity(thing: Any, name: str = "id") -> int | str | None:
-    """What a thing says is its `name`; None where that is no id."""
-    value = thing.get(name) if isinstance(thing, dict) else None
-    return value if isinstance(value, int | str) else None
 
 
 def by_id(things: Iterable[Any]) -> dict[Any, Any]:
