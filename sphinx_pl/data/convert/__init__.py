@@ -198,7 +198,7 @@ def convert(
     report = Report()
     seen: set[str] = set()
     out.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(out) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with whole_file(out) as temporary, temporary.open("wb") as file:
         for key, entry in _entries(converter):
             if report.entries == limit:
                 break
@@ -212,15 +212,15 @@ def convert(
                 records = list(converter.records(key, entry))
                 for record in records:
                     check(record)
+                lines = [json.dumps(to_entry(record), ensure_ascii=False).encode() for record in records]
             except BadSample as bad:
                 report.drop(bad.reason, bad.detail or key)
                 continue
             except _MALFORMED as error:
                 report.drop("entry_malformed", f"{key}: {type(error).__name__}: {error}")
                 continue
-            for record in records:
-                file.write(json.dumps(to_entry(record), ensure_ascii=False) + "\n")
-                report.records[record.task] += 1
+            file.writelines(line + b"\n" for line in lines)
+            report.records.update(record.task for record in records)
         progress(report.entries)
         report.skipped, report.left_out = converter.skipped, converter.left_out
         if not report.records:

@@ -153,3 +153,12 @@ def test_a_person_is_a_pose(run: Run) -> None:
 def test_files_that_are_wrong_as_a_whole(run: Run, files: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message.replace("[", r"\[")):
         run("coco_captions", files)
+
+
+def test_a_file_name_that_no_file_can_have(run: Run) -> None:
+    captions = [{"image_id": number, "id": number, "caption": "A room."} for number in (1, 2)]
+    whole = document(captions)
+    whole["images"][1]["file_name"] = "\ud800.jpg"
+    records, report = run("coco_captions", {"captions_train2017.json": whole})
+    assert [record.key for record in records] == ["1"]
+    assert report.dropped == {"entry_malformed": 1}
