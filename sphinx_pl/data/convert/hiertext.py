@@ -3,7 +3,7 @@
 Files (https://github.com/google-research-datasets/hiertext): `gt/{train,validation}.jsonl.gz` or the same without .gz,
 despite the name one JSON value {"annotations": [{"image_id", "image_width", "image_height", "paragraphs": [{"lines":
 [{"text", "legible", "vertices": [[x, y], ...], "words": [{"vertices", "text", "legible"}]}]}]}]}. A line is legible if
-all of its words are. A line's polygon is a loose rotated rectangle that may leave the image, a word's is tight.
+all of its words are. A line's polygon is a loose rotated rectangle, a word's is tight: boxes are the bounds of words.
 """
 
 from __future__ import annotations
