@@ -6,20 +6,23 @@ entries into Records; checking, counting and writing are this module's.
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import json
 import pkgutil
+import re
+import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.entries import to_entry, to_record
 from sphinx_pl.data.geometry import Geometry
-from sphinx_pl.data.record import Record
+from sphinx_pl.data.record import ImageRef, Record, Region
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.errors import UserError
 from sphinx_pl.files import whole_file, write_whole
@@ -27,9 +30,12 @@ from sphinx_pl.registry import Registry
 
 CONVERTERS: Registry[type[Converter]] = Registry("converter")
 _EXAMPLES = 3
+_T = TypeVar("_T")
 
 # What code meets in an entry that is not what it should be.
 _MALFORMED = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
+# What reading a damaged JSON file, or a damaged .gz of one, ends in.
+_UNREADABLE = (ValueError, RecursionError, OSError, EOFError, zlib.error)
 
 
 class Converter(ABC):
@@ -63,6 +69,8 @@ class Converter(ABC):
         self.split = split
         self.skipped: Counter[str] = Counter()
         """Entries that are not meant for training as they stand, by reason: nothing is wrong with them."""
+        self.left_out: Counter[str] = Counter()
+        """Parts of entries (a region, a line of text) that are not used although the rest is, by reason."""
 
     @abstractmethod
     def entries(self) -> Iterator[tuple[str, Any]]:
@@ -88,11 +96,32 @@ class Converter(ABC):
         raise UserError(f"{self.name}: {self.src} has no {' or '.join(names)}: it is part of {self.url}")
 
     def json(self, *names: str) -> Any:
-        """The contents of a JSON file, found as by `file`."""
+        """The contents of a JSON file, found as by `file`; one that ends in .gz is decompressed."""
         path = self.file(*names)
         try:
-            return json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
+            return json.loads(_contents(path))
+        except _UNREADABLE as error:
+            raise UserError(f"{self.name}: {path} is not readable as JSON ({error}): get it anew") from None
+
+    def json_items(self, *names: str, of: str = "") -> Iterator[Any]:
+        """The elements of a JSON file that is one long list, or of its list under the key `of`, one at a time.
+
+        As objects, the largest files would take many times their size.
+        """
+        path = self.file(*names)
+        try:
+            text = _contents(path).decode()
+            start = re.search(rf'"{of}"\s*:\s*\[' if of else r"\A\s*\[", text)
+            if not start:
+                raise ValueError(f"no list {of}".strip())
+            decoder = json.JSONDecoder()
+            separator = re.compile(r"\s*([,\]]?)\s*")
+            at = separator.match(text, start.end())
+            while at and at[1] != "]":
+                value, end = decoder.raw_decode(text, at.end())
+                yield value
+                at = separator.match(text, end)
+        except _UNREADABLE as error:
             raise UserError(f"{self.name}: {path} is not readable as JSON ({error}): get it anew") from None
 
     def json_lines(self, *names: str) -> Iterator[tuple[int, Any]]:
@@ -106,6 +135,19 @@ class Converter(ABC):
                     except (ValueError, RecursionError):
                         yield number, None
 
+    def parts(self, parts: Iterable[Any], read: Callable[[Any], _T]) -> Iterator[_T]:
+        """What `read` makes of each part of an entry that lists several.
+
+        A part of which it raises BadSample, or an error of a missing or wrong value, is counted in `left_out`.
+        """
+        for part in parts:
+            try:
+                yield read(part)
+            except BadSample as bad:
+                self.left_out[bad.reason] += 1
+            except _MALFORMED:
+                self.left_out["part_malformed"] += 1
+
 
 @dataclass
 class Report:
@@ -116,6 +158,7 @@ class Report:
     dropped: Counter[str] = field(default_factory=Counter)  # by reason
     examples: dict[str, list[str]] = field(default_factory=dict)
     skipped: Counter[str] = field(default_factory=Counter)  # by reason: not meant for training
+    left_out: Counter[str] = field(default_factory=Counter)  # by reason: parts of entries that were used
 
     def drop(self, reason: str, detail: str) -> None:
         self.dropped[reason] += 1
@@ -132,6 +175,7 @@ class Report:
                 for reason, count in self.dropped.most_common()
             },
             "skipped": dict(self.skipped),
+            "left_out": dict(self.left_out),
         }
 
 
@@ -178,7 +222,7 @@ def convert(
             file.writelines(lines)
             report.records.update(record.task for record in records)
         progress(report.entries)
-        report.skipped = converter.skipped
+        report.skipped, report.left_out = converter.skipped, converter.left_out
         if not report.records:
             reasons = dict(report.dropped + report.skipped) or "there is no entry"
             raise UserError(f"{converter.name}: no record in {converter.src} can be used ({reasons})")
@@ -194,6 +238,30 @@ def _entries(converter: Converter) -> Iterator[tuple[str, Any]]:
         raise UserError(
             f"{converter.name}: what {converter.src} holds is not as {converter.url} says ({reason})"
         ) from None
+
+
+def _contents(path: Path) -> bytes:
+    if path.suffix != ".gz":
+        return path.read_bytes()
+    with gzip.open(path) as file:
+        return file.read()
+
+
+def identity(thing: Any, name: str = "id") -> int | str | None:
+    """What a thing says is its `name`; None where that is no id."""
+    value = thing.get(name) if isinstance(thing, dict) else None
+    return value if isinstance(value, int | str) else None
+
+
+def checked(region: Region, image_size: tuple[tuple[int, int], ...]) -> Region:
+    """The region, if a task can write its box and its label.
+
+    Raises:
+        BadSample: why not.
+    """
+    record = Record("", "reg", (ImageRef("image"),), image_size, regions=(region,))
+    TASKS[record.task].turns(record, Geometry())
+    return region
 
 
 def check(record: Record) -> None:

@@ -69,6 +69,8 @@ def _table(title: str, report: Report) -> Table:
         table.add_row("dropped", reason, str(count), report.examples[reason][0])
     for reason, count in report.skipped.most_common():
         table.add_row("not meant", reason, str(count), "")
+    for reason, count in report.left_out.most_common():
+        table.add_row("left out", reason, str(count), "")
     return table
 
 

@@ -1,0 +1,51 @@
+"""DocLayNet: the layout of document pages.
+
+Files (https://github.com/DS4SD/DocLayNet, the core archive): `COCO/{train,val,test}.json` in COCO's format (see
+`coco`), with "precedence" on images and annotations: not 0 where a page was annotated again. Images are squares of 1025
+pixels, `PNG/<hash>.png`, and the boxes are in their pixels. The 11 categories are Caption, Footnote, Formula,
+List-item, Page-footer, Page-header, Picture, Section-header, Table, Text and Title.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from sphinx_pl.data.bad import BadSample
+from sphinx_pl.data.convert import Converter, coco
+from sphinx_pl.data.record import ImageRef, Record, Region
+
+
+class DocLayNet(Converter):
+    """Each page is a record."""
+
+    name = "doclaynet"
+    title = "DocLayNet"
+    url = "https://github.com/DS4SD/DocLayNet"
+    licence = "CDLA-Permissive-1.0"
+    tasks = ("layout",)
+    splits = ("train", "val", "test")
+
+    def entries(self) -> Iterator[tuple[str, Any]]:
+        document = self.json(f"COCO/{self.split}.json", f"{self.split}.json")
+        names = coco.names(document)
+        for key, (image, objects) in coco.by_image(document):
+            yield key, (image, objects, names)
+
+    def records(self, key: str, entry: Any) -> Iterator[Record]:
+        image, objects, names = entry
+        size = coco.image_size(image)
+        path = "/".join(("PNG", image["file_name"]))
+        if image.get("precedence"):
+            self.skipped["page_annotated_again"] += 1
+            return
+        if not objects:
+            self.skipped["page_without_elements"] += 1
+            return
+
+        def element(annotation: Any) -> Region:
+            if annotation.get("precedence"):
+                raise BadSample("annotated_again")
+            return coco.region(annotation, names, size)
+
+        yield Record(key, "layout", (ImageRef(path),), size, regions=tuple(self.parts(objects, element)))
