@@ -131,7 +131,7 @@ def train(cfg: DictConfig) -> float | None:
     model = SphinxConfig.from_dict(cfg.model)
     values: dict[str, Any] = OmegaConf.to_container(cfg.data, resolve=True)  # type: ignore[assignment]
     processor = Processor.from_dict(values["processor"], values["tokenizer"], model)
-    keys = ("packing", "mixing", "workers", "seed", "val_samples", "max_skipped", "sources", "val_sources")
+    keys = ("packing", "mixing", "augment", "workers", "seed", "val_samples", "max_skipped", "sources", "val_sources")
     datamodule = DataModule(processor, **{key: values[key] for key in keys})
     resume = checkpoint_to_resume(cfg, folder, model)
 

@@ -128,13 +128,15 @@ class _Spans:
 
 
 class Throughput(L.Callback):
-    """Logs `perf/*` and `data/skipped/<source>/<reason>` with every `trainer.log_every_n_steps`-th step.
+    """Logs `perf/*` and `data/*` with every `trainer.log_every_n_steps`-th step.
 
     Rates are of all ranks together, over the steps since the last log, without validation and checkpoints.
     `perf/tokens_per_s` counts every position that is not padding, `perf/targets_per_s` the supervised ones;
     `perf/padding` is the share of positions that are padding. `perf/time_*` are seconds per optimizer step on this
     rank: `data` (waiting for the next batch), `forward_backward`, `optimizer` (with clipping), `other` (callbacks), and
     their sum `step`. `perf/memory_gb` is the peak so far: allocated on the GPU, or resident of this process on a CPU.
+    Of all ranks since the start of the run: `data/seen/<source>` records, the `samples`, `tokens`, `targets` and
+    `images` made of them, and what was `skipped`, `filtered` or `capped` (`data/skipped/<source>/<reason>`).
     `perf/mfu` is model FLOPs (Chowdhery et al. 2022, appendix B; vision towers counted) per second over the peak.
 
     Args:
@@ -192,7 +194,7 @@ class Throughput(L.Callback):
         self._steps += batch.window_end
         if batch.window_end and trainer.global_step % trainer.log_every_n_steps == 0:
             metrics = self._metrics(trainer, pl_module.device)
-            pl_module.log_dict(metrics | skipped_metrics(trainer.datamodule.skipped))
+            pl_module.log_dict(metrics | data_metrics(trainer.datamodule.counters()))
             self._reset()
 
     def on_train_end(self, *_: Any) -> None:
@@ -231,10 +233,15 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def skipped_metrics(skipped: dict[str, int]) -> dict[str, float]:
-    """`data/skipped/<source>/<reason>` from counters named `source/skipped/reason` or `skipped/source/reason`."""
+def data_metrics(counters: dict[str, int]) -> dict[str, float]:
+    """`data/<what>/<source>` and `data/skipped/<source>/<reason>` from counters named `source/what[/reason]` (while
+    samples are drawn) or `skipped/source/reason` (while images are decoded)."""
     metrics: Counter[str] = Counter()
-    for key, count in skipped.items():
-        source, reason = (part for part in key.split("/", 2) if part != "skipped")
-        metrics[f"data/skipped/{source}/{reason}"] += count
+    for key, count in counters.items():
+        if "/" not in key:
+            continue
+        source, what, *reason = key.split("/", 2)
+        if source == "skipped":
+            source, what = what, source
+        metrics["/".join(("data", what, source, *reason))] += count
     return {key: float(count) for key, count in metrics.items()}

@@ -9,13 +9,14 @@ import queue
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
+from sphinx_pl.data.augment import AugmentConfig
 from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.mixture import Group, MixingConfig, Mixture, SourceConfig
 from sphinx_pl.data.packing import (
@@ -215,6 +216,18 @@ class TrainLoader:
         return {key: value for key, value in self.counters.items() if "skipped/" in key}
 
 
+T = TypeVar("T")
+
+
+def of_all_ranks(value: T, world_size: int) -> list[T]:
+    """This value of every rank; all call it together."""
+    if world_size == 1:
+        return [value]
+    values: list[Any] = [None] * world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
 def any_rank(value: bool, world_size: int) -> bool:
     """Whether it is true on any rank."""
     if world_size == 1:
@@ -233,6 +246,7 @@ class DataModule(L.LightningDataModule):
         val_sources: the same for held-out losses; each is reported on its own.
         packing: `PackingConfig`'s keys.
         mixing: `MixingConfig`'s keys.
+        augment: `AugmentConfig`'s keys.
         val_samples: at most so many samples of each held-out source.
         max_skipped: share of bad samples above which a run stops.
     """
@@ -248,6 +262,7 @@ class DataModule(L.LightningDataModule):
         val_samples: int = 256,
         max_skipped: float = 0.1,
         mixing: dict[str, Any] | None = None,
+        augment: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.processor = processor
@@ -255,6 +270,7 @@ class DataModule(L.LightningDataModule):
         self.val_sources = {name: values for name, values in val_sources.items() if values is not None}
         self.packing = build(PackingConfig, packing, "data.packing")
         self.mixing = build(MixingConfig, mixing or {}, "data.mixing")
+        self.augment = build(AugmentConfig, augment or {}, "data.augment")
         self.workers = workers
         self.seed = seed
         self.val_samples = val_samples
@@ -307,7 +323,9 @@ class DataModule(L.LightningDataModule):
         row_length = self.packing.row_length
 
         def lane(number: int) -> Lane:
-            mixture = Mixture(self.sources, self.processor, self.seed, row_length, self.mixing, number, lanes)
+            mixture = Mixture(
+                self.sources, self.processor, self.seed, row_length, self.mixing, self.augment, number, lanes
+            )
             return Lane(mixture, self.packing)
 
         return Planner(lane, lanes, self.packing, accumulate, rank, world_size)
@@ -381,29 +399,19 @@ class DataModule(L.LightningDataModule):
             self._planner.consumed(batch.window)
         return batch
 
-    @property
     def counters(self) -> dict[str, int]:
-        """This rank's counters of the training stream so far, by source (`TrainLoader.counters`)."""
-        return self._train_loader.counters if self._train_loader else {}
-
-    @property
-    def skipped(self) -> dict[str, int]:
-        """Those of what could not be used."""
-        return self._train_loader.skipped if self._train_loader else {}
+        """Those of the training stream so far (`TrainLoader.counters`) of all ranks, which call it together."""
+        if self._planner is None or self._train_loader is None:
+            return {}
+        return dict(sum(of_all_ranks(Counter(self._train_loader.counters), self._planner.world_size), Counter()))
 
     def state_dict(self) -> dict[str, Any]:
         """Of all ranks, which call it together."""
         if self._planner is None or self._train_loader is None:
             return {}
-        own = {"planner": self._planner.state_dict(), "counts": dict(self._train_loader.counts)}
-        states: list[Any] = [own]
-        if self._planner.world_size > 1:
-            states = [None] * self._planner.world_size
-            dist.all_gather_object(states, own)
-        counts: Counter[str] = Counter()
-        for state in states:
-            counts.update(state["counts"])
-        return {"planner": merge_states([state["planner"] for state in states]), "counts": dict(counts)}
+        states = of_all_ranks(self._planner.state_dict(), self._planner.world_size)
+        counts = of_all_ranks(self._train_loader.counts, self._planner.world_size)
+        return {"planner": merge_states(states), "counts": dict(sum(counts, Counter()))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resume = state_dict or None

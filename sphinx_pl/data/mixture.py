@@ -14,6 +14,7 @@ from typing import Any, Optional
 
 import yaml
 
+from sphinx_pl.data.augment import AugmentConfig
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.record import Sample
 from sphinx_pl.data.sources import Source, build_source, check_options
@@ -235,6 +236,7 @@ class Mixture:
         seed: int,
         max_length: int = 1 << 30,
         mixing: MixingConfig | None = None,
+        augment: AugmentConfig | None = None,
         lane: int = 0,
         lanes: int = 1,
     ) -> None:
@@ -251,7 +253,9 @@ class Mixture:
             config = configs[name]
             if config.epochs is None:
                 config.epochs = self.mixing.epochs
-            self.streams[name] = SourceStream(name, config, opened[name], processor, seed, max_length, lane, lanes)
+            self.streams[name] = SourceStream(
+                name, config, opened[name], processor, seed, max_length, augment, lane, lanes
+            )
         self.drawn = dict.fromkeys(self.shares, 0)
 
     @property

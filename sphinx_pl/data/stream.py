@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sphinx_pl.data.augment import AugmentConfig, augment_together
 from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.processor import Processor, merge_branches
 from sphinx_pl.data.record import Record, Sample
@@ -55,9 +56,11 @@ class SourceStream:
         processor: Processor,
         seed: int,
         max_length: int,
+        augment: AugmentConfig | None = None,
         lane: int = 0,
         lanes: int = 1,
     ) -> None:
+        self.augment = augment or AugmentConfig()
         self.name = name
         self.config = config
         self.source = source
@@ -187,15 +190,21 @@ class SourceStream:
         """The next unit's samples: usually one, none if all of its records were bad (counted in `counts`)."""
         unit = self._units[self.position]
         self.position += 1
-        samples: list[Sample] = []
+        records: list[Record] = []
         for index in map(int, unit):
             self.counts["seen"] += 1
             try:
                 record = self._record(index)
-                rng = random.Random(f"{self.seed}/{self.name}/{self.epoch}/{record.key}")
-                if self._capped(record):
-                    continue
-                samples += self.processor.samples(record, self.name, rng)
+                if not self._capped(record):
+                    records.append(record)
+            except BadSample as bad:
+                self.counts[bad.counter] += 1
+        if records:
+            records = augment_together(records, self.augment, self._rng("augment", records[0].key))
+        samples: list[Sample] = []
+        for record in records:
+            try:
+                samples += self.processor.samples(record, self.name, self._rng(record.key))
             except BadSample as bad:
                 self.counts[bad.counter] += 1
         merged = merge_branches(samples, self.max_length)
@@ -205,6 +214,9 @@ class SourceStream:
         elif self.position * 2 >= len(self._units) and self._ahead is None:
             self._open_ahead()
         return merged
+
+    def _rng(self, *stream: str) -> random.Random:
+        return random.Random("/".join((str(self.seed), self.name, str(self.epoch), *stream)))
 
     def _record(self, index: int) -> Record:
         for shard, length in zip(self._shards, self._lengths, strict=True):

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.flop_counter import FlopCounterMode
 
 from callbacks import throughput
-from callbacks.throughput import Throughput, TrainingFlops, measured_peak, skipped_metrics
+from callbacks.throughput import Throughput, TrainingFlops, data_metrics, measured_peak
 from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.packing import Collator
 from sphinx_pl.data.record import Batch
@@ -124,7 +124,7 @@ def test_skipped_samples_are_logged_by_source_and_reason(fit: Fit, datamodule: D
 
 def test_counters_of_planner_and_collator_are_added() -> None:
     counters = {"web/skipped/too_long": 2, "skipped/web/too_long": 1, "skipped/web/image_unreadable": 3}
-    assert skipped_metrics(counters) == {"data/skipped/web/too_long": 3.0, "data/skipped/web/image_unreadable": 3.0}
+    assert data_metrics(counters) == {"data/skipped/web/too_long": 3.0, "data/skipped/web/image_unreadable": 3.0}
 
 
 @pytest.mark.parametrize(

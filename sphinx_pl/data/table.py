@@ -1,0 +1,136 @@
+"""What a mixture is made of, before anything is trained: sizes, shares, and what to expect of each source."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from sphinx_pl.data.datamodule import DataModule
+from sphinx_pl.data.mixture import Mixture, SourceConfig
+from sphinx_pl.data.sources import expand_paths
+from sphinx_pl.data.stream import SourceStream
+from sphinx_pl.errors import UserError
+
+PROBE = 64
+"""Draws from each source that the expectations rest on."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One source of a mixture. Numbers a draw are means over the probed draws, unusable ones included."""
+
+    name: str
+    kind: str
+    modality: str
+    files: int
+    records: int
+    certain: bool
+    """Whether `records` was counted, not extrapolated from some of the files."""
+    share: float
+    """Of the draws (or of the supervised tokens, see `MixingConfig.unit`)."""
+    records_drawn: float
+    """Records that a draw takes: more than one where questions about one image share it."""
+    tokens: float
+    targets: float
+    images: float
+    unusable: float
+    """Share of the probed records that were skipped or filtered."""
+
+    @property
+    def draws(self) -> float:
+        """In an epoch."""
+        return self.records / self.records_drawn
+
+
+def lines(datamodule: DataModule, probe: int = PROBE) -> list[Line]:
+    """The sources of the training mixture, each tried with `probe` draws.
+
+    Raises:
+        UserError: a source cannot be read.
+    """
+    mixture = Mixture(datamodule.sources, datamodule.processor, datamodule.seed, datamodule.packing.row_length)
+    return [_line(name, stream, mixture.shares[name], probe) for name, stream in mixture.streams.items()]
+
+
+def _line(name: str, stream: SourceStream, share: float, probe: int) -> Line:
+    records, certain = stream.source.size()
+    draws = 0
+    while draws < probe and not stream.exhausted:
+        stream.next()
+        draws += 1
+    counts = stream.counts
+    bad = sum(count for key, count in counts.items() if key.startswith(("skipped/", "filtered/")))
+    return Line(
+        name=name,
+        kind=stream.config.kind,
+        modality=stream.config.modality,
+        files=len(stream.source.urls),
+        records=records,
+        certain=certain,
+        share=share,
+        records_drawn=counts["seen"] / draws,
+        tokens=counts["tokens"] / draws,
+        targets=counts["targets"] / draws,
+        images=counts["images"] / draws,
+        unusable=bad / counts["seen"],
+    )
+
+
+def missing(configs: dict[str, SourceConfig]) -> dict[str, str]:
+    """Source -> why its files cannot be read, for those whose files are not there."""
+    found = {}
+    for name, config in configs.items():
+        try:
+            expand_paths(name, config.path)
+        except UserError as error:
+            found[name] = str(error)
+    return found
+
+
+def table(found: list[Line], unit: str, row_length: int, rows: int, steps: int) -> Table:
+    """The lines with their sums, and what a run of so many steps makes of them.
+
+    Args:
+        rows: of an optimizer step, on all ranks.
+    """
+    # A source's share is of draws, or of supervised tokens; what a step holds follows from its tokens.
+    draws = {line.name: line.share / (max(line.targets, 1e-9) if unit == "token" else 1) for line in found}
+    total = sum(draws.values())
+    mean_tokens = sum(draws[line.name] / total * line.tokens for line in found)
+    drawn = steps * rows * row_length / max(mean_tokens, 1e-9)
+    result = Table(title=f"{steps} steps of {rows} rows of {row_length} positions; shares by {unit}")
+    result.add_column("source", overflow="fold")
+    for column in ("records", "files", "share", "tokens", "targets", "images", "unusable", "Mtok/epoch", "Mimg/epoch"):
+        result.add_column(column, justify="right")
+    result.add_column("epochs", justify="right")
+    for line in found:
+        result.add_row(
+            line.name,
+            f"{'' if line.certain else '~'}{line.records}",
+            str(line.files),
+            f"{line.share:.1%}",
+            f"{line.tokens:.1f}",
+            f"{line.targets:.1f}",
+            f"{line.images:.2f}",
+            f"{line.unusable:.1%}",
+            f"{line.draws * line.tokens / 1e6:.3g}",
+            f"{line.draws * line.images / 1e6:.3g}",
+            f"{drawn * draws[line.name] / total / line.draws:.3g}",
+        )
+    result.caption = (
+        "tokens, targets (supervised tokens) and images: of a mean draw; epochs: how often the run reads the source, "
+        "if rows were full"
+    )
+    return result
+
+
+def plan(configs: dict[str, SourceConfig], shares: dict[str, float], absent: dict[str, str]) -> Table:
+    """What the configuration alone says of the sources, for when some are not there."""
+    result = Table(title="The mixture, without reading it")
+    for column in ("source", "kind", "modality", "share", "files"):
+        result.add_column(column, overflow="fold")
+    for name, config in configs.items():
+        share = f"{shares[name]:.1%}" if name in shares else "by size"
+        result.add_row(name, config.kind, config.modality, share, "MISSING" if name in absent else "found")
+    return result

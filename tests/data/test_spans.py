@@ -1,0 +1,88 @@
+"""Where entries lie is found without parsing them, whatever they hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sphinx_pl.data import spans
+from sphinx_pl.data.spans import Spans, entry_spans
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(alphabet='ab\\"[]{},: \n\té😀', max_size=12),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def contents(path: Path, found: Spans) -> list[object]:
+    data = path.read_bytes()
+    return [json.loads(data[offset : offset + size]) for offset, size in found.tolist()]
+
+
+@pytest.fixture(params=[1, 7, 64, 1 << 24])
+def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are read in pieces: what is cut by their edges must not matter."""
+    monkeypatch.setattr(spans, "_CHUNK", request.param)
+
+
+@pytest.mark.usefixtures("chunk")
+def test_lists_of_anything(tmp_path: Path) -> None:
+    number = iter(range(1 << 20))
+
+    @given(st.lists(JSON, max_size=6), st.sampled_from([None, 1]), st.booleans(), st.data())
+    @settings(max_examples=60, deadline=None)
+    def check(items: list[object], indent: int | None, ascii_only: bool, data: st.DataObject) -> None:
+        path = tmp_path / f"{next(number)}.json"
+        path.write_text(f" \n{json.dumps(items, indent=indent, ensure_ascii=ascii_only)}\n")
+        found, whole = entry_spans(str(path))
+        assert whole
+        assert contents(path, found) == items
+        # Cut anywhere, the entries before the cut stay.
+        text = path.read_bytes()
+        cut = tmp_path / f"{next(number)}.json"
+        cut.write_bytes(text[: data.draw(st.integers(3, len(text) - 2))])
+        found, whole = entry_spans(str(cut))
+        assert not whole
+        assert contents(cut, found) == items[: len(found)]
+
+    check()
+
+
+@pytest.mark.usefixtures("chunk")
+def test_lines_that_are_not_blank(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\n{"a": 1}\n  \n\t\r\n7\n"last, without an end"')
+    found, whole = entry_spans(str(path))
+    assert whole
+    assert contents(path, found) == [{"a": 1}, 7, "last, without an end"]
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "whole"),
+    [("", 0, True), ("[]", 0, True), ("[ \n ]", 0, True), ("[", 0, False), ("[1", 0, False), ("[1] [2, 3", 1, True)],
+)
+def test_small_files(tmp_path: Path, text: str, count: int, whole: bool) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    found, closed = entry_spans(str(path))
+    assert (len(found), closed) == (count, whole)
+
+
+def test_the_index_is_mapped_from_the_cache_and_follows_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("[1, 2]")
+    entry_spans(str(path))
+    monkeypatch.setattr(spans, "_list_spans", lambda path: pytest.fail("read again"))
+    found, _ = entry_spans(str(path))
+    assert type(found).__name__ == "memmap"
+    assert contents(path, found) == [1, 2]
+    monkeypatch.undo()
+    path.write_text("[1, 2, 3]")
+    assert contents(path, entry_spans(str(path))[0]) == [1, 2, 3]
