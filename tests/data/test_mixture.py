@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from sphinx_pl.data.mixture import Mixture, SourceConfig
+from sphinx_pl.data.mixture import MixingConfig, Mixture, SourceConfig
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.record import Sample
 from sphinx_pl.errors import UserError
@@ -180,3 +180,147 @@ def test_a_state_of_other_sources_is_refused(processor: Processor, sources: dict
     state = Mixture(sources, processor, seed=3).state_dict()
     with pytest.raises(UserError, match=r"was made with \['five', 'real', 'seven'\], this run has \['five', 'seven'\]"):
         Mixture(sources | {"real": None}, processor, seed=3).load_state_dict(state)
+
+
+# --- trees of sources
+
+
+def text_source(path: Path, count: int, **values: Any) -> dict[str, Any]:
+    lines = [json.dumps({"text": f"{path.stem} {i}"}).encode() for i in range(count)]
+    return {"kind": "text", "path": write_text(path, *lines), **values}
+
+
+def test_shares_of_nested_groups(processor: Processor, tmp_path: Path) -> None:
+    sources = {
+        "a": text_source(tmp_path / "a.jsonl", 3, weight=1),
+        "g": {
+            "weight": 3,
+            "sources": {
+                "b": text_source(tmp_path / "b.jsonl", 3, weight=1),
+                "h": {"weight": 2, "sources": {"c": text_source(tmp_path / "c.jsonl", 3), "none": None}},
+                "off": text_source(tmp_path / "d.jsonl", 3, weight=0),
+            },
+        },
+        "empty": {"sources": {"e": None}},
+    }
+    mixture = Mixture(sources, processor, seed=0)
+    assert mixture.shares == pytest.approx({"a": 0.25, "g.b": 0.25, "g.h.c": 0.5})
+    drawn = Counter(sample.source for sample in draw(mixture, 40))
+    assert drawn == {"a": 10, "g.b": 10, "g.h.c": 20}
+
+
+@pytest.mark.parametrize(("temperature", "ratio"), [(1, 100), (2, 10), (1e9, 1)])
+def test_a_temperature_is_between_sizes_and_equal_shares(
+    processor: Processor, tmp_path: Path, temperature: float, ratio: float
+) -> None:
+    members = {"small": text_source(tmp_path / "s.jsonl", 3), "large": text_source(tmp_path / "l.jsonl", 300)}
+    group = {"temperature": temperature, "sources": members}
+    mixture = Mixture({"group": group, "other": text_source(tmp_path / "o.jsonl", 5)}, processor, seed=0)
+    assert mixture.shares["other"] == pytest.approx(0.5)
+    assert mixture.shares["group.large"] / mixture.shares["group.small"] == pytest.approx(ratio)
+
+
+def test_shares_of_supervised_tokens(processor: Processor, tmp_path: Path) -> None:
+    short = write_text(tmp_path / "s.jsonl", *[b'{"text": "a b"}'] * 5)
+    long = write_text(tmp_path / "l.jsonl", *[json.dumps({"text": "a b c d e f g h " * 4}).encode()] * 5)
+    sources = {"short": {"kind": "text", "path": short}, "long": {"kind": "text", "path": long, "weight": 3}}
+    mixture = Mixture(sources, processor, seed=0, mixing=MixingConfig(unit="token"))
+    targets: Counter[str] = Counter()
+    for sample in draw(mixture, 400):
+        targets[sample.source] += sample.targets
+    assert targets["long"] / targets.total() == pytest.approx(0.75, abs=0.01)
+
+
+def test_epochs_bound_how_often_a_source_is_read(processor: Processor, tmp_path: Path) -> None:
+    sources = {
+        "once": text_source(tmp_path / "once.jsonl", 4, epochs=1),
+        "twice": text_source(tmp_path / "twice.jsonl", 3, epochs=2),
+    }
+    mixture = Mixture(sources, processor, seed=0)
+    assert mixture.finite
+    drawn = Counter(keys(draw(mixture, 50)))
+    assert set(drawn.values()) == {1, 2}
+    assert all(count == (1 if key.startswith("once") else 2) for key, count in drawn.items())
+    assert len(drawn) == 7
+    assert mixture.exhausted
+    # A bound on some of them: the others take their share.
+    mixture = Mixture(sources | {"ever": text_source(tmp_path / "ever.jsonl", 2)}, processor, seed=0)
+    assert not mixture.finite
+    assert Counter(sample.source for sample in draw(mixture, 60)) == {"once": 4, "twice": 6, "ever": 50}
+    # One bound for all, and a source's own goes before it.
+    mixture = Mixture(sources, processor, seed=0, mixing=MixingConfig(epochs=3))
+    assert len(draw(mixture, 60)) == 10
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_caps_bound_a_task_in_an_epoch(processor: Processor, tmp_path: Path, lanes: int) -> None:
+    entries = [
+        {"id": i, "task": "chat" if i % 2 else "text", "question": f"q {i}" if i % 2 else "", "answer": f"answer {i}"}
+        for i in range(40)
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(entries))
+    source = {"kind": "instructions", "path": str(tmp_path / "a.json"), "modality": "text", "caps": {"chat": 7}}
+    drawn: list[Sample] = []
+    for lane in range(lanes):
+        mixture = Mixture({"a": source}, processor, seed=0, mixing=MixingConfig(epochs=2), lane=lane, lanes=lanes)
+        drawn += draw(mixture, 100)
+        assert mixture.counts["a/seen"] == mixture.counts["a/samples"] + mixture.counts["a/capped/chat"]
+    tasks = Counter(sample.branches[0].task for sample in drawn)
+    assert tasks == {"text": 40, "chat": 14}
+    # Other ones in another epoch.
+    assert len({key for key in keys(drawn) if int(key.split(":")[-1]) % 2}) > 7
+
+
+def test_the_originals_list_of_files(processor: Processor, sample_data: Path, tmp_path: Path) -> None:
+    instructions = sample_data / "instructions"
+    chat = [{"conversations": [{"from": "human", "value": f"q{i}"}, {"from": "gpt", "value": "a"}]} for i in range(30)]
+    (tmp_path / "chat.json").write_text(json.dumps(chat))
+    (tmp_path / "data.yaml").write_text(
+        f"META:\n"
+        f"  - path: {instructions}/val.json\n    type: 'image_text'\n    root: {instructions}\n"
+        f"  - path: chat.json\n    type: 'text'\n    ratio: 0.5\n"
+        f"  - path: chat.json\n    type: 'text'\n"
+    )
+    mixture = Mixture({"all": {"kind": "meta", "path": str(tmp_path / "data.yaml"), "weight": 2}}, processor, seed=0)
+    sizes = {name: len(stream.source) for name, stream in mixture.streams.items()}
+    assert list(sizes) == ["all.image_text-val", "all.text-chat", "all.text-chat-2"]
+    assert (sizes["all.text-chat"], sizes["all.text-chat-2"]) == (15, 30)
+    total = sum(sizes.values())
+    assert mixture.shares == pytest.approx({name: size / total for name, size in sizes.items()})
+    assert mixture.modalities == ["image", "text"]
+    # A ratio takes the same entries at every start.
+    again = Mixture({"all": {"kind": "meta", "path": str(tmp_path / "data.yaml")}}, processor, seed=1)
+    for name, stream in mixture.streams.items():
+        other = again.streams[name].source
+        assert [stream.source.record(i).key for i in range(10)] == [other.record(i).key for i in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ({"g": {"sources": {}, "weigth": 1}}, r"data\.sources\.g\.weigth: .* did you mean 'weight'"),
+        ({"g": {"sources": {}, "temperature": 0}}, r"data\.sources\.g\.temperature=0 must be positive"),
+        ({"g": {"sources": {"a": {"kind": "text"}}}}, r"data\.sources\.g\.sources\.a\.path is missing"),
+        ({"a.b": {"kind": "text", "path": "x"}}, "'a.b' must have no dot"),
+        ({"a": {"kind": "text", "path": "x", "weight": float("nan")}}, r"weight=nan must not be negative"),
+        ({"a": {"kind": "text", "path": "x", "epochs": 0}}, r"data\.sources\.a\.epochs=0 must be at least 1"),
+        ({"a": {"kind": "text", "path": "x", "caps": {"txt": 3}}}, "unknown task 'txt': did you mean 'text'"),
+        ({"a": {"kind": "text", "path": "x", "caps": {"text": -3}}}, "caps.text=-3 must not be negative"),
+        ({"a": {"kind": "meta", "path": "nowhere.yaml"}}, r"data\.sources\.a\.path: nowhere\.yaml cannot be read"),
+        ({"a": {"kind": "meta", "path": "setup.cfg"}}, r"setup\.cfg is not a list under META"),
+        ({"g": {"sources": {"a": {"kind": "text", "path": "x", "weight": 0}}}}, r"data\.sources is empty"),
+    ],
+)
+def test_trees_that_cannot_be(processor: Processor, sources: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Mixture(sources, processor, seed=0)
+
+
+def test_mixing_that_cannot_be() -> None:
+    for values, message in (
+        ({"unit": "word"}, "sample, token"),
+        ({"epochs": 0}, "epochs=0"),
+        ({"lanes": 0}, "lanes=0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            MixingConfig(**values)  # type: ignore[arg-type]

@@ -1,0 +1,64 @@
+"""What a mixture's table expects is what its streams give."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from sphinx_pl.data.datamodule import DataModule
+from sphinx_pl.data.processor import Processor
+from sphinx_pl.data.table import lines, missing, table
+
+
+@pytest.fixture
+def datamodule(processor: Processor, sample_data: Path) -> DataModule:
+    sources: dict[str, Any] = {
+        "real": {"kind": "image_text", "path": str(sample_data / "real/train-*.tar"), "weight": 3},
+        "tasks": {
+            "kind": "instructions",
+            "path": str(sample_data / "instructions/train-scenes.json"),
+            "branches": 4,
+        },
+        "text": {"kind": "text", "path": str(sample_data / "text/train.jsonl")},
+    }
+    return DataModule(processor, sources, {}, {"row_length": 256, "rows": 4})
+
+
+def test_expectations_come_from_real_draws(datamodule: DataModule) -> None:
+    found = {line.name: line for line in lines(datamodule, probe=40)}
+    assert {name: line.share for name, line in found.items()} == pytest.approx({"real": 0.6, "tasks": 0.2, "text": 0.2})
+    real, tasks, text = found.values()
+    streams = datamodule.planner().mixture.streams
+    assert [line.records for line in found.values()] == [len(stream.source) for stream in streams.values()]
+    assert all(line.certain for line in found.values())
+    assert (real.images, text.images) == (1.0, 0.0)
+    assert real.tokens > datamodule.processor.tokens_per_image
+    assert 1 < tasks.records_drawn <= 4
+    assert tasks.draws == tasks.records / tasks.records_drawn
+    assert (real.unusable, real.targets < real.tokens) == (0.0, True)
+
+
+def test_the_table_says_how_often_a_source_is_read(datamodule: DataModule) -> None:
+    found = lines(datamodule, probe=40)
+    buffer = io.StringIO()
+    Console(file=buffer, width=200).print(table(found, "sample", 256, 4, steps=1000))
+    text = buffer.getvalue()
+    mean = sum(line.share * line.tokens for line in found)
+    expected = 1000 * 4 * 256 / mean * 0.6 / found[0].draws
+    row = next(line for line in text.splitlines() if "real" in line)
+    assert float(row.split("│")[-2]) == pytest.approx(expected, rel=0.01)
+    assert "60.0%" in row
+
+
+def test_missing_files_are_found_without_reading_anything(datamodule: DataModule, tmp_path: Path) -> None:
+    from sphinx_pl.data.mixture import Group
+
+    sources = datamodule.sources | {"late": {"kind": "text", "path": str(tmp_path / "nowhere.jsonl")}}
+    configs = dict(Group.from_dict({"sources": sources}).leaves())
+    absent = missing(configs)
+    assert list(absent) == ["late"]
+    assert "nowhere.jsonl" in absent["late"]
