@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +15,8 @@ def whole_file(path: Path) -> Iterator[Path]:
 
     After an exception the temporary file is deleted.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    # A name of its own, since ranks and threads may write the same file at once: the last one stays.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident():x}.tmp")
     try:
         yield temporary
         temporary.replace(path)

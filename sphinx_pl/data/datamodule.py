@@ -31,7 +31,7 @@ from sphinx_pl.data.packing import (
 )
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.record import Batch, Sample
-from sphinx_pl.data.sources import expand_paths, spread
+from sphinx_pl.data.sources import spread
 from sphinx_pl.errors import UserError
 from sphinx_pl.typed import build
 
@@ -297,7 +297,7 @@ class DataModule(L.LightningDataModule):
         configs = dict(Group.from_dict({"sources": self.sources}).leaves())
         held_out = {n: SourceConfig.from_dict(n, values, "val_sources") for n, values in self.val_sources.items()}
         for name, config in [*configs.items(), *held_out.items()]:
-            expand_paths(name, config.path)
+            config.open(name)
             if config.modality == "image" and not self.processor.image_size:
                 raise UserError(
                     f"source '{name}' has images but the model has no vision part (model.vision=null): leave it out, "

@@ -17,6 +17,7 @@ import logging
 import os
 import subprocess
 import tempfile
+import threading
 import time
 import zlib
 from collections import OrderedDict
@@ -52,12 +53,16 @@ def cache_folder() -> Path:
 
 def identity(path: str) -> str:
     """A name for a file's contents as they are now: 32 hexadecimal digits that change with its size and time."""
-    if is_remote(path) or Path(path).parent == cache_folder() / "files":  # a copy is named for what it holds
+    if is_remote(path) or _is_copy(path):  # a copy is named for what it holds
         text = path
     else:
         stat = Path(path).stat()
         text = f"{Path(path).absolute()} {stat.st_size} {stat.st_mtime_ns}"
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+
+def _is_copy(path: str) -> bool:
+    return Path(path).parent == cache_folder() / "files"
 
 
 def local_file(url: str) -> tuple[str, bool]:
@@ -200,9 +205,10 @@ class Hold:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._handle = os.open(path, os.O_RDONLY)
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(self._handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        if _is_copy(path):  # nothing deletes other files
+            self._handle = os.open(path, os.O_RDONLY)
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(self._handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
     def __reduce__(self) -> tuple[type[Hold], tuple[str]]:
         return Hold, (self._path,)
@@ -221,33 +227,37 @@ def _is_held(path: Path) -> bool:
     return False
 
 
-class Reader:
-    """Reads spans of files through a few open handles.
+class _Handles(threading.local):
+    """A thread's open files by path, the one used last at the end."""
 
-    `pread` has no file position, so a forked worker may share the handles; pickled, they are left behind.
-    """
-
-    LIMIT = 32
+    LIMIT = 64
 
     def __init__(self) -> None:
-        self._handles: OrderedDict[str, int] = OrderedDict()
+        self.opened: OrderedDict[str, int] = OrderedDict()
 
-    def __reduce__(self) -> tuple[type[Reader], tuple[()]]:
-        return Reader, ()
+    def get(self, path: str) -> int:
+        handle = self.opened.get(path)
+        if handle is not None and os.fstat(handle).st_nlink == 0:  # deleted; if another has its name, that one is meant
+            with suppress(OSError):
+                self.opened[path] = os.open(path, os.O_RDONLY)
+                os.close(handle)
+        elif handle is None:
+            self.opened[path] = os.open(path, os.O_RDONLY)
+            if len(self.opened) > self.LIMIT:
+                os.close(self.opened.popitem(last=False)[1])
+        self.opened.move_to_end(path)
+        return self.opened[path]
 
-    def __del__(self) -> None:
-        for handle in self._handles.values():
-            os.close(handle)
 
-    def read(self, path: str, offset: int, size: int) -> bytes:
-        """`size` bytes at `offset`, fewer where the file ends before.
+_HANDLES = _Handles()
 
-        Raises:
-            OSError
-        """
-        if path not in self._handles:
-            self._handles[path] = os.open(path, os.O_RDONLY)
-            if len(self._handles) > self.LIMIT:
-                os.close(self._handles.popitem(last=False)[1])
-        self._handles.move_to_end(path)
-        return os.pread(self._handles[path], size, offset)
+
+def read_span(path: str, offset: int, size: int) -> bytes:
+    """`size` bytes of a file at `offset`, fewer where it ends before. Files stay open for the next call.
+
+    `pread` has no file position, so a forked worker may go on with its parent's handles.
+
+    Raises:
+        OSError
+    """
+    return os.pread(_HANDLES.get(path), size, offset)

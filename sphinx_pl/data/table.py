@@ -118,9 +118,10 @@ def table(found: list[Line], unit: str, row_length: int, rows: int, steps: int) 
             f"{line.draws * line.images / 1e6:.3g}",
             f"{drawn * draws[line.name] / total / line.draws:.3g}",
         )
+    epoch = sum(line.draws * line.tokens for line in found) / (rows * row_length)
     result.caption = (
-        "tokens, targets (supervised tokens) and images: of a mean draw; epochs: how often the run reads the source, "
-        "if rows were full"
+        "tokens, targets (supervised tokens) and images: of a mean draw. epochs: how often the run reads the source, if "
+        f"rows are full. Everything once: {epoch:.0f} steps"
     )
     return result
 

@@ -6,13 +6,13 @@ import json
 from typing import Any
 
 from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.files import Reader
+from sphinx_pl.data.files import read_span
 
 MAX_BYTES = 1 << 26
 """Longer annotations are not read: an index that a damaged header misled would fill the memory."""
 
 
-def read(reader: Reader, path: str, offset: int, size: int, key: str) -> bytes:
+def read(path: str, offset: int, size: int, key: str) -> bytes:
     """The bytes of an annotation.
 
     Raises:
@@ -21,7 +21,7 @@ def read(reader: Reader, path: str, offset: int, size: int, key: str) -> bytes:
     if size > MAX_BYTES:
         raise BadSample("annotation_too_long", f"{key}: {size} bytes")
     try:
-        data = reader.read(path, offset, size)
+        data = read_span(path, offset, size)
     except OSError as error:
         raise BadSample("file_unreadable", f"{path}: {error.strerror}") from None
     if len(data) < size:

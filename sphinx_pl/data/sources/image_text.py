@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.entries import sizes
-from sphinx_pl.data.files import Hold, Reader, is_remote, local_file
+from sphinx_pl.data.files import Hold, is_remote, local_file
 from sphinx_pl.data.record import ImageRef, Record
 from sphinx_pl.data.sources.annotation import check_unicode, decoded, json_object, read
 from sphinx_pl.data.sources.base import SOURCES, Shard, Source
@@ -49,7 +49,6 @@ class ImageTextSource(Source):
         super().__init__(name, path)
         self.task = TASKS[task].name
         self.filters = build(PairFilters, filters or {}, f"data.sources.{name}.filters")
-        self.reader = Reader()
 
     def open(self, number: int) -> Shard:
         return _TarShard(self, self.urls[number], self.shard_names[number])
@@ -130,7 +129,7 @@ class _TarShard(Shard):
         return None  # each has its own
 
     def _read(self, span: tuple[int, int], key: str) -> bytes:
-        return read(self.source.reader, self.path, *span, key)
+        return read(self.path, *span, key)
 
     def _members(self) -> Iterator[tuple[str, int, int, int]]:
         """(key, kind, offset, size) of each whole member of interest, up to the end or the cut."""

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.entries import to_record
-from sphinx_pl.data.files import Hold, Reader, cache_folder, identity, is_remote, local_file
+from sphinx_pl.data.files import Hold, cache_folder, identity, is_remote, local_file
 from sphinx_pl.data.record import Record
 from sphinx_pl.data.sources.annotation import json_object, read
 from sphinx_pl.data.sources.base import SOURCES, Shard, Source
@@ -60,7 +60,6 @@ class InstructionSource(Source):
         self.tasks = frozenset(TASKS[wanted].name for wanted in tasks) if tasks is not None else None
         self.where = dict(where or {})
         self.ratio = ratio
-        self.reader = Reader()
 
     def open(self, number: int) -> Shard:
         return _InstructionShard(self, self.urls[number], self.shard_names[number])
@@ -103,7 +102,7 @@ class _InstructionShard(Shard):
     def _entry(self, row: int) -> dict[str, Any]:
         key = f"{self.name}:{row}"
         offset, size = self.spans[row].tolist()
-        return json_object(read(self.source.reader, self.path, offset, size, key), key)
+        return json_object(read(self.path, offset, size, key), key)
 
     @property
     def _image_hashes(self) -> Rows:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.files import Hold, Reader, cache_folder, identity, is_remote, local_file
+from sphinx_pl.data.files import Hold, cache_folder, identity, is_remote, local_file
 from sphinx_pl.data.record import Record
 from sphinx_pl.data.sources.annotation import check_unicode, decoded, json_object, read
 from sphinx_pl.data.sources.base import SOURCES, Shard, Source
@@ -34,7 +34,6 @@ class TextSource(Source):
         super().__init__(name, path)
         self.task = TASKS[task].name
         self.column = column
-        self.reader = Reader()
 
     def open(self, number: int) -> Shard:
         return _TextShard(self, self.urls[number], self.shard_names[number])
@@ -76,7 +75,7 @@ class _TextShard(Shard):
     def record(self, index: int) -> Record:
         key = f"{self.name}:{index}"
         offset, size = self.spans[index].tolist()
-        data = read(self.source.reader, self.path, offset, size, key)
+        data = read(self.path, offset, size, key)
         text: Any = decoded(data, "text", key) if self.is_table else json_object(data, key).get(self.source.column)
         if not isinstance(text, str) or not text.strip():
             raise BadSample("text_empty", key)
