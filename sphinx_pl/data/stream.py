@@ -88,13 +88,19 @@ class SourceStream:
     # --- the order
 
     @property
+    def _one_block(self) -> bool:
+        """Whether all shards are open together, and stay so."""
+        count = len(self.source.urls)
+        return count <= self.config.shuffle_shards and (self.lanes == 1 or not self._dealt)
+
+    @property
     def _dealt(self) -> bool:
         return len(self.source.urls) >= _SHARDS_A_LANE * self.lanes
 
     def _blocks(self, epoch: int) -> list[list[int]]:
         """The shards of each of this lane's blocks in an epoch."""
         count, size = len(self.source.urls), self.config.shuffle_shards
-        if count <= size and not (self._dealt and self.lanes > 1):
+        if self._one_block:
             return [list(range(count))]
         order = np.random.default_rng([self.seed, zlib.crc32(self.name.encode()), epoch, 1 << 20]).permutation(count)
         if self._dealt:
@@ -104,13 +110,12 @@ class SourceStream:
     def _open(self, lengths: list[int] | None = None) -> None:
         """Open the present block and order its records; `lengths` are those of its shards when it was begun."""
         place = (self.epoch, self.block)
-        blocks = self._blocks(self.epoch)
         if self._ahead is not None and self._ahead[0] == place:
             opened = self._ahead[1].result()
-        elif self.epoch and blocks == [list(range(len(self.source.urls)))] and self._shards:
-            opened = [(shard, Counter()) for shard in self._shards]  # the only block: it stays open
+        elif self._one_block and self._shards:
+            opened = [(shard, Counter()) for shard in self._shards]
         else:
-            opened = self._opened(blocks[self.block])
+            opened = self._opened(self._blocks(self.epoch)[self.block])
         self._ahead = None
         self._shards = [shard for shard, _ in opened]
         for _, bad in opened:
@@ -245,9 +250,9 @@ class SourceStream:
             self.counts["images"] += len(sample.images)
 
     def _open_ahead(self) -> None:
+        if self._one_block:
+            return
         blocks = self._blocks(self.epoch)
-        if len(blocks) == 1 and not self._dealt:
-            return  # it stays open
         place = (self.epoch, self.block + 1)
         if place[1] >= len(blocks):
             place, blocks = (self.epoch + 1, 0), self._blocks(self.epoch + 1)

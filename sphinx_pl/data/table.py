@@ -120,8 +120,8 @@ def table(found: list[Line], unit: str, row_length: int, rows: int, steps: int) 
         )
     epoch = sum(line.draws * line.tokens for line in found) / (rows * row_length)
     result.caption = (
-        "tokens, targets (supervised tokens) and images: of a mean draw. epochs: how often the run reads the source, if "
-        f"rows are full. Everything once: {epoch:.0f} steps"
+        "tokens, targets (supervised tokens) and images: of a mean draw. epochs: how often the run reads the source, "
+        f"if rows are full. Everything once: {epoch:.0f} steps"
     )
     return result
 
