@@ -12,7 +12,7 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.files import Reader, is_remote, local_file
+from sphinx_pl.data.files import Reader
 from sphinx_pl.data.record import ImageRef
 
 PAD_COLOUR = (122, 116, 104)
@@ -54,7 +54,7 @@ def read_bytes(ref: ImageRef, limit: int | None = None) -> bytes:
     wanted = size if limit is None else min(size, limit)
     try:
         if ref.size >= 0:  # a shard, named by the configuration: it may be a URL, and is read from again
-            data = _READER.read(local_file(ref.path)[0] if is_remote(ref.path) else ref.path, ref.offset, wanted)
+            data = _READER.read(ref.path, ref.offset, wanted)
         else:
             # An annotation file can name anything: a device or a pipe would never end.
             if Path(ref.path).exists() and not Path(ref.path).is_file():
