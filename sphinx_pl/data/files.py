@@ -11,22 +11,26 @@ The cache is `$SPHINX_CACHE` (default `~/.cache/sphinx_pl`). When its files are 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import logging
+import math
 import os
 import subprocess
-import tempfile
 import threading
 import time
+import uuid
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
-from sphinx_pl.data.bad import BadSample
+import numpy as np
+import numpy.typing as npt
+
 from sphinx_pl.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -35,7 +39,13 @@ PACKED = (".gz", ".zst")
 ATTEMPTS = 4
 FIRST_WAIT = 0.5
 """Seconds before the second attempt at a file that cannot be read; doubled each time."""
+RETRY_AFTER = 60.0
+"""Seconds for which a file that failed at every attempt is not tried again: a run must not wait for every record of a
+shard that is gone."""
 _CHUNK = 1 << 22
+_failed: dict[str, tuple[float, str]] = {}  # URL -> when it failed at every attempt, and why
+
+T = TypeVar("T")
 
 
 def is_remote(url: str) -> bool:
@@ -43,12 +53,81 @@ def is_remote(url: str) -> bool:
     return url.startswith("pipe:") or "://" in url
 
 
-def cache_folder() -> Path:
-    """Where copies and indices lie; made if it is not there."""
+def cache_folder(kind: str) -> Path:
+    """Where copies ("files") and indices ("spans") lie; made if it is not there.
+
+    Raises:
+        UserError: it cannot be made.
+    """
     default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "sphinx_pl"
-    folder = Path(os.environ.get("SPHINX_CACHE", default)).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(os.environ.get("SPHINX_CACHE", default)).expanduser() / kind
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _no_room(folder, error) from None
     return folder
+
+
+def _no_room(path: Path, error: OSError) -> UserError:
+    """Not the shard's fault: it must not be taken for a damaged one."""
+    return UserError(
+        f"{path} in the cache cannot be written ({error.strerror or error}): make room, or set SPHINX_CACHE to another "
+        "folder"
+    )
+
+
+class CacheFile:
+    """A file of the cache while it is written: whole under its name or not there.
+
+    The temporary name is one of its own, since ranks make the same files at the same time.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._temporary = path.with_name(f".{path.name[:64]}.{uuid.uuid4().hex}.tmp")
+        try:
+            self._file: IO[bytes] = self._temporary.open("xb")
+        except OSError as error:
+            raise _no_room(path, error) from None
+
+    def __enter__(self) -> CacheFile:
+        return self
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            raise _no_room(self.path, error) from None
+
+    def keep(self, path: Path | None = None) -> None:
+        """It is whole; `path`: under another name than it was begun with."""
+        try:
+            self._file.close()
+            self._temporary.replace(path or self.path)
+        except OSError as error:
+            raise _no_room(self.path, error) from None
+
+    def __exit__(self, *exception: object) -> None:
+        with suppress(OSError):
+            self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+def cached_array(name: str, make: Callable[[], npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+    """An array that is made once, kept in the cache and mapped from there, so that ranks and workers share it."""
+    path = cache_folder("spans") / f"{name}.npy"
+    with suppress(OSError, ValueError, EOFError):  # not there, or what a full disk left of it
+        mapped: npt.NDArray[np.int64] = np.load(path, mmap_mode="r")
+        return mapped
+    array = make()
+    with CacheFile(path) as file:
+        np.save(file, array)
+        file.keep()
+    mapped = np.load(path, mmap_mode="r")
+    return mapped
 
 
 def identity(path: str) -> str:
@@ -62,7 +141,33 @@ def identity(path: str) -> str:
 
 
 def _is_copy(path: str) -> bool:
-    return Path(path).parent == cache_folder() / "files"
+    return Path(path).parent == cache_folder("files")
+
+
+def patiently(url: str, attempt: Callable[[], T]) -> T:
+    """What `attempt` returns, which is made again, after a wait, where it raises an OSError.
+
+    Raises:
+        OSError: every attempt failed, or did so less than RETRY_AFTER seconds ago.
+    """
+    since, reason = _failed.get(url, (-math.inf, ""))
+    if time.monotonic() - since < RETRY_AFTER:
+        raise OSError(errno.EIO, reason, url)
+    wait = FIRST_WAIT
+    for number in range(1, ATTEMPTS + 1):
+        try:
+            result = attempt()
+        except OSError as error:
+            reason = error.strerror or str(error)
+            log.warning("%s cannot be read (%s), attempt %d of %d", url, reason, number, ATTEMPTS)
+        else:
+            _failed.pop(url, None)
+            return result
+        if number < ATTEMPTS:
+            time.sleep(wait)
+            wait *= 2
+    _failed[url] = time.monotonic(), reason
+    raise OSError(errno.EIO, reason, url)
 
 
 def local_file(url: str) -> tuple[str, bool]:
@@ -71,68 +176,43 @@ def local_file(url: str) -> tuple[str, bool]:
     A compressed file that is cut off gives what comes before the cut.
 
     Raises:
-        BadSample: shard_missing, after several attempts.
+        OSError: it cannot be read; another attempt may do (see `patiently`).
     """
-    wait = FIRST_WAIT
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            return _local_file(url)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            log.warning("%s cannot be read (%s), attempt %d of %d", url, reason, attempt, ATTEMPTS)
-        if attempt < ATTEMPTS:
-            time.sleep(wait)
-            wait *= 2
-    raise BadSample("shard_missing", f"{url}: {reason}")
-
-
-def _local_file(url: str) -> tuple[str, bool]:
     if not is_remote(url) and not url.endswith(PACKED):
         if not Path(url).is_file():
-            raise FileNotFoundError(2, "no such file", url)
+            raise FileNotFoundError(errno.ENOENT, "no such file", url)
         return url, True
-    copy = cache_folder() / "files" / identity(url)
+    copy = cache_folder("files") / identity(url)
     cut = copy.with_name(copy.name + ".cut")
     for path in (copy, cut):
         if path.exists():
             with suppress(OSError):
                 os.utime(path)  # in use
             return str(path), path is copy
-    copy.parent.mkdir(exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=copy.parent, prefix=".", delete=False) as file:
-        temporary = Path(file.name)
-        try:
-            with _opened(url) as stream:
-                whole = _copy(stream, file, url)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    target = copy if whole else cut
-    temporary.replace(target)
+    with CacheFile(copy) as file:
+        with _opened(url) as stream:
+            whole = _copy(stream, file, url)
+        target = copy if whole else cut
+        file.keep(target)
     _prune(copy.parent, keep=target)
     return str(target), whole
 
 
-def _copy(stream: IO[bytes], file: IO[bytes], url: str) -> bool:
+def _copy(stream: IO[bytes], file: CacheFile, url: str) -> bool:
     """Whether the stream ended as it should."""
     while True:
         try:
             # A compressed stream's read() would lose what it holds when it meets the cut, its read1() does not.
             chunk = stream.read1(_CHUNK) if hasattr(stream, "read1") else stream.read(_CHUNK)
         except (EOFError, OSError, zlib.error) as error:
-            if not url.endswith(PACKED) or is_remote(url):
-                raise OSError(5, str(error), url) from None
+            # What the disk says has a number, what the decompressor says has none.
+            if not url.endswith(PACKED) or is_remote(url) or getattr(error, "errno", None) is not None:
+                raise OSError(errno.EIO, str(error), url) from None
             log.warning("%s: %s: the lines before the cut are used", url, error)
             return False
         if not chunk:
             return True
-        try:
-            file.write(chunk)
-        except OSError as error:  # not the archive's fault: it must not be taken for a cut one
-            raise UserError(
-                f"{url} cannot be copied to {file.name} ({error.strerror}): make room, or set SPHINX_CACHE to "
-                "another folder"
-            ) from None
+        file.write(chunk)
 
 
 @contextmanager
@@ -149,7 +229,7 @@ def _opened(url: str) -> Iterator[IO[bytes]]:
             assert process.stdout is not None
             yield process.stdout
         if process.returncode:
-            raise OSError(5, f"the command ended with status {process.returncode}", url)
+            raise OSError(errno.EIO, f"the command ended with status {process.returncode}", url)
     elif is_remote(url):
         import fsspec
 
@@ -163,9 +243,9 @@ def _opened(url: str) -> Iterator[IO[bytes]]:
         except OSError:
             raise
         except Exception as error:  # the file systems behind fsspec have exceptions of their own
-            if isinstance(error, UserError | BadSample):
+            if isinstance(error, UserError):
                 raise
-            raise OSError(5, f"{type(error).__name__}: {error}", url) from None
+            raise OSError(errno.EIO, f"{type(error).__name__}: {error}", url) from None
     else:
         with Path(url).open("rb") as stream, _unpacked(stream, packing) as plain:
             yield plain
@@ -195,20 +275,30 @@ def _prune(folder: Path, keep: Path) -> None:
     for _, size, path in sorted(files):
         if total <= bound:
             break
-        if path != keep and not path.name.startswith(".") and not _is_held(path):
-            path.unlink(missing_ok=True)
+        if path != keep and not path.name.startswith(".") and _deleted(path):
             total -= size
 
 
 class Hold:
-    """Keeps a copy in the cache as long as it exists: a shared lock, which other processes see too."""
+    """Keeps a copy in the cache as long as it exists: a shared lock, which other processes see too.
+
+    Raises:
+        OSError: the copy has just been deleted.
+    """
 
     def __init__(self, path: str) -> None:
         self._path = path
-        if _is_copy(path):  # nothing deletes other files
-            self._handle = os.open(path, os.O_RDONLY)
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(self._handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        if not _is_copy(path):  # nothing deletes other files
+            return
+        self._handle = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise  # it is being deleted
+        except OSError:
+            pass  # a file system without locks
+        if os.fstat(self._handle).st_nlink == 0:
+            raise FileNotFoundError(errno.ENOENT, "deleted from the cache", path)
 
     def __reduce__(self) -> tuple[type[Hold], tuple[str]]:
         return Hold, (self._path,)
@@ -218,46 +308,62 @@ class Hold:
             os.close(self._handle)
 
 
-def _is_held(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+def _deleted(path: Path) -> bool:
+    """Whether it could be deleted, which nobody may hold; under the lock, so that nobody takes hold meanwhile."""
+    with suppress(OSError), path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
         return True
     return False
 
 
 class _Handles(threading.local):
-    """A thread's open files by path, the one used last at the end."""
+    """A thread's open files by URL, the one used last at the end."""
 
     LIMIT = 64
 
     def __init__(self) -> None:
         self.opened: OrderedDict[str, int] = OrderedDict()
 
-    def get(self, path: str) -> int:
-        handle = self.opened.get(path)
+    def get(self, url: str) -> int:
+        handle = self.opened.get(url)
         if handle is not None and os.fstat(handle).st_nlink == 0:  # deleted; if another has its name, that one is meant
             with suppress(OSError):
-                self.opened[path] = os.open(path, os.O_RDONLY)
+                self.opened[url] = self._open(url)
                 os.close(handle)
         elif handle is None:
-            self.opened[path] = os.open(path, os.O_RDONLY)
+            self.opened[url] = self._open(url)
             if len(self.opened) > self.LIMIT:
                 os.close(self.opened.popitem(last=False)[1])
-        self.opened.move_to_end(path)
-        return self.opened[path]
+        self.opened.move_to_end(url)
+        return self.opened[url]
+
+    def _open(self, url: str) -> int:
+        return os.open(local_file(url)[0] if is_remote(url) else url, os.O_RDONLY)
+
+    def drop(self, url: str) -> None:
+        if (handle := self.opened.pop(url, None)) is not None:
+            os.close(handle)
 
 
 _HANDLES = _Handles()
 
 
-def read_span(path: str, offset: int, size: int) -> bytes:
-    """`size` bytes of a file at `offset`, fewer where it ends before. Files stay open for the next call.
+def read_span(url: str, offset: int, size: int) -> bytes:
+    """`size` bytes at `offset` of a file or of the copy of a URL, fewer where it ends before.
 
-    `pread` has no file position, so a forked worker may go on with its parent's handles.
+    Files stay open for the next call. `pread` has no file position, so a forked worker may go on with its parent's
+    handles.
 
     Raises:
-        OSError
+        OSError: after several attempts.
     """
-    return os.pread(_HANDLES.get(path), size, offset)
+
+    def attempt() -> bytes:
+        try:
+            return os.pread(_HANDLES.get(url), size, offset)
+        except OSError:
+            _HANDLES.drop(url)  # a handle can go stale
+            raise
+
+    return patiently(url, attempt)

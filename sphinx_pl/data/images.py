@@ -12,7 +12,7 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.files import is_remote, local_file, read_span
+from sphinx_pl.data.files import read_span
 from sphinx_pl.data.record import ImageRef
 
 PAD_COLOUR = (122, 116, 104)
@@ -58,7 +58,7 @@ def read_bytes(ref: ImageRef, limit: int | None = None) -> bytes:
     wanted = size if limit is None else min(size, limit)
     try:
         if ref.size >= 0:  # a shard, named by the configuration: it may be a URL, and is read from again
-            data = read_span(local_file(ref.path)[0] if is_remote(ref.path) else ref.path, ref.offset, wanted)
+            data = read_span(ref.path, ref.offset, wanted)
         else:
             # An annotation file can name anything: a device or a pipe would never end.
             if Path(ref.path).exists() and not Path(ref.path).is_file():

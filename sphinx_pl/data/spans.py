@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from sphinx_pl.data.files import cache_folder, identity
-from sphinx_pl.files import whole_file
+from sphinx_pl.data.files import cached_array, identity
 
 Spans = npt.NDArray[np.int64]
 """[n, 2]: offset and size in bytes."""
@@ -35,17 +34,12 @@ def entry_spans(path: str) -> tuple[Spans, bool]:
     A file that begins with `[` is a JSON list (not whole: it is not closed), any other has an entry in each line that
     is not blank. An item of a list is what stands between two of its commas, valid or not: that shows when it is read.
     """
-    listed = is_list(path)
-    cached = cache_folder() / "spans" / f"{identity(path)}.npy"
-    # The last row is no span: (1 if the file is whole, 0).
-    try:
-        table: Spans = np.load(cached, mmap_mode="r")
-    except (OSError, ValueError):
-        found, whole = _list_spans(path) if listed else (_line_spans(path), True)
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(cached) as temporary, temporary.open("wb") as file:
-            np.save(file, np.concatenate([found, [[int(whole), 0]]]))
-        table = np.load(cached, mmap_mode="r")
+
+    def make() -> Spans:
+        found, whole = _list_spans(path) if is_list(path) else (_line_spans(path), True)
+        return np.concatenate([found, [[int(whole), 0]]])  # the last row is no span
+
+    table = cached_array(identity(path), make)
     return table[:-1], bool(table[-1, 0])
 
 

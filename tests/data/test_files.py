@@ -75,7 +75,7 @@ def test_shards_of_a_command_and_of_a_file_system(sample_data: Path, tmp_path: P
     assert (load_image(there.record(3).images[0], 32) == load_image(here.record(3).images[0], 32)).all()
     assert there.record(3).key == here.record(3).key == ImageTextSource("x", piped).record(3).key
     # Each shard was fetched once.
-    fetched = {path.name for path in (cache_folder() / "files").iterdir()}
+    fetched = {path.name for path in cache_folder("files").iterdir()}
     assert len(fetched) == 2 * len(shards)
 
 
@@ -98,16 +98,18 @@ def test_several_attempts_then_counted(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(files.time, "sleep", waits.append)
     # Fails twice, then works.
     count = tmp_path / "count"
-    command = f"pipe:echo x >> {count}; test $(wc -l < {count}) -ge 3 && echo content"
-    path, whole = local_file(command)
-    assert whole
-    assert Path(path).read_text() == "content\n"
+    command = f"""pipe:echo x >> {count}; test $(wc -l < {count}) -ge 3 && echo '{{"text": "a"}}'"""
+    assert answers("text", command) == ["a"]
     assert waits == [0.5, 1.0]
     with pytest.raises(BadSample, match=r"shard_missing: pipe:exit 3: the command ended with status 3"):
-        local_file("pipe:exit 3")
+        build_source("text", "x", "pipe:exit 3").open(0)
+    gone = tmp_path / "gone.jsonl"
+    gone.write_text("{}")
+    source = build_source("text", "x", str(gone))
+    gone.unlink()
     with pytest.raises(BadSample, match="shard_missing"):
-        local_file(str(tmp_path / "nowhere.tar"))
-    left = [path.name for path in (cache_folder() / "files").iterdir()]
+        source.open(0)
+    left = [path.name for path in cache_folder("files").iterdir()]
     assert not any(name.startswith(".") for name in left)  # nothing half-written
 
 

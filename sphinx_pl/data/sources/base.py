@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.files import is_remote
+from sphinx_pl.data.files import is_remote, patiently
 from sphinx_pl.data.record import Record
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.registry import Registry
@@ -67,13 +67,21 @@ class Source(ABC):
         self.urls = expand_paths(name, path)
         self.shard_names = short_names(self.urls)
 
-    @abstractmethod
     def open(self, number: int) -> Shard:
         """Shard `number`.
 
         Raises:
-            BadSample: it cannot be read.
+            BadSample: it cannot be read: shard_missing, after several attempts, or what is wrong with it.
         """
+        url = self.urls[number]
+        try:
+            return patiently(url, lambda: self._open(number))
+        except OSError as error:
+            raise BadSample("shard_missing", f"{url}: {error.strerror}") from None
+
+    @abstractmethod
+    def _open(self, number: int) -> Shard:
+        """As `open`, but an OSError means that another attempt may do."""
 
     def count(self, number: int) -> int | None:
         """How many records shard `number` has, where that is known without opening it."""

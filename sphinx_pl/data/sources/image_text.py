@@ -50,7 +50,7 @@ class ImageTextSource(Source):
         self.task = TASKS[task].name
         self.filters = build(PairFilters, filters or {}, f"data.sources.{name}.filters")
 
-    def open(self, number: int) -> Shard:
+    def _open(self, number: int) -> Shard:
         return _TarShard(self, self.urls[number], self.shard_names[number])
 
     def count(self, number: int) -> int | None:

@@ -8,6 +8,7 @@ import zlib
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,13 @@ import numpy.typing as npt
 
 from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.entries import to_record
-from sphinx_pl.data.files import Hold, cache_folder, identity, is_remote, local_file
+from sphinx_pl.data.files import Hold, cached_array, identity, is_remote, local_file
 from sphinx_pl.data.record import Record
 from sphinx_pl.data.sources.annotation import json_object, read
 from sphinx_pl.data.sources.base import SOURCES, Shard, Source
 from sphinx_pl.data.spans import entry_spans, is_list
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.errors import UserError
-from sphinx_pl.files import whole_file
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class InstructionSource(Source):
         self.where = dict(where or {})
         self.ratio = ratio
 
-    def open(self, number: int) -> Shard:
+    def _open(self, number: int) -> Shard:
         return _InstructionShard(self, self.urls[number], self.shard_names[number])
 
     def _hint(self) -> str:
@@ -79,6 +79,7 @@ class _InstructionShard(Shard):
         self._hold = Hold(self.path)
         if url.endswith((".json", ".json.gz", ".json.zst")) and not is_list(self.path):
             raise UserError(f"source '{source.name}': {url} is not a JSON list of entries: see docs/configuration.md")
+        self._identity = identity(self.path)
         self.spans, closed = entry_spans(self.path)
         if not (whole and closed):
             log.warning("%s is cut off: the entries before the cut are used", url)
@@ -104,19 +105,15 @@ class _InstructionShard(Shard):
         offset, size = self.spans[row].tolist()
         return json_object(read(self.path, offset, size, key), key)
 
-    @property
+    @cached_property
     def _image_hashes(self) -> Rows:
         """Of each entry a number for its images, 0 without any; made once, since it means to read everything."""
-        cached = cache_folder() / "spans" / f"{identity(self.path)}-images.npy"
-        if not hasattr(self, "_hashes"):
-            try:
-                self._hashes: Rows = np.load(cached, mmap_mode="r")
-            except (OSError, ValueError):
-                found = array("q", (self._image_hash(row) for row in range(len(self.spans))))
-                with whole_file(cached) as temporary, temporary.open("wb") as file:
-                    np.save(file, np.asarray(found, dtype=np.int64))
-                self._hashes = np.load(cached, mmap_mode="r")
-        return self._hashes
+
+        def make() -> Rows:
+            found = array("q", (self._image_hash(row) for row in range(len(self.spans))))
+            return np.asarray(found, dtype=np.int64)
+
+        return cached_array(f"{self._identity}-images", make)
 
     def _image_hash(self, row: int) -> int:
         try:

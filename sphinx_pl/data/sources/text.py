@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import logging
+import zlib
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.files import Hold, cache_folder, identity, is_remote, local_file
+from sphinx_pl.data.files import CacheFile, Hold, cache_folder, cached_array, identity, is_remote, local_file
 from sphinx_pl.data.record import Record
 from sphinx_pl.data.sources.annotation import check_unicode, decoded, json_object, read
 from sphinx_pl.data.sources.base import SOURCES, Shard, Source
 from sphinx_pl.data.spans import Spans, entry_spans
 from sphinx_pl.data.tasks import TASKS
-from sphinx_pl.files import whole_file
 
 log = logging.getLogger(__name__)
 
@@ -35,19 +35,18 @@ class TextSource(Source):
         self.task = TASKS[task].name
         self.column = column
 
-    def open(self, number: int) -> Shard:
+    def _open(self, number: int) -> Shard:
         return _TextShard(self, self.urls[number], self.shard_names[number])
 
     def count(self, number: int) -> int | None:
         url = self.urls[number]
         if is_remote(url) or not url.endswith(".parquet"):
             return None
-        import pyarrow
         import pyarrow.parquet
 
         try:
             return int(pyarrow.parquet.read_metadata(url).num_rows)
-        except (OSError, pyarrow.ArrowException):
+        except Exception:  # damaged files make pyarrow raise nearly anything
             return None
 
 
@@ -94,28 +93,39 @@ def _column(path: str, column: str) -> tuple[str, Spans]:
     Raises:
         BadSample: shard_unreadable, column_absent.
     """
+    # A column's name may hold anything.
+    name = f"{identity(path)}-{zlib.crc32(column.encode('utf-8', 'surrogatepass')):08x}"
+    texts = cache_folder("files") / name
+
+    def make() -> Spans:
+        ends = array("q", [0])
+        with CacheFile(texts) as file:
+            for value in _values(path, column):
+                ends.append(ends[-1] + file.write(value))
+            file.keep()
+        return np.asarray(ends, dtype=np.int64)
+
+    ends = cached_array(name, make)
+    if not texts.exists():  # deleted from the cache; the index was not
+        make()
+    return str(texts), np.stack([ends[:-1], np.diff(ends)], axis=1)
+
+
+def _values(path: str, column: str) -> Iterator[bytes]:
     import pyarrow
     import pyarrow.parquet
 
-    texts = cache_folder() / "files" / f"{identity(path)}-{column}"
-    ends_file = texts.with_name(texts.name + ".npy")
-    if not (texts.exists() and ends_file.exists()):
-        texts.parent.mkdir(exist_ok=True)
-        ends = array("q", [0])
-        try:
-            with pyarrow.parquet.ParquetFile(path) as table, whole_file(texts) as temporary:
-                if column not in table.schema_arrow.names:
-                    raise BadSample("column_absent", f"{path} has no column '{column}': {table.schema_arrow.names}")
-                with temporary.open("wb") as file:
-                    for batch in table.iter_batches(batch_size=1024, columns=[column]):
-                        for value in batch.column(0).cast(pyarrow.binary()):
-                            ends.append(ends[-1] + file.write(value.as_py() or b""))
-                with whole_file(ends_file) as temporary_ends, temporary_ends.open("wb") as file:
-                    np.save(file, np.asarray(ends, dtype=np.int64))
-        except (OSError, pyarrow.ArrowException) as error:
-            raise BadSample("shard_unreadable", f"{path}: {error}") from None
-    edges = np.load(ends_file, mmap_mode="r")
-    return str(texts), np.stack([edges[:-1], np.diff(edges)], axis=1)
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            if column not in table.schema_arrow.names:
+                raise BadSample("column_absent", f"{path} has no column '{column}': {table.schema_arrow.names}")
+            for batch in table.iter_batches(batch_size=1024, columns=[column]):
+                for value in batch.column(0).cast(pyarrow.binary()):
+                    yield value.as_py() or b""
+    except (BadSample, GeneratorExit):
+        raise
+    except Exception as error:  # as above
+        raise BadSample("shard_unreadable", f"{path}: {error}") from None
 
 
 SOURCES.register("text", TextSource)
