@@ -24,12 +24,12 @@ import yaml
 from rich.console import Console
 
 from sphinx_pl.data.bad import BadSample
+from sphinx_pl.data.drawing import GIVEN, PREDICTED, TRUE, draw, to_picture
 from sphinx_pl.data.geometry import Geometry
 from sphinx_pl.data.images import load_image
 from sphinx_pl.data.record import ImageRef
 from sphinx_pl.errors import UserError
 from sphinx_pl.evaluation.charts import Series, interval_bar, line_chart, smooth
-from sphinx_pl.evaluation.drawing import GIVEN, PREDICTED, TRUE, draw, to_picture
 from sphinx_pl.files import write_whole
 
 log = logging.getLogger(__name__)
