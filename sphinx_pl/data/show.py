@@ -103,7 +103,7 @@ def build_page(
     limit = max(PICTURE_BYTES // n, 16_000)
     notices = [*notices, *_problems(planner, shown, data.max_skipped)]
     sections = [
-        ("totals", "What a step is made of", _totals(plans, data.packing.weighting, colours)),
+        ("totals", "What training reads", _totals(plans, data.packing.weighting, colours)),
         ("left-out", "What was left out", _left_out(planner, decoded)),
         ("packing", "Packing", _packing(plans, shown, data.packing.row_length, colours)),
         ("samples", "Samples", _samples(shown, data.processor, grid, limit, colours)),
@@ -221,7 +221,7 @@ def _totals(plans: Sequence[MicroPlan], weighting: str, colours: dict[str, str])
 
     rows = [["<b>all</b>", "", *cells((c for tasks in sums.values() for c in tasks.values()), whole_loss)]]
     for source, tasks_of in sorted(sums.items()):
-        key = f'<span class=key style="--k:{colours[source]}">{visible(source)}</span>'
+        key = f'<span class="key full" style="--k:{colours[source]}">{visible(source)}</span>'
         names = sorted(tasks_of)
         total = sum(loss[source, task] for task in names)
         rows.append([key, escape(names[0]) if len(names) == 1 else "", *cells(tasks_of.values(), total)])
@@ -248,36 +248,31 @@ def _left_out(planner: Planner, decoded: Counter[str]) -> str:
                 examples[f"{name}/{counter}"] += details
     rows = []
     for name in sorted(planner.mixture.streams):
-        seen = counts[f"{name}/seen"]
-        rows.append([f"<b>{visible(name)}</b>", "records read", f"{seen:,}", "", ""])
-        found = {
-            key: n for key, n in sorted(counts.items()) if key.startswith(f"{name}/") and key.count("/") == 2 and n
-        }
-        for key, number in found.items():
-            _, how, reason = key.split("/", 2)
-            example = "; ".join(examples[key][:2])
-            rows.append(
-                ["", f"{escape(how)}: {visible(reason)}", f"{number:,}", _percent(number, seen), _short(example)]
-            )
+        found = []
+        for key, number in sorted(counts.items()):
+            source, how, reason = [*key.split("/", 2), ""][:3]
+            if source == name and reason and number:
+                found.append((f"{how}: {reason}", number, _short("; ".join(examples[key][:2]))))
         for key, number in sorted(decoded.items()):
             _, source, reason = key.split("/", 2)
             if source == name:
-                what = f"decoded, then masked: {visible(reason)}"
-                rows.append(["", what, f"{number:,}", "", "marked among the samples, if it is one of them"])
-    head = ["source", "what", "records", "", "for example"]
+                found.append((f"decoded, then masked: {reason}", number, "<small>marked among the samples</small>"))
+        seen = counts[f"{name}/seen"]
+        begin = [f"<b>{visible(name)}</b>", f"{seen:,}"]
+        for what, number, example in found or [("nothing", 0, "")]:
+            share = [f"{number:,}", f"{number / seen:.1%}" if seen else ""] if number else ["", ""]
+            rows.append([*begin, visible(what), *share, example])
+            begin = ["", ""]
+    head = ["source", "records read", "left out", "records", "", "for example"]
     return (
-        "<p>Skipped: broken or unusable. Filtered: sound, but the source's filters do not want it. Capped: enough of "
+        "<p>Skipped: broken or unusable. Filtered: sound, but the source’s filters do not want it. Capped: enough of "
         "its task in this epoch. Images are decoded only for the samples below, so broken ones show only there.</p>"
-        + table(head, rows, {2, 3})
+        + table(head, rows, {1, 3, 4})
     )
 
 
 def _short(text: str, limit: int = 240) -> str:
     return f"<small>{visible(text[:limit])}{'…' if len(text) > limit else ''}</small>" if text else ""
-
-
-def _percent(part: int, whole: int) -> str:
-    return f"{part / whole:.1%}" if whole else ""
 
 
 def _count(number: int, noun: str) -> str:
@@ -340,7 +335,8 @@ def _bar(name: str, row: Sequence[Sample], length: int, numbers: dict[int, int],
     used = sum(sample.length for sample in row)
     if used < length:
         pieces.append(f'<span class=pad style="flex:{length - used}" title="{length - used} of padding"></span>')
-    return f"<div class=row><small>{name}</small><div class=bar>{''.join(pieces)}</div><small>{used / length:.0%}</small></div>"
+    bar, share = "".join(pieces), f"{used / length:.0%}"
+    return f"<div class=row><small>{name}</small><div class=bar>{bar}</div><small>{share}</small></div>"
 
 
 # --- samples
@@ -528,7 +524,7 @@ h2{margin-top:3rem}p.lead{max-width:52rem}
 .notice{max-width:52rem;border-left:4px solid var(--bad);padding:.3rem .8rem;background:var(--card);color:var(--bad)}
 .legend{max-width:none;font-size:.88rem;display:flex;flex-wrap:wrap;align-items:center;gap:.2rem .7rem;
 font-family:system-ui,"Segoe UI",Helvetica,Arial,sans-serif}
-.full::before{background:var(--k)}.key{overflow-wrap:anywhere}
+.full::before{background:var(--k)}.key{overflow-wrap:anywhere;padding-left:1.5em}
 td .key{margin:0}td small{white-space:normal;overflow-wrap:anywhere}td:last-child{min-width:12rem}
 #totals td:last-child{min-width:0}
 .row{display:grid;grid-template-columns:3.4rem 1fr 2.8rem;gap:.5rem;align-items:center;margin:.15rem 0}
@@ -545,7 +541,7 @@ article{padding:.7rem .9rem .9rem;scroll-margin-top:1rem}article:target{outline:
 article p{max-width:none}.where{flex-wrap:wrap;gap:.1rem 1.2rem;margin:.2rem 0 .3rem;overflow-wrap:anywhere}
 .where b{color:var(--ink)}
 .sides{display:grid;grid-template-columns:minmax(9rem,24rem) minmax(0,1fr);gap:1.1rem;align-items:start}
-.pictures figure{margin:0 0 .7rem}figcaption{margin-top:.2rem}
+.pictures figure{margin:0 0 .7rem}figcaption{margin-top:.2rem;font-size:.8rem}
 .canvas{position:relative;display:block;width:fit-content;max-width:100%;cursor:zoom-in}
 .canvas input{position:absolute;opacity:0}.canvas:focus-within{outline:2px solid var(--c0)}
 .canvas img{display:block;max-width:100%;height:auto;image-rendering:auto}
