@@ -123,16 +123,13 @@ def train(cfg: DictConfig) -> float | None:
     from hydra.utils import get_class, instantiate
 
     from sphinx_pl.data.datamodule import DataModule
-    from sphinx_pl.data.processor import Processor
     from sphinx_pl.models.config import SphinxConfig
 
     quiet_known_warnings()
     folder = Path(HydraConfig.get().runtime.output_dir)
     model = SphinxConfig.from_dict(cfg.model)
     values: dict[str, Any] = OmegaConf.to_container(cfg.data, resolve=True)  # type: ignore[assignment]
-    processor = Processor.from_dict(values["processor"], values["tokenizer"], model)
-    keys = ("packing", "mixing", "augment", "workers", "seed", "val_samples", "max_skipped", "sources", "val_sources")
-    datamodule = DataModule(processor, **{key: values[key] for key in keys})
+    datamodule = DataModule.from_config(values, model)
     resume = checkpoint_to_resume(cfg, folder, model)
 
     L.seed_everything(cfg.seed, verbose=False)
@@ -152,7 +149,7 @@ def train(cfg: DictConfig) -> float | None:
         logger=[instantiate(entry) for entry in cfg.logger.values() if entry],
     )
     # Whatever can be found wrong is found before an older run is replaced.
-    stage.check(processor)
+    stage.check(datamodule.processor)
     datamodule.check(text_required=cfg.stage.text_required)
     prepare_run_folder(cfg, folder, resume)
     if resume is None:

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from sphinx_pl.data.bad import BadSample
+from sphinx_pl.data.drawing import draw, to_picture
 from sphinx_pl.data.images import load_image
 from sphinx_pl.data.mixture import SourceConfig
 from sphinx_pl.data.processor import Processor
@@ -22,7 +23,6 @@ from sphinx_pl.data.record import Record
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.errors import UserError
 from sphinx_pl.evaluation.benchmarks import Prediction, evaluate
-from sphinx_pl.evaluation.drawing import draw, to_picture
 from sphinx_pl.files import write_whole
 from sphinx_pl.stages import Stage
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from PIL import Image
 from rich.console import Console
 
+from sphinx_pl.data.drawing import draw
 from sphinx_pl.data.geometry import padded_frame
 from sphinx_pl.data.images import padded_resize
 from sphinx_pl.errors import UserError
-from sphinx_pl.evaluation.drawing import draw
 from sphinx_pl.files import write_whole
 from sphinx_pl.inference import Assistant, Dialog, open_picture
 from sphinx_pl.models.generation import GenerationConfig

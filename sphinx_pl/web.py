@@ -26,12 +26,12 @@ from typing import Any, NoReturn
 from PIL import Image
 
 from sphinx_pl.data.bad import BadSample
+from sphinx_pl.data.drawing import GIVEN, PALETTE, limbs
 from sphinx_pl.data.geometry import COCO_KEYPOINTS, Geometry, Grounded, Piece, Size, point_to_pixels, to_pixels
 from sphinx_pl.data.images import decode, padded_resize
 from sphinx_pl.data.record import Turn
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.errors import UserError
-from sphinx_pl.evaluation.drawing import GIVEN, PALETTE, limbs
 from sphinx_pl.inference import Assistant, Dialog, open_picture
 from sphinx_pl.models.generation import GenerationConfig
 from sphinx_pl.segment import Segmenter

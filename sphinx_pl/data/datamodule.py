@@ -280,6 +280,13 @@ class DataModule(L.LightningDataModule):
         self._resume: dict[str, Any] | None = None
         self._train_loader: TrainLoader | None = None
 
+    @classmethod
+    def from_config(cls, values: dict[str, Any], model: Any) -> DataModule:
+        """From the resolved `data` section and a model config, of which `Processor.from_dict` says what is read."""
+        processor = Processor.from_dict(values["processor"], values["tokenizer"], model)
+        keys = ("packing", "mixing", "augment", "workers", "seed", "val_samples", "max_skipped")
+        return cls(processor, **{key: values[key] for key in ("sources", "val_sources", *keys)})
+
     @property
     def val_names(self) -> list[str]:
         return list(self.val_sources)

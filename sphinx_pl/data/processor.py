@@ -112,7 +112,7 @@ class Processor:
         """
         turns = self._place(TASKS[record.task].turns(record, self.geometry, rng), record)
         seen = self._seen(self.sizes(record.images))
-        slots = self._slots(len(record.images), seen)
+        slots = self.slots(len(record.images), seen)
         ids, supervised = self._tokens(render(turns, self.config.system), record, slots)
         budget = self.config.max_length
         rest: list[int] = []
@@ -145,7 +145,7 @@ class Processor:
         turns = TASKS[record.task].turns(record, self.geometry, None)
         seen = self._seen(self.sizes(record.images) if sizes is None else sizes)
         rendered = render(self._place(turns, record), self.config.system, open_ended=True)
-        ids, _ = self._tokens(rendered, record, self._slots(len(record.images), seen))
+        ids, _ = self._tokens(rendered, record, self.slots(len(record.images), seen))
         return PromptSample(ids, record.images, seen)
 
     def sizes(self, images: Sequence[ImageRef]) -> tuple[Size, ...]:
@@ -162,7 +162,7 @@ class Processor:
         grid = math.isqrt(len(self.view_tokens) - 1)
         return tuple(seen_views(size, self.image_size, grid) for size in sizes)
 
-    def _slots(self, images: int, seen: Sequence[Sequence[bool]]) -> list[int]:
+    def slots(self, images: int, seen: Sequence[Sequence[bool]]) -> list[int]:
         """How many visual tokens each of so many images has."""
         if not self.view_tokens:
             return [self.tokens_per_image] * images

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 # From so many shards a lane on, shards are dealt; below it the lanes' parts would differ too much.
 _SHARDS_A_LANE = 8
 
+EXAMPLES = 3
+"""Of what was left out, kept for each reason."""
+
 # Opens the next block's shards (an index, perhaps a download) while the present one is being read.
 _OPENER = ThreadPoolExecutor(1, thread_name_prefix="open-shards")
 
@@ -73,6 +76,8 @@ class SourceStream:
         """seen, samples, tokens, targets, images, skipped/<reason>, filtered/<reason>, capped/<task>."""
         self.left_out: Counter[str] = Counter()
         """What was unreadable when shards were opened: reason -> count."""
+        self.examples: dict[str, list[str]] = {}
+        """A counter's name -> the first few that it counted, in words. Of this process, not a part of the place."""
         self.epoch = 0
         self.block = 0
         self.position = 0
@@ -212,6 +217,8 @@ class SourceStream:
                 samples += self.processor.samples(record, self.name, self._rng(record.key))
             except BadSample as bad:
                 self.counts[bad.counter] += 1
+                if len(examples := self.examples.setdefault(bad.counter, [])) < EXAMPLES:
+                    examples.append(bad.detail)
         merged = merge_branches(samples, self.max_length)
         self._count(merged)
         if self.position >= len(self._units):

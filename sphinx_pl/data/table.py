@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rich.table import Table
 
 from sphinx_pl.data.datamodule import DataModule
-from sphinx_pl.data.mixture import Mixture, SourceConfig
+from sphinx_pl.data.mixture import Group, Mixture, SourceConfig
 from sphinx_pl.data.sources import expand_paths
 from sphinx_pl.data.stream import SourceStream
 from sphinx_pl.errors import UserError
@@ -77,7 +78,7 @@ def _line(name: str, stream: SourceStream, share: float, probe: int) -> Line:
     )
 
 
-def missing(configs: dict[str, SourceConfig]) -> dict[str, str]:
+def missing(configs: Mapping[str, SourceConfig]) -> dict[str, str]:
     """Source -> why its files cannot be read, for those whose files are not there."""
     found = {}
     for name, config in configs.items():
@@ -88,7 +89,7 @@ def missing(configs: dict[str, SourceConfig]) -> dict[str, str]:
     return found
 
 
-def table(found: list[Line], unit: str, row_length: int, rows: int, steps: int) -> Table:
+def expectations(found: list[Line], unit: str, row_length: int, rows: int, steps: int) -> Table:
     """The lines with their sums, and what a run of so many steps makes of them.
 
     Args:
@@ -126,12 +127,18 @@ def table(found: list[Line], unit: str, row_length: int, rows: int, steps: int) 
     return result
 
 
-def plan(configs: dict[str, SourceConfig], shares: dict[str, float], absent: dict[str, str]) -> Table:
-    """What the configuration alone says of the sources, for when some are not there."""
+def plan(group: Group, absent: Mapping[str, str]) -> Table:
+    """What the configuration alone says of the sources, for when some are not there.
+
+    Args:
+        absent: source -> why, as `missing` says.
+    """
     result = Table(title="The mixture, without reading it")
-    for column in ("source", "kind", "modality", "share", "files"):
+    for column in ("source", "kind", "modality", "share", "path", "files"):
         result.add_column(column, overflow="fold")
-    for name, config in configs.items():
-        share = f"{shares[name]:.1%}" if name in shares else "by size"
-        result.add_row(name, config.kind, config.modality, share, "MISSING" if name in absent else "found")
+    shares = {} if group.needs_sizes else group.shares({})
+    for name, config in group.leaves():
+        share = f"{shares.get(name, 0):.1%}" if shares else "by size"
+        path = config.path if isinstance(config.path, str) else ", ".join(config.path)
+        result.add_row(name, config.kind, config.modality, share, path, "MISSING" if name in absent else "found")
     return result

@@ -50,3 +50,12 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         text: str = self._model.DecodeIds([i for i in ids if 0 <= i < self.vocab_size])
         return text
+
+    def piece(self, id: int) -> str | bytes:
+        """The text of one id, with the space that it begins with; the byte, of a character that is written in bytes."""
+        piece: str = self._model.IdToPiece(id)
+        return bytes([int(piece[3:-1], 16)]) if self._model.IsByte(id) else piece.replace("\u2581", " ")
+
+    def is_special(self, id: int) -> bool:
+        """Whether it stands for no text: a mark such as `<s>`, or what is unknown."""
+        return bool(self._model.IsControl(id) or self._model.IsUnknown(id))

@@ -8,7 +8,6 @@ Everything is inline: styles, SVG charts, PNG pictures. An input that is missing
 from __future__ import annotations
 
 import argparse
-import base64
 import csv
 import datetime
 import io
@@ -24,13 +23,14 @@ import yaml
 from rich.console import Console
 
 from sphinx_pl.data.bad import BadSample
+from sphinx_pl.data.drawing import GIVEN, PREDICTED, TRUE, draw, to_picture
 from sphinx_pl.data.geometry import Geometry
 from sphinx_pl.data.images import load_image
 from sphinx_pl.data.record import ImageRef
 from sphinx_pl.errors import UserError
 from sphinx_pl.evaluation.charts import Series, interval_bar, line_chart, smooth
-from sphinx_pl.evaluation.drawing import GIVEN, PREDICTED, TRUE, draw, to_picture
 from sphinx_pl.files import write_whole
+from sphinx_pl.page import inline_png, page, table
 
 log = logging.getLogger(__name__)
 
@@ -188,12 +188,8 @@ def build(
     body = "".join(
         f'<section id="{anchor}"><h2>{heading}</h2>{content}</section>' for anchor, heading, content in sections
     )
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>'
-        f"<body><header><h1>{escape(title)}</h1>{_summary(runs, evaluations)}<nav>{links}</nav></header>"
-        f"<main>{body}</main><script>{_SCRIPT}</script></body></html>\n"
-    )
+    header = f"<h1>{escape(title)}</h1>{_summary(runs, evaluations)}<nav>{links}</nav>"
+    return page(title, header, body, _STYLE, _SCRIPT)
 
 
 def _summary(runs: Sequence[Run], evaluations: Sequence[Evaluation]) -> str:
@@ -220,12 +216,10 @@ def _summary(runs: Sequence[Run], evaluations: Sequence[Evaluation]) -> str:
             ]
         )
     head = ["run", "steps", "minutes", "tokens", "images", "last loss", "trained on"]
-    table = _table(head, rows, numbers={1, 2, 3, 4, 5})
+    overview = table(head, rows, numbers={1, 2, 3, 4, 5}) if rows else ""
     tested = sum(len(evaluation.predictions) for evaluation in evaluations)
     when = datetime.datetime.now(datetime.UTC).strftime("%d %B %Y")
-    return (
-        text + (table if rows else "") + f"<p class=note>{tested:,} held-out questions answered. Written on {when}.</p>"
-    )
+    return text + overview + f"<p class=note>{tested:,} held-out questions answered. Written on {when}.</p>"
 
 
 def _training(runs: Sequence[Run]) -> str:
@@ -309,7 +303,7 @@ def _language(runs: Sequence[Run]) -> str:
     return (
         "<p>Loss (nats per token) on held-out text without images, before and after each stage. "
         "“With” had text-only data in every optimizer step, “without” had none; both are the same run otherwise, and "
-        "one without may have been stopped early.</p>" + _table(head, rows, numbers={3, 4, 5, 6})
+        "one without may have been stopped early.</p>" + table(head, rows, numbers={3, 4, 5, 6})
     )
 
 
@@ -340,7 +334,7 @@ def _results(evaluations: Sequence[Evaluation]) -> str:
         head = ["task", "domain", "0 … 1", "score", "baseline", "n", "unparsed", "", "metric"]
         heading = f"<h3>{escape(evaluation.name)}</h3>" if len(evaluations) > 1 else ""
         checkpoint = escape("/".join(Path(str(evaluation.results.get("checkpoint", ""))).parts[-2:]))
-        blocks.append(f"{heading}<p class=note>Checkpoint {checkpoint}.</p>" + _table(head, rows, numbers={3, 4, 5, 6}))
+        blocks.append(f"{heading}<p class=note>Checkpoint {checkpoint}.</p>" + table(head, rows, numbers={3, 4, 5, 6}))
     if not blocks:
         return _missing("There are no results: run evaluate.py and give its folder with --evaluation.")
     metrics = {name: text for evaluation in evaluations for name, text in evaluation.results.get("metrics", {}).items()}
@@ -423,21 +417,8 @@ def _picture(prediction: dict[str, Any], size: int, geometry: Geometry) -> tuple
             geometry,
             prediction["question"],
         )
-        stream = io.BytesIO()
-        picture.save(stream, "PNG", optimize=True)
-        data = base64.b64encode(stream.getvalue()).decode()
-        html += f'<img alt="the image of the question" width={picture.width} src="data:image/png;base64,{data}">'
+        html += f'<img alt="the image of the question" width={picture.width} src="{inline_png(picture)}">'
     return html, lost
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: set[int]) -> str:
-    """A table of cells that are HTML already; the columns in `numbers` are set flush right."""
-
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "".join(f"<{tag}{' class=n' if i in numbers else ''}>{cell}</{tag}>" for i, cell in enumerate(cells))
-
-    body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
-    return f"<div class=scroll><table><thead><tr>{line(head, 'th')}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def _missing(sentence: str) -> str:
@@ -457,42 +438,14 @@ def _number(text: str | None) -> float | None:
 
 
 _STYLE = """
-:root{color-scheme:light dark;--paper:#fbfaf7;--ink:#22242a;--soft:#6b6f78;--line:#dedbd3;--card:#fff;
---up:#1a7f5a;--bad:#b5462f;--c0:#2b5f9e;--c1:#c9772b;--c2:#2f8f6b;--c3:#a8518f;--c4:#8a8f2a;--c5:#5c7fd1;--c6:#b5462f}
-@media(prefers-color-scheme:dark){:root{--paper:#16181c;--ink:#e4e2dc;--soft:#9a9da5;--line:#33363d;--card:#1e2126;
---up:#5fc99d;--bad:#e58a72;--c0:#7fb0ea;--c1:#e9a667;--c2:#6fceaa;--c3:#d68fc2;--c4:#c6ca6a;--c5:#9cb4f0;--c6:#e58a72}}
-*{box-sizing:border-box}
-body{margin:0 auto;padding:3rem 1.5rem 6rem;max-width:66rem;background:var(--paper);color:var(--ink);
-font:16px/1.6 Charter,"Bitstream Charter","Source Serif 4",Cambria,Georgia,serif}
-h1{font-size:2.5rem;line-height:1.1;margin:0 0 1rem;letter-spacing:-.015em;font-weight:600}
-h2{font-size:1.55rem;margin:4rem 0 .8rem;font-weight:600;letter-spacing:-.01em}
-h3{font-size:1.08rem;margin:2rem 0 .4rem;font-weight:600}
-p{max-width:44rem;margin:.5rem 0 1rem}.lead{font-size:1.15rem}.note,.missing,small,figcaption{color:var(--soft)}
-.missing{font-style:italic}small{font-size:.8em}
-nav{display:flex;flex-wrap:wrap;gap:.4rem 1.4rem;margin-top:1.5rem;border-top:1px solid var(--line);padding-top:.8rem}
-a{color:var(--c0);text-decoration:none}a:hover{text-decoration:underline}
-table,nav,select,label,.where,.tag,.key,svg,figcaption,summary,small{
-font-family:system-ui,"Segoe UI",Helvetica,Arial,sans-serif}
-nav,table,summary,label{font-size:.88rem}
-.scroll{overflow-x:auto;margin:1rem 0}table{border-collapse:collapse;font-variant-numeric:tabular-nums;line-height:1.35}
-th{color:var(--soft);font-weight:500;text-align:left;border-bottom:1px solid var(--ink)}
-th,td{padding:.3rem 1.2rem .3rem 0;white-space:nowrap;vertical-align:middle}td{border-bottom:1px solid var(--line)}
-td:last-child{white-space:normal}.n{text-align:right}.sub{padding-left:1rem;color:var(--soft)}
 .up,.right{color:var(--up)}.flat{color:var(--soft)}.wrong{color:var(--bad)}
 figure{margin:1rem 0}figure svg{width:100%;height:auto;display:block}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(11rem,1fr));gap:.6rem 1.4rem}
 .small{margin:.4rem 0}figcaption{font-size:.8rem;display:flex;justify-content:space-between}
-summary{cursor:pointer;color:var(--c0);margin:.6rem 0}
 dl{font-size:.92rem}dt{font-weight:600}dd{margin:0 0 .6rem;max-width:44rem}
-.key{font-size:.85rem;padding-left:1.3em;position:relative;margin-right:.6em}
-.key::before{content:"";position:absolute;left:0;top:.2em;
-width:.85em;height:.85em;border:2.5px solid var(--k);border-radius:2px}
-.filter{display:flex;gap:1.5rem;margin:1rem 0;color:var(--soft)}select{font-size:.88rem;padding:.15rem .3rem}
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(19rem,1fr));gap:1.2rem;align-items:start}
-article{background:var(--card);border:1px solid var(--line);border-radius:6px;overflow:hidden}
-article[hidden]{display:none}article img{display:block;width:100%;height:auto;image-rendering:pixelated}
+article img{display:block;width:100%;height:auto;image-rendering:pixelated}
 article div{padding:.7rem .9rem .9rem;font-size:.92rem;line-height:1.45}article p{margin:.3rem 0;overflow-wrap:anywhere}
-.where{color:var(--soft);font-size:.8rem;display:flex;justify-content:space-between;gap:1rem}
 .question{white-space:pre-line}.tag{display:inline-block;min-width:3.8em;font-size:.76rem;color:var(--soft)}
 """
 

@@ -18,8 +18,8 @@ from PIL import Image, ImageColor
 from callbacks.predictions import Predictions
 from callbacks.provenance import RunInfo
 from callbacks.throughput import Throughput
+from sphinx_pl.data.drawing import TRUE
 from sphinx_pl.errors import UserError
-from sphinx_pl.evaluation.drawing import TRUE
 
 REPOSITORY = Path(__file__).parents[2]
 Fit = Callable[..., Any]

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.table import lines, missing, table
+from sphinx_pl.data.table import expectations, lines, missing
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_expectations_come_from_real_draws(datamodule: DataModule) -> None:
 def test_the_table_says_how_often_a_source_is_read(datamodule: DataModule) -> None:
     found = lines(datamodule, probe=40)
     buffer = io.StringIO()
-    Console(file=buffer, width=200).print(table(found, "sample", 256, 4, steps=1000))
+    Console(file=buffer, width=200).print(expectations(found, "sample", 256, 4, steps=1000))
     text = buffer.getvalue()
     mean = sum(line.share * line.tokens for line in found)
     expected = 1000 * 4 * 256 / mean * 0.6 / found[0].draws
