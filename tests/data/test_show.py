@@ -316,6 +316,15 @@ def test_it_ends_where_the_data_end(processor: Processor, tmp_path: Path) -> Non
     assert len(shown(data, 50).cards) == 3
 
 
+def test_data_of_which_nothing_is_any_use_say_why(processor: Processor, tmp_path: Path) -> None:
+    told = [{"id": f"silent {i}", "conversations": talk("Hello?", " ")} for i in range(3)]
+    data = DataModule(processor, entries(tmp_path, told), {}, {"row_length": 96, "rows": 2}, mixing={"epochs": 1})
+    page = shown(data, 5)
+    assert "There is not a single sample" in page.text
+    assert "skipped: answer_empty3100.0%" in page.text
+    assert "silent" in page.text
+
+
 def test_a_large_picture_keeps_to_its_bytes() -> None:
     noise = Image.frombytes("RGB", (512, 512), torch.randint(0, 256, (512 * 512 * 3,), dtype=torch.uint8).numpy())
     flat = Image.new("RGB", (512, 512), "#123456")
