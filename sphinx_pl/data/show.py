@@ -31,9 +31,11 @@ from sphinx_pl.page import inline, inline_png, page, table, visible
 
 TINY = 128
 """Images of at most so many pixels a side are shown four times as large, each pixel a flat square."""
-PICTURE_BYTES = 9_000_000
+PICTURE_BYTES = 7_500_000
 """Of all pictures together, before base64; a sample's pictures get an equal part of it, and at least 16 kB."""
 DRAWN_ROWS = 128
+COLUMN = 384
+"""Width of the pictures' column; larger ones can be enlarged."""
 
 
 @dataclass(frozen=True)
@@ -177,10 +179,10 @@ def _problems(planner: Planner, shown: Sequence[Shown], max_skipped: float) -> I
     if broken := [item.number for item in shown if item.broken]:
         numbers = ", ".join(f"#{number}" for number in broken[:10]) + (", …" if len(broken) > 10 else "")
         yield (
-            f"{_count(len(broken), 'sample')} of those shown {'has' if len(broken) == 1 else 'have'} an image that "
-            f"cannot be read and teach nothing: {numbers}"
+            f"{_count(len(broken), 'sample')} of the {len(shown)} shown cannot be learned from, for an image that "
+            f"cannot be read: {numbers}"
         )
-    counts = planner.counts(planner.number)
+    counts = _counts(planner)
     seen = sum(value for key, value in counts.items() if key.endswith("/seen"))
     skipped = sum(value for key, value in counts.items() if "/skipped/" in key)
     if skipped > max_skipped * max(seen, 1):
@@ -238,9 +240,18 @@ def _totals(plans: Sequence[MicroPlan], weighting: str, colours: dict[str, str])
     )
 
 
+def _counts(planner: Planner) -> Counter[str]:
+    """`source/seen`, `source/skipped/reason`, ... of all that was drawn, also of what came to no window."""
+    counts: Counter[str] = Counter()
+    for lane in planner.lanes.values():
+        counts.update(lane.mixture.counts)
+        counts.update(lane.mixture.left_out)
+    return counts
+
+
 def _left_out(planner: Planner, decoded: Counter[str]) -> str:
     """What was seen, and what of it was not used, with the first examples of each reason."""
-    counts = planner.counts(planner.number)
+    counts = _counts(planner)
     examples: dict[str, list[str]] = defaultdict(list)
     for lane in planner.lanes.values():
         for name, stream in lane.mixture.streams.items():
@@ -252,7 +263,7 @@ def _left_out(planner: Planner, decoded: Counter[str]) -> str:
         for key, number in sorted(counts.items()):
             source, how, reason = [*key.split("/", 2), ""][:3]
             if source == name and reason and number:
-                found.append((f"{how}: {reason}", number, _short("; ".join(examples[key][:2]))))
+                found.append((f"{how}: {reason}", number, _short("; ".join(filter(None, examples[key][:2])))))
         for key, number in sorted(decoded.items()):
             _, source, reason = key.split("/", 2)
             if source == name:
@@ -345,8 +356,9 @@ def _bar(name: str, row: Sequence[Sample], length: int, numbers: dict[int, int],
 def _samples(shown: Sequence[Shown], processor: Processor, grid: int, limit: int, colours: dict[str, str]) -> str:
     views = ""
     if grid > 1 and any(item.pictures for item in shown):
-        views = f" <span class=cut></span>the {grid} × {grid} sub-images that it sees besides the whole"
+        views = f" <span><span class=cut></span> the {grid} × {grid} sub-images that it sees besides the whole"
         views += ", crossed out where they show only padding and are skipped" if processor.view_tokens else ""
+        views += "</span>"
     options = {
         "source": sorted({item.sample.source for item in shown}),
         "task": sorted({branch.task for item in shown for branch, _ in item.branches}),
@@ -384,7 +396,8 @@ def _card(item: Shown, processor: Processor, grid: int, limit: int, colours: dic
     for branch, tokens in item.branches:
         targets = sum(token.target for token in tokens)
         head = f"<span><b>{escape(branch.task)}</b> · {visible(branch.key)}</span>"
-        head += f"<span>{_count(len(tokens), 'token')}, {targets:,} supervised</span>"
+        if len(item.branches) > 1:
+            head += f"<span>{_count(len(tokens), 'token')}, {targets:,} supervised</span>"
         parts += f"<p class=where>{head}</p><div class=text>{_text(tokens, processor.tokenizer)}</div>"
     broken = "<p class=notice>An image cannot be read, so nothing of this sample is learned.</p>" if item.broken else ""
     return (
@@ -422,10 +435,14 @@ def _figure(item: Shown, index: int, processor: Processor, grid: int, limit: int
     skipped = picture.seen.count(False)
     caption += f", {skipped} skipped" if skipped else ""
     alt = f"{name} of sample {item.number}"
+    enlarge = (
+        f'<input type=checkbox title="press to enlarge" aria-label="enlarge {alt}">' if canvas.width > COLUMN else ""
+    )
+    tag = "label" if enlarge else "div"
     return (
-        f'<figure><label class=canvas title="press to enlarge"><input type=checkbox aria-label="enlarge {alt}">'
+        f"<figure><{tag} class=canvas>{enlarge}"
         f'<img alt="{alt}" width={canvas.width} height={canvas.height} src="{encode(canvas, scale > 1, limit)}">'
-        f"{_views(grid, picture.seen)}</label><figcaption>{caption}</figcaption></figure>"
+        f"{_views(grid, picture.seen)}</{tag}><figcaption>{caption}</figcaption></figure>"
     )
 
 
@@ -530,8 +547,8 @@ td .key{margin:0}td small{white-space:normal;overflow-wrap:anywhere}td:last-chil
 .row{display:grid;grid-template-columns:3.4rem 1fr 2.8rem;gap:.5rem;align-items:center;margin:.15rem 0}
 .row small{font-variant-numeric:tabular-nums;white-space:nowrap}.row small:last-child{text-align:right}
 .bar{display:flex;height:1.35rem;border:1px solid var(--line);border-radius:3px;overflow:hidden;background:var(--card)}
-.seg{display:flex;position:relative;min-width:0;overflow:hidden;background:var(--k);
-box-shadow:inset -1.5px 0 var(--card)}
+.seg{display:flex;position:relative;min-width:0;overflow:hidden;background:var(--k)}
+.seg::after{content:"";position:absolute;inset:0 0 0 auto;width:2px;background:var(--card)}
 .seg i{min-width:0}.seg .im{background:repeating-linear-gradient(135deg,#0007 0 3px,#0003 3px 6px)}
 .seg em{position:absolute;inset:0;text-align:center;color:#fff;font:600 .72rem/1.3rem system-ui,sans-serif;
 text-shadow:0 0 3px #000,0 0 2px #000}
@@ -542,24 +559,27 @@ article p{max-width:none}.where{flex-wrap:wrap;gap:.1rem 1.2rem;margin:.2rem 0 .
 .where b{color:var(--ink)}
 .sides{display:grid;grid-template-columns:minmax(9rem,24rem) minmax(0,1fr);gap:1.1rem;align-items:start}
 .pictures figure{margin:0 0 .7rem}figcaption{margin-top:.2rem;font-size:.8rem}
-.canvas{position:relative;display:block;width:fit-content;max-width:100%;cursor:zoom-in}
-.canvas input{position:absolute;opacity:0}.canvas:focus-within{outline:2px solid var(--c0)}
+.canvas{position:relative;display:block;width:fit-content;max-width:100%}
+.canvas input{position:absolute;inset:0;width:100%;height:100%;margin:0;opacity:0;z-index:1;cursor:zoom-in}
+.canvas:focus-within{outline:2px solid var(--c0)}
 .canvas img{display:block;max-width:100%;height:auto;image-rendering:auto}
 .canvas svg{position:absolute;inset:0;width:100%;height:100%;overflow:visible}
 .canvas path{fill:none;vector-effect:non-scaling-stroke}
-.rim{stroke:#fff;stroke-width:3px;opacity:.55}.cuts{stroke:#222;stroke-width:1.2px;stroke-dasharray:5 4}
+.rim{stroke:#fff;stroke-width:2.5px;opacity:.8}.cuts{stroke:#111;stroke-width:1.2px;stroke-dasharray:6 4}
 .skipped{stroke:#c21e1e;stroke-width:1.5px;opacity:.75}
-.cut{width:1.6em;height:1.1em;border:1.5px dashed currentColor;display:inline-block}
-.sides:has(:checked){grid-template-columns:1fr}.canvas:has(:checked){cursor:zoom-out}
+.cut{width:1.6em;height:1.1em;border:1.5px dashed currentColor;display:inline-block;
+vertical-align:middle}
+.sides:has(:checked){grid-template-columns:1fr}.canvas :checked{cursor:zoom-out}
 .broken{display:block;padding:1.2rem .9rem;border:2px dashed var(--bad);color:var(--bad);overflow-wrap:anywhere;
 font:.85rem/1.4 system-ui,sans-serif}.broken b{display:block}
 .text{font:.84rem/1.75 ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monospace;white-space:pre-wrap;
 overflow-wrap:anywhere;max-height:26rem;overflow:auto;margin-bottom:.8rem}
-.text b,.text i{font:inherit;unicode-bidi:isolate;border-radius:2px;box-shadow:inset -1px 0 var(--line);padding:.1em 0}
+.text b,.text i{font:inherit;unicode-bidi:isolate;border-radius:2px;padding:.1em 0;
+box-shadow:inset -1px 0 color-mix(in srgb,currentColor 28%,transparent)}
 .text i{color:var(--soft)}.text b{color:var(--learn);background:var(--learned);border-bottom:2px solid var(--learn)}
 .text .x{font-size:.8em;border:1px solid;border-radius:.6em;padding:0 .35em;margin:0 .1em}
 .text .im{font-size:.9em;border-radius:.3em;padding:.05em .45em;margin:0 .15em;color:#fff;white-space:nowrap;
-background:repeating-linear-gradient(135deg,#555b66 0 4px,#6b727e 4px 8px)}
+background:#5b616c}
 .legend .text{margin:0;overflow:visible}
 .filter[hidden]{display:none}.filter label{color:var(--soft)}
 :root{--learn:#00684a;--learned:#00a87826}
