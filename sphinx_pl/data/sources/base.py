@@ -210,6 +210,11 @@ def _expand_braces(pattern: str) -> Iterator[str]:
 
 def short_names(urls: Sequence[str]) -> list[str]:
     """Names that tell the files apart and do not change when the data move: paths below the common folder."""
+    # They become part of keys, which are text; a file's name is bytes.
+    return [name.encode("utf-8", "backslashreplace").decode() for name in _short_names(urls)]
+
+
+def _short_names(urls: Sequence[str]) -> list[str]:
     if any(map(is_remote, urls)):
         # What differs between them, whole path parts and words.
         common = os.path.commonprefix(urls) if len(set(urls)) > 1 else urls[0].rstrip(" -")  # noqa: RUF071
