@@ -67,9 +67,12 @@ class SourceStream:
         self.lane = lane
         self.lanes = lanes
         self.counts: Counter[str] = Counter()
-        """seen, samples, tokens, targets, images, skipped/<reason>, filtered/<reason>, capped/<task>."""
+        """seen, samples, tokens, targets, images, skipped/<reason>, filtered/<reason>, capped/<task>; parts: those that
+        a long document has beyond its first. So seen + parts = samples + skipped + filtered + capped."""
         self.left_out: Counter[str] = Counter()
         """What was unreadable when shards were opened: reason -> count."""
+        self.indexed = 0
+        """Records of the shards that were opened, which `left_out` is to be compared with."""
         self.epoch = 0
         self.block = 0
         self.position = 0
@@ -79,6 +82,7 @@ class SourceStream:
         self._lengths: list[int] = []
         self._units: Any = []  # lists of indices, or an [n, 1] array of them
         self._ahead: tuple[tuple[int, int], Future[_Opened]] | None = None
+        self._found = False  # any record, in any lane
         self._open()
         self._skip_empty()
 
@@ -88,10 +92,15 @@ class SourceStream:
     def _dealt(self) -> bool:
         return len(self.source.urls) >= _SHARDS_A_LANE * self.lanes
 
+    @property
+    def _whole(self) -> bool:
+        """Whether there is a single block, of all shards."""
+        return len(self.source.urls) <= self.config.shuffle_shards and not (self._dealt and self.lanes > 1)
+
     def _blocks(self, epoch: int) -> list[list[int]]:
         """The shards of each of this lane's blocks in an epoch."""
         count, size = len(self.source.urls), self.config.shuffle_shards
-        if count <= size and not (self._dealt and self.lanes > 1):
+        if self._whole:
             return [list(range(count))]
         order = np.random.default_rng([self.seed, zlib.crc32(self.name.encode()), epoch, 1 << 20]).permutation(count)
         if self._dealt:
@@ -104,23 +113,29 @@ class SourceStream:
         blocks = self._blocks(self.epoch)
         if self._ahead is not None and self._ahead[0] == place:
             opened = self._ahead[1].result()
-        elif self.epoch and blocks == [list(range(len(self.source.urls)))] and self._shards:
-            opened = [(shard, Counter()) for shard in self._shards]  # the only block: it stays open
         else:
             opened = self._opened(blocks[self.block])
         self._ahead = None
+        if self._dealt or self.lane == 0:  # else every lane would count it
+            known = {id(shard) for shard in self._shards if shard is not None}
+            for shard, bad in opened:
+                if id(shard) not in known:
+                    self.left_out.update(bad)
+                    self.indexed += len(shard) if shard is not None else 0
         self._shards = [shard for shard, _ in opened]
-        for _, bad in opened:
-            if self._dealt or self.lane == 0:  # else every lane would count it
-                self.left_out.update(bad)
-        self._lengths = lengths or [len(shard) if shard else 0 for shard in self._shards]
+        self._lengths = lengths or [len(shard) if shard is not None else 0 for shard in self._shards]
+        self._found |= any(self._lengths)
         self._units = self._ordered()
 
     def _opened(self, numbers: list[int]) -> _Opened:
         opened: _Opened = []
+        # The only block stays open; what was missing in it is looked for again in every epoch.
+        kept = self._shards if self._whole else []
         for number in numbers:
             try:
-                shard = self.source.open(number)
+                shard = kept[number] if kept else None
+                if shard is None:
+                    shard = self.source.open(number)
                 opened.append((shard, shard.skipped))
             except BadSample as bad:
                 opened.append((None, Counter([bad.reason])))
@@ -142,11 +157,6 @@ class SourceStream:
             units = rng.permutation(total)[:, None]  # an array: 8 bytes a record, not a list each
         return units if self._dealt else units[self.lane :: self.lanes]
 
-    @property
-    def indexed(self) -> int:
-        """Records of the present block, in all lanes that read it."""
-        return sum(self._lengths)
-
     def _by_image(self) -> list[list[int]]:
         groups: dict[object, list[int]] = {}
         index = 0
@@ -165,6 +175,7 @@ class SourceStream:
     def _skip_empty(self) -> None:
         """Go on to the next block or epoch where the present one is finished."""
         start = self.epoch
+        ends = self.config.epochs is not None
         while self.position >= len(self._units) and not self.exhausted:
             self.position = 0
             self.block += 1
@@ -172,11 +183,14 @@ class SourceStream:
                 self.block = 0
                 self.epoch += 1
                 self.taken.clear()
-            if self.epoch > start + 1:
+            if ends and self.epoch > start + 1:
+                self.epoch = self.config.epochs or 0  # nor will there be anything in the others
+            nothing = self.exhausted and not self._found if ends else self.epoch > start + 1
+            if nothing:
+                why = dict(self.left_out) or ("fewer records than lanes" if self._found else "nothing in it")
                 raise UserError(
                     f"source '{self.name}': nothing to read in {self.source.urls[0]} and the like for lane {self.lane} "
-                    f"of {self.lanes} ({dict(self.left_out) or 'fewer records than lanes'}): correct data.sources."
-                    f"{self.name}.path, or lower data.mixing.lanes"
+                    f"of {self.lanes} ({why}): correct data.sources.{self.name}.path, or lower data.mixing.lanes"
                 )
             if not self.exhausted:
                 self._open()
@@ -185,26 +199,44 @@ class SourceStream:
 
     def next(self) -> list[Sample]:
         """The next unit's samples: usually one, none if all of its records were bad (counted in `counts`)."""
+        epoch, only_capped = self.epoch, True
+        samples: list[Sample] = []
+        # What a cap leaves of an epoch may be long, and is no sign of bad data.
+        while only_capped and self.epoch == epoch:
+            only_capped, samples = self._unit()
+            if self.position >= len(self._units):
+                self._skip_empty()
+            elif self.position * 2 >= len(self._units) and self._ahead is None:
+                self._open_ahead()
+        return samples
+
+    def _unit(self) -> tuple[bool, list[Sample]]:
+        """Whether the unit's records were all left out by a cap, and the unit's samples."""
         unit = self._units[self.position]
         self.position += 1
         samples: list[Sample] = []
+        capped = 0
         for index in map(int, unit):
             self.counts["seen"] += 1
             try:
                 record = self._record(index)
                 rng = random.Random(f"{self.seed}/{self.name}/{self.epoch}/{record.key}")
                 if self._capped(record):
+                    capped += 1
                     continue
-                samples += self.processor.samples(record, self.name, rng)
+                found = self.processor.samples(record, self.name, rng)
             except BadSample as bad:
                 self.counts[bad.counter] += 1
+                continue
+            if record.task in self.config.caps:
+                self.taken[record.task] += 1
+            if len(found) > 1:
+                self.counts["parts"] += len(found) - 1
+            samples += found
         merged = merge_branches(samples, self.max_length)
-        self._count(merged)
-        if self.position >= len(self._units):
-            self._skip_empty()
-        elif self.position * 2 >= len(self._units) and self._ahead is None:
-            self._open_ahead()
-        return merged
+        for sample in merged:
+            self._count(sample)
+        return capped == len(unit), merged
 
     def _record(self, index: int) -> Record:
         for shard, length in zip(self._shards, self._lengths, strict=True):
@@ -222,20 +254,23 @@ class SourceStream:
         if self.taken[record.task] >= cap // self.lanes + (self.lane < cap % self.lanes):
             self.counts[f"capped/{record.task}"] += 1
             return True
-        self.taken[record.task] += 1
         return False
 
-    def _count(self, samples: list[Sample]) -> None:
-        for sample in samples:
-            self.counts["samples"] += len(sample.branches)
-            self.counts["tokens"] += sample.length
-            self.counts["targets"] += sample.targets
-            self.counts["images"] += len(sample.images)
+    def _count(self, sample: Sample, sign: int = 1) -> None:
+        self.counts["samples"] += sign * len(sample.branches)
+        self.counts["tokens"] += sign * sample.length
+        self.counts["targets"] += sign * sample.targets
+        self.counts["images"] += sign * len(sample.images)
+
+    def leave_out(self, sample: Sample, reason: str) -> None:
+        """A sample of this stream that cannot be used after all."""
+        self._count(sample, -1)
+        self.counts[f"skipped/{reason}"] += len(sample.branches)
 
     def _open_ahead(self) -> None:
-        blocks = self._blocks(self.epoch)
-        if len(blocks) == 1 and not self._dealt:
+        if self._whole:
             return  # it stays open
+        blocks = self._blocks(self.epoch)
         place = (self.epoch, self.block + 1)
         if place[1] >= len(blocks):
             place, blocks = (self.epoch + 1, 0), self._blocks(self.epoch + 1)
@@ -245,6 +280,7 @@ class SourceStream:
 
     def state_dict(self) -> dict[str, Any]:
         return {
+            "shards": len(self.source.urls),
             "epoch": self.epoch,
             "block": self.block,
             "position": self.position,
@@ -252,14 +288,22 @@ class SourceStream:
             "taken": dict(self.taken),
             "counts": dict(self.counts),
             "left_out": dict(self.left_out),
+            "indexed": self.indexed,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["shards"] != len(self.source.urls):
+            raise UserError(
+                f"source '{self.name}': the checkpoint was made with {state['shards']} files, there are "
+                f"{len(self.source.urls)}: resume with the same ones, or start a new run from its weights "
+                "(stage.init_from)"
+            )
         self.epoch, self.block, self.position = state["epoch"], state["block"], state["position"]
         self._ahead = None
-        self._shards = []
         if not self.exhausted:
             self._open(state["lengths"])
         self.taken = Counter(state["taken"])
         self.counts = Counter(state["counts"])
         self.left_out = Counter(state["left_out"])
+        self.indexed = state["indexed"]
+        self._skip_empty()  # where the files have other contents now there may be less in the block
