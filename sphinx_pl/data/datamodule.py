@@ -7,8 +7,9 @@ import itertools
 import logging
 import queue
 import threading
+import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, TypeVar
 
 import lightning as L
@@ -57,6 +58,8 @@ class _Ahead:
     def __init__(self, planner: Planner, depth: int) -> None:
         self.planner = planner
         self.depth = depth
+        self.stop: Callable[[], None] = lambda: None
+        """Ends the thread; by itself it ends only when the iterator is given up."""
 
     def __iter__(self) -> Iterator[MicroPlan]:
         plans: queue.Queue[MicroPlan | BaseException | None] = queue.Queue(self.depth)
@@ -79,14 +82,19 @@ class _Ahead:
 
         thread = threading.Thread(target=run, name="plan-windows", daemon=True)
         thread.start()
+
+        def stop() -> None:
+            stopped.set()
+            thread.join()
+
+        self.stop = stop
         try:
             while (item := plans.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
                 yield item
         finally:
-            stopped.set()
-            thread.join()
+            stop()
 
 
 class _Rows(Dataset[Batch]):
@@ -132,9 +140,11 @@ class TrainLoader:
         self.max_skipped = max_skipped
         self.counts: Counter[str] = Counter()
         self._reached: int | None = None  # the last window that was handed out
+        self._current: weakref.ref[Generator[Batch]] | None = None
+        self._ahead = _Ahead(planner, 2 * workers * planner.accumulate) if workers else None
         self._loader = DataLoader(
             _MicroBatches(collator),
-            sampler=_Ahead(planner, 2 * workers * planner.accumulate) if workers else planner,
+            sampler=self._ahead or planner,
             batch_size=None,
             num_workers=workers,
             collate_fn=_as_is,
@@ -144,9 +154,19 @@ class TrainLoader:
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        streams = self.planner.mixture.streams.values()
-        left_out = Counter(self.planner.mixture.left_out)
-        self._refuse(left_out, sum(stream.indexed for stream in streams) + left_out.total())
+        """Goes on after the last window that was handed out; an iterator from before ends."""
+        if self._current is not None and (before := self._current()) is not None:
+            before.close()
+        if self._reached is not None:
+            self.planner.rewind(self._reached)
+        iterator = self._batches()
+        self._current = weakref.ref(iterator)
+        return iterator
+
+    def _batches(self) -> Generator[Batch]:
+        left_out, indexed = self.planner.left_out()
+        total = indexed + left_out.total()
+        self._refuse(left_out, left_out.total() / max(total, 1), total)
         for window in self._windows():
             for batch in window:
                 self.counts.update(
@@ -168,6 +188,15 @@ class TrainLoader:
     def _windows(self) -> Iterator[list[Batch]]:
         """This rank's micro-batches of each optimizer step, each with the weight of them all."""
         batches = iter(self._loader)
+        try:
+            yield from self._weighed(batches)
+        finally:
+            # Now, and not when the traceback that holds them is gone.
+            if self._ahead is not None:
+                self._ahead.stop()
+                batches._shutdown_workers()  # type: ignore[attr-defined]  # there is no public way
+
+    def _weighed(self, batches: Iterator[Batch]) -> Iterator[list[Batch]]:
         number = self.planner.number_consumed
         while True:
             window = list(itertools.islice(batches, self.planner.accumulate))
@@ -190,13 +219,15 @@ class TrainLoader:
 
     def _check_skipped(self, window: int) -> None:
         planned = self.planner.counts(window)
-        skipped = {k: v for k, v in [*planned.items(), *self.counts.items()] if "skipped/" in k}
+        skipped = Counter({k: v for k, v in [*planned.items(), *self.counts.items()] if "skipped/" in k})
         seen = sum(v for k, v in planned.items() if k.endswith("/seen"))
         if seen >= 200:
-            self._refuse(skipped, seen)
+            # What could not be indexed is of all that was opened, of which only some has been seen.
+            left_out, indexed = self.planner.left_out(window)
+            lost = left_out.total() / max(left_out.total() + indexed, 1)
+            self._refuse(skipped, lost + (1 - lost) * (skipped.total() - left_out.total()) / seen, seen)
 
-    def _refuse(self, skipped: Mapping[str, int], seen: int) -> None:
-        share = sum(skipped.values()) / max(seen, 1)
+    def _refuse(self, skipped: Mapping[str, int], share: float, seen: int) -> None:
         if share > self.max_skipped:
             worst = ", ".join(f"{k}: {v}" for k, v in sorted(skipped.items(), key=lambda item: -item[1])[:5])
             raise UserError(

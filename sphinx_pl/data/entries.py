@@ -12,6 +12,7 @@ The format is LLaVA's, with optional keys of ours:
 from __future__ import annotations
 
 import itertools
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def to_record(entry: Mapping[str, Any], key: str, root: Path, default_task: str)
     try:
         task = entry.get("task", default_task)
         if task not in TASKS:
-            raise BadSample("task_unknown", f"{key}: {task}")
+            raise BadSample("task_unknown", f"{key}: {task!r:.100}")
         return Record(
             key=key,
             task=task,
@@ -49,7 +50,7 @@ def to_record(entry: Mapping[str, Any], key: str, root: Path, default_task: str)
             regions=tuple(_region(region) for region in entry.get("regions") or []),
             meta=dict(entry.get("meta") or {}),
         )
-    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         # Whatever the entry holds instead of what it should: the counter is what matters, the message is a help.
         raise BadSample("entry_malformed", f"{key}: {type(error).__name__}: {error}") from None
 
@@ -94,13 +95,13 @@ def sizes(width: Any, height: Any, key: str) -> tuple[tuple[int, int], ...]:
     if width is None or height is None:
         return ()
     if not all(isinstance(side, int) and 1 <= side <= MAX_SIDE for side in (width, height)):
-        raise BadSample("size_malformed", f"{key}: {width}x{height}")
+        raise BadSample("size_malformed", f"{key}: {reprlib.repr((width, height))}")
     return ((width, height),)
 
 
 def _string(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{value!r} should be text")
+        raise TypeError(f"{reprlib.repr(value)} should be text")  # it may be deep, or huge
     value.encode()  # a UnicodeEncodeError is a ValueError
     return value
 
@@ -118,6 +119,6 @@ def _region(value: Mapping[str, Any]) -> Region:
 def _turns(conversations: Sequence[Mapping[str, Any]], key: str) -> tuple[Turn, ...]:
     speakers = [_SPEAKERS.get(message["from"], message["from"]) for message in conversations]
     if speakers != ["human", "gpt"] * (len(speakers) // 2):
-        raise BadSample("conversation_malformed", f"{key}: {' '.join(map(str, speakers[:8]))}")
+        raise BadSample("conversation_malformed", f"{key}: {reprlib.repr(speakers)}")
     values = [_string(message["value"]) for message in conversations]
     return tuple(itertools.starmap(Turn, zip(values[::2], values[1::2], strict=True)))

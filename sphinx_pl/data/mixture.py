@@ -6,7 +6,9 @@ integers, the same for any number of ranks and data workers.
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +24,8 @@ from sphinx_pl.data.stream import SourceStream
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.typed import build
+
+log = logging.getLogger(__name__)
 
 MODALITIES = ("image", "text")
 UNITS = ("sample", "token")
@@ -192,7 +196,7 @@ def _meta_group(values: Mapping[str, Any], prefix: str) -> Group:
         given = [dict(entry) for entry in entries]
     except OSError as error:
         raise UserError(f"{prefix}.path: {file} cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, KeyError, TypeError, ValueError):
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError):
         raise UserError(f"{prefix}.path: {file} is not a list under META of entries with path and type") from None
     shared = {key: value for key, value in values.items() if key not in ("kind", "path", "weight")}
     members: dict[str, Group | SourceConfig] = {}
@@ -200,10 +204,12 @@ def _meta_group(values: Mapping[str, Any], prefix: str) -> Group:
         where = f"{file}, entry {number + 1} of META"
         if not isinstance(entry.get("path"), str):
             raise UserError(f"{where}: it has no path")
-        kind = str(entry.get("type", "data"))
+        kind = entry.get("type", "data")
+        if not isinstance(kind, str) or not isinstance(entry.get("root") or "", str):
+            raise UserError(f"{where}: its type and root must be text")
         source = {"kind": "instructions", "path": _beside(file, entry["path"]), **shared}
-        if "root" in entry:
-            source["root"] = _beside(file, str(entry["root"]))
+        if entry.get("root"):
+            source["root"] = _beside(file, entry["root"])
         if "ratio" in entry:
             source["ratio"] = entry["ratio"]
         if kind.startswith("text"):
@@ -216,7 +222,8 @@ def _meta_group(values: Mapping[str, Any], prefix: str) -> Group:
 
 
 def _beside(file: Path, path: str) -> str:
-    return path if Path(path).exists() or not (file.parent / path).exists() else str(file.parent / path)
+    beside = str(file.parent / path)
+    return beside if os.path.exists(beside) and not os.path.exists(path) else path  # noqa: PTH110 - never raises
 
 
 class Mixture:
@@ -245,7 +252,11 @@ class Mixture:
         configs = dict(self.group.leaves())
         opened = {name: config.open(name) for name, config in configs.items() if config.weight > 0}
         sizes = {name: source.size()[0] for name, source in opened.items()} if self.group.needs_sizes else {}
+        for name in (name for name, size in sizes.items() if not size):
+            log.warning("source %s has no record that can be read: it is left out", name)
         self.shares = self.group.shares(dict.fromkeys(configs, 0) | sizes)
+        if not self.shares and sizes:
+            raise UserError(f"data.sources: no record can be read in {', '.join(sizes)}")
         if not self.shares:
             raise UserError("data.sources is empty: give at least one source with a weight above 0")
         self.streams = {}

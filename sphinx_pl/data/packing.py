@@ -151,8 +151,7 @@ class Lane:
         """Add a draw's samples to the pool; returns how many draws in a row gave none (of `modality`)."""
         for sample in self.mixture.draw(modality):
             if sample.length > self.config.row_length:
-                stream = self.mixture.streams[sample.source]
-                stream.counts["skipped/longer_than_row"] += len(sample.branches)
+                self.mixture.streams[sample.source].leave_out(sample, "longer_than_row")
             else:
                 pool.append(sample)
                 in_vain = -1 if modality in (None, _modality(sample)) else in_vain
@@ -272,6 +271,24 @@ class Planner:
                 total.update({f"{name}/{key}": value for key, value in stream["counts"].items()})
                 total.update({f"{name}/skipped/{key}": value for key, value in stream["left_out"].items()})
         return total
+
+    def left_out(self, number: int | None = None) -> tuple[Counter[str], int]:
+        """Of `counts` those that are about what could not even be indexed, and how many records were."""
+        with self._lock:
+            lanes = self._states[min(self._states) if number is None else number]
+        streams = [item for lane in lanes.values() for item in lane["mixture"]["streams"].items()]
+        total: Counter[str] = Counter()
+        for name, stream in streams:
+            total.update({f"{name}/skipped/{key}": value for key, value in stream["left_out"].items()})
+        return total, sum(stream["indexed"] for _, stream in streams)
+
+    def rewind(self, number: int) -> None:
+        """Forget what was planned after window `number`, to plan it again."""
+        if number < self.number:
+            for lane, state in self._states[number].items():
+                self.lanes[lane].load_state_dict(state)
+            self.number = number
+            self._states = {old: state for old, state in self._states.items() if old <= number}
 
     def state_dict(self) -> dict[str, Any]:
         """Where to go on after the last consumed window; only lists, dicts, strings and numbers.

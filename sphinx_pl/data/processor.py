@@ -110,14 +110,23 @@ class Processor:
         Raises:
             BadSample: as `sample`.
         """
+        budget = self.config.max_length
+        if len(record.images) > budget:  # before each of them is opened for its size
+            raise BadSample("too_long", f"{len(record.images)} images in {budget} tokens")
         turns = self._place(TASKS[record.task].turns(record, self.geometry, rng), record)
         seen = self._seen(self.sizes(record.images))
         slots = self.slots(len(record.images), seen)
-        ids, supervised = self._tokens(render(turns, self.config.system), record, slots)
-        budget = self.config.max_length
         rest: list[int] = []
-        # A plain document also teaches where a text ends.
-        if is_document(turns):
+        rendered = render(turns, self.config.system)
+        if not is_document(turns):
+            ids, supervised = self._tokens(rendered, record, slots, budget)
+        else:
+            if record.images:
+                ids, supervised = self._tokens(rendered, record, slots)
+            else:  # all of it is supervised: a book needs no spans, which would take a hundred times its bytes
+                ids = [self.tokenizer.bos_id, *self.tokenizer.encode(rendered.text)]
+                supervised = [False] + [True] * (len(ids) - 1)
+            # A plain document also teaches where a text ends.
             ids, supervised = [*ids, self.tokenizer.eos_id], [*supervised, True]
             rest = ids[budget:]
         ids, supervised = ids[:budget], supervised[:budget]  # cut on the right, as the original does
@@ -191,7 +200,12 @@ class Processor:
     def _leading(self, record: Record) -> bool:
         return not record.images or (len(record.images) == 1 and self.image_position == "after_bos")
 
-    def _tokens(self, rendered: Rendered, record: Record, slots: Sequence[int]) -> tuple[list[int], list[bool]]:
+    def _tokens(
+        self, rendered: Rendered, record: Record, slots: Sequence[int], budget: int | None = None
+    ) -> tuple[list[int], list[bool]]:
+        """Ids and whether they are targets. Text that cannot be within `budget` tokens is left out: of a million
+        characters only the first few thousand need the work."""
+        longest = len(rendered.text) if budget is None else budget * self.tokenizer.longest_piece
         ids: list[int] = [self.tokenizer.bos_id]
         supervised = [False]
         if record.images and self._leading(record):
@@ -207,7 +221,7 @@ class Processor:
                 supervised += [False] * slots[i - 1]
                 start += len(PLACEHOLDER)
             if piece:
-                piece_ids, spans = self.tokenizer.encode_with_spans(piece)
+                piece_ids, spans = self.tokenizer.encode_with_spans(piece[:longest])
                 ids += piece_ids
                 supervised += _overlaps(spans, rendered.answers, start)
             start += len(piece)

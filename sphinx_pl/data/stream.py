@@ -73,11 +73,14 @@ class SourceStream:
         self.lane = lane
         self.lanes = lanes
         self.counts: Counter[str] = Counter()
-        """seen, samples, tokens, targets, images, skipped/<reason>, filtered/<reason>, capped/<task>."""
+        """seen, samples, tokens, targets, images, skipped/<reason>, filtered/<reason>, capped/<task>; parts: those that
+        a long document has beyond its first. So seen + parts = samples + skipped + filtered + capped."""
         self.left_out: Counter[str] = Counter()
         """What was unreadable when shards were opened: reason -> count."""
         self.examples: dict[str, list[str]] = {}
         """A counter's name -> the first few that it counted, in words. Of this process, not a part of the place."""
+        self.indexed = 0
+        """Records of the shards that were opened, which `left_out` is to be compared with."""
         self.epoch = 0
         self.block = 0
         self.position = 0
@@ -87,6 +90,7 @@ class SourceStream:
         self._lengths: list[int] = []
         self._units: Any = []  # lists of indices, or an [n, 1] array of them
         self._ahead: tuple[tuple[int, int], Future[_Opened]] | None = None
+        self._found = False  # any record, in any lane
         self._open()
         self._skip_empty()
 
@@ -117,23 +121,29 @@ class SourceStream:
         place = (self.epoch, self.block)
         if self._ahead is not None and self._ahead[0] == place:
             opened = self._ahead[1].result()
-        elif self._one_block and self._shards:
-            opened = [(shard, Counter()) for shard in self._shards]
         else:
             opened = self._opened(self._blocks(self.epoch)[self.block])
         self._ahead = None
+        if self._dealt or self.lane == 0:  # else every lane would count it
+            known = {id(shard) for shard in self._shards if shard is not None}
+            for shard, bad in opened:
+                if id(shard) not in known:
+                    self.left_out.update(bad)
+                    self.indexed += len(shard) if shard is not None else 0
         self._shards = [shard for shard, _ in opened]
-        for _, bad in opened:
-            if self._dealt or self.lane == 0:  # else every lane would count it
-                self.left_out.update(bad)
-        self._lengths = lengths or [len(shard) if shard else 0 for shard in self._shards]
+        self._lengths = lengths or [len(shard) if shard is not None else 0 for shard in self._shards]
+        self._found |= any(self._lengths)
         self._units = self._ordered()
 
     def _opened(self, numbers: list[int]) -> _Opened:
         opened: _Opened = []
+        # The only block stays open; what was missing in it is looked for again in every epoch.
+        kept = self._shards if self._one_block else []
         for number in numbers:
             try:
-                shard = self.source.open(number)
+                shard = kept[number] if kept else None
+                if shard is None:
+                    shard = self.source.open(number)
                 opened.append((shard, shard.skipped))
             except BadSample as bad:
                 opened.append((None, Counter([bad.reason])))
@@ -155,11 +165,6 @@ class SourceStream:
             units = rng.permutation(total)[:, None]  # an array: 8 bytes a record, not a list each
         return units if self._dealt else units[self.lane :: self.lanes]
 
-    @property
-    def indexed(self) -> int:
-        """Records of the present block, in all lanes that read it."""
-        return sum(self._lengths)
-
     def _by_image(self) -> list[list[int]]:
         groups: dict[object, list[int]] = {}
         index = 0
@@ -178,6 +183,7 @@ class SourceStream:
     def _skip_empty(self) -> None:
         """Go on to the next block or epoch where the present one is finished."""
         start = self.epoch
+        ends = self.config.epochs is not None
         while self.position >= len(self._units) and not self.exhausted:
             self.position = 0
             self.block += 1
@@ -185,11 +191,14 @@ class SourceStream:
                 self.block = 0
                 self.epoch += 1
                 self.taken.clear()
-            if self.epoch > start + 1:
+            if ends and self.epoch > start + 1:
+                self.epoch = self.config.epochs or 0  # nor will there be anything in the others
+            nothing = self.exhausted and not self._found if ends else self.epoch > start + 1
+            if nothing:
+                why = dict(self.left_out) or ("fewer records than lanes" if self._found else "nothing in it")
                 raise UserError(
                     f"source '{self.name}': nothing to read in {self.source.urls[0]} and the like for lane {self.lane} "
-                    f"of {self.lanes} ({dict(self.left_out) or 'fewer records than lanes'}): correct data.sources."
-                    f"{self.name}.path, or lower data.mixing.lanes"
+                    f"of {self.lanes} ({why}): correct data.sources.{self.name}.path, or lower data.mixing.lanes"
                 )
             if not self.exhausted:
                 self._open()
@@ -198,34 +207,51 @@ class SourceStream:
 
     def next(self) -> list[Sample]:
         """The next unit's samples: usually one, none if all of its records were bad (counted in `counts`)."""
+        epoch, only_capped = self.epoch, True
+        samples: list[Sample] = []
+        # What a cap leaves of an epoch may be long, and is no sign of bad data.
+        while only_capped and self.epoch == epoch:
+            only_capped, samples = self._unit()
+            if self.position >= len(self._units):
+                self._skip_empty()
+            elif self.position * 2 >= len(self._units) and self._ahead is None:
+                self._open_ahead()
+        return samples
+
+    def _unit(self) -> tuple[bool, list[Sample]]:
+        """Whether the unit's records were all left out by a cap, and the unit's samples."""
         unit = self._units[self.position]
         self.position += 1
         records: list[Record] = []
+        capped = 0
         for index in map(int, unit):
             self.counts["seen"] += 1
             try:
                 record = self._record(index)
-                if not self._capped(record):
+                if self._capped(record):
+                    capped += 1
+                else:
                     records.append(record)
             except BadSample as bad:
-                self.counts[bad.counter] += 1
+                self._bad(bad)
         if records:
             records = augment_together(records, self.augment, self._rng("augment", records[0].key))
         samples: list[Sample] = []
         for record in records:
             try:
-                samples += self.processor.samples(record, self.name, self._rng(record.key))
+                found = self.processor.samples(record, self.name, self._rng(record.key))
             except BadSample as bad:
-                self.counts[bad.counter] += 1
-                if len(examples := self.examples.setdefault(bad.counter, [])) < EXAMPLES:
-                    examples.append(bad.detail)
+                self._bad(bad)
+                if record.task in self.config.caps:
+                    self.taken[record.task] -= 1
+                continue
+            if len(found) > 1:
+                self.counts["parts"] += len(found) - 1
+            samples += found
         merged = merge_branches(samples, self.max_length)
-        self._count(merged)
-        if self.position >= len(self._units):
-            self._skip_empty()
-        elif self.position * 2 >= len(self._units) and self._ahead is None:
-            self._open_ahead()
-        return merged
+        for sample in merged:
+            self._count(sample)
+        return capped == len(unit), merged
 
     def _rng(self, *stream: str) -> random.Random:
         return random.Random("/".join((str(self.seed), self.name, str(self.epoch), *stream)))
@@ -239,6 +265,11 @@ class SourceStream:
             index -= length
         raise AssertionError("an index beyond the block")
 
+    def _bad(self, bad: BadSample) -> None:
+        self.counts[bad.counter] += 1
+        if len(examples := self.examples.setdefault(bad.counter, [])) < EXAMPLES:
+            examples.append(bad.detail)
+
     def _capped(self, record: Record) -> bool:
         cap = self.config.caps.get(record.task)
         if cap is None:
@@ -249,12 +280,16 @@ class SourceStream:
         self.taken[record.task] += 1
         return False
 
-    def _count(self, samples: list[Sample]) -> None:
-        for sample in samples:
-            self.counts["samples"] += len(sample.branches)
-            self.counts["tokens"] += sample.length
-            self.counts["targets"] += sample.targets
-            self.counts["images"] += len(sample.images)
+    def _count(self, sample: Sample, sign: int = 1) -> None:
+        self.counts["samples"] += sign * len(sample.branches)
+        self.counts["tokens"] += sign * sample.length
+        self.counts["targets"] += sign * sample.targets
+        self.counts["images"] += sign * len(sample.images)
+
+    def leave_out(self, sample: Sample, reason: str) -> None:
+        """A sample of this stream that cannot be used after all."""
+        self._count(sample, -1)
+        self.counts[f"skipped/{reason}"] += len(sample.branches)
 
     def _open_ahead(self) -> None:
         if self._one_block:
@@ -269,6 +304,7 @@ class SourceStream:
 
     def state_dict(self) -> dict[str, Any]:
         return {
+            "shards": len(self.source.urls),
             "epoch": self.epoch,
             "block": self.block,
             "position": self.position,
@@ -276,14 +312,22 @@ class SourceStream:
             "taken": dict(self.taken),
             "counts": dict(self.counts),
             "left_out": dict(self.left_out),
+            "indexed": self.indexed,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["shards"] != len(self.source.urls):
+            raise UserError(
+                f"source '{self.name}': the checkpoint was made with {state['shards']} files, there are "
+                f"{len(self.source.urls)}: resume with the same ones, or start a new run from its weights "
+                "(stage.init_from)"
+            )
         self.epoch, self.block, self.position = state["epoch"], state["block"], state["position"]
         self._ahead = None
-        self._shards = []
         if not self.exhausted:
             self._open(state["lengths"])
         self.taken = Counter(state["taken"])
         self.counts = Counter(state["counts"])
         self.left_out = Counter(state["left_out"])
+        self.indexed = state["indexed"]
+        self._skip_empty()  # where the files have other contents now there may be less in the block

@@ -32,6 +32,7 @@ class Tokenizer:
         self.bos_id: int = self._model.bos_id()
         self.eos_id: int = self._model.eos_id()
         self.vocab_size: int = self._model.vocab_size()
+        self.longest_piece: int = max(len(self._model.IdToPiece(i)) for i in range(self.vocab_size))
 
     def __reduce__(self) -> tuple[Any, ...]:  # loaded anew in each data worker
         return (Tokenizer, (self.path,))

@@ -8,8 +8,8 @@ from typing import Any
 from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.files import read_span
 
-MAX_BYTES = 1 << 26
-"""Longer annotations are not read: an index that a damaged header misled would fill the memory."""
+MAX_BYTES = 1 << 23
+"""Longer annotations are not read: as objects, or in tokens, they take fifty times as much memory."""
 
 
 def read(path: str, offset: int, size: int, key: str) -> bytes:

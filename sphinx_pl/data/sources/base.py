@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import inspect
+import math
 import os
 import re
 from abc import ABC, abstractmethod
@@ -25,6 +26,7 @@ from sphinx_pl.data.record import Record
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.registry import Registry
 
+MAX_FILES = 10_000_000
 _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 
 
@@ -181,12 +183,15 @@ def expand_paths(name: str, path: str | Sequence[str]) -> list[str]:
         if is_remote(pattern):
             found += _expand_braces(pattern)
             continue
-        for single in _expand_braces(str(Path(pattern).expanduser())):
-            matches = [single] if Path(single).exists() else sorted(glob.glob(single, recursive=True))  # noqa: PTH207
-            matches = [match for match in matches if Path(match).is_file()]
+        for single in _expand_braces(os.path.expanduser(pattern)):  # noqa: PTH111 - pathlib's raises
+            # As are these: a name of any length or content, as a file's list may have it, is that of no file.
+            matches = [single]
+            if not os.path.exists(single):  # noqa: PTH110
+                matches = sorted(glob.glob(single, recursive=True))  # noqa: PTH207
+            matches = [match for match in matches if os.path.isfile(match)]  # noqa: PTH113
             if not matches:
                 raise UserError(
-                    f"source '{name}': there is no file '{single}': correct its path, "
+                    f"source '{name}': there is no file '{single:.500}': correct its path, "
                     "or make the sample data with `python -m sphinx_pl.data.sample`"
                 )
             found += matches
@@ -197,6 +202,8 @@ def expand_paths(name: str, path: str | Sequence[str]) -> list[str]:
 
 def _expand_braces(pattern: str) -> Iterator[str]:
     """`a{008..010}` -> a008, a009, a010; `a{x,y}` -> ax, ay."""
+    if (count := math.prod(map(_choices, _BRACES.finditer(pattern)))) > MAX_FILES:
+        raise UserError(f"the path {pattern:.200} stands for {count} files, which cannot be")
     match = _BRACES.search(pattern)
     if match is None:
         yield pattern
@@ -208,8 +215,20 @@ def _expand_braces(pattern: str) -> Iterator[str]:
             yield f"{pattern[: match.start()]}{middle}{rest}"
 
 
+def _choices(match: re.Match[str]) -> int:
+    first, last, choices = match.groups()
+    if choices:
+        return int(choices.count(",")) + 1
+    return max(int(last[:18]) - int(first[:18]) + 1, 0) if len(last) <= 18 else MAX_FILES + 1
+
+
 def short_names(urls: Sequence[str]) -> list[str]:
     """Names that tell the files apart and do not change when the data move: paths below the common folder."""
+    # They become part of keys, which are text; a file's name is bytes.
+    return [name.encode("utf-8", "backslashreplace").decode() for name in _short_names(urls)]
+
+
+def _short_names(urls: Sequence[str]) -> list[str]:
     if any(map(is_remote, urls)):
         # What differs between them, whole path parts and words.
         common = os.path.commonprefix(urls) if len(set(urls)) > 1 else urls[0].rstrip(" -")  # noqa: RUF071

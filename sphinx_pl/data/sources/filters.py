@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import reprlib
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -83,7 +84,8 @@ class PairFilters:
         if len(words) < self.min_words:
             raise Filtered("caption_words", f"{record.key}: {len(words)} words")
         if self.parrot_column is not None and words:
-            seen = Counter(_WORD.findall(str(record.meta.get(self.parrot_column) or "").lower()))
+            read = record.meta.get(self.parrot_column)
+            seen = Counter(_WORD.findall(read.lower() if isinstance(read, str) else ""))
             spelt = (Counter(words) & seen).total()
             if spelt >= self.parrot_share * len(words):
                 raise Filtered("parrot", f"{record.key}: {spelt} of {len(words)} words stand in the image")
@@ -112,7 +114,7 @@ def _check_column(record: Record, column: str, conditions: dict[str, Any]) -> No
             and ("in" not in conditions or value in conditions["in"])
             and ("not_in" not in conditions or value not in conditions["not_in"])
         )
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         wanted = False
     if not wanted:
-        raise Filtered(column, f"{record.key}: {value!r:.100}")
+        raise Filtered(column, f"{record.key}: {reprlib.repr(value)}")

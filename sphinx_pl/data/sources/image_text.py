@@ -28,6 +28,9 @@ from sphinx_pl.typed import build
 
 log = logging.getLogger(__name__)
 
+MAX_KEY = 1000
+"""Bytes: all of a shard's keys take as much memory as its longest one."""
+
 
 class ImageTextSource(Source):
     """`.jpg` (or png, webp) with `.txt`, `.json` or both.
@@ -61,7 +64,7 @@ class ImageTextSource(Source):
         try:
             stats = json.loads(Path(url).with_name(f"{Path(url).stem}_stats.json").read_bytes())
             return int(stats["successes"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return None
 
 
@@ -85,6 +88,7 @@ class _TarShard(Shard):
         seen: set[str] = set()
         for key, members in itertools.groupby(self._members(), key=lambda member: member[0]):
             sample = [0, -1] * 3
+            encoded = key.encode("utf-8", "surrogateescape")
             repeated = key in seen
             for _, kind, offset, size in members:
                 repeated |= sample[2 * kind + 1] >= 0
@@ -92,12 +96,14 @@ class _TarShard(Shard):
             seen.add(key)
             if repeated:
                 self.skipped["duplicate_key"] += 1
+            elif len(encoded) > MAX_KEY:
+                self.skipped["key_too_long"] += 1
             elif sample[1] < 0:
                 self.skipped["image_absent"] += 1
             elif sample[3] < 0 and sample[5] < 0:
                 self.skipped["caption_absent"] += 1
             else:
-                keys.append(key.encode("utf-8", "surrogateescape"))
+                keys.append(encoded)
                 spans.extend(sample)
         self.keys = np.array(keys, dtype=np.bytes_)
         self.spans: npt.NDArray[np.int64] = np.array(spans, dtype=np.int64).reshape(-1, 3, 2)

@@ -28,6 +28,7 @@ from sphinx_pl.errors import UserError
 log = logging.getLogger(__name__)
 
 Rows = npt.NDArray[np.int64]
+MAX_ID = 200
 
 
 class InstructionSource(Source):
@@ -53,7 +54,7 @@ class InstructionSource(Source):
         super().__init__(name, path)
         if root is None and is_remote(self.urls[0]):
             raise UserError(f"source '{name}' reads {self.urls[0]}: say with root=FOLDER where its images lie")
-        if not 0 < ratio <= 1:
+        if not isinstance(ratio, int | float) or not 0 < ratio <= 1:
             raise UserError(f"source '{name}': ratio={ratio} must be above 0 and at most 1")
         self.root = Path(root).expanduser() if root is not None else Path(self.urls[0]).parent
         self.task = TASKS[task].name
@@ -94,7 +95,8 @@ class _InstructionShard(Shard):
         key = f"{self.name}:{row}"
         entry = self._entry(row)
         if isinstance(entry.get("id"), str | int):
-            key = f"{key}:{entry['id']}"
+            # For people: it need not be unique, may be a book, and JSON can spell what is no Unicode.
+            key = f"{key}:{str(entry['id'])[:MAX_ID]}".encode("utf-8", "replace").decode()
         return to_record(entry, key, self.source.root, self.source.task)
 
     def images(self, index: int) -> object:
