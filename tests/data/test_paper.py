@@ -1,8 +1,7 @@
-"""The published recipe's experiments: they compose, say the published numbers, and run on files as they are published."""
+"""The published recipe's experiments: they compose, say the published numbers, and run on files in official form."""
 
 from __future__ import annotations
 
-import csv
 import io
 import itertools
 import json
@@ -156,7 +155,8 @@ class Lengths:
 
 
 @pytest.mark.parametrize(
-    ("experiment", "pairs", "caption"), [("paper_pretrain_real", "laion400m", 20), ("paper_pretrain_synthetic", "laion_coco", 12)]
+    ("experiment", "pairs", "caption"),
+    [("paper_pretrain_real", "laion400m", 20), ("paper_pretrain_synthetic", "laion_coco", 12)],
 )
 def test_a_pretraining_step_holds_the_reported_batch(experiment: str, pairs: str, caption: int) -> None:
     cfg = composed(f"experiment={experiment}")
@@ -199,7 +199,10 @@ def test_each_missing_file_is_named_in_one_line(experiment: str, processor: Proc
             if "." in name:
                 group, member = name.split(".")
                 only = {group: data[section][group] | {"sources": {member: data[section][group]["sources"][member]}}}
-            sources = {"sources": only if section == "sources" else {}, "val_sources": only if section != "sources" else {}}
+            sources = {
+                "sources": only if section == "sources" else {},
+                "val_sources": only if section != "sources" else {},
+            }
             datamodule = DataModule(processor, packing=data["packing"], **sources)
             with pytest.raises(UserError, match=re.escape(f"source '{name}': there is no file '{path}'")) as caught:
                 datamodule.check()
@@ -284,7 +287,8 @@ OFFICIAL: dict[str, Any] = {
     "flickr30k_entities/train.txt": "9\n",
     "flickr30k_entities/UNRELATED_CAPTIONS": "",
     "flickr30k_entities/Sentences/9.txt": "[/EN#1/people A man] waits .\n",
-    "flickr30k_entities/Annotations/9.xml": f"<annotation><size><width>{SIZE[0]}</width><height>{SIZE[1]}</height></size>"
+    "flickr30k_entities/Annotations/9.xml": f"<annotation><size><width>{SIZE[0]}</width>"
+    f"<height>{SIZE[1]}</height></size>"
     "<object><name>1</name><bndbox><xmin>5</xmin><ymin>5</ymin><xmax>20</xmax><ymax>30</ymax></bndbox></object>"
     "</annotation>",
     **{f"{name}/instances.json": REF_IMAGES for name in ("refcoco", "refcoco+", "refcocog")},
@@ -314,8 +318,8 @@ OFFICIAL: dict[str, Any] = {
             ]
         }
     ),
-    "doclaynet/COCO/train.json": PAGE,
-    "doclaynet/COCO/val.json": PAGE,
+    "images/doclaynet/COCO/train.json": PAGE,
+    "images/doclaynet/COCO/val.json": PAGE,
     "llava_instruct/llava_instruct_150k.json": [
         chat("000000000009.jpg", "What is it?", "A cat.", "And its colour?", "Red."),
         chat("000000000009.jpg", "Describe it.", "A red cat sits there."),
@@ -327,11 +331,12 @@ OFFICIAL: dict[str, Any] = {
     "scienceqa/problems.json": {
         "9": {"question": "Which?", "choices": ["a", "b"], "answer": 0, "image": "image.png", "split": "train"}
     },
+    "images/iconqa/iconqa/train/choose_txt/9/data.json": {"question": "Which?", "choices": ["a", "b"], "answer": 1},
     "scienceqa/pid_splits.json": {"train": ["9"]},
     "vsr/splits/random/train.jsonl": json.dumps(
         {"image": "000000000009.jpg", "image_link": "x/train2017/9.jpg", "caption": "A cat.", "label": 1}
     ),
-    "clevr/questions/CLEVR_train_questions.json": {
+    "images/clevr/questions/CLEVR_train_questions.json": {
         "questions": [
             {
                 "image_filename": "CLEVR_train_000009.png",
@@ -358,7 +363,7 @@ IMAGES = [
     "iconqa/iconqa/train/choose_txt/9/image.png",
     "clevr/images/train/CLEVR_train_000009.png",
 ]
-COMMANDS = re.findall(r"^convert (\S+) (\S+) (\S+)$", DOC, re.MULTILINE)
+COMMANDS = re.findall(r"^ *convert (\S+) (\S+) (\S+)$", DOC, re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -371,19 +376,15 @@ def paper_root(tmp_path_factory: pytest.TempPathFactory, sample_data: Path) -> P
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", SIZE, "red").save(path)
     for place, content in OFFICIAL.items():
-        path = root / "annotations" / place
+        path = root / (place if place.startswith("images/") else f"annotations/{place}")
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, bytes):
             path.write_bytes(content)
         else:
             path.write_text(content if isinstance(content, str) else json.dumps(content))
-    # IconQA's questions lie beside their images.
-    choice = {"question": "Which?", "choices": ["a", "b"], "answer": 1}
-    (root / "images/iconqa/iconqa/train/choose_txt/9/data.json").write_text(json.dumps(choice))
     for name, folder, split in COMMANDS:
-        src = root / ("images" if name == "iconqa" else "annotations") / folder
         out = root / "instructions" / f"{name}-{split}.jsonl"
-        assert convert([name, "--src", str(src), "--out", str(out), "--split", split]) == 0
+        assert convert([name, "--src", str(root / folder), "--out", str(out), "--split", split]) == 0
     return root
 
 
@@ -391,7 +392,9 @@ def paper_root(tmp_path_factory: pytest.TempPathFactory, sample_data: Path) -> P
 def long_processor(paper_root: Path, processor: Processor) -> Processor:
     """With room for 17 keypoints in pieces of a few letters."""
     config = ProcessorConfig(system="", decimals=2, max_length=900)
-    return Processor(config, Tokenizer(paper_root / "tokenizer.model"), processor.tokens_per_image, processor.image_size)
+    return Processor(
+        config, Tokenizer(paper_root / "tokenizer.model"), processor.tokens_per_image, processor.image_size
+    )
 
 
 def loader(data: dict[str, Any], processor: Processor) -> TrainLoader:
@@ -407,8 +410,7 @@ def loader(data: dict[str, Any], processor: Processor) -> TrainLoader:
 @pytest.mark.parametrize(
     ("overrides", "lacking"),
     [
-        # The second needs CLEVR, the others are for captions of one's own, grounding and question generation.
-        (("experiment=paper_finetune",), {"relation"}),
+        (("experiment=paper_finetune",), {"relation"}),  # which only CLEVR has
         (MORE, set()),
     ],
 )
@@ -472,7 +474,7 @@ def rows(heading: str) -> Iterator[list[str]]:
     section = DOC.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
     for line in section.splitlines():
         if line.startswith("| `"):
-            yield [cell.strip() for cell in next(csv.reader([line.strip("| ")], delimiter="|"))]
+            yield [cell.strip() for cell in line.strip().strip("|").split("|")]
 
 
 def test_the_documentation_has_every_converter() -> None:
@@ -493,7 +495,10 @@ def test_the_documentation_has_every_task_as_it_is_written() -> None:
     assert set(table) == set(TASKS)
     for name, task in TASKS.items():
         turn = task.turns(EXAMPLES[name], Geometry(3))[0]
-        question, answer = (text.strip().replace("\n", "<br>") for text in (turn.question, turn.answer))
+        question, answer = (
+            f"`{text.strip()}`".replace("\n", "⏎") if text.strip() else "(none)"
+            for text in (turn.question, turn.answer)
+        )
         assert table[name][2:] == [question, answer, task.scorer], name
 
 
