@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from sphinx_pl.cli import CONFIG_FOLDER
+from sphinx_pl.data.__main__ import main as look
 from sphinx_pl.data.conversation import SYSTEM
 from sphinx_pl.data.convert import CONVERTERS
 from sphinx_pl.data.convert.__main__ import main as convert
@@ -183,6 +184,8 @@ def test_a_finetuning_step_has_room_for_the_tutorials_batch() -> None:
     rows = cfg.data.packing.rows * cfg.stage.accumulate * 16
     assert rows * cfg.data.packing.row_length == 128 * 512
     assert cfg.stage.max_steps * 128 == 1_600_000
+    # A lane's part of a step has a text by its weight, so that the guarantee of one raises no share.
+    assert 128 / cfg.data.mixing.lanes * cfg.data.sources.text.weight > 1
 
 
 # --- files that are not there
@@ -203,10 +206,22 @@ def test_each_missing_file_is_named_in_one_line(experiment: str, processor: Proc
                 "sources": only if section == "sources" else {},
                 "val_sources": only if section != "sources" else {},
             }
-            datamodule = DataModule(processor, packing=data["packing"], **sources)
+            datamodule = DataModule(processor, sources["sources"], sources["val_sources"], data["packing"])
             with pytest.raises(UserError, match=re.escape(f"source '{name}': there is no file '{path}'")) as caught:
                 datamodule.check()
             assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("experiment", STAGES)
+def test_the_plan_is_shown_without_the_data(
+    experiment: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["table", f"experiment={experiment}", f"stage={STAGES[experiment]}", f"data.root={tmp_path}"]
+    assert look(command) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert look([*command, "missing=ok"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in leaves(data_of(f"experiment={experiment}")))
 
 
 def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
@@ -399,7 +414,7 @@ def long_processor(paper_root: Path, processor: Processor) -> Processor:
 
 def loader(data: dict[str, Any], processor: Processor) -> TrainLoader:
     keys = ("sources", "val_sources", "mixing", "augment", "max_skipped")
-    packing = data["packing"] | {"row_length": 900, "rows": 4}
+    packing = data["packing"] | {"row_length": 900, "rows": 16}
     datamodule = DataModule(processor, packing=packing, **{key: data[key] for key in keys})
     datamodule.check(text_required=True)
     for name, batches in datamodule.val_loaders().items():
@@ -422,12 +437,13 @@ def test_official_files_become_batches_with_every_task(
     train = loader(data, long_processor)
     found: set[str] = set()
     sources: set[str] = set()
-    for batch in itertools.islice(train, 40):
-        found |= {batch.tasks[int(i)] for i in batch.task_ids[batch.labels != IGNORE].unique()}
+    for batch in itertools.islice(train, 20):
+        found |= {batch.tasks[int(i)] for i in set(batch.task_ids[batch.labels != IGNORE].tolist())}
         sources |= {key.split("/", 1)[0] for key in batch.keys}
     assert found == expected
     assert sources == set(leaves(data))
     assert not train.skipped  # so every image was where the layout says
+    assert look(["table", *overrides, f"data.root={paper_root}", "probe=2", "ranks=16"]) == 0
 
 
 @pytest.mark.parametrize("experiment", ["paper_pretrain_real", "paper_pretrain_synthetic"])
@@ -437,7 +453,7 @@ def test_shards_and_tables_become_batches_with_pairs_and_text(
     image = io.BytesIO()
     Image.new("RGB", (80, 80), "red").save(image, "JPEG")
     columns = {"similarity": 0.33, "NSFW": "UNLIKELY", "punsafe": 0.1, "pwatermark": 0.1, "width": 80, "height": 80}
-    unwanted = [{"NSFW": "NSFW", "punsafe": 0.9}, {"similarity": None, "pwatermark": None}]
+    unwanted: list[dict[str, Any]] = [{"NSFW": "NSFW", "punsafe": 0.9}, {"similarity": None, "pwatermark": None}]
     for folder, part in itertools.product(("laion400m", "laion_coco"), ("train", "val")):
         path = tmp_path / folder / part / "00000.tar"
         path.parent.mkdir(parents=True)
