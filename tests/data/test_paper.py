@@ -414,12 +414,12 @@ def long_processor(paper_root: Path, processor: Processor) -> Processor:
 
 def loader(data: dict[str, Any], processor: Processor) -> TrainLoader:
     keys = ("sources", "val_sources", "mixing", "augment", "max_skipped")
-    packing = data["packing"] | {"row_length": 900, "rows": 16}
+    packing = data["packing"] | {"row_length": 900, "rows": 4}
     datamodule = DataModule(processor, packing=packing, **{key: data[key] for key in keys})
     datamodule.check(text_required=True)
     for name, batches in datamodule.val_loaders().items():
         assert sum(batch.counters["samples"] for batch in batches) > 0, name
-    return TrainLoader(datamodule.planner(), datamodule.collator, 0, datamodule.max_skipped, False)
+    return TrainLoader(datamodule.planner(lanes=1), datamodule.collator, 0, datamodule.max_skipped, False)
 
 
 @pytest.mark.parametrize(
@@ -437,7 +437,7 @@ def test_official_files_become_batches_with_every_task(
     train = loader(data, long_processor)
     found: set[str] = set()
     sources: set[str] = set()
-    for batch in itertools.islice(train, 20):
+    for batch in itertools.islice(train, 40):
         found |= {batch.tasks[int(i)] for i in set(batch.task_ids[batch.labels != IGNORE].tolist())}
         sources |= {key.split("/", 1)[0] for key in batch.keys}
     assert found == expected
