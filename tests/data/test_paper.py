@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
@@ -28,7 +29,7 @@ from sphinx_pl.data.convert import CONVERTERS
 from sphinx_pl.data.convert.__main__ import main as convert
 from sphinx_pl.data.datamodule import DataModule, TrainLoader
 from sphinx_pl.data.geometry import Geometry
-from sphinx_pl.data.mixture import Group, SourceConfig
+from sphinx_pl.data.mixture import META, Group, SourceConfig
 from sphinx_pl.data.packing import Lane, PackingConfig
 from sphinx_pl.data.processor import Processor, ProcessorConfig
 from sphinx_pl.data.record import IGNORE, ImageRef, Sample
@@ -524,3 +525,11 @@ def test_the_documentation_names_every_folder_of_the_layout() -> None:
     for name, config in leaves(data_of(*MORE)).items():
         root = str(config.options.get("root", ""))
         assert not root or f"{Path(root).name}/" in DOC, name
+
+
+def test_the_example_of_a_mixture_is_one() -> None:
+    text = (CONFIG_FOLDER.parent / "docs" / "configuration.md").read_text()
+    sources = yaml.safe_load(text.split("```yaml\n", 1)[1].split("```", 1)[0])["sources"]
+    assert sources["tasks"]["sources"].pop("old")["kind"] == META  # whose file is read at once
+    group = Group.from_dict({"sources": sources})
+    assert set(dict(group.leaves())) == {"real", "text", "tasks.vqa"}
