@@ -502,8 +502,9 @@ def test_the_documentation_has_every_converter() -> None:
         assert converter.title in cells[1]
         assert converter.url in cells[1]
         assert cells[2].startswith(converter.licence.split(",")[0].split(";")[0].split(" (")[0])
-        assert cells[4] == ", ".join(converter.splits)
-        assert cells[5] == ", ".join(converter.tasks)
+        assert cells[3].strip("`").removeprefix("convert ").split(" ") in [list(command) for command in COMMANDS]
+        assert cells[5] == ", ".join(converter.splits)
+        assert cells[6] == ", ".join(converter.tasks)
     assert {name for name, _, split in COMMANDS if split == CONVERTERS[name].splits[0]} == set(CONVERTERS)
 
 
