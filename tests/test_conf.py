@@ -58,7 +58,14 @@ def test_stages_resolve(name: str) -> None:
     assert values["max_steps"] > 0
 
 
-@pytest.mark.parametrize("experiment", [name for name in options("experiment") if name != "none"])
+def is_paper(experiment: str) -> bool:
+    """Those bring their stage and are tested in tests/data/test_paper.py."""
+    return experiment.startswith("paper_")
+
+
+@pytest.mark.parametrize(
+    "experiment", [name for name in options("experiment") if name != "none" and not is_paper(name)]
+)
 @pytest.mark.parametrize("stage", options("stage"))
 def test_experiments_resolve_for_every_stage(experiment: str, stage: str) -> None:
     cfg = composed("train", f"experiment={experiment}", f"stage={stage}")
