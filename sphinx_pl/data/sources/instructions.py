@@ -108,8 +108,8 @@ class _InstructionShard(Shard):
     @property
     def _image_hashes(self) -> Rows:
         """Of each entry a number for its images, 0 without any; made once, since it means to read everything."""
-        cached = cache_folder() / "spans" / f"{identity(self.path)}-images.npy"
         if not hasattr(self, "_hashes"):
+            cached = cache_folder() / "spans" / f"{identity(self.path)}-images.npy"
             try:
                 self._hashes: Rows = np.load(cached, mmap_mode="r")
             except (OSError, ValueError):
