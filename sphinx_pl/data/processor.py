@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -233,12 +235,11 @@ def _overlaps(spans: Sequence[tuple[int, int]], answers: Sequence[tuple[int, int
 
     Both sequences are in order; `offset` is where the spans' text begins in the answers' text.
     """
-    flags = []
-    at = 0
-    for begin, end in spans:
-        while at < len(answers) and answers[at][1] <= offset + begin:
-            at += 1
-        flags.append(at < len(answers) and answers[at][0] < offset + end)
+    flags = [False] * len(spans)
+    for begin, end in answers:
+        first = bisect_right(spans, begin - offset, key=itemgetter(1))
+        behind = bisect_left(spans, end - offset, key=itemgetter(0))
+        flags[first:behind] = [True] * (behind - first)
     return flags
 
 
@@ -265,9 +266,10 @@ def _join(first: Sample, second: Sample) -> Sample | None:
     branches = [(sample.prefix, branch) for sample in (first, second) for branch in sample.branches]
     chains = [prefix + branch.ids for prefix, branch in branches]
     limit = min(len(prefix) + branch.supervised.index(True) for prefix, branch in branches) - 1
-    shared = 0
-    while shared < limit and all(chain[shared] == chains[0][shared] for chain in chains):
-        shared += 1
+    shared = limit
+    for chain in chains[1:]:
+        if chain[:shared] != chains[0][:shared]:  # halve, comparing slices: each pair of ids by itself takes long
+            shared = bisect_left(range(shared), True, key=lambda n: chain[: n + 1] != chains[0][: n + 1])
     if any(IMAGE_SLOT in chain[shared:] for chain in chains):
         return None
     split = [

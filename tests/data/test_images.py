@@ -59,6 +59,16 @@ def test_resize_is_bicubic_with_antialias():
     assert abs(small[2:-2, 2:-2] - 127.5).max() < 3
 
 
+@pytest.mark.parametrize(("width", "height"), [(640, 480), (50, 49), (480, 640), (100, 1), (1, 1), (16, 12), (9, 5)])
+@pytest.mark.parametrize("size", [1, 16, 224])
+def test_the_padding_that_is_left_out_of_the_first_pass_changes_no_byte(width, height, size):
+    image, side = photo(width, height), max(width, height)
+    square = Image.new("RGB", (side, side), PAD_COLOUR)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    plain = square.resize((size, size), Image.Resampling.BICUBIC)  # the original's way
+    np.testing.assert_array_equal(np.asarray(padded_resize(image, size)), np.asarray(plain))
+
+
 def test_part_of_a_larger_file(tmp_path):
     data = encoded(photo())
     path = tmp_path / "shard.tar"
