@@ -150,7 +150,7 @@ def train(cfg: DictConfig) -> float | None:
     )
     # Whatever can be found wrong is found before an older run is replaced.
     stage.check(datamodule.processor)
-    datamodule.check(text_required=cfg.stage.text_required)
+    datamodule.check(cfg.stage.text_required, cfg.stage.accumulate, trainer.world_size)
     prepare_run_folder(cfg, folder, resume)
     if resume is None:
         trainer.validate(stage, datamodule, verbose=False)  # the held-out losses before the stage

@@ -68,10 +68,10 @@ def show(options: ShowOptions, cfg: DictConfig) -> str:
     model = SphinxConfig.from_dict(cfg.model)
     values: dict[str, Any] = OmegaConf.to_container(cfg.data, resolve=True)  # type: ignore[assignment]
     data = DataModule.from_config(values, model)
-    data.check()
+    data.check(accumulate=int(cfg.stage.accumulate))
     notices = []
     try:
-        data.check(text_required=cfg.stage.text_required)
+        data.check(cfg.stage.text_required, int(cfg.stage.accumulate))
     except UserError as error:  # it can be looked at all the same
         notices.append(f"train.py would refuse this: {error}")
     what = f"stage {cfg.stage.name}, model {model.name}"
@@ -102,26 +102,29 @@ class TableOptions:
 def table(options: TableOptions, cfg: DictConfig) -> str:
     """What the mixture is made of; where files are missing, what the configuration alone says of it."""
     from sphinx_pl.data.datamodule import DataModule
-    from sphinx_pl.data.mixture import Group
+    from sphinx_pl.data.mixture import Group, SourceConfig
     from sphinx_pl.data.table import expectations, lines, missing, plan
     from sphinx_pl.models.config import SphinxConfig
 
     values: dict[str, Any] = OmegaConf.to_container(cfg.data, resolve=True)  # type: ignore[assignment]
-    group = Group.from_dict({"sources": values["sources"]})
+    group = Group.from_dict({"sources": values["sources"], "temperature": values["mixing"].get("temperature")})
     model = SphinxConfig.from_dict(cfg.model)
     rows = values["packing"]["rows"] * int(cfg.stage.accumulate) * options.ranks
     absent = missing(dict(group.leaves()))
+    held_out = {name: value for name, value in values["val_sources"].items() if value is not None}
+    configs = {name: SourceConfig.from_dict(name, value, "val_sources") for name, value in held_out.items()}
+    absent |= {f"val_sources.{name}": why for name, why in missing(configs).items()}
     if not Path(values["tokenizer"]).is_file():
-        absent["the tokenizer"] = f"there is no file {values['tokenizer']}"
+        absent["tokenizer"] = f"there is no tokenizer {values['tokenizer']}"
     if absent:
         text = rendered(plan(group, absent))
         if options.missing == "ok":
             return text
         print(text)
         first = next(iter(absent.values()))
-        raise UserError(f"files of {len(absent)} sources are missing ({first}); missing=ok only looks at the plan")
+        raise UserError(f"files are missing for {', '.join(absent)} ({first}); missing=ok only looks at the plan")
     data = DataModule.from_config(values, model)
-    data.check()
+    data.check(accumulate=int(cfg.stage.accumulate) * options.ranks)
     return rendered(
         expectations(
             lines(data, options.probe), data.mixing.unit, data.packing.row_length, rows, int(cfg.stage.max_steps)

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sphinx_pl.data.augment import AugmentConfig
 from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.mixture import Group, MixingConfig, Mixture, SourceConfig
+from sphinx_pl.data.mixture import MODALITIES, Group, MixingConfig, Mixture, SourceConfig
 from sphinx_pl.data.packing import (
     Collator,
     Lane,
@@ -29,6 +29,7 @@ from sphinx_pl.data.packing import (
     Row,
     first_fit_decreasing,
     merge_states,
+    rows_of_lanes,
 )
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.record import Batch, Sample
@@ -176,12 +177,13 @@ class TrainLoader:
             self._check_skipped(self._reached)
             missing = [
                 modality
-                for modality in (() if self.planner.finite else self.planner.mixture.modalities)
-                if not any(batch.counters.get(f"modality/{modality}") for batch in window)
+                for modality in MODALITIES
+                if any(f"modality/{modality}" in batch.counters for batch in window)
+                and not any(batch.counters.get(f"modality/{modality}") for batch in window)
             ]
             if missing:
                 self.counts[f"skipped/windows/without_{missing[0]}"] += 1
-                if self.planner.world_size == 1:
+                if self.planner.world_size == 1 and not self.planner.finite:
                     continue
             yield from window
 
@@ -322,8 +324,8 @@ class DataModule(L.LightningDataModule):
     def val_names(self) -> list[str]:
         return list(self.val_sources)
 
-    def check(self, text_required: bool = False) -> None:
-        """Whether the sources can be read, without reading them.
+    def check(self, text_required: bool = False, accumulate: int = 1, world_size: int = 1) -> None:
+        """Whether the sources can be read, without reading them, and steps of this run be planned.
 
         Args:
             text_required: refuse a mixture without text-only data, which keeps the language ability; the planner puts
@@ -332,6 +334,7 @@ class DataModule(L.LightningDataModule):
         Raises:
             UserError: a wrong key, a missing file, or no text.
         """
+        rows_of_lanes(self.packing.rows * accumulate * world_size, self.mixing.lanes or world_size, world_size)
         configs = dict(Group.from_dict({"sources": self.sources}).leaves())
         held_out = {n: SourceConfig.from_dict(n, values, "val_sources") for n, values in self.val_sources.items()}
         for name, config in [*configs.items(), *held_out.items()]:
@@ -351,13 +354,9 @@ class DataModule(L.LightningDataModule):
         """A planner at the start of the stream.
 
         Args:
-            lanes: those of the run that goes on; by default the configured number, else one for each rank, or for
-                several where a rank has a single row, which could not hold an image and a text.
+            lanes: those of the run that goes on; by default the configured number, else one for each rank.
         """
-        rows = self.packing.rows * accumulate * world_size
-        lanes = lanes or self.mixing.lanes
-        if lanes is None:
-            lanes = max(n for n in range(1, world_size + 1) if world_size % n == 0 and (rows >= 2 * n or n == 1))
+        lanes = lanes or self.mixing.lanes or world_size
         row_length = self.packing.row_length
 
         def lane(number: int) -> Lane:

@@ -41,8 +41,10 @@ class MixingConfig:
     """What shares are counted in: samples, or supervised tokens."""
     epochs: Optional[int] = None
     """Every source is read at most so often; null: for ever. A source's own `epochs` goes before it."""
+    temperature: Optional[float] = None
+    """Of the whole tree of sources, as a group's."""
     lanes: Optional[int] = None
-    """Independent lines of planning, fixed for a run; null: from the number of ranks when it is first started."""
+    """Independent lines of planning, fixed for a run; null: as many as there are ranks when it is first started."""
 
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
@@ -248,7 +250,7 @@ class Mixture:
         lanes: int = 1,
     ) -> None:
         self.mixing = mixing or MixingConfig()
-        self.group = Group.from_dict({"sources": sources})
+        self.group = Group.from_dict({"sources": sources, "temperature": self.mixing.temperature})
         configs = dict(self.group.leaves())
         opened = {name: config.open(name) for name, config in configs.items() if config.weight > 0}
         sizes = {name: source.size()[0] for name, source in opened.items()} if self.group.needs_sizes else {}

@@ -20,7 +20,7 @@ import torch
 
 from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.images import load_image
-from sphinx_pl.data.mixture import Mixture
+from sphinx_pl.data.mixture import MODALITIES, Mixture
 from sphinx_pl.data.record import IGNORE, IMAGE_SLOT, Batch, Branch, ImageRef, Sample
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.errors import UserError
@@ -91,6 +91,27 @@ def deal(rows: list[Row], bins: int) -> list[list[Row]]:
     return dealt
 
 
+def rows_of_lanes(rows: int, lanes: int, world_size: int) -> list[int]:
+    """How many of the rows of an optimizer step each lane plans, so that ranks get equally many.
+
+    Raises:
+        UserError: they do not divide so.
+    """
+    if rows < lanes:
+        raise UserError(
+            f"data.mixing.lanes={lanes} is more than the {rows} rows of an optimizer step: lower it, or raise "
+            "data.packing.rows or stage.accumulate"
+        )
+    shares = [(lane + 1) * rows // lanes - lane * rows // lanes for lane in range(lanes)]
+    classes = math.gcd(lanes, world_size)
+    if any(sum(shares[number::classes]) * classes != rows for number in range(classes)):
+        raise UserError(
+            f"data.mixing.lanes={lanes}: the {rows} rows of an optimizer step do not divide among them so that "
+            f"{world_size} ranks get equally many: choose data.packing.rows * stage.accumulate as a multiple of it"
+        )
+    return shares
+
+
 @dataclass
 class MicroPlan:
     """One micro-batch of this rank: `rows` to decode and collate, the `index`-th of window `window`."""
@@ -111,8 +132,12 @@ class Lane:
         self.config = config
         self.pending: list[Sample] = []
 
-    def plan(self, rows: int) -> list[Row]:
-        """The next `rows` rows. They hold every modality that the mixture still has; empty ones when it has ended."""
+    def plan(self, rows: int, modalities: Sequence[str] = MODALITIES) -> list[Row]:
+        """The next `rows` rows, empty ones when the mixture has ended.
+
+        Args:
+            modalities: those that the rows hold in any case, as long as the mixture has them.
+        """
         config = self.config
         capacity = rows * config.row_length
         pool = list(self.pending)
@@ -125,7 +150,7 @@ class Lane:
             missing -= sum(sample.length for sample in pool[before:])
         # A small window could lack a modality with a small share: ask for it by name.
         musts = []
-        for modality in self.mixture.modalities:
+        for modality in [modality for modality in self.mixture.modalities if modality in modalities]:
             while not any(_modality(sample) == modality for sample in pool) and modality in self.mixture.modalities:
                 drawn_in_vain = self._draw(pool, modality, drawn_in_vain)
             found = [sample for sample in pool if _modality(sample) == modality]
@@ -203,22 +228,9 @@ class Planner:
         classes = math.gcd(lanes, world_size)
         self._bins = accumulate * (world_size // classes)
         self._first_bin = accumulate * (rank // classes)
-        rows = config.rows * accumulate * world_size
-        if rows < lanes:
-            raise UserError(
-                f"data.mixing.lanes={lanes} is more than the {rows} rows of an optimizer step: lower it, or raise "
-                "data.packing.rows or stage.accumulate"
-            )
+        self._rows = rows_of_lanes(config.rows * accumulate * world_size, lanes, world_size)
         self.lane_count = lanes
         self.lanes = {number: lane(number) for number in range(rank % classes, lanes, classes)}
-        self._rows = {number: (number + 1) * rows // lanes - number * rows // lanes for number in self.lanes}
-        # The ranks of a class must get equally many rows.
-        total = sum(self._rows.values())
-        if total != config.rows * self._bins:
-            raise UserError(
-                f"data.mixing.lanes={lanes}: the {rows} rows of an optimizer step do not divide among them so that "
-                f"{world_size} ranks get equally many: choose data.packing.rows * stage.accumulate as a multiple of it"
-            )
         self.number = 0
         """Windows planned so far."""
         self._lock = threading.Lock()
@@ -239,7 +251,9 @@ class Planner:
 
     def plan(self) -> list[MicroPlan]:
         """This rank's micro-batches of the next window; none when all its lanes have come to their end."""
-        rows = [row for number, lane in self.lanes.items() for row in lane.plan(self._rows[number])]
+        rows = [
+            row for number, lane in self.lanes.items() for row in lane.plan(self._rows[number], self._musts(number))
+        ]
         if not any(rows):
             return []
         mine = deal(rows, self._bins)[self._first_bin : self._first_bin + self.accumulate]
@@ -248,6 +262,11 @@ class Planner:
             self.number += 1
             self._states[self.number] = snapshot
         return [MicroPlan(self.number, index, rows) for index, rows in enumerate(mine)]
+
+    def _musts(self, lane: int) -> list[str]:
+        """The modalities that a lane sees to in the next window. Lanes take turns: if each had to place a text in every
+        window, a window of few rows a lane would be more text than the mixture wants."""
+        return [m for i, m in enumerate(MODALITIES) if (self.number + i) % self.lane_count == lane]
 
     def _snapshot(self) -> dict[int, dict[str, Any]]:
         return {number: lane.state_dict() for number, lane in self.lanes.items()}

@@ -27,7 +27,8 @@ def test_missing_files_are_shown_and_an_error_unless_they_may_be(
     assert main(arguments) == 2
     shown = capsys.readouterr()
     assert shown.out.count("MISSING") == 8
-    assert "files of 9 sources are missing" in shown.err
+    assert "files are missing for text, answers, " in shown.err
+    assert "val_sources.tasks, tokenizer (source 'text': there is no file" in shown.err
     assert shown.err.count("\n") == 1
     assert main([*arguments, "missing=ok"]) == 0
     assert capsys.readouterr().out.count("MISSING") == 8

@@ -182,13 +182,24 @@ def branches(plans: Iterable[MicroPlan], images: bool | None = None) -> list[str
     return [f"{s.source}/{branch.key}" for s in samples if images in (None, bool(s.images)) for branch in s.branches]
 
 
-def test_every_window_holds_text_and_images(processor: Processor, sample_data: Path) -> None:
-    config = PackingConfig(row_length=96, rows=2)
-    plans = planner(partial(mixture, processor, sample_data, 0.01), config)
+@pytest.mark.parametrize(("lanes", "ranks"), [(1, 1), (1, 2), (2, 2), (4, 2), (4, 4)])
+@pytest.mark.parametrize("text", [0.01, 30.0])
+def test_every_window_holds_text_and_images(
+    processor: Processor, sample_data: Path, lanes: int, ranks: int, text: float
+) -> None:
+    """Of all ranks together, however rare one of them is."""
+    config = PackingConfig(row_length=96, rows=4 // ranks)
+    make = partial(mixture, processor, sample_data, text)
+    planners = [planner(make, config, lanes, rank=rank, world_size=ranks) for rank in range(ranks)]
+    rare = []
     for _ in range(40):
-        window = plans.plan()
-        assert branches(window, images=True)
-        assert branches(window, images=False)
+        window = [plan for one in planners for plan in one.plan()]
+        images, texts = branches(window, images=True), branches(window, images=False)
+        assert images
+        assert texts
+        rare.append(min(len(images), len(texts)))
+    # And hardly more of what is rare than that: the lanes take turns.
+    assert sum(rare) / len(rare) < 2
 
 
 @pytest.mark.parametrize("lanes", [1, 2, 4])

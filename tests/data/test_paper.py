@@ -185,8 +185,8 @@ def test_a_finetuning_step_has_room_for_the_tutorials_batch() -> None:
     rows = cfg.data.packing.rows * cfg.stage.accumulate * 16
     assert rows * cfg.data.packing.row_length == 128 * 512
     assert cfg.stage.max_steps * 128 == 1_600_000
-    # A lane's part of a step has a text by its weight, so that the guarantee of one raises no share.
-    assert 128 / cfg.data.mixing.lanes * cfg.data.sources.text.weight > 1
+    # A step has texts by their weight, so that the guarantee of one raises no share.
+    assert 128 * cfg.data.sources.text.weight > 1
 
 
 # --- files that are not there

@@ -191,8 +191,8 @@ def expand_paths(name: str, path: str | Sequence[str]) -> list[str]:
             matches = [match for match in matches if os.path.isfile(match)]  # noqa: PTH113
             if not matches:
                 raise UserError(
-                    f"source '{name}': there is no file '{single:.500}': correct its path, "
-                    "or make the sample data with `python -m sphinx_pl.data.sample`"
+                    f"source '{name}': there is no file '{single:.500}': correct its path "
+                    "(the sample data's are made by `python -m sphinx_pl.data.sample`)"
                 )
             found += matches
     if not found:
