@@ -294,6 +294,9 @@ class World:
             "text": self.file("whole.jsonl", b'{"text": "a document"}\n' * 3, harm=0),
             "chat": self.file("chat.jsonl", b'{"question": "why?", "answer": "because"}\n' * 3, harm=0),
         }
+        lines_file = self.file("c.jsonl", self.lines(entries[2 * few : 4 * few]))
+        text_file = self.file("t.jsonl", self.lines(self.text_values(2 * few)))
+        packed = self.packed("t.jsonl.zst", self.lines(self.text_values(2 * few)))
         filters = {"columns": {"similarity": {"min": 0.1}}, "parrot_column": "ocr", "min_side": rng.choice((None, 2))}
         lines = {"kind": "instructions", "root": str(self.folder)}
         return {
@@ -302,7 +305,7 @@ class World:
             "list": {"kind": "meta", "path": meta, "root": str(self.folder), "branches": rng.choice((1, 3))},
             "lines": {
                 **lines,
-                "path": [self.file("c.jsonl", self.lines(entries[2 * few : 4 * few])), whole["chat"]],
+                "path": [lines_file, whole["chat"]],
                 "branches": 3,
             },
             "limited": {
@@ -312,11 +315,11 @@ class World:
             },
             "text": {
                 "kind": "text",
-                "path": [self.file("t.jsonl", self.lines(self.text_values(2 * few))), whole["text"]],
+                "path": [text_file, whole["text"]],
             },
             "packed": {
                 "kind": "text",
-                "path": [self.packed("t.jsonl.zst", self.lines(self.text_values(2 * few))), whole["text"]],
+                "path": [packed, whole["text"]],
             },
             "table": {"kind": "text", "path": [self.parquet("t.parquet", 2 * few), whole["text"]]},
         }

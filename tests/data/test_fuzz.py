@@ -150,10 +150,8 @@ def fuzz_case(folder: Path, entries: list[dict[str, Any]], processor: Processor,
     keys: list[str] = []
     try:
         counts, keys = used_and_counted(data)
-    except UserError as error:
-        assert "\n" not in str(error)
+    except UserError:
         counts = Counter(["refused"])
-        print(error)
     except Exception as error:
         error.add_note(f"seed {seed}, {folder}")
         raise
