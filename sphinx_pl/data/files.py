@@ -43,6 +43,7 @@ RETRY_AFTER = 60.0
 """Seconds for which a file that failed at every attempt is not tried again: a run must not wait for every record of a
 shard that is gone."""
 _CHUNK = 1 << 22
+_SMALL = 1 << 14
 _failed: dict[str, tuple[float, str]] = {}  # URL -> when it failed at every attempt, and why
 
 T = TypeVar("T")
@@ -119,7 +120,7 @@ class CacheFile:
 def cached_array(name: str, make: Callable[[], npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
     """An array that is made once, kept in the cache and mapped from there, so that ranks and workers share it."""
     path = cache_folder("spans") / f"{name}.npy"
-    with suppress(OSError, ValueError, EOFError):  # not there, or what a full disk left of it
+    with suppress(Exception):  # not there, or whatever a full disk left of it
         mapped: npt.NDArray[np.int64] = np.load(path, mmap_mode="r")
         return mapped
     array = make()
@@ -200,15 +201,16 @@ def local_file(url: str) -> tuple[str, bool]:
 
 def _copy(stream: IO[bytes], file: CacheFile, url: str) -> bool:
     """Whether the stream ended as it should."""
+    # When it meets the cut a compressed stream's read() loses what it holds: gzip has read1(), of zstd it is not much.
+    size = _SMALL if url.endswith(".zst") else _CHUNK
     while True:
         try:
-            # A compressed stream's read() would lose what it holds when it meets the cut, its read1() does not.
-            chunk = stream.read1(_CHUNK) if hasattr(stream, "read1") else stream.read(_CHUNK)
+            chunk = stream.read1(size) if hasattr(stream, "read1") else stream.read(size)
         except (EOFError, OSError, zlib.error) as error:
             # What the disk says has a number, what the decompressor says has none.
             if not url.endswith(PACKED) or is_remote(url) or getattr(error, "errno", None) is not None:
                 raise OSError(errno.EIO, str(error), url) from None
-            log.warning("%s: %s: the lines before the cut are used", url, error)
+            log.warning("%s: %s: the lines before the cut are used", url, str(error))
             return False
         if not chunk:
             return True

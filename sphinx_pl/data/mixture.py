@@ -254,9 +254,9 @@ class Mixture:
         configs = dict(self.group.leaves())
         opened = {name: config.open(name) for name, config in configs.items() if config.weight > 0}
         sizes = {name: source.size()[0] for name, source in opened.items()} if self.group.needs_sizes else {}
-        for name in (name for name, size in sizes.items() if not size):
-            log.warning("source %s has no record that can be read: it is left out", name)
         self.shares = self.group.shares(dict.fromkeys(configs, 0) | sizes)
+        for name in sizes.keys() - self.shares.keys():
+            log.warning("source %s has no record that can be read: it is left out", name)
         if not self.shares and sizes:
             raise UserError(f"data.sources: no record can be read in {', '.join(sizes)}")
         if not self.shares:

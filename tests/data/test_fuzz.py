@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import hashlib
 import json
 import random
+import shutil
+import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+import sphinx_pl.data.files as files_module
 from sphinx_pl.data.bad import BadSample
+from sphinx_pl.data.datamodule import DataModule, TrainLoader
 from sphinx_pl.data.images import load_image
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.record import ImageRef
 from sphinx_pl.data.sources import build_source
 from sphinx_pl.errors import UserError
-from tests.fuzzing import damaged
+from tests.fuzzing import World, damaged
 
 RECORDS = 12  # of each damaged file that are read
 
@@ -100,3 +108,90 @@ def test_damaged_images_are_read_or_skipped(sample_data: Path, tmp_path: Path) -
             load_image(ImageRef(str(path)), 32)
             found["read"] += 1
     assert 0 < found["read"] < 200
+
+
+# --- the whole path: damaged files of every kind -> mixture -> planner -> collated batches
+
+CASE_SECONDS = 30
+"""A bound, not a measure: a case of 200 records takes about half a second."""
+
+
+def used_and_counted(data: DataModule) -> tuple[Counter[str], list[str]]:
+    """Counters and keys of a finite mixture that was read to its end; every record must be in one of them."""
+    train = TrainLoader(data.planner(), data.collator, 0, data.max_skipped, False)
+    keys: list[str] = []
+    for batch in train:
+        assert torch.isfinite(batch.weights).all()
+        keys += batch.keys
+    left_out, indexed = train.planner.left_out(train.planner.number)
+    counts = train.planner.counts(train.planner.number)
+    planned = counts - left_out
+    seen = sum(value for key, value in planned.items() if key.endswith("/seen"))
+    samples = sum(value for key, value in planned.items() if key.endswith("/samples"))
+    others = sum(value for key, value in planned.items() if {"skipped", "filtered", "capped"} & set(key.split("/")))
+    parts = sum(value for key, value in planned.items() if key.endswith("/parts"))
+    assert seen == indexed
+    assert seen + parts == samples + others, dict(planned)
+    assert len(keys) == samples
+    return counts + train.counts, keys
+
+
+def fuzz_case(folder: Path, entries: list[dict[str, Any]], processor: Processor, seed: int) -> tuple[Counter[str], str]:
+    """Counters of one damaged world, and a digest of them and of all keys in their order."""
+    world = World(folder, entries, seed)
+    sources = world.sources(200)
+    inline = dataclasses.replace(processor, image_position="inline") if seed % 3 == 1 else processor
+    if seed % 3 == 2:  # sizes are read from headers
+        inline = dataclasses.replace(processor, view_tokens=(2,) * 5)
+    begun = time.monotonic()
+    data = DataModule(
+        inline, sources, {}, {"row_length": 256, "rows": 8}, max_skipped=1.0, mixing={"epochs": 1}, seed=seed
+    )
+    keys: list[str] = []
+    try:
+        counts, keys = used_and_counted(data)
+    except UserError:
+        counts = Counter(["refused"])
+    except Exception as error:
+        error.add_note(f"seed {seed}, {folder}")
+        raise
+    took = time.monotonic() - begun
+    assert took < CASE_SECONDS, (seed, took)
+    return counts, hashlib.sha256(repr((sorted(counts.items()), keys)).encode()).hexdigest()
+
+
+def fuzz_path(
+    sample_data: Path, folder: Path, processor: Processor, records: int, again: int, monkeypatch: pytest.MonkeyPatch
+) -> Counter[str]:
+    """`records` records at least; the first `again` cases are made twice."""
+    monkeypatch.setattr(files_module, "FIRST_WAIT", 0.0)
+    entries = json.loads((sample_data / "instructions/val.json").read_text())
+    found: Counter[str] = Counter()
+    seed = 0
+    while sum(value for key, value in found.items() if key.endswith("/seen")) < records:
+        counts, digest = fuzz_case(folder / "world", entries, processor, seed)
+        shutil.rmtree(folder / "world")
+        if seed < again:
+            assert fuzz_case(folder / "world", entries, processor, seed)[1] == digest, seed
+            shutil.rmtree(folder / "world")
+        found += counts
+        seed += 1
+    print(seed, "cases:", dict(found.most_common()))
+    assert found["refused"] * 10 < seed
+    for name in ("web", "chosen", "list.image_text-list", "lines", "limited", "text", "packed", "table"):
+        assert found[f"{name}/samples"] > found[f"{name}/seen"] / 5, name
+        assert any(key.startswith((f"{name}/skipped/", f"{name}/filtered/")) for key in found), name
+    return found
+
+
+def test_ten_thousand_damaged_records_through_the_whole_path(
+    sample_data: Path, tmp_path: Path, processor: Processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fuzz_path(sample_data, tmp_path, processor, records=10_000, again=3, monkeypatch=monkeypatch)
+
+
+@pytest.mark.long
+def test_many_more_damaged_records_through_the_whole_path(
+    sample_data: Path, tmp_path: Path, processor: Processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fuzz_path(sample_data, tmp_path, processor, records=200_000, again=20, monkeypatch=monkeypatch)

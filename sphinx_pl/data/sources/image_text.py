@@ -148,7 +148,7 @@ class _TarShard(Shard):
         try:
             tar = tarfile.open(path, "r:")  # noqa: SIM115 - closed below, but what fails here is another reason
         except Exception as error:  # damaged headers make tarfile raise nearly anything
-            log.warning("%s: %s", self.url, error)
+            log.warning("%s: %s", self.url, str(error))  # the error itself would keep the shard open
             self.skipped["shard_unreadable"] += 1
             return
         whole = False
