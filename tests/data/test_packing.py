@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Callable, Iterable
@@ -23,6 +24,7 @@ from sphinx_pl.data.packing import (
     Row,
     deal,
     first_fit_decreasing,
+    fullest_rows,
     merge_states,
 )
 from sphinx_pl.data.processor import Processor, merge_branches
@@ -51,6 +53,57 @@ def test_first_fit_decreasing_loses_nothing_and_overfills_nothing(lengths: list[
         assert sample.length > 32 or (
             len(packed) == rows and all(sum(s.length for s in row) + sample.length > 32 for row in packed)
         )
+
+
+def image_sample(length: int, images: int) -> Sample:
+    return Sample([], [Branch([1] * length, [True] * length, "chat", "k")], ("ref",) * images, "s")  # type: ignore[arg-type]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 32), st.integers(0, 2)), max_size=40),
+    st.integers(1, 8),
+    st.sampled_from([0, 2, 3]),
+)
+@settings(deadline=None)
+def test_fullest_rows_lose_nothing_and_keep_the_bounds(
+    lengths: list[tuple[int, int]], rows: int, images_per_row: int
+) -> None:
+    samples = [image_sample(*one) for one in lengths]
+    packed, left = fullest_rows(samples, rows, 32, images_per_row)
+    placed = [sample for row in packed for sample in row]
+    assert sorted(id(s) for s in [*placed, *left]) == sorted(id(s) for s in samples)
+    assert all(sum(s.length for s in row) <= 32 for row in packed)
+    assert not images_per_row or all(sum(len(s.images) for s in row) <= images_per_row for row in packed)
+    # What is left keeps its order, and rows begin with what stands first: nothing waits for ever.
+    assert [id(s) for s in left] == [id(s) for s in samples if any(s is other for other in left)]
+    assert not samples or packed[0][0] is samples[0]
+    assert len(packed) == rows or not left
+
+
+@given(st.lists(st.tuples(st.integers(1, 32), st.integers(0, 2)), min_size=1, max_size=9), st.sampled_from([0, 2, 3]))
+@settings(deadline=None)
+def test_no_choice_would_fill_a_row_better(lengths: list[tuple[int, int]], images_per_row: int) -> None:
+    first, *others = (image_sample(*one) for one in lengths)
+    [[row], _] = fullest_rows([first, *others], 1, 32, images_per_row)
+    fillings = [
+        sum(s.length for s in chosen)
+        for count in range(len(others) + 1)
+        for chosen in itertools.combinations(others, count)
+        if not images_per_row or sum(len(s.images) for s in [first, *chosen]) <= images_per_row
+    ]
+    best = max(first.length + filling for filling in fillings if first.length + filling <= 32)
+    assert sum(s.length for s in row) == best
+
+
+def test_nothing_waits_longer_than_its_turn() -> None:
+    """A stream of lengths that fill rows without it does not keep one out that fits nowhere well."""
+    waiting = [text_sample(17, -1)]
+    for window in range(3):
+        drawn = [text_sample(16, number) for number in range(2 * 4)]
+        packed, waiting = fullest_rows([*drawn, *waiting] if window == 0 else [*waiting, *drawn], 4, 32)
+        if any(sample.branches[0].key == "k-1" for row in packed for sample in row):
+            return
+    raise AssertionError("it was never placed")
 
 
 def test_deal_gives_equal_numbers_of_rows_and_spreads_images() -> None:
