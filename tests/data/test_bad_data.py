@@ -352,12 +352,12 @@ def test_a_shard_that_is_gone_after_it_was_indexed(processor: Processor, tmp_pat
 def test_a_shard_that_is_gone_before_its_images_are_decoded(
     processor: Processor, tmp_path: Path, no_waits: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sphinx_pl.data.images._READER", files_module.Reader())
     paths = shards(tmp_path)
     loader = train(processor, {"web": web([str(path) for path in paths])})
     planner = loader.planner
     plans = planner.plan()
     paths[0].unlink()
+    monkeypatch.setattr(files_module, "_HANDLES", files_module._Handles())  # a worker has none of its own
     batches = [loader.collator(plan.rows) for plan in plans]
     assert used(batches) == {f"web/1.tar/{i}" for i in range(6)}
     assert sum(batch.counters.get("skipped/web/image_missing", 0) for batch in batches) == 6
@@ -367,8 +367,7 @@ def test_a_shard_that_is_gone_before_its_images_are_decoded(
 def test_a_handle_that_went_stale_is_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"abcdef")
-    reader = files_module.Reader()
-    assert reader.read(str(path), 0, 3) == b"abc"
+    assert files_module.read_span(str(path), 0, 3) == b"abc"
     pread, failures = os.pread, [OSError(116, "Stale file handle")]
 
     def flaky(handle: int, size: int, offset: int) -> bytes:
@@ -377,7 +376,7 @@ def test_a_handle_that_went_stale_is_opened_again(tmp_path: Path, monkeypatch: p
         return pread(handle, size, offset)
 
     monkeypatch.setattr(files_module.os, "pread", flaky)
-    assert reader.read(str(path), 3, 3) == b"def"
+    assert files_module.read_span(str(path), 3, 3) == b"def"
 
 
 def test_a_shard_that_is_cut_while_it_is_read(processor: Processor, tmp_path: Path, no_waits: list[float]) -> None:
@@ -449,13 +448,13 @@ def test_a_command_that_fails(
 def test_images_of_a_dead_command_cost_one_wait(
     processor: Processor, tmp_path: Path, own_cache: Path, no_waits: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sphinx_pl.data.images._READER", files_module.Reader())
     [path] = shards(tmp_path, 1, pairs=40)
     loader = train(processor, {"web": web(f"pipe:cat {path}")}, row_length=1024)
     plans = loader.planner.plan()
     path.unlink()
     for copy in own_cache.iterdir():
         copy.unlink()
+    monkeypatch.setattr(files_module, "_HANDLES", files_module._Handles())  # a worker has none of its own
     batches = [loader.collator(plan.rows) for plan in plans]
     assert sum(batch.counters.get("skipped/web/image_missing", 0) for batch in batches) == 40
     assert no_waits == [0.5, 1.0, 2.0]

@@ -254,7 +254,7 @@ def test_a_broken_image_says_why_and_the_other_one_is_shown(processor: Processor
     (tmp_path / "bad.png").write_bytes(b"<html>404</html>")
     pair = {"id": "pair", "image": [good, "bad.png"], "conversations": talk("<image><image>Two?", "yes")}
     gone = {"id": "gone", "image": "gone.png", "conversations": talk("One?", "yes")}
-    page = shown(module(processor, entries(tmp_path, [pair, gone])), 2)
+    page = shown(module(processor, entries(tmp_path, [pair, gone])), 6)
     cards = {("pair" if "pair" in card["text"] else "gone"): card for card in page.cards.values()}
     assert "broken image 2" in cards["pair"]["text"]
     assert "image_unreadable" in cards["pair"]["text"]
@@ -263,7 +263,7 @@ def test_a_broken_image_says_why_and_the_other_one_is_shown(processor: Processor
     for card in cards.values():
         assert "0 supervised" in card["text"]
         assert not any(target for target, _ in card["tokens"])
-    assert "2 samples of the 2 shown cannot be learned from" in page.text
+    assert "6 samples of the 6 shown cannot be learned from" in page.text
     assert "decoded, then masked: image_missing" in page.text
 
 
