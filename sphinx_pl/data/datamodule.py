@@ -140,6 +140,10 @@ class TrainLoader:
         self.collator = collator
         self.max_skipped = max_skipped
         self.counts: Counter[str] = Counter()
+        """Of what this rank decoded since it was started."""
+        self.before: Counter[str] = Counter()
+        """Of what all ranks decoded before a run was continued; on the first rank alone."""
+        self._start: Counter[str] = Counter()
         self._reached: int | None = None  # the last window that was handed out
         self._current: weakref.ref[Generator[Batch]] | None = None
         self._ahead = _Ahead(planner, 2 * workers * planner.accumulate) if workers else None
@@ -165,6 +169,7 @@ class TrainLoader:
         return iterator
 
     def _batches(self) -> Generator[Batch]:
+        self._start = self.planner.counts()
         left_out, indexed = self.planner.left_out()
         total = indexed + left_out.total()
         self._refuse(left_out, left_out.total() / max(total, 1), total)
@@ -220,14 +225,26 @@ class TrainLoader:
             yield window
 
     def _check_skipped(self, window: int) -> None:
-        planned = self.planner.counts(window)
-        skipped = Counter({k: v for k, v in [*planned.items(), *self.counts.items()] if "skipped/" in k})
+        self._check_files(window)
+        # Since this start, and of the lanes that this rank plans, of whose rows it decodes its part.
+        planned = self.planner.counts(window) - self._start
+        decoded = {k: v * self.planner.ranks_of_class for k, v in self.counts.items()}
+        skipped = Counter({k: v for k, v in [*planned.items(), *decoded.items()] if "skipped/" in k})
         seen = sum(v for k, v in planned.items() if k.endswith("/seen"))
         if seen >= 200:
             # What could not be indexed is of all that was opened, of which only some has been seen.
             left_out, indexed = self.planner.left_out(window)
             lost = left_out.total() / max(left_out.total() + indexed, 1)
             self._refuse(skipped, lost + (1 - lost) * (skipped.total() - left_out.total()) / seen, seen)
+
+    def _check_files(self, window: int) -> None:
+        """A file that is lost counts once, however many records it had: files are compared with files."""
+        opened, lost = self.planner.files(window)
+        if opened >= 10 and lost > self.max_skipped * opened:
+            raise UserError(
+                f"data: {lost} of the first {opened} files could not be read, more than "
+                f"data.max_skipped={self.max_skipped:.1%}: the log says why of each; repair them or raise the limit"
+            )
 
     def _refuse(self, skipped: Mapping[str, int], share: float, seen: int) -> None:
         if share > self.max_skipped:
@@ -239,9 +256,11 @@ class TrainLoader:
 
     @property
     def counters(self) -> dict[str, int]:
-        """Of this rank since the start of the run: `source/seen`, `source/tokens`, `source/images`,
-        `source/skipped/reason`, ... when samples were drawn, `skipped/source/reason` when images were decoded."""
-        return dict(self.planner.counts(self._reached) + self.counts)
+        """This rank's part since the start of the run, to be summed over ranks: `source/seen`, `source/tokens`,
+        `source/images`, `source/skipped/reason`, ... when samples were drawn, `skipped/source/reason` when images were
+        decoded."""
+        own = self.planner.counts(self._reached) if self.planner.first_of_class else Counter()
+        return dict(own + self.counts + self.before)
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -388,7 +407,7 @@ class DataModule(L.LightningDataModule):
         if resume:
             self._planner.load_state_dict(resume["planner"])
             if trainer.is_global_zero:
-                self._train_loader.counts.update(resume["counts"])
+                self._train_loader.before.update(resume["counts"])
             self._resume = None
         return self._train_loader
 
@@ -447,7 +466,8 @@ class DataModule(L.LightningDataModule):
         if self._planner is None or self._train_loader is None:
             return {}
         states = of_all_ranks(self._planner.state_dict(), self._planner.world_size)
-        counts = of_all_ranks(self._train_loader.counts, self._planner.world_size)
+        decoded = self._train_loader.counts + self._train_loader.before
+        counts = of_all_ranks(decoded, self._planner.world_size)
         return {"planner": merge_states(states), "counts": dict(sum(counts, Counter()))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

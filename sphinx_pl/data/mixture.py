@@ -17,6 +17,7 @@ from typing import Any, Optional
 import yaml
 
 from sphinx_pl.data.augment import AugmentConfig
+from sphinx_pl.data.files import is_remote
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.record import Sample
 from sphinx_pl.data.sources import Source, build_source, check_options
@@ -203,6 +204,9 @@ def _meta_group(values: Mapping[str, Any], prefix: str) -> Group:
     shared = {key: value for key, value in values.items() if key not in ("kind", "path", "weight")}
     members: dict[str, Group | SourceConfig] = {}
     for number, entry in enumerate(given):
+        for key in ("path", "root"):
+            if isinstance(entry.get(key), str) and is_remote(entry[key]):  # a downloaded file shall not run commands
+                raise UserError(f"{file}, entry {number + 1} of META: {key}={entry[key]} must be a local path")
         where = f"{file}, entry {number + 1} of META"
         if not isinstance(entry.get("path"), str):
             raise UserError(f"{where}: it has no path")
@@ -288,14 +292,12 @@ class Mixture:
 
     def draw(self, modality: str | None = None) -> list[Sample]:
         """Samples of the source (of `modality`) that is furthest behind its share; none when all are exhausted."""
-        names = [
-            name
-            for name, stream in self.streams.items()
-            if not stream.exhausted and modality in (None, stream.config.modality)
-        ]
+        live = [name for name, stream in self.streams.items() if not stream.exhausted]
+        names = [name for name in live if modality in (None, self.streams[name].config.modality)]
         if not names:
             return []
-        total = sum(self.drawn.values()) + 1
+        # Among those that are left: the share of one that has ended goes to the others in proportion.
+        total = (sum(self.drawn[name] for name in live) + 1) / sum(self.shares[name] for name in live)
         name = max(names, key=lambda n: self.shares[n] * total - self.drawn[n])
         samples = self.streams[name].next()
         targets = sum(sample.targets for sample in samples)

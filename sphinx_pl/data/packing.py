@@ -196,7 +196,7 @@ class Lane:
             missing -= sum(sample.length for sample in pool[before:])
         # A small window could lack a modality with a small share: ask for it by name.
         musts = []
-        for modality in [modality for modality in self.mixture.modalities if modality in modalities]:
+        for modality in modalities:
             while not any(_modality(sample) == modality for sample in pool) and modality in self.mixture.modalities:
                 drawn_in_vain = self._draw(pool, modality, drawn_in_vain)
             found = [sample for sample in pool if _modality(sample) == modality]
@@ -271,6 +271,9 @@ class Planner:
         self.rank = rank
         self.world_size = world_size
         classes = math.gcd(lanes, world_size)
+        self.ranks_of_class = world_size // classes
+        self.first_of_class = rank < classes
+        """Whether it is the one that speaks for its lanes where counters are summed."""
         self._bins = accumulate * (world_size // classes)
         self._first_bin = accumulate * (rank // classes)
         self._rows = rows_of_lanes(config.rows * accumulate * world_size, lanes, world_size)
@@ -310,7 +313,10 @@ class Planner:
 
     def _musts(self, lane: int) -> list[str]:
         """The modalities that a lane sees to in the next window. Lanes take turns: if each had to place a text in every
-        window, a window of few rows a lane would be more text than the mixture wants."""
+        window, a window of few rows a lane would be more text than the mixture wants. Where sources end, they do so in
+        different windows on different lanes, and each sees to what it still has."""
+        if any(stream.config.epochs is not None for stream in self.mixture.streams.values()):
+            return list(MODALITIES)
         return [m for i, m in enumerate(MODALITIES) if (self.number + i) % self.lane_count == lane]
 
     def _snapshot(self) -> dict[int, dict[str, Any]]:
@@ -388,7 +394,8 @@ class Planner:
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The planner states of all ranks as one."""
-    return states[0] | {"lanes": {lane: value for state in states for lane, value in state["lanes"].items()}}
+    number = max(state["number"] for state in states)  # ranks come to the end of a finite mixture one by one
+    return states[0] | {"number": number, "lanes": {lane: value for state in states for lane, value in state["lanes"].items()}}
 
 
 def _modality(sample: Sample) -> str:

@@ -50,7 +50,8 @@ def lines(datamodule: DataModule, probe: int = PROBE) -> list[Line]:
     Raises:
         UserError: a source cannot be read.
     """
-    mixture = Mixture(datamodule.sources, datamodule.processor, datamodule.seed, datamodule.packing.row_length)
+    row_length = datamodule.packing.row_length
+    mixture = Mixture(datamodule.sources, datamodule.processor, datamodule.seed, row_length, datamodule.mixing)
     return [_line(name, stream, mixture.shares[name], probe) for name, stream in mixture.streams.items()]
 
 
