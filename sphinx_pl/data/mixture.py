@@ -206,6 +206,8 @@ def _meta_group(values: Mapping[str, Any], prefix: str) -> Group:
         kind = entry.get("type", "data")
         if not isinstance(kind, str) or not isinstance(entry.get("root") or "", str):
             raise UserError(f"{where}: its type and root must be text")
+        if not isinstance(entry.get("ratio", 1.0), int | float):
+            raise UserError(f"{where}: its ratio must be a number")
         source = {"kind": "instructions", "path": _beside(file, entry["path"]), **shared}
         if entry.get("root"):
             source["root"] = _beside(file, entry["root"])

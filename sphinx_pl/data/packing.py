@@ -238,10 +238,12 @@ class Planner:
     def plan(self) -> list[MicroPlan]:
         """This rank's micro-batches of the next window; none when all its lanes have come to their end."""
         rows = [row for number, lane in self.lanes.items() for row in lane.plan(self._rows[number])]
+        snapshot = self._snapshot()
         if not any(rows):
+            with self._lock:
+                self._states[self.number] = snapshot  # what was drawn in vain since the last window counts too
             return []
         mine = deal(rows, self._bins)[self._first_bin : self._first_bin + self.accumulate]
-        snapshot = self._snapshot()
         with self._lock:
             self.number += 1
             self._states[self.number] = snapshot
