@@ -161,13 +161,13 @@ def duplicates(options: DuplicatesOptions, cfg: DictConfig) -> str:
 
     with Progress(*Progress.get_default_columns(), transient=True) as bar:
         task = bar.add_task("shards")
-        pairs, found = find_duplicates(
+        pairs, unread, found = find_duplicates(
             options.path,
             options.by,
             Path(options.out),
             lambda done, total: bar.update(task, completed=done, total=total),
         )
-    return f"{options.out}: {found} of {pairs} pairs are duplicates by {options.by}"
+    return f"{options.out}: {found} of {pairs} pairs are duplicates by {options.by}, {unread} could not be compared"
 
 
 COMMANDS.register("show", Command("a page with samples as the model will get them", ShowOptions, show))

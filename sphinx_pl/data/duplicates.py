@@ -28,11 +28,14 @@ IMAGE, CAPTION = "image", "caption"
 
 def find_duplicates(
     path: str | list[str], by: str, out: Path, progress: Callable[[int, int], None] = lambda done, total: None
-) -> tuple[int, int]:
-    """Write the hashes of all pairs whose `by` equals that of an earlier one; returns (pairs, duplicates among them).
+) -> tuple[int, int, int]:
+    """Write the hashes of all pairs whose `by` equals that of an earlier one.
 
-    Earlier is by file and place in it, so the result does not depend on how the pairs are read later. Pairs that are
-    broken, or have no such column, are equal to none.
+    Earlier is by file and place in it, before any filter: the result does not depend on how the pairs are read later.
+    Pairs that are broken, or have no such column, are equal to none.
+
+    Returns:
+        How many pairs there are, how many of them could not be compared, and how many are duplicates.
 
     Args:
         by: "image" (the stored bytes), "caption", or a column of the json.
@@ -43,14 +46,18 @@ def find_duplicates(
     """
     if out.suffix != ".npy":
         raise UserError(f"out={out} must end in .npy")
+    if not out.parent.is_dir():
+        raise UserError(f"out={out}: there is no folder {out.parent}: make it first")
     source = build_source("image_text", "pairs", path, filters={"max_chars": 1 << 30})
     contents, keys = array("Q"), array("Q")
     seen = 0
     for number in range(len(source.urls)):
         try:
             shard = source.open(number)
-        except BadSample:
-            continue
+        except BadSample as bad:
+            raise UserError(
+                f"{source.urls[number]} cannot be read ({bad.reason}): a result without it would have holes"
+            ) from None
         for index in range(len(shard)):
             seen += 1
             try:
@@ -70,7 +77,7 @@ def find_duplicates(
     found = np.sort(np.asarray(keys)[later])
     with whole_file(out) as temporary, temporary.open("wb") as file:
         np.save(file, found)
-    return seen, len(found)
+    return seen, seen - len(keys), len(found)
 
 
 def _content(record: Record, by: str) -> bytes | None:

@@ -17,6 +17,7 @@ import hashlib
 import logging
 import math
 import os
+import shutil
 import subprocess
 import threading
 import time
@@ -43,6 +44,8 @@ RETRY_AFTER = 60.0
 """Seconds for which a file that failed at every attempt is not tried again: a run must not wait for every record of a
 shard that is gone."""
 _CHUNK = 1 << 22
+_ABANDONED = 24 * 3600.0
+"""Seconds after which a half-written copy is taken for that of a killed process."""
 _SMALL = 1 << 14
 _failed: dict[str, tuple[float, str]] = {}  # URL -> when it failed at every attempt, and why
 
@@ -159,6 +162,8 @@ def patiently(url: str, attempt: Callable[[], T]) -> T:
         try:
             result = attempt()
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # not the file's fault
+                raise UserError(f"{url}: {error.strerror}: raise the limit with `ulimit -n`") from None
             reason = error.strerror or str(error)
             log.warning("%s cannot be read (%s), attempt %d of %d", url, reason, number, ATTEMPTS)
         else:
@@ -185,18 +190,39 @@ def local_file(url: str) -> tuple[str, bool]:
         return url, True
     copy = cache_folder("files") / identity(url)
     cut = copy.with_name(copy.name + ".cut")
-    for path in (copy, cut):
-        if path.exists():
-            with suppress(OSError):
-                os.utime(path)  # in use
-            return str(path), path is copy
-    with CacheFile(copy) as file:
-        with _opened(url) as stream:
-            whole = _copy(stream, file, url)
-        target = copy if whole else cut
-        file.keep(target)
-    _prune(copy.parent, keep=target)
+    with _alone(copy):  # the ranks of a node would all fetch it
+        for path in (copy, cut):
+            if in_cache(path):
+                return str(path), path is copy
+        with CacheFile(copy) as file:
+            with _opened(url) as stream:
+                whole = _copy(stream, file, url)
+            target = copy if whole else cut
+            file.keep(target)
+    prune(keep=target)
     return str(target), whole
+
+
+def in_cache(copy: Path) -> bool:
+    """Whether the copy is there; if so, it counts as used now."""
+    try:
+        os.utime(copy)
+    except OSError:
+        return copy.exists()
+    return True
+
+
+@contextmanager
+def _alone(copy: Path) -> Iterator[None]:
+    """No other process makes the same copy meanwhile, as far as the file system has locks."""
+    lock = copy.with_name(f".{copy.name}.lock")
+    with lock.open("wb") as file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def _copy(stream: IO[bytes], file: CacheFile, url: str) -> bool:
@@ -225,9 +251,13 @@ def _opened(url: str) -> Iterator[IO[bytes]]:
         UserError: a scheme that nothing installed can read.
         OSError: what is worth another attempt.
     """
-    packing = Path(url).suffix if url.endswith(PACKED) else ""
+    packing = Path(url).suffix if url.endswith(PACKED) and not url.startswith("pipe:") else ""
     if url.startswith("pipe:"):
-        with subprocess.Popen(url.removeprefix("pipe:"), shell=True, stdout=subprocess.PIPE) as process:
+        command = url.removeprefix("pipe:")
+        bash = shutil.which("bash")
+        # Else the failure of all but a pipe's last part would go unnoticed.
+        shell = [bash, "-o", "pipefail", "-c", command] if bash else ["sh", "-c", command]
+        with subprocess.Popen(shell, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
             yield process.stdout
         if process.returncode:
@@ -265,19 +295,22 @@ def _unpacked(stream: IO[bytes], packing: str) -> Any:
     return stream
 
 
-def _prune(folder: Path, keep: Path) -> None:
-    """Delete the copies that were used longest ago until the rest is within the bound; the newest stays in any case."""
+def prune(keep: Path) -> None:
+    """Delete the copies that were used longest ago until the rest is within the bound; `keep` stays in any case."""
     bound = float(os.environ.get("SPHINX_CACHE_GB", "200")) * 1e9
     files = []
-    for path in folder.iterdir():
+    for path in cache_folder("files").iterdir():
         with suppress(OSError):  # another process prunes too
             stat = path.stat()
-            files.append((stat.st_mtime, stat.st_size, path))
+            if not path.name.startswith("."):
+                files.append((stat.st_mtime, stat.st_size, path))
+            elif time.time() - stat.st_mtime > _ABANDONED:
+                path.unlink()
     total = sum(size for _, size, _ in files)
     for _, size, path in sorted(files):
         if total <= bound:
             break
-        if path != keep and not path.name.startswith(".") and _deleted(path):
+        if path != keep and _deleted(path):
             total -= size
 
 

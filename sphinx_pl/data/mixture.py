@@ -127,13 +127,17 @@ class Group:
                 raise UserError(f"{prefix}.{key}: a group of sources has no such key: {suggest(key, known)}")
         weight, temperature = values.get("weight", 1.0), values.get("temperature")
         _check_weight(prefix, weight)
-        if temperature is not None and not temperature > 0:
+        if temperature is not None and not (isinstance(temperature, int | float) and temperature > 0):
             raise UserError(f"{prefix}.temperature={temperature} must be positive")
         members: dict[str, Group | SourceConfig] = {}
+        section = f"{prefix}.sources"
+        if not isinstance(values["sources"], Mapping):
+            raise UserError(f"{section} must be a mapping of names to sources")
         for name, value in values["sources"].items():
             if value is None:
                 continue
-            section = f"{prefix}.sources"
+            if not isinstance(name, str) or not isinstance(value, Mapping):
+                raise UserError(f"{section}.{name} must be a mapping with kind and path, or with sources")
             if "." in name or "/" in name:
                 raise UserError(f"{section}: the name '{name}' must have no dot and no slash")
             if "sources" in value:
@@ -213,6 +217,8 @@ def _meta_group(values: Mapping[str, Any], prefix: str) -> Group:
         kind = entry.get("type", "data")
         if not isinstance(kind, str) or not isinstance(entry.get("root") or "", str):
             raise UserError(f"{where}: its type and root must be text")
+        if not isinstance(entry.get("ratio", 1.0), int | float):
+            raise UserError(f"{where}: its ratio must be a number")
         source = {"kind": "instructions", "path": _beside(file, entry["path"]), **shared}
         if entry.get("root"):
             source["root"] = _beside(file, entry["root"])

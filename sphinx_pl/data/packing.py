@@ -302,10 +302,12 @@ class Planner:
         rows = [
             row for number, lane in self.lanes.items() for row in lane.plan(self._rows[number], self._musts(number))
         ]
+        snapshot = self._snapshot()
         if not any(rows):
+            with self._lock:
+                self._states[self.number] = snapshot  # what was drawn in vain since the last window counts too
             return []
         mine = deal(rows, self._bins)[self._first_bin : self._first_bin + self.accumulate]
-        snapshot = self._snapshot()
         with self._lock:
             self.number += 1
             self._states[self.number] = snapshot
@@ -354,6 +356,13 @@ class Planner:
             total.update({f"{name}/skipped/{key}": value for key, value in stream["left_out"].items()})
         return total, sum(stream["indexed"] for _, stream in streams)
 
+    def files(self, number: int | None = None) -> tuple[int, int]:
+        """How many files this rank's lanes have opened, and how many of these were lost."""
+        with self._lock:
+            lanes = self._states[min(self._states) if number is None else number]
+        streams = [stream for lane in lanes.values() for stream in lane["mixture"]["streams"].values()]
+        return sum(s["files"].get("opened", 0) for s in streams), sum(s["files"].get("lost", 0) for s in streams)
+
     def rewind(self, number: int) -> None:
         """Forget what was planned after window `number`, to plan it again."""
         if number < self.number:
@@ -395,7 +404,10 @@ class Planner:
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The planner states of all ranks as one."""
     number = max(state["number"] for state in states)  # ranks come to the end of a finite mixture one by one
-    return states[0] | {"number": number, "lanes": {lane: value for state in states for lane, value in state["lanes"].items()}}
+    return states[0] | {
+        "number": number,
+        "lanes": {lane: value for state in states for lane, value in state["lanes"].items()},
+    }
 
 
 def _modality(sample: Sample) -> str:

@@ -16,7 +16,7 @@ from sphinx_pl.data.files import cached_array, identity
 Spans = npt.NDArray[np.int64]
 """[n, 2]: offset and size in bytes."""
 
-_CHUNK = 1 << 24
+_CHUNK = 1 << 22  # a file of nothing but brackets takes forty times as much
 _BACKSLASH, _QUOTE, _COMMA = b"\\", ord('"'), ord(",")
 _STEP = np.zeros(256, np.int8)
 _STEP[[ord("["), ord("{")]] = 1

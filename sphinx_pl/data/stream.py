@@ -13,7 +13,10 @@ from __future__ import annotations
 import random
 import zlib
 from collections import Counter
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,10 +37,22 @@ _SHARDS_A_LANE = 8
 EXAMPLES = 3
 """Of what was left out, kept for each reason."""
 
-# Opens the next block's shards (an index, perhaps a download) while the present one is being read.
-_OPENER = ThreadPoolExecutor(1, thread_name_prefix="open-shards")
-
 _Opened = list[tuple[Shard | None, Counter[str]]]
+
+
+def _in_background(make: Callable[[], _Opened]) -> Future[_Opened]:
+    """What `make` will give: the next block's shards are opened (an index, perhaps a download) while this one is read.
+    In a thread that no end of the process waits for."""
+    future: Future[_Opened] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(make())
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=run, name="open-shards", daemon=True).start()
+    return future
 
 
 class SourceStream:
@@ -70,6 +85,12 @@ class SourceStream:
         self.processor = processor
         self.seed = seed
         self.max_length = min(max_length, processor.config.max_length)
+        for task, cap in config.caps.items():
+            if 0 < cap < lanes:
+                raise UserError(
+                    f"data.sources.{name}.caps.{task}={cap} is less than data.mixing.lanes={lanes}: raise it, or take "
+                    "only other tasks with `tasks`"
+                )
         self.lane = lane
         self.lanes = lanes
         self.counts: Counter[str] = Counter()
@@ -79,6 +100,8 @@ class SourceStream:
         """What was unreadable when shards were opened: reason -> count."""
         self.examples: dict[str, list[str]] = {}
         """A counter's name -> the first few that it counted, in words. Of this process, not a part of the place."""
+        self.files: Counter[str] = Counter()
+        """opened, and of these lost: nothing in them could be read."""
         self.indexed = 0
         """Records of the shards that were opened, which `left_out` is to be compared with."""
         self.epoch = 0
@@ -129,6 +152,8 @@ class SourceStream:
             for shard, bad in opened:
                 if id(shard) not in known:
                     self.left_out.update(bad)
+                    self.files["opened"] += 1
+                    self.files["lost"] += not shard  # also one that nothing could be read of
                     self.indexed += len(shard) if shard is not None else 0
         self._shards = [shard for shard, _ in opened]
         self._lengths = lengths or [len(shard) if shard is not None else 0 for shard in self._shards]
@@ -298,7 +323,7 @@ class SourceStream:
         place = (self.epoch, self.block + 1)
         if place[1] >= len(blocks):
             place, blocks = (self.epoch + 1, 0), self._blocks(self.epoch + 1)
-        self._ahead = place, _OPENER.submit(self._opened, blocks[place[1]])
+        self._ahead = place, _in_background(partial(self._opened, blocks[place[1]]))
 
     # --- the place
 
@@ -313,6 +338,7 @@ class SourceStream:
             "counts": dict(self.counts),
             "left_out": dict(self.left_out),
             "indexed": self.indexed,
+            "files": dict(self.files),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -328,6 +354,7 @@ class SourceStream:
             self._open(state["lengths"])
         self.taken = Counter(state["taken"])
         self.counts = Counter(state["counts"])
+        self.files = Counter(state["files"])
         self.left_out = Counter(state["left_out"])
         self.indexed = state["indexed"]
         self._skip_empty()  # where the files have other contents now there may be less in the block

@@ -297,7 +297,7 @@ def _write_grounded_vqa(record: Record, geometry: Geometry) -> tuple[dict[str, s
 
 def _write_detection(record: Record, geometry: Geometry) -> tuple[dict[str, str], str]:
     label = _question(record)
-    found = reading_order(region for region in record.regions if region.label == label)
+    found = reading_order(region for region in record.regions if region.label.strip() == label)
     boxes = [_checked_box(record, region) for region in found]
     return {"label": label}, geometry.boxes(boxes, _size(record)) if boxes else "None"
 

@@ -7,6 +7,8 @@ import itertools
 import json
 import os
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -19,12 +21,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from PIL import Image
 
 import sphinx_pl.data.files as files_module
 from sphinx_pl.data.datamodule import DataModule, TrainLoader
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.record import IGNORE, Batch
 from sphinx_pl.errors import UserError
+from tests.conftest import REPOSITORY
 from tests.fuzzing import bad_images, encoded, good_images, picture, write_tar
 
 JPEG = encoded(picture(), "JPEG")
@@ -769,3 +773,77 @@ def test_a_second_iterator_goes_on_after_what_was_handed_out(
     found += keys(loader, 5)
     assert found == expected
     assert keys(first, 1) == []  # the first one has ended
+
+
+# --- memory
+
+PEAK = 1.5e9
+"""Bytes beyond what the imports take, for one worker: an image of 64 million pixels with transparency is most of it."""
+
+HUGE = """
+import re, sys
+from pathlib import Path
+from tests.conftest import tiny_model
+from tests.data.test_bad_data import huge_sources, train
+from sphinx_pl.data.processor import Processor, ProcessorConfig
+from sphinx_pl.data.tokenizer import Tokenizer
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+([0-9]+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+folder, tokenizer = map(Path, sys.argv[1:])
+processor = Processor(ProcessorConfig("", 2, 2048), Tokenizer(tokenizer), tiny_model().tokens_per_image, 32)
+before = peak()
+for name, source in huge_sources(folder).items():
+    loader = train(processor, {name: source}, row_length=2048)
+    tokens = sum(int(batch.counters["tokens"]) for batch in loader)
+    print(name, tokens, peak() - before, dict(loader.counters))
+print(int(peak() - before))
+"""
+
+
+def huge_files(folder: Path) -> None:
+    """Small files that ask for much memory."""
+    images = {
+        "square": encoded(Image.new("P", (8000, 8000)), "PNG", compress_level=1, transparency=0),
+        "thin": encoded(Image.new("RGB", (15_900, 160)), "PNG"),
+    }
+    write_tar(folder / "s.tar", [m for name, data in images.items() for m in pair(name, data)])
+    near = 8_000_000
+    (folder / "text.jsonl").write_text(json.dumps({"text": "a word " * (near // 7)}) + "\n")
+    (folder / "lists.jsonl").write_text('{"text": [' + "[]," * (near // 3) + "[]]}\n" + '{"text": "a"}\n')
+    (folder / "brackets.json").write_text("[" * (1 << 25))
+    (folder / "asked.json").write_text(json.dumps([{"question": "a word " * (near // 7), "answer": "b"}] * 2))
+    (folder / "names.tar").write_bytes(
+        write_tar(
+            folder / "n.tar", [m for i in range(400) for m in pair(f"{i:04d}")] + pair("k" * 1_000_000)
+        ).read_bytes()
+    )
+
+
+def huge_sources(folder: Path) -> dict[str, Any]:
+    chat = {"kind": "instructions", "root": str(folder), "modality": "text"}
+    good = folder / "good.jsonl"
+    good.write_text('{"question": "a", "answer": "b"}\n')
+    return {
+        "names": web(str(folder / "names.tar")),
+        "text": {"kind": "text", "path": str(folder / "text.jsonl")},
+        "lists": {"kind": "text", "path": str(folder / "lists.jsonl")},
+        "brackets": chat | {"path": [str(folder / "brackets.json"), str(good)]},
+        "asked": chat | {"path": str(folder / "asked.json")},
+        "images": web(str(folder / "s.tar")),
+    }
+
+
+def test_small_files_do_not_take_all_memory(processor: Processor, tmp_path: Path) -> None:
+    huge_files(tmp_path)
+    found = subprocess.run(
+        [sys.executable, "-c", HUGE, str(tmp_path), str(processor.tokenizer.path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=200,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+    )
+    print(found.stdout)
+    assert int(found.stdout.splitlines()[-1]) < PEAK, found.stdout

@@ -131,7 +131,7 @@ def test_all_but_the_first_of_equal_pairs_are_left_out(tmp_path: Path, by: str, 
     write(tmp_path / "b.tar", [("two", {}), ("three", {})], [blue, green])
     path = str(tmp_path / "{a,b}.tar")
     out = tmp_path / "duplicates.npy"
-    assert find_duplicates(path, by, out) == (5, 2)
+    assert find_duplicates(path, by, out) == (5, 0, 2)
     source = ImageTextSource("web", path, filters={"duplicates": str(out)})
     found = []
     for index in range(len(source)):
@@ -143,7 +143,7 @@ def test_all_but_the_first_of_equal_pairs_are_left_out(tmp_path: Path, by: str, 
 def test_duplicates_by_a_column_and_what_cannot_be(tmp_path: Path) -> None:
     pairs: list[Pair] = [("a", {"sha256": "x"}), ("b", {}), ("c", {"sha256": "x"}), ("d", {})]
     path = write(tmp_path / "a.tar", pairs)
-    assert find_duplicates(path, "sha256", tmp_path / "d.npy") == (4, 1)  # without the column equal to none
+    assert find_duplicates(path, "sha256", tmp_path / "d.npy") == (4, 2, 1)  # without the column equal to none
     with pytest.raises(UserError, match="by=md5: none of 4 pairs has it"):
         find_duplicates(path, "md5", tmp_path / "d.npy")
     with pytest.raises(UserError, match=r"must end in \.npy"):

@@ -20,11 +20,12 @@ import sphinx_pl.data.files as files_module
 from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.datamodule import DataModule, TrainLoader
 from sphinx_pl.data.images import load_image
+from sphinx_pl.data.mixture import MixingConfig, Mixture
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.record import ImageRef
 from sphinx_pl.data.sources import build_source
 from sphinx_pl.errors import UserError
-from tests.fuzzing import World, damaged
+from tests.fuzzing import World, damaged, mangled
 
 RECORDS = 12  # of each damaged file that are read
 
@@ -195,3 +196,35 @@ def test_many_more_damaged_records_through_the_whole_path(
     sample_data: Path, tmp_path: Path, processor: Processor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fuzz_path(sample_data, tmp_path, processor, records=200_000, again=20, monkeypatch=monkeypatch)
+
+
+def test_damaged_lists_of_files_are_read_or_refused(
+    tmp_path: Path, processor: Processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The original's META files: entries changed in structure, and their text as bytes."""
+    monkeypatch.setattr(files_module, "FIRST_WAIT", 0.0)
+    (tmp_path / "a.jsonl").write_text('{"question": "a", "answer": "b"}\n' * 4)
+    whole = {"META": [{"path": str(tmp_path / "a.jsonl"), "type": "image_text", "root": "x", "ratio": 0.5}] * 2}
+    values = [
+        *("{0..99999999999999999999}", "{a,b}" * 60, "~nobody/a.json", "\0", "a" * 5000, "pipe:exit 3", "no://x"),
+        *("&a [*a]", "!!python/object:os.system x", "2024-99-99", "[" * 5000, "<<: *a", "0o9", "1:1:1"),
+    ]
+    found: Counter[str] = Counter()
+    meta = tmp_path / "meta.yaml"
+    for seed in range(300):
+        rng = random.Random(seed)
+        text = json.dumps(mangled(whole, rng)) if seed % 3 else json.dumps(whole)
+        if seed % 2:
+            text = text.replace(rng.choice(('"image_text"', '"x"', "0.5", str(tmp_path))), rng.choice(values))
+        data = text.encode("utf-8", "surrogatepass")
+        meta.write_bytes(damaged(data, rng) if seed % 5 == 0 else data)
+        try:
+            Mixture({"list": {"kind": "meta", "path": str(meta)}}, processor, 0, mixing=MixingConfig(epochs=1))
+            found["read"] += 1
+        except UserError:
+            found["refused"] += 1
+        except Exception as error:
+            error.add_note(f"seed {seed}")
+            raise
+    assert found["read"] > 50
+    assert found["refused"] > 50

@@ -179,7 +179,10 @@ def spread(length: int, at_most: int | None) -> list[int]:
 def expand_paths(name: str, path: str | Sequence[str]) -> list[str]:
     """The files of a path setting, each pattern's in sorted order; every pattern of paths must match something."""
     found: list[str] = []
-    for pattern in [path] if isinstance(path, str) else path:
+    patterns = [path] if isinstance(path, str) else path
+    if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise UserError(f"source '{name}': path={path} must be a path, a pattern, or a list of these")
+    for pattern in patterns:
         if is_remote(pattern):
             found += _expand_braces(pattern)
             continue

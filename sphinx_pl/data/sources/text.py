@@ -13,7 +13,17 @@ from typing import Any
 import numpy as np
 
 from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.files import CacheFile, Hold, cache_folder, cached_array, identity, is_remote, local_file
+from sphinx_pl.data.files import (
+    CacheFile,
+    Hold,
+    cache_folder,
+    cached_array,
+    identity,
+    in_cache,
+    is_remote,
+    local_file,
+    prune,
+)
 from sphinx_pl.data.record import Record
 from sphinx_pl.data.sources.annotation import check_unicode, decoded, json_object, read
 from sphinx_pl.data.sources.base import SOURCES, Shard, Source
@@ -60,7 +70,8 @@ class _TextShard(Shard):
         if self.is_table:
             self.path, self.spans = _column(self.path, source.column)
         else:
-            self.spans, _ = entry_spans(self.path)
+            self.spans, closed = entry_spans(self.path)
+            whole &= closed
         self._hold = Hold(self.path)
         if not whole:
             self.skipped["shard_truncated"] += 1
@@ -106,8 +117,9 @@ def _column(path: str, column: str) -> tuple[str, Spans]:
         return np.asarray(ends, dtype=np.int64)
 
     ends = cached_array(name, make)
-    if not texts.exists():  # deleted from the cache; the index was not
+    if not in_cache(texts):  # deleted from the cache; the index was not
         make()
+    prune(keep=texts)
     return str(texts), np.stack([ends[:-1], np.diff(ends)], axis=1)
 
 
