@@ -444,14 +444,15 @@ def start(source: dict[str, Any], tokenizer_file: Path) -> Start:
     def counted(open_shard: Callable[..., Shard]) -> Callable[..., Shard]:
         return lambda self, number: opened.append(number) or open_shard(self, number)
 
-    for kind in sources.SOURCES.values():
-        kind.open = counted(kind.open)  # type: ignore[method-assign]
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before, begin = status("VmHWM"), time.perf_counter()
-    datamodule = make_datamodule(source, tokenizer_file)
-    for plan in itertools.islice(datamodule.planner(), 1):
-        datamodule.collator(plan.rows)
-    return Start(time.perf_counter() - begin, status("VmHWM") - before, len(opened))
+    with contextlib.ExitStack() as patches:
+        for kind in sources.SOURCES.values():
+            patches.enter_context(patch.object(kind, "open", counted(kind.open)))
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        before, begin = status("VmHWM"), time.perf_counter()
+        datamodule = make_datamodule(source, tokenizer_file)
+        for plan in itertools.islice(datamodule.planner(), 1):
+            datamodule.collator(plan.rows)
+        return Start(time.perf_counter() - begin, status("VmHWM") - before, len(opened))
 
 
 def status(key: str, process: int | str = "self") -> float:

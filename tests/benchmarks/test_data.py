@@ -39,10 +39,10 @@ def test_all_parts_of_an_image_source_take_time(tmp_path: Path) -> None:
 
 def test_only_the_first_block_is_opened_at_the_start(tmp_path: Path) -> None:
     cases, tokenizer_file = data.make_cases(tmp_path, shards=100, per_shard=40, lines=2000)
-    found = data.in_new_process(data.start, cases[0].source, tokenizer_file)
+    found = data.start(cases[0].source, tokenizer_file)
     assert found.shards == 8
     for case in cases[1:]:
-        assert data.in_new_process(data.start, case.source, tokenizer_file).shards == 1
+        assert data.start(case.source, tokenizer_file).shards == 1
 
 
 def test_an_index_is_shared_between_processes(tmp_path: Path) -> None:
