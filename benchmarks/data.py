@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -443,14 +444,15 @@ def start(source: dict[str, Any], tokenizer_file: Path) -> Start:
     def counted(open_shard: Callable[..., Shard]) -> Callable[..., Shard]:
         return lambda self, number: opened.append(number) or open_shard(self, number)
 
-    for kind in sources.SOURCES.values():
-        kind.open = counted(kind.open)  # type: ignore[method-assign]
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before, begin = status("VmHWM"), time.perf_counter()
-    datamodule = make_datamodule(source, tokenizer_file)
-    for plan in itertools.islice(datamodule.planner(), 1):
-        datamodule.collator(plan.rows)
-    return Start(time.perf_counter() - begin, status("VmHWM") - before, len(opened))
+    with contextlib.ExitStack() as patches:
+        for kind in sources.SOURCES.values():
+            patches.enter_context(patch.object(kind, "open", counted(kind.open)))
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        before, begin = status("VmHWM"), time.perf_counter()
+        datamodule = make_datamodule(source, tokenizer_file)
+        for plan in itertools.islice(datamodule.planner(), 1):
+            datamodule.collator(plan.rows)
+        return Start(time.perf_counter() - begin, status("VmHWM") - before, len(opened))
 
 
 def status(key: str, process: int | str = "self") -> float:
@@ -459,25 +461,19 @@ def status(key: str, process: int | str = "self") -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) / 1000
 
 
-def private(process: int | str, mapped: str = "") -> tuple[float, float]:
-    """MB of a process that are its own and those shared with others; with `mapped` only of files with that name."""
-    counted: Counter[str] = Counter()
-    name = ""
-    for line in Path(f"/proc/{process}/smaps").read_text().splitlines():
-        first, *rest = line.split()
-        if first.endswith(":"):
-            if mapped in name:
-                counted[first] += int(rest[0]) if first.startswith(("Private_", "Shared_")) else 0
-        else:
-            name = line
-    return tuple(sum(n for key, n in counted.items() if key.startswith(kind)) / 1000 for kind in ("Private", "Shared"))  # type: ignore[return-value]
-
-
 def shared_index(path: str) -> tuple[float, float]:
-    """MB of an index' mapping that are this process' own and shared, all of it touched."""
+    """MB of an index' mapping that are this process' own and shared with others, all of it touched."""
     table, _ = spans.entry_spans(path)
     int(table.sum())
-    return private("self", "/spans/")
+    counted: Counter[str] = Counter()
+    name = ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        key, *rest = line.split()
+        if not key.endswith(":"):
+            name = line
+        elif "/spans/" in name and key.startswith(("Private_", "Shared_")):
+            counted[key.partition("_")[0]] += int(rest[0])
+    return counted["Private"] / 1000, counted["Shared"] / 1000
 
 
 def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -559,14 +555,14 @@ def startup(console: Console, folder: Path, options: argparse.Namespace) -> None
 
 @dataclass
 class Held:
-    """MB after so many samples: resident, and those that are the process' own."""
+    """Resident MB after so many samples."""
 
     samples: int
-    worker: tuple[float, float]
-    planning: tuple[float, float]
+    worker: float
+    planning: float
 
 
-def memory_over(folder: Path, samples: int, marks: Sequence[int]) -> Iterator[Held]:
+def memory_over(folder: Path, marks: Sequence[int]) -> Iterator[Held]:
     """Of a data worker and of the process that plans, at each of `marks` samples."""
     words, rng = Words(), random.Random(0)
     tokenizer_file = train_tokenizer(words, folder / "tokenizer.model")
@@ -604,17 +600,16 @@ def memory_over(folder: Path, samples: int, marks: Sequence[int]) -> Iterator[He
             planner.consumed(batch.window)
             done += int(batch.counters["samples"])
         left.pop(0)
-        yield Held(done, *((status("VmRSS", pid), private(pid)[0]) for pid in (worker.pid or 0, "self")))
+        yield Held(done, status("VmRSS", worker.pid or 0), status("VmRSS"))
 
 
 def memory(console: Console, folder: Path, options: argparse.Namespace) -> None:
     marks = [round(options.samples * share) for share in (0.01, 0.1, 0.25, 0.5, 0.75, 1)]
-    table = Table(title="Memory, MB", caption="own: what no other process shares")
-    for name in ("samples", "worker", "own", "planning process", "own"):
+    table = Table(title="Resident memory, MB")
+    for name in ("samples", "data worker", "planning process"):
         table.add_column(name, justify="right")
-    for held in memory_over(folder, options.samples, marks):
-        numbers = (*held.worker, *held.planning)
-        table.add_row(f"{held.samples:,}", *(f"{number:,.1f}" for number in numbers))
+    for held in memory_over(folder, marks):
+        table.add_row(f"{held.samples:,}", f"{held.worker:,.1f}", f"{held.planning:,.1f}")
     console.print(table)
 
 
@@ -639,8 +634,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in options.which or BENCHMARKS:
             if name not in BENCHMARKS:
                 raise UserError(f"'{name}' is not one of {', '.join(BENCHMARKS)}")
-            with tempfile.TemporaryDirectory(dir=options.folder) as folder, one_core(name == "speed"):
-                os.environ["SPHINX_CACHE"] = f"{folder}/cache"
+            with (
+                tempfile.TemporaryDirectory(dir=options.folder) as folder,
+                patch.dict(os.environ, SPHINX_CACHE=f"{folder}/cache"),
+                one_core(name == "speed"),
+            ):
                 BENCHMARKS[name](console, Path(folder), options)
     except UserError as error:
         return report(error)

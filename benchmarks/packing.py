@@ -1,0 +1,312 @@
+"""How full packed rows are, beside padding, and how evenly the work of a step falls on the ranks.
+
+    python -m benchmarks.packing
+    python -m benchmarks.packing --rows 4 --windows 100
+
+Nothing is trained and no image is decoded: the planner knows lengths without. The sample mixtures are the real ones,
+made for this run; the paper's are simulated by the histograms below. Every lane is a rank of its own here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import random
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+from unittest.mock import patch
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from callbacks.throughput import TrainingFlops
+from sphinx_pl.cli import CONFIG_FOLDER, report
+from sphinx_pl.data.datamodule import DataModule
+from sphinx_pl.data.mixture import Mixture
+from sphinx_pl.data.packing import Lane, PackingConfig, Planner
+from sphinx_pl.data.processor import Processor
+from sphinx_pl.data.record import Branch, ImageRef, Sample
+from sphinx_pl.data.sample.writer import build as build_sample
+from sphinx_pl.errors import UserError
+from sphinx_pl.models.config import SphinxConfig
+from sphinx_pl.models.sphinx import Sphinx
+
+IMAGE_TOKENS = 291
+"""Of sphinx_7b: 289 visual tokens with a start and an end (measured)."""
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """A source: how many samples it has for every one of the others', and how long they are.
+
+    `bands`: (weight, fewest, most) text tokens, every number in a band as likely as any other.
+    """
+
+    share: float
+    images: int
+    bands: tuple[tuple[float, int, int], ...]
+
+    def length(self, rng: random.Random) -> int:
+        [(_, low, high)] = rng.choices(self.bands, [band[0] for band in self.bands])
+        return rng.randint(low, high) + self.images * IMAGE_TOKENS
+
+
+# A document longer than 2,048 tokens is cut there, so many pieces have just that length.
+_DOCUMENTS = ((0.5, 2048, 2048), (0.25, 600, 2047), (0.25, 60, 599))
+
+SIMULATED: dict[str, dict[str, Simulated]] = {
+    # Shares assumed: 16 image-text pairs for every text. Lengths assumed: alt texts of web pairs and documents as they
+    # usually are, the pairs behind BOS without a system text.
+    "paper, pretraining": {
+        "pairs": Simulated(16, 1, ((0.6, 6, 20), (0.3, 21, 40), (0.1, 41, 128))),
+        "text": Simulated(1, 0, _DOCUMENTS),
+    },
+    # Shares published: thousands of samples of LLaVA-1.5's mixture (arXiv 2310.03744, table 7), questions about one
+    # image as one sample. Lengths assumed, with the conversation's system text of about 35 tokens.
+    "paper, finetuning": {
+        "vqa": Simulated(310, 1, ((0.7, 40, 120), (0.3, 121, 200))),  # VQAv2, GQA, OKVQA, OCRVQA, A-OKVQA
+        "llava": Simulated(158, 1, ((0.6, 300, 500), (0.4, 501, 700))),
+        "grounding": Simulated(134, 1, ((0.5, 80, 250), (0.35, 251, 600), (0.15, 601, 1200))),  # RefCOCO, VG
+        "ocr": Simulated(22, 1, ((0.7, 60, 150), (0.3, 151, 900))),  # TextCaps
+        "sharegpt": Simulated(40, 0, ((0.5, 2048, 2048), (0.4, 500, 2047), (0.1, 60, 499))),
+    },
+}
+
+
+class SimulatedMixture:
+    """What a lane asks of a `Mixture`, with sources that are histograms. Draws as the real one does."""
+
+    exhausted = finite = False
+    modalities = ("image", "text")
+
+    def __init__(self, sources: dict[str, Simulated], lane: int, row_length: int) -> None:
+        self.sources = sources
+        self.row_length = row_length
+        self.rng = random.Random(lane)
+        self.drawn = dict.fromkeys(sources, 0)
+        self.streams: dict[str, Any] = {}
+        self.counts: Counter[str] = Counter()
+
+    def draw(self, modality: str | None = None) -> list[Sample]:
+        wanted = {None: (0, 1), "text": (0,), "image": (1,)}[modality]
+        names = [name for name, source in self.sources.items() if source.images in wanted]
+        shares = sum(source.share for source in self.sources.values())
+        total = sum(self.drawn.values()) + 1
+        name = max(names, key=lambda n: self.sources[n].share / shares * total - self.drawn[n])
+        self.drawn[name] += 1
+        source = self.sources[name]
+        length = min(source.length(self.rng), self.row_length)
+        branch = Branch([1] * length, [False] * (length - 1) + [True], "chat", name)
+        return [Sample([], [branch], (ImageRef(""),) * source.images, name)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"streams": {}}
+
+
+MakeMixture = Callable[[int, int], Mixture]
+"""The mixture of (lane, lanes)."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """FLOPs of forward and backward."""
+
+    position: float
+    image: float
+
+
+def costs(cfg: Any) -> Costs:
+    """Of a configuration's model in its stage: frozen towers run forward only."""
+    with torch.device("meta"):
+        model = Sphinx(SphinxConfig.from_dict(cfg.model))
+    model.freeze(part for part in model.parts() if part not in cfg.stage.train_parts)
+    flops, length = TrainingFlops(model), cfg.data.packing.row_length
+    return Costs(flops.decoder_factor * model.decoder.flops(1, length, 0), flops.per_image)
+
+
+def configuration(*overrides: str) -> Any:
+    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+        return compose("train", list(overrides))
+
+
+@dataclass
+class Case:
+    """A mixture and the rows of every rank."""
+
+    name: str
+    mixture: MakeMixture
+    packing: PackingConfig
+    cost: Costs
+
+
+def simulated_cases(rows: int) -> Iterator[Case]:
+    for name, sources in SIMULATED.items():
+        for row_length in (2048, 4096):
+            cost = costs(configuration("experiment=none", "model=sphinx_7b", f"data.packing.row_length={row_length}"))
+
+            def mixture(
+                lane: int, lanes: int, sources: dict[str, Simulated] = sources, row_length: int = row_length
+            ) -> Mixture:
+                return cast(Mixture, SimulatedMixture(sources, lane, row_length))
+
+            yield Case(name, mixture, PackingConfig(row_length, rows), cost)
+
+
+def sample_cases(root: Path, rows: int) -> Iterator[Case]:
+    """The sample's own mixtures, with its own row length (as long as its longest sample) and one of twice that."""
+    for stage, longer in itertools.product(("pretrain_real", "finetune"), (1, 2)):
+        cfg = configuration(f"stage={stage}", f"data.root={root}", f"data.packing.rows={rows}")
+        cfg.data.packing.row_length *= longer
+        values: dict[str, Any] = OmegaConf.to_container(cfg.data, resolve=True)  # type: ignore[assignment]
+        processor = Processor.from_dict(values["processor"], values["tokenizer"], SphinxConfig.from_dict(cfg.model))
+        module = DataModule(processor, values["sources"], {}, values["packing"], seed=values["seed"])
+
+        def mixture(lane: int, lanes: int, module: DataModule = module) -> Mixture:
+            length = module.packing.row_length
+            return Mixture(module.sources, module.processor, module.seed, length, module.mixing, lane, lanes)
+
+        yield Case(f"sample, {stage}", mixture, module.packing, costs(cfg))
+
+
+# -- padding ---------------------------------------------------------------------------------------------------------
+
+
+def padded(case: Case, windows: int, by_length: bool) -> float:
+    """The share of useful tokens where every micro-batch is padded to its longest sample.
+
+    A micro-batch has as many samples as fit into the positions of a packed one. `by_length`: they are sorted within
+    what the packer's look-ahead would see, which makes neighbours alike, and steps homogeneous.
+    """
+    mixture, positions = case.mixture(0, 1), case.packing.rows * case.packing.row_length
+    tokens = used = 0
+    for _ in range(windows):
+        window: list[int] = []
+        while sum(window) < positions * (1 + case.packing.look_ahead):
+            window += [s.length for s in mixture.draw() if s.length <= case.packing.row_length]
+        batch: list[int] = []
+        for length in [*(sorted(window) if by_length else window), positions + 1]:
+            longest = max([length, *batch])
+            if batch and longest * (len(batch) + 1) > positions:
+                tokens, used = tokens + sum(batch), used + max(batch) * len(batch)
+                batch = []
+            batch.append(length)
+    return tokens / used
+
+
+# -- packing ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Packed:
+    """Of all windows and ranks together; work is relative to the mean of its step."""
+
+    useful: float
+    slowest: float
+    """The slowest rank's work, mean of the steps."""
+    worst: float
+    """The same in the worst step."""
+    images: float
+    """Images of the rank that has most, relative to the mean."""
+    without: int
+    """Ranks in steps that lacked a modality of the mixture."""
+    lengths: list[int] = field(default_factory=list)
+
+
+def packed(case: Case, windows: int, lanes: int) -> Packed:
+    """Through the planners of `lanes` ranks, each with a lane of its own."""
+
+    def lane(number: int) -> Lane:
+        return Lane(case.mixture(number, lanes), case.packing)
+
+    planners = [Planner(lane, lanes, case.packing, rank=rank, world_size=lanes) for rank in range(lanes)]
+    positions = case.packing.rows * case.packing.row_length
+    lengths: list[int] = []
+    slowest: list[float] = []
+    most: list[float] = []
+    without = 0
+    for _ in range(windows):
+        images = []
+        for planner in planners:
+            samples = [sample for plan in planner.plan() for row in plan.rows for sample in row]
+            planner.consumed(planner.number)
+            lengths += [sample.length for sample in samples]
+            images.append(sum(len(sample.images) for sample in samples))
+            without += {bool(sample.images) for sample in samples} != {True, False}
+        work = [positions * case.cost.position + count * case.cost.image for count in images]
+        slowest.append(max(work) * lanes / sum(work) - 1)
+        most.append(max(images) * lanes / sum(images) - 1)
+    useful = sum(lengths) / (windows * lanes * positions)
+    return Packed(useful, sum(slowest) / windows, max(slowest), sum(most) / windows, without, lengths)
+
+
+def histogram(lengths: Sequence[int], edges: Sequence[int]) -> list[tuple[str, float, float]]:
+    """(from-to, share of the samples, share of the tokens) of each bin."""
+    found = []
+    for low, high in itertools.pairwise((0, *edges)):
+        inside = [length for length in lengths if low < length <= high]
+        found.append((f"{low + 1}–{high}", len(inside) / len(lengths), sum(inside) / sum(lengths)))
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=8, help="of every rank in a step")
+    parser.add_argument("--windows", type=int, default=64, help="optimizer steps to plan, a quarter of them with 64")
+    parser.add_argument("--lanes", type=int, nargs="*", default=[1, 8, 64], help="numbers of lanes, one a rank")
+    parser.add_argument("--root", type=Path, help="sample data (default: made for the run, at a fifth of its size)")
+    options = parser.parse_args(arguments)
+    console = Console()
+    try:
+        with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, SPHINX_CACHE=f"{folder}/cache"):
+            root = options.root or Path(folder) / "sample"
+            if not options.root:
+                with console.status("sample data"):
+                    build_sample(root, scale=0.2)
+            table = Table(
+                title=f"Useful tokens, {options.rows} rows a rank",
+                caption="work, worst step, images: the slowest rank above the mean",
+            )
+            for name in ("mixture", "row", "padded", "sorted, padded", "lanes", "packed", "work", "worst", "images"):
+                table.add_column(name, justify="left" if name == "mixture" else "right")
+            lengths: dict[str, list[int]] = {}
+            for case in [*sample_cases(root, options.rows), *simulated_cases(options.rows)]:
+                plain, by_length = (padded(case, options.windows, way) for way in (False, True))
+                for lanes in options.lanes:
+                    with console.status(f"{case.name}, {lanes} lanes"):
+                        found = packed(case, max(1, options.windows // (4 if lanes > 8 else 1)), lanes)
+                    lengths.setdefault(case.name, found.lengths)
+                    balance = (found.slowest, found.worst, found.images) if lanes > 1 else ()
+                    table.add_row(
+                        case.name,
+                        f"{case.packing.row_length:,}",
+                        f"{plain:.1%}",
+                        f"{by_length:.1%}",
+                        str(lanes),
+                        f"{found.useful:.1%}",
+                        *(f"+{share:.1%}" for share in balance),
+                    )
+            console.print(table)
+    except UserError as error:
+        return report(error)
+    for name, numbers in lengths.items():
+        edges = (16, 32, 64, 96, 128, 192) if max(numbers) <= 192 else (128, 300, 320, 400, 500, 700, 1000, 2047, 2048)
+        table = Table(title=f"Lengths: {name}")
+        for column in ("tokens", "samples", "share of tokens"):
+            table.add_column(column, justify="right")
+        for label, samples, tokens in histogram(numbers, edges):
+            table.add_row(label, f"{samples:.1%}", f"{tokens:.1%}")
+        console.print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
