@@ -37,11 +37,18 @@ _GEOMETRY_TASKS = (
 _SIDES = re.compile(
     r"\b(?:left|right|lft|rt|[lr]\b|(?:counter|anti)?-?clockwise|east|west|mirror|revers|backward)", re.IGNORECASE
 )
+_PLACEHOLDER = re.compile(r"\{[0-9, ]+\}")
+# What quotes writing, which a mirror spoils: words in capitals, quotation marks, digits, and what speaks of it.
+_WRITING = re.compile(
+    r"[\"“”‘’0-9]|\b[A-Z]{2,}\b|\b(?i:say(?:s|ing)?|read(?:s|ing)|writ(?:e|es|ing|ten)|words?|letters?|letter(?:ed|ing)|texts?|"
+    r"numbers?|numbered|signs?|logos?|labels?|labeled|clocks?|jerseys?|banners?|posters?|plates?)\b"
+)
 # What a crop can make false even where nothing that is named is lost: places in the picture, ranks and counts.
 _PLACES = re.compile(
     r"\b(?:top|bottom|upper|lower|centre|center|middle|corners?|edges?|sides?|borders?|background|foreground|first|"
     r"second|third|fourth|fifth|last|(?:[0-9]+(?:st|nd|rd|th))|many|number|count|total|only|all|both|"
-    r"every|none|\w+most)\b",
+    r"every|none|\w+most|ends?|far|nearest|closest|rows?|columns?|cut|half|partial(?:ly)?|part|off|frame|whole|"
+    r"entire)\b",
     re.IGNORECASE,
 )
 _READER = Geometry()
@@ -99,7 +106,7 @@ def augment(record: Record, config: AugmentConfig, rng: random.Random | None) ->
     - without exactly one image, or whose image is cropped or flipped already;
     - with regions but without a known size: a header is not read for this. A crop needs the size in any case;
     - with finished turns that hold places in text;
-    - for a flip: that speak of left or right;
+    - for a flip: that speak of left or right, or of what stands written in the picture;
     - for a crop: that speak of places in the picture, ranks or counts, and those that it would take a region from.
       Only detection and detection_all may lose regions, as long as there is one to find if there was one before. A
       person keeps a keypoint, and where text in the picture is read a region counts as lost when any of it is cut.
@@ -131,7 +138,7 @@ def augment_together(records: Sequence[Record], config: AugmentConfig, rng: rand
 
 def _texts(record: Record) -> Iterable[str]:
     """All that a record says, but for what its task's wording adds."""
-    yield from (record.question, record.answer, *record.choices)
+    yield from (record.question, _PLACEHOLDER.sub("", record.answer), *record.choices)
     yield from (region.label for region in record.regions)
     yield from (text for turn in record.turns for text in (turn.question, turn.answer))
 
@@ -158,7 +165,9 @@ def _can_be_moved(record: Record) -> bool:
 
 
 def _can_be_flipped(record: Record, config: AugmentConfig) -> bool:
-    return record.task in config.flip_tasks and not any(_SIDES.search(text) for text in _texts(record))
+    if record.task not in config.flip_tasks:
+        return False
+    return not any(_SIDES.search(text) or _WRITING.search(text) for text in _texts(record))
 
 
 def _can_be_cropped(record: Record, config: AugmentConfig) -> bool:

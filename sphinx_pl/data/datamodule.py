@@ -144,6 +144,7 @@ class TrainLoader:
         self.before: Counter[str] = Counter()
         """Of what all ranks decoded before a run was continued; on the first rank alone."""
         self._start: Counter[str] = Counter()
+        self._indexed_before: tuple[Counter[str], int] = Counter(), 0
         self._reached: int | None = None  # the last window that was handed out
         self._current: weakref.ref[Generator[Batch]] | None = None
         self._ahead = _Ahead(planner, 2 * workers * planner.accumulate) if workers else None
@@ -170,7 +171,7 @@ class TrainLoader:
 
     def _batches(self) -> Generator[Batch]:
         self._start = self.planner.counts()
-        left_out, indexed = self.planner.left_out()
+        self._indexed_before = left_out, indexed = self.planner.left_out()
         total = indexed + left_out.total()
         self._refuse(left_out, left_out.total() / max(total, 1), total)
         for window in self._windows():
@@ -234,6 +235,7 @@ class TrainLoader:
         if seen >= 200:
             # What could not be indexed is of all that was opened, of which only some has been seen.
             left_out, indexed = self.planner.left_out(window)
+            left_out, indexed = left_out - self._indexed_before[0], indexed - self._indexed_before[1]
             lost = left_out.total() / max(left_out.total() + indexed, 1)
             self._refuse(skipped, lost + (1 - lost) * (skipped.total() - left_out.total()) / seen, seen)
 

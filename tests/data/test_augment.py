@@ -58,6 +58,9 @@ def shown(record: Record) -> np.ndarray[Any, Any]:
     return np.asarray(pixels[dy : dy + height, dx : dx + width])
 
 
+WORDS = ("one", "two", "three")  # digits could be writing in the picture
+
+
 def extent(mask: np.ndarray[Any, Any]) -> tuple[int, int, int, int]:
     y, x = mask.nonzero()
     return int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1
@@ -75,7 +78,7 @@ def test_moved_boxes_and_keypoints_still_surround_their_pixels(tmp_path: Path) -
             (x1, x2), (y1, y2) = (sorted(rng.sample(range(limit + 1), 2)) for limit in (width, height))
             if not pixels[y1:y2, x1:x2].any():
                 pixels[y1:y2, x1:x2, 0] = 50 * number
-                regions.append(Region((x1, y1, x2, y2), f"thing {number}"))
+                regions.append(Region((x1, y1, x2, y2), f"thing {WORDS[number - 1]}"))
         task = rng.choice(["rec", "detection", "detection_all", "relation_detection"])
         if task == "relation_detection" and len(regions) < 2:
             task = "rec"
@@ -95,7 +98,7 @@ def test_moved_boxes_and_keypoints_still_surround_their_pixels(tmp_path: Path) -
         assert {region.label for region in moved.regions} <= {region.label for region in regions}
         assert task.startswith("detection") or len(moved.regions) == len(regions)
         for region in moved.regions:
-            assert extent(picture[:, :, 0] == 50 * int(region.label.split()[1])) == region.box
+            assert extent(picture[:, :, 0] == 50 * (WORDS.index(region.label.split()[1]) + 1)) == region.box
             original = next(other for other in regions if other.label == region.label)
             area, before = ((box[2] - box[0]) * (box[3] - box[1]) for box in (region.box, original.box))
             assert area >= (1 - BOTH.max_cut) * before

@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sphinx_pl.data.datamodule import DataModule, TrainLoader
+from sphinx_pl.data.packing import merge_states
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.record import IGNORE, Batch
 from sphinx_pl.errors import UserError
@@ -351,3 +353,56 @@ def test_missing_files_and_wrong_keys_of_any_source_are_named(processor: Process
         datamodule(processor, good, val={"late": {"path": "nowhere.tar"}}).check()
     with pytest.raises(UserError, match=r"data\.packing\.row_lenght"):
         DataModule(processor, good, {}, {"row_lenght": 96, "rows": 1})
+
+
+# --- counters of several ranks
+
+
+def rank_loader(data: DataModule, rank: int, world_size: int, lanes: int) -> TrainLoader:
+    return TrainLoader(data.planner(1, rank, world_size, lanes), data.collator, 0, data.max_skipped, False)
+
+
+@pytest.mark.parametrize(("lanes", "ranks"), [(1, 2), (2, 2), (4, 2), (2, 4)])
+def test_counters_of_ranks_that_share_lanes_are_not_doubled(
+    processor: Processor, damaged: dict[str, Any], lanes: int, ranks: int
+) -> None:
+    data = datamodule(processor, damaged, max_skipped=0.5)
+    loaders = [rank_loader(data, rank, ranks, lanes) for rank in range(ranks)]
+    for loader in loaders:
+        list(itertools.islice(loader, 20))
+    total = sum((Counter(loader.counters) for loader in loaders), Counter())
+    planned: dict[int, Counter[str]] = {}
+    for loader in loaders:
+        for number, lane in loader.planner.lanes.items():
+            planned[number] = Counter(
+                {key: count for key, count in lane.mixture.counts.items() if key.endswith(("/seen", "/tokens"))}
+            )
+    assert len(planned) == lanes
+    assert {k: v for k, v in total.items() if k.endswith(("/seen", "/tokens"))} == sum(planned.values(), Counter())
+
+
+def test_what_all_ranks_lost_before_is_not_held_against_one_that_goes_on(
+    processor: Processor, sample_data: Path, tmp_path: Path
+) -> None:
+    path = shard(tmp_path / "a.tar", pairs(sample_data, 400), bad_images=8)  # 2 %
+    data = datamodule(processor, {"a": web(path)}, max_skipped=0.1)
+    loaders = [rank_loader(data, rank, 4, 4) for rank in range(4)]
+    for loader in loaders:
+        for batch in itertools.islice(loader, 30):
+            loader.planner.consumed(batch.window)
+    state = merge_states([loader.planner.state_dict() for loader in loaders])
+    first = rank_loader(data, 0, 4, 4)
+    first.planner.load_state_dict(state)
+    first.before.update({"skipped/a/image_unreadable": 300})  # of all ranks, as the checkpoint has it
+    list(itertools.islice(first, 60))
+    assert first.counters["skipped/a/image_unreadable"] >= 300
+
+
+def test_files_that_are_lost_stop_the_run(processor: Processor, sample_data: Path, tmp_path: Path) -> None:
+    content = pairs(sample_data, 40)
+    paths = [shard(tmp_path / f"{i:02d}.tar", content) for i in range(16)]
+    for path in paths[::2]:
+        Path(path).write_bytes(b"<html>" * 1000)
+    data = datamodule(processor, {"a": {**web(paths), "shuffle_shards": 4}}, max_skipped=0.1)
+    with pytest.raises(UserError, match=r"of the first \d+ files could not be read, more than data\.max_skipped=10"):
+        list(itertools.islice(loader(data), 400))

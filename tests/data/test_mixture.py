@@ -252,6 +252,19 @@ def test_epochs_bound_how_often_a_source_is_read(processor: Processor, tmp_path:
     assert len(draw(mixture, 60)) == 10
 
 
+def test_what_has_ended_leaves_its_share_to_the_others_in_proportion(processor: Processor, tmp_path: Path) -> None:
+    sources = {
+        "ends": text_source(tmp_path / "ends.jsonl", 50, epochs=1, weight=0.98),
+        "much": text_source(tmp_path / "much.jsonl", 5, weight=0.019),
+        "little": text_source(tmp_path / "little.jsonl", 5, weight=0.001),
+    }
+    mixture = Mixture(sources, processor, seed=0)
+    draw(mixture, 60)
+    assert mixture.streams["ends"].exhausted
+    drawn = Counter(sample.source for sample in draw(mixture, 2000))
+    assert drawn == pytest.approx({"much": 1900, "little": 100}, abs=2)
+
+
 @pytest.mark.parametrize("lanes", [1, 3])
 def test_caps_bound_a_task_in_an_epoch(processor: Processor, tmp_path: Path, lanes: int) -> None:
     entries = [
@@ -296,6 +309,31 @@ def test_the_originals_list_of_files(processor: Processor, sample_data: Path, tm
 
 
 @pytest.mark.parametrize(
+    "entry",
+    [
+        "path: 'pipe:touch {mark}; echo []'",
+        "path: https://example.org/a.json",
+        "path: a.json\n    root: 's3://bucket/a'",
+    ],
+)
+def test_a_list_of_files_that_was_downloaded_runs_and_fetches_nothing(
+    processor: Processor, tmp_path: Path, entry: str
+) -> None:
+    mark = tmp_path / "was_here"
+    (tmp_path / "a.json").write_text("[]")
+    (tmp_path / "data.yaml").write_text("META:\n  - type: t\n    " + entry.format(mark=mark) + "\n")
+    with pytest.raises(UserError, match=r"entry 1 of META: (path|root)=.* must be a local path"):
+        Mixture({"all": {"kind": "meta", "path": str(tmp_path / "data.yaml")}}, processor, seed=0)
+    assert not mark.exists()
+
+
+def test_a_cap_that_not_every_lane_could_have_a_part_of(processor: Processor, tmp_path: Path) -> None:
+    source = text_source(tmp_path / "a.jsonl", 20, caps={"text": 2})
+    with pytest.raises(UserError, match=r"data\.sources\.a\.caps\.text=2 is less than data\.mixing\.lanes=3"):
+        Mixture({"a": source}, processor, seed=0, lanes=3)
+
+
+@pytest.mark.parametrize(
     ("sources", "message"),
     [
         ({"g": {"sources": {}, "weigth": 1}}, r"data\.sources\.g\.weigth: .* did you mean 'weight'"),
@@ -306,6 +344,10 @@ def test_the_originals_list_of_files(processor: Processor, sample_data: Path, tm
         ({"a": {"kind": "text", "path": "x", "epochs": 0}}, r"data\.sources\.a\.epochs=0 must be at least 1"),
         ({"a": {"kind": "text", "path": "x", "caps": {"txt": 3}}}, "unknown task 'txt': did you mean 'text'"),
         ({"a": {"kind": "text", "path": "x", "caps": {"text": -3}}}, "caps.text=-3 must not be negative"),
+        ({"a": 5}, r"data\.sources\.a must be a mapping"),
+        ({"g": {"sources": ["a"]}}, r"data\.sources\.g\.sources must be a mapping"),
+        ({"g": {"sources": {}, "temperature": "hot"}}, r"temperature=hot must be positive"),
+        ({"a": {"kind": "text", "path": 5}}, r"path=5 must be a path, a pattern, or a list"),
         ({"a": {"kind": "meta", "path": "nowhere.yaml"}}, r"data\.sources\.a\.path: nowhere\.yaml cannot be read"),
         ({"a": {"kind": "meta", "path": "setup.cfg"}}, r"setup\.cfg is not a list under META"),
         ({"g": {"sources": {"a": {"kind": "text", "path": "x", "weight": 0}}}}, r"data\.sources is empty"),

@@ -62,3 +62,10 @@ def test_missing_files_are_found_without_reading_anything(datamodule: DataModule
     absent = missing(configs)
     assert list(absent) == ["late"]
     assert "nowhere.jsonl" in absent["late"]
+
+
+def test_shares_are_those_that_training_has(datamodule: DataModule) -> None:
+    datamodule.mixing.temperature = 1.0
+    found = {line.name: line.share for line in lines(datamodule, probe=4)}
+    assert found == datamodule.planner().mixture.shares
+    assert found["real"] != pytest.approx(0.6)
