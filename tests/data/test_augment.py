@@ -223,12 +223,21 @@ def test_text_about_sides_is_never_mirrored(text: str) -> None:
         assert augment(record, CROP, random.Random(0)) is record
 
 
+@pytest.mark.parametrize("text", ["player in jersey 23", "sign that says STOP", "the clock", "NIKE shirt", 'a "B"'])
+def test_what_quotes_writing_is_never_mirrored(text: str) -> None:
+    record = dataclasses.replace(EXAMPLES["rec"], question=text)
+    assert all(augment(record, FLIP, random.Random(i)) is record for i in range(5))
+
+
 @pytest.mark.parametrize("text", ["the brightest", "an upright bottle", "red car", "aleft"])
 def test_other_words_do_not_stop_a_flip(text: str) -> None:
     assert augment(dataclasses.replace(EXAMPLES["rec"], question=text), FLIP, random.Random(0)).images[0].flip
 
 
-@pytest.mark.parametrize("text", ["top dog", "second car", "the 3rd one", "in the middle", "how many"])
+@pytest.mark.parametrize(
+    "text",
+    ["top dog", "second car", "the 3rd one", "in the middle", "how many", "man on the far end", "cut off by the frame"],
+)
 def test_text_about_places_and_counts_is_never_cropped(text: str) -> None:
     record = dataclasses.replace(EXAMPLES["rec"], question=text)
     assert all(augment(record, CROP, random.Random(i)) is record for i in range(20))
