@@ -80,7 +80,7 @@ def test_an_experiment_brings_its_stage_model_and_mixture(experiment: str) -> No
     assert SphinxConfig.from_dict(cfg.model).tokens_per_image == 291
     assert cfg.data.processor.system == SYSTEM
     assert build(ProcessorConfig, cfg.data.processor, "data.processor").decimals == 3
-    assert build(PackingConfig, cfg.data.packing, "data.packing").row_length == 2048
+    assert build(PackingConfig, cfg.data.packing, "data.packing").row_length == 4096
 
 
 def test_each_stage_starts_from_the_one_before() -> None:
@@ -164,7 +164,7 @@ def test_a_pretraining_step_holds_the_reported_batch(experiment: str, pairs: str
     cfg = composed(f"experiment={experiment}")
     ranks = 32
     rows = cfg.data.packing.rows * cfg.stage.accumulate * ranks
-    assert rows == 1024
+    assert rows == 512
     pair = 1 + SphinxConfig.from_dict(cfg.model).tokens_per_image + 61 + caption
     needed = 4096 * pair + 256 * 2048
     assert 0.95 < needed / (rows * cfg.data.packing.row_length) < 1
@@ -172,7 +172,7 @@ def test_a_pretraining_step_holds_the_reported_batch(experiment: str, pairs: str
     shares = cfg.data.sources[pairs].weight, cfg.data.sources.refinedweb.weight
     packing = build(PackingConfig, cfg.data.packing, "data.packing")
     lane = Lane(Lengths(shares, pair, page=594), packing)  # type: ignore[arg-type]
-    steps = 40
+    steps = 160
     samples = [sample for _ in range(steps) for row in lane.plan(rows // ranks) for sample in row]
     images = sum(len(sample.images) for sample in samples) * ranks / steps
     text = sum(sample.length for sample in samples if not sample.images) * ranks / steps
