@@ -335,22 +335,23 @@ class Planner:
         with self._lock:
             return min(self._states)
 
-    def counts(self, number: int | None = None) -> Counter[str]:
-        """`source/seen`, `source/skipped/reason`, ... of this rank's lanes up to a window (the last consumed)."""
+    def _streams(self, number: int | None) -> list[tuple[str, dict[str, Any]]]:
+        """Name and state of each stream of this rank's lanes after a window (None: the last consumed)."""
         with self._lock:
             lanes = self._states[min(self._states) if number is None else number]
+        return [item for lane in lanes.values() for item in lane["mixture"]["streams"].items()]
+
+    def counts(self, number: int | None = None) -> Counter[str]:
+        """`source/seen`, `source/skipped/reason`, ... of this rank's lanes up to a window (the last consumed)."""
         total: Counter[str] = Counter()
-        for lane in lanes.values():
-            for name, stream in lane["mixture"]["streams"].items():
-                total.update({f"{name}/{key}": value for key, value in stream["counts"].items()})
-                total.update({f"{name}/skipped/{key}": value for key, value in stream["left_out"].items()})
+        for name, stream in self._streams(number):
+            total.update({f"{name}/{key}": value for key, value in stream["counts"].items()})
+            total.update({f"{name}/skipped/{key}": value for key, value in stream["left_out"].items()})
         return total
 
     def left_out(self, number: int | None = None) -> tuple[Counter[str], int]:
         """Of `counts` those that are about what could not even be indexed, and how many records were."""
-        with self._lock:
-            lanes = self._states[min(self._states) if number is None else number]
-        streams = [item for lane in lanes.values() for item in lane["mixture"]["streams"].items()]
+        streams = self._streams(number)
         total: Counter[str] = Counter()
         for name, stream in streams:
             total.update({f"{name}/skipped/{key}": value for key, value in stream["left_out"].items()})
@@ -358,10 +359,8 @@ class Planner:
 
     def files(self, number: int | None = None) -> tuple[int, int]:
         """How many files this rank's lanes have opened, and how many of these were lost."""
-        with self._lock:
-            lanes = self._states[min(self._states) if number is None else number]
-        streams = [stream for lane in lanes.values() for stream in lane["mixture"]["streams"].values()]
-        return sum(s["files"].get("opened", 0) for s in streams), sum(s["files"].get("lost", 0) for s in streams)
+        files = [stream["files"] for _, stream in self._streams(number)]
+        return sum(of.get("opened", 0) for of in files), sum(of.get("lost", 0) for of in files)
 
     def rewind(self, number: int) -> None:
         """Forget what was planned after window `number`, to plan it again."""
@@ -427,14 +426,15 @@ def _to_plain(sample: Sample) -> dict[str, Any]:
 
 
 def _from_plain(plain: dict[str, Any]) -> Sample:
-    # States from before images could be cropped or flipped have three values.
-    images = [(*image, (), False)[:5] for image in plain["images"]]
     return Sample(
         plain["prefix"],
         [Branch(*branch) for branch in plain["branches"]],
-        tuple(ImageRef(path, offset, size, tuple(crop) or None, flip) for path, offset, size, crop, flip in images),
+        tuple(
+            ImageRef(path, offset, size, tuple(crop) or None, flip)
+            for path, offset, size, crop, flip in plain["images"]
+        ),
         plain["source"],
-        tuple(tuple(views) for views in plain.get("seen", ())),
+        tuple(tuple(views) for views in plain["seen"]),
     )
 
 

@@ -322,8 +322,6 @@ def test_a_resumed_run_decodes_the_same_pixels() -> None:
     sample = Sample([1], [], images, "s")
     plain = _to_plain(sample)
     assert _from_plain(plain) == sample
-    # States that were saved before images could be changed.
-    assert _from_plain(plain | {"images": [["b.jpg", 0, -1]]}).images == (ImageRef("b.jpg"),)
 
 
 def test_the_configuration_is_built_and_checked() -> None:
