@@ -14,7 +14,7 @@ MIXTURE = ("experiment=demo", "stage=finetune")
 def test_the_table_of_a_mixture(sample_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["table", *MIXTURE, f"data.root={sample_data}", "probe=8", "ranks=2"]) == 0
     out = capsys.readouterr().out
-    assert "1740 steps of 8 rows of 384 positions; shares by sample" in out
+    assert "1900 steps of 16 rows of 192 positions; shares by sample" in out
     for name, share in (("regions", "42.0%"), ("answers", "34.0%"), ("text", "5.0%")):
         [row] = [line for line in out.splitlines() if f" {name} " in line]
         assert share in row
