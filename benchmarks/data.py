@@ -40,12 +40,13 @@ from rich.table import Table
 
 from benchmarks.made import SIZES, Words, photograph, train_tokenizer, write_lines, write_tar
 from sphinx_pl.cli import report
-from sphinx_pl.data import files, images, packing, processor, sources, spans, tokenizer
+from sphinx_pl.data import images, packing, processor, sources, spans, tokenizer
 from sphinx_pl.data.conversation import render
 from sphinx_pl.data.datamodule import DataModule, TrainLoader
 from sphinx_pl.data.images import PAD_COLOUR
 from sphinx_pl.data.processor import Processor, ProcessorConfig
 from sphinx_pl.data.record import IMAGE_SLOT, Turn
+from sphinx_pl.data.sources import image_text, instructions, text
 from sphinx_pl.data.sources.base import Shard
 from sphinx_pl.data.tokenizer import Tokenizer
 from sphinx_pl.errors import UserError
@@ -54,8 +55,8 @@ IMAGE_SIZE, IMAGE_TOKENS, ROW_LENGTH, ROWS = 224, 291, 2048, 4
 """Those of sphinx_7b: one view of 224 pixels, 289 visual tokens with a start and an end."""
 
 PARTS: dict[str, list[tuple[Any, str]]] = {
-    "opening": [(kind, "open") for kind in sources.SOURCES.values()],
-    "reading": [(files.Reader, "read"), (images, "read_bytes")],
+    "opening": [(sources.Source, "open")],
+    "reading": [(image_text, "read"), (instructions, "read"), (text, "read"), (images, "read_bytes")],
     "parsing": [],  # the shards' own records, which are classes of the modules above: see `timed_parts`
     "decoding": [(images, "decode")],
     "transforming": [(images, "padded_resize"), (images, "to_tensor")],

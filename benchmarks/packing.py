@@ -172,7 +172,7 @@ def sample_cases(root: Path, rows: int) -> Iterator[Case]:
 
         def mixture(lane: int, lanes: int, module: DataModule = module) -> Mixture:
             length = module.packing.row_length
-            return Mixture(module.sources, module.processor, module.seed, length, module.mixing, lane, lanes)
+            return Mixture(module.sources, module.processor, module.seed, length, module.mixing, lane=lane, lanes=lanes)
 
         yield Case(f"sample, {stage}", mixture, module.packing, costs(cfg))
 

@@ -34,7 +34,8 @@ def test_all_parts_of_an_image_source_take_time(tmp_path: Path) -> None:
     parts, size = data.split(kinds[0], tokenizer_file, 0.2)
     assert all(parts[part] > 0 for part in data.PARTS)
     photographs = sum(path.stat().st_size for path in kinds[0].photographs) / 8
-    assert photographs < size < 1.1 * photographs  # an image and its annotation
+    # An image and its annotation; the time may be up within an epoch, so not all images came equally often.
+    assert size == pytest.approx(1.02 * photographs, rel=0.2)
 
 
 def test_only_the_first_block_is_opened_at_the_start(tmp_path: Path) -> None:
