@@ -33,9 +33,9 @@ def test_all_parts_of_an_image_source_take_time(tmp_path: Path) -> None:
     kinds, tokenizer_file = data.make_kinds(tmp_path, 8)
     parts, size = data.split(kinds[0], tokenizer_file, 0.2)
     assert all(parts[part] > 0 for part in data.PARTS)
-    photographs = sum(path.stat().st_size for path in kinds[0].photographs) / 8
-    # An image and its annotation; the time may be up within an epoch, so not all images came equally often.
-    assert size == pytest.approx(1.02 * photographs, rel=0.2)
+    photographs = [path.stat().st_size for path in kinds[0].photographs]
+    # An image and its annotation, of some mixture of them: the time may be up within an epoch.
+    assert min(photographs) < size < 1.1 * max(photographs)
 
 
 def test_only_the_first_block_is_opened_at_the_start(tmp_path: Path) -> None:

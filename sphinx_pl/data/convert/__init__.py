@@ -247,7 +247,7 @@ def _contents(path: Path) -> bytes:
         return file.read()
 
 
-def identity(thing: Any, name: str = "id") -> int | str | None:
+def id_of(thing: Any, name: str = "id") -> int | str | None:
     """What a thing says is its `name`; None where that is no id."""
     value = thing.get(name) if isinstance(thing, dict) else None
     return value if isinstance(value, int | str) else None

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.convert import Converter, checked, identity
+from sphinx_pl.data.convert import Converter, checked, id_of
 from sphinx_pl.data.entries import sizes
 from sphinx_pl.data.geometry import Box4
 from sphinx_pl.data.record import Region
@@ -43,7 +43,7 @@ class CocoConverter(Converter):
 
 
 def by_id(things: Iterable[Any]) -> dict[Any, Any]:
-    return {identity(thing): thing for thing in things}
+    return {id_of(thing): thing for thing in things}
 
 
 def find(things: Mapping[Any, Any], wanted: Any, kind: str) -> Any:
@@ -61,16 +61,16 @@ def by_annotation(document: Any) -> Iterator[tuple[str, Any]]:
     """(id, (annotation, its image)) of each annotation; the image is None where the file has none of that id."""
     images = by_id(document["images"])
     for annotation in document["annotations"]:
-        yield str(identity(annotation)), (annotation, images.get(identity(annotation, "image_id")))
+        yield str(id_of(annotation)), (annotation, images.get(id_of(annotation, "image_id")))
 
 
 def by_image(document: Any) -> Iterator[tuple[str, Any]]:
     """(id, (image, its annotations)) of each image; the image is None for annotations of one that the file lacks."""
     of_image: dict[Any, list[Any]] = defaultdict(list)
     for annotation in document["annotations"]:
-        of_image[identity(annotation, "image_id")].append(annotation)
+        of_image[id_of(annotation, "image_id")].append(annotation)
     for image in document["images"]:
-        yield str(identity(image)), (image, of_image.pop(identity(image), []))
+        yield str(id_of(image)), (image, of_image.pop(id_of(image), []))
     for image_id, orphans in of_image.items():
         yield f"{image_id} of no image", (None, orphans)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from sphinx_pl.data.convert import coco, identity
+from sphinx_pl.data.convert import coco, id_of
 from sphinx_pl.data.record import ImageRef, Record
 
 
@@ -35,7 +35,7 @@ class CocoDetection(coco.CocoConverter):
         if not objects:
             self.skipped["image_without_objects"] += 1
             return
-        crowds = {names.get(identity(one, "category_id")) for one in objects if identity(one, "iscrowd")}
+        crowds = {names.get(id_of(one, "category_id")) for one in objects if id_of(one, "iscrowd")}
         regions = tuple(self.parts(objects, lambda one: coco.region(one, names, size)))
         everything = Record(f"{key}-all", "detection_all", (ImageRef(path),), size, regions=regions)
         if crowds:

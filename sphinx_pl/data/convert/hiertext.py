@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.convert import Converter, checked, identity
+from sphinx_pl.data.convert import Converter, checked, id_of
 from sphinx_pl.data.entries import sizes
 from sphinx_pl.data.record import ImageRef, Record, Region
 
@@ -33,7 +33,7 @@ class HierText(Converter):
             *(f"{folder}{file}{end}" for folder in ("gt/", "") for end in ("", ".gz")), of="annotations"
         )
         for number, image in enumerate(images):
-            yield str(identity(image, "image_id") or number), image
+            yield str(id_of(image, "image_id") or number), image
 
     def records(self, key: str, entry: Any) -> Iterator[Record]:
         size = sizes(entry["image_width"], entry["image_height"], key)

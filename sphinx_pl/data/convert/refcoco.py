@@ -12,7 +12,7 @@ import pickle
 from collections.abc import Iterator
 from typing import Any, ClassVar, NoReturn
 
-from sphinx_pl.data.convert import Converter, coco, identity
+from sphinx_pl.data.convert import Converter, coco, id_of
 from sphinx_pl.data.record import ImageRef, Record, Region
 from sphinx_pl.errors import UserError
 
@@ -36,10 +36,10 @@ class RefCOCO(Converter):
         instances = self.json("instances.json")
         images, objects = coco.by_id(instances["images"]), coco.by_id(instances["annotations"])
         for ref in self._refs(f"refs({by or self.split_by}).p"):
-            if identity(ref, "split") in (split, None):
+            if id_of(ref, "split") in (split, None):
                 sentences = ref.get("sentences") if isinstance(ref, dict) else None
                 for number, sentence in enumerate(sentences if isinstance(sentences, list) else [None]):
-                    yield f"{identity(ref, 'ref_id')}-{number}", (ref, sentence, images, objects)
+                    yield f"{id_of(ref, 'ref_id')}-{number}", (ref, sentence, images, objects)
 
     def records(self, key: str, entry: Any) -> Iterator[Record]:
         ref, sentence, images, objects = entry

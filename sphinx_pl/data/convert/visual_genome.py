@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.convert import Converter, coco, identity
+from sphinx_pl.data.convert import Converter, coco, id_of
 from sphinx_pl.data.entries import sizes
 from sphinx_pl.data.record import ImageRef, Record, Region
 
@@ -27,16 +27,16 @@ class _VisualGenome(Converter):
     """File, key of an image's list in it, key of a listed thing's id."""
 
     def entries(self) -> Iterator[tuple[str, Any]]:
-        images = {identity(image, "image_id"): image for image in self.json("image_data.json")}
+        images = {id_of(image, "image_id"): image for image in self.json("image_data.json")}
         file, listed, id_name = self.parts_of
         for number, image in enumerate(self.json_items(file)):
-            image_id = identity(image, "image_id") or identity(image)
+            image_id = id_of(image, "image_id") or id_of(image)
             things = image.get(listed) if isinstance(image, dict) else None
             if not isinstance(things, list):
                 yield f"element {number}", (images.get(image_id), None)
                 continue
             for thing in things:
-                yield f"{image_id}-{identity(thing, id_name)}", (images.get(image_id), thing)
+                yield f"{image_id}-{id_of(thing, id_name)}", (images.get(image_id), thing)
 
     def image(self, image: Any) -> tuple[tuple[ImageRef, ...], coco.Sizes]:
         if image is None:
