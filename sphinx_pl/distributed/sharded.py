@@ -119,7 +119,7 @@ class Sharded(Base):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         self._pieces = Pieces(Path(checkpoint_path))
-        return self._pieces.state()
+        return self._pieces.state() | {"optimizer_states": [{}]}  # which Lightning looks for
 
     @torch.no_grad()
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sphinx_pl.distributed.checkpointing import STEP
 from sphinx_pl.distributed.sharded import Sharded
 from sphinx_pl.errors import UserError
-from sphinx_pl.models.sphinx import Sphinx
+from sphinx_pl.models.sphinx import Sphinx, whole_shape
 
 def import_deepspeed() -> None:
     """Without what it prints while it looks for compilers and libraries that nothing here uses."""
@@ -35,7 +35,10 @@ def import_deepspeed() -> None:
         for number in (1, 2):
             os.dup2(nowhere.fileno(), number)
         try:
-            importlib.import_module("deepspeed")
+            operations: Any = importlib.import_module("deepspeed.ops")
+            if not torch.cuda.is_available():
+                # Compiles for 40 seconds, and gloo does without it.
+                operations.__compatible_ops__["deepspeed_shm_comm"] = False
         finally:
             for number, descriptor in zip((1, 2), kept, strict=True):
                 os.dup2(descriptor, number)
@@ -118,10 +121,6 @@ class Zero3(Sharded, DeepSpeedStrategy):
     def setup_environment(self) -> None:
         if not self.on_cpu:
             return super().setup_environment()
-        from deepspeed.ops import __compatible_ops__
-
-        # Compiles for 40 seconds, and gloo does without it.
-        __compatible_ops__["deepspeed_shm_comm"] = False
         self.accelerator.setup_device(torch.device("cpu"))  # type: ignore[union-attr]
         self.setup_distributed()
 
@@ -160,7 +159,7 @@ class Zero3(Sharded, DeepSpeedStrategy):
     # -- what this rank holds ---------------------------------------------------------------------------------------
 
     def shape(self, parameter: nn.Parameter) -> torch.Size:
-        return torch.Size(parameter.ds_shape)  # type: ignore[attr-defined]
+        return whole_shape(parameter)
 
     def held(self, parameter: Any) -> tuple[int, int]:
         part = parameter.ds_tensor.ds_numel
@@ -189,14 +188,9 @@ class Zero3(Sharded, DeepSpeedStrategy):
     def allocate_states(self) -> None:
         """By a step without gradient, whose effect on the weights is undone."""
         zero: Any = self.optimizers[0]
-        for buffer in zero.fp32_partitioned_groups_flat:
+        for number, buffer in enumerate(zero.fp32_partitioned_groups_flat):
             kept, buffer.grad = buffer.data.clone(), torch.zeros_like(buffer)
-            options = [dict(group) for group in zero.optimizer.param_groups]
-            for group in zero.optimizer.param_groups:
-                group["params"] = [buffer] if any(p is buffer for p in group["params"]) else []
-            zero.optimizer.step()
-            for group, before in zip(zero.optimizer.param_groups, options, strict=True):
-                group["params"] = before["params"]
+            zero._optimizer_step(number)
             buffer.data.copy_(kept)
             buffer.grad = None
 

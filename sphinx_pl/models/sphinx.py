@@ -48,9 +48,9 @@ def packed_mask(segment_ids_BT: Tensor, branch_ids_BT: Tensor) -> Tensor:
     return (causal & same & visible | itself)[:, None]
 
 
-def _numel(parameter: nn.Parameter) -> int:
-    """Of the whole parameter, of which ZeRO-3 leaves nothing here between two uses."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """Of a parameter of which ZeRO-3 may leave nothing here between two uses: its own shape is [0] then."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 class Sphinx(nn.Module):
@@ -155,8 +155,8 @@ class Sphinx(nn.Module):
         """(part, trainable parameters, frozen parameters) of every part."""
         table = []
         for name, parameters in self.part_parameters().items():
-            trainable = sum(_numel(p) for p in parameters if p.requires_grad)
-            table.append((name, trainable, sum(_numel(p) for p in parameters) - trainable))
+            trainable = sum(whole_shape(p).numel() for p in parameters if p.requires_grad)
+            table.append((name, trainable, sum(whole_shape(p).numel() for p in parameters) - trainable))
         return table
 
     def flops_per_image(self) -> float:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sphinx_pl.errors import UserError, suggest
+from sphinx_pl.models.sphinx import whole_shape
 
 
 KINDS = ("adamw", "sgd")
@@ -56,7 +57,7 @@ def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> lis
     plain: list[nn.Parameter] = []
     for parameter in parameters:
         if parameter.requires_grad:
-            (decayed if parameter.ndim >= 2 else plain).append(parameter)
+            (decayed if len(whole_shape(parameter)) >= 2 else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 

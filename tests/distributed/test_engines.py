@@ -1,0 +1,166 @@
+"""Every engine trains as one process does, and goes on with what another one has left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from callbacks.checkpoint import ResumeCheckpoint
+from sphinx_pl.checkpoint.format import open_checkpoint
+from sphinx_pl.data.datamodule import DataModule
+from sphinx_pl.data.processor import Processor
+from sphinx_pl.distributed.fsdp2 import Fsdp2
+from sphinx_pl.distributed.zero import Zero3
+from sphinx_pl.stages import Stage
+from tests.conftest import tiny_model
+from tests.ranks import on_ranks
+from tests.stages.test_end_of_data import Keys
+from tests.stages.test_stage import ALL, trainer
+
+SOME = ["decoder", "projections"]
+ROWS = 8  # of an optimizer step, on all ranks and in all micro-batches together
+ENGINES: dict[str, Any] = {
+    "ddp": lambda: "ddp",
+    "zero3": Zero3,
+    "zero3 sharded": lambda: Zero3(frozen="sharded", zero={"stage3_param_persistence_threshold": 0}),
+    "fsdp2": lambda: Fsdp2(compute_dtype="fp32"),
+    "fsdp2 sharded": lambda: Fsdp2(compute_dtype="fp32", frozen="sharded"),
+}
+
+
+def data(processor: Processor, folder: Path, rows: int, lanes: int | None = 4) -> DataModule:
+    sources = {
+        "real": {"kind": "image_text", "path": str(folder / "real/train-*.tar")},
+        "text": {"kind": "text", "path": str(folder / "text/train.jsonl"), "weight": 2.0},
+    }
+    return DataModule(processor, sources, {}, {"row_length": 96, "rows": rows}, mixing={"lanes": lanes}, workers=0)
+
+
+def fit(
+    engine: str | None,
+    ranks: int,
+    processor: Processor,
+    folder: Path,
+    out: Path,
+    steps: int,
+    *,
+    resume: Path | None = None,
+    parts: list[str] = SOME,
+    kind: str = "adamw",
+    accumulate: int = 1,
+    seed: int = 0,
+) -> None:
+    """Trains to `steps` and leaves a checkpoint in `out`."""
+    torch.manual_seed(seed)
+    # An eps above the noise of gradients that are zero but for rounding (keys' biases), which Adam would blow up.
+    optim = {"lr": 0.05 if kind == "sgd" else 1e-3, "kind": kind, "weight_decay": 0.1, "eps": 1e-6}
+    stage = Stage(tiny_model(), "test", parts, optim, max_steps=20)
+    stage.resumed = resume is not None
+    keys = out / f"keys-{steps}"
+    keys.mkdir(parents=True, exist_ok=True)
+    trainer(
+        out,
+        max_steps=steps,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=0.5,
+        callbacks=[Keys(keys), ResumeCheckpoint(str(out), keep=9)],
+        use_distributed_sampler=False,
+        **({"strategy": ENGINES[engine](), "devices": ranks} if engine else {}),
+    ).fit(stage, data(processor, folder, ROWS // ranks // accumulate), ckpt_path=resume, weights_only=True)
+
+
+def run(engine: str | None, ranks: int, *args: Any, **options: Any) -> None:
+    if engine is None:
+        return fit(None, 1, *args, **options)
+    on_ranks(ranks, lambda: fit(engine, ranks, *args, **options))
+
+
+def weights(folder: Path, step: int) -> dict[str, Tensor]:
+    checkpoint = open_checkpoint(folder / f"step-{step:08d}")
+    return {name: checkpoint.tensor(name).clone() for name in checkpoint}
+
+
+def keys(folder: Path) -> list[str]:
+    return sorted(key for path in folder.iterdir() for key in path.read_text().split("\n")[:-1])
+
+
+def new_weights(parts: list[str]) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    stage = Stage(tiny_model(), "test", parts, {}, max_steps=1)
+    stage.configure_model()
+    return stage.sphinx.state_dict()
+
+
+def check_same(one: dict[str, Tensor], two: dict[str, Tensor], start: dict[str, Tensor]) -> None:
+    """The changes that training made differ by a thousandth."""
+    assert one.keys() == two.keys() == start.keys()
+    moved = 0.0
+    for name, value in start.items():
+        change = float((one[name] - value).norm())
+        moved = max(moved, change)
+        assert float((one[name] - two[name]).norm()) <= 1e-3 * change + 1e-6, name
+    assert moved > 1e-2
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    ("kind", "accumulate", "parts"),
+    [("sgd", 2, ALL), ("adamw", 1, SOME)],
+    ids=["sgd, two micro-batches", "adamw, frozen towers"],
+)
+def test_two_ranks_end_with_the_weights_of_one(
+    engine: str, kind: str, accumulate: int, parts: list[str], processor: Processor, sample_data: Path, tmp_path: Path
+) -> None:
+    options = {"kind": kind, "parts": parts}
+    run(None, 1, processor, sample_data, tmp_path / "one", 3, accumulate=1, **options)
+    run(engine, 2, processor, sample_data, tmp_path / "two", 3, accumulate=accumulate, **options)
+    check_same(weights(tmp_path / "one", 3), weights(tmp_path / "two", 3), new_weights(parts))
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
+def test_the_same_ranks_go_on_bit_for_bit(
+    engine: str, processor: Processor, sample_data: Path, tmp_path: Path
+) -> None:
+    run(engine, 2, processor, sample_data, tmp_path / "straight", 6)
+    run(engine, 2, processor, sample_data, tmp_path / "halted", 3)
+    # Another seed: whatever is not restored differs, frozen towers included.
+    resume = tmp_path / "halted/step-00000003"
+    run(engine, 2, processor, sample_data, tmp_path / "halted", 6, resume=resume, seed=1)
+    straight, halted = weights(tmp_path / "straight", 6), weights(tmp_path / "halted", 6)
+    for name, value in straight.items():
+        assert torch.equal(value, halted[name]), name
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (("zero3", 2), (None, 1)),
+        ((None, 1), ("zero3", 2)),
+        (("zero3", 4), ("zero3", 2)),
+        (("zero3", 2), ("fsdp2", 4)),
+        (("fsdp2", 2), ("zero3", 1)),
+        (("ddp", 2), ("fsdp2", 2)),
+    ],
+    ids=str,
+)
+def test_other_ranks_and_engines_go_on(
+    before: tuple[str | None, int],
+    after: tuple[str | None, int],
+    processor: Processor,
+    sample_data: Path,
+    tmp_path: Path,
+) -> None:
+    run(None, 1, processor, sample_data, tmp_path / "straight", 6)
+    run(*before, processor, sample_data, tmp_path / "halted", 3)
+    resume = tmp_path / "halted/step-00000003"
+    run(*after, processor, sample_data, tmp_path / "halted", 6, resume=resume, seed=1)
+    seen = keys(tmp_path / "halted/keys-3") + keys(tmp_path / "halted/keys-6")
+    assert sorted(seen) == keys(tmp_path / "straight/keys-6")
+    check_same(weights(tmp_path / "straight", 6), weights(tmp_path / "halted", 6), new_weights(SOME))

@@ -1,0 +1,56 @@
+"""Several ranks on this machine, as a launcher would start them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+
+def on_ranks(ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+    """What `function(*args)` returns in each of `ranks` processes, which see themselves as torchrun's.
+
+    Forked, so that nothing is imported again. A rank that waits for the others for ever is an AssertionError.
+    """
+    context = multiprocessing.get_context("fork")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    results: Any = context.Queue()
+
+    def run(rank: int) -> None:
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+        os.environ |= {key: str(value) for key, value in environment.items()}
+        try:
+            results.put((rank, True, function(*args)))
+        except BaseException:
+            results.put((rank, False, traceback.format_exc()))
+
+    processes = [context.Process(target=run, args=(rank,)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    found: dict[int, Any] = {}
+    deadline = time.monotonic() + timeout
+    try:
+        while len(found) < ranks:
+            try:
+                rank, good, value = results.get(timeout=1)
+            except queue.Empty:
+                assert time.monotonic() < deadline, f"ranks {sorted(set(range(ranks)) - set(found))} hang"
+                dead = [r for r, p in enumerate(processes) if not p.is_alive() and r not in found]
+                assert not dead or results.qsize(), f"ranks {dead} died"
+                continue
+            assert good, f"rank {rank}:\n{value}"
+            found[rank] = value
+    finally:
+        for process in processes:
+            process.join(5 if len(found) == ranks else 0.1)
+            process.kill()
+            process.join()
+    return [found[rank] for rank in range(ranks)]
