@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
+from callbacks.throughput import timed_checkpoint
 from sphinx_pl.data.record import Batch
 from sphinx_pl.errors import UserError
 
@@ -101,6 +102,7 @@ class ResumeCheckpoint(L.Callback):
         if step > 0 and step % self.every_n_steps == 0 and step != self._saved:
             self.save(trainer)
 
+    @timed_checkpoint
     def save(self, trainer: L.Trainer) -> None:
         """Write `step-N.ckpt`; on every rank, since sharded strategies write together."""
         self._saved = trainer.global_step

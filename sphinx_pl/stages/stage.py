@@ -73,14 +73,15 @@ class Stage(L.LightningModule):
         self.model: Sphinx | None = None
         self.parents: list[dict[str, Any]] = []
         """Identities of the checkpoints that the weights come from."""
-        # Sums of nll and targets per task since the last log.
-        self._task_sums: Tensor | None = None
+        # Sums of nll and targets per task and per source since the last log.
+        self._sums: Tensor | None = None
         self._val_sums: Tensor | None = None
         self.resumed = False
         """The weights come from a resumable checkpoint, so that neither `init_from` nor towers are read again."""
         self.validated_at = -1
         """Optimizer steps behind the last held-out losses."""
-        self._tasks: list[str] = []
+        self._counted: list[str] = []
+        """What the sums are of: task/<name>, then source/<name>."""
 
     # -- building ---------------------------------------------------------------------------------------------------
 
@@ -196,19 +197,21 @@ class Stage(L.LightningModule):
         return loss
 
     def _count(self, batch: Batch, nll: Tensor, index: Tensor) -> None:
-        self._tasks = batch.tasks
-        if self._task_sums is None:
-            self._task_sums = torch.zeros(2, len(batch.tasks), dtype=torch.float64)
-        sums = self._task_sums = self._task_sums.to(nll.device)
-        tasks = batch.task_ids.flatten()[index].long()
-        sums.index_add_(1, tasks, torch.stack([nll, torch.ones_like(nll)]).double())
+        counted = [*(f"task/{name}" for name in batch.tasks), *(f"source/{name}" for name in batch.sources)]
+        if self._sums is None or self._counted != counted:  # a run may go on with other sources
+            self._counted, self._sums = counted, torch.zeros(2, len(counted), dtype=torch.float64)
+        sums = self._sums = self._sums.to(nll.device)
+        values = torch.stack([nll, torch.ones_like(nll)]).double()
+        sums.index_add_(1, batch.task_ids.flatten()[index].long(), values)
+        if batch.source_ids is not None:
+            sums.index_add_(1, batch.source_ids.flatten()[index].long() + len(batch.tasks), values)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["task_sums"] = self._task_sums
+        checkpoint["sums"] = {"counted": self._counted, "values": self._sums}
         checkpoint["parents"] = self.parents
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._task_sums = checkpoint["task_sums"]
+        self._counted, self._sums = checkpoint["sums"]["counted"], checkpoint["sums"]["values"]
         self.parents = checkpoint["parents"]
 
     def configure_gradient_clipping(
@@ -228,15 +231,17 @@ class Stage(L.LightningModule):
         Given to the loggers directly: Lightning would hand it on only after the checkpoint of this step is written, and
         a run that is killed then would miss the row.
         """
-        assert self._task_sums is not None
-        nll, count = self._reduced(self._task_sums).tolist()
-        self._task_sums = None
-        loss = sum(nll) / max(sum(count), 1)
+        assert self._sums is not None
+        nll, count = self._reduced(self._sums).tolist()
+        self._sums = None
+        rows = list(zip(self._counted, nll, count, strict=True))
+        of_tasks = [row for row in rows if row[0].startswith("task/")]  # every target is of one task
+        loss = sum(row[1] for row in of_tasks) / max(sum(row[2] for row in of_tasks), 1)
         metrics = {"train/loss": loss, "train/grad_norm": gradient_norm, "train/lr": lr}
-        for task, total, n in zip(self._tasks, nll, count, strict=True):
+        for name, total, n in rows:
             if n:
-                metrics[f"train/loss_task/{task}"] = total / n
-                metrics[f"train/targets/{task}"] = n
+                metrics[f"train/loss_{name}"] = total / n
+                metrics[f"train/targets_{name}"] = n
         for logger in self.loggers:
             logger.log_metrics(metrics, step=self.global_step)
         self.log_dict(metrics, logger=False)
