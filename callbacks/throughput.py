@@ -263,6 +263,7 @@ class Throughput(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
+        assert isinstance(pl_module, Stage)
         # Not told by on_before_optimizer_step, which DeepSpeed's plugin calls after every micro-batch, nor by a hook of
         # the optimizer, which DeepSpeed's has not.
         self._close("optimizer" if batch.window_end else "other")
@@ -271,7 +272,8 @@ class Throughput(L.Callback):
         self._steps += batch.window_end
         if batch.window_end and trainer.global_step % trainer.log_every_n_steps == 0:
             metrics = self._metrics(trainer, pl_module.device)
-            pl_module.log_dict(metrics | data_metrics(trainer.datamodule.counters()))
+            # Beside this step's row of losses.
+            pl_module.log_now(metrics | data_metrics(trainer.datamodule.counters()), trainer.global_step - 1)
             self._reset()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -226,11 +226,7 @@ class Stage(L.LightningModule):
             self._log_steps(float(norm), float(group["lr"] / group.get("lr_scale", 1.0)))
 
     def _log_steps(self, gradient_norm: float, lr: float) -> None:
-        """A row for the steps since the last one. `step` counts those that were finished before this one.
-
-        Given to the loggers directly: Lightning would hand it on only after the checkpoint of this step is written, and
-        a run that is killed then would miss the row.
-        """
+        """A row for the steps since the last one. `step` counts those that were finished before this one."""
         assert self._sums is not None
         nll, count = self._reduced(self._sums).tolist()
         self._sums = None
@@ -242,9 +238,17 @@ class Stage(L.LightningModule):
             if n:
                 metrics[f"train/loss_{name}"] = total / n
                 metrics[f"train/targets_{name}"] = n
+        self.log_now(metrics, self.global_step)
+
+    def log_now(self, metrics: dict[str, float], step: int) -> None:
+        """Numbers that are the same on all ranks: to the loggers, and to `trainer.callback_metrics` for callbacks.
+
+        Lightning's `log` would take up to a millisecond for each of them (docs/benchmarks.md), and hand them on only
+        after the checkpoint of this step is written, so that a run that is killed then would miss the row.
+        """
         for logger in self.loggers:
-            logger.log_metrics(metrics, step=self.global_step)
-        self.log_dict(metrics, logger=False)
+            logger.log_metrics(metrics, step=step)
+        self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
 
     def _reduced(self, sums: Tensor) -> Tensor:
         if self.trainer.world_size > 1:

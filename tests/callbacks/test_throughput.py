@@ -101,14 +101,14 @@ def test_waiting_for_data_is_told_from_computing(fit: Fit, tmp_path: Path, monke
     collate = Collator.__call__
 
     def slow(self: Collator, rows: Any) -> Batch:
-        time.sleep(0.2)
+        time.sleep(0.5)
         return collate(self, rows)
 
     monkeypatch.setattr(Collator, "__call__", slow)
     fit([Throughput(peak=1e12)], [CSVLogger(tmp_path, name="", version="")], val_check_interval=1000)
     row = logged(tmp_path)[-1]
-    assert 0.2 < row["perf/time_data"] < row["perf/time_step"]
-    assert row["perf/time_step"] - row["perf/time_data"] < 0.2
+    assert 2 * 0.5 < row["perf/time_data"] < row["perf/time_step"]  # two micro-batches a step
+    assert row["perf/time_step"] - row["perf/time_data"] < 0.5
 
 
 def test_forward_and_backward_are_told_apart(fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +130,7 @@ def test_forward_and_backward_are_told_apart(fit: Fit, tmp_path: Path, monkeypat
     fit([Throughput(peak=1e12)], [CSVLogger(tmp_path, name="", version="")], steps=2, val_check_interval=1000)
     (row,) = logged(tmp_path)
     for name, seconds in (("forward", 2 * 0.2), ("backward", 2 * 0.4), ("optimizer", 0.6)):  # two micro-batches a step
-        assert seconds < row[f"perf/time_{name}"] < seconds + 0.2, name
+        assert seconds < row[f"perf/time_{name}"] < seconds + 0.4, name
 
 
 def test_callbacks_and_loggers_are_not_taken_for_waiting_for_data(fit: Fit, tmp_path: Path) -> None:
@@ -166,15 +166,15 @@ def test_validation_and_checkpoints_are_no_part_of_a_step(fit: Fit, tmp_path: Pa
 def test_checkpoints_have_a_time_of_their_own(validation: int, fit: Fit, tmp_path: Path) -> None:
     class Slow(L.Callback):
         def on_save_checkpoint(self, *_: Any) -> None:
-            time.sleep(0.5)
+            time.sleep(1)
 
     checkpoint = ResumeCheckpoint(str(tmp_path / "checkpoints"), every_n_steps=2)
     logger = [CSVLogger(tmp_path, name="", version="")]
     fit([Throughput(peak=1e12), Slow(), checkpoint], logger, val_check_interval=validation)
     first, second = logged(tmp_path)
     assert first["perf/time_checkpoint"] == 0
-    assert 0.25 < second["perf/time_checkpoint"] < 0.4  # one in two steps
-    assert second["perf/time_step"] < 0.25
+    assert 0.5 < second["perf/time_checkpoint"] < 0.9  # one in two steps
+    assert second["perf/time_step"] < 0.5
 
 
 def test_skipped_samples_are_logged_by_source_and_reason(fit: Fit, datamodule: DataModule, tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_skipped_samples_are_logged_by_source_and_reason(fit: Fit, datamodule: D
     datamodule.sources["text"]["path"] = str(text)
     datamodule.max_skipped = 1.0
     trainer, _ = fit([Throughput(peak=1e12)], [CSVLogger(tmp_path, name="", version="")])
-    assert float(trainer.logged_metrics["data/skipped/text/text_empty"]) > 0
+    assert float(trainer.callback_metrics["data/skipped/text/text_empty"]) > 0
 
 
 def part(data: float, memory: int, flops: float, speed: float) -> RankPart:
