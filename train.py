@@ -138,7 +138,7 @@ def train(cfg: DictConfig) -> float | None:
     from callbacks.checkpoint import checkpoints
     from sphinx_pl.data.datamodule import DataModule
     from sphinx_pl.models.config import SphinxConfig
-    from sphinx_pl.stages.stage import NonFinite
+    from sphinx_pl.stages.stage import NonFiniteError
 
     quiet_known_warnings()
     folder = Path(HydraConfig.get().runtime.output_dir)
@@ -171,7 +171,7 @@ def train(cfg: DictConfig) -> float | None:
         log.info("resuming from %s", resume)
     try:
         trainer.fit(stage, datamodule, ckpt_path=resume, weights_only=True)
-    except NonFinite as error:
+    except NonFiniteError as error:
         last = next(reversed(checkpoints(folder / "checkpoints")), None)
         raise UserError(f"{error}; the last checkpoint is {last}") from None
     finish_export(trainer)

@@ -1,4 +1,4 @@
-"""Checkpoints to go on from: folders written under a temporary name by all ranks together, renamed, the oldest pruned."""
+"""Checkpoints to go on from: folders that all ranks write under a temporary name, then renamed, the oldest pruned."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from omegaconf import OmegaConf
 
+from callbacks.throughput import timed_checkpoint
 from sphinx_pl.checkpoint.format import move_into_place, sync
 from sphinx_pl.checkpoint.provenance import provenance
 from sphinx_pl.checkpoint.training import INDEX, describe
@@ -40,7 +41,7 @@ def step_of(path: Path) -> int:
 
 
 def resolve_resume(ckpt_path: str | None, folder: Path) -> Path | None:
-    """The checkpoint to go on from: None starts anew, `last` takes the newest of the run folder (or starts anew if none).
+    """The checkpoint to go on from: None starts anew, `last` takes the newest of the run folder (if none, anew).
 
     Raises:
         UserError: no such checkpoint.
@@ -54,14 +55,15 @@ def resolve_resume(ckpt_path: str | None, folder: Path) -> Path | None:
     foreign = path.parent.resolve() == folder.resolve() and not _NAME.fullmatch(path.name)
     if not (path / INDEX).is_file() or foreign:
         raise UserError(
-            f"ckpt_path={ckpt_path} is not a checkpoint to resume from (a folder with {INDEX}); 'last' takes the newest "
-            f"in {folder}. To start from the weights of a model folder, use stage.init_from"
+            f"ckpt_path={ckpt_path} is not a checkpoint to resume from (a folder with {INDEX}); 'last' takes the "
+            f"newest in {folder}. To start from the weights of a model folder, use stage.init_from"
         )
     return path
 
 
+@timed_checkpoint
 def write_training_checkpoint(trainer: L.Trainer, path: Path, config: Path | None) -> None:
-    """Everything that `trainer.fit` needs to go on, and what makes it a checkpoint of a model; all ranks call it together.
+    """Everything that `trainer.fit` needs to go on, and what makes it a checkpoint of a model; all ranks call it.
 
     Args:
         path: the folder, which appears when it is complete.
@@ -75,7 +77,7 @@ def write_training_checkpoint(trainer: L.Trainer, path: Path, config: Path | Non
     trainer.strategy.barrier()
     trainer.save_checkpoint(partial)
     if trainer.is_global_zero:
-        processor = trainer.datamodule.processor  # type: ignore[attr-defined]
+        processor = trainer.datamodule.processor
         composed: Any = OmegaConf.to_container(OmegaConf.load(config)) if config else None
         origin = provenance(stage=stage.name, config=composed, parents=stage.parents) | {"steps": trainer.global_step}
         describe(partial, stage.config.to_dict(), processor.to_dict(), processor.tokenizer.path, origin)
@@ -87,9 +89,9 @@ def write_training_checkpoint(trainer: L.Trainer, path: Path, config: Path | Non
 class ResumeCheckpoint(L.Callback):
     """Every `every_n_steps` optimizer steps and at the end: weights, optimizer, schedule, random states, data position.
 
-    `trainer.fit` on the newest one goes on with exactly the losses of a run that was not stopped. Put it behind the other
-    callbacks, but before the export, which reads its last one: where a validation is due at the same step, and at the
-    end of the run, it saves after everything else, so that nothing is left out by a run that continues from here.
+    `trainer.fit` on the newest one goes on with exactly the losses of a run that was not stopped. Put it behind the
+    other callbacks, but before the export, which reads its last one: where a validation is due at the same step, and at
+    the end of the run, it saves after everything else, so that a run that continues from here leaves nothing out.
 
     Args:
         folder: of the checkpoints, `step-00001000` and so on.

@@ -99,7 +99,7 @@ class ExportModel(L.Callback):
     def export(self, trainer: L.Trainer, out: Path) -> None:
         """Begin to write `out`; all ranks call it together."""
         self._wait()
-        own = next((c for c in trainer.callbacks if isinstance(c, ResumeCheckpoint)), None)  # type: ignore[attr-defined]
+        own = next((c for c in trainer.callbacks if isinstance(c, ResumeCheckpoint)), None)
         if own is not None:
             path = own.save(trainer)
             own.held.add(path)

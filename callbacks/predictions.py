@@ -6,8 +6,9 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import WandbLogger
@@ -15,22 +16,18 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.drawing import draw, to_picture
-from sphinx_pl.data.images import load_image
 from sphinx_pl.data.mixture import SourceConfig
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.record import Record
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.errors import UserError
 from sphinx_pl.evaluation.benchmarks import Prediction, evaluate
+from sphinx_pl.evaluation.cards import SCRIPT, STYLE, cards, picture
 from sphinx_pl.files import write_whole
+from sphinx_pl.page import page
 from sphinx_pl.stages import Stage
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 TABLE = "predictions"
-PICTURE_SIDE = 384
 
 
 def first_of_each_task(sources: Mapping[str, Mapping[str, Any] | None], per_task: int) -> list[Record]:
@@ -59,7 +56,8 @@ def first_of_each_task(sources: Mapping[str, Mapping[str, Any] | None], per_task
 
 
 class Predictions(L.Callback):
-    """After every `every`-th validation: greedy answers to fixed questions, as `folder`/step-N.jsonl and a W&B table.
+    """After every `every`-th validation: greedy answers to fixed questions. `folder`/step-N.html shows them with what
+    they name drawn on the pictures, step-N.jsonl is for programs; W&B gets a table.
 
     Random states and the modules' modes are afterwards what they were before. All ranks generate, since a sharded model
     needs them all; the first one writes.
@@ -115,27 +113,26 @@ class Predictions(L.Callback):
         finally:
             for module, training in modes:
                 module.training = training
-        self._publish(trainer, predictions, processor)
+        self._publish(trainer, pl_module.name, predictions, processor)
 
     @rank_zero_only  # type: ignore[untyped-decorator]
-    def _publish(self, trainer: L.Trainer, predictions: Sequence[Prediction], processor: Processor) -> None:
+    def _publish(self, trainer: L.Trainer, stage: str, predictions: Sequence[Prediction], processor: Processor) -> None:
         step = trainer.global_step
         self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / f"step-{step}.jsonl"
-        lines = (json.dumps({"step": step} | p.to_dict(), ensure_ascii=False) for p in predictions)
-        write_whole(file, "\n".join(lines) + "\n")
+        rows = [p.to_dict() for p in predictions]
+        lines = (json.dumps({"step": step} | row, ensure_ascii=False) for row in rows)
+        write_whole(self.folder / f"step-{step}.jsonl", "\n".join(lines) + "\n")
+        title = f"{stage}, step {step:,}"
+        mean = sum(p.score for p in predictions) / max(len(predictions), 1)
+        header = (
+            f"<h1>{escape(title)}</h1><p class=lead>{len(predictions)} test questions, the same after every "
+            f"validation. Mean score {mean:.2f}.</p>"
+        )
+        body = cards(rows, processor.image_size, processor.geometry)
+        write_whole(self.folder / f"step-{step}.html", page(title, header, body, STYLE, SCRIPT))
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 log_table(logger, predictions, processor, step)
-
-
-def picture_of(prediction: Prediction, processor: Processor) -> Image | None:
-    """The (first) image with the boxes and points of question, answer and prediction drawn; None without images."""
-    if not prediction.images:
-        return None
-    size = processor.image_size
-    picture = to_picture(load_image(prediction.images[0], size), scale=max(1, PICTURE_SIDE // size))
-    return draw(picture, prediction.answer, prediction.prediction, processor.geometry, prediction.question)
 
 
 def log_table(logger: WandbLogger, predictions: Sequence[Prediction], processor: Processor, step: int) -> None:
@@ -145,7 +142,7 @@ def log_table(logger: WandbLogger, predictions: Sequence[Prediction], processor:
     columns = ["task", "key", "image", "question", "answer", "prediction", "score"]
     rows: list[list[Any]] = []
     for p in predictions:
-        picture = picture_of(p, processor)
-        image = wandb.Image(picture) if picture is not None else None
+        drawn = picture(p.images[0], p.to_dict(), processor.image_size, processor.geometry) if p.images else None
+        image = wandb.Image(drawn) if drawn is not None else None
         rows.append([p.task, p.key, image, p.question, p.answer, p.prediction, p.score])
     logger.log_table(TABLE, columns=columns, data=rows, step=step)

@@ -18,7 +18,8 @@ from sphinx_pl.stages import Stage
 class Progress(L.Callback):
     """A bar in optimizer steps with loss, held-out losses and tokens/s; without a terminal, `lines` lines in all.
 
-    Begins with the table of what trains. Only the first rank prints.
+    Steps that were left out because their loss or gradients were not finite (`train/nonfinite_steps`) are told once
+    there are any. Begins with the table of what trains. Only the first rank prints.
 
     Args:
         lines: how many progress lines a log file gets.
@@ -100,6 +101,8 @@ class Progress(L.Callback):
             parts.append("held out " + " ".join(f"{name} {loss:.3f}" for name, loss in self._held_out.items()))
         if "perf/tokens_per_s" in metrics:
             parts.append(f"{_short(float(metrics['perf/tokens_per_s']))} tokens/s")
+        if left_out := float(metrics.get("train/nonfinite_steps", 0)):
+            parts.append(f"{left_out:.0f} not finite")
         return "  ".join(parts)
 
     def on_train_end(self, *_: Any) -> None:

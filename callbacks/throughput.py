@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import re
 import resource
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
 
+from sphinx_pl.data.datamodule import TrainLoader
 from sphinx_pl.data.record import Batch
+from sphinx_pl.distributed.collective import of_all_ranks
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.stages import Stage
 
@@ -39,7 +44,10 @@ PEAK_FLOPS = {
     "RTX 3090": 71e12,
 }
 COUNTED = ("tokens", "targets", "images", "samples", "positions")
-SPANS = ("data", "forward_backward", "optimizer", "other")
+SPANS = ("data", "forward", "backward", "optimizer", "other")
+"""What an optimizer step consists of. A checkpoint is timed beside it."""
+PROBE = {"cuda": (3072, 4), "cpu": (512, 4)}
+"""Side and number of the matrix products that tell ranks' speeds apart: about a millisecond."""
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype, size: int = 1024, repeats: int = 5) -> float:
@@ -69,36 +77,57 @@ class TrainingFlops:
 
     A part that trains costs three times its forward pass: the gradients of inputs and of weights cost one each. A
     frozen tower runs without gradients and costs one; a frozen decoder still passes gradients on and costs two.
+    Views that are skipped as padding cost nothing.
     """
 
     def __init__(self, model: Sphinx) -> None:
         frozen = {name for name, trainable, _ in model.trainable_table() if not trainable}
         self.decoder = model.decoder
         self.decoder_factor = 2.0 if "decoder" in frozen else 3.0
-        self.per_image = 3 * model.flops_per_image()
-        if model.mixer is not None and model.config.vision is not None:
-            views = model.config.vision.views
-            for name, tower in model.mixer.towers.items():
-                if name in frozen:
-                    self.per_image -= 2 * views * tower.flops()  # type: ignore[operator]
+        self.mixer = model.mixer
+        self.frozen_per_view = sum(
+            tower.flops()  # type: ignore[operator]
+            for name, tower in (model.mixer.towers.items() if model.mixer is not None else ())
+            if name in frozen
+        )
+
+    @property
+    def per_image(self) -> float:
+        """Of one image none of whose views is skipped."""
+        return self.vision(1)
+
+    def vision(self, images: int, views: int | None = None) -> float:
+        """Of so many images, with `views` that are not skipped in all of them (None: none is skipped)."""
+        if self.mixer is None:
+            return 0.0
+        views = images * self.mixer.config.views if views is None else views
+        return 3 * self.mixer.flops(images, views) - 2 * views * self.frozen_per_view
 
     def __call__(self, batch: Batch) -> float:
         rows, length = batch.input_ids.shape
         supervised = max(1, int(batch.counters.get("targets", 0)))
         decoder = self.decoder.flops(rows * length, length, supervised)
-        return self.decoder_factor * decoder + max(1, len(batch.pixels)) * self.per_image
+        images = len(batch.pixels)
+        if batch.seen_views is not None:
+            vision = self.vision(images, int(batch.counters["views"]))
+        elif images == 0 and self.mixer is not None and self.mixer.config.skip_padding:
+            vision = self.vision(1, 1)  # the towers see one view of a blank image
+        else:
+            vision = self.vision(max(1, images))
+        return self.decoder_factor * decoder + vision
 
 
 class _Spans:
     """Named stretches of time, end to end. On a GPU they are read from its own clock, so that nothing is stopped.
 
-    `interrupt` drops the running stretch: validation and checkpoints are not part of a step.
+    `interrupt` drops the running stretch: validation is not part of a step. `apart` puts one in between.
     """
 
     def __init__(self, cuda: bool) -> None:
         self.cuda = cuda
         self.since: Any = None
         self.closed: list[tuple[str, Any, Any]] = []
+        self._apart = False
 
     def _now(self) -> Any:
         if not self.cuda:
@@ -114,36 +143,70 @@ class _Spans:
         self.since = now
 
     def interrupt(self) -> None:
-        self.since = None
+        if not self._apart:
+            self.since = None
+
+    @contextlib.contextmanager
+    def apart(self, name: str) -> Iterator[None]:
+        """What runs inside is a stretch of this name."""
+        running = self.since is not None
+        self.close("other")
+        self._apart = True
+        try:
+            yield
+        finally:
+            self._apart = False
+            self.close(name)
+            self.since = self.since if running else None
 
     def take(self) -> dict[str, float]:
         """Seconds by name since the last call."""
-        if self.cuda:
-            torch.cuda.synchronize()
-        seconds = dict.fromkeys(SPANS, 0.0)
+        if self.cuda and self.closed:
+            self.closed[-1][2].synchronize()
+        seconds = dict.fromkeys((*SPANS, "checkpoint"), 0.0)
         for name, start, end in self.closed:
             seconds[name] += start.elapsed_time(end) / 1000 if self.cuda else end - start
         self.closed.clear()
         return seconds
 
 
-def torch_optimizer(trainer: L.Trainer) -> torch.optim.Optimizer:
-    """PyTorch's optimizer, which DeepSpeed keeps in one of its own (and steps once for each of its buffers)."""
-    optimizer: Any = trainer.optimizers[0]
-    return optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
+@dataclass(frozen=True)
+class RankPart:
+    """What one rank did since the last log."""
+
+    seconds: dict[str, float]  # of SPANS and "checkpoint"
+    counts: dict[str, int]  # of COUNTED
+    flops: float
+    memory: int  # bytes, the peak so far
+    speed: float = 1.0  # FLOP/s of a piece of work that every rank does alone
 
 
 class Throughput(L.Callback):
-    """Logs `perf/*` and `data/*` with every `trainer.log_every_n_steps`-th step.
+    """Logs `perf/*` and `data/*` with every `trainer.log_every_n_steps`-th step. docs/watching.md says what they mean.
 
     Rates are of all ranks together, over the steps since the last log, without validation and checkpoints.
     `perf/tokens_per_s` counts every position that is not padding, `perf/targets_per_s` the supervised ones;
-    `perf/padding` is the share of positions that are padding. `perf/time_*` are seconds per optimizer step on this
-    rank: `data` (waiting for the next batch), `forward_backward`, `optimizer` (with clipping), `other` (callbacks), and
-    their sum `step`. `perf/memory_gb` is the peak so far: allocated on the GPU, or resident of this process on a CPU.
+    `perf/padding` is the share of positions that are padding. `perf/time_*` are seconds per optimizer step, the mean of
+    the ranks: `data` (from asking for a micro-batch until it is on the device), `forward`, `backward`, `optimizer`
+    (with clipping), `other` (callbacks, loggers), and their sum `step`; `checkpoint` is beside it, in the first row
+    after it was written.
+
+    On a GPU these are times between events on its own clock: `data` is how long it had nothing to do, not how long the
+    host waited, and the one wait for it is at a log. They contain the waiting for other ranks: gradients are summed in
+    `backward`, every micro-batch's weight in `forward`, and with ZeRO-3 or FSDP each layer's parameters are gathered in
+    both. Ranks that work in step therefore all show the times of the slowest, and which one that is cannot be read from
+    them. What can be told, under every strategy, is what makes a rank slow: `data` has no collective in it
+    (`perf/time_data_max`, unless every source has `epochs`); the FLOPs of the micro-batches that it got
+    (`perf/work_max`, over the mean); and the speed of a matrix product that every rank does alone at a log
+    (`perf/speed_min`, over the mean: a GPU that is hot, a CPU that others use). Each comes with its `_rank`.
+
+    `perf/memory_gb` is the highest of the ranks' peaks so far: allocated on the GPU, or resident of a process on a CPU.
     Of all ranks since the start of the run: `data/seen/<source>` records, the `samples`, `tokens`, `targets` and
     `images` made of them, and what was `skipped`, `filtered` or `capped` (`data/skipped/<source>/<reason>`).
-    `perf/mfu` is model FLOPs (Chowdhery et al. 2022, appendix B; vision towers counted) per second over the peak.
+    `perf/mfu` is model FLOPs (Chowdhery et al. 2022, appendix B; vision towers counted, views that are skipped not) per
+    second over the peak.
+
+    Put it first among the callbacks: those before it count as `optimizer`.
 
     Args:
         peak: FLOP/s of one device, instead of the built-in table's or the measured number.
@@ -152,24 +215,21 @@ class Throughput(L.Callback):
     def __init__(self, peak: float | None = None) -> None:
         self.peak = peak
         self._spans: _Spans | None = None
-        self._hook: Any = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, Stage)
-        dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
-        self.peak = self.peak or peak_flops(pl_module.device, dtype)
+        self._dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
+        self.peak = self.peak or peak_flops(pl_module.device, self._dtype)
         self._flops_of = TrainingFlops(pl_module.sphinx)
         self._spans = _Spans(pl_module.device.type == "cuda")
-        self._hook = torch_optimizer(trainer).register_step_post_hook(self._after_step)
+        if isinstance(trainer.train_dataloader, TrainLoader):
+            trainer.train_dataloader.asked = lambda: self._close("other")
         self._reset()
 
     def _reset(self) -> None:
         self._counts: Counter[str] = Counter()
         self._steps = 0
         self._flops = 0.0
-
-    def _after_step(self, *_: Any) -> None:
-        self._close("optimizer")
 
     def _close(self, name: str) -> None:
         if self._spans is not None:
@@ -179,11 +239,21 @@ class Throughput(L.Callback):
         if self._spans is not None:
             self._spans.interrupt()
 
+    @contextlib.contextmanager
+    def checkpoint(self) -> Iterator[None]:
+        """What runs inside counts as `perf/time_checkpoint` and not as part of a step."""
+        with self._spans.apart("checkpoint") if self._spans is not None else contextlib.nullcontext():
+            yield
+
+    # Both are called under every strategy: by Lightning's precision plugins, DeepSpeed's among them.
+    def on_before_backward(self, *_: Any) -> None:
+        self._close("forward")
+
+    def on_after_backward(self, *_: Any) -> None:
+        self._close("backward")
+
     def on_train_batch_start(self, *_: Any) -> None:
         self._close("data")
-
-    def on_before_optimizer_step(self, *_: Any) -> None:
-        self._close("forward_backward")
 
     def on_validation_start(self, *_: Any) -> None:
         self._interrupt()
@@ -194,41 +264,68 @@ class Throughput(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        self._close("other" if batch.window_end else "forward_backward")
+        assert isinstance(pl_module, Stage)
+        # Not told by on_before_optimizer_step, which DeepSpeed's plugin calls after every micro-batch, nor by a hook of
+        # the optimizer, which DeepSpeed's has not.
+        self._close("optimizer" if batch.window_end else "other")
         self._counts.update({key: int(batch.counters.get(key, 0)) for key in COUNTED})
         self._flops += self._flops_of(batch)
         self._steps += batch.window_end
         if batch.window_end and trainer.global_step % trainer.log_every_n_steps == 0:
             metrics = self._metrics(trainer, pl_module.device)
-            pl_module.log_dict(metrics | data_metrics(trainer.datamodule.counters()))
+            # Beside this step's row of losses.
+            pl_module.log_now(metrics | data_metrics(trainer.datamodule.counters()), trainer.global_step - 1)
             self._reset()
 
-    def on_train_end(self, *_: Any) -> None:
-        self._hook.remove()
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if isinstance(trainer.train_dataloader, TrainLoader):
+            trainer.train_dataloader.asked = lambda: None
         self._spans = None
 
     def _metrics(self, trainer: L.Trainer, device: torch.device) -> dict[str, float]:
         assert self._spans is not None
         assert self.peak is not None
-        spans = self._spans.take()
-        seconds = max(sum(spans.values()), 1e-9)
-        *counts, flops = _summed([*(self._counts[key] for key in COUNTED), self._flops], trainer, device)
-        totals = dict(zip(COUNTED, counts, strict=True))
-        metrics = {f"perf/{key}_per_s": totals[key] / seconds for key in COUNTED if key != "positions"}
-        metrics["perf/padding"] = 1 - totals["tokens"] / max(totals["positions"], 1)
-        metrics["perf/mfu"] = flops / seconds / (self.peak * trainer.world_size)
-        metrics["perf/memory_gb"] = peak_memory(device) / 1e9
-        metrics["perf/time_step"] = seconds / self._steps
-        return metrics | {f"perf/time_{name}": value / self._steps for name, value in spans.items()}
+        # Alone among several ranks: one is as fast as itself.
+        speed = measured_peak(device, self._dtype, *PROBE[device.type]) if trainer.world_size > 1 else 1.0
+        own = RankPart(self._spans.take(), dict(self._counts), self._flops, peak_memory(device), speed)
+        return metrics_of(of_all_ranks(own, trainer.world_size), self._steps, self.peak)
 
 
-def _summed(values: list[float], trainer: L.Trainer, device: torch.device) -> list[float]:
-    """Over all ranks."""
-    if trainer.world_size == 1:
-        return values
-    tensor: Tensor = torch.tensor(values, dtype=torch.float64, device=device)
-    torch.distributed.all_reduce(tensor)
-    return tensor.tolist()
+def metrics_of(ranks: Sequence[RankPart], steps: int, peak: float) -> dict[str, float]:
+    """`perf/*` from what all ranks did in the same `steps` optimizer steps; `peak` FLOP/s of one device."""
+    spans = {name: sum(rank.seconds[name] for rank in ranks) / len(ranks) for name in (*SPANS, "checkpoint")}
+    seconds = max(sum(spans[name] for name in SPANS), 1e-9)
+    totals = {key: sum(rank.counts.get(key, 0) for rank in ranks) for key in COUNTED}
+    metrics = {f"perf/{key}_per_s": totals[key] / seconds for key in COUNTED if key != "positions"}
+    metrics["perf/padding"] = 1 - totals["tokens"] / max(totals["positions"], 1)
+    metrics["perf/mfu"] = sum(rank.flops for rank in ranks) / seconds / (peak * len(ranks))
+    metrics["perf/memory_gb"] = max(rank.memory for rank in ranks) / 1e9
+    metrics["perf/time_step"] = seconds / steps
+    metrics |= {f"perf/time_{name}": value / steps for name, value in spans.items()}
+    if len(ranks) == 1:
+        return metrics
+    memory = [rank.memory for rank in ranks]
+    data = [rank.seconds["data"] / steps for rank in ranks]
+    work = [rank.flops for rank in ranks]
+    speed = [rank.speed for rank in ranks]
+    metrics["perf/time_data_max"] = max(data)
+    metrics["perf/work_max"] = max(work) * len(work) / max(sum(work), 1e-9)
+    metrics["perf/speed_min"] = min(speed) * len(speed) / sum(speed)
+    of_rank = {"memory_gb": memory.index(max(memory)), "time_data_max": data.index(max(data))}
+    of_rank |= {"work_max": work.index(max(work)), "speed_min": speed.index(min(speed))}
+    return metrics | {f"perf/{name}_rank": float(rank) for name, rank in of_rank.items()}
+
+
+def timed_checkpoint(write: Callable[..., None]) -> Callable[..., None]:
+    """For what writes a checkpoint: its time is told apart from that of steps, where a `Throughput` watches."""
+
+    @functools.wraps(write)
+    def timed(trainer: L.Trainer, *args: Any, **options: Any) -> None:
+        watches = [callback for callback in trainer.callbacks if isinstance(callback, Throughput)]
+        with watches[0].checkpoint() if watches else contextlib.nullcontext():
+            write(trainer, *args, **options)
+
+    return timed
 
 
 def peak_memory(device: torch.device) -> int:

@@ -24,7 +24,13 @@ def on_ranks(ranks: int, function: Callable[..., Any], *args: Any, timeout: floa
     results: Any = context.Queue()
 
     def run(rank: int) -> None:
-        environment = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        environment = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "GROUP_RANK": 0,
+            "WORLD_SIZE": ranks,
+            "LOCAL_WORLD_SIZE": ranks,
+        }
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
         os.environ |= {key: str(value) for key, value in environment.items()}
         try:

@@ -2,13 +2,13 @@
 
     training.json                       shapes, files and their sizes, model and prompt format
     pieces-00000-of-00002.safetensors   of one rank: flat pieces of weights and of optimizer states
-    state.pt                            loops, schedule, callbacks, data position: tensors and plain values, no pickled code
+    state.pt                            loops, schedule, callbacks, data position: no pickled code
     tokenizer.model, provenance.json    as beside every model
 
 A piece is a stretch of a flattened tensor: all of it where a process holds whole tensors, a rank's partition under
-ZeRO-3, some rows under FSDP2. Which engine wrote it does not matter to who reads it. Weights are those that the optimizer
-works on (float32 masters where there are any), so the folder is also a checkpoint like any other: `open_checkpoint`
-reads it a tensor at a time.
+ZeRO-3, some rows under FSDP2. Which engine wrote it does not matter to who reads it. Weights are those that the
+optimizer works on (float32 masters where there are any), so the folder is also a checkpoint like any other:
+`open_checkpoint` reads it a tensor at a time.
 """
 
 from __future__ import annotations

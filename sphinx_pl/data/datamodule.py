@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import logging
 import queue
@@ -137,6 +138,8 @@ class TrainLoader:
     ) -> None:
         self.planner = planner
         self.at_end = at_end
+        self.asked: Callable[[], None] = lambda: None
+        """Called whenever the next micro-batch is asked for, which may then have to be waited for."""
         self.collator = collator
         self.max_skipped = max_skipped
         self.counts: Counter[str] = Counter()
@@ -191,7 +194,9 @@ class TrainLoader:
                 self.counts[f"skipped/windows/without_{missing[0]}"] += 1
                 if self.planner.world_size == 1 and not self.planner.finite:
                     continue
-            yield from window
+            for batch in window:
+                yield batch
+                self.asked()
 
     def _windows(self) -> Iterator[list[Batch]]:
         """This rank's micro-batches of each optimizer step, each with the weight of them all."""
@@ -378,13 +383,14 @@ class DataModule(L.LightningDataModule):
                 "on from: start a new run from the weights (stage.init_from)"
             )
         self._planner = self.planner(trainer.accumulate_grad_batches, trainer.global_rank, trainer.world_size, lanes)
+        collator = dataclasses.replace(self.collator, sources=list(self._planner.mixture.streams))
         pin = trainer.strategy.root_device.type == "cuda"
 
         def at_end() -> None:
             log.info("every source has been read as often as its epochs say: training ends")
             trainer.should_stop = True
 
-        self._train_loader = TrainLoader(self._planner, self.collator, self.workers, self.max_skipped, pin, at_end)
+        self._train_loader = TrainLoader(self._planner, collator, self.workers, self.max_skipped, pin, at_end)
         if resume:
             self._planner.load_state_dict(resume["planner"])
             if trainer.is_global_zero:

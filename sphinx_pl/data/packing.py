@@ -11,7 +11,7 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -444,11 +444,13 @@ class Collator:
 
     Args:
         row_length: T. image_size: S, pixels a side.
+        sources: names of all sources, to say of every target where it comes from; none: it is not said.
     """
 
     row_length: int
     image_size: int
     weighting: str = "token"
+    sources: list[str] = field(default_factory=list)
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
         # Filled in numpy: torch takes several times as long for pieces as short as a question.
@@ -460,6 +462,7 @@ class Collator:
         branches = np.zeros((b, t), np.int32)
         positions = np.zeros((b, t), np.int64)
         tasks = np.zeros((b, t), np.int32)
+        sources = np.zeros((b, t), np.int32)
         pixels = torch.empty(sum(len(s.images) for row in rows for s in row), 3, size, size, dtype=torch.uint8)
         slots: list[npt.NDArray[np.int64]] = [np.zeros(0, np.int64)]
         seen: list[tuple[bool, ...]] = []
@@ -486,6 +489,8 @@ class Collator:
                 ids[row, begin:end] = np.maximum(tokens, 0)
                 slots.append(row * t + begin + np.flatnonzero(tokens == IMAGE_SLOT))
                 segments[row, begin:end] = segment
+                if self.sources:
+                    sources[row, begin:end] = self.sources.index(sample.source)
                 prefix = len(sample.prefix)
                 positions[row, at : at + prefix] = ascending[:prefix]
                 at += prefix
@@ -504,6 +509,8 @@ class Collator:
 
         counters["tokens"] = int((segments > 0).sum())
         counters["positions"] = b * t
+        if seen:
+            counters["views"] = sum(map(sum, seen))
         counters["targets"] = int((labels != IGNORE).sum())
         return Batch(
             input_ids=torch.from_numpy(ids),
@@ -516,7 +523,9 @@ class Collator:
             pixels=pixels,
             image_slots=torch.from_numpy(np.concatenate(slots)),
             seen_views=torch.tensor(seen) if seen else None,
+            source_ids=torch.from_numpy(sources) if self.sources else None,
             tasks=TASK_NAMES,
+            sources=self.sources,
             keys=keys,
             counters={key: float(value) for key, value in counters.items()},
         )

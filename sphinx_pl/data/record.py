@@ -132,9 +132,11 @@ class Batch:
     pixels: Tensor  # [N, 3, S, S] uint8, padded square images; N may be 0
     image_slots: Tensor  # [L] int64: flat index b * T + t of every visual token, image by image
     seen_views: Tensor | None = None  # [N, V] bool where the model skips views that show only padding
+    source_ids: Tensor | None = None  # [B, T] int32: index into `sources`, as `task_ids`; None where none are named
     tasks: list[str] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)  # of the run's whole mixture: the same on all ranks
     keys: list[str] = field(default_factory=list)  # "source/key" of every sample in the batch
-    counters: dict[str, float] = field(default_factory=dict)  # additive: samples, tokens, images, skipped/...
+    counters: dict[str, float] = field(default_factory=dict)  # additive: samples, tokens, images, views, skipped/...
     # Of the whole accumulation window on this rank, all micro-batches together, counted after decoding:
     window_weight: float = 0.0
     window_end: bool = True  # the last micro-batch of its window

@@ -1,7 +1,7 @@
 """Lightning's checkpoints as training checkpoints of ours (`sphinx_pl.checkpoint.training`), for every engine.
 
-Where a process holds the whole model, `TrainingCheckpointIO` stands between Lightning and the disk; a `Sharded` strategy
-writes and reads its ranks' parts.
+Where a process holds the whole model, `TrainingCheckpointIO` stands between Lightning and the disk; a `Sharded`
+strategy writes and reads its ranks' parts.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""FSDP2 (Zhao et al. 2023; PyTorch's `fully_shard`): a rank holds some rows of every matrix, float32, and gathers a block
-while it computes, in bf16.
+"""FSDP2 (Zhao et al. 2023; PyTorch's `fully_shard`): a rank holds some rows of every matrix in float32, and gathers a
+block while it computes, in bf16.
 
 Lightning's ModelParallelStrategy with one dimension, data parallelism, and the checkpoints of
 `sphinx_pl.checkpoint.training`.
@@ -150,7 +150,7 @@ class Rows:
             data = distribute_tensor(data, like.device_mesh, like.placements)
         else:
             dist.broadcast(data, 0)
-        torch.utils.swap_tensors(like, nn.Parameter(data, requires_grad=like.requires_grad))
+        torch.utils.swap_tensors(like, nn.Parameter(data, requires_grad=like.requires_grad))  # type: ignore[no-untyped-call]
 
 
 def _units(model: Sphinx) -> Iterable[nn.Module]:

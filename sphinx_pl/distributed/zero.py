@@ -1,8 +1,8 @@
 """ZeRO-3 (Rajbhandari et al. 2020) by DeepSpeed: weights, gradients and optimizer states in parts, one on each rank.
 
-Lightning's strategy with what this project needs beyond it: it also runs on CPU processes (the same code path, for tests
-and small machines), the model is born in parts, losses are divided once (Lightning and DeepSpeed both divide by the
-number of micro-batches), and checkpoints are those of `sphinx_pl.checkpoint.training`.
+Lightning's strategy with what this project needs beyond it: it also runs on CPU processes (the same code path, for
+tests and small machines), the model is born in parts, losses are divided once (Lightning and DeepSpeed both divide by
+the number of micro-batches), and checkpoints are those of `sphinx_pl.checkpoint.training`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import importlib
 import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from sphinx_pl.distributed.sharded import Sharded
 from sphinx_pl.errors import UserError
 from sphinx_pl.models.sphinx import Sphinx, whole_shape
 
+
 def import_deepspeed() -> None:
     """Without what it prints while it looks for compilers and libraries that nothing here uses."""
     if not torch.cuda.is_available():
@@ -31,7 +33,7 @@ def import_deepspeed() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     kept = os.dup(1), os.dup(2)
-    with open(os.devnull, "wb") as nowhere:
+    with Path(os.devnull).open("wb") as nowhere:
         for number in (1, 2):
             os.dup2(nowhere.fileno(), number)
         try:
@@ -52,7 +54,7 @@ LIVE = 1_000_000_000
 
 
 class ZeroPrecision(DeepSpeedPrecision):
-    """Batches keep their dtypes (a target's weight is float32 whatever the model is), losses are scaled by Lightning."""
+    """Batches keep their dtypes (a target's weight is float32 whatever the model is); Lightning scales the loss."""
 
     def convert_input(self, data: Any) -> Any:
         return data
@@ -119,17 +121,18 @@ class Zero3(Sharded, DeepSpeedStrategy):
         return torch.device("cpu", 0) if self.on_cpu else super().root_device
 
     def setup_environment(self) -> None:
-        if not self.on_cpu:
-            return super().setup_environment()
-        self.accelerator.setup_device(torch.device("cpu"))  # type: ignore[union-attr]
-        self.setup_distributed()
+        if self.on_cpu:
+            self.setup_distributed()
+        else:
+            super().setup_environment()
 
     def setup_distributed(self) -> None:
-        if not self.on_cpu:
-            return super().setup_distributed()
-        self.set_world_ranks()
-        self._process_group_backend = "gloo"
-        self._init_deepspeed_distributed()
+        if self.on_cpu:
+            self.set_world_ranks()
+            self._process_group_backend = "gloo"
+            self._init_deepspeed_distributed()
+        else:
+            super().setup_distributed()
 
     # -- precision --------------------------------------------------------------------------------------------------
 
@@ -168,7 +171,7 @@ class Zero3(Sharded, DeepSpeedStrategy):
 
     def _in_flat(self, parameter: Any) -> tuple[int, slice]:
         """Which of DeepSpeed's flat buffers has this rank's part, and where; without the padding at its end."""
-        buffer, offset, _ = self.optimizers[0].grad_position[self.optimizers[0].get_param_id(parameter)]  # type: ignore[attr-defined]
+        buffer, offset, _ = self.optimizers[0].grad_position[self.optimizers[0].get_param_id(parameter)]
         start, stop = self.held(parameter)
         return buffer, slice(offset, offset + stop - start)
 
@@ -177,7 +180,7 @@ class Zero3(Sharded, DeepSpeedStrategy):
             start, stop = self.held(parameter)
             return parameter.ds_tensor[: stop - start]  # type: ignore[no-any-return]
         buffer, part = self._in_flat(parameter)
-        return self.optimizers[0].fp32_partitioned_groups_flat[buffer].data[part]  # type: ignore[attr-defined,no-any-return]
+        return self.optimizers[0].fp32_partitioned_groups_flat[buffer].data[part]  # type: ignore[no-any-return]
 
     def local_states(self, parameter: Any) -> dict[str, Any]:
         buffer, part = self._in_flat(parameter)
@@ -219,7 +222,7 @@ class Partitioned:
         if self.strategy.frozen == "whole":
             # They count as live, and would leave no room for those that are gathered in turn.
             kept = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-            section = self.strategy.config["zero_optimization"]  # type: ignore[index]
+            section = self.strategy.config["zero_optimization"]
             section.setdefault("stage3_max_live_parameters", LIVE + kept)
 
     def put(self, owner: nn.Module, name: str, value: Tensor | None) -> None:

@@ -22,19 +22,15 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.drawing import GIVEN, PREDICTED, TRUE, draw, to_picture
 from sphinx_pl.data.geometry import Geometry
-from sphinx_pl.data.images import load_image
-from sphinx_pl.data.record import ImageRef
 from sphinx_pl.errors import UserError
+from sphinx_pl.evaluation.cards import RIGHT, SCRIPT, STYLE, cards
 from sphinx_pl.evaluation.charts import Series, interval_bar, line_chart, smooth
 from sphinx_pl.files import write_whole
-from sphinx_pl.page import inline_png, page, table
+from sphinx_pl.page import page, table
 
 log = logging.getLogger(__name__)
 
-PICTURE_SCALE = 4
 WITHOUT_TEXT = "_notext"
 """Ending of the name of a run that trained without text-only data, beside the run of that name with it."""
 
@@ -189,7 +185,7 @@ def build(
         f'<section id="{anchor}"><h2>{heading}</h2>{content}</section>' for anchor, heading, content in sections
     )
     header = f"<h1>{escape(title)}</h1>{_summary(runs, evaluations)}<nav>{links}</nav>"
-    return page(title, header, body, _STYLE, _SCRIPT)
+    return page(title, header, body, STYLE + _STYLE, SCRIPT)
 
 
 def _summary(runs: Sequence[Run], evaluations: Sequence[Evaluation]) -> str:
@@ -359,66 +355,21 @@ def _samples(evaluation: Evaluation, right: int = 3, wrong: int = 5) -> str:
         groups.setdefault(prediction["task"], []).append(prediction)
     if not groups:
         return ""
+    shown: list[dict[str, Any]] = []
+    for predictions in groups.values():
+        shown += _spread([p for p in predictions if p["score"] >= RIGHT], right)
+        shown += _spread([p for p in predictions if p["score"] < RIGHT], wrong)
     geometry = Geometry(decimals=int(evaluation.results.get("decimals", 3)))
     size = int(evaluation.results.get("image_size", 0))
-    cards, missing = [], 0
-    for task, predictions in groups.items():
-        good = _spread([p for p in predictions if p["score"] >= 0.5], right)
-        bad = _spread([p for p in predictions if p["score"] < 0.5], wrong)
-        for prediction in good + bad:
-            picture, lost = _picture(prediction, size, geometry)
-            missing += lost
-            cards.append(_card(task, prediction, picture))
-    options = "".join(f"<option>{escape(task)}</option>" for task in groups)
-    lost_note = _missing(f"{missing} pictures are left out: their image files could not be read.") if missing else ""
     return (
         f"<p>At most {right} right and {wrong} wrong answers per task, evenly spread over the held-out data. A score "
-        "of at least 0.5 is shown as right. "
-        f'Boxes and points: <span class=key style="--k:{TRUE}">true</span> '
-        f'<span class=key style="--k:{PREDICTED}">predicted</span> '
-        f'<span class=key style="--k:{GIVEN}">given in the question</span></p>'
-        f"{lost_note}<form class=filter>"
-        f"<label>task <select name=task><option value=''>all</option>{options}</select></label> "
-        "<label>answers <select name=verdict><option value=''>all</option><option>right</option><option>wrong</option>"
-        f"</select></label></form><div class=cards>{''.join(cards)}</div>"
+        f"of at least {RIGHT} is shown as right.</p>" + cards(shown, size, geometry)
     )
 
 
 def _spread(items: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     """At most `count` of the items, evenly spread: neither the first, which are of one kind, nor picked by hand."""
     return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)] if len(items) > count else items
-
-
-def _card(task: str, prediction: dict[str, Any], picture: str) -> str:
-    verdict = "right" if prediction["score"] >= 0.5 else "wrong"
-    where = " · ".join(escape(text) for text in (task, prediction["topic"], prediction["domain"]) if text)
-    return (
-        f'<article data-task="{escape(task)}" data-verdict="{verdict}">{picture}<div><p class=where>{where} '
-        f'<span class="{verdict}">{verdict} · {prediction["score"]:.2f}</span></p>'
-        f"<p class=question>{escape(prediction['question'])}</p>"
-        f"<p><span class=tag>true</span> {escape(prediction['answer'])}</p>"
-        f"<p><span class=tag>model</span> {escape(prediction['prediction']) or '<i>nothing</i>'}</p></div></article>"
-    )
-
-
-def _picture(prediction: dict[str, Any], size: int, geometry: Geometry) -> tuple[str, int]:
-    """The images of a prediction as inline PNG with boxes and points drawn, and how many of them could not be read."""
-    html, lost = "", 0
-    for image in prediction["images"]:
-        try:
-            pixels = load_image(ImageRef(**image), size)
-        except (BadSample, OSError):
-            lost += 1
-            continue
-        picture = draw(
-            to_picture(pixels, PICTURE_SCALE),
-            prediction["answer"],
-            prediction["prediction"],
-            geometry,
-            prediction["question"],
-        )
-        html += f'<img alt="the image of the question" width={picture.width} src="{inline_png(picture)}">'
-    return html, lost
 
 
 def _missing(sentence: str) -> str:
@@ -438,22 +389,10 @@ def _number(text: str | None) -> float | None:
 
 
 _STYLE = """
-.up,.right{color:var(--up)}.flat{color:var(--soft)}.wrong{color:var(--bad)}
 figure{margin:1rem 0}figure svg{width:100%;height:auto;display:block}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(11rem,1fr));gap:.6rem 1.4rem}
 .small{margin:.4rem 0}figcaption{font-size:.8rem;display:flex;justify-content:space-between}
 dl{font-size:.92rem}dt{font-weight:600}dd{margin:0 0 .6rem;max-width:44rem}
-.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(19rem,1fr));gap:1.2rem;align-items:start}
-article img{display:block;width:100%;height:auto;image-rendering:pixelated}
-article div{padding:.7rem .9rem .9rem;font-size:.92rem;line-height:1.45}article p{margin:.3rem 0;overflow-wrap:anywhere}
-.question{white-space:pre-line}.tag{display:inline-block;min-width:3.8em;font-size:.76rem;color:var(--soft)}
-"""
-
-_SCRIPT = """
-const form=document.querySelectorAll("form.filter");
-form.forEach(f=>f.addEventListener("change",()=>{
- const cards=f.nextElementSibling.querySelectorAll("article"),t=f.task.value,v=f.verdict.value;
- cards.forEach(c=>c.hidden=(t&&c.dataset.task!==t)||(v&&c.dataset.verdict!==v))}))
 """
 
 

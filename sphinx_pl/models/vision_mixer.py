@@ -106,11 +106,15 @@ class VisionMixer(nn.Module):
         parts.append(self.end_img.expand(views, 1, -1))
         return torch.cat([part.to(self.start_img.dtype) for part in parts], dim=1)
 
-    def flops(self) -> float:
-        """Of one image's forward pass, none of its views skipped."""
+    def flops(self, images: int = 1, views: int | None = None) -> float:
+        """Of the forward pass of so many images, whose overviews and others make `views` that are not skipped (None:
+        no view is skipped)."""
         config, width = self.config, len(self.start_img)
+        views = images * config.views if views is None else views
         per_view = sum(cast(Tower, tower).flops() for tower in self.towers.values())
         if config.qformer:
             per_view += 2 * config.qformer.queries * config.qformer.width * width
-        patches = sum(views * config.patch_tokens(merge) for views, merge in config.view_groups)
-        return float(config.views * per_view + 2 * patches * config.joined_width * width)
+        # The overview, which is never skipped, may be merged otherwise than the rest.
+        (_, first), (_, rest) = config.view_groups[0], config.view_groups[-1]
+        patches = images * config.patch_tokens(first) + (views - images) * config.patch_tokens(rest)
+        return float(views * per_view + 2 * patches * config.joined_width * width)

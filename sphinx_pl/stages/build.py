@@ -32,7 +32,7 @@ class Placement(Protocol):
         """Before the first parameter; the model is on the meta device, its frozen parts without gradients."""
 
     def put(self, owner: nn.Module, name: str, value: Tensor | None) -> None:
-        """Give `owner`'s meta parameter `name` its memory, and the value where there is one. All ranks call it together."""
+        """Give `owner`'s meta parameter `name` its memory, and the value where there is one. All ranks call it."""
 
 
 class Whole:

@@ -12,7 +12,6 @@ from torch import nn
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.models.sphinx import whole_shape
 
-
 KINDS = ("adamw", "sgd")
 
 

@@ -47,7 +47,7 @@ _FREE = (
 """What a run may choose anew for weights that were trained with another value."""
 
 
-class NonFinite(UserError):
+class NonFiniteError(UserError):
     """Training came to nothing: too many steps in a row without finite gradients."""
 
 
@@ -97,19 +97,20 @@ class Stage(L.LightningModule):
         self.model: Sphinx | None = None
         self.parents: list[dict[str, Any]] = []
         """Identities of the checkpoints that the weights come from."""
-        # Sums of nll and targets per task since the last log.
-        self._task_sums: Tensor | None = None
+        # Sums of nll and targets per task and per source since the last log.
+        self._sums: Tensor | None = None
         self._val_sums: Tensor | None = None
         self.resumed = False
         """The weights come from a resumable checkpoint, so that neither `init_from` nor towers are read again."""
         self.validated_at = -1
         """Optimizer steps behind the last held-out losses."""
-        self._tasks: list[str] = []
         # Of the window that is being trained on: what each micro-batch's losses are of.
         self._window: list[tuple[Batch, Tensor, Tensor]] = []
         self.nonfinite_steps = 0
         """Steps that were left out since their gradients were not finite."""
         self._nonfinite_in_a_row = 0
+        self._counted: list[str] = []
+        """What the sums are of: task/<name>, then source/<name>."""
 
     # -- building ---------------------------------------------------------------------------------------------------
 
@@ -235,15 +236,18 @@ class Stage(L.LightningModule):
         return loss
 
     def _count(self, batch: Batch, nll: Tensor, index: Tensor) -> None:
-        self._tasks = batch.tasks
-        if self._task_sums is None:
-            self._task_sums = torch.zeros(2, len(batch.tasks), dtype=torch.float64)
-        sums = self._task_sums = self._task_sums.to(nll.device)
-        tasks = batch.task_ids.flatten()[index].long()
-        sums.index_add_(1, tasks, torch.stack([nll, torch.ones_like(nll)]).double())
+        counted = [*(f"task/{name}" for name in batch.tasks), *(f"source/{name}" for name in batch.sources)]
+        if self._sums is None or self._counted != counted:  # a run may go on with other sources
+            self._counted, self._sums = counted, torch.zeros(2, len(counted), dtype=torch.float64)
+        sums = self._sums = self._sums.to(nll.device)
+        finite = nll.isfinite()  # the others are counted as steps that are left out
+        values = torch.stack([nll.where(finite, 0), finite]).double()
+        sums.index_add_(1, batch.task_ids.flatten()[index].long(), values)
+        if batch.source_ids is not None:
+            sums.index_add_(1, batch.source_ids.flatten()[index].long() + len(batch.tasks), values)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["task_sums"] = self._task_sums
+        checkpoint["sums"] = {"counted": self._counted, "values": self._sums}
         checkpoint["parents"] = self.parents
         checkpoint["nonfinite"] = [self.nonfinite_steps, self._nonfinite_in_a_row]
         strategy = self.trainer.strategy
@@ -253,7 +257,7 @@ class Stage(L.LightningModule):
             checkpoint["optimizer_names"] = group_names(self.sphinx, strategy.optimizers)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._task_sums = checkpoint["task_sums"]
+        self._counted, self._sums = checkpoint["sums"]["counted"], checkpoint["sums"]["values"]
         self.parents = checkpoint["parents"]
         self.nonfinite_steps, self._nonfinite_in_a_row = checkpoint["nonfinite"]
 
@@ -263,7 +267,7 @@ class Stage(L.LightningModule):
         """Clip by the global norm, and log the step: here its loss, gradients and learning rate are all known.
 
         Raises:
-            NonFinite: the gradients were not finite in more than `max_nonfinite` steps in a row.
+            NonFiniteError: the gradients were not finite in more than `max_nonfinite` steps in a row.
         """
         if not self._window[-1][0].window_end:  # DeepSpeed asks after every micro-batch
             return
@@ -298,7 +302,7 @@ class Stage(L.LightningModule):
             f" and {len(named) - 20} more" if len(named) > 20 else "",
         )
         if self._nonfinite_in_a_row > self.max_nonfinite:
-            raise NonFinite(
+            raise NonFiniteError(
                 f"{self._nonfinite_in_a_row} steps in a row up to step {self.global_step} had infinite gradients or "
                 "gradients that are not a number (stage.max_nonfinite): lower stage.optim.lr, or leave out the samples "
                 "that the log names"
@@ -310,26 +314,32 @@ class Stage(L.LightningModule):
         return list(dict.fromkeys(bad)), [key for batch, _, _ in self._window for key in batch.keys]
 
     def _log_steps(self, norm: float, by_part: dict[str, float], lr: float) -> None:
-        """A row for the steps since the last one. `step` counts those that were finished before this one.
-
-        Given to the loggers directly: Lightning would hand it on only after the checkpoint of this step is written, and
-        a run that is killed then would miss the row.
-        """
-        assert self._task_sums is not None
-        nll, count = self._reduced(self._task_sums).tolist()
-        self._task_sums = None
-        loss = sum(nll) / max(sum(count), 1)
+        """A row for the steps since the last one. `step` counts those that were finished before this one."""
+        assert self._sums is not None
+        nll, count = self._reduced(self._sums).tolist()
+        self._sums = None
+        rows = list(zip(self._counted, nll, count, strict=True))
+        of_tasks = [row for row in rows if row[0].startswith("task/")]  # every target is of one task
+        loss = sum(row[1] for row in of_tasks) / max(sum(row[2] for row in of_tasks), 1)
         metrics = {"train/loss": loss, "train/grad_norm": norm, "train/lr": lr}
         metrics |= {f"train/grad_norm/{part}": value for part, value in by_part.items()}
         if self.nonfinite_steps:
             metrics["train/nonfinite_steps"] = float(self.nonfinite_steps)
-        for task, total, n in zip(self._tasks, nll, count, strict=True):
+        for name, total, n in rows:
             if n:
-                metrics[f"train/loss_task/{task}"] = total / n
-                metrics[f"train/targets/{task}"] = n
+                metrics[f"train/loss_{name}"] = total / n
+                metrics[f"train/targets_{name}"] = n
+        self.log_now(metrics, self.global_step)
+
+    def log_now(self, metrics: dict[str, float], step: int) -> None:
+        """Numbers that are the same on all ranks: to the loggers, and to `trainer.callback_metrics` for callbacks.
+
+        Lightning's `log` would take up to a millisecond for each of them (docs/benchmarks.md), and hand them on only
+        after the checkpoint of this step is written, so that a run that is killed then would miss the row.
+        """
         for logger in self.loggers:
-            logger.log_metrics(metrics, step=self.global_step)
-        self.log_dict(metrics, logger=False)
+            logger.log_metrics(metrics, step=step)
+        self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
 
     def _reduced(self, sums: Tensor) -> Tensor:
         if self.trainer.world_size > 1:

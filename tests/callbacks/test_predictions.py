@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import base64
+import io
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +14,12 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageColor
 
 from callbacks.predictions import Predictions
+from sphinx_pl.data.drawing import TRUE
 from sphinx_pl.errors import UserError
+from sphinx_pl.page import visible
 
 Fit = Callable[..., Any]
 Sources = dict[str, dict[str, Any]]
@@ -45,7 +51,8 @@ def test_answers_are_written_and_the_run_does_not_notice(fit: Fit, test_sources:
     assert watched.modes == plain.modes
     assert {len(set(modes)) for modes in plain.modes} == {2}  # frozen towers in eval mode, the rest training
 
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-2.jsonl", "step-4.jsonl"]
+    files = [f"step-{step}.{kind}" for step in (2, 4) for kind in ("html", "jsonl")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == files
     lines = [json.loads(line) for line in (tmp_path / "step-4.jsonl").read_text().splitlines()]
     asked = json.loads(Path(test_sources["tasks"]["path"]).read_text())
     by_key = {f"tasks/val.json:{number}:{entry['id']}": entry for number, entry in enumerate(asked)}
@@ -64,7 +71,24 @@ def test_answers_are_written_and_the_run_does_not_notice(fit: Fit, test_sources:
 
 def test_every_second_validation(fit: Fit, test_sources: Sources, tmp_path: Path) -> None:
     fit([Predictions(test_sources, str(tmp_path), per_task=1, every=2)], steps=6)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-4.jsonl"]
+    assert {path.stem for path in tmp_path.iterdir()} == {"step-4"}
+
+
+def test_the_page_shows_every_question_with_its_places_drawn(fit: Fit, test_sources: Sources, tmp_path: Path) -> None:
+    fit([Predictions(test_sources, str(tmp_path), per_task=1)], steps=2)
+    lines = [json.loads(line) for line in (tmp_path / "step-2.jsonl").read_text().splitlines()]
+    html = (tmp_path / "step-2.html").read_text()
+    assert "<h1>finetune, step 2</h1>" in html
+    shown = re.findall(r'<article data-task="(\w+)".*?</article>', html, re.DOTALL)
+    assert shown == [line["task"] for line in lines]
+    (rec,) = [line for line in lines if line["task"] == "rec"]
+    assert visible(rec["answer"]) in html
+    assert visible(rec["prediction"]) in html
+    found = re.search(r'data-task="rec".*?src="data:image/png;base64,([^"]*)"', html, re.DOTALL)
+    assert found is not None
+    picture = Image.open(io.BytesIO(base64.b64decode(found[1]))).convert("RGB")
+    colours = {colour for _, colour in picture.getcolors(1 << 20) or []}
+    assert ImageColor.getrgb(TRUE) in colours  # the true box of the phrase
 
 
 def test_sources_without_a_scored_task_are_refused(fit: Fit, sample_data: Path, tmp_path: Path) -> None:

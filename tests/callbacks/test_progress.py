@@ -46,6 +46,17 @@ def test_a_terminal_gets_a_bar_that_goes_on_to_the_end(fit: Fit) -> None:
     assert re.search(r"loss \d+\.\d{3}  held out text \d+\.\d{3}  [\d.]+k? tokens/s", last)
 
 
+def test_steps_that_were_not_finite_are_told_once_there_are_any(fit: Fit) -> None:
+    class Counts(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+            pl_module.log("train/nonfinite_steps", 3.0 if trainer.global_step > 2 else 0.0)
+
+    log = console(terminal=False)
+    fit([Counts(), Progress(lines=4, console=log)], log_every_n_steps=1)
+    lines = [line for line in text(log).splitlines() if line.startswith("finetune ")]
+    assert ["3 not finite" in line for line in lines] == [False, False, True, True]
+
+
 def test_the_bar_is_gone_after_a_failure(fit: Fit) -> None:
     class Fails(L.Callback):
         def on_train_batch_end(self, *_: Any) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +14,23 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.flop_counter import FlopCounterMode
 
 from callbacks import throughput
-from callbacks.throughput import Throughput, TrainingFlops, data_metrics, measured_peak
+from callbacks.checkpoint import ResumeCheckpoint
+from callbacks.throughput import (
+    COUNTED,
+    SPANS,
+    RankPart,
+    Throughput,
+    TrainingFlops,
+    data_metrics,
+    measured_peak,
+    metrics_of,
+)
 from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.packing import Collator
 from sphinx_pl.data.record import Batch
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx
+from sphinx_pl.stages import Stage
 
 Fit = Callable[..., Any]
 
@@ -33,6 +45,26 @@ class Batches(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, i: int
     ) -> None:
         self.seen.append(batch)
+
+
+class Clock:
+    """Stands still, but for those who sleep: times come out exact, however busy the machine is."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(throughput, "time", clock)
+    return clock
 
 
 def logged(folder: Path) -> list[dict[str, float]]:
@@ -59,9 +91,11 @@ def test_rates_are_those_of_the_batches_trained_on(fit: Fit, tmp_path: Path) -> 
             "perf/mfu": sum(3 * stage.sphinx.flops(batch) for batch in window) / seconds / 1e12,
         }
         assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-4)
-        parts = [row[f"perf/time_{name}"] for name in ("data", "forward_backward", "optimizer", "other")]
+        parts = [row[f"perf/time_{name}"] for name in SPANS]
         assert sum(parts) == pytest.approx(row["perf/time_step"], rel=1e-4)
         assert min(parts) > 0
+        assert row["perf/time_checkpoint"] == 0
+        assert not any(name.endswith("_rank") for name in row)  # one process
         assert 0.1 < row["perf/memory_gb"] < 16
 
 
@@ -83,34 +117,88 @@ def test_training_flops_are_those_that_torch_counts(datamodule: DataModule, mode
     assert computed[0] == pytest.approx(3 * model.flops(batch), rel=1e-9)
 
 
-def test_waiting_for_data_is_told_from_computing(fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_for_data_is_told_from_computing(
+    fit: Fit, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     collate = Collator.__call__
 
     def slow(self: Collator, rows: Any) -> Batch:
-        time.sleep(0.2)
+        clock.sleep(0.5)
         return collate(self, rows)
 
     monkeypatch.setattr(Collator, "__call__", slow)
     fit([Throughput(peak=1e12)], [CSVLogger(tmp_path, name="", version="")], val_check_interval=1000)
     row = logged(tmp_path)[-1]
-    assert 0.2 < row["perf/time_data"] < row["perf/time_step"]
-    assert row["perf/time_step"] - row["perf/time_data"] < 0.2
+    assert row["perf/time_data"] == row["perf/time_step"] == pytest.approx(2 * 0.5)  # two micro-batches a step
 
 
-def test_validation_and_checkpoints_are_no_part_of_a_step(fit: Fit, tmp_path: Path) -> None:
+def test_forward_and_backward_are_told_apart(
+    fit: Fit, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, optimize = Stage.training_step, torch.optim.AdamW.step
+
+    def slow_step(self: Stage, batch: Batch, index: int) -> torch.Tensor:
+        clock.sleep(0.2)
+        loss = step(self, batch, index)
+        loss.register_hook(lambda _: clock.sleep(0.4))
+        return loss
+
+    def slow_optimizer(self: Any, *args: Any, **options: Any) -> Any:
+        found = optimize(self, *args, **options)
+        clock.sleep(0.6)
+        return found
+
+    monkeypatch.setattr(Stage, "training_step", slow_step)
+    monkeypatch.setattr(torch.optim.AdamW, "step", slow_optimizer)
+    fit([Throughput(peak=1e12)], [CSVLogger(tmp_path, name="", version="")], steps=2, val_check_interval=1000)
+    (row,) = logged(tmp_path)
+    for name, seconds in (("forward", 2 * 0.2), ("backward", 2 * 0.4), ("optimizer", 0.6)):  # two micro-batches a step
+        assert row[f"perf/time_{name}"] == pytest.approx(seconds), name
+
+
+def test_callbacks_and_loggers_are_not_taken_for_waiting_for_data(fit: Fit, tmp_path: Path, clock: Clock) -> None:
+    class Slow(L.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            clock.sleep(0.2)
+
+    fit([Throughput(peak=1e12), Slow()], [CSVLogger(tmp_path, name="", version="")], val_check_interval=1000)
+    row = logged(tmp_path)[-1]
+    # Two steps of two micro-batches; it works after the row is written, so the last one is in the next row.
+    assert row["perf/time_other"] == pytest.approx(2 * 0.2)
+    assert row["perf/time_data"] == 0
+
+
+def test_validation_and_checkpoints_are_no_part_of_a_step(fit: Fit, tmp_path: Path, clock: Clock) -> None:
     class Slow(L.Callback):
         def on_validation_start(self, *_: Any) -> None:
-            time.sleep(0.5)
+            clock.sleep(0.5)
 
         def on_save_checkpoint(self, *_: Any) -> None:
-            time.sleep(0.5)
+            clock.sleep(0.5)
 
+    class Foreign(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
             if args[2].window_end:
                 trainer.save_checkpoint(tmp_path / "last.ckpt")
 
-    fit([Throughput(peak=1e12), Slow()], [CSVLogger(tmp_path, name="", version="")], val_check_interval=2)
-    assert max(row["perf/time_step"] for row in logged(tmp_path)) < 0.5
+    logger = [CSVLogger(tmp_path, name="", version="")]
+    fit([Throughput(peak=1e12), Slow(), Foreign()], logger, val_check_interval=2)
+    assert [row["perf/time_step"] for row in logged(tmp_path)] == pytest.approx([0, 0], abs=1e-6)
+
+
+@pytest.mark.parametrize("validation", [1000, 2 * 2])  # saved at a batch's end, or after a validation
+def test_checkpoints_have_a_time_of_their_own(validation: int, fit: Fit, tmp_path: Path, clock: Clock) -> None:
+    class Slow(L.Callback):
+        def on_save_checkpoint(self, *_: Any) -> None:
+            clock.sleep(1)
+
+    checkpoint = ResumeCheckpoint(str(tmp_path / "checkpoints"), every_n_steps=2)
+    logger = [CSVLogger(tmp_path, name="", version="")]
+    fit([Throughput(peak=1e12), Slow(), checkpoint], logger, val_check_interval=validation)
+    first, second = logged(tmp_path)
+    assert first["perf/time_checkpoint"] == 0
+    assert second["perf/time_checkpoint"] == pytest.approx(0.5)  # one in two steps
+    assert second["perf/time_step"] == pytest.approx(0, abs=1e-6)
 
 
 def test_skipped_samples_are_logged_by_source_and_reason(fit: Fit, datamodule: DataModule, tmp_path: Path) -> None:
@@ -119,7 +207,72 @@ def test_skipped_samples_are_logged_by_source_and_reason(fit: Fit, datamodule: D
     datamodule.sources["text"]["path"] = str(text)
     datamodule.max_skipped = 1.0
     trainer, _ = fit([Throughput(peak=1e12)], [CSVLogger(tmp_path, name="", version="")])
-    assert float(trainer.logged_metrics["data/skipped/text/text_empty"]) > 0
+    assert float(trainer.callback_metrics["data/skipped/text/text_empty"]) > 0
+
+
+def part(data: float, memory: int, flops: float, speed: float) -> RankPart:
+    seconds = dict.fromkeys(SPANS, 1.0) | {"data": data, "checkpoint": 3.0}
+    return RankPart(seconds, dict.fromkeys(COUNTED, 100) | {"tokens": 60}, flops, memory, speed)
+
+
+def test_what_makes_a_rank_slow_is_named_with_its_rank() -> None:
+    ranks = [part(2.0, 10**9, 4e12, 9e9), part(6.0, 2 * 10**9, 2e12, 9e9), part(1.0, 10**9, 3e12, 6e9)]
+    found = metrics_of(ranks, steps=2, peak=1e12)
+    expected = {
+        "perf/time_data": 1.5,
+        "perf/time_forward": 0.5,
+        "perf/time_checkpoint": 1.5,
+        "perf/time_step": 3.5,  # without the checkpoint
+        "perf/tokens_per_s": 180 / 7,
+        "perf/padding": 0.4,
+        "perf/mfu": 9e12 / 7 / 3e12,
+        "perf/memory_gb": 2.0,
+        "perf/memory_gb_rank": 1,
+        "perf/time_data_max": 3.0,
+        "perf/time_data_max_rank": 1,
+        "perf/work_max": 4 / 3,
+        "perf/work_max_rank": 0,
+        "perf/speed_min": 0.75,
+        "perf/speed_min_rank": 2,
+    }
+    assert {key: found[key] for key in expected} == pytest.approx(expected)
+
+
+@pytest.mark.timeout(120)
+def test_two_ranks_find_the_one_that_waits_for_its_data(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collate = Collator.__call__
+
+    def slow(self: Collator, rows: Any) -> Batch:
+        if torch.distributed.get_rank() == 1:
+            time.sleep(0.3)
+        return collate(self, rows)
+
+    monkeypatch.setattr(Collator, "__call__", slow)
+    options = {"strategy": "ddp_fork", "devices": 2, "use_distributed_sampler": False, "val_check_interval": 1000}
+    fit([Throughput(peak=1e12)], [CSVLogger(tmp_path, name="", version="")], limit_val_batches=0, **options)
+    row = logged(tmp_path)[-1]
+    assert row["perf/time_data_max_rank"] == 1
+    assert row["perf/time_data_max"] > 2 * 0.3
+    assert row["perf/time_data"] < row["perf/time_data_max"] - 0.2  # the other one waits in a collective
+    assert row["perf/work_max"] >= 1 >= row["perf/speed_min"]
+
+
+def test_skipped_views_cost_nothing(model_config: SphinxConfig) -> None:
+    vision = dataclasses.replace(model_config.vision, image_size=96, grid=3, skip_padding=True)
+    model = Sphinx(dataclasses.replace(model_config, vision=vision, decoder=model_config.decoder))
+    rng = torch.Generator().manual_seed(0)
+    counted, computed = [], []
+    for seen in (1, 4, 10):
+        seen_NV = torch.arange(10)[None] < seen
+        pixels = torch.randint(0, 255, (1, 3, 96, 96), dtype=torch.uint8, generator=rng)
+        with FlopCounterMode(display=False) as counter:
+            model.embed_images(pixels, seen_NV)
+        counted.append(counter.get_total_flops())
+        computed.append(TrainingFlops(model).vision(1, seen) / 3)
+    assert computed == pytest.approx(counted, rel=0.03)
+    assert computed[1] == pytest.approx(4 * computed[0])
 
 
 def test_counters_of_planner_and_collator_are_added() -> None:

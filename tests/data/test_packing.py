@@ -358,3 +358,15 @@ def test_an_unreadable_image_leaves_a_masked_slot(processor: Processor, samples:
     assert batch.weights[1].sum() == 0
     assert len(batch.pixels) == 2
     assert batch.counters["skipped/tasks/image_unreadable"] == 1
+
+
+def test_every_position_of_a_sample_knows_its_source(processor: Processor, samples: list[Sample]) -> None:
+    rows, _ = first_fit_decreasing(samples, 16, 256)
+    assert Collator(256, processor.image_size)(rows).source_ids is None
+    batch = Collator(256, processor.image_size, sources=["unused", "text", "tasks"])(rows)
+    assert batch.source_ids is not None
+    assert batch.sources == ["unused", "text", "tasks"]
+    for b, row in enumerate(rows):
+        for segment, sample in enumerate(row, start=1):
+            ids = batch.source_ids[b][batch.segment_ids[b] == segment]
+            assert set(ids.tolist()) == {batch.sources.index(sample.source)}

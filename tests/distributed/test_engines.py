@@ -124,9 +124,7 @@ def test_two_ranks_end_with_the_weights_of_one(
 
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
-def test_the_same_ranks_go_on_bit_for_bit(
-    engine: str, processor: Processor, sample_data: Path, tmp_path: Path
-) -> None:
+def test_the_same_ranks_go_on_bit_for_bit(engine: str, processor: Processor, sample_data: Path, tmp_path: Path) -> None:
     run(engine, 2, processor, sample_data, tmp_path / "straight", 6)
     run(engine, 2, processor, sample_data, tmp_path / "halted", 3)
     # Another seed: whatever is not restored differs, frozen towers included.
