@@ -81,7 +81,7 @@ def check_kill_and_resume(tmp_path: Path, data: Path, extra_seconds: list[float]
     straight = run(tmp_path / "straight", data, *options)
     assert straight.returncode == 0, straight.stderr
     folder = tmp_path / "killed"
-    ready = folder / "pretrain_real" / "checkpoints" / f"step-{3:08d}.ckpt"
+    ready = folder / "pretrain_real" / "checkpoints" / f"step-{3:08d}"
     for number, seconds in enumerate(extra_seconds):
         process = subprocess.Popen(
             command(folder, data, *options, "ckpt_path=last"),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor, nn
 
 from sphinx_pl.checkpoint.training import WEIGHT, Piece, Pieces, write_pieces, write_rest
@@ -33,10 +33,15 @@ def options_of(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in group.items() if key != "params"} for group in groups]
 
 
-class TrainingCheckpointIO(CheckpointIO):
-    """One process writes the whole model as one rank's pieces; each one reads all of it, whoever wrote it."""
+class TrainingCheckpointIO(TorchCheckpointIO):
+    """One process writes the whole model as one rank's pieces; each one reads all of it, whoever wrote it.
+
+    A file of the base class is what Lightning's forked ranks hand back their weights in.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if "loops" not in checkpoint:
+            return super().save_checkpoint(checkpoint, path, storage_options)
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         rest = dict(checkpoint)
@@ -59,6 +64,8 @@ class TrainingCheckpointIO(CheckpointIO):
                     yield Piece(kind, name, 0, value.flatten())
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        if Path(path).is_file():
+            return super().load_checkpoint(path, map_location, weights_only)
         pieces = Pieces(Path(path))
         checkpoint = pieces.state()
         shapes = pieces.shapes
@@ -78,6 +85,3 @@ class TrainingCheckpointIO(CheckpointIO):
             {"state": {i: values for i, values in state.items() if values}, "param_groups": param_groups}
         ]
         return checkpoint
-
-    def remove_checkpoint(self, path: Any) -> None:
-        raise NotImplementedError("the callback that writes checkpoints also removes them")

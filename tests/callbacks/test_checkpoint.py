@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import LambdaCallback
 
 from callbacks.checkpoint import ResumeCheckpoint, checkpoints, resolve_resume, step_of
+from sphinx_pl.checkpoint.training import INDEX, Pieces
+from sphinx_pl.distributed.checkpointing import TrainingCheckpointIO
 from sphinx_pl.errors import UserError
 
 Fit = Callable[..., Any]
@@ -27,28 +28,26 @@ def names(folder: Path) -> list[str]:
 
 
 def test_only_whole_checkpoints_count_and_they_are_ordered_by_step(tmp_path: Path) -> None:
-    for name in ("step-9.ckpt", "step-00000010.ckpt", "step-2.ckpt"):
-        (tmp_path / name).touch()
-    (tmp_path / "step-11.ckpt").mkdir()  # a sharded strategy writes a folder
-    for name in (".step-00000012.ckpt.tmp", "step-13.ckpt.tmp", "step-.ckpt", "step-14b.ckpt", "last.ckpt"):
-        (tmp_path / name).touch()
-    assert [step_of(path) for path in checkpoints(tmp_path)] == [2, 9, 10, 11]
-    assert resolve_resume("last", tmp_path) == tmp_path / "step-11.ckpt"
-    with pytest.raises(ValueError, match=r"last\.ckpt is not step-N\.ckpt"):
-        step_of(tmp_path / "last.ckpt")
+    for name in ("step-9", "step-00000010", "step-2", ".step-00000012.tmp", "step-13.tmp", "step-", "step-14b", "last"):
+        (tmp_path / name).mkdir()
+    assert [step_of(path) for path in checkpoints(tmp_path)] == [2, 9, 10]
+    assert resolve_resume("last", tmp_path) == tmp_path / "step-00000010"
+    with pytest.raises(ValueError, match="last is not step-N"):
+        step_of(tmp_path / "last")
 
 
 def test_what_ckpt_path_means(tmp_path: Path) -> None:
-    other = tmp_path / "other.ckpt"
-    other.touch()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / INDEX).touch()
     run = tmp_path / "run"
     assert resolve_resume(None, run) is None
     assert resolve_resume("last", run) is None  # nothing yet: a job that restarts itself begins anew
     assert resolve_resume(str(other), run) == other
-    run.mkdir()
-    (run / "best.ckpt").touch()
-    for wrong in ("nowhere.ckpt", str(tmp_path), str(run / "best.ckpt")):
-        with pytest.raises(UserError, match=f"ckpt_path={wrong} is not a file to resume from"):
+    (run / "best").mkdir(parents=True)
+    (run / "best" / INDEX).touch()
+    for wrong in ("nowhere", str(tmp_path), str(run / "best")):
+        with pytest.raises(UserError, match=f"ckpt_path={wrong} is not a checkpoint to resume from"):
             resolve_resume(wrong, run)
 
 
@@ -57,26 +56,34 @@ def test_what_ckpt_path_means(tmp_path: Path) -> None:
 
 def test_the_newest_k_are_kept_and_load_without_unpickling(fit: Fit, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
-    (folder / "step-00000000.ckpt").mkdir(parents=True)  # an older one, of a sharded strategy
+    (folder / "step-00000000").mkdir(parents=True)
     _, stage = fit([ResumeCheckpoint(str(folder), every_n_steps=1, keep=2)], steps=4)
-    assert names(folder) == ["step-00000003.ckpt", "step-00000004.ckpt"]
+    assert names(folder) == ["step-00000003", "step-00000004"]
 
-    state = torch.load(folder / "step-00000004.ckpt", weights_only=True)
+    written = Pieces(folder / "step-00000004")
+    state = written.state()
     assert state["global_step"] == 4
-    for name, value in stage.state_dict().items():
-        assert torch.equal(state["state_dict"][name], value), name
-    [optimizer] = state["optimizer_states"]
-    assert {int(entry["step"]) for entry in optimizer["state"].values()} == {4}
+    for name, value in stage.sphinx.state_dict().items():
+        assert torch.equal(written.read(name).view(value.shape), value), name
+        assert written.has(name, "exp_avg")
+    assert set(state["optimizer_steps"].values()) == {4}
     [schedule] = state["lr_schedulers"]
     assert schedule["last_epoch"] == 4
     assert state["DataModule"]["planner"]["number"] == 4
     [random_states] = [value for key, value in state["callbacks"].items() if "ResumeCheckpoint" in key]
-    assert set(random_states) >= {"python", "numpy", "torch"}
+    assert [set(rank) >= {"python", "numpy", "torch"} for rank in random_states["ranks"]] == [True]
+
+
+def test_some_stay_for_good_and_one_that_is_read_stays_for_now(fit: Fit, tmp_path: Path) -> None:
+    callback = ResumeCheckpoint(str(tmp_path), every_n_steps=1, keep=1, keep_every=3)
+    callback.held.add(tmp_path / "step-00000002")
+    fit([callback], steps=5)
+    assert names(tmp_path) == ["step-00000002", "step-00000003", "step-00000005"]
 
 
 def test_every_n_steps_and_at_the_end(fit: Fit, tmp_path: Path) -> None:
     fit([ResumeCheckpoint(str(tmp_path), every_n_steps=2, keep=9)], steps=3)
-    assert names(tmp_path) == ["step-00000002.ckpt", "step-00000003.ckpt"]
+    assert names(tmp_path) == ["step-00000002", "step-00000003"]
 
 
 def test_a_validation_of_the_same_step_comes_before_its_checkpoint(fit: Fit, tmp_path: Path) -> None:
@@ -84,11 +91,11 @@ def test_a_validation_of_the_same_step_comes_before_its_checkpoint(fit: Fit, tmp
     found: list[list[str]] = []
     seen = LambdaCallback(on_validation_end=lambda *_: found.append(names(tmp_path)))
     fit([seen, ResumeCheckpoint(str(tmp_path), every_n_steps=1, keep=9)], steps=4)  # validates after steps 2 and 4
-    assert found == [["step-00000001.ckpt"], [f"step-0000000{step}.ckpt" for step in (1, 2, 3)]]
+    assert found == [["step-00000001"], [f"step-0000000{step}" for step in (1, 2, 3)]]
     assert len(names(tmp_path)) == 4
 
 
-class FullDisk(TorchCheckpointIO):
+class FullDisk(TrainingCheckpointIO):
     """Writes half of every checkpoint after the first, then fails."""
 
     def __init__(self) -> None:
@@ -99,26 +106,27 @@ class FullDisk(TorchCheckpointIO):
         super().save_checkpoint(checkpoint, path, storage_options)
         self.written += 1
         if self.written > 1:
-            whole = Path(path).read_bytes()
-            Path(path).write_bytes(whole[: len(whole) // 2])
+            (Path(path) / INDEX).unlink()
             raise OSError(28, "No space left on device")
 
 
-def test_a_file_that_was_being_written_is_never_taken_for_a_checkpoint(fit: Fit, tmp_path: Path) -> None:
+def test_what_was_being_written_is_never_taken_for_a_checkpoint(fit: Fit, tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space left"):
         fit([ResumeCheckpoint(str(tmp_path), every_n_steps=1, keep=1)], plugins=[FullDisk()])
-    whole, half = tmp_path / "step-00000001.ckpt", tmp_path / ".step-00000002.ckpt.tmp"
+    whole, half = tmp_path / "step-00000001", tmp_path / ".step-00000002.tmp"
     assert half.exists()
     assert resolve_resume("last", tmp_path) == whole  # the older one is pruned only when the newer one is whole
-    assert torch.load(whole, weights_only=True)["global_step"] == 1
+    assert Pieces(whole).state()["global_step"] == 1
 
 
 def test_a_step_that_is_reached_again_replaces_its_checkpoint(fit: Fit, tmp_path: Path) -> None:
-    (tmp_path / "step-00000001.ckpt").write_bytes(b"of the run before")
-    (tmp_path / ".step-00000001.ckpt.tmp").write_bytes(b"half of it")
+    for name in ("step-00000001", ".step-00000001.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "of the run before").touch()
     fit([ResumeCheckpoint(str(tmp_path))], steps=1)
-    assert names(tmp_path) == ["step-00000001.ckpt"]
-    assert torch.load(tmp_path / "step-00000001.ckpt", weights_only=True)["global_step"] == 1
+    assert names(tmp_path) == ["step-00000001"]
+    assert not (tmp_path / "step-00000001/of the run before").exists()
+    assert Pieces(tmp_path / "step-00000001").state()["global_step"] == 1
 
 
 # --- random states
