@@ -143,8 +143,9 @@ def load(arguments: Sequence[str]) -> Recipe:
     _check_products(steps)
     if any(step.gpus for step in steps.values()):
         # Scripts of one process want one where there are some, if nothing else was said.
-        wanting = [s for s in steps.values() if s.gpus == 0 and s.folder is None and s.launcher.get("gpus") is None]
-        steps |= {s.name: dataclasses.replace(s, gpus=1) for s in wanting if s.name in scripts}
+        for step in [step for step in steps.values() if step.name in scripts and step.folder is None]:
+            if step.launcher["gpus_per_node"] is None:
+                steps[step.name] = dataclasses.replace(step, gpus=1)
     folder = Path(cfg.output_dir) / "pipeline"
     redo, keep = (_named(cfg[key], key, steps) for key in ("redo", "keep"))
     if both := redo & keep:
@@ -265,7 +266,9 @@ def _step(
     made = {"train": _made_by_training, "mix_weights": _made_by_mixing, "evaluate": _made_by_evaluating}
     product = made[config.run](values, runs_in)
     command = [*interpreter(config.run), *arguments, *_OURS[config.run]]
-    nodes, tasks, gpus = _size(values, launcher) if config.run == "train" else (1, 1, min(1, launcher.get("gpus") or 0))
+    nodes, tasks, gpus = 1, 1, min(1, launcher.get("gpus_per_node") or 0)
+    if config.run == "train":
+        nodes, tasks, gpus = _size(values, launcher)
     return Step(
         name,
         tuple(command),
@@ -342,7 +345,7 @@ def _size(cfg: Mapping[str, Any], launcher: Mapping[str, Any]) -> tuple[int, int
         tasks = 0
     if tasks < 1:
         raise UserError(f"trainer.devices={devices}: SLURM has to know how many, such as train:trainer.devices=8")
-    gpus = launcher.get("gpus")
+    gpus = launcher.get("gpus_per_node")
     if gpus is None:
         gpus = tasks if trainer.get("accelerator") in ("gpu", "cuda") else 0
     return int(trainer.get("num_nodes", 1)), tasks, int(gpus)

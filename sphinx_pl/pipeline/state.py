@@ -157,7 +157,7 @@ class State:
         record = self.read(name)
         assert record is not None
         product = Path(record.product)
-        if interrupted:
+        if interrupted or code in (130, 143):  # Ctrl-C and SIGTERM
             state = "interrupted"
         else:
             state = "done" if code == 0 and product.is_file() else "failed"
@@ -216,6 +216,7 @@ def drop(record: Record) -> None:
     if record.folder is not None:
         for name in ("checkpoints", "model"):
             shutil.rmtree(Path(record.folder) / name, ignore_errors=True)
+        (Path(record.folder) / "wandb_id").unlink(missing_ok=True)  # another run in W&B too
 
 
 @dataclass(frozen=True)
