@@ -21,9 +21,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from sphinx_pl.checkpoint.provenance import hash_file
 from sphinx_pl.errors import UserError
-from sphinx_pl.files import write_whole
+from sphinx_pl.files import hash_file, write_whole
 from sphinx_pl.pipeline.recipe import Recipe, Step
 
 

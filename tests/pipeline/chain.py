@@ -42,7 +42,12 @@ def recipe(folder: Path, values: dict[str, str], redo: str = "", keep: str = "")
         value = values.get(name, "1")
         command = (sys.executable, "-c", PROGRAM, str(folder), name, value, *needs)
         steps[name] = Step(
-            name, command, needs, folder / name / "product", f"value: {value}\n", launcher={"kind": "local", "grace": 20}
+            name,
+            command,
+            needs,
+            folder / name / "product",
+            f"value: {value}\n",
+            launcher={"kind": "local", "grace": 20},
         )
 
     def named(names: str) -> frozenset[str]:
