@@ -9,7 +9,6 @@ from tests.test_train import SMALL
 
 def small_demo(folder: Path, data: Path) -> list[str]:
     """Five steps: two trainings, their mixture, a finetune and its evaluation, on sample data that is there."""
-
     return [
         "experiment=demo",
         f"output_dir={folder}",

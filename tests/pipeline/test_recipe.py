@@ -132,7 +132,7 @@ WRONG = {
     "no such experiment": (["experiment=dmo"], "dmo"),
     "no such option of the launcher": (["launcher=slurm", "mix:launcher.partion=x"], "did you mean 'partition'"),
     "a step that nothing needs any more": (["steps.finetune.after=[mxi]"], "did you mean 'mix'"),
-    "steps in a circle": (["steps.data.after=[evaluate]"], "wait for each other"),
+    "steps in a circle": (["steps.pretrain_real.after=[evaluate]"], "wait for each other"),
     "two steps in one folder": (["pretrain_synthetic_notext:run=pretrain_synthetic"], "both make"),
     "no model to go on with": (["train:~callbacks.export"], "callbacks.export is missing"),
     "redo and keep": (["redo=mix", "keep=all"], "both name mix"),

@@ -18,16 +18,15 @@ from tests.conftest import REPOSITORY
 from tests.pipeline.small import small_demo
 
 
-def _missing() -> str:
-    """Why there is no SLURM to test with, or ""."""
+pytestmark = pytest.mark.long
+
+
+@pytest.fixture(autouse=True)
+def _running_slurm() -> None:
     try:
         slurm.queue()
     except UserError as error:
-        return str(error)
-    return ""
-
-
-pytestmark = [pytest.mark.long, pytest.mark.skipif(bool(_missing()), reason=f"no running SLURM: {_missing()}")]
+        pytest.skip(f"no running SLURM: {error}")
 
 
 def run(*arguments: str) -> str:
