@@ -17,7 +17,6 @@ from sphinx_pl.pipeline.state import State
 from tests.conftest import REPOSITORY
 from tests.pipeline.small import small_demo
 
-
 pytestmark = pytest.mark.long
 
 
