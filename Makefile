@@ -2,8 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-OUT = outputs/$(RECIPE)
-TRAIN = $(PY) train.py experiment=$(RECIPE) overwrite=true
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
@@ -11,7 +9,7 @@ STAMP := $(VENV)/.installed
 
 help:
 	@echo "make demo       the whole pipeline on sample data: ends with a table and outputs/demo/report.html"
-	@echo "make sample-full  the same recipe with more steps and data (an hour)"
+	@echo "make sample-full  the same recipe with more steps and data (an hour); both go on where they stopped, ARGS=redo=all"
 	@echo "make test       the tests (up to 15 minutes)"
 	@echo "make test-long  what takes longer, such as many kills (log in docs/logs/)"
 	@echo "make lint       ruff          make types  mypy          make build  the wheel"
@@ -25,30 +23,12 @@ $(STAMP): setup.cfg constraints.txt pyproject.toml
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[sample,tensorboard,web,dev]'
 	@touch $@
 
-# Nothing here that is not a command of its own in the README. Finished steps are made anew. The runs without text stop
-# early, where their runs with text had their held-out losses too.
+# The steps are in conf/pipeline/experiment/. Goes on where it stopped; ARGS=redo=all makes everything anew. Any other
+# override too: make demo ARGS="finetune:stage.max_steps=100 scale=2".
 demo: RECIPE = demo
-demo: DATA = sample_demo
-demo: ROOT = data/sample
-demo: SCALE = 1
-demo: WITHOUT_TEXT = pretrain_synthetic
-demo: EARLY = 100
-demo: LIMIT = limit=60
 sample-full: RECIPE = sample_full
-sample-full: DATA = sample
-sample-full: ROOT = data/sample_full
-sample-full: SCALE = 4
-sample-full: WITHOUT_TEXT = pretrain_real pretrain_synthetic finetune
-sample-full: EARLY = 250
-sample-full: LIMIT = limit=100 data.root=$(ROOT)
 demo sample-full: venv
-	$(PY) -m sphinx_pl.data.sample --out $(ROOT) --scale $(SCALE)
-	$(TRAIN) stage=pretrain_real
-	$(TRAIN) stage=pretrain_synthetic
-	$(PY) mix_weights.py checkpoints=[$(OUT)/pretrain_real/model,$(OUT)/pretrain_synthetic/model] beta=0.5 out=$(OUT)/mixed curve=11 'curve_sources=[real,synthetic]' data=$(DATA) data.root=$(ROOT) overwrite=true
-	$(TRAIN) stage=finetune
-	set -e; for stage in $(WITHOUT_TEXT); do $(TRAIN) stage=$$stage run=$${stage}_notext data.sources.text=null ++data.sources.chat=null stage.text_required=false trainer.max_steps=$(EARLY); done
-	$(PY) evaluate.py checkpoint=$(OUT)/finetune/model $(LIMIT) report=$(OUT)/report.html
+	$(PY) -m sphinx_pl.pipeline experiment=$(RECIPE) $(ARGS)
 
 test: venv
 	$(PY) -m pytest

@@ -21,7 +21,7 @@ TRACEBACK = "SPHINX_TRACEBACK"
 MISTAKES = (UserError, HydraException, InstantiationException, OmegaConfBaseException)
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """The sentence to print. Hydra wraps errors of what it instantiates; the cause is what the user did."""
     cause: BaseException | None = error
     while cause is not None:
@@ -35,7 +35,7 @@ def _one_line(error: BaseException) -> str:
 
 def report(error: BaseException) -> int:
     """Print the error as one line on stderr; returns the exit code."""
-    print(f"error: {_one_line(error)}", file=sys.stderr)
+    print(f"error: {one_line(error)}", file=sys.stderr)
     return 2
 
 
@@ -44,13 +44,17 @@ def _validation_interval(every: int, max_steps: int, accumulate: int) -> int:
     return int(every or max_steps) * int(accumulate)
 
 
+def register_resolvers() -> None:
+    """What the configurations in conf/ compute with, besides Hydra's and OmegaConf's own."""
+    OmegaConf.register_new_resolver("validation_interval", _validation_interval, replace=True)
+
+
 def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], Any]]:
     """`hydra.main` on `conf/<config_name>.yaml`. Errors that a user can cause end in one line and exit code 2.
 
     With the environment variable SPHINX_TRACEBACK=1 they end in a traceback.
     """
-
-    OmegaConf.register_new_resolver("validation_interval", _validation_interval, replace=True)
+    register_resolvers()
 
     def decorate(main: Callable[[DictConfig], Any]) -> Callable[[], Any]:
         @functools.wraps(main)

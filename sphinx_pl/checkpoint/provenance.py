@@ -6,7 +6,6 @@ The environment's variables are left out, since they hold credentials; so are va
 from __future__ import annotations
 
 import datetime
-import hashlib
 import platform
 import re
 import subprocess
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import sphinx_pl
+from sphinx_pl.files import hash_file as hash_file
 
 _SECRET = re.compile(r"(^|_)(api_?key|password|passwd|secret|credentials?|(access|auth|api|hf)_token)$", re.IGNORECASE)
 
@@ -43,12 +43,6 @@ def provenance(
         "config": None if config is None else _redact(config),
         "parents": [dict(parent) for parent in parents],
     }
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _git() -> dict[str, Any]:

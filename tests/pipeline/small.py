@@ -1,0 +1,26 @@
+"""The demo's recipe with a model and runs that take seconds, as overrides of the pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.test_train import SMALL
+
+
+def small_demo(folder: Path, data: Path) -> list[str]:
+    """Five steps: two trainings, their mixture, a finetune and its evaluation, on sample data that is there."""
+    return [
+        "experiment=demo",
+        f"output_dir={folder}",
+        f"data_root={data}",
+        "steps.data=null",
+        "steps.pretrain_synthetic_notext=null",
+        "limit=1",
+        *(f"train:{override}" for override in SMALL),
+        "train:stage.max_steps=2",
+        "mix:curve=2",
+        "mix:data.packing.rows=2",
+        "mix:data.val_samples=4",
+        "evaluate:shuffled=false",
+        "evaluate:constant=20",
+    ]

@@ -1,0 +1,185 @@
+"""What a command line makes of conf/pipeline/: steps, commands, refusals. Nothing runs here."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sphinx_pl.errors import UserError
+from sphinx_pl.pipeline.__main__ import main
+from sphinx_pl.pipeline.recipe import load, split
+from tests.conftest import REPOSITORY
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+
+
+def commands(*arguments: str) -> dict[str, str]:
+    return {name: " ".join(step.command[1:]) for name, step in load(arguments).steps.items()}
+
+
+def test_the_demo_is_what_the_readme_lists() -> None:
+    found = commands("experiment=demo")
+    assert list(found) == [
+        *("data", "pretrain_real", "pretrain_synthetic", "mix", "finetune", "pretrain_synthetic_notext", "evaluate")
+    ]
+    readme = (REPOSITORY / "README.md").read_text().replace(" \\\n    ", " ")
+    listed = [line.partition("#")[0].split() for line in readme.splitlines() if line.startswith("python ")]
+    # What the pipeline says though it is the default: the recipe, its folders, and how a step goes on.
+    said = {"experiment=demo", "output_dir=outputs/demo", "data.root=data/sample", "--scale", "1"}
+    said |= {"ckpt_path=last", "overwrite=true", "++data.sources.chat=null"}
+    for name, command in found.items():
+        wanted = [word for word in command.split() if word not in said]
+        shown = [[word.strip("'") for word in line[1:]] for line in listed]
+        assert wanted in shown, f"{name}: {wanted}"
+
+
+def test_sample_full_has_every_stage_without_text_and_asks_after_all() -> None:
+    steps = load(["experiment=sample_full"]).steps
+    without = {name for name in steps if name.endswith("_notext")}
+    assert without == {f"{stage}_notext" for stage in ("pretrain_real", "pretrain_synthetic", "finetune")}
+    assert list(steps)[-1] == "evaluate"
+    assert set(steps["evaluate"].needs) == {"finetune", *without}
+    assert all("trainer.max_steps=250" in steps[name].command for name in without)
+    assert "limit=100" in steps["evaluate"].command
+
+
+def test_the_papers_stages_find_each_other() -> None:
+    steps = load(["experiment=paper"]).steps
+    assert list(steps) == ["pretrain_real", "pretrain_synthetic", "mix", "finetune", "evaluate"]
+    assert "init_from: outputs/paper/pretrain_real/model" in steps["pretrain_synthetic"].config
+    assert "init_from: outputs/paper/mixed" in steps["finetune"].config
+    assert steps["mix"].product == Path("outputs/paper/mixed/provenance.json")
+    assert "vqav2-val.jsonl" in steps["evaluate"].config
+
+
+def test_overrides_reach_the_steps_that_they_name_and_the_nearer_one_wins() -> None:
+    steps = load(
+        [
+            "experiment=paper",
+            "all:data.val_samples=7",
+            "train:stage.clip=2",
+            "finetune:stage.clip=3",
+            "finetune:~callbacks.throughput",
+        ]
+    ).steps
+    assert "clip: 2" in steps["pretrain_real"].config
+    assert "clip: 3" in steps["finetune"].config
+    assert "throughput" in steps["pretrain_real"].config
+    assert "throughput" not in steps["finetune"].config
+    assert all("data.val_samples=7" in step.command for step in steps.values())
+    assert not any("clip" in word for word in steps["mix"].command)
+
+
+def test_a_step_that_is_null_is_left_out_and_not_waited_for() -> None:
+    steps = load(["experiment=demo", "steps.data=null", "steps.pretrain_synthetic_notext=null"]).steps
+    assert steps["pretrain_real"].needs == ()
+    assert steps["evaluate"].needs == ("finetune",)
+
+
+def test_another_value_is_another_step_but_not_how_it_is_started() -> None:
+    def identity(*overrides: str) -> str:
+        return load(["experiment=demo", *(f"finetune:{override}" for override in overrides)]).steps["finetune"].identity
+
+    assert identity() == identity("overwrite=true") == identity("ckpt_path=x")
+    assert identity() != identity("stage.optim.lr=1e-9")
+    assert identity("stage.optim.lr=1e-9") == identity("stage.optim.lr=1e-3", "stage.optim.lr=1e-9")
+
+
+def test_nodes_tasks_and_gpus_are_the_trainers() -> None:
+    steps = load(
+        [
+            "experiment=paper",
+            "launcher=slurm",
+            "train:trainer=gpu",
+            "train:trainer.devices=8",
+            "finetune:++trainer.num_nodes=2",
+            "launcher.time=1-00:00:00",
+            "finetune:launcher.time=8:00:00",
+        ]
+    ).steps
+    sizes = {name: (step.nodes, step.tasks, step.gpus) for name, step in steps.items()}
+    assert sizes == {
+        "pretrain_real": (1, 8, 8),
+        "pretrain_synthetic": (1, 8, 8),
+        "mix": (1, 1, 1),
+        "finetune": (2, 8, 8),
+        "evaluate": (1, 1, 1),
+    }
+    assert [steps[name].launcher["time"] for name in ("mix", "finetune")] == ["1-00:00:00", "8:00:00"]
+
+
+def test_what_is_for_a_step_is_told_by_its_colon() -> None:
+    assert split(["a=b:c", "finetune:~x.y", "train:a=b:c", "launcher.time=1:00:00"]) == (
+        ["a=b:c", "launcher.time=1:00:00"],
+        [("finetune", "~x.y"), ("train", "a=b:c")],
+    )
+
+
+WRONG = {
+    "an unknown key in the last step": (["evaluate:limt=3"], "step evaluate: "),
+    "an unknown option in a later step": (["finetune:model=sphinx_9b"], "step finetune: "),
+    "a value that only the script refuses": (["evaluate:limit=0"], "step evaluate: limit=0"),
+    "a part that does not exist": (["finetune:stage.train_parts=[decodr]"], "did you mean 'decoder'"),
+    "weights said twice": (["mix:weights=[0.5,0.5]"], "step mix: weights and beta are both given"),
+    "no such step": (["fintune:seed=1"], "did you mean 'finetune'"),
+    "no such step to redo": (["redo=fintune"], "did you mean 'finetune'"),
+    "no such experiment": (["experiment=dmo"], "dmo"),
+    "no such option of the launcher": (["launcher=slurm", "mix:launcher.partion=x"], "did you mean 'partition'"),
+    "a step that nothing needs any more": (["steps.finetune.after=[mxi]"], "did you mean 'mix'"),
+    "steps in a circle": (["steps.pretrain_real.after=[evaluate]"], "wait for each other"),
+    "two steps in one folder": (["pretrain_synthetic_notext:run=pretrain_synthetic"], "both make"),
+    "no model to go on with": (["train:~callbacks.export"], "callbacks.export is missing"),
+    "redo and keep": (["redo=mix", "keep=all"], "both name mix"),
+    "no number of devices": (["launcher=slurm", "train:trainer.devices=auto"], "trainer.devices=auto"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_mistake_in_any_step_is_found_before_the_first_one_starts(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, needle = WRONG[case]
+    assert main(["experiment=demo", f"output_dir={tmp_path / 'out'}", "dry=true", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    [line] = err.splitlines()
+    assert line.startswith("error: ")
+    assert needle in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_prints_commands_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["experiment=demo", f"output_dir={tmp_path / 'out'}", "dry=true"]) == 0
+    out = capsys.readouterr().out
+    assert "# finetune: not started" in out
+    assert f"python train.py experiment=demo stage=finetune output_dir={tmp_path / 'out'}" in out
+    assert not (tmp_path / "out").exists()
+
+
+def test_away_from_the_repository_scripts_are_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load(["experiment=demo"]).steps["finetune"].command[1:3] == ("-m", "train")
+
+
+def test_help_says_what_there_is() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "sphinx_pl.pipeline", "--help"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert "status" in done.stdout
+    assert "finetune:stage.optim.lr" in done.stdout
+
+
+def test_an_unknown_experiment_key_is_refused() -> None:
+    with pytest.raises(UserError, match=r"steps\.data"):
+        load(["experiment=demo", "+steps.data.script=train"])

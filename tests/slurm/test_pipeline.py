@@ -1,0 +1,109 @@
+"""The recipe as a chain of jobs on a running SLURM, with one step failing once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sphinx_pl.errors import UserError
+from sphinx_pl.pipeline import slurm, status
+from sphinx_pl.pipeline.state import State
+from tests.conftest import REPOSITORY
+from tests.pipeline.small import small_demo
+
+pytestmark = pytest.mark.long
+
+
+@pytest.fixture(autouse=True)
+def _running_slurm() -> None:
+    try:
+        slurm.queue()
+    except UserError as error:
+        pytest.skip(f"no running SLURM: {error}")
+
+
+def run(*arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "sphinx_pl.pipeline", *arguments],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def states(folder: Path) -> dict[str, str]:
+    return {line.step: line.state for line in status.look(State(folder / "pipeline"))}
+
+
+def wait(folder: Path, seconds: float = 900) -> dict[str, str]:
+    """Until nothing waits or runs."""
+    deadline = time.monotonic() + seconds
+    while {"waiting", "running"} & set(states(folder).values()):
+        assert time.monotonic() < deadline, states(folder)
+        time.sleep(1)
+    return states(folder)
+
+
+def jobs(folder: Path) -> dict[str, str]:
+    return {line.step: line.job for line in status.look(State(folder / "pipeline"))}
+
+
+def test_a_chain_of_jobs_whose_step_fails_once_goes_on(tmp_path: Path, sample_data: Path) -> None:
+    folder, data = tmp_path / "out", tmp_path / "data"
+    shutil.copytree(sample_data, data)
+    hidden = data / "instructions" / "train-ocr.json"
+    hidden.rename(tmp_path / "hidden")  # only the finetune reads it
+    arguments = [*small_demo(folder, data), "launcher=slurm"]
+    try:
+        run(*arguments)
+        assert wait(folder) == {
+            "pretrain_real": "done",
+            "pretrain_synthetic": "done",
+            "mix": "done",
+            "finetune": "failed",
+            "evaluate": "not started",
+        }
+        assert "train-ocr.json" in (folder / "pipeline" / "finetune.log").read_text()
+        first = jobs(folder)
+        (tmp_path / "hidden").rename(hidden)
+        said = run(*arguments)
+        assert "pretrain_real: done" in said
+        assert "finetune: job" in said
+        again = run(*arguments)  # what is in the queue is not submitted twice
+        assert "finetune: job" in again
+        assert "failed before" not in again
+        assert set(wait(folder).values()) == {"done"}
+        second = jobs(folder)
+        assert {name for name in first if first[name] != second[name]} == {"finetune", "evaluate"}
+        assert (folder / "report.html").is_file()
+    finally:
+        slurm.cancel(State(folder / "pipeline"))
+
+
+def test_a_job_that_waits_for_the_wrong_one_is_replaced(tmp_path: Path, sample_data: Path) -> None:
+    folder = tmp_path / "out"
+    arguments = [*small_demo(folder, sample_data), "launcher=slurm", 'launcher.sbatch=["--begin=now+1hour"]']
+    try:
+        run(*arguments)
+        first = jobs(folder)
+        run(*arguments, "finetune:stage.optim.lr=1e-4")
+        second = jobs(folder)
+        assert {name for name in first if first[name] != second[name]} == {"finetune", "evaluate"}
+        queued = slurm.queue()
+        assert set(second.values()) <= set(queued)
+        assert not {first["finetune"], first["evaluate"]} & set(queued)
+        assert set(states(folder).values()) == {"waiting"}
+    finally:
+        assert slurm.cancel(State(folder / "pipeline")) == 5
+    assert set(wait(folder, 60).values()) == {"not started"}
