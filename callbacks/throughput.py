@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import resource
 import sys
 import time
@@ -14,30 +13,10 @@ import torch
 from torch import Tensor
 
 from sphinx_pl.data.record import Batch
-from sphinx_pl.models.sphinx import Sphinx
+from sphinx_pl.flops import TrainingFlops
+from sphinx_pl.gpus import flops_of_device
 from sphinx_pl.stages import Stage
 
-# Dense bf16 FLOP/s as the vendors' data sheets state them (without sparsity). The first name that is part of the
-# device's name counts, so variants stand before the plain model.
-PEAK_FLOPS = {
-    "GB200": 2500e12,
-    "B200": 2250e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "H100 NVL": 835e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "A40": 149.7e12,
-    "A30": 165e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "RTX 4090": 165.2e12,
-    "RTX 3090": 71e12,
-}
 COUNTED = ("tokens", "targets", "images", "samples", "positions")
 SPANS = ("data", "forward_backward", "optimizer", "other")
 
@@ -56,37 +35,9 @@ def measured_peak(device: torch.device, dtype: torch.dtype, size: int = 1024, re
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s that MFU is measured against: the data sheet's bf16 number of a known GPU, else `measured_peak`."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for known, flops in PEAK_FLOPS.items():
-            if re.search(rf"\b{known}\b", name):  # an RTX A1000 is no A100
-                return flops
-        return measured_peak(device, dtype, size=8192)
+        known = flops_of_device(torch.cuda.get_device_name(device))
+        return known or measured_peak(device, dtype, size=8192)
     return measured_peak(device, dtype)
-
-
-class TrainingFlops:
-    """FLOPs of forward and backward, from what the host knows about a batch (nothing waits for the device).
-
-    A part that trains costs three times its forward pass: the gradients of inputs and of weights cost one each. A
-    frozen tower runs without gradients and costs one; a frozen decoder still passes gradients on and costs two.
-    """
-
-    def __init__(self, model: Sphinx) -> None:
-        frozen = {name for name, trainable, _ in model.trainable_table() if not trainable}
-        self.decoder = model.decoder
-        self.decoder_factor = 2.0 if "decoder" in frozen else 3.0
-        self.per_image = 3 * model.flops_per_image()
-        if model.mixer is not None and model.config.vision is not None:
-            views = model.config.vision.views
-            for name, tower in model.mixer.towers.items():
-                if name in frozen:
-                    self.per_image -= 2 * views * tower.flops()  # type: ignore[operator]
-
-    def __call__(self, batch: Batch) -> float:
-        rows, length = batch.input_ids.shape
-        supervised = max(1, int(batch.counters.get("targets", 0)))
-        decoder = self.decoder.flops(rows * length, length, supervised)
-        return self.decoder_factor * decoder + max(1, len(batch.pixels)) * self.per_image
 
 
 class _Spans:

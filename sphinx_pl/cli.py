@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,6 +47,15 @@ def _validation_interval(every: int, max_steps: int, accumulate: int) -> int:
     return int(every or max_steps) * int(accumulate)
 
 
+def _run_folder(plan: bool, folder: str) -> str:
+    """Hydra writes into a run's folder before the script begins: a plan, which is to leave none, gets one that goes."""
+    if not plan:
+        return folder
+    temporary = tempfile.mkdtemp(prefix="plan-")
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    return temporary
+
+
 def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], Any]]:
     """`hydra.main` on `conf/<config_name>.yaml`. Errors that a user can cause end in one line and exit code 2.
 
@@ -51,6 +63,7 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
     """
 
     OmegaConf.register_new_resolver("validation_interval", _validation_interval, replace=True)
+    OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True, use_cache=True)
 
     def decorate(main: Callable[[DictConfig], Any]) -> Callable[[], Any]:
         @functools.wraps(main)

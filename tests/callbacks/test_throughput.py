@@ -13,10 +13,11 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.flop_counter import FlopCounterMode
 
 from callbacks import throughput
-from callbacks.throughput import Throughput, TrainingFlops, data_metrics, measured_peak
+from callbacks.throughput import Throughput, data_metrics, measured_peak
 from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.packing import Collator
 from sphinx_pl.data.record import Batch
+from sphinx_pl.flops import TrainingFlops
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx
 
