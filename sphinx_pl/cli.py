@@ -56,14 +56,19 @@ def _run_folder(plan: bool, folder: str) -> str:
     return temporary
 
 
+def register_resolvers() -> None:
+    """What conf/ computes with."""
+    OmegaConf.register_new_resolver("validation_interval", _validation_interval, replace=True)
+    OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True, use_cache=True)
+
+
 def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], Any]]:
     """`hydra.main` on `conf/<config_name>.yaml`. Errors that a user can cause end in one line and exit code 2.
 
     With the environment variable SPHINX_TRACEBACK=1 they end in a traceback.
     """
 
-    OmegaConf.register_new_resolver("validation_interval", _validation_interval, replace=True)
-    OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True, use_cache=True)
+    register_resolvers()
 
     def decorate(main: Callable[[DictConfig], Any]) -> Callable[[], Any]:
         @functools.wraps(main)

@@ -300,7 +300,8 @@ class _Simulation:
 
     def _loss(self, batch: Batch) -> Tensor:
         mixed = self.run.precision == "bf16-mixed"
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
+        # Without the cache of weights, as Lightning does it.
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed, cache_enabled=False):
             losses = self.model.token_losses(batch)
             weights = batch.weights.flatten()[losses.index]
             return (losses.nll * weights).sum() + losses.extra
