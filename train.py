@@ -22,6 +22,8 @@ from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.files import write_whole
 
 if TYPE_CHECKING:
+    import lightning as L
+
     from sphinx_pl.models.config import SphinxConfig
 
 log = logging.getLogger(__name__)
@@ -61,16 +63,15 @@ def check_resume(resume: Path, model: SphinxConfig) -> None:
     import torch
 
     from sphinx_pl.checkpoint.format import compare
+    from sphinx_pl.checkpoint.training import Pieces
     from sphinx_pl.models.sphinx import Sphinx
 
     try:
-        state = torch.load(resume, map_location="meta", weights_only=True)["state_dict"]
-        found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    except Exception as error:  # whatever a damaged or foreign file makes torch raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"ckpt_path={resume} is not a checkpoint to resume from: {reason}") from None
+        found = Pieces(resume).shapes
+    except UserError as error:
+        raise UserError(f"ckpt_path={resume} is not a checkpoint to resume from: {error}") from None
     with torch.device("meta"):
-        wanted = {f"model.{name}": tuple(tensor.shape) for name, tensor in Sphinx(model).state_dict().items()}
+        wanted = {name: tuple(parameter.shape) for name, parameter in Sphinx(model).named_parameters()}
     if problem := compare(wanted, found):
         raise UserError(f"ckpt_path={resume} is of another model: {problem}")
 
@@ -84,7 +85,7 @@ def prepare_run_folder(cfg: DictConfig, folder: Path, resume: Path | None) -> No
     own = folder / "checkpoints"
     reached = step_of(resume) if resume is not None and resume.parent.resolve() == own.resolve() else 0
     for path in [path for path in checkpoints(own) if step_of(path) > reached]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path)
     if reached:
         forget_after(folder / "metrics.csv", reached)
     else:
@@ -101,12 +102,24 @@ def prepare_run_folder(cfg: DictConfig, folder: Path, resume: Path | None) -> No
     write_whole(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
 
 
+def finish_export(trainer: L.Trainer) -> None:
+    """The model of a run that was killed between its last checkpoint and its export: nothing is left to train then."""
+    from callbacks.export import ExportModel
+
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ExportModel) and not callback.folder.exists():
+            callback.on_train_end(trainer, trainer.lightning_module)
+
+
 def quiet_known_warnings() -> None:
     """What Lightning warns of and this project does on purpose, or what only Lightning can mend."""
     for message in (
         r".*isinstance\(treespec, LeafSpec\).*",
         r"Found \d+ module\(s\) in eval mode.*",  # frozen towers
         r".*does not have many workers.*",  # workers only decode; one is usually enough
+        r"It is recommended to use .*sync_dist=True.*",  # they are summed over ranks before
+        r"Since DeepSpeed handles gradient clipping internally.*",
+        r"The `srun` command is available on your system but is not used.*",
         r"The number of training batches .* is smaller than the logging interval.*",
     ):
         warnings.filterwarnings("ignore", message=message)
@@ -128,8 +141,10 @@ def train(cfg: DictConfig) -> float | None:
     import lightning as L
     from hydra.utils import get_class, instantiate
 
+    from callbacks.checkpoint import checkpoints
     from sphinx_pl.data.datamodule import DataModule
     from sphinx_pl.models.config import SphinxConfig
+    from sphinx_pl.stages.stage import NonFinite
 
     quiet_known_warnings()
     folder = Path(HydraConfig.get().runtime.output_dir)
@@ -158,13 +173,14 @@ def train(cfg: DictConfig) -> float | None:
     stage.check(datamodule.processor)
     datamodule.check(cfg.stage.text_required, cfg.stage.accumulate, trainer.world_size)
     prepare_run_folder(cfg, folder, resume)
-    if resume is None:
-        trainer.validate(stage, datamodule, verbose=False)  # the held-out losses before the stage
-    else:
+    if resume is not None:
         log.info("resuming from %s", resume)
-    trainer.fit(stage, datamodule, ckpt_path=resume, weights_only=True)
-    if stage.validated_at != trainer.global_step:
-        trainer.validate(stage, datamodule, verbose=False)  # and after it, where the interval does not end with it
+    try:
+        trainer.fit(stage, datamodule, ckpt_path=resume, weights_only=True)
+    except NonFinite as error:
+        last = next(reversed(checkpoints(folder / "checkpoints")), None)
+        raise UserError(f"{error}; the last checkpoint is {last}") from None
+    finish_export(trainer)
     value = trainer.callback_metrics.get(cfg.metric)
     return None if value is None else float(value)
 

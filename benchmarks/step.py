@@ -36,7 +36,7 @@ from sphinx_pl.errors import UserError
 from sphinx_pl.flops import TrainingFlops
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx
-from sphinx_pl.stages.optim import OptimConfig, build_adamw
+from sphinx_pl.stages.optim import OptimConfig, build_optimizer
 
 PARTS = (
     "data: planning",
@@ -120,7 +120,7 @@ def build(arguments: argparse.Namespace) -> Bench:
 def time_steps(bench: Bench, steps: int, warmup: int = 2) -> tuple[dict[str, float], dict[str, float]]:
     """Mean seconds of each part of a step, and what a step holds: tokens, images, ..., and flops."""
     model, datamodule = bench.model, bench.datamodule
-    optimizer = build_adamw(model.part_parameters(), bench.optim)
+    optimizer = build_optimizer(model.part_parameters(), bench.optim)
     planner = datamodule.planner()
     watch = Stopwatch(bench.device)
     if model.mixer is not None:

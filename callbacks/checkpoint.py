@@ -1,4 +1,4 @@
-"""Checkpoints to resume from: written to a temporary name, renamed, the oldest pruned."""
+"""Checkpoints to go on from: folders written under a temporary name by all ranks together, renamed, the oldest pruned."""
 
 from __future__ import annotations
 
@@ -11,33 +11,39 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import OmegaConf
 
+from sphinx_pl.checkpoint.format import move_into_place, sync
+from sphinx_pl.checkpoint.provenance import provenance
+from sphinx_pl.checkpoint.training import INDEX, describe
 from sphinx_pl.data.record import Batch
+from sphinx_pl.distributed.collective import of_all_ranks
 from sphinx_pl.errors import UserError
+from sphinx_pl.stages import Stage
 
-_NAME = re.compile(r"step-(\d+)\.ckpt")
+_NAME = re.compile(r"step-(\d+)")
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first. A file that was being written has another name."""
-    return sorted((path for path in folder.glob("step-*.ckpt") if _NAME.fullmatch(path.name)), key=step_of)
+    """The complete checkpoints of a run, oldest first. One that was being written has another name."""
+    return sorted((path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)), key=step_of)
 
 
 def step_of(path: Path) -> int:
-    """Optimizer steps that a `step-N.ckpt` has behind it."""
+    """Optimizer steps that a `step-N` has behind it."""
     match = _NAME.fullmatch(path.name)
     if match is None:
-        raise ValueError(f"{path.name} is not step-N.ckpt")
+        raise ValueError(f"{path.name} is not step-N")
     return int(match[1])
 
 
 def resolve_resume(ckpt_path: str | None, folder: Path) -> Path | None:
-    """The file to resume from: None starts anew, `last` takes the newest of the run folder (or starts anew if none).
+    """The checkpoint to go on from: None starts anew, `last` takes the newest of the run folder (or starts anew if none).
 
     Raises:
-        UserError: no such file.
+        UserError: no such checkpoint.
     """
     if ckpt_path is None:
         return None
@@ -46,31 +52,67 @@ def resolve_resume(ckpt_path: str | None, folder: Path) -> Path | None:
         return found[-1] if found else None
     path = Path(ckpt_path)
     foreign = path.parent.resolve() == folder.resolve() and not _NAME.fullmatch(path.name)
-    if not path.is_file() or foreign:
+    if not (path / INDEX).is_file() or foreign:
         raise UserError(
-            f"ckpt_path={ckpt_path} is not a file to resume from; 'last' takes the newest in {folder}. To start from "
-            "the weights of a model folder, use stage.init_from"
+            f"ckpt_path={ckpt_path} is not a checkpoint to resume from (a folder with {INDEX}); 'last' takes the newest "
+            f"in {folder}. To start from the weights of a model folder, use stage.init_from"
         )
     return path
+
+
+def write_training_checkpoint(trainer: L.Trainer, path: Path, config: Path | None) -> None:
+    """Everything that `trainer.fit` needs to go on, and what makes it a checkpoint of a model; all ranks call it together.
+
+    Args:
+        path: the folder, which appears when it is complete.
+        config: the file with the composed configuration that train.py keeps in the run folder, for the provenance.
+    """
+    partial = path.with_name(f".{path.name}.tmp")
+    stage: Any = trainer.lightning_module
+    assert isinstance(stage, Stage)
+    if trainer.is_global_zero:
+        shutil.rmtree(partial, ignore_errors=True)
+    trainer.strategy.barrier()
+    trainer.save_checkpoint(partial)
+    if trainer.is_global_zero:
+        processor = trainer.datamodule.processor  # type: ignore[attr-defined]
+        composed: Any = OmegaConf.to_container(OmegaConf.load(config)) if config else None
+        origin = provenance(stage=stage.name, config=composed, parents=stage.parents) | {"steps": trainer.global_step}
+        describe(partial, stage.config.to_dict(), processor.to_dict(), processor.tokenizer.path, origin)
+        sync(*partial.iterdir(), partial)
+        move_into_place(partial, path)
+    trainer.strategy.barrier()
 
 
 class ResumeCheckpoint(L.Callback):
     """Every `every_n_steps` optimizer steps and at the end: weights, optimizer, schedule, random states, data position.
 
-    `trainer.fit` on the newest one goes on with exactly the losses of a run that was not stopped. The last `keep` stay.
-    Put it last among the callbacks: where a validation is due at the same step, and at the end of the run, it saves
-    after everything else, so that nothing is left out by a run that continues from here.
+    `trainer.fit` on the newest one goes on with exactly the losses of a run that was not stopped. Put it behind the other
+    callbacks, but before the export, which reads its last one: where a validation is due at the same step, and at the
+    end of the run, it saves after everything else, so that nothing is left out by a run that continues from here.
+
+    Args:
+        folder: of the checkpoints, `step-00001000` and so on.
+        keep: so many of the newest stay.
+        keep_every: those of every so many steps stay too; 0: none.
+        config: see `write_training_checkpoint`.
     """
 
-    def __init__(self, folder: str, every_n_steps: int = 1000, keep: int = 2) -> None:
-        if every_n_steps < 1 or keep < 1:
+    def __init__(
+        self, folder: str, every_n_steps: int = 1000, keep: int = 2, keep_every: int = 0, config: str | None = None
+    ) -> None:
+        if every_n_steps < 1 or keep < 1 or keep_every < 0:
             raise UserError(
-                f"callbacks.checkpoint: every_n_steps={every_n_steps} and keep={keep} must be at least 1; "
-                "~callbacks.checkpoint writes none"
+                f"callbacks.checkpoint: every_n_steps={every_n_steps} and keep={keep} must be at least 1 and "
+                f"keep_every={keep_every} not negative; ~callbacks.checkpoint writes none"
             )
         self.folder = Path(folder)
         self.every_n_steps = every_n_steps
         self.keep = keep
+        self.keep_every = keep_every
+        self.config = Path(config) if config else None
+        self.held: set[Path] = set()
+        """Checkpoints that are being read and must stay."""
         self._saved = -1
         self._restore: dict[str, Any] | None = None
 
@@ -86,8 +128,7 @@ class ResumeCheckpoint(L.Callback):
             self._save_if_due(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.global_step != self._saved:
-            self.save(trainer)
+        self.save(trainer)
 
     def _validation_follows(self, trainer: L.Trainer) -> bool:
         """Validation has its own place in Lightning's loop, after this hook; resuming would skip over it."""
@@ -97,28 +138,29 @@ class ResumeCheckpoint(L.Callback):
         return bool((trainer.fit_loop.total_batch_idx + 1) % int(every) == 0)
 
     def _save_if_due(self, trainer: L.Trainer) -> None:
-        step = trainer.global_step
-        if step > 0 and step % self.every_n_steps == 0 and step != self._saved:
+        if trainer.global_step > 0 and trainer.global_step % self.every_n_steps == 0:
             self.save(trainer)
 
-    def save(self, trainer: L.Trainer) -> None:
-        """Write `step-N.ckpt`; on every rank, since sharded strategies write together."""
+    def save(self, trainer: L.Trainer) -> Path:
+        """The checkpoint of this step, written unless it was; all ranks call it together."""
+        path = self.folder / f"step-{trainer.global_step:08d}"
+        if self._saved == trainer.global_step:
+            return path
         self._saved = trainer.global_step
         for logger in trainer.loggers:
             logger.save()  # what happened before this checkpoint will not happen again
-        name = f"step-{trainer.global_step:08d}.ckpt"
-        partial = self.folder / f".{name}.tmp"
-        trainer.save_checkpoint(partial)
-        self._publish(partial, self.folder / name)
-        trainer.strategy.barrier()
+        write_training_checkpoint(trainer, path, self.config)
+        if trainer.is_global_zero:
+            self._prune()
+        return path
 
-    @rank_zero_only  # type: ignore[untyped-decorator]
-    def _publish(self, partial: Path, final: Path) -> None:
-        if final.is_dir():
-            shutil.rmtree(final)
-        partial.rename(final)
+    def _prune(self) -> None:
         for old in checkpoints(self.folder)[: -self.keep]:
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
+            if old not in self.held and not (self.keep_every and step_of(old) % self.keep_every == 0):
+                # Renamed first: what is half deleted is no checkpoint.
+                gone = old.with_name(f".{old.name}.old.tmp")
+                old.rename(gone)
+                shutil.rmtree(gone)
 
     # Random states are part of the checkpoint. (Those of data workers are not used: order and wording are functions of
     # the seed and the position.)
@@ -131,25 +173,28 @@ class ResumeCheckpoint(L.Callback):
             "torch": torch.get_rng_state(),
         }
         if torch.cuda.is_available():
-            state["cuda"] = torch.cuda.get_rng_state_all()
-        return state
+            state["cuda"] = torch.cuda.get_rng_state()
+        return {"ranks": of_all_ranks(state, dist.get_world_size() if dist.is_initialized() else 1)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restore = state_dict
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restored as late as can be: whatever was drawn while the run was set up does not count."""
-        self._saved = trainer.global_step
+        if self._restore is not None:
+            self._saved = trainer.global_step
         if trainer.is_global_zero:
-            for partial in self.folder.glob(".step-*.ckpt.tmp"):  # what a killed run was writing
-                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
-        if self._restore is None:
+            for partial in self.folder.glob(".step-*.tmp"):  # what a killed run was writing or deleting
+                shutil.rmtree(partial)
+        states = self._restore["ranks"] if self._restore else []
+        self._restore = None
+        if trainer.global_rank >= len(states):  # a new run, or one that goes on with more ranks
             return
-        state, self._restore = self._restore, None
+        state = states[trainer.global_rank]
         version, internal, gauss = state["python"]
         random.setstate((version, tuple(internal), gauss))
         name, keys, *rest = state["numpy"]
         np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
         torch.set_rng_state(state["torch"])
         if "cuda" in state and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["cuda"])
+            torch.cuda.set_rng_state(state["cuda"])

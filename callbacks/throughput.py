@@ -78,6 +78,12 @@ class _Spans:
         return seconds
 
 
+def torch_optimizer(trainer: L.Trainer) -> torch.optim.Optimizer:
+    """PyTorch's optimizer, which DeepSpeed keeps in one of its own (and steps once for each of its buffers)."""
+    optimizer: Any = trainer.optimizers[0]
+    return optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
+
+
 class Throughput(L.Callback):
     """Logs `perf/*` and `data/*` with every `trainer.log_every_n_steps`-th step.
 
@@ -105,7 +111,7 @@ class Throughput(L.Callback):
         self.peak = self.peak or peak_flops(pl_module.device, dtype)
         self._flops_of = TrainingFlops(pl_module.sphinx)
         self._spans = _Spans(pl_module.device.type == "cuda")
-        self._hook = trainer.optimizers[0].register_step_post_hook(self._after_step)
+        self._hook = torch_optimizer(trainer).register_step_post_hook(self._after_step)
         self._reset()
 
     def _reset(self) -> None:

@@ -178,6 +178,15 @@ class SafetensorsFile(Mapped):
         self._count(tensor.nbytes)
         return tensor
 
+    def part(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) along the first axis."""
+        tensor: Tensor = self._file().get_slice(name)[start:stop]
+        self._count(tensor.nbytes)
+        return tensor
+
+    def metadata(self) -> dict[str, str]:
+        return self._file().metadata() or {}
+
 
 class Weights(Protocol):
     """Named tensors that are read or made one at a time, in the order of iteration."""
@@ -521,8 +530,8 @@ def staged(path: Path) -> Iterator[Path]:
     folder.mkdir(parents=True)
     try:
         yield folder
-        _sync(*folder.iterdir(), folder)
-        _move_into_place(folder, path)
+        sync(*folder.iterdir(), folder)
+        move_into_place(folder, path)
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -619,6 +628,7 @@ def write_safetensors(
     tensors: Mapping[str, TensorInfo],
     values: Callable[[str], Tensor],
     written: Callable[[int], None] = lambda nbytes: None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """One file, a tensor at a time. The library's own writer holds all of them, twice.
 
@@ -628,9 +638,10 @@ def write_safetensors(
     Args:
         values: name -> value, which is cast to the dtype in `tensors`.
         written: told how many bytes each tensor had.
+        metadata: kept in the header.
     """
     ordered = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name in ordered:
         info = tensors[name]
@@ -652,17 +663,19 @@ def write_safetensors(
             del tensor, value  # before the next one is made
 
 
-def _move_into_place(folder: Path, path: Path) -> None:
+def move_into_place(folder: Path, path: Path) -> None:
+    """Rename a folder that is complete to `path`, in place of what is there."""
     old = path.with_name(f".{path.name}.old.tmp")
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():  # a folder cannot be renamed over one that is not empty
         path.rename(old)
     folder.rename(path)
-    _sync(path.parent)
+    sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _sync(*paths: Path) -> None:
+def sync(*paths: Path) -> None:
+    """What was written to these files and folders is on the disk when this returns."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -592,6 +592,19 @@ def check_pretrained(tower: Tower, source: str) -> tuple[TowerFiles, dict[str, S
         raise UserError(f"model.vision.{tower.key}.load={source}: {error}") from error
 
 
+def pretrained_values(tower: Tower, source: str) -> Callable[[str], Tensor]:
+    """Name of a tensor of `tower` (which may be on the meta device) -> its released value, read when it is asked for.
+
+    Arguments and errors are those of `load_pretrained`.
+    """
+    weights, sources = check_pretrained(tower, source)
+
+    def value(name: str) -> Tensor:
+        return sources[name].make(*(weights.tensor(theirs) for theirs in sources[name].names))
+
+    return value
+
+
 def load_pretrained(tower: Tower, source: str) -> None:
     """Fill `tower` (its meta tensors too, on the CPU then) with released weights, one tensor at a time.
 
@@ -604,10 +617,7 @@ def load_pretrained(tower: Tower, source: str) -> None:
         UserError: nothing found under `source`, a file that is damaged or holds more than tensors, or weights that are
             not this tower's.
     """
-    weights, sources = check_pretrained(tower, source)
-    if any(value.is_meta for value in tower.state_dict().values()):
+    value = pretrained_values(tower, source)
+    if any(tensor.is_meta for tensor in tower.state_dict().values()):
         tower.to_empty(device="cpu")
-    copy_into(
-        tower.state_dict(),
-        ((name, s.make(*(weights.tensor(theirs) for theirs in s.names))) for name, s in sources.items()),
-    )
+    copy_into(tower.state_dict(), ((name, value(name)) for name in tower.state_dict()))

@@ -10,11 +10,10 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
 from sphinx_pl.data.augment import AugmentConfig
@@ -34,6 +33,7 @@ from sphinx_pl.data.packing import (
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.record import Batch, Sample
 from sphinx_pl.data.sources import spread
+from sphinx_pl.distributed.collective import any_rank, of_all_ranks
 from sphinx_pl.errors import UserError
 from sphinx_pl.typed import build
 
@@ -268,27 +268,6 @@ class TrainLoader:
     def skipped(self) -> dict[str, int]:
         """Those of the counters that say what could not be used."""
         return {key: value for key, value in self.counters.items() if "skipped/" in key}
-
-
-T = TypeVar("T")
-
-
-def of_all_ranks(value: T, world_size: int) -> list[T]:
-    """This value of every rank; all call it together."""
-    if world_size == 1:
-        return [value]
-    values: list[Any] = [None] * world_size
-    dist.all_gather_object(values, value)
-    return values
-
-
-def any_rank(value: bool, world_size: int) -> bool:
-    """Whether it is true on any rank."""
-    if world_size == 1:
-        return value
-    flag = torch.tensor(int(value), device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
 
 
 class DataModule(L.LightningDataModule):

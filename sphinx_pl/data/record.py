@@ -144,6 +144,16 @@ class Batch:
         """The batch with every tensor on `device`."""
         return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
+    def keys_at(self, positions: Tensor) -> list[str]:
+        """Keys of the samples that these flat positions b * T + t are in."""
+        # Keys stand in the order of rows, segments and branches; shared prefixes have branch 0 and no key.
+        row = torch.arange(len(self.input_ids), device=self.segment_ids.device)[:, None].expand_as(self.segment_ids)
+        place = torch.stack([row.flatten(), self.segment_ids.flatten(), self.branch_ids.flatten()], dim=1)
+        branches = torch.unique(place[place[:, 2] > 0], dim=0)
+        found = torch.unique(place[positions], dim=0)
+        at = (found[:, None] == branches[None]).all(-1).nonzero()[:, 1]
+        return [self.keys[i] for i in at.tolist()]
+
     def pin_memory(self) -> Batch:
         return self._mapped(Tensor.pin_memory)
 

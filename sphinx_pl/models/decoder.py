@@ -177,36 +177,54 @@ class Block(nn.Module):
         return x_BTD + out, unevenness
 
 
+class TokenEmbedding(nn.Embedding):
+    """Ids -> embeddings; hidden states -> logits, where the output head is tied to them.
+
+    The second is a call of this module too, since sharded parameters are whole only while their module is called.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) if x.is_floating_point() else super().forward(x)
+
+
+def new_weight(name: str, tensor: Tensor, config: DecoderConfig) -> Tensor:
+    """Fill a decoder's parameter: normal with deviation 1 / sqrt(inputs), onto the residual stream divided by
+    sqrt(2 layers) (GPT-2); norms are ones.
+
+    At LLaMA's widths that is near the usual 0.02, which in a narrow decoder would be too little to start with.
+    """
+    if "norm" in name:
+        return nn.init.ones_(tensor)
+    depth = 2 * config.layers if name.endswith(("wo.weight", "w2.weight", "w2")) else 1
+    # Experts' w2 is not transposed: its inputs are rows.
+    inputs = config.ffn_width if name.endswith("w2") else tensor.shape[-1]
+    return nn.init.normal_(tensor, std=1 / math.sqrt(inputs * depth))
+
+
+CHECKPOINTING = ("none", "selective", "full")
+
+
 class Decoder(nn.Module):
     """Token embedding, `config.layers` blocks, final norm and output head.
 
-    `checkpoint_layers`: recompute each block in the backward pass (training only), to save activation memory.
+    `checkpointing`: which blocks are computed again in the backward pass (training only) instead of keeping their
+    activations: none, every second one (selective), all (full).
     """
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.checkpoint_layers = False
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.width)
+        self.checkpointing = "none"
+        self.tok_embeddings = TokenEmbedding(config.vocab_size, config.width)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.output = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Normal with deviation 1 / sqrt(inputs); outputs onto the residual stream divided by sqrt(2 layers) (GPT-2).
-
-        At LLaMA's widths that is near the usual 0.02, which in a narrow decoder would be too little to start with.
-        """
+        """New weights, see `new_weight`."""
         for name, parameter in self.named_parameters():
-            if "norm" in name:
-                nn.init.ones_(parameter)
-            else:
-                residual = name.endswith(("wo.weight", "w2.weight", "w2"))
-                depth = 2 * self.config.layers if residual else 1
-                # Experts' w2 is not transposed: its inputs are rows.
-                inputs = self.config.ffn_width if name.endswith("w2") else parameter.shape[-1]
-                nn.init.normal_(parameter, std=1 / math.sqrt(inputs * depth))
+            new_weight(name, parameter, self.config)
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """[B, T] ids -> [B, T, D]."""
@@ -230,9 +248,10 @@ class Decoder(nn.Module):
         """
         angles = rotary_angles(position_ids_BT, self.config)
         bias = self._bias(x_BTD, mask, cache.length if cache else 0)
-        recompute = self.checkpoint_layers and self.training and torch.is_grad_enabled()
+        training = self.training and torch.is_grad_enabled()
+        again = {"none": 0, "selective": 2, "full": 1}[self.checkpointing if training else "none"]
         for index, layer in enumerate(self.layers):
-            if recompute:
+            if again and index % again == 0:
                 x_BTD, uneven = checkpoint(layer, x_BTD, angles, bias, cache, index, use_reentrant=False)
             else:
                 x_BTD, uneven = layer(x_BTD, angles, bias, cache, index)
@@ -255,8 +274,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] hidden states -> [..., vocab]."""
-        weight = self.tok_embeddings.weight if self.output is None else self.output.weight
-        return F.linear(hidden, weight)
+        return torch.as_tensor((self.tok_embeddings if self.output is None else self.output)(hidden))
 
     def flops(self, tokens: int, context: int, supervised: int) -> float:
         """Of a forward pass: `tokens` positions that each attend over rows of `context`, `supervised` logits."""

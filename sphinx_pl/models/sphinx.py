@@ -48,6 +48,11 @@ def packed_mask(segment_ids_BT: Tensor, branch_ids_BT: Tensor) -> Tensor:
     return (causal & same & visible | itself)[:, None]
 
 
+def _numel(parameter: nn.Parameter) -> int:
+    """Of the whole parameter, of which ZeRO-3 leaves nothing here between two uses."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
 class Sphinx(nn.Module):
     """The vision mixer in front of the decoder; `mixer` is None for a text-only model."""
 
@@ -150,8 +155,8 @@ class Sphinx(nn.Module):
         """(part, trainable parameters, frozen parameters) of every part."""
         table = []
         for name, parameters in self.part_parameters().items():
-            trainable = sum(p.numel() for p in parameters if p.requires_grad)
-            table.append((name, trainable, sum(p.numel() for p in parameters) - trainable))
+            trainable = sum(_numel(p) for p in parameters if p.requires_grad)
+            table.append((name, trainable, sum(_numel(p) for p in parameters) - trainable))
         return table
 
     def flops_per_image(self) -> float:

@@ -286,19 +286,27 @@ class QFormer(Tower):
         return vision + c.layers * layer + crossing * cross
 
 
-def build_towers(config: VisionConfig) -> nn.ModuleDict:
-    """The configured towers, in the order clip, convnext, dinov2, qformer, with new weights."""
-    towers: list[Tower] = []
-    if config.clip:
-        towers.append(ClipViT(config.clip, config.half_resize))
-    if config.convnext:
+def build_tower(config: VisionConfig, key: str) -> Tower:
+    """One of the configured towers, with new weights."""
+    tower: Tower
+    if key == "clip":
+        assert config.clip
+        tower = ClipViT(config.clip, config.half_resize)
+    elif key == "convnext":
+        assert config.convnext
         # The original sends this tower's overview through a float16 resize even where the size fits.
         half_input = config.half_resize and config.grid == 1
-        towers.append(ConvNext(config.convnext, config.patch_grid, config.half_resize, half_input))
-    if config.dinov2:
-        towers.append(Dinov2(config.dinov2, config.half_resize))
-    if config.qformer:
-        towers.append(QFormer(config.qformer, config.half_resize))
-    for tower in towers:
-        tower.init_weights()
-    return nn.ModuleDict({tower.key: tower for tower in towers})
+        tower = ConvNext(config.convnext, config.patch_grid, config.half_resize, half_input)
+    elif key == "dinov2":
+        assert config.dinov2
+        tower = Dinov2(config.dinov2, config.half_resize)
+    else:
+        assert config.qformer
+        tower = QFormer(config.qformer, config.half_resize)
+    tower.init_weights()
+    return tower
+
+
+def build_towers(config: VisionConfig) -> nn.ModuleDict:
+    """The configured towers, in the order clip, convnext, dinov2, qformer, with new weights."""
+    return nn.ModuleDict({key: build_tower(config, key) for key in config.towers})

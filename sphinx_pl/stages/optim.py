@@ -9,16 +9,23 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from sphinx_pl.errors import UserError
+from sphinx_pl.errors import UserError, suggest
+
+
+KINDS = ("adamw", "sgd")
 
 
 @dataclass
 class OptimConfig:
-    """AdamW and a warm-up + cosine schedule. `warmup` counts steps, or is a share of all steps if below 1.
+    """An optimizer and a warm-up + cosine schedule. `warmup` counts steps, or is a share of all steps if below 1.
 
     `lr_scale`: factors on the whole schedule of some of the model's parts (1 for the rest), such as `{clip: 0.1}` for a
     pretrained tower that is to change slowly.
+
+    `kind`: adamw, or sgd (without momentum), which shows what Adam hides: gradients that are off by a factor.
     """
+
+    kind: str = "adamw"
 
     lr: float = 5e-5
     min_lr: float = 0.0
@@ -29,6 +36,8 @@ class OptimConfig:
     lr_scale: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UserError(f"stage.optim.kind={self.kind}: {suggest(self.kind, KINDS)}")
         for part, factor in self.lr_scale.items():
             if factor <= 0:
                 raise UserError(
@@ -66,8 +75,8 @@ def warmup_cosine(config: OptimConfig, max_steps: int) -> Callable[[int], float]
     return factor
 
 
-def build_adamw(parts: Mapping[str, Iterable[nn.Parameter]], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the parameters of a model's `parts` that train: two groups for each learning rate, see `decay_groups`.
+def build_optimizer(parts: Mapping[str, Iterable[nn.Parameter]], config: OptimConfig) -> torch.optim.Optimizer:
+    """Over the parameters of a model's `parts` that train: two groups for each learning rate, see `decay_groups`.
 
     A group keeps its factor as "lr_scale".
     """
@@ -79,6 +88,8 @@ def build_adamw(parts: Mapping[str, Iterable[nn.Parameter]], config: OptimConfig
         for factor, parameters in rates.items()
         for group in decay_groups(parameters, config.weight_decay)
     ]
+    if config.kind == "sgd":
+        return torch.optim.SGD(groups)
     return torch.optim.AdamW(
         groups,
         betas=(config.betas[0], config.betas[1]),

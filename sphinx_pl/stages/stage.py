@@ -6,25 +6,34 @@ mixture, from which weights and how long: all of it configuration, so there is o
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import math
 from dataclasses import asdict
 from typing import Any, cast
 
 import lightning as L
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from sphinx_pl.checkpoint.format import differences, open_checkpoint
 from sphinx_pl.checkpoint.provenance import hash_file
-from sphinx_pl.checkpoint.towers import check_pretrained, load_pretrained
+from sphinx_pl.checkpoint.towers import check_pretrained
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.record import Batch
+from sphinx_pl.distributed.checkpointing import TrainingCheckpointIO, group_names
+from sphinx_pl.distributed.collective import of_all_ranks
+from sphinx_pl.distributed.sharded import Sharded
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.models.config import SphinxConfig
-from sphinx_pl.models.decoder import Decoder
+from sphinx_pl.models.decoder import CHECKPOINTING, Decoder
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.models.towers import Tower, build_towers
-from sphinx_pl.stages.optim import OptimConfig, build_adamw, warmup_cosine
+from sphinx_pl.stages import gradients
+from sphinx_pl.stages.build import Placement, Whole, build_model
+from sphinx_pl.stages.optim import OptimConfig, build_optimizer, warmup_cosine
 from sphinx_pl.typed import build
 
 log = logging.getLogger(__name__)
@@ -36,6 +45,15 @@ _FREE = (
     "model.vision.half_resize",
 )
 """What a run may choose anew for weights that were trained with another value."""
+
+
+class NonFinite(UserError):
+    """Training came to nothing: too many steps in a row without finite gradients."""
+
+
+def parts_of(config: SphinxConfig) -> list[str]:
+    """Names of the parts that a model of this configuration has."""
+    return ["decoder", *(["projections", *config.vision.towers] if config.vision else [])]
 
 
 class Stage(L.LightningModule):
@@ -50,6 +68,8 @@ class Stage(L.LightningModule):
         init_from: checkpoint folder whose weights this stage starts from; null starts from random weights and the
             towers' own `load` entries.
         val_names: names of the held-out sources, in the order of the validation loaders.
+        checkpointing: of the decoder's activations, see `Decoder`: less memory for more work.
+        max_nonfinite: steps in a row whose gradients may be infinite or not a number before the run stops.
     """
 
     def __init__(
@@ -61,6 +81,8 @@ class Stage(L.LightningModule):
         max_steps: int,
         init_from: str | None = None,
         val_names: list[str] | None = None,
+        checkpointing: str = "none",
+        max_nonfinite: int = 10,
     ) -> None:
         super().__init__()
         self.config = model
@@ -70,6 +92,8 @@ class Stage(L.LightningModule):
         self.max_steps = max_steps
         self.init_from = init_from
         self.val_names = val_names or []
+        self.checkpointing = checkpointing
+        self.max_nonfinite = max_nonfinite
         self.model: Sphinx | None = None
         self.parents: list[dict[str, Any]] = []
         """Identities of the checkpoints that the weights come from."""
@@ -81,6 +105,11 @@ class Stage(L.LightningModule):
         self.validated_at = -1
         """Optimizer steps behind the last held-out losses."""
         self._tasks: list[str] = []
+        # Of the window that is being trained on: what each micro-batch's losses are of.
+        self._window: list[tuple[Batch, Tensor, Tensor]] = []
+        self.nonfinite_steps = 0
+        """Steps that were left out since their gradients were not finite."""
+        self._nonfinite_in_a_row = 0
 
     # -- building ---------------------------------------------------------------------------------------------------
 
@@ -94,8 +123,11 @@ class Stage(L.LightningModule):
             UserError: an unknown part, no checkpoint at `init_from` or one of another model or tokenizer, or weights to
                 start from that are not there or not this model's.
         """
-        vision = self.config.vision
-        parts = ["decoder", *(["projections", *vision.towers] if vision else [])]
+        parts = parts_of(self.config)
+        if self.checkpointing not in CHECKPOINTING:
+            raise UserError(
+                f"stage.checkpointing={self.checkpointing}: {suggest(self.checkpointing, list(CHECKPOINTING))}"
+            )
         if not self.train_parts:
             raise UserError(f"stage.train_parts is empty, so nothing would train: choose among {', '.join(parts)}")
         for part in self.train_parts:
@@ -144,27 +176,30 @@ class Stage(L.LightningModule):
                     if source := getattr(vision, key).load:
                         check_pretrained(cast(Tower, tower), source)
 
+    def setup(self, stage: str) -> None:
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, Sharded) and type(strategy.checkpoint_io) is TorchCheckpointIO:
+            strategy.checkpoint_io = TrainingCheckpointIO()
+
     def configure_model(self) -> None:
         if self.model is not None:
             return
         self.check()
-        model = Sphinx(self.config)
-        if self.init_from and not self.resumed:
-            checkpoint = open_checkpoint(self.init_from)
-            checkpoint.load_into(model)
-            self.parents = [checkpoint.identity()]
-        elif not self.resumed:
-            self._load_pretrained(model)
-        model.freeze([part for part in model.parts() if part not in self.train_parts])
-        self.model = model
+        strategy = self._trainer.strategy if self._trainer is not None else None
+        placement: Placement = strategy.placement() if isinstance(strategy, Sharded) else self._whole(strategy)
+        weights = open_checkpoint(self.init_from) if self.init_from and not self.resumed else None
+        frozen = [part for part in parts_of(self.config) if part not in self.train_parts]
+        self.model = build_model(self.config, frozen, placement, weights, self.resumed)
+        self.model.decoder.checkpointing = self.checkpointing
+        if weights is not None and placement.reads:
+            self.parents = [weights.identity()]
 
-    def _load_pretrained(self, model: Sphinx) -> None:
-        if source := self.config.decoder.load:
-            open_checkpoint(source).load_into(model.decoder, "decoder.")
-        for key, tower in model.mixer.towers.items() if model.mixer is not None else ():
-            source = getattr(self.config.vision, key).load
-            if source:
-                load_pretrained(cast(Tower, tower), source)
+    @staticmethod
+    def _whole(strategy: Any) -> Whole:
+        """DDP gives all ranks the first one's weights, so that they are read once."""
+        if strategy is None:
+            return Whole()
+        return Whole(strategy.root_device, reads=strategy.is_global_zero or not isinstance(strategy, DDPStrategy))
 
     @property
     def sphinx(self) -> Sphinx:
@@ -172,7 +207,7 @@ class Stage(L.LightningModule):
         return self.model
 
     def configure_optimizers(self) -> Any:
-        optimizer = build_adamw(self.sphinx.part_parameters(), self.optim)
+        optimizer = build_optimizer(self.sphinx.part_parameters(), self.optim)
         schedule = warmup_cosine(self.optim, self.max_steps)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -191,7 +226,11 @@ class Stage(L.LightningModule):
         if self.trainer.world_size > 1:
             torch.distributed.all_reduce(total)
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / total.clamp(min=1e-8)
-        self._count(batch, losses.nll.detach(), losses.index)
+        nll = losses.nll.detach()
+        self._count(batch, nll, losses.index)
+        if self._window and self._window[-1][0].window_end:
+            self._window.clear()
+        self._window.append((dataclasses.replace(batch, pixels=batch.pixels[:0]), nll, losses.index))
         loss: Tensor = (losses.nll * weights).sum() * scale + losses.extra
         return loss
 
@@ -206,23 +245,71 @@ class Stage(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["task_sums"] = self._task_sums
         checkpoint["parents"] = self.parents
+        checkpoint["nonfinite"] = [self.nonfinite_steps, self._nonfinite_in_a_row]
+        strategy = self.trainer.strategy
+        if isinstance(strategy, Sharded):
+            checkpoint["optimizer_names"] = strategy.optimizer_names
+        else:
+            checkpoint["optimizer_names"] = group_names(self.sphinx, strategy.optimizers)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._task_sums = checkpoint["task_sums"]
         self.parents = checkpoint["parents"]
+        self.nonfinite_steps, self._nonfinite_in_a_row = checkpoint["nonfinite"]
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip by the global norm, and log the step: here its loss, gradients and learning rate are all known."""
-        norm = torch.nn.utils.clip_grad_norm_(
-            [p for p in self.parameters() if p.grad is not None], gradient_clip_val or float("inf")
-        )
+        """Clip by the global norm, and log the step: here its loss, gradients and learning rate are all known.
+
+        Raises:
+            NonFinite: the gradients were not finite in more than `max_nonfinite` steps in a row.
+        """
+        if not self._window[-1][0].window_end:  # DeepSpeed asks after every micro-batch
+            return
+        norm, by_part = gradients.norms(self.sphinx.part_parameters())
+        if math.isfinite(norm):
+            self._nonfinite_in_a_row = 0
+            factor = (gradient_clip_val or math.inf) / (norm + 1e-6)
+            if factor < 1:
+                gradients.scale(list(self.parameters()), factor)
+        else:
+            self._leave_out(norm)
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
             group = optimizer.param_groups[0]
-            self._log_steps(float(norm), float(group["lr"] / group.get("lr_scale", 1.0)))
+            self._log_steps(norm, by_part, float(group["lr"] / group.get("lr_scale", 1.0)))
 
-    def _log_steps(self, gradient_norm: float, lr: float) -> None:
+    def _leave_out(self, norm: float) -> None:
+        """Make this step one that changes nothing, and say whose samples it had."""
+        for parameter in self.parameters():
+            parameter.grad = None  # optimizers pass over these; ZeRO-3 sees the norm and skips the step by itself
+        self.nonfinite_steps += 1
+        self._nonfinite_in_a_row += 1
+        found = of_all_ranks(self._suspects(), self.trainer.world_size)
+        bad, all_keys = [key for keys, _ in found for key in keys], [key for _, keys in found for key in keys]
+        named = bad or all_keys
+        what = "samples with such a loss" if bad else "all losses are finite; its samples"
+        log.warning(
+            "step %d is left out, its gradient norm is %s; %s: %s%s",
+            self.global_step,
+            norm,
+            what,
+            ", ".join(named[:20]),
+            f" and {len(named) - 20} more" if len(named) > 20 else "",
+        )
+        if self._nonfinite_in_a_row > self.max_nonfinite:
+            raise NonFinite(
+                f"{self._nonfinite_in_a_row} steps in a row up to step {self.global_step} had infinite gradients or "
+                "gradients that are not a number (stage.max_nonfinite): lower stage.optim.lr, or leave out the samples "
+                "that the log names"
+            )
+
+    def _suspects(self) -> tuple[list[str], list[str]]:
+        """Keys of this rank's samples of the window: those whose loss is not finite, and all."""
+        bad = [key for batch, nll, index in self._window for key in batch.keys_at(index[~nll.isfinite()])]
+        return list(dict.fromkeys(bad)), [key for batch, _, _ in self._window for key in batch.keys]
+
+    def _log_steps(self, norm: float, by_part: dict[str, float], lr: float) -> None:
         """A row for the steps since the last one. `step` counts those that were finished before this one.
 
         Given to the loggers directly: Lightning would hand it on only after the checkpoint of this step is written, and
@@ -232,7 +319,10 @@ class Stage(L.LightningModule):
         nll, count = self._reduced(self._task_sums).tolist()
         self._task_sums = None
         loss = sum(nll) / max(sum(count), 1)
-        metrics = {"train/loss": loss, "train/grad_norm": gradient_norm, "train/lr": lr}
+        metrics = {"train/loss": loss, "train/grad_norm": norm, "train/lr": lr}
+        metrics |= {f"train/grad_norm/{part}": value for part, value in by_part.items()}
+        if self.nonfinite_steps:
+            metrics["train/nonfinite_steps"] = float(self.nonfinite_steps)
         for task, total, n in zip(self._tasks, nll, count, strict=True):
             if n:
                 metrics[f"train/loss_task/{task}"] = total / n

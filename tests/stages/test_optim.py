@@ -8,7 +8,7 @@ from torch import nn
 
 from sphinx_pl.errors import UserError
 from sphinx_pl.models.sphinx import Sphinx
-from sphinx_pl.stages.optim import OptimConfig, build_adamw, decay_groups, warmup_cosine
+from sphinx_pl.stages.optim import OptimConfig, build_optimizer, decay_groups, warmup_cosine
 from tests.conftest import tiny_model
 
 
@@ -41,7 +41,7 @@ def test_a_run_that_is_all_warmup_reaches_the_peak_and_no_more() -> None:
 
 def test_the_optimizer_steps_through_the_schedule() -> None:
     config = OptimConfig(lr=0.1, min_lr=0.01, warmup=1, weight_decay=0.0)
-    optimizer = build_adamw({"all": nn.Linear(1, 1).parameters()}, config)
+    optimizer = build_optimizer({"all": nn.Linear(1, 1).parameters()}, config)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(config, 3))
     rates = []
     for _ in range(4):
@@ -81,7 +81,7 @@ def test_the_models_norms_biases_and_image_marks_do_not_decay() -> None:
 def test_one_step_of_decay_shrinks_matrices_only() -> None:
     module = nn.Linear(2, 2)
     before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
-    optimizer = build_adamw(
+    optimizer = build_optimizer(
         {"all": module.parameters()}, OptimConfig(lr=0.1, weight_decay=0.5, betas=(0.8, 0.95), eps=1e-6)
     )
     assert optimizer.defaults["betas"] == (0.8, 0.95)
@@ -102,7 +102,7 @@ def test_rates_that_make_no_sense_are_answered_in_one_line(values: dict[str, flo
 def test_parts_have_learning_rates_of_their_own() -> None:
     model = Sphinx(tiny_model())
     config = OptimConfig(lr=0.01, min_lr=0.001, warmup=1, lr_scale={"convnext": 4.0, "clip": 4.0})
-    optimizer = build_adamw(model.part_parameters(), config)
+    optimizer = build_optimizer(model.part_parameters(), config)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(config, 1))
     peak = [(group["lr"], group["lr_scale"], group["weight_decay"]) for group in optimizer.param_groups]
     assert peak == [(0.005, 1.0, 0.1), (0.005, 1.0, 0.0), (0.02, 4.0, 0.1), (0.02, 4.0, 0.0)]

@@ -1,0 +1,83 @@
+"""Lightning's checkpoints as training checkpoints of ours (`sphinx_pl.checkpoint.training`), for every engine.
+
+Where a process holds the whole model, `TrainingCheckpointIO` stands between Lightning and the disk; a `Sharded` strategy
+writes and reads its ranks' parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from torch import Tensor, nn
+
+from sphinx_pl.checkpoint.training import WEIGHT, Piece, Pieces, write_pieces, write_rest
+
+PREFIX = "model."
+"""Of the model's names in the state dict of the module that trains it."""
+STEP = "step"
+"""The optimizer's name of its counter, which is a number and no piece."""
+
+
+def group_names(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> list[list[str]]:
+    """The parameters of each of the optimizer's groups, by name."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [[names[id(p)] for p in group["params"]] for optimizer in optimizers for group in optimizer.param_groups]
+
+
+def options_of(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What an optimizer's groups hold beside their parameters."""
+    return [{key: value for key, value in group.items() if key != "params"} for group in groups]
+
+
+class TrainingCheckpointIO(CheckpointIO):
+    """One process writes the whole model as one rank's pieces; each one reads all of it, whoever wrote it."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        rest = dict(checkpoint)
+        weights = {name.removeprefix(PREFIX): value for name, value in rest.pop("state_dict").items()}
+        optimizers = rest.pop("optimizer_states")
+        names = [name for group in rest["optimizer_names"] for name in group]
+        rest["optimizer_groups"] = [group for state in optimizers for group in options_of(state["param_groups"])]
+        states = dict(zip(names, (s for state in optimizers for _, s in sorted(state["state"].items())), strict=False))
+        rest["optimizer_steps"] = {name: float(state[STEP]) for name, state in states.items() if STEP in state}
+        write_pieces(folder, 0, 1, self._pieces(weights, states))
+        write_rest(folder, 1, {name: value.shape for name, value in weights.items()}, rest)
+
+    @staticmethod
+    def _pieces(weights: Mapping[str, Tensor], states: Mapping[str, Mapping[str, Any]]) -> Iterator[Piece]:
+        for name, value in weights.items():
+            yield Piece(WEIGHT, name, 0, value.detach().flatten())
+        for name, state in states.items():
+            for kind, value in state.items():
+                if kind != STEP and isinstance(value, Tensor):
+                    yield Piece(kind, name, 0, value.flatten())
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        pieces = Pieces(Path(path))
+        checkpoint = pieces.state()
+        shapes = pieces.shapes
+        checkpoint["state_dict"] = {PREFIX + name: pieces.read(name).view(shapes[name]) for name in shapes}
+        names, groups = checkpoint.pop("optimizer_names"), checkpoint.pop("optimizer_groups")
+        steps, kinds = checkpoint.pop("optimizer_steps"), pieces.kinds()
+        state: dict[int, dict[str, Any]] = {}
+        param_groups = []
+        for own, options in zip(names, groups, strict=True):
+            first = len(state)
+            for name in own:
+                state[len(state)] = {
+                    kind: pieces.read(name, kind=kind).view(shapes[name]) for kind in kinds if pieces.has(name, kind)
+                } | ({STEP: torch.tensor(steps[name])} if name in steps else {})
+            param_groups.append({**options, "params": list(range(first, len(state)))})
+        checkpoint["optimizer_states"] = [
+            {"state": {i: values for i, values in state.items() if values}, "param_groups": param_groups}
+        ]
+        return checkpoint
+
+    def remove_checkpoint(self, path: Any) -> None:
+        raise NotImplementedError("the callback that writes checkpoints also removes them")

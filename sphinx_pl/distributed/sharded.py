@@ -1,0 +1,156 @@
+"""What strategies have in common under which a rank holds only a part of the model."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sphinx_pl.checkpoint.training import WEIGHT, Piece, Pieces, write_pieces, write_rest
+from sphinx_pl.distributed.checkpointing import STEP, group_names, options_of
+from sphinx_pl.distributed.collective import of_all_ranks
+from sphinx_pl.errors import UserError
+
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import ParallelStrategy as Base
+
+    from sphinx_pl.models.sphinx import Sphinx
+    from sphinx_pl.stages.build import Placement
+else:
+    Base = object
+
+
+class Sharded(Base):
+    """Mixed into a Lightning strategy: training checkpoints are written and read by all ranks, each its own part."""
+
+    optimizer_names: list[list[str]]
+    """The optimizer's groups, by name of parameter."""
+    _pieces: Pieces | None = None
+
+    @abstractmethod
+    def placement(self) -> Placement:
+        """Where the parameters of the model that is being built go."""
+
+    @abstractmethod
+    def held(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """This rank's elements [start, stop) of the flattened parameter."""
+
+    @abstractmethod
+    def local_weight(self, parameter: nn.Parameter) -> Tensor:
+        """Those elements, as the optimizer works on them (flat, writable)."""
+
+    @abstractmethod
+    def local_states(self, parameter: nn.Parameter) -> dict[str, Any]:
+        """The optimizer's states of them (flat, writable), and its `step`."""
+
+    @abstractmethod
+    def restored(self) -> None:
+        """After all local weights and states were written: bring what follows from them up to date."""
+
+    @abstractmethod
+    def allocate_states(self) -> None:
+        """Make the optimizer's states exist, which it does itself only in its first step."""
+
+    @property
+    def _sphinx(self) -> Sphinx:
+        module: Any = self.lightning_module
+        return module.sphinx  # type: ignore[no-any-return]
+
+    # -- writing ----------------------------------------------------------------------------------------------------
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        return {}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Raises: UserError: on all ranks, if one of them could not write."""
+        folder = Path(self.broadcast(str(filepath)))
+        error = ""
+        if self.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+        self.barrier()
+        try:
+            write_pieces(folder, self.global_rank, self.world_size, self._local_pieces())
+        except OSError as failure:
+            error = f"rank {self.global_rank} cannot write to '{folder}': {failure}"
+        if errors := [found for found in of_all_ranks(error, self.world_size) if found]:
+            raise UserError(f"{errors[0]}: free some space, or repair the disk; earlier checkpoints are untouched")
+        if self.is_global_zero:
+            rest = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
+            rest["optimizer_groups"] = options_of(self.optimizers[0].param_groups)
+            rest["optimizer_steps"] = {
+                name: float(states[STEP])
+                for name, parameter in self._sphinx.named_parameters()
+                if parameter.requires_grad and STEP in (states := self.local_states(parameter))
+            }
+            shapes = {name: self.shape(parameter) for name, parameter in self._sphinx.named_parameters()}
+            write_rest(folder, self.world_size, shapes, rest)
+        self.barrier()
+
+    @abstractmethod
+    def shape(self, parameter: nn.Parameter) -> torch.Size:
+        """Of the whole parameter."""
+
+    def _local_pieces(self) -> Iterator[Piece]:
+        for name, parameter in self._sphinx.named_parameters():
+            start, stop = self.held(parameter)
+            if stop <= start:
+                continue
+            yield Piece(WEIGHT, name, start, self.local_weight(parameter))
+            for kind, values in self.local_states(parameter).items() if parameter.requires_grad else ():
+                if kind != STEP:
+                    yield Piece(kind, name, start, values)
+
+    # -- reading ----------------------------------------------------------------------------------------------------
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        self._pieces = Pieces(Path(checkpoint_path))
+        return self._pieces.state()
+
+    @torch.no_grad()
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self._pieces is not None
+        for name, parameter in self._sphinx.named_parameters():
+            start, stop = self.held(parameter)
+            if start < stop:
+                self.local_weight(parameter).copy_(self._pieces.read(name, start, stop))
+        self.restored()
+
+    @torch.no_grad()
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        pieces = self._pieces
+        assert pieces is not None
+        [optimizer] = self.optimizers
+        for group, options in zip(optimizer.param_groups, checkpoint["optimizer_groups"], strict=True):
+            group.update(options)
+        steps = checkpoint["optimizer_steps"]
+        if steps or pieces.kinds():
+            self.allocate_states()
+        for name, parameter in self._sphinx.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            start, stop = self.held(parameter)
+            for kind, values in self.local_states(parameter).items():
+                if kind == STEP:
+                    values.fill_(steps[name])
+                elif start < stop:
+                    values.copy_(pieces.read(name, start, stop, kind))
+        self._pieces = None
+
+    def note_groups(self, optimizer: torch.optim.Optimizer) -> None:
+        """Remember the optimizer's groups by name, before the engine puts its own tensors into them."""
+        self.optimizer_names = group_names(self._sphinx, [optimizer])

@@ -1,0 +1,135 @@
+"""A model comes into being a tensor at a time, where it will live: it never exists whole in one process.
+
+Every rank makes the same modules without memory (on the meta device). Then, for each parameter in turn, one process has
+its value (read, or drawn) and a `Placement` puts it where it belongs: whole on this device, or a part on each rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sphinx_pl.checkpoint.format import Checkpoint, open_checkpoint
+from sphinx_pl.checkpoint.towers import pretrained_values
+from sphinx_pl.models.config import SphinxConfig
+from sphinx_pl.models.decoder import new_weight
+from sphinx_pl.models.sphinx import Sphinx
+from sphinx_pl.models.towers import Tower, build_tower
+
+TOWERS = "mixer.towers."
+
+
+class Placement(Protocol):
+    """Where parameters live."""
+
+    reads: bool
+    """Whether this process has to know values; the others get theirs from one that does."""
+
+    def prepare(self, model: Sphinx) -> None:
+        """Before the first parameter; the model is on the meta device, its frozen parts without gradients."""
+
+    def put(self, owner: nn.Module, name: str, value: Tensor | None) -> None:
+        """Give `owner`'s meta parameter `name` its memory, and the value where there is one. All ranks call it together."""
+
+
+class Whole:
+    """All of it on one device, in float32."""
+
+    def __init__(self, device: torch.device | str = "cpu", reads: bool = True) -> None:
+        self.device = torch.device(device)
+        self.reads = reads
+
+    def prepare(self, model: Sphinx) -> None:
+        pass
+
+    def put(self, owner: nn.Module, name: str, value: Tensor | None) -> None:
+        like = owner.get_parameter(name)
+        data = torch.empty(like.shape, dtype=like.dtype, device=self.device)
+        if value is not None:
+            data.copy_(value)
+        setattr(owner, name, nn.Parameter(data, requires_grad=like.requires_grad))
+
+
+def build_model(
+    config: SphinxConfig, frozen: Iterable[str], placement: Placement, weights: Checkpoint | None, resumed: bool = False
+) -> Sphinx:
+    """A model of which each process holds what `placement` leaves to it.
+
+    Args:
+        frozen: parts without gradients.
+        weights: to start from; None reads the `load` entries of decoder and towers and draws the rest, from torch's
+            generator on the CPU, so that the numbers do not depend on the device or on the ranks.
+        resumed: values come later, from a training checkpoint; none is read or drawn.
+
+    Raises:
+        UserError: `weights` has other names or shapes.
+    """
+    with torch.device("meta"):
+        model = Sphinx(config)
+    names = [name for name, _ in model.named_parameters()]
+    assert not list(model.buffers()), "buffers have no place yet"
+    if weights is not None:
+        weights.check(model)
+    model.freeze(frozen)
+    placement.prepare(model)
+    value: Callable[[str], Tensor] | None = None
+    if placement.reads and not resumed:
+        value = weights.tensor if weights is not None else Fresh(config)
+    with torch.no_grad():
+        for name in names:
+            owner, _, own = name.rpartition(".")
+            placement.put(model.get_submodule(owner), own, value(name) if value else None)
+    return model
+
+
+class Fresh:
+    """Values of a model that starts anew, by name: released weights where the configuration names them, else drawn.
+
+    Asked in the model's own order it holds one decoder matrix at a time, and one tower that is drawn.
+    """
+
+    def __init__(self, config: SphinxConfig) -> None:
+        self.config = config
+        with torch.device("meta"):
+            self.model = Sphinx(config)
+        self._decoder = open_checkpoint(config.decoder.load) if config.decoder.load else None
+        self._module = ""
+        self._values: Callable[[str], Tensor] = lambda name: torch.empty(0)
+
+    def __call__(self, name: str) -> Tensor:
+        if name.startswith("decoder."):
+            if self._decoder is not None:
+                return self._decoder.tensor(name)
+            return new_weight(name, torch.empty(self.model.get_parameter(name).shape), self.config.decoder)
+        if name.startswith(TOWERS):
+            key = name.removeprefix(TOWERS).split(".")[0]
+            module = TOWERS + key
+            make: Callable[[], Callable[[str], Tensor]] = lambda: self._tower(key)  # noqa: E731
+        else:
+            module = name.rpartition(".")[0]
+            if module == "mixer":  # the start, end and skip embeddings
+                return torch.randn(self.model.get_parameter(name).shape) * 0.02
+            make = lambda: _reset(self.model.get_submodule(module))  # noqa: E731
+        if module != self._module:
+            self._values = make()
+            self._module = module
+        return self._values(name.removeprefix(f"{module}."))
+
+    def _tower(self, key: str) -> Callable[[str], Tensor]:
+        assert self.config.vision is not None
+        assert self.model.mixer is not None
+        tower = self.model.mixer.towers[key]
+        assert isinstance(tower, Tower)
+        if source := getattr(self.config.vision, key).load:
+            return pretrained_values(tower, source)
+        return build_tower(self.config.vision, key).get_parameter
+
+
+def _reset(module: nn.Module) -> Callable[[str], Tensor]:
+    """The parameters of a small module of PyTorch's, as it draws them itself."""
+    module.to_empty(device="cpu")
+    module.reset_parameters()  # type: ignore[operator]
+    return module.get_parameter
