@@ -5,13 +5,14 @@
 
 Overrides are those of train.py, whose stage and trainer run on random batches (no data is needed); several devices are
 as many processes. Measured are bytes that PyTorch's allocator has handed out since before the model was built: on a CPU
-from the profiler's memory events, which also see what lives inside one operation, on a GPU its own maximum.
+from the profiler's memory events, which also see what lives inside one operation (of several ranks, by following every
+tensor's storage), on a GPU its own maximum.
 """
 
 from __future__ import annotations
 
 import argparse
-import inspect
+import contextlib
 import os
 import subprocess
 import sys
@@ -35,12 +36,12 @@ from torch.utils.data import DataLoader
 from sphinx_pl.cli import CONFIG_FOLDER, register_resolvers, report
 from sphinx_pl.data.record import IGNORE, Batch
 from sphinx_pl.errors import UserError
-from sphinx_pl.memory import Shape
+from sphinx_pl.memory import LiveBytes, Shape
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.plan import Plan, make_plan
 
 MARK = "from here on"
-_STRATEGY_KEYS = ("accumulate", "clip", "val_every", "text_required")
+_NOT_THE_STAGES = ("accumulate", "clip", "val_every", "text_required")
 
 
 @dataclass(frozen=True)
@@ -98,10 +99,15 @@ def random_batch(config: SphinxConfig, shape: Shape) -> Batch:
 class _Mark(L.Callback):
     """Says when the optimizer has its states: what was there for a moment at the start does not count."""
 
+    def __init__(self, follow: LiveBytes | None) -> None:
+        self.follow = follow
+
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, index: int) -> None:
         if trainer.global_step == 1 and index == trainer.accumulate_grad_batches:
             if module.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
+            if self.follow is not None:
+                self.follow.phase = MARK
             with record_function(MARK):
                 pass
 
@@ -111,24 +117,27 @@ def peak_of(cfg: DictConfig, shape: Shape) -> int:
     config = SphinxConfig.from_dict(cfg.model)
     options: dict[str, Any] = OmegaConf.to_container(cfg.stage, resolve=True)  # type: ignore[assignment]
     kind = get_class(options.pop("_target_"))
-    for key in _STRATEGY_KEYS:
+    for key in _NOT_THE_STAGES:
         options.pop(key)
     batch = random_batch(config, shape)
     endless = DataLoader([batch] * 1000, batch_size=None, collate_fn=None)  # type: ignore[arg-type]
     on_gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
-    with profile(enabled=not on_gpu, profile_memory=True, use_kineto=True) as profiler:
-        checkpointing = options.get("checkpointing", "none")
-        if "checkpointing" not in inspect.signature(kind).parameters:
-            options.pop("checkpointing", None)
+    # Ranks: the profiler would miss what is freed by the threads of a collective call, so storages are followed.
+    follow = LiveBytes() if trainer_ranks(cfg) > 1 and not on_gpu else None
+    with profile(enabled=not on_gpu and follow is None, profile_memory=True, use_kineto=True) as profiler:
         stage = kind(config, **options)
-        if checkpointing == "full" and "checkpointing" not in options:
-            stage.configure_model()
-            stage.model.decoder.checkpoint_layers = True
-        trainer: L.Trainer = instantiate(cfg.trainer, callbacks=[_Mark()], logger=False, limit_val_batches=0)
-        trainer.fit(stage, endless)
+        trainer: L.Trainer = instantiate(cfg.trainer, callbacks=[_Mark(follow)], logger=False, limit_val_batches=0)
+        with follow or contextlib.nullcontext():
+            trainer.fit(stage, endless)
+    if follow is not None:
+        return int(follow.peaks[MARK].total())
     if on_gpu:
         return torch.cuda.max_memory_allocated()
     return _peak(profiler.kineto_results.events())
+
+
+def trainer_ranks(cfg: DictConfig) -> int:
+    return int(os.environ.get("WORLD_SIZE", cfg.trainer.devices))
 
 
 def _peak(events: Any) -> int:

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 
 from sphinx_pl.data.record import Batch
 from sphinx_pl.errors import UserError
@@ -64,21 +63,31 @@ class Run:
     """Reduced block by block (FSDP2), not parameter by parameter."""
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes of the storages that are made while it is active, as long as they live; the most of each phase."""
 
-    def __init__(self, parameters: Iterable[Tensor], supervised: int, vocab_size: int, choices: int) -> None:
-        super().__init__()
+    def __init__(
+        self, parameters: Iterable[Tensor] = (), logits: tuple[int, int] | None = None, choices: int = 0
+    ) -> None:
+        """
+        Args:
+            parameters: what was there before; it does not count.
+            logits: the shape of the output head's result, where tensors have no values: so many positions are then
+                found to be supervised, and so many to have chosen an expert (`choices`).
+        """
+        super().__init__()  # type: ignore[no-untyped-call]
         self.phase = "start"
         self.live: Counter[str] = Counter()
         self.peaks: dict[str, Counter[str]] = {}
         self._known: dict[int, tuple[weakref.ref[Any], int, str]] = {}
         self._parameters = {parameter.untyped_storage()._cdata for parameter in parameters}
-        self._logits = (supervised, vocab_size)
+        self._logits = logits
         self._choices = choices
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.ops.aten.nonzero.default:  # how many there are is not known without values
+        if (
+            function is torch.ops.aten.nonzero.default and self._logits
+        ):  # how many there are is not known without values
             rows = self._logits[0] if args[0].dim() == 1 else self._choices
             result = torch.empty(rows, args[0].dim(), dtype=torch.int64, device=args[0].device)
         else:
@@ -212,17 +221,13 @@ class _Simulation:
         self.layers = list(model.decoder.layers)
         self.dtype = dtype
         self.tracker: LiveBytes | None = None
-        self._outer: Callable[[str], None] = lambda phase: None
-        for index, layer in enumerate(self.layers):
-            if run.checkpointing == "full" or (run.checkpointing == "selective" and index % 2 == 0):
-                layer.forward = functools.partial(  # type: ignore[method-assign]
-                    checkpoint, layer.forward, use_reentrant=False
-                )
+        model.decoder.checkpointing = run.checkpointing
+        for layer in self.layers:
             layer.register_forward_pre_hook(self._before_layer)
             layer.register_forward_hook(self._after_layer)
 
     def _fake(self, tensor: Tensor) -> Tensor:
-        return FakeTensor(self.mode, tensor, torch.device("cpu"))  # type: ignore[no-untyped-call,no-any-return]
+        return FakeTensor(self.mode, tensor, torch.device("cpu"))
 
     # -- phases --
 
@@ -237,12 +242,16 @@ class _Simulation:
         self.tracker.sample()
 
     def _before_layer(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if _in_backward():  # computed again
+            return
         place = self._place(layer)
         self._enter(f"forward {place}")
         if place == "first" and inputs[0].requires_grad:
-            inputs[0].register_hook(functools.partial(self._enter, "backward inputs"))
+            inputs[0].register_hook(functools.partial(self._enter, "backward inputs"))  # type: ignore[no-untyped-call]
 
     def _after_layer(self, layer: nn.Module, inputs: Any, outputs: tuple[Tensor, Any]) -> None:
+        if _in_backward():
+            return
         place = self._place(layer)
         if outputs[0].requires_grad:
             outputs[0].register_hook(functools.partial(self._enter, f"backward {place}"))
@@ -265,7 +274,7 @@ class _Simulation:
         supervised = max(1, round(shape.rows * shape.supervised))
         choices = positions * decoder.experts_per_token // max(1, decoder.experts)
         parameters = list(model.parameters())
-        self.tracker = tracker = LiveBytes(parameters, supervised, decoder.vocab_size, choices)
+        self.tracker = tracker = LiveBytes(parameters, (supervised, decoder.vocab_size), choices)
         tracker.phase = "vision"
         reducer = _Reducer(model, run, tracker)
         with contextlib.ExitStack() as stack:
@@ -308,8 +317,9 @@ class _Simulation:
 
     @contextlib.contextmanager
     def _without_frozen_towers(self) -> Iterator[None]:
-        towers = self.model.mixer.towers if self.model.mixer is not None else {}
-        frozen = [tower for name, tower in towers.items() if name not in self.run.train_parts]
+        mixer = self.model.mixer
+        towers = mixer.towers.items() if mixer is not None else ()
+        frozen = [tower for name, tower in towers if name not in self.run.train_parts]
         config = self.model.config.vision
         for tower in frozen:
             assert config is not None
@@ -355,6 +365,10 @@ class _Simulation:
         )
 
 
+def _in_backward() -> bool:
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
 class _Reducer:
     """What becomes of gradients as they are accumulated."""
 
@@ -375,7 +389,8 @@ class _Reducer:
 
     def __enter__(self) -> _Reducer:
         for parameter in self.parameters:
-            self.hooks.append(parameter.register_post_accumulate_grad_hook(self._arrived))
+            hook = parameter.register_post_accumulate_grad_hook(self._arrived)  # type: ignore[no-untyped-call]
+            self.hooks.append(hook)
         return self
 
     def __exit__(self, *_: object) -> None:

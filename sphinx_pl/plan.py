@@ -77,7 +77,7 @@ class PlanConfig:
 
 @dataclass(frozen=True)
 class Engine:
-    """How ranks share a model. Defaults of the numbers are DeepSpeed's and Lightning's own."""
+    """How ranks share a model. Defaults of the numbers are DeepSpeed's own."""
 
     kind: EngineKind
     nodes: int = 1
@@ -90,14 +90,16 @@ class Engine:
     offload_weights: str | None = None
     bucket_view: bool = False
     """DDP: gradients are views of its buckets."""
-    reduce_bucket: int = 200_000_000
+    compute: str | None = None
+    """FSDP2's dtype while it computes: bf16 or fp32."""
+    reduce_bucket: int = 500_000_000
     prefetch: int = 50_000_000
     persistence: int = 100_000
     reuse: int = 1_000_000_000
     live: int = 1_000_000_000
-    sub_group: int = 1_000_000_000_000
-    gradient_bytes: int | None = None
-    """Of an element of ZeRO-3's gradient partition; None: as the weights."""
+    sub_group: int = 1_000_000_000
+    reduce_bytes: int = 4
+    """Of an element of ZeRO-3's buckets and gradient partition."""
 
     @property
     def ranks(self) -> int:
@@ -112,6 +114,8 @@ class Engine:
     @property
     def compute_precision(self) -> str:
         """Lightning's name for what a micro-batch is computed in."""
+        if self.kind == "fsdp2" and self.compute:
+            return "bf16-true" if self.compute == "bf16" else "32-true"
         if self.kind in ("zero3", "fsdp2") and self.precision.startswith("bf16"):
             return "bf16-true"
         return self.precision
@@ -139,7 +143,7 @@ class Engine:
             gpu=trainer.get("accelerator", "auto") != "cpu",
         )
         if engine.kind == "fsdp2":
-            return replace(engine, frozen=options.get("frozen", "sharded"))
+            return replace(engine, frozen=options.get("frozen", "sharded"), compute=options.get("compute_dtype"))
         if engine.kind == "ddp":
             return replace(engine, bucket_view=bool(options.get("gradient_as_bucket_view", False)))
         if engine.kind == "zero3":
@@ -147,40 +151,34 @@ class Engine:
         return engine
 
     def _with_deepspeed(self, named: str, options: Mapping[str, Any]) -> Engine:
-        """With the arguments of a DeepSpeed strategy: Lightning's, and what its `config` says itself."""
-        config: Mapping[str, Any] = options["config"] if isinstance(options.get("config"), Mapping) else {}
-        zero: Mapping[str, Any] = config.get("zero_optimization", {}) | dict(options)
+        """With the arguments of `Zero3`, or of Lightning's strategy with a `config`."""
+        config = options["config"] if isinstance(options.get("config"), Mapping) else {}
+        section: Mapping[str, Any] = {**config.get("zero_optimization", {}), **(options.get("zero") or {})}
 
-        def number(*names: str, default: int) -> int:
-            return next((int(zero[name]) for name in names if isinstance(zero.get(name), int | float)), default)
+        def number(name: str, default: int) -> int:
+            return int(float(section.get(name, default)))
 
-        def device(ours: str, lightnings: str) -> str | None:
-            section = zero.get(ours)
-            if isinstance(section, Mapping):
-                found = str(section.get("device", "none"))
-            elif isinstance(section, str):
-                found = section
-            elif section or (ours.replace("param", "parameters") in zero and zero[ours.replace("param", "parameters")]):
-                found = str(zero.get(lightnings, "cpu"))
-            else:
-                found = "cpu" if named.endswith("offload") else "none"
-            return None if found == "none" else found
+        def device(key: str, section_key: str) -> str | None:
+            found = options.get(key) or section.get(section_key)
+            if isinstance(found, Mapping):
+                found = found.get("device", "none")
+            if found is True or (found is None and named.endswith("offload")):
+                found = "cpu"
+            return None if found in (None, False, "none") else str(found)
 
-        accumulation = config.get("data_types", {}).get("grad_accum_dtype")
+        reduced = options.get("reduce_dtype") or config.get("data_types", {}).get("grad_accum_dtype")
         return replace(
             self,
-            frozen=zero.get("frozen", "whole"),
-            offload_optimizer=device("offload_optimizer", "offload_optimizer_device"),
-            offload_weights=device("offload_param", "offload_params_device"),
-            reduce_bucket=number("reduce_bucket_size", default=self.reduce_bucket),
-            prefetch=number("stage3_prefetch_bucket_size", "prefetch_bucket_size", default=self.prefetch),
-            persistence=number(
-                "stage3_param_persistence_threshold", "param_persistence_threshold", default=self.persistence
-            ),
-            reuse=number("stage3_max_reuse_distance", "max_reuse_distance", default=self.reuse),
-            live=number("stage3_max_live_parameters", "max_live_parameters", default=self.live),
-            sub_group=number("sub_group_size", default=self.sub_group),
-            gradient_bytes={"fp32": 4, "bf16": 2}.get(str(accumulation)),
+            frozen=options.get("frozen", "whole"),
+            offload_optimizer=device("offload_optimizer", "offload_optimizer"),
+            offload_weights=device("offload_parameters", "offload_param"),
+            reduce_bucket=number("reduce_bucket_size", self.reduce_bucket),
+            prefetch=number("stage3_prefetch_bucket_size", self.prefetch),
+            persistence=number("stage3_param_persistence_threshold", 10_000),
+            reuse=number("stage3_max_reuse_distance", self.reuse),
+            live=number("stage3_max_live_parameters", self.live),
+            sub_group=number("sub_group_size", self.sub_group),
+            reduce_bytes=self.weight_bytes if reduced is None else 4 if reduced == "fp32" else 2,
         )
 
 
@@ -290,7 +288,7 @@ def states(engine: Engine, sizes: Sizes) -> tuple[Counter[str], float]:
     Gradients of a single device and of DDP are not among them: they come and go with a step.
     """
     found: Counter[str] = Counter()
-    host = 0.0
+    host: float = 0.0
     weight, trained, frozen = engine.weight_bytes, sizes.trained, sizes.frozen
     if engine.kind in ("single", "ddp"):
         found["weights"] = weight * trained
@@ -300,12 +298,16 @@ def states(engine: Engine, sizes: Sizes) -> tuple[Counter[str], float]:
             found["buckets"] = weight * trained
         return found, host
     share = trained / engine.ranks
-    found["frozen weights"] = weight * frozen / (engine.ranks if engine.frozen == "sharded" else 1)
+    # Whole ones are there beside this rank's part of them under ZeRO-3; FSDP2 does not manage them.
+    parts = frozen / engine.ranks
     if engine.kind == "fsdp2":
+        compute = 2 if engine.compute_precision == "bf16-true" else 4
+        found["frozen weights"] = 4 * parts if engine.frozen == "sharded" else compute * frozen
         found["weights"], found["optimizer"], found["gradients"] = 4 * share, 8 * share, 4 * share
         return found, host
-    gradient = engine.gradient_bytes or weight
-    found["buckets"] = weight * engine.reduce_bucket
+    found["frozen weights"] = weight * (parts if engine.frozen == "sharded" else parts + frozen)
+    gradient = engine.reduce_bytes
+    found["buckets"] = gradient * engine.reduce_bucket
     if engine.offload_weights:
         host += weight * share if engine.offload_weights == "cpu" else 0
     else:
@@ -398,12 +400,12 @@ def extras(engine: Engine, sizes: Sizes, checkpointing: Checkpointing) -> dict[s
             add(phase, "gathered weights", weight * numel)
         # A full bucket is rearranged by ranks before it is scattered.
         for phase in ("head", "backward last", "backward middle", "backward first", "backward inputs"):
-            add(phase, "buckets", weight * min(engine.reduce_bucket, sizes.trained))
-        if not engine.offload_optimizer:
+            add(phase, "buckets", engine.reduce_bytes * min(engine.reduce_bucket, sizes.trained))
+        if not engine.offload_optimizer:  # a sub-group's gradients in one piece, in float32
             part = min(engine.sub_group, sizes.trained / engine.ranks)
-            add("step", "gradients", ((engine.gradient_bytes or weight) + 4) * part)
+            add("step", "gradients", (4 if engine.reduce_bytes == 4 else 6) * part)
     if engine.kind == "fsdp2":
-        compute = 2 if engine.precision.startswith("bf16") else 4
+        compute = 2 if engine.compute_precision == "bf16-true" else 4
         block, root = compute * sizes.block_numel, compute * sizes.root_numel
         tower = max(sizes.towers.values(), default=0) * compute if engine.frozen == "sharded" else 0
         ahead = 2 if engine.gpu else 1  # on a GPU the next block's buffer is filled meanwhile
