@@ -162,15 +162,17 @@ def measure(options: argparse.Namespace) -> Measured:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         cfg = configuration(options.overrides, folder, steps=3)
-        shape = shape_of(cfg, options)
         cfg.plan_for.images_per_row, cfg.plan_for.supervised = options.images, options.supervised
         plan = make_plan(cfg, next((o.partition("=")[2] for o in options.overrides if o.startswith("trainer=")), ""))
-        if plan.engine.ranks == 1:
-            return Measured(peak_of(cfg, shape), plan)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc-per-node={plan.engine.ranks}", "-m", "benchmarks.memory", *options.overrides]
-        command += [f"--images={options.images}", f"--supervised={options.supervised}", f"--rank-out={folder}"]
-        result = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        # A process of its own, so that nothing but the run is in its memory.
+        command, ranks = [sys.executable], plan.engine.ranks
+        if ranks > 1:
+            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        command += ["-m", "benchmarks.memory", *options.overrides, f"--rank-out={folder}"]
+        command += [f"--images={options.images}", f"--supervised={options.supervised}"]
+        result = subprocess.run(
+            command, env=os.environ | {"OMP_NUM_THREADS": str(options.threads or 1)}, capture_output=True, text=True
+        )
         if result.returncode:
             raise UserError(f"a rank failed: {result.stderr.strip()[-2000:]}")
         return Measured(max(int(path.read_text()) for path in folder.glob("rank-*")), plan)
@@ -200,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.rank_out:
             cfg = configuration(options.overrides, options.rank_out, steps=3)
             peak = peak_of(cfg, shape_of(cfg, options))
-            (options.rank_out / f"rank-{os.environ['RANK']}").write_text(str(peak))
+            (options.rank_out / f"rank-{os.environ.get('RANK', 0)}").write_text(str(peak))
             return 0
         for table in results(measure(options)):
             Console().print(table)

@@ -282,13 +282,13 @@ class Memory:
         return sum(self.lines.values())
 
 
-def states(engine: Engine, sizes: Sizes) -> tuple[Counter[str], float]:
+def states(engine: Engine, sizes: Sizes) -> tuple[dict[str, float], float]:
     """What a rank holds throughout, bytes by kind, and what its node's CPU holds for it.
 
     Gradients of a single device and of DDP are not among them: they come and go with a step.
     """
-    found: Counter[str] = Counter()
-    host: float = 0.0
+    found: dict[str, float] = {}
+    host = 0.0
     weight, trained, frozen = engine.weight_bytes, sizes.trained, sizes.frozen
     if engine.kind in ("single", "ddp"):
         found["weights"] = weight * trained
@@ -433,7 +433,7 @@ def peak(engine: Engine, sizes: Sizes, peaks: Peaks, checkpointing: Checkpointin
         added.setdefault("step", Counter())["gradients"] = engine.weight_bytes * sizes.trained
     best: tuple[float, str, Counter[str]] | None = None
     for phase in dict.fromkeys((*peaks, *added)):
-        lines = Counter(constant)
+        lines = Counter({kind: int(amount) for kind, amount in constant.items()})
         lines.update({kind: int(amount) for kind, amount in added.get(phase, {}).items()})
         lines.update({kind: int(amount) for kind, amount in peaks.get(phase, {}).items() if phase != "step"})
         if best is None or lines.total() > best[0]:
@@ -694,8 +694,7 @@ def advice(
         more = math.ceil(shape.rows * accumulate / rows)
         ways.append(f"data.packing.rows={rows} stage.accumulate={more}: fewer rows in a micro-batch, as many in a step")
     sharded = engine if engine.kind in ("zero3", "fsdp2") else replace(engine, kind="zero3", precision="bf16-true")
-    for name in [name for name in ("selective", "full") if name != checkpointing and checkpointing != "full"]:
-        kind = cast(Checkpointing, name)
+    for kind in _CHECKPOINTING[_CHECKPOINTING.index(checkpointing) + 1 :]:
         less = micro_batches(config, shape, run_of(engine, parts, kind, accumulate))
         if peak(engine, sizes, less.peaks(shape.rows), kind).total <= room:
             ways.append(f"stage.checkpointing={kind}: activations are computed again in the backward pass")
