@@ -616,8 +616,7 @@ def make_plan(cfg: DictConfig, choice: str = "") -> Plan:
     assumed = build(PlanConfig, cfg.plan_for, "plan_for")
     gpu = find_gpu(assumed.gpu)
     config = SphinxConfig.from_dict(cfg.model)
-    trainer = cast(dict[str, Any], {k: _plain(cfg.trainer, k) for k in _TRAINER_KEYS if k in cfg.trainer})
-    engine = Engine.from_trainer(trainer, choice)
+    engine = Engine.from_trainer(trainer_section(cfg), choice)
     checkpointing = cast(Checkpointing, str(cfg.stage.get("checkpointing", "none")))
     if checkpointing not in _CHECKPOINTING:
         raise UserError(f"stage.checkpointing={checkpointing}; {suggest(checkpointing, _CHECKPOINTING)}")
@@ -672,9 +671,10 @@ def make_plan(cfg: DictConfig, choice: str = "") -> Plan:
 _TRAINER_KEYS = ("strategy", "devices", "num_nodes", "precision", "accelerator")
 
 
-def _plain(section: DictConfig, key: str) -> Any:
-    value = section[key]
-    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+def trainer_section(cfg: DictConfig) -> dict[str, Any]:
+    """What `Engine.from_trainer` reads, resolved. (Other keys depend on Hydra's run.)"""
+    values = {key: cfg.trainer[key] for key in _TRAINER_KEYS if key in cfg.trainer}
+    return {k: OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v) else v for k, v in values.items()}
 
 
 def advice(

@@ -20,7 +20,7 @@ from sphinx_pl.errors import UserError
 from sphinx_pl.gpus import GPUS, find_gpu, flops_of_device
 from sphinx_pl.memory import built
 from sphinx_pl.models.config import SphinxConfig
-from sphinx_pl.plan import Engine, Sizes, gathered_by_zero3, make_plan, states
+from sphinx_pl.plan import Engine, Sizes, gathered_by_zero3, make_plan, states, trainer_section
 from tests.conftest import REPOSITORY
 
 PAPER = ("experiment=paper_pretrain_real", "model=sphinx_13b", "data.root=nowhere")
@@ -186,11 +186,9 @@ def test_engines_are_read_from_the_trainer() -> None:
         | {"strategy": {"_target_": "a.Zero3", "frozen": "sharded", "zero": {"reduce_bucket_size": 1e6}}}
     )
     assert (zero.kind, zero.ranks, zero.frozen, zero.reduce_bucket) == ("zero3", 32, "sharded", 1_000_000)
-    offloaded = composed("trainer=zero3_offload", "trainer.devices=8").trainer
-    engine = Engine.from_trainer({**offloaded, "strategy": dict(offloaded.strategy)})
+    engine = Engine.from_trainer(trainer_section(composed("trainer=zero3_offload", "trainer.devices=8")))
     assert (engine.offload_optimizer, engine.offload_weights, engine.compute_precision) == ("cpu", "cpu", "bf16-true")
-    fsdp = composed("trainer=fsdp2", "trainer.devices=8").trainer
-    engine = Engine.from_trainer({**fsdp, "strategy": dict(fsdp.strategy)})
+    engine = Engine.from_trainer(trainer_section(composed("trainer=fsdp2", "trainer.devices=8")))
     assert (engine.kind, engine.weight_bytes, engine.compute_precision) == ("fsdp2", 4, "bf16-true")
 
 
