@@ -247,7 +247,7 @@ class _Simulation:
         place = self._place(layer)
         self._enter(f"forward {place}")
         if place == "first" and inputs[0].requires_grad:
-            inputs[0].register_hook(functools.partial(self._enter, "backward inputs"))
+            cast(Any, inputs[0]).register_hook(functools.partial(self._enter, "backward inputs"))
 
     def _after_layer(self, layer: nn.Module, inputs: Any, outputs: tuple[Tensor, Any]) -> None:
         if _in_backward():

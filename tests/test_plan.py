@@ -41,8 +41,8 @@ def composed(*overrides: str) -> DictConfig:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["trainer.precision=32-true", "data.packing.rows=4"],
-        ["stage.accumulate=2", FROZEN],
+        pytest.param(["trainer.precision=32-true", "data.packing.rows=4"], marks=pytest.mark.long),
+        pytest.param(["stage.accumulate=2", FROZEN], marks=pytest.mark.long),
         [*SIZES, *ROWS, FROZEN, "stage.checkpointing=full"],
         pytest.param([*SIZES, *ROWS, FROZEN], marks=pytest.mark.long),
         pytest.param([*SIZES, *ROWS, "stage.checkpointing=selective"], marks=pytest.mark.long),
