@@ -131,8 +131,14 @@ def train(cfg: DictConfig) -> float | None:
     Returns:
         The logged value named by `metric`, or None if it was not logged.
     """
-    import lightning as L
     from hydra.core.hydra_config import HydraConfig
+
+    if cfg.plan:
+        from sphinx_pl.plan import print_plan
+
+        print_plan(cfg, str(HydraConfig.get().runtime.choices.get("trainer", "")))
+        return None
+    import lightning as L
     from hydra.utils import get_class, instantiate
 
     from callbacks.checkpoint import checkpoints

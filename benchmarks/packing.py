@@ -28,7 +28,6 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from callbacks.throughput import TrainingFlops
 from sphinx_pl.cli import CONFIG_FOLDER, report
 from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.mixture import Mixture
@@ -37,6 +36,7 @@ from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.record import Branch, ImageRef, Sample
 from sphinx_pl.data.sample.writer import build as build_sample
 from sphinx_pl.errors import UserError
+from sphinx_pl.flops import TrainingFlops
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import re
 import resource
 import sys
 import time
@@ -19,30 +18,10 @@ import torch
 from sphinx_pl.data.datamodule import TrainLoader
 from sphinx_pl.data.record import Batch
 from sphinx_pl.distributed.collective import of_all_ranks
-from sphinx_pl.models.sphinx import Sphinx
+from sphinx_pl.flops import TrainingFlops
+from sphinx_pl.gpus import flops_of_device
 from sphinx_pl.stages import Stage
 
-# Dense bf16 FLOP/s as the vendors' data sheets state them (without sparsity). The first name that is part of the
-# device's name counts, so variants stand before the plain model.
-PEAK_FLOPS = {
-    "GB200": 2500e12,
-    "B200": 2250e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "H100 NVL": 835e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "A40": 149.7e12,
-    "A30": 165e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "RTX 4090": 165.2e12,
-    "RTX 3090": 71e12,
-}
 COUNTED = ("tokens", "targets", "images", "samples", "positions")
 SPANS = ("data", "forward", "backward", "optimizer", "other")
 """What an optimizer step consists of. A checkpoint is timed beside it."""
@@ -64,57 +43,9 @@ def measured_peak(device: torch.device, dtype: torch.dtype, size: int = 1024, re
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s that MFU is measured against: the data sheet's bf16 number of a known GPU, else `measured_peak`."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for known, flops in PEAK_FLOPS.items():
-            if re.search(rf"\b{known}\b", name):  # an RTX A1000 is no A100
-                return flops
-        return measured_peak(device, dtype, size=8192)
+        known = flops_of_device(torch.cuda.get_device_name(device))
+        return known or measured_peak(device, dtype, size=8192)
     return measured_peak(device, dtype)
-
-
-class TrainingFlops:
-    """FLOPs of forward and backward, from what the host knows about a batch (nothing waits for the device).
-
-    A part that trains costs three times its forward pass: the gradients of inputs and of weights cost one each. A
-    frozen tower runs without gradients and costs one; a frozen decoder still passes gradients on and costs two.
-    Views that are skipped as padding cost nothing.
-    """
-
-    def __init__(self, model: Sphinx) -> None:
-        frozen = {name for name, trainable, _ in model.trainable_table() if not trainable}
-        self.decoder = model.decoder
-        self.decoder_factor = 2.0 if "decoder" in frozen else 3.0
-        self.mixer = model.mixer
-        self.frozen_per_view = sum(
-            tower.flops()  # type: ignore[operator]
-            for name, tower in (model.mixer.towers.items() if model.mixer is not None else ())
-            if name in frozen
-        )
-
-    @property
-    def per_image(self) -> float:
-        """Of one image none of whose views is skipped."""
-        return self.vision(1)
-
-    def vision(self, images: int, views: int | None = None) -> float:
-        """Of so many images, with `views` that are not skipped in all of them (None: none is skipped)."""
-        if self.mixer is None:
-            return 0.0
-        views = images * self.mixer.config.views if views is None else views
-        return 3 * self.mixer.flops(images, views) - 2 * views * self.frozen_per_view
-
-    def __call__(self, batch: Batch) -> float:
-        rows, length = batch.input_ids.shape
-        supervised = max(1, int(batch.counters.get("targets", 0)))
-        decoder = self.decoder.flops(rows * length, length, supervised)
-        images = len(batch.pixels)
-        if batch.seen_views is not None:
-            vision = self.vision(images, int(batch.counters["views"]))
-        elif images == 0 and self.mixer is not None and self.mixer.config.skip_padding:
-            vision = self.vision(1, 1)  # the towers see one view of a blank image
-        else:
-            vision = self.vision(max(1, images))
-        return self.decoder_factor * decoder + vision
 
 
 class _Spans:

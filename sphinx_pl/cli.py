@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,9 +47,19 @@ def _validation_interval(every: int, max_steps: int, accumulate: int) -> int:
     return int(every or max_steps) * int(accumulate)
 
 
+def _run_folder(plan: bool, folder: str) -> str:
+    """Hydra writes into a run's folder before the script begins: a plan, which is to leave none, gets one that goes."""
+    if not plan:
+        return folder
+    temporary = tempfile.mkdtemp(prefix="plan-")
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    return temporary
+
+
 def register_resolvers() -> None:
     """What the configurations in conf/ compute with, besides Hydra's and OmegaConf's own."""
     OmegaConf.register_new_resolver("validation_interval", _validation_interval, replace=True)
+    OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True, use_cache=True)
 
 
 def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], Any]]:

@@ -79,6 +79,11 @@ def _line(name: str, stream: SourceStream, share: float, probe: int) -> Line:
     )
 
 
+def epoch_tokens(found: list[Line]) -> float:
+    """Of everything once."""
+    return sum(line.draws * line.tokens for line in found)
+
+
 def missing(configs: Mapping[str, SourceConfig]) -> dict[str, str]:
     """Source -> why its files cannot be read, for those whose files are not there."""
     found = {}
@@ -120,7 +125,7 @@ def expectations(found: list[Line], unit: str, row_length: int, rows: int, steps
             f"{line.draws * line.images / 1e6:.3g}",
             f"{drawn * draws[line.name] / total / line.draws:.3g}",
         )
-    epoch = sum(line.draws * line.tokens for line in found) / (rows * row_length)
+    epoch = epoch_tokens(found) / (rows * row_length)
     result.caption = (
         "tokens, targets (supervised tokens) and images: of a mean draw. epochs: how often the run reads the source, "
         f"if rows are full. Everything once: {epoch:.0f} steps"

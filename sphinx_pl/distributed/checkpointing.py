@@ -41,7 +41,8 @@ class TrainingCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         if "loops" not in checkpoint:
-            return super().save_checkpoint(checkpoint, path, storage_options)
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         rest = dict(checkpoint)
@@ -65,7 +66,8 @@ class TrainingCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         if Path(path).is_file():
-            return super().load_checkpoint(path, map_location, weights_only)
+            loaded: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only)
+            return loaded
         pieces = Pieces(Path(path))
         checkpoint = pieces.state()
         shapes = pieces.shapes

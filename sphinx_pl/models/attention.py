@@ -12,6 +12,19 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+_as_on_gpus = False
+
+
+@contextmanager
+def gpu_kernels() -> Iterator[None]:
+    """Choose as on a GPU, whatever the device is: for plans, which are made of tensors without memory."""
+    global _as_on_gpus
+    before, _as_on_gpus = _as_on_gpus, True
+    try:
+        yield
+    finally:
+        _as_on_gpus = before
+
 
 @contextmanager
 def training_kernel(device: torch.device) -> Iterator[None]:
@@ -19,7 +32,7 @@ def training_kernel(device: torch.device) -> Iterator[None]:
 
     The CPU's fused kernel saves memory, but its backward pass is slower than plain matmuls for short rows.
     """
-    if device.type != "cpu" or not torch.is_grad_enabled():
+    if _as_on_gpus or device.type != "cpu" or not torch.is_grad_enabled():
         yield
         return
     # Of CPUs too, whatever its name says.
@@ -39,7 +52,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Optional[Tensor], causal: bool
         bias: added to the scores, broadcastable to [B, H, T, S]; every row attends to something.
         causal: where there is no bias and T > 1, which needs T = S; else every query attends to everything.
     """
-    if bias is None or q.device.type != "cpu" or not torch.is_grad_enabled():
+    if bias is None or _as_on_gpus or q.device.type != "cpu" or not torch.is_grad_enabled():
         with training_kernel(q.device):
             causal = causal and bias is None and q.shape[2] > 1
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)

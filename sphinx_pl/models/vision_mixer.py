@@ -106,7 +106,7 @@ class VisionMixer(nn.Module):
         parts.append(self.end_img.expand(views, 1, -1))
         return torch.cat([part.to(self.start_img.dtype) for part in parts], dim=1)
 
-    def flops(self, images: int = 1, views: int | None = None) -> float:
+    def flops(self, images: float = 1, views: float | None = None) -> float:
         """Of the forward pass of so many images, whose overviews and others make `views` that are not skipped (None:
         no view is skipped)."""
         config, width = self.config, len(self.start_img)

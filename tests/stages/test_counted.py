@@ -12,7 +12,6 @@ from lightning.pytorch.loggers import CSVLogger
 
 from sphinx_pl.data.packing import Collator
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.stages import Stage
 from tests.conftest import tiny_model
 from tests.stages.test_stage import ALL, OPTIM, datamodule, trainer
@@ -24,7 +23,9 @@ def expected(processor: Processor, folder: Path, lanes: int) -> dict[str, float]
     data.mixing.lanes = lanes
     samples = [sample for micro in data.planner().plan() for row in micro.rows for sample in row]
     torch.manual_seed(0)
-    model = Sphinx(tiny_model())
+    stage = Stage(tiny_model(), "test", ALL, OPTIM, max_steps=1)
+    stage.configure_model()
+    model = stage.sphinx
     sums: Counter[str] = Counter()
     targets: Counter[str] = Counter()
     for sample in samples:
