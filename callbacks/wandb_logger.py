@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
+from sphinx_pl import stop
 from sphinx_pl.files import write_whole
 
 FILE = "wandb_id"
@@ -35,7 +36,10 @@ class RunLogger(WandbLogger):
     def experiment(self) -> Any:
         if self._id is None:  # type: ignore[has-type]
             self._id = self._wandb_init["id"] = run_id(Path(self._wandb_init["dir"]))
-        return super().experiment
+        if self._experiment is not None:  # type: ignore[has-type]
+            return super().experiment
+        with stop.shielded():  # W&B's own process would end at once, and lose what it has not sent
+            return super().experiment
 
 
 def run_id(folder: Path) -> str:

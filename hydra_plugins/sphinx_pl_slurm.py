@@ -8,6 +8,7 @@ same folder when its job is requeued. Lies here since Hydra takes launchers from
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -100,7 +101,7 @@ def run(command: Sequence[str], value: Path) -> int:
     Raises:
         SystemExit: it was stopped by a signal, and its job is requeued or not: there is no result yet.
     """
-    print(" ".join(command), flush=True)
+    print(shlex.join(command), flush=True)
     process = subprocess.Popen(command, env={**os.environ, sweep.VALUE: str(value)})
     # SLURM has signalled the command as well, which notes it once more: no harm.
     for number in stop.SIGNALS:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -37,7 +39,20 @@ def forget() -> None:
     _received = 0
 
 
+# A scheduler signals all processes of a job, and who helps must not go before who saves.
+
+
 def ignore() -> None:
-    """For helper processes: a scheduler signals all processes of a job, and who helps must not go before who saves."""
+    """In a helper process."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def shielded() -> Iterator[None]:
+    """Programs that this thread starts meanwhile don't get the signals; this process gets them afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
