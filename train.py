@@ -132,6 +132,7 @@ def train(cfg: DictConfig) -> float | None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.utils import get_class, instantiate
 
+    from callbacks.preemption import Preemption
     from sphinx_pl import processes, sweep
     from sphinx_pl.data.datamodule import DataModule
     from sphinx_pl.models.config import SphinxConfig
@@ -154,6 +155,8 @@ def train(cfg: DictConfig) -> float | None:
         logger=[instantiate(entry) for entry in cfg.logger.values() if entry],
         plugins=[*instantiate(cfg.trainer.get("plugins") or []), processes.cluster_environment()],
     )
+    if not any(isinstance(callback, Preemption) for callback in trainer.callbacks):
+        stop.unwatch()  # no one would act on it
     processes.join(trainer)
     resume = processes.on_first(trainer, lambda: checkpoint_to_resume(cfg, folder, model))
     options: dict[str, Any] = OmegaConf.to_container(cfg.stage, resolve=True)  # type: ignore[assignment]

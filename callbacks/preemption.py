@@ -68,6 +68,7 @@ class Preemption(L.Callback):
         self.requeue = requeue
         self._vote: _Vote | None = None
         self._due = 0
+        self._handlers: dict[int, Any] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         # Lightning's handlers talk to other ranks, or save, in the midst of whatever there is, end the run with exit
@@ -75,8 +76,18 @@ class Preemption(L.Callback):
         # public switch.
         trainer._signal_connector.register_signal_handlers = lambda: None
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+        if not self._handlers:
+            self._handlers = {number: signal.getsignal(number) for number in stop.SIGNALS}
         stop.watch()
         self._leave_before_training(trainer)
+
+    def teardown(self, *_: Any) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+    def on_exception(self, *_: Any) -> None:
+        self.teardown()
 
     # -- before, between and after training: no step to save ----------------------------------------------------------
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import string
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 from sphinx_pl import stop
 from sphinx_pl.files import write_whole
+
+log = logging.getLogger(__name__)
 
 FILE = "wandb_id"
 
@@ -29,6 +34,7 @@ class RunLogger(WandbLogger):
     def __init__(
         self, save_dir: str, name: str, point: str | None = None, id: str | None = None, **options: Any
     ) -> None:
+        self._lost = False
         super().__init__(save_dir=save_dir, name=f"{name} {point}" if point else name, id=id, **options)
 
     @property
@@ -36,10 +42,27 @@ class RunLogger(WandbLogger):
     def experiment(self) -> Any:
         if self._id is None:  # type: ignore[has-type]
             self._id = self._wandb_init["id"] = run_id(Path(self._wandb_init["dir"]))
-        if self._experiment is not None:  # type: ignore[has-type]
-            return super().experiment
-        with stop.shielded():  # W&B's own process would end at once, and lose what it has not sent
-            return super().experiment
+        return super().experiment
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        with self._tolerant():
+            super().log_metrics(metrics, step)
+
+    def log_table(self, *args: Any, **options: Any) -> None:
+        with self._tolerant():
+            super().log_table(*args, **options)
+
+    @contextmanager
+    def _tolerant(self) -> Iterator[None]:
+        """W&B's own process ends at a SIGTERM, which a scheduler sends to all: a run that has yet to save goes on."""
+        try:
+            yield
+        except Exception as error:
+            if not stop.received():
+                raise
+            if not self._lost:
+                log.warning("W&B's process has ended (%s): what follows is not logged there", error)
+            self._lost = True
 
 
 def run_id(folder: Path) -> str:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,6 +44,7 @@ else:
         def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
             from submitit.core.utils import UncompletedJobError
 
+            stop.unwatch()  # here nothing is trained: who waits for the jobs can be ended
             # What the tasks are given: commands; nothing of Hydra's state.
             commands, sweep_config = [], self.config
             assert self.hydra_context is not None
@@ -81,8 +80,16 @@ else:
         ) -> JobReturn:
             """In every task of the job."""
             done = JobReturn()
+            command = self.commands[job_num - self.first]
+            print(shlex.join(command), flush=True)
             with sweep.value_file() as path:
-                code = run(self.commands[job_num - self.first], path)
+                # Signals go to it; submitit's own handler would requeue the job before it has saved.
+                code = sweep.run(command, path)
+                if code < 0 and -code in stop.SIGNALS and os.environ.get("SLURM_PROCID") == "0":
+                    # It had not come so far that it could note the signal.
+                    print(f"stopped before it began; requeue: {slurm.requeue() or 'done'}", flush=True)
+                if sweep.stopped(code):
+                    sys.exit(code % 256)  # no result yet
                 done.status = JobStatus.COMPLETED if code == 0 else JobStatus.FAILED
                 done.return_value = (
                     sweep.read_value(path)
@@ -93,23 +100,3 @@ else:
                     )
                 )
             return done
-
-
-def run(command: Sequence[str], value: Path) -> int:
-    """Run a point and return its exit code. SLURM's signals go to it; submitit's handler would requeue before it saved.
-
-    Raises:
-        SystemExit: it was stopped by a signal, and its job is requeued or not: there is no result yet.
-    """
-    print(shlex.join(command), flush=True)
-    process = subprocess.Popen(command, env={**os.environ, sweep.VALUE: str(value)})
-    # SLURM has signalled the command as well, which notes it once more: no harm.
-    for number in stop.SIGNALS:
-        signal.signal(number, lambda number, _: process.send_signal(number))
-    code = process.wait()
-    if code < 0 and -code in stop.SIGNALS and os.environ.get("SLURM_PROCID") == "0":
-        # It had not come so far that it could note the signal.
-        print(f"stopped before it began; requeue: {slurm.requeue() or 'done'}", flush=True)
-    if code < 0 or code > 128:
-        sys.exit(code % 256)
-    return code

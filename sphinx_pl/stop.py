@@ -5,10 +5,9 @@ Imports nothing that takes time, so that it can be called first.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -18,10 +17,17 @@ _received = 0
 
 
 def watch() -> None:
-    """From now on these signals are noted instead of ending the process. Other threads than the first can't."""
+    """From now on these signals are noted instead of ending the process. Only the first thread can say so."""
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
             signal.signal(number, _note)
+
+
+def unwatch() -> None:
+    """They end the process again."""
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _note(number: int, frame: FrameType | None) -> None:
@@ -39,20 +45,19 @@ def forget() -> None:
     _received = 0
 
 
-# A scheduler signals all processes of a job, and who helps must not go before who saves.
-
-
 def ignore() -> None:
-    """In a helper process."""
-    for number in SIGNALS:
+    """In a helper process: a scheduler signals all processes of a job, and who helps must not go before who saves.
+
+    It still ends when its parent tells it to, as Python does with those that are left over.
+    """
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
 
-@contextmanager
-def shielded() -> Iterator[None]:
-    """Programs that this thread starts meanwhile don't get the signals; this process gets them afterwards."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    parent = os.getppid()
+    threading.Thread(target=wait, name="wait-for-parent", daemon=True).start()

@@ -7,6 +7,7 @@ command line, and `-m` in it would start the sweep again. So the process that sw
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from sphinx_pl import stop
 from sphinx_pl.errors import UserError
 from sphinx_pl.processes import this_process
 
@@ -82,10 +84,31 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("'", r"\'") + "'"
 
 
+def run(command: Sequence[str], value: Path) -> int:
+    """Run a point, which leaves its value in the file `value`. Its exit code, or minus the signal that it died of.
+
+    Signals that come to this process go on to it. A scheduler has signalled it as well; it notes that once more.
+    """
+    process = subprocess.Popen(command, env={**os.environ, VALUE: str(value)})
+    before = {number: signal.getsignal(number) for number in stop.SIGNALS}
+    for number in before:
+        signal.signal(number, lambda number, _: process.send_signal(number))
+    try:
+        return process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 @contextmanager
 def value_file() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder) / "value"
+
+
+def stopped(code: int) -> bool:
+    """Whether it is the exit code of a process that was stopped by a signal."""
+    return code < 0 or code > 128
 
 
 def read_value(path: Path) -> float | None:
@@ -107,9 +130,9 @@ def run_point(cfg: DictConfig, hydra: DictConfig) -> float | None:
     """
     arguments = command(hydra, list(hydra.overrides.task), hydra.runtime.output_dir, cfg.point)
     with value_file() as path:
-        done = subprocess.run(arguments, env={**os.environ, VALUE: str(path)})
-        if done.returncode > 128 or done.returncode < 0:
-            sys.exit(done.returncode % 256)
-        if done.returncode:
-            raise UserError(f"the point '{cfg.point}' failed with exit code {done.returncode}, see above")
+        code = run(arguments, path)
+        if stopped(code):
+            sys.exit(code % 256)
+        if code:
+            raise UserError(f"the point '{cfg.point}' failed with exit code {code}, see above")
         return read_value(path)

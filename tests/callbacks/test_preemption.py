@@ -112,7 +112,9 @@ def test_lightning_s_own_handlers_stay_out_of_it(fit: Fit) -> None:
         assert not trainer.received_sigterm
 
     during = dict.fromkeys(("on_train_batch_start", "on_validation_start"), look)
+    before = [signal.getsignal(number) for number in stop.SIGNALS]
     fit([LambdaCallback(**during), Preemption()])
+    assert [signal.getsignal(number) for number in stop.SIGNALS] == before
     assert found
     assert all(handler is stop._note for handlers in found for handler in handlers)
 
@@ -147,8 +149,8 @@ def test_a_job_that_can_not_be_requeued_says_how_to_go_on(
 # --- real processes
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.timeout(400)
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.timeout(600)
 def test_a_run_that_was_told_to_go_continues_with_the_same_losses(
     ranks: int, tmp_path: Path, sample_data: Path
 ) -> None:
