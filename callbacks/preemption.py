@@ -81,13 +81,16 @@ class Preemption(L.Callback):
         stop.watch()
         self._leave_before_training(trainer)
 
-    def teardown(self, *_: Any) -> None:
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._hand_back()
+
+    def on_exception(self, *_: Any) -> None:
+        self._hand_back()
+
+    def _hand_back(self) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
-
-    def on_exception(self, *_: Any) -> None:
-        self.teardown()
 
     # -- before, between and after training: no step to save ----------------------------------------------------------
 

@@ -46,7 +46,7 @@ else:
 
             stop.unwatch()  # here nothing is trained: who waits for the jobs can be ended
             # What the tasks are given: commands; nothing of Hydra's state.
-            commands, sweep_config = [], self.config
+            commands, names, sweep_config = [], [], self.config
             assert self.hydra_context is not None
             assert sweep_config is not None
             for index, overrides in enumerate(job_overrides, start=initial_job_idx):
@@ -55,6 +55,7 @@ else:
                     config.hydra.job.num, config.hydra.job.id = index, str(index)
                 folder = Path(str(config.hydra.sweep.dir), str(config.hydra.sweep.subdir)).absolute()
                 name = sweep.swept(overrides, sweep_config.hydra.overrides.task)
+                names.append(name)
                 commands.append(sweep.command(sweep_config.hydra, overrides, str(folder), name))
             # Tasks unpickle this class, from wherever the sweep was started.
             repository = str(Path(__file__).resolve().parent.parent)
@@ -62,7 +63,7 @@ else:
                 *(self.params.get("setup") or []),
                 f'export PYTHONPATH="{repository}${{PYTHONPATH:+:$PYTHONPATH}}"',
             ]
-            self.commands, self.first = commands, initial_job_idx
+            self.commands, self.names, self.first = commands, names, initial_job_idx
             state, self.hydra_context, self.task_function = self.hydra_context, None, None
             try:
                 return super().launch(job_overrides, initial_job_idx)  # type: ignore[no-any-return]
@@ -95,8 +96,8 @@ else:
                     sweep.read_value(path)
                     if code == 0
                     else UserError(
-                        f"point {job_num} ({' '.join(sweep_overrides)}) failed with exit code {code}: see the log of "
-                        f"job {slurm.job()} in {self.params['submitit_folder']}"
+                        f"point {job_num} ({self.names[job_num - self.first]}) failed with exit code {code}: "
+                        f"see the log of job {slurm.job()} in {self.params['submitit_folder']}"
                     )
                 )
             return done
