@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -51,10 +55,9 @@ def test_the_command_trains_this_point_and_sweeps_nothing(monkeypatch: pytest.Mo
     assert Path(command[-6]).is_absolute() or command[1] == "-m"
     overrides = command[-5:]
     assert overrides[:3] == ["hydra.verbose=true", "stage=finetune", "seed=2"]
-    values = {o.key_or_group: o.value() for o in OverridesParser.create().parse_overrides(overrides)}
-    assert str(values["hydra.run.dir"]) == f"'{folder}'".replace("'it's", "it's").strip("'") or folder in str(
-        values["hydra.run.dir"]
-    )
+    values = {o.key_or_group: str(o.value()) for o in OverridesParser.create().parse_overrides(overrides)}
+    assert values["hydra.run.dir"] == folder
+    assert values["point"] == "seed=2"
     assert "-m" not in overrides
 
 
@@ -79,3 +82,31 @@ def test_a_point_s_value_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(sweep.VALUE, str(path))
         sweep.leave_value(1 / 3)
         assert sweep.read_value(path) == 1 / 3
+
+
+def test_a_signal_goes_on_to_the_point(tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    code = f"""
+import sys, time
+from pathlib import Path
+from sphinx_pl import stop
+stop.watch()
+Path({str(ready)!r}).touch()
+while not stop.received():
+    time.sleep(0.02)
+sys.exit(128 + stop.received())
+"""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def tell() -> None:
+        while not ready.exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)  # to this process alone
+
+    thread = threading.Thread(target=tell)
+    thread.start()
+    code_of_point = sweep.run([sys.executable, "-c", code], tmp_path / "value")
+    thread.join()
+    assert code_of_point == 128 + signal.SIGTERM
+    assert sweep.stopped(code_of_point)
+    assert signal.getsignal(signal.SIGTERM) is before
