@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from sphinx_pl import slurm, stop
 from sphinx_pl.cli import entry_point
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.files import write_whole
@@ -38,6 +39,9 @@ def checkpoint_to_resume(cfg: DictConfig, folder: Path, model: SphinxConfig) -> 
     from callbacks.checkpoint import checkpoints, resolve_resume, step_of
 
     own = folder / "checkpoints"
+    if slurm.came_back(folder) and checkpoints(own):  # else it begins as it did the first time
+        log.info("job %s was requeued: going on with the run in %s", slurm.job(), folder)
+        cfg.ckpt_path, cfg.overwrite = "last", False
     resume = resolve_resume(cfg.ckpt_path, own)
     ours = resume is not None and resume.parent.resolve() == own.resolve()
     used = [path for path in (*checkpoints(own), folder / "model") if path.exists()]
@@ -78,6 +82,7 @@ def check_resume(resume: Path, model: SphinxConfig) -> None:
 
 def prepare_run_folder(cfg: DictConfig, folder: Path, resume: Path | None) -> None:
     """Clear what a replaced run left, and write down what runs. Called when everything else has been found right."""
+    from callbacks import wandb_logger
     from callbacks.checkpoint import checkpoints, step_of
     from callbacks.csv_logger import forget_after
     from sphinx_pl.checkpoint.provenance import provenance
@@ -95,7 +100,10 @@ def prepare_run_folder(cfg: DictConfig, folder: Path, resume: Path | None) -> No
     # Else the next stage would start from the old weights if this run died.
     if not reached or reached < cfg.trainer.max_steps:
         shutil.rmtree(folder / "model", ignore_errors=True)
+    if not (reached or cfg.ckpt_path == "last" or slurm.came_back(folder)):
+        (folder / wandb_logger.FILE).unlink(missing_ok=True)  # another run, so another one in W&B
     folder.mkdir(parents=True, exist_ok=True)
+    slurm.mark(folder)
     write_whole(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     environment = provenance(stage=cfg.stage.name, config=None, parents=[])
     environment |= {"platform": platform.platform(), "cpus": os.cpu_count()}
@@ -119,7 +127,7 @@ def quiet_known_warnings() -> None:
         r".*does not have many workers.*",  # workers only decode; one is usually enough
         r"It is recommended to use .*sync_dist=True.*",  # they are summed over ranks before
         r"Since DeepSpeed handles gradient clipping internally.*",
-        r"The `srun` command is available on your system but is not used.*",
+        r"The `srun` command is available.*",  # sphinx_pl/processes.py knows what started this process
         r"The number of training batches .* is smaller than the logging interval.*",
     ):
         warnings.filterwarnings("ignore", message=message)
@@ -142,18 +150,34 @@ def train(cfg: DictConfig) -> float | None:
     from hydra.utils import get_class, instantiate
 
     from callbacks.checkpoint import checkpoints
+    from callbacks.preemption import Preemption
+    from sphinx_pl import processes, sweep
     from sphinx_pl.data.datamodule import DataModule
     from sphinx_pl.models.config import SphinxConfig
     from sphinx_pl.stages.stage import NonFiniteError
 
     quiet_known_warnings()
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    hydra = HydraConfig.get()
+    cfg.point = cfg.point or sweep.point_name(hydra)
+    if sweep.needs_a_process(cfg, hydra):
+        return sweep.run_point(cfg, hydra)
+    folder = Path(hydra.runtime.output_dir)
+    processes.adopt_processes(cfg.trainer, hydra.overrides.task)
     model = SphinxConfig.from_dict(cfg.model)
     values: dict[str, Any] = OmegaConf.to_container(cfg.data, resolve=True)  # type: ignore[assignment]
     datamodule = DataModule.from_config(values, model)
-    resume = checkpoint_to_resume(cfg, folder, model)
 
     L.seed_everything(cfg.seed, verbose=False)
+    trainer: L.Trainer = instantiate(
+        cfg.trainer,
+        callbacks=[instantiate(c) for c in cfg.callbacks.values() if c],
+        logger=[instantiate(entry) for entry in cfg.logger.values() if entry],
+        plugins=[*instantiate(cfg.trainer.get("plugins") or []), processes.cluster_environment()],
+    )
+    if not any(isinstance(callback, Preemption) for callback in trainer.callbacks):
+        stop.unwatch()  # no one would act on it
+    processes.join(trainer)
+    resume = processes.on_first(trainer, lambda: checkpoint_to_resume(cfg, folder, model))
     options: dict[str, Any] = OmegaConf.to_container(cfg.stage, resolve=True)  # type: ignore[assignment]
     kind = get_class(options.pop("_target_"))
     for key in ("accumulate", "clip", "val_every", "text_required"):  # the trainer's and the data's
@@ -164,15 +188,12 @@ def train(cfg: DictConfig) -> float | None:
             raise UserError(f"stage.{key} is not a key of {kind.__name__}: {suggest(key, known)}")
     stage = kind(model, val_names=datamodule.val_names, **options)
     stage.resumed = resume is not None
-    trainer: L.Trainer = instantiate(
-        cfg.trainer,
-        callbacks=[instantiate(c) for c in cfg.callbacks.values() if c],
-        logger=[instantiate(entry) for entry in cfg.logger.values() if entry],
-    )
     # Whatever can be found wrong is found before an older run is replaced.
     stage.check(datamodule.processor)
     datamodule.check(cfg.stage.text_required, cfg.stage.accumulate, trainer.world_size)
-    prepare_run_folder(cfg, folder, resume)
+    if processes.first_process():
+        log.info("%s%s in %s", cfg.run, f", point {cfg.point}" if cfg.point else "", folder)
+    processes.only_first(trainer, lambda: prepare_run_folder(cfg, folder, resume))
     if resume is not None:
         log.info("resuming from %s", resume)
     try:
@@ -182,10 +203,13 @@ def train(cfg: DictConfig) -> float | None:
         raise UserError(f"{error}; the last checkpoint is {last}") from None
     finish_export(trainer)
     value = trainer.callback_metrics.get(cfg.metric)
-    return None if value is None else float(value)
+    number = None if value is None else float(value)
+    sweep.leave_value(number)
+    return number
 
 
 main = entry_point("train")(train)
 
 if __name__ == "__main__":
+    stop.watch()
     main()

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sphinx_pl.errors import UserError
+from sphinx_pl.processes import first_process
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "conf"
 TRACEBACK = "SPHINX_TRACEBACK"
@@ -86,6 +87,8 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
         def wrapped() -> Any:
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises instead of printing and exiting
             try:
+                if not first_process():  # the run folder is the first one's
+                    sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=other_ranks"]
                 return run()
             except (*MISTAKES, ValueError) as error:
                 # Hydra's only ValueError on the way to main() is for group=null; main's own errors are not mistakes.

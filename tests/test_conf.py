@@ -106,3 +106,27 @@ def test_debug_presets_compose(name: str) -> None:
 @pytest.mark.parametrize("script", ["train", "mix_weights", "evaluate", "chat"])
 def test_entry_scripts_compose(script: str) -> None:
     assert composed(script)
+
+
+def test_the_slurm_launcher_submits_what_it_says(tmp_path: Path) -> None:
+    from hydra.core.plugins import Plugins
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    sizes = ["hydra.launcher.nodes=2", "hydra.launcher.tasks_per_node=8", "hydra.launcher.gpus_per_node=8"]
+    whose = ["hydra.launcher.partition=gpu", "hydra.launcher.account=me", "hydra.launcher.qos=high"]
+    lines = ["hydra.launcher.setup=[module load cuda]", "hydra.launcher.timeout_min=90"]
+    cfg = composed("train", "hydra/launcher=slurm", "stage=finetune", *sizes, *whose, *lines)
+    values = OmegaConf.to_container(cfg.hydra.launcher, resolve=True)
+    assert values["name"] == "demo-finetune"
+    launcher = Plugins.instance()._instantiate(cfg.hydra.launcher)
+    assert type(launcher).__name__ == "SlurmLauncher"
+    # Every key is one that submitit knows: an unknown one is an error here, not after the submission.
+    renamed = {"name": "job_name", "timeout_min": "time", "mem_gb": "mem", "tasks_per_node": "ntasks_per_node"}
+    options = {renamed.get(key, key): value for key, value in values.items()}
+    for key in ("_target_", "submitit_folder", "max_num_timeout"):
+        options.pop(key)
+    script = _make_sbatch_string("command", tmp_path, map_count=2, **options).splitlines()
+    for line in ("nodes=2", "ntasks-per-node=8", "gpus-per-node=8", "time=90", "signal=USR2@300", "requeue"):
+        assert f"#SBATCH --{line}" in script
+    assert "#SBATCH --array=0-1%2" in script
+    assert script.index("module load cuda") < len(script) - 1

@@ -55,7 +55,7 @@ def test_the_wheel_holds_what_a_run_needs_and_no_more(wheel: Path) -> None:
         found = set(archive.namelist())
         metadata = next(name for name in found if name.endswith(".dist-info/METADATA"))
         text = archive.read(metadata).decode()
-    packages = ("sphinx_pl/", "callbacks/", "conf/")
+    packages = ("sphinx_pl/", "callbacks/", "conf/", "hydra_plugins/")
     scripts = {"train.py", "mix_weights.py", "evaluate.py", "chat.py"}
     wanted = {name for name in tracked() if name.startswith(packages)} | scripts
     assert {name for name in found if ".dist-info/" not in name} == wanted

@@ -185,3 +185,31 @@ def test_wrong_input_is_answered_in_one_line(
     assert error[-1].startswith("error: ")
     assert needle in error[-1]
     assert not any("Traceback" in line for line in error)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(500)
+def test_a_sweep_whose_points_need_two_processes_is_swept_once(tmp_path: Path, sample_data: Path) -> None:
+    """Lightning starts the second process with the command line of the first: with `-m` it would sweep as well."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+    options = ["stage.max_steps=2", "stage.optim.lr=1e-4,3e-4", "trainer.devices=2"]
+    done = subprocess.run(
+        [*command(tmp_path, sample_data, *options), "-m"],
+        cwd=REPOSITORY,
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=480,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["sweeps"]
+    folders = sorted((tmp_path / "sweeps" / "pretrain_real").glob("[0-9]*"))
+    assert [folder.name for folder in folders] == ["0", "1"]
+    for folder, rate in zip(folders, ("0.0001", "0.0003"), strict=True):
+        assert (folder / "model" / "config.json").is_file()
+        assert [path.name for path in folder.glob("*.log")] == ["train.log"]
+        begun = [line for line in (folder / "train.log").read_text().splitlines() if f"in {folder}" in line]
+        assert len(begun) == 1
+        assert f"pretrain_real, point stage.optim.lr={rate} in" in begun[0]
+        (folder / "pretrain_real").symlink_to(folder)  # where `losses` looks
+        assert len(losses(folder)) == 2

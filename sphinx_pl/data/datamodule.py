@@ -17,6 +17,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from sphinx_pl import stop
 from sphinx_pl.data.augment import AugmentConfig
 from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.mixture import MODALITIES, Group, MixingConfig, Mixture, SourceConfig
@@ -111,8 +112,9 @@ class _Rows(Dataset[Batch]):
         return self.collator(self.batches[index])
 
 
-def _one_thread(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    stop.ignore()  # the run that it decodes for takes a step more and saves
 
 
 def _as_is(batch: Any) -> Any:
@@ -157,7 +159,7 @@ class TrainLoader:
             batch_size=None,
             num_workers=workers,
             collate_fn=_as_is,
-            worker_init_fn=_one_thread,
+            worker_init_fn=_start_worker,
             pin_memory=pin_memory,
             prefetch_factor=max(2, planner.accumulate // workers) if workers else None,
         )

@@ -94,7 +94,7 @@ def test_an_offline_run_holds_everything(
     }
     OmegaConf.save(OmegaConf.create(composed), tmp_path / "config.yaml")
     entry = OmegaConf.load(REPOSITORY / "conf/logger/wandb.yaml").wandb
-    overrides = {"group": "tests", "name": "offline", "mode": "offline", "save_dir": str(tmp_path)}
+    overrides = {"group": "tests", "name": "offline", "point": None, "mode": "offline", "save_dir": str(tmp_path)}
     logger = instantiate(OmegaConf.merge(entry, overrides))
     predictions = Predictions(test_sources, str(tmp_path / "predictions"), per_task=1)
     fit([Throughput(), RunInfo(str(tmp_path / "config.yaml")), predictions], [logger])

@@ -1,0 +1,76 @@
+"""Lightning's W&B logger, with one W&B run for each run folder."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import string
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+
+from sphinx_pl import stop
+from sphinx_pl.files import write_whole
+
+log = logging.getLogger(__name__)
+
+FILE = "wandb_id"
+
+
+class RunLogger(WandbLogger):
+    """The W&B run of the run folder `save_dir`: its id is made once and kept there, so a run that is continued goes
+    on in the same one. train.py forgets it where another run takes the folder.
+
+    Args:
+        name: of the run.
+        point: of a sweep, part of the name; empty for none.
+        id: instead of the folder's.
+    """
+
+    def __init__(
+        self, save_dir: str, name: str, point: str | None = None, id: str | None = None, **options: Any
+    ) -> None:
+        self._lost = False
+        super().__init__(save_dir=save_dir, name=f"{name} {point}" if point else name, id=id, **options)
+
+    @property
+    @rank_zero_experiment  # type: ignore[untyped-decorator]
+    def experiment(self) -> Any:
+        if self._id is None:  # type: ignore[has-type]
+            self._id = self._wandb_init["id"] = run_id(Path(self._wandb_init["dir"]))
+        return super().experiment
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        with self._tolerant():
+            super().log_metrics(metrics, step)
+
+    def log_table(self, *args: Any, **options: Any) -> None:
+        with self._tolerant():
+            super().log_table(*args, **options)
+
+    @contextmanager
+    def _tolerant(self) -> Iterator[None]:
+        """W&B's own process ends at a SIGTERM, which a scheduler sends to all: a run that has yet to save goes on."""
+        try:
+            yield
+        except Exception as error:
+            if not stop.received():
+                raise
+            if not self._lost:
+                log.warning("W&B's process has ended (%s): what follows is not logged there", error)
+            self._lost = True
+
+
+def run_id(folder: Path) -> str:
+    """The id that is kept in a run folder, made if there is none."""
+    path = folder / FILE
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        alphabet = string.ascii_lowercase + string.digits
+        # Not from `random`, whose state belongs to the run.
+        write_whole(path, "".join(secrets.choice(alphabet) for _ in range(8)) + "\n")
+    return path.read_text().strip()

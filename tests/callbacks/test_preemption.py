@@ -1,0 +1,208 @@
+"""A run that is told to go: saved at that step, requeued where it is a job, and continued as if nothing had been."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import LambdaCallback
+
+from callbacks.checkpoint import ResumeCheckpoint, checkpoints, step_of
+from callbacks.preemption import Preempted, Preemption, _Vote
+from sphinx_pl import stop
+from tests.conftest import REPOSITORY
+from tests.test_slurm import commands
+from tests.test_train import command, losses, run
+
+Fit = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    handlers = {number: signal.getsignal(number) for number in stop.SIGNALS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    stop.forget()
+
+
+def tell(number: int = signal.SIGTERM) -> None:
+    os.kill(os.getpid(), number)
+
+
+def at_step(step: int, *numbers: int) -> L.Callback:
+    """Signals in the midst of the first micro-batch of the step after `step` others."""
+
+    def send(trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == step and not stop.received():
+            for number in numbers:
+                tell(number)
+
+    return LambdaCallback(on_train_batch_start=send)
+
+
+def saved(folder: Path) -> list[int]:
+    return [step_of(path) for path in checkpoints(folder)]
+
+
+def leaves(fit: Fit, folder: Path, *callbacks: L.Callback, **options: Any) -> int:
+    """The exit code of a fit of four steps, with validations after the second and the fourth."""
+    with pytest.raises(Preempted) as stopped:
+        fit([*callbacks, Preemption(), ResumeCheckpoint(str(folder), **options)])
+    return int(stopped.value.code)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("number", stop.SIGNALS)
+def test_the_step_that_runs_is_finished_and_saved(fit: Fit, tmp_path: Path, number: int) -> None:
+    assert leaves(fit, tmp_path, at_step(2, number)) == 128 + number
+    assert saved(tmp_path) == [3]
+
+
+def test_a_validation_that_is_due_comes_before(fit: Fit, tmp_path: Path) -> None:
+    """Else a run that goes on from here would go on without it."""
+    validated: list[int] = []
+    seen = LambdaCallback(on_validation_end=lambda trainer, _: validated.append(trainer.global_step))
+    leaves(fit, tmp_path, at_step(1, signal.SIGTERM), seen)
+    assert (saved(tmp_path), validated) == ([2], [2])
+
+
+def test_a_signal_during_validation_is_acted_on_after_it(fit: Fit, tmp_path: Path) -> None:
+    told = LambdaCallback(on_validation_start=lambda *_: tell())
+    leaves(fit, tmp_path, told)
+    assert saved(tmp_path) == [2]
+
+
+def test_a_signal_while_a_checkpoint_is_written_lets_it_finish(fit: Fit, tmp_path: Path) -> None:
+    told = LambdaCallback(on_save_checkpoint=lambda *_: tell())  # the second time too, which must not matter
+    leaves(fit, tmp_path, told, every_n_steps=1, keep=9)
+    assert saved(tmp_path) == [1, 2]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_before_the_first_step_nothing_is_saved(fit: Fit, tmp_path: Path) -> None:
+    stop.watch()
+    tell(signal.SIGUSR2)
+    batches: list[Any] = []
+    counter = LambdaCallback(on_train_batch_end=lambda *args: batches.append(args))
+    assert leaves(fit, tmp_path, counter) == 128 + signal.SIGUSR2
+    assert (saved(tmp_path), batches) == ([], [])
+
+
+def test_without_the_checkpoint_callback_the_log_says_so(fit: Fit, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(Preempted):
+        fit([at_step(0, signal.SIGTERM), Preemption()])
+    assert "SIGTERM: nothing is saved without callbacks.checkpoint; ckpt_path=last" in caplog.text
+
+
+def test_lightning_s_own_handlers_stay_out_of_it(fit: Fit) -> None:
+    found: list[Any] = []
+
+    def look(trainer: L.Trainer, *_: Any) -> None:
+        found.append([signal.getsignal(number) for number in stop.SIGNALS])
+        assert not trainer.received_sigterm
+
+    during = dict.fromkeys(("on_train_batch_start", "on_validation_start"), look)
+    before = [signal.getsignal(number) for number in stop.SIGNALS]
+    fit([LambdaCallback(**during), Preemption()])
+    assert [signal.getsignal(number) for number in stop.SIGNALS] == before
+    assert found
+    assert all(handler is stop._note for handlers in found for handler in handlers)
+
+
+def test_a_job_is_requeued_once_everything_is_saved(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "bin").mkdir()
+    found = f"ls {tmp_path}/checkpoints >> {tmp_path}/bin/asked"
+    asked = commands(tmp_path / "bin", "RUNNING", found)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "40")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    # SLURM's SIGTERM follows at once.
+    assert leaves(fit, tmp_path / "checkpoints", at_step(0, signal.SIGUSR2, signal.SIGTERM)) == 128 + signal.SIGUSR2
+    assert asked.read_text() == "requeue 40_3\nstep-00000001.ckpt\n"
+    assert "SIGUSR2: step 1 is saved; job 40_3 is requeued and will go on from there" in caplog.text
+
+
+def test_a_job_that_can_not_be_requeued_says_how_to_go_on(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "bin").mkdir()
+    commands(tmp_path / "bin", "COMPLETING", "exit 0")  # as after scancel
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "41")
+    leaves(fit, tmp_path / "checkpoints", at_step(0, signal.SIGTERM))
+    assert "job 41 is not requeued (its state is COMPLETING): ckpt_path=last goes on from there" in caplog.text
+
+
+# --- real processes
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.timeout(600)
+def test_a_run_that_was_told_to_go_continues_with_the_same_losses(
+    ranks: int, tmp_path: Path, sample_data: Path
+) -> None:
+    steps = 30
+    options = [f"stage.max_steps={steps}", "stage.val_every=20", "data.workers=1", f"trainer.devices={ranks}"]
+    straight = run(tmp_path / "straight", sample_data, *options)
+    assert straight.returncode == 0, straight.stderr
+    folder = tmp_path / "told"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+    process = subprocess.Popen(
+        command(folder, sample_data, *options),
+        cwd=REPOSITORY,
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    metrics = folder / "pretrain_real" / "metrics.csv"
+    deadline = time.monotonic() + 200
+    while not (metrics.is_file() and metrics.read_text().count("\n") > 8):
+        assert process.poll() is None, "the run ended before it could be told"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    # To all of its processes, the data workers too, as a scheduler does; then once more.
+    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    [step] = saved(folder / "pretrain_real" / "checkpoints")
+    assert 2 < step < steps
+    assert f"SIGTERM: step {step} is saved; ckpt_path=last goes on from there" in output
+    assert max(losses(folder)) == step - 1
+    resumed = run(folder, sample_data, *options, "ckpt_path=last")
+    assert resumed.returncode == 0, resumed.stderr
+    assert losses(folder) == losses(tmp_path / "straight")
+    assert len(losses(folder)) == steps
+
+
+def vote(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    found = []
+    for told in ([0, 0], [0, signal.SIGTERM], [signal.SIGUSR1, signal.SIGTERM]):
+        asked = _Vote(told[rank], torch.device("cpu"))
+        asked.copy()
+        found.append(asked.result())
+    assert found == [0, signal.SIGTERM, signal.SIGTERM]
+    (folder / f"{rank}").touch()
+    dist.destroy_process_group()
+
+
+def test_all_ranks_come_to_the_same_answer(tmp_path: Path) -> None:
+    torch.multiprocessing.start_processes(vote, (tmp_path,), nprocs=2, start_method="fork")
+    assert (tmp_path / "0").exists()
+    assert (tmp_path / "1").exists()

@@ -1,0 +1,185 @@
+"""On a real SLURM, which may be one machine: a sweep of two jobs with two tasks each, one of them pre-empted."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from callbacks.checkpoint import checkpoints, step_of
+from tests.conftest import REPOSITORY
+from tests.test_train import SMALL, losses
+
+
+def slurm(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return done.stdout.strip()
+
+
+def missing() -> str:
+    """Why there is no SLURM to test on, or ""."""
+    if shutil.which("sbatch") is None:
+        return "no sbatch on PATH: these tests need a SLURM"
+    done = subprocess.run(["sinfo", "--noheader"], capture_output=True, text=True, timeout=60)
+    return f"sbatch is there but SLURM does not answer: {done.stderr.strip()}" if done.returncode else ""
+
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
+STEPS = 60
+
+
+@pytest.fixture(autouse=True)
+def _needs_slurm() -> None:
+    if reason := missing():
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def environment() -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+    return kept | {"OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
+
+
+def until(condition: Callable[[], object], seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.5)
+
+
+@pytest.fixture
+def start(
+    environment: dict[str, str], tmp_path: Path, sample_data: Path
+) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """`start(override, ...)` begins a sweep; its jobs end with the test."""
+    started: list[subprocess.Popen[str]] = []
+    name = f"test-{os.getpid()}-{time.monotonic_ns()}"
+
+    def start(*overrides: str) -> subprocess.Popen[str]:
+        options = ["hydra/launcher=slurm", f"hydra.launcher.name={name}", "hydra.launcher.cpus_per_task=1"]
+        options += ["stage=pretrain_real", f"output_dir={tmp_path}", f"data.root={sample_data}", *SMALL, *overrides]
+        with (tmp_path / "sweep.log").open("w") as file:
+            process = subprocess.Popen(
+                [sys.executable, "train.py", "-m", *options],
+                cwd=REPOSITORY,
+                env=environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        started.append(process)
+        return process
+
+    yield start
+    slurm("scancel", "--name", name)
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def point(folder: Path, number: int) -> Path:
+    return folder / "sweeps" / "pretrain_real" / str(number)
+
+
+def logs(folder: Path) -> str:
+    files = [folder / "sweep.log", *(folder / "sweeps" / "pretrain_real" / ".submitit").rglob("*.out")]
+    return "\n".join(f"== {path.name}\n{path.read_text()}" for path in files if path.is_file())
+
+
+def test_a_sweep_whose_job_is_preempted_continues_it_exactly(
+    start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    # Both points train the same, so the one that is left alone says what the other one should have got.
+    sweep = start(
+        "hydra.launcher.tasks_per_node=2",
+        "hydra.launcher.timeout_min=20",
+        f"stage.max_steps={STEPS}",
+        "callbacks.checkpoint.keep=1,2",
+        "callbacks.predictions=null",
+        "logger=wandb",
+        "logger.wandb.mode=offline",
+    )
+    first, second = point(tmp_path, 0), point(tmp_path, 1)
+    metrics = first / "metrics.csv"
+    until(
+        lambda: sweep.poll() is not None or (metrics.is_file() and metrics.read_text().count("\n") > 12), 300, "steps"
+    )
+    assert sweep.poll() is None, logs(tmp_path)
+    job = (first / "slurm_job").read_text().strip()
+    assert re.fullmatch(r"\d+_0", job)
+    identity = (first / "wandb_id").read_text()
+    slurm("scancel", "--signal=USR2", job)
+    until(lambda: "PENDING" in slurm("squeue", "--noheader", "--jobs", job, "--format", "%T"), 120, "the requeue")
+    [saved] = checkpoints(first / "checkpoints")
+    assert not (first / "model").exists(), "told too late to test anything"
+    slurm("scontrol", "update", f"JobId={job}", "StartTime=now")  # else SLURM waits two minutes
+    until(lambda: sweep.poll() is not None, 400, "the sweep")
+    assert sweep.returncode == 0, logs(tmp_path)
+
+    log = (first / "train.log").read_text()
+    assert f"SIGUSR2: step {step_of(saved)} is saved; job {job} is requeued and will go on from there" in log
+    assert f"job {job} was requeued: going on with the run in {first}" in log
+    assert f"resuming from {saved}" in log
+    assert "point callbacks.checkpoint.keep=1" in log
+    assert "point callbacks.checkpoint.keep=2" in (second / "train.log").read_text()
+    assert sorted(path.name for path in first.parent.iterdir()) == [".submitit", "0", "1", "multirun.yaml"]
+    for folder in (first, second):
+        (folder / "pretrain_real").symlink_to(folder)  # where `losses` looks
+    assert losses(first) == losses(second)
+    assert len(losses(second)) == STEPS
+    assert (first / "wandb_id").read_text() == identity != (second / "wandb_id").read_text()
+    runs = [path.name for path in (first / "wandb").glob("offline-run-*")]
+    assert len(runs) == 2
+    assert all(name.endswith(identity.strip()) for name in runs)
+    # Two ranks: the first writes, the other has written nothing of its own.
+    assert sorted(path.name for path in first.glob("*.log")) == ["train.log"]
+
+
+def test_a_cancelled_job_saves_and_does_not_come_back(
+    start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    start("hydra.launcher.timeout_min=20", "stage.max_steps=100000", "seed=3", "data.workers=1")
+    metrics = point(tmp_path, 0) / "metrics.csv"
+    until(lambda: metrics.is_file() and metrics.read_text().count("\n") > 12, 300, "steps")
+    job = (point(tmp_path, 0) / "slurm_job").read_text().strip()
+    slurm("scancel", job)
+    until(lambda: not slurm("squeue", "--noheader", "--jobs", job), 120, "the end of the job")
+    assert len(checkpoints(point(tmp_path, 0) / "checkpoints")) == 1, logs(tmp_path)
+    assert f"job {job} is not requeued (its state is " in (point(tmp_path, 0) / "train.log").read_text()
+
+
+def test_srun_and_torchrun_and_lightning_give_the_same_losses(
+    environment: dict[str, str], tmp_path: Path, sample_data: Path
+) -> None:
+    script = [str(REPOSITORY / "train.py"), "stage=pretrain_real", f"data.root={sample_data}", *SMALL]
+    script += ["stage.max_steps=5", "~callbacks.export"]
+    starters = {
+        "srun": ["srun", "--ntasks=2", "--overlap", sys.executable, *script],
+        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *script],
+        "lightning": [sys.executable, *script, "trainer.devices=2"],
+    }
+    found = {}
+    for name, command in starters.items():
+        done = subprocess.run(
+            [*command, f"output_dir={tmp_path / name}"],
+            cwd=REPOSITORY,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        found[name] = losses(tmp_path / name)
+        run_folder = tmp_path / name / "pretrain_real"
+        assert "devices: 2" in (run_folder / "config.yaml").read_text()
+        assert [path.name for path in run_folder.glob("*.log")] == ["train.log"]
+        assert (run_folder / "train.log").read_text().count(f"pretrain_real in {run_folder}") == 1
+    assert found["srun"] == found["torchrun"] == found["lightning"]
+    assert len(found["srun"]) == 5

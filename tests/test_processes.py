@@ -1,0 +1,127 @@
+"""Ranks as each starter's environment tells them, and what else has such variables without being several processes."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+from omegaconf import OmegaConf
+
+from sphinx_pl.errors import UserError
+from sphinx_pl.processes import Processes, adopt_processes, cluster_environment, first_process, this_process
+
+STEP = {
+    "SLURM_JOB_ID": "812",
+    "SLURM_STEP_ID": "0",
+    "SLURM_NTASKS": "6",
+    "SLURM_STEP_NUM_TASKS": "6",
+    "SLURM_STEP_TASKS_PER_NODE": "3(x2)",
+    "SLURM_STEP_NODELIST": "gpu[07,11]",
+    "SLURM_PROCID": "4",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+}
+ELASTIC = {"TORCHELASTIC_RUN_ID": "x", "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+
+
+@pytest.fixture(autouse=True)
+def _bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "TORCHELASTIC_")) or name in (
+            *ELASTIC,
+            "NODE_RANK",
+            "MASTER_ADDR",
+            "MASTER_PORT",
+        ):
+            monkeypatch.delenv(name)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):  # what a test sets is gone after it
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+def environment(monkeypatch: pytest.MonkeyPatch, values: dict[str, str]) -> None:
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_a_task_of_srun(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment(monkeypatch, STEP)
+    assert this_process() == Processes("srun", rank=4, world_size=6, local_rank=1, per_node=3)
+    assert this_process().nodes == 2
+    assert not first_process()
+    found = cluster_environment()
+    assert found.creates_processes_externally
+    assert (found.global_rank(), found.world_size(), found.local_rank(), found.node_rank()) == (4, 6, 1, 1)
+    assert found.main_address == "gpu07"
+    assert not found.auto_requeue  # type: ignore[attr-defined]
+
+
+def test_steps_of_one_job_and_neighbouring_jobs_use_different_ports(monkeypatch: pytest.MonkeyPatch) -> None:
+    ports = set()
+    for job in range(800, 820):
+        for step in range(3):
+            environment(monkeypatch, STEP | {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)})
+            monkeypatch.delenv("MASTER_PORT", raising=False)
+            ports.add(cluster_environment().main_port)
+    assert len(ports) == 60
+    assert all(10000 < port < 32768 for port in ports)
+
+
+def test_an_interactive_job_s_step_counts_whatever_the_job_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`salloc` and then `srun -n 6 python train.py`: Lightning would take each task for a run of its own."""
+    environment(monkeypatch, STEP | {"SLURM_JOB_NAME": "interactive"})
+    assert this_process().world_size == 6
+    assert cluster_environment().world_size() == 6
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        # A shell in an allocation, and a batch script that does not use srun.
+        {"SLURM_NTASKS": "6", "SLURM_JOB_ID": "812", "SLURM_JOB_NAME": "train"},
+        {"SLURM_NTASKS": "6", "SLURM_JOB_ID": "812", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"},
+        STEP | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},  # one task, which may start others itself
+        STEP | {"SLURM_PTY_PORT": "4711", "SLURM_PROCID": "0"},  # a shell of `srun --pty`
+    ],
+)
+def test_an_allocation_alone_starts_nothing(monkeypatch: pytest.MonkeyPatch, left: dict[str, str]) -> None:
+    environment(monkeypatch, left)
+    assert this_process() == Processes()
+    assert first_process()
+    assert isinstance(cluster_environment(), LightningEnvironment)
+    trainer = OmegaConf.create({"devices": 2})
+    adopt_processes(trainer)
+    assert trainer == {"devices": 2}
+
+
+def test_torchrun_counts_in_a_slurm_task_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.distributed.is_torchelastic_launched", lambda: True)
+    environment(monkeypatch, STEP | ELASTIC)
+    assert this_process() == Processes("torchrun", rank=3, world_size=4, local_rank=1, per_node=2)
+    assert isinstance(cluster_environment(), TorchElasticEnvironment)
+
+
+@pytest.mark.parametrize(("local", "node", "first"), [("0", "0", True), ("1", "0", False), ("0", "1", False)])
+def test_those_that_lightning_starts(monkeypatch: pytest.MonkeyPatch, local: str, node: str, first: bool) -> None:
+    environment(monkeypatch, {"LOCAL_RANK": local, "NODE_RANK": node})
+    assert first_process() is first
+    assert this_process().starter == ""
+
+
+def test_nodes_with_different_numbers_of_tasks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment(monkeypatch, STEP | {"SLURM_STEP_TASKS_PER_NODE": "2(x2),1,1"})
+    with pytest.raises(UserError, match=r"2\(x2\),1,1.*--ntasks-per-node"):
+        this_process()
+
+
+def test_the_trainer_follows_what_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment(monkeypatch, STEP)
+    trainer = OmegaConf.create({"devices": 1})
+    OmegaConf.set_struct(trainer, True)
+    adopt_processes(trainer, ["stage=finetune", "trainer.devices=3"])
+    assert trainer == {"devices": 3, "num_nodes": 2}
+    with pytest.raises(UserError, match=r"trainer\.devices=8, but srun started 3 processes on each of 2 nodes"):
+        adopt_processes(trainer, ["trainer.devices=8"])
+    with pytest.raises(UserError, match=r"trainer\.num_nodes=1"):
+        adopt_processes(trainer, ["+trainer.num_nodes=1"])

@@ -1,0 +1,87 @@
+"""What train.py makes of a run folder when its job starts again, and when it is a new one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+import train
+from callbacks.wandb_logger import FILE, run_id
+from sphinx_pl import slurm
+from sphinx_pl.errors import UserError
+from tests.test_conf import _fresh_hydra, composed  # noqa: F401  (a fixture)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of a run of job 7 that has saved step 5 and has a W&B run."""
+    monkeypatch.setattr(train, "check_resume", lambda resume, model: None)
+    for name in ("SLURM_ARRAY_JOB_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints" / "step-00000005.ckpt").touch()
+    slurm.mark(folder)
+    run_id(folder)
+    return folder
+
+
+def start(folder: Path, monkeypatch: pytest.MonkeyPatch, job: str, restarts: int, *overrides: str) -> Path | None:
+    """As train.py does: the checkpoint that the job goes on from; then the folder is prepared."""
+    monkeypatch.setenv("SLURM_JOB_ID", job)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+    cfg: DictConfig = composed("train", *overrides, folder=str(folder))
+    model: Any = None
+    resume = train.checkpoint_to_resume(cfg, folder, model)
+    OmegaConf.set_struct(cfg, False)
+    del cfg["hydra"]
+    train.prepare_run_folder(cfg, folder, resume)
+    return resume
+
+
+def test_a_requeued_job_continues_its_run_though_it_was_to_replace_another(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identity = run_id(folder)
+    for overrides in ([], ["overwrite=true"], ["ckpt_path=/elsewhere/step-00000001.ckpt"]):
+        resume = start(folder, monkeypatch, "7", 1, *overrides)
+        assert resume is not None
+        assert resume.name == "step-00000005.ckpt"
+        assert resume.exists()
+        assert run_id(folder) == identity
+
+
+def test_a_job_that_was_requeued_before_it_began_does_what_it_was_to_do(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies there is another job's: to continue it would be a surprise."""
+    with pytest.raises(UserError, match="already holds a run"):
+        start(folder, monkeypatch, "8", 1)
+    identity = run_id(folder)
+    assert start(folder, monkeypatch, "8", 1, "overwrite=true") is None
+    assert list((folder / "checkpoints").iterdir()) == []
+    assert run_id(folder) != identity
+    assert (folder / "slurm_job").read_text() == "8\n"
+    # Stopped before its first checkpoint: it begins again, in the same W&B run.
+    identity = run_id(folder)
+    assert start(folder, monkeypatch, "8", 2, "overwrite=true") is None
+    assert run_id(folder) == identity
+
+
+def test_a_second_command_in_the_same_job_is_not_taken_for_the_first(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="already holds a run"):
+        start(folder, monkeypatch, "7", 0)
+
+
+def test_a_run_that_is_continued_by_hand_keeps_its_w_and_b_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    identity = run_id(folder)
+    assert start(folder, monkeypatch, "9", 0, "ckpt_path=last") is not None
+    assert run_id(folder) == identity
+    assert start(folder, monkeypatch, "9", 0, "overwrite=true") is None
+    assert not (folder / FILE).exists()

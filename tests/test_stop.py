@@ -1,0 +1,50 @@
+"""Signals are noted, by real processes that get them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from sphinx_pl import stop
+from tests.conftest import REPOSITORY
+
+
+@pytest.fixture(autouse=True)
+def _as_before() -> Iterator[None]:
+    handlers = {number: signal.getsignal(number) for number in stop.SIGNALS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    stop.forget()
+
+
+def test_the_first_signal_says_why() -> None:
+    stop.watch()
+    assert stop.received() == 0
+    os.kill(os.getpid(), signal.SIGUSR2)
+    os.kill(os.getpid(), signal.SIGTERM)  # SLURM's, after a requeue
+    assert stop.received() == signal.SIGUSR2
+
+
+def test_helpers_ignore_what_the_run_acts_on() -> None:
+    code = "import time; from sphinx_pl import stop; stop.ignore(); print('ready', flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=REPOSITORY)
+    assert process.stdout is not None
+    process.stdout.readline()
+    for number in stop.SIGNALS:
+        subprocess.run(["kill", f"-{int(number)}", str(process.pid)], check=True)  # by another than its parent
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.5)
+    process.terminate()
+    assert process.wait(10) == 0
+
+
+def test_it_is_there_before_anything_slow_is_imported() -> None:
+    code = "import sys; from sphinx_pl import stop; print(sorted({'torch', 'lightning', 'hydra'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    assert done.stdout.strip() == "[]"
