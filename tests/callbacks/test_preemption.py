@@ -149,13 +149,22 @@ def test_a_job_that_can_not_be_requeued_says_how_to_go_on(
 # --- real processes
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("trainer", "ranks"),
+    [
+        ("cpu", 1),
+        pytest.param("cpu", 2, marks=pytest.mark.long),
+        pytest.param("zero3_cpu", 2, marks=pytest.mark.long),
+        pytest.param("fsdp2", 2, marks=pytest.mark.long),
+    ],
+)
 @pytest.mark.timeout(600)
 def test_a_run_that_was_told_to_go_continues_with_the_same_losses(
-    ranks: int, tmp_path: Path, sample_data: Path
+    trainer: str, ranks: int, tmp_path: Path, sample_data: Path
 ) -> None:
     steps = 30
-    options = [f"stage.max_steps={steps}", "stage.val_every=20", "data.workers=1", f"trainer.devices={ranks}"]
+    options = [f"stage.max_steps={steps}", "stage.val_every=20", "data.workers=1"]
+    options += [f"trainer={trainer}", f"trainer.devices={ranks}"]
     straight = run(tmp_path / "straight", sample_data, *options)
     assert straight.returncode == 0, straight.stderr
     folder = tmp_path / "told"

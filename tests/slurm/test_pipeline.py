@@ -1,4 +1,4 @@
-"""The recipe as a chain of jobs on a running SLURM, with one step failing once."""
+"""The recipe as a chain of jobs on a running SLURM, with one step failing once, and with one that is pre-empted."""
 
 from __future__ import annotations
 
@@ -6,26 +6,18 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from sphinx_pl.errors import UserError
+from sphinx_pl.checkpoint.format import open_checkpoint
 from sphinx_pl.pipeline import slurm, status
 from sphinx_pl.pipeline.state import State
 from tests.conftest import REPOSITORY
 from tests.pipeline.small import small_demo
+from tests.slurm.conftest import command, until
 
-pytestmark = pytest.mark.long
-
-
-@pytest.fixture(autouse=True)
-def _running_slurm() -> None:
-    try:
-        slurm.queue()
-    except UserError as error:
-        pytest.skip(f"no running SLURM: {error}")
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1200), pytest.mark.usefixtures("running_slurm")]
 
 
 def run(*arguments: str) -> str:
@@ -48,10 +40,7 @@ def states(folder: Path) -> dict[str, str]:
 
 def wait(folder: Path, seconds: float = 900) -> dict[str, str]:
     """Until nothing waits or runs."""
-    deadline = time.monotonic() + seconds
-    while {"waiting", "running"} & set(states(folder).values()):
-        assert time.monotonic() < deadline, states(folder)
-        time.sleep(1)
+    until(lambda: not {"waiting", "running"} & set(states(folder).values()), seconds, "the chain")
     return states(folder)
 
 
@@ -64,7 +53,7 @@ def test_a_chain_of_jobs_whose_step_fails_once_goes_on(tmp_path: Path, sample_da
     shutil.copytree(sample_data, data)
     hidden = data / "instructions" / "train-ocr.json"
     hidden.rename(tmp_path / "hidden")  # only the finetune reads it
-    arguments = [*small_demo(folder, data), "launcher=slurm"]
+    arguments = [*small_demo(folder, data), "train:trainer=zero3_cpu", "launcher=slurm"]
     try:
         run(*arguments)
         assert wait(folder) == {
@@ -89,6 +78,40 @@ def test_a_chain_of_jobs_whose_step_fails_once_goes_on(tmp_path: Path, sample_da
         assert (folder / "report.html").is_file()
     finally:
         slurm.cancel(State(folder / "pipeline"))
+
+
+def test_a_step_that_is_requeued_keeps_what_waits_for_it(tmp_path: Path, sample_data: Path) -> None:
+    folder = tmp_path / "out"
+    arguments = [*small_demo(folder, sample_data), *(f"steps.{name}=null" for name in ("mix", "finetune", "evaluate"))]
+    arguments += ["train:trainer=zero3_cpu", "pretrain_real:stage.max_steps=40", "pretrain_real:stage.val_every=0"]
+    metrics = folder / "pretrain_real" / "metrics.csv"
+    try:
+        run(*arguments, "launcher=slurm")
+        before = jobs(folder)
+        job = before["pretrain_real"]
+        until(lambda: metrics.is_file() and metrics.read_text().count("\n") > 6, 300, "steps")
+        command("scancel", "--signal=USR2", job)
+        until(lambda: slurm.queue()[job].state == "PENDING", 120, "the requeue")
+        assert states(folder) == {"pretrain_real": "waiting", "pretrain_synthetic": "waiting"}
+        assert not (folder / "pretrain_real" / "model").exists(), "told too late to test anything"
+        command("scontrol", "update", f"JobId={job}", "StartTime=now")  # else SLURM waits two minutes
+        until(lambda: states(folder)["pretrain_real"] == "running", 120, "the job's return")
+        assert states(folder)["pretrain_synthetic"] == "waiting"
+        assert wait(folder) == {"pretrain_real": "done", "pretrain_synthetic": "done"}
+        assert jobs(folder) == before
+    finally:
+        slurm.cancel(State(folder / "pipeline"))
+    log = (folder / "pretrain_real" / "train.log").read_text()
+    assert f"job {job} was requeued: going on with the run in" in log
+    assert "resuming from" in log
+    first, second = (State(folder / "pipeline").read(name) for name in before)
+    assert first is not None
+    assert second is not None
+    assert first.ended is not None
+    assert second.started is not None
+    assert first.ended <= second.started
+    parent = open_checkpoint(folder / "pretrain_synthetic" / "model").provenance["parents"][0]
+    assert parent["steps"] == 40
 
 
 def test_a_job_that_waits_for_the_wrong_one_is_replaced(tmp_path: Path, sample_data: Path) -> None:
