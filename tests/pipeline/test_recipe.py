@@ -131,6 +131,13 @@ WRONG = {
     "no such step to redo": (["redo=fintune"], "did you mean 'finetune'"),
     "no such experiment": (["experiment=dmo"], "dmo"),
     "no such option of the launcher": (["launcher=slurm", "mix:launcher.partion=x"], "did you mean 'partition'"),
+    "an option of the other launcher": (
+        ["launcher.partition=gpu"],
+        "launcher.partition=gpu is not a key of this launcher",
+    ),
+    "a time that YAML has made minutes of": (["launcher=slurm", "launcher.time=28800"], "such as 8:00:00"),
+    "a time in words": (["launcher=slurm", "mix:launcher.time=2days"], "step mix: launcher.time=2days"),
+    "an override of a step that is left out": (["steps.mix=null", "mix:beta=0.3"], "left out (steps.mix=null)"),
     "a step that nothing needs any more": (["steps.finetune.after=[mxi]"], "did you mean 'mix'"),
     "steps in a circle": (["steps.pretrain_real.after=[evaluate]"], "wait for each other"),
     "two steps in one folder": (["pretrain_synthetic_notext:run=pretrain_synthetic"], "both make"),

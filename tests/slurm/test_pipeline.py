@@ -20,7 +20,8 @@ from tests.slurm.conftest import command, until
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1200), pytest.mark.usefixtures("running_slurm")]
 
 
-def run(*arguments: str) -> str:
+def start(*arguments: str) -> tuple[int, str]:
+    """The pipeline's exit code and what it prints."""
     done = subprocess.run(
         [sys.executable, "-m", "sphinx_pl.pipeline", *arguments],
         cwd=REPOSITORY,
@@ -30,8 +31,13 @@ def run(*arguments: str) -> str:
         timeout=300,
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return done.returncode, done.stdout + done.stderr
+
+
+def run(*arguments: str) -> str:
+    code, said = start(*arguments)
+    assert code == 0, said
+    return said
 
 
 def states(folder: Path) -> dict[str, str]:
@@ -82,8 +88,9 @@ def test_a_chain_of_jobs_whose_step_fails_once_goes_on(tmp_path: Path, sample_da
 
 def test_a_step_that_is_requeued_keeps_what_waits_for_it(tmp_path: Path, sample_data: Path) -> None:
     folder = tmp_path / "out"
-    arguments = [*small_demo(folder, sample_data), *(f"steps.{name}=null" for name in ("mix", "finetune", "evaluate"))]
-    arguments += ["train:trainer=zero3_cpu", "pretrain_real:stage.max_steps=40", "pretrain_real:stage.val_every=0"]
+    arguments = [a for a in small_demo(folder, sample_data) if not a.startswith(("mix:", "evaluate:"))]
+    arguments += [f"steps.{name}=null" for name in ("mix", "finetune", "evaluate")]
+    arguments += ["train:trainer=zero3_cpu", "pretrain_real:stage.max_steps=16", "pretrain_real:stage.val_every=0"]
     metrics = folder / "pretrain_real" / "metrics.csv"
     try:
         run(*arguments, "launcher=slurm")
@@ -110,8 +117,23 @@ def test_a_step_that_is_requeued_keeps_what_waits_for_it(tmp_path: Path, sample_
     assert first.ended is not None
     assert second.started is not None
     assert first.ended <= second.started
-    parent = open_checkpoint(folder / "pretrain_synthetic" / "model").provenance["parents"][0]
-    assert parent["steps"] == 40
+    made = open_checkpoint(folder / "pretrain_real" / "model")
+    assert made.provenance["steps"] == 16
+    [parent] = open_checkpoint(folder / "pretrain_synthetic" / "model").provenance["parents"]
+    assert parent["sha256"] == made.identity()["sha256"]
+
+
+def test_a_chain_of_which_slurm_refuses_a_job_is_not_submitted(tmp_path: Path, sample_data: Path) -> None:
+    before = slurm.queue()
+    arguments = [*small_demo(tmp_path / "out", sample_data), "launcher=slurm", "evaluate:launcher.partition=nowhere"]
+    code, said = start(*arguments)
+    assert code == 2
+    line = said.splitlines()[-1]
+    assert line.startswith("error: step evaluate: sbatch ")
+    assert "nowhere" in line
+    assert "nothing is submitted" in line
+    assert slurm.queue().keys() <= before.keys()
+    assert not list((tmp_path / "out").glob("pipeline/*.json"))
 
 
 def test_a_job_that_waits_for_the_wrong_one_is_replaced(tmp_path: Path, sample_data: Path) -> None:
