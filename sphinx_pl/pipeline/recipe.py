@@ -149,7 +149,8 @@ def load(arguments: Sequence[str]) -> Recipe:
     launcher: Any = OmegaConf.to_container(cfg.launcher, resolve=True)
     steps = {}
     for name in order:
-        extra = [override for level in ("all", configs[name].run, name) for to, override in theirs if to == level]
+        levels = dict.fromkeys(("all", configs[name].run, name))  # a step may be called like its script
+        extra = [override for level in levels for to, override in theirs if to == level]
         needs = _needs(name, configs[name], configs, left_out)
         try:
             steps[name] = _step(name, configs[name], needs, extra, launcher)

@@ -201,7 +201,7 @@ def _submit_held(step: Step, state: State, name: str, depends: list[str]) -> str
     try:
         return call("sbatch", "--parsable", "--hold", *waits, str(file)).strip().partition(";")[0]
     except UserError as error:
-        said = " ".join(line.removeprefix("sbatch: error: ") for line in str(error).splitlines())
+        said = "; ".join(line.removeprefix("sbatch: error: ") for line in str(error).splitlines())
         raise UserError(
             f"step {step.name}: {said} (the launcher's keys say what it asks for); nothing is submitted"
         ) from None

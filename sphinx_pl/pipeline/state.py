@@ -327,7 +327,7 @@ def changes(state: State, step: Step, most: int = 3) -> str:
     none = "nothing"
     found = [
         f"{key}: {old.get(key, none)} -> {new.get(key, none)}"
-        for key in sorted({*old, *new})
+        for key in sorted({*old, *new}, key=lambda key: (key.count("."), key))  # what says most first, such as name
         if old.get(key, none) != new.get(key, none)
     ]
     more = f" and {len(found) - most} more" if len(found) > most else ""

@@ -114,6 +114,11 @@ def test_nodes_tasks_and_gpus_are_the_trainers() -> None:
     assert [steps[name].launcher["time"] for name in ("mix", "finetune")] == ["1-00:00:00", "8:00:00"]
 
 
+def test_an_override_is_given_once_to_a_step_that_is_called_like_its_script() -> None:
+    command = load(["experiment=demo", "evaluate:constant=20"]).steps["evaluate"].command
+    assert command.count("constant=20") == 1
+
+
 def test_what_is_for_a_step_is_told_by_its_colon() -> None:
     assert split(["a=b:c", "finetune:~x.y", "train:a=b:c", "launcher.time=1:00:00"]) == (
         ["a=b:c", "launcher.time=1:00:00"],

@@ -98,6 +98,11 @@ def test_a_sweep_whose_job_is_preempted_continues_it_exactly(
     until(lambda: sweep.poll() is not None, 400, "the sweep")
     assert sweep.returncode == 0, logs(tmp_path)
 
+    said = (tmp_path / "sweep.log").read_text()
+    assert (
+        f"job {job}: point 0 (callbacks.checkpoint.keep=1); log: {first.parent}/.submitit/{job}/{job}_0_log.out" in said
+    )
+    assert "point 1 (callbacks.checkpoint.keep=2) is done" in said
     log = (first / "train.log").read_text()
     assert f"SIGUSR2: step {step_of(saved)} is saved; job {job} is requeued and will go on from there" in log
     assert f"job {job} was requeued: going on with the run in {first}" in log
@@ -128,6 +133,21 @@ def test_a_cancelled_job_saves_and_does_not_come_back(
     until(lambda: not command("squeue", "--noheader", "--jobs", job), 120, "the end of the job")
     assert len(checkpoints(point(tmp_path, 0) / "checkpoints")) == 1, logs(tmp_path)
     assert f"job {job} is not requeued (its state is " in (point(tmp_path, 0) / "train.log").read_text()
+
+
+def test_points_that_fail_are_named_and_the_others_are_waited_for(
+    start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    sweep = start("stage.max_steps=1", "stage.optim.lr=1e-3,abc")
+    until(lambda: sweep.poll() is not None, 300, "the sweep")
+    assert sweep.returncode == 2
+    said = (tmp_path / "sweep.log").read_text()
+    assert "point 0 (stage.optim.lr=0.001) is done" in said
+    [job, log] = re.findall(r"point 1 \(stage.optim.lr=abc\) failed: see the log of job (\d+_1): (.*)\n", said)[0]
+    assert said.splitlines()[-1].startswith("error: point 1 (stage.optim.lr=abc) failed")
+    assert "error: stage.optim.lr: Value 'abc'" in Path(log).read_text()
+    state = command("sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={job}", "--format=State")
+    assert state in ("FAILED", "")  # empty: this SLURM keeps no accounts
 
 
 @pytest.mark.parametrize("trainer", ["cpu", "zero3_cpu", "fsdp2"])
