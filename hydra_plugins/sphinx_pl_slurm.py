@@ -128,7 +128,7 @@ else:
 
     def _wait(jobs: list[Any], names: list[str], first: int) -> list[JobReturn]:
         """What each job returned, when all have ended; what failed is said at once."""
-        from submitit.core.utils import UncompletedJobError
+        from submitit.core.utils import FailedJobError, UncompletedJobError
 
         found: dict[int, JobReturn] = {}
         while len(found) < len(jobs):
@@ -139,9 +139,9 @@ else:
                 try:
                     found[number] = job.results()[0]
                     print(f"{point} is done", flush=True)
-                except UncompletedJobError:
-                    # The state is not known where SLURM keeps no accounts.
-                    state = f" ({job.state.lower()})" if job.state not in ("UNKNOWN", "FAILED") else ""
+                except UncompletedJobError as error:
+                    failed = isinstance(error, FailedJobError)  # its task said so; else SLURM may know why
+                    state = "" if failed else f" ({job.watcher.get_state(job.job_id, mode='force').lower()})"
                     problem = f"{point} failed{state}: see the log of job {job.job_id}: {job.paths.stdout}"
                     print(problem, file=sys.stderr, flush=True)
                     found[number] = JobReturn(overrides=[names[number]], status=JobStatus.FAILED)
