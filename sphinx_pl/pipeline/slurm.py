@@ -215,10 +215,33 @@ def _queued_as(job: str, found: Job) -> str:
 def cancel(state: State) -> int:
     """Cancel this pipeline's jobs, the last ones first; returns how many there were."""
     queued = queue()
-    mine = [record.job for name in state.names() if (record := state.read(name)) and record.job in queued]
-    for job in reversed([job for job in mine if job]):
+    mine = [job for job in _jobs(state) if job in queued]
+    for job in reversed(mine):
         call("scancel", job)
     return len(mine)
+
+
+def _jobs(state: State) -> list[str]:
+    """Of all steps that have been jobs, whether or not they are in the queue."""
+    return [record.job for name in state.names() if (record := state.read(name)) and record.job]
+
+
+def check_none_queued(state: State) -> None:
+    """Before steps run on this machine: a job would do the same in the same folder.
+
+    Raises:
+        UserError: one of this pipeline's steps is waiting or running as a job.
+    """
+    jobs = _jobs(state)
+    try:
+        queued = queue() if jobs else {}
+    except UserError:  # not a machine of that cluster
+        return
+    if mine := [job for job in jobs if job in queued]:
+        raise UserError(
+            f"{state.folder.parent}: this pipeline has jobs in SLURM's queue ({', '.join(mine)}): launcher=slurm goes "
+            "on with them, `python -m sphinx_pl.pipeline cancel` with the same overrides cancels them"
+        )
 
 
 def begin(state: State, name: str, patience: float = 90.0) -> None:

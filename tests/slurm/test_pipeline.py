@@ -142,6 +142,9 @@ def test_a_job_that_waits_for_the_wrong_one_is_replaced(tmp_path: Path, sample_d
     try:
         run(*arguments)
         first = jobs(folder)
+        code, said = start(*[a for a in arguments if not a.startswith("launcher")])
+        assert code == 2  # the same steps here, at the same time
+        assert f"has jobs in SLURM's queue ({', '.join(first.values())})" in said
         run(*arguments, "finetune:stage.optim.lr=1e-4")
         second = jobs(folder)
         assert {name for name in first if first[name] != second[name]} == {"finetune", "evaluate"}
