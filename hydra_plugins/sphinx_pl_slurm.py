@@ -7,9 +7,11 @@ same folder when its job is requeued. Lies here since Hydra takes launchers from
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from sphinx_pl import slurm, stop, sweep
 from sphinx_pl.errors import UserError
 
 try:
+    from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
     from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher as _SlurmLauncher
 except ImportError:
     from hydra.plugins.launcher import Launcher
@@ -42,8 +45,6 @@ else:
         """hydra-submitit-launcher's, except for what a task does."""
 
         def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-            from submitit.core.utils import UncompletedJobError
-
             stop.unwatch()  # here nothing is trained: who waits for the jobs can be ended
             # What the tasks are given: commands; nothing of Hydra's state.
             commands, names, sweep_config = [], [], self.config
@@ -66,15 +67,42 @@ else:
             self.commands, self.names, self.first = commands, names, initial_job_idx
             state, self.hydra_context, self.task_function = self.hydra_context, None, None
             try:
-                return super().launch(job_overrides, initial_job_idx)  # type: ignore[no-any-return]
-            except UncompletedJobError as error:
-                raise UserError(str(error).splitlines()[0]) from None
+                jobs = self._submit(job_overrides, initial_job_idx)
+                for number, (job, name) in enumerate(zip(jobs, names, strict=True), start=initial_job_idx):
+                    print(f"job {job.job_id}: point {number} ({name}); log: {job.paths.stdout}", flush=True)
+                print("waiting for them; Ctrl-C ends the waiting, not the jobs", flush=True)
+                return _wait(jobs, names, initial_job_idx)
             except KeyboardInterrupt:
                 raise UserError(
                     "not waiting any longer; the jobs go on (squeue shows them, scancel ends them)"
                 ) from None
             finally:
                 self.hydra_context = state
+
+        def _submit(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[Any]:
+            """The jobs. As the original does it, which says nothing and waits for one after the other.
+
+            Raises:
+                UserError: SLURM refuses them.
+            """
+            import submitit
+            from submitit.core.utils import FailedJobError
+
+            ours = {"submitit_folder", "max_num_timeout"}
+            executor = submitit.AutoExecutor(
+                cluster="slurm",
+                folder=self.params["submitit_folder"],
+                slurm_max_num_timeout=self.params["max_num_timeout"],
+            )
+            general = {field.name for field in dataclasses.fields(BaseQueueConf)}
+            named = {k if k in general else f"slurm_{k}": v for k, v in self.params.items() if k not in ours}
+            executor.update_parameters(**named)
+            points = [(list(overrides), "", number, "", None) for number, overrides in enumerate(job_overrides, first)]
+            try:
+                return list(executor.map_array(self, *zip(*points, strict=True)))
+            except FailedJobError as error:
+                said = "; ".join(line.removeprefix("sbatch: error: ") for line in str(error).splitlines())
+                raise UserError(f"SLURM refuses the jobs: {said} (hydra.launcher.* says what they ask for)") from None
 
         def __call__(
             self, sweep_overrides: list[str], job_dir_key: str, job_num: int, job_id: str, singleton_state: Any
@@ -91,13 +119,32 @@ else:
                     print(f"stopped before it began; requeue: {slurm.requeue() or 'done'}", flush=True)
                 if sweep.stopped(code):
                     sys.exit(code % 256)  # no result yet
-                done.status = JobStatus.COMPLETED if code == 0 else JobStatus.FAILED
-                done.return_value = (
-                    sweep.read_value(path)
-                    if code == 0
-                    else UserError(
-                        f"point {job_num} ({self.names[job_num - self.first]}) failed with exit code {code}: "
-                        f"see the log of job {slurm.job()} in {self.params['submitit_folder']}"
+                if code:  # as an exception, so that the job has failed to SLURM too
+                    raise UserError(
+                        f"point {job_num} ({self.names[job_num - self.first]}) failed with exit code {code}"
                     )
-                )
+                done.status, done.return_value = JobStatus.COMPLETED, sweep.read_value(path)
             return done
+
+    def _wait(jobs: list[Any], names: list[str], first: int) -> list[JobReturn]:
+        """What each job returned, when all have ended; what failed is said at once."""
+        from submitit.core.utils import FailedJobError, UncompletedJobError
+
+        found: dict[int, JobReturn] = {}
+        while len(found) < len(jobs):
+            for number, job in enumerate(jobs):
+                if number in found or not job.done():
+                    continue
+                point = f"point {first + number} ({names[number]})"
+                try:
+                    found[number] = job.results()[0]
+                    print(f"{point} is done", flush=True)
+                except UncompletedJobError as error:
+                    failed = isinstance(error, FailedJobError)  # its task said so; else SLURM may know why
+                    state = "" if failed else f" ({job.watcher.get_state(job.job_id, mode='force').lower()})"
+                    problem = f"{point} failed{state}: see the log of job {job.job_id}: {job.paths.stdout}"
+                    print(problem, file=sys.stderr, flush=True)
+                    found[number] = JobReturn(overrides=[names[number]], status=JobStatus.FAILED)
+                    found[number].return_value = UserError(problem)
+            time.sleep(1)
+        return [found[number] for number in range(len(jobs))]

@@ -24,7 +24,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)
-    (folder / "checkpoints" / "step-00000005.ckpt").touch()
+    (folder / "checkpoints" / "step-00000005").mkdir()
     slurm.mark(folder)
     run_id(folder)
     return folder
@@ -47,10 +47,10 @@ def test_a_requeued_job_continues_its_run_though_it_was_to_replace_another(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     identity = run_id(folder)
-    for overrides in ([], ["overwrite=true"], ["ckpt_path=/elsewhere/step-00000001.ckpt"]):
+    for overrides in ([], ["overwrite=true"], ["ckpt_path=/elsewhere/step-00000001"]):
         resume = start(folder, monkeypatch, "7", 1, *overrides)
         assert resume is not None
-        assert resume.name == "step-00000005.ckpt"
+        assert resume.name == "step-00000005"
         assert resume.exists()
         assert run_id(folder) == identity
 

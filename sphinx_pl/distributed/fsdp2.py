@@ -65,7 +65,10 @@ class Fsdp2(Sharded, ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
-        super().setup_environment()
+        if self.lightning_module is None:  # `processes.join`: Lightning's needs a model, which is not there yet
+            self._setup_distributed()
+        else:
+            super().setup_environment()
 
     def placement(self) -> Rows:
         return Rows(self)

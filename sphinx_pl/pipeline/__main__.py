@@ -42,6 +42,7 @@ def run(arguments: Sequence[str]) -> int:
         return local.dry_run(recipe)
     if recipe.launcher == "slurm":
         return slurm.submit(recipe)
+    slurm.check_none_queued(State(recipe.folder))
     again = [argument for argument in arguments if not argument.startswith(("redo=", "keep="))]
     return local.run(recipe, shlex.join(["python", "-m", "sphinx_pl.pipeline", *again]))
 

@@ -17,6 +17,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sphinx_pl.cli import CONFIG_FOLDER, MISTAKES, one_line, register_resolvers
@@ -30,6 +31,9 @@ LAUNCHER = "launcher."
 """A step's override that begins so is for the launcher, not for the script."""
 
 _FOR_STEPS = re.compile(r"([A-Za-z_]\w*):(.+)", re.DOTALL)
+
+# Forms of SLURM's that can be meant in one way only.
+_TIME = re.compile(r"\d+-\d+(:\d\d){0,2}|\d+:\d\d(:\d\d)?|UNLIMITED|INFINITE", re.IGNORECASE)
 
 # What the pipeline decides itself, so that a command is the same for a new, a continued and a requeued attempt.
 _OURS = {"train": ["ckpt_path=last"], "mix_weights": ["overwrite=true"], "evaluate": []}
@@ -109,7 +113,16 @@ def compose_pipeline(overrides: Sequence[str]) -> DictConfig:
     Raises:
         HydraException, UserError: an override that does not fit.
     """
-    return _compose(CONFIG_FOLDER / "pipeline", "main", overrides)
+    try:
+        return _compose(CONFIG_FOLDER / "pipeline", "main", overrides)
+    except HydraException as error:
+        for override in overrides:  # Hydra would have it added
+            key = override.partition("=")[0]
+            if key.startswith(LAUNCHER) and f"'{key}'" in str(error):
+                raise UserError(
+                    f"{override} is not a key of this launcher: conf/pipeline/launcher/ has those of each"
+                ) from None
+        raise
 
 
 def load(arguments: Sequence[str]) -> Recipe:
@@ -128,13 +141,16 @@ def load(arguments: Sequence[str]) -> Recipe:
     order = _order({name: _needs(name, config, configs, left_out) for name, config in configs.items()})
     used = {config.run for config in configs.values()}
     scripts = {name for name, config in configs.items() if config.run in SCRIPTS}
-    for target, _ in theirs:
+    for target, override in theirs:
+        if target in left_out:
+            raise UserError(f"{target}:{override} is for a step that is left out (steps.{target}=null)")
         if target not in configs and target not in used & set(SCRIPTS) and target != "all":
             raise UserError(f"{target}: is no step, nor a script of one; {suggest(target, [*configs, *used, 'all'])}")
     launcher: Any = OmegaConf.to_container(cfg.launcher, resolve=True)
     steps = {}
     for name in order:
-        extra = [override for level in ("all", configs[name].run, name) for to, override in theirs if to == level]
+        levels = dict.fromkeys(("all", configs[name].run, name))  # a step may be called like its script
+        extra = [override for level in levels for to, override in theirs if to == level]
         needs = _needs(name, configs[name], configs, left_out)
         try:
             steps[name] = _step(name, configs[name], needs, extra, launcher)
@@ -249,6 +265,7 @@ def _step(
             launcher[parsed.key_or_group] = parsed.value()
         elif config.run in SCRIPTS:
             arguments.append(override)
+    _check_time(launcher)
     if config.run not in SCRIPTS:
         return _module_step(name, config, needs, extra, launcher)
     cfg = _compose(CONFIG_FOLDER, config.run, arguments)
@@ -282,6 +299,18 @@ def _step(
         tasks,
         gpus,
     )
+
+
+def _check_time(launcher: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        UserError: SLURM would read another time than is meant. YAML makes 28800 of 8:00:00, which are minutes to SLURM.
+    """
+    time = launcher.get("time")
+    if time is not None and not (isinstance(time, str) and _TIME.fullmatch(time)):
+        raise UserError(
+            f"launcher.time={time} must be hours or days, such as 8:00:00 or 2-00:00:00; in a YAML file in quotes"
+        )
 
 
 def _module_step(

@@ -43,7 +43,7 @@ def call(*command: str) -> str:
     except subprocess.TimeoutExpired:
         raise UserError(f"{command[0]} has not answered for two minutes: try again when SLURM does") from None
     if done.returncode != 0:
-        raise UserError(f"{shlex.join(command)} failed: {done.stderr.strip() or done.stdout.strip()}")
+        raise UserError(f"{shlex.join(command)} failed:\n{done.stderr.strip() or done.stdout.strip()}")
     return done.stdout
 
 
@@ -153,40 +153,95 @@ def submit(recipe: Recipe) -> int:
     queued = queue()
     with state.locked():
         to_submit = wanted(recipe, state, queued)
-        adopt(recipe, state)
         jobs: dict[str, str] = {}
+        depends: dict[str, list[str]] = {}
         for step in recipe.steps.values():
             record = state.read(step.name)
-            old = record.job if record is not None and record.job in queued else None
+            if step.name not in to_submit and record is not None and record.job in queued:
+                jobs[step.name] = record.job
+        submitted: list[str] = []
+        try:
+            for name in to_submit:
+                step = recipe.steps[name]
+                depends[name] = [jobs[need] for need in step.needs if need in jobs]
+                jobs[name] = _submit_held(step, state, recipe.name, depends[name])
+                submitted.append(jobs[name])
+        except BaseException:  # one that is refused, or Ctrl-C: a chain without its end is not what was asked for
+            for job in reversed(submitted):
+                call("scancel", job)
+            raise
+        adopt(recipe, state)
+        for step in recipe.steps.values():
+            record = state.read(step.name)
+            job = jobs.get(step.name, "")
             if step.name not in to_submit:
-                if old is not None:
-                    jobs[step.name] = old
-                print(f"{step.name}: {f'job {old} is {queued[old].state.lower()}' if old else 'done'}", flush=True)
+                print(f"{step.name}: {_queued_as(job, queued[job]) if job else 'done'}", flush=True)
                 continue
-            if old is not None:
-                call("scancel", old)
-            file = recipe.folder / f"{step.name}.sh"
-            write_whole(file, script(step, state, recipe.name))
-            depends = [jobs[need] for need in step.needs if need in jobs]
-            record = state.plan(step, record, state="waiting", launcher="slurm", job=None, depends=depends, made=None)
-            waits = [f"--dependency=afterok:{':'.join(depends)}", "--kill-on-invalid-dep=yes"] if depends else []
-            # Held until its number is written down: else that could overwrite the job's own first words.
-            job = call("sbatch", "--parsable", "--hold", *waits, str(file)).strip().partition(";")[0]
-            state.write(record, job=job, submitted=now(), started=None, ended=None, exit=None)
+            if record is not None and record.job in queued:
+                call("scancel", record.job)
+            changed = {"state": "waiting", "launcher": "slurm", "job": job, "depends": depends[step.name], "made": None}
+            state.plan(step, record, **changed, submitted=now(), started=None, ended=None, exit=None)
             call("scontrol", "release", job)
-            jobs[step.name] = job
-            after = f" after {', '.join(depends)}" if depends else ""
+            after = f" after {', '.join(depends[step.name])}" if depends[step.name] else ""
             print(f"{step.name}: job {job}{after} ({to_submit[step.name]}): {shown(step.command)}", flush=True)
+    print(f"logs: {state.folder}/STEP.log; `python -m sphinx_pl.pipeline status` with the same overrides: where it is")
     return 0
+
+
+def _submit_held(step: Step, state: State, name: str, depends: list[str]) -> str:
+    """The number of the step's new job. It is held until that is written down: it could be overwritten with the job's
+    own first words else.
+
+    Raises:
+        UserError: SLURM refuses it.
+    """
+    file = state.folder / f"{step.name}.sh"
+    write_whole(file, script(step, state, name))
+    waits = [f"--dependency=afterok:{':'.join(depends)}", "--kill-on-invalid-dep=yes"] if depends else []
+    try:
+        return call("sbatch", "--parsable", "--hold", *waits, str(file)).strip().partition(";")[0]
+    except UserError as error:
+        said = "; ".join(line.removeprefix("sbatch: error: ") for line in str(error).splitlines())
+        raise UserError(
+            f"step {step.name}: {said} (the launcher's keys say what it asks for); nothing is submitted"
+        ) from None
+
+
+def _queued_as(job: str, found: Job) -> str:
+    held = f", held: scontrol release {job}" if found.reason == "JobHeldUser" else ""
+    return f"job {job} is {found.state.lower()}{held}"
 
 
 def cancel(state: State) -> int:
     """Cancel this pipeline's jobs, the last ones first; returns how many there were."""
     queued = queue()
-    mine = [record.job for name in state.names() if (record := state.read(name)) and record.job in queued]
-    for job in reversed([job for job in mine if job]):
+    mine = [job for job in _jobs(state) if job in queued]
+    for job in reversed(mine):
         call("scancel", job)
     return len(mine)
+
+
+def _jobs(state: State) -> list[str]:
+    """Of all steps that have been jobs, whether or not they are in the queue."""
+    return [record.job for name in state.names() if (record := state.read(name)) and record.job]
+
+
+def check_none_queued(state: State) -> None:
+    """Before steps run on this machine: a job would do the same in the same folder.
+
+    Raises:
+        UserError: one of this pipeline's steps is waiting or running as a job.
+    """
+    jobs = _jobs(state)
+    try:
+        queued = queue() if jobs else {}
+    except UserError:  # not a machine of that cluster
+        return
+    if mine := [job for job in jobs if job in queued]:
+        raise UserError(
+            f"{state.folder.parent}: this pipeline has jobs in SLURM's queue ({', '.join(mine)}): launcher=slurm goes "
+            "on with them, `python -m sphinx_pl.pipeline cancel` with the same overrides cancels them"
+        )
 
 
 def begin(state: State, name: str, patience: float = 90.0) -> None:

@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,10 @@ from omegaconf import OmegaConf
 from sphinx_pl.errors import UserError
 from sphinx_pl.files import hash_file, write_whole
 from sphinx_pl.pipeline.recipe import Recipe, Step
+from sphinx_pl.stop import SIGNALS
+
+_TOLD_TO_GO = (128 + signal.SIGINT, *(128 + number for number in SIGNALS))
+"""Exit codes after a signal at which a run saves what it has, such as that before SLURM's time limit."""
 
 
 @dataclass
@@ -156,7 +161,7 @@ class State:
         record = self.read(name)
         assert record is not None
         product = Path(record.product)
-        if interrupted or code in (130, 143):  # Ctrl-C and SIGTERM
+        if interrupted or code in _TOLD_TO_GO:
             state = "interrupted"
         else:
             state = "done" if code == 0 and product.is_file() else "failed"
@@ -322,7 +327,7 @@ def changes(state: State, step: Step, most: int = 3) -> str:
     none = "nothing"
     found = [
         f"{key}: {old.get(key, none)} -> {new.get(key, none)}"
-        for key in sorted({*old, *new})
+        for key in sorted({*old, *new}, key=lambda key: (key.count("."), key))  # what says most first, such as name
         if old.get(key, none) != new.get(key, none)
     ]
     more = f" and {len(found) - most} more" if len(found) > most else ""

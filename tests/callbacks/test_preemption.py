@@ -130,7 +130,7 @@ def test_a_job_is_requeued_once_everything_is_saved(
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     # SLURM's SIGTERM follows at once.
     assert leaves(fit, tmp_path / "checkpoints", at_step(0, signal.SIGUSR2, signal.SIGTERM)) == 128 + signal.SIGUSR2
-    assert asked.read_text() == "requeue 40_3\nstep-00000001.ckpt\n"
+    assert asked.read_text() == "requeue 40_3\nstep-00000001\n"
     assert "SIGUSR2: step 1 is saved; job 40_3 is requeued and will go on from there" in caplog.text
 
 
@@ -149,13 +149,21 @@ def test_a_job_that_can_not_be_requeued_says_how_to_go_on(
 # --- real processes
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("trainer", "ranks", "steps"),
+    [
+        ("cpu", 1, 30),
+        pytest.param("cpu", 2, 30, marks=pytest.mark.long),
+        pytest.param("zero3_cpu", 2, 16, marks=pytest.mark.long),
+        pytest.param("fsdp2", 2, 16, marks=pytest.mark.long),
+    ],
+)
 @pytest.mark.timeout(600)
 def test_a_run_that_was_told_to_go_continues_with_the_same_losses(
-    ranks: int, tmp_path: Path, sample_data: Path
+    trainer: str, ranks: int, steps: int, tmp_path: Path, sample_data: Path
 ) -> None:
-    steps = 30
-    options = [f"stage.max_steps={steps}", "stage.val_every=20", "data.workers=1", f"trainer.devices={ranks}"]
+    options = [f"stage.max_steps={steps}", f"stage.val_every={steps * 2 // 3}", "data.workers=1"]
+    options += [f"trainer={trainer}", f"trainer.devices={ranks}"]
     straight = run(tmp_path / "straight", sample_data, *options)
     assert straight.returncode == 0, straight.stderr
     folder = tmp_path / "told"

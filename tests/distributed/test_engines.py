@@ -15,6 +15,7 @@ from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.distributed.fsdp2 import Fsdp2
 from sphinx_pl.distributed.zero import Zero3
+from sphinx_pl.processes import join
 from sphinx_pl.stages import Stage
 from tests.conftest import tiny_model
 from tests.ranks import on_ranks
@@ -62,7 +63,7 @@ def fit(
     stage.resumed = resume is not None
     keys = out / f"keys-{steps}"
     keys.mkdir(parents=True, exist_ok=True)
-    trainer(
+    found = trainer(
         out,
         max_steps=steps,
         accumulate_grad_batches=accumulate,
@@ -70,7 +71,9 @@ def fit(
         callbacks=[Keys(keys), ResumeCheckpoint(str(out), keep=9)],
         use_distributed_sampler=False,
         **({"strategy": ENGINES[engine](), "devices": ranks} if engine else {}),
-    ).fit(stage, data(processor, folder, ROWS // ranks // accumulate), ckpt_path=resume, weights_only=True)
+    )
+    join(found)  # as train.py does, before Lightning does it again
+    found.fit(stage, data(processor, folder, ROWS // ranks // accumulate), ckpt_path=resume, weights_only=True)
 
 
 def run(engine: str | None, ranks: int, *args: Any, **options: Any) -> None:

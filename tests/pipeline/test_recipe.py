@@ -114,6 +114,11 @@ def test_nodes_tasks_and_gpus_are_the_trainers() -> None:
     assert [steps[name].launcher["time"] for name in ("mix", "finetune")] == ["1-00:00:00", "8:00:00"]
 
 
+def test_an_override_is_given_once_to_a_step_that_is_called_like_its_script() -> None:
+    command = load(["experiment=demo", "evaluate:constant=20"]).steps["evaluate"].command
+    assert command.count("constant=20") == 1
+
+
 def test_what_is_for_a_step_is_told_by_its_colon() -> None:
     assert split(["a=b:c", "finetune:~x.y", "train:a=b:c", "launcher.time=1:00:00"]) == (
         ["a=b:c", "launcher.time=1:00:00"],
@@ -131,6 +136,13 @@ WRONG = {
     "no such step to redo": (["redo=fintune"], "did you mean 'finetune'"),
     "no such experiment": (["experiment=dmo"], "dmo"),
     "no such option of the launcher": (["launcher=slurm", "mix:launcher.partion=x"], "did you mean 'partition'"),
+    "an option of the other launcher": (
+        ["launcher.partition=gpu"],
+        "launcher.partition=gpu is not a key of this launcher",
+    ),
+    "a time that YAML has made minutes of": (["launcher=slurm", "launcher.time=28800"], "such as 8:00:00"),
+    "a time in words": (["launcher=slurm", "mix:launcher.time=2days"], "step mix: launcher.time=2days"),
+    "an override of a step that is left out": (["steps.mix=null", "mix:beta=0.3"], "left out (steps.mix=null)"),
     "a step that nothing needs any more": (["steps.finetune.after=[mxi]"], "did you mean 'mix'"),
     "steps in a circle": (["steps.pretrain_real.after=[evaluate]"], "wait for each other"),
     "two steps in one folder": (["pretrain_synthetic_notext:run=pretrain_synthetic"], "both make"),

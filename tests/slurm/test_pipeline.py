@@ -1,4 +1,4 @@
-"""The recipe as a chain of jobs on a running SLURM, with one step failing once."""
+"""The recipe as a chain of jobs on a running SLURM, with one step failing once, and with one that is pre-empted."""
 
 from __future__ import annotations
 
@@ -6,29 +6,22 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from sphinx_pl.errors import UserError
+from sphinx_pl.checkpoint.format import open_checkpoint
 from sphinx_pl.pipeline import slurm, status
 from sphinx_pl.pipeline.state import State
 from tests.conftest import REPOSITORY
 from tests.pipeline.small import small_demo
+from tests.slurm.conftest import command, until
 
-pytestmark = pytest.mark.long
-
-
-@pytest.fixture(autouse=True)
-def _running_slurm() -> None:
-    try:
-        slurm.queue()
-    except UserError as error:
-        pytest.skip(f"no running SLURM: {error}")
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1200), pytest.mark.usefixtures("running_slurm")]
 
 
-def run(*arguments: str) -> str:
+def start(*arguments: str) -> tuple[int, str]:
+    """The pipeline's exit code and what it prints."""
     done = subprocess.run(
         [sys.executable, "-m", "sphinx_pl.pipeline", *arguments],
         cwd=REPOSITORY,
@@ -38,8 +31,13 @@ def run(*arguments: str) -> str:
         timeout=300,
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return done.returncode, done.stdout + done.stderr
+
+
+def run(*arguments: str) -> str:
+    code, said = start(*arguments)
+    assert code == 0, said
+    return said
 
 
 def states(folder: Path) -> dict[str, str]:
@@ -48,10 +46,7 @@ def states(folder: Path) -> dict[str, str]:
 
 def wait(folder: Path, seconds: float = 900) -> dict[str, str]:
     """Until nothing waits or runs."""
-    deadline = time.monotonic() + seconds
-    while {"waiting", "running"} & set(states(folder).values()):
-        assert time.monotonic() < deadline, states(folder)
-        time.sleep(1)
+    until(lambda: not {"waiting", "running"} & set(states(folder).values()), seconds, "the chain")
     return states(folder)
 
 
@@ -64,7 +59,7 @@ def test_a_chain_of_jobs_whose_step_fails_once_goes_on(tmp_path: Path, sample_da
     shutil.copytree(sample_data, data)
     hidden = data / "instructions" / "train-ocr.json"
     hidden.rename(tmp_path / "hidden")  # only the finetune reads it
-    arguments = [*small_demo(folder, data), "launcher=slurm"]
+    arguments = [*small_demo(folder, data), "train:trainer=zero3_cpu", "launcher=slurm"]
     try:
         run(*arguments)
         assert wait(folder) == {
@@ -91,12 +86,65 @@ def test_a_chain_of_jobs_whose_step_fails_once_goes_on(tmp_path: Path, sample_da
         slurm.cancel(State(folder / "pipeline"))
 
 
+def test_a_step_that_is_requeued_keeps_what_waits_for_it(tmp_path: Path, sample_data: Path) -> None:
+    folder = tmp_path / "out"
+    arguments = [a for a in small_demo(folder, sample_data) if not a.startswith(("mix:", "evaluate:"))]
+    arguments += [f"steps.{name}=null" for name in ("mix", "finetune", "evaluate")]
+    arguments += ["train:trainer=zero3_cpu", "pretrain_real:stage.max_steps=16", "pretrain_real:stage.val_every=0"]
+    metrics = folder / "pretrain_real" / "metrics.csv"
+    try:
+        run(*arguments, "launcher=slurm")
+        before = jobs(folder)
+        job = before["pretrain_real"]
+        until(lambda: metrics.is_file() and metrics.read_text().count("\n") > 6, 300, "steps")
+        command("scancel", "--signal=USR2", job)
+        until(lambda: slurm.queue()[job].state == "PENDING", 120, "the requeue")
+        assert states(folder) == {"pretrain_real": "waiting", "pretrain_synthetic": "waiting"}
+        assert not (folder / "pretrain_real" / "model").exists(), "told too late to test anything"
+        command("scontrol", "update", f"JobId={job}", "StartTime=now")  # else SLURM waits two minutes
+        until(lambda: states(folder)["pretrain_real"] == "running", 120, "the job's return")
+        assert states(folder)["pretrain_synthetic"] == "waiting"
+        assert wait(folder) == {"pretrain_real": "done", "pretrain_synthetic": "done"}
+        assert jobs(folder) == before
+    finally:
+        slurm.cancel(State(folder / "pipeline"))
+    log = (folder / "pretrain_real" / "train.log").read_text()
+    assert f"job {job} was requeued: going on with the run in" in log
+    assert "resuming from" in log
+    first, second = (State(folder / "pipeline").read(name) for name in before)
+    assert first is not None
+    assert second is not None
+    assert first.ended is not None
+    assert second.started is not None
+    assert first.ended <= second.started
+    made = open_checkpoint(folder / "pretrain_real" / "model")
+    assert made.provenance["steps"] == 16
+    [parent] = open_checkpoint(folder / "pretrain_synthetic" / "model").provenance["parents"]
+    assert parent["sha256"] == made.identity()["sha256"]
+
+
+def test_a_chain_of_which_slurm_refuses_a_job_is_not_submitted(tmp_path: Path, sample_data: Path) -> None:
+    before = slurm.queue()
+    arguments = [*small_demo(tmp_path / "out", sample_data), "launcher=slurm", "evaluate:launcher.partition=nowhere"]
+    code, said = start(*arguments)
+    assert code == 2
+    line = said.splitlines()[-1]
+    assert line.startswith("error: step evaluate: sbatch ")
+    assert "nowhere" in line
+    assert "nothing is submitted" in line
+    assert slurm.queue().keys() <= before.keys()
+    assert not list((tmp_path / "out").glob("pipeline/*.json"))
+
+
 def test_a_job_that_waits_for_the_wrong_one_is_replaced(tmp_path: Path, sample_data: Path) -> None:
     folder = tmp_path / "out"
     arguments = [*small_demo(folder, sample_data), "launcher=slurm", 'launcher.sbatch=["--begin=now+1hour"]']
     try:
         run(*arguments)
         first = jobs(folder)
+        code, said = start(*[a for a in arguments if not a.startswith("launcher")])
+        assert code == 2  # the same steps here, at the same time
+        assert f"has jobs in SLURM's queue ({', '.join(first.values())})" in said
         run(*arguments, "finetune:stage.optim.lr=1e-4")
         second = jobs(folder)
         assert {name for name in first if first[name] != second[name]} == {"finetune", "evaluate"}

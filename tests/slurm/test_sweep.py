@@ -1,10 +1,10 @@
-"""On a real SLURM, which may be one machine: a sweep of two jobs with two tasks each, one of them pre-empted."""
+"""On a real SLURM, which may be one machine: a sweep of two jobs with two tasks each under ZeRO-3, one of them
+pre-empted; the three ways to start a run, under every engine."""
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -15,43 +15,17 @@ import pytest
 
 from callbacks.checkpoint import checkpoints, step_of
 from tests.conftest import REPOSITORY
+from tests.slurm.conftest import command, until
 from tests.test_train import SMALL, losses
 
-
-def slurm(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    return done.stdout.strip()
-
-
-def missing() -> str:
-    """Why there is no SLURM to test on, or ""."""
-    if shutil.which("sbatch") is None:
-        return "no sbatch on PATH: these tests need a SLURM"
-    done = subprocess.run(["sinfo", "--noheader"], capture_output=True, text=True, timeout=60)
-    return f"sbatch is there but SLURM does not answer: {done.stderr.strip()}" if done.returncode else ""
-
-
-pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900), pytest.mark.usefixtures("running_slurm")]
 STEPS = 60
-
-
-@pytest.fixture(autouse=True)
-def _needs_slurm() -> None:
-    if reason := missing():
-        pytest.skip(reason)
 
 
 @pytest.fixture
 def environment() -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
     return kept | {"OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
-
-
-def until(condition: Callable[[], object], seconds: float, what: str) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
-        time.sleep(0.5)
 
 
 @pytest.fixture
@@ -78,7 +52,7 @@ def start(
         return process
 
     yield start
-    slurm("scancel", "--name", name)
+    command("scancel", "--name", name)
     for process in started:
         process.kill()
         process.wait()
@@ -98,6 +72,7 @@ def test_a_sweep_whose_job_is_preempted_continues_it_exactly(
 ) -> None:
     # Both points train the same, so the one that is left alone says what the other one should have got.
     sweep = start(
+        "trainer=zero3_cpu",
         "hydra.launcher.tasks_per_node=2",
         "hydra.launcher.timeout_min=20",
         f"stage.max_steps={STEPS}",
@@ -115,14 +90,19 @@ def test_a_sweep_whose_job_is_preempted_continues_it_exactly(
     job = (first / "slurm_job").read_text().strip()
     assert re.fullmatch(r"\d+_0", job)
     identity = (first / "wandb_id").read_text()
-    slurm("scancel", "--signal=USR2", job)
-    until(lambda: "PENDING" in slurm("squeue", "--noheader", "--jobs", job, "--format", "%T"), 120, "the requeue")
+    command("scancel", "--signal=USR2", job)
+    until(lambda: "PENDING" in command("squeue", "--noheader", "--jobs", job, "--format", "%T"), 120, "the requeue")
     [saved] = checkpoints(first / "checkpoints")
     assert not (first / "model").exists(), "told too late to test anything"
-    slurm("scontrol", "update", f"JobId={job}", "StartTime=now")  # else SLURM waits two minutes
+    command("scontrol", "update", f"JobId={job}", "StartTime=now")  # else SLURM waits two minutes
     until(lambda: sweep.poll() is not None, 400, "the sweep")
     assert sweep.returncode == 0, logs(tmp_path)
 
+    said = (tmp_path / "sweep.log").read_text()
+    assert (
+        f"job {job}: point 0 (callbacks.checkpoint.keep=1); log: {first.parent}/.submitit/{job}/{job}_0_log.out" in said
+    )
+    assert "point 1 (callbacks.checkpoint.keep=2) is done" in said
     log = (first / "train.log").read_text()
     assert f"SIGUSR2: step {step_of(saved)} is saved; job {job} is requeued and will go on from there" in log
     assert f"job {job} was requeued: going on with the run in {first}" in log
@@ -149,16 +129,33 @@ def test_a_cancelled_job_saves_and_does_not_come_back(
     metrics = point(tmp_path, 0) / "metrics.csv"
     until(lambda: metrics.is_file() and metrics.read_text().count("\n") > 12, 300, "steps")
     job = (point(tmp_path, 0) / "slurm_job").read_text().strip()
-    slurm("scancel", job)
-    until(lambda: not slurm("squeue", "--noheader", "--jobs", job), 120, "the end of the job")
+    command("scancel", job)
+    until(lambda: not command("squeue", "--noheader", "--jobs", job), 120, "the end of the job")
     assert len(checkpoints(point(tmp_path, 0) / "checkpoints")) == 1, logs(tmp_path)
     assert f"job {job} is not requeued (its state is " in (point(tmp_path, 0) / "train.log").read_text()
 
 
+def test_points_that_fail_are_named_and_the_others_are_waited_for(
+    start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    sweep = start("stage.max_steps=1", "stage.optim.lr=1e-3,abc")
+    until(lambda: sweep.poll() is not None, 300, "the sweep")
+    assert sweep.returncode == 2
+    said = (tmp_path / "sweep.log").read_text()
+    assert "point 0 (stage.optim.lr=0.001) is done" in said
+    [job, log] = re.findall(r"point 1 \(stage.optim.lr=abc\) failed: see the log of job (\d+_1): (.*)\n", said)[0]
+    assert said.splitlines()[-1].startswith("error: point 1 (stage.optim.lr=abc) failed")
+    assert "error: stage.optim.lr: Value 'abc'" in Path(log).read_text()
+    state = command("sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={job}", "--format=State")
+    assert state in ("FAILED", "")  # empty: this SLURM keeps no accounts
+
+
+@pytest.mark.parametrize("trainer", ["cpu", "zero3_cpu", "fsdp2"])
 def test_srun_and_torchrun_and_lightning_give_the_same_losses(
-    environment: dict[str, str], tmp_path: Path, sample_data: Path
+    trainer: str, environment: dict[str, str], tmp_path: Path, sample_data: Path
 ) -> None:
     script = [str(REPOSITORY / "train.py"), "stage=pretrain_real", f"data.root={sample_data}", *SMALL]
+    script += [f"trainer={trainer}"]
     script += ["stage.max_steps=5", "~callbacks.export"]
     starters = {
         "srun": ["srun", "--ntasks=2", "--overlap", sys.executable, *script],
@@ -166,9 +163,9 @@ def test_srun_and_torchrun_and_lightning_give_the_same_losses(
         "lightning": [sys.executable, *script, "trainer.devices=2"],
     }
     found = {}
-    for name, command in starters.items():
+    for name, words in starters.items():
         done = subprocess.run(
-            [*command, f"output_dir={tmp_path / name}"],
+            [*words, f"output_dir={tmp_path / name}"],
             cwd=REPOSITORY,
             env=environment,
             capture_output=True,
