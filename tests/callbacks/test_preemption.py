@@ -130,7 +130,7 @@ def test_a_job_is_requeued_once_everything_is_saved(
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     # SLURM's SIGTERM follows at once.
     assert leaves(fit, tmp_path / "checkpoints", at_step(0, signal.SIGUSR2, signal.SIGTERM)) == 128 + signal.SIGUSR2
-    assert asked.read_text() == "requeue 40_3\nstep-00000001.ckpt\n"
+    assert asked.read_text() == "requeue 40_3\nstep-00000001\n"
     assert "SIGUSR2: step 1 is saved; job 40_3 is requeued and will go on from there" in caplog.text
 
 
