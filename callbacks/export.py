@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -12,8 +14,9 @@ import lightning as L
 import torch
 
 from callbacks.checkpoint import ResumeCheckpoint, write_training_checkpoint
-from sphinx_pl.checkpoint.format import check_free, open_checkpoint, write_checkpoint
+from sphinx_pl.checkpoint.format import check_free, discard, open_checkpoint, write_checkpoint
 from sphinx_pl.errors import UserError
+from sphinx_pl.stages import Stage
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -49,7 +52,7 @@ class ExportModel(L.Callback):
         every_n_steps: 0: only at the end.
         keep: so many of the newest `folder-step-N` stay; 0: all.
         keep_best: so many with the lowest `metric` stay too.
-        metric: a logged value, as it was last when the model was written.
+        metric: a logged value, as it was last when the model was written. One that is no number is never the best.
         config: the file with the composed configuration that train.py keeps in the run folder, for the provenance.
 
     Raises:
@@ -84,22 +87,46 @@ class ExportModel(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         check_free(self.folder, overwrite=True)  # now, not when all the training is done
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """What a kill has left: half a model goes, one that was not finished is written from its checkpoint."""
+        if trainer.is_global_zero:
+            name = self.folder.name
+            for pattern in (f".{name}-step-*.tmp", f".{name}.tmp", f".{name}-training", f"..{name}-training.tmp"):
+                for left in self.folder.parent.glob(pattern):
+                    shutil.rmtree(left)
+        own, out = self._own(trainer), self._on_the_way(trainer.global_step)
+        if own is not None and self._due(trainer) and trainer.strategy.broadcast(not out.exists()):
+            self.export(trainer, out)
+
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        if self.every_n_steps and args[1].window_end and trainer.global_step % self.every_n_steps == 0:
-            self.export(trainer, self.folder.with_name(f"{self.folder.name}-step-{trainer.global_step}"))
+        if args[1].window_end and self._due(trainer):
+            self.export(trainer, self._on_the_way(trainer.global_step))
+
+    def _due(self, trainer: L.Trainer) -> bool:
+        return bool(self.every_n_steps and trainer.global_step and trainer.global_step % self.every_n_steps == 0)
+
+    def _on_the_way(self, step: int) -> Path:
+        return self.folder.with_name(f"{self.folder.name}-step-{step}")
+
+    @staticmethod
+    def _own(trainer: L.Trainer) -> ResumeCheckpoint | None:
+        return next((c for c in trainer.callbacks if isinstance(c, ResumeCheckpoint)), None)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.export(trainer, self.folder)
-        self._wait()
-        trainer.strategy.barrier()
+        self._wait(trainer)
 
     def on_exception(self, trainer: L.Trainer, *args: Any) -> None:
         self._writer.shutdown()  # finishes what it is writing
 
     def export(self, trainer: L.Trainer, out: Path) -> None:
-        """Begin to write `out`; all ranks call it together."""
-        self._wait()
-        own = next((c for c in trainer.callbacks if isinstance(c, ResumeCheckpoint)), None)
+        """Begin to write `out`; all ranks call it together.
+
+        Raises:
+            UserError: the one before could not be written.
+        """
+        self._wait(trainer)
+        own = self._own(trainer)
         if own is not None:
             path = own.save(trainer)
             own.held.add(path)
@@ -108,8 +135,10 @@ class ExportModel(L.Callback):
             write_training_checkpoint(trainer, path, self.config)
         if not trainer.is_global_zero:
             return
-        value = trainer.callback_metrics.get(self.metric)
-        extra = {"metric": {"name": self.metric, "value": float(value)}} if value is not None else {}
+        stage = trainer.lightning_module
+        assert isinstance(stage, Stage)
+        value = stage.last_value(self.metric)
+        extra = {"metric": {"name": self.metric, "value": value}} if value is not None else {}
 
         def write() -> None:
             consolidate(path, out, self.dtype, extra)
@@ -121,24 +150,32 @@ class ExportModel(L.Callback):
 
         self._writing = self._writer.submit(write)
 
-    def _wait(self) -> None:
-        """Until the one before is written; its error is this run's."""
+    def _wait(self, trainer: L.Trainer) -> None:
+        """Until the one before is written; its error ends the run on all ranks."""
+        error = None
         if self._writing is not None:
-            self._writing.result()
-        self._writing = None
+            writing, self._writing = self._writing, None
+            try:
+                writing.result()
+            except (UserError, OSError) as failure:
+                error = f"a model could not be written: {failure}"
+        if (error := trainer.strategy.broadcast(error)) is not None:
+            raise UserError(error)
 
     def _prune(self) -> None:
         if not self.keep:
             return
-        found = sorted(self.folder.parent.glob(f"{self.folder.name}-step-*"), key=lambda p: int(p.name.split("-")[-1]))
-        losses = {path: _metric(path) for path in found}
-        best = sorted((path for path in found if losses[path] is not None), key=lambda path: losses[path] or 0.0)
-        for path in set(found[: -self.keep]) - set(best[: self.keep_best]):
-            shutil.rmtree(path)
+        name = re.compile(re.escape(self.folder.name) + r"-step-(\d+)")
+        steps = {path: int(match[1]) for path in self.folder.parent.iterdir() if (match := name.fullmatch(path.name))}
+        found = sorted(steps, key=lambda path: steps[path])
+        best = sorted(found, key=_metric)[: self.keep_best]
+        for path in found[: -self.keep]:
+            if path not in best or _metric(path) == math.inf:
+                discard(path)
 
 
-def _metric(folder: Path) -> float | None:
-    """What `extra` says of a model."""
+def _metric(folder: Path) -> float:
+    """What `extra` says of a model; of one without, infinity."""
     content = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
-    value: float | None = content.get("metric", {}).get("value")
-    return value
+    value = float(content.get("metric", {}).get("value", math.inf))
+    return value if math.isfinite(value) else math.inf

@@ -121,9 +121,9 @@ class Preemption(L.Callback):
         if not batch.window_end:
             return
         self._due = stop.received() if self._vote is None else self._vote.result()
-        # Where a validation is due it comes first: a run that goes on from here would skip it.
+        # Where a validation or the end of the run is due it comes first: a run that goes on from here would skip it.
         checkpoint = self._checkpoint(trainer)
-        if self._due and not (checkpoint is not None and checkpoint._validation_follows(trainer)):
+        if self._due and not (checkpoint is not None and checkpoint.more_follows(trainer)):
             self._save_and_leave(trainer, self._due)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -678,6 +678,16 @@ def move_into_place(folder: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def discard(path: Path) -> None:
+    """Delete a checkpoint. It loses its name first: what is half deleted when a run is killed is no checkpoint."""
+    if not path.exists():
+        return
+    gone = path.with_name(f".{path.name}.old.tmp")
+    shutil.rmtree(gone, ignore_errors=True)
+    path.rename(gone)
+    shutil.rmtree(gone)
+
+
 def sync(*paths: Path) -> None:
     """What was written to these files and folders is on the disk when this returns."""
     for path in paths:
