@@ -97,14 +97,15 @@ def prepare_run_folder(cfg: DictConfig, folder: Path, resume: Path | None) -> No
     for path, step in models.items():
         if step > reached:
             discard(path)
-    if reached:
+    finished = bool(0 < cfg.trainer.max_steps <= reached)  # but for the export
+    if reached and not finished:
         forget_after(folder / "metrics.csv", reached)
-    else:
+    if not reached:
         (folder / "metrics.csv").unlink(missing_ok=True)
         for left in (folder / "predictions", folder / "tensorboard"):
             shutil.rmtree(left, ignore_errors=True)
     # Else the next stage would start from the old weights if this run died.
-    if not reached or reached < cfg.trainer.max_steps:
+    if not finished:
         discard(folder / "model")
     if not (reached or cfg.ckpt_path == "last" or slurm.came_back(folder)):
         (folder / wandb_logger.FILE).unlink(missing_ok=True)  # another run, so another one in W&B

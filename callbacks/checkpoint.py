@@ -61,6 +61,25 @@ def resolve_resume(ckpt_path: str | None, folder: Path) -> Path | None:
     return path
 
 
+def last_step(trainer: L.Trainer) -> bool:
+    """Whether no step follows, where that is known before the data ends."""
+    return bool(0 < trainer.max_steps <= trainer.global_step)
+
+
+def more_follows(trainer: L.Trainer) -> bool:
+    """Whether a validation, or what is done at the end of a run, comes after `on_train_batch_end` of this step.
+
+    Both have their own places in Lightning's loop: a run that resumes from a checkpoint that was written before them
+    would go on without them.
+    """
+    if last_step(trainer):
+        return True
+    every = trainer.val_check_batch
+    if not trainer.limit_val_batches or every is None or every == float("inf"):
+        return False
+    return bool((trainer.fit_loop.total_batch_idx + 1) % int(every) == 0)
+
+
 @timed_checkpoint
 def write_training_checkpoint(trainer: L.Trainer, path: Path, config: Path | None) -> None:
     """Everything that `trainer.fit` needs to go on, and what makes it a checkpoint of a model; all ranks call it.
@@ -122,7 +141,7 @@ class ResumeCheckpoint(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         # Only between two windows: in the midst of one the accumulated gradients would be lost.
-        if batch.window_end and not self.more_follows(trainer):
+        if batch.window_end and not more_follows(trainer):
             self._save_if_due(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -131,18 +150,6 @@ class ResumeCheckpoint(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.save(trainer)
-
-    def more_follows(self, trainer: L.Trainer) -> bool:
-        """Whether a validation of this step, or what is done at the end of a run, comes after `on_train_batch_end`.
-
-        A run that resumes from a checkpoint that was written before it would go on without it.
-        """
-        if trainer.max_steps > 0 and trainer.global_step >= trainer.max_steps:
-            return True
-        every = trainer.val_check_batch
-        if not trainer.limit_val_batches or every is None or every == float("inf"):
-            return False
-        return bool((trainer.fit_loop.total_batch_idx + 1) % int(every) == 0)
 
     def _save_if_due(self, trainer: L.Trainer) -> None:
         if trainer.global_step > 0 and trainer.global_step % self.every_n_steps == 0:

@@ -12,8 +12,9 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 
-from callbacks.checkpoint import ResumeCheckpoint, write_training_checkpoint
+from callbacks.checkpoint import ResumeCheckpoint, last_step, more_follows, write_training_checkpoint
 from sphinx_pl.checkpoint.format import check_free, discard, open_checkpoint, write_checkpoint
 from sphinx_pl.errors import UserError
 from sphinx_pl.stages import Stage
@@ -42,6 +43,8 @@ def consolidate(checkpoint: Path, out: Path, dtype: torch.dtype, extra: dict[str
 
 class ExportModel(L.Callback):
     """Writes `folder` when training ends, and while it goes on, every `every_n_steps`, `folder-step-N`.
+
+    Where a validation is due at the same step it comes first, so that the model has its value of `metric`.
 
     All ranks write a training checkpoint (that of callbacks.checkpoint if it is of this step), then one of them makes a
     model of it in a thread, while training goes on. Put it behind callbacks.checkpoint.
@@ -99,11 +102,17 @@ class ExportModel(L.Callback):
             self.export(trainer, out)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        if args[1].window_end and self._due(trainer):
+        if args[1].window_end and self._due(trainer) and not more_follows(trainer):
+            self.export(trainer, self._on_the_way(trainer.global_step))
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and self._due(trainer):
             self.export(trainer, self._on_the_way(trainer.global_step))
 
     def _due(self, trainer: L.Trainer) -> bool:
-        return bool(self.every_n_steps and trainer.global_step and trainer.global_step % self.every_n_steps == 0)
+        """Not at the last step, whose model is the run's result."""
+        step, every = trainer.global_step, self.every_n_steps
+        return bool(every and step and step % every == 0) and not last_step(trainer)
 
     def _on_the_way(self, step: int) -> Path:
         return self.folder.with_name(f"{self.folder.name}-step-{step}")
