@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,14 @@ from sphinx_pl.stages import Stage
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def consolidate(checkpoint: Path, out: Path, dtype: torch.dtype, extra: dict[str, Any] | None = None) -> None:
+def consolidate(
+    checkpoint: Path, out: Path, dtype: torch.dtype, extra: dict[str, Any] | None = None, leave_out: Sequence[str] = ()
+) -> None:
     """A training checkpoint -> a model folder, in place of what is there; one tensor is in memory at a time.
 
     Args:
         extra: added to the provenance.
+        leave_out: see `write_checkpoint`.
     """
     source = open_checkpoint(checkpoint)
     write_checkpoint(
@@ -38,6 +42,7 @@ def consolidate(checkpoint: Path, out: Path, dtype: torch.dtype, extra: dict[str
         provenance=source.provenance | (extra or {}),
         dtype=dtype,
         overwrite=True,
+        leave_out=leave_out,
     )
 
 
@@ -55,6 +60,8 @@ class ExportModel(L.Callback):
         every_n_steps: 0: only at the end.
         keep: so many of the newest `folder-step-N` stay; 0: all.
         keep_best: so many with the lowest `metric` stay too.
+        leave_out_frozen: towers that don't train and whose `load` entry names their weights are not written, and come
+            back from there.
         metric: a logged value, as it was last when the model was written. One that is no number is never the best.
         config: the file with the composed configuration that train.py keeps in the run folder, for the provenance.
 
@@ -69,6 +76,7 @@ class ExportModel(L.Callback):
         every_n_steps: int = 0,
         keep: int = 0,
         keep_best: int = 0,
+        leave_out_frozen: bool = False,
         metric: str = "val/loss",
         config: str | None = None,
     ) -> None:
@@ -82,6 +90,7 @@ class ExportModel(L.Callback):
         self.every_n_steps = every_n_steps
         self.keep = keep
         self.keep_best = keep_best
+        self.leave_out_frozen = leave_out_frozen
         self.metric = metric
         self.config = Path(config) if config else None
         self._writer = ThreadPoolExecutor(1, "export")
@@ -146,11 +155,14 @@ class ExportModel(L.Callback):
             return
         stage = trainer.lightning_module
         assert isinstance(stage, Stage)
+        vision = stage.config.vision
+        frozen = [key for key in vision.towers if key not in stage.train_parts] if vision else []
+        leave_out = [key for key in frozen if getattr(vision, key).load] if self.leave_out_frozen else []
         value = stage.last_value(self.metric)
         extra = {"metric": {"name": self.metric, "value": value}} if value is not None else {}
 
         def write() -> None:
-            consolidate(path, out, self.dtype, extra)
+            consolidate(path, out, self.dtype, extra, leave_out)
             if own is not None:
                 own.held.discard(path)
             else:

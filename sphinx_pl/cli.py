@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,27 @@ def _validation_interval(every: int, max_steps: int, accumulate: int) -> int:
     return int(every or max_steps) * int(accumulate)
 
 
+def _micro_batches(rows_per_step: int | None, rows: int, devices: Any, num_nodes: int) -> int:
+    """Of an optimizer step on each rank, so that all ranks together have `rows_per_step` rows in it."""
+    if rows_per_step is None:
+        return 1
+    if isinstance(devices, int) and devices > 0:
+        per_node = devices
+    elif isinstance(devices, Sequence) and not isinstance(devices, str):
+        per_node = len(devices)
+    else:  # auto: as many as there are
+        import torch
+
+        per_node = max(1, torch.cuda.device_count())
+    at_once = int(rows) * per_node * int(num_nodes)
+    if rows_per_step % at_once:
+        raise UserError(
+            f"stage.rows_per_step={rows_per_step} is not a multiple of data.packing.rows={rows} * {per_node} * "
+            f"{num_nodes} (trainer.devices, trainer.num_nodes): change one of them, or set stage.accumulate instead"
+        )
+    return int(rows_per_step) // at_once
+
+
 def _run_folder(plan: bool, folder: str) -> str:
     """Hydra writes into a run's folder before the script begins: a plan, which is to leave none, gets one that goes."""
     if not plan:
@@ -60,6 +81,7 @@ def _run_folder(plan: bool, folder: str) -> str:
 def register_resolvers() -> None:
     """What the configurations in conf/ compute with, besides Hydra's and OmegaConf's own."""
     OmegaConf.register_new_resolver("validation_interval", _validation_interval, replace=True)
+    OmegaConf.register_new_resolver("micro_batches", _micro_batches, replace=True)
     OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True, use_cache=True)
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from sphinx_pl.cli import TRACEBACK, entry_point
+from sphinx_pl.cli import CONFIG_FOLDER, TRACEBACK, entry_point, register_resolvers
 from sphinx_pl.errors import UserError
 from tests.conftest import REPOSITORY
 
@@ -122,3 +123,21 @@ def test_an_error_of_the_program_is_not_hidden(arguments: Callable[..., None]) -
     arguments()
     with pytest.raises(ZeroDivisionError):
         main_that(lambda cfg: 1 / 0)()
+
+
+def composed(*overrides: str) -> Any:
+    GlobalHydra.instance().clear()
+    register_resolvers()
+    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+        return compose("train", overrides=list(overrides))
+
+
+def test_micro_batches_follow_from_the_rows_of_a_step_and_the_ranks() -> None:
+    assert composed().stage.accumulate == 1
+    rows = ["stage.rows_per_step=48", "data.packing.rows=2"]
+    assert composed(*rows).stage.accumulate == 24
+    assert composed(*rows, "trainer.devices=4", "trainer.num_nodes=3").stage.accumulate == 2
+    assert composed(*rows, "trainer.devices=[0,2]").stage.accumulate == 12
+    assert composed(*rows, "stage.accumulate=5").stage.accumulate == 5
+    with pytest.raises(Exception, match=r"rows_per_step=48 is not a multiple of data\.packing\.rows=2 \* 5 \* 1"):
+        composed(*rows, "trainer.devices=5").stage.accumulate  # noqa: B018

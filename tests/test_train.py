@@ -229,7 +229,8 @@ def check_kill_and_resume(
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-        kills, hit = kills + 1, killer.writing()
+        # Early in a start it may be what the kill before has left.
+        kills, hit = kills + 1, kind != "start" and killer.writing()
         hits += hit
         print(f"kill {kills} ({kind}, seed {seed}) at step {killer.newest()}: {what}{', while writing' if hit else ''}")
         check_readable(run_folder)

@@ -3,6 +3,7 @@
     model-00001-of-00002.safetensors ...   the weights, each tensor once
     model.safetensors.index.json           tensor name -> shard, as Hugging Face writes it
     config.json                            {"format": 1, "model": SphinxConfig, "processor": prompt format}
+                                           and "left_out": tensors that are read from their towers' `load` entries
     tokenizer.model                        SentencePiece
     provenance.json                        see `sphinx_pl.checkpoint.provenance`
     unused.safetensors                     of imported checkpoints: what no model here uses, kept for the way back
@@ -16,8 +17,10 @@ import difflib
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
+import zlib
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -46,12 +49,17 @@ from sphinx_pl.errors import UserError
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.registry import Registry
 
+log = logging.getLogger(__name__)
+
 FORMAT_VERSION = 1
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 TOKENIZER = "tokenizer.model"
 PROVENANCE = "provenance.json"
 UNUSED = "unused.safetensors"
+LEFT_OUT = "left_out"
+TOWERS = "mixer.towers."
+"""Of the names of the towers' tensors."""
 HUB = "hf-hub:"
 
 _DTYPES = {
@@ -443,6 +451,12 @@ class SphinxCheckpoint(Checkpoint):
             )
         check_sections(path / CONFIG, self.config)
         self.provenance = read_json(path / PROVENANCE)
+        with sizes_of(path / CONFIG):
+            self._left_out = {
+                str(name): (TensorInfo(tuple(map(int, entry["shape"])), _DTYPES[entry["dtype"]]), int(entry["crc32"]))
+                for name, entry in self.config.get(LEFT_OUT, {}).items()
+            }
+        self._sources: dict[str, Callable[[str], Tensor]] = {}
         weight_map = read_weight_map(path / INDEX)
         self._shard_of: dict[str, str] = weight_map
         require(path, TOKENIZER)
@@ -456,13 +470,29 @@ class SphinxCheckpoint(Checkpoint):
                 raise UserError(f"'{path / shard}' and {INDEX} disagree about '{example}': copy the checkpoint again")
 
     def keys(self) -> Sequence[str]:
-        return [name for shard in self._shards.values() for name in shard.keys]
+        return [*(name for shard in self._shards.values() for name in shard.keys), *self._left_out]
 
     def info(self, name: str) -> TensorInfo:
+        if name in self._left_out:
+            return self._left_out[name][0]
         return self._shards[self._shard_of[name]].info(name)
 
     def tensor(self, name: str) -> Tensor:
-        return self._shards[self._shard_of[name]].tensor(name)
+        """Raises: UserError: it was left out and its source is gone, or holds another value now."""
+        if name not in self._left_out:
+            return self._shards[self._shard_of[name]].tensor(name)
+        key = tower_of(name)
+        if key not in self._sources:
+            self._sources[key] = released_values(self.model_config, key)
+        info, crc = self._left_out[name]
+        value = self._sources[key](name).to(info.dtype)
+        if _crc32(value) != crc:
+            load = getattr(self.model_config.vision, key).load
+            raise UserError(
+                f"'{self.path}' leaves '{name}' to model.vision.{key}.load={load}, which holds another value now: "
+                "restore that file, or write the checkpoint again without leaving towers out"
+            )
+        return value
 
     def unused(self) -> Iterable[tuple[str, Tensor]]:
         if not (self.path / UNUSED).is_file():
@@ -482,6 +512,60 @@ class SphinxCheckpoint(Checkpoint):
 FORMATS.register("sphinx_pl", SphinxCheckpoint)
 
 
+def tower_of(name: str) -> str:
+    """Key of the tower that a tensor belongs to; "" for the rest of the model."""
+    return name.removeprefix(TOWERS).split(".")[0] if name.startswith(TOWERS) else ""
+
+
+def released_values(config: SphinxConfig, key: str) -> Callable[[str], Tensor]:
+    """Name of a tensor of the model -> its value in the released weights that the tower's `load` names.
+
+    Raises:
+        UserError: see `sphinx_pl.checkpoint.towers.load_pretrained`.
+    """
+    from sphinx_pl.checkpoint.towers import pretrained_values  # which imports this module
+    from sphinx_pl.models.towers import build_tower
+
+    assert config.vision is not None
+    with torch.device("meta"):
+        tower = build_tower(config.vision, key)
+    value = pretrained_values(tower, getattr(config.vision, key).load)
+    return lambda name: value(name.removeprefix(f"{TOWERS}{key}."))
+
+
+def _crc32(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+class Without:
+    """`Weights` without those of the towers in `keys` that are what their sources hold, bit for bit."""
+
+    def __init__(self, weights: Weights, config: SphinxConfig, keys: Iterable[str]) -> None:
+        self._weights = weights
+        self.left_out: dict[str, dict[str, Any]] = {}
+        """What a reader has to know of each: shape, dtype, CRC-32."""
+        for key in keys:
+            source = released_values(config, key)
+            entries = {}
+            for name in (name for name in weights if tower_of(name) == key):
+                value = weights.tensor(name)
+                if not torch.equal(source(name).to(value.dtype), value):
+                    log.warning("the tower '%s' is kept: '%s' is not what its `load` entry names", key, name)
+                    break
+                entries[name] = {"shape": list(value.shape), "dtype": _NAMES[value.dtype], "crc32": _crc32(value)}
+            else:
+                self.left_out |= entries
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._weights if name not in self.left_out)
+
+    def info(self, name: str) -> TensorInfo:
+        return self._weights.info(name)
+
+    def tensor(self, name: str) -> Tensor:
+        return self._weights.tensor(name)
+
+
 def write_checkpoint(
     path: str | Path,
     weights: Weights | Mapping[str, Tensor],
@@ -495,6 +579,7 @@ def write_checkpoint(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
     progress: str | None = None,
+    leave_out: Iterable[str] = (),
 ) -> Path:
     """Write a checkpoint folder; a reader sees all of it or none. A tensor is in memory at a time, of small ones two.
 
@@ -507,6 +592,8 @@ def write_checkpoint(
         max_shard_bytes: upper bound of a shard, unless a single tensor is larger.
         overwrite: replace what is at `path`.
         progress: a word for the progress bar; None shows none.
+        leave_out: towers that are not written, but read from their `load` entries again; where one is not what that
+            entry names, it is written after all.
 
     Raises:
         UserError: `path` exists, or the tokenizer's file does not.
@@ -516,11 +603,15 @@ def write_checkpoint(
     if not tokenizer_file.is_file():
         raise UserError(f"tokenizer '{tokenizer_file}' does not exist: check the path")
     weights = StateDict(weights) if isinstance(weights, Mapping) else weights
+    config = {"format": FORMAT_VERSION, "model": model, "processor": processor}
+    if keys := list(leave_out):
+        weights = Without(weights, SphinxConfig.from_dict(model), keys)
+        config[LEFT_OUT] = weights.left_out
     with staged(path) as folder:
         write_shards(folder, weights, dtype, max_shard_bytes, progress)
         if kept := StateDict(dict(unused)):
             write_safetensors(folder / UNUSED, {name: kept.info(name) for name in kept}, kept.tensor)
-        write_json(folder / CONFIG, {"format": FORMAT_VERSION, "model": model, "processor": processor})
+        write_json(folder / CONFIG, config)
         write_json(folder / PROVENANCE, provenance() if callable(provenance) else provenance)
         shutil.copyfile(tokenizer_file, folder / TOKENIZER)
     return path

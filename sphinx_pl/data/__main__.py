@@ -109,7 +109,8 @@ def table(options: TableOptions, cfg: DictConfig) -> str:
     values: dict[str, Any] = OmegaConf.to_container(cfg.data, resolve=True)  # type: ignore[assignment]
     group = Group.from_dict({"sources": values["sources"], "temperature": values["mixing"].get("temperature")})
     model = SphinxConfig.from_dict(cfg.model)
-    rows = values["packing"]["rows"] * int(cfg.stage.accumulate) * options.ranks
+    micro_batches = int(cfg.stage.accumulate) * (options.ranks if cfg.stage.rows_per_step is None else 1)
+    rows = values["packing"]["rows"] * micro_batches
     absent = missing(dict(group.leaves()))
     held_out = {name: value for name, value in values["val_sources"].items() if value is not None}
     configs = {name: SourceConfig.from_dict(name, value, "val_sources") for name, value in held_out.items()}
@@ -124,7 +125,7 @@ def table(options: TableOptions, cfg: DictConfig) -> str:
         first = next(iter(absent.values()))
         raise UserError(f"files are missing for {', '.join(absent)} ({first}); missing=ok only looks at the plan")
     data = DataModule.from_config(values, model)
-    data.check(accumulate=int(cfg.stage.accumulate) * options.ranks)
+    data.check(accumulate=micro_batches)
     return rendered(
         expectations(
             lines(data, options.probe), data.mixing.unit, data.packing.row_length, rows, int(cfg.stage.max_steps)

@@ -7,6 +7,7 @@ lane (`sphinx_pl.data.stream`) plans its own rows of every window.
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 from collections import Counter
@@ -24,6 +25,8 @@ from sphinx_pl.data.mixture import MODALITIES, Mixture
 from sphinx_pl.data.record import IGNORE, IMAGE_SLOT, Batch, Branch, ImageRef, Sample
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.errors import UserError
+
+log = logging.getLogger(__name__)
 
 TASK_NAMES = list(TASKS)
 WEIGHTINGS: dict[str, Callable[[int], float]] = {
@@ -382,7 +385,7 @@ class Planner:
             str(lane): {"mixture": state["mixture"], "pending": [_to_plain(sample) for sample in state["pending"]]}
             for lane, state in states.items()
         }
-        return {"number": number, "lane_count": self.lane_count, "lanes": lanes}
+        return {"number": number, "lane_count": self.lane_count, "rows": sum(self._rows), "lanes": lanes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from the merged states of all ranks, however many there were."""
@@ -390,6 +393,14 @@ class Planner:
             raise UserError(
                 f"data.mixing.lanes={self.lane_count}: the checkpoint was made with {state['lane_count']}, which a run "
                 "keeps: leave it null"
+            )
+        if (rows := state.get("rows")) != sum(self._rows):
+            log.warning(
+                "an optimizer step has %d rows now, in the checkpoint it had %s: stage.rows_per_step=%s keeps it, on "
+                "any number of ranks",
+                sum(self._rows),
+                rows,
+                rows,
             )
         self.number = state["number"]
         for number, lane in self.lanes.items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from sphinx_pl.distributed.checkpointing import STEP
 from sphinx_pl.distributed.sharded import Sharded
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.models.sphinx import Sphinx
+from sphinx_pl.models.towers import Tower
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -156,7 +157,9 @@ class Rows:
 def _units(model: Sphinx) -> Iterable[nn.Module]:
     """Modules that are gathered one at a time, in the order of the forward pass."""
     if model.mixer is not None:
-        yield from model.mixer.towers.children()
+        for tower in model.mixer.towers.children():
+            yield from cast(Tower, tower).blocks()
+            yield tower
         yield model.mixer
     yield model.decoder.tok_embeddings
     yield from model.decoder.layers

@@ -8,6 +8,7 @@ not use.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import ClassVar
 
 import torch
@@ -60,6 +61,10 @@ class Tower(nn.Module, ABC):
         """[N, 3, image_size, image_size] -> [N, tokens, width]."""
 
     @abstractmethod
+    def blocks(self) -> Iterable[nn.Module]:
+        """The layers that it consists of, in the order of the forward pass: what sharding gathers one at a time."""
+
+    @abstractmethod
     def flops(self) -> float:
         """Of the forward pass of one view: matrix multiplications and convolutions."""
 
@@ -102,6 +107,9 @@ class ClipViT(Tower):
             output_extra_tokens=True,
         )
         return torch.cat([out["image_intermediates_prefix"][0], out["image_intermediates"][0]], dim=1)
+
+    def blocks(self) -> Iterable[nn.Module]:
+        return list(self.model.transformer.resblocks)
 
     def flops(self) -> float:
         c = self.config
@@ -153,6 +161,9 @@ class ConvNext(Tower):
     def encode(self, pixels: Tensor) -> Tensor:
         # Channels last: timm's blocks are written for it (norms and linears on the last axis).
         return map_to_tokens(self.model(pixels.contiguous(memory_format=torch.channels_last)), self.repeats)
+
+    def blocks(self) -> Iterable[nn.Module]:
+        return [block for stage in self.model.stages for block in stage.blocks]
 
     def flops(self) -> float:
         side, before, total = self.config.image_size // self.config.stem, 3, 0.0
@@ -206,6 +217,9 @@ class Dinov2(Tower):
         # timm's own forward pass resamples positions differently.
         tokens = tokens + resample_positions(self.model.pos_embed, self.config.grid).to(tokens.dtype)
         return torch.as_tensor(self.model.norm(self.model.blocks(tokens)))
+
+    def blocks(self) -> Iterable[nn.Module]:
+        return list(self.model.blocks)
 
     def flops(self) -> float:
         c = self.config
@@ -270,6 +284,9 @@ class QFormer(Tower):
         seen = self.vision_model(pixel_values=pixels).last_hidden_state
         queries = self.query_tokens.expand(len(pixels), -1, -1)
         return torch.as_tensor(self.qformer(query_embeds=queries, encoder_hidden_states=seen).last_hidden_state)
+
+    def blocks(self) -> Iterable[nn.Module]:
+        return [*self.vision_model.encoder.layers, *self.qformer.encoder.layer]
 
     def flops(self) -> float:
         c = self.config

@@ -12,14 +12,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from sphinx_pl.checkpoint.format import Checkpoint, open_checkpoint
-from sphinx_pl.checkpoint.towers import pretrained_values
+from sphinx_pl.checkpoint.format import TOWERS, Checkpoint, open_checkpoint, released_values, tower_of
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.decoder import new_weight
 from sphinx_pl.models.sphinx import Sphinx
-from sphinx_pl.models.towers import Tower, build_tower
-
-TOWERS = "mixer.towers."
+from sphinx_pl.models.towers import build_tower
 
 
 class Placement(Protocol):
@@ -105,7 +102,7 @@ class Fresh:
                 return self._decoder.tensor(name)
             return new_weight(name, torch.empty(self.model.get_parameter(name).shape), self.config.decoder)
         if name.startswith(TOWERS):
-            key = name.removeprefix(TOWERS).split(".")[0]
+            key = tower_of(name)
             module = TOWERS + key
             make: Callable[[], Callable[[str], Tensor]] = lambda: self._tower(key)  # noqa: E731
         else:
@@ -120,11 +117,9 @@ class Fresh:
 
     def _tower(self, key: str) -> Callable[[str], Tensor]:
         assert self.config.vision is not None
-        assert self.model.mixer is not None
-        tower = self.model.mixer.towers[key]
-        assert isinstance(tower, Tower)
-        if source := getattr(self.config.vision, key).load:
-            return pretrained_values(tower, source)
+        if getattr(self.config.vision, key).load:
+            value = released_values(self.config, key)
+            return lambda name: value(f"{TOWERS}{key}.{name}")
         return build_tower(self.config.vision, key).get_parameter
 
 

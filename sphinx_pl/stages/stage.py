@@ -251,6 +251,7 @@ class Stage(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["sums"] = {"counted": self._counted, "values": self._sums}
         checkpoint["parents"] = self.parents
+        checkpoint["accumulate"] = self.trainer.accumulate_grad_batches
         checkpoint["nonfinite"] = [self.nonfinite_steps, self._nonfinite_in_a_row]
         names = sorted({*self._logged, *self.trainer.callback_metrics})
         checkpoint["logged"] = {name: self.last_value(name) for name in names}
@@ -263,6 +264,11 @@ class Stage(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._counted, self._sums = checkpoint["sums"]["counted"], checkpoint["sums"]["values"]
         self.parents = checkpoint["parents"]
+        # Lightning counts micro-batches, of which a step has others on other ranks.
+        before, now = checkpoint["accumulate"], self.trainer.accumulate_grad_batches
+        for counts in checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"].values():
+            if isinstance(counts, dict):
+                counts.update({key: count // before * now for key, count in counts.items()})
         self.nonfinite_steps, self._nonfinite_in_a_row = checkpoint["nonfinite"]
         self._logged = checkpoint["logged"]
 

@@ -161,8 +161,8 @@ class Lengths:
     [("paper_pretrain_real", "laion400m", 20), ("paper_pretrain_synthetic", "laion_coco", 12)],
 )
 def test_a_pretraining_step_holds_the_reported_batch(experiment: str, pairs: str, caption: int) -> None:
-    cfg = composed(f"experiment={experiment}")
     ranks = 32
+    cfg = composed(f"experiment={experiment}", f"trainer.devices={ranks}")
     rows = cfg.data.packing.rows * cfg.stage.accumulate * ranks
     assert rows == 512
     pair = 1 + SphinxConfig.from_dict(cfg.model).tokens_per_image + 61 + caption
@@ -181,7 +181,7 @@ def test_a_pretraining_step_holds_the_reported_batch(experiment: str, pairs: str
 
 
 def test_a_finetuning_step_has_room_for_the_tutorials_batch() -> None:
-    cfg = composed("experiment=paper_finetune")
+    cfg = composed("experiment=paper_finetune", "trainer.devices=16")
     rows = cfg.data.packing.rows * cfg.stage.accumulate * 16
     assert rows * cfg.data.packing.row_length == 128 * 512
     assert cfg.stage.max_steps * 128 == 1_600_000
