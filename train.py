@@ -85,21 +85,28 @@ def prepare_run_folder(cfg: DictConfig, folder: Path, resume: Path | None) -> No
     from callbacks import wandb_logger
     from callbacks.checkpoint import checkpoints, step_of
     from callbacks.csv_logger import forget_after
+    from sphinx_pl.checkpoint.format import discard
     from sphinx_pl.checkpoint.provenance import provenance
 
     own = folder / "checkpoints"
     reached = step_of(resume) if resume is not None and resume.parent.resolve() == own.resolve() else 0
-    for path in [path for path in checkpoints(own) if step_of(path) > reached]:
-        shutil.rmtree(path)
-    if reached:
+    models = {path: int(n) for path in folder.glob("model-step-*") if (n := path.name.rpartition("-")[2]).isdigit()}
+    for path in reversed(checkpoints(own)):  # the newest first: a kill in between leaves no gap
+        if step_of(path) > reached:
+            discard(path)
+    for path, step in models.items():
+        if step > reached:
+            discard(path)
+    finished = bool(0 < cfg.trainer.max_steps <= reached)  # but for the export
+    if reached and not finished:
         forget_after(folder / "metrics.csv", reached)
-    else:
+    if not reached:
         (folder / "metrics.csv").unlink(missing_ok=True)
-        for left in (folder / "predictions", folder / "tensorboard", *folder.glob("model-step-*")):
+        for left in (folder / "predictions", folder / "tensorboard"):
             shutil.rmtree(left, ignore_errors=True)
     # Else the next stage would start from the old weights if this run died.
-    if not reached or reached < cfg.trainer.max_steps:
-        shutil.rmtree(folder / "model", ignore_errors=True)
+    if not finished:
+        discard(folder / "model")
     if not (reached or cfg.ckpt_path == "last" or slurm.came_back(folder)):
         (folder / wandb_logger.FILE).unlink(missing_ok=True)  # another run, so another one in W&B
     folder.mkdir(parents=True, exist_ok=True)
@@ -115,7 +122,7 @@ def finish_export(trainer: L.Trainer) -> None:
     from callbacks.export import ExportModel
 
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, ExportModel) and not callback.folder.exists():
+        if isinstance(callback, ExportModel) and trainer.strategy.broadcast(not callback.folder.exists()):
             callback.on_train_end(trainer, trainer.lightning_module)
 
 
@@ -202,8 +209,7 @@ def train(cfg: DictConfig) -> float | None:
         last = next(reversed(checkpoints(folder / "checkpoints")), None)
         raise UserError(f"{error}; the last checkpoint is {last}") from None
     finish_export(trainer)
-    value = trainer.callback_metrics.get(cfg.metric)
-    number = None if value is None else float(value)
+    number = stage.last_value(cfg.metric)
     sweep.leave_value(number)
     return number
 

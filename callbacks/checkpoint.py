@@ -16,7 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from omegaconf import OmegaConf
 
 from callbacks.throughput import timed_checkpoint
-from sphinx_pl.checkpoint.format import move_into_place, sync
+from sphinx_pl.checkpoint.format import discard, move_into_place, sync
 from sphinx_pl.checkpoint.provenance import provenance
 from sphinx_pl.checkpoint.training import INDEX, describe
 from sphinx_pl.data.record import Batch
@@ -59,6 +59,25 @@ def resolve_resume(ckpt_path: str | None, folder: Path) -> Path | None:
             f"newest in {folder}. To start from the weights of a model folder, use stage.init_from"
         )
     return path
+
+
+def last_step(trainer: L.Trainer) -> bool:
+    """Whether no step follows, where that is known before the data ends."""
+    return bool(0 < trainer.max_steps <= trainer.global_step)
+
+
+def more_follows(trainer: L.Trainer) -> bool:
+    """Whether a validation, or what is done at the end of a run, comes after `on_train_batch_end` of this step.
+
+    Both have their own places in Lightning's loop: a run that resumes from a checkpoint that was written before them
+    would go on without them.
+    """
+    if last_step(trainer):
+        return True
+    every = trainer.val_check_batch
+    if not trainer.limit_val_batches or every is None or every == float("inf"):
+        return False
+    return bool((trainer.fit_loop.total_batch_idx + 1) % int(every) == 0)
 
 
 @timed_checkpoint
@@ -122,7 +141,7 @@ class ResumeCheckpoint(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         # Only between two windows: in the midst of one the accumulated gradients would be lost.
-        if batch.window_end and not self._validation_follows(trainer):
+        if batch.window_end and not more_follows(trainer):
             self._save_if_due(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -132,13 +151,6 @@ class ResumeCheckpoint(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.save(trainer)
 
-    def _validation_follows(self, trainer: L.Trainer) -> bool:
-        """Validation has its own place in Lightning's loop, after this hook; resuming would skip over it."""
-        every = trainer.val_check_batch
-        if not trainer.limit_val_batches or every is None or every == float("inf"):
-            return False
-        return bool((trainer.fit_loop.total_batch_idx + 1) % int(every) == 0)
-
     def _save_if_due(self, trainer: L.Trainer) -> None:
         if trainer.global_step > 0 and trainer.global_step % self.every_n_steps == 0:
             self.save(trainer)
@@ -146,6 +158,7 @@ class ResumeCheckpoint(L.Callback):
     def save(self, trainer: L.Trainer) -> Path:
         """The checkpoint of this step, written unless it was; all ranks call it together."""
         path = self.folder / f"step-{trainer.global_step:08d}"
+        self._note_resumed(trainer, path)
         if self._saved == trainer.global_step:
             return path
         self._saved = trainer.global_step
@@ -156,17 +169,21 @@ class ResumeCheckpoint(L.Callback):
             self._prune()
         return path
 
+    def _note_resumed(self, trainer: L.Trainer, path: Path) -> None:
+        """Nothing was trained since this run was read from the disk: the step is saved, if it was read from here."""
+        if self._restore is not None and trainer.strategy.broadcast(path.exists()):
+            self._saved = trainer.global_step
+
     def _prune(self) -> None:
         for old in checkpoints(self.folder)[: -self.keep]:
             if old not in self.held and not (self.keep_every and step_of(old) % self.keep_every == 0):
-                # Renamed first: what is half deleted is no checkpoint.
-                gone = old.with_name(f".{old.name}.old.tmp")
-                old.rename(gone)
-                shutil.rmtree(gone)
+                discard(old)
 
     # Random states are part of the checkpoint. (Those of data workers are not used: order and wording are functions of
     # the seed and the position.)
     def state_dict(self) -> dict[str, Any]:
+        if self._restore is not None:
+            return self._restore
         name, keys, *rest = np.random.get_state(legacy=True)
         version, internal, gauss = random.getstate()
         state: dict[str, Any] = {
@@ -183,8 +200,7 @@ class ResumeCheckpoint(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restored as late as can be: whatever was drawn while the run was set up does not count."""
-        if self._restore is not None:
-            self._saved = trainer.global_step
+        self._note_resumed(trainer, self.folder / f"step-{trainer.global_step:08d}")
         if trainer.is_global_zero:
             for partial in self.folder.glob(".step-*.tmp"):  # what a killed run was writing or deleting
                 shutil.rmtree(partial)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,10 +13,12 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 
-from callbacks.checkpoint import ResumeCheckpoint, write_training_checkpoint
-from sphinx_pl.checkpoint.format import check_free, open_checkpoint, write_checkpoint
+from callbacks.checkpoint import ResumeCheckpoint, last_step, more_follows, write_training_checkpoint
+from sphinx_pl.checkpoint.format import check_free, discard, open_checkpoint, write_checkpoint
 from sphinx_pl.errors import UserError
+from sphinx_pl.stages import Stage
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -45,6 +49,8 @@ def consolidate(
 class ExportModel(L.Callback):
     """Writes `folder` when training ends, and while it goes on, every `every_n_steps`, `folder-step-N`.
 
+    Where a validation is due at the same step it comes first, so that the model has its value of `metric`.
+
     All ranks write a training checkpoint (that of callbacks.checkpoint if it is of this step), then one of them makes a
     model of it in a thread, while training goes on. Put it behind callbacks.checkpoint.
 
@@ -56,7 +62,7 @@ class ExportModel(L.Callback):
         keep_best: so many with the lowest `metric` stay too.
         leave_out_frozen: towers that don't train and whose `load` entry names their weights are not written, and come
             back from there.
-        metric: a logged value, as it was last when the model was written.
+        metric: a logged value, as it was last when the model was written. One that is no number is never the best.
         config: the file with the composed configuration that train.py keeps in the run folder, for the provenance.
 
     Raises:
@@ -93,22 +99,52 @@ class ExportModel(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         check_free(self.folder, overwrite=True)  # now, not when all the training is done
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """What a kill has left: half a model goes, one that was not finished is written from its checkpoint."""
+        if trainer.is_global_zero:
+            name = self.folder.name
+            for pattern in (f".{name}-step-*.tmp", f".{name}.tmp", f".{name}-training", f"..{name}-training.tmp"):
+                for left in self.folder.parent.glob(pattern):
+                    shutil.rmtree(left)
+        own, out = self._own(trainer), self._on_the_way(trainer.global_step)
+        if own is not None and self._due(trainer) and trainer.strategy.broadcast(not out.exists()):
+            self.export(trainer, out)
+
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        if self.every_n_steps and args[1].window_end and trainer.global_step % self.every_n_steps == 0:
-            self.export(trainer, self.folder.with_name(f"{self.folder.name}-step-{trainer.global_step}"))
+        if args[1].window_end and self._due(trainer) and not more_follows(trainer):
+            self.export(trainer, self._on_the_way(trainer.global_step))
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and self._due(trainer):
+            self.export(trainer, self._on_the_way(trainer.global_step))
+
+    def _due(self, trainer: L.Trainer) -> bool:
+        """Not at the last step, whose model is the run's result."""
+        step, every = trainer.global_step, self.every_n_steps
+        return bool(every and step and step % every == 0) and not last_step(trainer)
+
+    def _on_the_way(self, step: int) -> Path:
+        return self.folder.with_name(f"{self.folder.name}-step-{step}")
+
+    @staticmethod
+    def _own(trainer: L.Trainer) -> ResumeCheckpoint | None:
+        return next((c for c in trainer.callbacks if isinstance(c, ResumeCheckpoint)), None)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.export(trainer, self.folder)
-        self._wait()
-        trainer.strategy.barrier()
+        self._wait(trainer)
 
     def on_exception(self, trainer: L.Trainer, *args: Any) -> None:
         self._writer.shutdown()  # finishes what it is writing
 
     def export(self, trainer: L.Trainer, out: Path) -> None:
-        """Begin to write `out`; all ranks call it together."""
-        self._wait()
-        own = next((c for c in trainer.callbacks if isinstance(c, ResumeCheckpoint)), None)
+        """Begin to write `out`; all ranks call it together.
+
+        Raises:
+            UserError: the one before could not be written.
+        """
+        self._wait(trainer)
+        own = self._own(trainer)
         if own is not None:
             path = own.save(trainer)
             own.held.add(path)
@@ -117,12 +153,13 @@ class ExportModel(L.Callback):
             write_training_checkpoint(trainer, path, self.config)
         if not trainer.is_global_zero:
             return
-        stage: Any = trainer.lightning_module
+        stage = trainer.lightning_module
+        assert isinstance(stage, Stage)
         vision = stage.config.vision
         frozen = [key for key in vision.towers if key not in stage.train_parts] if vision else []
         leave_out = [key for key in frozen if getattr(vision, key).load] if self.leave_out_frozen else []
-        value = trainer.callback_metrics.get(self.metric)
-        extra = {"metric": {"name": self.metric, "value": float(value)}} if value is not None else {}
+        value = stage.last_value(self.metric)
+        extra = {"metric": {"name": self.metric, "value": value}} if value is not None else {}
 
         def write() -> None:
             consolidate(path, out, self.dtype, extra, leave_out)
@@ -134,24 +171,32 @@ class ExportModel(L.Callback):
 
         self._writing = self._writer.submit(write)
 
-    def _wait(self) -> None:
-        """Until the one before is written; its error is this run's."""
+    def _wait(self, trainer: L.Trainer) -> None:
+        """Until the one before is written; its error ends the run on all ranks."""
+        error = None
         if self._writing is not None:
-            self._writing.result()
-        self._writing = None
+            writing, self._writing = self._writing, None
+            try:
+                writing.result()
+            except (UserError, OSError) as failure:
+                error = f"a model could not be written: {failure}"
+        if (error := trainer.strategy.broadcast(error)) is not None:
+            raise UserError(error)
 
     def _prune(self) -> None:
         if not self.keep:
             return
-        found = sorted(self.folder.parent.glob(f"{self.folder.name}-step-*"), key=lambda p: int(p.name.split("-")[-1]))
-        losses = {path: _metric(path) for path in found}
-        best = sorted((path for path in found if losses[path] is not None), key=lambda path: losses[path] or 0.0)
-        for path in set(found[: -self.keep]) - set(best[: self.keep_best]):
-            shutil.rmtree(path)
+        name = re.compile(re.escape(self.folder.name) + r"-step-(\d+)")
+        steps = {path: int(match[1]) for path in self.folder.parent.iterdir() if (match := name.fullmatch(path.name))}
+        found = sorted(steps, key=lambda path: steps[path])
+        best = sorted(found, key=_metric)[: self.keep_best]
+        for path in found[: -self.keep]:
+            if path not in best or _metric(path) == math.inf:
+                discard(path)
 
 
-def _metric(folder: Path) -> float | None:
-    """What `extra` says of a model."""
+def _metric(folder: Path) -> float:
+    """What `extra` says of a model; of one without, infinity."""
     content = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
-    value: float | None = content.get("metric", {}).get("value")
-    return value
+    value = float(content.get("metric", {}).get("value", math.inf))
+    return value if math.isfinite(value) else math.inf

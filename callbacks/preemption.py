@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 
-from callbacks.checkpoint import ResumeCheckpoint
+from callbacks.checkpoint import ResumeCheckpoint, more_follows
 from sphinx_pl import slurm, stop
 from sphinx_pl.data.record import Batch
 
@@ -121,9 +121,9 @@ class Preemption(L.Callback):
         if not batch.window_end:
             return
         self._due = stop.received() if self._vote is None else self._vote.result()
-        # Where a validation is due it comes first: a run that goes on from here would skip it.
+        # Where a validation or the end of the run is due it comes first: a run that goes on from here would skip it.
         checkpoint = self._checkpoint(trainer)
-        if self._due and not (checkpoint is not None and checkpoint._validation_follows(trainer)):
+        if self._due and not (checkpoint is not None and more_follows(trainer)):
             self._save_and_leave(trainer, self._due)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -85,3 +85,44 @@ def test_a_run_that_is_continued_by_hand_keeps_its_w_and_b_run(folder: Path, mon
     assert run_id(folder) == identity
     assert start(folder, monkeypatch, "9", 0, "overwrite=true") is None
     assert not (folder / FILE).exists()
+
+
+@pytest.mark.parametrize(("steps", "kept"), [(9, [3, 4]), (5, [3, 4, 5])])
+def test_rows_that_will_be_made_again_go_and_those_of_a_finished_run_stay(
+    steps: int, kept: list[int], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The validation at the end of a run has its last step: it is not repeated when only the export is left to do."""
+    (folder / "metrics.csv").write_text("step,val/loss\n3,\n4,\n5,1.5\n")
+    for name in ("model", "model-step-4", "model-step-8"):
+        (folder / name).mkdir()
+    start(folder, monkeypatch, "7", 1, f"stage.max_steps={steps}")
+    rows = (folder / "metrics.csv").read_text().splitlines()[1:]
+    assert [int(row.split(",")[0]) for row in rows] == kept
+    assert (folder / "model").exists() == (steps == 5)
+    assert (folder / "model-step-4").exists()
+    assert not (folder / "model-step-8").exists()  # of what came after a checkpoint that was gone back to
+
+
+def test_replacing_a_run_leaves_no_half_checkpoint_under_its_name(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["checkpoints/step-00000005", "checkpoints/step-00000006", "model", "model-step-4"]
+    for name in names:
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "file").touch()
+    renamed: list[Path] = []
+
+    def killed(path: Path, *_: object, **__: object) -> None:
+        if path.exists():
+            renamed.append(path)
+            raise KeyboardInterrupt
+
+    for _ in names:
+        with monkeypatch.context() as patch:
+            patch.setattr("shutil.rmtree", killed)
+            with pytest.raises(KeyboardInterrupt):
+                start(folder, monkeypatch, "8", 0, "overwrite=true")
+        assert renamed[-1].name.startswith(".")
+        for name in names:
+            assert not (folder / name).exists() or (folder / name / "file").exists()
+    assert not any((folder / name).exists() for name in names)

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import csv
 import os
+import random
 import signal
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 
-from callbacks.checkpoint import checkpoints
+from callbacks.checkpoint import checkpoints, step_of
+from sphinx_pl.checkpoint.format import open_checkpoint
+from sphinx_pl.checkpoint.training import TrainingCheckpoint
 from tests.conftest import REPOSITORY
 
 # The sample model with every tower, one layer each: the same code in less time.
@@ -53,62 +60,206 @@ def run(*args: object, env: dict[str, str] | None = None) -> subprocess.Complete
     )
 
 
-def losses(folder: Path) -> dict[int, str]:
-    """Step -> training loss as it was written: equal strings are equal bits."""
+def losses(folder: Path, column: str = "train/loss") -> dict[int, str]:
+    """Step -> training loss (or another column) as it was written: equal strings are equal bits."""
     with (folder / "pretrain_real" / "metrics.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("train/loss")]
-    found = {int(row["step"]): row["train/loss"] for row in rows}
+        rows = [row for row in csv.DictReader(file) if row.get(column)]
+    found = {int(row["step"]): row[column] for row in rows}
     assert len(found) == len(rows), "a step was logged twice"
     return found
 
 
-def kill_when(process: subprocess.Popen[str], ready: Path, extra_seconds: float) -> None:
-    """SIGKILL from outside, `extra_seconds` after the file `ready` has appeared."""
-    deadline = time.monotonic() + 120
-    while not ready.exists():
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    time.sleep(extra_seconds)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+# --- killed again and again
 
 
-def check_kill_and_resume(tmp_path: Path, data: Path, extra_seconds: list[float], steps: int) -> None:
-    options = [f"stage.max_steps={steps}", "callbacks.checkpoint.every_n_steps=3", "data.workers=1"]
-    # Windows of two micro-batches, and validations at every second checkpoint: both have gone wrong on the way.
+def alive(group: int) -> dict[int, tuple[int, str]]:
+    """The processes of a process group that run: PID -> parent's PID, command line."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            state, parent, of_group, *_ = (path / "stat").read_text().rpartition(")")[2].split()
+            if int(of_group) == group and state not in "ZX":
+                found[int(path.name)] = int(parent), (path / "cmdline").read_text().replace("\0", " ")
+    return found
+
+
+class Killer:
+    """An outside process that kills runs of train.py, at moments that only its seed and its clock decide."""
+
+    def __init__(self, run_folder: Path, seed: int) -> None:
+        self.checkpoints = run_folder / "checkpoints"
+        self.random = random.Random(seed)
+        self.written_in: list[float] = [0.1]
+        """Seconds that checkpoints were seen to be written in."""
+
+    def writing(self) -> bool:
+        """Whether a checkpoint is being written, or was when the run was killed."""
+        return any(not path.name.endswith(".old.tmp") for path in self.checkpoints.glob(".step-*.tmp"))
+
+    def newest(self) -> int:
+        return max((step_of(path) for path in checkpoints(self.checkpoints)), default=0)
+
+    def wait(self, process: subprocess.Popen[str], until: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 400
+        while not until():
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+
+    def await_moment(self, process: subprocess.Popen[str], kind: str) -> None:
+        if kind == "start":  # imports, a new run's folder or the clearing of an old one, building, loading
+            self.wait(process, self._in(self.random.uniform(0, 20)))
+        elif kind == "training":
+            before = self.newest()
+            self.wait(process, lambda: self.newest() > before)
+            self.wait(process, self._in(self.random.uniform(0, 2)))
+        else:
+            self.wait(process, lambda: not self.writing())  # what the run before has left
+            for number in range(self.random.randint(1, 3)):
+                if number:
+                    began = time.monotonic()
+                    self.wait(process, lambda: not self.writing())
+                    self.written_in.append(time.monotonic() - began)
+                self.wait(process, self.writing)
+            self.wait(process, self._in(self.random.uniform(0, statistics.median(self.written_in))))
+
+    @staticmethod
+    def _in(seconds: float) -> Callable[[], bool]:
+        end = time.monotonic() + seconds
+        return lambda: time.monotonic() >= end
+
+    def kill(self, process: subprocess.Popen[str], one_rank: bool) -> str:
+        """SIGKILL to all processes of the run at once, or to one rank. What happened, in words."""
+        group = process.pid
+        others = [pid for pid, (parent, line) in alive(group).items() if parent == group and "train_ddp" in line]
+        if not (one_rank and others):
+            os.killpg(group, signal.SIGKILL)
+            self._ended(process, 20)
+            return "all processes"
+        victim = self.random.choice([group, *others])
+        os.kill(victim, signal.SIGKILL)
+        began = time.monotonic()
+        ended = self._ended(process, 60)
+        said = f"{'the first' if victim == group else 'another'} rank alone, the rest "
+        if ended:
+            return said + f"ended by itself after {time.monotonic() - began:.1f} s"
+        os.killpg(group, signal.SIGKILL)
+        self._ended(process, 20)
+        return said + "hung"
+
+    @staticmethod
+    def _ended(process: subprocess.Popen[str], seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while process.poll() is None or alive(process.pid):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        return True
+
+
+def check_readable(run_folder: Path) -> None:
+    """Whatever stands under the name of a checkpoint or of a model is one, to its last tensor."""
+    for path in checkpoints(run_folder / "checkpoints"):
+        whole = TrainingCheckpoint(path)
+        whole.pieces.state()
+        for name in whole:
+            assert whole.tensor(name).isfinite().all()
+            for kind in whole.pieces.kinds():
+                assert whole.pieces.read(name, kind=kind).isfinite().all()
+    for path in run_folder.glob("model*"):
+        model = open_checkpoint(path)
+        assert all(model.tensor(name).isfinite().all() for name in model)
+
+
+def check_same_models(one: Path, two: Path) -> None:
+    assert sorted(path.name for path in one.glob("model*")) == sorted(path.name for path in two.glob("model*"))
+    for path in one.glob("model*"):
+        a, b = open_checkpoint(path), open_checkpoint(two / path.name)
+        assert set(a) == set(b)
+        assert all(torch.equal(a.tensor(name), b.tensor(name)) for name in a), path.name
+
+
+def check_kill_and_resume(
+    tmp_path: Path, data: Path, kinds: Sequence[str], steps: int, ranks: int = 1, seed: int = 0
+) -> None:
+    """A run that is killed at moments of these kinds and continued each time, beside one that is not.
+
+    Of the kind "writing" there are as many kills as it takes for so many to have hit a checkpoint that is being
+    written.
+    """
+    options = [f"stage.max_steps={steps}", "callbacks.checkpoint.every_n_steps=2", "data.workers=1"]
+    # Windows of two micro-batches, and validations at every third checkpoint: both have gone wrong on the way.
     options += ["stage.accumulate=2", "data.packing.rows=1", "data.packing.row_length=256", "stage.val_every=6"]
-    straight = run(tmp_path / "straight", data, *options)
-    assert straight.returncode == 0, straight.stderr
-    folder = tmp_path / "killed"
-    ready = folder / "pretrain_real" / "checkpoints" / f"step-{3:08d}"
-    for number, seconds in enumerate(extra_seconds):
-        process = subprocess.Popen(
+    options += ["callbacks.export.every_n_steps=4", "callbacks.export.keep=2"]
+    options += ["trainer=zero3_cpu", f"trainer.devices={ranks}"] if ranks > 1 else []
+
+    def start(folder: Path) -> subprocess.Popen[str]:
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+        folder.mkdir(exist_ok=True)
+        return subprocess.Popen(
             command(folder, data, *options, "ckpt_path=last"),
             cwd=REPOSITORY,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            env=environment | {"OMP_NUM_THREADS": "1"},
+            stdout=(folder / "stdout").open("a"),
+            stderr=(folder / "stderr").open("a"),
             text=True,
+            start_new_session=True,
         )
-        if number:  # an older checkpoint is there already
-            ready = folder / "pretrain_real" / "environment.json"
-        kill_when(process, ready, seconds)
-        assert checkpoints(folder / "pretrain_real" / "checkpoints"), "no complete checkpoint survived the kill"
-    assert not (folder / "pretrain_real" / "model").exists(), "killed too late to test anything"
-    resumed = run(folder, data, *options, "ckpt_path=last")
-    assert resumed.returncode == 0, resumed.stderr
-    assert losses(folder) == losses(tmp_path / "straight")
-    assert len(losses(folder)) == steps
+
+    def finish(folder: Path) -> None:
+        process = start(folder)
+        try:
+            assert process.wait(1200) == 0, (folder / "stderr").read_text()[-3000:]
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    finish(straight)
+    run_folder = killed / "pretrain_real"
+    killer = Killer(run_folder, seed)
+    left, kills, hits = list(kinds), 0, 0
+    killer.random.shuffle(left)
+    while left:
+        kind = left.pop()
+        process = start(killed)
+        try:
+            killer.await_moment(process, kind)
+            what = killer.kill(process, one_rank=kills % 4 == 3)  # where there are others
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        # Early in a start it may be what the kill before has left.
+        kills, hit = kills + 1, kind != "start" and killer.writing()
+        hits += hit
+        print(f"kill {kills} ({kind}, seed {seed}) at step {killer.newest()}: {what}{', while writing' if hit else ''}")
+        check_readable(run_folder)
+        assert not (run_folder / "model").exists(), "killed too late to test anything"
+        if kind == "writing" and not hit:
+            assert kills < 2 * len(kinds), "most kills miss the writing"
+            left.insert(killer.random.randint(0, len(left)), kind)
+    assert kills >= len(kinds)
+    assert hits >= list(kinds).count("writing")
+    finish(killed)
+    for column in ("train/loss", "val/loss"):
+        assert losses(killed, column) == losses(straight, column)
+    assert len(losses(killed)) == steps
+    check_same_models(straight / "pretrain_real", run_folder)
+    check_readable(run_folder)
 
 
 def test_a_killed_run_continues_with_the_same_losses(tmp_path: Path, sample_data: Path) -> None:
-    check_kill_and_resume(tmp_path, sample_data, [0.3], steps=40)
+    check_kill_and_resume(tmp_path, sample_data, ["training"], steps=40)
 
 
 @pytest.mark.long
-def test_a_run_that_is_killed_again_and_again_continues_with_the_same_losses(tmp_path: Path, sample_data: Path) -> None:
-    check_kill_and_resume(tmp_path, sample_data, [0.1, 9.0, 12.5, 9.7, 11.0], steps=300)
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_that_is_killed_twenty_times_continues_with_the_same_losses(
+    ranks: int, tmp_path: Path, sample_data: Path
+) -> None:
+    kinds = ["writing"] * 10 + ["training"] * 6 + ["start"] * 4
+    check_kill_and_resume(tmp_path, sample_data, kinds, steps=100 if ranks > 1 else 300, ranks=ranks)
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path, sample_data: Path) -> None:

@@ -418,6 +418,21 @@ def _from_hub(source: str) -> Path:
         ) from error
 
 
+def check_sections(file: Path, config: Mapping[str, Any]) -> None:
+    """Raises: UserError: `file` does not say which model and prompt format the weights belong to."""
+    if "${" in json.dumps(config):  # would be resolved, an environment variable for instance
+        raise UserError(f"'{file}' holds an interpolation (${{...}}), which no checkpoint needs: remove it")
+    for section in ("model", "processor"):
+        if not isinstance(config.get(section), dict):
+            raise UserError(f"'{file}' lacks the section '{section}': restore the file from its source")
+
+
+def require(folder: Path, name: str) -> None:
+    """Raises: UserError: the folder lacks that file."""
+    if not (folder / name).is_file():
+        raise UserError(f"'{folder / name}' is missing: copy the checkpoint again, whole")
+
+
 class SphinxCheckpoint(Checkpoint):
     """Our own folder. The shards stay open (memory-mapped) as long as this object lives."""
 
@@ -429,18 +444,12 @@ class SphinxCheckpoint(Checkpoint):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = read_json(path / CONFIG)
-        if "${" in json.dumps(self.config):  # would be resolved, an environment variable for instance
-            raise UserError(
-                f"'{path / CONFIG}' holds an interpolation (${{...}}), which no checkpoint needs: remove it"
-            )
         if self.config["format"] != FORMAT_VERSION:
             raise UserError(
                 f"'{path / CONFIG}' has format {self.config['format']!r} but this version reads {FORMAT_VERSION}: "
                 "use the version of sphinx_pl that wrote it, or a newer one"
             )
-        for section in ("model", "processor"):
-            if not isinstance(self.config.get(section), dict):
-                raise UserError(f"'{path / CONFIG}' lacks the section '{section}': restore the file from its source")
+        check_sections(path / CONFIG, self.config)
         self.provenance = read_json(path / PROVENANCE)
         with sizes_of(path / CONFIG):
             self._left_out = {
@@ -450,7 +459,7 @@ class SphinxCheckpoint(Checkpoint):
         self._sources: dict[str, Callable[[str], Tensor]] = {}
         weight_map = read_weight_map(path / INDEX)
         self._shard_of: dict[str, str] = weight_map
-        self._require(TOKENIZER)
+        require(path, TOKENIZER)
         self._shards: dict[str, SafetensorsFile] = {}
         for shard in dict.fromkeys(weight_map.values()):
             self._shards[shard] = SafetensorsFile(path / shard)
@@ -459,11 +468,6 @@ class SphinxCheckpoint(Checkpoint):
             if stored != named:
                 example = min(stored ^ named)
                 raise UserError(f"'{path / shard}' and {INDEX} disagree about '{example}': copy the checkpoint again")
-
-    def _require(self, name: str) -> Path:
-        if not (self.path / name).is_file():
-            raise UserError(f"'{self.path / name}' is missing: copy the checkpoint again, whole")
-        return self.path / name
 
     def keys(self) -> Sequence[str]:
         return [*(name for shard in self._shards.values() for name in shard.keys), *self._left_out]
@@ -763,6 +767,16 @@ def move_into_place(folder: Path, path: Path) -> None:
     folder.rename(path)
     sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def discard(path: Path) -> None:
+    """Delete a checkpoint. It loses its name first: what is half deleted when a run is killed is no checkpoint."""
+    if not path.exists():
+        return
+    gone = path.with_name(f".{path.name}.old.tmp")
+    shutil.rmtree(gone, ignore_errors=True)
+    path.rename(gone)
+    shutil.rmtree(gone)
 
 
 def sync(*paths: Path) -> None:

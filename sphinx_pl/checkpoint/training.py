@@ -1,6 +1,6 @@
 """Checkpoints that a run goes on from: what every rank holds, in pieces, readable by any number of ranks.
 
-    training.json                       shapes, files and their sizes, model and prompt format
+    training.json                       shapes, files and their sizes, state.pt's SHA-256, model and prompt format
     pieces-00000-of-00002.safetensors   of one rank: flat pieces of weights and of optimizer states
     state.pt                            loops, schedule, callbacks, data position: no pickled code
     tokenizer.model, provenance.json    as beside every model
@@ -9,11 +9,17 @@ A piece is a stretch of a flattened tensor: all of it where a process holds whol
 ZeRO-3, some rows under FSDP2. Which engine wrote it does not matter to who reads it. Weights are those that the
 optimizer works on (float32 masters where there are any), so the folder is also a checkpoint like any other:
 `open_checkpoint` reads it a tensor at a time.
+
+Damage to what says where a value lies (training.json, a file's header, which holds a sum of itself) is found; that to
+the values themselves is not, as in every other format.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,18 +35,22 @@ from sphinx_pl.checkpoint.format import (
     Checkpoint,
     SafetensorsFile,
     TensorInfo,
+    check_sections,
     read_json,
+    require,
     sync,
     write_json,
     write_safetensors,
 )
 from sphinx_pl.errors import UserError
+from sphinx_pl.files import hash_file
 
 FORMAT_VERSION = 1
 INDEX = "training.json"
 STATE = "state.pt"
 WEIGHT = "weight"
 """Kind of the pieces of weights; the other kinds are the optimizer's names of its states."""
+ANOTHER = "use another checkpoint of the run (ckpt_path=.../step-N overwrite=true)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +63,21 @@ class Piece:
     values: Tensor  # [n], on any device
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Which elements a piece in a file is: `count` from `start` on."""
+
+    start: int
+    count: int
+    dtype: torch.dtype
+
+
+def _sum(places: Mapping[str, Place]) -> str:
+    """Of what a header says."""
+    said = sorted((key, place.start, place.count, str(place.dtype)) for key, place in places.items())
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
 def file_name(rank: int, ranks: int) -> str:
     return f"pieces-{rank:05d}-of-{ranks:05d}.safetensors"
 
@@ -61,9 +86,11 @@ def write_pieces(folder: Path, rank: int, ranks: int, pieces: Iterable[Piece]) -
     """This rank's file, a piece at a time, and on the disk when this returns."""
     held = {f"{piece.kind}/{piece.name}": piece for piece in pieces}
     infos = {key: TensorInfo(tuple(piece.values.shape), piece.values.dtype) for key, piece in held.items()}
-    starts = json.dumps({key: piece.start for key, piece in held.items() if piece.start})
+    places = {key: Place(piece.start, infos[key].numel, infos[key].dtype) for key, piece in held.items()}
+    starts = json.dumps({key: place.start for key, place in places.items() if place.start})
     file = folder / file_name(rank, ranks)
-    write_safetensors(file, infos, lambda key: held[key].values, metadata={"starts": starts})
+    metadata = {"starts": starts, "sum": _sum(places)}
+    write_safetensors(file, infos, lambda key: held[key].values, metadata=metadata)
     sync(file)
 
 
@@ -78,7 +105,31 @@ def write_rest(folder: Path, ranks: int, shapes: Mapping[str, Sequence[int]], st
     names = [file_name(rank, ranks) for rank in range(ranks) if (folder / file_name(rank, ranks)).exists()]
     files = {name: (folder / name).stat().st_size for name in [*names, STATE]}
     shapes = {name: list(shape) for name, shape in shapes.items()}
-    write_json(folder / INDEX, {"format": FORMAT_VERSION, "ranks": ranks, "files": files, "shapes": shapes})
+    content = {"format": FORMAT_VERSION, "ranks": ranks, "files": files, "state": hash_file(folder / STATE)}
+    write_json(folder / INDEX, content | {"shapes": shapes})
+
+
+def _count(value: Any) -> int:
+    """Raises: ValueError: it is no number of things."""
+    if type(value) is not int or not 0 <= value < 2**60:
+        raise ValueError(f"{value!r:.50} is no count")
+    return value
+
+
+def _names(sizes: Mapping[str, int], ranks: int) -> list[str]:
+    """Files with pieces, by rank; of the folder itself, whatever the index says. Not every rank must have one.
+
+    Raises: ValueError: a name that `write_rest` does not write.
+    """
+    found = {}
+    for name in set(sizes) - {STATE}:
+        match = re.match(r"pieces-(\d+)-of-", name)
+        if match is None or (rank := int(match[1])) >= ranks or name != file_name(rank, ranks):
+            raise ValueError(f"a file {name!r:.100}")
+        found[rank] = name
+    if STATE not in sizes or not found:
+        raise ValueError("files are left out")
+    return [found[rank] for rank in sorted(found)]
 
 
 class Pieces:
@@ -97,19 +148,24 @@ class Pieces:
                 "go on with the version of sphinx_pl that wrote it, or start from its weights (stage.init_from)"
             )
         try:
-            self.ranks = int(self.index["ranks"])
-            self.shapes = {str(name): tuple(int(n) for n in shape) for name, shape in self.index["shapes"].items()}
-            sizes = {str(name): int(size) for name, size in self.index["files"].items()}
+            self.ranks = _count(self.index["ranks"])
+            self.shapes = {name: tuple(_count(n) for n in shape) for name, shape in self.index["shapes"].items()}
+            sizes = {name: _count(size) for name, size in self.index["files"].items()}
+            self._names = _names(sizes, self.ranks)
+            if any(math.prod(shape) >= 2**60 for shape in self.shapes.values()):
+                raise ValueError("a shape that no tensor has")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"'{folder / INDEX}' is damaged ({error!r}): use another checkpoint of the run") from None
+            raise self._damaged(folder / INDEX, error) from None
         for name, size in sizes.items():
             found = (folder / name).stat().st_size if (folder / name).is_file() else -1
-            if Path(name).name != name or found != size:
+            if found != size:
                 what = "is missing" if found < 0 else f"has {found:,} bytes instead of {size:,}"
-                raise UserError(f"'{folder / name}' {what}: use another checkpoint of the run")
-        self._names = [file_name(rank, self.ranks) for rank in range(self.ranks)]
-        self._names = [name for name in self._names if name in sizes]
-        self._open: dict[str, tuple[SafetensorsFile, dict[str, tuple[int, int, torch.dtype]]]] = {}
+                raise UserError(f"'{folder / name}' {what}: {ANOTHER}")
+        self._open: dict[str, tuple[SafetensorsFile, dict[str, Place]]] = {}
+
+    @staticmethod
+    def _damaged(path: Path, why: object) -> UserError:
+        return UserError(f"'{path}' is damaged ({why!r}): {ANOTHER}")
 
     def numel(self, name: str) -> int:
         return torch.Size(self.shapes[name]).numel()
@@ -118,8 +174,8 @@ class Pieces:
         """Raises: UserError: no file has a piece of it."""
         for file in self._near(0, 1):
             if found := self._held(file)[1].get(f"{kind}/{name}"):
-                return found[2]
-        raise UserError(f"'{self.folder}' lacks {kind} of '{name}': use another checkpoint of the run")
+                return found.dtype
+        raise UserError(f"'{self.folder}' lacks {kind} of '{name}': {ANOTHER}")
 
     def kinds(self) -> list[str]:
         """Kinds of optimizer states that there are."""
@@ -133,31 +189,37 @@ class Pieces:
         """Elements [start, stop) of the flattened tensor. Only these bytes are read.
 
         Raises:
-            UserError: some of them are in no file.
+            UserError: some of them are in no file, or in two.
         """
         numel = self.numel(name)
         stop = numel if stop is None else stop
         if stop <= start:
             return torch.empty(0, dtype=self.dtype(name, kind))
-        out: Tensor | None = None
-        missing = stop - start
+        key, missing = f"{kind}/{name}", stop - start
+        parts: list[tuple[int, int, str, Place]] = []
         for file in self._near(start, numel):
-            opened, held = self._held(file)
-            if (found := held.get(f"{kind}/{name}")) is None:
+            if (place := self._held(file)[1].get(key)) is None:
                 continue
-            first, count, dtype = found
-            a, b = max(start, first), min(stop, first + count)
+            a, b = max(start, place.start), min(stop, place.start + place.count)
             if a >= b:
                 continue
-            part = opened.part(f"{kind}/{name}", a - first, b - first)
-            if b - a == stop - start:
-                return part
-            out = torch.empty(stop - start, dtype=dtype) if out is None else out
-            out[a - start : b - start] = part
+            if any(a < other_b and other_a < b for other_a, other_b, *_ in parts):
+                raise self._damaged(self.folder / file, f"a part of {kind} of '{name}' is in two files")
+            if parts and place.dtype != parts[0][3].dtype:
+                raise self._damaged(self.folder / file, f"{kind} of '{name}' is {place.dtype} and {parts[0][3].dtype}")
+            parts.append((a, b, file, place))
             missing -= b - a
             if not missing:
-                return out
-        raise UserError(f"'{self.folder}' lacks a part of {kind} of '{name}': use another checkpoint of the run")
+                break
+        if missing:
+            raise UserError(f"'{self.folder}' lacks a part of {kind} of '{name}': {ANOTHER}")
+        values = ((a, b, self._held(file)[0].part(key, a - p.start, b - p.start)) for a, b, file, p in parts)
+        if len(parts) == 1:
+            return next(values)[2]
+        out = torch.empty(stop - start, dtype=parts[0][3].dtype)
+        for a, b, part in values:
+            out[a - start : b - start] = part
+        return out
 
     def _near(self, start: int, numel: int) -> Iterator[str]:
         """All files, those first that should hold this place: a rank that goes on opens little else than its own."""
@@ -165,25 +227,42 @@ class Pieces:
         order = sorted(range(len(self._names)), key=lambda i: (abs(i - guess), i))
         return (self._names[i] for i in order)
 
-    def _held(self, file: str) -> tuple[SafetensorsFile, dict[str, tuple[int, int, torch.dtype]]]:
-        """The file, and by key where its piece begins, how long it is and its dtype."""
+    def _held(self, file: str) -> tuple[SafetensorsFile, dict[str, Place]]:
+        """The file, and which piece it has under a key."""
         if file not in self._open:
             opened = SafetensorsFile(self.folder / file)
+            metadata = opened.metadata()
             try:
-                starts = json.loads(opened.metadata().get("starts", "{}"))
-                held = {key: (int(starts.get(key, 0)), opened.info(key)) for key in opened.keys}
-            except (ValueError, TypeError, AttributeError) as error:
-                raise UserError(f"'{opened.path}' is damaged ({error}): use another checkpoint of the run") from None
-            self._open[file] = opened, {key: (start, info.numel, info.dtype) for key, (start, info) in held.items()}
+                starts, held = json.loads(metadata["starts"]), {}
+                for key in opened.keys:
+                    info = opened.info(key)
+                    (count,) = info.shape
+                    place = held[key] = Place(_count(starts.get(key, 0)), count, info.dtype)
+                    if place.start + place.count > math.prod(self.shapes[key.split("/", 1)[1]]):
+                        raise ValueError(f"more of '{key}' than there is")
+                if metadata["sum"] != _sum(held):
+                    raise ValueError("its header is not what was written")
+            except (KeyError, IndexError, ValueError, TypeError, AttributeError, RecursionError) as error:
+                raise self._damaged(opened.path, error) from None
+            self._open[file] = opened, held
         return self._open[file]
 
     def state(self) -> dict[str, Any]:
-        """What `write_rest` was given. Only tensors and plain values are unpickled."""
+        """What `write_rest` was given. Only tensors and plain values are unpickled.
+
+        Raises:
+            UserError: the file is not the one that was written, or holds something else.
+        """
+        path = self.folder / STATE
+        if hash_file(path) != self.index.get("state"):
+            raise self._damaged(path, "its SHA-256 is not the one that was written")
         try:
-            state: dict[str, Any] = torch.load(self.folder / STATE, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever a damaged or foreign file makes torch raise
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a foreign file makes torch raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"'{self.folder / STATE}' cannot be read ({reason}): use another checkpoint") from None
+            raise UserError(f"'{path}' cannot be read ({reason}): {ANOTHER}") from None
+        if not isinstance(state, dict):
+            raise self._damaged(path, f"it holds a {type(state).__name__}")
         return state
 
 
@@ -211,9 +290,9 @@ class TrainingCheckpoint(Checkpoint):
         self.path = path
         self.pieces = Pieces(path)
         self.config = {key: self.pieces.index.get(key) for key in ("model", "processor")}
-        if not all(isinstance(section, dict) for section in self.config.values()):
-            raise UserError(f"'{path / INDEX}' lacks the model's configuration: use another checkpoint of the run")
+        check_sections(path / INDEX, self.config)
         self.provenance = read_json(path / PROVENANCE)
+        require(path, TOKENIZER)
 
     def keys(self) -> Sequence[str]:
         return list(self.pieces.shapes)

@@ -100,7 +100,7 @@ class Sharded(Base):
     def _local_pieces(self) -> Iterator[Piece]:
         for name, parameter in self._sphinx.named_parameters():
             start, stop = self.held(parameter)
-            if stop <= start:
+            if stop <= start or (start == 0 and not self.is_global_zero):  # of what all ranks hold, the first writes it
                 continue
             yield Piece(WEIGHT, name, start, self.local_weight(parameter))
             for kind, values in self.local_states(parameter).items() if parameter.requires_grad else ():

@@ -109,6 +109,8 @@ class Stage(L.LightningModule):
         self.nonfinite_steps = 0
         """Steps that were left out since their gradients were not finite."""
         self._nonfinite_in_a_row = 0
+        self._logged: dict[str, float] = {}
+        """What was logged last before the checkpoint that this run goes on from."""
         self._counted: list[str] = []
         """What the sums are of: task/<name>, then source/<name>."""
 
@@ -251,6 +253,8 @@ class Stage(L.LightningModule):
         checkpoint["parents"] = self.parents
         checkpoint["accumulate"] = self.trainer.accumulate_grad_batches
         checkpoint["nonfinite"] = [self.nonfinite_steps, self._nonfinite_in_a_row]
+        names = sorted({*self._logged, *self.trainer.callback_metrics})
+        checkpoint["logged"] = {name: self.last_value(name) for name in names}
         strategy = self.trainer.strategy
         if isinstance(strategy, Sharded):
             checkpoint["optimizer_names"] = strategy.optimizer_names
@@ -266,6 +270,7 @@ class Stage(L.LightningModule):
             if isinstance(counts, dict):
                 counts.update({key: count // before * now for key, count in counts.items()})
         self.nonfinite_steps, self._nonfinite_in_a_row = checkpoint["nonfinite"]
+        self._logged = checkpoint["logged"]
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -346,6 +351,11 @@ class Stage(L.LightningModule):
         for logger in self.loggers:
             logger.log_metrics(metrics, step=step)
         self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+
+    def last_value(self, name: str) -> float | None:
+        """What was logged last under this name, also before the run was stopped and resumed."""
+        value = self.trainer.callback_metrics.get(name)
+        return self._logged.get(name) if value is None else float(value)
 
     def _reduced(self, sums: Tensor) -> Tensor:
         if self.trainer.world_size > 1:

@@ -39,13 +39,14 @@ def test_sources(sample_data: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture
 def fit(datamodule: DataModule, model_config: SphinxConfig) -> Fit:
-    """`fit(callbacks, loggers, steps=4, train_parts=PARTS, **trainer options)`."""
+    """`fit(callbacks, loggers, steps=4, train_parts=PARTS, resume=checkpoint, **trainer options)`."""
 
     def fit(
         callbacks: Sequence[L.Callback],
         loggers: Sequence[Any] = (),
         steps: int = 4,
         train_parts: Sequence[str] = PARTS,
+        resume: Path | None = None,
         **options: Any,
     ) -> tuple[L.Trainer, Stage]:
         L.seed_everything(0, verbose=False)
@@ -57,6 +58,7 @@ def fit(datamodule: DataModule, model_config: SphinxConfig) -> Fit:
             steps,
             val_names=datamodule.val_names,
         )
+        stage.resumed = resume is not None
         settings = {
             "accelerator": "cpu",
             "max_steps": steps,
@@ -72,7 +74,7 @@ def fit(datamodule: DataModule, model_config: SphinxConfig) -> Fit:
             "enable_checkpointing": False,
         }
         trainer = L.Trainer(callbacks=list(callbacks), logger=list(loggers), **(settings | options))
-        trainer.fit(stage, datamodule)
+        trainer.fit(stage, datamodule, ckpt_path=resume, weights_only=True)
         return trainer, stage
 
     return fit
