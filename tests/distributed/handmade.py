@@ -55,7 +55,9 @@ class Samples:
     def image(self) -> Sample:
         self._number += 1
         record = self._pictures.record(self._number)
-        record = dataclasses.replace(record, images=tuple(dataclasses.replace(i, crop=self.crop) for i in record.images))
+        record = dataclasses.replace(
+            record, images=tuple(dataclasses.replace(i, crop=self.crop) for i in record.images)
+        )
         return self.processor.sample(record, "real")
 
     def text(self, words: str = "red") -> Sample:
@@ -83,7 +85,9 @@ def windows(of_ranks: Sequence[Sequence[Batch]], accumulate: int) -> list[list[B
             window = batches[first : first + accumulate]
             weight = sum(float(batch.weights.sum()) for batch in window)
             told += [
-                dataclasses.replace(b, window_weight=weight, window_end=i == len(window) - 1, window=first // accumulate)
+                dataclasses.replace(
+                    b, window_weight=weight, window_end=i == len(window) - 1, window=first // accumulate
+                )
                 for i, b in enumerate(window)
             ]
         out.append(told)
