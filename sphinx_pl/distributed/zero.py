@@ -8,6 +8,7 @@ the number of micro-batches), and checkpoints are those of `sphinx_pl.checkpoint
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
@@ -49,6 +50,8 @@ def import_deepspeed() -> None:
 
 
 import_deepspeed()
+# It knows a few optimizers by name and warns of all others; that torch's train rightly is tested here.
+logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not in record.getMessage())
 
 LIVE = 1_000_000_000
 """Gathered parameters of sharded layers at a time: DeepSpeed's default."""

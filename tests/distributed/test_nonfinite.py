@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -82,14 +83,14 @@ def same(one: dict[str, Any], two: dict[str, Any]) -> bool:
     return one["steps"] == two["steps"] and all(torch.equal(one[name], two[name]) for name in one if name != "steps")
 
 
-def run(engine: str, of_ranks: list[list[Batch]], *args: Any, **options: Any) -> list[Noted]:
+def run(engine: str, of_ranks: list[list[Batch]], *args: Any, **options: Any) -> list[SimpleNamespace]:
     """What each rank noted."""
 
-    def fit() -> Noted:
+    def fit() -> SimpleNamespace:
         noted = Noted()
         strategy = ENGINES[engine]() if ENGINES[engine] else None
         fit_written(strategy, of_ranks, *args, parts=ALL, optim=ADAMW, callbacks=[noted], **options)
-        return noted
+        return SimpleNamespace(lines=noted.lines, counts=noted.counts, rates=noted.rates, skipped=noted.skipped)
 
     return on_ranks(len(of_ranks), fit) if ENGINES[engine] else [fit()]
 

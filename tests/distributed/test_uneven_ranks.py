@@ -149,5 +149,5 @@ def test_it_ends_in_an_error_or_never_without_the_blank_image(
     samples = Samples(processor, sample_data)
     of_ranks = [[samples.batch(samples.image())] * 2, [samples.batch(samples.text())] * 2]
     monkeypatch.setattr(Sphinx, "_embed", naive)
-    with pytest.raises(AssertionError, match="hang|died|reduction|Connection|gloo"):
+    with pytest.raises(AssertionError, match=r"hang|died|reduction|Connection|gloo"):
         both(engine, of_ranks, processor, tmp_path, parts=ALL, timeout=20)
