@@ -8,6 +8,7 @@ the number of micro-batches), and checkpoints are those of `sphinx_pl.checkpoint
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.plugins.precision.deepspeed import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
@@ -48,9 +50,15 @@ def import_deepspeed() -> None:
 
 
 import_deepspeed()
+# It knows a few optimizers by name and warns of all others; that torch's train rightly is tested here.
+logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not in record.getMessage())
 
 LIVE = 1_000_000_000
 """Gathered parameters of sharded layers at a time: DeepSpeed's default."""
+
+
+PRECISIONS = ("bf16-true", "32-true")
+"""bf16 weights with float32 masters; float32."""
 
 
 class ZeroPrecision(DeepSpeedPrecision):
@@ -94,7 +102,11 @@ class Zero3(Sharded, DeepSpeedStrategy):
                 raise UserError(f"trainer.strategy.{key}={device} must be null, cpu or nvme")
             if device == "nvme" and not nvme_path:
                 raise UserError(f"trainer.strategy.{key}=nvme needs trainer.strategy.nvme_path, a folder on that disk")
+        if reduce_dtype not in ("fp32", "bf16"):
+            raise UserError(f"trainer.strategy.reduce_dtype={reduce_dtype} must be fp32 or bf16")
         self.frozen = frozen
+        self.masters: dict[str, Tensor] = {}
+        """This rank's part of what weights were before they were rounded, until the engine has masters to put it in."""
         section: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 10_000} | (zero or {})
         for key, device in (("offload_optimizer", offload_optimizer), ("offload_param", offload_parameters)):
             if device:
@@ -106,6 +118,7 @@ class Zero3(Sharded, DeepSpeedStrategy):
             "train_micro_batch_size_per_gpu": 1,  # DeepSpeed's own throughput figures are not used
             "communication_data_type": reduce_dtype,
             "data_types": {"grad_accum_dtype": reduce_dtype},
+            "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps offloaded states: nothing is compiled
         }
         super().__init__(config=config, timeout=timedelta(minutes=timeout_minutes), **options)
 
@@ -142,6 +155,8 @@ class Zero3(Sharded, DeepSpeedStrategy):
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Any) -> None:
+        if plugin is not None and plugin.precision not in PRECISIONS:
+            raise UserError(f"trainer.precision={plugin.precision}: ZeRO-3 trains in {' or '.join(PRECISIONS)}")
         self._precision_plugin = ZeroPrecision(plugin.precision) if isinstance(plugin, DeepSpeedPrecision) else plugin
 
     # -- building ---------------------------------------------------------------------------------------------------
@@ -154,10 +169,32 @@ class Zero3(Sharded, DeepSpeedStrategy):
         dtype = torch.float32 if self.precision_plugin.precision == "32-true" else torch.bfloat16
         return Partitioned(self, dtype)
 
+    @property
+    def resumes(self) -> bool:
+        """Whether a training checkpoint will bring the masters."""
+        module: Any = self.lightning_module
+        return bool(module.resumed)
+
+    @torch.no_grad()
+    def init_deepspeed(self) -> None:
+        super().init_deepspeed()
+        if not self.masters:
+            return
+        for name, parameter in self._sphinx.named_parameters():
+            if name in self.masters:
+                # DeepSpeed made them from rounded weights.
+                self.local_weight(parameter).copy_(self.masters.pop(name))
+
     def _setup_model_and_optimizer(self, model: Any, optimizer: Any, lr_scheduler: Any = None) -> Any:
         if optimizer is not None:
             self.note_groups(optimizer)
-        return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
+        engine, zero = super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
+        if self.frozen == "whole" and hasattr(zero, "parameter_offload"):
+            # Before an optimizer step DeepSpeed gives up all that is gathered, frozen parts too, which no step changes.
+            changing = Changing([p for p in self._sphinx.parameters() if p.requires_grad])
+            coordinator = zero.parameter_offload.get_param_coordinator()
+            zero._partition_all_parameters = lambda: coordinator.release_and_reset_all(changing)
+        return engine, zero
 
     # -- what this rank holds ---------------------------------------------------------------------------------------
 
@@ -192,10 +229,12 @@ class Zero3(Sharded, DeepSpeedStrategy):
         """By a step without gradient, whose effect on the weights is undone."""
         zero: Any = self.optimizers[0]
         for number, buffer in enumerate(zero.fp32_partitioned_groups_flat):
-            kept, buffer.grad = buffer.data.clone(), torch.zeros_like(buffer)
+            # Offloaded masters have a gradient of their own, which DeepSpeed writes to in each step.
+            own, kept = buffer.grad, buffer.data.clone()
+            buffer.grad = torch.zeros_like(buffer)
             zero._optimizer_step(number)
             buffer.data.copy_(kept)
-            buffer.grad = None
+            buffer.grad = own
 
     def restored(self) -> None:
         """The weights that modules compute with are the rounded masters; what was gathered is out of date."""
@@ -207,8 +246,18 @@ class Zero3(Sharded, DeepSpeedStrategy):
             parameter.partition(has_been_updated=False)  # type: ignore[attr-defined]
 
 
+class Changing(nn.ParameterList):
+    """What an optimizer step changes, as a module in DeepSpeed's eyes."""
+
+    def ds_external_parameters(self) -> tuple[()]:
+        return ()
+
+
 class Partitioned:
-    """Each parameter is partitioned as soon as it exists; the first rank knows its values."""
+    """Each parameter is partitioned as soon as it exists; the first rank knows its values.
+
+    Under bf16 a rank keeps its part of the values as they were, which its masters begin with.
+    """
 
     def __init__(self, strategy: Zero3, dtype: torch.dtype) -> None:
         from deepspeed import zero
@@ -216,9 +265,12 @@ class Partitioned:
         self.strategy = strategy
         self.dtype = dtype
         self.reads = strategy.is_global_zero
+        self.keeps_masters = dtype != torch.float32 and not strategy.resumes
+        self.names: dict[nn.Parameter, str] = {}
         self._init: Any = zero.Init(module=nn.Module(), config_dict_or_path=strategy.config, dtype=dtype)
 
     def prepare(self, model: Sphinx) -> None:
+        self.names = {parameter: name for name, parameter in model.named_parameters()}
         if self.strategy.frozen == "whole":
             # They count as live, and would leave no room for those that are gathered in turn.
             kept = sum(p.numel() for p in model.parameters() if not p.requires_grad)
@@ -228,11 +280,19 @@ class Partitioned:
     def put(self, owner: nn.Module, name: str, value: Tensor | None) -> None:
         like = owner.get_parameter(name)
         device = self.strategy.root_device
-        data = torch.empty(like.shape, dtype=self.dtype, device=device)
+        keeps = like.requires_grad and self.keeps_masters
+        data = torch.empty(like.shape, dtype=torch.float32 if keeps else self.dtype, device=device)
         if value is not None:
             data.copy_(value)
+        if keeps:
+            dist.broadcast(data, 0)
+            whole, data = data, data.to(self.dtype)
         parameter = nn.Parameter(data, requires_grad=like.requires_grad)
         setattr(owner, name, parameter)
         self._init._convert_to_zero_parameters([parameter])  # sends the first rank's values, keeps this rank's part
+        if keeps:
+            start, stop = self.strategy.held(parameter)
+            where = "cpu" if "offload_optimizer" in self.strategy.config["zero_optimization"] else device
+            self.strategy.masters[self.names[like]] = whole.view(-1)[start:stop].to(where, copy=True)
         if not like.requires_grad and self.strategy.frozen == "whole":
             parameter.ds_persist = True  # type: ignore[attr-defined]  # stays gathered from its first use on

@@ -321,7 +321,10 @@ class Stage(L.LightningModule):
 
     def _suspects(self) -> tuple[list[str], list[str]]:
         """Keys of this rank's samples of the window: those whose loss is not finite, and all."""
-        bad = [key for batch, nll, index in self._window for key in batch.keys_at(index[~nll.isfinite()])]
+        bad = []
+        for batch, nll, index in self._window:
+            finite = (nll * batch.weights.flatten()[index]).isfinite()
+            bad += batch.keys_at(index[~finite])
         return list(dict.fromkeys(bad)), [key for batch, _, _ in self._window for key in batch.keys]
 
     def _log_steps(self, norm: float, by_part: dict[str, float], lr: float) -> None:

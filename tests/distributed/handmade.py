@@ -1,0 +1,142 @@
+"""Micro-batches that are written down, so that a test knows what each rank has in each of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+
+from callbacks.checkpoint import ResumeCheckpoint
+from sphinx_pl.data.packing import Collator
+from sphinx_pl.data.processor import Processor
+from sphinx_pl.data.record import IGNORE, Batch, Record, Sample
+from sphinx_pl.data.sources import build_source
+from sphinx_pl.models.config import SphinxConfig
+from sphinx_pl.stages import Stage
+from tests.conftest import tiny_model
+from tests.stages.test_stage import trainer
+
+
+class Written(L.LightningDataModule):
+    """`of_ranks[r]`: what rank r trains on, in this order."""
+
+    def __init__(self, processor: Processor, of_ranks: Sequence[Sequence[Batch]]) -> None:
+        super().__init__()
+        self.processor = processor
+        self.of_ranks = of_ranks
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        assert self.trainer is not None
+        own: Any = self.of_ranks[self.trainer.global_rank]
+        return DataLoader(own, batch_size=None, collate_fn=lambda batch: batch)
+
+
+class Samples:
+    """Samples of the sample world, one after another."""
+
+    def __init__(
+        self,
+        processor: Processor,
+        folder: Path,
+        row_length: int = 96,
+        crop: tuple[int, int, int, int] | None = None,
+    ) -> None:
+        self.processor = processor
+        self.crop = crop
+        self.collator = Collator(row_length, processor.image_size)
+        self._pictures = build_source("image_text", "real", str(folder / "real/train-*.tar"))
+        self._number = 0
+
+    def image(self) -> Sample:
+        self._number += 1
+        record = self._pictures.record(self._number)
+        record = dataclasses.replace(
+            record, images=tuple(dataclasses.replace(i, crop=self.crop) for i in record.images)
+        )
+        return self.processor.sample(record, "real")
+
+    def text(self, words: str = "red") -> Sample:
+        self._number += 1
+        record = Record(f"{self._number}", "text", answer=f"{words}\n")
+        return self.processor.sample(record, "text")
+
+    def batch(self, *rows: Sample) -> Batch:
+        """A sample in each row."""
+        return self.collator([[sample] for sample in rows])
+
+
+def without_targets(batch: Batch) -> Batch:
+    return dataclasses.replace(
+        batch, labels=torch.full_like(batch.labels, IGNORE), weights=torch.zeros_like(batch.weights)
+    )
+
+
+def windows(of_ranks: Sequence[Sequence[Batch]], accumulate: int) -> list[list[Batch]]:
+    """The same with what a batch says of its window."""
+    out = []
+    for batches in of_ranks:
+        told = []
+        for first in range(0, len(batches), accumulate):
+            window = batches[first : first + accumulate]
+            weight = sum(float(batch.weights.sum()) for batch in window)
+            told += [
+                dataclasses.replace(
+                    b, window_weight=weight, window_end=i == len(window) - 1, window=first // accumulate
+                )
+                for i, b in enumerate(window)
+            ]
+        out.append(told)
+    return out
+
+
+def one_after_another(of_ranks: Sequence[Sequence[Batch]]) -> list[Batch]:
+    """What one process trains on in place of these ranks, as so many more micro-batches."""
+    return [batch for together in zip(*of_ranks, strict=True) for batch in together]
+
+
+def fit_written(
+    strategy: Any,
+    of_ranks: Sequence[Sequence[Batch]],
+    processor: Processor,
+    out: Path,
+    *,
+    accumulate: int = 1,
+    parts: Sequence[str],
+    model: SphinxConfig | None = None,
+    optim: dict[str, Any] | None = None,
+    callbacks: Sequence[L.Callback] = (),
+    resume: Path | None = None,
+    init_from: Path | None = None,
+    **options: Any,
+) -> tuple[Stage, L.Trainer]:
+    """Train on all of it and leave a checkpoint in `out`. Without a strategy: in this process alone."""
+    torch.manual_seed(0)
+    data = Written(processor, windows(of_ranks, accumulate))
+    steps = len(of_ranks[0]) // accumulate
+    stage_options = {key: options.pop(key) for key in ("checkpointing", "max_nonfinite") if key in options}
+    stage = Stage(
+        model or tiny_model(),
+        "test",
+        list(parts),
+        {"lr": 0.05, "kind": "sgd", "weight_decay": 0.1} | (optim or {}),
+        max_steps=20,
+        init_from=str(init_from) if init_from else None,
+        **stage_options,
+    )
+    stage.resumed = resume is not None
+    options = {"gradient_clip_val": 0.5, "max_steps": steps} | options
+    if strategy is not None:
+        options |= {"strategy": strategy, "devices": len(of_ranks), "use_distributed_sampler": False}
+    run = trainer(
+        out,
+        accumulate_grad_batches=accumulate,
+        callbacks=[*callbacks, ResumeCheckpoint(str(out), every_n_steps=1, keep=99)],
+        **options,
+    )
+    run.fit(stage, data, ckpt_path=resume, weights_only=True)
+    return stage, run
