@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 
 def on_ranks(ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
     """What `function(*args)` returns in each of `ranks` processes, which see themselves as torchrun's.
@@ -33,6 +35,8 @@ def on_ranks(ranks: int, function: Callable[..., Any], *args: Any, timeout: floa
         }
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
         os.environ |= {key: str(value) for key, value in environment.items()}
+        # Replaces the parent's thread pool here, once: autograd's threads would each try to, and race.
+        torch.set_num_threads(1)
         try:
             results.put((rank, True, function(*args)))
         except BaseException:

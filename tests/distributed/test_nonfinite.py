@@ -127,8 +127,8 @@ def test_too_many_in_a_row_stop_the_run(engine: str, processor: Processor, sampl
     of_ranks = batches(processor, sample_data, 2 if ENGINES[engine] else 1, bad=[1, 2, 3])
 
     def fit() -> str:
+        strategy = ENGINES[engine]() if ENGINES[engine] else None
         with pytest.raises(NonFiniteError, match="3 steps in a row up to step 3") as stopped:
-            strategy = ENGINES[engine]() if ENGINES[engine] else None
             fit_written(strategy, of_ranks, processor, tmp_path, parts=ALL, optim=ADAMW, max_nonfinite=2)
         return str(stopped.value)
 
