@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader
 
 from callbacks.checkpoint import ResumeCheckpoint
 from sphinx_pl.data.packing import Collator
@@ -22,6 +21,16 @@ from tests.conftest import tiny_model
 from tests.stages.test_stage import trainer
 
 
+class Stream:
+    """Without a length, like the project's own: of one with a length, Lightning takes a run's earlier batches off."""
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+
 class Written(L.LightningDataModule):
     """`of_ranks[r]`: what rank r trains on, in this order."""
 
@@ -30,10 +39,9 @@ class Written(L.LightningDataModule):
         self.processor = processor
         self.of_ranks = of_ranks
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> Stream:
         assert self.trainer is not None
-        own: Any = self.of_ranks[self.trainer.global_rank]
-        return DataLoader(own, batch_size=None, collate_fn=lambda batch: batch)
+        return Stream(self.of_ranks[self.trainer.global_rank])
 
 
 class Samples:
