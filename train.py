@@ -161,7 +161,7 @@ def train(cfg: DictConfig) -> float | None:
     from sphinx_pl import processes, sweep
     from sphinx_pl.data.datamodule import DataModule
     from sphinx_pl.models.config import SphinxConfig
-    from sphinx_pl.stages.stage import NonFiniteError
+    from sphinx_pl.stages.stage import OTHERS_KEYS, NonFiniteError
 
     quiet_known_warnings()
     hydra = HydraConfig.get()
@@ -187,7 +187,7 @@ def train(cfg: DictConfig) -> float | None:
     resume = processes.on_first(trainer, lambda: checkpoint_to_resume(cfg, folder, model))
     options: dict[str, Any] = OmegaConf.to_container(cfg.stage, resolve=True)  # type: ignore[assignment]
     kind = get_class(options.pop("_target_"))
-    for key in ("rows_per_step", "accumulate", "clip", "val_every", "text_required"):  # the trainer's and the data's
+    for key in OTHERS_KEYS:
         options.pop(key)
     known = inspect.signature(kind).parameters
     for key in options:

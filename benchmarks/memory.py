@@ -39,9 +39,9 @@ from sphinx_pl.errors import UserError
 from sphinx_pl.memory import LiveBytes, Shape
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.plan import Plan, make_plan
+from sphinx_pl.stages.stage import OTHERS_KEYS
 
 MARK = "from here on"
-_NOT_THE_STAGES = ("accumulate", "clip", "val_every", "text_required")
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def peak_of(cfg: DictConfig, shape: Shape) -> int:
     config = SphinxConfig.from_dict(cfg.model)
     options: dict[str, Any] = OmegaConf.to_container(cfg.stage, resolve=True)  # type: ignore[assignment]
     kind = get_class(options.pop("_target_"))
-    for key in _NOT_THE_STAGES:
+    for key in OTHERS_KEYS:
         options.pop(key)
     batch = random_batch(config, shape)
     endless = DataLoader([batch] * 1000, batch_size=None, collate_fn=None)  # type: ignore[arg-type]

@@ -178,6 +178,10 @@ def built(config: SphinxConfig, layers: int | None = None) -> Sphinx:
         return Sphinx(config).train()
 
 
+MANY_ROWS = 256
+"""More than fit in most cases: what lies between two numbers of rows is not underestimated, what lies beyond may be."""
+
+
 def micro_batches(config: SphinxConfig, shape: Shape, run: Run) -> MicroBatches:
     """Simulates what is needed to tell `shape.rows` and any other number of rows.
 
@@ -189,7 +193,7 @@ def micro_batches(config: SphinxConfig, shape: Shape, run: Run) -> MicroBatches:
     depths = sorted({min(shallow, depth), min(shallow + 2, depth)})
     simulation = _Simulation(built(config, depths[-1]), run)
     result = MicroBatches(depth)
-    for rows in sorted({shape.rows, 1 if shape.rows > 1 else 2}):
+    for rows in (shape.rows, max(MANY_ROWS, 2 * shape.rows)):
         vision: Bytes | None = None
         for layers in depths:
             peaks = simulation.peaks(replace(shape, rows=rows), layers, vision)

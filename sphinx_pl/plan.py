@@ -25,7 +25,7 @@ from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.files import write_whole
 from sphinx_pl.flops import TrainingFlops
 from sphinx_pl.gpus import find_gpu
-from sphinx_pl.memory import Bytes, Checkpointing, MicroBatches, Peaks, Run, Shape, built, micro_batches
+from sphinx_pl.memory import MANY_ROWS, Bytes, Checkpointing, MicroBatches, Peaks, Run, Shape, built, micro_batches
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx
 
@@ -636,6 +636,9 @@ def make_plan(cfg: DictConfig, choice: str = "") -> Plan:
     memory = peak(engine, sizes, found.peaks(rows), checkpointing)
     room = gpu.memory * (1 - assumed.reserve)
     largest = largest_rows(engine, sizes, found, checkpointing, room)
+    if largest > max(MANY_ROWS, 2 * rows):  # far from what was simulated
+        near = micro_batches(config, replace(shape, rows=largest), run_of(engine, parts, checkpointing, accumulate))
+        largest = largest_rows(engine, sizes, near, checkpointing, room)
     model.decoder.config = config.decoder  # FLOPs follow the configuration's depth
     images = content.images * rows if config.vision else 0.0
     flops = TrainingFlops(model).of(rows, length, content.supervised * rows, images) * accumulate * engine.ranks

@@ -47,6 +47,10 @@ _FREE = (
 """What a run may choose anew for weights that were trained with another value."""
 
 
+OTHERS_KEYS = ("rows_per_step", "accumulate", "clip", "val_every", "text_required")
+"""Of conf/stage: they are the trainer's and the data's."""
+
+
 class NonFiniteError(UserError):
     """Training came to nothing: too many steps in a row without finite gradients."""
 

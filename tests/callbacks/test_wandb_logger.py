@@ -42,7 +42,8 @@ def log(folder: Path, point: str, then: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", LOG, str(folder), point, then],
         cwd=REPOSITORY,
-        env={**os.environ, "WANDB_SILENT": "true"},
+        # Without the process that another test may have left to those that it starts.
+        env={k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"WANDB_SILENT": "true"},
         capture_output=True,
         text=True,
         timeout=200,

@@ -61,8 +61,7 @@ def test_every_task_and_source_has_its_loss_and_its_targets(
 
 def test_a_run_may_go_on_with_other_sources(processor: Processor, sample_data: Path, tmp_path: Path) -> None:
     stage = Stage(tiny_model(), "test", ALL, OPTIM, max_steps=1, val_names=["real", "text"])
-    old = {"counted": ["task/text", "source/old"], "values": torch.full((2, 2), 1e9, dtype=torch.float64)}
-    stage.on_load_checkpoint({"sums": old, "parents": []})
+    stage._counted, stage._sums = ["task/text", "source/old"], torch.full((2, 2), 1e9, dtype=torch.float64)
     run = trainer(tmp_path, max_steps=1)
     run.fit(stage, datamodule(processor, sample_data))
     assert float(run.callback_metrics["train/targets_source/real"]) < 1000
