@@ -314,6 +314,19 @@ WRONG = {
     "no heads": (["model.vision.clip.heads=0"], "model.vision.clip.heads must be positive"),
     "no decimals": (["data.processor.decimals=0"], "data.processor.decimals=0"),
     "a wrong type": (["model.decoder.layers=two"], "model.decoder.layers"),
+    "frozen parts kept in a way there is none": (["trainer=zero3_cpu", "trainer.strategy.frozen=half"], "frozen=half"),
+    "a place to offload to": (["trainer=zero3_cpu", "trainer.strategy.offload_optimizer=gpu"], "offload_optimizer=gpu"),
+    "a disk that is not named": (["trainer=zero3_cpu", "trainer.strategy.offload_optimizer=nvme"], "nvme_path"),
+    "a precision of another engine": (
+        ["trainer=zero3_cpu", "trainer.precision=16-mixed"],
+        "trainer.precision=16-mixed",
+    ),
+    "a dtype that is none": (["trainer=fsdp2", "trainer.strategy.compute_dtype=bf32"], "compute_dtype=bf32"),
+    "a way to recompute": (["stage.checkpointing=half"], "stage.checkpointing=half"),
+    "GPUs where there are none": (["trainer=zero3", "trainer.accelerator=gpu", "trainer.devices=1"], "gpu"),
+    "no device": (["trainer.devices=0"], "devices"),
+    "rows that do not divide": (["stage.rows_per_step=7"], "stage.rows_per_step=7 is not a multiple"),
+    "an optimizer that is none": (["stage.optim.kind=adam"], "adamw"),
 }
 
 
