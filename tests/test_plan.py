@@ -71,6 +71,7 @@ def test_memory_of_two_ranks_is_what_is_allocated(engine: str) -> None:
     assert memory.measure(options).ratio == pytest.approx(1, abs=0.1)
 
 
+@pytest.mark.long
 def test_depth_and_rows_are_extrapolated_exactly() -> None:
     """A decoder of six blocks is simulated whole, one of twelve is not."""
     common = ["model=sphinx_sample", "trainer=gpu", "model.decoder.layers=12", "plan_for.images_per_row=2"]

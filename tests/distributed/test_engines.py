@@ -145,9 +145,9 @@ def test_the_same_ranks_go_on_bit_for_bit(engine: str, processor: Processor, sam
     [
         (("zero3", 2), (None, 1)),
         ((None, 1), ("zero3", 2)),
-        (("zero3", 4), ("zero3", 2)),
-        (("zero3", 2), ("fsdp2", 4)),
-        (("fsdp2", 2), ("zero3", 1)),
+        pytest.param(("zero3", 4), ("zero3", 2), marks=pytest.mark.long),
+        pytest.param(("zero3", 2), ("fsdp2", 4), marks=pytest.mark.long),
+        pytest.param(("fsdp2", 2), ("zero3", 1), marks=pytest.mark.long),
         (("ddp", 2), ("fsdp2", 2)),
     ],
     ids=str,
