@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import json
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,9 +49,13 @@ MARK = "from here on"
 
 @dataclass(frozen=True)
 class Measured:
-    """Bytes, and what the plan says they are."""
+    """Of a run of some steps, and its plan."""
 
     peak: int
+    """Bytes of the rank that took most."""
+    seconds: list[float]
+    """Of each step, of the first rank."""
+    losses: list[float]
     plan: Plan
 
     @property
@@ -96,11 +103,26 @@ def random_batch(config: SphinxConfig, shape: Shape) -> Batch:
     )
 
 
-class _Mark(L.Callback):
-    """Says when the optimizer has its states: what was there for a moment at the start does not count."""
+class _Watch(L.Callback):
+    """Times steps; says when the optimizer has its states, since what is there for a moment at the start is no peak."""
 
     def __init__(self, follow: LiveBytes | None) -> None:
         self.follow = follow
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+        self._since = 0.0
+
+    def on_train_start(self, *_: Any) -> None:
+        self._since = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Batch, index: int) -> None:
+        if batch.window_end:
+            self.losses.append(float(trainer.callback_metrics["train/loss"]))  # waits for the device
+            if module.device.type == "cuda":
+                torch.cuda.synchronize()
+            now = time.perf_counter()
+            self.seconds.append(now - self._since)
+            self._since = now
 
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, index: int) -> None:
         if trainer.global_step == 1 and index == trainer.accumulate_grad_batches:
@@ -112,28 +134,34 @@ class _Mark(L.Callback):
                 pass
 
 
-def peak_of(cfg: DictConfig, shape: Shape) -> int:
-    """Trains a few steps in this process and returns the most bytes that were allocated in any but the first."""
+def train(cfg: DictConfig, shape: Shape) -> dict[str, Any]:
+    """Trains in this process. `peak` is the most bytes that were allocated in any step but the first."""
     config = SphinxConfig.from_dict(cfg.model)
     options: dict[str, Any] = OmegaConf.to_container(cfg.stage, resolve=True)  # type: ignore[assignment]
     kind = get_class(options.pop("_target_"))
     for key in OTHERS_KEYS:
         options.pop(key)
     batch = random_batch(config, shape)
-    endless = DataLoader([batch] * 1000, batch_size=None, collate_fn=None)  # type: ignore[arg-type]
+    last = dataclasses.replace(batch, window_end=True)
+    window = [*[dataclasses.replace(batch, window_end=False)] * (int(cfg.stage.accumulate) - 1), last]
+    endless = DataLoader(window * 100, batch_size=None, collate_fn=None)  # type: ignore[arg-type]
     on_gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
     # Ranks: the profiler would miss what is freed by the threads of a collective call, so storages are followed.
     follow = LiveBytes() if trainer_ranks(cfg) > 1 and not on_gpu else None
     with profile(enabled=not on_gpu and follow is None, profile_memory=True, use_kineto=True) as profiler:
         stage = kind(config, **options)
-        trainer: L.Trainer = instantiate(cfg.trainer, callbacks=[_Mark(follow)], logger=False, limit_val_batches=0)
+        watch = _Watch(follow)
+        options = {"callbacks": [watch], "logger": False, "limit_val_batches": 0, "log_every_n_steps": 1}
+        trainer: L.Trainer = instantiate(cfg.trainer, **options)
         with follow or contextlib.nullcontext():
             trainer.fit(stage, endless)
     if follow is not None:
-        return int(follow.peaks[MARK].total())
-    if on_gpu:
-        return torch.cuda.max_memory_allocated()
-    return _peak(profiler.kineto_results.events())
+        peak = int(follow.peaks[MARK].total())
+    elif on_gpu:
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = _peak(profiler.kineto_results.events())
+    return {"peak": peak, "seconds": watch.seconds, "losses": watch.losses}
 
 
 def trainer_ranks(cfg: DictConfig) -> int:
@@ -152,30 +180,40 @@ def _peak(events: Any) -> int:
     return peak
 
 
-def shape_of(cfg: DictConfig, options: argparse.Namespace) -> Shape:
-    length = int(cfg.data.packing.row_length)
-    return Shape(int(cfg.data.packing.rows), length, options.supervised * length, options.images)
+def plan_of(overrides: Sequence[str], images: float | None = None, supervised: float | None = None) -> Plan:
+    """Args: images, supervised: what rows hold; None: what a plan without data assumes."""
+    cfg = configuration(overrides, Path(), steps=3)
+    cfg.plan_for.images_per_row, cfg.plan_for.supervised = images, supervised
+    return make_plan(cfg, next((o.partition("=")[2] for o in overrides if o.startswith("trainer=")), ""))
 
 
-def measure(options: argparse.Namespace) -> Measured:
-    """On every rank; the largest peak counts."""
+def measure(
+    overrides: Sequence[str],
+    images: float | None = None,
+    supervised: float | None = None,
+    threads: int = 1,
+    steps: int = 3,
+) -> Measured:
+    """Trains on every rank.
+
+    Raises:
+        UserError: no plan can be made, or a rank failed.
+    """
+    plan = plan_of(overrides, images, supervised)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        cfg = configuration(options.overrides, folder, steps=3)
-        cfg.plan_for.images_per_row, cfg.plan_for.supervised = options.images, options.supervised
-        plan = make_plan(cfg, next((o.partition("=")[2] for o in options.overrides if o.startswith("trainer=")), ""))
         # A process of its own, so that nothing but the run is in its memory.
         command, ranks = [sys.executable], plan.engine.ranks
         if ranks > 1:
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        command += ["-m", "benchmarks.memory", *options.overrides, f"--rank-out={folder}"]
-        command += [f"--images={options.images}", f"--supervised={options.supervised}"]
-        result = subprocess.run(
-            command, env=os.environ | {"OMP_NUM_THREADS": str(options.threads or 1)}, capture_output=True, text=True
-        )
+        command += ["-m", "benchmarks.memory", *overrides, f"--rank-out={folder}", f"--steps={steps}"]
+        command += [f"--images={plan.content.images}", f"--supervised={plan.content.supervised / plan.row_length}"]
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
         if result.returncode:
             raise UserError(f"a rank failed: {result.stderr.strip()[-2000:]}")
-        return Measured(max(int(path.read_text()) for path in folder.glob("rank-*")), plan)
+        ranks = [json.loads((folder / f"rank-{rank}").read_text()) for rank in range(ranks)]
+        return Measured(max(rank["peak"] for rank in ranks), ranks[0]["seconds"], ranks[0]["losses"], plan)
 
 
 def results(found: Measured) -> Iterator[Table]:
@@ -193,18 +231,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="of train.py's configuration: model=..., trainer=...")
     parser.add_argument("--images", type=float, default=1.0, help="of a row")
     parser.add_argument("--supervised", type=float, default=0.5, help="share of positions with a target")
-    parser.add_argument("--threads", type=int, help="of the CPU (default: torch's)")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU, for each process")
+    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rank-out", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
     try:
         if options.rank_out:
-            cfg = configuration(options.overrides, options.rank_out, steps=3)
-            peak = peak_of(cfg, shape_of(cfg, options))
-            (options.rank_out / f"rank-{os.environ.get('RANK', 0)}").write_text(str(peak))
+            cfg = configuration(options.overrides, options.rank_out, options.steps)
+            length = int(cfg.data.packing.row_length)
+            shape = Shape(int(cfg.data.packing.rows), length, options.supervised * length, options.images)
+            (options.rank_out / f"rank-{os.environ.get('RANK', 0)}").write_text(json.dumps(train(cfg, shape)))
             return 0
-        for table in results(measure(options)):
+        for table in results(
+            measure(options.overrides, options.images, options.supervised, options.threads, options.steps)
+        ):
             Console().print(table)
     except (UserError, HydraException) as error:
         return report(error)

@@ -53,9 +53,15 @@ def find_gpu(name: str) -> Gpu:
     return GPUS[name]
 
 
+def name_of_device(device_name: str) -> str | None:
+    """What the GPU that the driver calls so is called here; None of an unknown one."""
+    for name, gpu in GPUS.items():
+        if re.search(rf"\b{gpu.name}\b", device_name):  # an RTX A1000 is no A100
+            return name
+    return None
+
+
 def flops_of_device(device_name: str) -> float | None:
     """FLOP/s of the GPU that the driver calls so; None of an unknown one."""
-    for gpu in GPUS.values():
-        if re.search(rf"\b{gpu.name}\b", device_name):  # an RTX A1000 is no A100
-            return gpu.flops
-    return None
+    name = name_of_device(device_name)
+    return GPUS[name].flops if name else None

@@ -28,6 +28,7 @@ from sphinx_pl.gpus import find_gpu
 from sphinx_pl.memory import MANY_ROWS, Bytes, Checkpointing, MicroBatches, Peaks, Run, Shape, built, micro_batches
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx
+from sphinx_pl.stages.adamw import CHUNK
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +101,10 @@ class Engine:
     sub_group: int = 1_000_000_000
     reduce_bytes: int = 4
     """Of an element of ZeRO-3's buckets and gradient partition."""
+    bf16_masters: bool = False
+    """ZeRO-3's optimizer writes the weights that modules compute with."""
+    bf16_moments: bool = False
+    """AdamW's moments are bf16 whatever the weights are."""
 
     @property
     def ranks(self) -> int:
@@ -110,6 +115,18 @@ class Engine:
         """Of an element of the weights that are kept."""
         mixed = self.precision == "bf16-mixed" and self.kind == "zero3"  # DeepSpeed has one kind of bf16
         return 2 if (self.precision == "bf16-true" and self.kind != "fsdp2") or mixed else 4
+
+    @property
+    def moments_bytes(self) -> int:
+        """Of AdamW's two together, which have the dtype of the weights that it works on or are bf16."""
+        return 4 if self.bf16_moments else 2 * self.master_bytes
+
+    @property
+    def master_bytes(self) -> int:
+        """Of an element of the weights that the optimizer works on."""
+        if self.kind == "zero3":
+            return 2 if self.bf16_masters else 4
+        return self.weight_bytes
 
     @property
     def compute_precision(self) -> str:
@@ -179,6 +196,7 @@ class Engine:
             live=number("stage3_max_live_parameters", self.live),
             sub_group=number("sub_group_size", self.sub_group),
             reduce_bytes=self.weight_bytes if reduced is None else 4 if reduced == "fp32" else 2,
+            bf16_masters=options.get("masters") == "bf16",
         )
 
 
@@ -293,7 +311,7 @@ def states(engine: Engine, sizes: Sizes) -> tuple[dict[str, float], float]:
     if engine.kind in ("single", "ddp"):
         found["weights"] = weight * trained
         found["frozen weights"] = weight * frozen
-        found["optimizer"] = 2 * weight * trained  # AdamW's moments have the weights' dtype
+        found["optimizer"] = engine.moments_bytes * trained
         if engine.kind == "ddp":
             found["buckets"] = weight * trained
         return found, host
@@ -303,7 +321,7 @@ def states(engine: Engine, sizes: Sizes) -> tuple[dict[str, float], float]:
     if engine.kind == "fsdp2":
         compute = 2 if engine.compute_precision == "bf16-true" else 4
         found["frozen weights"] = 4 * parts if engine.frozen == "sharded" else compute * frozen
-        found["weights"], found["optimizer"], found["gradients"] = 4 * share, 8 * share, 4 * share
+        found["weights"], found["optimizer"], found["gradients"] = 4 * share, engine.moments_bytes * share, 4 * share
         return found, host
     found["frozen weights"] = weight * (parts if engine.frozen == "sharded" else parts + frozen)
     gradient = engine.reduce_bytes
@@ -314,9 +332,10 @@ def states(engine: Engine, sizes: Sizes) -> tuple[dict[str, float], float]:
         found["weights"] = weight * share
     if engine.offload_optimizer:
         # The gradient partition, and a float32 copy of it for the update.
-        host += (gradient + (16 if engine.offload_optimizer == "cpu" else 4)) * share
+        host += (gradient + (8 + engine.moments_bytes if engine.offload_optimizer == "cpu" else 4)) * share
     else:
-        found["master weights"], found["optimizer"], found["gradients"] = 4 * share, 8 * share, gradient * share
+        found["optimizer"], found["gradients"] = engine.moments_bytes * share, gradient * share
+        found["master weights"] = 4 * share if engine.master_bytes > weight or engine.offload_weights else 0
     return found, host
 
 
@@ -403,7 +422,9 @@ def extras(engine: Engine, sizes: Sizes, checkpointing: Checkpointing) -> dict[s
             add(phase, "buckets", engine.reduce_bytes * min(engine.reduce_bucket, sizes.trained))
         if not engine.offload_optimizer:  # a sub-group's gradients in one piece, in float32
             part = min(engine.sub_group, sizes.trained / engine.ranks)
-            add("step", "gradients", (4 if engine.reduce_bytes == 4 else 6) * part)
+            if engine.bf16_moments:  # of a chunk in float32
+                add("step", "optimizer", 20 * min(CHUNK, sizes.trained / engine.ranks))
+            add("step", "gradients", (4 if engine.reduce_bytes == 4 else 6 if not engine.bf16_masters else 2) * part)
     if engine.kind == "fsdp2":
         compute = 2 if engine.compute_precision == "bf16-true" else 4
         block, root = compute * sizes.block_numel, compute * sizes.root_numel
@@ -572,7 +593,7 @@ class Plan:
     """At the given MFU."""
     mfu: float
     checkpoint_bytes: float
-    """Of a training checkpoint: float32 weights and moments of what trains, and the frozen parts."""
+    """Of a training checkpoint: the optimizer's weights and moments of what trains, and the frozen parts."""
     model_bytes: float
     """Weights only, in bf16."""
     advice: list[str] = field(default_factory=list)
@@ -616,7 +637,9 @@ def make_plan(cfg: DictConfig, choice: str = "") -> Plan:
     assumed = build(PlanConfig, cfg.plan_for, "plan_for")
     gpu = find_gpu(assumed.gpu)
     config = SphinxConfig.from_dict(cfg.model)
-    engine = Engine.from_trainer(trainer_section(cfg), choice)
+    engine = replace(
+        Engine.from_trainer(trainer_section(cfg), choice), bf16_moments=cfg.stage.optim.get("moments") == "bf16"
+    )
     checkpointing = cast(Checkpointing, str(cfg.stage.get("checkpointing", "none")))
     if checkpointing not in _CHECKPOINTING:
         raise UserError(f"stage.checkpointing={checkpointing}; {suggest(checkpointing, _CHECKPOINTING)}")
@@ -662,7 +685,8 @@ def make_plan(cfg: DictConfig, choice: str = "") -> Plan:
         flops_per_step=flops,
         seconds_per_step=flops / (engine.ranks * gpu.flops * assumed.mfu),
         mfu=assumed.mfu,
-        checkpoint_bytes=12.0 * sizes.trained + engine.weight_bytes * sizes.frozen,
+        checkpoint_bytes=1.0 * (engine.master_bytes + engine.moments_bytes) * sizes.trained
+        + engine.weight_bytes * sizes.frozen,
         model_bytes=2.0 * (sizes.trained + sizes.frozen),
         _image_tokens=config.tokens_per_image,
     )
@@ -791,7 +815,7 @@ def tables(plan: Plan) -> list[Table]:
             ),
         ]
     lines += [
-        ("training checkpoint", f"{plan.checkpoint_bytes / 1e9:,.1f} GB", "float32 weights and moments, frozen parts"),
+        ("training checkpoint", f"{plan.checkpoint_bytes / 1e9:,.1f} GB", "weights and moments, frozen parts"),
         ("model", f"{plan.model_bytes / 1e9:,.1f} GB", "weights only, in bf16"),
     ]
     for line in lines:

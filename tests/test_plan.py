@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -52,8 +51,7 @@ def composed(*overrides: str) -> DictConfig:
 )
 def test_memory_is_what_is_allocated(overrides: list[str]) -> None:
     everything = ["model=sphinx_sample", "trainer=cpu", *overrides]
-    options = argparse.Namespace(overrides=everything, images=2.0, supervised=0.5, threads=None, rank_out=None)
-    assert memory.measure(options).ratio == pytest.approx(1, abs=0.1)
+    assert memory.measure(everything, images=2.0, supervised=0.5).ratio == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.long
@@ -67,8 +65,7 @@ def test_memory_of_two_ranks_is_what_is_allocated(engine: str) -> None:
         + ["++trainer.strategy.zero.stage3_prefetch_bucket_size=0"],
     }[engine]
     everything = ["model=sphinx_sample", *SIZES, *ROWS, *trainer]
-    options = argparse.Namespace(overrides=everything, images=2.0, supervised=0.5, threads=None, rank_out=None)
-    assert memory.measure(options).ratio == pytest.approx(1, abs=0.1)
+    assert memory.measure(everything, images=2.0, supervised=0.5).ratio == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.long

@@ -30,6 +30,8 @@ class Sharded(Base):
     optimizer_names: list[list[str]]
     """The optimizer's groups, by name of parameter."""
     _pieces: Pieces | None = None
+    bf16_masters = False
+    """Whether the optimizer works on weights in bf16."""
 
     @abstractmethod
     def placement(self) -> Placement:

@@ -78,6 +78,8 @@ class Zero3(Sharded, DeepSpeedStrategy):
         frozen: "whole" keeps frozen parts on every rank, gathered once; "sharded" gathers them whenever they run.
         offload_optimizer, offload_parameters: null, "cpu" or "nvme" (with `nvme_path`).
         reduce_dtype: of gradients on the wire, and of their sums over micro-batches.
+        masters: of the weights that the optimizer works on: fp32; bf16 does without these and has the optimizer write
+            the model's own weights, which only `stage.optim.moments=bf16` does without losing small updates.
         zero: further keys of DeepSpeed's `zero_optimization` section.
         timeout_minutes: after which a collective call without all ranks is an error.
     """
@@ -89,6 +91,7 @@ class Zero3(Sharded, DeepSpeedStrategy):
         offload_parameters: str | None = None,
         nvme_path: str | None = None,
         reduce_dtype: str = "fp32",
+        masters: str = "fp32",
         zero: dict[str, Any] | None = None,
         timeout_minutes: float = 30,
         **options: Any,
@@ -104,7 +107,15 @@ class Zero3(Sharded, DeepSpeedStrategy):
                 raise UserError(f"trainer.strategy.{key}=nvme needs trainer.strategy.nvme_path, a folder on that disk")
         if reduce_dtype not in ("fp32", "bf16"):
             raise UserError(f"trainer.strategy.reduce_dtype={reduce_dtype} must be fp32 or bf16")
+        if masters not in ("fp32", "bf16"):
+            raise UserError(f"trainer.strategy.masters={masters} must be fp32 or bf16")
+        if masters == "bf16" and (reduce_dtype != "bf16" or offload_optimizer):
+            raise UserError(
+                "trainer.strategy.masters=bf16 takes gradients in bf16, on the GPU: set trainer.strategy.reduce_dtype="
+                "bf16 and no trainer.strategy.offload_optimizer"
+            )
         self.frozen = frozen
+        self.bf16_masters = masters == "bf16"
         self.masters: dict[str, Tensor] = {}
         """This rank's part of what weights were before they were rounded, until the engine has masters to put it in."""
         section: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 10_000} | (zero or {})
@@ -120,6 +131,8 @@ class Zero3(Sharded, DeepSpeedStrategy):
             "data_types": {"grad_accum_dtype": reduce_dtype},
             "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps offloaded states: nothing is compiled
         }
+        if self.bf16_masters:
+            config["bf16"] = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
         super().__init__(config=config, timeout=timedelta(minutes=timeout_minutes), **options)
 
     # -- on CPU processes -------------------------------------------------------------------------------------------
@@ -157,6 +170,11 @@ class Zero3(Sharded, DeepSpeedStrategy):
     def precision_plugin(self, plugin: Any) -> None:
         if plugin is not None and plugin.precision not in PRECISIONS:
             raise UserError(f"trainer.precision={plugin.precision}: ZeRO-3 trains in {' or '.join(PRECISIONS)}")
+        if plugin is not None and self.bf16_masters and plugin.precision != "bf16-true":
+            raise UserError(
+                f"trainer.strategy.masters=bf16 with trainer.precision={plugin.precision}: set trainer.precision="
+                "bf16-true"
+            )
         self._precision_plugin = ZeroPrecision(plugin.precision) if isinstance(plugin, DeepSpeedPrecision) else plugin
 
     # -- building ---------------------------------------------------------------------------------------------------
@@ -178,6 +196,15 @@ class Zero3(Sharded, DeepSpeedStrategy):
     @torch.no_grad()
     def init_deepspeed(self) -> None:
         super().init_deepspeed()
+        section = self.config["zero_optimization"]
+        if self.optimizers and not {"offload_optimizer", "offload_param"} & section.keys():
+            zero: Any = self.optimizers[0]
+            for weights, masters in zip(
+                zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True
+            ):
+                # One copy is enough. DeepSpeed means to do so, but compares a device with its name.
+                if masters.dtype == weights.dtype:
+                    masters.data = weights.data
         if not self.masters:
             return
         for name, parameter in self._sphinx.named_parameters():
@@ -265,7 +292,7 @@ class Partitioned:
         self.strategy = strategy
         self.dtype = dtype
         self.reads = strategy.is_global_zero
-        self.keeps_masters = dtype != torch.float32 and not strategy.resumes
+        self.keeps_masters = dtype != torch.float32 and not strategy.bf16_masters and not strategy.resumes
         self.names: dict[nn.Parameter, str] = {}
         self._init: Any = zero.Init(module=nn.Module(), config_dict_or_path=strategy.config, dtype=dtype)
 

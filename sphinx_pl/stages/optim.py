@@ -11,8 +11,10 @@ from torch import nn
 
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.models.sphinx import whole_shape
+from sphinx_pl.stages.adamw import AdamWBf16
 
 KINDS = ("adamw", "sgd")
+MOMENTS = ("fp32", "bf16")
 
 
 @dataclass
@@ -23,10 +25,12 @@ class OptimConfig:
     pretrained tower that is to change slowly.
 
     `kind`: adamw, or sgd (without momentum), which shows what Adam hides: gradients that are off by a factor.
+
+    `moments`: AdamW's, fp32 (the weights' dtype, to be exact) or bf16, see `AdamWBf16`.
     """
 
     kind: str = "adamw"
-
+    moments: str = "fp32"
     lr: float = 5e-5
     min_lr: float = 0.0
     warmup: float = 0.0
@@ -38,6 +42,10 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise UserError(f"stage.optim.kind={self.kind}: {suggest(self.kind, KINDS)}")
+        if self.moments not in MOMENTS:
+            raise UserError(f"stage.optim.moments={self.moments}: {suggest(self.moments, MOMENTS)}")
+        if self.kind == "sgd" and self.moments != "fp32":
+            raise UserError(f"stage.optim.moments={self.moments}: sgd has no moments")
         for part, factor in self.lr_scale.items():
             if factor <= 0:
                 raise UserError(
@@ -90,9 +98,7 @@ def build_optimizer(parts: Mapping[str, Iterable[nn.Parameter]], config: OptimCo
     ]
     if config.kind == "sgd":
         return torch.optim.SGD(groups)
-    return torch.optim.AdamW(
-        groups,
-        betas=(config.betas[0], config.betas[1]),
-        eps=config.eps,
-        fused=True,  # one pass over the parameters, on CPUs too
-    )
+    betas = (config.betas[0], config.betas[1])
+    if config.moments == "bf16":
+        return AdamWBf16(groups, betas=betas, eps=config.eps)
+    return torch.optim.AdamW(groups, betas=betas, eps=config.eps, fused=True)  # one pass over them, on CPUs too

@@ -185,6 +185,11 @@ class Stage(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         strategy = self.trainer.strategy
+        if isinstance(strategy, Sharded) and strategy.bf16_masters and self.optim.moments != "bf16":
+            raise UserError(
+                "trainer.strategy.masters=bf16 would lose the updates that are small beside a weight: set "
+                "stage.optim.moments=bf16 too, whose optimizer rounds stochastically"
+            )
         if not isinstance(strategy, Sharded) and type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = TrainingCheckpointIO()
 

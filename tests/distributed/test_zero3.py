@@ -15,6 +15,7 @@ from callbacks.checkpoint import write_training_checkpoint
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.record import Batch
 from sphinx_pl.distributed.zero import Zero3
+from sphinx_pl.errors import UserError
 from sphinx_pl.models.sphinx import whole_shape
 from tests.distributed.handmade import Samples, fit_written
 from tests.distributed.test_engines import SOME, weights
@@ -101,6 +102,58 @@ def test_bf16_trains_as_float32_does_and_goes_on_bit_for_bit(
     straight, halted = weights(tmp_path / "bf16", 4), weights(tmp_path / "halted", 4)
     for name, value in straight.items():
         assert torch.equal(value, halted[name]), name
+
+
+@pytest.mark.timeout(180)
+def test_without_masters_it_trains_nearly_as_well_and_goes_on_bit_for_bit(
+    processor: Processor, of_ranks: list[list[Batch]], tmp_path: Path
+) -> None:
+    lean = {"optim": ADAMW | {"moments": "bf16"}}
+
+    def fit(name: str, masters: bool, steps: int, resume: Path | None = None) -> tuple[list[float], set[Any], bool]:
+        losses = Losses()
+        batches = [batches[-steps:] if resume else batches for batches in of_ranks]
+        options: dict[str, Any] = {"resume": resume, "max_steps": 4 if resume else steps, "precision": "bf16-true"}
+        options |= {"optim": ADAMW} if masters else lean
+        engine = Zero3() if masters else Zero3(masters="bf16", reduce_dtype="bf16")
+        _, run = fit_written(engine, batches, processor, tmp_path / name, parts=SOME, callbacks=[losses], **options)
+        strategy: Any = run.strategy
+        zero = strategy.optimizers[0]
+        kept = [*zero.fp32_partitioned_groups_flat, *(v for s in zero.optimizer.state.values() for v in s.values())]
+        flat = zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True)
+        shared = all(a.data_ptr() == b.data_ptr() for a, b in flat)
+        return losses.found, {tensor.dtype for tensor in kept if tensor.dim()}, shared
+
+    exact, dtypes, shared = on_ranks(2, fit, "masters", True, 4)[0]
+    assert (dtypes, shared) == ({torch.float32}, False)
+    rounded, dtypes, shared = on_ranks(2, fit, "lean", False, 4)[0]
+    assert (dtypes, shared) == ({torch.bfloat16}, True), "the weights themselves, and moments of their size"
+    assert rounded == pytest.approx(exact, rel=0.02)
+    assert rounded != exact
+    on_ranks(2, fit, "halted", False, 2)
+    resumed, *_ = on_ranks(2, fit, "halted", False, 2, tmp_path / "halted/step-00000002")[0]
+    assert resumed == rounded[2:]
+    straight, halted = weights(tmp_path / "lean", 4), weights(tmp_path / "halted", 4)
+    for name, value in straight.items():
+        assert value.dtype == torch.bfloat16
+        assert torch.equal(value, halted[name]), name
+
+
+def test_what_goes_without_masters_is_said(processor: Processor, of_ranks: list[list[Batch]], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"masters=fp8 must be"):
+        Zero3(masters="fp8")
+    with pytest.raises(UserError, match=r"reduce_dtype=bf16"):
+        Zero3(masters="bf16")
+    with pytest.raises(UserError, match=r"no trainer\.strategy\.offload_optimizer"):
+        Zero3(masters="bf16", reduce_dtype="bf16", offload_optimizer="cpu")
+    options: dict[str, Any] = {"parts": SOME, "optim": ADAMW, "precision": "bf16-true"}
+
+    def fit() -> None:
+        engine = Zero3(masters="bf16", reduce_dtype="bf16")
+        fit_written(engine, of_ranks[:1], processor, tmp_path, **options)
+
+    with pytest.raises(AssertionError, match=r"UserError: .*set stage\.optim\.moments=bf16"):
+        on_ranks(1, fit)
 
 
 @pytest.mark.timeout(240)
