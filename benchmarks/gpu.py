@@ -35,6 +35,9 @@ STEP = (
     "data.packing.rows=1",
     "stage.accumulate=1",
     "stage.checkpointing=full",
+    # Of one rank the frozen part would be there twice.
+    "trainer.strategy.frozen=sharded",
+    "+trainer.strategy.zero.reduce_bucket_size=100000000",
     "data.root=nowhere",
 )
 LEAN = ("trainer.strategy.masters=bf16", "trainer.strategy.reduce_dtype=bf16", "stage.optim.moments=bf16")

@@ -18,6 +18,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -67,13 +68,18 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes of the storages that are made while it is active, as long as they live; the most of each phase."""
 
     def __init__(
-        self, parameters: Iterable[Tensor] = (), logits: tuple[int, int] | None = None, choices: int = 0
+        self,
+        parameters: Iterable[Tensor] = (),
+        logits: tuple[int, int] | None = None,
+        choices: int = 0,
+        resized: bool = False,
     ) -> None:
         """
         Args:
             parameters: what was there before; it does not count.
             logits: the shape of the output head's result, where tensors have no values: so many positions are then
                 found to be supervised, and so many to have chosen an expert (`choices`).
+            resized: look at every storage's size anew each time: FSDP2 empties storages that it keeps.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self.phase = "start"
@@ -83,6 +89,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._parameters = {parameter.untyped_storage()._cdata for parameter in parameters}
         self._logits = logits
         self._choices = choices
+        self._resized = resized
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if (
@@ -103,6 +110,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return tensor.untyped_storage()._cdata in self._parameters
 
     def _add(self, tensor: Tensor, kind: str | None) -> None:
+        if isinstance(tensor, DTensor):  # of which other ranks have the rest
+            tensor = tensor._local_tensor
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._known or key in self._parameters:
@@ -129,6 +138,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def sample(self) -> None:
         """Compare with the phase's peak."""
+        if self._resized:
+            for key, (reference, size, kind) in list(self._known.items()):
+                if (storage := reference()) is not None and (now := storage.nbytes()) != size:
+                    self._known[key] = reference, now, kind
+                    self.live[kind] += now - size
         if self.live.total() > self.peaks.get(self.phase, Counter()).total():
             self.peaks[self.phase] = self.live.copy()
 

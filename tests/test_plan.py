@@ -14,6 +14,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from benchmarks import memory
+from benchmarks.gpu import LEAN
 from sphinx_pl.cli import CONFIG_FOLDER, register_resolvers
 from sphinx_pl.errors import UserError
 from sphinx_pl.gpus import GPUS, find_gpu, flops_of_device
@@ -54,17 +55,27 @@ def test_memory_is_what_is_allocated(overrides: list[str]) -> None:
     assert memory.measure(everything, images=2.0, supervised=0.5).ratio == pytest.approx(1, abs=0.1)
 
 
+# Buckets and distances in proportion to the model.
+SMALL_BUCKETS = [
+    f"+trainer.strategy.zero.{key}"
+    for key in ("reduce_bucket_size=1500000", "stage3_max_reuse_distance=0", "stage3_prefetch_bucket_size=0")
+]
+TWO_RANKS = {
+    "ddp": ["trainer=cpu", "trainer.devices=2", "++trainer.strategy=ddp"],
+    "zero3": ["trainer=zero3_cpu"],
+    "zero3, small buckets": ["trainer=zero3_cpu", *SMALL_BUCKETS],
+    "zero3, bf16": ["trainer=zero3_cpu", "trainer.precision=bf16-true", *SMALL_BUCKETS],
+    "zero3, no masters": ["trainer=zero3_cpu", "trainer.precision=bf16-true", *SMALL_BUCKETS, *LEAN],
+    "zero3, offloaded": ["trainer=zero3_offload", "trainer.accelerator=cpu", "trainer.devices=2", *SMALL_BUCKETS],
+    "fsdp2": (fsdp2 := ["trainer=fsdp2", "trainer.accelerator=cpu", "trainer.devices=2"]),
+    "fsdp2, sharded": [*fsdp2, "trainer.strategy.frozen=sharded", "stage.checkpointing=full"],
+}
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+@pytest.mark.parametrize("engine", TWO_RANKS)
 def test_memory_of_two_ranks_is_what_is_allocated(engine: str) -> None:
-    trainer = {
-        "ddp": ["trainer=cpu", "trainer.devices=2", "++trainer.strategy=ddp"],
-        # Buckets and distances in proportion to the model.
-        "zero3": ["trainer=zero3_cpu", FROZEN, "++trainer.strategy._convert_=all"]
-        + [f"++trainer.strategy.zero.{key}" for key in ("reduce_bucket_size=1500000", "stage3_max_reuse_distance=0")]
-        + ["++trainer.strategy.zero.stage3_prefetch_bucket_size=0"],
-    }[engine]
-    everything = ["model=sphinx_sample", *SIZES, *ROWS, *trainer]
+    everything = ["model=sphinx_sample", *SIZES, *ROWS, FROZEN, *TWO_RANKS[engine]]
     assert memory.measure(everything, images=2.0, supervised=0.5).ratio == pytest.approx(1, abs=0.1)
 
 
