@@ -39,7 +39,7 @@ from sphinx_pl.errors import UserError
 from sphinx_pl.memory import LiveBytes, Shape
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.plan import Plan, make_plan
-from sphinx_pl.stages.stage import OTHERS_KEYS
+from sphinx_pl.stages.stage import OTHERS_KEYS, Stage
 
 MARK = "from here on"
 
@@ -112,21 +112,25 @@ class _Mark(L.Callback):
                 pass
 
 
-def peak_of(cfg: DictConfig, shape: Shape) -> int:
-    """Trains a few steps in this process and returns the most bytes that were allocated in any but the first."""
-    config = SphinxConfig.from_dict(cfg.model)
+def stage_and_trainer(cfg: DictConfig, callbacks: Sequence[L.Callback]) -> tuple[Stage, L.Trainer]:
+    """Of the configuration, as train.py makes them, but nothing is logged and nothing held out."""
     options: dict[str, Any] = OmegaConf.to_container(cfg.stage, resolve=True)  # type: ignore[assignment]
     kind = get_class(options.pop("_target_"))
     for key in OTHERS_KEYS:
         options.pop(key)
-    batch = random_batch(config, shape)
+    trainer: L.Trainer = instantiate(cfg.trainer, callbacks=list(callbacks), logger=False, limit_val_batches=0)
+    return kind(SphinxConfig.from_dict(cfg.model), **options), trainer
+
+
+def peak_of(cfg: DictConfig, shape: Shape) -> int:
+    """Trains a few steps in this process and returns the most bytes that were allocated in any but the first."""
+    batch = random_batch(SphinxConfig.from_dict(cfg.model), shape)
     endless = DataLoader([batch] * 1000, batch_size=None, collate_fn=None)  # type: ignore[arg-type]
     on_gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
     # Ranks: the profiler would miss what is freed by the threads of a collective call, so storages are followed.
     follow = LiveBytes() if trainer_ranks(cfg) > 1 and not on_gpu else None
     with profile(enabled=not on_gpu and follow is None, profile_memory=True, use_kineto=True) as profiler:
-        stage = kind(config, **options)
-        trainer: L.Trainer = instantiate(cfg.trainer, callbacks=[_Mark(follow)], logger=False, limit_val_batches=0)
+        stage, trainer = stage_and_trainer(cfg, [_Mark(follow)])
         with follow or contextlib.nullcontext():
             trainer.fit(stage, endless)
     if follow is not None:
