@@ -61,8 +61,8 @@ before, start = Path("/proc/self/status").read_text(), time.perf_counter()
 Path(found).write_text(str(time.perf_counter() - start) + "\\n" + before)
 """
 OURS = CONVERT.format(
-    imports="from callbacks.export import DTYPES, consolidate",
-    call="consolidate(Path(source), Path(out), DTYPES['{dtype}'])",
+    imports="import torch\nfrom sphinx_pl.checkpoint.training import consolidate",
+    call="consolidate(Path(source), Path(out), torch.{dtype})",
 )
 THEIRS = CONVERT.format(
     imports="from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict as convert",
@@ -76,20 +76,21 @@ THEIRS = CONVERT.format(
 def decoder_of(parameters: float) -> DecoderConfig:
     """LLaMA's proportions with about so many parameters; the embeddings alone have 4 * 10^6 and more."""
 
-    def sized(width: int, layers: int) -> DecoderConfig:
-        ffn = 64 * round(width * 8 / 3 / 64)
-        heads = width // 64
-        return DecoderConfig(VOCAB_SIZE, width, layers, heads, heads, ffn, max_positions=2048)
+    def ffn(width: int) -> int:
+        return 64 * round(width * 8 / 3 / 64)
 
-    def count(width: int, layers: int) -> int:
-        config = sized(width, layers)
-        return 2 * VOCAB_SIZE * width + layers * width * (4 * width + 3 * config.ffn_width)
+    def layer(width: int) -> int:
+        return width * (4 * width + 3 * ffn(width))
+
+    def embeddings(width: int) -> int:
+        return 2 * VOCAB_SIZE * width
 
     width = 64
-    while count(width + 64, 1 + width // 64) <= parameters:
+    while embeddings(width + 64) + (1 + width // 64) * layer(width + 64) <= parameters:
         width += 64
-    layers = (parameters - count(width, 0)) / (count(width, 1) - count(width, 0))
-    return sized(width, max(1, round(layers)))
+    layers = max(1, round((parameters - embeddings(width)) / layer(width)))
+    heads = width // 64
+    return DecoderConfig(VOCAB_SIZE, width, layers, heads, heads, ffn(width), max_positions=2048)
 
 
 class _Batches(L.LightningDataModule):
@@ -127,7 +128,7 @@ def train(folder: Path, parameters: float, tokenizer: Path) -> None:
     config = decoder_of(parameters)
     overrides = ["model=sphinx_sample", "trainer=zero3_cpu", "trainer.precision=bf16-true", f"trainer.devices={RANKS}"]
     overrides += ["++trainer.strategy.zero.reduce_bucket_size=20000000"]  # memory only: not in what is written
-    overrides += [f"model.decoder.{key}={value}" for key, value in vars(config).items() if key != "load"]
+    overrides += [f"++model.decoder.{key}={value}" for key, value in vars(config).items() if key != "load"]
     overrides += ["stage.optim.warmup=0", "stage.optim.lr=1e-3"]
     cfg = configuration([*overrides, f"data.packing.row_length={SHAPE.length}"], folder, steps=1)
     torch.manual_seed(0)
@@ -143,7 +144,8 @@ def write_checkpoints(folder: Path, parameters: float, tokenizer: Path) -> dict[
     command += [f"--tokenizer={tokenizer}", "--rank"]
     result = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     if result.returncode:
-        raise UserError(f"a rank failed: {result.stderr.strip()[-2000:]}")
+        said = result.stderr.partition("failed (exitcode")[0]  # what the launcher says after it is of no help
+        raise UserError(f"a rank failed: {said.strip()[-2000:]}")
     seconds: dict[str, float] = json.loads((folder / WRITING).read_text())
     return seconds
 

@@ -39,6 +39,7 @@ from sphinx_pl.checkpoint.format import (
     read_json,
     require,
     sync,
+    write_checkpoint,
     write_json,
     write_safetensors,
 )
@@ -312,3 +313,26 @@ class TrainingCheckpoint(Checkpoint):
 
 
 FORMATS.register("training", TrainingCheckpoint)
+
+
+def consolidate(
+    checkpoint: Path, out: Path, dtype: torch.dtype, extra: dict[str, Any] | None = None, leave_out: Sequence[str] = ()
+) -> None:
+    """A training checkpoint -> a model folder, in place of what is there; one tensor is in memory at a time.
+
+    Args:
+        extra: added to the provenance.
+        leave_out: see `write_checkpoint`.
+    """
+    source = TrainingCheckpoint(checkpoint)
+    write_checkpoint(
+        out,
+        source,
+        model=source.config["model"],
+        processor=source.processor,
+        tokenizer_file=source.tokenizer_file,
+        provenance=source.provenance | (extra or {}),
+        dtype=dtype,
+        overwrite=True,
+        leave_out=leave_out,
+    )
