@@ -214,12 +214,9 @@ class Pieces:
                 break
         if missing:
             raise UserError(f"'{self.folder}' lacks a part of {kind} of '{name}': {ANOTHER}")
-        values = ((a, b, self._held(file)[0].part(key, a - p.start, b - p.start)) for a, b, file, p in parts)
-        if len(parts) == 1:
-            return next(values)[2]
         out = torch.empty(stop - start, dtype=parts[0][3].dtype)
-        for a, b, part in values:
-            out[a - start : b - start] = part
+        for a, b, file, place in parts:
+            self._held(file)[0].read_into(out[a - start : b - start], key, a - place.start)
         return out
 
     def _near(self, start: int, numel: int) -> Iterator[str]:
