@@ -197,7 +197,7 @@ class SafetensorsFile(Mapped):
             UserError: the file is gone or has become shorter.
         """
         begin = self._offset(name) + start * math.prod(self.info(name).shape[1:]) * out.itemsize
-        rest = memoryview(out.view(-1).view(torch.uint8).numpy())
+        rest: memoryview = out.view(-1).view(torch.uint8).numpy().data
         try:
             # Opened each time: of many ranks there are more files than a process may have open.
             with self.path.open("rb", buffering=0) as file:

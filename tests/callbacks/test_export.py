@@ -297,8 +297,8 @@ def test_consolidating_holds_a_tensor_at_a_time(
     peak = int(done.stdout)
     whole, largest = 4 * 24 * 2**24, 4 * 2**24
     print(f"model {whole / 1e9:.2f} GB, largest tensor {largest / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB")
-    # What is mapped and not dropped yet, and of two tensors what is read and what is written.
-    assert peak < 2**29 + 4 * largest
+    # Of two tensors what is read and what is written; no page of a file.
+    assert peak < 4 * largest
     assert peak < whole / 2
     model = open_checkpoint(tmp_path / "model")
     assert same_bits(model.tensor("t5").flatten(), tensors["t5"].bfloat16())
