@@ -19,6 +19,7 @@ from tests.conftest import REPOSITORY
 TOKENIZER = REPOSITORY / "tests/golden/tokenizer.model"
 
 
+@pytest.mark.long  # two ranks and four converters start one after another
 @pytest.mark.timeout(300)
 def test_both_converters_are_measured_and_agree(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
