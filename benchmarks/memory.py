@@ -42,7 +42,7 @@ from sphinx_pl.errors import UserError
 from sphinx_pl.memory import LiveBytes, Shape
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.plan import Plan, make_plan
-from sphinx_pl.stages.stage import OTHERS_KEYS
+from sphinx_pl.stages.stage import OTHERS_KEYS, Stage
 
 MARK = "from here on"
 
@@ -140,25 +140,29 @@ class _Watch(L.Callback):
                 pass
 
 
-def train(cfg: DictConfig, shape: Shape) -> dict[str, Any]:
-    """Trains in this process. `peak` is the most bytes that were allocated in any step but the first."""
-    config = SphinxConfig.from_dict(cfg.model)
+def stage_and_trainer(cfg: DictConfig, callbacks: Sequence[L.Callback]) -> tuple[Stage, L.Trainer]:
+    """Of the configuration, as train.py makes them, but no logger is there and nothing held out."""
     options: dict[str, Any] = OmegaConf.to_container(cfg.stage, resolve=True)  # type: ignore[assignment]
     kind = get_class(options.pop("_target_"))
     for key in OTHERS_KEYS:
         options.pop(key)
-    batch = random_batch(config, shape)
+    without: dict[str, Any] = {"logger": False, "limit_val_batches": 0, "log_every_n_steps": 1}
+    trainer: L.Trainer = instantiate(cfg.trainer, callbacks=list(callbacks), **without)
+    return kind(SphinxConfig.from_dict(cfg.model), **options), trainer
+
+
+def train(cfg: DictConfig, shape: Shape) -> dict[str, Any]:
+    """Trains in this process. `peak` is the most bytes that were allocated in any step but the first."""
+    batch = random_batch(SphinxConfig.from_dict(cfg.model), shape)
     last = dataclasses.replace(batch, window_end=True)
     window = [*[dataclasses.replace(batch, window_end=False)] * (int(cfg.stage.accumulate) - 1), last]
     endless = DataLoader(window * 100, batch_size=None, collate_fn=None)  # type: ignore[arg-type]
     on_gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
     # Ranks: the profiler would miss what is freed by the threads of a collective call, so storages are followed.
     follow = LiveBytes(resized=True) if trainer_ranks(cfg) > 1 and not on_gpu else None
+    watch = _Watch(follow)
     with profile(enabled=not on_gpu and follow is None, profile_memory=True, use_kineto=True) as profiler:
-        stage = kind(config, **options)
-        watch = _Watch(follow)
-        options = {"callbacks": [watch], "logger": False, "limit_val_batches": 0, "log_every_n_steps": 1}
-        trainer: L.Trainer = instantiate(cfg.trainer, **options)
+        stage, trainer = stage_and_trainer(cfg, [watch])
         with follow or contextlib.nullcontext():
             trainer.fit(stage, endless)
     if follow is not None:

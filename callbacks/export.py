@@ -6,7 +6,6 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,34 +15,12 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks.checkpoint import ResumeCheckpoint, last_step, more_follows, write_training_checkpoint
-from sphinx_pl.checkpoint.format import check_free, discard, open_checkpoint, write_checkpoint
+from sphinx_pl.checkpoint.format import check_free, discard
+from sphinx_pl.checkpoint.training import consolidate
 from sphinx_pl.errors import UserError
 from sphinx_pl.stages import Stage
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def consolidate(
-    checkpoint: Path, out: Path, dtype: torch.dtype, extra: dict[str, Any] | None = None, leave_out: Sequence[str] = ()
-) -> None:
-    """A training checkpoint -> a model folder, in place of what is there; one tensor is in memory at a time.
-
-    Args:
-        extra: added to the provenance.
-        leave_out: see `write_checkpoint`.
-    """
-    source = open_checkpoint(checkpoint)
-    write_checkpoint(
-        out,
-        source,
-        model=source.config["model"],
-        processor=source.processor,
-        tokenizer_file=source.tokenizer_file,
-        provenance=source.provenance | (extra or {}),
-        dtype=dtype,
-        overwrite=True,
-        leave_out=leave_out,
-    )
 
 
 class ExportModel(L.Callback):

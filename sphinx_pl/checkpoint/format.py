@@ -18,6 +18,7 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import zlib
@@ -156,6 +157,7 @@ class SafetensorsFile(Mapped):
         super().__init__()
         self.path = path
         self._mapped: Any = None  # safetensors ships no types
+        self._offsets: dict[str, int] | None = None
         self.keys: list[str] = self._file().offset_keys()
         """In the file's own order, in which a pass over all tensors is one sequential read."""
 
@@ -186,11 +188,36 @@ class SafetensorsFile(Mapped):
         self._count(tensor.nbytes)
         return tensor
 
-    def part(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) along the first axis."""
-        tensor: Tensor = self._file().get_slice(name)[start:stop]
-        self._count(tensor.nbytes)
-        return tensor
+    def read_into(self, out: Tensor, name: str, start: int) -> None:
+        """Fill `out` (contiguous, of the stored dtype) with elements from `start` on along the first axis.
+
+        They are read, not mapped, so that nothing but `out` takes memory.
+
+        Raises:
+            UserError: the file is gone or has become shorter.
+        """
+        begin = self._offset(name) + start * math.prod(self.info(name).shape[1:]) * out.itemsize
+        rest: memoryview = out.view(-1).view(torch.uint8).numpy().data
+        try:
+            # Opened each time: of many ranks there are more files than a process may have open.
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(begin)
+                while rest:
+                    if not (count := file.readinto(rest)):
+                        raise UserError(f"'{self.path}' is damaged (it ends too early): copy the checkpoint again")
+                    rest = rest[count:]
+        except OSError as error:
+            raise UserError(f"'{self.path}' cannot be read ({error}): copy the checkpoint again") from error
+
+    def _offset(self, name: str) -> int:
+        """Where in the file the values of a tensor begin."""
+        if self._offsets is None:
+            with self.path.open("rb") as file:  # whose header was checked when it was mapped
+                size = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(size))
+            header.pop("__metadata__", None)
+            self._offsets = {key: 8 + size + entry["data_offsets"][0] for key, entry in header.items()}
+        return self._offsets[name]
 
     def metadata(self) -> dict[str, str]:
         return self._file().metadata() or {}

@@ -39,6 +39,7 @@ from sphinx_pl.checkpoint.format import (
     read_json,
     require,
     sync,
+    write_checkpoint,
     write_json,
     write_safetensors,
 )
@@ -213,12 +214,9 @@ class Pieces:
                 break
         if missing:
             raise UserError(f"'{self.folder}' lacks a part of {kind} of '{name}': {ANOTHER}")
-        values = ((a, b, self._held(file)[0].part(key, a - p.start, b - p.start)) for a, b, file, p in parts)
-        if len(parts) == 1:
-            return next(values)[2]
         out = torch.empty(stop - start, dtype=parts[0][3].dtype)
-        for a, b, part in values:
-            out[a - start : b - start] = part
+        for a, b, file, place in parts:
+            self._held(file)[0].read_into(out[a - start : b - start], key, a - place.start)
         return out
 
     def _near(self, start: int, numel: int) -> Iterator[str]:
@@ -312,3 +310,26 @@ class TrainingCheckpoint(Checkpoint):
 
 
 FORMATS.register("training", TrainingCheckpoint)
+
+
+def consolidate(
+    checkpoint: Path, out: Path, dtype: torch.dtype, extra: dict[str, Any] | None = None, leave_out: Sequence[str] = ()
+) -> None:
+    """A training checkpoint -> a model folder, in place of what is there; one tensor is in memory at a time.
+
+    Args:
+        extra: added to the provenance.
+        leave_out: see `write_checkpoint`.
+    """
+    source = TrainingCheckpoint(checkpoint)
+    write_checkpoint(
+        out,
+        source,
+        model=source.config["model"],
+        processor=source.processor,
+        tokenizer_file=source.tokenizer_file,
+        provenance=source.provenance | (extra or {}),
+        dtype=dtype,
+        overwrite=True,
+        leave_out=leave_out,
+    )

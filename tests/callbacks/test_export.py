@@ -22,6 +22,7 @@ import callbacks.export
 from callbacks.checkpoint import ResumeCheckpoint
 from callbacks.csv_logger import MetricsCSV
 from callbacks.export import ExportModel
+from sphinx_pl.checkpoint import training
 from sphinx_pl.checkpoint.format import open_checkpoint
 from sphinx_pl.checkpoint.mixing import same_bits
 from sphinx_pl.checkpoint.training import WEIGHT, Piece, describe, write_pieces, write_rest
@@ -166,7 +167,7 @@ def test_what_is_being_read_is_not_pruned(fit: Fit, tmp_path: Path, monkeypatch:
             there.extend((later.exists(), checkpoint.exists()))
         consolidate(checkpoint, *args)
 
-    consolidate = callbacks.export.consolidate
+    consolidate = training.consolidate
     monkeypatch.setattr(callbacks.export, "consolidate", slow)
     fit(
         [ResumeCheckpoint(str(own), every_n_steps=1, keep=1), ExportModel(str(tmp_path / "model"), every_n_steps=3)],
@@ -249,7 +250,7 @@ def test_a_model_on_the_way_that_a_kill_prevented_is_written_when_the_run_goes_o
 CONSOLIDATE = """
 import sys, torch
 from pathlib import Path
-from callbacks.export import consolidate
+from sphinx_pl.checkpoint.training import consolidate
 
 def of(key):
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)]
@@ -296,8 +297,8 @@ def test_consolidating_holds_a_tensor_at_a_time(
     peak = int(done.stdout)
     whole, largest = 4 * 24 * 2**24, 4 * 2**24
     print(f"model {whole / 1e9:.2f} GB, largest tensor {largest / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB")
-    # What is mapped and not dropped yet, and of two tensors what is read and what is written.
-    assert peak < 2**29 + 4 * largest
+    # Of two tensors what is read and what is written; no page of a file.
+    assert peak < 4 * largest
     assert peak < whole / 2
     model = open_checkpoint(tmp_path / "model")
     assert same_bits(model.tensor("t5").flatten(), tensors["t5"].bfloat16())
