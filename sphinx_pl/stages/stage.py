@@ -52,7 +52,15 @@ OTHERS_KEYS = ("rows_per_step", "accumulate", "clip", "val_every", "text_require
 
 
 class NonFiniteError(UserError):
-    """Training came to nothing: too many steps in a row without finite gradients."""
+    """Training came to nothing: too many steps in a row without finite gradients.
+
+    Args:
+        first: optimizer steps behind the weights that the first of them found: they may be what is wrong.
+    """
+
+    def __init__(self, message: str, first: int) -> None:
+        super().__init__(message)
+        self.first = first
 
 
 def parts_of(config: SphinxConfig) -> list[str]:
@@ -320,7 +328,8 @@ class Stage(L.LightningModule):
             raise NonFiniteError(
                 f"{self._nonfinite_in_a_row} steps in a row up to step {self.global_step} had infinite gradients or "
                 "gradients that are not a number (stage.max_nonfinite): lower stage.optim.lr, or leave out the samples "
-                "that the log names"
+                "that the log names",
+                first=self.global_step + 1 - self._nonfinite_in_a_row,
             )
 
     def _suspects(self) -> tuple[list[str], list[str]]:
