@@ -75,6 +75,8 @@ def test_the_recipe_killed_in_its_finetune_goes_on_from_the_checkpoint(tmp_path:
 
 STEPS = 5
 CLIP = 1.0
+SHARE = 2e-4
+"""Of a tensor's change that may differ; 3e-5 was measured, which is a unit in the last place of a weight near 1."""
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -122,7 +124,7 @@ def test_the_recipe_on_two_ranks_of_zero3_ends_with_the_weights_of_one_process(
         assert len(norms) == STEPS
         assert min(norms) > CLIP, "not every step is clipped"
         for name in ("train/grad_norm", "train/loss", "val/loss"):
-            assert column(two / stage, name) == pytest.approx(column(one / stage, name), rel=1e-3)
+            assert column(two / stage, name) == pytest.approx(column(one / stage, name), rel=1e-5)
         last = checkpoints(two / stage / "checkpoints")[-1]
         assert shares_of_ranks(last) == pytest.approx([0.5, 0.5], abs=0.001)
     for folder in ("pretrain_real/model", "pretrain_synthetic/model", "mixed", "finetune/model"):
@@ -130,4 +132,4 @@ def test_the_recipe_on_two_ranks_of_zero3_ends_with_the_weights_of_one_process(
         changes = {name: float((a[name] - value).norm()) for name, value in start.items()}
         found = {n: float((a[n] - b[n]).norm()) / change for n, change in changes.items() if change > 1e-6}
         print(f"{folder}: {max(found.values()):.1e} of a tensor's change differs at most")
-        check_same(a, b, start)
+        check_same(a, b, start, share=SHARE)
