@@ -156,7 +156,7 @@ def train(cfg: DictConfig) -> float | None:
     import lightning as L
     from hydra.utils import get_class, instantiate
 
-    from callbacks.checkpoint import checkpoints
+    from callbacks.checkpoint import checkpoints, step_of
     from callbacks.preemption import Preemption
     from sphinx_pl import processes, sweep
     from sphinx_pl.data.datamodule import DataModule
@@ -206,8 +206,10 @@ def train(cfg: DictConfig) -> float | None:
     try:
         trainer.fit(stage, datamodule, ckpt_path=resume, weights_only=True)
     except NonFiniteError as error:
-        last = next(reversed(checkpoints(folder / "checkpoints")), None)
-        raise UserError(f"{error}; the last checkpoint is {last}") from None
+        # Of weights that a step was made from; what was saved later may hold those that no step can be made from.
+        good = [path for path in checkpoints(folder / "checkpoints") if step_of(path) < error.first]
+        last = f"the last good checkpoint is {good[-1]}" if good else "no checkpoint is from before them"
+        raise UserError(f"{error}; {last}") from None
     finish_export(trainer)
     number = stage.last_value(cfg.metric)
     sweep.leave_value(number)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import random
+import re
 import signal
 import statistics
 import subprocess
@@ -260,6 +261,45 @@ def test_a_run_that_is_killed_twenty_times_continues_with_the_same_losses(
 ) -> None:
     kinds = ["writing"] * 10 + ["training"] * 6 + ["start"] * 4
     check_kill_and_resume(tmp_path, sample_data, kinds, steps=100 if ranks > 1 else 300, ranks=ranks)
+
+
+# --- steps that come to nothing
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        pytest.param([], id="one process"),
+        pytest.param(["trainer=zero3_cpu", "trainer.devices=2"], id="two ranks", marks=pytest.mark.long),
+    ],
+)
+def test_a_run_that_blows_up_ends_in_one_line_with_the_last_good_checkpoint(
+    engine: list[str], tmp_path: Path, sample_data: Path
+) -> None:
+    # So much decay that matrices grow a hundred thousand times in each step, until there are no such numbers.
+    options = ["stage.optim.lr=1", "stage.optim.min_lr=1", "stage.optim.weight_decay=1e5", "stage.optim.warmup=0"]
+    options += ["stage.max_steps=30", "stage.max_nonfinite=2", "stage.val_every=0"]
+    options += ["callbacks.checkpoint.every_n_steps=1", "callbacks.checkpoint.keep=30"]
+    done = run(tmp_path, sample_data, *options, *engine)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stdout + done.stderr
+    folder = tmp_path / "pretrain_real"
+    left_out = [int(n) for n in re.findall(r"step (\d+) is left out", (folder / "train.log").read_text())]
+    assert left_out == [left_out[0], left_out[0] + 1, left_out[0] + 2]
+    assert left_out[0] >= 2, "no step was good: nothing is tested"
+    # The first of them found the weights of `step-<its number>`, so that those are no good.
+    good = folder / "checkpoints" / f"step-{left_out[0] - 1:08d}"
+    newest = checkpoints(folder / "checkpoints")[-1]
+    assert step_of(newest) == left_out[-1]
+    error = done.stderr.strip().splitlines()[-1]
+    assert error.startswith("error: 3 steps in a row")
+    assert "stage.max_nonfinite" in error
+    assert f"the last good checkpoint is {good}" in error
+    assert not (folder / "model").exists()
+    check_readable(folder)
+
+
+# --- what is refused
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path, sample_data: Path) -> None:

@@ -23,7 +23,7 @@ from sphinx_pl.checkpoint.provenance import hash_file
 from sphinx_pl.checkpoint.towers import check_pretrained
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.record import Batch
-from sphinx_pl.distributed.checkpointing import TrainingCheckpointIO, group_names
+from sphinx_pl.distributed.checkpointing import TrainingCheckpointIO, group_names, options_of
 from sphinx_pl.distributed.collective import of_all_ranks
 from sphinx_pl.distributed.sharded import Sharded
 from sphinx_pl.errors import UserError, suggest
@@ -52,7 +52,15 @@ OTHERS_KEYS = ("rows_per_step", "accumulate", "clip", "val_every", "text_require
 
 
 class NonFiniteError(UserError):
-    """Training came to nothing: too many steps in a row without finite gradients."""
+    """Training came to nothing: too many steps in a row without finite gradients.
+
+    Args:
+        first: optimizer steps behind the weights that the first of them found: they may be what is wrong.
+    """
+
+    def __init__(self, message: str, first: int) -> None:
+        super().__init__(message)
+        self.first = first
 
 
 def parts_of(config: SphinxConfig) -> list[str]:
@@ -104,6 +112,8 @@ class Stage(L.LightningModule):
         # Sums of nll and targets per task and per source since the last log.
         self._sums: Tensor | None = None
         self._val_sums: Tensor | None = None
+        self._options: list[dict[str, Any]] = []
+        """Of the optimizer's groups, as they are configured."""
         self.resumed = False
         """The weights come from a resumable checkpoint, so that neither `init_from` nor towers are read again."""
         self.validated_at = -1
@@ -220,11 +230,24 @@ class Stage(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.sphinx.part_parameters(), self.optim)
+        self._options = options_of(optimizer.param_groups)
         schedule = warmup_cosine(self.optim, self.max_steps)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # -- training ---------------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        """A run that goes on does so with the learning rate, the decay and the like of its own configuration: what was
+        read from the checkpoint is how far it was."""
+        if not self.resumed:
+            return
+        [optimizer], [config] = self.trainer.optimizers, self.trainer.lr_scheduler_configs
+        scheduler: Any = config.scheduler
+        factor = warmup_cosine(self.optim, self.max_steps)(scheduler.last_epoch)
+        scheduler.base_lrs = [options["lr"] for options in self._options]
+        for group, options in zip(optimizer.param_groups, self._options, strict=True):
+            group.update(options | {"initial_lr": options["lr"], "lr": options["lr"] * factor})
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The micro-batch's part of the mean over all targets of the step.
@@ -325,7 +348,8 @@ class Stage(L.LightningModule):
             raise NonFiniteError(
                 f"{self._nonfinite_in_a_row} steps in a row up to step {self.global_step} had infinite gradients or "
                 "gradients that are not a number (stage.max_nonfinite): lower stage.optim.lr, or leave out the samples "
-                "that the log names"
+                "that the log names",
+                first=self.global_step + 1 - self._nonfinite_in_a_row,
             )
 
     def _suspects(self) -> tuple[list[str], list[str]]:

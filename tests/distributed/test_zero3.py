@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,38 @@ def test_what_goes_without_masters_is_said(processor: Processor, of_ranks: list[
 
     with pytest.raises(AssertionError, match=r"UserError: .*set stage\.optim\.moments=bf16"):
         on_ranks(1, fit)
+
+
+class Scaled(L.Callback):
+    """The loss that was trained on: of targets that each have a weight, unlike the one that is logged."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, *args: Any) -> None:
+        self.losses.append(float(outputs["loss"]))
+
+
+@pytest.mark.timeout(120)
+def test_weights_of_targets_are_not_rounded_to_bf16(
+    processor: Processor, of_ranks: list[list[Batch]], tmp_path: Path
+) -> None:
+    """A loss is the mean over targets, so that all weights may be divided by three; bf16 knows a third to 0.2 %."""
+
+    def fit(name: str, weight: float) -> float:
+        weighed = [
+            [dataclasses.replace(batch, weights=(batch.weights > 0) * weight) for batch in batches[:1]]
+            for batches in of_ranks
+        ]
+        scaled = Scaled()
+        fit_written(Zero3(), weighed, processor, tmp_path / name, parts=SOME, precision="bf16-true", callbacks=[scaled])
+        [loss] = scaled.losses
+        return loss
+
+    third = 1 / 3
+    assert abs(float(torch.tensor(third).bfloat16()) / third - 1) > 1e-3
+    for one, other in zip(on_ranks(2, fit, "one", 1.0), on_ranks(2, fit, "third", third), strict=True):
+        assert other == pytest.approx(one, rel=1e-5)
 
 
 @pytest.mark.timeout(240)
