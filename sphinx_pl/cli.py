@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sphinx_pl.errors import UserError
-from sphinx_pl.processes import first_process
+from sphinx_pl.processes import count_devices, first_process
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "conf"
 TRACEBACK = "SPHINX_TRACEBACK"
@@ -52,11 +52,7 @@ def _micro_batches(rows_per_step: int | None, rows: int, devices: Any, num_nodes
     """Of an optimizer step on each rank, so that all ranks together have `rows_per_step` rows in it."""
     if rows_per_step is None:
         return 1
-    if isinstance(devices, int) and devices > 0:
-        per_node = devices
-    elif isinstance(devices, Sequence) and not isinstance(devices, str):
-        per_node = len(devices)
-    else:  # auto: as many as there are
+    if (per_node := count_devices(devices)) is None:  # as many as there are
         import torch
 
         per_node = max(1, torch.cuda.device_count())

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Optional, cast
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
@@ -28,6 +28,7 @@ from sphinx_pl.gpus import find_gpu
 from sphinx_pl.memory import MANY_ROWS, Bytes, Checkpointing, MicroBatches, Peaks, Run, Shape, built, micro_batches
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx
+from sphinx_pl.processes import count_devices
 from sphinx_pl.stages.adamw import CHUNK
 
 log = logging.getLogger(__name__)
@@ -147,7 +148,12 @@ class Engine:
         strategy = trainer.get("strategy", "auto")
         options: dict[str, Any] = dict(strategy) if isinstance(strategy, Mapping) else {}
         named = str(options.get("_target_", "") if options else strategy).lower()
-        nodes, per_node = int(trainer.get("num_nodes", 1)), _count(trainer.get("devices", 1))
+        devices = trainer.get("devices", 1)
+        nodes, per_node = int(trainer.get("num_nodes", 1)), count_devices(devices)
+        if per_node is None:
+            raise UserError(
+                f"plan: trainer.devices={devices} depends on the machine: give the number of devices of a node"
+            )
         precision = str(trainer.get("precision", "32-true"))
         precision = {"32": "32-true", "bf16": "bf16-mixed"}.get(precision, precision)
         if precision not in ("32-true", "bf16-true", "bf16-mixed"):
@@ -198,14 +204,6 @@ class Engine:
             reduce_bytes=self.weight_bytes if reduced is None else 4 if reduced == "fp32" else 2,
             bf16_masters=options.get("masters") == "bf16",
         )
-
-
-def _count(devices: Any) -> int:
-    if isinstance(devices, list | ListConfig):
-        return len(devices)
-    if str(devices) == "auto" or int(devices) < 1:
-        raise UserError(f"plan: trainer.devices={devices} depends on the machine: give the number of devices of a node")
-    return int(devices)
 
 
 def _kind(named: str, choice: str, ranks: int) -> EngineKind:

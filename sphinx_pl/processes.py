@@ -24,6 +24,17 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+def count_devices(devices: Any) -> int | None:
+    """How many `trainer.devices` (a number, a list of indices) names; None if that depends on the machine (`auto`)."""
+    if isinstance(devices, Sequence) and not isinstance(devices, str):
+        return len(devices)
+    try:
+        count = int(devices)
+    except (TypeError, ValueError):
+        return None
+    return count if count > 0 else None
+
+
 @dataclass(frozen=True)
 class Processes:
     """This process and the ones beside it.

@@ -9,7 +9,14 @@ from lightning.fabric.plugins.environments import LightningEnvironment, TorchEla
 from omegaconf import OmegaConf
 
 from sphinx_pl.errors import UserError
-from sphinx_pl.processes import Processes, adopt_processes, cluster_environment, first_process, this_process
+from sphinx_pl.processes import (
+    Processes,
+    adopt_processes,
+    cluster_environment,
+    count_devices,
+    first_process,
+    this_process,
+)
 
 STEP = {
     "SLURM_JOB_ID": "812",
@@ -125,3 +132,11 @@ def test_the_trainer_follows_what_was_started(monkeypatch: pytest.MonkeyPatch) -
         adopt_processes(trainer, ["trainer.devices=8"])
     with pytest.raises(UserError, match=r"trainer\.num_nodes=1"):
         adopt_processes(trainer, ["+trainer.num_nodes=1"])
+
+
+@pytest.mark.parametrize(
+    ("devices", "count"),
+    [(8, 8), ("8", 8), ([0, 2, 5], 3), (OmegaConf.create([1, 3]), 2), ("auto", None), (-1, None), (None, None)],
+)
+def test_devices_are_counted(devices: object, count: int | None) -> None:
+    assert count_devices(devices) == count

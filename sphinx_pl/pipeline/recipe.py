@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sphinx_pl.cli import CONFIG_FOLDER, MISTAKES, one_line, register_resolvers
 from sphinx_pl.errors import UserError, suggest
+from sphinx_pl.processes import count_devices
 from sphinx_pl.typed import build
 
 SCRIPTS = ("train", "mix_weights", "evaluate")
@@ -366,13 +367,7 @@ def _size(cfg: Mapping[str, Any], launcher: Mapping[str, Any]) -> tuple[int, int
     devices = trainer.get("devices", 1)
     if launcher["kind"] == "local":
         return 1, 1, 0
-    if isinstance(devices, list):
-        devices = len(devices)
-    try:
-        tasks = int(devices)
-    except (TypeError, ValueError):
-        tasks = 0
-    if tasks < 1:
+    if (tasks := count_devices(devices)) is None:
         raise UserError(f"trainer.devices={devices}: SLURM has to know how many, such as train:trainer.devices=8")
     gpus = launcher.get("gpus_per_node")
     if gpus is None:
