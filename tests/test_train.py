@@ -311,7 +311,9 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path, sample_data:
     assert run(tmp_path, sample_data, "stage.max_steps=3", "overwrite=true").returncode == 0
 
 
-@pytest.mark.parametrize("preset", ["one_batch", "overfit", "profiler"])
+@pytest.mark.parametrize(
+    "preset", [*(pytest.param(name, marks=pytest.mark.long) for name in ("one_batch", "overfit")), "profiler"]
+)
 def test_debug_presets_run(preset: str, tmp_path: Path, sample_data: Path) -> None:
     steps = ["stage.max_steps=3"] if preset == "overfit" else []
     done = run(tmp_path, sample_data, f"debug={preset}", *steps)

@@ -166,14 +166,15 @@ CASES: dict[str, tuple[str, int, list[str]]] = {
     "sgd": ("sgd", 1, ALL),
     "adamw, four micro-batches, frozen towers": ("adamw", 4, SOME),
 }
-QUICK = list(CASES)[:2]
+QUICK = {engine: list(CASES)[: 1 if " " in engine else 2] for engine in ENGINES}
+"""The others are long: variants of an engine take the first case only."""
 
 
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(
     ("engine", "case"),
     [
-        pytest.param(engine, case, marks=() if case in QUICK or engine == "zero3" else pytest.mark.long)
+        pytest.param(engine, case, marks=() if case in QUICK[engine] else pytest.mark.long)
         for engine in ENGINES
         for case in CASES
     ],
@@ -210,7 +211,10 @@ def test_the_same_ranks_go_on_bit_for_bit(engine: str, processor: Processor, sam
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize(("engine", "ranks"), [(None, 1), ("zero3", 2), ("fsdp2", 2)])
+@pytest.mark.parametrize(
+    ("engine", "ranks"),
+    [(None, 1), *(pytest.param(engine, 2, marks=pytest.mark.long) for engine in ("zero3", "fsdp2"))],
+)
 def test_a_run_goes_on_with_the_rates_that_it_is_given(
     engine: str | None, ranks: int, processor: Processor, sample_data: Path, tmp_path: Path
 ) -> None:
@@ -255,7 +259,7 @@ def test_other_ranks_and_engines_go_on(
 
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("engine", ["ddp", "zero3 sharded", "fsdp2"])
-@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+@pytest.mark.parametrize("checkpointing", [pytest.param("selective", marks=pytest.mark.long), "full"])
 def test_blocks_that_are_computed_again_change_nothing(
     engine: str, checkpointing: str, processor: Processor, sample_data: Path, tmp_path: Path
 ) -> None:

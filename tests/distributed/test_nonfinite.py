@@ -96,7 +96,10 @@ def run(engine: str, of_ranks: list[list[Batch]], *args: Any, **options: Any) ->
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "engine",
+    [pytest.param(name, marks=pytest.mark.long) if name == "zero3 offloaded" else name for name in ENGINES],
+)
 def test_the_step_is_left_out_on_all_ranks_and_counted(
     engine: str, processor: Processor, sample_data: Path, tmp_path: Path
 ) -> None:
@@ -122,7 +125,7 @@ def test_the_step_is_left_out_on_all_ranks_and_counted(
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("engine", ["one process", "zero3"])
+@pytest.mark.parametrize("engine", ["one process", pytest.param("zero3", marks=pytest.mark.long)])
 def test_too_many_in_a_row_stop_the_run(engine: str, processor: Processor, sample_data: Path, tmp_path: Path) -> None:
     of_ranks = batches(processor, sample_data, 2 if ENGINES[engine] else 1, bad=[1, 2, 3])
 
