@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import os
 import shutil
@@ -22,6 +23,7 @@ from sphinx_pl.processes import count_devices, first_process
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "conf"
 TRACEBACK = "SPHINX_TRACEBACK"
+FAILED = "SPHINX_STEP_FAILED"
 MISTAKES = (UserError, HydraException, InstantiationException, OmegaConfBaseException)
 
 
@@ -81,6 +83,18 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True, use_cache=True)
 
 
+def note_failure(error: BaseException) -> None:
+    """Make the file that `SPHINX_STEP_FAILED` names, unless this is no failure but a signal or a regular end.
+
+    Of a task that fails srun says SIGTERM, if it has ended the other tasks by that (`--kill-on-bad-exit`).
+    """
+    code = error.code if isinstance(error, SystemExit) else 1
+    fails = not isinstance(error, KeyboardInterrupt) and (0 < code < 128 if isinstance(code, int) else code is not None)
+    if (file := os.environ.get(FAILED)) and fails:
+        with contextlib.suppress(OSError):
+            Path(file).touch()
+
+
 def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], Any]]:
     """`hydra.main` on `conf/<config_name>.yaml`. Errors that a user can cause end in one line and exit code 2.
 
@@ -108,12 +122,13 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
                 if not first_process():  # the run folder is the first one's
                     sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=other_ranks"]
                 return run()
-            except (*MISTAKES, ValueError) as error:
+            except BaseException as error:
+                note_failure(error)
                 # Hydra's only ValueError on the way to main() is for group=null; main's own errors are not mistakes.
-                composing = not isinstance(error, ValueError) or "Config group override" in str(error)
-                if os.environ.get(TRACEBACK) == "1" or not composing:
-                    raise
-                sys.exit(report(error))
+                composing = isinstance(error, ValueError) and "Config group override" in str(error)
+                if os.environ.get(TRACEBACK) != "1" and (isinstance(error, MISTAKES) or composing):
+                    sys.exit(report(error))
+                raise
 
         return wrapped
 

@@ -14,7 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from sphinx_pl.cli import CONFIG_FOLDER, TRACEBACK, entry_point, register_resolvers
+from sphinx_pl.cli import CONFIG_FOLDER, FAILED, TRACEBACK, entry_point, note_failure, register_resolvers
 from sphinx_pl.errors import UserError
 from tests.conftest import REPOSITORY
 
@@ -141,3 +141,35 @@ def test_micro_batches_follow_from_the_rows_of_a_step_and_the_ranks() -> None:
     assert composed(*rows, "stage.accumulate=5").stage.accumulate == 5
     with pytest.raises(Exception, match=r"rows_per_step=48 is not a multiple of data\.packing\.rows=2 \* 5 \* 1"):
         composed(*rows, "trainer.devices=5").stage.accumulate  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("error", "fails"),
+    [
+        (UserError("wrong"), True),
+        (ZeroDivisionError(), True),
+        (SystemExit(2), True),
+        (SystemExit("a sentence"), True),
+        (SystemExit(0), False),
+        (SystemExit(None), False),
+        (SystemExit(128 + 12), False),  # saved at a signal
+        (KeyboardInterrupt(), False),
+    ],
+    ids=repr,
+)
+def test_a_failure_is_told_from_a_signal(
+    error: BaseException, fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FAILED, str(tmp_path / "failed"))
+    note_failure(error)
+    assert (tmp_path / "failed").exists() == fails
+
+
+def test_a_script_that_fails_notes_it(failure: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FAILED, str(tmp_path / "failed"))
+
+    def main(cfg: DictConfig) -> None:
+        raise UserError("wrong")
+
+    failure(main_that(main))
+    assert (tmp_path / "failed").exists()

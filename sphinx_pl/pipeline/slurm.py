@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from sphinx_pl.cli import FAILED
 from sphinx_pl.errors import UserError
 from sphinx_pl.files import write_whole
 from sphinx_pl.pipeline.local import shown
@@ -101,6 +102,7 @@ def script(step: Step, state: State, name: str) -> str:
             trap : TERM INT USR1 USR2
             """
         )
+        + f"export {FAILED}={shlex.quote(str(state.failure(step.name).absolute()))}\n"
         + setup
         + f"{note} begin {where} || exit\n"
         + f"{shlex.join([*srun, *options['srun'], *step.command])}\n"

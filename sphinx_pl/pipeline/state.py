@@ -1,7 +1,8 @@
 """What is known of each step, in one small file a step, and what follows from it: done, to be run, why.
 
 A file a step, because the jobs of a cluster write them at the same time: NAME.json (`Record`), NAME.yaml (the step's
-configuration at its last attempt), NAME.log, NAME.sh (its job), all in `<output_dir>/pipeline`.
+configuration at its last attempt), NAME.log, NAME.sh (its job), NAME.failed (its script has failed), all in
+`<output_dir>/pipeline`.
 """
 
 from __future__ import annotations
@@ -80,6 +81,10 @@ class State:
     def log(self, name: str) -> Path:
         return self.folder / f"{name}.log"
 
+    def failure(self, name: str) -> Path:
+        """A file that the step's script makes when it fails, see `cli.note_failure`."""
+        return self.folder / f"{name}.failed"
+
     def names(self) -> list[str]:
         """Of all steps with a record, in the order in which they were planned last."""
         known = {path.stem for path in self.folder.glob("*.json")}
@@ -153,6 +158,7 @@ class State:
             raise UserError(f"step {name} needs {', '.join(missing)}, which is not done")
         if record.redo or (record.inputs is not None and record.inputs != inputs):
             drop(record)
+        self.failure(name).unlink(missing_ok=True)
         started = {"state": "running", "started": now(), "ended": None, "exit": None, "host": socket.gethostname()}
         return self.write(record, **started, made=None, inputs=inputs, redo=False, **changes)
 
@@ -161,7 +167,7 @@ class State:
         record = self.read(name)
         assert record is not None
         product = Path(record.product)
-        if interrupted or code in _TOLD_TO_GO:
+        if interrupted or (code in _TOLD_TO_GO and not self.failure(name).exists()):
             state = "interrupted"
         else:
             state = "done" if code == 0 and product.is_file() else "failed"

@@ -234,3 +234,17 @@ def test_on_a_terminal_the_step_has_one_and_its_log_has_none(tmp_path: Path) -> 
     assert b"\x1b[31m100 %" in shown
     log = (tmp_path / "pipeline" / "a.log").read_text()
     assert log.splitlines()[-2:] == ["True", "100 %"]
+
+
+@pytest.mark.parametrize(("failed", "state"), [(True, "failed"), (False, "interrupted")])
+def test_a_step_of_several_tasks_of_which_one_failed_has_failed(
+    failed: bool, state: str, tmp_path: Path, run: Callable[..., Done]
+) -> None:
+    """srun ends the other tasks by SIGTERM and says that; what was told to go has noted no failure."""
+    assert run().returncode == 0
+    known = State(tmp_path / "pipeline")
+    known.failure("a").touch()  # of an attempt before
+    known.begin("a")
+    if failed:
+        known.failure("a").touch()
+    assert known.end("a", 128 + signal.SIGTERM).state == state
