@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 
+# The first backward pass decides whether autograd has threads, which no fork survives: none where it sees CPUs only.
+torch.ones(1, requires_grad=True).backward()  # type: ignore[no-untyped-call]
+
 
 def on_ranks(ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
     """What `function(*args)` returns in each of `ranks` processes, which see themselves as torchrun's.
