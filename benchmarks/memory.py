@@ -222,8 +222,8 @@ def measure(
         result = subprocess.run(command, env=environment, capture_output=True, text=True)
         if result.returncode:
             raise UserError(f"a rank failed: {result.stderr.strip()[-2000:]}")
-        ranks = [json.loads((folder / f"rank-{rank}").read_text()) for rank in range(ranks)]
-        return Measured(max(rank["peak"] for rank in ranks), ranks[0]["seconds"], ranks[0]["losses"], plan)
+        found = [json.loads((folder / f"rank-{rank}").read_text()) for rank in range(ranks)]
+        return Measured(max(rank["peak"] for rank in found), found[0]["seconds"], found[0]["losses"], plan)
 
 
 def results(found: Measured) -> Iterator[Table]:
