@@ -27,7 +27,7 @@ from sphinx_pl.cli import report
 from sphinx_pl.errors import UserError
 from sphinx_pl.gpus import name_of_device
 
-MODELS = ("sphinx_7b", "sphinx_13b")
+MODELS = "sphinx_7b,sphinx_13b"
 STEP = (
     "experiment=paper_pretrain_real",
     "trainer=zero3",
@@ -112,7 +112,7 @@ COLUMNS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="of train.py's configuration")
-    parser.add_argument("--models", nargs="+", default=MODELS, metavar="MODEL", help="of conf/model")
+    parser.add_argument("--models", default=MODELS, metavar="MODEL,...", help="of conf/model")
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_intermixed_args(arguments)
     try:
@@ -120,12 +120,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         table = Table(title=torch.cuda.get_device_name() if device.type == "cuda" else "CPU, one thread")
         for column in COLUMNS:
             table.add_column(column, justify="right")
-        for model in options.models:
+        for model in options.models.split(","):
             overrides, states = overrides_of(model, options.overrides)
             found = measure(overrides, steps=options.steps)
             bf16 = found.plan.engine.precision.startswith("bf16")
             table.add_row(*row(found, states, peak_flops(device, torch.bfloat16 if bf16 else torch.float32)))
-        Console().print(table)
+        console = Console()
+        (console if console.is_terminal else Console(width=200)).print(table)
     except (UserError, HydraException) as error:
         return report(error)
     return 0
