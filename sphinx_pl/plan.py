@@ -728,7 +728,7 @@ def advice(
     full: Checkpointing = "full"
     if engine.kind != sharded.kind:
         found = micro_batches(config, shape, run_of(sharded, parts, full, accumulate))
-    offloaded = replace(sharded, kind="zero3", offload_optimizer="cpu", offload_weights="cpu")
+    offloaded = replace(sharded, kind="zero3", offload_optimizer="cpu", offload_weights="cpu", bf16_masters=False)
     for rows in dict.fromkeys((shape.rows, 1)):
         peaks = found.peaks(rows)
         with_rows = "" if rows == shape.rows else f" data.packing.rows={rows}"
