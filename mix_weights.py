@@ -1,149 +1,343 @@
-"""Mix the weights of several checkpoints into one, and evaluate the path between two. Keys: conf/mix_weights.yaml."""
+"""Mix the weights of several checkpoints into one, and see whether it helps. Keys: conf/mix_weights.yaml."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
-import torch
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 
-from sphinx_pl.checkpoint.format import Checkpoint, check_free, open_checkpoint
-from sphinx_pl.checkpoint.mixing import check_compatible, check_weights, mix_checkpoints
+from sphinx_pl.checkpoint.stored import OurNames
 from sphinx_pl.cli import entry_point
 from sphinx_pl.errors import UserError, suggest
-from sphinx_pl.evaluation.device import check_precision, choose_device
+from sphinx_pl.evaluation.criterion import Criterion, Measures
+from sphinx_pl.evaluation.device import autocast, check_precision, choose_device
+from sphinx_pl.mixing.methods import METHODS
+from sphinx_pl.mixing.mix import DTYPES, Plan, Recipe, check_out, mix, needs_our_names, open_models, plan_mixture
 from sphinx_pl.typed import pick
 
 if TYPE_CHECKING:
-    from sphinx_pl.data.datamodule import DataModule
+    from sphinx_pl.evaluation.mixtures import MixtureEvaluator
+    from sphinx_pl.models.sphinx import Sphinx
+
+AUTO = "auto"
+GREEDY = "greedy_soup"
+POINTS = 11
+"""Of a curve that beta=auto needs and nobody asked for."""
 
 
 @dataclass
 class MixConfig:
     """The keys of conf/mix_weights.yaml, which explains them, with their types."""
 
-    checkpoints: list[str]
-    weights: Optional[list[float]]
-    beta: Optional[float]
-    normalize: bool
-    method: str
-    out: Optional[str]
-    overwrite: bool
-    curve: Optional[int]
-    curve_dir: Optional[str]
-    curve_sources: Optional[list[str]]
-    device: str
-    precision: str
+    checkpoints: list[str] = field(default_factory=list)
+    last: Optional[int] = None
+    base: Optional[str] = None
+    method: str = "linear"
+    weights: Optional[list[float]] = None
+    beta: Any = None
+    normalize: bool = False
+    any_sum: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+    rules: list[Any] = field(default_factory=list)
+    arithmetic: str = "float32"
+    out: Optional[str] = None
+    layout: Optional[str] = None
+    shards: Optional[int] = None
+    dtype: Optional[str] = None
+    overwrite: bool = False
+    workers: Optional[int] = None
+    curve: Optional[int] = None
+    curve_dir: Optional[str] = None
+    curve_sources: Optional[list[str]] = None
+    curve_tasks: Optional[list[str]] = None
+    curve_limit: int = 50
+    criterion: str = "loss"
+    search: Optional[list[str]] = None
+    budget: int = 20
+    device: str = "auto"
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
         if self.weights is not None and self.beta is not None:
             raise UserError("weights and beta are both given: drop one of them")
-        if self.out is None and self.curve is None:
+        if self.beta is not None and self.beta != AUTO and not _is_number(self.beta):
+            raise UserError(f"beta={self.beta} must be a number or auto")
+        if self.out is None and self.curve is None and self.search is None:
             raise UserError("nothing to do: give out=FOLDER to write a mixture, or curve=11 to evaluate a curve")
         if self.curve is not None and self.curve < 2:
             raise UserError(f"curve={self.curve} must be at least 2, the two ends")
-        if self.curve is not None and self.out is None and self.curve_dir is None:
+        if self.measures and self.out is None and self.curve_dir is None:
             raise UserError("the curve has no place to go: give curve_dir=FOLDER")
+        if self.search is not None and (self.rules or self.weights is not None or _is_number(self.beta)):
+            raise UserError("search= finds the weights: leave out weights, beta and rules")
+        if self.method == GREEDY and (self.weights is not None or self.beta is not None or self.rules or self.search):
+            raise UserError(f"method={GREEDY} finds the weights: leave out weights, beta, rules and search")
+        for name in ("last", "shards", "workers", "curve_limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}={value} must be at least 1")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise UserError(f"dtype={self.dtype}: {suggest(self.dtype, DTYPES)}")
+        Criterion(self.criterion)
         check_precision(self.precision)
 
-    def coefficients(self) -> list[float]:
-        """One for each checkpoint, from `weights` or `beta`.
+    @property
+    def finds(self) -> bool:
+        """Whether the weights follow from evaluations."""
+        return self.beta == AUTO or self.search is not None or self.method == GREEDY
+
+    @property
+    def measures(self) -> bool:
+        """Whether mixtures are evaluated."""
+        return self.finds or self.curve is not None
+
+    def recipe(self, count: int) -> Recipe:
+        """What is to be mixed of so many checkpoints; equal weights stand for those still to be found.
 
         Raises:
-            UserError: neither is given, or they do not fit the checkpoints.
+            UserError: the keys do not go together.
         """
-        if self.beta is not None and len(self.checkpoints) != 2:
-            raise UserError(f"beta is for 2 checkpoints, not {len(self.checkpoints)}: give weights=[...] instead")
-        if self.beta is not None:
-            return check_weights([self.beta, 1 - self.beta], 2)
-        if self.weights is None:
-            raise UserError("how much of each checkpoint? Give weights=[...], or beta=0.5 for two")
-        return check_weights(self.weights, len(self.checkpoints), self.normalize)
+        weights = self.weights
+        if self.finds:
+            weights = [1 / max(count, 1)] * count
+        elif self.beta is not None:
+            if count != 2:
+                raise UserError(f"beta is for 2 checkpoints, not {count}: give weights=[...] instead")
+            weights = [self.beta, 1 - self.beta]
+        elif self.out is None and weights is None and not self.rules and METHODS[self.method].weights is None:
+            weights = [1 / max(count, 1)] * count  # a curve alone has its own
+        recipe = Recipe(weights, self.method, self.options, self.rules, self.normalize, self.any_sum, self.arithmetic)
+        recipe.check(count, self.base is not None)
+        return recipe
+
+    def paths(self) -> list[str]:
+        """The checkpoints; of a pattern those that there are, by the numbers in their names.
+
+        Raises:
+            UserError: a pattern that nothing fits.
+        """
+        found: list[str] = []
+        for path in self.checkpoints:
+            if not set(path) & set("*?["):
+                found.append(path)
+            elif matches := _matches(path):
+                found += matches
+            else:
+                raise UserError(f"checkpoints: nothing fits '{path}': check the path")
+        return found[-self.last :] if self.last else found
 
 
-def curve_data(options: MixConfig, checkpoints: list[Checkpoint], data: DictConfig) -> DataModule:
-    """What the curve is measured on.
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _matches(pattern: str) -> list[str]:
+    root = Path(pattern).anchor
+    paths = Path(root or ".").glob(pattern.removeprefix(root))
+    return sorted((str(path) for path in paths if not path.name.startswith(".")), key=_by_numbers)
+
+
+def _by_numbers(path: str) -> list[tuple[int, str]]:
+    """step-20 comes before step-100."""
+    return [(int(word), "") if word.isdigit() else (-1, word) for word in re.split(r"(\d+)", path)]
+
+
+class Measuring:
+    """What mixtures are measured by: held-out losses, and scores of test questions if tasks are named.
 
     Raises:
-        UserError: a source that is not there, not two checkpoints, or no matplotlib to draw with.
+        UserError: a source that is not there, no tokenizer or prompt format, or no matplotlib to draw with.
     """
-    from sphinx_pl.data.datamodule import DataModule
-    from sphinx_pl.data.processor import Processor
-    from sphinx_pl.evaluation.curve import check_ends
 
-    check_ends(checkpoints)
-    if find_spec("matplotlib") is None:
-        raise UserError("curve= draws a picture and needs matplotlib: pip install 'sphinx-pl[sample]'")
-    first = checkpoints[0]
-    values: dict[str, Any] = {
-        key: OmegaConf.to_container(data[key], resolve=True) for key in ("val_sources", "packing")
-    }
-    sources: Any = values["val_sources"]
-    for name in options.curve_sources or ():
-        if name not in sources:
-            raise UserError(f"curve_sources: no held-out source '{name}': {suggest(name, sources)}")
-    values["val_sources"] = {name: sources[name] for name in options.curve_sources or sources}
-    processor = Processor.from_dict(first.processor, first.tokenizer_file, first.model_config)
-    datamodule = DataModule(processor, sources={}, val_samples=data.val_samples, **values)
-    datamodule.check()
-    return datamodule
+    def __init__(self, options: MixConfig, first: OurNames, data: DictConfig) -> None:
+        from sphinx_pl.data.datamodule import DataModule
+        from sphinx_pl.data.processor import Processor
+
+        if find_spec("matplotlib") is None:
+            raise UserError("curve= draws a picture and needs matplotlib: pip install 'sphinx-pl[sample]'")
+        checkpoint = first.checkpoint
+        if not checkpoint.processor:
+            raise UserError(
+                f"'{checkpoint.path}' is a decoder without a prompt format: its losses on data cannot be measured"
+            )
+        self.options = options
+        self.processor = Processor.from_dict(checkpoint.processor, checkpoint.tokenizer_file, checkpoint.model_config)
+        values: dict[str, Any] = {
+            key: OmegaConf.to_container(data[key], resolve=True) for key in ("val_sources", "packing")
+        }
+        sources: Any = values["val_sources"]
+        for name in options.curve_sources or ():
+            if name not in sources:
+                raise UserError(f"curve_sources: no held-out source '{name}': {suggest(name, sources)}")
+        values["val_sources"] = {name: sources[name] for name in options.curve_sources or sources}
+        self.data = DataModule(self.processor, sources={}, val_samples=data.val_samples, **values)
+        self.data.check()
+        self.records = self._records(data) if options.curve_tasks else []
+        # Decoded once for all points; val_samples bounds the memory.
+        self.loaders = {name: list(batches) for name, batches in self.data.val_loaders().items()}
+
+    def _records(self, data: DictConfig) -> list[Any]:
+        from evaluate import read_records
+        from sphinx_pl.evaluation.benchmarks import select
+
+        test: Any = OmegaConf.to_container(data.get("test") or {}, resolve=True)
+        found, _ = read_records(test, "test")
+        tasks = {record.task for record in found}
+        for task in self.options.curve_tasks or ():
+            if task not in tasks:
+                raise UserError(f"curve_tasks: data.test has no task '{task}': {suggest(task, tasks)}")
+        return select([r for r in found if r.task in (self.options.curve_tasks or ())], self.options.curve_limit)
+
+    def __call__(self, model: Sphinx) -> Measures:
+        import torch
+
+        from sphinx_pl.evaluation.benchmarks import evaluate
+        from sphinx_pl.evaluation.losses import SourceLoss, held_out_losses
+
+        losses = held_out_losses(model, self.loaders, self.options.precision)
+        measures = {f"loss/{name}": loss for name, loss in losses.items()}
+        if self.records:
+            device = next(model.parameters()).device
+            with torch.no_grad(), autocast(device, self.options.precision):
+                predictions = evaluate(model, self.processor, self.records, batch_size=32, progress=False)
+            for task in dict.fromkeys(prediction.task for prediction in predictions):
+                scores = torch.tensor([p.score for p in predictions if p.task == task], dtype=torch.float64)
+                measures[f"score/{task}"] = SourceLoss(scores, torch.ones_like(scores))
+        return measures
 
 
-def write_mixing_curve(
-    options: MixConfig, checkpoints: list[Checkpoint], datamodule: DataModule, folder: Path, device: torch.device
-) -> dict[str, Any]:
-    """Evaluate and write the curve; returns the content of curve.json."""
-    from sphinx_pl.evaluation.curve import mixing_curve, write_curve
-    from sphinx_pl.evaluation.losses import held_out_losses
-    from sphinx_pl.models.sphinx import Sphinx
+def _find(
+    options: MixConfig, evaluate: MixtureEvaluator, folder: Path, console: Console
+) -> tuple[dict[str, Any], dict[str, Any] | None, float]:
+    """Evaluate what was asked for.
 
-    assert options.curve is not None
-    # Decoded once for all points; val_samples bounds the memory.
-    loaders = {name: list(batches) for name, batches in datamodule.val_loaders().items()}
-    model = Sphinx(checkpoints[0].model_config).to(device)
-    betas = [index / (options.curve - 1) for index in range(options.curve)]
-    points = mixing_curve(
-        model, checkpoints, betas, lambda m: held_out_losses(m, loaders, options.precision), options.method
-    )
-    return write_curve(points, folder)
+    Returns:
+        Keys of the recipe that were found, what the provenance says of it, and the best value.
+    """
+    from sphinx_pl.evaluation import search
+    from sphinx_pl.evaluation.curve import describe_best, measure_curve, write_curve
+
+    criterion, count = Criterion(options.criterion), len(evaluate.plan.models)
+    found: dict[str, Any] = {}
+    origin: dict[str, Any] | None = None
+    value, start = float("nan"), 0.5
+    if options.curve is not None or options.beta == AUTO:
+        points = measure_curve(evaluate, options.curve or POINTS)
+        content = write_curve(points, folder, criterion)
+        value, why = content["best"]["value"], describe_best(content)
+        console.print(f"Curve: {folder / 'curve.csv'}. {why}", markup=False, highlight=False)
+        start = content["best"].get("beta", start)
+        if options.beta == AUTO:
+            found = {"weights": content["best"]["weights"]}
+            origin = {"chosen_by": {"criterion": options.criterion, "curve": len(points), "why": why}}
+    if options.search is not None:
+        trials, best = search.search_parts(
+            evaluate,
+            options.search,
+            options.budget,
+            criterion,
+            start,
+            lambda trial: console.print(
+                "  ".join(f"{part} {beta:.3g}" for part, beta in trial.betas.items())
+                + f": {criterion.value(trial.measures):.4f}",
+                markup=False,
+                highlight=False,
+            ),
+        )
+        content = search.write_search(trials, best, criterion, folder)
+        value, betas = content["value"], dict(content["betas"])
+        low, high = content["gain_interval"]
+        why = (
+            f"{', '.join(f'{part} {beta:g}' for part, beta in betas.items())}: {options.criterion} {value:.4f}; on the "
+            f"samples that had no say in the choice better than beta={start:g} everywhere by {content['gain']:.4f} "
+            f"(95 % interval {low:.4f} to {high:.4f})"
+        )
+        console.print(f"Search: {folder / 'search.csv'}, {len(trials)} mixtures. {why}.", markup=False, highlight=False)
+        rest = betas.pop(search.REST, start)
+        rules = [{"match": part, "beta": beta} for part, beta in betas.items()]
+        found = {"weights": [rest, 1 - rest], "rules": rules}
+        origin = {"chosen_by": {"criterion": options.criterion, "search": len(trials), "why": why}}
+    if options.method == GREEDY:
+        chosen = search.greedy_soup(
+            evaluate,
+            criterion,
+            lambda models, at, kept: console.print(
+                f"{', '.join(str(evaluate.plan.models[m].path) for m in models)}: {options.criterion} {at:.4f}"
+                + (" (kept)" if kept else ""),
+                markup=False,
+                highlight=False,
+            ),
+        )
+        found = {"weights": search.soup_weights(chosen, count)}
+        origin = {"chosen_by": {"criterion": options.criterion, "soup": chosen}}
+    return found, origin, value
+
+
+def summarise(said: dict[str, Any], out: Path, console: Console) -> None:
+    """What was mixed: how far apart the models are, part by part."""
+    from sphinx_pl.mixing.show import distances_table
+
+    console.print(distances_table(said))
+    weights = f" (weights {', '.join(f'{weight:g}' for weight in said['weights'])})" if "weights" in said else ""
+    console.print(f"Mixed checkpoint: {out}{weights}", markup=False, highlight=False)
+
+
+def _plan(options: MixConfig, paths: Sequence[str], recipe: Recipe, own: bool) -> Plan:
+    models, base = open_models(paths, options.base, own)
+    return plan_mixture(models, base, recipe, cast=options.dtype is not None)
 
 
 @entry_point(config_name="mix_weights")
 def main(cfg: DictConfig) -> float | None:
-    """Returns the lowest mean loss on the curve, if one was asked for."""
-    options = pick(MixConfig, cfg)
+    """Returns the criterion's best value, if mixtures were evaluated."""
+    options, console = pick(MixConfig, cfg), Console()
     device = choose_device(options.device)
     out = Path(options.out) if options.out else None
-    weights = options.coefficients() if out else []
+    paths = options.paths()
+    recipe = options.recipe(len(paths))
     if out is not None:
-        check_free(out, options.overwrite)
-    checkpoints = [open_checkpoint(path) for path in options.checkpoints]
-    check_compatible(checkpoints)
-    datamodule = curve_data(options, checkpoints, cfg.data) if options.curve is not None else None
-    if out is not None:
-        mix_checkpoints(
-            checkpoints,
-            weights,
-            out,
-            method=options.method,
-            overwrite=options.overwrite,
-            config=dataclasses.asdict(options),
-        )
-        print(f"Mixed checkpoint: {out} (weights {', '.join(f'{weight:g}' for weight in weights)})")
-    if datamodule is None:
-        return None
-    folder = Path(options.curve_dir or options.out or ".")
-    content = write_mixing_curve(options, checkpoints, datamodule, folder, device)
-    best = content["best"]
-    print(
-        f"Curve: {folder / 'curve.csv'}. The mean loss is lowest at beta={best['beta']:g}: {best['mean']:.4f}, "
-        f"{best['gain']:.4f} below the better end."
+        check_out(out, options.overwrite)
+    own = not needs_our_names(paths, options.layout, options.shards)
+    plan = _plan(options, paths, recipe, own)
+    value, origin = None, None
+    if options.measures:
+        from sphinx_pl.evaluation.curve import simplex
+        from sphinx_pl.evaluation.mixtures import MixtureEvaluator
+
+        if options.curve is not None or options.beta == AUTO:
+            simplex(len(paths), options.curve or POINTS)
+        measured = _plan(options, paths, recipe, own=False)
+        first = measured.models[0]
+        assert isinstance(first, OurNames)
+        evaluate = MixtureEvaluator(measured, Measuring(options, first, cfg.data), device)
+        found, origin, value = _find(options, evaluate, Path(options.curve_dir or options.out or "."), console)
+        if found:
+            plan = _plan(options, paths, dataclasses.replace(recipe, **found), own)
+        del evaluate
+    if out is None:
+        return value
+    console.print(plan.table())
+    said = mix(
+        plan,
+        out,
+        layout=options.layout,
+        shards=options.shards,
+        dtype=DTYPES[options.dtype] if options.dtype else None,
+        overwrite=options.overwrite,
+        workers=options.workers,
+        config=dataclasses.asdict(options),
+        origin=origin,
+        progress="Mixing",
     )
-    return float(best["mean"])
+    summarise(said, out, console)
+    return value
 
 
 if __name__ == "__main__":

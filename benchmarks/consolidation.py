@@ -35,8 +35,7 @@ from torch.utils.data import DataLoader
 from benchmarks.data import status
 from benchmarks.memory import configuration, random_batch, stage_and_trainer
 from callbacks.checkpoint import write_training_checkpoint
-from sphinx_pl.checkpoint.format import SafetensorsFile, check_room, compare, open_checkpoint, sync
-from sphinx_pl.checkpoint.mixing import same_bits
+from sphinx_pl.checkpoint.format import SafetensorsFile, check_room, compare, open_checkpoint, same_bits, sync
 from sphinx_pl.cli import report
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.record import Batch

@@ -28,8 +28,9 @@ from rich.table import Table
 from torch import Tensor
 
 from sphinx_pl.checkpoint.format import TensorInfo
+from sphinx_pl.checkpoint.layout import write_parallel
 from sphinx_pl.checkpoint.original import decoder_sizes, shipped_model
-from sphinx_pl.checkpoint.parallel import split, write_parallel
+from sphinx_pl.checkpoint.parallel import split
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.decoder import Decoder
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from sphinx_pl.checkpoint.mixing import linear, same_bits
 
 import mix_weights
 from sphinx_pl.checkpoint.format import open_checkpoint, write_checkpoint
-from sphinx_pl.checkpoint.mixing import linear, same_bits
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx

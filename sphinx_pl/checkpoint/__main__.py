@@ -19,21 +19,24 @@ from sphinx_pl.checkpoint.format import (
     TensorInfo,
     check_free,
     check_room,
+    local_folder,
     open_checkpoint,
     write_checkpoint,
 )
 from sphinx_pl.checkpoint.llm import write_huggingface
 from sphinx_pl.checkpoint.original import Restored, write_original
 from sphinx_pl.checkpoint.provenance import provenance
+from sphinx_pl.checkpoint.stored import HuggingFaceFolder, content_hash, open_stored, store
 from sphinx_pl.cli import report
 from sphinx_pl.data.conversation import SYSTEM
 from sphinx_pl.errors import UserError
+from sphinx_pl.mixing.show import distances_table
 from sphinx_pl.models.sphinx import Sphinx
 
 PATH = "a checkpoint folder of any layout that this project reads, or hf-hub:OWNER/NAME"
 
 
-def parts_table(checkpoint: Checkpoint) -> Table:
+def parts_table(checkpoint: Checkpoint | HuggingFaceFolder) -> Table:
     """Tensors, parameters, dtypes and bytes of each part: a tower, or a module such as `decoder.layers`."""
     infos: dict[str, list[TensorInfo]] = defaultdict(list)
     for name in checkpoint:
@@ -55,13 +58,25 @@ def parts_table(checkpoint: Checkpoint) -> Table:
     return table
 
 
-def provenance_table(checkpoint: Checkpoint) -> Table:
+def provenance_table(checkpoint: Checkpoint | HuggingFaceFolder) -> Table:
     """The provenance without the composed configuration, which is long and lies in `provenance.json`."""
     table = Table("provenance", "", show_header=True)
     for key, value in checkpoint.provenance.items():
         if key == "parents":
             for parent in value:
-                table.add_row("parent", Text(f"{parent['path']} ({parent['stage']}) sha256 {parent['sha256'][:16]}…"))
+                kind = next((kind for kind in ("xxh3_128", "sha256") if kind in parent), "")
+                table.add_row(
+                    "parent", Text(f"{parent['path']} ({parent['stage']}) {kind} {parent.get(kind, '')[:16]}…")
+                )
+        elif key == "mixing":
+            for said, item in value.items():
+                if said == "rules" and len(item) > 1:
+                    for rule in item:
+                        ends = " → ".join(", ".join(f"{w:g}" for w in point) for point in rule["weights"])
+                        table.add_row("mixing", Text(f"{rule['tensors']}: {ends} ({rule['number']} tensors)"))
+                elif said not in ("parts", "rules") and item not in (None, {}, []):
+                    pairs = item.items() if isinstance(item, dict) else [("", item)]
+                    table.add_row("mixing", Text(f"{said} " + ", ".join(f"{n} {v}".strip() for n, v in pairs)))
         elif key == "command":
             table.add_row(key, Text(" ".join(value)))
         elif key != "config":
@@ -88,6 +103,9 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     show = commands.add_parser("show", help="parts, dtypes, parameter counts and provenance")
     show.add_argument("path", help=PATH)
+    show.add_argument(
+        "--hash", action="store_true", help="also the hash that a mixture made of it names (reads all of it)"
+    )
     importer = commands.add_parser("import", help="write a checkpoint of another layout in ours")
     importer.add_argument("path", help=PATH)
     importer.add_argument("out", help="the folder to write")
@@ -101,6 +119,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     console = Console()
     try:
+        if options.command == "show":
+            return _show(options, console)
         checkpoint = open_checkpoint(options.path)
         if options.command == "import":
             checkpoint = Restored(checkpoint, open_checkpoint(options.base)) if options.base else checkpoint
@@ -113,6 +133,24 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         return report(error)
     console.print(parts_table(checkpoint), provenance_table(checkpoint))
+    return 0
+
+
+def _show(options: argparse.Namespace, console: Console) -> int:
+    folder = local_folder(options.path)
+    checkpoint: Checkpoint | HuggingFaceFolder
+    try:
+        checkpoint = open_checkpoint(folder)
+    except UserError:
+        if not HuggingFaceFolder.matches(folder):
+            raise
+        checkpoint = HuggingFaceFolder(folder)  # of a model that this project doesn't have: it can be mixed
+    console.print(parts_table(checkpoint), provenance_table(checkpoint))
+    if mixing := checkpoint.provenance.get("mixing"):
+        console.print(distances_table(mixing))
+    if options.hash:
+        (stored,) = store([open_stored(options.path)])
+        console.print(f"xxh3_128 {content_hash(stored)}")
     return 0
 
 

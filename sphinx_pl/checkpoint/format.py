@@ -18,7 +18,6 @@ import errno
 import hashlib
 import json
 import logging
-import math
 import os
 import shutil
 import zlib
@@ -189,23 +188,35 @@ class SafetensorsFile(Mapped):
         return tensor
 
     def read_into(self, out: Tensor, name: str, start: int) -> None:
-        """Fill `out` (contiguous, of the stored dtype) with elements from `start` on along the first axis.
+        """Fill `out` (contiguous, of the stored dtype) with elements of the flattened tensor from `start` on.
 
         They are read, not mapped, so that nothing but `out` takes memory.
 
         Raises:
             UserError: the file is gone or has become shorter.
         """
-        begin = self._offset(name) + start * math.prod(self.info(name).shape[1:]) * out.itemsize
-        rest: memoryview = out.view(-1).view(torch.uint8).numpy().data
+        with self.reader(name) as read:  # opened each time: there can be more files than a process may have open
+            read(out, start)
+
+    @contextmanager
+    def reader(self, name: str) -> Iterator[Callable[[Tensor, int], None]]:
+        """`read_into` of one tensor for many stretches of it. Several threads may each have one."""
+        begin = self._offset(name)
+
+        def read(out: Tensor, start: int) -> None:
+            rest: memoryview = out.view(-1).view(torch.uint8).numpy().data
+            place = begin + start * out.itemsize
+            while rest:
+                if not (count := os.preadv(descriptor, [rest], place)):
+                    raise UserError(f"'{self.path}' is damaged (it ends too early): copy the checkpoint again")
+                rest, place = rest[count:], place + count
+
         try:
-            # Opened each time: of many ranks there are more files than a process may have open.
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(begin)
-                while rest:
-                    if not (count := file.readinto(rest)):
-                        raise UserError(f"'{self.path}' is damaged (it ends too early): copy the checkpoint again")
-                    rest = rest[count:]
+            descriptor = os.open(self.path, os.O_RDONLY)
+            try:
+                yield read
+            finally:
+                os.close(descriptor)
         except OSError as error:
             raise UserError(f"'{self.path}' cannot be read ({error}): copy the checkpoint again") from error
 
@@ -358,6 +369,13 @@ def compare(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int
     return "; ".join(parts)
 
 
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal in shape, dtype and every bit: distinguishes 0 from -0 and equates NaN with itself."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+
+
 FORMATS: Registry[type[Checkpoint]] = Registry("checkpoint format")
 
 
@@ -381,6 +399,18 @@ def _flatten(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return flat
 
 
+def local_folder(path: str | Path) -> Path:
+    """Where the checkpoint lies that `open_checkpoint` opens: the path itself, or the copy of what the hub has.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = _from_hub(path) if isinstance(path, str) and path.startswith(HUB) else Path(path)
+    if not path.exists():
+        raise UserError(f"checkpoint '{path}' does not exist: check the path")
+    return path
+
+
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open and validate the checkpoint at `path`, in whichever of `FORMATS` it is.
 
@@ -391,9 +421,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Raises:
         UserError: there is none, or it is damaged or of a version that this code does not know.
     """
-    path = _from_hub(path) if isinstance(path, str) and path.startswith(HUB) else Path(path)
-    if not path.exists():
-        raise UserError(f"checkpoint '{path}' does not exist: check the path")
+    path = local_folder(path)
     for reader in FORMATS.values():
         if reader.matches(path):
             return reader(path)
@@ -520,6 +548,16 @@ class SphinxCheckpoint(Checkpoint):
                 "restore that file, or write the checkpoint again without leaving towers out"
             )
         return value
+
+    @property
+    def shards(self) -> Sequence[str]:
+        """Names of the files with its weights."""
+        return list(self._shards)
+
+    @property
+    def left_out(self) -> Mapping[str, Any]:
+        """What is known of the tensors that are read from their towers' `load` entries, by name."""
+        return self._left_out
 
     def unused(self) -> Iterable[tuple[str, Tensor]]:
         if not (self.path / UNUSED).is_file():
@@ -683,6 +721,23 @@ def check_free(path: Path, overwrite: bool) -> None:
         raise UserError(f"'{path}' is not a checkpoint, so overwrite=true does not replace it: choose another path")
 
 
+def into_shards(infos: Mapping[str, TensorInfo], max_bytes: int = MAX_SHARD_BYTES) -> list[list[str]]:
+    """The names, in order, in groups of at most so many bytes, unless a single tensor has more."""
+    shards: list[list[str]] = []
+    room = 0
+    for name, info in infos.items():
+        if not shards or info.nbytes > room:
+            shards.append([])
+            room = max_bytes
+        shards[-1].append(name)
+        room -= info.nbytes
+    return shards
+
+
+def shard_names(count: int) -> list[str]:
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
 def write_shards(
     folder: Path,
     weights: Weights,
@@ -692,20 +747,12 @@ def write_shards(
 ) -> None:
     """Safetensors files of at most `max_bytes` (unless a single tensor has more) and their index, as Hugging Face's."""
     infos = {name: _stored_as(weights.info(name), dtype) for name in weights}
-    shards: list[dict[str, TensorInfo]] = []
-    room = 0
-    for name, info in infos.items():
-        if not shards or info.nbytes > room:
-            shards.append({})
-            room = max_bytes
-        shards[-1][name] = info
-        room -= info.nbytes
+    shards = [{name: infos[name] for name in names} for names in into_shards(infos, max_bytes)]
     total = sum(info.nbytes for info in infos.values())
     check_room(folder, total)
     weight_map: dict[str, str] = {}
     with progress_bar(progress, total) as written:
-        for number, shard in enumerate(shards, start=1):
-            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        for name, shard in zip(shard_names(len(shards)), shards, strict=True):
             write_safetensors(folder / name, shard, weights.tensor, written)
             weight_map |= dict.fromkeys(shard, name)
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -745,6 +792,31 @@ def _stored_as(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
     return TensorInfo(info.shape, dtype) if dtype is not None and info.dtype.is_floating_point else info
 
 
+def safetensors_header(
+    tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, int]]:
+    """The beginning of a file, and where in the file each tensor's values begin, in the order of the file.
+
+    Layout: 8 bytes with the header's length, the header as JSON, the values without gaps. As the library does, larger
+    elements come first, so that every tensor is aligned.
+    """
+    ordered = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    begins, end = {}, 0
+    for name in ordered:
+        info = tensors[name]
+        begins[name] = end
+        header[name] = {
+            "dtype": _NAMES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [end, end := end + info.nbytes],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    data = len(text).to_bytes(8, "little") + text
+    return data, {name: len(data) + begin for name, begin in begins.items()}
+
+
 def write_safetensors(
     file: Path,
     tensors: Mapping[str, TensorInfo],
@@ -754,29 +826,15 @@ def write_safetensors(
 ) -> None:
     """One file, a tensor at a time. The library's own writer holds all of them, twice.
 
-    Layout: 8 bytes with the header's length, the header as JSON, the values without gaps. As the library does, larger
-    elements come first, so that every tensor is aligned.
-
     Args:
         values: name -> value, which is cast to the dtype in `tensors`.
         written: told how many bytes each tensor had.
         metadata: kept in the header.
     """
-    ordered = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
-    end = 0
-    for name in ordered:
-        info = tensors[name]
-        header[name] = {
-            "dtype": _NAMES[info.dtype],
-            "shape": list(info.shape),
-            "data_offsets": [end, end := end + info.nbytes],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    header, offsets = safetensors_header(tensors, metadata)
     with file.open("wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for name, tensor in _one_ahead(ordered, tensors, values):
+        out.write(header)
+        for name, tensor in _one_ahead(offsets, tensors, values):
             value = tensor.detach().to("cpu", tensors[name].dtype).contiguous()
             if tuple(value.shape) != tensors[name].shape:
                 raise ValueError(f"'{name}' is {list(value.shape)}, announced as {list(tensors[name].shape)}")

@@ -18,6 +18,7 @@ from sphinx_pl.checkpoint.format import (
     CONFIG,
     FORMATS,
     INDEX,
+    PROVENANCE,
     TOKENIZER,
     Checkpoint,
     SafetensorsFile,
@@ -27,10 +28,9 @@ from sphinx_pl.checkpoint.format import (
     read_json,
     read_weight_map,
     sizes_of,
-    staged,
     write_json,
-    write_shards,
 )
+from sphinx_pl.checkpoint.layout import Entry, Layout, Whole, safetensors_layout, write_layout
 from sphinx_pl.checkpoint.original import decoder_config
 from sphinx_pl.checkpoint.parallel import ParallelFiles
 from sphinx_pl.errors import UserError, suggest
@@ -65,6 +65,11 @@ class MetaCheckpoint(Checkpoint):
         with sizes_of(path / PARAMS):
             self.config = _text_only(path.name, decoder_config(sizes, vocab))
         self.provenance = {"original": "Meta"}
+
+    @property
+    def parallel(self) -> ParallelFiles:
+        """Its tensors as they lie in the files, under Meta's names."""
+        return self._files
 
     def keys(self) -> Sequence[str]:
         return list(self._theirs)
@@ -159,6 +164,15 @@ def internlm2_source(name: str, config: DecoderConfig) -> Source:
     return Source((f"model.layers.{layer}.attention.wqkv.weight",), part_of)
 
 
+def our_llama_name(theirs: str) -> str:
+    """Our name of a tensor of `LlamaForCausalLM` or of a model that names its tensors like it; else theirs."""
+    ours = {value: key for key, value in (_LLAMA_TOP | _LLAMA_LAYER).items()}
+    if theirs in _LLAMA_TOP.values():
+        return f"decoder.{ours[theirs]}"
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", theirs)
+    return f"decoder.layers.{match[1]}.{ours.get(match[2], match[2])}" if match else theirs
+
+
 _FAMILIES: dict[str, Callable[[str, DecoderConfig], Source]] = {
     "llama": llama_source,
     "mixtral": llama_source,
@@ -218,7 +232,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         with sizes_of(path / CONFIG):
             decoder = _from_huggingface(values, path / CONFIG)
         self.config = _text_only(path.name, decoder)
-        self.provenance = {"original": kind}
+        self.provenance = {"original": kind} | (read_json(path / PROVENANCE) if (path / PROVENANCE).is_file() else {})
         if (path / INDEX).is_file():
             names = sorted(set(read_weight_map(path / INDEX).values()))
         else:
@@ -274,10 +288,15 @@ class LlamaWeights:
         return self._weights.info(self._ours[name])
 
     def tensor(self, name: str) -> Tensor:
-        tensor = self._weights.tensor(self._ours[name])
-        if name.endswith("q_proj.weight"):
-            return half_split(tensor, self._config.heads)
-        return half_split(tensor, self._config.kv_heads) if name.endswith("k_proj.weight") else tensor
+        tensor, rotate = self._weights.tensor(self._ours[name]), _rotated(name, self._config)
+        return tensor if rotate is None else rotate(tensor)
+
+
+def _rotated(name: str, config: DecoderConfig) -> Callable[[Tensor], Tensor] | None:
+    """How the tensor of that name is made of ours, if it is another."""
+    if name.endswith("q_proj.weight"):
+        return lambda tensor: half_split(tensor, config.heads)
+    return (lambda tensor: half_split(tensor, config.kv_heads)) if name.endswith("k_proj.weight") else None
 
 
 def huggingface_config(config: DecoderConfig, dtype: str) -> dict[str, Any]:
@@ -302,23 +321,43 @@ def huggingface_config(config: DecoderConfig, dtype: str) -> dict[str, Any]:
     }
 
 
-def write_huggingface(checkpoint: Checkpoint, out: Path) -> None:
-    """Write the decoder of `checkpoint` as a folder that `LlamaForCausalLM.from_pretrained` loads.
+def huggingface_layout(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Layout:
+    """A folder that `LlamaForCausalLM.from_pretrained` loads: the decoder, made of tensors that go by our names.
+
+    Args:
+        dtype: of all tensors; None: each one's own.
 
     Raises:
-        UserError: `out` exists, or the decoder is no LLaMA.
+        UserError: the decoder is no LLaMA.
     """
-    if out.exists():
-        raise UserError(f"'{out}' exists: choose another path")
     config = checkpoint.model_config.decoder
     if config.qk_norm or config.experts:
         unlike = "qk_norm" if config.qk_norm else "experts"
         raise UserError(
             f"'{checkpoint.path}': LlamaForCausalLM has no {unlike}: this decoder cannot be exported as one"
         )
-    dtype = str(checkpoint.info("decoder.norm.weight").dtype).removeprefix("torch.")
-    with staged(out) as folder:
-        write_shards(folder, LlamaWeights(checkpoint, config), progress="Exporting")
-        write_json(folder / CONFIG, huggingface_config(config, dtype))
+    entries = {}
+    for name in checkpoint:
+        if name.startswith("decoder."):
+            theirs, info = llama_source(name.removeprefix("decoder."), config).names[0], checkpoint.info(name)
+            here = TensorInfo(info.shape, dtype or info.dtype)
+            entries[theirs] = Entry(here, name, _rotated(theirs, config), info.shape)
+    said = str(dtype or checkpoint.info("decoder.norm.weight").dtype).removeprefix("torch.")
+
+    def finish(folder: Path) -> None:
+        write_json(folder / CONFIG, huggingface_config(config, said))
         shutil.copyfile(checkpoint.tokenizer_file, folder / TOKENIZER)
         write_json(folder / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True})
+
+    return safetensors_layout(entries, finish)
+
+
+def write_huggingface(checkpoint: Checkpoint, out: Path) -> None:
+    """Write the decoder of `checkpoint` in Hugging Face's layout.
+
+    Raises:
+        UserError: `out` exists, or see `huggingface_layout`.
+    """
+    if out.exists():
+        raise UserError(f"'{out}' exists: choose another path")
+    write_layout(out, huggingface_layout(checkpoint), Whole(checkpoint.tensor), progress="Exporting")

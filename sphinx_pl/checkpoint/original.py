@@ -14,6 +14,7 @@ import re
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,13 @@ from sphinx_pl.checkpoint.format import (
     TOKENIZER,
     Checkpoint,
     TensorInfo,
-    check_room,
     differences,
-    progress_bar,
     read_json,
     sizes_of,
-    staged,
     write_json,
 )
-from sphinx_pl.checkpoint.parallel import ParallelFiles, split, write_parallel
+from sphinx_pl.checkpoint.layout import Entry, Layout, TorchOut, Whole, write_layout
+from sphinx_pl.checkpoint.parallel import ParallelFiles, split
 from sphinx_pl.cli import CONFIG_FOLDER
 from sphinx_pl.data.processor import ProcessorConfig
 from sphinx_pl.errors import UserError, suggest
@@ -210,6 +209,11 @@ class OriginalCheckpoint(Checkpoint):
                 "CLIP gets exact GELU as in the original's own inference; its weights were trained with QuickGELU: "
                 "model.vision.clip.quick_gelu=true (docs/original.md has the difference)"
             )
+
+    @property
+    def parallel(self) -> ParallelFiles:
+        """Its tensors as they lie in the files, under the original's names."""
+        return self._files
 
     def _find_shards(self) -> list[Path]:
         found = {file: match for file in self.path.iterdir() if (match := _SHARD.fullmatch(file.name))}
@@ -393,46 +397,58 @@ def their_infos(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
     return infos
 
 
-def write_original(checkpoint: Checkpoint, out: Path, shards: int = 1) -> str:
-    """Write `checkpoint` as the original's folder of `shards` files, a tensor at a time; returns its type.
+def original_layout(checkpoint: Checkpoint, shards: int = 1, dtype: torch.dtype | None = None) -> Layout:
+    """The original's folder of `shards` files, made of tensors that go by our names.
 
     Parameters that the original has but no forward pass uses are those the checkpoint was imported with, else zeros.
 
+    Args:
+        dtype: of all tensors; None: each one's own.
+
     Raises:
-        UserError: the original has no such model, `out` exists, or a tensor cannot be split so often.
+        UserError: the original has no such model, or a tensor cannot be split so often.
     """
-    if out.exists():
-        raise UserError(f"'{out}' exists: choose another path")
     kind = original_type(checkpoint)
     experts, kv_heads = checkpoint.model_config.decoder.experts, checkpoint.model_config.decoder.kv_heads
     if kv_heads % shards:  # the original gives every rank whole heads
         raise UserError(f"'{checkpoint.path}' has {kv_heads} key/value heads, not a multiple of {shards} shards")
     unused = dict(checkpoint.unused())
     names = {their_name(name): name for name in checkpoint}
-    whole = their_infos(checkpoint)
-
-    def value(name: str) -> Tensor:
-        if name in names:
-            return checkpoint.tensor(names[name]).view(whole[name].shape)
-        return unused[name] if name in unused else torch.zeros(whole[name].shape, dtype=whole[name].dtype)
-
-    parts: list[dict[str, TensorInfo]] = [{} for _ in range(shards)]
-    for name, info in whole.items():
+    parts: list[dict[str, Entry]] = [{} for _ in range(shards)]
+    for name, info in their_infos(checkpoint).items():
         split_up = split(name, torch.empty(info.shape, device="meta"), shards, experts)
-        for part, tensor in zip(parts, split_up, strict=True):
-            part[name] = TensorInfo(tuple(tensor.shape), info.dtype)
-    total = sum(info.nbytes for part in parts for info in part.values())
-    check_room(out, total)
-    with staged(out) as folder, progress_bar("Exporting", total) as written:
-        for rank, part in enumerate(parts):
-            write_parallel(
-                folder / _shard_name(rank, shards),
-                part,
-                lambda name, rank=rank: split(name, value(name), shards, experts)[rank],  # type: ignore[misc]
-                wrap="model",
-                written=written,
-            )
+        for rank, tensor in enumerate(split_up):
+            here = TensorInfo(tuple(tensor.shape), dtype or info.dtype)
+            if name not in names:
+                value = unused.get(name)
+                zeros = partial(torch.zeros, info.shape, dtype=info.dtype)
+                parts[rank][name] = Entry(here, None, zeros if value is None else partial(torch.clone, value))
+            elif shards == 1:
+                parts[rank][name] = Entry(here, names[name])
+            else:
+                cut = partial(_part, name, rank, shards, experts)
+                parts[rank][name] = Entry(here, names[name], cut, info.shape)
+
+    def finish(folder: Path) -> None:
         write_json(folder / CONFIG, decoder_sizes(checkpoint.model_config.decoder))
         write_json(folder / META, {"llama_type": kind})
         shutil.copyfile(checkpoint.tokenizer_file, folder / TOKENIZER)
-    return kind
+
+    files = [TorchOut(_shard_name(rank, shards), part, wrap="model") for rank, part in enumerate(parts)]
+    return Layout([*files], finish)
+
+
+def _part(name: str, rank: int, shards: int, experts: int, whole: Tensor) -> Tensor:
+    return split(name, whole, shards, experts)[rank]
+
+
+def write_original(checkpoint: Checkpoint, out: Path, shards: int = 1) -> str:
+    """Write `checkpoint` as the original's folder of `shards` files, a tensor at a time; returns its type.
+
+    Raises:
+        UserError: `out` exists, or see `original_layout`.
+    """
+    if out.exists():
+        raise UserError(f"'{out}' exists: choose another path")
+    write_layout(out, original_layout(checkpoint, shards), Whole(checkpoint.tensor), progress="Exporting")
+    return original_type(checkpoint)

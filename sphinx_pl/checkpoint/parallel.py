@@ -1,4 +1,4 @@
-"""Files of `torch.save` that model-parallel ranks wrote: tensors split over them, read and written one at a time.
+"""Files of `torch.save` that model-parallel ranks wrote: tensors split over them, read one at a time.
 
 The layout is LLaMA2-Accessory's, and for a decoder alone also Meta's. Files are memory-mapped pickles: only tensors are
 allowed in them, so opening one executes nothing.
@@ -7,21 +7,17 @@ allowed in them, so opening one executes nothing.
 from __future__ import annotations
 
 import logging
-import os
 import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from mmap import MAP_SHARED
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.serialization import get_crc32_options, set_crc32_options, set_default_mmap_options, skip_data
 
-from sphinx_pl.checkpoint.format import MAPPED_BYTES, Mapped, TensorInfo
+from sphinx_pl.checkpoint.format import Mapped, TensorInfo
 from sphinx_pl.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -58,6 +54,11 @@ def _views(name: str, tensor: Tensor, ranks: int, experts: int) -> list[Tensor]:
         size = tensor.shape[dimension]
         raise UserError(f"'{name}' has {size} rows or columns to split, not a multiple of {ranks} shards")
     return list(torch.chunk(tensor, ranks, dim=dimension))
+
+
+def is_split(name: str) -> bool:
+    """Whether every rank has another part of the tensor, rather than all of it."""
+    return bool(_EXPERTS.search(name)) or _split_dimension(name) is not None
 
 
 def _split_dimension(name: str) -> int | None:
@@ -112,7 +113,7 @@ class ParallelFiles(Mapped):
 
     def tensor(self, name: str) -> Tensor:
         """The whole tensor. What every rank has is taken from the first; small ones that differ are warned of."""
-        if len(self.files) == 1 or not (_EXPERTS.search(name) or _split_dimension(name) is not None):
+        if len(self.files) == 1 or not is_split(name):
             first, *others = (rank[name] for rank in self._ranks())
             if first.nbytes < 2**16 and not all(torch.equal(first, other) for other in others):
                 log.warning("'%s' differs between the ranks in '%s': the first is taken", name, self.files[0].parent)
@@ -123,6 +124,18 @@ class ParallelFiles(Mapped):
             view.copy_(self._ranks()[rank][name].view(view.shape))
             self._count(view.nbytes)
         return whole
+
+    def stored_info(self, name: str) -> TensorInfo:
+        """Of what each file has of it."""
+        return self._infos[name]
+
+    def stored(self, rank: int, name: str) -> Tensor:
+        """What the file of one rank has of it. Whoever reads it says so to `count`."""
+        return self._ranks()[rank][name]
+
+    def count(self, nbytes: int) -> None:
+        """So many bytes of `stored` tensors were read."""
+        self._count(nbytes)
 
     def _drop(self) -> None:
         self._mapped = None
@@ -195,40 +208,3 @@ def _is_program(file: Path) -> bool:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
     except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError):
         return False  # `torch.load` has its own opinion of what is damaged
-
-
-def write_parallel(
-    file: Path,
-    tensors: Mapping[str, TensorInfo],
-    values: Callable[[str], Tensor],
-    wrap: str | None = None,
-    written: Callable[[int], None] = lambda nbytes: None,
-) -> None:
-    """Write one rank's file, `{wrap: {name: tensor}}` or without `wrap` the tensors alone, a tensor at a time.
-
-    Args:
-        values: name -> value; asked once for each name, in their order.
-        written: told how many bytes each tensor had.
-    """
-    # The pickle and holes for the data first, then the data through a shared mapping of the file.
-    before = get_crc32_options()
-    set_crc32_options(False)  # of the holes it would be wrong
-    try:
-        with FakeTensorMode():
-            content: Any = {name: torch.empty(info.shape, dtype=info.dtype) for name, info in tensors.items()}
-        with skip_data(materialize_fake_tensors=True):
-            torch.save({wrap: content} if wrap else content, file)
-    finally:
-        set_crc32_options(before)
-    with file.open("r+b") as whole:  # a disk that turns out full under a mapping ends the process
-        os.posix_fallocate(whole.fileno(), 0, file.stat().st_size)
-    through, mapped = MAPPED_BYTES, {}
-    for name, info in tensors.items():
-        if through >= MAPPED_BYTES:
-            with set_default_mmap_options(MAP_SHARED):
-                content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-            mapped = content[wrap] if wrap else content
-            through = 0
-        mapped[name].copy_(values(name))
-        through += info.nbytes
-        written(info.nbytes)

@@ -1,117 +1,156 @@
-"""The mixing curve: held-out losses of β·first + (1-β)·second for β from 0 to 1."""
+"""The mixing curve: what mixtures of two models measure, from one to the other; of three, over the triangle."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.progress import track
 
-from sphinx_pl.checkpoint.format import Checkpoint, copy_into
-from sphinx_pl.checkpoint.mixing import Mixture, check_compatible
 from sphinx_pl.errors import UserError
-from sphinx_pl.evaluation.losses import SourceLoss
+from sphinx_pl.evaluation.criterion import Criterion, Measures, interval, resampled
+from sphinx_pl.evaluation.mixtures import MixtureEvaluator
 from sphinx_pl.files import write_whole
-from sphinx_pl.models.sphinx import Sphinx
 
 
 @dataclass(frozen=True, slots=True)
 class CurvePoint:
-    """The loss of each source at `beta`, the first checkpoint's weight."""
+    """What was measured with these weights, one for each model."""
 
-    beta: float
-    losses: Mapping[str, SourceLoss]
-
-    def mean(self, names: Iterable[str]) -> float:
-        """The sources' mean losses, averaged: each source counts alike, whatever its size."""
-        means = [self.losses[name].mean for name in names]
-        return math.fsum(means) / len(means)
+    weights: tuple[float, ...]
+    measures: Measures
 
 
-def check_ends(checkpoints: Sequence[Checkpoint]) -> None:
-    """Raises: UserError: not two checkpoints."""
-    if len(checkpoints) != 2:
-        raise UserError(f"a curve runs between 2 checkpoints, not {len(checkpoints)}: give checkpoints=[A,B]")
-
-
-def mixing_curve(
-    model: Sphinx,
-    checkpoints: Sequence[Checkpoint],
-    betas: Sequence[float],
-    losses_fn: Callable[[Sphinx], Mapping[str, SourceLoss]],
-    method: str = "linear",
-) -> list[CurvePoint]:
-    """Evaluate `losses_fn` at every β, overwriting the weights of one `model` of the checkpoints' architecture.
-
-    The weights at each β are those that `mix_checkpoints` would write.
+def simplex(models: int, steps: int) -> list[tuple[float, ...]]:
+    """Weights that sum to 1, evenly spread, `steps` along each edge: from the last model to the first.
 
     Raises:
-        UserError: not two checkpoints, or two that cannot be mixed or do not fit the model.
+        UserError: not two or three models, or fewer than two steps.
     """
-    check_ends(checkpoints)
-    check_compatible(checkpoints)
-    checkpoints[0].load_into(model)  # names and shapes are checked here, once
-    target = model.state_dict()
-    points = []
-    for beta in track(betas, description="Mixing curve"):
-        mixture = Mixture(checkpoints, [beta, 1 - beta], method)
-        copy_into(target, ((name, mixture.tensor(name)) for name in mixture))
-        points.append(CurvePoint(beta, losses_fn(model)))
-    return points
+    if models not in (2, 3):
+        raise UserError(f"a curve runs between 2 or 3 checkpoints, not {models}: give checkpoints=[A,B] or [A,B,C]")
+    if steps < 2:
+        raise UserError(f"curve={steps} must be at least 2, the ends")
+    last = steps - 1
+    if models == 2:
+        return [(i / last, 1 - i / last) for i in range(steps)]
+    return [(i / last, j / last, (last - i - j) / last) for i in range(steps) for j in range(steps - i)]
 
 
-def best_beta(points: Sequence[CurvePoint], names: Sequence[str]) -> CurvePoint:
-    """The point where the mean over the sources `names` is lowest; the first of equals."""
-    return min(points, key=lambda point: point.mean(names))
+def measure_curve(evaluate: MixtureEvaluator, steps: int) -> list[CurvePoint]:
+    """Evaluate every point of `simplex`."""
+    points = simplex(len(evaluate.plan.models), steps)
+    return [CurvePoint(weights, evaluate(weights)) for weights in track(points, description="Mixing curve")]
 
 
-def barrier(points: Sequence[CurvePoint], name: str) -> float:
-    """How far the loss of `name` rises above the straight line between the curve's ends, in nats; 0 if nowhere.
+def corners(points: Sequence[CurvePoint]) -> list[int]:
+    """Places of the unmixed models, in their order."""
+    count = len(points[0].weights)
+    return [next(p for p, point in enumerate(points) if point.weights[model] == 1) for model in range(count)]
 
-    Zero means that the two models lie in one basin, as far as this source shows (linear mode connectivity,
-    Frankle et al. 2020).
+
+def barriers(points: Sequence[CurvePoint], values: torch.Tensor) -> torch.Tensor:
+    """How far values [..., points] rise above the straight line (the plane) between the unmixed models' [...].
+
+    Of a loss, 0 means that the models lie in one basin as far as it shows (linear mode connectivity, Frankle et al.
+    2020).
     """
-    ordered = sorted(points, key=lambda point: point.beta)
-    low, high = ordered[0], ordered[-1]
-    slope = (high.losses[name].mean - low.losses[name].mean) / (high.beta - low.beta)
-    return max(p.losses[name].mean - low.losses[name].mean - slope * (p.beta - low.beta) for p in ordered)
+    weights = torch.tensor([point.weights for point in points], dtype=values.dtype)
+    return (values - values[..., corners(points)] @ weights.T).amax(-1).clamp(min=0)
 
 
-def summary(points: Sequence[CurvePoint], names: Sequence[str]) -> dict[str, Any]:
-    """The content of curve.json: the curve in lists, the best β for the mean of all sources, and each one's barrier.
+def best_point(points: Sequence[CurvePoint], criterion: Criterion) -> int:
+    """Place of the best; of equals the one nearest to equal weights."""
+    count = len(points[0].weights)
 
-    `gain` is by how much the best mean lies below the better of the curve's two ends, in nats.
+    def rank(place: int) -> tuple[float, float]:
+        weights = points[place].weights
+        return criterion.cost(points[place].measures), max(abs(weight - 1 / count) for weight in weights)
+
+    return min(range(len(points)), key=rank)
+
+
+def summary(points: Sequence[CurvePoint], criterion: Criterion) -> dict[str, Any]:
+    """The content of curve.json: the curve in lists, the best point by the criterion, and each measure's barrier.
+
+    `gain` is by how much the best point is better than the best unmixed model, `gain_interval` its 95 % interval;
+    `chosen` says in which share of the resamples this very point is the best one.
     """
-    means = [point.mean(names) for point in points]
-    best = best_beta(points, names)
-    return {
-        "betas": [point.beta for point in points],
-        "losses": {name: [point.losses[name].mean for point in points] for name in names},
-        "intervals": {name: [point.losses[name].interval() for point in points] for name in names},
-        "tokens": {name: points[0].losses[name].count for name in names},
-        "mean": means,
-        "best": {"beta": best.beta, "mean": best.mean(names), "gain": min(means[0], means[-1]) - best.mean(names)},
-        "barrier": {name: barrier(points, name) for name in names},
+    every, sign = [point.measures for point in points], 1.0 if criterion.lower else -1.0
+    values = [criterion.value(measures) for measures in every]
+    best, ends = best_point(points, criterion), corners(points)
+    costs = sign * resampled(every, criterion.names(every[0]))
+    better = min(ends, key=lambda place: sign * values[place])
+    content: dict[str, Any] = {"models": len(points[0].weights), "weights": [list(point.weights) for point in points]}
+    if len(points[0].weights) == 2:
+        content["betas"] = [point.weights[0] for point in points]
+    for kind, key in (("loss", "losses"), ("score", "scores")):
+        named = {name.partition("/")[2]: name for name in every[0] if name.startswith(f"{kind}/")}
+        if not named:
+            continue
+        content[key] = {short: [measures[name].mean for measures in every] for short, name in named.items()}
+        content[f"{kind}_intervals"] = {
+            short: [measures[name].interval() for measures in every] for short, name in named.items()
+        }
+        content["tokens" if kind == "loss" else "questions"] = {
+            short: every[0][name].count for short, name in named.items()
+        }
+        content["mean" if kind == "loss" else "mean_score"] = [Criterion(kind).value(measures) for measures in every]
+        if kind == "loss":
+            content["barrier"], content["barrier_intervals"] = {}, {}
+            for short, name in named.items():
+                means = torch.tensor([measures[name].mean for measures in every], dtype=torch.float64)
+                content["barrier"][short] = float(barriers(points, means))
+                content["barrier_intervals"][short] = interval(barriers(points, resampled(every, [name])))
+    content["criterion"] = {"name": criterion.said, "values": values}
+    content["best"] = {
+        "weights": list(points[best].weights),
+        "value": values[best],
+        "gain": sign * (values[better] - values[best]),
+        "gain_interval": interval(costs[:, ends].amin(1) - costs[:, best]),
+        "chosen": float((costs.argmin(1) == best).double().mean()),
+        "best_unmixed": ends.index(better),
     }
+    if len(points[0].weights) == 2:
+        content["best"]["beta"] = points[best].weights[0]
+    return content
 
 
-def write_curve(points: Sequence[CurvePoint], folder: Path) -> dict[str, Any]:
-    """Write curve.csv, curve.json and curve.png to `folder` and return `summary`. Points go from end to end."""
-    names = list(points[0].losses)
-    content = summary(points, names)
+def describe_best(content: dict[str, Any]) -> str:
+    """What was picked and why, in two sentences."""
+    best, said = content["best"], content["criterion"]["name"]
+    where = f"beta={best['beta']:g}" if "beta" in best else "weights " + ", ".join(f"{w:g}" for w in best["weights"])
+    low, high = best["gain_interval"]
+    what = f"{where} has the {'lowest' if said.startswith('loss') else 'highest'} {said} of {len(content['weights'])}"
+    gain = f"{best['gain']:.4f} (95 % interval {low:.4f} to {high:.4f})"
+    if best["gain"] <= 0:
+        return f"{what} points, {best['value']:.4f}: no mixture is better than checkpoint {best['best_unmixed']} alone."
+    sure = "" if low > 0 else " That may be chance: the interval reaches 0."
+    return (
+        f"{what} points, {best['value']:.4f}: better than checkpoint {best['best_unmixed']}, the best unmixed one, by "
+        f"{gain}.{sure} It is the best point in {100 * best['chosen']:.0f} % of the resamples."
+    )
+
+
+def write_curve(points: Sequence[CurvePoint], folder: Path, criterion: Criterion | None = None) -> dict[str, Any]:
+    """Write curve.csv, curve.json and curve.png to `folder` and return `summary`."""
+    criterion = criterion or Criterion()
+    content = summary(points, criterion)
     folder.mkdir(parents=True, exist_ok=True)
     table = io.StringIO()
     writer = csv.writer(table)
-    writer.writerow(["beta", *(f"{name}{suffix}" for name in names for suffix in ("", "/low", "/high")), "mean"])
-    for i, point in enumerate(points):
-        cells = [(content["losses"][name][i], *content["intervals"][name][i]) for name in names]
-        writer.writerow([point.beta, *(value for cell in cells for value in cell), content["mean"][i]])
+    names = list(points[0].measures)
+    head = ["beta"] if "betas" in content else [f"weight_{model}" for model in range(len(points[0].weights))]
+    writer.writerow([*head, *(f"{name}{end}" for name in names for end in ("", "/low", "/high")), criterion.said])
+    for point, value in zip(points, content["criterion"]["values"], strict=True):
+        cells = [(point.measures[name].mean, *point.measures[name].interval()) for name in names]
+        writer.writerow([*point.weights[: len(head)], *(number for cell in cells for number in cell), value])
     write_whole(folder / "curve.csv", table.getvalue())
     write_whole(folder / "curve.json", json.dumps(content, indent=2) + "\n")
     write_whole(folder / "curve.png", _picture(content))
@@ -121,17 +160,47 @@ def write_curve(points: Sequence[CurvePoint], folder: Path) -> dict[str, Any]:
 def _picture(content: dict[str, Any]) -> bytes:
     from matplotlib.figure import Figure  # without pyplot: no display, no state between calls
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    betas = content["betas"]
-    for name, losses in content["losses"].items():
-        (line,) = axes.plot(betas, losses, "o-", markersize=3, label=name)
-        low, high = zip(*content["intervals"][name], strict=True)
-        axes.fill_between(betas, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
-    axes.plot(betas, content["mean"], "k--", label="mean")
-    axes.axvline(content["best"]["beta"], color="grey", linewidth=0.8)
-    axes.set(xlabel="β (1: first checkpoint, 0: second)", ylabel="held-out loss (nats per token)")
-    axes.legend(frameon=False)
+    kinds = [kind for kind in ("losses", "scores") if kind in content]
+    if "betas" in content:
+        figure = Figure(figsize=(6 * len(kinds), 4), layout="constrained")
+        for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
+            _lines(axes, content, kind)
+    else:
+        panels = [(kind, name) for kind in kinds for name in content[kind]]
+        figure = Figure(figsize=(4.4 * len(panels), 4), layout="constrained")
+        for axes, (kind, name) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            _triangle(figure, axes, content, kind, name)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
     return picture.getvalue()
+
+
+def _lines(axes: Any, content: dict[str, Any], kind: str) -> None:
+    betas, one = content["betas"], kind.removesuffix("es").removesuffix("s") if kind == "scores" else "loss"
+    for name, values in content[kind].items():
+        (line,) = axes.plot(betas, values, "o-", markersize=3, label=name)
+        low, high = zip(*content[f"{one}_intervals"][name], strict=True)
+        axes.fill_between(betas, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
+        ends = [values[betas.index(0)], values[betas.index(1)]]
+        axes.plot([0, 1], ends, ":", color=line.get_color(), linewidth=1)
+    axes.plot(betas, content["mean" if one == "loss" else "mean_score"], "k--", label="mean")
+    axes.axvline(content["best"]["beta"], color="grey", linewidth=0.8)
+    label = "held-out loss (nats per token)" if one == "loss" else "score"
+    axes.set(xlabel="β (1: first checkpoint, 0: second)", ylabel=label)
+    axes.legend(frameon=False)
+
+
+def _triangle(figure: Any, axes: Any, content: dict[str, Any], kind: str, name: str) -> None:
+    """Corners: the models, the first on top."""
+    place = [(w[2] - w[1], 1.7320508 * w[0]) for w in content["weights"]]
+    x, y = zip(*place, strict=True)
+    drawn = axes.tricontourf(x, y, content[kind][name], levels=20, cmap="viridis_r" if kind == "losses" else "viridis")
+    axes.plot(x, y, ".", color="white", markersize=2)
+    best = place[content["weights"].index(content["best"]["weights"])]
+    axes.plot(*best, "o", markerfacecolor="none", markeredgecolor="red", markersize=9)
+    for model, (dx, dy) in enumerate(((0, 0.06), (-0.12, -0.14), (0.12, -0.14))):
+        corner = ((0, 1.7320508), (-1, 0), (1, 0))[model]
+        axes.text(corner[0] + dx, corner[1] + dy, f"checkpoint {model}", ha="center")
+    axes.set(title=name, aspect="equal", ylim=(-0.25, 2.0))
+    axes.axis("off")
+    figure.colorbar(drawn, ax=axes, shrink=0.8, label="loss (nats per token)" if kind == "losses" else "score")

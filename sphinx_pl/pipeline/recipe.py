@@ -196,8 +196,8 @@ def check_closely(recipe: Recipe) -> None:
                 stage.check()
             elif "beta" in cfg:
                 mixing = pick(mix_weights.MixConfig, cfg)
-                if mixing.out:
-                    mixing.coefficients()
+                if not any(set(path) & set("*?[") for path in mixing.checkpoints):  # their number is known
+                    mixing.recipe(len(mixing.checkpoints))
             elif "checkpoint" in cfg:
                 pick(evaluate.EvaluateConfig, cfg)
                 if not cfg.data.get("test"):

@@ -23,8 +23,7 @@ from callbacks.checkpoint import ResumeCheckpoint
 from callbacks.csv_logger import MetricsCSV
 from callbacks.export import ExportModel
 from sphinx_pl.checkpoint import training
-from sphinx_pl.checkpoint.format import open_checkpoint
-from sphinx_pl.checkpoint.mixing import same_bits
+from sphinx_pl.checkpoint.format import open_checkpoint, same_bits
 from sphinx_pl.checkpoint.training import WEIGHT, Piece, describe, write_pieces, write_rest
 from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.processor import Processor

@@ -15,8 +15,14 @@ from torch import Tensor
 from sphinx_pl.checkpoint import format as checkpoint_format
 from sphinx_pl.checkpoint.__main__ import main
 from sphinx_pl.checkpoint.__main__ import main as command
-from sphinx_pl.checkpoint.format import FORMATS, SphinxCheckpoint, StateDict, open_checkpoint, write_checkpoint
-from sphinx_pl.checkpoint.mixing import same_bits
+from sphinx_pl.checkpoint.format import (
+    FORMATS,
+    SphinxCheckpoint,
+    StateDict,
+    open_checkpoint,
+    same_bits,
+    write_checkpoint,
+)
 from sphinx_pl.errors import UserError
 from sphinx_pl.models.config import ClipViTConfig, QFormerConfig, SphinxConfig, VisionConfig
 from sphinx_pl.models.sphinx import Sphinx

@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sphinx_pl.checkpoint.mixing import METHODS, check_weights, linear, mix_checkpoints, same_bits
 from torch import Tensor
 
 from sphinx_pl.checkpoint.format import open_checkpoint
-from sphinx_pl.checkpoint.mixing import METHODS, check_weights, linear, mix_checkpoints, same_bits
 from sphinx_pl.errors import UserError
 from tests.checkpoint.conftest import PROCESSOR, random_tensors, small_config
 

@@ -27,8 +27,9 @@ from torch.serialization import skip_data
 
 from sphinx_pl.checkpoint.__main__ import main as command
 from sphinx_pl.checkpoint.format import TensorInfo, copy_into, open_checkpoint, write_checkpoint
+from sphinx_pl.checkpoint.layout import write_parallel
 from sphinx_pl.checkpoint.original import Restored, decoder_config, original_type, our_name, their_infos, write_original
-from sphinx_pl.checkpoint.parallel import ParallelFiles, split, write_parallel
+from sphinx_pl.checkpoint.parallel import ParallelFiles, split
 from sphinx_pl.data.images import load_image
 from sphinx_pl.data.packing import Collator
 from sphinx_pl.data.processor import Processor

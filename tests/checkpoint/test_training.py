@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from sphinx_pl.checkpoint import training
-from sphinx_pl.checkpoint.format import SafetensorsFile, open_checkpoint
-from sphinx_pl.checkpoint.mixing import same_bits
+from sphinx_pl.checkpoint.format import SafetensorsFile, open_checkpoint, same_bits
 from sphinx_pl.checkpoint.training import (
     INDEX,
     STATE,

@@ -1,0 +1,150 @@
+"""Methods of mixing, a file each, found by being in this folder.
+
+A method is a pure function on one tensor of all checkpoints, a stretch of it at a time. One that has to know something
+of the whole tensor (an angle, a threshold) says so with `measure`, which may pass over the stretches as often as it
+likes before the first one is mixed. So memory does not grow with a tensor.
+"""
+
+from __future__ import annotations
+
+import math
+import pkgutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sphinx_pl.errors import UserError, suggest
+from sphinx_pl.registry import Registry
+
+CHUNK = 1 << 17
+"""Elements of a stretch: what is computed with them stays in a core's cache, whatever the size of the tensor."""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """The same elements of one tensor in all checkpoints, in the dtype that is computed in."""
+
+    tensors: Sequence[Tensor]  # [n] each, in the order of the checkpoints
+    base: Tensor | None  # [n], of a method that starts from one
+    key: str  # the tensor's name, and the place of its first element here: what randomness is drawn for
+    start: int
+
+    def deltas(self) -> list[Tensor]:
+        """Task vectors: each checkpoint's difference to the base, [n] each."""
+        assert self.base is not None
+        return [tensor - self.base for tensor in self.tensors]
+
+
+Weights = Sequence[float]
+Options = Mapping[str, Any]
+Passes = Callable[[], Iterable[Stretch]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way of mixing.
+
+    Args:
+        paper: where it comes from.
+        mix: (stretch, weights, options, what `measure` said) -> the mixed stretch. May hand back a tensor that it was
+            given, and changes none.
+        measure: (passes over the tensor, weights, options) -> what `mix` has to know of the whole tensor.
+        base: whether it starts from a base model; then weights need not sum to 1.
+        count: of checkpoints, if only one number will do.
+        weights: (number of checkpoints, options) -> weights that the method chooses itself; others are refused.
+        options: what it can be told, with what it takes otherwise.
+        ranges: of those options that have one: smallest and largest value.
+    """
+
+    paper: str
+    mix: Callable[[Stretch, Weights, Options, Any], Tensor]
+    measure: Callable[[Passes, Weights, Options], Any] | None = None
+    base: bool = False
+    count: int | None = None
+    weights: Callable[[int, Options], list[float]] | None = None
+    options: Mapping[str, float | int | bool] = field(default_factory=dict)
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+
+METHODS: Registry[Method] = Registry("mixing method")
+
+
+def resolve_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the method `name`: those given (None: not given), completed.
+
+    Raises:
+        UserError: an option that the method does not have, of another type or outside its range.
+    """
+    method = METHODS[name]
+    options = dict(method.options)
+    for key, value in given.items():
+        if value is None:
+            continue
+        if key not in options:
+            known = suggest(key, options) if options else "it has none"
+            raise UserError(f"options.{key}: method={name} has no such option: {known}")
+        wanted = type(options[key])
+        if isinstance(value, int) and not isinstance(value, bool) and wanted is float:
+            value = float(value)
+        if type(value) is not wanted or (wanted is float and not math.isfinite(value)):
+            raise UserError(f"options.{key}={value!r} must be {_TYPES[wanted]}")
+        low, high = method.ranges.get(key, (-math.inf, math.inf))
+        if not low <= value <= high:
+            raise UserError(f"options.{key}={value} must be between {low:g} and {high:g}")
+        options[key] = value
+    return options
+
+
+_TYPES: dict[type, str] = {float: "a number", int: "a whole number", bool: "true or false"}
+
+
+def combine(tensors: Sequence[Tensor], coefficients: Weights) -> Tensor:
+    """Σ cᵢ·tᵢ of tensors of one shape and floating dtype, in that dtype.
+
+    Coefficients of 0 take no part (0·∞ is no number, -0 + 0 no -0), and a single one of 1 gives that tensor itself.
+    Products are rounded before they are added, so that the order of two does not matter; a fused multiply-add's would.
+    """
+    used = [(tensor, c) for tensor, c in zip(tensors, coefficients, strict=True) if c != 0]
+    if not used:
+        return torch.zeros_like(tensors[0])
+    if len(used) == 1 and used[0][1] == 1:
+        return used[0][0]
+    total = used[0][0] * used[0][1]
+    for tensor, c in used[1:]:
+        total += tensor * c
+    return total
+
+
+def mix_tensors(
+    name: str,
+    tensors: Sequence[Tensor],
+    weights: Weights,
+    base: Tensor | None = None,
+    arithmetic: torch.dtype = torch.float32,
+    **options: Any,
+) -> Tensor:
+    """Mix whole tensors of one shape and dtype in memory: computed in `arithmetic`, rounded once to their own dtype."""
+    method, chosen = METHODS[name], resolve_options(name, options)
+    own = tensors[0].dtype
+    dtype = torch.promote_types(own, arithmetic)
+    flat = [tensor.reshape(-1).to(dtype) for tensor in tensors]
+    start = None if base is None else base.reshape(-1).to(dtype)
+
+    def passes() -> Iterable[Stretch]:
+        for begin in range(0, flat[0].numel(), CHUNK):
+            piece = slice(begin, begin + CHUNK)
+            yield Stretch([t[piece] for t in flat], None if start is None else start[piece], "", begin)
+
+    measured = method.measure(passes, weights, chosen) if method.measure else None
+    mixed = torch.empty(flat[0].numel(), dtype=own)
+    for stretch in passes():
+        mixed[stretch.start : stretch.start + CHUNK] = method.mix(stretch, weights, chosen, measured)
+    return mixed.view(tensors[0].shape)
+
+
+for _module in sorted(module.name for module in pkgutil.iter_modules(__path__)):
+    import_module(f"{__name__}.{_module}")

@@ -1,0 +1,52 @@
+"""DARE: entries of each model's difference to the base are dropped at random, the rest scaled up in return."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sphinx_pl.mixing.methods import METHODS, Method, Options, Stretch, Weights, combine
+from sphinx_pl.mixing.methods.ties import elect
+
+
+def drop(stretch: Stretch, options: Options) -> list[Tensor]:
+    """The differences, of which each entry is kept with the probability `density` and divided by it.
+
+    What is drawn follows from the seed, the tensor's name, the model's place and the entry's: not from threads, files
+    or the order of work.
+    """
+    density, kept = options["density"], []
+    for model, delta in enumerate(stretch.deltas()):
+        said = f"{options['seed']} {stretch.key} {model} {stretch.start}".encode()
+        seed = int.from_bytes(hashlib.sha256(said).digest()[:8], "little", signed=True)
+        drawn = torch.rand(len(delta), generator=torch.Generator().manual_seed(seed))
+        rescale = 1 / density if options["rescale"] and density else 1.0
+        kept.append(torch.where(drawn < density, delta * rescale, 0))
+    return kept
+
+
+def dare(stretch: Stretch, weights: Weights, options: Options, measured: Any) -> Tensor:
+    """base + Σ λᵢ·(what is kept of θᵢ - base)."""
+    assert stretch.base is not None
+    return combine([stretch.base, *drop(stretch, options)], [1.0, *weights])
+
+
+def dare_ties(stretch: Stretch, weights: Weights, options: Options, measured: Any) -> Tensor:
+    """The same with TIES' election of signs in place of the plain sum."""
+    assert stretch.base is not None
+    scale: float = options["scale"]
+    return stretch.base + elect(drop(stretch, options), weights, options["average"]) * scale
+
+
+PAPER = "Language models are super Mario (Yu et al. 2024)"
+OPTIONS: dict[str, float | int | bool] = {"density": 0.5, "rescale": True, "seed": 0}
+RANGES = {"density": (0.0, 1.0)}
+
+METHODS.register("dare", Method(PAPER, dare, base=True, options=OPTIONS, ranges=RANGES))
+METHODS.register(
+    "dare_ties",
+    Method(PAPER, dare_ties, base=True, options={**OPTIONS, "average": True, "scale": 1.0}, ranges=RANGES),
+)

@@ -1,0 +1,38 @@
+"""Weighted averages: given weights, equal ones (a soup), those of a moving average over a run's checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from sphinx_pl.mixing.methods import METHODS, Method, Options, Stretch, Weights, combine
+
+
+def linear(stretch: Stretch, weights: Weights, options: Options, measured: Any) -> Tensor:
+    """Σ wᵢ·θᵢ."""
+    return combine(stretch.tensors, weights)
+
+
+def equal_weights(count: int, options: Options) -> list[float]:
+    return [1 / count] * count
+
+
+def ema_weights(count: int, options: Options) -> list[float]:
+    """What θ̄ₖ = d·θ̄ₖ₋₁ + (1-d)·θₖ from θ̄₁ = θ₁ on gives each of the checkpoints, the oldest first."""
+    decay = options["decay"]
+    return [decay ** (count - 1), *((1 - decay) * decay ** (count - 1 - i) for i in range(1, count))]
+
+
+METHODS.register("linear", Method("SPHINX (Lin et al. 2023), section 3.1; Model soups (Wortsman et al. 2022)", linear))
+METHODS.register("uniform_soup", Method("Model soups (Wortsman et al. 2022)", linear, weights=equal_weights))
+METHODS.register(
+    "ema",
+    Method(
+        "Averages of a run's iterates (Polyak & Juditsky 1992; Mean teachers, Tarvainen & Valpola 2017)",
+        linear,
+        weights=ema_weights,
+        options={"decay": 0.5},
+        ranges={"decay": (0, 1)},
+    ),
+)

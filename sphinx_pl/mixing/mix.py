@@ -1,0 +1,416 @@
+"""From checkpoints and weights to a mixed checkpoint: a plan that is checked and shown, then carried out."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from rich.table import Table
+
+import sphinx_pl
+from sphinx_pl.checkpoint.format import (
+    PROVENANCE,
+    Checkpoint,
+    SphinxCheckpoint,
+    TensorInfo,
+    compare,
+    write_json,
+)
+from sphinx_pl.checkpoint.layout import Layout, write_layout
+from sphinx_pl.checkpoint.llm import huggingface_layout
+from sphinx_pl.checkpoint.original import OriginalCheckpoint, original_layout
+from sphinx_pl.checkpoint.provenance import provenance
+from sphinx_pl.checkpoint.stored import HuggingFaceFolder, OurNames, Stored, hash_of_hashes, open_stored, store
+from sphinx_pl.errors import UserError, suggest
+from sphinx_pl.mixing.methods import METHODS, resolve_options
+from sphinx_pl.mixing.mixer import Facts, Mixer
+from sphinx_pl.mixing.rules import Row, part_of, resolve, rules_table
+
+LAYOUTS = ("sphinx_pl", "original", "huggingface")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+ARITHMETIC = {"float32": torch.float32, "float64": torch.float64}
+MAX_WORKERS = 16
+
+
+def check_weights(weights: Sequence[float], count: int, normalize: bool = False, any_sum: bool = False) -> list[float]:
+    """Coefficients for `count` checkpoints, which sum to 1 unless `any_sum`.
+
+    Raises:
+        UserError: another number of them, not finite, or a sum further than 1e-6 from 1 without `normalize`.
+    """
+    if len(weights) != count:
+        raise UserError(f"weights has {len(weights)} numbers for {count} checkpoints: give one per checkpoint")
+    total = math.fsum(weights)
+    if not math.isfinite(total):
+        raise UserError(f"weights={list(weights)} must be finite numbers")
+    if normalize and total == 0:
+        raise UserError(f"weights={list(weights)} sum to 0 and cannot be normalized")
+    if any_sum and not normalize:
+        return list(weights)
+    if not normalize and abs(total - 1) > 1e-6:
+        raise UserError(
+            f"weights={list(weights)} sum to {total:g}, not 1: change them, or set normalize=true (divides by the sum) "
+            "or any_sum=true (takes them as they are)"
+        )
+    return [weight / total for weight in weights] if total != 1 else list(weights)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is asked for, apart from the checkpoints: see conf/mix_weights.yaml."""
+
+    weights: Sequence[float] | None = None
+    method: str = "linear"
+    options: Mapping[str, Any] | None = None
+    rules: Sequence[Mapping[str, Any]] = ()
+    normalize: bool = False
+    any_sum: bool = False
+    arithmetic: str = "float32"
+
+    def check(self, count: int, base: bool) -> dict[str, Any]:
+        """The method's options, complete.
+
+        Raises:
+            UserError: method, options, weights and the number of checkpoints do not go together.
+        """
+        method, options = METHODS[self.method], resolve_options(self.method, self.options or {})
+        if count < (1 if method.base else 2):
+            raise UserError(f"checkpoints has {count} entries: mixing needs at least two")
+        if method.count is not None and count != method.count:
+            raise UserError(f"method={self.method} is for {method.count} checkpoints, not {count}")
+        if method.base and not base:
+            raise UserError(f"method={self.method} starts from a base model: give base=FOLDER")
+        if base and not method.base:
+            based = ", ".join(name for name, other in METHODS.items() if other.base)
+            raise UserError(f"method={self.method} has no base: leave base out, or choose one that has: {based}")
+        if self.arithmetic not in ARITHMETIC:
+            raise UserError(f"arithmetic={self.arithmetic}: {suggest(self.arithmetic, ARITHMETIC)}")
+        if method.weights is not None and (self.weights is not None or self.rules):
+            raise UserError(f"method={self.method} chooses the weights itself: leave out weights, beta and rules")
+        self.weights_for_the_rest(count, options)
+        return options
+
+    def weights_for_the_rest(self, count: int, options: Mapping[str, Any]) -> list[float] | None:
+        """Of tensors that no rule fits.
+
+        Raises:
+            UserError: there are none, and no rules either.
+        """
+        method = METHODS[self.method]
+        if method.weights is not None:
+            return method.weights(count, options)
+        if self.weights is not None:
+            return self.checked(self.weights, count)
+        if not self.rules:
+            raise UserError("how much of each checkpoint? Give weights=[...], or beta=0.5 for two")
+        return None
+
+    def checked(self, weights: Sequence[float], count: int) -> list[float]:
+        return check_weights(weights, count, self.normalize, self.any_sum or METHODS[self.method].base)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A mixture that can be made: its inputs go together, every tensor has its weights."""
+
+    models: list[Stored]
+    base: Stored | None
+    recipe: Recipe
+    options: dict[str, Any]
+    weights: dict[str, list[float]]
+    rows: list[Row]
+
+    def mixer(self, watch: bool = True) -> Mixer:
+        return Mixer(
+            self.models,
+            self.weights,
+            self.recipe.method,
+            self.options,
+            self.base,
+            ARITHMETIC[self.recipe.arithmetic],
+            watch,
+        )
+
+    def table(self) -> Table:
+        """The rules as they were understood, for the terminal."""
+        labels = [f"{i}: {model.path.parent.name}/{model.path.name}" for i, model in enumerate(self.models)]
+        return rules_table(self.rows, {key: self.models[0].info(key).numel for key in self.weights}, labels)
+
+
+def open_models(
+    checkpoints: Sequence[str | Path | Checkpoint], base: str | Path | None = None, own: bool = True
+) -> tuple[list[Stored], Stored | None]:
+    """The checkpoints and the base, in the way that all of them have in common (see `store`).
+
+    Raises:
+        UserError: one cannot be opened.
+    """
+    paths = [*checkpoints, *([] if base is None else [base])]
+    opened = [path if isinstance(path, Checkpoint) else open_stored(path) for path in paths]
+    models = store(opened, own)
+    return (models, None) if base is None else (models[:-1], models[-1])
+
+
+def plan_mixture(models: Sequence[Stored], base: Stored | None, recipe: Recipe, cast: bool = False) -> Plan:
+    """Check that the models can be mixed and which weights each tensor gets.
+
+    Args:
+        cast: whether tensors may have other dtypes in other models.
+
+    Raises:
+        UserError: see `Recipe.check`, `check_compatible` and `resolve`.
+    """
+    count = len(models)
+    options = recipe.check(count, base is not None)
+    check_compatible([*models, *([] if base is None else [base])], cast)
+    names = {key: models[0].ours(key) for key in models[0]}
+    rest = recipe.weights_for_the_rest(count, options)
+    weights, rows = resolve(recipe.rules, rest, names, lambda given: recipe.checked(given, count))
+    return Plan(list(models), base, recipe, options, weights, rows)
+
+
+def check_compatible(models: Sequence[Stored], cast: bool = False) -> None:
+    """Whether a mixture of these models means anything.
+
+    Raises:
+        UserError: another model, prompt format, tokenizer, set of tensors, shape or (without `cast`) dtype.
+    """
+    first = models[0]
+    shapes = {key: first.info(key).shape for key in first}
+    for other in models[1:]:
+        names = f"'{first.path}' and '{other.path}'"
+        if problem := first.compare(other):
+            raise UserError(f"{names} cannot be mixed: {problem}: mix checkpoints that were trained from the same one")
+        if problem := compare(shapes, {key: other.info(key).shape for key in other}):
+            raise UserError(f"'{other.path}' does not have the tensors of '{first.path}': {problem}")
+        for key in shapes if not cast else ():
+            dtypes = first.info(key).dtype, other.info(key).dtype
+            if dtypes[0] != dtypes[1]:
+                raise UserError(
+                    f"'{key}' is {dtypes[0]} in '{first.path}' but {dtypes[1]} in '{other.path}': say which dtype the "
+                    f"mixture is to have (dtype={' or '.join(list(DTYPES)[:3])})"
+                )
+
+
+def layout_of(plan: Plan, layout: str | None, shards: int | None, dtype: torch.dtype | None) -> Layout:
+    """The files of the mixture.
+
+    Args:
+        layout: one of `LAYOUTS`; None: that of the inputs.
+        shards: files of the original's layout; None: as many as the first input has, or one.
+        dtype: of floating-point tensors; None: each one's own.
+
+    Raises:
+        UserError: the model cannot be written in that layout.
+    """
+    first = plan.models[0]
+    if shards is not None and layout != "original":
+        raise UserError("shards= is the number of files of the original's layout: give layout=original too")
+    if isinstance(first, OurNames):
+        if layout == "original":
+            many = len(first.checkpoint.parallel.files) if isinstance(first.checkpoint, OriginalCheckpoint) else 1
+            return original_layout(first.checkpoint, shards or many, dtype)
+        if layout == "huggingface":
+            return huggingface_layout(first.checkpoint, dtype)
+    infos = {key: first.info(key) for key in first}
+    if dtype is not None:
+        infos = {
+            key: TensorInfo(info.shape, dtype) if info.dtype.is_floating_point else info for key, info in infos.items()
+        }
+    return first.layout(infos)
+
+
+def needs_our_names(checkpoints: Sequence[str | Path], layout: str | None, shards: int | None) -> bool:
+    """Whether the mixture is to be written in another layout than the first input's own.
+
+    Raises:
+        UserError: there is no such layout.
+    """
+    if layout is None:
+        return False
+    if layout not in LAYOUTS:
+        raise UserError(f"layout={layout}: {suggest(layout, LAYOUTS)}")
+    kinds = {HuggingFaceFolder: "huggingface", SphinxCheckpoint: "sphinx_pl", OriginalCheckpoint: "original"}
+    return kinds.get(type(open_stored(checkpoints[0]))) != layout or shards is not None
+
+
+def mix(
+    plan: Plan,
+    out: str | Path,
+    *,
+    layout: str | None = None,
+    shards: int | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    workers: int | None = None,
+    config: Mapping[str, Any] | None = None,
+    origin: Mapping[str, Any] | None = None,
+    progress: str | None = None,
+) -> dict[str, Any]:
+    """Write the mixture to the folder `out`; returns what its provenance says of the mixing.
+
+    Args:
+        layout, shards, dtype: see `layout_of`.
+        overwrite: replace a checkpoint that is there.
+        workers: threads; None: one for each core.
+        config: the composed configuration, for the provenance.
+        origin: more for its section "mixing".
+        progress: a word for the progress bar; None shows none.
+
+    Raises:
+        UserError: `out` exists, or see `layout_of`, `write_layout` and `Mixer.stretches`.
+    """
+    out = Path(out)
+    check_out(out, overwrite)
+    files = layout_of(plan, layout, shards, dtype)
+    mixer = plan.mixer()
+    said: dict[str, Any] = {}
+
+    def finish(folder: Path, facts: dict[str, Any]) -> None:
+        known = {key: Facts.from_json(fact) for key, fact in facts.items()}
+        said.update(_describe(plan, known) | dict(origin or {}))
+        everyone = [*plan.models, *([plan.base] if plan.base else [])]
+        parents = [
+            {
+                "path": str(model.path),
+                "stage": model.provenance.get("stage"),
+                "layout": model.kind,
+                "xxh3_128": hash_of_hashes(model, {key: fact.hashes[i] for key, fact in known.items()}),
+            }
+            for i, model in enumerate(everyone)
+        ]
+        content = provenance("mix", dict(config) if config else None, parents) | {"mixing": said}
+        write_json(folder / PROVENANCE, content)
+
+    with _one_thread_each():
+        write_layout(out, files, mixer, _fingerprint(plan, files), workers or _cores(), progress, finish)
+    return said
+
+
+def check_out(out: Path, overwrite: bool) -> None:
+    """Raises: UserError: the folder exists and may not be overwritten, or is no checkpoint."""
+    if not out.exists():
+        return
+    if not overwrite:
+        raise UserError(f"'{out}' exists: choose another path, or allow it to be overwritten (overwrite=true)")
+    try:
+        open_stored(out)
+    except UserError:
+        raise UserError(
+            f"'{out}' is not a checkpoint, so overwrite=true does not replace it: choose another path"
+        ) from None
+
+
+def _fingerprint(plan: Plan, files: Layout) -> dict[str, Any]:
+    """What decides the content of each file: a run that was killed is gone on with only if it is the same."""
+    everyone = [*plan.models, *([plan.base] if plan.base else [])]
+    weights = repr(sorted(plan.weights.items()))
+    return {
+        "code": sphinx_pl.__version__,
+        "inputs": [
+            [str(model.path.absolute()), model.kind]
+            + [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(model.path.iterdir()) if f.is_file()]
+            for model in everyone
+        ],
+        "method": plan.recipe.method,
+        "options": plan.options,
+        "arithmetic": plan.recipe.arithmetic,
+        "weights": xxhash.xxh3_128_hexdigest(weights.encode()),
+        "files": {
+            file.name: [[name, str(entry.info.dtype), list(entry.info.shape)] for name, entry in file.entries.items()]
+            for file in files.files
+        },
+    }
+
+
+def _describe(plan: Plan, facts: Mapping[str, Facts]) -> dict[str, Any]:
+    """The section "mixing" of the provenance."""
+    content: dict[str, Any] = {
+        "method": plan.recipe.method,
+        "paper": METHODS[plan.recipe.method].paper,
+        "options": plan.options,
+        "arithmetic": plan.recipe.arithmetic,
+        "base": str(plan.base.path) if plan.base else None,
+        "rules": [{"tensors": row.said, "weights": list(row.weights), "number": len(row.keys)} for row in plan.rows],
+        "parts": compare_parts(plan, facts),
+    }
+    if len(plan.rows) == 1 and len(plan.rows[0].weights) == 1:
+        content["weights"] = list(plan.rows[0].weights[0])
+    return content
+
+
+def compare_parts(plan: Plan, facts: Mapping[str, Facts]) -> dict[str, Any]:
+    """How far apart the models are, by part of the model: distances and cosines between two, by their places.
+
+    The last place is the base's, if there is one; then the cosines of what two models have learned since are there too.
+    """
+    first, groups = plan.models[0], defaultdict(list)
+    for key in facts:
+        if first.info(key).dtype.is_floating_point and key in first.parts(key):
+            groups[part_of(first.ours(key))].append(key)
+    parts = {}
+    for part, keys in groups.items():
+        squares = [math.fsum(facts[key].squares[i] for key in keys) for i in range(len(facts[keys[0]].squares))]
+        pairs = list(facts[keys[0]].distances)
+        apart = {pair: math.fsum(facts[key].distances[pair] for key in keys) for pair in pairs}
+        content = {
+            "parameters": sum(first.info(key).numel for key in keys),
+            "equal": all(facts[key].equal for key in keys),
+            "norms": [math.sqrt(square) for square in squares],
+            "distances": [[*pair, math.sqrt(apart[pair])] for pair in pairs],
+            "cosines": [[i, j, _cosine(squares[i], squares[j], apart[i, j])] for i, j in pairs],
+        }
+        if plan.base is not None:
+            origin = len(plan.models)
+            learned = [(i, j) for i, j in pairs if j < origin]
+            content["task_cosines"] = [
+                [i, j, _cosine(apart[i, origin], apart[j, origin], apart[i, j])] for i, j in learned
+            ]
+        parts[part] = content
+    return parts
+
+
+def _cosine(a: float, b: float, between: float) -> float:
+    """Of the angle between two sides of squared lengths `a` and `b`, from the third side's; 1 where one has none."""
+    return (a + b - between) / (2 * math.sqrt(a * b)) if a * b else 1.0
+
+
+def _cores() -> int:
+    return max(1, min(MAX_WORKERS, len(os.sched_getaffinity(0))))
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """PyTorch's own threads would only get in the way of ours."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def mix_checkpoints(
+    checkpoints: Sequence[str | Path | Checkpoint],
+    weights: Sequence[float] | None,
+    out: str | Path,
+    *,
+    base: str | Path | None = None,
+    method: str = "linear",
+    rules: Sequence[Mapping[str, Any]] = (),
+    normalize: bool = False,
+    overwrite: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """`mix` for scripts: open, plan and write in one call. `options` are the method's."""
+    models, start = open_models(checkpoints, base)
+    recipe = Recipe(weights, method, options, rules, normalize)
+    return mix(plan_mixture(models, start, recipe), out, overwrite=overwrite)

@@ -1,0 +1,204 @@
+"""Which weights a tensor gets: by its part of the model, a pattern of its name, its layer. The first rule wins."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Optional
+
+from rich.table import Table
+from rich.text import Text
+
+from sphinx_pl.checkpoint.format import tower_of
+from sphinx_pl.errors import UserError, suggest
+from sphinx_pl.typed import build
+
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+_NORM = re.compile(r"(^|[._])(norm|layernorm|rmsnorm|ln)([._\d]|$)|layernorm|_norm\.", re.IGNORECASE)
+_EMBEDDINGS = re.compile(r"(^|\.)(tok_embeddings|embed_tokens|wte|output|lm_head)\.")
+_PROJECTIONS = re.compile(r"^mixer\.(?!towers\.)|(multi_modal_projector|mm_projector|visual_proj)")
+_TOWERS = re.compile(r"vision_tower|vision_model|visual\.|image_encoder")
+
+# Every tensor is in one of the first four; the others cut across them.
+PARTS: dict[str, Callable[[str], bool]] = {
+    "towers": lambda name: bool(tower_of(name) or _TOWERS.search(name)) and not _PROJECTIONS.search(name),
+    "projections": lambda name: bool(_PROJECTIONS.search(name)),
+    "embeddings": lambda name: bool(_EMBEDDINGS.search(name)) and not tower_of(name),
+    "decoder": lambda name: name.startswith(("decoder.", "model.", "language_model.")),
+    "norms": lambda name: bool(_NORM.search(name)),
+    "attention": lambda name: ".attention." in name or ".self_attn." in name,
+    "feed_forward": lambda name: ".feed_forward." in name or ".mlp." in name,
+    "all": lambda name: True,
+}
+
+
+def part_of(name: str) -> str:
+    """The part that a tensor is accounted under: a tower by its own name, projections, embeddings, decoder or other."""
+    if tower := tower_of(name):
+        return tower
+    return next((part for part in ("towers", "projections", "embeddings", "decoder") if PARTS[part](name)), "other")
+
+
+def layer_of(name: str) -> int | None:
+    """The decoder layer that a tensor belongs to, from 0 on."""
+    match = _LAYER.match(name)
+    return int(match[1]) if match else None
+
+
+@dataclass
+class Rule:
+    """One entry of `rules`: a part or a glob pattern of names, perhaps some of the decoder's layers, and weights.
+
+    Attributes:
+        match: a part (`PARTS`), a pattern of names, or a list of them. Names are ours where the layout is known
+            (decoder.layers.0.attention.wq.weight), else the file's; patterns fit either.
+        layers: of the decoder, such as "8-15", "0-7,24-31" or "20-"; null: all tensors.
+        weights: one for each checkpoint; or a list of such lists, a gradient over the layers (see `beta`).
+        beta: the first of two weights; or a list: values at layers spread evenly from the first to the last layer that
+            the rule fits, and straight lines between them. A gradient fits tensors of layers only.
+    """
+
+    match: Any = "all"
+    layers: Optional[str] = None
+    weights: Optional[list[Any]] = None
+    beta: Any = None
+
+    def anchors(self, where: str, check: Callable[[Sequence[float]], list[float]]) -> list[list[float]]:
+        """The weights at points of a gradient, or those that hold everywhere.
+
+        Raises:
+            UserError: neither or both are given, or what they hold is no weights.
+        """
+        if (self.weights is None) == (self.beta is None):
+            raise UserError(f"{where}: give either weights or beta")
+        given: Any = self.weights
+        if self.beta is not None:
+            betas = self.beta if isinstance(self.beta, list) else [self.beta]
+            if not betas or not all(_is_number(beta) for beta in betas):
+                raise UserError(f"{where}.beta={self.beta} must be a number, or a list of numbers over the layers")
+            given = [[beta, 1 - beta] for beta in betas]
+        elif not given or not isinstance(given[0], list):
+            given = [given]
+        if not all(isinstance(point, list) and all(_is_number(value) for value in point) for point in given):
+            raise UserError(f"{where}.weights={self.weights} must be numbers, or lists of them over the layers")
+        try:
+            return [check(point) for point in given]
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _layers(said: str | None, where: str) -> Callable[[int | None], bool]:
+    if said is None:
+        return lambda layer: True
+    ranges = []
+    for part in str(said).split(","):
+        if not (match := re.fullmatch(r"\s*(\d+)?\s*(-?)\s*(\d+)?\s*", part)) or not (match[1] or match[3]):
+            raise UserError(f"{where}.layers='{said}' must be layers of the decoder, such as 0-7,24-31 or 20-")
+        low = int(match[1] or 0)
+        high = int(match[3]) if match[3] else (math.inf if match[2] else low)
+        if low > high:
+            raise UserError(f"{where}.layers='{said}': {low} is after {high:g}")
+        ranges.append((low, high))
+    return lambda layer: layer is not None and any(low <= layer <= high for low, high in ranges)
+
+
+def _matcher(match: Any, where: str) -> Callable[[str, str], bool]:
+    """(our name, the file's name) -> whether it fits."""
+    wanted = match if isinstance(match, list) else [match]
+    for item in wanted:
+        if not isinstance(item, str):
+            raise UserError(f"{where}.match={match} must be a part, a pattern of names, or a list of them")
+        if item not in PARTS and not set(item) & set("*?[."):
+            raise UserError(f"{where}.match='{item}' is no part of a model and no pattern: {suggest(item, PARTS)}")
+    return lambda name, key: any(
+        PARTS[item](name) if item in PARTS else fnmatchcase(name, item) or fnmatchcase(key, item) for item in wanted
+    )
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one rule, or the weights that hold for the rest, comes to."""
+
+    said: str
+    weights: tuple[list[float], ...]  # of a gradient those of the first and the last layer
+    keys: tuple[str, ...]
+
+
+def resolve(
+    rules: Sequence[Mapping[str, Any]],
+    otherwise: Sequence[float] | None,
+    names: Mapping[str, str],
+    check: Callable[[Sequence[float]], list[float]],
+) -> tuple[dict[str, list[float]], list[Row]]:
+    """The weights of every tensor, and the table of where they come from.
+
+    Args:
+        otherwise: weights of tensors that no rule fits; None: every tensor must be fitted by one.
+        names: the tensors' keys and our names of them.
+        check: weights -> weights that may be used, or a `UserError`.
+
+    Raises:
+        UserError: a rule that cannot be, one that fits nothing (the ones before it take everything), a tensor that no
+            rule fits.
+    """
+    chosen: dict[str, list[float]] = {}
+    rows = []
+    for number, values in enumerate(rules):
+        where = f"rules[{number}]"
+        rule = build(Rule, values, where)
+        anchors, fits, layers = rule.anchors(where, check), _matcher(rule.match, where), _layers(rule.layers, where)
+        gradient = len(anchors) > 1
+        matched = [
+            key
+            for key, name in names.items()
+            if fits(name, key) and layers(layer := layer_of(name)) and not (gradient and layer is None)
+        ]
+        found = [key for key in matched if key not in chosen]
+        if not found:
+            why = "rules before it take all of them" if matched else "no tensor is there"
+            raise UserError(f"{where} (match={rule.match}, layers={rule.layers}) fits nothing: {why}")
+        depths = [layer for key in found if (layer := layer_of(names[key])) is not None]
+        for key in found:
+            chosen[key] = _between(anchors, layer_of(names[key]), depths) if gradient else anchors[0]
+        match = ", ".join(rule.match) if isinstance(rule.match, list) else str(rule.match)
+        said = match if rule.layers is None else f"{match}, layers {rule.layers}"
+        rows.append(Row(said, tuple(anchors if gradient else anchors[:1]), tuple(found)))
+    rest = [key for key in names if key not in chosen]
+    if rest and otherwise is None:
+        raise UserError(f"no rule fits '{rest[0]}' and {len(rest) - 1} more tensors: give weights or beta for the rest")
+    if rest:
+        assert otherwise is not None
+        chosen |= {key: list(otherwise) for key in rest}
+        rows.append(Row("the rest" if rules else "everything", (list(otherwise),), tuple(rest)))
+    return chosen, rows
+
+
+def _between(anchors: list[list[float]], layer: int | None, depths: list[int]) -> list[float]:
+    """On straight lines between the anchors, which lie evenly from the first to the last of `depths`."""
+    assert layer is not None
+    first, last = min(depths), max(depths)
+    place = (layer - first) / (last - first) * (len(anchors) - 1) if last > first else 0.0
+    index = min(int(place), len(anchors) - 2)
+    share = place - index
+    return [(1 - share) * a + share * b for a, b in zip(anchors[index], anchors[index + 1], strict=True)]
+
+
+def rules_table(rows: Sequence[Row], parameters: Mapping[str, int], labels: Sequence[str]) -> Table:
+    """The rules as they were understood; a gradient's weights are shown from its first to its last layer."""
+    table = Table("tensors", title="Weights", title_justify="left")
+    for label in labels:
+        table.add_column(Text(label), justify="right")
+    table.add_column("number", justify="right")
+    table.add_column("parameters", justify="right")
+    for row in rows:
+        cells = [" → ".join(f"{point[i]:.4g}" for point in row.weights) for i in range(len(labels))]
+        count = sum(parameters[key] for key in row.keys)
+        table.add_row(Text(row.said), *cells, f"{len(row.keys):,}", f"{count:,}")
+    return table
