@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -306,7 +307,7 @@ def main(cfg: DictConfig) -> float | None:
         check_out(out, options.overwrite)
     own = not needs_our_names(paths, options.layout, options.shards)
     plan = _plan(options, paths, recipe, own)
-    value, origin = None, None
+    value, origin, beside = None, None, None
     if options.measures:
         from sphinx_pl.evaluation.curve import simplex
         from sphinx_pl.evaluation.mixtures import MixtureEvaluator
@@ -317,7 +318,11 @@ def main(cfg: DictConfig) -> float | None:
         first = measured.models[0]
         assert isinstance(first, OurNames)
         evaluate = MixtureEvaluator(measured, Measuring(options, first, cfg.data), device)
-        found, origin, value = _find(options, evaluate, Path(options.curve_dir or options.out or "."), console)
+        if options.curve_dir or out is None:
+            folder = Path(options.curve_dir or ".")
+        else:  # kept if the rest fails: it may have taken long
+            folder = beside = out.with_name(f".{out.name}.curve")
+        found, origin, value = _find(options, evaluate, folder, console)
         if found:
             plan = _plan(options, paths, dataclasses.replace(recipe, **found), own)
         del evaluate
@@ -334,8 +339,11 @@ def main(cfg: DictConfig) -> float | None:
         workers=options.workers,
         config=dataclasses.asdict(options),
         origin=origin,
+        beside=beside,
         progress="Mixing",
     )
+    if beside is not None:
+        shutil.rmtree(beside)
     summarise(said, out, console)
     return value
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +94,51 @@ def transformers_decoder(config: DecoderConfig) -> Any:
         sparse = {"num_local_experts": config.experts, "num_experts_per_tok": config.experts_per_token}
         return MixtralForCausalLM(MixtralConfig(**sizes, **sparse, sliding_window=None)).eval()
     return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+
+
+@pytest.fixture
+def models(tmp_path: Path, model_config: SphinxConfig, processor: Processor) -> Callable[..., list[Path]]:
+    """Writes tiny models `model_0`, ... with different weights."""
+    from sphinx_pl.checkpoint.format import write_checkpoint
+    from sphinx_pl.models.sphinx import Sphinx
+
+    def write(
+        count: int,
+        dtype: torch.dtype = torch.float32,
+        frozen: str | None = None,
+        values: dict[str, tuple[float, ...]] | None = None,
+        **options: Any,
+    ) -> list[Path]:
+        """
+        Args:
+            frozen: beginning of the names of tensors that are the same in all.
+            values: name -> what all its elements are, in each model.
+        """
+        paths = []
+        first: dict[str, torch.Tensor] = {}
+        for number in range(count):
+            torch.manual_seed(number)
+            tensors = {name: tensor.to(dtype) for name, tensor in Sphinx(model_config).state_dict().items()}
+            tensors |= {name: torch.full_like(tensors[name], value[number]) for name, value in (values or {}).items()}
+            # A new norm is all ones.
+            tensors = {
+                name: tensor + 0.01 * (number + 1) if tensor.dim() == 1 and name not in (values or {}) else tensor
+                for name, tensor in tensors.items()
+            }
+            first = first or tensors
+            if frozen is not None:
+                tensors |= {name: tensor for name, tensor in first.items() if name.startswith(frozen)}
+            paths.append(
+                write_checkpoint(
+                    tmp_path / f"model_{number}",
+                    tensors,
+                    model_config.to_dict(),
+                    processor.to_dict(),
+                    processor.tokenizer.path,
+                    {"stage": f"stage_{number}"},
+                    **options,
+                )
+            )
+        return paths
+
+    return write

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from sphinx_pl.checkpoint.mixing import linear, same_bits
 
 import mix_weights
-from sphinx_pl.checkpoint.format import open_checkpoint, write_checkpoint
+from sphinx_pl.checkpoint.format import open_checkpoint, same_bits, write_checkpoint
 from sphinx_pl.data.processor import Processor
+from sphinx_pl.mixing.methods import mix_tensors
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx
 
@@ -53,12 +53,13 @@ def test_beta_is_the_first_checkpoints_weight(run: Callable[..., None], parents:
     real, synthetic, mixed, same = (open_checkpoint(tmp_path / name) for name in ("real", "synthetic", "mixed", "same"))
     changed = 0
     for name in real:
-        expected = linear([real.tensor(name), synthetic.tensor(name)], [0.25, 0.75])
+        expected = mix_tensors("linear", [real.tensor(name), synthetic.tensor(name)], [0.25, 0.75])
         assert same_bits(mixed.tensor(name), expected), name
         assert same_bits(same.tensor(name), expected), name
         changed += not same_bits(real.tensor(name), expected)
     assert changed > 10
-    assert mixed.provenance["mixing"] == {"method": "linear", "weights": [0.25, 0.75]}
+    assert mixed.provenance["mixing"]["method"] == "linear"
+    assert mixed.provenance["mixing"]["weights"] == [0.25, 0.75]
     assert [parent["stage"] for parent in mixed.provenance["parents"]] == ["real", "synthetic"]
     mixed.load_into(Sphinx(mixed.model_config))
 

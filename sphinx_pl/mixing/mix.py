@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,8 @@ from typing import Any
 
 import torch
 import xxhash
-from rich.table import Table
+from rich.console import Group
+from rich.text import Text
 
 import sphinx_pl
 from sphinx_pl.checkpoint.format import (
@@ -139,10 +141,13 @@ class Plan:
             watch,
         )
 
-    def table(self) -> Table:
-        """The rules as they were understood, for the terminal."""
-        labels = [f"{i}: {model.path.parent.name}/{model.path.name}" for i, model in enumerate(self.models)]
-        return rules_table(self.rows, {key: self.models[0].info(key).numel for key in self.weights}, labels)
+    def table(self) -> Group:
+        """The checkpoints by their numbers, and the rules as they were understood, for the terminal."""
+        paths = [Text(f"{place}  {model.path}", overflow="fold") for place, model in enumerate(self.models)]
+        base = [Text(f"base  {self.base.path}", overflow="fold")] if self.base else []
+        method = Text(f"{self.recipe.method}: {METHODS[self.recipe.method].paper}")
+        numels = {key: self.models[0].info(key).numel for key in self.weights}
+        return Group(method, *paths, *base, rules_table(self.rows, numels, len(self.models)))
 
 
 def open_models(
@@ -253,6 +258,7 @@ def mix(
     workers: int | None = None,
     config: Mapping[str, Any] | None = None,
     origin: Mapping[str, Any] | None = None,
+    beside: Path | None = None,
     progress: str | None = None,
 ) -> dict[str, Any]:
     """Write the mixture to the folder `out`; returns what its provenance says of the mixing.
@@ -263,6 +269,7 @@ def mix(
         workers: threads; None: one for each core.
         config: the composed configuration, for the provenance.
         origin: more for its section "mixing".
+        beside: a folder of files that go into the new one too, such as a curve's.
         progress: a word for the progress bar; None shows none.
 
     Raises:
@@ -289,6 +296,8 @@ def mix(
         ]
         content = provenance("mix", dict(config) if config else None, parents) | {"mixing": said}
         write_json(folder / PROVENANCE, content)
+        for file in beside.iterdir() if beside else ():
+            shutil.copyfile(file, folder / file.name)
 
     with _one_thread_each():
         write_layout(out, files, mixer, _fingerprint(plan, files), workers or _cores(), progress, finish)

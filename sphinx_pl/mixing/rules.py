@@ -190,15 +190,15 @@ def _between(anchors: list[list[float]], layer: int | None, depths: list[int]) -
     return [(1 - share) * a + share * b for a, b in zip(anchors[index], anchors[index + 1], strict=True)]
 
 
-def rules_table(rows: Sequence[Row], parameters: Mapping[str, int], labels: Sequence[str]) -> Table:
+def rules_table(rows: Sequence[Row], parameters: Mapping[str, int], models: int) -> Table:
     """The rules as they were understood; a gradient's weights are shown from its first to its last layer."""
     table = Table("tensors", title="Weights", title_justify="left")
-    for label in labels:
-        table.add_column(Text(label), justify="right")
+    for model in range(models):
+        table.add_column(str(model), justify="right")
     table.add_column("number", justify="right")
     table.add_column("parameters", justify="right")
     for row in rows:
-        cells = [" → ".join(f"{point[i]:.4g}" for point in row.weights) for i in range(len(labels))]
+        cells = [" → ".join(f"{point[i]:.4g}" for point in row.weights) for i in range(models)]
         count = sum(parameters[key] for key in row.keys)
         table.add_row(Text(row.said), *cells, f"{len(row.keys):,}", f"{count:,}")
     return table

@@ -7,7 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from sphinx_pl.evaluation.curve import CurvePoint, barrier, best_beta, write_curve
+from sphinx_pl.errors import UserError
+from sphinx_pl.evaluation.criterion import Criterion
+from sphinx_pl.evaluation.curve import (
+    CurvePoint,
+    barriers,
+    best_point,
+    corners,
+    describe_best,
+    simplex,
+    summary,
+    write_curve,
+)
 from sphinx_pl.evaluation.losses import SourceLoss
 
 
@@ -17,46 +28,115 @@ def loss(mean: float) -> SourceLoss:
     )
 
 
-def points(**losses: list[float]) -> list[CurvePoint]:
-    count = len(next(iter(losses.values())))
-    return [CurvePoint(i / (count - 1), {name: loss(v[i]) for name, v in losses.items()}) for i in range(count)]
+def points(**measures: list[float]) -> list[CurvePoint]:
+    """A curve between two models, or over the triangle of three where there are as many values as it has points."""
+    count = len(next(iter(measures.values())))
+    weights = simplex(2, count) if count != 6 else simplex(3, 3)
+    named = {name.replace("_", "/"): values for name, values in measures.items()}
+    return [CurvePoint(w, {name: loss(v[i]) for name, v in named.items()}) for i, w in enumerate(weights)]
 
 
-def test_best_beta_minimises_the_mean_of_the_named_sources() -> None:
-    curve = points(real=[4, 3, 2], synthetic=[1, 1.5, 3])
-    assert best_beta(curve, ["real"]).beta == 1
-    assert best_beta(curve, ["synthetic"]).beta == 0
-    assert best_beta(curve, ["real", "synthetic"]).beta == 0.5
-    assert best_beta(curve, ["real", "synthetic"]).mean(["real", "synthetic"]) == 2.25
+def test_the_simplex_is_even_and_sums_to_one() -> None:
+    assert simplex(2, 3) == [(0, 1), (0.5, 0.5), (1, 0)]
+    triangle = simplex(3, 5)
+    assert len(triangle) == len(set(triangle)) == 15
+    assert all(sum(weights) == pytest.approx(1) and min(weights) >= 0 for weights in triangle)
+    assert {(1, 0, 0), (0, 1, 0), (0, 0, 1)} <= set(triangle)
+    with pytest.raises(UserError, match="2 or 3 checkpoints, not 4"):
+        simplex(4, 3)
+
+
+def test_the_best_point_minimises_the_criterion() -> None:
+    curve = points(loss_real=[4, 3, 2], loss_synthetic=[1, 1.5, 3], score_vqa=[0.1, 0.2, 0.3])
+    assert curve[best_point(curve, Criterion("loss/real"))].weights == (1, 0)
+    assert curve[best_point(curve, Criterion("loss/synthetic"))].weights == (0, 1)
+    assert curve[best_point(curve, Criterion("loss"))].weights == (0.5, 0.5)
+    assert curve[best_point(curve, Criterion("score"))].weights == (1, 0)
+    assert best_point(points(loss_x=[2, 2, 2]), Criterion()) == 1  # of equals the middle
 
 
 @pytest.mark.parametrize(
     ("losses", "height"),
-    [([1.0, 2.0, 3.0], 0.0), ([1.0, 3.5, 3.0], 1.5), ([1.0, 0.5, 3.0], 0.0), ([3.0, 2.5, 2.5, 0.0], 1.5)],
+    [
+        ([1.0, 2.0, 3.0], 0.0),
+        ([1.0, 3.5, 3.0], 1.5),
+        ([1.0, 0.5, 3.0], 0.0),
+        ([3.0, 2.5, 2.5, 0.0], 1.5),
+        # Three models: corners 3 (last), 2, 1 (first) in the order of the triangle, the plane's middles 2.5, 2, 1.5.
+        ([3.0, 2.5, 2.0, 2.0, 1.5, 1.0], 0.0),
+        ([3.0, 2.5, 2.0, 2.7, 1.5, 1.0], 0.7),
+    ],
 )
-def test_barrier_is_the_height_above_the_straight_line(losses: list[float], height: float) -> None:
-    assert barrier(points(x=losses), "x") == pytest.approx(height)
-    assert barrier(points(x=losses)[::-1], "x") == pytest.approx(height)
+def test_a_barrier_is_the_height_above_the_line_or_plane_between_the_models(losses: list[float], height: float) -> None:
+    curve = points(loss_x=losses)
+    assert float(barriers(curve, torch.tensor(losses, dtype=torch.float64))) == pytest.approx(height)
+
+
+def test_corners_are_in_the_order_of_the_models() -> None:
+    triangle = points(loss_x=[1, 2, 3, 4, 5, 6])
+    assert [triangle[place].weights.index(1) for place in corners(triangle)] == [0, 1, 2]
 
 
 def test_written_files_hold_the_curve(tmp_path: Path) -> None:
-    curve = points(real=[4, 3, 2], synthetic=[1, 1.5, 3])
-    write_curve(curve, tmp_path / "new" / "folder")
-    content = json.loads((tmp_path / "new" / "folder" / "curve.json").read_text())
+    curve = points(loss_real=[4, 3, 2], loss_synthetic=[1, 1.5, 3])
+    folder = tmp_path / "new" / "folder"
+    write_curve(curve, folder)
+    content = json.loads((folder / "curve.json").read_text())
     assert content["betas"] == [0, 0.5, 1]
     assert content["losses"] == {"real": [4, 3, 2], "synthetic": [1, 1.5, 3]}
-    assert content["mean"] == [2.5, 2.25, 2.5]
-    assert content["best"] == {"beta": 0.5, "mean": 2.25, "gain": 0.25}
+    assert content["mean"] == content["criterion"]["values"] == [2.5, 2.25, 2.5]
+    assert content["best"]["beta"] == 0.5
+    assert content["best"]["value"] == 2.25
+    assert content["best"]["gain"] == 0.25
     assert content["barrier"] == {"real": 0, "synthetic": 0}
     assert content["tokens"] == {"real": 4, "synthetic": 4}
-    with (tmp_path / "new" / "folder" / "curve.csv").open() as file:
+    with (folder / "curve.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [float(row["synthetic"]) for row in rows] == [1, 1.5, 3]
-    assert float(rows[1]["mean"]) == 2.25
-    assert (tmp_path / "new" / "folder" / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert [float(row["beta"]) for row in rows] == [0, 0.5, 1]
+    assert [float(row["loss/synthetic"]) for row in rows] == [1, 1.5, 3]
+    assert float(rows[1]["loss"]) == 2.25
+    assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_interval_resamples_whole_samples() -> None:
+def test_a_triangle_is_written_with_a_weight_for_each_model(tmp_path: Path) -> None:
+    content = write_curve(points(loss_x=[3, 2, 2, 1, 2, 3], score_vqa=[0, 0, 0, 1, 0, 0]), tmp_path)
+    assert "betas" not in content
+    assert content["best"]["weights"] == [0.5, 0, 0.5]
+    with (tmp_path / "curve.csv").open() as file:
+        header = next(csv.reader(file))
+    assert header[:3] == ["weight_0", "weight_1", "weight_2"]
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def noisy(means: list[float], noise: float, samples: int = 200) -> list[CurvePoint]:
+    """Samples of different hardness, which is common to all points, and noise of each point."""
+    generator = torch.Generator().manual_seed(0)
+    hard = torch.randn(samples, generator=generator, dtype=torch.float64)
+    tokens = torch.ones(samples, dtype=torch.float64)
+    drawn = [torch.randn(samples, generator=generator, dtype=torch.float64) for _ in means]
+    curve = []
+    for weights, mean, own in zip(simplex(2, len(means)), means, drawn, strict=True):
+        own = (own - own.mean()) * noise
+        curve.append(CurvePoint(weights, {"loss/x": SourceLoss(hard - hard.mean() + own + mean, tokens)}))
+    return curve
+
+
+def test_a_gain_is_sure_or_said_to_be_chance() -> None:
+    sure = summary(noisy([2.0, 1.8, 2.0], noise=0.1), Criterion())
+    assert sure["best"]["gain"] == pytest.approx(0.2)
+    assert 0.15 < sure["best"]["gain_interval"][0] < 0.2 < sure["best"]["gain_interval"][1] < 0.25
+    assert sure["best"]["chosen"] == 1
+    assert "better than checkpoint" in describe_best(sure)
+    assert "chance" not in describe_best(sure)
+    chance = summary(noisy([2.0, 1.99, 2.0], noise=1.0), Criterion())
+    assert chance["best"]["gain_interval"][0] < 0
+    assert "may be chance" in describe_best(chance)
+    worse = summary(noisy([1.0, 1.8, 2.0], noise=0.1), Criterion())
+    assert worse["best"]["beta"] == 0
+    assert describe_best(worse).endswith("no mixture is better than checkpoint 1 alone.")
+
+
+def test_the_interval_of_a_source_resamples_whole_samples() -> None:
     generator = torch.Generator().manual_seed(0)
     per_sample = 2 + torch.randn(400, generator=generator, dtype=torch.float64)
     tokens = torch.full((400,), 5.0, dtype=torch.float64)
