@@ -40,6 +40,7 @@ from torch import Tensor
 from benchmarks.consolidation import VOCAB_SIZE, Run, run, warm
 from sphinx_pl.checkpoint.format import (
     CONFIG,
+    INDEX,
     TOKENIZER,
     Checkpoint,
     TensorInfo,
@@ -59,6 +60,8 @@ WEIGHTS = (0.4, 0.6)
 LLAMA_13B = DecoderConfig(VOCAB_SIZE, width=5120, layers=40, heads=40, kv_heads=40, ffn_width=13824)
 BEGINNING = 2**16
 """Elements of a tensor in a sparse file that are not 0."""
+SPARSE_SHARD_BYTES = 10**10
+"""As the published 13B files; one file of 26 GB cannot be mapped where there is less memory than that."""
 CHUNK = 2**15
 """Elements that are compared at once: what is computed of them stays in the cache, in one thread."""
 BOTH = ("a", "b")
@@ -138,29 +141,43 @@ def write_random(folder: Path, config: DecoderConfig, seed: str, tokenizer: Path
     write_rest(folder, config, tokenizer)
 
 
-def write_sparse(folder: Path, config: DecoderConfig, seed: str, tokenizer: Path) -> None:
-    """In one file. The two checkpoints differ in every tensor, so that none of them can be copied."""
+def write_sparse(
+    folder: Path, config: DecoderConfig, seed: str, tokenizer: Path, max_bytes: int = SPARSE_SHARD_BYTES
+) -> None:
+    """The same with real values at the beginning of each tensor only, so that none is equal in two checkpoints."""
     folder.mkdir(parents=True)
     weights = LlamaWeights(Random(config, seed), config)
+    shards: list[dict[str, TensorInfo]] = [{}]
+    for name in weights:
+        if sum(info.nbytes for info in shards[-1].values()) + weights.info(name).nbytes > max_bytes:
+            shards.append({})
+        shards[-1][name] = weights.info(name)
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_sparse_file(folder / file, shard, seed)
+        weight_map |= dict.fromkeys(shard, file)
+    write_json(folder / INDEX, {"metadata": {"total_size": 2 * count(config)}, "weight_map": weight_map})
+    write_rest(folder, config, tokenizer)
+
+
+def _write_sparse_file(path: Path, infos: Mapping[str, TensorInfo], seed: str) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     begins = {}
     end = 0
-    for name in weights:
-        info = weights.info(name)
+    for name, info in infos.items():
         begins[name] = end
         header[name] = {"dtype": "BF16", "shape": info.shape, "data_offsets": [end, end := end + info.nbytes]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with (folder / "model.safetensors").open("wb") as file:
+    with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
         for name, begin in begins.items():
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-            size = min(BEGINNING, weights.info(name).numel)
-            value = torch.randn(size, generator=generator).mul_(0.02).bfloat16()
+            value = torch.randn(min(BEGINNING, infos[name].numel), generator=generator).mul_(0.02).bfloat16()
             file.seek(8 + len(text) + begin)
             file.write(value.view(torch.uint8).numpy().data)
-    write_rest(folder, config, tokenizer)
 
 
 # -- exactness -------------------------------------------------------------------------------------------------------
