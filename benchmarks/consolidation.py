@@ -157,8 +157,9 @@ class Run:
     """A process that wrote a folder: bytes, seconds, MB of memory.
 
     `call` is the conversion alone, `process` all from the start of the process; both until the bytes are on the disk,
-    `returned` until the call came back. Of a plain copy they are not told apart. `peak` is resident memory, mapped
-    pages of files included, `anonymous` that without them, `start` what imports alone had taken.
+    `returned` until the call came back; of a command that does not say, until it ended, and the other two are alike.
+    `peak` is resident memory, mapped pages of files included, `anonymous` that without them, `start` what imports alone
+    had taken.
     """
 
     written: int
@@ -192,7 +193,7 @@ def run(command: Sequence[str], out: Path, found: Path) -> Run:
     seconds, flushed = time.perf_counter() - begin, time.perf_counter() - ended
     written = sum(file.stat().st_size for file in files)
     if not found.exists():
-        return Run(written, seconds, seconds, seconds, peak, anonymous, 0.0)
+        return Run(written, ended - begin, seconds, seconds, peak, anonymous, 0.0)
     returned, _, before = found.read_text().partition("\n")
     found.unlink()
     start = next(int(line.split()[1]) for line in before.splitlines() if line.startswith("VmHWM:")) / 1000
