@@ -47,7 +47,7 @@ class MixConfig:
     any_sum: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     rules: list[Any] = field(default_factory=list)
-    arithmetic: str = "float32"
+    arithmetic: str = "float64"
     out: Optional[str] = None
     layout: Optional[str] = None
     shards: Optional[int] = None

@@ -75,7 +75,7 @@ class Recipe:
     rules: Sequence[Mapping[str, Any]] = ()
     normalize: bool = False
     any_sum: bool = False
-    arithmetic: str = "float32"
+    arithmetic: str = "float64"
 
     def check(self, count: int, base: bool) -> dict[str, Any]:
         """The method's options, complete.

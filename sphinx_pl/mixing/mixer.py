@@ -16,7 +16,7 @@ from sphinx_pl.checkpoint.format import TensorInfo
 from sphinx_pl.checkpoint.layout import assemble
 from sphinx_pl.checkpoint.stored import Read, Stored
 from sphinx_pl.errors import UserError
-from sphinx_pl.mixing.methods import CHUNK, METHODS, Stretch
+from sphinx_pl.mixing.methods import CHUNK, METHODS, Stretch, round_once
 from sphinx_pl.mixing.rules import PARTS
 
 FEW = 3
@@ -69,7 +69,7 @@ class Mixer:
         method: str = "linear",
         options: Mapping[str, Any] | None = None,
         base: Stored | None = None,
-        arithmetic: torch.dtype = torch.float32,
+        arithmetic: torch.dtype = torch.float64,
         watch: bool = True,
     ) -> None:
         self.models = [*models] if base is None else [*models, base]
@@ -156,7 +156,7 @@ class Mixer:
                 else:
                     count = len(weights)
                     stretch = Stretch(work[:count], work[count] if self.base is not None else None, key, start)
-                    result.copy_(self.method.mix(stretch, weights, self.options, measured))
+                    round_once(self.method.mixed(stretch, weights, self.options, measured), result)
                 if not convex and not bool(result.isfinite().all()):
                     raise UserError(f"the mixture of '{key}' overflows {dtype}: use smaller weights, or dtype=fp32")
                 yield result

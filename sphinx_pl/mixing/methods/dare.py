@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sphinx_pl.mixing.methods import METHODS, Method, Options, Stretch, Weights, combine
+from sphinx_pl.mixing.methods import METHODS, Method, Options, Stretch, Weights
 from sphinx_pl.mixing.methods.ties import elect
 
 
@@ -31,7 +31,8 @@ def drop(stretch: Stretch, options: Options) -> list[Tensor]:
 def dare(stretch: Stretch, weights: Weights, options: Options, measured: Any) -> Tensor:
     """base + Σ λᵢ·(what is kept of θᵢ - base)."""
     assert stretch.base is not None
-    return combine([stretch.base, *drop(stretch, options)], [1.0, *weights])
+    kept = [part * weight for part, weight in zip(drop(stretch, options), weights, strict=True)]
+    return torch.stack([stretch.base, *kept]).sum(0)
 
 
 def dare_ties(stretch: Stretch, weights: Weights, options: Options, measured: Any) -> Tensor:
@@ -45,8 +46,8 @@ PAPER = "Language models are super Mario (Yu et al. 2024)"
 OPTIONS: dict[str, float | int | bool] = {"density": 0.5, "rescale": True, "seed": 0}
 RANGES = {"density": (0.0, 1.0)}
 
-METHODS.register("dare", Method(PAPER, dare, base=True, options=OPTIONS, ranges=RANGES))
+METHODS.register("dare", Method(PAPER, mix=dare, base=True, options=OPTIONS, ranges=RANGES))
 METHODS.register(
     "dare_ties",
-    Method(PAPER, dare_ties, base=True, options={**OPTIONS, "average": True, "scale": 1.0}, ranges=RANGES),
+    Method(PAPER, mix=dare_ties, base=True, options={**OPTIONS, "average": True, "scale": 1.0}, ranges=RANGES),
 )

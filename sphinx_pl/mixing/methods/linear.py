@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
-from sphinx_pl.mixing.methods import METHODS, Method, Options, Stretch, Weights, combine
+from sphinx_pl.mixing.methods import METHODS, Method, Options, Weights
 
 
-def linear(stretch: Stretch, weights: Weights, options: Options, measured: Any) -> Tensor:
+def coefficients(weights: Weights, options: Options, measured: Any) -> Weights:
     """Σ wᵢ·θᵢ."""
-    return combine(stretch.tensors, weights)
+    return weights
 
 
 def equal_weights(count: int, options: Options) -> list[float]:
@@ -24,13 +22,15 @@ def ema_weights(count: int, options: Options) -> list[float]:
     return [decay ** (count - 1), *((1 - decay) * decay ** (count - 1 - i) for i in range(1, count))]
 
 
-METHODS.register("linear", Method("SPHINX (Lin et al. 2023), section 3.1; Model soups (Wortsman et al. 2022)", linear))
-METHODS.register("uniform_soup", Method("Model soups (Wortsman et al. 2022)", linear, weights=equal_weights))
+METHODS.register(
+    "linear", Method("SPHINX (Lin et al. 2023), section 3.1; Model soups (Wortsman et al. 2022)", coefficients)
+)
+METHODS.register("uniform_soup", Method("Model soups (Wortsman et al. 2022)", coefficients, weights=equal_weights))
 METHODS.register(
     "ema",
     Method(
         "Averages of a run's iterates (Polyak & Juditsky 1992; Mean teachers, Tarvainen & Valpola 2017)",
-        linear,
+        coefficients,
         weights=ema_weights,
         options={"decay": 0.5},
         ranges={"decay": (0, 1)},

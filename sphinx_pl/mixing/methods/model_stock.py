@@ -6,9 +6,8 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from sphinx_pl.mixing.methods import METHODS, Method, Options, Passes, Stretch, Weights, combine
+from sphinx_pl.mixing.methods import METHODS, Method, Options, Passes, Weights
 from sphinx_pl.mixing.methods.linear import equal_weights
 
 
@@ -31,13 +30,12 @@ def measure(passes: Passes, weights: Weights, options: Options) -> float:
     return ratio(math.fsum(cosines) / len(cosines), count) if cosines else 1.0
 
 
-def model_stock(stretch: Stretch, weights: Weights, options: Options, measured: Any) -> Tensor:
+def coefficients(weights: Weights, options: Options, measured: Any) -> list[float]:
     """t·(average of the models) + (1 - t)·base."""
-    assert stretch.base is not None
-    return combine([stretch.base, *stretch.tensors], [1 - measured, *(measured * weight for weight in weights)])
+    return [*(measured * weight for weight in weights), 1 - measured]
 
 
 METHODS.register(
     "model_stock",
-    Method("Model stock (Jang et al. 2024)", model_stock, measure, base=True, weights=equal_weights),
+    Method("Model stock (Jang et al. 2024)", coefficients, measure=measure, base=True, weights=equal_weights),
 )

@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from torch import Tensor
-
-from sphinx_pl.mixing.methods import METHODS, Method, Options, Passes, Stretch, Weights, combine
+from sphinx_pl.mixing.methods import METHODS, Method, Options, Passes, Weights
 
 PARALLEL = 0.9995
 """Cosine from which on arc and chord are the same in float32, and dividing by the sine loses digits."""
@@ -21,19 +19,22 @@ def slerp_coefficients(cosine: float, weights: Weights) -> list[float]:
     return [math.sin(weight * angle) / math.sin(angle) for weight in weights]
 
 
-def measure(passes: Passes, weights: Weights, options: Options) -> list[float]:
-    """The coefficients, from the angle between the two tensors as wholes."""
+def cosine(passes: Passes, weights: Weights, options: Options) -> float:
+    """Of the angle between the two tensors as wholes; a right one if one of them is zero."""
     dot, first, second = 0.0, 0.0, 0.0
     for stretch in passes():
         a, b = (tensor.double() for tensor in stretch.tensors)
         dot, first, second = dot + float(a @ b), first + float(a @ a), second + float(b @ b)
     lengths = math.sqrt(first) * math.sqrt(second)
-    return slerp_coefficients(max(-1.0, min(1.0, dot / lengths)) if lengths else 1.0, weights)
+    return max(-1.0, min(1.0, dot / lengths)) if lengths else 0.0
 
 
-def slerp(stretch: Stretch, weights: Weights, options: Options, measured: Any) -> Tensor:
-    """The two tensors with the coefficients of their angle; their lengths are left as they are."""
-    return combine(stretch.tensors, measured)
+def coefficients(weights: Weights, options: Options, measured: Any) -> list[float]:
+    """Those of the angle between the two tensors, whose lengths are left as they are."""
+    return slerp_coefficients(measured, weights)
 
 
-METHODS.register("slerp", Method("Animating rotation with quaternion curves (Shoemake 1985)", slerp, measure, count=2))
+METHODS.register(
+    "slerp",
+    Method("Animating rotation with quaternion curves (Shoemake 1985)", coefficients, measure=cosine, count=2),
+)

@@ -43,10 +43,10 @@ def kth_largest(values: Callable[[], Iterable[Tensor]], k: int) -> float:
 def thresholds(passes: Passes, weights: Weights, options: Options) -> list[float]:
     """How large an entry of each difference must be to be kept: the density · n largest are, and equals of the last."""
     numel = sum(stretch.tensors[0].numel() for stretch in passes())
-    k = int(options["density"] * numel)
-    if k == 0:
+    k = max(1, int(options["density"] * numel))  # of a single number that number
+    if options["density"] == 0 or numel == 0:
         return [float("inf")] * len(weights)
-    if k == numel:
+    if k >= numel:
         return [0.0] * len(weights)
 
     def magnitudes(model: int) -> Iterable[Tensor]:
@@ -88,8 +88,8 @@ METHODS.register(
     "ties",
     Method(
         "TIES-Merging (Yadav et al. 2023)",
-        ties,
-        thresholds,
+        mix=ties,
+        measure=thresholds,
         base=True,
         options={"density": 0.2, "average": True, "scale": 1.0},
         ranges={"density": (0, 1)},
