@@ -22,10 +22,12 @@ def ema_weights(count: int, options: Options) -> list[float]:
     return [decay ** (count - 1), *((1 - decay) * decay ** (count - 1 - i) for i in range(1, count))]
 
 
-METHODS.register(
-    "linear", Method("SPHINX (Lin et al. 2023), section 3.1; Model soups (Wortsman et al. 2022)", coefficients)
-)
-METHODS.register("uniform_soup", Method("Model soups (Wortsman et al. 2022)", coefficients, weights=equal_weights))
+SOUPS = "Model soups (Wortsman et al. 2022)"
+
+METHODS.register("linear", Method(f"SPHINX (Lin et al. 2023), section 3.1; {SOUPS}", coefficients))
+METHODS.register("uniform_soup", Method(SOUPS, coefficients, weights=equal_weights))
+# The same, once `sphinx_pl.evaluation.search` has found out which checkpoints to average.
+METHODS.register("greedy_soup", Method(SOUPS, coefficients))
 METHODS.register(
     "ema",
     Method(

@@ -1,0 +1,551 @@
+"""Whole checkpoints mixed: layouts in and out, what is refused, kills."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sphinx_pl.checkpoint.format import INDEX, TOKENIZER, Checkpoint, open_checkpoint, same_bits
+from sphinx_pl.checkpoint.llm import HuggingFaceCheckpoint, write_huggingface
+from sphinx_pl.checkpoint.stored import HuggingFaceFolder, content_hash, store
+from sphinx_pl.checkpoint.training import Piece, TrainingCheckpoint, describe, write_pieces, write_rest
+from sphinx_pl.errors import UserError
+from sphinx_pl.mixing.methods import mix_tensors
+from sphinx_pl.mixing.mix import (
+    Recipe,
+    check_weights,
+    mix,
+    mix_checkpoints,
+    needs_our_names,
+    open_models,
+    plan_mixture,
+)
+from sphinx_pl.models.config import SphinxConfig
+from sphinx_pl.models.decoder import Decoder
+from tests.checkpoint.conftest import PROCESSOR, random_tensors, small_config
+from tests.checkpoint.conftest import write as write  # a fixture
+
+Write = Callable[..., Path]
+
+
+def values(path: Path) -> dict[str, Tensor]:
+    checkpoint = open_checkpoint(path)
+    return {name: checkpoint.tensor(name) for name in checkpoint}
+
+
+def expected(a: Mapping[str, Tensor], b: Mapping[str, Tensor], weights: list[float]) -> dict[str, Tensor]:
+    return {
+        name: mix_tensors("linear", [tensor, b[name]], weights) if tensor.is_floating_point() else tensor
+        for name, tensor in a.items()
+    }
+
+
+def assert_equal(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    different = [name for name, tensor in wanted.items() if not same_bits(found[name], tensor)]
+    assert not different
+
+
+# -- layouts ---------------------------------------------------------------------------------------------------------
+
+
+def decoder_tensors(seed: int, config: SphinxConfig, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    decoder = Decoder(config.decoder)
+    decoder.init_weights()
+    tensors = {f"decoder.{name}": tensor.to(dtype) for name, tensor in decoder.state_dict().items()}
+    return {name: t + 0.01 * torch.randn_like(t) for name, t in tensors.items()}
+
+
+@pytest.fixture
+def two(tmp_path: Path, write: Write) -> list[Path]:
+    """A text-only model twice, in our layout, bf16."""
+    config = small_config(kv_heads=2)
+    tensors = [decoder_tensors(seed, config) for seed in (0, 1)]
+    return [write(f"ours_{seed}", t, model=config.to_dict()) for seed, t in enumerate(tensors)]
+
+
+def as_huggingface(path: Path, out: Path) -> Path:
+    write_huggingface(open_checkpoint(path), out)
+    return out
+
+
+def as_meta(path: Path, out: Path, shards: int) -> Path:
+    from sphinx_pl.checkpoint.format import TensorInfo, write_json
+    from sphinx_pl.checkpoint import layout
+from sphinx_pl.checkpoint.layout import write_parallel
+    from sphinx_pl.checkpoint.original import decoder_sizes
+    from sphinx_pl.checkpoint.parallel import split
+
+    checkpoint = open_checkpoint(path)
+    out.mkdir()
+    names = {name.removeprefix("decoder."): name for name in checkpoint}
+    for rank in range(shards):
+        parts = {short: split(short, checkpoint.tensor(name), shards)[rank] for short, name in names.items()}
+        infos = {name: TensorInfo(tuple(part.shape), part.dtype) for name, part in parts.items()}
+        write_parallel(out / f"consolidated.{rank:02d}.pth", infos, parts.__getitem__)
+    write_json(out / "params.json", decoder_sizes(checkpoint.model_config.decoder))
+    shutil.copyfile(checkpoint.tokenizer_file, out / TOKENIZER)
+    return out
+
+
+def as_training(path: Path, out: Path, ranks: int) -> Path:
+    """A training checkpoint of a sharded run: float32 masters, pieces that end in the middle of tensors."""
+    checkpoint = open_checkpoint(path)
+    out.mkdir()
+    for rank in range(ranks):
+        pieces = []
+        for name in checkpoint:
+            flat = checkpoint.tensor(name).float().flatten()
+            cuts = [len(flat) * r // ranks for r in range(ranks + 1)]
+            pieces.append(Piece("weight", name, cuts[rank], flat[cuts[rank] : cuts[rank + 1]]))
+            pieces.append(Piece("exp_avg", name, cuts[rank], flat[cuts[rank] : cuts[rank + 1]] * 0))
+        write_pieces(out, rank, ranks, pieces)
+    write_rest(out, ranks, {name: checkpoint.info(name).shape for name in checkpoint}, {})
+    config = checkpoint.config
+    describe(out, config["model"], config["processor"], checkpoint.tokenizer_file, {"stage": "training"})
+    return out
+
+
+def test_our_folders_keep_files_names_and_what_else_is_there(two: list[Path], tmp_path: Path) -> None:
+    said = mix_checkpoints(two, [0.25, 0.75], tmp_path / "out")
+    assert_equal(values(tmp_path / "out"), expected(values(two[0]), values(two[1]), [0.25, 0.75]))
+    a, out = (open_checkpoint(path) for path in (two[0], tmp_path / "out"))
+    assert [file.name for file in out.files()] == [file.name for file in a.files()]
+    assert out.config == a.config
+    assert out.tokenizer_file.read_bytes() == b"pieces"
+    assert said == out.provenance["mixing"]
+
+
+def test_huggingface_folders_keep_files_and_names(two: list[Path], tmp_path: Path) -> None:
+    paths = [as_huggingface(path, tmp_path / f"hf_{i}") for i, path in enumerate(two)]
+    (paths[0] / "generation_config.json").write_text("{}")
+    (paths[0] / "README.md").write_text("a card")
+    mix_checkpoints(paths, [0.4, 0.6], tmp_path / "out")
+    models, _ = open_models([*paths, tmp_path / "out"])
+    assert all(isinstance(model, HuggingFaceFolder) for model in models)
+    a, b, out = ({key: _read(model, key) for key in model} for model in models)
+    assert_equal(out, expected(a, b, [0.4, 0.6]))
+    assert "model.layers.0.self_attn.q_proj.weight" in out
+    assert (tmp_path / "out" / "generation_config.json").exists()
+    assert not (tmp_path / "out" / "README.md").exists()
+    assert json.loads((tmp_path / "out" / INDEX).read_text()) == json.loads((paths[0] / INDEX).read_text())
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert same_bits(model.state_dict()["model.norm.weight"], out["model.norm.weight"])
+    # As ours they are the same mixture: rows of queries and keys lie elsewhere, no value differs.
+    assert_equal(values(tmp_path / "out"), expected(values(two[0]), values(two[1]), [0.4, 0.6]))
+
+
+def _read(stored: Any, key: str) -> Tensor:
+    info = stored.info(key)
+    out = torch.empty(info.numel, dtype=info.dtype)
+    with stored.reader(key) as read:
+        read(out, 0)
+    return out.view(info.shape)
+
+
+def test_a_huggingface_folder_of_a_model_that_nobody_here_knows(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    for number in range(2):
+        folder = tmp_path / f"m{number}"
+        folder.mkdir()
+        torch.manual_seed(number)
+        save_file({"conv.weight": torch.randn(3, 4), "ids": torch.arange(3)}, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps({"model_type": "mamba9", "size": 4, "dtype": "float32"}))
+    mix_checkpoints([tmp_path / "m0", tmp_path / "m1"], [0.5, 0.5], tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "provenance.json",
+    ]
+    a, b, out = open_models([tmp_path / "m0", tmp_path / "m1", tmp_path / "out"])[0]
+    assert_equal({"w": _read(out, "conv.weight")}, {"w": (_read(a, "conv.weight") + _read(b, "conv.weight")) / 2})
+    # 16 bits are said in the config too.
+    mix(plan_mixture([a, b], None, Recipe([0.5, 0.5])), tmp_path / "half", dtype=torch.bfloat16)
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] in ("bfloat16", "float32")
+    assert HuggingFaceFolder(tmp_path / "half").info("conv.weight").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_metas_folders_are_mixed_file_by_file(two: list[Path], tmp_path: Path, shards: int) -> None:
+    paths = [as_meta(path, tmp_path / f"meta_{i}", shards) for i, path in enumerate(two)]
+    mix_checkpoints(paths, [0.3, 0.7], tmp_path / "out")
+    assert_equal(values(tmp_path / "out"), expected(values(two[0]), values(two[1]), [0.3, 0.7]))
+    assert len(list((tmp_path / "out").glob("consolidated.*.pth"))) == shards
+
+
+def test_slerp_of_split_tensors_is_that_of_whole_ones(two: list[Path], tmp_path: Path) -> None:
+    paths = [as_meta(path, tmp_path / f"meta_{i}", 2) for i, path in enumerate(two)]
+    mix_checkpoints(paths, [0.3, 0.7], tmp_path / "out", method="slerp")
+    a, b = values(two[0]), values(two[1])
+    assert_equal(values(tmp_path / "out"), {n: mix_tensors("slerp", [a[n], b[n]], [0.3, 0.7]) for n in a})
+
+
+def test_training_checkpoints_are_mixed_as_they_are(two: list[Path], tmp_path: Path) -> None:
+    paths = [as_training(two[0], tmp_path / "step-10", 2), as_training(two[1], tmp_path / "step-20", 3)]
+    assert isinstance(open_checkpoint(paths[0]), TrainingCheckpoint)
+    mix_checkpoints(paths, [0.5, 0.5], tmp_path / "out")
+    a, b = ({n: t.float() for n, t in values(path).items()} for path in two)
+    assert_equal(values(tmp_path / "out"), expected(a, b, [0.5, 0.5]))
+    assert open_checkpoint(tmp_path / "out").provenance["parents"][0]["stage"] == "training"
+
+
+def test_layouts_may_differ(two: list[Path], tmp_path: Path) -> None:
+    """Ours with Meta's of two files, and a training checkpoint with ours, whose dtypes differ: bf16 is asked for."""
+    other = as_meta(two[1], tmp_path / "meta", 2)
+    with pytest.raises(UserError, match="not of one processor"):
+        mix_checkpoints([two[0], other], [0.5, 0.5], tmp_path / "no")
+    training = as_training(two[1], tmp_path / "training", 2)
+    models, _ = open_models([two[0], training])
+    with pytest.raises(UserError, match=r"bfloat16 in .* but torch\.float32 .*dtype=fp32 or bf16 or fp16"):
+        plan_mixture(models, None, Recipe([0.5, 0.5]))
+    mix(plan_mixture(models, None, Recipe([0.5, 0.5]), cast=True), tmp_path / "out", dtype=torch.bfloat16)
+    assert_equal(values(tmp_path / "out"), expected(values(two[0]), values(two[1]), [0.5, 0.5]))
+
+
+@pytest.mark.parametrize(
+    ("name", "shards", "kind"),
+    [("huggingface", None, HuggingFaceCheckpoint), ("sphinx_pl", None, None)],
+)
+def test_the_layout_can_be_chosen(
+    two: list[Path], tmp_path: Path, name: str, shards: int | None, kind: type[Checkpoint] | None
+) -> None:
+    source = two if kind is not None else [as_huggingface(p, tmp_path / f"hf_{i}") for i, p in enumerate(two)]
+    assert needs_our_names(source, name, shards)
+    models, _ = open_models(source, own=False)
+    mix(plan_mixture(models, None, Recipe([0.5, 0.5])), tmp_path / "out", layout=name, shards=shards)
+    if kind is not None:
+        assert isinstance(open_checkpoint(tmp_path / "out"), kind)
+    assert_equal(values(tmp_path / "out"), expected(values(two[0]), values(two[1]), [0.5, 0.5]))
+    assert not needs_our_names([tmp_path / "out"], name, None)
+
+
+def test_dtypes_can_be_chosen(two: list[Path], tmp_path: Path) -> None:
+    models, _ = open_models(two)
+    mix(plan_mixture(models, None, Recipe([0.5, 0.5])), tmp_path / "out", dtype=torch.float32)
+    a, b = ({n: t.float() for n, t in values(path).items()} for path in two)
+    assert_equal(values(tmp_path / "out"), expected(a, b, [0.5, 0.5]))
+
+
+def test_the_same_whatever_the_threads(two: list[Path], tmp_path: Path) -> None:
+    for workers in (1, 4):
+        models, base = open_models(two, two[0])
+        recipe = Recipe([0.7, 0.4], "dare", {"density": 0.3, "seed": 5})
+        mix(plan_mixture(models, base, recipe), tmp_path / f"out_{workers}", workers=workers)
+    assert_equal(values(tmp_path / "out_1"), values(tmp_path / "out_4"))
+
+
+def test_frozen_towers_are_copied_also_where_weights_do_not_sum_to_one(
+    models: Callable[..., list[Path]], tmp_path: Path
+) -> None:
+    paths = models(2, frozen="mixer.towers.")
+    stored, _ = open_models(paths)
+    mix(plan_mixture(stored, None, Recipe([0.5, 0.6], any_sum=True)), tmp_path / "out")
+    a, out = values(paths[0]), values(tmp_path / "out")
+    assert all(same_bits(out[name], a[name]) for name in a if name.startswith("mixer.towers."))
+    assert not same_bits(out["decoder.norm.weight"], a["decoder.norm.weight"])
+    parts = open_checkpoint(tmp_path / "out").provenance["mixing"]["parts"]
+    assert {name for name, part in parts.items() if part["equal"]} == {"clip", "convnext", "dinov2", "qformer"}
+
+
+# -- provenance ------------------------------------------------------------------------------------------------------
+
+
+def test_provenance_says_what_went_in_and_how_far_apart_it_was(two: list[Path], tmp_path: Path) -> None:
+    mix_checkpoints(two, [0.25, 0.75], tmp_path / "out")
+    provenance = open_checkpoint(tmp_path / "out").provenance
+    hashes = [content_hash(stored) for stored in open_models(two)[0]]
+    assert [parent["xxh3_128"] for parent in provenance["parents"]] == hashes
+    assert hashes[0] != hashes[1]
+    assert [parent["stage"] for parent in provenance["parents"]] == ["ours_0", "ours_1"]
+    assert provenance["mixing"]["weights"] == [0.25, 0.75]
+    a, b = values(two[0]), values(two[1])
+    names = [name for name in a if "tok_embeddings" in name or "output" in name]
+    flat = [torch.cat([tensors[name].double().flatten() for name in names]) for tensors in (a, b)]
+    part = provenance["mixing"]["parts"]["embeddings"]
+    assert part["parameters"] == len(flat[0])
+    assert part["norms"] == pytest.approx([float(x.norm()) for x in flat])
+    assert part["distances"] == [[0, 1, pytest.approx(float((flat[0] - flat[1]).norm()))]]
+    assert part["cosines"] == [[0, 1, pytest.approx(float(torch.cosine_similarity(*flat, dim=0)))]]
+
+
+def test_provenance_compares_what_was_learned(two: list[Path], write: Write, tmp_path: Path) -> None:
+    base = write("base", decoder_tensors(2, small_config(kv_heads=2)), model=small_config(kv_heads=2).to_dict())
+    said = mix_checkpoints(two, [0.5, 0.5], tmp_path / "out", base=base, method="task_arithmetic")
+    a, b, origin = (
+        torch.cat([t.double().flatten() for n, t in values(path).items() if "embeddings" in n or "output" in n])
+        for path in (*two, base)
+    )
+    cosine = float(torch.cosine_similarity(a - origin, b - origin, dim=0))
+    assert said["parts"]["embeddings"]["task_cosines"] == [[0, 1, pytest.approx(cosine)]]
+    assert said["base"] == str(base)
+
+
+def test_the_hash_does_not_depend_on_files(write: Write) -> None:
+    tensors = random_tensors(0)
+    one, many = write("one", tensors), write("many", tensors, max_shard_bytes=100)
+    assert len(list(many.glob("*.safetensors"))) > 2
+    assert len({content_hash(*store([open_checkpoint(path)])) for path in (one, many)}) == 1
+
+
+# -- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("weights", "normalize", "message"),
+    [
+        ([0.5], False, "1 numbers for 2 checkpoints"),
+        ([0.5, 0.6], False, "sum to 1.1, not 1"),
+        ([0.5, 0.5 + 2e-6], False, "normalize=true"),
+        ([float("nan"), 0.5], False, "finite"),
+        ([1.0, -1.0], True, "sum to 0"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(weights: list[float], normalize: bool, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_weights(weights, 2, normalize)
+
+
+def test_weights_are_normalized_or_taken_as_they_are() -> None:
+    assert check_weights([1, 3], 2, normalize=True) == [0.25, 0.75]
+    assert sum(check_weights([0.3333333, 0.6666666], 2)) == pytest.approx(1, abs=1e-15)
+    assert check_weights([1, 3], 2, any_sum=True) == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "base", "message"),
+    [
+        (Recipe(), False, "how much of each checkpoint"),
+        (Recipe([1.0, 0.0], "uniform_soup"), False, "chooses the weights itself"),
+        (Recipe([1.0, 0.0], "ties"), False, "starts from a base model: give base=FOLDER"),
+        (Recipe([1.0, 0.0]), True, "method=linear has no base: leave base out, or choose one that has: ties"),
+        (Recipe([1.0, 0.0], "slurp"), False, "did you mean 'slerp'"),
+        (Recipe([1.0, 0.0], "ema", {"decy": 1.0}), False, "did you mean 'decay'"),
+        (Recipe([1.0, 0.0], arithmetic="float16"), False, "arithmetic=float16"),
+        (Recipe(None, rules=[{"match": "decoder", "beta": 0.3}]), False, "no rule fits"),
+    ],
+)
+def test_recipes_that_cannot_be_are_refused(write: Write, recipe: Recipe, base: bool, message: str) -> None:
+    paths = [write("a", 0), write("b", 1)]
+    models, start = open_models(paths, paths[0] if base else None)
+    with pytest.raises(UserError, match=message) as error:
+        plan_mixture(models, start, recipe)
+    assert "\n" not in str(error.value)
+
+
+def test_slerp_is_for_two_and_one_needs_a_base(write: Write) -> None:
+    models, _ = open_models([write(name, seed) for seed, name in enumerate("abc")])
+    with pytest.raises(UserError, match="method=slerp is for 2 checkpoints, not 3"):
+        plan_mixture(models, None, Recipe([0.2, 0.3, 0.5], "slerp"))
+    with pytest.raises(UserError, match="at least two"):
+        plan_mixture(models[:1], None, Recipe([1.0]))
+    plan_mixture(models[:1], models[1], Recipe([0.5], "task_arithmetic"))
+
+
+def _with(name: str, value: Tensor) -> dict[str, Tensor]:
+    return random_tensors(1) | {name: value}
+
+
+def _without(name: str) -> dict[str, Tensor]:
+    return {key: tensor for key, tensor in random_tensors(1).items() if key != name}
+
+
+NAN = torch.full((5, 7), 1.0)
+NAN[2, 3] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("other", "names"),
+    [
+        ({"model": small_config(rope_theta=5e5).to_dict()}, ["model.decoder.rope_theta", "10000.0", "500000.0"]),
+        ({"processor": PROCESSOR | {"decimals": 2}}, ["processor.decimals"]),
+        ({"tokenizer": b"other pieces"}, ["tokenizers differ"]),
+        ({"tensors": _without("decoder.b")}, ["missing: 'decoder.b'"]),
+        ({"tensors": _with("decoder.extra", torch.zeros(1))}, ["unexpected: 'decoder.extra'"]),
+        ({"tensors": _with("decoder.a", torch.zeros(7, 5))}, ["'decoder.a' is [7, 5] instead of [5, 7]"]),
+        ({"tensors": _with("decoder.a", torch.zeros(5, 7).half())}, ["'decoder.a'", "float32", "float16"]),
+        ({"tensors": _with("decoder.a", NAN)}, ["'decoder.a'", "NaN"]),
+        ({"tensors": _with("decoder.a", torch.full((5, 7), float("inf")))}, ["'decoder.a'", "infinite"]),
+        ({"tensors": _with("mixer.towers.clip.steps", torch.zeros(4).long())}, ["steps", "integers"]),
+    ],
+)
+def test_checkpoints_that_do_not_go_together_are_refused(
+    write: Write, tmp_path: Path, other: dict[str, Any], names: list[str]
+) -> None:
+    options = {"tensors": 1} | other
+    a, b = write("a", 0), write("b", **options)
+    with pytest.raises(UserError) as error:
+        mix_checkpoints([a, b], [0.5, 0.5], tmp_path / "out")
+    message = str(error.value)
+    assert "\n" not in message
+    assert str(b) in message or "integers" in message
+    assert all(name in message for name in names), message
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / ".out.tmp").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", {"model_type": "llama", "rope_theta": 5e5}, "config.json"),
+        ("tokenizer.model", None, "tokenizers differ"),
+    ],
+)
+def test_huggingface_folders_that_do_not_go_together(
+    two: list[Path], tmp_path: Path, file: str, content: dict[str, Any] | None, message: str
+) -> None:
+    paths = [as_huggingface(path, tmp_path / f"hf_{i}") for i, path in enumerate(two)]
+    target = paths[1] / file
+    if content is None:
+        target.write_bytes(b"other")
+    else:
+        target.write_text(json.dumps(json.loads(target.read_text()) | content))
+    with pytest.raises(UserError, match=message):
+        mix_checkpoints(paths, [0.5, 0.5], tmp_path / "out")
+    (paths[1] / file).write_bytes((paths[0] / file).read_bytes())
+    mix_checkpoints(paths, [0.5, 0.5], tmp_path / "out")
+
+
+def test_names_and_weight_sources_may_differ(write: Write, tmp_path: Path) -> None:
+    renamed = small_config().to_dict() | {"name": "other"}
+    mix_checkpoints([write("a", 0), write("b", 1, model=renamed)], [0.5, 0.5], tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model"]["name"] == "small"
+
+
+def test_an_overflow_is_refused(write: Write, tmp_path: Path) -> None:
+    large = [{"t": torch.tensor([sign * 60000.0]).half()} for sign in (1, -1)]
+    paths = [write(name, tensors) for name, tensors in zip("ab", large, strict=True)]
+    with pytest.raises(UserError, match=r"'t' overflows torch.float16"):
+        mix_checkpoints(paths, [1.5, -0.5], tmp_path / "out")
+
+
+def test_what_is_no_checkpoint_is_not_replaced(write: Write, tmp_path: Path) -> None:
+    a, b = write("a", 0), write("b", 1)
+    with pytest.raises(UserError, match="exists"):
+        mix_checkpoints([a, b], [0.5, 0.5], a)
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.tex").touch()
+    with pytest.raises(UserError, match="is not a checkpoint"):
+        mix_checkpoints([a, b], [0.5, 0.5], tmp_path / "precious", overwrite=True)
+    assert (tmp_path / "precious" / "thesis.tex").exists()
+    mix_checkpoints([a, b], [1, 0], tmp_path / "out")
+    mix_checkpoints([a, b], [0, 1], tmp_path / "out", overwrite=True)
+    assert_equal(values(tmp_path / "out"), values(b))
+
+
+def test_a_layout_of_that_name_must_exist_and_suit(two: list[Path]) -> None:
+    with pytest.raises(UserError, match="layout=hugingface: did you mean 'huggingface'"):
+        needs_our_names(two, "hugingface", None)
+    models, _ = open_models(two, own=False)
+    with pytest.raises(UserError, match="none of the original's types"):
+        mix(plan_mixture(models, None, Recipe([0.5, 0.5])), "nowhere", layout="original")
+    with pytest.raises(UserError, match="layout=original too"):
+        mix(plan_mixture(models, None, Recipe([0.5, 0.5])), "nowhere", shards=2)
+
+
+# -- kills -----------------------------------------------------------------------------------------------------------
+
+KILLED = """
+import sys
+from sphinx_pl.mixing.mix import mix_checkpoints
+print("begin", flush=True)
+mix_checkpoints(sys.argv[1:3], [0.4, 0.6], sys.argv[3])
+"""
+
+
+def kill_and_repeat(folder: Path, write: Write, kills: int, numel: int, shards: int, seed: int) -> list[str]:
+    """Kill a mixing of two checkpoints at random moments and run it again, `kills` times; what each kill left."""
+    rng = random.Random(seed)
+    size = 2 * numel * 4
+    for name, draw in (("a", 0), ("b", 1)):
+        generator = torch.Generator().manual_seed(draw)
+        tensors = {f"decoder.{i}": torch.randn(numel // 4, generator=generator).bfloat16() for i in range(4 * shards)}
+        write(name, tensors, max_shard_bytes=size // 4)
+    a, b, out = folder / "a", folder / "b", folder / "out"
+    wanted = expected(values(a), values(b), [0.4, 0.6])
+    command = [sys.executable, "-c", KILLED, str(a), str(b), str(out)]
+
+    def run(seconds: float | None) -> float:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        process.stdout.readline()
+        begin = time.monotonic()
+        try:
+            process.wait(seconds)
+            assert process.returncode == 0
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        process.stdout.close()
+        return time.monotonic() - begin
+
+    whole = run(None)
+    assert_equal(values(out), wanted)
+    left = []
+    while len(left) < kills:
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.rmtree(folder / ".out.tmp", ignore_errors=True)
+        run(rng.uniform(0, whole))
+        kept = len(list((folder / ".out.tmp").glob("model-*.safetensors")))
+        if out.exists():  # it was done before
+            assert_equal(values(out), wanted)
+            left.append("done")
+            continue
+        before = {file.name: file.stat().st_mtime_ns for file in (folder / ".out.tmp").glob("model-*.safetensors")}
+        noted = {file.name.removesuffix(".json") for file in (folder / ".out.tmp" / ".journal").glob("model-*.json")}
+        left.append(f"{kept} of {shards} files" if (folder / ".out.tmp").exists() else "nothing")
+        run(None)
+        assert_equal(values(out), wanted)
+        after = {file.name: file.stat().st_mtime_ns for file in out.glob("model-*.safetensors")}
+        assert all(after[name] == at for name, at in before.items() if name in noted)
+        assert not (folder / ".out.tmp").exists()
+        assert [parent["xxh3_128"] for parent in open_checkpoint(out).provenance["parents"]] == [
+            content_hash(*store([open_checkpoint(path)])) for path in (a, b)
+        ]
+    return left
+
+
+def test_a_killed_mixing_leaves_no_half_model_and_goes_on(tmp_path: Path, write: Write) -> None:
+    left = kill_and_repeat(tmp_path, write, kills=2, numel=2_000_000, shards=4, seed=0)
+    assert len(left) == 2
+
+
+@pytest.mark.long
+def test_twenty_kills(tmp_path: Path, write: Write) -> None:
+    left = kill_and_repeat(tmp_path, write, kills=20, numel=16_000_000, shards=6, seed=1)
+    print(left)
+    assert sum(said != "done" for said in left) >= 12
+    assert any(said[0] in "12345" for said in left)
+
+
+def test_a_rerun_with_other_weights_begins_anew(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Complete files of another mixture are not mistaken for this one's."""
+    paths = [write(name, {f"t{i}": torch.randn(4) for i in range(3)}, max_shard_bytes=16) for name in "ab"]
+    real = layout._fill
+
+    def interrupted(folder: Path, files: list[Any], *rest: Any) -> None:
+        real(folder, files[:2], *rest)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(layout, "_fill", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mix_checkpoints(paths, [0.5, 0.5], tmp_path / "out")
+    assert len(list((tmp_path / ".out.tmp").glob("model-*.safetensors"))) == 2
+    monkeypatch.setattr(layout, "_fill", real)
+    mix_checkpoints(paths, [0.25, 0.75], tmp_path / "out")
+    assert_equal(values(tmp_path / "out"), expected(values(paths[0]), values(paths[1]), [0.25, 0.75]))
