@@ -26,6 +26,7 @@ from callbacks.throughput import peak_flops
 from sphinx_pl.cli import report
 from sphinx_pl.errors import UserError
 from sphinx_pl.gpus import name_of_device
+from sphinx_pl.plan import Plan
 
 MODELS = "sphinx_7b,sphinx_13b"
 STEP = (
@@ -43,8 +44,8 @@ STEP = (
 LEAN = ("trainer.strategy.masters=bf16", "trainer.strategy.reduce_dtype=bf16", "stage.optim.moments=bf16")
 
 
-def overrides_of(model: str, more: Sequence[str]) -> tuple[list[str], str]:
-    """For train.py; and what the optimizer's numbers are.
+def choose(model: str, more: Sequence[str]) -> tuple[list[str], str, Plan]:
+    """Overrides for train.py, what the optimizer's numbers are, and the plan.
 
     Raises:
         UserError: there is no GPU, or it is too small.
@@ -53,7 +54,7 @@ def overrides_of(model: str, more: Sequence[str]) -> tuple[list[str], str]:
     chosen = [o for o in STEP if not any(m.partition("=")[0] == o.partition("=")[0] for m in more)]
     overrides = [*chosen, f"model={model}", *more]
     if cpu:
-        return overrides, "fp32"
+        return overrides, "fp32", plan_of(overrides)
     if not torch.cuda.is_available():
         raise UserError(
             "no GPU is here; to try the command without one: python -m benchmarks.gpu --models sphinx_sample --steps 5 "
@@ -66,7 +67,7 @@ def overrides_of(model: str, more: Sequence[str]) -> tuple[list[str], str]:
     for precision, extra in (("fp32", ()), ("bf16", LEAN)):
         plan = plan_of([*overrides, *extra])
         if plan.fits:
-            return [*overrides, *extra], precision
+            return [*overrides, *extra], precision, plan
     raise UserError(
         f"{model} needs {plan.memory.total / 2**30:.1f} GiB, and a {gpu} has {plan.gpu_bytes / 2**30:.1f} for it: "
         "choose a smaller model (--models)"
@@ -117,16 +118,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     try:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        table = Table(title=torch.cuda.get_device_name() if device.type == "cuda" else "CPU, one thread")
-        for column in COLUMNS:
-            table.add_column(column, justify="right")
-        for model in options.models.split(","):
-            overrides, states = overrides_of(model, options.overrides)
-            found = measure(overrides, steps=options.steps)
-            bf16 = found.plan.engine.precision.startswith("bf16")
-            table.add_row(*row(found, states, peak_flops(device, torch.bfloat16 if bf16 else torch.float32)))
         console = Console()
-        (console if console.is_terminal else Console(width=200)).print(table)
+        console = console if console.is_terminal else Console(width=200)
+        for model in options.models.split(","):
+            overrides, states, plan = choose(model, options.overrides)
+            found = measure(overrides, steps=options.steps, plan=plan)
+            bf16 = plan.engine.precision.startswith("bf16")
+            # A table for each, at once: the next model may fail, or the machine's time be over.
+            table = Table(title=torch.cuda.get_device_name() if device.type == "cuda" else "CPU, one thread")
+            for column in COLUMNS:
+                table.add_column(column, justify="right")
+            table.add_row(*row(found, states, peak_flops(device, torch.bfloat16 if bf16 else torch.float32)))
+            console.print(table)
     except (UserError, HydraException) as error:
         return report(error)
     return 0

@@ -26,6 +26,14 @@ def is_sharded(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "ds_id") or isinstance(parameter, DTensor)
 
 
+def _norm(gradient: Tensor | None) -> Tensor | None:
+    """Summed in float32, whatever the gradient's dtype."""
+    if gradient is None or not gradient.numel():
+        return None
+    norm: Tensor = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+    return norm
+
+
 def norms(parts: Mapping[str, Sequence[nn.Parameter]]) -> tuple[float, dict[str, float]]:
     """The global norm of all gradients and those of the parts that train; all ranks call it together.
 
@@ -35,9 +43,10 @@ def norms(parts: Mapping[str, Sequence[nn.Parameter]]) -> tuple[float, dict[str,
     training = {part: parameters for part, parameters in training.items() if parameters}
     squares, sharded = [], False
     for parameters in training.values():
-        local = [gradient for p in parameters if (gradient := local_gradient(p)) is not None and gradient.numel()]
+        # One at a time: DeepSpeed gives bf16 gradients as float32 copies, which together take 4 bytes a parameter.
+        local = [norm for p in parameters if (norm := _norm(local_gradient(p))) is not None]
         sharded |= any(is_sharded(p) for p in parameters)
-        total = torch.nn.utils.get_total_norm(local) if local else torch.zeros(())
+        total = torch.linalg.vector_norm(torch.stack(local)) if local else torch.zeros(())
         squares.append(total.double().square().to(parameters[0].device))
     together = torch.stack(squares)
     if sharded:
