@@ -17,8 +17,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from sphinx_pl.checkpoint.format import INDEX, TOKENIZER, Checkpoint, open_checkpoint, same_bits
+from sphinx_pl.checkpoint import layout
+from sphinx_pl.checkpoint.format import (
+    INDEX,
+    TOKENIZER,
+    Checkpoint,
+    TensorInfo,
+    open_checkpoint,
+    same_bits,
+    write_json,
+)
+from sphinx_pl.checkpoint.layout import write_parallel
 from sphinx_pl.checkpoint.llm import HuggingFaceCheckpoint, write_huggingface
+from sphinx_pl.checkpoint.original import decoder_sizes
+from sphinx_pl.checkpoint.parallel import split
 from sphinx_pl.checkpoint.stored import HuggingFaceFolder, content_hash, store
 from sphinx_pl.checkpoint.training import Piece, TrainingCheckpoint, describe, write_pieces, write_rest
 from sphinx_pl.errors import UserError
@@ -83,12 +95,6 @@ def as_huggingface(path: Path, out: Path) -> Path:
 
 
 def as_meta(path: Path, out: Path, shards: int) -> Path:
-    from sphinx_pl.checkpoint.format import TensorInfo, write_json
-    from sphinx_pl.checkpoint import layout
-from sphinx_pl.checkpoint.layout import write_parallel
-    from sphinx_pl.checkpoint.original import decoder_sizes
-    from sphinx_pl.checkpoint.parallel import split
-
     checkpoint = open_checkpoint(path)
     out.mkdir()
     names = {name.removeprefix("decoder."): name for name in checkpoint}
