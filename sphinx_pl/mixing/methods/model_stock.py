@@ -34,7 +34,7 @@ def measure(passes: Passes, weights: Weights, options: Options) -> float:
 def model_stock(stretch: Stretch, weights: Weights, options: Options, measured: Any) -> Tensor:
     """t·(average of the models) + (1 - t)·base."""
     assert stretch.base is not None
-    return combine([stretch.base, *stretch.tensors], [1 - measured, *(measured * weight for weight in weights)])
+    return combine([*stretch.tensors, stretch.base], [*(measured * weight for weight in weights), 1 - measured])
 
 
 METHODS.register(

@@ -13,7 +13,7 @@ from sphinx_pl.mixing.methods import METHODS, Method, Options, Stretch, Weights,
 def task_arithmetic(stretch: Stretch, weights: Weights, options: Options, measured: Any) -> Tensor:
     """base + Σ λᵢ·(θᵢ - base), computed as (1 - Σ λᵢ)·base + Σ λᵢ·θᵢ, so that λ = 1 of one model is that model."""
     assert stretch.base is not None
-    return combine([stretch.base, *stretch.tensors], [1 - math.fsum(weights), *weights])
+    return combine([*stretch.tensors, stretch.base], [*weights, 1 - math.fsum(weights)])
 
 
 METHODS.register(

@@ -153,6 +153,20 @@ def test_the_order_of_two_does_not_matter(
 
 
 @few
+@given(dtype=dtypes, three=st.tuples(seeds, seeds, seeds), weights=st.tuples(scales, scales))
+def test_the_order_of_two_does_not_matter_with_a_base(
+    dtype: torch.dtype, three: tuple[int, int, int], weights: tuple[float, float]
+) -> None:
+    a, b, base = (finite_bits(dtype, seed) for seed in three)
+    near = [torch.randn(1000, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in three]
+    for first, second, start in ((a, b, base), near):
+        for name in ("task_arithmetic", "ties", "model_stock"):
+            given_ = (0.5, 0.5) if name == "model_stock" else weights
+            one = mix_tensors(name, [first, second], given_, start)
+            assert same_bits(one, mix_tensors(name, [second, first], given_[::-1], start)), name
+
+
+@few
 @given(dtype=st.sampled_from(HALF), pair=st.tuples(seeds, seeds), beta=betas)
 def test_a_mixture_of_two_lies_between_them(dtype: torch.dtype, pair: tuple[int, int], beta: float) -> None:
     a, b = (finite_bits(dtype, seed) for seed in pair)
