@@ -121,12 +121,15 @@ class Mixer:
         # Of the arithmetic's dtype: each model's values, and a difference of two.
         working = self._working(key) if info.dtype.is_floating_point else info.dtype
         scratch = torch.empty(len(self.models) + 1, length, dtype=working)
+        measured = self._measure(key, weights)
+        # Slerp's coefficients are other ones than the weights, and sum to more.
+        coefficients = measured if self.base is None and measured is not None else weights
         # Convex: no value can lie outside of what the inputs hold.
-        convex = self.base is None and min(weights) >= 0 and math.fsum(weights) <= 1 + 1e-6
+        convex = self.base is None and min(coefficients) >= 0 and math.fsum(coefficients) <= 1 + 1e-6
         convex = convex and all(_fits(model.info(key).dtype, dtype) for model in self.models)
         # Towers that nobody trained are to stay what they are even where weights don't sum to 1.
-        alike = self.base is not None or abs(math.fsum(weights) - 1) < 1e-6 or PARTS["towers"](self.models[0].ours(key))
-        measured = self._measure(key, weights)
+        alike = self.base is not None or abs(math.fsum(coefficients) - 1) < 1e-6
+        alike = alike or PARTS["towers"](self.models[0].ours(key))
         with ExitStack() as stack:
             reads = [stack.enter_context(model.reader(key)) for model in self.models]
             for start, raw in _raw(reads, [model.info(key) for model in self.models]):

@@ -177,6 +177,13 @@ def test_a_mixture_that_its_dtype_cannot_hold_is_refused(
         mixed(mixer_of(tensors, weights, method, base), dtype=dtype)
 
 
+def test_slerp_can_leave_the_inputs_range_and_is_refused_then() -> None:
+    a, b = (torch.tensor([60000.0, sign * 60000.0]).half() for sign in (1, -1))  # 90° apart: √½ of each
+    with pytest.raises(UserError, match=r"overflows torch\.float16"):
+        mixed(mixer_of([a, b], [0.5, 0.5], "slerp"))
+    assert mixed(mixer_of([a, b], [0.5, 0.5], "slerp"), dtype=torch.float32)[0] == pytest.approx(84852.8)
+
+
 def test_the_largest_numbers_are_no_overflow() -> None:
     for dtype in (torch.float16, torch.bfloat16):
         a = torch.full((10,), torch.finfo(dtype).max, dtype=dtype)
@@ -247,6 +254,18 @@ def test_towers_that_nobody_trained_stay_what_they_are_under_any_weights() -> No
 def test_equal_tensors_are_stored_in_another_dtype() -> None:
     a = normal(0, 100)
     assert same_bits(mixed(mixer_of([a, a.clone()], [0.3, 0.7]), dtype=torch.bfloat16), a.bfloat16())
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("method", ["linear", "slerp", "task_arithmetic", "ties", "model_stock"])
+def test_a_stretch_that_is_equal_is_mixed_as_the_rest_of_its_tensor(method: str) -> None:
+    a, b, c = normal(0, 640), normal(1, 640), normal(2, 640)
+    b[64:128] = c[64:128] = a[64:128]
+    base = c if METHODS[method].base else None
+    mixture = mixed(mixer_of([a, b], [0.5, 0.5], method, base))
+    assert torch.allclose(mixture, mix_tensors(method, [a, b], [0.5, 0.5], base), rtol=1e-6, atol=1e-6)
+    if method == "slerp":  # about 84° apart, and longer than on the chord
+        assert float((mixture[64:128] / a[64:128]).mean()) > 1.3
 
 
 WHOLE = {
