@@ -121,6 +121,9 @@ class Mixer:
         # Of the arithmetic's dtype: each model's values, and a difference of two.
         working = self._working(key) if info.dtype.is_floating_point else info.dtype
         scratch = torch.empty(len(self.models) + 1, length, dtype=working)
+        # Of a tensor that every rank has whole the same is drawn for each.
+        parts = self.models[0].parts(key)
+        name = key if key in parts else parts[0]
         measured = self._measure(key, weights)
         # Slerp's coefficients are other ones than the weights, and sum to more.
         coefficients = measured if self.base is None and measured is not None else weights
@@ -158,7 +161,7 @@ class Mixer:
                     result.copy_(raw[0])
                 else:
                     count = len(weights)
-                    stretch = Stretch(work[:count], work[count] if self.base is not None else None, key, start)
+                    stretch = Stretch(work[:count], work[count] if self.base is not None else None, name, start)
                     result.copy_(self.method.mix(stretch, weights, self.options, measured))
                 if not convex and not bool(result.isfinite().all()):
                     raise UserError(f"the mixture of '{key}' overflows {dtype}: use smaller weights, or dtype=fp32")

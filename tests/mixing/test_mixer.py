@@ -319,6 +319,16 @@ def test_what_is_measured_of_a_tensor_that_ranks_share_is_that_of_the_whole(
 
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("method", METHODS)
+def test_ranks_that_have_a_tensor_each_get_the_same_mixture_of_it(tmp_path: Path, method: str) -> None:
+    _, paths = originals(tmp_path, 2, 3)
+    models, base = open_models(paths[:2], paths[2] if METHODS[method].base else None)
+    mixer = Mixer(models, {key: [0.4, 0.6] for key in models[0]}, method, None, base)
+    for name in ("norm.weight", "visual_proj.0.weight"):
+        assert same_bits(mixer.tensor(f"0/llma.{name}"), mixer.tensor(f"1/llma.{name}")), name
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("method", METHODS)
 def test_several_threads_get_what_one_gets(method: str) -> None:
     names = [f"{rank}/{name}" for name in "abc" for rank in range(2)]
     parts = {key: [f"{rank}/{key[-1]}" for rank in range(2)] for key in names}
