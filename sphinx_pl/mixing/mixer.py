@@ -155,7 +155,11 @@ class Mixer:
                 elif self.watch:
                     for i, j in self._pairs:
                         apart = torch.sub(work[i], work[j], out=scratch[-1][: len(work[i])])
-                        distances[i, j] += float(torch.dot(apart, apart))
+                        square = float(torch.dot(apart, apart))
+                        if not math.isfinite(square):  # huge
+                            apart = work[i].double() - work[j].double()
+                            square = float(torch.dot(apart, apart))
+                        distances[i, j] += square
                 squares = [a + b for a, b in zip(squares, lengths, strict=True)]
                 if same and alike:
                     result.copy_(raw[0])

@@ -106,6 +106,13 @@ def test_facts_of_equal_and_partly_equal_tensors() -> None:
     assert not zeros.facts("x")["equal"]
 
 
+def test_facts_of_huge_numbers_are_finite() -> None:
+    mixer = mixer_of([torch.full((9,), 2e30), torch.full((9,), 1e30)], [0.5, 0.5])
+    assert mixed(mixer).tolist() == pytest.approx([1.5e30] * 9)
+    assert mixer.facts("x")["squares"] == pytest.approx([3.6e61, 9e60], rel=1e-6)
+    assert mixer.facts("x")["distances"] == [[0, 1, pytest.approx(9e60, rel=1e-6)]]
+
+
 def test_what_is_not_watched_is_mixed_the_same_and_has_no_facts() -> None:
     a, b = normal(0, 100), normal(1, 100)
     mixer = mixer_of([a, b], [0.25, 0.75], watch=False)
