@@ -48,9 +48,9 @@ def check_weights(weights: Sequence[float], count: int, normalize: bool = False,
     """
     if len(weights) != count:
         raise UserError(f"weights has {len(weights)} numbers for {count} checkpoints: give one per checkpoint")
-    total = math.fsum(weights)
-    if not math.isfinite(total):
+    if not all(math.isfinite(weight) for weight in weights):
         raise UserError(f"weights={list(weights)} must be finite numbers")
+    total = math.fsum(weights)
     if normalize and total == 0:
         raise UserError(f"weights={list(weights)} sum to 0 and cannot be normalized")
     if any_sum and not normalize:

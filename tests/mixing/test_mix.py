@@ -28,6 +28,8 @@ Write = Callable[..., Path]
         ([0.5, 0.6], False, "sum to 1.1, not 1"),
         ([0.5, 0.5 + 2e-6], False, "normalize=true"),
         ([math.nan, 0.5], False, "finite"),
+        ([math.inf, -math.inf], False, "finite"),
+        ([math.inf, 1.0], True, "finite"),
         ([1.0, -1.0], True, "sum to 0"),
     ],
 )
