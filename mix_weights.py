@@ -113,7 +113,8 @@ class MixConfig:
             weights = [self.beta, 1 - self.beta]
         elif self.out is None and weights is None and not self.rules and METHODS[self.method].weights is None:
             weights = [1 / max(count, 1)] * count  # a curve alone has its own
-        recipe = Recipe(weights, self.method, self.options, self.rules, self.normalize, self.any_sum, self.arithmetic)
+        method = "linear" if self.method == GREEDY else self.method
+        recipe = Recipe(weights, method, self.options, self.rules, self.normalize, self.any_sum, self.arithmetic)
         recipe.check(count, self.base is not None)
         return recipe
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mix_weights import MixConfig
 from sphinx_pl.checkpoint.format import open_checkpoint, same_bits
 from sphinx_pl.checkpoint.stored import content_hash, open_stored, store
 from sphinx_pl.errors import UserError
@@ -119,6 +120,11 @@ def test_an_overflow_is_refused(write: Write, tmp_path: Path) -> None:
     paths = [write(name, {"t": torch.tensor([sign * 60000.0]).half()}) for name, sign in (("a", 1), ("b", -1))]
     with pytest.raises(UserError, match=r"'t' overflows torch.float16"):
         mix_checkpoints(paths, [1.5, -0.5], tmp_path / "out")
+
+
+def test_a_greedy_soup_is_a_linear_mixture_whose_weights_are_still_to_be_found() -> None:
+    recipe = MixConfig(checkpoints=["a", "b"], method="greedy_soup", out="out").recipe(2)
+    assert (recipe.method, recipe.weights) == ("linear", [0.5, 0.5])
 
 
 def test_other_refusals(write: Write, tmp_path: Path) -> None:
