@@ -99,7 +99,7 @@ def _layers(said: str | None, where: str) -> Callable[[int | None], bool]:
         return lambda layer: True
     ranges = []
     for part in str(said).split(","):
-        if not (match := re.fullmatch(r"\s*(\d+)?\s*(-?)\s*(\d+)?\s*", part)) or not (match[1] or match[3]):
+        if not (match := re.fullmatch(r"\s*(\d+)?\s*(?:(-)\s*(\d+)?\s*)?", part)) or not (match[1] or match[3]):
             raise UserError(f"{where}.layers='{said}' must be layers of the decoder, such as 0-7,24-31 or 20-")
         low = int(match[1] or 0)
         high = int(match[3]) if match[3] else (math.inf if match[2] else low)

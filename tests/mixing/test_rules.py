@@ -267,6 +267,7 @@ def test_without_rules_all_tensors_have_the_same_weights() -> None:
         ([{"beta": 0, "layers": ""}], [0.5, 0.5], "rules[0].layers='' must be layers"),
         ([{"beta": 0, "layers": "-"}], [0.5, 0.5], "rules[0].layers='-' must be layers"),
         ([{"beta": 0, "layers": "1,,2"}], [0.5, 0.5], "rules[0].layers='1,,2' must be layers"),
+        ([{"beta": 0, "layers": "1 3"}], [0.5, 0.5], "rules[0].layers='1 3' must be layers"),
         ([{"beta": 0, "layers": "1-2-3"}], [0.5, 0.5], "rules[0].layers='1-2-3' must be layers"),
         ([{"beta": 0, "layers": "5-3"}], [0.5, 0.5], "rules[0].layers='5-3': 5 is after 3"),
         ([{"beta": 0, "layers": "6-"}], [0.5, 0.5], "rules[0] (match=all, layers=6-) fits nothing: no tensor is there"),
