@@ -152,6 +152,8 @@ def resolve(
     rows = []
     for number, values in enumerate(rules):
         where = f"rules[{number}]"
+        if not isinstance(values, Mapping):
+            raise UserError(f"{where}={values} must be keys and values, such as {{match: norms, beta: 0.2}}")
         rule = build(Rule, values, where)
         anchors, fits, layers = rule.anchors(where, check), _matcher(rule.match, where), _layers(rule.layers, where)
         gradient = len(anchors) > 1

@@ -282,6 +282,8 @@ def test_without_rules_all_tensors_have_the_same_weights() -> None:
             None,
             "no rule fits 'decoder.tok_embeddings.weight' and 8 more tensors: give weights or beta for the rest",
         ),
+        (["norms"], [0.5, 0.5], "rules[0]=norms must be keys and values, such as {match: norms, beta: 0.2}"),
+        ([["norms", 0.5]], [0.5, 0.5], "rules[0]=['norms', 0.5] must be keys and values"),
     ],
 )
 def test_rules_that_cannot_be_are_refused_in_one_line(
