@@ -18,7 +18,7 @@ from sphinx_pl.typed import build
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _NORM = re.compile(r"(^|[._])(norm|layernorm|rmsnorm|ln)([._\d]|$)|layernorm|_norm\.", re.IGNORECASE)
-_EMBEDDINGS = re.compile(r"(^|\.)(tok_embeddings|embed_tokens|wte|output|lm_head)\.")
+_EMBEDDINGS = re.compile(r"(^|\.)(tok_embeddings|embed_tokens|wte|lm_head)\.|^((decoder|language_model)\.)?output\.")
 _PROJECTIONS = re.compile(r"^mixer\.(?!towers\.)|(multi_modal_projector|mm_projector|visual_proj)")
 _TOWERS = re.compile(r"vision_tower|vision_model|visual\.|image_encoder")
 
@@ -27,10 +27,14 @@ PARTS: dict[str, Callable[[str], bool]] = {
     "towers": lambda name: bool(tower_of(name) or _TOWERS.search(name)) and not _PROJECTIONS.search(name),
     "projections": lambda name: bool(_PROJECTIONS.search(name)),
     "embeddings": lambda name: bool(_EMBEDDINGS.search(name)) and not tower_of(name),
-    "decoder": lambda name: name.startswith(("decoder.", "model.", "language_model.")),
+    "decoder": lambda name: (
+        name.startswith(("decoder.", "model.", "language_model."))
+        and not _TOWERS.search(name)
+        and not _PROJECTIONS.search(name)
+    ),
     "norms": lambda name: bool(_NORM.search(name)),
     "attention": lambda name: ".attention." in name or ".self_attn." in name,
-    "feed_forward": lambda name: ".feed_forward." in name or ".mlp." in name,
+    "feed_forward": lambda name: any(word in name for word in (".feed_forward.", ".mlp.", ".block_sparse_moe.")),
     "all": lambda name: True,
 }
 

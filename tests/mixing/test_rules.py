@@ -101,6 +101,8 @@ HUGGINGFACE = {
     "model.layers.12.self_attn.q_proj.weight": ("decoder", 12, {"decoder", "attention"}),
     "model.layers.12.mlp.up_proj.weight": ("decoder", 12, {"decoder", "feed_forward"}),
     "model.layers.0.self_attn.q_norm.weight": ("decoder", 0, {"decoder", "attention", "norms"}),
+    "model.layers.0.block_sparse_moe.experts.7.w1.weight": ("decoder", 0, {"decoder", "feed_forward"}),
+    "model.layers.0.block_sparse_moe.gate.weight": ("decoder", 0, {"decoder", "feed_forward"}),
     # InternLM2, LLaVA before and since transformers 4.52
     "model.tok_embeddings.weight": ("embeddings", None, {"embeddings", "decoder"}),
     "model.layers.1.attention.wqkv.weight": ("decoder", 1, {"decoder", "attention"}),
@@ -109,8 +111,12 @@ HUGGINGFACE = {
     "language_model.model.layers.2.mlp.up_proj.weight": ("decoder", None, {"decoder", "feed_forward"}),
     "language_model.output.weight": ("embeddings", None, {"embeddings", "decoder"}),
     "output.weight": ("embeddings", None, {"embeddings"}),
+    "encoder.layer.0.output.dense.weight": ("other", None, set()),
     "multi_modal_projector.linear_1.weight": ("projections", None, {"projections"}),
+    "model.multi_modal_projector.linear_1.weight": ("projections", None, {"projections"}),
     "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight": ("towers", None, {"towers", "feed_forward"}),
+    "model.vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight": ("towers", None, {"towers", "feed_forward"}),
+    "model.vision_tower.vision_model.post_layernorm.weight": ("towers", None, {"towers", "norms"}),
 }
 
 
