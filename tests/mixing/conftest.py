@@ -34,7 +34,7 @@ def finite_bits(dtype: torch.dtype, seed: int, count: int = 1000) -> Tensor:
 
 
 class Held(Stored):
-    """Tensors in memory as a `Stored`. `ranks`: keys are 0/NAME and so on, of which `whole` are alike in each."""
+    """Tensors in memory as a `Stored`. `parts`: of a key those of all parts of its tensor, if it is but one."""
 
     kind = "held"
 
