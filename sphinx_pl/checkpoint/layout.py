@@ -19,6 +19,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from typing import Any, Protocol
 
 import torch
@@ -288,12 +289,14 @@ def _fill(
 ) -> None:
     """Make the files one after the other; `facts` gets those of each that is complete."""
     closing: list[Future[None]] = []
-    with ThreadPoolExecutor(1) as closer, ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(2) as closer, ThreadPoolExecutor(workers) as pool:
         for file in files:
             partial = folder / f"{file.name}.part"
             offsets = file.create(partial)
             descriptor = os.open(partial, os.O_WRONLY)
             try:
+                finished = Event()
+                flushing = closer.submit(_flush, descriptor, finished)
                 jobs = [
                     pool.submit(_write, descriptor, offsets[name], entry, values, written)
                     for name, entry in file.entries.items()
@@ -301,9 +304,10 @@ def _fill(
                 try:
                     _result(jobs)
                 finally:
+                    finished.set()
                     for job in jobs:  # after an error or Ctrl-C
                         job.cancel()
-                    wait(jobs)
+                    wait([*jobs, flushing])
             finally:
                 os.close(descriptor)
             keys = [entry.key for entry in file.entries.values() if entry.key is not None]
@@ -311,6 +315,12 @@ def _fill(
             # Beside the next file, since a disk takes longer than the page cache.
             closing.append(closer.submit(_close, folder, file.name, facts[file.name]))
         _result(closing)
+
+
+def _flush(descriptor: int, finished: Event) -> None:
+    """Have what is written go to the disk meanwhile, so that little of it is left at the end."""
+    while not finished.wait(0.1):
+        os.fdatasync(descriptor)
 
 
 def _result(jobs: list[Future[None]]) -> None:

@@ -164,12 +164,16 @@ def internlm2_source(name: str, config: DecoderConfig) -> Source:
     return Source((f"model.layers.{layer}.attention.wqkv.weight",), part_of)
 
 
+# Of a model that holds the decoder as a part, too.
+_THEIR_LAYER = re.compile(r"(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d+)\.(.+)")
+
+
 def our_llama_name(theirs: str) -> str:
     """Our name of a tensor of `LlamaForCausalLM` or of a model that names its tensors like it; else theirs."""
     ours = {value: key for key, value in (_LLAMA_TOP | _LLAMA_LAYER).items()}
     if theirs in _LLAMA_TOP.values():
         return f"decoder.{ours[theirs]}"
-    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", theirs)
+    match = _THEIR_LAYER.fullmatch(theirs)
     return f"decoder.layers.{match[1]}.{ours.get(match[2], match[2])}" if match else theirs
 
 

@@ -238,9 +238,13 @@ class ParallelFolder(Stored):
     @contextmanager
     def reader(self, key: str) -> Iterator[Read]:
         rank, _, name = key.partition("/")
+        part = self._files.stored(int(rank), name)
+        copied = None if part.is_contiguous() else part.reshape(-1)  # some files share and transpose storages
 
         def read(out: Tensor, start: int) -> None:
-            out.copy_(self._files.stored(int(rank), name).reshape(-1)[start : start + len(out)])
+            # Asked for each time: what is mapped is let go of now and then.
+            flat = self._files.stored(int(rank), name).view(-1) if copied is None else copied
+            out.copy_(flat[start : start + len(out)])
             self._files.count(out.nbytes)
 
         yield read

@@ -50,9 +50,9 @@ def check_weights(weights: Sequence[float], count: int, normalize: bool = False,
     """
     if len(weights) != count:
         raise UserError(f"weights has {len(weights)} numbers for {count} checkpoints: give one per checkpoint")
-    total = math.fsum(weights)
-    if not math.isfinite(total):
+    if not all(math.isfinite(weight) for weight in weights):
         raise UserError(f"weights={list(weights)} must be finite numbers")
+    total = math.fsum(weights)
     if normalize and total == 0:
         raise UserError(f"weights={list(weights)} sum to 0 and cannot be normalized")
     if any_sum and not normalize:
@@ -146,7 +146,9 @@ class Plan:
         paths = [Text(f"{place}  {model.path}", overflow="fold") for place, model in enumerate(self.models)]
         base = [Text(f"base  {self.base.path}", overflow="fold")] if self.base else []
         method = Text(f"{self.recipe.method}: {METHODS[self.recipe.method].paper}")
-        numels = {key: self.models[0].info(key).numel for key in self.weights}
+        first = self.models[0]
+        # What every rank's file has whole is one tensor.
+        numels = {key: first.info(key).numel if key in first.parts(key) else 0 for key in self.weights}
         return Group(method, *paths, *base, rules_table(self.rows, numels, len(self.models)))
 
 
@@ -189,6 +191,9 @@ def check_compatible(models: Sequence[Stored], cast: bool = False) -> None:
         UserError: another model, prompt format, tokenizer, set of tensors, shape or (without `cast`) dtype.
     """
     first = models[0]
+    for key in first:
+        if (dtype := first.info(key).dtype).itemsize == 1 and dtype.is_floating_point:
+            raise UserError(f"'{key}' in '{first.path}' is {dtype}, a quantized model's: mix what it was made from")
     shapes = {key: first.info(key).shape for key in first}
     for other in models[1:]:
         names = f"'{first.path}' and '{other.path}'"

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sphinx_pl.checkpoint.format import TensorInfo
 from sphinx_pl.checkpoint.layout import assemble
 from sphinx_pl.checkpoint.stored import Read, Stored
 from sphinx_pl.errors import UserError
+from sphinx_pl.mixing.kernel import KINDS, mix_stretch
 from sphinx_pl.mixing.methods import CHUNK, METHODS, Stretch, round_once
 from sphinx_pl.mixing.rules import PARTS
 
-FEW = 3
+FEW = 5
 """Up to so many models every two are compared; of more, each with the first only."""
 
 
@@ -81,9 +83,8 @@ class Mixer:
         self.watch = watch
         count = len(self.models)
         reference = 0 if base is None else count - 1
-        self._pairs = [
-            (i, j) for j in range(count) for i in range(j) if count <= FEW or i == reference or j == reference
-        ]
+        pairs = [(i, j) for j in range(count) for i in range(j) if count <= FEW or reference in (i, j)]
+        self._pairs = np.array(pairs, dtype=np.int64).reshape(-1, 2)
         self._measured: dict[str, Any] = {}
         self._facts: dict[str, Facts] = {}
 
@@ -112,68 +113,86 @@ class Mixer:
             UserError: a value that is no finite number (named with its file), integers that differ, or a mixture that
                 `dtype` cannot hold.
         """
-        info = self.info(key)
-        weights = list(self.weights[key])
-        hashes = [xxhash.xxh3_128() for _ in self.models]
-        squares, distances, equal = [0.0] * len(self.models), dict.fromkeys(self._pairs, 0.0), True
-        length = min(CHUNK, info.numel)
-        out = torch.empty(length, dtype=dtype if info.dtype.is_floating_point else info.dtype)
-        # Of the arithmetic's dtype: each model's values, and a difference of two.
-        working = self._working(key) if info.dtype.is_floating_point else info.dtype
-        scratch = torch.empty(len(self.models) + 1, length, dtype=working)
-        # Convex: no value can lie outside of what the inputs hold.
-        convex = self.base is None and min(weights) >= 0 and math.fsum(weights) <= 1 + 1e-6
-        convex = convex and all(_fits(model.info(key).dtype, dtype) for model in self.models)
-        # Towers that nobody trained are to stay what they are even where weights don't sum to 1.
-        alike = self.base is not None or abs(math.fsum(weights) - 1) < 1e-6 or PARTS["towers"](self.models[0].ours(key))
+        info, infos = self.info(key), [model.info(key) for model in self.models]
+        weights, numbers = list(self.weights[key]), info.dtype.is_floating_point
+        # Of a tensor that every rank has whole the same is drawn for each.
+        parts = self.models[0].parts(key)
+        name = key if key in parts else parts[0]
         measured = self._measure(key, weights)
+        coefficients: NDArray[np.float64] | None = None
+        if self.method.coefficients is not None and numbers:
+            coefficients = np.array(self.method.coefficients(weights, self.options, measured), dtype=np.float64)
+        # Convex: no value can lie outside of what the inputs hold.
+        convex = coefficients is not None and coefficients.min() >= 0 and coefficients.sum() <= 1 + 1e-6
+        convex = convex and all(_fits(other.dtype, dtype) for other in infos)
+        # Equal values stay as they are where the coefficients say so; towers that nobody trained do in any case.
+        affine = self.base is not None if coefficients is None else abs(coefficients.sum() - 1) < 1e-6
+        alike = affine or (PARTS["towers"](self.models[0].ours(key)) and self._equal_everywhere(key))
+        kinds = {other.dtype for other in infos}
+        fused = self.arithmetic == torch.float64 and len(kinds) == 1 and kinds | {dtype} <= KINDS.keys()
+        copying = np.eye(1, len(self.models))[0]
+        hashes = [xxhash.xxh3_128() for _ in self.models]
+        squares, distances, equal = np.zeros(len(self.models)), np.zeros(len(self._pairs)), True
+        out = torch.empty(min(CHUNK, info.numel), dtype=dtype if numbers else info.dtype)
         with ExitStack() as stack:
             reads = [stack.enter_context(model.reader(key)) for model in self.models]
-            for start, raw in _raw(reads, [model.info(key) for model in self.models]):
+            for start, raw in _raw(reads, infos):
                 if self.watch:
                     for digest, piece in zip(hashes, raw, strict=True):
                         digest.update(piece.view(torch.uint8).numpy().data)
                 same = all(_equal(raw[0], piece) for piece in raw[1:])
                 equal = equal and same
-                result = out[: len(raw[0])]
-                if not info.dtype.is_floating_point:
+                result = out[: raw[0].numel()]
+                if not numbers:
                     if not same:
                         raise UserError(f"'{key}' holds integers that differ between the checkpoints: leave one out")
                     result.copy_(raw[0])
                     yield result
                     continue
-                work = [scratch[i][: len(piece)].copy_(piece) for i, piece in enumerate(raw[:1] if same else raw)]
-                lengths = [self._square(key, i, value) for i, value in enumerate(work)]
-                if same:
-                    work, lengths = work * len(raw), lengths * len(raw)
-                elif self.watch:
-                    for i, j in self._pairs:
-                        apart = torch.sub(work[i], work[j], out=scratch[-1][: len(work[i])])
-                        distances[i, j] += float(torch.dot(apart, apart))
-                squares = [a + b for a, b in zip(squares, lengths, strict=True)]
-                if same and alike:
-                    result.copy_(raw[0])
+                lengths, apart = np.zeros(len(self.models)), np.zeros(len(self._pairs))
+                if fused and coefficients is not None and isinstance(raw, Tensor):
+                    mix_stretch(raw, copying if same and alike else coefficients, self._pairs, result, lengths, apart)
                 else:
-                    count = len(weights)
-                    stretch = Stretch(work[:count], work[count] if self.base is not None else None, key, start)
-                    round_once(self.method.mixed(stretch, weights, self.options, measured), result)
+                    work = [piece.to(self._working(key), copy=True) for piece in raw]
+                    self._compare(work, lengths, apart)
+                    if same and alike:
+                        result.copy_(raw[0])
+                    else:
+                        count = len(weights)
+                        stretch = Stretch(work[:count], work[count] if self.base is not None else None, name, start)
+                        round_once(self.method.mixed(stretch, weights, self.options, measured), result)
+                if not (np.isfinite(lengths).all() and np.isfinite(apart).all()):
+                    self._check_finite(key, raw)
+                    lengths, apart = np.zeros(len(self.models)), np.zeros(len(self._pairs))
+                    self._compare([piece.double() for piece in raw], lengths, apart)  # they are huge
+                squares, distances = squares + lengths, distances + apart
                 if not convex and not bool(result.isfinite().all()):
                     raise UserError(f"the mixture of '{key}' overflows {dtype}: use smaller weights, or dtype=fp32")
                 yield result
         if self.watch:
-            self._facts[key] = Facts([digest.hexdigest() for digest in hashes], squares, distances, equal)
+            pairs = {(int(i), int(j)): float(value) for (i, j), value in zip(self._pairs, distances, strict=True)}
+            self._facts[key] = Facts([digest.hexdigest() for digest in hashes], squares.tolist(), pairs, equal)
 
-    def _square(self, key: str, model: int, values: Tensor) -> float:
-        """Squared length, which is finite exactly if the values are, unless they are huge."""
-        square = float(torch.dot(values, values))
-        if not math.isfinite(square):
+    def _compare(self, work: Sequence[Tensor], squares: NDArray[np.float64], distances: NDArray[np.float64]) -> None:
+        """Add the models' squared lengths, and the squared distances of pairs."""
+        for i, values in enumerate(work):
+            squares[i] += float(torch.dot(values, values))
+        for place, (i, j) in enumerate(self._pairs if self.watch else ()):
+            apart = work[i] - work[j]
+            distances[place] += float(torch.dot(apart, apart))
+
+    def _check_finite(self, key: str, raw: Iterable[Tensor]) -> None:
+        for model, values in zip(self.models, raw, strict=True):
             if not bool(values.isfinite().all()):
                 raise UserError(
-                    f"'{key}' in '{self.models[model].path}' holds NaN or infinite values: its training diverged, "
-                    "leave it out"
+                    f"'{key}' in '{model.path}' holds NaN or infinite values: its training diverged, leave it out"
                 )
-            square = float(torch.dot(values.double(), values.double()))
-        return square
+
+    def _equal_everywhere(self, key: str) -> bool:
+        with ExitStack() as stack:
+            reads = [stack.enter_context(model.reader(key)) for model in self.models]
+            pieces = _raw(reads, [model.info(key) for model in self.models])
+            return all(_equal(raw[0], piece) for _, raw in pieces for piece in raw[1:])
 
     def _measure(self, key: str, weights: Sequence[float]) -> Any:
         """What the method has to know of the whole tensor that `key` is, or is a part of."""
@@ -198,15 +217,18 @@ class Mixer:
                     yield Stretch(work[:-1], work[-1], key, start) if self.base else Stretch(work, None, key, start)
 
 
-def _raw(reads: Sequence[Read], infos: Sequence[TensorInfo]) -> Iterator[tuple[int, list[Tensor]]]:
-    """Stretches as they are stored, each valid until the next is asked for."""
+def _raw(reads: Sequence[Read], infos: Sequence[TensorInfo]) -> Iterator[tuple[int, Tensor | list[Tensor]]]:
+    """Stretches as they are stored, each valid until the next is asked for; [models, n] if they have one dtype."""
     numel = infos[0].numel
-    buffers = [torch.empty(min(CHUNK, numel), dtype=info.dtype) for info in infos]
+    length, dtypes = min(CHUNK, numel), {info.dtype for info in infos}
+    together = torch.empty(len(infos), length, dtype=infos[0].dtype)
+    buffers = [*together] if len(dtypes) == 1 else [torch.empty(length, dtype=info.dtype) for info in infos]
     for start in range(0, numel, CHUNK):
-        raw = [buffer[: numel - start] for buffer in buffers]
+        count = min(CHUNK, numel - start)
+        raw = [buffer[:count] for buffer in buffers]
         for read, piece in zip(reads, raw, strict=True):
             read(piece, start)
-        yield start, raw
+        yield start, together[:, :count] if len(dtypes) == 1 else raw
 
 
 _INTEGERS: dict[int, torch.dtype] = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

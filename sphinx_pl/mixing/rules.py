@@ -17,8 +17,8 @@ from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.typed import build
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
-_NORM = re.compile(r"(^|[._])(norm|layernorm|rmsnorm|ln)([._\d]|$)|layernorm|_norm\.", re.IGNORECASE)
-_EMBEDDINGS = re.compile(r"(^|\.)(tok_embeddings|embed_tokens|wte|output|lm_head)\.")
+_NORM = re.compile(r"_proj\.1\.|(^|[._])(norm|layernorm|rmsnorm|ln)([._\d]|$)|layernorm|_norm\.", re.IGNORECASE)
+_EMBEDDINGS = re.compile(r"(^|\.)(tok_embeddings|embed_tokens|wte|lm_head)\.|^((decoder|language_model)\.)?output\.")
 _PROJECTIONS = re.compile(r"^mixer\.(?!towers\.)|(multi_modal_projector|mm_projector|visual_proj)")
 _TOWERS = re.compile(r"vision_tower|vision_model|visual\.|image_encoder")
 
@@ -27,10 +27,14 @@ PARTS: dict[str, Callable[[str], bool]] = {
     "towers": lambda name: bool(tower_of(name) or _TOWERS.search(name)) and not _PROJECTIONS.search(name),
     "projections": lambda name: bool(_PROJECTIONS.search(name)),
     "embeddings": lambda name: bool(_EMBEDDINGS.search(name)) and not tower_of(name),
-    "decoder": lambda name: name.startswith(("decoder.", "model.", "language_model.")),
+    "decoder": lambda name: (
+        name.startswith(("decoder.", "model.", "language_model."))
+        and not _TOWERS.search(name)
+        and not _PROJECTIONS.search(name)
+    ),
     "norms": lambda name: bool(_NORM.search(name)),
-    "attention": lambda name: ".attention." in name or ".self_attn." in name,
-    "feed_forward": lambda name: ".feed_forward." in name or ".mlp." in name,
+    "attention": lambda name: bool(re.search(r"attention\.|\.(self_)?attn\.", name)),
+    "feed_forward": lambda name: any(word in name for word in (".feed_forward.", ".mlp.", ".block_sparse_moe.")),
     "all": lambda name: True,
 }
 
@@ -99,7 +103,7 @@ def _layers(said: str | None, where: str) -> Callable[[int | None], bool]:
         return lambda layer: True
     ranges = []
     for part in str(said).split(","):
-        if not (match := re.fullmatch(r"\s*(\d+)?\s*(-?)\s*(\d+)?\s*", part)) or not (match[1] or match[3]):
+        if not (match := re.fullmatch(r"\s*(\d+)?\s*(?:(-)\s*(\d+)?\s*)?", part)) or not (match[1] or match[3]):
             raise UserError(f"{where}.layers='{said}' must be layers of the decoder, such as 0-7,24-31 or 20-")
         low = int(match[1] or 0)
         high = int(match[3]) if match[3] else (math.inf if match[2] else low)
@@ -152,6 +156,8 @@ def resolve(
     rows = []
     for number, values in enumerate(rules):
         where = f"rules[{number}]"
+        if not isinstance(values, Mapping):
+            raise UserError(f"{where}={values} must be keys and values, such as {{match: norms, beta: 0.2}}")
         rule = build(Rule, values, where)
         anchors, fits, layers = rule.anchors(where, check), _matcher(rule.match, where), _layers(rule.layers, where)
         gradient = len(anchors) > 1
@@ -164,7 +170,7 @@ def resolve(
         if not found:
             why = "rules before it take all of them" if matched else "no tensor is there"
             raise UserError(f"{where} (match={rule.match}, layers={rule.layers}) fits nothing: {why}")
-        depths = [layer for key in found if (layer := layer_of(names[key])) is not None]
+        depths = [layer for key in matched if (layer := layer_of(names[key])) is not None]
         for key in found:
             chosen[key] = _between(anchors, layer_of(names[key]), depths) if gradient else anchors[0]
         match = ", ".join(rule.match) if isinstance(rule.match, list) else str(rule.match)

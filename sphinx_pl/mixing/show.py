@@ -12,6 +12,8 @@ from rich.text import Text
 def distances_table(said: Mapping[str, Any]) -> Table:
     """How far apart the mixed models are, by part: distances as a share of the first model's length, and cosines."""
     parts: Mapping[str, Any] = said["parts"]
+    if not parts:
+        return Table("no tensor holds numbers that can be mixed")
     pairs = [tuple(map(int, pair[:2])) for pair in next(iter(parts.values()))["distances"]]
     names = {place: str(place) for pair in pairs for place in pair}
     if said.get("base"):

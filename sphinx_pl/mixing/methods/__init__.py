@@ -22,7 +22,7 @@ from torch import Tensor
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.registry import Registry
 
-CHUNK = 1 << 16
+CHUNK = 1 << 19
 """Elements of a stretch: what is computed with them stays in a core's cache, whatever the size of the tensor."""
 
 

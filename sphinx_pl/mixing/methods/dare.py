@@ -11,18 +11,29 @@ from torch import Tensor
 from sphinx_pl.mixing.methods import METHODS, Method, Options, Stretch, Weights
 from sphinx_pl.mixing.methods.ties import elect
 
+DRAWN = 1 << 16
+"""Random numbers that are drawn with one seed."""
+
+
+def uniform(said: str, start: int, count: int) -> Tensor:
+    """Numbers `start` to `start + count` of an endless row in [0, 1) that `said` names."""
+    pieces = []
+    for block in range(start // DRAWN, -(-(start + count) // DRAWN)):
+        seed = int.from_bytes(hashlib.sha256(f"{said} {block}".encode()).digest()[:8], "little", signed=True)
+        pieces.append(torch.rand(DRAWN, generator=torch.Generator().manual_seed(seed)))
+    drawn = torch.cat(pieces) if pieces else torch.empty(0)
+    return drawn[start % DRAWN :][:count]
+
 
 def drop(stretch: Stretch, options: Options) -> list[Tensor]:
     """The differences, of which each entry is kept with the probability `density` and divided by it.
 
-    What is drawn follows from the seed, the tensor's name, the model's place and the entry's: not from threads, files
-    or the order of work.
+    What is drawn follows from the seed, the tensor's name (in its file), the model's place and the entry's: not from
+    threads or the order of work.
     """
     density, kept = options["density"], []
     for model, delta in enumerate(stretch.deltas()):
-        said = f"{options['seed']} {stretch.key} {model} {stretch.start}".encode()
-        seed = int.from_bytes(hashlib.sha256(said).digest()[:8], "little", signed=True)
-        drawn = torch.rand(len(delta), generator=torch.Generator().manual_seed(seed))
+        drawn = uniform(f"{options['seed']} {stretch.key} {model}", stretch.start, len(delta))
         rescale = 1 / density if options["rescale"] and density else 1.0
         kept.append(torch.where(drawn < density, delta * rescale, 0))
     return kept
