@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -281,13 +282,13 @@ def _find(
     return found, origin, value
 
 
-def summarise(said: dict[str, Any], out: Path, console: Console) -> None:
+def summarise(said: dict[str, Any], out: Path, seconds: float, console: Console) -> None:
     """What was mixed: how far apart the models are, part by part."""
     from sphinx_pl.mixing.show import distances_table
 
     console.print(distances_table(said))
     weights = f" (weights {', '.join(f'{weight:g}' for weight in said['weights'])})" if "weights" in said else ""
-    console.print(f"Mixed checkpoint: {out}{weights}", markup=False, highlight=False)
+    console.print(f"Mixed checkpoint: {out}{weights}, in {seconds:.1f} s", markup=False, highlight=False)
 
 
 def _plan(options: MixConfig, paths: Sequence[str], recipe: Recipe, own: bool) -> Plan:
@@ -329,6 +330,7 @@ def main(cfg: DictConfig) -> float | None:
     if out is None:
         return value
     console.print(plan.table())
+    begin = time.monotonic()
     said = mix(
         plan,
         out,
@@ -344,7 +346,7 @@ def main(cfg: DictConfig) -> float | None:
     )
     if beside is not None:
         shutil.rmtree(beside)
-    summarise(said, out, console)
+    summarise(said, out, time.monotonic() - begin, console)
     return value
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: our own format, those that come from elsewhere, and weight mixing."""
+"""Checkpoints: our own format, and those that come from elsewhere."""
 
 from sphinx_pl.checkpoint import llm as llm  # registers its formats
 from sphinx_pl.checkpoint import original as original

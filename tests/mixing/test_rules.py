@@ -108,7 +108,7 @@ HUGGINGFACE = {
     "model.layers.1.attention.wqkv.weight": ("decoder", 1, {"decoder", "attention"}),
     "model.layers.1.feed_forward.w1.weight": ("decoder", 1, {"decoder", "feed_forward"}),
     "model.layers.1.ffn_norm.weight": ("decoder", 1, {"decoder", "norms"}),
-    "language_model.model.layers.2.mlp.up_proj.weight": ("decoder", None, {"decoder", "feed_forward"}),
+    "language_model.model.layers.2.mlp.up_proj.weight": ("decoder", 2, {"decoder", "feed_forward"}),
     "language_model.output.weight": ("embeddings", None, {"embeddings", "decoder"}),
     "output.weight": ("embeddings", None, {"embeddings"}),
     "encoder.layer.0.output.dense.weight": ("other", None, set()),
