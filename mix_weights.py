@@ -79,6 +79,12 @@ class MixConfig:
             raise UserError("the curve has no place to go: give curve_dir=FOLDER")
         if self.search is not None and (self.rules or self.weights is not None or _is_number(self.beta)):
             raise UserError("search= finds the weights: leave out weights, beta and rules")
+        if self.measures and self.rules:
+            raise UserError(
+                "rules: what is evaluated has the same weights in all tensors, or finds those of parts (search=)"
+            )
+        if self.curve is not None and METHODS[self.method].weights is not None:
+            raise UserError(f"curve= varies the weights, which method={self.method} chooses itself: take method=linear")
         if self.method == GREEDY and (self.weights is not None or self.beta is not None or self.rules or self.search):
             raise UserError(f"method={GREEDY} finds the weights: leave out weights, beta, rules and search")
         for name in ("last", "shards", "workers", "curve_limit"):

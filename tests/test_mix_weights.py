@@ -81,6 +81,103 @@ def test_the_curve_is_that_of_mixed_checkpoints(
     assert check["losses"]["synthetic"][0] != check["losses"]["synthetic"][1]
 
 
+@pytest.fixture
+def data(sample_data: Path) -> list[str]:
+    """Overrides: a few short samples of the sample world."""
+    small = ["data.val_samples=8", "data.packing.row_length=256", "data.packing.rows=2"]
+    return [f"data.root={sample_data}", "curve_sources=[real,synthetic]", *small]
+
+
+def test_beta_auto_takes_the_best_point_and_says_why(
+    run: Callable[..., None], parents: str, tmp_path: Path, data: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(parents, "beta=auto", "curve=3", "out=mixed", *data)
+    curve = json.loads((tmp_path / "mixed" / "curve.json").read_text())
+    said = open_checkpoint(tmp_path / "mixed").provenance["mixing"]
+    assert said["weights"] == curve["best"]["weights"]
+    assert said["chosen_by"]["criterion"] == "loss"
+    assert said["chosen_by"]["why"].startswith(f"beta={curve['best']['beta']:g} has the lowest loss of 3 points")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert said["chosen_by"]["why"] in shown
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+
+
+def test_a_curve_of_three_models_with_scores(
+    run: Callable[..., None], models: Callable[..., list[Path]], tmp_path: Path, data: list[str]
+) -> None:
+    paths = ",".join(str(path) for path in models(3))
+    tasks = ["curve_tasks=[vqa]", "curve_limit=2", "criterion=score/vqa"]
+    run(f"checkpoints=[{paths}]", "curve=2", "curve_dir=curve", *tasks, *data)
+    curve = json.loads((tmp_path / "curve" / "curve.json").read_text())
+    assert curve["models"] == 3
+    assert sorted(curve["weights"]) == [[0, 0, 1], [0, 1, 0], [1, 0, 0]]
+    assert set(curve["losses"]) == {"real", "synthetic"}
+    assert len(curve["scores"]["vqa"]) == 3
+    assert curve["questions"]["vqa"] > 0
+
+
+def test_a_search_by_part_ends_in_rules(
+    run: Callable[..., None], parents: str, tmp_path: Path, data: list[str]
+) -> None:
+    run(parents, "search=[decoder,projections]", "budget=4", "out=mixed", *data)
+    found = json.loads((tmp_path / "mixed" / "search.json").read_text())
+    assert found["evaluations"] == 4
+    mixed = open_checkpoint(tmp_path / "mixed")
+    rules = {rule["tensors"]: rule["weights"][0][0] for rule in mixed.provenance["mixing"]["rules"]}
+    assert rules == found["betas"]
+    real, synthetic = (open_checkpoint(tmp_path / name) for name in ("real", "synthetic"))
+    name, beta = "mixer.visual_proj.0.weight", found["betas"]["projections"]
+    expected = mix_tensors("linear", [real.tensor(name), synthetic.tensor(name)], [beta, 1 - beta])
+    assert same_bits(mixed.tensor(name), expected)
+
+
+def test_a_greedy_soup_is_mixed_of_those_that_it_keeps(
+    run: Callable[..., None], models: Callable[..., list[Path]], tmp_path: Path, data: list[str]
+) -> None:
+    paths = models(3)
+    run(f"checkpoints=[{tmp_path}/model_*]", "method=greedy_soup", "out=soup", *data)
+    said = open_checkpoint(tmp_path / "soup").provenance["mixing"]
+    soup = said["chosen_by"]["soup"]
+    assert said["weights"] == [1 / len(soup) if place in soup else 0.0 for place in range(3)]
+    assert len(paths) == 3
+
+
+def test_the_last_checkpoints_of_a_run_by_their_numbers(
+    run: Callable[..., None], models: Callable[..., list[Path]], tmp_path: Path
+) -> None:
+    for path, name in zip(models(4), ("step-9", "step-20", "step-100", ".step-3.tmp"), strict=True):
+        path.rename(tmp_path / name)
+    run(f"checkpoints=[{tmp_path}/step-*]", "last=2", "method=ema", "options.decay=0.25", "out=mixed")
+    provenance = open_checkpoint(tmp_path / "mixed").provenance
+    assert [Path(parent["path"]).name for parent in provenance["parents"]] == ["step-20", "step-100"]
+    assert provenance["mixing"]["weights"] == [0.25, 0.75]
+
+
+def test_rules_and_options_from_the_command_line(
+    run: Callable[..., None], models: Callable[..., list[Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = models(3)
+    rules = "rules=[{match: projections, beta: 1}, {match: decoder, layers: 0-1, beta: [0.25, 0.75]}]"
+    run(f"checkpoints=[{paths[0]},{paths[1]}]", "beta=0.5", rules, "out=mixed")
+    shown = capsys.readouterr().out
+    assert "decoder, layers 0-1" in shown
+    assert "0.25 → 0.75" in shown
+    mixed, first, second = (open_checkpoint(path) for path in (tmp_path / "mixed", *paths[:2]))
+    for name, beta in (
+        ("mixer.visual_proj.0.weight", 1.0),
+        ("decoder.layers.0.attention.wq.weight", 0.25),
+        ("decoder.layers.1.attention.wq.weight", 0.75),
+        ("decoder.norm.weight", 0.5),
+    ):
+        expected = mix_tensors("linear", [first.tensor(name), second.tensor(name)], [beta, 1 - beta])
+        assert same_bits(mixed.tensor(name), expected), name
+    ties = ["method=ties", "weights=[1,0.6]", "options.density=0.4", f"base={paths[2]}"]
+    run(f"checkpoints=[{paths[0]},{paths[1]}]", *ties, "out=ties", "workers=1")
+    said = open_checkpoint(tmp_path / "ties").provenance["mixing"]
+    assert said["options"] == {"density": 0.4, "average": True, "scale": 1.0}
+    assert "task_cosines" in said["parts"]["decoder"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -100,6 +197,18 @@ def test_the_curve_is_that_of_mixed_checkpoints(
         (["curve=3"], "curve_dir=FOLDER"),
         (["curve=3", "curve_dir=c", "curve_sources=[reel]"], "did you mean 'real'"),
         (["curve=3", "curve_dir=c", "precision=bf61"], "did you mean 'bf16'"),
+        (["out=mixed", "beta=0.5", "dtype=bf61"], "did you mean 'bf16'"),
+        (["out=mixed", "beta=0.5", "layout=safetensors"], "layout=safetensors"),
+        (["out=mixed", "beta=0.5", "shards=2"], "layout=original"),
+        (["out=mixed", "beta=auto", "rules=[{match: decoder, beta: 0.5}]"], "rules"),
+        (["out=mixed", "search=[decoder]", "beta=0.5"], "leave out weights, beta and rules"),
+        (["out=mixed", "method=greedy_soup", "beta=0.5"], "finds the weights"),
+        (["out=mixed", "method=ties", "weights=[1,1]"], "base=FOLDER"),
+        (["out=mixed", "beta=0.5", "options.density=0.5"], "method=linear has no such option"),
+        (["out=mixed", "beta=0.5", "criterion=bleu"], "criterion=bleu"),
+        (["out=mixed", "beta=0.5", "rules=[{mach: decoder, beta: 0.5}]"], "mach"),
+        (["out=mixed", "beta=0.5", "checkpoints=[step-*]"], "nothing fits 'step-*'"),
+        (["curve=3", "curve_dir=c", "curve_tasks=[vqaa]"], "no task 'vqaa'"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(
