@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import shutil
 import time
@@ -20,6 +21,7 @@ from sphinx_pl.cli import entry_point
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.evaluation.criterion import Criterion, Measures
 from sphinx_pl.evaluation.device import autocast, check_precision, choose_device
+from sphinx_pl.files import write_whole
 from sphinx_pl.mixing.methods import METHODS
 from sphinx_pl.mixing.mix import DTYPES, Plan, Recipe, check_out, mix, needs_our_names, open_models, plan_mixture
 from sphinx_pl.typed import pick
@@ -273,16 +275,18 @@ def _find(
         found = {"weights": [rest, 1 - rest], "rules": rules}
         origin = {"chosen_by": {"criterion": options.criterion, "search": len(trials), "why": why}}
     if options.method == GREEDY:
-        chosen = search.greedy_soup(
-            evaluate,
-            criterion,
-            lambda models, at, kept: console.print(
-                f"{', '.join(str(evaluate.plan.models[m].path) for m in models)}: {options.criterion} {at:.4f}"
-                + (" (kept)" if kept else ""),
-                markup=False,
-                highlight=False,
-            ),
-        )
+        tried: list[dict[str, Any]] = []
+
+        def tell(models: list[int], at: float, kept: bool) -> None:
+            tried.append({"checkpoints": models, "value": at, "kept": kept})
+            names = ", ".join(str(evaluate.plan.models[model].path) for model in models)
+            said = f"{names}: {options.criterion} {at:.4f}" + (" (kept)" if kept else "")
+            console.print(said, markup=False, highlight=False)
+
+        chosen = search.greedy_soup(evaluate, criterion, tell)
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {"criterion": options.criterion, "soup": chosen, "tried": tried}
+        write_whole(folder / "soup.json", json.dumps(content, indent=2) + "\n")
         found = {"weights": search.soup_weights(chosen, count)}
         origin = {"chosen_by": {"criterion": options.criterion, "soup": chosen}}
     return found, origin, value

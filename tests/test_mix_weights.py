@@ -106,14 +106,22 @@ def test_a_curve_of_three_models_with_scores(
     run: Callable[..., None], models: Callable[..., list[Path]], tmp_path: Path, data: list[str]
 ) -> None:
     paths = ",".join(str(path) for path in models(3))
-    tasks = ["curve_tasks=[vqa]", "curve_limit=2", "criterion=score/vqa"]
+    tasks = ["curve_tasks=[short_vqa]", "curve_limit=2", "criterion=score/short_vqa"]
     run(f"checkpoints=[{paths}]", "curve=2", "curve_dir=curve", *tasks, *data)
     curve = json.loads((tmp_path / "curve" / "curve.json").read_text())
     assert curve["models"] == 3
     assert sorted(curve["weights"]) == [[0, 0, 1], [0, 1, 0], [1, 0, 0]]
     assert set(curve["losses"]) == {"real", "synthetic"}
-    assert len(curve["scores"]["vqa"]) == 3
-    assert curve["questions"]["vqa"] > 0
+    assert len(curve["scores"]["short_vqa"]) == 3
+    assert curve["questions"]["short_vqa"] > 0
+
+
+def test_a_task_that_is_not_asked_is_named(
+    run: Callable[..., None], parents: str, data: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run(parents, "curve=3", "curve_dir=c", "curve_tasks=[short_vq]", *data)
+    assert "no task 'short_vq': did you mean 'short_vqa'?" in capsys.readouterr().err
 
 
 def test_a_search_by_part_ends_in_rules(
@@ -139,7 +147,7 @@ def test_a_greedy_soup_is_mixed_of_those_that_it_keeps(
     said = open_checkpoint(tmp_path / "soup").provenance["mixing"]
     soup = said["chosen_by"]["soup"]
     assert said["weights"] == [1 / len(soup) if place in soup else 0.0 for place in range(3)]
-    assert len(paths) == 3
+    assert len(json.loads((tmp_path / "soup" / "soup.json").read_text())["tried"]) == len(paths) + 2
 
 
 def test_the_last_checkpoints_of_a_run_by_their_numbers(
@@ -208,7 +216,6 @@ def test_rules_and_options_from_the_command_line(
         (["out=mixed", "beta=0.5", "criterion=bleu"], "criterion=bleu"),
         (["out=mixed", "beta=0.5", "rules=[{mach: decoder, beta: 0.5}]"], "mach"),
         (["out=mixed", "beta=0.5", "checkpoints=[step-*]"], "nothing fits 'step-*'"),
-        (["curve=3", "curve_dir=c", "curve_tasks=[vqaa]"], "no task 'vqaa'"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(
