@@ -224,9 +224,12 @@ class Measuring:
 
 
 def _find(
-    options: MixConfig, evaluate: MixtureEvaluator, folder: Path, console: Console
+    options: MixConfig, evaluate: MixtureEvaluator, folder: Path, shown: Path, console: Console
 ) -> tuple[dict[str, Any], dict[str, Any] | None, float]:
-    """Evaluate what was asked for.
+    """Evaluate what was asked for, and write what was found to `folder`.
+
+    Args:
+        shown: the folder that it will be in.
 
     Returns:
         Keys of the recipe that were found, what the provenance says of it, and the best value.
@@ -242,7 +245,7 @@ def _find(
         points = measure_curve(evaluate, options.curve or POINTS)
         content = write_curve(points, folder, criterion)
         value, why = content["best"]["value"], describe_best(content)
-        console.print(f"Curve: {folder / 'curve.csv'}. {why}", markup=False, highlight=False)
+        console.print(f"Curve: {shown / 'curve.csv'}. {why}", markup=False, highlight=False)
         start = content["best"].get("beta", start)
         if options.beta == AUTO:
             found = {"weights": content["best"]["weights"]}
@@ -269,7 +272,7 @@ def _find(
             f"samples that had no say in the choice better than beta={start:g} everywhere by {content['gain']:.4f} "
             f"(95 % interval {low:.4f} to {high:.4f})"
         )
-        console.print(f"Search: {folder / 'search.csv'}, {len(trials)} mixtures. {why}.", markup=False, highlight=False)
+        console.print(f"Search: {shown / 'search.csv'}, {len(trials)} mixtures. {why}.", markup=False, highlight=False)
         rest = betas.pop(search.REST, start)
         rules = [{"match": part, "beta": beta} for part, beta in betas.items()]
         found = {"weights": [rest, 1 - rest], "rules": rules}
@@ -333,7 +336,7 @@ def main(cfg: DictConfig) -> float | None:
             folder = Path(options.curve_dir or ".")
         else:  # kept if the rest fails: it may have taken long
             folder = beside = out.with_name(f".{out.name}.curve")
-        found, origin, value = _find(options, evaluate, folder, console)
+        found, origin, value = _find(options, evaluate, folder, out if beside and out else folder, console)
         if found:
             plan = _plan(options, paths, dataclasses.replace(recipe, **found), own)
         del evaluate

@@ -39,7 +39,7 @@ def simplex(models: int, steps: int) -> list[tuple[float, ...]]:
         raise UserError(f"curve={steps} must be at least 2, the ends")
     last = steps - 1
     if models == 2:
-        return [(i / last, 1 - i / last) for i in range(steps)]
+        return [(i / last, (last - i) / last) for i in range(steps)]
     return [(i / last, j / last, (last - i - j) / last) for i in range(steps) for j in range(steps - i)]
 
 

@@ -468,14 +468,19 @@ def test_a_layout_of_that_name_must_exist_and_suit(two: list[Path]) -> None:
 
 KILLED = """
 import sys
+import numpy, torch
+from sphinx_pl.mixing.kernel import mix_stretch
 from sphinx_pl.mixing.mix import mix_checkpoints
+raw, none = torch.zeros(2, 1).bfloat16(), numpy.zeros((0, 2), numpy.int64)
+mix_stretch(raw, numpy.ones(2), none, raw[0].clone(), numpy.zeros(2), numpy.zeros(0))  # loads the kernel
 print("begin", flush=True)
 mix_checkpoints(sys.argv[1:3], [0.4, 0.6], sys.argv[3])
 """
 
 
 def kill_and_repeat(folder: Path, write: Write, kills: int, numel: int, shards: int, seed: int) -> list[str]:
-    """Kill a mixing of two checkpoints at random moments and run it again, `kills` times; what each kill left."""
+    """Kill a mixing of two checkpoints at random moments and run it again, until `kills` kills hit one that was not
+    done; what each kill left."""
     rng = random.Random(seed)
     size = 2 * numel * 4
     for name, draw in (("a", 0), ("b", 1)):
@@ -502,15 +507,16 @@ def kill_and_repeat(folder: Path, write: Write, kills: int, numel: int, shards: 
 
     whole = run(None)
     assert_equal(values(out), wanted)
-    left = []
-    while len(left) < kills:
+    left: list[str] = []
+    while len(left) - left.count("done") < kills:
         shutil.rmtree(out, ignore_errors=True)
         shutil.rmtree(folder / ".out.tmp", ignore_errors=True)
         run(rng.uniform(0, whole))
         kept = len(list((folder / ".out.tmp").glob("model-*.safetensors")))
-        if out.exists():  # it was done before
+        if out.exists():  # it was done before, but perhaps for the end of the process
             assert_equal(values(out), wanted)
             left.append("done")
+            whole *= 0.95
             continue
         before = {file.name: file.stat().st_mtime_ns for file in (folder / ".out.tmp").glob("model-*.safetensors")}
         noted = {file.name.removesuffix(".json") for file in (folder / ".out.tmp" / ".journal").glob("model-*.json")}
@@ -528,14 +534,13 @@ def kill_and_repeat(folder: Path, write: Write, kills: int, numel: int, shards: 
 
 def test_a_killed_mixing_leaves_no_half_model_and_goes_on(tmp_path: Path, write: Write) -> None:
     left = kill_and_repeat(tmp_path, write, kills=2, numel=2_000_000, shards=4, seed=0)
-    assert len(left) == 2
+    assert len(left) - left.count("done") == 2
 
 
 @pytest.mark.long
 def test_twenty_kills(tmp_path: Path, write: Write) -> None:
     left = kill_and_repeat(tmp_path, write, kills=20, numel=16_000_000, shards=6, seed=1)
     print(left)
-    assert sum(said != "done" for said in left) >= 12
     assert any(said[0] in "12345" for said in left)
 
 
