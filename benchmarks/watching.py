@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.step import where
-from sphinx_pl.cli import CONFIG_FOLDER, MISTAKES, report
+from sphinx_pl.cli import CONFIG_FOLDER, MISTAKES, register_resolvers, report
 from sphinx_pl.data.datamodule import DataModule, TrainLoader
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.stages import Stage
@@ -196,6 +196,7 @@ def build(options: argparse.Namespace, folder: Path) -> tuple[Stage, DataModule,
         f"logger.csv.save_dir={folder}",
         f"callbacks.provenance.config={folder / 'config.yaml'}",
     ]
+    register_resolvers()
     with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
         cfg = compose("train", overrides)
     if options.log_every:

@@ -34,7 +34,7 @@ def test_the_share_is_time_inside_over_a_step_without_it() -> None:
 def test_a_callback_that_works_is_found_by_both_measures(sample_data: Path, tmp_path: Path) -> None:
     class Works(L.Callback):
         def on_train_batch_end(self, *_: Any) -> None:
-            sum(range(3_000_000))
+            sum(range(12_000_000))  # long enough to stand out of a busy machine's noise
 
     options = watching.parser().parse_args([f"data.root={sample_data}", "data.packing.rows=2", "trainer=cpu"])
     options.log_every = 2
@@ -43,7 +43,7 @@ def test_a_callback_that_works_is_found_by_both_measures(sample_data: Path, tmp_
     assert [block.watched for block in cost.blocks] == [False, True, True, False, False, True]
     assert all(not block.inside for block in cost.blocks if not block.watched)
     seconds = cost.inside["Works"]
-    assert 0.005 < seconds < 0.5
+    assert 0.02 < seconds < 5
     assert cost.difference[0] == pytest.approx(cost.share, rel=0.5)
 
 
