@@ -43,7 +43,7 @@ def test_a_callback_that_works_is_found_by_both_measures(sample_data: Path, tmp_
     assert [block.watched for block in cost.blocks] == [False, True, True, False, False, True]
     assert all(not block.inside for block in cost.blocks if not block.watched)
     seconds = cost.inside["Works"]
-    assert 0.02 < seconds < 5
+    assert 0.02 < seconds < 2
     assert cost.difference[0] == pytest.approx(cost.share, rel=0.5)
 
 

@@ -141,7 +141,7 @@ def round_once(values: Tensor, out: Tensor) -> Tensor:
 
     PyTorch takes a float64 to 16 bits by way of float32. Where that first rounding ends halfway between two 16-bit
     numbers, the second one no longer knows on which side the value was. With weights such as 0.4 and 0.6 that happens
-    to one element in 200.
+    to one element in some hundreds.
     """
     if values.dtype != torch.float64 or out.dtype not in _HALFWAY:
         return out.copy_(values)
