@@ -1,9 +1,11 @@
-"""Ask a checkpoint every question of the test sources, score the answers beside guessing. Keys: conf/evaluate.yaml."""
+"""Ask a checkpoint the questions of test sources and benchmarks, and score the answers. Keys: conf/evaluate.yaml."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,14 +19,18 @@ from rich.table import Table
 
 from sphinx_pl.checkpoint.format import open_checkpoint
 from sphinx_pl.cli import entry_point
+from sphinx_pl.data.files import identity
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.evaluation.device import autocast, check_precision, choose_device
 from sphinx_pl.files import write_whole
+from sphinx_pl.processes import join_plainly, this_process
 from sphinx_pl.typed import pick
 
 if TYPE_CHECKING:
     from sphinx_pl.data.record import Record
-    from sphinx_pl.evaluation.benchmarks import Row
+    from sphinx_pl.evaluation.asking import Prediction
+    from sphinx_pl.evaluation.summary import Row
+    from sphinx_pl.models.sphinx import Sphinx
 
 
 @dataclass
@@ -42,6 +48,7 @@ class EvaluateConfig:
 
     checkpoint: Optional[str] = None
     test: Optional[list[str]] = None
+    benchmarks: Optional[list[str]] = None
     limit: Optional[int] = None
     seed: int = 0
     batch_size: int = 32
@@ -51,7 +58,9 @@ class EvaluateConfig:
     device: str = "auto"
     precision: str = "fp32"
     out: Optional[str] = None
+    overwrite: bool = False
     report: Optional[str] = None
+    wandb: Optional[dict[str, Any]] = None
 
     def __post_init__(self) -> None:
         if self.checkpoint is None:
@@ -61,6 +70,21 @@ class EvaluateConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}={value} must be at least 1")
+
+    @property
+    def asks_tasks(self) -> bool:
+        """Whether the test sources are asked: if they are named, or no benchmark is."""
+        return self.test is not None or not self.benchmarks
+
+    def settings(self) -> dict[str, Any]:
+        """What answers depend on besides the questions, for the journal."""
+        assert self.checkpoint is not None
+        files = sorted(path for path in Path(self.checkpoint).glob("*") if path.is_file())
+        return {
+            "checkpoint": hashlib.sha256(" ".join(identity(str(path)) for path in files).encode()).hexdigest(),
+            "generation": dataclasses.asdict(self.generation),
+            "precision": self.precision,
+        }
 
 
 def read_records(
@@ -123,81 +147,201 @@ def results_table(rows: Iterable[Row]) -> Table:
     return table
 
 
-@entry_point(config_name="evaluate")
-def main(cfg: DictConfig) -> float:
-    """Writes predictions.jsonl, results.json and, if asked for, the report; returns the mean score over tasks."""
-    options = pick(EvaluateConfig, cfg)
-    assert options.checkpoint is not None
-    console = Console()
-    device = choose_device(options.device)
-    checkpoint = open_checkpoint(options.checkpoint)
-    data = OmegaConf.to_container(cfg.data, resolve=True)
-    assert isinstance(data, dict)
-    if not data.get("test"):
-        raise UserError("data.test is missing: choose a data= that has test sources, such as data=sample")
+def number_text(value: float | None, percent: bool) -> str:
+    """A measure's value with one decimal; shares as per cent."""
+    return "–" if value is None else f"{100 * value if percent else value:.1f}"
 
-    from sphinx_pl.data.processor import Processor
+
+def benchmarks_table(found: Iterable[Mapping[str, Any]]) -> Table:
+    """The benchmarks' numbers as a terminal shows them."""
+    table = Table(title="Benchmarks", caption="with 95 % intervals", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("benchmark", "measure"):
+        table.add_column(name)
+    for name in ("value", "95 %", "n", "unparsed"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for result in found:
+        counts = str(result["n"]), str(result["unparsed"] or "")
+        for place, value in enumerate(v for v in result["values"] if not v["category"]):
+            texts = [number_text(value[key], value["percent"]) for key in ("value", "low", "high")]
+            first = (f"[bold]{result['name']}[/]", *counts) if not place else ("", "", "")
+            table.add_row(first[0], value["measure"], texts[0], f"{texts[1]}–{texts[2]}", *first[1:])
+        if not result["values"]:
+            table.add_row(f"[bold]{result['name']}[/]", "(scored elsewhere)", "", "", *counts)
+    return table
+
+
+class Asking:
+    """A loaded model that answers lists of questions, each with a journal of its own."""
+
+    def __init__(self, options: EvaluateConfig, folder: Path) -> None:
+        from sphinx_pl.data.processor import Processor
+        from sphinx_pl.models.generation import GenerationConfig
+
+        assert options.checkpoint is not None
+        self.options, self.folder = options, folder
+        self.processes = this_process()
+        self.device = choose_device(options.device, self.processes.local_rank)
+        self.checkpoint = open_checkpoint(options.checkpoint)
+        self.processor = Processor.from_dict(
+            self.checkpoint.processor, self.checkpoint.tokenizer_file, self.checkpoint.model_config
+        )
+        self.generation = GenerationConfig(**dataclasses.asdict(options.generation))
+        self._model: Sphinx | None = None
+
+    @property
+    def model(self) -> Sphinx:
+        """Loaded when it is first needed: after all that can be wrong with the questions."""
+        if self._model is None:
+            from sphinx_pl.inference import Assistant
+
+            assert self.options.checkpoint is not None
+            self._model = Assistant.load(self.options.checkpoint, str(self.device), self.options.precision).model
+        return self._model
+
+    def __call__(
+        self, name: str, records: Sequence[Record], lost: dict[str, int] | None = None, **how: Any
+    ) -> list[Prediction]:
+        """Answers to the records; `how` goes to `sphinx_pl.evaluation.asking.evaluate`.
+
+        Args:
+            name: of this list of questions.
+            lost: filled with what could not be asked.
+        """
+        from sphinx_pl.evaluation.asking import evaluate
+        from sphinx_pl.evaluation.journal import Journal
+
+        journal = Journal(self.folder / "answers", name, self.options.settings(), self.options.overwrite)
+        with autocast(self.device, self.options.precision):
+            return evaluate(
+                self.model,
+                self.processor,
+                records,
+                generation=self.generation,
+                batch_size=self.options.batch_size,
+                journal=journal,
+                rank=self.processes.rank,
+                world_size=self.processes.world_size,
+                title=name,
+                skipped=lost,
+                **how,
+            )
+
+
+def _ask_tasks(
+    options: EvaluateConfig, data: Mapping[str, Any], asking: Asking
+) -> tuple[list[Prediction], list[Row], dict[str, int]]:
+    """The test sources' questions beside baselines: predictions, rows, and what could not be asked."""
+    from sphinx_pl.evaluation.asking import select, shuffle_images
     from sphinx_pl.evaluation.baselines import constant_predictions, fit_constants
-    from sphinx_pl.evaluation.benchmarks import evaluate, select, shuffle_images, summarise
-    from sphinx_pl.evaluation.metrics import METRICS
-    from sphinx_pl.evaluation.report import find_inputs, write_report
-    from sphinx_pl.models.sphinx import Sphinx
+    from sphinx_pl.evaluation.summary import summarise
 
-    processor = Processor.from_dict(checkpoint.processor, checkpoint.tokenizer_file, checkpoint.model_config)
     found, lost = read_records(data["test"], "test", options.test)
     records = select(found, options.limit, options.seed)
     if not records:
         raise UserError("data.test has no record of a task with a score: check its sources")
-
-    model = Sphinx(checkpoint.model_config)
-    checkpoint.load_into(model)
-    model.to(device).eval()
-
-    generation = dataclasses.asdict(options.generation)
-    asking = {"batch_size": options.batch_size, "skipped": lost, **generation}
     baselines = {}
-    with autocast(device, options.precision):
-        predictions = evaluate(model, processor, records, **asking)
-        if options.shuffled:
-            images = shuffle_images(records, options.seed)
-            asking["skipped"] = None  # the same records are lost again
-            others = [record for record in records if record.key in images]
-            baselines["shuffled"] = evaluate(model, processor, others, images=images, title="shuffled images", **asking)
+    predictions = asking("tasks", records, lost)
     if not predictions:
         raise UserError(f"none of {len(records)} questions could be asked ({lost}): check data.test and its images")
+    if options.shuffled:
+        images = shuffle_images(records, options.seed)
+        others = [record for record in records if record.key in images]
+        baselines["shuffled"] = asking("shuffled", others, images=images)
     if options.constant and data.get("sources"):
         training, _ = read_records(data["sources"], "sources", at_most=options.constant)
-        constants = fit_constants(training, processor.geometry, seed=options.seed)
+        geometry = asking.processor.geometry
+        constants = fit_constants(training, geometry, seed=options.seed)
         by_key = {record.key: record for record in records}
-        baselines["constant"] = constant_predictions(predictions, by_key, constants, processor.geometry)
+        baselines["constant"] = constant_predictions(predictions, by_key, constants, geometry)
+    return predictions, summarise(predictions, baselines, options.seed), lost
 
-    rows = summarise(predictions, baselines, options.seed)
-    folder = Path(options.out or HydraConfig.get().runtime.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+
+def _write(folder: Path, name: str, predictions: Sequence[Prediction]) -> None:
     lines = (json.dumps(prediction.to_dict(), ensure_ascii=False) for prediction in predictions)
-    write_whole(folder / "predictions.jsonl", "\n".join(lines) + "\n")
+    write_whole(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
+
+
+@entry_point(config_name="evaluate")
+def main(cfg: DictConfig) -> float:
+    """Writes answers, predictions, results.json and, if asked for, a report.
+
+    Returns:
+        The mean score over tasks; over the benchmarks' main shares if only benchmarks were asked.
+    """
+    options = pick(EvaluateConfig, cfg)
+    console = Console()
+    data: Any = OmegaConf.to_container(cfg.data, resolve=True)
+    if options.asks_tasks and not data.get("test"):
+        raise UserError("data.test is missing: choose a data= that has test sources, such as data=sample")
+
+    from sphinx_pl.distributed.collective import of_all_ranks
+    from sphinx_pl.evaluation.benchmarks import choose, load
+    from sphinx_pl.evaluation.metrics import METRICS
+    from sphinx_pl.evaluation.report import find_inputs, write_report
+
+    join_plainly()
+    # The run folder's name has the time, which differs between processes.
+    folder = of_all_ranks(Path(options.out or HydraConfig.get().runtime.output_dir), this_process().world_size)[0]
+    asking = Asking(options, folder)
+
+    configured: Any = OmegaConf.to_container(cfg.benchmark, resolve=True)
+    chosen = choose(options.benchmarks, configured) if options.benchmarks else {}
+    questions = [load(name, benchmark, options.limit, options.seed) for name, benchmark in chosen.items()]
+
+    folder.mkdir(parents=True, exist_ok=True)
+    predictions: list[Prediction] = []
+    rows: list[Row] = []
+    lost: dict[str, int] = {}
+    if options.asks_tasks:
+        predictions, rows, lost = _ask_tasks(options, data, asking)
+    found, said = [], []
+    for asked in questions:
+        missing: dict[str, int] = {}
+        benchmark = asked.benchmark
+        answers = asking(
+            asked.name, asked.records, missing, judge=benchmark.judge, max_new_tokens=benchmark.max_new_tokens
+        )
+        if not answers:
+            raise UserError(f"{asked.name}: none of {len(asked.records)} questions could be asked ({missing})")
+        found.append(asked.result(answers, missing, options.seed))
+        predictions += answers
+        if asking.processes.rank == 0:
+            said += benchmark.submit(answers, folder)
+    shares = [v["value"] for result in found for v in result["values"][:1] if v["percent"] and v["value"] is not None]
+    scores = [row.score for row in rows if not row.domain and not row.topic] or shares
+    mean = float(sum(scores) / len(scores)) if scores else math.nan
+    if asking.processes.rank > 0:
+        return mean
     results = {
         "checkpoint": options.checkpoint,
-        "model": checkpoint.model_config.name,
-        "decimals": processor.geometry.decimals,
-        "image_size": processor.image_size,
+        "model": asking.checkpoint.model_config.name,
+        "decimals": asking.processor.geometry.decimals,
+        "image_size": asking.processor.image_size,
         "options": dataclasses.asdict(options),
         "skipped": lost,
         "metrics": {row.metric: METRICS[row.metric].description for row in rows},
         "rows": [row.to_dict() for row in rows],
+        "benchmarks": found,
     }
+    _write(folder, "predictions", predictions)
     write_whole(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-    console.print(results_table(rows))
-    if lost:
-        console.print(f"Not asked: {', '.join(f'{reason} {count}' for reason, count in sorted(lost.items()))}")
-    console.print(f"Results: {folder / 'results.json'}")
+    if rows:
+        console.print(results_table(rows))
+    if found:
+        console.print(benchmarks_table(found))
+    for name, reasons in {"tasks": lost, **{result["name"]: result["lost"] for result in found}}.items():
+        if reasons:
+            counts = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
+            console.print(f"Not asked of {name}: {counts}", highlight=False)
+    for sentence in said:
+        console.print(sentence, highlight=False, markup=False)
+    console.print(f"Results: {folder / 'results.json'}", highlight=False, markup=False)
     if options.report:
         report = Path(options.report)
         runs, mix = find_inputs(report.parent)
         write_report(report, runs, mix, [folder])
         console.print(f"Report: {report}")
-    tasks = [row.score for row in rows if not row.domain and not row.topic]
-    return sum(tasks) / len(tasks)
+    return mean
 
 
 if __name__ == "__main__":

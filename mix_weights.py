@@ -195,7 +195,7 @@ class Measuring:
 
     def _records(self, data: DictConfig) -> list[Any]:
         from evaluate import read_records
-        from sphinx_pl.evaluation.benchmarks import select
+        from sphinx_pl.evaluation.asking import select
 
         test: Any = OmegaConf.to_container(data.get("test") or {}, resolve=True)
         found, _ = read_records(test, "test")
@@ -208,7 +208,7 @@ class Measuring:
     def __call__(self, model: Sphinx) -> Measures:
         import torch
 
-        from sphinx_pl.evaluation.benchmarks import evaluate
+        from sphinx_pl.evaluation.asking import evaluate
         from sphinx_pl.evaluation.losses import SourceLoss, held_out_losses
 
         losses = held_out_losses(model, self.loaders, self.options.precision)

@@ -21,7 +21,7 @@ from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.record import Record
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.errors import UserError
-from sphinx_pl.evaluation.benchmarks import Prediction, evaluate
+from sphinx_pl.evaluation.asking import Prediction, evaluate
 from sphinx_pl.evaluation.cards import SCRIPT, STYLE, cards, picture
 from sphinx_pl.files import write_whole
 from sphinx_pl.page import page

@@ -166,6 +166,17 @@ def join(trainer: L.Trainer) -> None:
         trainer.strategy.setup_environment()
 
 
+def join_plainly() -> None:
+    """Connect with the other processes of `srun` or `torchrun` without a trainer, on the host."""
+    processes = this_process()
+    if processes.starter and processes.world_size > 1:
+        import torch.distributed as dist
+
+        environment = cluster_environment()
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
+        dist.init_process_group("gloo", rank=processes.rank, world_size=processes.world_size)
+
+
 def on_first(trainer: L.Trainer, function: Callable[[], T]) -> T:
     """What `function` finds in the first process, in all of them; the others wait. After `join`.
 

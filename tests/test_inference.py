@@ -13,7 +13,7 @@ from sphinx_pl.data.packing import Collator
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.record import ImageRef, Record, Turn
 from sphinx_pl.errors import UserError
-from sphinx_pl.evaluation.benchmarks import evaluate
+from sphinx_pl.evaluation.asking import evaluate
 from sphinx_pl.inference import Assistant, Dialog, _certain, open_picture
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.generation import GenerationConfig

@@ -11,7 +11,7 @@ from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.geometry import Geometry
 from sphinx_pl.data.record import Record
 from sphinx_pl.data.tasks import TASKS
-from sphinx_pl.evaluation.benchmarks import Prediction, judge, topic_of
+from sphinx_pl.evaluation.asking import Prediction, judge, topic_of
 from sphinx_pl.evaluation.metrics import METRICS, last_turn
 
 CANDIDATES = 50

@@ -19,15 +19,15 @@ def check_precision(precision: str) -> None:
         raise UserError(f"precision='{precision}': {suggest(precision, PRECISIONS)}")
 
 
-def choose_device(name: str) -> torch.device:
-    """`auto`: a GPU if there is one, else the CPU.
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """`auto`: a GPU if there is one (of several processes each its own), else the CPU.
 
     Raises:
         UserError: no such device here.
     """
     found = torch.cuda.device_count()
     if name == "auto":
-        return torch.device("cuda" if found else "cpu")
+        return torch.device("cuda", local_rank % found) if found else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -18,7 +18,7 @@ from sphinx_pl.checkpoint.format import write_checkpoint
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.record import ImageRef, Record
 from sphinx_pl.errors import UserError
-from sphinx_pl.evaluation.benchmarks import evaluate
+from sphinx_pl.evaluation.asking import evaluate
 from sphinx_pl.models.config import ClipViTConfig, DecoderConfig, SphinxConfig, VisionConfig
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.typed import pick

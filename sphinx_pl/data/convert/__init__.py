@@ -6,22 +6,19 @@ entries into Records; checking, counting and writing are this module's.
 
 from __future__ import annotations
 
-import gzip
 import importlib
 import json
 import pkgutil
-import re
-import zlib
-from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.entries import to_entry, to_record
 from sphinx_pl.data.geometry import Geometry
+from sphinx_pl.data.official import MALFORMED, OfficialFiles
 from sphinx_pl.data.record import ImageRef, Record, Region
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.errors import UserError
@@ -30,123 +27,16 @@ from sphinx_pl.registry import Registry
 
 CONVERTERS: Registry[type[Converter]] = Registry("converter")
 _EXAMPLES = 3
-_T = TypeVar("_T")
-
-# What code meets in an entry that is not what it should be.
-_MALFORMED = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
-# What reading a damaged JSON file, or a damaged .gz of one, ends in.
-_UNREADABLE = (ValueError, RecursionError, OSError, EOFError, zlib.error)
 
 
-class Converter(ABC):
-    """Reads one data set's official files.
+class Converter(OfficialFiles):
+    """Makes training records of a data set's official files."""
 
-    Args:
-        src: the folder that holds them, under their official names.
-        split: one of `splits`.
-
-    Raises:
-        UserError: an unknown split.
-    """
-
-    name: ClassVar[str]
-    """What the command line calls it."""
-    title: ClassVar[str]
-    url: ClassVar[str]
-    """The page that the files come from, or that defines their format."""
-    licence: ClassVar[str]
     tasks: ClassVar[tuple[str, ...]]
-    splits: ClassVar[tuple[str, ...]] = ("train", "val")
 
     def __init_subclass__(cls) -> None:
         if "name" in cls.__dict__:
             CONVERTERS.register(cls.name, cls)
-
-    def __init__(self, src: Path, split: str) -> None:
-        if split not in self.splits:
-            raise UserError(f"{self.name} has no split '{split}': one of {', '.join(self.splits)}")
-        self.src = src
-        self.split = split
-        self.skipped: Counter[str] = Counter()
-        """Entries that are not meant for training as they stand, by reason: nothing is wrong with them."""
-        self.left_out: Counter[str] = Counter()
-        """Parts of entries (a region, a line of text) that are not used although the rest is, by reason."""
-
-    @abstractmethod
-    def entries(self) -> Iterator[tuple[str, Any]]:
-        """(key, what the files say) of each annotated thing; keys are unique and stable.
-
-        Raises:
-            UserError: a file is missing or is not what it should be as a whole.
-        """
-
-    @abstractmethod
-    def records(self, key: str, entry: Any) -> Iterator[Record]:
-        """The Records of one entry; their keys begin with `key`, image paths are relative to the images' root folder.
-
-        Raises:
-            BadSample: the entry is of no use. Any of the errors of a missing or wrong value will do too.
-        """
-
-    def file(self, *names: str) -> Path:
-        """The first of these files below `src` that is there (a dataset's releases differ in names)."""
-        for name in names:
-            if (self.src / name).is_file():
-                return self.src / name
-        raise UserError(f"{self.name}: {self.src} has no {' or '.join(names)}: it is part of {self.url}")
-
-    def json(self, *names: str) -> Any:
-        """The contents of a JSON file, found as by `file`; one that ends in .gz is decompressed."""
-        path = self.file(*names)
-        try:
-            return json.loads(_contents(path))
-        except _UNREADABLE as error:
-            raise UserError(f"{self.name}: {path} is not readable as JSON ({error}): get it anew") from None
-
-    def json_items(self, *names: str, of: str = "") -> Iterator[Any]:
-        """The elements of a JSON file that is one long list, or of its list under the key `of`, one at a time.
-
-        As objects, the largest files would take many times their size.
-        """
-        path = self.file(*names)
-        try:
-            text = _contents(path).decode()
-            start = re.search(rf'"{of}"\s*:\s*\[' if of else r"\A\s*\[", text)
-            if not start:
-                raise ValueError(f"no list {of}".strip())
-            decoder = json.JSONDecoder()
-            separator = re.compile(r"\s*([,\]]?)\s*")
-            at = separator.match(text, start.end())
-            while at and at[1] != "]":
-                value, end = decoder.raw_decode(text, at.end())
-                yield value
-                at = separator.match(text, end)
-        except _UNREADABLE as error:
-            raise UserError(f"{self.name}: {path} is not readable as JSON ({error}): get it anew") from None
-
-    def json_lines(self, *names: str) -> Iterator[tuple[int, Any]]:
-        """(number, value) of each line of a jsonl file; a damaged line's value is None."""
-        path = self.file(*names)
-        with path.open("rb") as file:
-            for number, line in enumerate(file):
-                if line.strip():
-                    try:
-                        yield number, json.loads(line)
-                    except (ValueError, RecursionError):
-                        yield number, None
-
-    def parts(self, parts: Iterable[Any], read: Callable[[Any], _T]) -> Iterator[_T]:
-        """What `read` makes of each part of an entry that lists several.
-
-        A part of which it raises BadSample, or an error of a missing or wrong value, is counted in `left_out`.
-        """
-        for part in parts:
-            try:
-                yield read(part)
-            except BadSample as bad:
-                self.left_out[bad.reason] += 1
-            except _MALFORMED:
-                self.left_out["part_malformed"] += 1
 
 
 @dataclass
@@ -196,31 +86,28 @@ def convert(
     if out.suffix != ".jsonl":
         raise UserError(f"--out={out} must end in .jsonl")
     report = Report()
-    seen: set[str] = set()
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(out) as temporary, temporary.open("wb") as file:
-        for key, entry in _entries(converter):
+        for key, found in converter.read():
             if report.entries == limit:
                 break
             report.entries += 1
             if report.entries % 1000 == 0:
                 progress(report.entries)
             try:
-                if key in seen:
-                    raise BadSample("duplicate_key", key)
-                seen.add(key)
-                records = list(converter.records(key, entry))
-                for record in records:
+                if isinstance(found, BadSample):
+                    raise found
+                for record in found:
                     check(record)
-                lines = [json.dumps(to_entry(record), ensure_ascii=False).encode() + b"\n" for record in records]
+                lines = [json.dumps(to_entry(record), ensure_ascii=False).encode() + b"\n" for record in found]
             except BadSample as bad:
                 report.drop(bad.reason, bad.detail or key)
                 continue
-            except _MALFORMED as error:
+            except MALFORMED as error:
                 report.drop("entry_malformed", f"{key}: {type(error).__name__}: {error}")
                 continue
             file.writelines(lines)
-            report.records.update(record.task for record in records)
+            report.records.update(record.task for record in found)
         progress(report.entries)
         report.skipped, report.left_out = converter.skipped, converter.left_out
         if not report.records:
@@ -228,23 +115,6 @@ def convert(
             raise UserError(f"{converter.name}: no record in {converter.src} can be used ({reasons})")
     write_whole(out.with_name(out.name + ".report.json"), json.dumps(report.to_dict(), indent=2) + "\n")
     return report
-
-
-def _entries(converter: Converter) -> Iterator[tuple[str, Any]]:
-    try:
-        yield from converter.entries()
-    except _MALFORMED as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(
-            f"{converter.name}: what {converter.src} holds is not as {converter.url} says ({reason})"
-        ) from None
-
-
-def _contents(path: Path) -> bytes:
-    if path.suffix != ".gz":
-        return path.read_bytes()
-    with gzip.open(path) as file:
-        return file.read()
 
 
 def id_of(thing: Any, name: str = "id") -> int | str | None:

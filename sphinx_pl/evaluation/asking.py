@@ -1,0 +1,267 @@
+"""Ask a model every question of a list, and score the answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import random
+from collections import ChainMap, Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sphinx_pl.data.bad import BadSample
+from sphinx_pl.data.entries import to_entry
+from sphinx_pl.data.geometry import Geometry
+from sphinx_pl.data.images import load_image
+from sphinx_pl.data.processor import Processor, PromptSample
+from sphinx_pl.data.record import ImageRef, Record
+from sphinx_pl.data.tasks import TASKS
+from sphinx_pl.distributed.collective import of_all_ranks
+from sphinx_pl.evaluation.journal import Answered, Journal
+from sphinx_pl.evaluation.metrics import METRICS, last_turn
+from sphinx_pl.models.generation import GenerationConfig, Prompt, generate
+from sphinx_pl.models.sphinx import Sphinx
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One answered question. `domain` and `topic` come from the record's meta, "" where it has none."""
+
+    key: str
+    task: str
+    domain: str
+    topic: str
+    metric: str
+    question: str
+    answer: str
+    prediction: str
+    score: float
+    parsed: bool
+    images: tuple[ImageRef, ...] = ()  # the ones that were shown: another record's when they are shuffled
+    benchmark: str = ""  # of an official benchmark
+    record: Mapping[str, Any] = field(default_factory=dict)  # as an entry (`sphinx_pl.data.entries`), for scoring anew
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Prediction:
+        """Of what `to_dict` gave, also by way of JSON."""
+        images = (
+            ImageRef(**image | {"crop": tuple(image["crop"]) if image.get("crop") else None})
+            for image in values["images"]
+        )
+        return cls(**{**values, "images": tuple(images)})
+
+
+Judge = Callable[[Record, str, Geometry, tuple[ImageRef, ...]], Prediction]
+"""(record, answer's text, geometry, images that were shown) -> the scored answer."""
+
+
+def domain_of(record: Record) -> str:
+    return str(record.meta.get("domain", ""))
+
+
+def topic_of(record: Record) -> str:
+    return str(record.meta.get("topic", ""))
+
+
+def select(records: Sequence[Record], limit: int | None, seed: int = 0) -> list[Record]:
+    """The records that have a score, at most `limit` of each task, domain and topic, drawn with `seed`; order kept."""
+    groups: dict[tuple[str, str, str], list[int]] = defaultdict(list)
+    for index, record in enumerate(records):
+        if TASKS[record.task].scorer != "none":
+            groups[record.task, domain_of(record), topic_of(record)].append(index)
+    chosen: list[int] = []
+    for group in groups.values():
+        chosen += group if limit is None or len(group) <= limit else random.Random(seed).sample(group, limit)
+    return [records[index] for index in sorted(chosen)]
+
+
+def derangement(count: int, rng: random.Random) -> list[int]:
+    """A random permutation without a fixed point (one cycle: Sattolo 1986). [0] for count 1, where there is none."""
+    order = list(range(count))
+    for i in range(count - 1, 0, -1):
+        j = rng.randrange(i)
+        order[i], order[j] = order[j], order[i]
+    return order
+
+
+def shuffle_images(records: Sequence[Record], seed: int = 0) -> dict[str, tuple[ImageRef, ...]]:
+    """Record key -> the images of another record of the same task with equally many images.
+
+    Images are permuted, not records: where several questions share an image they share its replacement, so no
+    question meets its own image again. Records without an image, or with the only one of their task, are left out:
+    against their own answers nothing could be better.
+    """
+    groups: dict[tuple[str, int], list[Record]] = defaultdict(list)
+    for record in records:
+        groups[record.task, len(record.images)].append(record)
+    rng = random.Random(seed)
+    shown = {}
+    for group in groups.values():
+        distinct = list(dict.fromkeys(record.images for record in group))
+        order = derangement(len(distinct), rng)
+        replacement = {images: distinct[order[i]] for i, images in enumerate(distinct)}
+        if len(distinct) > 1:
+            shown.update({record.key: replacement[record.images] for record in group})
+    return shown
+
+
+@dataclass(frozen=True)
+class _Question:
+    place: int  # in the records
+    prompt: PromptSample
+    limit: int  # tokens of the answer
+    images: tuple[ImageRef, ...]  # that are shown
+
+
+def evaluate(
+    model: Sphinx,
+    processor: Processor,
+    records: Sequence[Record],
+    *,
+    generation: GenerationConfig | None = None,
+    batch_size: int = 16,
+    max_new_tokens: int | None = None,
+    images: Mapping[str, tuple[ImageRef, ...]] | None = None,
+    judge: Judge | None = None,
+    journal: Journal | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: bool = True,
+    title: str = "questions",
+    skipped: dict[str, int] | None = None,
+) -> list[Prediction]:
+    """Generate and score an answer to the last question of every record, in the order of `records`.
+
+    Which questions share a batch depends on the questions alone, neither on what was answered before nor on the number
+    of ranks: answers are the same after a kill, and by several processes.
+
+    Args:
+        model: on its device.
+        generation: how answers are drawn; what ends them, and how long they get, is the processor's and the task's.
+        max_new_tokens: instead of the tasks' own.
+        images: record key -> images to show instead of its own (see `shuffle_images`).
+        judge: scores an answer; by default the metric of the record's task does (`judge`).
+        journal: what was answered before, and where answers are noted.
+        rank: this process among `world_size` that answer a share each; all get all predictions.
+        skipped: filled with the number of records that could not be asked, by reason.
+    """
+    lost: Counter[str] = Counter()
+    asked = _questions(model, processor, records, max_new_tokens, images, lost)
+    batches = [asked[start : start + batch_size] for start in range(0, len(asked), batch_size)]
+    done = journal.open(_fingerprint(asked, batch_size), rank) if journal else {}
+    todo = [number for number in range(rank, len(batches), world_size) if number not in done]
+    base = generation or GenerationConfig()
+    stop, eos = processor.stop_sequences, processor.tokenizer.eos_id
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, disable=not progress or rank > 0) as bar, ThreadPoolExecutor(1) as pool:
+        shown = bar.add_task(title, total=len(asked), completed=sum(len(batches[number]) for number in done))
+        # Decoded while the batch before is answered.
+        decoding = pool.submit(_decode, batches[todo[0]], processor.image_size) if todo else None
+        for number, following in itertools.zip_longest(todo, todo[1:]):
+            assert decoding is not None
+            prompts, places, missing = decoding.result()
+            if following is not None:
+                decoding = pool.submit(_decode, batches[following], processor.image_size)
+            config = dataclasses.replace(base, seed=base.seed + number * batch_size, eos_id=eos, stop=stop)
+            texts = [processor.decode(ids) for ids in generate(model, prompts, config)]
+            done[number] = Answered(dict(zip(places, texts, strict=True)), missing)
+            if journal:
+                journal.note(number, done[number])
+            bar.advance(shown, len(batches[number]) * world_size)
+    if journal:
+        journal.close()
+    answers: dict[int, str] = {}
+    for answered in ChainMap(*of_all_ranks(done, world_size)).values():
+        answers |= answered.texts
+        lost.update(answered.lost)
+    if skipped is not None:
+        skipped.update(lost)
+    by_place = {question.place: question.images for question in asked}
+    score = judge or _judge
+    return [score(records[place], answers[place], processor.geometry, by_place[place]) for place in sorted(answers)]
+
+
+def _questions(
+    model: Sphinx,
+    processor: Processor,
+    records: Sequence[Record],
+    max_new_tokens: int | None,
+    images: Mapping[str, tuple[ImageRef, ...]] | None,
+    lost: Counter[str],
+) -> list[_Question]:
+    """Sorted, so that similar lengths share a batch: little padding, and no short answer waits for a long one."""
+    asked = []
+    for place, record in enumerate(records):
+        own = record.images if images is None else images[record.key]
+        try:
+            prompt = processor.prompt(record, None if images is None else processor.sizes(own))
+        except BadSample as error:
+            lost[error.reason] += 1
+            continue
+        room = model.config.decoder.max_positions - len(prompt.ids)
+        if room < 1:
+            lost["prompt_too_long"] += 1
+            continue
+        limit = max_new_tokens or TASKS[record.task].max_new_tokens
+        asked.append(_Question(place, prompt, min(limit, room), own))
+    return sorted(asked, key=lambda question: (question.limit, len(question.prompt.ids)))
+
+
+def _fingerprint(asked: Sequence[_Question], batch_size: int) -> str:
+    """Of what is asked: prompts in their order, with the images' places and the answers' longest lengths."""
+    digest = hashlib.sha256(f"{batch_size} {len(asked)}".encode())
+    for question in asked:
+        images = [(image.path, image.offset, image.crop, image.flip) for image in question.images]
+        digest.update(f"{question.place} {question.limit} {images}".encode("utf-8", "surrogateescape"))
+        digest.update(np.asarray(question.prompt.ids, dtype=np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def _decode(batch: Sequence[_Question], size: int) -> tuple[list[Prompt], list[int], dict[str, int]]:
+    """Prompts with pixels, their records' places, and how many have an image that cannot be read, by reason."""
+    prompts: list[Prompt] = []
+    places: list[int] = []
+    lost: Counter[str] = Counter()
+    for question in batch:
+        try:
+            pixels = [load_image(image, size) for image in question.images]
+        except BadSample as error:
+            lost[error.reason] += 1
+            continue
+        stacked = torch.stack(pixels) if pixels else None
+        prompts.append(Prompt(question.prompt.ids, stacked, question.limit, question.prompt.seen))
+        places.append(question.place)
+    return prompts, places, dict(lost)
+
+
+def judge(record: Record, prediction: str, geometry: Geometry, images: tuple[ImageRef, ...] = ()) -> Prediction:
+    """Score an answer's text with the metric of the record's task."""
+    metric = METRICS[TASKS[record.task].scorer]
+    turn = last_turn(record, geometry)
+    return Prediction(
+        key=record.key,
+        task=record.task,
+        domain=domain_of(record),
+        topic=topic_of(record),
+        metric=metric.name,
+        question=turn.question,
+        answer=turn.answer,
+        prediction=prediction,
+        score=metric.score(prediction, record, geometry),
+        parsed=metric.parsed(prediction),
+        images=images,
+        record=to_entry(record),
+    )
+
+
+_judge = judge  # a parameter has the name

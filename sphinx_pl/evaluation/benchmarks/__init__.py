@@ -1,0 +1,256 @@
+"""Official benchmarks: their files -> questions, answers -> their official numbers.
+
+One module here for each benchmark or family of them. A `Benchmark` says where its files are, turns their entries into
+Records that are asked in the wording of a training task, scores an answer, and sums scores up as its authors do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+import random
+from abc import abstractmethod
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, ClassVar, Optional
+
+from sphinx_pl.data.bad import BadSample
+from sphinx_pl.data.convert import CONVERTERS
+from sphinx_pl.data.convert.common import question_record, text
+from sphinx_pl.data.geometry import Geometry
+from sphinx_pl.data.official import OfficialFiles
+from sphinx_pl.data.record import ImageRef, Record
+from sphinx_pl.errors import UserError, suggest
+from sphinx_pl.evaluation.asking import Prediction, judge
+from sphinx_pl.evaluation.measures import Measure, estimate, to_json
+from sphinx_pl.registry import Registry
+from sphinx_pl.typed import build
+
+BENCHMARKS: Registry[type[Benchmark]] = Registry("benchmark")
+FAMILIES = {
+    "mllm": "Benchmarks of multimodal LLMs",
+    "vqa": "Visual question answering",
+    "documents": "Text, documents and charts",
+    "grounding": "Referring expressions",
+    "captions": "Captions",
+    "tasks": "Detection, pose, layout and OCR",
+}
+"""Parts of a results page, in their order."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Of one answer: its score in 0..1, and whether it had the form asked for. What has not counts as wrong."""
+
+    score: float
+    parsed: bool = True
+
+
+class Benchmark(OfficialFiles):
+    """One benchmark's questions and how it counts.
+
+    Records carry what scoring needs in `meta`, as JSON: they are written beside the answers and scored anew from there.
+
+    Args:
+        src: the folder of the official files under their official names; or one file, the original's unified
+            annotation: a JSON list of {"image_path", "question", "question_id", "gt_answers"}.
+        split: one of `splits`; None is the first.
+        images: the folder that image paths are relative to; by default `src`, or the file's folder.
+
+    Raises:
+        UserError: an unknown split, or a folder that is not there.
+    """
+
+    family: ClassVar[str]
+    """A key of `FAMILIES`."""
+    max_new_tokens: ClassVar[int | None] = None
+    """Of an answer, where that is not the task's."""
+
+    def __init_subclass__(cls) -> None:
+        if "name" in cls.__dict__:
+            BENCHMARKS.register(cls.name, cls)
+
+    def __init__(self, src: Path, split: str | None = None, images: Path | None = None) -> None:
+        super().__init__(src.parent if src.is_file() else src, split if split is not None else self.splits[0])
+        if not src.exists():
+            raise UserError(f"{self.name}: '{src}' is not there: it should hold the files of {self.url}")
+        self.unified = src.name if src.is_file() else None
+        self.images = images or self.src
+        if not self.images.is_dir():
+            raise UserError(f"{self.name}: the images' folder '{self.images}' is not there")
+
+    def check(self) -> None:
+        """What scoring needs is there; called before anything is asked.
+
+        Raises:
+            UserError: a tool is missing: which, and how to get it.
+        """
+
+    @property
+    @abstractmethod
+    def measures(self) -> Sequence[Measure]:
+        """The official numbers, the main one first; () where the truth is not public."""
+
+    @abstractmethod
+    def verdict(self, record: Record, answer: str, geometry: Geometry) -> Verdict:
+        """Score an answer's text; never raises."""
+
+    def category(self, record: Record) -> str:
+        """The part of the benchmark that a record is of, "" where there are none."""
+        return str(record.meta.get("category", ""))
+
+    def submit(self, predictions: Sequence[Prediction], folder: Path) -> list[str]:
+        """Write what a server or a judge needs to `folder`; returns a sentence about each file. By default nothing."""
+        return []
+
+    def annotation(self, key: str, entry: Mapping[str, Any]) -> Record:
+        """The record of an entry of the original's unified annotation.
+
+        Raises:
+            BadSample: it is of no use; any of `MALFORMED` will do too.
+        """
+        found = entry["gt_answers"]
+        answers = [text(answer) for answer in (found if isinstance(found, list) else [found])]
+        meta = {"answers": answers, "question_id": entry.get("question_id")}
+        return question_record(key, text(entry["image_path"]), text(entry["question"]), answers[0], meta)
+
+    def read(self) -> Iterator[tuple[str, list[Record] | BadSample]]:
+        """As `OfficialFiles.read`, also of a unified annotation."""
+        if self.unified is None:
+            return super().read()
+        items = enumerate(self.json_items(self.unified))
+        entries = (
+            (f"{number}-{entry['question_id']}" if "question_id" in entry else str(number), entry)
+            for number, entry in items
+        )
+        return self.guarded(entries, lambda key, entry: [self.annotation(key, entry)])
+
+    def judge(self, record: Record, answer: str, geometry: Geometry, images: tuple[ImageRef, ...] = ()) -> Prediction:
+        """Score an answer's text by the benchmark's rule."""
+        verdict = self.verdict(record, answer, geometry)
+        return dataclasses.replace(
+            judge(record, answer, geometry, images),
+            benchmark=self.name,
+            topic=self.category(record),
+            metric=self.measures[0].name if self.measures else "",
+            score=verdict.score,
+            parsed=verdict.parsed,
+        )
+
+
+@dataclass
+class BenchmarkConfig:
+    """One entry of `benchmark` in conf/evaluate.yaml."""
+
+    kind: str
+    src: str
+    split: Optional[str] = None
+    images: Optional[str] = None
+
+    def open(self, name: str) -> Benchmark:
+        """Raises: UserError: an unknown kind or split, or a folder that is not there."""
+        kind = BENCHMARKS[self.kind]
+        return kind(Path(self.src), self.split, Path(self.images) if self.images else None)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """A benchmark with its records, image paths absolute, and what could not be used, by reason."""
+
+    name: str
+    benchmark: Benchmark
+    records: Sequence[Record]
+    lost: Mapping[str, int]
+
+    def result(self, predictions: Sequence[Prediction], lost: Mapping[str, int], seed: int = 0) -> dict[str, Any]:
+        """What results.json says of the benchmark: measures with their intervals, the main one by category too."""
+        benchmark = self.benchmark
+        values = [to_json(estimate(m.prepare(predictions), seed), m) | {"category": ""} for m in benchmark.measures]
+        parts: dict[str, list[Prediction]] = defaultdict(list)
+        for prediction in predictions:
+            parts[prediction.topic].append(prediction)
+        if len(parts) > 1 and benchmark.measures:
+            main = benchmark.measures[0]
+            for part, group in sorted(parts.items()):
+                values.append(to_json(estimate(main.prepare(group), seed), main) | {"category": part})
+        return {
+            "name": self.name,
+            "kind": benchmark.name,
+            "title": benchmark.title,
+            "family": benchmark.family,
+            "split": benchmark.split,
+            "url": benchmark.url,
+            "n": len(predictions),
+            "unparsed": sum(not prediction.parsed for prediction in predictions),
+            "lost": dict(Counter(self.lost) + Counter(lost)),
+            "values": values,
+            "descriptions": {measure.name: measure.description for measure in benchmark.measures},
+        }
+
+
+def load(name: str, benchmark: Benchmark, limit: int | None = None, seed: int = 0) -> Questions:
+    """Read a benchmark's records.
+
+    Args:
+        limit: at most so many questions of each category, drawn with `seed`.
+
+    Raises:
+        UserError: its files are missing or not what they should be, or hold no question.
+    """
+    benchmark.check()
+    groups: dict[str, list[Record]] = defaultdict(list)
+    lost: Counter[str] = Counter()
+    for _, found in benchmark.read():
+        if isinstance(found, BadSample):
+            lost[found.reason] += 1
+            continue
+        for record in found:
+            paths = tuple(dataclasses.replace(i, path=str(benchmark.images / i.path)) for i in record.images)
+            record = dataclasses.replace(record, key=f"{name}/{record.key}", images=paths)
+            groups[benchmark.category(record)].append(record)
+    records: list[Record] = []
+    for group in groups.values():
+        records += group if limit is None or len(group) <= limit else random.Random(seed).sample(group, limit)
+    if not records:
+        raise UserError(f"{name}: no question in '{benchmark.src}' can be used ({dict(lost) or 'there is none'})")
+    return Questions(name, benchmark, records, lost)
+
+
+def choose(wanted: Sequence[str], configured: Mapping[str, Any]) -> dict[str, Benchmark]:
+    """The benchmarks that names or patterns mean; of a pattern those whose files are there.
+
+    Raises:
+        UserError: a name that is not configured, a named one whose files are missing, or nothing is left.
+    """
+    chosen: dict[str, Benchmark] = {}
+    problems: list[str] = []
+    for pattern in wanted:
+        names = [name for name in configured if fnmatchcase(name, pattern)]
+        if not names:
+            raise UserError(f"benchmarks: no '{pattern}': {suggest(pattern, configured)}")
+        for name in names:
+            if name in chosen or configured[name] is None:
+                continue
+            config = build(BenchmarkConfig, configured[name], f"benchmark.{name}")
+            try:
+                chosen[name] = config.open(name)
+            except UserError as error:
+                if name == pattern:
+                    raise
+                problems.append(str(error))
+    if not chosen:
+        raise UserError(f"benchmarks: none of {', '.join(wanted)} has its files: {'; '.join(problems[:3])}")
+    return chosen
+
+
+def converter_files(name: str, benchmark: Benchmark) -> OfficialFiles:
+    """The converter of training data that reads the same files."""
+    return CONVERTERS[name](benchmark.src, benchmark.split)
+
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

@@ -1,0 +1,82 @@
+"""POPE: yes/no questions on objects that are or are not in the picture (Li et al. 2023, arXiv 2305.10355).
+
+Files (https://github.com/AoiDragon/POPE, output/coco): `coco_pope_{random,popular,adversarial}.json`, jsonl of
+{"question_id", "image": "COCO_val2014_….jpg", "text": "Is there a … in the image?", "label": "yes" or "no"}. The splits
+differ in how the absent objects were chosen. Images are COCO's val2014.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from sphinx_pl.data.convert.common import text
+from sphinx_pl.data.geometry import Geometry
+from sphinx_pl.data.record import ImageRef, Record
+from sphinx_pl.data.tasks import TASKS
+from sphinx_pl.evaluation.asking import Prediction
+from sphinx_pl.evaluation.benchmarks import Benchmark, Verdict
+from sphinx_pl.evaluation.measures import Additive, Floats, Measure, mean, ratio
+
+
+class Pope(Benchmark):
+    """Answers count by the word they begin with, yes or no; the official script takes any text without "no" or "not" in
+    its first sentence for yes, also one that says neither. Unparsed answers are wrong here, and counted."""
+
+    name = "pope"
+    title = "POPE"
+    url = "https://github.com/AoiDragon/POPE"
+    licence = "MIT"
+    family = "mllm"
+    splits = ("random", "popular", "adversarial")
+
+    def entries(self) -> Iterator[tuple[str, Any]]:
+        for number, entry in self.json_lines(f"coco_pope_{self.split}.json"):
+            yield str(number), entry
+
+    def records(self, key: str, entry: Any) -> Iterator[Record]:
+        answer = text(entry["label"]).strip().lower()
+        if answer not in ("yes", "no"):
+            raise ValueError(f"label {answer}")
+        meta = {"question_id": entry["question_id"]}
+        image = (ImageRef(text(entry["image"])),)
+        yield Record(key, "yes_no", image, question=text(entry["text"]), answer=answer, meta=meta)
+
+    def verdict(self, record: Record, answer: str, geometry: Geometry) -> Verdict:
+        said = TASKS["yes_no"].parse(answer, geometry)
+        return Verdict(float(said.answer == record.answer), said.formed)
+
+    @property
+    def measures(self) -> Sequence[Measure]:
+        return (
+            mean("accuracy", "Share of right answers."),
+            Additive("precision", "Of the answers yes, the share that is right.", _counts, _precision),
+            Additive("recall", "Of the objects that are there, the share that is found.", _counts, _recall),
+            Additive("f1", "Harmonic mean of precision and recall of the answer yes.", _counts, _f1),
+            Additive("yes", "Share of the answers yes; half of the objects are there.", _said_yes, ratio),
+        )
+
+
+def _said_yes(group: Sequence[Prediction]) -> Sequence[float]:
+    (prediction,) = group
+    return float(TASKS["yes_no"].parse(prediction.prediction, Geometry()).answer == "yes"), 1.0
+
+
+def _counts(group: Sequence[Prediction]) -> Sequence[float]:
+    """True positives, false positives, false negatives."""
+    said, there = bool(_said_yes(group)[0]), group[0].answer == "yes"
+    return float(said and there), float(said and not there), float(there and not said)
+
+
+def _precision(sums: Floats) -> Floats:
+    return np.asarray(sums[..., 0] / (sums[..., 0] + sums[..., 1]))
+
+
+def _recall(sums: Floats) -> Floats:
+    return np.asarray(sums[..., 0] / (sums[..., 0] + sums[..., 2]))
+
+
+def _f1(sums: Floats) -> Floats:
+    return np.asarray(2 * sums[..., 0] / (2 * sums[..., 0] + sums[..., 1] + sums[..., 2]))

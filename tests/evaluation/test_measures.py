@@ -1,0 +1,92 @@
+"""Measures, their intervals and paired differences, against scipy and by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from sphinx_pl.evaluation.asking import Prediction
+from sphinx_pl.evaluation.measures import Additive, Sums, difference, estimate, holm, mean, ratio
+
+
+def prediction(key: str, score: float, topic: str = "") -> Prediction:
+    return Prediction(key, "yes_no", "", topic, "m", "?", "yes", "yes", score, True)
+
+
+def test_a_mean_and_a_ratio_of_sums_worked_by_hand() -> None:
+    found = [prediction("a", 1), prediction("b", 0), prediction("c", 1), prediction("d", 1)]
+    assert estimate(mean("accuracy", "").prepare(found)).value == 0.75
+    # Right only if both of a unit are: (a, b) is not, (c, d) is.
+    both = Additive("both", "", lambda g: (min(p.score for p in g), 1), ratio, unit=lambda p: str(p.key in "ab"))
+    assert both.prepare(found).units == ["True", "False"]
+    assert estimate(both.prepare(found)).value == 0.5
+
+
+def test_intervals_agree_with_scipy_for_a_ratio() -> None:
+    rng = np.random.default_rng(3)
+    rows = np.stack([rng.integers(0, 4, 80), rng.integers(4, 8, 80)], axis=1).astype(float)
+    found = estimate(Sums([str(i) for i in range(80)], rows, ratio), resamples=20000)
+    expected = scipy.stats.bootstrap(
+        (rows[:, 0], rows[:, 1]),
+        lambda a, b, axis: a.sum(axis) / b.sum(axis),
+        paired=True,
+        n_resamples=20000,
+        method="percentile",
+        rng=2,
+    ).confidence_interval
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=3e-3)
+
+
+def test_equal_rows_counted_together_have_the_distribution_of_separate_ones() -> None:
+    rows = np.stack([np.repeat([0.0, 1.0], 30), np.ones(60)], axis=1)
+    together = Sums([str(i) for i in range(60)], rows, ratio)
+
+    class Apart:  # not a Sums: goes the general way
+        units = together.units
+        values = together.values
+
+    first, second = estimate(together, resamples=20000), estimate(Apart(), resamples=20000)
+    assert (first.low, first.high) == pytest.approx((second.low, second.high), abs=0.02)
+
+
+def test_a_paired_difference_is_narrower_than_the_intervals() -> None:
+    rng = np.random.default_rng(0)
+    hard = rng.random(400)  # the same questions are hard for both
+    a = [prediction(str(i), float(h < 0.6)) for i, h in enumerate(hard)]
+    b = [prediction(str(i), float(h < 0.65)) for i, h in enumerate(hard)]
+    measure = mean("accuracy", "")
+    found = difference(measure.prepare(a), measure.prepare(b))
+    assert found.value == pytest.approx(found.second - found.first)
+    assert found.low > 0
+    assert found.p < 0.01
+    first, second = estimate(measure.prepare(a)), estimate(measure.prepare(b))
+    assert first.high > second.low  # each alone would not tell
+    same = difference(measure.prepare(a), measure.prepare(a))
+    assert (same.value, same.low, same.high, same.p) == (0, 0, 0, 1)
+
+
+def test_two_equally_good_models_are_rarely_called_different() -> None:
+    rng = np.random.default_rng(5)
+    measure, called = mean("accuracy", ""), 0
+    for trial in range(200):
+        a, b = ([prediction(str(i), float(s)) for i, s in enumerate(rng.random(150) < 0.5)] for _ in range(2))
+        called += difference(measure.prepare(a), measure.prepare(b), seed=trial, resamples=500).p < 0.05
+    assert called <= 20  # 10 expected; more than 20 has a probability of 0.1 %
+
+
+def test_other_questions_are_not_compared() -> None:
+    measure = mean("accuracy", "")
+    with pytest.raises(ValueError, match="not asked the same"):
+        difference(measure.prepare([prediction("a", 1)]), measure.prepare([prediction("b", 1)]))
+
+
+def test_holm_worked_by_hand() -> None:
+    # 3 * 0.01, then 2 * 0.02 and 1 * 0.03, none below the one before it.
+    assert holm([0.03, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04])
+    assert holm([]) == []
+
+
+def test_an_undefined_value_is_nan_and_leaves_no_interval() -> None:
+    found = estimate(Sums(["a"], np.zeros((1, 2)), ratio))
+    assert np.isnan([found.value, found.low, found.high]).all()
