@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -103,8 +104,9 @@ class Evaluation(L.Callback):
             answers = self._ask(trainer, stage, asked.records, benchmark.judge, benchmark.max_new_tokens)
             for place, measure in enumerate(benchmark.measures if answers else ()):
                 value = estimate(measure.prepare(answers), resamples=1).value
-                found[f"eval/{asked.name}/{measure.name}"] = value
-                main += [value] if measure.percent and place == 0 else []
+                if not math.isnan(value):  # no answer was yes, so of such answers no share is right
+                    found[f"eval/{asked.name}/{measure.name}"] = value
+                    main += [value] if measure.percent and place == 0 else []
         if main:
             found["eval/mean"] = sum(main) / len(main)
         if found:

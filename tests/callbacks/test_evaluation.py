@@ -23,12 +23,13 @@ Sources = dict[str, dict[str, Any]]
 
 def rows(folder: Path) -> dict[int, dict[str, float]]:
     """Step -> what was evaluated."""
+    found: dict[int, dict[str, float]] = {}
     with (folder / "metrics.csv").open(newline="") as file:
-        found = {
-            int(row["step"]): {k: float(v) for k, v in row.items() if k.startswith("eval/") and v}
-            for row in csv.DictReader(file)
-        }
-    return {step: values for step, values in found.items() if values}
+        for row in csv.DictReader(file):
+            values = {key: float(value) for key, value in row.items() if key.startswith("eval/") and value}
+            if values:
+                found.setdefault(int(row["step"]), {}).update(values)
+    return found
 
 
 @pytest.fixture
