@@ -31,8 +31,9 @@ class Evaluation(L.Callback):
         benchmarks: names or patterns among those of `benchmark`.
         benchmark: the configured benchmarks (conf/benchmark).
         limit: questions of each task, domain and topic, and of each category of a benchmark.
-        every_n_steps: optimizer steps; 0: with checkpoints only.
-        on_checkpoints: evaluate also when callbacks.checkpoint is about to write one, and at the end.
+        every_n_steps: optimizer steps; 0: not by their number.
+        on_checkpoints: evaluate also when callbacks.checkpoint is about to write one, and at the end. With neither
+            nothing is read, nor asked.
         batch_size: prompts generated at once.
         seed: draws the questions.
     """
@@ -43,8 +44,8 @@ class Evaluation(L.Callback):
         benchmarks: Sequence[str] = (),
         benchmark: Mapping[str, Any] | None = None,
         limit: int = 8,
-        every_n_steps: int = 1000,
-        on_checkpoints: bool = True,
+        every_n_steps: int = 0,
+        on_checkpoints: bool = False,
         batch_size: int = 16,
         seed: int = 0,
     ) -> None:
@@ -53,17 +54,17 @@ class Evaluation(L.Callback):
                 f"callbacks.evaluation: limit={limit} and batch_size={batch_size} must be at least 1 and "
                 f"every_n_steps={every_n_steps} not negative"
             )
-        if not sources and not benchmarks:
-            raise UserError("callbacks.evaluation has nothing to ask: give it test sources, or benchmarks")
         self.every_n_steps = every_n_steps
         self.on_checkpoints = on_checkpoints
         self.batch_size = batch_size
-        self.questions: list[Questions] = (
-            [load(name, found, limit, seed) for name, found in choose(benchmarks, benchmark or {}).items()]
-            if benchmarks
-            else []
-        )
-        self.records: list[Record] = self._test(sources, limit, seed) if sources else []
+        self.questions: list[Questions] = []
+        self.records: list[Record] = []
+        if every_n_steps or on_checkpoints:
+            if not sources and not benchmarks:
+                raise UserError("callbacks.evaluation has nothing to ask: give it test sources, or benchmarks")
+            found = choose(benchmarks, benchmark or {}) if benchmarks else {}
+            self.questions = [load(name, chosen, limit, seed) for name, chosen in found.items()]
+            self.records = self._test(sources, limit, seed) if sources else []
         self._evaluated = -1
 
     @staticmethod

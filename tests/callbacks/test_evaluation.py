@@ -65,10 +65,10 @@ def test_scores_are_logged_and_the_run_does_not_notice(
 
 
 def test_checkpoints_bring_an_evaluation_before_them(fit: Fit, test_sources: Sources, tmp_path: Path) -> None:
-    evaluation = Evaluation(test_sources, limit=1, every_n_steps=0)
+    evaluation = Evaluation(test_sources, limit=1, on_checkpoints=True)
     fit([evaluation, ResumeCheckpoint(str(tmp_path / "c"), every_n_steps=3)], [MetricsCSV(str(tmp_path))], steps=5)
     assert set(rows(tmp_path)) == {2, 4}  # with that of step 3, and at the end
-    quiet = Evaluation(test_sources, limit=1, every_n_steps=0, on_checkpoints=False)
+    quiet = Evaluation({"gone": {"kind": "instructions", "path": "gone.json"}})  # not even read
     (tmp_path / "metrics.csv").unlink()
     fit([quiet, ResumeCheckpoint(str(tmp_path / "d"), every_n_steps=3)], [MetricsCSV(str(tmp_path))], steps=4)
     assert not rows(tmp_path)
@@ -76,8 +76,8 @@ def test_checkpoints_bring_an_evaluation_before_them(fit: Fit, test_sources: Sou
 
 def test_mistakes_are_answered_before_training(test_sources: Sources) -> None:
     with pytest.raises(UserError, match="nothing to ask"):
-        Evaluation()
+        Evaluation(every_n_steps=1)
     with pytest.raises(UserError, match="limit=0"):
         Evaluation(test_sources, limit=0)
     with pytest.raises(UserError, match="no 'mne'"):
-        Evaluation(benchmarks=["mne"], benchmark={"mme": {"kind": "mme", "src": "x"}})
+        Evaluation(on_checkpoints=True, benchmarks=["mne"], benchmark={"mme": {"kind": "mme", "src": "x"}})
