@@ -36,7 +36,8 @@ def read_choice(text: str, options: Sequence[str]) -> str | None:
     letters = string.ascii_uppercase[: len(options)]
     by_text: dict[str, set[str]] = {}
     for letter, option in zip(letters, options, strict=True):
-        by_text.setdefault(normalise(option), set()).add(letter)
+        if option.strip():  # else an empty answer would name it
+            by_text.setdefault(normalise(option), set()).add(letter)
     lead = _LEAD.match(text)
     body = text[lead.end() :] if lead else text
     found = leading_letter(body)

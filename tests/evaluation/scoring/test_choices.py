@@ -151,7 +151,8 @@ def test_read_choice(text: str, letter: str | None) -> None:
         ("C. Darwin", ["I. Newton", "C. Darwin", "none"], "B"),  # there is, but its text is another
         ("C. Darwin", ["I. Newton", "C. Darwin", "Darwin"], None),  # its text fits as well
         ("D", ["x", "y"], None),
-        ("", ["", "x"], "A"),
+        ("", ["", "x"], None),  # an empty answer names nothing
+        ("A", ["", "x"], "A"),
     ],
 )
 def test_options_that_look_like_letters(text: str, options: list[str], letter: str | None) -> None:
