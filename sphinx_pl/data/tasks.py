@@ -40,6 +40,7 @@ import string
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from sphinx_pl.data.answers import leading_letter, leading_word, normalise
 from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.geometry import COCO_KEYPOINTS, Box4, Geometry, Grounded, Size, point_to_pixels, to_pixels
 from sphinx_pl.data.record import Record, Region, Turn
@@ -48,8 +49,6 @@ from sphinx_pl.registry import Registry
 # Annotation tools disagree on whether the last pixel is inside, so a box may pass the image's edge by this much.
 EDGE_TOLERANCE = 1.0
 
-_LETTER = re.compile(r"\s*\(?([A-Za-z])\s*(?:[).:,]|$)")
-_YES_NO = re.compile(r"\W*(yes|no)(?![\w-])", re.IGNORECASE)
 _MENTION = re.compile(r"\{([0-9]{1,4}(?:, ?[0-9]{1,4})*)\}")
 
 
@@ -154,11 +153,6 @@ def _task(
 ) -> None:
     task = Task(name, templates, write, parse, scorer, max_new_tokens, needs_image, given_slot, given)
     TASKS.register(name, task)
-
-
-def normalise(text: str) -> str:
-    """Lower case, single spaces, no blanks around and no full stop at the end."""
-    return " ".join(text.lower().split()).rstrip(".").rstrip()
 
 
 def choice_letter(record: Record) -> str:
@@ -354,14 +348,14 @@ def read_text(text: str, geometry: Geometry) -> Parsed:
 
 def read_yes_no(text: str, geometry: Geometry) -> Parsed:
     """ "yes" or "no" where the text begins with that word, in any case."""
-    match = _YES_NO.match(text)
-    return Parsed(match[1].lower()) if match else Parsed(formed=False)
+    word = leading_word(text, ("yes", "no"))
+    return Parsed(word) if word else Parsed(formed=False)
 
 
 def read_choice(text: str, geometry: Geometry) -> Parsed:
     """The letter that the text begins with: "B", "b", "(B)", "B. text"; "Blue" is no letter."""
-    match = _LETTER.match(text)
-    return Parsed(match[1].upper()) if match else Parsed(formed=False)
+    found = leading_letter(text)
+    return Parsed(found[0]) if found else Parsed(formed=False)
 
 
 def read_boxes(text: str, geometry: Geometry) -> Parsed:

@@ -13,13 +13,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from sphinx_pl.data.answers import normalise
 from sphinx_pl.data.geometry import Box4, Geometry, Grounded, Point2, iou, to_square
 from sphinx_pl.data.record import Record, Turn
 from sphinx_pl.data.tasks import (
     TASKS,
     Parsed,
     Reader,
-    normalise,
     read_boxes,
     read_choice,
     read_detection,
@@ -29,6 +29,7 @@ from sphinx_pl.data.tasks import (
     read_ocr,
     read_yes_no,
 )
+from sphinx_pl.evaluation.scoring.edits import similarity
 from sphinx_pl.registry import Registry
 
 IOU_THRESHOLD = 0.5
@@ -155,8 +156,7 @@ def edit_similarity(prediction: str, record: Record, geometry: Geometry) -> floa
         "\n".join(" ".join(place.phrase.split()) for place in parsed.places)
         for parsed in _both(prediction, record, geometry)
     )
-    longer = max(len(predicted), len(true))
-    return 1 - _edit_distance(predicted, true) / longer if longer else 0.0
+    return similarity(predicted, true) if predicted or true else 0.0
 
 
 def keypoint_pck(prediction: str, record: Record, geometry: Geometry) -> float:
@@ -207,30 +207,6 @@ def _persons_box(record: Record, geometry: Geometry, points: Sequence[Point2]) -
         return to_square(record.regions[0].box, record.sizes[0])
     xs, ys = zip(*points, strict=True)
     return min(xs), min(ys), max(xs), max(ys)
-
-
-def _edit_distance(a: str, b: str) -> int:
-    """Fewest insertions, deletions and replacements of characters that turn `a` into `b`.
-
-    A column of the table is two numbers whose bits are its steps up and down (Myers 1999; Hyyrö 2003): as many steps as
-    `b` has characters, where the table has the product, and constant answers are tried on thousands of records.
-    """
-    if not a:
-        return len(b)
-    places: dict[str, int] = {}
-    for i, character in enumerate(a):
-        places[character] = places.get(character, 0) | 1 << i
-    whole, last = (1 << len(a)) - 1, 1 << (len(a) - 1)
-    up, down, distance = whole, 0, len(a)
-    for character in b:
-        match = places.get(character, 0)
-        diagonal = (((match & up) + up) ^ up) | match | down
-        right_up, right_down = down | ~(diagonal | up), up & diagonal
-        distance += bool(right_up & last) - bool(right_down & last)
-        right_up, right_down = right_up << 1 | 1, right_down << 1
-        up = (right_down | ~(diagonal | right_up)) & whole
-        down = right_up & diagonal & whole
-    return distance
 
 
 def _f1(hits: int, predicted: int, true: int) -> float:

@@ -1,0 +1,104 @@
+"""Captions: CIDEr, BLEU, METEOR and ROUGE-L as COCO's caption evaluation computes them (`pycocoevalcap`).
+
+The tokenizer is Stanford's, in Java. CIDEr (here CIDEr-D, Vedantam et al. 2015) weighs words by how rare they are in
+the references of all images of the evaluation, so figures of different sets do not compare, and of a single image it
+is 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from sphinx_pl.errors import UserError
+
+INSTALL = "pip install 'sphinx-pl[eval]'"
+
+
+def check_caption_tools() -> None:
+    """That captions can be scored here: to be asked before a model answers for hours.
+
+    Raises:
+        UserError: `pycocoevalcap` or Java is not there, or the tokenizer's folder cannot be written to.
+    """
+    found = importlib.util.find_spec("pycocoevalcap")
+    if found is None or not found.submodule_search_locations:
+        raise UserError(f"caption metrics need pycocoevalcap: {INSTALL}")
+    if shutil.which("java") is None:
+        raise UserError("caption metrics need Java for their tokenizer: install it (Debian: default-jre-headless)")
+    folder = Path(found.submodule_search_locations[0], "tokenizer")
+    if not os.access(folder, os.W_OK):  # where PTBTokenizer puts its temporary file
+        raise UserError(f"caption metrics write to {folder}, where you may not: install pycocoevalcap in your own venv")
+
+
+def caption_scores(captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """The figures of COCO's caption evaluation (Chen et al. 2015; `COCOEvalCap`, but for SPICE), tokenized as there.
+
+    Args:
+        captions: by image.
+        references: by image, at least one each.
+
+    Returns:
+        `CIDEr` (0 to 10, usually reported times 100), `BLEU-1` to `BLEU-4`, `METEOR`, `ROUGE-L` (0 to 1).
+
+    Raises:
+        UserError: tools are not there, or images of captions and references differ.
+    """
+    check_caption_tools()
+    _check_images(captions, references)
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.meteor.meteor import Meteor
+    from pycocoevalcap.rouge.rouge import Rouge
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    def tokenized(texts: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+        # The tokenizer reads a sentence per line, and knows more line breaks than the one that its caller replaces.
+        lines = {image: [{"caption": " ".join(text.split())} for text in texts[image]] for image in references}
+        result: dict[str, list[str]] = PTBTokenizer().tokenize(lines)
+        return result
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        given, true = tokenized({image: [caption] for image, caption in captions.items()}), tokenized(references)
+        bleu, _ = Bleu(4).compute_score(true, given)
+        meteor, _ = Meteor().compute_score(true, given)
+        rouge, _ = Rouge().compute_score(true, given)
+    figures = {"CIDEr": _cider(given, true)}
+    figures |= {f"BLEU-{n}": float(value) for n, value in enumerate(bleu, 1)}
+    return figures | {"METEOR": float(meteor), "ROUGE-L": float(rouge)}
+
+
+def cider_of_tokens(captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> float:
+    """CIDEr-D of texts that are tokenized already, with single blanks between tokens: needs no Java.
+
+    Args:
+        captions: by image.
+        references: by image, at least one each.
+
+    Raises:
+        UserError: no `pycocoevalcap`, or images of captions and references differ.
+    """
+    if importlib.util.find_spec("pycocoevalcap") is None:
+        raise UserError(f"caption metrics need pycocoevalcap: {INSTALL}")
+    _check_images(captions, references)
+    return _cider({key: [captions[key]] for key in references}, {key: list(references[key]) for key in references})
+
+
+def _cider(captions: dict[str, list[str]], references: dict[str, list[str]]) -> float:
+    from pycocoevalcap.cider.cider import Cider
+
+    score, _ = Cider().compute_score(references, captions)
+    return float(score)
+
+
+def _check_images(captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> None:
+    if odd := sorted(captions.keys() ^ references.keys()):
+        raise UserError(f"captions and references are not of the same images: {len(odd)} differ, such as '{odd[0]}'")
+    if not captions:
+        raise UserError("there are no captions to score")
+    if empty := sorted(image for image, texts in references.items() if not texts):
+        raise UserError(f"image '{empty[0]}' has no reference caption")

@@ -1,0 +1,118 @@
+"""Multiple choice: which option an answer names, and the accuracies of the benchmarks that ask so."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+
+from sphinx_pl.data.answers import leading_letter, normalise
+from sphinx_pl.evaluation.scoring.groups import mean_by
+
+# The letter must end there: "The answer is A dog" and "The answer is A or B" name no letter.
+_STATED = re.compile(
+    r"(?i:\banswer(?:\s+is|\s*:|\s+is\s*:)|\bchoice\s+is|^\s*(?:option|choice)\b)\s*(?i:(?:option|choice|letter)\s+)?"
+    r"(?:\(([A-Za-z])\)|([A-Za-z]))(?=\s*(?:$|[).:;!\n]|,(?!\s*\(?[A-Za-z]\b)|because\b|since\b))"
+)
+_LEAD = re.compile(
+    r"\s*(?:so\s+|therefore,?\s+)?(?:the\s+)?(?:correct\s+|right\s+|best\s+)?answer(?:\s+is\s*:?|\s*:)\s*", re.I
+)
+_EMPHASIS = str.maketrans("", "", "*`")
+
+
+def read_choice(text: str, options: Sequence[str]) -> str | None:
+    """The capital letter of the option that a text names, or None: nothing is guessed.
+
+    A text names an option by a letter at its beginning ("B", "b.", "(B)", "B: ..."), by one that it states ("Answer:
+    B", "The answer is (B)."), or by being the option's text, alone or after such words, but for case, white space and
+    the full stop at its end. A text that names several ("A, B"; "B. cat" where "cat" is A's text; an option's text
+    that is given twice) names none. A letter alone is a letter, even if an option's text is one too.
+
+    Args:
+        options: texts of the options A, B, ...; at most 26.
+    """
+    text = text.translate(_EMPHASIS).strip(" \t\r\n\"'")
+    letters = string.ascii_uppercase[: len(options)]
+    by_text: dict[str, set[str]] = {}
+    for letter, option in zip(letters, options, strict=True):
+        by_text.setdefault(normalise(option), set()).add(letter)
+    named: set[str] = set()
+    lead = _LEAD.match(text)
+    parts = [text, text[lead.end() :]] if lead else [text]
+    found = leading_letter(text)
+    while found and found[0] in letters:
+        letter, rest = found
+        if not named and not rest.strip(" ).:,\n"):
+            return letter
+        named.add(letter)
+        parts.append(rest)
+        # "B. A" may be B's text after its letter, or a second letter.
+        found = None if letter in by_text.get(normalise(rest), ()) else leading_letter(rest)
+    stated = {(match[1] or match[2]).upper() for match in _STATED.finditer(text)}
+    named |= stated & set(letters)
+    if not (stated and len(named) == 1 and lead):
+        for part in parts:
+            named |= by_text.get(normalise(part), set())
+    return named.pop() if len(named) == 1 else None
+
+
+def choice_match(prediction: str, options: Sequence[str], answer: str) -> bool:
+    """Whether a prediction names the right option, by `read_choice`.
+
+    Accuracy of ScienceQA (Lu et al. 2022), SEED-Bench (Li et al. 2023), MMBench, and IconQA with choices is the mean of
+    these. Their scripts end in guesses, which are left out here: ScienceQA's draws a letter where it finds none,
+    MMBench's asks a language model and then draws one. SEED-Bench's compares the losses of the options' texts instead
+    of reading an answer.
+
+    Args:
+        answer: the right option's letter.
+    """
+    return read_choice(prediction, options) == answer.strip().upper()
+
+
+def circular(
+    results: Iterable[tuple[Hashable, bool]], rotations: Mapping[Hashable, int] | None = None
+) -> dict[Hashable, bool]:
+    """Which questions of MMBench (Liu et al. 2023, CircularEval) or CCBench count as right: all rotations were.
+
+    A question with n options is asked n times, with its options moved on by one each time; only if every answer is
+    right is the question. The accuracy is the mean of the values.
+
+    Args:
+        results: (question, whether this rotation was answered right), in any order. `mmbench_question` gives the first.
+        rotations: how often each question was to be asked; one with fewer answers is wrong. None: as often as it was.
+    """
+    answers: dict[Hashable, list[bool]] = {}
+    for question, right in results:
+        answers.setdefault(question, []).append(right)
+    for question in rotations or ():
+        answers.setdefault(question, [])
+    return {
+        question: all(rights) and len(rights) >= (rotations or {}).get(question, 1)
+        for question, rights in answers.items()
+    }
+
+
+def mmbench_question(index: int) -> int:
+    """The question that a row of MMBench's table belongs to: rotations have its index plus a multiple of a million."""
+    return index % 1_000_000
+
+
+def scienceqa_summary(results: Iterable[tuple[bool, str, bool, bool, int]]) -> dict[str, float]:
+    """Accuracies in 0..1 of ScienceQA's table (Lu et al. 2022, table 3): the columns of its `evaluate_acc.py`.
+
+    Args:
+        results: for each question: whether it was answered right, its subject ("natural science", "social science",
+            "language science"), whether it has a hint (context as text), whether it has an image, its grade 1 to 12.
+
+    Returns:
+        `average`; by subject `NAT`, `SOC`, `LAN`; by context `TXT`, `IMG` (a question can be in both), `NO`; by grade
+        `G1-6`, `G7-12`. `IMG` is what is reported of models that are asked only the questions with images.
+    """
+    subjects = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
+    scores: list[tuple[str, float]] = []
+    for right, subject, hint, image, grade in results:
+        names = ["average", subjects[subject], "G1-6" if grade <= 6 else "G7-12"]
+        names += ["TXT"] * hint + ["IMG"] * image + ["NO"] * (not hint and not image)
+        scores += [(name, float(right)) for name in names]
+    return mean_by(scores)
