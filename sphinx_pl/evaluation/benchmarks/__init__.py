@@ -95,6 +95,11 @@ class Benchmark(OfficialFiles):
     def measures(self) -> Sequence[Measure]:
         """The official numbers, the main one first; () where the truth is not public."""
 
+    @property
+    def category_measures(self) -> Sequence[Measure]:
+        """The numbers that each category has by itself as well; by default the main one."""
+        return self.measures[:1]
+
     @abstractmethod
     def verdict(self, record: Record, answer: str, geometry: Geometry) -> Verdict:
         """Score an answer's text; never raises."""
@@ -167,16 +172,16 @@ class Questions:
     lost: Mapping[str, int]
 
     def result(self, predictions: Sequence[Prediction], lost: Mapping[str, int], seed: int = 0) -> dict[str, Any]:
-        """What results.json says of the benchmark: measures with their intervals, the main one by category too."""
+        """What results.json says of the benchmark: measures with their intervals, of all and of each category."""
         benchmark = self.benchmark
         values = [to_json(estimate(m.prepare(predictions), seed), m) | {"category": ""} for m in benchmark.measures]
         parts: dict[str, list[Prediction]] = defaultdict(list)
         for prediction in predictions:
             parts[prediction.topic].append(prediction)
-        if len(parts) > 1 and benchmark.measures:
-            main = benchmark.measures[0]
+        if len(parts) > 1:
             for part, group in sorted(parts.items()):
-                values.append(to_json(estimate(main.prepare(group), seed), main) | {"category": part})
+                for m in benchmark.category_measures:
+                    values.append(to_json(estimate(m.prepare(group), seed), m) | {"category": part})
         return {
             "name": self.name,
             "kind": benchmark.name,
@@ -188,7 +193,7 @@ class Questions:
             "unparsed": sum(not prediction.parsed for prediction in predictions),
             "lost": dict(Counter(self.lost) + Counter(lost)),
             "values": values,
-            "descriptions": {measure.name: measure.description for measure in benchmark.measures},
+            "descriptions": {m.name: m.description for m in (*benchmark.measures, *benchmark.category_measures)},
         }
 
 
@@ -196,25 +201,28 @@ def load(name: str, benchmark: Benchmark, limit: int | None = None, seed: int = 
     """Read a benchmark's records.
 
     Args:
-        limit: at most so many questions of each category, drawn with `seed`.
+        limit: at most so many entries of each category, drawn with `seed`; an entry's questions stay together.
 
     Raises:
         UserError: its files are missing or not what they should be, or hold no question.
     """
     benchmark.check()
-    groups: dict[str, list[Record]] = defaultdict(list)
+    groups: dict[str, list[list[Record]]] = defaultdict(list)
     lost: Counter[str] = Counter()
     for _, found in benchmark.read():
         if isinstance(found, BadSample):
             lost[found.reason] += 1
             continue
+        entry = []
         for record in found:
             paths = tuple(dataclasses.replace(i, path=str(benchmark.images / i.path)) for i in record.images)
-            record = dataclasses.replace(record, key=f"{name}/{record.key}", images=paths)
-            groups[benchmark.category(record)].append(record)
+            entry.append(dataclasses.replace(record, key=f"{name}/{record.key}", images=paths))
+        if entry:
+            groups[benchmark.category(entry[0])].append(entry)
     records: list[Record] = []
     for group in groups.values():
-        records += group if limit is None or len(group) <= limit else random.Random(seed).sample(group, limit)
+        drawn = group if limit is None or len(group) <= limit else random.Random(seed).sample(group, limit)
+        records += [record for entry in drawn for record in entry]
     if not records:
         raise UserError(f"{name}: no question in '{benchmark.src}' can be used ({dict(lost) or 'there is none'})")
     return Questions(name, benchmark, records, lost)

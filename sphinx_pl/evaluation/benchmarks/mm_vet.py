@@ -1,0 +1,56 @@
+"""MM-Vet: open questions that take several abilities at once (Yu et al. 2023, arXiv 2308.02490).
+
+Files (https://github.com/yuweihao/MM-Vet, mm-vet.zip): `mm-vet.json`, {"v1_0": {"imagename", "question", "answer",
+"imagesource", "capability": ["ocr", "math", ...]}}, and the folder `images`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from sphinx_pl.data.convert.common import asked, text
+from sphinx_pl.data.geometry import Geometry
+from sphinx_pl.data.record import ImageRef, Record
+from sphinx_pl.evaluation.asking import Prediction
+from sphinx_pl.evaluation.benchmarks import Benchmark, Verdict
+from sphinx_pl.evaluation.measures import Measure
+from sphinx_pl.files import write_whole
+
+
+class MmVet(Benchmark):
+    """A language model judges the answers, so there is no number here: the file for the official judge is written."""
+
+    name = "mm_vet"
+    title = "MM-Vet"
+    url = "https://github.com/yuweihao/MM-Vet"
+    licence = "CC BY-NC 4.0; the images' own"
+    family = "mllm"
+    splits = ("v1",)
+    max_new_tokens = 512
+
+    def entries(self) -> Iterator[tuple[str, Any]]:
+        yield from self.json("mm-vet.json").items()
+
+    def records(self, key: str, entry: Any) -> Iterator[Record]:
+        image = (ImageRef(f"images/{text(entry['imagename'])}"),)
+        meta = {"question_id": key, "capability": list(entry["capability"])}
+        yield Record(key, "chat", image, question=asked(entry["question"]), answer=text(entry["answer"]), meta=meta)
+
+    def verdict(self, record: Record, answer: str, geometry: Geometry) -> Verdict:
+        return Verdict(0.0, bool(answer.strip()))
+
+    @property
+    def measures(self) -> Sequence[Measure]:
+        return ()
+
+    def submit(self, predictions: Sequence[Prediction], folder: Path) -> list[str]:
+        file = folder / f"{self.name}-{self.split}.json"
+        answers = {prediction.record["meta"]["question_id"]: prediction.prediction for prediction in predictions}
+        write_whole(file, json.dumps(answers, indent=2, ensure_ascii=False) + "\n")
+        return [
+            f"MM-Vet: answers for the official judge: {file} (python mm-vet_evaluator.py --mmvet_path {self.src} "
+            f"--result_path {folder} --model {file.stem}; it asks GPT-4, and for an answer to every question)"
+        ]
