@@ -47,10 +47,15 @@ class MmVet(Benchmark):
         return ()
 
     def submit(self, predictions: Sequence[Prediction], folder: Path) -> list[str]:
+        """An answer to every question of the file, blank where it was not asked: the judge looks for all."""
+        given = {prediction.record["meta"]["question_id"]: prediction.prediction for prediction in predictions}
+        names = list(given) if self.unified else [name for name, _ in self.entries()]
         file = folder / f"{self.name}-{self.split}.json"
-        answers = {prediction.record["meta"]["question_id"]: prediction.prediction for prediction in predictions}
+        answers = {name: given.get(name, "") for name in names}
         write_whole(file, json.dumps(answers, indent=2, ensure_ascii=False) + "\n")
+        blank = sum(name not in given for name in names)
         return [
             f"MM-Vet: answers for the official judge: {file} (python mm-vet_evaluator.py --mmvet_path {self.src} "
-            f"--result_path {folder} --model {file.stem}; it asks GPT-4, and for an answer to every question)"
+            f"--result_path {folder} --model {file.stem}; it asks GPT-4)"
+            + (f"; {blank} of {len(names)} questions have no answer" if blank else "")
         ]

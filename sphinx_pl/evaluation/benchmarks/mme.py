@@ -52,25 +52,25 @@ class Mme(Benchmark):
         if self.unified is not None:
             yield from self._annotated()
             return
-        found = 0
+        found = False
         for subtask in SUBTASKS:
-            folder, table = self.src / subtask, self.src / f"{subtask}.txt"
-            questions = folder / "questions_answers_YN"
-            for file in sorted((questions if questions.is_dir() else folder).glob("*.txt")):
-                images = (self._image(subtask, f"{file.stem}{suffix}") for suffix in _IMAGES)
-                yield f"{subtask}/{file.stem}", (subtask, next(filter(None, images), None), _lines(file))
-                found += 1
-            if not found and table.is_file():
-                yield from self._table(subtask, table)
-            found += table.is_file()
+            entries = list(self._folder(subtask)) or list(self._table(subtask))
+            yield from entries
+            found |= bool(entries)
         if not found:
-            raise UserError(
-                f"{self.name}: '{self.src}' has no folder with questions, such as existence: see {self.url}"
-            )
+            raise UserError(f"{self.name}: '{self.src}' has no folder of questions, such as existence: see {self.url}")
 
-    def _table(self, subtask: str, table: Path) -> Iterator[tuple[str, Any]]:
+    def _folder(self, subtask: str) -> Iterator[tuple[str, Any]]:
+        folder = self.src / subtask
+        questions = folder / "questions_answers_YN"
+        for file in sorted((questions if questions.is_dir() else folder).glob("*.txt")):
+            images = (self._image(subtask, f"{file.stem}{suffix}") for suffix in _IMAGES)
+            yield f"{subtask}/{file.stem}", (subtask, next(filter(None, images), None), _lines(file))
+
+    def _table(self, subtask: str) -> Iterator[tuple[str, Any]]:
+        table = self.src / f"{subtask}.txt"
         groups: dict[bytes, list[bytes]] = {}
-        for line in _lines(table):
+        for line in _lines(table) if table.is_file() else ():
             image, _, rest = line.partition(b"\t")
             groups.setdefault(image, []).append(rest)
         for image, lines in groups.items():
