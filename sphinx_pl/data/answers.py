@@ -21,6 +21,6 @@ def leading_word(text: str, words: Container[str]) -> str | None:
 
 
 def leading_letter(text: str) -> tuple[str, str] | None:
-    """A text's first letter, as a capital, and what follows it, if it stands alone: "B", "b", "(B)", "B. x"; not "Blue"."""
+    """The letter that a text begins with, as a capital, and what follows: "B", "b", "(B)", "B. text"; not "Blue"."""
     match = _LETTER.match(text)
     return (match[1].upper(), text[match.end() :]) if match else None

@@ -15,6 +15,7 @@ from PIL import Image
 
 from evaluate import EvaluateConfig
 from sphinx_pl.checkpoint.format import write_checkpoint
+from sphinx_pl.data.answers import normalise
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.record import ImageRef, Record
 from sphinx_pl.errors import UserError
@@ -22,6 +23,8 @@ from sphinx_pl.evaluation.asking import evaluate
 from sphinx_pl.models.config import ClipViTConfig, DecoderConfig, SphinxConfig, VisionConfig
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.typed import pick
+
+from .benchmarks.vqa_files import CHART, FILES, write
 
 ROOT = Path(__file__).parents[2]
 CORPUS = ["how many objects are there answer the question using a single word or phrase", "where is the red digit"] * 50
@@ -109,6 +112,35 @@ def test_evaluate_writes_predictions_and_results(world: Path) -> None:
     assert "short_vqa" in done.stdout
     assert (world / "r.html").read_text().count("<article") == 6
     assert "image_missing 1" in done.stdout
+
+
+def test_benchmarks_are_scored_or_written_for_their_server(world: Path) -> None:
+    root = world / "benchmarks"
+    charts, vizwiz = root / "chartqa" / "ChartQA Dataset", root / "vizwiz"
+    other = CHART | {"imgname": "gone.png"}
+    write(charts, {"test/test_human.json": [CHART, other, 5], "test/test_augmented.json": [CHART | {"label": "Yes"}]})
+    write(vizwiz, FILES["vizwiz"]["test"])
+    for image in (charts / "test" / "png" / CHART["imgname"], vizwiz / "test" / "VizWiz_test_1.jpg"):
+        image.parent.mkdir(parents=True)
+        Image.new("RGB", (30, 40), (0, 80, 0)).save(image)
+    out = world / "asked"
+    options = f"checkpoint={world / 'checkpoint'}", f"out={out}", f"benchmark.root={root}"
+    done = run(world, *options, "benchmarks=[chartqa,vizwiz_test]")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((out / "results.json").read_text())
+    chart, hidden = results["benchmarks"]
+    assert (chart["name"], chart["n"], chart["lost"]) == ("chartqa", 2, {"entry_malformed": 1, "image_missing": 1})
+    assert [(value["measure"], value["category"]) for value in chart["values"]] == [
+        ("relaxed accuracy", part) for part in ("", "augmented", "human")
+    ]
+    assert (hidden["name"], hidden["n"], hidden["values"]) == ("vizwiz_test", 1, [])
+    predictions = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    said = {prediction["key"]: prediction["prediction"] for prediction in predictions}
+    assert set(said) == {"chartqa/human-0", "chartqa/augmented-0", "vizwiz_test/VizWiz_test_1.jpg"}
+    submission = json.loads((out / "submission_vizwiz_test.json").read_text())
+    assert [row["image"] for row in submission] == ["VizWiz_test_1.jpg"]
+    assert submission[0]["answer"] == normalise(said["vizwiz_test/VizWiz_test_1.jpg"])
+    assert "submission_vizwiz_test.json: 1 answers" in done.stdout
 
 
 def test_a_mistake_is_answered_in_one_line(world: Path) -> None:

@@ -8,7 +8,7 @@ File (https://cs.stanford.edu/people/dorarad/gqa/download.html, structure in abo
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from sphinx_pl.data.convert import Converter
 from sphinx_pl.data.convert.common import question_record, text
@@ -23,7 +23,7 @@ class GQA(Converter):
     url = "https://cs.stanford.edu/people/dorarad/gqa/download.html"
     licence = "see the page"
     tasks = ("short_vqa", "yes_no")
-    splits = ("train", "val", "testdev")
+    splits: ClassVar[tuple[str, ...]] = ("train", "val", "testdev")
 
     def entries(self) -> Iterator[tuple[str, Any]]:
         yield from self.json(f"{self.split}_balanced_questions.json").items()

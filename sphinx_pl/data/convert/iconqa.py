@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from sphinx_pl.data.convert import Converter
 from sphinx_pl.data.convert.common import asked, choice_record, choice_turn, chosen, question_record, text
@@ -28,7 +28,7 @@ class IconQA(Converter):
     url = "https://github.com/lupantech/IconQA"
     licence = "CC BY-NC-SA 4.0"
     tasks = ("multiple_choice", "short_vqa", "yes_no")
-    splits = ("train", "val", "test")
+    splits: ClassVar[tuple[str, ...]] = ("train", "val", "test")
 
     def entries(self) -> Iterator[tuple[str, Any]]:
         folders = [self.src / "iconqa" / self.split / kind for kind in KINDS]

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 
 from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.convert import Converter
 from sphinx_pl.data.convert.common import question_record
 from sphinx_pl.data.record import Record
+
+_NUMBERS = {"train": 1, "val": 2, "test": 3}
 
 
 class OCRVQA(Converter):
@@ -23,16 +25,16 @@ class OCRVQA(Converter):
     url = "https://ocr-vqa.github.io"
     licence = "see the page"
     tasks = ("short_vqa", "yes_no")
-    splits = ("train", "val", "test")
+    splits: ClassVar[tuple[str, ...]] = tuple(_NUMBERS)
 
     def entries(self) -> Iterator[tuple[str, Any]]:
-        others = [number for number, split in enumerate(self.splits, start=1) if split != self.split]
+        others = [number for split, number in _NUMBERS.items() if split != self.split]
         for key, book in self.json("dataset.json").items():
             if not isinstance(book, dict) or book.get("split") not in others:
                 yield key, book
 
     def records(self, key: str, entry: Any) -> Iterator[Record]:
-        if entry["split"] != self.splits.index(self.split) + 1:
+        if entry["split"] != _NUMBERS[self.split]:
             raise BadSample("split_unknown", f"{key}: {entry['split']}")
         questions, answers = entry["questions"], entry["answers"]
         if not isinstance(questions, list) or not isinstance(answers, list) or len(questions) != len(answers):

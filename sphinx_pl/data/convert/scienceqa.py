@@ -8,7 +8,7 @@ index, "hint", "image": "image.png" or null, "split", "lecture", "solution", "su
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.convert import Converter
@@ -29,7 +29,7 @@ class ScienceQA(Converter):
     url = "https://github.com/lupantech/ScienceQA"
     licence = "CC BY-NC-SA 4.0"
     tasks = ("multiple_choice", "chat")
-    splits = ("train", "val", "test", "trainval", "minitrain", "minival", "minitest")
+    splits: ClassVar[tuple[str, ...]] = ("train", "val", "test", "trainval", "minitrain", "minival", "minitest")
 
     def entries(self) -> Iterator[tuple[str, Any]]:
         problems = self.json("problems.json")

@@ -14,7 +14,6 @@ from sphinx_pl.data.convert import Converter
 from sphinx_pl.data.convert.common import asked, keyed, most_frequent, text
 from sphinx_pl.data.record import ImageRef, Record
 
-# With the wording of short_vqa after it this is the prompt that the original evaluates with.
 _HINT = "When the provided information is insufficient, respond with 'Unanswerable'."
 _NO_ANSWERS = ("unanswerable", "unsuitable", "unsuitable image")
 
@@ -43,7 +42,16 @@ class VizWiz(Converter):
             key=key,
             task="short_vqa",
             images=(ImageRef(f"{self.split}/{text(entry['image'])}"),),
-            question=f"{asked(entry['question'])}\n{_HINT}",
+            question=hinted(entry["question"]),
             answer=most_frequent(given) if entry["answerable"] and given else "Unanswerable",
             meta={"answers": answers, "answerable": entry["answerable"], "answer_type": entry.get("answer_type")},
         )
+
+
+def hinted(question: Any) -> str:
+    """A question with the hint: with the wording of short_vqa, this is what the original evaluates with.
+
+    Raises:
+        BadSample: it is blank.
+    """
+    return f"{asked(question)} {_HINT}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 
 from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.convert import Converter
@@ -23,7 +23,7 @@ class VSR(Converter):
     url = "https://github.com/cambridgeltl/visual-spatial-reasoning"
     licence = "Apache-2.0"
     tasks = ("yes_no",)
-    splits = ("train", "dev", "test", "zeroshot_train", "zeroshot_dev", "zeroshot_test")
+    splits: ClassVar[tuple[str, ...]] = ("train", "dev", "test", "zeroshot_train", "zeroshot_dev", "zeroshot_test")
 
     def entries(self) -> Iterator[tuple[str, Any]]:
         folder, _, split = self.split.rpartition("_")

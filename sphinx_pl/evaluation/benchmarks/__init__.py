@@ -1,13 +1,15 @@
 """Official benchmarks: their files -> questions, answers -> their official numbers.
 
 One module here for each benchmark or family of them. A `Benchmark` says where its files are, turns their entries into
-Records that are asked in the wording of a training task, scores an answer, and sums scores up as its authors do.
+Records that are asked in the wording of a training task, scores an answer, and sums scores up as its authors do. Where
+training data is made of the same files, a benchmark inherits from their `Converter` too, after `Benchmark`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import pkgutil
 import random
 from abc import abstractmethod
@@ -21,12 +23,15 @@ from typing import Any, ClassVar, Optional
 from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.convert import CONVERTERS
 from sphinx_pl.data.convert.common import question_record, text
+from sphinx_pl.data.entries import to_entry, to_record
 from sphinx_pl.data.geometry import Geometry
-from sphinx_pl.data.official import OfficialFiles
-from sphinx_pl.data.record import ImageRef, Record
+from sphinx_pl.data.official import MALFORMED, OfficialFiles
+from sphinx_pl.data.record import ImageRef, Record, Turn
+from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.evaluation.asking import Prediction, judge
 from sphinx_pl.evaluation.measures import Measure, estimate, to_json
+from sphinx_pl.files import write_whole
 from sphinx_pl.registry import Registry
 from sphinx_pl.typed import build
 
@@ -40,6 +45,8 @@ FAMILIES = {
     "tasks": "Detection, pose, layout and OCR",
 }
 """Parts of a results page, in their order."""
+HIDDEN = "(not public)"
+"""Stands for an answer that is not public."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,10 @@ class Benchmark(OfficialFiles):
     """A key of `FAMILIES`."""
     max_new_tokens: ClassVar[int | None] = None
     """Of an answer, where that is not the task's."""
+    hidden: ClassVar[tuple[str, ...]] = ()
+    """Those of `splits` whose truth is not public: their answers go to a server."""
+    server_id: ClassVar[str] = "question_id"
+    """What the server calls a question's id, which is its record's meta["question_id"]."""
 
     def __init_subclass__(cls) -> None:
         if "name" in cls.__dict__:
@@ -108,9 +119,55 @@ class Benchmark(OfficialFiles):
         """The part of the benchmark that a record is of, "" where there are none."""
         return str(record.meta.get("category", ""))
 
+    def unit(self, record: Record) -> str:
+        """The same for questions that count together, and so are drawn together; by default each stands alone."""
+        return record.key
+
+    def groups(self, prediction: Prediction) -> Sequence[str]:
+        """The parts of the benchmark whose numbers an answer counts in; by default its category."""
+        return (prediction.topic,)
+
+    @property
+    def is_hidden(self) -> bool:
+        """Whether the split's truth is not public."""
+        return self.split in self.hidden
+
+    def unanswered(self, record: Record) -> Record:
+        """A record without an answer, made to be asked all the same in its task's wording.
+
+        Raises:
+            BadSample: the task cannot write it (yes_no never can: short_vqa has the same wording), or it has no id.
+        """
+        if not isinstance(record.meta.get("question_id"), int | str):
+            raise BadSample("question_id_missing", record.key)
+        stand_in = record.choices[0] if record.choices else HIDDEN
+        (turn,) = TASKS[record.task].turns(dataclasses.replace(record, answer=stand_in), Geometry())
+        return dataclasses.replace(record, turns=(Turn(turn.question, HIDDEN),))
+
     def submit(self, predictions: Sequence[Prediction], folder: Path) -> list[str]:
-        """Write what a server or a judge needs to `folder`; returns a sentence about each file. By default nothing."""
-        return []
+        """Write what a server or a judge needs to `folder`; returns a sentence about each file.
+
+        By default, of hidden truth, a JSON list of {`server_id`, "answer"}; else nothing.
+        """
+        if not self.is_hidden:
+            return []
+        answers = {p.record["meta"]["question_id"]: self.submitted(p.prediction) for p in predictions}
+        wanted = self.expected()
+        path = folder / f"submission_{self.name}_{self.split}.json"
+        rows = [{self.server_id: question, "answer": answers.get(question, "")} for question in wanted]
+        write_whole(path, json.dumps(rows, ensure_ascii=False) + "\n")
+        blank = sum(question not in answers for question in wanted)
+        left = f"; {blank} more questions have a blank answer: they were not asked" if blank else ""
+        return [f"{path}: {len(wanted) - blank} answers for the server of {self.title} ({self.url}){left}"]
+
+    def submitted(self, answer: str) -> str:
+        """An answer's text as the server gets it."""
+        return answer.strip()
+
+    def expected(self) -> Sequence[Any]:
+        """Ids of all questions that the server wants an answer to."""
+        found = (found for _, found in self.read() if not isinstance(found, BadSample))
+        return [record.meta["question_id"] for records in found for record in records]
 
     def annotation(self, key: str, entry: Mapping[str, Any]) -> Record:
         """The record of an entry of the original's unified annotation.
@@ -118,13 +175,23 @@ class Benchmark(OfficialFiles):
         Raises:
             BadSample: it is of no use; any of `MALFORMED` will do too.
         """
+        image, question = text(entry["image_path"]), text(entry["question"])
+        meta = {"question_id": entry.get("question_id")}
+        if self.is_hidden:
+            return self.unanswered(Record(key, "short_vqa", (ImageRef(image),), question=question, meta=meta))
         found = entry["gt_answers"]
         answers = [text(answer) for answer in (found if isinstance(found, list) else [found])]
-        meta = {"answers": answers, "question_id": entry.get("question_id")}
-        return question_record(key, text(entry["image_path"]), text(entry["question"]), answers[0], meta)
+        return question_record(key, image, question, answers[0], meta | {"answers": answers})
 
     def read(self) -> Iterator[tuple[str, list[Record] | BadSample]]:
-        """As `OfficialFiles.read`, also of a unified annotation."""
+        """As `OfficialFiles.read`, also of a unified annotation; what cannot be asked or kept is bad."""
+        for key, found in self._read():
+            try:
+                yield key, found if isinstance(found, BadSample) else [_checked(record) for record in found]
+            except BadSample as bad:
+                yield key, bad
+
+    def _read(self) -> Iterator[tuple[str, list[Record] | BadSample]]:
         if self.unified is None:
             return super().read()
         items = enumerate(self.json_items(self.unified))
@@ -135,8 +202,8 @@ class Benchmark(OfficialFiles):
         return self.guarded(entries, lambda key, entry: [self.annotation(key, entry)])
 
     def judge(self, record: Record, answer: str, geometry: Geometry, images: tuple[ImageRef, ...] = ()) -> Prediction:
-        """Score an answer's text by the benchmark's rule."""
-        verdict = self.verdict(record, answer, geometry)
+        """Score an answer's text by the benchmark's rule; 0 where the truth is not public."""
+        verdict = Verdict(0.0) if self.is_hidden else self.verdict(record, answer, geometry)
         return dataclasses.replace(
             judge(record, answer, geometry, images),
             benchmark=self.name,
@@ -145,6 +212,23 @@ class Benchmark(OfficialFiles):
             score=verdict.score,
             parsed=verdict.parsed,
         )
+
+
+def _checked(record: Record) -> Record:
+    """The record, if its task can write it and JSON can hold it.
+
+    Raises:
+        BadSample: why not.
+    """
+    entry = to_entry(record)
+    again = to_record(entry, record.key, Path(), record.task)
+    if record.sizes or not record.regions:  # sizes that an annotation does not say are read when the image is asked
+        TASKS[record.task].turns(again, Geometry())
+    try:
+        json.dumps(entry, ensure_ascii=False).encode()
+    except MALFORMED as error:
+        raise BadSample("entry_malformed", f"{record.key}: {type(error).__name__}: {error}") from None
+    return record
 
 
 @dataclass
@@ -177,10 +261,11 @@ class Questions:
         values = [to_json(estimate(m.prepare(predictions), seed), m) | {"category": ""} for m in benchmark.measures]
         parts: dict[str, list[Prediction]] = defaultdict(list)
         for prediction in predictions:
-            parts[prediction.topic].append(prediction)
+            for part in benchmark.groups(prediction):
+                parts[part].append(prediction)
         if len(parts) > 1:
             for part, group in sorted(parts.items()):
-                for m in benchmark.category_measures:
+                for m in benchmark.category_measures if part else ():
                     values.append(to_json(estimate(m.prepare(group), seed), m) | {"category": part})
         return {
             "name": self.name,
@@ -201,28 +286,27 @@ def load(name: str, benchmark: Benchmark, limit: int | None = None, seed: int = 
     """Read a benchmark's records.
 
     Args:
-        limit: at most so many entries of each category, drawn with `seed`; an entry's questions stay together.
+        limit: at most so many units of each category, drawn with `seed`; most are single questions.
 
     Raises:
         UserError: its files are missing or not what they should be, or hold no question.
     """
     benchmark.check()
-    groups: dict[str, list[list[Record]]] = defaultdict(list)
+    groups: dict[str, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
     lost: Counter[str] = Counter()
     for _, found in benchmark.read():
         if isinstance(found, BadSample):
             lost[found.reason] += 1
             continue
-        entry = []
         for record in found:
             paths = tuple(dataclasses.replace(i, path=str(benchmark.images / i.path)) for i in record.images)
-            entry.append(dataclasses.replace(record, key=f"{name}/{record.key}", images=paths))
-        if entry:
-            groups[benchmark.category(entry[0])].append(entry)
+            record = dataclasses.replace(record, key=f"{name}/{record.key}", images=paths)
+            groups[benchmark.category(record)][benchmark.unit(record)].append(record)
+    lost += benchmark.skipped + benchmark.left_out
     records: list[Record] = []
-    for group in groups.values():
-        drawn = group if limit is None or len(group) <= limit else random.Random(seed).sample(group, limit)
-        records += [record for entry in drawn for record in entry]
+    for units in groups.values():
+        drawn = list(units) if limit is None or len(units) <= limit else random.Random(seed).sample(list(units), limit)
+        records += [record for unit in drawn for record in units[unit]]
     if not records:
         raise UserError(f"{name}: no question in '{benchmark.src}' can be used ({dict(lost) or 'there is none'})")
     return Questions(name, benchmark, records, lost)

@@ -14,9 +14,11 @@ from sphinx_pl.evaluation.benchmarks import Benchmark, Verdict
 from sphinx_pl.evaluation.measures import Measure, mean
 from sphinx_pl.evaluation.scoring.choices import read_choice
 
+_NO_HINT = "N/A"
+
 
 def letter_record(
-    key: str, image: ImageRef, question: str, choices: Sequence[Any], letter: str, meta: Mapping[str, Any]
+    key: str, image: ImageRef, question: str, choices: Any, letter: str, meta: Mapping[str, Any]
 ) -> Record:
     """A question with choices in the wording of the task multiple_choice, whose right answer is a letter.
 
@@ -25,6 +27,8 @@ def letter_record(
     Raises:
         BadSample: no choice has the letter, the question is empty, or there are not 2 to 26 choices.
     """
+    if not isinstance(choices, list):
+        raise TypeError(f"{choices!r} should be a list")
     choices = [text(choice).strip() for choice in choices]
     letter = letter.strip().upper()
     if len(letter) != 1 or letter not in string.ascii_uppercase:
@@ -43,7 +47,17 @@ def letter_record(
 
 
 class Choices(Benchmark):
-    """Its records are `letter_record`s. What names no letter, or several, is wrong: nothing is guessed."""
+    """Its records are `letter_record`s. What names no letter, or several, is wrong: nothing is guessed.
+
+    Entries of the original's unified annotation have "choices", a letter as "gt_answers" and perhaps a "hint".
+    """
+
+    def annotation(self, key: str, entry: Mapping[str, Any]) -> Record:
+        question, hint = text(entry["question"]), text(entry.get("hint") or _NO_HINT)
+        question = question if hint == _NO_HINT else f"{hint}\n{question}"
+        meta = {"question_id": entry.get("question_id")}
+        image = ImageRef(text(entry["image_path"]))
+        return letter_record(key, image, question, entry["choices"], text(entry["gt_answers"]), meta)
 
     def verdict(self, record: Record, answer: str, geometry: Geometry) -> Verdict:
         letter = read_choice(answer, record.choices)

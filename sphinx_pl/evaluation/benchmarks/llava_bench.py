@@ -14,17 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from sphinx_pl.data.convert.common import asked, text
-from sphinx_pl.data.geometry import Geometry
 from sphinx_pl.data.record import ImageRef, Record
 from sphinx_pl.evaluation.asking import Prediction
-from sphinx_pl.evaluation.benchmarks import Benchmark, Verdict
-from sphinx_pl.evaluation.measures import Measure
+from sphinx_pl.evaluation.benchmarks.judged import Judged
 from sphinx_pl.files import write_whole
 
 
-class LlavaBench(Benchmark):
-    """A language model judges the answers beside GPT-4's, so there is no number here: the file for the judge is
-    written. What is shown as the true answer is GPT-4's."""
+class LlavaBench(Judged):
+    """Answers are judged beside GPT-4's, which are what is shown as the true ones."""
 
     name = "llava_bench"
     title = "LLaVA-Bench (In-the-Wild)"
@@ -47,20 +44,11 @@ class LlavaBench(Benchmark):
         meta = {"category": text(question["category"]), "question_id": number}
         yield Record(key, "chat", image, question=asked(question["text"]), answer=text(references[number]), meta=meta)
 
-    def verdict(self, record: Record, answer: str, geometry: Geometry) -> Verdict:
-        return Verdict(0.0, bool(answer.strip()))
-
-    @property
-    def measures(self) -> Sequence[Measure]:
-        return ()
-
     def submit(self, predictions: Sequence[Prediction], folder: Path) -> list[str]:
         """A line for every question in the order of the questions: the judge reads the files line by line together."""
         given = {prediction.record["meta"].get("question_id"): prediction for prediction in predictions}
-        asked_for = list(given)
-        if self.unified is None:
-            questions = (line for _, line in self.json_lines("questions.jsonl"))
-            asked_for = [line.get("question_id") if isinstance(line, dict) else None for line in questions]
+        questions = (line for _, line in self.json_lines("questions.jsonl"))
+        asked_for = [line.get("question_id") if isinstance(line, dict) else None for line in questions]
         lines = []
         for number in asked_for:
             found = given.get(number)
@@ -68,7 +56,7 @@ class LlavaBench(Benchmark):
             name = hashlib.sha256(f"{number} {answer}".encode("utf-8", "surrogateescape")).hexdigest()[:22]
             line = {"question_id": number, "prompt": prompt, "text": answer, "answer_id": name}
             lines.append(json.dumps(line | {"model_id": "sphinx", "metadata": {}}, ensure_ascii=False))
-        file = folder / f"{self.name}-{self.split}.jsonl"
+        file = folder / f"answers_{self.name}_{self.split}.jsonl"
         write_whole(file, "\n".join(lines) + "\n")
         blank = sum(number not in given for number in asked_for)
         return [

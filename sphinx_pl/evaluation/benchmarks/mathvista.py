@@ -19,8 +19,9 @@ from sphinx_pl.data.convert.common import asked, text
 from sphinx_pl.data.geometry import Geometry
 from sphinx_pl.data.record import ImageRef, Record
 from sphinx_pl.evaluation.asking import Prediction
-from sphinx_pl.evaluation.benchmarks import Benchmark, Verdict
+from sphinx_pl.evaluation.benchmarks import Verdict
 from sphinx_pl.evaluation.benchmarks.choices import letter_record
+from sphinx_pl.evaluation.benchmarks.official_only import OfficialOnly
 from sphinx_pl.evaluation.measures import Measure, mean
 from sphinx_pl.evaluation.scoring.mathvista import mathvista_match, read_answer
 from sphinx_pl.files import write_whole
@@ -28,7 +29,7 @@ from sphinx_pl.files import write_whole
 ANSWER_TYPES = ("text", "integer", "float", "list")
 
 
-class MathVista(Benchmark):
+class MathVista(OfficialOnly):
     """Asked for a letter, or for a word or phrase, with the unit where there is one; the official prompt asks for
     reasoning, and a language model finds the answer in it. Here an answer that rules cannot read is wrong and counted,
     so the figure is a lower bound of the official one; the file for the official judge is written as well."""
@@ -78,7 +79,7 @@ class MathVista(Benchmark):
             | {"query": prediction.question, "response": prediction.prediction}
             for prediction in predictions
         }
-        file = folder / f"{self.name}-{self.split}.json"
+        file = folder / f"answers_{self.name}_{self.split}.json"
         write_whole(file, json.dumps(problems, indent=2, ensure_ascii=False) + "\n")
         return [
             f"MathVista: responses for the official judge: {file} (python extract_answer.py --output_dir {folder} "

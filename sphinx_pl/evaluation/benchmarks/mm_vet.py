@@ -12,17 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from sphinx_pl.data.convert.common import asked, text
-from sphinx_pl.data.geometry import Geometry
 from sphinx_pl.data.record import ImageRef, Record
 from sphinx_pl.evaluation.asking import Prediction
-from sphinx_pl.evaluation.benchmarks import Benchmark, Verdict
-from sphinx_pl.evaluation.measures import Measure
+from sphinx_pl.evaluation.benchmarks.judged import Judged
 from sphinx_pl.files import write_whole
 
 
-class MmVet(Benchmark):
-    """A language model judges the answers, so there is no number here: the file for the official judge is written."""
-
+class MmVet(Judged):
     name = "mm_vet"
     title = "MM-Vet"
     url = "https://github.com/yuweihao/MM-Vet"
@@ -39,18 +35,11 @@ class MmVet(Benchmark):
         meta = {"question_id": key, "capability": list(entry["capability"])}
         yield Record(key, "chat", image, question=asked(entry["question"]), answer=text(entry["answer"]), meta=meta)
 
-    def verdict(self, record: Record, answer: str, geometry: Geometry) -> Verdict:
-        return Verdict(0.0, bool(answer.strip()))
-
-    @property
-    def measures(self) -> Sequence[Measure]:
-        return ()
-
     def submit(self, predictions: Sequence[Prediction], folder: Path) -> list[str]:
         """An answer to every question of the file, blank where it was not asked: the judge looks for all."""
         given = {prediction.record["meta"]["question_id"]: prediction.prediction for prediction in predictions}
-        names = list(given) if self.unified else [name for name, _ in self.entries()]
-        file = folder / f"{self.name}-{self.split}.json"
+        names = [name for name, _ in self.entries()]
+        file = folder / f"answers_{self.name}_{self.split}.json"
         answers = {name: given.get(name, "") for name in names}
         write_whole(file, json.dumps(answers, indent=2, ensure_ascii=False) + "\n")
         blank = sum(name not in given for name in names)

@@ -60,7 +60,7 @@ class MMBench(Choices):
     """The column that names a question's category."""
 
     def check(self) -> None:
-        if self.split in self.hidden:
+        if self.is_hidden:
             _openpyxl()
 
     @property
@@ -104,14 +104,23 @@ class MMBench(Choices):
             category = _cell(row, "category") or ""
             meta = {
                 "category": _cell(row, self.part) or category,
-                "index": index,
+                "question_id": index,
                 "rotations": len(rows),
                 "row": {"question": row["question"], "category": category},
             }
-            image = row["image"]
+            name, image = f"{key}-{index}", row["image"]
             if not isinstance(image, ImageRef):
-                raise BadSample("image_unreadable", f"{key}: {image}")
-            yield letter_record(f"{key}-{index}", image, question, choices, row["answer"], meta)
+                raise BadSample("image_unreadable", name)
+            if self.is_hidden:
+                asked_for = Record(
+                    name, "multiple_choice", (image,), question=question, choices=tuple(choices), meta=meta
+                )
+                yield self.unanswered(asked_for)
+            else:
+                yield letter_record(name, image, question, choices, row["answer"], meta)
+
+    def unit(self, record: Record) -> str:
+        return _question(record)
 
     def _rows(self, file: Path) -> list[dict[str, Any]]:
         """The table's rows, images decoded to one file of the cache, where each is a part of it.
@@ -149,7 +158,7 @@ class MMBench(Choices):
 
     @property
     def measures(self) -> Sequence[Measure]:
-        if self.split in self.hidden:
+        if self.is_hidden:
             return ()
         rotated = "Share of the questions that are answered right in all rotations."
         once = "Share of right answers to the questions as they stand, not rotated."
@@ -159,30 +168,34 @@ class MMBench(Choices):
         )
 
     def submit(self, predictions: Sequence[Prediction], folder: Path) -> list[str]:
-        """The server's table of a split whose answers are not public."""
-        if self.split not in self.hidden:
+        """The server's table of a split whose answers are not public, blank where a question was not asked."""
+        if not self.is_hidden:
             return []
         openpyxl = _openpyxl()
         book = openpyxl.Workbook()
         sheet = book.active
         sheet.append(COLUMNS)
-        for number, prediction in enumerate(predictions, 2):
-            record = prediction.record
-            meta, row = record["meta"], record["meta"]["row"]
-            choices = dict(zip(_LETTERS, record["choices"], strict=False))
-            cells = {"index": meta["index"], "prediction": prediction.prediction, "l2_category": meta["category"]}
+        answers = {p.record["meta"]["question_id"]: p.prediction for p in predictions}
+        found = (found for _, found in self.read() if not isinstance(found, BadSample))
+        blank = 0
+        for number, record in enumerate((record for records in found for record in records), 2):
+            index = record.meta["question_id"]
+            blank += index not in answers
+            cells = {"index": index, "prediction": answers.get(index, ""), "l2_category": record.meta["category"]}
+            cells |= dict(zip(_LETTERS, record.choices, strict=False)) | record.meta["row"]
             for column, name in enumerate(COLUMNS, 1):
-                value = (cells | choices | row).get(name)
+                value = cells.get(name)
                 cell = sheet.cell(number, column)
                 if isinstance(value, str):
                     cell.value = openpyxl.cell.cell.ILLEGAL_CHARACTERS_RE.sub(" ", value)
                     cell.data_type = "s"  # an answer that begins with "=" is no formula
                 else:
                     cell.value = value
-        file = folder / f"{self.name}-{self.split}.xlsx"
+        file = folder / f"submission_{self.name}_{self.split}.xlsx"
         with whole_file(file) as temporary, temporary.open("wb") as stream:
             book.save(stream)
-        return [f"MMBench ({self.split}): a table for the server (https://mmbench.opencompass.org.cn): {file}"]
+        left = f"; {blank} rows have a blank prediction: they were not asked" if blank else ""
+        return [f"{file}: the table for the server of {self.title} (https://mmbench.opencompass.org.cn){left}"]
 
 
 class CCBench(MMBench):
@@ -253,18 +266,23 @@ def _openpyxl() -> Any:
     return openpyxl
 
 
-def _question(prediction: Prediction) -> str:
-    return prediction.key.rpartition("-")[0]
+def _question(asked_for: Record | Prediction) -> str:
+    return asked_for.key.rpartition("-")[0]
 
 
 def _circular(group: Sequence[Prediction]) -> tuple[float, float]:
     """Of one question's rotations: 1 if all are right, and 1."""
     question = _question(group[0])
-    asked_for: dict[Hashable, int] = {question: int(group[0].record["meta"]["rotations"])}
+    asked_for: dict[Hashable, int] = {question: int(group[0].record["meta"].get("rotations", 1))}
     return float(circular(((question, p.score == 1) for p in group), asked_for)[question]), 1.0
+
+
+def _is_rotated(prediction: Prediction) -> bool:
+    index = prediction.record["meta"].get("question_id")
+    return isinstance(index, int) and index >= ROTATION
 
 
 def _first(group: Sequence[Prediction]) -> tuple[float, float]:
     """Of one question's rotations: the score of the question as it stands, and 1 if it was asked."""
-    scores = [p.score for p in group if p.record["meta"]["index"] < ROTATION]
+    scores = [p.score for p in group if not _is_rotated(p)]
     return sum(scores), float(len(scores))

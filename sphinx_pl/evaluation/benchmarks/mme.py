@@ -43,7 +43,7 @@ class Mme(Benchmark):
     family = "mllm"
     splits = ("test",)
 
-    def read(self) -> Iterator[tuple[str, list[Record] | BadSample]]:
+    def _read(self) -> Iterator[tuple[str, list[Record] | BadSample]]:
         """Also of the unified annotation an entry is an image, not a question."""
         return self.guarded(self.entries(), self.records)
 
@@ -110,6 +110,9 @@ class Mme(Benchmark):
             asked = question.strip().removesuffix(HINT).strip()
             yield Record(f"{key}-{number}", "yes_no", (ImageRef(image),), question=asked, answer=answer, meta=meta)
 
+    def unit(self, record: Record) -> str:
+        return _image_of(record)
+
     def verdict(self, record: Record, answer: str, geometry: Geometry) -> Verdict:
         said = read_mme(answer)
         return Verdict(float(said is not None and said == (record.answer == "yes")), said is not None)
@@ -168,8 +171,8 @@ def _lines(file: Path) -> list[bytes]:
     return [line for line in file.read_bytes().splitlines() if line.strip()]
 
 
-def _image_of(prediction: Prediction) -> str:
-    return prediction.key.rpartition("-")[0]
+def _image_of(asked: Record | Prediction) -> str:
+    return asked.key.rpartition("-")[0]
 
 
 def _sums(group: Sequence[Prediction]) -> tuple[float, ...]:

@@ -59,7 +59,7 @@ class TaskSuite(Benchmark):
                 f"{self.name}: '{src}' is a folder: name the instruction file with the records of '{split}'"
             )
 
-    def read(self) -> Iterator[tuple[str, list[Record] | BadSample]]:
+    def _read(self) -> Iterator[tuple[str, list[Record] | BadSample]]:
         assert self.unified is not None
         # Their images' folder is put before the paths when they are loaded.
         source = InstructionSource(self.name, str(self.src / self.unified), root=".", tasks=[self.split])
@@ -75,7 +75,7 @@ class TaskSuite(Benchmark):
                 yield str(index), bad
 
     def entries(self) -> Iterator[tuple[str, Any]]:
-        return ((key, found) for key, found in self.read() if not isinstance(found, BadSample))
+        return ((key, found) for key, found in self._read() if not isinstance(found, BadSample))
 
     def records(self, key: str, entry: Any) -> Iterator[Record]:
         return iter(entry)

@@ -36,23 +36,23 @@ def read_choice(text: str, options: Sequence[str]) -> str | None:
     by_text: dict[str, set[str]] = {}
     for letter, option in zip(letters, options, strict=True):
         by_text.setdefault(normalise(option), set()).add(letter)
-    named: set[str] = set()
     lead = _LEAD.match(text)
-    parts = [text, text[lead.end() :]] if lead else [text]
-    found = leading_letter(text)
-    while found and found[0] in letters:
+    body = text[lead.end() :] if lead else text
+    named = {(match[1] or match[2]).upper() for match in _STATED.finditer(text)}
+    parts = [text, body]
+    found = leading_letter(body)
+    while found:
         letter, rest = found
-        if not named and not rest.strip(" ).:,\n"):
+        if letter in letters and len(parts) == 2 and not rest.strip(" ).:,\n"):
             return letter
         named.add(letter)
         parts.append(rest)
-        # "B. A" may be B's text after its letter, or a second letter.
+        # "B. A" may be B and its text, or two letters.
         found = None if letter in by_text.get(normalise(rest), ()) else leading_letter(rest)
-    stated = {(match[1] or match[2]).upper() for match in _STATED.finditer(text)}
-    named |= stated & set(letters)
-    if not (stated and len(named) == 1 and lead):
-        for part in parts:
-            named |= by_text.get(normalise(part), set())
+    for part in parts:
+        named |= by_text.get(normalise(part), set())
+    # A letter that is no option's was perhaps none, as in "F. Bacon"; then only the option's text can tell.
+    named = named if named <= set(letters) else named & by_text.get(normalise(body), set())
     return named.pop() if len(named) == 1 else None
 
 

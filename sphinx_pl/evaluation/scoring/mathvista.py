@@ -52,7 +52,7 @@ def read_answer(
 
 def written(value: float, answer_type: str, precision: int | None) -> str:
     """A number as the data set writes it: `normalize_extracted_answer` of `calculate_score.py`."""
-    return str(int(value)) if answer_type == "integer" else str(round(value, int(precision or 0) or None))
+    return str(int(value)) if answer_type == "integer" else str(round(value, precision))
 
 
 def mathvista_match(answer_read: str | None, answer: str) -> bool:

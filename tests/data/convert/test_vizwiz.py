@@ -48,7 +48,7 @@ def test_what_cannot_be_answered_is_said_to_be_so(run: Run, folder: str) -> None
         "answer_type": "other",
     }
     assert TASKS["short_vqa"].turns(records[0], Geometry())[0].question == (
-        "What is this?\n"
+        "What is this? "
         "When the provided information is insufficient, respond with 'Unanswerable'.\n"
         "Answer the question using a single word or phrase."
     )

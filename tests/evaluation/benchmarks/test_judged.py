@@ -40,9 +40,9 @@ def test_mm_vet_writes_the_judges_file_and_no_number(ask: Ask, write: Write, que
     assert asked.result["lost"] == {"entry_malformed": 2, "question_empty": 1}
     (sentence,) = benchmark.submit(asked.predictions, tmp_path)
     # The evaluator joins these: --result_path, and --model with .json.
-    assert f"--mmvet_path {src} --result_path {tmp_path} --model mm_vet-v1; " in sentence
+    assert f"--mmvet_path {src} --result_path {tmp_path} --model answers_mm_vet_v1; " in sentence
     assert sentence.endswith("3 of 5 questions have no answer")
-    assert json.loads((tmp_path / "mm_vet-v1.json").read_text()) == {
+    assert json.loads((tmp_path / "answers_mm_vet_v1.json").read_text()) == {
         "v1_0": "x = it/v1_0",
         "v1_1": "x = it/v1_1",
         "v1_2": "",
@@ -71,7 +71,8 @@ def test_llava_bench_writes_a_line_for_every_question(ask: Ask, write: Write, qu
     assert asked.result["lost"] == {"entry_malformed": 3}
     (sentence,) = benchmark.submit(asked.predictions, tmp_path)
     assert sentence.endswith("3 of 5 questions have no answer")
-    written = [json.loads(line) for line in (tmp_path / "llava_bench-in_the_wild.jsonl").read_text().splitlines()]
+    file = tmp_path / "answers_llava_bench_in_the_wild.jsonl"
+    written = [json.loads(line) for line in file.read_text().splitlines()]
     # The judge reads the files together, line by line: what was not asked has a line as well.
     assert [(line["question_id"], line["text"]) for line in written] == [
         (0, "It is\nit/0."),

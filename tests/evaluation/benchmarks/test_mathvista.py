@@ -85,7 +85,7 @@ def test_responses_for_the_official_judge(ask: Ask, write: Write, tmp_path: Path
     asked = ask(benchmark, lambda record: "I think 7.")
     (sentence,) = benchmark.submit(asked.predictions, tmp_path)
     assert "asks a language model" in sentence
-    written = json.loads((tmp_path / "mathvista-testmini.json").read_text())
+    written = json.loads((tmp_path / "answers_mathvista_testmini.json").read_text())
     # The keys that extract_answer.py and calculate_score.py read.
     assert written["3"] == PROBLEMS["3"] | {"response": "I think 7.", "query": written["3"]["query"]}
     assert set(written) == set(PROBLEMS)

@@ -1,0 +1,50 @@
+"""IconQA: questions about abstract diagrams, with texts to choose from or a blank to fill in (Lu et al. 2021).
+
+Files: `iconqa/test/{choose_txt,fill_in_blank}/{id}/data.json` and image.png beside each, as the converter says
+(`sphinx_pl.data.convert.iconqa`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from sphinx_pl.data.convert import iconqa
+from sphinx_pl.data.geometry import Geometry
+from sphinx_pl.data.record import Record
+from sphinx_pl.data.tasks import choice_letter
+from sphinx_pl.evaluation.benchmarks import Benchmark, Verdict
+from sphinx_pl.evaluation.measures import Measure, mean
+from sphinx_pl.evaluation.scoring.choices import choice_match, read_choice
+from sphinx_pl.evaluation.scoring.exact import exact_match
+
+
+class IconQA(Benchmark, iconqa.IconQA):
+    """Questions with images to choose from are not asked: their answers need several images at once, which the paper's
+    models do not take. The two other kinds are the categories."""
+
+    name = "iconqa"
+    family = "vqa"
+    splits = ("test", "val")
+
+    def records(self, key: str, entry: Any) -> Iterator[Record]:
+        for record in super().records(key, entry):
+            if len(record.images) > 1:
+                self.skipped["choices_are_images"] += 1
+            else:
+                yield record
+
+    def verdict(self, record: Record, answer: str, geometry: Geometry) -> Verdict:
+        if record.choices:
+            right = choice_match(answer, record.choices, choice_letter(record))
+            return Verdict(float(right), read_choice(answer, record.choices) is not None)
+        return Verdict(float(exact_match(answer, record.meta.get("answers") or [record.answer])), bool(answer.strip()))
+
+    @property
+    def measures(self) -> Sequence[Measure]:
+        return (
+            mean("accuracy", "Share of right answers: the right option, or what is to be filled in, word for word."),
+        )
+
+    def category(self, record: Record) -> str:
+        return str(record.meta.get("kind", ""))
