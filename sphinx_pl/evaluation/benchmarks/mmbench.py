@@ -19,7 +19,6 @@ import base64
 import binascii
 import csv
 import hashlib
-import string
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -89,6 +88,8 @@ class MMBench(Choices):
     def records(self, key: str, entry: Any) -> Iterator[Record]:
         if not entry:
             raise ValueError("no rows")
+        if not all(entry.values()):
+            raise BadSample("duplicate_key", f"{key}: two rows of one index")
         rows = dict(sorted(entry.items()))
         if len(rows) == 1:
             ((index, row),) = rows.items()
@@ -253,7 +254,10 @@ def _turned(row: Mapping[str, Any], choices: Sequence[str], turn: int) -> dict[s
     moved = [*choices[turn:], *choices[:turn]]
     turned = {**row, **dict(zip(_LETTERS, moved, strict=False))}
     if (answer := _cell(row, "answer")) is not None:
-        turned["answer"] = _LETTERS[(string.ascii_uppercase.index(answer.upper()) - turn) % len(choices)]
+        place = _LETTERS.index(answer.strip().upper())
+        if place >= len(choices):
+            raise BadSample("choice_missing", f"{answer} of {len(choices)}")
+        turned["answer"] = _LETTERS[(place - turn) % len(choices)]
     return turned
 
 

@@ -55,9 +55,7 @@ class TaskSuite(Benchmark):
     def __init__(self, src: Path, split: str | None = None, images: Path | None = None) -> None:
         super().__init__(src, split, images)
         if self.unified is None:
-            raise UserError(
-                f"{self.name}: '{src}' is a folder: name the instruction file with the records of '{split}'"
-            )
+            raise UserError(f"{self.name}: '{src}' is a folder: name an instruction file with the task {self.split}")
 
     def _read(self) -> Iterator[tuple[str, list[Record] | BadSample]]:
         assert self.unified is not None
