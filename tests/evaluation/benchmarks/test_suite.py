@@ -224,3 +224,15 @@ def test_what_a_converter_wrote_is_read(ask: Ask, write: Write, tmp_path: Path) 
     assert asked.questions.records[0].meta == {"area": 5000.5}
     assert asked.questions.records[0].images[0].path == str(src / "val2017/1.jpg")
     assert asked.values["AP", ""] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "split"),
+    [(DetectionSuite, "detection"), (LayoutSuite, "layout"), (PoseSuite, "pose"), (OcrSuite, "ocr")],
+)
+def test_the_sample_datas_own_answers_are_perfect(ask: Ask, sample_data: Path, kind: Any, split: str) -> None:
+    asked = ask(kind(sample_data / "instructions" / "test.json", split), right)
+    main = asked.result["values"][0]
+    assert main["value"] == pytest.approx(1)
+    assert asked.result["lost"] == {}
+    assert len(asked.predictions) >= 3
