@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,6 @@ from sphinx_pl.cli import entry_point
 from sphinx_pl.data.files import identity
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.evaluation.device import autocast, check_precision, choose_device
-from sphinx_pl.files import write_whole
 from sphinx_pl.processes import join_plainly, this_process
 from sphinx_pl.typed import pick
 
@@ -147,13 +145,10 @@ def results_table(rows: Iterable[Row]) -> Table:
     return table
 
 
-def number_text(value: float | None, percent: bool) -> str:
-    """A measure's value with one decimal; shares as per cent."""
-    return "–" if value is None else f"{100 * value if percent else value:.1f}"
-
-
 def benchmarks_table(found: Iterable[Mapping[str, Any]]) -> Table:
     """The benchmarks' numbers as a terminal shows them."""
+    from sphinx_pl.evaluation.measures import number_text
+
     table = Table(title="Benchmarks", caption="with 95 % intervals", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("benchmark", "measure"):
         table.add_column(name)
@@ -168,6 +163,31 @@ def benchmarks_table(found: Iterable[Mapping[str, Any]]) -> Table:
         if not result["values"]:
             table.add_row(f"[bold]{result['name']}[/]", "(scored elsewhere)", "", "", *counts)
     return table
+
+
+def flat(results: Mapping[str, Any]) -> dict[str, float]:
+    """Every task's score and every benchmark's measures by name, such as `pope_random/f1`."""
+    found = {row["task"]: row["score"] for row in results["rows"] if not row["topic"] and not row["domain"]}
+    for result in results["benchmarks"]:
+        for value in result["values"]:
+            if value["value"] is not None:
+                parts = result["name"], value["measure"], value["category"]
+                found["/".join(part for part in parts if part)] = value["value"]
+    return found
+
+
+def log_to_wandb(arguments: Mapping[str, Any], results: Mapping[str, Any]) -> None:
+    """A W&B run with the results as its summary and as a table.
+
+    Args:
+        arguments: of wandb.init.
+    """
+    import wandb
+
+    with wandb.init(**{"job_type": "evaluate", "config": results["options"], **arguments}) as run:
+        numbers = flat(results)
+        run.summary.update(numbers)
+        run.log({"results": wandb.Table(columns=["name", "value"], data=[list(item) for item in numbers.items()])})
 
 
 class Asking:
@@ -229,11 +249,10 @@ class Asking:
 
 def _ask_tasks(
     options: EvaluateConfig, data: Mapping[str, Any], asking: Asking
-) -> tuple[list[Prediction], list[Row], dict[str, int]]:
-    """The test sources' questions beside baselines: predictions, rows, and what could not be asked."""
+) -> tuple[list[Prediction], dict[str, list[Prediction]], dict[str, int]]:
+    """The test sources' questions: predictions, those of baselines, and what could not be asked."""
     from sphinx_pl.evaluation.asking import select, shuffle_images
     from sphinx_pl.evaluation.baselines import constant_predictions, fit_constants
-    from sphinx_pl.evaluation.summary import summarise
 
     found, lost = read_records(data["test"], "test", options.test)
     records = select(found, options.limit, options.seed)
@@ -253,12 +272,7 @@ def _ask_tasks(
         constants = fit_constants(training, geometry, seed=options.seed)
         by_key = {record.key: record for record in records}
         baselines["constant"] = constant_predictions(predictions, by_key, constants, geometry)
-    return predictions, summarise(predictions, baselines, options.seed), lost
-
-
-def _write(folder: Path, name: str, predictions: Sequence[Prediction]) -> None:
-    lines = (json.dumps(prediction.to_dict(), ensure_ascii=False) for prediction in predictions)
-    write_whole(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
+    return predictions, baselines, lost
 
 
 @entry_point(config_name="evaluate")
@@ -278,6 +292,8 @@ def main(cfg: DictConfig) -> float:
     from sphinx_pl.evaluation.benchmarks import choose, load
     from sphinx_pl.evaluation.metrics import METRICS
     from sphinx_pl.evaluation.report import find_inputs, write_report
+    from sphinx_pl.evaluation.results import PREDICTIONS, write_predictions, write_results
+    from sphinx_pl.evaluation.summary import summarise
 
     join_plainly()
     # The run folder's name has the time, which differs between processes.
@@ -290,10 +306,12 @@ def main(cfg: DictConfig) -> float:
 
     folder.mkdir(parents=True, exist_ok=True)
     predictions: list[Prediction] = []
+    baselines: dict[str, list[Prediction]] = {}
     rows: list[Row] = []
     lost: dict[str, int] = {}
     if options.asks_tasks:
-        predictions, rows, lost = _ask_tasks(options, data, asking)
+        predictions, baselines, lost = _ask_tasks(options, data, asking)
+        rows = summarise(predictions, baselines, options.seed)
     found, said = [], []
     for asked in questions:
         missing: dict[str, int] = {}
@@ -323,8 +341,11 @@ def main(cfg: DictConfig) -> float:
         "rows": [row.to_dict() for row in rows],
         "benchmarks": found,
     }
-    _write(folder, "predictions", predictions)
-    write_whole(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    for name, those in {PREDICTIONS: predictions, **baselines}.items():
+        write_predictions(folder, name, those)
+    write_results(folder, results)
+    if options.wandb is not None:
+        log_to_wandb(options.wandb, results)
     if rows:
         console.print(results_table(rows))
     if found:

@@ -36,10 +36,11 @@ class ExportModel(L.Callback):
         dtype: of the stored weights.
         every_n_steps: 0: only at the end.
         keep: so many of the newest `folder-step-N` stay; 0: all.
-        keep_best: so many with the lowest `metric` stay too.
+        keep_best: so many with the best `metric` stay too.
         leave_out_frozen: towers that don't train and whose `load` entry names their weights are not written, and come
             back from there.
         metric: a logged value, as it was last when the model was written. One that is no number is never the best.
+        mode: min if a lower `metric` is better, as of losses; max for scores.
         config: the file with the composed configuration that train.py keeps in the run folder, for the provenance.
 
     Raises:
@@ -55,10 +56,13 @@ class ExportModel(L.Callback):
         keep_best: int = 0,
         leave_out_frozen: bool = False,
         metric: str = "val/loss",
+        mode: str = "min",
         config: str | None = None,
     ) -> None:
         if dtype not in DTYPES:
             raise UserError(f"callbacks.export.dtype='{dtype}' must be one of {', '.join(DTYPES)}")
+        if mode not in ("min", "max"):
+            raise UserError(f"callbacks.export.mode='{mode}' must be min or max")
         for key, value in (("every_n_steps", every_n_steps), ("keep", keep), ("keep_best", keep_best)):
             if value < 0:
                 raise UserError(f"callbacks.export.{key}={value} must not be negative")
@@ -69,6 +73,7 @@ class ExportModel(L.Callback):
         self.keep_best = keep_best
         self.leave_out_frozen = leave_out_frozen
         self.metric = metric
+        self.mode = mode
         self.config = Path(config) if config else None
         self._writer = ThreadPoolExecutor(1, "export")
         self._writing: Future[None] | None = None
@@ -166,14 +171,13 @@ class ExportModel(L.Callback):
         name = re.compile(re.escape(self.folder.name) + r"-step-(\d+)")
         steps = {path: int(match[1]) for path in self.folder.parent.iterdir() if (match := name.fullmatch(path.name))}
         found = sorted(steps, key=lambda path: steps[path])
-        best = sorted(found, key=_metric)[: self.keep_best]
+        best = sorted(found, key=self._cost)[: self.keep_best]
         for path in found[: -self.keep]:
-            if path not in best or _metric(path) == math.inf:
+            if path not in best or self._cost(path) == math.inf:
                 discard(path)
 
-
-def _metric(folder: Path) -> float:
-    """What `extra` says of a model; of one without, infinity."""
-    content = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
-    value = float(content.get("metric", {}).get("value", math.inf))
-    return value if math.isfinite(value) else math.inf
+    def _cost(self, folder: Path) -> float:
+        """What `extra` says of a model, lower is better; of one without, infinity."""
+        content = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+        value = float(content.get("metric", {}).get("value", math.inf))
+        return math.inf if not math.isfinite(value) else value if self.mode == "min" else -value

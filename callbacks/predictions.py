@@ -55,12 +55,30 @@ def first_of_each_task(sources: Mapping[str, Mapping[str, Any] | None], per_task
     return found
 
 
+def ask(trainer: L.Trainer, stage: Stage, records: Sequence[Record], **how: Any) -> list[Prediction]:
+    """Greedy answers of a model that is being trained; all ranks call it, since a sharded model needs them all.
+
+    Random states and the modules' modes are afterwards what they were before.
+
+    Args:
+        how: goes to `sphinx_pl.evaluation.asking.evaluate`.
+    """
+    model, processor = stage.sphinx, trainer.datamodule.processor
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with isolate_rng(), trainer.precision_plugin.forward_context():
+            return evaluate(model, processor, records, progress=False, **how)
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 class Predictions(L.Callback):
     """After every `every`-th validation: greedy answers to fixed questions. `folder`/step-N.html shows them with what
     they name drawn on the pictures, step-N.jsonl is for programs; W&B gets a table.
 
-    Random states and the modules' modes are afterwards what they were before. All ranks generate, since a sharded model
-    needs them all; the first one writes.
+    All ranks generate (see `ask`), the first one writes.
 
     Args:
         sources: name -> source configuration, such as `data.test`.
@@ -103,17 +121,8 @@ class Predictions(L.Callback):
         if self._records is None:
             self._records = first_of_each_task(self.sources, self.per_task)
         assert isinstance(pl_module, Stage)
-        model = pl_module.sphinx
-        processor: Processor = trainer.datamodule.processor
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        try:
-            with isolate_rng(), trainer.precision_plugin.forward_context():
-                predictions = evaluate(model, processor, self._records, batch_size=self.batch_size, progress=False)
-        finally:
-            for module, training in modes:
-                module.training = training
-        self._publish(trainer, pl_module.name, predictions, processor)
+        predictions = ask(trainer, pl_module, self._records, batch_size=self.batch_size)
+        self._publish(trainer, pl_module.name, predictions, trainer.datamodule.processor)
 
     @rank_zero_only  # type: ignore[untyped-decorator]
     def _publish(self, trainer: L.Trainer, stage: str, predictions: Sequence[Prediction], processor: Processor) -> None:

@@ -202,3 +202,8 @@ def to_json(found: Estimate, measure: Measure) -> dict[str, Any]:
     numbers = {"value": found.value, "low": found.low, "high": found.high}
     finite = {key: None if math.isnan(number) else number for key, number in numbers.items()}
     return {"measure": measure.name, "percent": measure.percent, **finite}
+
+
+def number_text(value: float | None, percent: bool) -> str:
+    """A measure's value with one decimal; shares as per cent."""
+    return "–" if value is None else f"{100 * value if percent else value:.1f}"

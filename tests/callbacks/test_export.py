@@ -125,13 +125,24 @@ def logged(values: dict[int, float]) -> L.Callback:
 
 
 @pytest.mark.parametrize(
-    ("keep", "keep_best", "expected"),
-    [(0, 0, [1, 2, 3, 4, 5]), (2, 0, [4, 5]), (2, 1, [2, 4, 5]), (1, 2, [2, 4, 5]), (1, 9, [1, 2, 4, 5])],
+    ("keep", "keep_best", "mode", "expected"),
+    [
+        (0, 0, "min", [1, 2, 3, 4, 5]),
+        (2, 0, "min", [4, 5]),
+        (2, 1, "min", [2, 4, 5]),
+        (1, 2, "min", [2, 4, 5]),
+        (1, 9, "min", [1, 2, 4, 5]),
+        (1, 2, "max", [1, 5]),
+    ],
 )
-def test_the_newest_and_the_best_stay(keep: int, keep_best: int, expected: list[int], fit: Fit, tmp_path: Path) -> None:
+def test_the_newest_and_the_best_stay(
+    keep: int, keep_best: int, mode: str, expected: list[int], fit: Fit, tmp_path: Path
+) -> None:
     (tmp_path / "model-step-notes").mkdir()
     scores = logged({1: 6.0, 2: 1.0, 3: math.nan, 4: 5.0, 5: 7.0})
-    export = ExportModel(str(tmp_path / "model"), every_n_steps=1, keep=keep, keep_best=keep_best, metric="score")
+    export = ExportModel(
+        str(tmp_path / "model"), every_n_steps=1, keep=keep, keep_best=keep_best, metric="score", mode=mode
+    )
     fit([scores, export], steps=6)
     assert names(tmp_path) == ["model", *(f"model-step-{step}" for step in expected), "model-step-notes"]
 

@@ -6,8 +6,11 @@ import base64
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import openpyxl
@@ -25,7 +28,10 @@ from sphinx_pl.errors import UserError
 from sphinx_pl.evaluation.asking import Prediction, evaluate
 from sphinx_pl.evaluation.benchmarks.mme import SUBTASKS
 from sphinx_pl.evaluation.benchmarks.suite import DetectionSuite
+from sphinx_pl.evaluation.compare import compare
 from sphinx_pl.evaluation.measures import estimate
+from sphinx_pl.evaluation.rescore import rescore
+from sphinx_pl.evaluation.results import read_predictions
 from sphinx_pl.evaluation.scoring.yes_no import mme_scores
 from sphinx_pl.models.config import ClipViTConfig, DecoderConfig, SphinxConfig, VisionConfig
 from sphinx_pl.models.sphinx import Sphinx
@@ -79,7 +85,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(world: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+def command(world: Path, *overrides: str) -> list[str]:
     source = f"{{kind: instructions, path: {world / 'test.json'}}}"
     # Deleted first: a dictionary given for an existing key is merged into it.
     arguments = [
@@ -90,14 +96,15 @@ def run(world: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
         *overrides,
     ]
     tests = [] if any("data.test=" in override for override in overrides) else [f"++data.test={{tasks: {source}}}"]
-    command = [
-        sys.executable,
-        str(ROOT / "evaluate.py"),
-        *tests,
-        *arguments,
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False, timeout=240)
+    return [str(ROOT / "evaluate.py"), *tests, *arguments]
+
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+
+
+def run(world: Path, *overrides: str, launcher: Sequence[str] = (sys.executable,)) -> subprocess.CompletedProcess[str]:
+    asked = [*launcher, *command(world, *overrides)]
+    return subprocess.run(asked, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, check=False, timeout=240)
 
 
 def test_evaluate_writes_predictions_and_results(world: Path) -> None:
@@ -233,3 +240,92 @@ def test_order_batches_and_shown_images(world: Path) -> None:
     shown = evaluate(model, processor, records, images=swapped, progress=False)
     assert [p.images for p in shown] == [refs[1], refs[0], refs[1]]
     assert [p.question for p in shown] == [p.question for p in one]
+
+
+@pytest.fixture(scope="module")
+def pope(world: Path) -> list[str]:
+    """Forty questions in the format of a benchmark, and the overrides that ask them."""
+    entries = [
+        {
+            "question_id": i,
+            "image": f"{i % 3}.png",
+            "text": f"Is there {'a dog ' * (i % 7)}in the image?",
+            "label": ["yes", "no"][i % 2],
+        }
+        for i in range(40)
+    ]
+    (world / "coco_pope_random.json").write_text("\n".join(map(json.dumps, [*entries, {"text": "no label"}])))
+    benchmark = f"{{kind: pope, split: random, src: {world}}}"
+    return ["benchmarks=[dogs]", f"+benchmark.dogs={benchmark}", f"checkpoint={world / 'checkpoint'}", "batch_size=2"]
+
+
+@pytest.fixture(scope="module")
+def whole(world: Path, pope: list[str]) -> Path:
+    """The folder of an evaluation that nothing interrupted."""
+    done = run(world, *pope, f"out={world / 'whole'}")
+    assert done.returncode == 0, done.stderr
+    assert "dogs" in done.stdout
+    assert "Not asked of dogs: entry_malformed 1" in done.stdout
+    return world / "whole"
+
+
+def same(one: Path, other: Path) -> bool:
+    return (one / "predictions.jsonl").read_bytes() == (other / "predictions.jsonl").read_bytes()
+
+
+def test_a_benchmark_is_asked_alone_and_summed_up(whole: Path) -> None:
+    results = json.loads((whole / "results.json").read_text())
+    assert not results["rows"]
+    (found,) = results["benchmarks"]
+    assert (found["kind"], found["n"], found["lost"]) == ("pope", 40, {"entry_malformed": 1})
+    assert [value["measure"] for value in found["values"]] == ["accuracy", "precision", "recall", "f1", "yes"]
+    lines = [json.loads(line) for line in (whole / "predictions.jsonl").read_text().splitlines()]
+    assert [line["key"] for line in lines] == [f"dogs/{i}" for i in range(40)]
+    assert all(line["record"]["answer"] in ("yes", "no") for line in lines)
+    assert rescore(whole) == 0
+
+
+def test_a_killed_evaluation_goes_on_with_the_same_result(world: Path, pope: list[str], whole: Path) -> None:
+    out = world / "killed"
+    journal = out / "answers" / "dogs.rank0.jsonl"
+    process = subprocess.Popen(
+        [sys.executable, *command(world, *pope, f"out={out}")], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL
+    )
+    while process.poll() is None and (not journal.exists() or journal.read_bytes().count(b"\n") < 4):
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (out / "results.json").exists()
+    answered = journal.read_bytes().count(b"\n")
+    assert 4 <= answered < 21  # a line for the settings, one for each of 20 batches
+    done = run(world, *pope, f"out={out}")
+    assert done.returncode == 0, done.stderr
+    assert same(out, whole)
+    assert journal.read_bytes().count(b"\n") == 21  # none was answered twice
+    assert not compare(read_predictions(out), read_predictions(whole), {})[0].real
+
+
+def test_two_processes_answer_the_same(world: Path, pope: list[str], whole: Path) -> None:
+    out = world / "both"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    done = run(world, *pope, f"out={out}", launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    assert same(out, whole)
+    assert done.stdout.count("Results:") == 1
+    lines = {path.name: path.read_bytes().count(b"\n") for path in (out / "answers").iterdir()}
+    assert lines == {"dogs.rank0.jsonl": 11, "dogs.rank1.jsonl": 11}
+
+
+def test_answers_with_other_settings_are_not_gone_on_with(world: Path, pope: list[str], whole: Path) -> None:
+    done = run(world, *pope, f"out={whole}", "precision=bf16")
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith(f"error: '{whole / 'answers'}' holds answers with other")
+
+
+def test_a_benchmark_that_is_not_there(world: Path) -> None:
+    wrong = [f"checkpoint={world / 'checkpoint'}", "benchmarks=[pope_random]", f"benchmark.root={world / 'gone'}"]
+    done = run(world, *wrong)
+    assert done.returncode == 2
+    message = done.stderr.strip().splitlines()[-1]
+    assert message.startswith(f"error: pope: '{world / 'gone' / 'pope'}' is not there")
+    assert "https://github.com/AoiDragon/POPE" in message

@@ -18,9 +18,9 @@ from sphinx_pl.data.geometry import Geometry
 from sphinx_pl.data.record import ImageRef, Record, Region
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.evaluation.asking import judge
-from sphinx_pl.evaluation.summary import summarise
 from sphinx_pl.evaluation.charts import Series, line_chart, smooth, ticks
 from sphinx_pl.evaluation.report import find_inputs, main, read_run
+from sphinx_pl.evaluation.summary import summarise
 from tests.examples import EXAMPLES
 
 GEOMETRY = Geometry(decimals=2)

@@ -1,14 +1,14 @@
-"""Makes scores.json.gz beside this file: odd answers, and what lmms-eval 0.7.3 and LAVIS 1.0.2 score them.
+"""Makes scores.json.gz beside this file: odd answers, and what other packages score them.
 
     # in an environment of its own, whose Python then runs this:
-    pip install --no-deps lmms-eval==0.7.3 salesforce-lavis==1.0.2
+    pip install --no-deps lmms-eval==0.7.3 salesforce-lavis==1.0.2 aac-metrics==0.6.0 faster-coco-eval==1.8.0
     pip install loguru numpy pandas requests pyyaml Levenshtein
     python tests/golden/make_scores.py
 
-Neither package is imported as a whole, since both want much more than that: `lmms_eval` stands as an empty package on
-its own folder, and what its modules import and scoring does not use (judges that ask a language model, BLEU) as empty
-modules. Each entry of the file is a list of cases; `CASES` below names what a case holds, its last items are the
-packages' results.
+The first three are not imported as a whole, since they want much more than that: `lmms_eval` and `aac_metrics` stand
+as empty packages on their own folders, and what their modules import and scoring does not use (judges that ask a
+language model, BLEU, PyTorch around NumPy's arrays) as empty modules. Each entry of the file is a list of cases;
+`CASES` below names what a case holds, its last items are the packages' results.
 """
 
 from __future__ import annotations
@@ -42,6 +42,11 @@ CASES = {
     "seedbench": "prediction; options; answer; lmms-eval seed_process_result and seed_aggregation_result",
     "scienceqa": "prediction; options; index of the answer; lmms-eval sqa_process_results",
     "mathvista": "response; question_type; answer_type; choices; precision; lmms-eval: read by rules, normalised",
+    "cider": "captions; references of each, tokenized; aac-metrics cider_d",
+    "detection": "sizes; true [image, category, box, area, crowd]...; found [image, category, box, score]...; "
+    "faster-coco-eval's twelve figures, boxes being x1, y1, x2, y2",
+    "keypoints": "sizes; true [image, keypoints, box, area, crowd]...; found [image, keypoints, score]...; "
+    "faster-coco-eval's ten figures",
     "rec": "text; true box, both in fractions of a square; lmms-eval compute_accuracy",
 }
 
@@ -60,12 +65,13 @@ def main() -> None:
     makers: dict[str, Callable[[random.Random], list[Any]]] = {
         "words": words, "vqa": vqa, "anls": anls, "chartqa": chartqa, "pope": pope, "mme_words": mme_words, "mme": mme,
         "mmbench": mmbench, "circular": circular, "seedbench": seedbench, "scienceqa": scienceqa,
-        "mathvista": mathvista, "rec": rec,
+        "mathvista": mathvista, "cider": cider, "detection": detection, "keypoints": keypoints, "rec": rec,
     }  # fmt: skip
     assert makers.keys() == CASES.keys()
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         found: dict[str, Any] = {name: make(rng) for name, make in makers.items()}
-    found["versions"] = {name: importlib.metadata.version(name) for name in ("lmms-eval", "salesforce-lavis")}
+    packages = ("lmms-eval", "salesforce-lavis", "aac-metrics", "faster-coco-eval")
+    found["versions"] = {name: importlib.metadata.version(name) for name in packages}
     text = json.dumps(found, ensure_ascii=False, separators=(",", ":"))
     OUT.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
     print(f"{OUT}: {OUT.stat().st_size} bytes, { ({name: len(cases) for name, cases in found.items()}) }")
@@ -78,16 +84,20 @@ def _empty(name: str, **content: Any) -> types.ModuleType:
     return module
 
 
+def _empty_package(name: str, *folders: str) -> None:
+    spec = importlib.util.find_spec(name)
+    assert spec is not None
+    assert spec.submodule_search_locations
+    root = Path(spec.submodule_search_locations[0])
+    _empty(name, __path__=[str(root)])
+    for folder in folders:
+        _empty(f"{name}.{folder}", __path__=[str(root / folder)])
+
+
 def task(module: str) -> Any:
     """A module of lmms-eval, by its path within the package."""
     if "lmms_eval" not in sys.modules:
-        spec = importlib.util.find_spec("lmms_eval")
-        assert spec is not None
-        assert spec.submodule_search_locations
-        root = Path(spec.submodule_search_locations[0])
-        _empty("lmms_eval", __path__=[str(root)])
-        for folder in ("tasks", "api"):
-            _empty(f"lmms_eval.{folder}", __path__=[str(root / folder)])
+        _empty_package("lmms_eval", "tasks", "api")
         nothing = lambda *args, **kwargs: None  # noqa: E731
         _empty("lmms_eval.llm_judge", Request=nothing, ServerConfig=nothing, get_server=nothing)
         _empty("sacrebleu")
@@ -268,7 +278,7 @@ def mme(rng: random.Random) -> list[Any]:
 # fmt: off
 OPTIONS = (
     "a cat", "dog", "red", "Red car", "two", "A", "B", "the left side", "I. Newton", "blue", "C. Darwin", "no",
-    "3/4",
+    "3/4", "green", "left", "4", "bus", "on the table", "7 m", "None of these", "Yes",
 )
 LETTER_FORMS = (
     "{l}", "{l}.", "({l})", "{l})", "{l}:", "{l}. {o}", "{l}: {o}", "({l}) {o}", "{l}, {m}", "{l} or {m}", "{l}{m}",
@@ -284,8 +294,9 @@ LETTER_FORMS = (
 def letter_text(rng: random.Random, options: list[str]) -> str:
     letter = rng.choice("ABCDEab")
     option, other = rng.choice(options), rng.choice(options)
-    form = rng.choice(LETTER_FORMS)
-    return form.format(l=letter, m=rng.choice("ABCD"), o=option, p=other, L=letter.lower())
+    form = rng.choice((*LETTER_FORMS, *(("{l}", "{l}.", "({l})", "{l})", "{l}. {own}", "({l}) {own}") * 4)))
+    own = dict(zip("ABCDE", options, strict=False)).get(letter.upper(), option)
+    return form.format(l=letter, own=own, m=rng.choice("ABCD"), o=option, p=other, L=letter.lower())
 
 
 def mmbench(rng: random.Random) -> list[Any]:
@@ -328,7 +339,7 @@ def circular(rng: random.Random) -> list[Any]:
 def seedbench(rng: random.Random) -> list[Any]:
     utils = task("tasks.seedbench.utils")
     cases = []
-    for _ in range(400):
+    for _ in range(800):
         options, answer = rng.sample(OPTIONS, k=4), rng.choice("ABCD")
         item = letter_text(rng, options)
         result = utils.seed_process_result({"answer": answer, "data_type": "x", "question_id": 1}, [item])
@@ -339,7 +350,7 @@ def seedbench(rng: random.Random) -> list[Any]:
 def scienceqa(rng: random.Random) -> list[Any]:
     utils = task("tasks.scienceqa.utils")
     cases = []
-    for _ in range(800):
+    for _ in range(1000):
         options = rng.sample(OPTIONS, k=rng.randint(2, 5))
         answer, item = rng.randrange(len(options)), letter_text(rng, options)
         found = utils.sqa_process_results({"choices": options, "answer": answer}, [item])["exact_match"]
@@ -372,7 +383,7 @@ def mathvista(rng: random.Random) -> list[Any]:
         choices: list[str] = []
         if kind == "multi_choice":
             choices = rng.sample(OPTIONS, k=rng.randint(2, 5))
-            response = letter_text(rng, choices)
+            response = rng.choice((letter_text(rng, choices), rng.choice(choices)))
         elif kind == "list":
             response = rng.choice(lists)
         else:
@@ -387,6 +398,137 @@ def mathvista(rng: random.Random) -> list[Any]:
             extraction if by_rules else response, choices, question_type, answer_type, precision
         )
         cases.append([response, question_type, answer_type, choices, precision, by_rules, normalised])
+    return cases
+
+
+def cider(rng: random.Random) -> list[Any]:
+    _empty_package("aac_metrics", "functional", "utils")
+    _empty("aac_metrics.utils.checks", check_metric_inputs=lambda *args: None)
+    _empty("torch", Tensor=None, float64=None, from_numpy=lambda array: array, as_tensor=lambda array, dtype: array)
+    score = importlib.import_module("aac_metrics.functional.cider_d").cider_d
+    tokens = "a the dog cat man on in red blue sits runs 's two , -".split()  # noqa: SIM905
+
+    def sentence() -> str:
+        return " ".join(rng.choices(tokens, k=rng.randint(1, 9)))
+
+    cases = []
+    for _ in range(100):
+        references = [[sentence() for _ in range(rng.randint(1, 4))] for _ in range(rng.randint(2, 8))]
+        captions = [rng.choice((sentence(), rng.choice(texts), "")) for texts in references]
+        cases.append([captions, references, round(float(score(captions, references)[0]["cider_d"]), 9)])
+    return cases
+
+
+def coco(kind: str, sizes: list[list[int]], true: list[Any], found: list[Any]) -> list[float]:
+    """Figures of faster-coco-eval, of annotations as COCO's files have them."""
+    from faster_coco_eval import COCO, COCOeval_faster
+
+    images = [{"id": i, "width": width, "height": height} for i, (width, height) in enumerate(sizes)]
+    categories = [{"id": i, "name": str(i)} for i in (1, 2, 3)]
+    annotations = [annotation | {"id": i} for i, annotation in enumerate(true, 1)]
+    truth = COCO({"images": images, "categories": categories, "annotations": annotations})
+    evaluation = COCOeval_faster(truth, truth.loadRes(found), kind)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return [round(float(figure), 9) for figure in evaluation.stats[: 12 if kind == "bbox" else 10]]
+
+
+def xywh(box: list[int]) -> list[int]:
+    return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+
+
+def detection(rng: random.Random) -> list[Any]:
+    cases = []
+    for number in range(40):
+        sizes = [[rng.randint(100, 640), rng.randint(100, 480)] for _ in range(rng.randint(1, 6))]
+
+        def box(width: int, height: int) -> list[int]:
+            (x1, x2), (y1, y2) = (sorted(rng.sample(range(length + 1), 2)) for length in (width, height))
+            return [x1, y1, x2, y2]
+
+        true, found = [], []
+        for image, (width, height) in enumerate(sizes):
+            for _ in range(rng.choice((0, 1, 3, 6))):
+                place, category = box(width, height), rng.randint(1, 3)
+                area = (place[2] - place[0]) * (place[3] - place[1]) * rng.choice((1, 0.6))
+                true.append([image, category, place, area, rng.random() < 0.1])
+                for _ in range(rng.choice((0, 1, 1, 2))):
+                    near = [value + rng.randint(-8, 8) for value in place]
+                    near = [min(max(v, 0), limit) for v, limit in zip(near, (width, height) * 2, strict=True)]
+                    if near[0] < near[2] and near[1] < near[3]:
+                        found.append([image, rng.choice((category, category, 1)), near, rng.random()])
+            for _ in range(rng.choice((0, 0, 2))):
+                found.append([image, rng.randint(1, 3), box(width, height), rng.random()])
+        if not true or not found:
+            continue
+        kinds = {category for _, category, *_ in true}
+        found = [item for item in found if item[1] in kinds]
+        if number % 4 == 0:
+            found = [[*item[:3], 1.0] for item in found]
+        figures = coco(
+            "bbox",
+            sizes,
+            [
+                {"image_id": i, "category_id": c, "bbox": xywh(b), "area": area, "iscrowd": int(crowd)}
+                for i, c, b, area, crowd in true
+            ],
+            [{"image_id": i, "category_id": c, "bbox": xywh(b), "score": score} for i, c, b, score in found],
+        )
+        cases.append([sizes, true, found, figures])
+    return cases
+
+
+def keypoints(rng: random.Random) -> list[Any]:
+    cases = []
+    for _ in range(10):
+        sizes = [[rng.randint(200, 640), rng.randint(200, 480)] for _ in range(rng.randint(1, 4))]
+        true, found = [], []
+        for image, (width, height) in enumerate(sizes):
+            for _ in range(rng.randint(0, 2)):
+                x, y, side = rng.randint(0, width - 100), rng.randint(0, height - 100), rng.randint(30, 100)
+                points = [
+                    [x + rng.randint(0, side), y + rng.randint(0, side), rng.choice((0, 1, 2))] for _ in range(17)
+                ]
+                points = [point if point[2] else [0, 0, 0] for point in points]
+                true.append([image, points, [x, y, x + side, y + side], side * side * 0.6, rng.random() < 0.1])
+                reach = rng.choice((1, 4, 10))
+                if rng.random() < 0.8:
+                    near = [
+                        [px + rng.randint(-reach, reach), py + rng.randint(-reach, reach), 2] for px, py, _ in points
+                    ]
+                    found.append([image, [[max(px, 0), max(py, 0), v] for px, py, v in near], rng.random()])
+            if rng.random() < 0.3:
+                points = [[rng.randint(0, width), rng.randint(0, height), 2] for _ in range(17)]
+                found.append([image, points, rng.random()])
+        if not true or not found:
+            continue
+        figures = coco(
+            "keypoints",
+            sizes,
+            [
+                {
+                    "image_id": image,
+                    "category_id": 1,
+                    "bbox": xywh(box),
+                    "area": area,
+                    "iscrowd": int(crowd),
+                    "keypoints": [value for point in points for value in point],
+                    "num_keypoints": sum(point[2] > 0 for point in points),
+                }
+                for image, points, box, area, crowd in true
+            ],
+            [
+                {
+                    "image_id": image,
+                    "category_id": 1,
+                    "keypoints": [value for point in points for value in point],
+                    "score": score,
+                }
+                for image, points, score in found
+            ],
+        )
+        cases.append([sizes, true, found, figures])
     return cases
 
 

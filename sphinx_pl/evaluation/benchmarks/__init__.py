@@ -64,7 +64,8 @@ class Benchmark(OfficialFiles):
 
     Args:
         src: the folder of the official files under their official names; or one file, the original's unified
-            annotation: a JSON list of {"image_path", "question", "question_id", "gt_answers"}.
+            annotation: a JSON list of {"image_path", "question", "question_id", "gt_answers"}. None: there are no
+            files, answers are scored that were given before.
         split: one of `splits`; None is the first.
         images: the folder that image paths are relative to; by default `src`, or the file's folder.
 
@@ -85,7 +86,9 @@ class Benchmark(OfficialFiles):
         if "name" in cls.__dict__:
             BENCHMARKS.register(cls.name, cls)
 
-    def __init__(self, src: Path, split: str | None = None, images: Path | None = None) -> None:
+    def __init__(self, src: Path | None, split: str | None = None, images: Path | None = None) -> None:
+        if src is None:
+            src = images = Path()
         super().__init__(src.parent if src.is_file() else src, split if split is not None else self.splits[0])
         if not src.exists():
             raise UserError(f"{self.name}: '{src}' is not there: it should hold the files of {self.url}")

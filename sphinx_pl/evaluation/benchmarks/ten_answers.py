@@ -13,6 +13,7 @@ The original's unified annotations hold one of the ten answers only: what is sco
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import PurePosixPath
@@ -27,8 +28,8 @@ from sphinx_pl.evaluation.scoring.vqa import textvqa_accuracy, vqa_accuracy
 
 
 class TenAnswers(ShortAnswers):
-    """The official script leaves answers as they are where all ten are the same, so that "Yes." would be wrong there. Case
-    and a full stop at the end do not count here; the servers, which run that script, get answers without them."""
+    """The official script leaves answers as they are where all ten are the same, so that "Yes." would be wrong there.
+    Case and a full stop at the end do not count here; the servers, which run that script, get answers without them."""
 
     family = "vqa"
     measure = "accuracy", "VQA accuracy: min(people who gave the answer / 3, 1), the mean over leaving one of them out."
@@ -86,13 +87,18 @@ class OKVQA(TenAnswers, okvqa.OKVQA):
     name = "okvqa"
     splits = ("val",)
 
+    def records(self, key: str, entry: Any) -> Iterator[Record]:
+        for record in super().records(key, entry):
+            kind = record.meta["question_type"] or ""
+            meta = {"answers": record.meta["answers"], "category": self._kinds.get(kind, kind)}
+            yield dataclasses.replace(record, meta=meta)
+
     def category(self, record: Record) -> str:
-        kind = str(record.meta.get("question_type") or "")
-        return str(self._kinds.get(kind, kind))
+        return str(record.meta.get("category", ""))
 
     @cached_property
     def _kinds(self) -> Mapping[str, Any]:
-        kinds = {} if self.unified else self.json(f"mscoco_{self.split}2014_annotations.json").get("question_types")
+        kinds = self.json(f"mscoco_{self.split}2014_annotations.json").get("question_types")
         return kinds if isinstance(kinds, dict) else {}
 
 

@@ -26,7 +26,8 @@ def read_choice(text: str, options: Sequence[str]) -> str | None:
     A text names an option by a letter at its beginning ("B", "b.", "(B)", "B: ..."), by one that it states ("Answer:
     B", "The answer is (B)."), or by being the option's text, alone or after such words, but for case, white space and
     the full stop at its end. A text that names several ("A, B"; "B. cat" where "cat" is A's text; an option's text
-    that is given twice) names none. A letter alone is a letter, even if an option's text is one too.
+    that is given twice) names none. A letter alone is a letter, even if an option's text is one too; "C. Darwin" is the
+    option of that text, unless "Darwin" is C's.
 
     Args:
         options: texts of the options A, B, ...; at most 26.
@@ -35,25 +36,23 @@ def read_choice(text: str, options: Sequence[str]) -> str | None:
     letters = string.ascii_uppercase[: len(options)]
     by_text: dict[str, set[str]] = {}
     for letter, option in zip(letters, options, strict=True):
-        by_text.setdefault(normalise(option), set()).add(letter)
+        if option.strip():  # else an empty answer would name it
+            by_text.setdefault(normalise(option), set()).add(letter)
     lead = _LEAD.match(text)
     body = text[lead.end() :] if lead else text
-    named = {(match[1] or match[2]).upper() for match in _STATED.finditer(text)}
-    parts = [text, body]
     found = leading_letter(body)
+    if found and found[0] in letters and not found[1].strip(" ).:,\n"):
+        return found[0]
+    whole = by_text.get(normalise(text), set()) | by_text.get(normalise(body), set())
+    if len(whole) == 1 and not (found and found[0] in by_text.get(normalise(found[1]), ())):
+        return whole.pop()
+    named = whole | {(match[1] or match[2]).upper() for match in _STATED.finditer(text)}
     while found:
         letter, rest = found
-        if letter in letters and len(parts) == 2 and not rest.strip(" ).:,\n"):
-            return letter
-        named.add(letter)
-        parts.append(rest)
-        # "B. A" may be B and its text, or two letters.
-        found = None if letter in by_text.get(normalise(rest), ()) else leading_letter(rest)
-    for part in parts:
-        named |= by_text.get(normalise(part), set())
-    # A letter that is no option's was perhaps none, as in "F. Bacon"; then only the option's text can tell.
-    named = named if named <= set(letters) else named & by_text.get(normalise(body), set())
-    return named.pop() if len(named) == 1 else None
+        own = by_text.get(normalise(rest), set())
+        named |= {letter} | own
+        found = None if letter in own else leading_letter(rest)  # in "B. A", A may be B's text
+    return named.pop() if len(named) == 1 and named <= set(letters) else None
 
 
 def choice_match(prediction: str, options: Sequence[str], answer: str) -> bool:

@@ -5,7 +5,8 @@ of MMF (`EvalAIAnswerProcessor`, `TextVQAAccuracyEvaluator`). The two differ in 
 compared:
 
 - `vqaEval.py` normalises prediction and answers only where the answers are not all the same. Where all ten people wrote
-  "yes", the prediction "Yes" is wrong there; we follow it, so clean up a prediction before it is scored here.
+  "yes", the prediction "Yes" is wrong there; we follow it, so clean up a prediction before it is scored here. (Its
+  earlier version, which LAVIS has, normalises every prediction, and of answers that differ the punctuation alone.)
 - TextVQA's normalises always, and before the rest it makes letters small, drops commas and question marks, and parts
   "'s" from its word. So "1,000 o'clock" stays one number in both, but "john's" becomes "john 's" in TextVQA's alone.
 """

@@ -12,9 +12,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from sphinx_pl.cli import CONFIG_FOLDER
+from sphinx_pl.data.entries import to_record
 from sphinx_pl.data.geometry import Geometry
 from sphinx_pl.data.record import Record
 from sphinx_pl.errors import UserError
+from sphinx_pl.evaluation.asking import Prediction
 from sphinx_pl.evaluation.benchmarks import BENCHMARKS, FAMILIES, HIDDEN, Questions, choose, load
 from sphinx_pl.evaluation.metrics import last_turn
 
@@ -49,7 +51,15 @@ def test_true_answers_score_1_and_others_0(tmp_path: Path, kind: str, split: str
             assert [prediction.score for prediction in predictions] == [score] * len(predictions)
             assert {value["value"] for value in result["values"]} == {score}
             assert result["values"][0]["measure"] in result["descriptions"]
-        json.dumps(result)
+        # Scored anew, without the files.
+        empty = tmp_path / "empty"
+        empty.mkdir(exist_ok=True)
+        bare = BENCHMARKS[kind](empty, split)
+        for old in predictions:
+            kept = Prediction.from_dict(json.loads(json.dumps(old.to_dict())))
+            record = to_record(kept.record, kept.key, Path(), kept.task)
+            assert bare.judge(record, kept.prediction, Geometry(), kept.images) == kept
+            assert bare.groups(kept) == benchmark.groups(old)
 
 
 @pytest.mark.parametrize(("kind", "split"), [case for case in CASES if case[1] in BENCHMARKS[case[0]].hidden])
@@ -92,8 +102,10 @@ def test_a_submission_of_test_dev_has_all_questions_of_test(tmp_path: Path) -> N
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Of lists the first two elements: the others are alike."""
     yield path
-    for key, part in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+    parts = value.items() if isinstance(value, dict) else enumerate(value[:2]) if isinstance(value, list) else ()
+    for key, part in parts:
         yield from places(part, (*path, key))
 
 

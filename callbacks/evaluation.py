@@ -1,0 +1,126 @@
+"""Scores on a fixed part of the test questions and benchmarks while a model trains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning as L
+
+from callbacks.checkpoint import ResumeCheckpoint
+from callbacks.predictions import ask
+from sphinx_pl.data.record import Batch, Record
+from sphinx_pl.errors import UserError
+from sphinx_pl.evaluation.asking import Judge, select
+from sphinx_pl.evaluation.benchmarks import Questions, choose, load
+from sphinx_pl.evaluation.measures import estimate
+from sphinx_pl.stages import Stage
+
+
+class Evaluation(L.Callback):
+    """Logs `eval/TASK`, `eval/NAME/MEASURE` and `eval/mean` every `every_n_steps` optimizer steps, with every resumable
+    checkpoint and at the end of training: scores from 0 to 1, sums of points as they are. The mean is over tasks and
+    each benchmark's first measure.
+
+    The questions are the same each time. Put it before the callbacks that write checkpoints: those of the same step
+    come after it, and may have one of these values as their `metric`.
+
+    Args:
+        sources: name -> source configuration, such as `data.test`.
+        benchmarks: names or patterns among those of `benchmark`.
+        benchmark: the configured benchmarks (conf/benchmark).
+        limit: questions of each task, domain and topic, and of each category of a benchmark.
+        every_n_steps: optimizer steps; 0: not by their number.
+        on_checkpoints: evaluate also when callbacks.checkpoint is about to write one, and at the end. With neither
+            nothing is read, nor asked.
+        batch_size: prompts generated at once.
+        seed: draws the questions.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, Mapping[str, Any] | None] | None = None,
+        benchmarks: Sequence[str] = (),
+        benchmark: Mapping[str, Any] | None = None,
+        limit: int = 8,
+        every_n_steps: int = 0,
+        on_checkpoints: bool = False,
+        batch_size: int = 16,
+        seed: int = 0,
+    ) -> None:
+        if limit < 1 or batch_size < 1 or every_n_steps < 0:
+            raise UserError(
+                f"callbacks.evaluation: limit={limit} and batch_size={batch_size} must be at least 1 and "
+                f"every_n_steps={every_n_steps} not negative"
+            )
+        self.every_n_steps = every_n_steps
+        self.on_checkpoints = on_checkpoints
+        self.batch_size = batch_size
+        self.questions: list[Questions] = []
+        self.records: list[Record] = []
+        if every_n_steps or on_checkpoints:
+            if not sources and not benchmarks:
+                raise UserError("callbacks.evaluation has nothing to ask: give it test sources, or benchmarks")
+            found = choose(benchmarks, benchmark or {}) if benchmarks else {}
+            self.questions = [load(name, chosen, limit, seed) for name, chosen in found.items()]
+            self.records = self._test(sources, limit, seed) if sources else []
+        self._evaluated = -1
+
+    @staticmethod
+    def _test(sources: Mapping[str, Any], limit: int, seed: int) -> list[Record]:
+        from evaluate import read_records
+
+        records = select(read_records(sources, "test")[0], limit, seed)
+        if not records:
+            raise UserError("callbacks.evaluation.sources has no record of a task with a score: give it test sources")
+        return records
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        every = [self.every_n_steps]
+        if self.on_checkpoints:  # before they are written, by their own interval
+            every += [c.every_n_steps for c in trainer.callbacks if isinstance(c, ResumeCheckpoint)]
+        if batch.window_end and any(n and trainer.global_step % n == 0 for n in every):
+            self._evaluate(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.on_checkpoints:
+            self._evaluate(trainer, pl_module)
+
+    def _evaluate(self, trainer: L.Trainer, stage: L.LightningModule) -> None:
+        step = trainer.global_step
+        if step == self._evaluated:
+            return
+        self._evaluated = step
+        assert isinstance(stage, Stage)
+        by_task: dict[str, list[float]] = {}
+        for prediction in self._ask(trainer, stage, self.records):
+            by_task.setdefault(prediction.task, []).append(prediction.score)
+        found = {f"eval/{task}": sum(scores) / len(scores) for task, scores in by_task.items()}
+        main = list(found.values())
+        for asked in self.questions:
+            benchmark = asked.benchmark
+            answers = self._ask(trainer, stage, asked.records, benchmark.judge, benchmark.max_new_tokens)
+            for place, measure in enumerate(benchmark.measures if answers else ()):
+                value = estimate(measure.prepare(answers), resamples=1).value
+                if not math.isnan(value):  # no answer was yes, so of such answers no share is right
+                    found[f"eval/{asked.name}/{measure.name}"] = value
+                    main += [value] if measure.percent and place == 0 else []
+        if main:
+            found["eval/mean"] = sum(main) / len(main)
+        if found:
+            stage.log_now(found, step - 1)  # rows have the number of steps before them
+
+    def _ask(
+        self,
+        trainer: L.Trainer,
+        stage: Stage,
+        records: Sequence[Record],
+        judge: Judge | None = None,
+        max_new_tokens: int | None = None,
+    ) -> list[Any]:
+        if not records:
+            return []
+        return ask(trainer, stage, records, batch_size=self.batch_size, judge=judge, max_new_tokens=max_new_tokens)

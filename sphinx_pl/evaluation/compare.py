@@ -1,0 +1,165 @@
+"""Which differences between evaluated checkpoints are real.
+
+    python -m sphinx_pl.evaluation.compare FOLDER_A FOLDER_B [FOLDER_C ...] [--out comparison.json]
+
+The folders are those that evaluate.py wrote to (out=). Later ones are compared with the first, question by question:
+what is hard for both cancels, so a difference can be sure though the two intervals overlap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from sphinx_pl.cli import report as report_error
+from sphinx_pl.errors import UserError
+from sphinx_pl.evaluation.asking import Prediction
+from sphinx_pl.evaluation.measures import Difference, Measure, difference, holm, mean, number_text
+from sphinx_pl.evaluation.results import benchmark_of, by_benchmark, read_predictions, read_results
+from sphinx_pl.files import write_whole
+
+ALPHA = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """A measure of two evaluations on what both were asked.
+
+    Attributes:
+        p: of the difference, corrected for the number of measures that are compared (Holm 1979).
+        left_out: predictions that only one of them has.
+    """
+
+    name: str
+    measure: str
+    percent: bool
+    difference: Difference
+    p: float
+    left_out: int
+
+    @property
+    def real(self) -> bool:
+        return self.p < ALPHA
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"real": self.real}
+
+
+def compare(
+    first: Sequence[Prediction],
+    second: Sequence[Prediction],
+    measures: Mapping[str, Sequence[Measure]],
+    seed: int = 0,
+) -> list[Compared]:
+    """Every task's mean score and every benchmark's measures, second minus first.
+
+    Args:
+        measures: of each benchmark by its name; of one that is missing here the mean score.
+
+    Raises:
+        UserError: they have no question in common.
+    """
+    found: list[tuple[str, Measure, Difference, int]] = []
+    sides = [_groups(first), _groups(second)]
+    for name in [name for name in sides[0] if name in sides[1]]:
+        keyed = [{prediction.key: prediction for prediction in side[name]} for side in sides]
+        common = [key for key in keyed[0] if key in keyed[1]]
+        if not common:
+            continue
+        left_out = len(keyed[0].keys() ^ keyed[1].keys())
+        for measure in measures.get(name) or [mean("score", "")]:
+            before, after = (measure.prepare([side[key] for key in common]) for side in keyed)
+            found.append((name, measure, difference(before, after, seed), left_out))
+    if not found:
+        raise UserError(
+            "the evaluations have no question in common: ask both the same (test=, benchmarks=, limit, seed)"
+        )
+    corrected = holm([one.p for _, _, one, _ in found])
+    return [
+        Compared(name, measure.name, measure.percent, one, p, left_out)
+        for (name, measure, one, left_out), p in zip(found, corrected, strict=True)
+    ]
+
+
+def _groups(predictions: Sequence[Prediction]) -> dict[str, list[Prediction]]:
+    """By benchmark; those of test sources by task."""
+    groups = by_benchmark(predictions)
+    for prediction in groups.pop("", []):
+        groups.setdefault(prediction.task, []).append(prediction)
+    return groups
+
+
+def table(title: str, compared: Sequence[Compared]) -> Table:
+    """The differences as a terminal shows them."""
+    shown = Table(
+        title=title,
+        caption="▲ ▼: real, with p < 0.05 corrected for the number of rows; intervals are of each row alone, 95 %",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for name in ("", "measure"):
+        shown.add_column(name)
+    for name in ("first", "second", "difference", "95 %", "", "p", "units"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    last = None
+    for row in compared:
+        one = row.difference
+        texts = [number_text(value, row.percent) for value in (one.first, one.second)]
+        apart, low, high = (
+            f"{float(number):+.1f}" if number != "–" else number
+            for number in (number_text(value, row.percent) for value in (one.value, one.low, one.high))
+        )
+        mark = ("[green]▲[/]" if one.value > 0 else "[red]▼[/]") if row.real else ""
+        name = "" if row.name == last else f"[bold]{row.name}[/]"
+        last = row.name
+        shown.add_row(name, row.measure, *texts, apart, f"{low} to {high}", mark, f"{row.p:.3f}", str(one.units))
+    return shown
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status 0, or 2 with one line that says what is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sphinx_pl.evaluation.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folders", nargs="+", type=Path, help="what evaluate.py wrote to")
+    parser.add_argument("--out", type=Path, help="also write the comparison to this JSON file")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    console = Console()
+    try:
+        if len(options.folders) < 2:
+            raise UserError("give at least two folders that evaluate.py wrote to")
+        first, *others = options.folders
+        results, before = read_results(first), read_predictions(first)
+        measures = {result["name"]: benchmark_of(result).measures for result in results["benchmarks"]}
+        written = {}
+        for other in others:
+            read_results(other)  # an evaluation that did not end has none
+            after = read_predictions(other)
+            compared = compare(before, after, measures, options.seed)
+            console.print(table(f"{first} → {other}", compared))
+            if left_out := sum({row.name: row.left_out for row in compared}.values()):
+                console.print(f"{left_out} answers that only one of the two has are left out.", highlight=False)
+            written[str(other)] = [row.to_dict() for row in compared]
+        if options.out:
+            content = {"first": str(first), "others": written}
+            write_whole(options.out, json.dumps(content, indent=2) + "\n")
+            console.print(f"Comparison: {options.out}", highlight=False, markup=False)
+    except UserError as error:
+        return report_error(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

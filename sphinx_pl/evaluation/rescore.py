@@ -1,0 +1,97 @@
+"""Score an evaluation's answers again, without the model: after a metric was changed, or to see that it was not.
+
+python -m sphinx_pl.evaluation.rescore FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from sphinx_pl.cli import report as report_error
+from sphinx_pl.data.bad import BadSample
+from sphinx_pl.data.entries import to_record
+from sphinx_pl.data.geometry import Geometry
+from sphinx_pl.errors import UserError
+from sphinx_pl.evaluation.asking import Prediction, judge
+from sphinx_pl.evaluation.benchmarks import Questions
+from sphinx_pl.evaluation.results import (
+    BASELINES,
+    PREDICTIONS,
+    benchmark_of,
+    by_benchmark,
+    read_predictions,
+    read_results,
+    write_predictions,
+    write_results,
+)
+from sphinx_pl.evaluation.summary import summarise
+
+
+def rescore(folder: Path, seed: int | None = None) -> int:
+    """Rewrites the folder's predictions, baselines and results.
+
+    Args:
+        seed: of the bootstrap; None is the evaluation's.
+
+    Returns:
+        How many predictions have another score than before.
+
+    Raises:
+        UserError: the folder holds no evaluation, or a damaged one.
+    """
+    results = read_results(folder)
+    geometry = Geometry(decimals=int(results["decimals"]))
+    seed = int(results.get("options", {}).get("seed", 0)) if seed is None else seed
+    judges = {result["name"]: benchmark_of(result).judge for result in results["benchmarks"]}
+    changed = 0
+
+    def anew(prediction: Prediction) -> Prediction:
+        nonlocal changed
+        try:
+            record = to_record(prediction.record, prediction.key, Path(), prediction.task)
+        except BadSample as error:
+            raise UserError(f"'{folder}': {prediction.key} cannot be read ({error}): evaluate again") from None
+        name = prediction.key.partition("/")[0] if prediction.benchmark else ""
+        found = judges.get(name, judge)(record, prediction.prediction, geometry, prediction.images)
+        changed += found.score != prediction.score
+        return found
+
+    predictions = [anew(prediction) for prediction in read_predictions(folder)]
+    baselines = {name: [anew(one) for one in found] for name in BASELINES if (found := read_predictions(folder, name))}
+    groups = by_benchmark(predictions)
+    results["rows"] = [row.to_dict() for row in summarise(groups.get("", []), baselines, seed)]
+    results["benchmarks"] = [
+        Questions(result["name"], benchmark_of(result), (), result["lost"]).result(groups[result["name"]], {}, seed)
+        for result in results["benchmarks"]
+    ]
+    for name, found in {PREDICTIONS: predictions, **baselines}.items():
+        write_predictions(folder, name, found)
+    write_results(folder, results)
+    return changed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status 0, or 2 with one line that says what is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sphinx_pl.evaluation.rescore",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, help="what evaluate.py wrote to")
+    options = parser.parse_args(arguments)
+    try:
+        changed = rescore(options.folder)
+    except UserError as error:
+        return report_error(error)
+    said = f"{changed} scores changed" if changed else "No score changed"
+    Console().print(f"{said}: {options.folder / 'results.json'}", highlight=False, markup=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

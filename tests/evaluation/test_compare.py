@@ -1,0 +1,100 @@
+"""Evaluations compared question by question, from their files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from sphinx_pl.data.geometry import Geometry
+from sphinx_pl.data.record import ImageRef, Record
+from sphinx_pl.errors import UserError
+from sphinx_pl.evaluation.asking import Prediction, judge
+from sphinx_pl.evaluation.benchmarks import Questions
+from sphinx_pl.evaluation.benchmarks.pope import Pope
+from sphinx_pl.evaluation.compare import compare, main
+from sphinx_pl.evaluation.rescore import rescore
+from sphinx_pl.evaluation.results import read_predictions, read_results, write_predictions, write_results
+from sphinx_pl.evaluation.summary import summarise
+
+GEOMETRY = Geometry(decimals=2)
+
+
+def vqa(right: int, total: int = 60) -> list[Prediction]:
+    """The first `right` of `total` answers are right: whoever has more of them has the others', too."""
+    records = [
+        Record(f"tasks/{i}", "short_vqa", (ImageRef("a.png"),), ((9, 9),), question="How many?", answer=str(i))
+        for i in range(total)
+    ]
+    return [judge(record, record.answer if i < right else "x", GEOMETRY) for i, record in enumerate(records)]
+
+
+def pope(right: int, total: int = 40) -> list[Prediction]:
+    benchmark = Pope(None, "random")
+    found = []
+    for i in range(total):
+        truth = "yes" if i % 2 else "no"
+        record = Record(f"pope_random/{i}", "yes_no", (ImageRef("a.png"),), question="Is it?", answer=truth)
+        said = truth if i < right else {"yes": "no", "no": "yes"}[truth]
+        found.append(benchmark.judge(record, said, GEOMETRY))
+    return found
+
+
+def write(folder: Path, predictions: list[Prediction]) -> Path:
+    folder.mkdir()
+    tasks = [p for p in predictions if not p.benchmark]
+    asked = [p for p in predictions if p.benchmark]
+    result = Questions("pope_random", Pope(None, "random"), (), {}).result(asked, {})
+    write_predictions(folder, "predictions", predictions)
+    constant = [dataclasses.replace(p, score=0.0, prediction="x") for p in tasks]
+    write_predictions(folder, "constant", constant)
+    rows = [row.to_dict() for row in summarise(tasks, {"constant": constant})]
+    write_results(folder, {"decimals": 2, "image_size": 32, "rows": rows, "benchmarks": [result]})
+    return folder
+
+
+def test_what_is_real_and_what_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = write(tmp_path / "a", vqa(30) + pope(20))
+    better = write(tmp_path / "b", vqa(45) + pope(21))
+    assert main([str(first), str(better), "--out", str(tmp_path / "c.json")]) == 0
+    rows = json.loads((tmp_path / "c.json").read_text())["others"][str(better)]
+    by = {(row["name"], row["measure"]): row for row in rows}
+    assert by["short_vqa", "score"]["real"]
+    assert by["short_vqa", "score"]["difference"]["value"] == pytest.approx(0.25)
+    assert not by["pope_random", "accuracy"]["real"]
+    assert by["pope_random", "accuracy"]["difference"]["value"] == pytest.approx(1 / 40)
+    assert set(by) > {("pope_random", name) for name in ("precision", "recall", "f1", "yes")}
+    assert "▲" in capsys.readouterr().out
+
+
+def test_only_what_both_were_asked_counts() -> None:
+    fewer = vqa(30)[10:]
+    (row,) = compare(vqa(30), fewer, {})
+    assert row.left_out == 10
+    assert row.difference.units == 50
+    assert row.difference.value == 0
+    with pytest.raises(UserError, match="no question in common"):
+        compare(vqa(30)[:10], fewer, {})
+
+
+def test_scored_anew_nothing_changes_and_a_changed_score_is_mended(tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", vqa(30) + pope(20))
+    before = read_results(folder), read_predictions(folder), read_predictions(folder, "constant")
+    assert rescore(folder) == 0
+    assert (read_results(folder), read_predictions(folder), read_predictions(folder, "constant")) == before
+    spoilt = [dataclasses.replace(p, score=1.0) for p in before[1]]
+    write_predictions(folder, "predictions", spoilt)
+    assert rescore(folder) == 50
+    assert read_results(folder) == before[0]
+
+
+def test_mistakes_are_answered_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write(tmp_path / "a", vqa(3) + pope(2))
+    assert main([str(folder)]) == 2
+    assert main([str(folder), str(tmp_path / "gone")]) == 2
+    assert "gone' has no results.json" in capsys.readouterr().err
+    (folder / "predictions.jsonl").write_text("{oops")
+    assert main([str(folder), str(folder)]) == 2
+    assert "is damaged" in capsys.readouterr().err
