@@ -43,9 +43,9 @@ class CocoCaption(Benchmark, coco.CocoConverter):
     splits = ("karpathy_test", "karpathy_val", "val2014", "val2017")
     tasks: ClassVar[tuple[str, ...]] = ("caption",)
 
-    def __init__(self, src: Path, split: str | None = None, images: Path | None = None) -> None:
+    def __init__(self, src: Path | None, split: str | None = None, images: Path | None = None) -> None:
         super().__init__(src, split, images)
-        self._scores: tuple[int, Scores] | None = None
+        self._known: dict[int, Scores] = {}
 
     def check(self) -> None:
         check_caption_tools()
@@ -100,12 +100,12 @@ class CocoCaption(Benchmark, coco.CocoConverter):
 
     def _scored(self, predictions: Sequence[Prediction]) -> Scores:
         """All figures, of which each measure takes its own: they are computed together, and slowly."""
-        known = hash(tuple((p.key, p.prediction) for p in predictions))
-        if self._scores is None or self._scores[0] != known:
+        name = hash(tuple((p.key, p.prediction) for p in predictions))
+        if name not in self._known:
             captions = {p.key: p.prediction for p in predictions}
             references = {p.key: p.record["meta"]["captions"] for p in predictions}
-            self._scores = known, scores_of_images(captions, references)
-        return self._scores[1]
+            self._known[name] = scores_of_images(captions, references)
+        return self._known[name]
 
     def submit(self, predictions: Sequence[Prediction], folder: Path) -> list[str]:
         """COCO's format of results."""

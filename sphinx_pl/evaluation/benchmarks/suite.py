@@ -7,6 +7,7 @@ converter made of COCO's, DocLayNet's or HierText's validation files. The split 
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,9 +53,9 @@ class TaskSuite(Benchmark):
     family = "tasks"
     needs_regions: ClassVar[bool] = True
 
-    def __init__(self, src: Path, split: str | None = None, images: Path | None = None) -> None:
+    def __init__(self, src: Path | None, split: str | None = None, images: Path | None = None) -> None:
         super().__init__(src, split, images)
-        if self.unified is None:
+        if src is not None and self.unified is None:
             raise UserError(f"{self.name}: '{src}' is a folder: name an instruction file with the task {self.split}")
 
     def _read(self) -> Iterator[tuple[str, list[Record] | BadSample]]:
@@ -87,23 +88,36 @@ class TaskSuite(Benchmark):
 class _Precision(TaskSuite):
     """A model gives no confidences, so that every box counts as much: see `sphinx_pl.evaluation.scoring.coco`."""
 
+    overlap: ClassVar[str] = "an intersection over union"
+
+    def __init__(self, src: Path | None, split: str | None = None, images: Path | None = None) -> None:
+        super().__init__(src, split, images)
+        self._known: dict[int, Resampled] = {}
+
     def check(self) -> None:
         check_coco_tools()
 
+    @abstractmethod
     def match(self, asked: Asked) -> Any:
         """The `COCOeval` that has matched the answers; image ids are what `_image` gives."""
-        raise NotImplementedError
+
+    def prepare(self, predictions: Sequence[Prediction]) -> Resampled:
+        """Matched once for all measures, which differ in the thresholds that they average over."""
+        name = hash(tuple((p.key, p.prediction) for p in predictions))
+        if name not in self._known:
+            asked = [(to_record(p.record, p.key, Path(), p.task), p) for p in predictions]
+            units = [str(image) for image in _sizes(asked)]
+            self._known[name] = Resampled(units, matched(self.match(asked)), range(10))
+        return self._known[name]
 
     @property
     def measures(self) -> Sequence[Measure]:
-        overlap = self.overlap
+        whole = f"COCO's AP: mean over categories and {self.overlap} of 0.50 to 0.95."
         return (
-            Precision("AP", f"COCO's AP: mean over categories and {overlap} of 0.50 to 0.95.", self.match, range(10)),
-            Precision("AP50", f"COCO's AP at {overlap} 0.50.", self.match, (0,)),
-            Precision("AP75", f"COCO's AP at {overlap} 0.75.", self.match, (5,)),
+            Precision("AP", whole, self.prepare, range(10)),
+            Precision("AP50", f"COCO's AP at {self.overlap} of 0.50.", self.prepare, (0,)),
+            Precision("AP75", f"COCO's AP at {self.overlap} of 0.75.", self.prepare, (5,)),
         )
-
-    overlap: ClassVar[str] = "an intersection over union"
 
 
 class DetectionSuite(_Precision):
@@ -181,19 +195,18 @@ class Precision:
     """Average precision as a `Measure`, whose units are images.
 
     Args:
-        match: gives a `COCOeval` that has matched.
+        prepared: what all measures of the same predictions share.
         thresholds: indices of those that the mean is taken over.
     """
 
     name: str
     description: str
-    match: Callable[[Asked], Any]
+    prepared: Callable[[Sequence[Prediction]], Resampled]
     thresholds: Sequence[int]
     percent: bool = True
 
     def prepare(self, predictions: Sequence[Prediction]) -> Resampled:
-        asked = [(to_record(p.record, p.key, Path(), p.task), p) for p in predictions]
-        return Resampled([str(image) for image in _sizes(asked)], matched(self.match(asked)), self.thresholds)
+        return dataclasses.replace(self.prepared(predictions), thresholds=self.thresholds)
 
 
 @dataclass(frozen=True)

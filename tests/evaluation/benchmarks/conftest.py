@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from sphinx_pl.data.entries import to_record
 from sphinx_pl.data.geometry import Geometry
 from sphinx_pl.data.record import Record
 from sphinx_pl.data.tasks import TASKS
@@ -41,6 +42,10 @@ def ask() -> Ask:
         # As they are read back from the disk.
         predictions = [Prediction.from_dict(json.loads(json.dumps(one.to_dict()))) for one in judged]
         assert predictions == judged
+        # And scored anew without the files.
+        again = type(benchmark)(None, benchmark.split)
+        kept = [to_record(one.record, one.key, Path(), one.task) for one in predictions]
+        assert [again.judge(r, p.prediction, GEOMETRY, p.images) for r, p in zip(kept, judged, strict=True)] == judged
         result = questions.result(predictions, {})
         json.dumps(result, allow_nan=False)
         return Asked(
