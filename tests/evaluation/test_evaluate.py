@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import signal
@@ -11,6 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import openpyxl
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -22,10 +25,14 @@ from sphinx_pl.data.answers import normalise
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.record import ImageRef, Record
 from sphinx_pl.errors import UserError
-from sphinx_pl.evaluation.asking import evaluate
+from sphinx_pl.evaluation.asking import Prediction, evaluate
+from sphinx_pl.evaluation.benchmarks.mme import SUBTASKS
+from sphinx_pl.evaluation.benchmarks.suite import DetectionSuite
 from sphinx_pl.evaluation.compare import compare
+from sphinx_pl.evaluation.measures import estimate
 from sphinx_pl.evaluation.rescore import rescore
 from sphinx_pl.evaluation.results import read_predictions
+from sphinx_pl.evaluation.scoring.yes_no import mme_scores
 from sphinx_pl.models.config import ClipViTConfig, DecoderConfig, SphinxConfig, VisionConfig
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.typed import pick
@@ -33,6 +40,7 @@ from sphinx_pl.typed import pick
 from .benchmarks.vqa_files import CHART, FILES, write
 
 ROOT = Path(__file__).parents[2]
+ANSWERS = ("blue", "Yes"), ("red", "No")
 CORPUS = ["how many objects are there answer the question using a single word or phrase", "where is the red digit"] * 50
 PROCESSOR = {"system": "", "decimals": 2, "max_length": 256}
 
@@ -148,6 +156,50 @@ def test_benchmarks_are_scored_or_written_for_their_server(world: Path) -> None:
     assert [row["image"] for row in submission] == ["VizWiz_test_1.jpg"]
     assert submission[0]["answer"] == normalise(said["vizwiz_test/VizWiz_test_1.jpg"])
     assert "submission_vizwiz_test.json: 1 answers" in done.stdout
+
+
+def test_points_average_precision_and_images_in_a_table(world: Path) -> None:
+    """MME, detection and MMBench: a random model is asked, and what it said is scored anew."""
+    root, out = world / "more", world / "more_asked"
+    picture = io.BytesIO()
+    Image.new("RGB", (40, 30), (0, 0, 90)).save(picture, "png")
+    for subtask in SUBTASKS:
+        folder = root / "mme" / subtask
+        folder.mkdir(parents=True)
+        (folder / "a.png").write_bytes(picture.getvalue())
+        questions = [f"Is it {what}? Please answer yes or no.\t{answer}\n" for what, answer in ANSWERS]
+        (folder / "a.txt").write_text("".join(questions))
+    region = {"label": "digit", "box": [5, 5, 20, 20]}
+    scenes = [
+        {"image": f"{i}.png", "width": 40, "height": 30, "task": "detection", "question": "digit", "regions": [region]}
+        for i in (*range(3), 9)
+    ]
+    (world / "scenes.json").write_text(json.dumps(scenes))
+    table = "index\tquestion\tA\tB\timage\tcategory\n3\tWhich?\tred\tblue\t{}\tcolour\n"
+    (root / "mmbench").mkdir()
+    image = base64.b64encode(picture.getvalue()).decode()
+    (root / "mmbench" / "mmbench_test_en_20231003.tsv").write_text(table.format(image))
+    options = f"checkpoint={world / 'checkpoint'}", f"out={out}", f"benchmark.root={root}"
+    detection = f"benchmark.detection.src={world / 'scenes.json'}", f"benchmark.detection.images={world}"
+    done = run(world, *options, *detection, "benchmarks=[mme,detection,mmbench_test]")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((out / "results.json").read_text())
+    mme, boxes, hidden = results["benchmarks"]
+    assert (mme["n"], boxes["n"], hidden["n"]) == (28, 3, 2)
+    assert boxes["lost"] == {"image_missing": 1}
+    lines = (out / "predictions.jsonl").read_text().splitlines()
+    predictions = [Prediction.from_dict(json.loads(line)) for line in lines]
+    said = [(p.topic, p.key.rpartition("-")[0], p.score == 1) for p in predictions if p.benchmark == "mme"]
+    values = {(v["measure"], v["category"]): v["value"] for v in mme["values"]}
+    assert values["perception", ""] == pytest.approx(mme_scores(said).perception)
+    assert {category for _, category in values} == {"", *SUBTASKS}
+    asked = [p for p in predictions if p.benchmark == "detection"]
+    suite = DetectionSuite(world / "scenes.json")
+    assert [v["value"] for v in boxes["values"]] == [estimate(m.prepare(asked)).value for m in suite.measures]
+    assert len((out / "mme" / "OCR.txt").read_text().splitlines()) == 2
+    sheet = openpyxl.load_workbook(out / "submission_mmbench_test_en.xlsx").active
+    assert [row[0] for row in sheet.iter_rows(min_row=2, values_only=True)] == [3, 1_000_003]
+    assert hidden["values"] == []
 
 
 def test_a_mistake_is_answered_in_one_line(world: Path) -> None:

@@ -2,7 +2,7 @@
 
 Files (https://cocodataset.org/#format-data, "Keypoint Detection"): `annotations/person_keypoints_{train,val}{2014,
 2017}.json` in COCO's format (see `coco`), an annotation also has "keypoints": [x1, y1, v1, x2, ...] with v 0 not
-labelled, 1 hidden, 2 seen, and "num_keypoints": how many are labelled.
+labelled, 1 hidden, 2 seen, "num_keypoints": how many are labelled, and "area": of the person in square pixels.
 """
 
 from __future__ import annotations
@@ -37,4 +37,6 @@ class CocoKeypoints(coco.CocoConverter):
         points = zip(numbers[0::3], numbers[1::3], numbers[2::3], strict=True)
         keypoints = tuple((float(x), float(y), int(visibility)) for x, y, visibility in points)
         person = Region(coco.corners(annotation["bbox"]), "person", keypoints)
-        yield Record(key, "pose", (ImageRef(path),), size, regions=(person,))
+        # Of the outline, not the box: an evaluation's distances are measured by it.
+        meta = {"area": float(annotation["area"])} if "area" in annotation else {}
+        yield Record(key, "pose", (ImageRef(path),), size, regions=(person,), meta=meta)

@@ -109,6 +109,11 @@ class Benchmark(OfficialFiles):
     def measures(self) -> Sequence[Measure]:
         """The official numbers, the main one first; () where the truth is not public."""
 
+    @property
+    def category_measures(self) -> Sequence[Measure]:
+        """The numbers that each category has by itself as well; by default the main one."""
+        return self.measures[:1]
+
     @abstractmethod
     def verdict(self, record: Record, answer: str, geometry: Geometry) -> Verdict:
         """Score an answer's text; never raises."""
@@ -116,6 +121,10 @@ class Benchmark(OfficialFiles):
     def category(self, record: Record) -> str:
         """The part of the benchmark that a record is of, "" where there are none."""
         return str(record.meta.get("category", ""))
+
+    def unit(self, record: Record) -> str:
+        """The same for questions that count together, and so are drawn together; by default each stands alone."""
+        return record.key
 
     def groups(self, prediction: Prediction) -> Sequence[str]:
         """The parts of the benchmark whose numbers an answer counts in; by default its category."""
@@ -250,18 +259,17 @@ class Questions:
     lost: Mapping[str, int]
 
     def result(self, predictions: Sequence[Prediction], lost: Mapping[str, int], seed: int = 0) -> dict[str, Any]:
-        """What results.json says of the benchmark: measures with their intervals, the main one by category too."""
+        """What results.json says of the benchmark: measures with their intervals, of all and of each category."""
         benchmark = self.benchmark
         values = [to_json(estimate(m.prepare(predictions), seed), m) | {"category": ""} for m in benchmark.measures]
         parts: dict[str, list[Prediction]] = defaultdict(list)
         for prediction in predictions:
             for part in benchmark.groups(prediction):
                 parts[part].append(prediction)
-        if len(parts) > 1 and benchmark.measures:
-            main = benchmark.measures[0]
+        if len(parts) > 1:
             for part, group in sorted(parts.items()):
-                if part:
-                    values.append(to_json(estimate(main.prepare(group), seed), main) | {"category": part})
+                for m in benchmark.category_measures if part else ():
+                    values.append(to_json(estimate(m.prepare(group), seed), m) | {"category": part})
         return {
             "name": self.name,
             "kind": benchmark.name,
@@ -273,7 +281,7 @@ class Questions:
             "unparsed": sum(not prediction.parsed for prediction in predictions),
             "lost": dict(Counter(self.lost) + Counter(lost)),
             "values": values,
-            "descriptions": {measure.name: measure.description for measure in benchmark.measures},
+            "descriptions": {m.name: m.description for m in (*benchmark.measures, *benchmark.category_measures)},
         }
 
 
@@ -281,13 +289,13 @@ def load(name: str, benchmark: Benchmark, limit: int | None = None, seed: int = 
     """Read a benchmark's records.
 
     Args:
-        limit: at most so many questions of each category, drawn with `seed`.
+        limit: at most so many units of each category, drawn with `seed`; most are single questions.
 
     Raises:
         UserError: its files are missing or not what they should be, or hold no question.
     """
     benchmark.check()
-    groups: dict[str, list[Record]] = defaultdict(list)
+    groups: dict[str, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
     lost: Counter[str] = Counter()
     for _, found in benchmark.read():
         if isinstance(found, BadSample):
@@ -296,11 +304,12 @@ def load(name: str, benchmark: Benchmark, limit: int | None = None, seed: int = 
         for record in found:
             paths = tuple(dataclasses.replace(i, path=str(benchmark.images / i.path)) for i in record.images)
             record = dataclasses.replace(record, key=f"{name}/{record.key}", images=paths)
-            groups[benchmark.category(record)].append(record)
+            groups[benchmark.category(record)][benchmark.unit(record)].append(record)
     lost += benchmark.skipped + benchmark.left_out
     records: list[Record] = []
-    for group in groups.values():
-        records += group if limit is None or len(group) <= limit else random.Random(seed).sample(group, limit)
+    for units in groups.values():
+        drawn = list(units) if limit is None or len(units) <= limit else random.Random(seed).sample(list(units), limit)
+        records += [record for unit in drawn for record in units[unit]]
     if not records:
         raise UserError(f"{name}: no question in '{benchmark.src}' can be used ({dict(lost) or 'there is none'})")
     return Questions(name, benchmark, records, lost)

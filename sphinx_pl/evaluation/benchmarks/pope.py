@@ -15,10 +15,10 @@ import numpy as np
 from sphinx_pl.data.convert.common import text
 from sphinx_pl.data.geometry import Geometry
 from sphinx_pl.data.record import ImageRef, Record
-from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.evaluation.asking import Prediction
 from sphinx_pl.evaluation.benchmarks import Benchmark, Verdict
 from sphinx_pl.evaluation.measures import Additive, Floats, Measure, mean, ratio
+from sphinx_pl.evaluation.scoring.yes_no import read_yes_no
 
 
 class Pope(Benchmark):
@@ -45,8 +45,8 @@ class Pope(Benchmark):
         yield Record(key, "yes_no", image, question=text(entry["text"]), answer=answer, meta=meta)
 
     def verdict(self, record: Record, answer: str, geometry: Geometry) -> Verdict:
-        said = TASKS["yes_no"].parse(answer, geometry)
-        return Verdict(float(said.answer == record.answer), said.formed)
+        said = read_yes_no(answer)
+        return Verdict(float(said is not None and said == (record.answer == "yes")), said is not None)
 
     @property
     def measures(self) -> Sequence[Measure]:
@@ -61,7 +61,7 @@ class Pope(Benchmark):
 
 def _said_yes(group: Sequence[Prediction]) -> Sequence[float]:
     (prediction,) = group
-    return float(TASKS["yes_no"].parse(prediction.prediction, Geometry()).answer == "yes"), 1.0
+    return float(read_yes_no(prediction.prediction) is True), 1.0
 
 
 def _counts(group: Sequence[Prediction]) -> Sequence[float]:

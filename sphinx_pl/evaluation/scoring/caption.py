@@ -49,9 +49,23 @@ def caption_scores(captions: Mapping[str, str], references: Mapping[str, Sequenc
     Raises:
         UserError: tools are not there, or images of captions and references differ.
     """
+    return scores_of_images(captions, references)[0]
+
+
+def scores_of_images(
+    captions: Mapping[str, str], references: Mapping[str, Sequence[str]]
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """As `caption_scores`, and of `CIDEr` and `ROUGE-L`, which are means over images, also the score of each image.
+
+    BLEU and METEOR are made of counts over all images together.
+
+    Raises:
+        UserError: as `caption_scores`.
+    """
     check_caption_tools()
     _check_images(captions, references)
     from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.meteor.meteor import Meteor
     from pycocoevalcap.rouge.rouge import Rouge
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
@@ -66,10 +80,13 @@ def caption_scores(captions: Mapping[str, str], references: Mapping[str, Sequenc
         given, true = tokenized({image: [caption] for image, caption in captions.items()}), tokenized(references)
         bleu, _ = Bleu(4).compute_score(true, given)
         meteor, _ = Meteor().compute_score(true, given)
-        rouge, _ = Rouge().compute_score(true, given)
-    figures = {"CIDEr": _cider(given, true)}
+        rouge, rouges = Rouge().compute_score(true, given)
+        cider, ciders = Cider().compute_score(true, given)
+    figures = {"CIDEr": float(cider)}
     figures |= {f"BLEU-{n}": float(value) for n, value in enumerate(bleu, 1)}
-    return figures | {"METEOR": float(meteor), "ROUGE-L": float(rouge)}
+    each = {"CIDEr": ciders, "ROUGE-L": rouges}
+    of_images = {name: dict(zip(true, map(float, scores), strict=True)) for name, scores in each.items()}
+    return figures | {"METEOR": float(meteor), "ROUGE-L": float(rouge)}, of_images
 
 
 def cider_of_tokens(captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> float:

@@ -9,6 +9,7 @@ below those of a detector that may add hundreds of doubtful boxes, and say more 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -84,7 +85,30 @@ def detection_ap(
     Raises:
         UserError: a box in an image that is not listed, or no `pycocotools`.
     """
-    truth, images = list(truth), _Images(sizes)
+    names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+    truth = list(truth)
+    evaluation = match_boxes(found, truth, sizes, all_figures=True)
+    figures = dict(zip(names, map(float, evaluation.stats), strict=True))
+    if per_category:
+        for index, name in enumerate(dict.fromkeys(box.category for box in truth)):
+            precision = evaluation.eval["precision"][:, :, index, 0, -1]  # [IoU, recall] of all areas, 100 boxes
+            precision = precision[precision > -1]
+            figures[f"AP/{name}"] = float(precision.mean()) if precision.size else -1.0
+    return figures
+
+
+def match_boxes(
+    found: Iterable[Detection], truth: Sequence[TrueBox], sizes: Mapping[ImageId, Size], all_figures: bool = False
+) -> Any:
+    """The `COCOeval` behind `detection_ap`, which has matched boxes of all areas; categories are in the truth's order.
+
+    Args:
+        all_figures: also by area, and summed up, which takes four times as long.
+
+    Raises:
+        UserError: as `detection_ap`.
+    """
+    images = _Images(sizes)
     categories = {name: number for number, name in enumerate(dict.fromkeys(box.category for box in truth), 1)}
     true = [
         _box_entry(images, item.image, item.box, categories[item.category])
@@ -97,15 +121,7 @@ def detection_ap(
         for item in found
         if item.category in categories
     ]
-    names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-    evaluation = _evaluate("bbox", images, categories, true, given)
-    figures = dict(zip(names, map(float, evaluation.stats), strict=True))
-    if per_category:
-        for index, name in enumerate(categories):
-            precision = evaluation.eval["precision"][:, :, index, 0, -1]  # [IoU, recall] of all areas, 100 boxes
-            precision = precision[precision > -1]
-            figures[f"AP/{name}"] = float(precision.mean()) if precision.size else -1.0
-    return figures
+    return _evaluate("bbox", images, categories, true, given, all_figures)
 
 
 def keypoint_ap(found: Iterable[Pose], truth: Iterable[TruePose], sizes: Mapping[ImageId, Size]) -> dict[str, float]:
@@ -122,6 +138,19 @@ def keypoint_ap(found: Iterable[Pose], truth: Iterable[TruePose], sizes: Mapping
         UserError: a person in an image that is not listed, or no `pycocotools`.
         ValueError: not 17 key points.
     """
+    names = ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl")
+    evaluation = match_poses(found, truth, sizes, all_figures=True)
+    return dict(zip(names, map(float, evaluation.stats), strict=True))
+
+
+def match_poses(
+    found: Iterable[Pose], truth: Iterable[TruePose], sizes: Mapping[ImageId, Size], all_figures: bool = False
+) -> Any:
+    """The `COCOeval` behind `keypoint_ap`, as `match_boxes`.
+
+    Raises:
+        UserError, ValueError: as `keypoint_ap`.
+    """
     images = _Images(sizes)
     true = [
         _box_entry(images, item.image, item.box, 1)
@@ -135,9 +164,7 @@ def keypoint_ap(found: Iterable[Pose], truth: Iterable[TruePose], sizes: Mapping
         # As pycocotools does of results: the extent of all 17, of those left out as well.
         extent = _box_entry(images, item.image, (min(xs), min(ys), max(xs), max(ys)), 1)
         given.append(extent | {"keypoints": _flat(item.keypoints), "score": item.score})
-    names = ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl")
-    evaluation = _evaluate("keypoints", images, {"person": 1}, true, given)
-    return dict(zip(names, map(float, evaluation.stats), strict=True))
+    return _evaluate("keypoints", images, {"person": 1}, true, given, all_figures)
 
 
 class _Images:
@@ -177,19 +204,28 @@ def _flat(keypoints: Keypoints) -> list[float]:
     return [value for point in keypoints for value in point]
 
 
+def check_coco_tools() -> None:
+    """That average precision can be computed here.
+
+    Raises:
+        UserError: `pycocotools` is not there.
+    """
+    if importlib.util.find_spec("pycocotools") is None:
+        raise UserError("average precision needs pycocotools: pip install 'sphinx-pl[eval]'")
+
+
 def _evaluate(
     kind: str,
     images: _Images,
     categories: Mapping[str, int],
     true: list[dict[str, Any]],
     given: list[dict[str, Any]],
+    all_figures: bool,
 ) -> Any:
-    """A `COCOeval` that has summed up. It prints as it works; that is kept back."""
-    try:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-    except ImportError as error:
-        raise UserError("average precision needs pycocotools: pip install 'sphinx-pl[eval]'") from error
+    """A `COCOeval` that has matched. It prints as it works; that is kept back."""
+    check_coco_tools()
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
 
     def indexed(annotations: list[dict[str, Any]]) -> Any:
         coco = COCO()
@@ -202,7 +238,11 @@ def _evaluate(
     with contextlib.redirect_stdout(io.StringIO()):
         # Not `loadRes`, which fails on an empty list.
         evaluation = COCOeval(indexed(true), indexed(given), kind)
+        if not all_figures:
+            evaluation.params.areaRng = evaluation.params.areaRng[:1]
+            evaluation.params.areaRngLbl = evaluation.params.areaRngLbl[:1]
         evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
+        if all_figures:
+            evaluation.accumulate()
+            evaluation.summarize()
     return evaluation

@@ -125,7 +125,7 @@ def test_no_class_with_a_crowd_is_asked_for(run: Run) -> None:
 def test_a_person_is_a_pose(run: Run) -> None:
     points = [0, 0, 0] * 15 + [100, 50, 2, 120, 60, 1]
     objects = [
-        thing(1, 1, 1, [90, 40, 60, 70], keypoints=points, num_keypoints=2, unknown_field=1),
+        thing(1, 1, 1, [90, 40, 60, 70], keypoints=points, num_keypoints=2, unknown_field=1, area=2100.5),
         thing(2, 1, 1, [90, 40, 60, 70], keypoints=points, num_keypoints=2, iscrowd=1),
         thing(3, 1, 1, [90, 40, 60, 70], keypoints=[0] * 51, num_keypoints=0),
         thing(4, 1, 1, [90, 40, 60, 70], keypoints=points[3:], num_keypoints=2),
@@ -136,7 +136,8 @@ def test_a_person_is_a_pose(run: Run) -> None:
     records, report = run("coco_keypoints", {"person_keypoints_train2017.json": document(objects)})
     absent = ((0.0, 0.0, 0),) * (len(COCO_KEYPOINTS) - 2)
     person = Region((90.0, 40.0, 150.0, 110.0), "person", (*absent, (100.0, 50.0, 2), (120.0, 60.0, 1)))
-    assert records == [Record("1", "pose", (ImageRef("train2017/000000000001.jpg"),), SIZE, regions=(person,))]
+    image, meta = (ImageRef("train2017/000000000001.jpg"),), {"area": 2100.5}
+    assert records == [Record("1", "pose", image, SIZE, regions=(person,), meta=meta)]
     assert report.skipped == {"crowd": 1, "no_keypoints": 1}
     assert report.dropped == {"keypoints_count": 1, "keypoint_outside": 1, "entry_malformed": 1, "box_inverted": 1}
 

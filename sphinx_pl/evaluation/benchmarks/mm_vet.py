@@ -1,0 +1,50 @@
+"""MM-Vet: open questions that take several abilities at once (Yu et al. 2023, arXiv 2308.02490).
+
+Files (https://github.com/yuweihao/MM-Vet, mm-vet.zip): `mm-vet.json`, {"v1_0": {"imagename", "question", "answer",
+"imagesource", "capability": ["ocr", "math", ...]}}, and the folder `images`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from sphinx_pl.data.convert.common import asked, text
+from sphinx_pl.data.record import ImageRef, Record
+from sphinx_pl.evaluation.asking import Prediction
+from sphinx_pl.evaluation.benchmarks.judged import Judged
+from sphinx_pl.files import write_whole
+
+
+class MmVet(Judged):
+    name = "mm_vet"
+    title = "MM-Vet"
+    url = "https://github.com/yuweihao/MM-Vet"
+    licence = "CC BY-NC 4.0; the images' own"
+    family = "mllm"
+    splits = ("v1",)
+    max_new_tokens = 512
+
+    def entries(self) -> Iterator[tuple[str, Any]]:
+        yield from self.json("mm-vet.json").items()
+
+    def records(self, key: str, entry: Any) -> Iterator[Record]:
+        image = (ImageRef(f"images/{text(entry['imagename'])}"),)
+        meta = {"question_id": key, "capability": list(entry["capability"])}
+        yield Record(key, "chat", image, question=asked(entry["question"]), answer=text(entry["answer"]), meta=meta)
+
+    def submit(self, predictions: Sequence[Prediction], folder: Path) -> list[str]:
+        """An answer to every question of the file, blank where it was not asked: the judge looks for all."""
+        given = {prediction.record["meta"]["question_id"]: prediction.prediction for prediction in predictions}
+        names = [name for name, _ in self.entries()]
+        file = folder / f"answers_{self.name}_{self.split}.json"
+        answers = {name: given.get(name, "") for name in names}
+        write_whole(file, json.dumps(answers, indent=2, ensure_ascii=False) + "\n")
+        blank = sum(name not in given for name in names)
+        return [
+            f"MM-Vet: answers for the official judge: {file} (python mm-vet_evaluator.py --mmvet_path {self.src} "
+            f"--result_path {folder} --model {file.stem}; it asks GPT-4)"
+            + (f"; {blank} of {len(names)} questions have no answer" if blank else "")
+        ]

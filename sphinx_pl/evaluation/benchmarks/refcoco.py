@@ -1,0 +1,67 @@
+"""RefCOCO, RefCOCO+ and RefCOCOg: the box of a phrase.
+
+Files: those of `sphinx_pl.data.convert.refcoco`. Or the original's unified annotation, a JSON list of {"image_path",
+"question": the phrase, "question_id": a text with "height427" and "width640" in it, "gt_answers": [x1, y1, x2, y2] in
+pixels of the image}, as its `evaluate.py` reads it for the metric miou0.5.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+from sphinx_pl.data.convert import refcoco
+from sphinx_pl.data.convert.common import asked, text
+from sphinx_pl.data.entries import sizes
+from sphinx_pl.data.geometry import Geometry
+from sphinx_pl.data.record import ImageRef, Record, Region
+from sphinx_pl.evaluation.benchmarks import Benchmark, Verdict
+from sphinx_pl.evaluation.measures import Measure, mean
+from sphinx_pl.evaluation.scoring.grounding import read_box, rec_match
+
+
+class RefCOCO(Benchmark, refcoco.RefCOCO):
+    """Each phrase is a question. Of an answer the first box counts, compared in the image without its padding; the
+    original's script compares in the padded square, which is the same but for the width of a rounded pixel."""
+
+    name = "refcoco"
+    family = "grounding"
+    splits: ClassVar[tuple[str, ...]] = ("val", "testA", "testB")
+
+    def records(self, key: str, entry: Any) -> Iterator[Record]:
+        return (record for record in super().records(key, entry) if record.task == "rec")
+
+    def annotation(self, key: str, entry: Mapping[str, Any]) -> Record:
+        told = text(entry["question_id"])
+        height, width = (re.search(rf"{side}(\d+)", told) for side in ("height", "width"))
+        if not height or not width:
+            raise ValueError(f"question_id {told} tells no size")
+        x1, y1, x2, y2 = (float(number) for number in entry["gt_answers"])
+        phrase = asked(entry["question"])
+        image = (ImageRef(text(entry["image_path"])),)
+        size = sizes(int(width[1]), int(height[1]), key)
+        return Record(key, "rec", image, size, question=phrase, regions=(Region((x1, y1, x2, y2), phrase),))
+
+    def verdict(self, record: Record, answer: str, geometry: Geometry) -> Verdict:
+        (region,), (size,) = record.regions, record.sizes
+        return Verdict(float(rec_match(answer, region.box, size)), read_box(answer, size) is not None)
+
+    @property
+    def measures(self) -> Sequence[Measure]:
+        definition = "Share of the phrases whose box has an intersection over union of at least 0.5 with the true one."
+        return (mean("accuracy", definition),)
+
+
+class RefCOCOPlus(RefCOCO):
+    name = "refcoco+"
+    title = "RefCOCO+"
+
+
+class RefCOCOg(RefCOCO):
+    """The split of UMD, `refs(umd).p`."""
+
+    name = "refcocog"
+    title = "RefCOCOg"
+    splits = ("val", "test")
+    split_by = "umd"

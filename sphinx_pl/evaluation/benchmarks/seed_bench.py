@@ -1,0 +1,50 @@
+"""SEED-Bench, its part on images: questions with four choices in nine dimensions (Li et al. 2023, arXiv 2307.16125).
+
+Files (https://huggingface.co/datasets/AILab-CVC/SEED-Bench): `SEED-Bench.json`, {"questions": [{"question_id",
+"question", "question_type_id": 1 to 12, "choice_a" to "choice_d", "answer": "A" to "D", "data_type": "image" or
+"video", "data_id": the image's name}], "question_type": {name: id}}. The images are those of `SEED-Bench-image.zip`,
+whose names have no suffix. Dimensions 10 to 12 are on videos and are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from sphinx_pl.data.convert.common import text
+from sphinx_pl.data.record import ImageRef, Record
+from sphinx_pl.evaluation.benchmarks.choices import Choices, letter_record
+
+IMAGE_TYPES = range(1, 10)
+
+
+class SeedBench(Choices):
+    """The official script compares the losses of the choices' texts; here, as LLaVA and the original have it, a letter
+    is asked for. Categories are the dimensions; the accuracy is that of all questions, not the mean over dimensions."""
+
+    name = "seed_bench"
+    title = "SEED-Bench (images)"
+    url = "https://github.com/AILab-CVC/SEED-Bench"
+    licence = "CC BY-NC 4.0"
+    family = "mllm"
+    splits = ("image",)
+
+    def entries(self) -> Iterator[tuple[str, Any]]:
+        document = self.json("SEED-Bench.json")
+        names = {number: name for name, number in document["question_type"].items()}
+        for place, entry in enumerate(document["questions"]):
+            known = isinstance(entry, dict)
+            if known and entry.get("data_type") == "video":
+                self.skipped["video"] += 1
+                continue
+            yield str(entry.get("question_id", f"#{place}") if known else f"#{place}"), (entry, names)
+
+    def records(self, key: str, entry: Any) -> Iterator[Record]:
+        question, names = entry
+        number = question["question_type_id"]
+        if number not in IMAGE_TYPES:
+            raise ValueError(f"question type {number} of an image")
+        choices = [question[f"choice_{letter}"] for letter in "abcd"]
+        meta = {"category": names[number], "question_id": key}
+        image = ImageRef(text(question["data_id"]))
+        yield letter_record(key, image, text(question["question"]), choices, text(question["answer"]), meta)

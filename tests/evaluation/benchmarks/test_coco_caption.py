@@ -1,0 +1,117 @@
+"""Structure: COCO's captions as the converter's test has them, and Karpathy's dataset_coco.json."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sphinx_pl.data.bad import BadSample
+from sphinx_pl.data.record import ImageRef, Record
+from sphinx_pl.errors import UserError
+from sphinx_pl.evaluation.benchmarks import load
+from sphinx_pl.evaluation.benchmarks.coco_caption import CocoCaption
+from sphinx_pl.evaluation.scoring.caption import caption_scores
+
+from .conftest import Ask, Say
+
+Write = Callable[..., Path]
+java = pytest.mark.skipif(shutil.which("java") is None, reason="the tokenizer is Java's")
+
+TRUE = {
+    1: ["A dog runs over the green grass.", "A brown dog running in a field\n"],
+    2: ["Two people ride bicycles down a street.", "Cyclists on a city road"],
+    3: ["A bowl of soup on a wooden table", "Soup with bread beside it."],
+}
+
+
+def karpathy(*odd: Any) -> dict[str, Any]:
+    images = [
+        {
+            "filepath": "val2014",
+            "filename": f"COCO_val2014_{number:012d}.jpg",
+            "cocoid": number,
+            "imgid": number,
+            "split": "test",
+            "sentences": [{"raw": text, "tokens": text.split()} for text in captions],
+        }
+        for number, captions in TRUE.items()
+    ]
+    return {
+        "dataset_coco.json": {"images": [*images, images[0] | {"cocoid": 9, "split": "val"}, *odd], "dataset": "coco"}
+    }
+
+
+def release() -> dict[str, Any]:
+    images = [{"id": n, "file_name": f"{n:012d}.jpg", "width": 9, "height": 6} for n in (*TRUE, 4)]
+    captions = [{"id": 10 * n + i, "image_id": n, "caption": text} for n in TRUE for i, text in enumerate(TRUE[n])]
+    document = {"images": images, "annotations": [*captions, {"id": 1, "image_id": 77, "caption": "of no image"}]}
+    return {"annotations/captions_val2017.json": document}
+
+
+@java
+def test_figures_are_those_of_the_official_evaluation(ask: Ask, write: Write, question: Say, tmp_path: Path) -> None:
+    src = write(karpathy({"split": "test", "cocoid": 5}, {"split": "test", "cocoid": 6, "sentences": []}, "x"))
+    said = {1: "a dog runs in a field", 2: "two dogs", 3: ""}
+    benchmark = CocoCaption(src)
+    asked = ask(benchmark, lambda record: said[record.meta["image_id"]])
+    record = asked.questions.records[0]
+    assert record.images == (ImageRef(str(src / "val2014/COCO_val2014_000000000001.jpg")),)
+    assert question(record) == "Provide a one-sentence caption for the provided image."
+    assert asked.result["lost"] == {"entry_malformed": 3}
+    texts, references = ({str(n): of[n] for n in TRUE} for of in (said, TRUE))
+    expected = caption_scores(texts, {n: [" ".join(t.split()) for t in found] for n, found in references.items()})
+    for name in ("CIDEr", "BLEU-4", "METEOR", "ROUGE-L"):
+        assert asked.values[name, ""] == pytest.approx(expected[name])
+    intervals = {value["measure"]: (value["low"], value["high"]) for value in asked.result["values"]}
+    low, high = intervals["CIDEr"]
+    assert low < expected["CIDEr"] < high
+    # BLEU and METEOR are of all answers together: a resample of unequal images is not known.
+    assert intervals["BLEU-4"] in ((None, None), (expected["BLEU-4"],) * 2)
+    assert asked.result["unparsed"] == 1
+    (sentence,) = benchmark.submit(asked.predictions, tmp_path)
+    assert json.loads((tmp_path / "captions_karpathy_test_results.json").read_text())[1] == {
+        "image_id": 2,
+        "caption": "two dogs",
+    }
+    assert sentence
+
+
+def read(benchmark: CocoCaption) -> tuple[list[Record], Counter[str]]:
+    """Records, and what is of no use, by reason: scoring takes Java seconds."""
+    records: list[Record] = []
+    lost: Counter[str] = Counter()
+    for _, found in benchmark.read():
+        if isinstance(found, BadSample):
+            lost[found.reason] += 1
+        else:
+            records += found
+    return records, lost
+
+
+def test_the_release_itself(write: Write) -> None:
+    records, lost = read(CocoCaption(write(release()), "val2017"))
+    assert [(record.key, record.meta) for record in records] == [
+        (str(n), {"image_id": n, "captions": [" ".join(text.split()) for text in TRUE[n]]}) for n in TRUE
+    ]
+    assert records[0].images == (ImageRef("val2017/000000000001.jpg"),)
+    assert lost == {"answers_empty": 1, "image_unknown": 1}
+
+
+def test_the_unified_annotation(write: Write) -> None:
+    entries = [{"image_path": f"{n}.jpg", "question": "", "question_id": n, "gt_answers": TRUE[n]} for n in TRUE]
+    odd = [{"image_path": "x.jpg", "gt_answers": []}, {"image_path": "x.jpg", "gt_answers": [1]}]
+    records, lost = read(CocoCaption(write({"all.json": [*entries, *odd]}) / "all.json"))
+    assert [record.meta["image_id"] for record in records] == list(TRUE)
+    assert lost == {"answers_empty": 1, "entry_malformed": 1}
+
+
+def test_without_java_nothing_is_asked(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="need Java"):
+        load("it", CocoCaption(write(karpathy())))
