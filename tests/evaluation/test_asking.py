@@ -13,9 +13,9 @@ from sphinx_pl.data.geometry import Geometry
 from sphinx_pl.data.record import ImageRef, Record, Region
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.evaluation.asking import derangement, judge, select, shuffle_images
+from sphinx_pl.evaluation.baselines import constant_predictions, fit_constants, mean_geometry
 from sphinx_pl.evaluation.measures import bootstrap
 from sphinx_pl.evaluation.summary import summarise
-from sphinx_pl.evaluation.baselines import constant_predictions, fit_constants, mean_geometry
 from tests.examples import EXAMPLES
 
 GEOMETRY = Geometry(decimals=2)

@@ -16,7 +16,8 @@ FIRST, SECOND = Answered({0: "yes", 4: 'a "quoted"\nline'}, {}), Answered({2: "n
 def test_batches_of_all_ranks_come_back(tmp_path: Path) -> None:
     for rank, (number, answered) in enumerate([(0, FIRST), (1, SECOND)]):
         journal = Journal(tmp_path, "pope", SETTINGS)
-        assert number in (0, 1) and len(journal.open("q", rank)) == rank
+        assert number in (0, 1)
+        assert len(journal.open("q", rank)) == rank
         journal.note(number, answered)
         journal.close()
     assert Journal(tmp_path, "pope", SETTINGS).open("q") == {0: FIRST, 1: SECOND}

@@ -18,9 +18,9 @@ from sphinx_pl.data.geometry import Geometry
 from sphinx_pl.data.record import ImageRef, Record, Region
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.evaluation.asking import judge
-from sphinx_pl.evaluation.summary import summarise
 from sphinx_pl.evaluation.charts import Series, line_chart, smooth, ticks
 from sphinx_pl.evaluation.report import find_inputs, main, read_run
+from sphinx_pl.evaluation.summary import summarise
 from tests.examples import EXAMPLES
 
 GEOMETRY = Geometry(decimals=2)
@@ -119,7 +119,7 @@ def test_whole_report(inputs: Path) -> None:
     assert "<script>alert(1)</script>" in page.text  # shown, not run
     assert "<b>What</b> & why?" in page.text
     assert page.images == 2  # the third one's file is gone, which is said
-    assert "1 pictures are left out" in page.text
+    assert "1 picture is left out" in page.text
     assert "β = 0.50, 1.5000" in page.text.replace("\n", " ")
     assert "1.5000 below the synthetic end" in page.text
     assert "4.000 step 0" in page.text  # text before the stage
