@@ -69,7 +69,7 @@ def _spread(items: list[Mapping[str, Any]], count: int) -> list[Mapping[str, Any
 
 def cards(predictions: Sequence[Mapping[str, Any]], size: int, geometry: Geometry) -> str:
     """The cards of predictions (`Prediction.to_dict`) in their order, above them the legend and choices of task,
-    category and verdict, which need SCRIPT.
+    category and verdict, which need SCRIPT; with it, 24 are shown at first.
 
     Args:
         size: pixels a side of the images as the model saw them.
@@ -108,6 +108,7 @@ def cards(predictions: Sequence[Mapping[str, Any]], size: int, geometry: Geometr
         "<label>answers <select name=verdict><option value=''>all</option><option value=wrong>wrong</option>"
         "<option value=unparsed>unparsed</option><option value=right>right</option></select></label>"
         f"<output>{len(articles)} shown</output></form><div class=cards>{''.join(articles)}</div>"
+        "<button type=button class=more hidden>Show more</button>"
     )
 
 
@@ -158,17 +159,22 @@ STYLE = """
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(19rem,1fr));gap:1.2rem;align-items:start}
 article img{display:block;width:100%;height:auto}article img.flat{image-rendering:pixelated}
 article div{padding:.7rem .9rem .9rem;font-size:.92rem;line-height:1.45}article p{margin:.3rem 0;overflow-wrap:anywhere}
+.more{font:inherit;font-size:.9rem;margin:1.2rem 0;padding:.4rem 1.2rem;color:var(--c0);background:var(--card);
+border:1px solid var(--line);border-radius:6px;cursor:pointer}
 .question{white-space:pre-line}.tag{display:inline-block;min-width:3.8em;font-size:.76rem;color:var(--soft)}
 """
 
 SCRIPT = """
 document.querySelectorAll("form.filter").forEach(f=>{
- const cards=[...f.nextElementSibling.children],said=f.querySelector("output"),part=f.part;
+ const list=f.nextElementSibling,cards=[...list.children],more=list.nextElementSibling;
+ const said=f.querySelector("output"),part=f.part;let most=24;
  const show=()=>{const t=f.task.value,p=part?part.value:"",v=f.verdict.value;let n=0;
   cards.forEach(c=>{const d=c.dataset;c.hidden=(t&&d.task!==t)||(p&&d.part!==p)||
-   (v==="wrong"?d.verdict==="right":v&&d.verdict!==v);n+=!c.hidden});
-  said.textContent=n?n+" shown":"nothing like that is shown: choose something else"};
- f.addEventListener("change",e=>{if(part&&e.target===f.task){part.value="";
+   (v==="wrong"?d.verdict==="right":v&&d.verdict!==v);if(!c.hidden&&++n>most)c.hidden=true});
+  more.hidden=n<=most;
+  said.textContent=n?Math.min(n,most)+" of "+n:"none of these answers: choose something else"};
+ more.addEventListener("click",()=>{most+=24;show()});
+ f.addEventListener("change",e=>{most=24;if(part&&e.target===f.task){part.value="";
   part.querySelectorAll("optgroup").forEach(g=>g.hidden=g.disabled=!!f.task.value&&g.label!==f.task.value)}show()});
  show()})
 """

@@ -99,7 +99,7 @@ class Lean:
 
     def source_rows(self) -> Iterator[tuple[str, ...]]:
         """Source, what it holds most of, failure, weights, shares: a header, then the sources."""
-        yield "source", "holds", "failure", "weight", "new", "share", "new"
+        yield "source", "holds", "failure", "weight", "new weight", "share", "new share"
         for source in self.sources:
             failure = source.kept if source.failure is None else f"{source.failure:.3f}"
             weights = f"{source.weight:.4g}", f"{source.new_weight:.4g}"

@@ -206,8 +206,8 @@ def build(
     shown = shown or Shown()
     sections = [
         ("results", "What it can do", _results(evaluations)),
-        ("answers", "Answers, the worst first", _answers(evaluations, shown)),
         ("next", "What to train on next", "".join(_mixture(evaluation) for evaluation in evaluations)),
+        ("answers", "Answers, the worst first", _answers(evaluations, shown)),
         ("training", "How the loss fell", _training(runs)),
         ("mixing", "Mixing the two models", _mixing(curve)),
         ("language", "Language survives", _language(runs)),
@@ -361,7 +361,7 @@ def _answers(evaluations: Sequence[Evaluation], shown: Shown) -> str:
         geometry = Geometry(decimals=int(evaluation.results.get("decimals", 3)))
         size = int(evaluation.results.get("image_size", 0))
         blocks.append(
-            f"{heading}<p class=note>{seen:,} of {wrong:,} wrong answers, and {len(chosen) - seen:,} of "
+            f"{heading}<p class=note>{seen:,} of {wrong:,} wrong answers are here, and {len(chosen) - seen:,} of "
             f"{len(evaluation.predictions) - wrong:,} right ones.</p>{cards(chosen, size, geometry)}"
         )
     return (
@@ -397,7 +397,7 @@ def _mixture(evaluation: Evaluation) -> str:
         ]
         for source in lean["sources"]
     ]
-    head = ["source", "failure", "weight", "new", "share", "new", "change", "holds"]
+    head = ["source", "failure", "weight", "new weight", "share", "new share", "change", "holds"]
     return (
         "<p>A training mixture that leans towards what this model fails at, as MLLM-DataEngine (arXiv 2308.13566) "
         "looks for data: a source’s weight grows with the mean failure of the tasks and topics that it holds. A "
@@ -433,6 +433,7 @@ def _number(text: str | None) -> float | None:
 
 
 _STYLE = """
+header td:last-child{min-width:14rem}
 figure{margin:1rem 0}figure svg{width:100%;height:auto;display:block}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(11rem,1fr));gap:.6rem 1.4rem}
 .small{margin:.4rem 0}figcaption{font-size:.8rem;display:flex;justify-content:space-between}

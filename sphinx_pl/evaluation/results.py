@@ -78,7 +78,12 @@ def _family(family: str, evaluations: Sequence[Evaluation], published: Sequence[
                 asked.setdefault(key, {})[place] = result
     columns = [place for place in range(len(evaluations)) if any(place in results for results in asked.values())]
     about = {kind for kind, _, _ in asked}
-    shown = _Beside([number for number in published if number.benchmark in about])
+    there = {
+        (kind, split, value["measure"], line == 0)
+        for (kind, split, _), results in asked.items()
+        for line, value in enumerate(v for v in next(iter(results.values()))["values"] if not v["category"])
+    }
+    shown = _Beside([number for number in published if number.benchmark in about], there)
     rows: list[list[str]] = []
     folded = ""
     for (kind, split, _), results in asked.items():
@@ -87,13 +92,12 @@ def _family(family: str, evaluations: Sequence[Evaluation], published: Sequence[
         for line, measure in enumerate([value["measure"] for value in whole] or [""]):
             cells = [_value(results.get(place), measure, counts=not line) for place in columns]
             label = f"<b>{visible(str(first['title']))}</b> <small>{visible(split)}</small>" if not line else ""
-            beside = shown.cells(kind, split, measure, main=not line) if whole else [""] * len(shown.models)
+            beside = shown.cells((kind, split, measure, not line))
             rows.append([label, visible(measure) or "<small>scored elsewhere</small>", *cells, *beside])
         folded += _categories(f"{first['title']} {split}", [(evaluations[p].name, results.get(p)) for p in columns])
     names = [visible(evaluations[place].name) if len(evaluations) > 1 else "this model" for place in columns]
     head = ["benchmark", "measure", *names, *map(visible, shown.models)]
-    numbers = set(range(2, len(head)))
-    return table(head, rows, numbers) + shown.notes() + folded
+    return table(head, rows, set(range(2 + len(columns), len(head)))) + shown.notes() + folded
 
 
 def _value(result: Mapping[str, Any] | None, measure: str, counts: bool, category: str = "") -> str:
@@ -108,7 +112,7 @@ def _value(result: Mapping[str, Any] | None, measure: str, counts: bool, categor
     if counts:
         lost = sum((result.get("lost") or {}).values())
         parts = [f"{result['n']:,} asked", f"{result['unparsed']:,} unparsed" if result["unparsed"] else ""]
-        parts.append(f"{lost:,} could not be asked" if lost else "")
+        parts.append(f"{lost:,} lost" if lost else "")
         text += f"<br><small>{', '.join(part for part in parts if part)}</small>"
     return text
 
@@ -131,52 +135,61 @@ def _categories(title: str, results: Sequence[tuple[str, Mapping[str, Any] | Non
         for category, measure in found
     ]
     head = ["category", *(visible(name) if len(results) > 1 else visible(found[0][1]) for name, _ in results)]
-    numbers = set(range(1, len(head)))
-    return f"<details><summary>{visible(title)} by category</summary>{table(head, rows, numbers)}</details>"
+    return f"<details><summary>{visible(title)} by category</summary>{table(head, rows, set())}</details>"
+
+
+Line = tuple[str, str, str, bool]
+"""Of a table: a benchmark's kind, split and measure, and whether that is its main one."""
 
 
 class _Beside:
-    """Published numbers of one table's benchmarks: a column for each model, notes with their sources."""
+    """Published numbers of one table's benchmarks: a column for each model, notes with their sources.
 
-    def __init__(self, numbers: Sequence[Published]) -> None:
-        self.numbers = numbers
-        self._shown: set[int] = set()
-        self._unnamed = False
-        self.sources = list(dict.fromkeys(number.source for number in numbers))
-        self.models = list(dict.fromkeys(number.model for number in numbers))
+    Args:
+        numbers: of the benchmarks. lines: of the table; what fits none of them is only in the notes.
+    """
 
-    def cells(self, kind: str, split: str, measure: str, main: bool) -> list[str]:
-        """Of a row, blank where nothing was entered; the measure that a number does not name is the main one."""
+    def __init__(self, numbers: Sequence[Published], lines: Iterable[Line]) -> None:
+        lines = list(lines)
+        self._fitting = [number for number in numbers if any(_fits(number, line) for line in lines)]
+        self._others = [number for number in numbers if number not in self._fitting]
+        self._sources = list(dict.fromkeys(number.source for number in [*self._fitting, *self._others]))
+        self.models = list(dict.fromkeys(number.model for number in self._fitting))
+
+    def cells(self, line: Line) -> list[str]:
+        """Of a line, blank where nothing was entered."""
         cells = dict.fromkeys(self.models, "")
-        for place, number in enumerate(self.numbers):
-            fits = number.benchmark == kind and number.split in (None, split)
-            if fits and (number.measure == measure or (number.measure is None and main)):
-                self._shown.add(place)
-                self._unnamed |= number.split is None
-                mark = f"{self.sources.index(number.source) + 1}{'†' if number.split is None else ''}"
-                cells[number.model] = f"{number.value:g}<sup>{mark}</sup>"
+        cells |= {number.model: self._cell(number) for number in self._fitting if _fits(number, line)}
         return list(cells.values())
 
+    def _cell(self, number: Published) -> str:
+        mark = self._sources.index(number.source) + 1
+        return f"{number.value:g}<sup>{mark}{'' if number.split else '†'}</sup>"
+
     def notes(self) -> str:
-        """Where the numbers are from, after all cells were made."""
-        if not self.numbers:
+        """Where the numbers are from, and those that the table has no line for."""
+        if not self._sources:
             return ""
-        others = [number for place, number in enumerate(self.numbers) if place not in self._shown]
-        listed = "".join(f"<li>{visible(source)}</li>" for source in self.sources)
-        unnamed = " † The source does not name the split." if self._unnamed else ""
-        text = (
-            f"<p class=note>Numbers of other models are published ones, copied from:{unnamed}</p>"
-            f"<ol class=sources>{listed}</ol>"
+        unnamed = " † The source does not name the split." if not all(n.split for n in self._fitting) else ""
+        listed = "".join(f"<li>{visible(source)}</li>" for source in self._sources)
+        sources = f"<p class=note>Published numbers are copied from:{unnamed}</p><ol class=sources>{listed}</ol>"
+        if not self._others:
+            return sources
+        items = "".join(
+            f"<li>{visible(' '.join(filter(None, (o.benchmark, o.split, o.measure))))}, {visible(o.model)}: "
+            f"{self._cell(o)}</li>"
+            for o in self._others
         )
-        if others:
-            items = "".join(
-                f"<li>{visible(' '.join(filter(None, (o.benchmark, o.split, o.measure))))}, {visible(o.model)}: "
-                f"{o.value:g}<sup>{self.sources.index(o.source) + 1}</sup></li>"
-                for o in others
-            )
-            summary = "Published numbers of other splits or measures of these benchmarks"
-            text += f"<details><summary>{summary}</summary><ul class=sources>{items}</ul></details>"
-        return text
+        summary = "Published numbers of other splits or measures of these benchmarks"
+        others = f"<details><summary>{summary}</summary><ul class=sources>{items}</ul>"
+        return f"{sources}{others}</details>" if self._fitting else f"{others}{sources}</details>"
+
+
+def _fits(number: Published, line: Line) -> bool:
+    """A number that does not name its split fits any; one that does not name its measure is of the main one."""
+    kind, split, measure, main = line
+    same = number.benchmark == kind and number.split in (None, split)
+    return same and (number.measure == measure or (number.measure is None and main))
 
 
 def number(value: float | None, percent: bool) -> str:
