@@ -27,6 +27,7 @@ from sphinx_pl.typed import pick
 if TYPE_CHECKING:
     from sphinx_pl.data.record import Record
     from sphinx_pl.evaluation.asking import Prediction
+    from sphinx_pl.evaluation.lean import Lean, Training
     from sphinx_pl.evaluation.summary import Row
     from sphinx_pl.models.sphinx import Sphinx
 
@@ -38,6 +39,24 @@ class Generation:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+
+
+@dataclass
+class LeanOptions:
+    """How a mixture leans towards what fails; see `sphinx_pl.evaluation.lean`."""
+
+    strength: float = 0.5
+    prior: float = 20.0
+    bound: float = 3.0
+    at_most: int = 2000
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.strength <= 1:
+            raise UserError(f"lean.strength={self.strength} must be 0 to 1")
+        if self.prior <= 0 or self.bound < 1 or self.at_most < 1:
+            raise UserError(
+                f"lean: prior={self.prior} must be above 0, bound={self.bound} and at_most={self.at_most} at least 1"
+            )
 
 
 @dataclass
@@ -58,6 +77,9 @@ class EvaluateConfig:
     out: Optional[str] = None
     overwrite: bool = False
     report: Optional[str] = None
+    then: Optional[str] = None
+    mixture_out: Optional[str] = None
+    lean: LeanOptions = field(default_factory=LeanOptions)
     wandb: Optional[dict[str, Any]] = None
 
     def __post_init__(self) -> None:
@@ -68,6 +90,12 @@ class EvaluateConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}={value} must be at least 1")
+        if self.then not in (None, "mixture"):
+            raise UserError(f"then={self.then} must be null or mixture")
+        if self.then and not self.asks_tasks:
+            raise UserError("then=mixture needs test sources, not only benchmarks: name them, such as test=[tasks]")
+        if self.mixture_out and not self.then:
+            raise UserError("mixture_out is where then=mixture writes: give both")
 
     @property
     def asks_tasks(self) -> bool:
@@ -248,7 +276,7 @@ class Asking:
 
 
 def _ask_tasks(
-    options: EvaluateConfig, data: Mapping[str, Any], asking: Asking
+    options: EvaluateConfig, data: Mapping[str, Any], asking: Asking, leaning: Training | None = None
 ) -> tuple[list[Prediction], dict[str, list[Prediction]], dict[str, int]]:
     """The test sources' questions: predictions, those of baselines, and what could not be asked."""
     from sphinx_pl.evaluation.asking import select, shuffle_images
@@ -258,6 +286,8 @@ def _ask_tasks(
     records = select(found, options.limit, options.seed)
     if not records:
         raise UserError("data.test has no record of a task with a score: check its sources")
+    if leaning:
+        leaning.check({record.task for record in records})
     baselines = {}
     predictions = asking("tasks", records, lost)
     if not predictions:
@@ -273,6 +303,39 @@ def _ask_tasks(
         by_key = {record.key: record for record in records}
         baselines["constant"] = constant_predictions(predictions, by_key, constants, geometry)
     return predictions, baselines, lost
+
+
+def _training(options: EvaluateConfig, data: Mapping[str, Any], mixture: Path) -> Training | None:
+    """What `then` leans on, read before anything is asked."""
+    if not options.then:
+        return None
+    from sphinx_pl.evaluation.lean import Training, check_out
+
+    check_out(mixture, _mixture_name())
+    temperature = (data.get("mixing") or {}).get("temperature")
+    return Training(data.get("sources") or {}, temperature, options.lean.at_most)
+
+
+def _mixture_name() -> str | None:
+    """The configured mixture; None where the command line has other sources than it."""
+    hydra = HydraConfig.get()
+    keys = (override.split("=")[0].lstrip("+~") for override in hydra.overrides.task)
+    if any(key.startswith(("data.sources", "data.val_sources")) for key in keys):
+        return None
+    name = hydra.runtime.choices.get("data/mixture")
+    return str(name) if name else None
+
+
+def _write_mixture(options: EvaluateConfig, cfg: DictConfig, lean: Lean, path: Path) -> None:
+    from sphinx_pl.evaluation.lean import write_mixture
+
+    base = _mixture_name()
+    entries: Any = None
+    if base is None:  # the file stands for itself
+        entries = {key: OmegaConf.to_container(cfg.data[key]) for key in ("sources", "val_sources") if key in cfg.data}
+    said = [f"{key}: {value}" for key, value in dataclasses.asdict(options.lean).items()]
+    comments = [f"checkpoint: {options.checkpoint}", f"test: {options.test or 'all of data.test'}", *said]
+    write_mixture(path, lean.yaml(comments, base, entries), base)
 
 
 @entry_point(config_name="evaluate")
@@ -298,6 +361,8 @@ def main(cfg: DictConfig) -> float:
     join_plainly()
     # The run folder's name has the time, which differs between processes.
     folder = of_all_ranks(Path(options.out or HydraConfig.get().runtime.output_dir), this_process().world_size)[0]
+    mixture = Path(options.mixture_out or folder / "mixture.yaml")
+    training = _training(options, data, mixture)
     asking = Asking(options, folder)
 
     configured: Any = OmegaConf.to_container(cfg.benchmark, resolve=True)
@@ -310,8 +375,12 @@ def main(cfg: DictConfig) -> float:
     rows: list[Row] = []
     lost: dict[str, int] = {}
     if options.asks_tasks:
-        predictions, baselines, lost = _ask_tasks(options, data, asking)
+        predictions, baselines, lost = _ask_tasks(options, data, asking, training)
         rows = summarise(predictions, baselines, options.seed)
+    lean = None
+    if training:
+        how = options.lean
+        lean = training.lean(predictions, how.strength, how.prior, how.bound)
     found, said = [], []
     for asked in questions:
         missing: dict[str, int] = {}
@@ -341,6 +410,9 @@ def main(cfg: DictConfig) -> float:
         "rows": [row.to_dict() for row in rows],
         "benchmarks": found,
     }
+    if lean:
+        _write_mixture(options, cfg, lean, mixture)
+        results["mixture"] = {"file": str(mixture)} | lean.to_dict()
     for name, those in {PREDICTIONS: predictions, **baselines}.items():
         write_predictions(folder, name, those)
     write_results(folder, results)
@@ -354,6 +426,12 @@ def main(cfg: DictConfig) -> float:
         if reasons:
             counts = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
             console.print(f"Not asked of {name}: {counts}", highlight=False)
+    if lean:
+        from sphinx_pl.evaluation.lean import how_to_train
+
+        for table in lean.tables():
+            console.print(table)
+        said.append(f"Leaned mixture: {mixture}; to train on it: {how_to_train(mixture)}")
     for sentence in said:
         console.print(sentence, highlight=False, markup=False)
     console.print(f"Results: {folder / 'results.json'}", highlight=False, markup=False)

@@ -85,7 +85,8 @@ summary{cursor:pointer;color:var(--c0);margin:.6rem 0}
 .key{font-size:.85rem;padding-left:1.3em;position:relative;margin-right:.6em}
 .key::before{content:"";position:absolute;left:0;top:.2em;
 width:.85em;height:.85em;border:2.5px solid var(--k);border-radius:2px}
-.filter{display:flex;gap:1.5rem;margin:1rem 0;color:var(--soft)}select{font-size:.88rem;padding:.15rem .3rem}
+.filter{display:flex;flex-wrap:wrap;gap:.4rem 1.5rem;margin:1rem 0;color:var(--soft)}
+select{font-size:.88rem;padding:.15rem .3rem;max-width:16rem}
 article{background:var(--card);border:1px solid var(--line);border-radius:6px;overflow:hidden}
 article[hidden]{display:none}
 .where{color:var(--soft);font-size:.8rem;display:flex;justify-content:space-between;gap:1rem}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from html import escape
+from itertools import zip_longest
 from typing import Any
 
 from PIL import Image
@@ -21,31 +22,93 @@ RIGHT = 0.5
 PICTURE_SIDE = 256
 """Smaller pictures are enlarged to about this many pixels a side."""
 PICTURE_BYTES = 60_000
+ALL_BYTES, LEAST_BYTES = 7_500_000, 16_000
+"""Before base64: of one picture; of a page's, which are made smaller so that all fit; and how small they may become."""
+
+
+def choose(predictions: Sequence[Mapping[str, Any]], wrong: int, right: int, at_most: int) -> list[Mapping[str, Any]]:
+    """The predictions to show: of each benchmark and task the worst `wrong` ones and `right` right ones.
+
+    Of equally bad ones each category gets its turn, so that none hides the others; they and the right ones are spread
+    evenly over the data, neither the first, which are of one kind, nor picked by hand. The worst of all groups come
+    first, the right ones last.
+    """
+    groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for prediction in predictions:
+        groups[_group(prediction)].append(prediction)
+    queues = [_worst(group, wrong) for group in groups.values()]
+    queues += [_spread([p for p in group if p["score"] >= RIGHT], right) for group in groups.values()]
+    bad, good = queues[: len(groups)], queues[len(groups) :]
+    turns = [p for part in (bad, good) for turn in zip_longest(*part) for p in turn if p is not None]
+    return turns[:at_most]
+
+
+def _group(prediction: Mapping[str, Any]) -> str:
+    """The benchmark's name as it was configured, which its keys begin with; else the task."""
+    return str(prediction["key"]).split("/", 1)[0] if prediction.get("benchmark") else str(prediction["task"])
+
+
+def _worst(predictions: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
+    by_score: dict[float, dict[str, list[Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for prediction in predictions:
+        if prediction["score"] < RIGHT:
+            by_score[prediction["score"]][prediction["topic"]].append(prediction)
+    found: list[Mapping[str, Any]] = []
+    for _, topics in sorted(by_score.items()):
+        if len(found) >= count:
+            break
+        parts = [_spread(part, count) for part in topics.values()]
+        found += [p for turn in zip_longest(*parts) for p in turn if p is not None]
+    return found[:count]
+
+
+def _spread(items: list[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
+    """At most `count` of the items, evenly spread."""
+    return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)] if len(items) > count else items
 
 
 def cards(predictions: Sequence[Mapping[str, Any]], size: int, geometry: Geometry) -> str:
-    """The cards of predictions (`Prediction.to_dict`) in their order, above them the legend and a choice of task and
-    verdict, which needs SCRIPT.
+    """The cards of predictions (`Prediction.to_dict`) in their order, above them the legend and choices of task,
+    category and verdict, which need SCRIPT; with it, 24 are shown at first.
 
     Args:
         size: pixels a side of the images as the model saw them.
     """
     lost = 0
     articles = []
+    number = sum(len(prediction["images"]) for prediction in predictions)
+    limit = min(PICTURE_BYTES, max(LEAST_BYTES, ALL_BYTES // max(number, 1)))
+    parts: dict[str, dict[str, int]] = {}
     for prediction in predictions:
-        pictures, missing = _pictures(prediction, size, geometry)
+        topics = parts.setdefault(_group(prediction), {})
+        part = topics.setdefault(prediction["topic"], sum(map(len, parts.values())))
+        pictures, missing = _pictures(prediction, size, geometry, limit)
         lost += missing
-        articles.append(_card(prediction, pictures))
-    options = "".join(f"<option>{escape(task)}</option>" for task in dict.fromkeys(p["task"] for p in predictions))
-    note = f"{lost} pictures are left out: their image files could not be read."
+        articles.append(_card(prediction, pictures, part))
+    options = "".join(f"<option>{visible(group)}</option>" for group in parts)
+    categories = "".join(
+        f'<optgroup label="{visible(group)}">'
+        + "".join(f"<option value={part}>{visible(topic) or 'none'}</option>" for topic, part in topics.items())
+        + "</optgroup>"
+        for group, topics in parts.items()
+        if len(topics) > 1
+    )
+    narrower = (
+        f"<label>category <select name=part><option value=''>all</option>{categories}</select></label>"
+        if categories
+        else ""
+    )
+    note = f"{lost} {'picture is' if lost == 1 else 'pictures are'} left out: the image files could not be read."
     return (
         f'<p>Boxes and points: <span class=key style="--k:{TRUE}">true</span> '
         f'<span class=key style="--k:{PREDICTED}">predicted</span> '
         f'<span class=key style="--k:{GIVEN}">given in the question</span></p>'
         f"{f'<p class=missing>{note}</p>' if lost else ''}<form class=filter>"
-        f"<label>task <select name=task><option value=''>all</option>{options}</select></label> "
-        "<label>answers <select name=verdict><option value=''>all</option><option>right</option><option>wrong</option>"
-        f"</select></label></form><div class=cards>{''.join(articles)}</div>"
+        f"<label>asked <select name=task><option value=''>all</option>{options}</select></label>{narrower}"
+        "<label>answers <select name=verdict><option value=''>all</option><option value=wrong>wrong</option>"
+        "<option value=unparsed>unparsed</option><option value=right>right</option></select></label>"
+        f"<output>{len(articles)} shown</output></form><div class=cards>{''.join(articles)}</div>"
+        "<button type=button class=more hidden>Show more</button>"
     )
 
 
@@ -59,21 +122,24 @@ def picture(image: ImageRef, prediction: Mapping[str, Any], size: int, geometry:
     return draw(plain, prediction["answer"], prediction["prediction"], geometry, prediction["question"])
 
 
-def _card(prediction: Mapping[str, Any], pictures: str) -> str:
-    task = prediction["task"]
-    verdict = "right" if prediction["score"] >= RIGHT else "wrong"
-    where = " · ".join(escape(text) for text in (task, prediction["topic"], prediction["domain"]) if text)
+def _card(prediction: Mapping[str, Any], pictures: str, part: int) -> str:
+    """`part`: the number of its category among all that are shown."""
+    group = _group(prediction)
+    formed = prediction.get("parsed", True)
+    verdict = "right" if prediction["score"] >= RIGHT else "wrong" if formed else "unparsed"
+    where = " · ".join(visible(text) for text in (group, prediction["topic"], prediction["domain"]) if text)
+    colour = "right" if verdict == "right" else "wrong"
     return (
-        f'<article data-task="{escape(task)}" data-verdict="{verdict}">{pictures}<div><p class=where>{where} '
-        f'<span class="{verdict}">{verdict} · {prediction["score"]:.2f}</span></p>'
+        f'<article data-task="{visible(group)}" data-part="{part}" data-verdict="{verdict}">{pictures}<div>'
+        f'<p class=where><span>{where}</span> <span class="{colour}">{verdict} · {prediction["score"]:.2f}</span></p>'
         f"<p class=question>{visible(prediction['question'])}</p>"
         f"<p><span class=tag>true</span> {visible(prediction['answer'])}</p>"
         f"<p><span class=tag>model</span> {visible(prediction['prediction']) or '<i>nothing</i>'}</p></div></article>"
     )
 
 
-def _pictures(prediction: Mapping[str, Any], size: int, geometry: Geometry) -> tuple[str, int]:
-    """The images of a prediction as HTML, and how many of them could not be read."""
+def _pictures(prediction: Mapping[str, Any], size: int, geometry: Geometry, limit: int) -> tuple[str, int]:
+    """The images of a prediction as HTML of about `limit` bytes each, and how many of them could not be read."""
     html, lost = "", 0
     for image in prediction["images"]:
         try:
@@ -81,22 +147,34 @@ def _pictures(prediction: Mapping[str, Any], size: int, geometry: Geometry) -> t
         except (BadSample, OSError):
             lost += 1
             continue
-        address = encode(drawn, drawn.width > size, PICTURE_BYTES)
-        html += f'<img alt="the image of the question" width={drawn.width} src="{address}">'
+        flat = drawn.width > size
+        address = encode(drawn, flat, limit)
+        kind = " class=flat" if flat else ""
+        html += f'<img alt="the image of the question"{kind} width={drawn.width} src="{address}">'
     return html, lost
 
 
 STYLE = """
 .up,.right{color:var(--up)}.flat{color:var(--soft)}.wrong{color:var(--bad)}
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(19rem,1fr));gap:1.2rem;align-items:start}
-article img{display:block;width:100%;height:auto;image-rendering:pixelated}
+article img{display:block;width:100%;height:auto}article img.flat{image-rendering:pixelated}
 article div{padding:.7rem .9rem .9rem;font-size:.92rem;line-height:1.45}article p{margin:.3rem 0;overflow-wrap:anywhere}
+.more{font:inherit;font-size:.9rem;margin:1.2rem 0;padding:.4rem 1.2rem;color:var(--c0);background:var(--card);
+border:1px solid var(--line);border-radius:6px;cursor:pointer}
 .question{white-space:pre-line}.tag{display:inline-block;min-width:3.8em;font-size:.76rem;color:var(--soft)}
 """
 
 SCRIPT = """
-const form=document.querySelectorAll("form.filter");
-form.forEach(f=>f.addEventListener("change",()=>{
- const cards=f.nextElementSibling.querySelectorAll("article"),t=f.task.value,v=f.verdict.value;
- cards.forEach(c=>c.hidden=(t&&c.dataset.task!==t)||(v&&c.dataset.verdict!==v))}))
+document.querySelectorAll("form.filter").forEach(f=>{
+ const list=f.nextElementSibling,cards=[...list.children],more=list.nextElementSibling;
+ const said=f.querySelector("output"),part=f.part;let most=24;
+ const show=()=>{const t=f.task.value,p=part?part.value:"",v=f.verdict.value;let n=0;
+  cards.forEach(c=>{const d=c.dataset;c.hidden=(t&&d.task!==t)||(p&&d.part!==p)||
+   (v==="wrong"?d.verdict==="right":v&&d.verdict!==v);if(!c.hidden&&++n>most)c.hidden=true});
+  more.hidden=n<=most;
+  said.textContent=n?Math.min(n,most)+" of "+n:"none of these answers: choose something else"};
+ more.addEventListener("click",()=>{most+=24;show()});
+ f.addEventListener("change",e=>{most=24;if(part&&e.target===f.task){part.value="";
+  part.querySelectorAll("optgroup").forEach(g=>g.hidden=g.disabled=!!f.task.value&&g.label!==f.task.value)}show()});
+ show()})
 """

@@ -24,10 +24,14 @@ from rich.console import Console
 
 from sphinx_pl.data.geometry import Geometry
 from sphinx_pl.errors import UserError
-from sphinx_pl.evaluation.cards import RIGHT, SCRIPT, STYLE, cards
-from sphinx_pl.evaluation.charts import Series, interval_bar, line_chart, smooth
+from sphinx_pl.evaluation import tables
+from sphinx_pl.evaluation.cards import RIGHT, SCRIPT, STYLE, cards, choose
+from sphinx_pl.evaluation.charts import Series, line_chart, smooth
+from sphinx_pl.evaluation.lean import held_text
+from sphinx_pl.evaluation.published import read_published
+from sphinx_pl.evaluation.tables import Evaluation
 from sphinx_pl.files import write_whole
-from sphinx_pl.page import page, table
+from sphinx_pl.page import page, table, visible
 
 log = logging.getLogger(__name__)
 
@@ -95,12 +99,18 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """What evaluate.py wrote: its results and its predictions."""
+class Shown:
+    """How many answers the page shows: of each task and benchmark of an evaluation so many of the worst ones and of the
+    right ones, and in all at most `answers`."""
 
-    name: str
-    results: dict[str, Any]
-    predictions: list[dict[str, Any]]
+    wrong: int = 8
+    right: int = 3
+    answers: int = 240
+
+    def __post_init__(self) -> None:
+        for name in ("wrong", "right", "answers"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} {getattr(self, name)} must not be negative")
 
 
 def read_run(name: str, folder: Path) -> Run:
@@ -128,15 +138,19 @@ def read_curve(folder: Path | None) -> dict[str, Any] | None:
     return _parsed(file, json.loads) if file and file.is_file() else None
 
 
-def read_evaluation(folder: Path) -> Evaluation | None:
-    """results.json and predictions.jsonl of evaluate.py, or None where there are no results."""
+def read_evaluation(folder: Path, name: str = "") -> Evaluation | None:
+    """results.json and predictions.jsonl of evaluate.py, or None where there are no results.
+
+    Args:
+        name: by default the folder's.
+    """
     results = folder / "results.json"
     if not results.is_file():
         return None
     predictions = folder / "predictions.jsonl"
     found = _parsed(results, json.loads)
     lines = _parsed(predictions, lambda text: [json.loads(line) for line in text.splitlines()])
-    return None if found is None else Evaluation(folder.name, found, lines or [])
+    return None if found is None else Evaluation(name or folder.name, found, lines or [])
 
 
 def _parsed(file: Path, parse: Callable[[str], Any]) -> Any:
@@ -158,34 +172,53 @@ def find_inputs(folder: Path) -> tuple[list[Run], Path | None]:
 
 
 def write_report(
-    out: Path, runs: Sequence[Run], mix: Path | None, evaluations: Sequence[Path], title: str = "SPHINX-PL"
+    out: Path,
+    runs: Sequence[Run],
+    mix: Path | None,
+    evaluations: Sequence[Path],
+    title: str = "SPHINX-PL",
+    shown: Shown | None = None,
 ) -> None:
     """Read what the folders hold and write the page; see `build`."""
-    found = [evaluation for folder in evaluations if (evaluation := read_evaluation(folder))]
-    page = build(runs, read_curve(mix), found, title)
+    named = zip(evaluations, _names(evaluations), strict=True)
+    found = [evaluation for folder, name in named if (evaluation := read_evaluation(folder, name))]
+    page = build(runs, read_curve(mix), found, title, shown)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, page)
 
 
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The folders' names, with as much of what is before them as tells them apart."""
+    parts = [folder.absolute().parts for folder in folders]
+    longest = max(map(len, parts), default=1)
+    names = (["/".join(part[-depth:]) for part in parts] for depth in range(1, longest + 1))
+    return next((found for found in names if len(set(found)) == len(found)), [str(folder) for folder in folders])
+
+
 def build(
-    runs: Sequence[Run], curve: dict[str, Any] | None, evaluations: Sequence[Evaluation], title: str = "SPHINX-PL"
+    runs: Sequence[Run],
+    curve: dict[str, Any] | None,
+    evaluations: Sequence[Evaluation],
+    title: str = "SPHINX-PL",
+    shown: Shown | None = None,
 ) -> str:
     """The whole page as a string."""
+    shown = shown or Shown()
     sections = [
         ("results", "What it can do", _results(evaluations)),
-        ("samples", "Sample predictions", "".join(_samples(evaluation) for evaluation in evaluations)),
+        ("next", "What to train on next", "".join(_mixture(evaluation) for evaluation in evaluations)),
+        ("answers", "Answers, the worst first", _answers(evaluations, shown)),
         ("training", "How the loss fell", _training(runs)),
         ("mixing", "Mixing the two models", _mixing(curve)),
         ("language", "Language survives", _language(runs)),
     ]
-    if not any(evaluation.predictions for evaluation in evaluations):
-        sections[1] = ("samples", "Sample predictions", _missing("There are no predictions: run evaluate.py."))
+    sections = [section for section in sections if section[0] != "next" or section[2]]  # it is a choice
     links = " ".join(f'<a href="#{anchor}">{heading}</a>' for anchor, heading, _ in sections)
     body = "".join(
         f'<section id="{anchor}"><h2>{heading}</h2>{content}</section>' for anchor, heading, content in sections
     )
     header = f"<h1>{escape(title)}</h1>{_summary(runs, evaluations)}<nav>{links}</nav>"
-    return page(title, header, body, STYLE + _STYLE, SCRIPT)
+    return page(title, header, body, STYLE + tables.STYLE + _STYLE, SCRIPT)
 
 
 def _summary(runs: Sequence[Run], evaluations: Sequence[Evaluation]) -> str:
@@ -304,72 +337,83 @@ def _language(runs: Sequence[Run]) -> str:
 
 
 def _results(evaluations: Sequence[Evaluation]) -> str:
-    blocks = []
-    for evaluation in evaluations:
-        rows = []
-        for row in evaluation.results["rows"]:
-            total = not row["domain"] and not row["topic"]
-            baseline = row["baseline"]
-            mark = "" if baseline is None else ("▲" if row["above"] else "·")
-            name = (
-                f"<b>{escape(row['task'])}</b>" if total else f"<span class=sub>{escape(row['topic'] or 'all')}</span>"
-            )
-            rows.append(
-                [
-                    name,
-                    escape(row["domain"]) or ("all" if not total else ""),
-                    interval_bar(row["score"], row["low"], row["high"], baseline),
-                    f"{row['score']:.3f} <small>{row['low']:.2f}–{row['high']:.2f}</small>",
-                    "–" if baseline is None else f"{baseline:.3f} <small>{escape(row['baseline_kind'])}</small>",
-                    str(row["n"]),
-                    str(row["unparsed"]) if row["unparsed"] else "",
-                    f'<span class="{"up" if row["above"] else "flat"}">{mark}</span>',
-                    f"<small>{escape(row['metric'])}</small>" if total else "",
-                ]
-            )
-        head = ["task", "domain", "0 … 1", "score", "baseline", "n", "unparsed", "", "metric"]
-        heading = f"<h3>{escape(evaluation.name)}</h3>" if len(evaluations) > 1 else ""
-        checkpoint = escape("/".join(Path(str(evaluation.results.get("checkpoint", ""))).parts[-2:]))
-        blocks.append(f"{heading}<p class=note>Checkpoint {checkpoint}.</p>" + table(head, rows, numbers={3, 4, 5, 6}))
-    if not blocks:
+    content = tables.results(evaluations, read_published())
+    if not content:
         return _missing("There are no results: run evaluate.py and give its folder with --evaluation.")
-    metrics = {name: text for evaluation in evaluations for name, text in evaluation.results.get("metrics", {}).items()}
-    definitions = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in sorted(metrics.items()))
     return (
-        "<p>Each bar is the score on held-out data, the thin line its 95 % bootstrap interval, the tick the "
-        "baseline: the better of the best constant answer fitted on training data and of the same model with shuffled "
-        "images. ▲ marks a score whose whole interval is above the baseline. “Unparsed” answers lacked the form that "
-        "was asked for; they count as wrong.</p>"
-        + "".join(blocks)
-        + (
-            f"<details><summary>How each metric is defined</summary><dl>{definitions}</dl></details>"
-            if definitions
-            else ""
+        "<p>Benchmarks are counted as their authors count; shares are per cent. Small numbers are 95 % bootstrap "
+        "intervals. “Unparsed” answers lacked the form that was asked for; they count as wrong. Published numbers are "
+        "for orientation: prompts, image sizes, training data and what counts as an answer may have been others.</p>"
+        + content
+    )
+
+
+def _answers(evaluations: Sequence[Evaluation], shown: Shown) -> str:
+    answered = [evaluation for evaluation in evaluations if evaluation.predictions]
+    if not answered:
+        return _missing("There are no predictions: run evaluate.py.")
+    blocks = []
+    for evaluation in answered:
+        chosen = choose(evaluation.predictions, shown.wrong, shown.right, shown.answers // len(answered))
+        wrong = sum(prediction["score"] < RIGHT for prediction in evaluation.predictions)
+        seen = sum(prediction["score"] < RIGHT for prediction in chosen)
+        heading = f"<h3>{visible(evaluation.name)}</h3>" if len(answered) > 1 else ""
+        geometry = Geometry(decimals=int(evaluation.results.get("decimals", 3)))
+        size = int(evaluation.results.get("image_size", 0))
+        blocks.append(
+            f"{heading}<p class=note>{seen:,} of {wrong:,} wrong answers are here, and {len(chosen) - seen:,} of "
+            f"{len(evaluation.predictions) - wrong:,} right ones.</p>{cards(chosen, size, geometry)}"
         )
-    )
-
-
-def _samples(evaluation: Evaluation, right: int = 3, wrong: int = 5) -> str:
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for prediction in evaluation.predictions:
-        groups.setdefault(prediction["task"], []).append(prediction)
-    if not groups:
-        return ""
-    shown: list[dict[str, Any]] = []
-    for predictions in groups.values():
-        shown += _spread([p for p in predictions if p["score"] >= RIGHT], right)
-        shown += _spread([p for p in predictions if p["score"] < RIGHT], wrong)
-    geometry = Geometry(decimals=int(evaluation.results.get("decimals", 3)))
-    size = int(evaluation.results.get("image_size", 0))
     return (
-        f"<p>At most {right} right and {wrong} wrong answers per task, evenly spread over the held-out data. A score "
-        f"of at least {RIGHT} is shown as right.</p>" + cards(shown, size, geometry)
+        f"<p>Of each task and benchmark at most {shown.wrong} mistakes, those with the lowest scores, and at most "
+        f"{shown.right} right answers. A score below {RIGHT} is shown as wrong.</p>" + "".join(blocks)
     )
 
 
-def _spread(items: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """At most `count` of the items, evenly spread: neither the first, which are of one kind, nor picked by hand."""
-    return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)] if len(items) > count else items
+def _mixture(evaluation: Evaluation) -> str:
+    """What evaluate.py's `then=mixture` found; "" where it was not asked for."""
+    lean = evaluation.results.get("mixture")
+    if not lean:
+        return ""
+    rates = [
+        [
+            f"<span class=sub>{visible(rate['topic'])}</span>" if rate["topic"] else f"<b>{visible(rate['task'])}</b>",
+            f"{rate['n']:,}",
+            f"{rate['failure']:.3f}",
+            f"{rate['shrunk']:.3f}",
+        ]
+        for rate in lean["rates"]
+    ]
+    sources = [
+        [
+            f"<b>{visible(source['name'])}</b>",
+            f"<small>{visible(source['kept'])}</small>" if source["failure"] is None else f"{source['failure']:.3f}",
+            f"{source['weight']:.4g}",
+            f"{source['new_weight']:.4g}",
+            f"{source['share']:.1%}",
+            f"{source['new_share']:.1%}",
+            f'<span class="{"up" if source["new_share"] > source["share"] else "flat"}">{_change(source)}</span>',
+            f"<small>{visible(held_text({(h['task'], h['topic']): h['share'] for h in source['holds']}))}</small>",
+        ]
+        for source in lean["sources"]
+    ]
+    head = ["source", "failure", "weight", "new weight", "share", "new share", "change", "holds"]
+    return (
+        "<p>A training mixture that leans towards what this model fails at, as MLLM-DataEngine (arXiv 2308.13566) "
+        "looks for data: a source’s weight grows with the mean failure of the tasks and topics that it holds. A "
+        "failure is 1 − score. Tasks have different measures, and one may fail more because its measure is stricter. "
+        "Whether the new mixture trains a better model is not known before it has been tried. Written to "
+        f"<b>{visible(Path(str(lean['file'])).name)}</b>.</p>"
+        + table(head, sources, set(range(1, 7)))
+        + "<details><summary>Failures of tasks and topics</summary><p>“Used” is drawn towards the task’s mean, and a "
+        "task’s towards that of all questions, the more the fewer questions there are.</p>"
+        + table(["task", "questions", "failure", "used"], rates, {1, 2, 3})
+        + "</details>"
+    )
+
+
+def _change(source: dict[str, Any]) -> str:
+    return f"× {source['new_share'] / source['share']:.2f}" if source["share"] else "–"
 
 
 def _missing(sentence: str) -> str:
@@ -389,6 +433,7 @@ def _number(text: str | None) -> float | None:
 
 
 _STYLE = """
+header td:last-child{min-width:14rem}
 figure{margin:1rem 0}figure svg{width:100%;height:auto;display:block}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(11rem,1fr));gap:.6rem 1.4rem}
 .small{margin:.4rem 0}figcaption{font-size:.8rem;display:flex;justify-content:space-between}
@@ -404,6 +449,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--mix", type=Path, metavar="DIR", help="the folder with curve.json")
     parser.add_argument("--evaluation", type=Path, action="append", default=[], metavar="DIR", nargs="+")
     parser.add_argument("--title", default="SPHINX-PL")
+    default = Shown()
+    parser.add_argument("--wrong", type=int, default=default.wrong, help="mistakes shown of each task or benchmark")
+    parser.add_argument("--right", type=int, default=default.right, help="right answers shown of each")
+    parser.add_argument("--answers", type=int, default=default.answers, help="answers shown in all, at most")
     options = parser.parse_args(arguments)
     console = Console(stderr=True)
     try:
@@ -414,7 +463,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise UserError(f"--run {text}: write it as name=folder, such as --run real=outputs/demo/real")
             runs.append(read_run(name, Path(folder)))
         folders = [folder for group in options.evaluation for folder in group]
-        write_report(options.out, runs, options.mix, folders, options.title)
+        shown = Shown(options.wrong, options.right, options.answers)
+        write_report(options.out, runs, options.mix, folders, options.title, shown)
     except UserError as error:
         console.print(str(error), style="red", markup=False)
         return 2

@@ -16,6 +16,7 @@ from pathlib import Path
 import openpyxl
 import pytest
 import torch
+import yaml
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -202,6 +203,27 @@ def test_points_average_precision_and_images_in_a_table(world: Path) -> None:
     assert hidden["values"] == []
 
 
+def test_a_mixture_leans_towards_what_fails(world: Path) -> None:
+    arguments = [f"checkpoint={world / 'checkpoint'}", f"out={world / 'lean'}", "then=mixture", "shuffled=false"]
+    done = run(world, *arguments, f"report={world / 'lean.html'}")
+    assert done.returncode == 0, done.stderr
+    text = (world / "lean" / "mixture.yaml").read_text()
+    sources = yaml.safe_load(text)["sources"]
+    # The command line has other sources than the mixture's file, so they are all here.
+    assert sources == {"tasks": {"kind": "instructions", "path": str(world / "test.json"), "weight": 1.0}}
+    lean = json.loads((world / "lean" / "results.json").read_text())["mixture"]
+    assert {rate["task"]: rate["n"] for rate in lean["rates"]} == {"short_vqa": 3, "rec": 3}
+    holds = {held["task"]: held["share"] for held in lean["sources"][0]["holds"]}
+    assert holds == pytest.approx({"short_vqa": 3 / 7, "rec": 3 / 7, "caption": 1 / 7})
+    assert "What to train on next" in (world / "lean.html").read_text()
+    assert "Leaned mixture" in done.stdout
+    (world / "lean" / "mixture.yaml").write_text("sources: {}\n")
+    again = run(world, *arguments, "overwrite=true")
+    assert again.returncode == 2  # before anything is asked: the answers are still there
+    assert "was not written by evaluate.py" in again.stderr
+    assert list((world / "lean" / "answers").iterdir())
+
+
 def test_a_mistake_is_answered_in_one_line(world: Path) -> None:
     done = run(world, f"checkpoint={world / 'checkpoint'}", "test=[task]")
     assert done.returncode == 2
@@ -216,6 +238,11 @@ def test_a_mistake_is_answered_in_one_line(world: Path) -> None:
         ({"checkpoint": "x", "batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"checkpoint": "x", "limit": 0}, "limit=0 must be at least 1"),
         ({"checkpoint": "x", "precision": "fp16"}, "precision='fp16'"),
+        ({"checkpoint": "x", "then": "sleep"}, "then=sleep must be null or mixture"),
+        ({"checkpoint": "x", "then": "mixture", "benchmarks": ["pope"]}, "then=mixture needs test sources"),
+        ({"checkpoint": "x", "mixture_out": "a.yaml"}, "give both"),
+        ({"checkpoint": "x", "lean": {"strength": 2}}, "lean.strength=2.0 must be 0 to 1"),
+        ({"checkpoint": "x", "lean": {"bound": 0.5}}, "bound=0.5"),
     ],
 )
 def test_keys_are_checked_before_anything_is_read(keys: dict[str, object], message: str) -> None:

@@ -8,6 +8,7 @@ import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from sphinx_pl.data.geometry import Geometry
 from sphinx_pl.data.record import ImageRef, Record, Region
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.evaluation.asking import judge
+from sphinx_pl.evaluation.cards import cards, choose
 from sphinx_pl.evaluation.charts import Series, line_chart, smooth, ticks
 from sphinx_pl.evaluation.report import find_inputs, main, read_run
 from sphinx_pl.evaluation.summary import summarise
@@ -119,7 +121,7 @@ def test_whole_report(inputs: Path) -> None:
     assert "<script>alert(1)</script>" in page.text  # shown, not run
     assert "<b>What</b> & why?" in page.text
     assert page.images == 2  # the third one's file is gone, which is said
-    assert "1 pictures are left out" in page.text
+    assert "1 picture is left out" in page.text
     assert "β = 0.50, 1.5000" in page.text.replace("\n", " ")
     assert "1.5000 below the synthetic end" in page.text
     assert "4.000 step 0" in page.text  # text before the stage
@@ -127,6 +129,102 @@ def test_whole_report(inputs: Path) -> None:
     last = after["real_notext"][100]
     assert f"without3.000 step 0{last:.3f} step 100{last - 3:+.3f}{after['real'][100]:.3f}" in page.text
     assert not list(inputs.glob("*.tmp"))
+
+
+def prediction(key: str, score: float, task: str = "vqa", topic: str = "", **more: Any) -> dict[str, Any]:
+    about = {"key": key, "task": task, "topic": topic, "domain": "", "score": score, "parsed": True, "images": []}
+    return about | {"question": "Q?", "answer": "true", "prediction": "said", "benchmark": ""} | more
+
+
+def test_the_worst_come_first_and_every_category_gets_its_turn() -> None:
+    predictions = [prediction(f"a{i}", 0.0, topic="a") for i in range(50)]
+    predictions += [prediction("b0", 0.0, topic="b"), prediction("c0", 0.3, topic="c"), prediction("r", 1.0)]
+    predictions += [
+        prediction("d0", 0.1, task="rec"),
+        prediction("d1", 0.4, task="rec"),
+        prediction("d2", 0.9, task="rec"),
+    ]
+    keys = [shown["key"] for shown in choose(predictions, wrong=4, right=1, at_most=99)]
+    assert keys[:2] == ["a6", "d0"]  # of 50 equal ones the first eighth's middle
+    assert "b0" in keys[:3]
+    assert "c0" not in keys  # worse ones are there
+    assert keys[-2:] == ["r", "d2"]
+    assert len(keys) == 8
+    assert [shown["key"] for shown in choose(predictions, wrong=4, right=1, at_most=3)] == keys[:3]
+
+
+def test_answers_are_told_apart_by_benchmark(tmp_path: Path) -> None:
+    shown = [
+        prediction("pope_random/1", 0.0, benchmark="pope", topic="<script>x</script>", parsed=False),
+        prediction("pope_random/2", 1.0, benchmark="pope", topic="y"),
+        prediction("tasks/1", 0.0, task="<script>z</script>", domain="<script>d</script>"),
+    ]
+    html = cards(shown, 64, GEOMETRY)
+    assert Page(html).open == []
+    assert "<script>" not in html
+    assert html.count('data-task="pope_random"') == 2
+    assert re.findall('data-verdict="([a-z]+)"', html) == ["unparsed", "right", "wrong"]
+    assert html.count("<optgroup") == 1  # the task has one category
+
+
+def test_pictures_of_a_page_share_a_bounded_size(tmp_path: Path) -> None:
+    noise = torch.randint(0, 256, (256, 256, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    Image.fromarray(noise.numpy()).save(tmp_path / "noise.png")
+    image = dataclasses.asdict(ImageRef(str(tmp_path / "noise.png")))
+    few, many = ([prediction(str(i), 0.0, images=[image]) for i in range(count)] for count in (2, 300))
+    assert len(cards(few, 256, GEOMETRY)) / 2 > 30_000
+    assert len(cards(many, 256, GEOMETRY)) < 1.4 * 7_500_000
+
+
+@pytest.mark.long
+def test_a_browser_filters_answers_and_runs_nothing_from_them(tmp_path: Path) -> None:
+    from playwright.sync_api import expect, sync_playwright
+
+    evil = "<script>window.hacked=1</script><img src=x onerror='hacked=1'>"
+    predictions = [prediction(f"p/{i}", 0.0, benchmark="pope", topic=f"t{i % 2}{evil}", answer=evil) for i in range(30)]
+    predictions += [prediction("s/1", 1.0, task="rec"), prediction("s/2", 0.0, task="rec", parsed=False)]
+    (tmp_path / "results.json").write_text(
+        json.dumps({"rows": [], "decimals": 2, "image_size": 64, "checkpoint": evil})
+    )
+    (tmp_path / "predictions.jsonl").write_text("".join(json.dumps(p) + "\n" for p in predictions))
+    out = tmp_path / "page.html"
+    assert main([f"--out={out}", "--wrong=30", "--evaluation", str(tmp_path)]) == 0
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 400, "height": 800})
+        page.goto(out.as_uri())
+        visible, said = page.locator("article:visible"), page.locator("output")
+        expect(visible).to_have_count(24)
+        expect(said).to_have_text("24 of 32")
+        page.click("text=Show more")
+        expect(visible).to_have_count(32)
+        page.select_option("select[name=task]", "rec")
+        expect(said).to_have_text("2 of 2")
+        page.select_option("select[name=verdict]", "unparsed")
+        expect(said).to_have_text("1 of 1")
+        page.select_option("select[name=task]", "p")
+        expect(said).to_contain_text("none of these")
+        page.select_option("select[name=verdict]", "wrong")
+        page.select_option("select[name=part]", "1")
+        expect(said).to_have_text("15 of 15")
+        assert page.evaluate("window.hacked") is None
+        assert page.evaluate("document.documentElement.scrollWidth") == 400
+        browser.close()
+
+
+@pytest.mark.parametrize("argument", ["--wrong=-1", "--answers=-5"])
+def test_counts_are_not_negative(tmp_path: Path, argument: str) -> None:
+    assert main([f"--out={tmp_path / 'r.html'}", argument]) == 2
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_evaluations_of_one_name_are_told_apart(inputs: Path) -> None:
+    write_evaluation(inputs / "b" / "evaluation", inputs / "image.png")
+    folders = [str(inputs / "evaluation"), str(inputs / "b" / "evaluation")]
+    assert main([f"--out={inputs / 'two.html'}", "--evaluation", *folders]) == 0
+    text = Page((inputs / "two.html").read_text()).text
+    assert "b/evaluation: score" in text
+    assert f"{inputs.name}/evaluation: score" in text
 
 
 def test_nothing_given_is_said_and_no_crash(tmp_path: Path) -> None:
