@@ -93,8 +93,8 @@ class _State:
 
     running: Sequence[Hypothesis]
     finished: Sequence[Hypothesis]
-    hidden_RD: Tensor
-    logs_Rn: Tensor
+    hidden: Tensor  # [R, D]
+    logs: Tensor  # [R, n], see `grow_columns`
     histories: list[list[int]]
     chosen: list[tuple[int, int]] = field(default_factory=list)
     """(beam, token) that the search went on with."""
@@ -122,7 +122,7 @@ def opera_search(model: Sphinx, prompt: Prompt, limit: int, config: GenerationCo
     states = [_State(search.running, search.finished, prefix.last_BD, nothing, [[]])]
     while True:
         state = states[-1]
-        logits_RV = decoder.logits(state.hidden_RD).float()
+        logits_RV = decoder.logits(state.hidden).float()
         allowed_RV = logits_RV.clone()
         for beam, token in state.rejected:
             allowed_RV[beam, token] = -math.inf
@@ -130,7 +130,7 @@ def opera_search(model: Sphinx, prompt: Prompt, limit: int, config: GenerationCo
         hidden_RCD = prefix.fork(tokens_RC)
         assert cache.weights is not None
         seen_RCm, image_RC = _attention(cache.weights, prefix.length, image_S)
-        logs_RCm = grow_columns(state.logs_Rn[:, None], seen_RCm, opera.scale_factor)
+        logs_RCm = grow_columns(state.logs[:, None], seen_RCm, opera.scale_factor)
         penalty_RC, place_RC = over_trust(logs_RCm, opera.window_size, opera.damping)
         if logs_RCm.shape[-1] <= opera.early_tokens:
             penalty_RC = -image_RC
