@@ -20,6 +20,7 @@ from sphinx_pl.cli import entry_point
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.evaluation.device import autocast, check_precision, choose_device
 from sphinx_pl.files import write_whole
+from sphinx_pl.models.decoding import GenerationConfig, OperaConfig
 from sphinx_pl.typed import pick
 
 if TYPE_CHECKING:
@@ -34,6 +35,12 @@ class Generation:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    opera: Optional[OperaConfig] = None
+
+    def __post_init__(self) -> None:
+        GenerationConfig(**vars(self))  # refuses what does not fit together
 
 
 @dataclass
@@ -46,6 +53,7 @@ class EvaluateConfig:
     seed: int = 0
     batch_size: int = 32
     generation: Generation = field(default_factory=Generation)
+    ranking: bool = False
     shuffled: bool = True
     constant: int = 5000
     device: str = "auto"
@@ -153,8 +161,7 @@ def main(cfg: DictConfig) -> float:
     checkpoint.load_into(model)
     model.to(device).eval()
 
-    generation = dataclasses.asdict(options.generation)
-    asking = {"batch_size": options.batch_size, "skipped": lost, **generation}
+    asking = {"batch_size": options.batch_size, "ranking": options.ranking, "skipped": lost, **vars(options.generation)}
     baselines = {}
     with autocast(device, options.precision):
         predictions = evaluate(model, processor, records, **asking)

@@ -19,8 +19,9 @@ from sphinx_pl.data.images import load_image
 from sphinx_pl.data.processor import Processor, PromptSample
 from sphinx_pl.data.record import ImageRef, Record
 from sphinx_pl.data.tasks import TASKS
+from sphinx_pl.evaluation.choosing import answer
 from sphinx_pl.evaluation.metrics import METRICS, last_turn
-from sphinx_pl.models.generation import GenerationConfig, Prompt, generate
+from sphinx_pl.models.generation import GenerationConfig, OperaConfig, Prompt
 from sphinx_pl.models.sphinx import Sphinx
 
 RESAMPLES = 2000
@@ -142,6 +143,10 @@ def evaluate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    opera: OperaConfig | None = None,
+    ranking: bool = False,
     images: Mapping[str, tuple[ImageRef, ...]] | None = None,
     progress: bool = True,
     title: str = "questions",
@@ -151,6 +156,7 @@ def evaluate(
 
     Args:
         model: on its device.
+        ranking: see `sphinx_pl.evaluation.choosing`.
         images: record key -> images to show instead of its own (see `shuffle_images`).
         skipped: filled with the number of records that could not be asked, by reason.
     """
@@ -190,10 +196,18 @@ def evaluate(
                 places.append(place)
                 refs.append(own)
             config = GenerationConfig(
-                temperature=temperature, top_p=top_p, seed=seed + start, eos_id=processor.tokenizer.eos_id, stop=stop
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed + start,
+                eos_id=processor.tokenizer.eos_id,
+                stop=stop,
+                num_beams=num_beams,
+                length_penalty=length_penalty,
+                opera=opera,
             )
-            for place, ids, own in zip(places, generate(model, prompts, config), refs, strict=True):
-                answered[place] = judge(records[place], processor.decode(ids), processor.geometry, own)
+            texts = answer(model, processor, [records[place] for place in places], prompts, config, ranking)
+            for place, text, own in zip(places, texts, refs, strict=True):
+                answered[place] = judge(records[place], text, processor.geometry, own)
             bar.advance(shown, len(batch))
     if skipped is not None:
         skipped.update(lost)

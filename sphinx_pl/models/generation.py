@@ -13,7 +13,7 @@ from sphinx_pl.models.opera import opera_search
 from sphinx_pl.models.prompt import Prefix, Prompt, check_prompts, place_images
 from sphinx_pl.models.sphinx import Sphinx
 
-__all__ = ["GenerationConfig", "OperaConfig", "Prompt", "generate", "place_images", "stream"]
+__all__ = ["GenerationConfig", "OperaConfig", "Prompt", "check_prompts", "generate", "place_images", "stream"]
 
 
 def generate(model: Sphinx, prompts: Sequence[Prompt], config: GenerationConfig) -> list[list[int]]:
