@@ -21,6 +21,7 @@ from sphinx_pl.cli import entry_point
 from sphinx_pl.data.files import identity
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.evaluation.device import autocast, check_precision, choose_device
+from sphinx_pl.models.decoding import GenerationConfig, OperaConfig
 from sphinx_pl.processes import join_plainly, this_process
 from sphinx_pl.typed import pick
 
@@ -39,6 +40,12 @@ class Generation:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    opera: Optional[OperaConfig] = None
+
+    def __post_init__(self) -> None:
+        GenerationConfig(**vars(self))  # refuses what does not fit together
 
 
 @dataclass
@@ -70,6 +77,7 @@ class EvaluateConfig:
     seed: int = 0
     batch_size: int = 32
     generation: Generation = field(default_factory=Generation)
+    ranking: bool = False
     shuffled: bool = True
     constant: int = 5000
     device: str = "auto"
@@ -109,6 +117,7 @@ class EvaluateConfig:
         return {
             "checkpoint": hashlib.sha256(" ".join(identity(str(path)) for path in files).encode()).hexdigest(),
             "generation": dataclasses.asdict(self.generation),
+            "ranking": self.ranking,
             "precision": self.precision,
         }
 
@@ -223,7 +232,6 @@ class Asking:
 
     def __init__(self, options: EvaluateConfig, folder: Path) -> None:
         from sphinx_pl.data.processor import Processor
-        from sphinx_pl.models.generation import GenerationConfig
 
         assert options.checkpoint is not None
         self.options, self.folder = options, folder
@@ -233,7 +241,7 @@ class Asking:
         self.processor = Processor.from_dict(
             self.checkpoint.processor, self.checkpoint.tokenizer_file, self.checkpoint.model_config
         )
-        self.generation = GenerationConfig(**dataclasses.asdict(options.generation))
+        self.generation = GenerationConfig(**vars(options.generation))
         self._model: Sphinx | None = None
 
     @property
@@ -266,6 +274,7 @@ class Asking:
                 records,
                 generation=self.generation,
                 batch_size=self.options.batch_size,
+                ranking=self.options.ranking,
                 journal=journal,
                 rank=self.processes.rank,
                 world_size=self.processes.world_size,

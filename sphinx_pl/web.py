@@ -19,7 +19,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -435,7 +435,12 @@ class Page:
         images = [session.picture.square] if session.picture is not None else []
         problem = ""
         try:
-            config = GenerationConfig(int(max_new_tokens), float(temperature), float(top_p), self.generation.seed)
+            config = replace(
+                self.generation,
+                max_new_tokens=int(max_new_tokens),
+                temperature=float(temperature),
+                top_p=float(top_p),
+            )
             steps = self.assistant.stream([Dialog(exchange.question, images, session.history)], config)
             last = 0.0
             # It may have been stopped while it waited for its turn.

@@ -24,9 +24,10 @@ from sphinx_pl.data.processor import Processor, PromptSample
 from sphinx_pl.data.record import ImageRef, Record
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.distributed.collective import of_all_ranks
+from sphinx_pl.evaluation.choosing import answer
 from sphinx_pl.evaluation.journal import Answered, Journal
 from sphinx_pl.evaluation.metrics import METRICS, last_turn
-from sphinx_pl.models.generation import GenerationConfig, Prompt, generate
+from sphinx_pl.models.generation import GenerationConfig, Prompt
 from sphinx_pl.models.sphinx import Sphinx
 
 
@@ -131,6 +132,7 @@ def evaluate(
     generation: GenerationConfig | None = None,
     batch_size: int = 16,
     max_new_tokens: int | None = None,
+    ranking: bool = False,
     images: Mapping[str, tuple[ImageRef, ...]] | None = None,
     judge: Judge | None = None,
     journal: Journal | None = None,
@@ -149,6 +151,7 @@ def evaluate(
         model: on its device.
         generation: how answers are drawn; what ends them, and how long they get, is the processor's and the task's.
         max_new_tokens: instead of the tasks' own.
+        ranking: see `sphinx_pl.evaluation.choosing`.
         images: record key -> images to show instead of its own (see `shuffle_images`).
         judge: scores an answer; by default the metric of the record's task does (`judge`).
         journal: what was answered before, and where answers are noted.
@@ -173,7 +176,7 @@ def evaluate(
             if following is not None:
                 decoding = pool.submit(_decode, batches[following], processor.image_size)
             config = dataclasses.replace(base, seed=base.seed + number * batch_size, eos_id=eos, stop=stop)
-            texts = [processor.decode(ids) for ids in generate(model, prompts, config)]
+            texts = answer(model, processor, [records[place] for place in places], prompts, config, ranking)
             done[number] = Answered(dict(zip(places, texts, strict=True)), missing)
             if journal:
                 journal.note(number, done[number])

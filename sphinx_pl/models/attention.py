@@ -59,3 +59,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Optional[Tensor], causal: bool
     # SDPA's plain matmuls also guard rows that attend to nothing, which costs as much as the softmax itself.
     scores = (q * (1 / math.sqrt(q.shape[-1]))) @ k.transpose(-1, -2)
     return torch.softmax(scores.add_(bias), dim=-1) @ v
+
+
+def attention_weights(q_BHTh: Tensor, k_BKSh: Tensor, bias: Optional[Tensor]) -> Tensor:
+    """What `attend` weights the values with, [B, H, T, S] in float32, which the fused kernels do not give away.
+
+    Args:
+        bias: as for `attend`; None: every query attends to everything.
+    """
+    q_BKgTh = torch.unflatten(q_BHTh.float(), 1, (k_BKSh.shape[1], -1))
+    scores = (q_BKgTh @ k_BKSh.float().transpose(-1, -2)[:, :, None]).flatten(1, 2) / math.sqrt(q_BHTh.shape[-1])
+    return torch.softmax(scores if bias is None else scores + bias, dim=-1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from sphinx_pl.models.attention import attend
+from sphinx_pl.models.attention import attend, attention_weights
 from sphinx_pl.models.config import DecoderConfig
 
 
@@ -31,13 +31,18 @@ class RMSNorm(nn.Module):
 
 
 class KVCache:
-    """Keys and values of all layers for up to `max_length` positions, allocated by the first forward pass."""
+    """Keys and values of all layers for up to `max_length` positions, allocated by the first forward pass.
+
+    If `watched` is a layer, `weights` are its attention weights in the last forward pass, [B, H, T, S] in float32.
+    """
 
     def __init__(self, layers: int, max_length: int) -> None:
         self.max_length = max_length
         self.length = 0
         self._keys: list[Optional[Tensor]] = [None] * layers
         self._values: list[Optional[Tensor]] = [None] * layers
+        self.watched: Optional[int] = None
+        self.weights: Optional[Tensor] = None
 
     def update(self, layer: int, k_BKTh: Tensor, v_BKTh: Tensor) -> tuple[Tensor, Tensor]:
         """Append to `layer`, return all of its keys and values, [B, K, S, h].
@@ -60,6 +65,29 @@ class KVCache:
     def advance(self, positions: int) -> None:
         """Called once all layers have been updated."""
         self.length += positions
+
+    def rewind(self, length: int) -> None:
+        """Forget what is behind the first `length` positions."""
+        self.length = length
+
+    def select(self, rows_B: Tensor) -> None:
+        """Row i becomes a copy of row `rows_B[i]`; there may be more or fewer of them than before."""
+        for held in (self._keys, self._values):
+            held[:] = [None if tensor is None else tensor[rows_B] for tensor in held]
+
+    def reorder(self, rows_B: Tensor, start: int) -> None:
+        """Row i becomes row `rows_B[i]` from position `start` on, before which they are the same."""
+        for tensor in (*self._keys, *self._values):
+            if tensor is not None:
+                tensor[:, :, start : self.length] = tensor[rows_B, :, start : self.length]
+
+    def keep(self, choices_B: Tensor, count: int) -> None:
+        """Of each row's last `count` positions only the one at `choices_B`."""
+        self.length -= count - 1
+        rows = torch.arange(len(choices_B), device=choices_B.device)
+        for tensor in (*self._keys, *self._values):
+            if tensor is not None:
+                tensor[:, :, self.length - 1] = tensor[rows, :, self.length - 1 + choices_B]
 
 
 def rotary_angles(position_ids_BT: Tensor, config: DecoderConfig) -> Tensor:
@@ -100,6 +128,8 @@ class Attention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if cache is not None:
             k, v = cache.update(layer, k, v)
+            if layer == cache.watched:
+                cache.weights = attention_weights(q, k, bias)
         if self.groups > 1 and q.shape[2] == 1:  # a group's heads as positions: nothing of the cache is copied
             out = attend(q.unflatten(1, (-1, self.groups)).squeeze(3), k, v, bias, causal=False).flatten(1)[:, None]
             return torch.as_tensor(self.wo(out))

@@ -1,64 +1,19 @@
-"""Batched generation with a key/value cache: greedy or sampled, with stop sequences.
-
-Prompts of different length are padded on the left, so that all rows grow at the same end.
-"""
+"""Batched generation with a key/value cache: greedy, sampled or searched with beams, with stop sequences."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Optional
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from sphinx_pl.data.record import IMAGE_SLOT
-from sphinx_pl.errors import UserError
-from sphinx_pl.models.decoder import KVCache
+from sphinx_pl.models.beam import beam_search
+from sphinx_pl.models.decoding import GenerationConfig, OperaConfig, append
+from sphinx_pl.models.opera import opera_search
+from sphinx_pl.models.prompt import Prefix, Prompt, check_prompts, place_images
 from sphinx_pl.models.sphinx import Sphinx
 
-
-@dataclass(slots=True)
-class Prompt:
-    """Token ids with `IMAGE_SLOT` where visual tokens stand, and the images in the order of their slots."""
-
-    ids: list[int]
-    pixels: Optional[Tensor] = None  # [n, 3, S, S] uint8
-    max_new_tokens: Optional[int] = None  # instead of the configuration's
-    seen: Sequence[Sequence[bool]] = ()  # of each image the views that are not skipped, where the model skips any
-
-    def slots(self, view_tokens: Sequence[int]) -> int:
-        """Visual tokens of all images, from those of each view."""
-        if self.seen:
-            return sum(n if s else 1 for views in self.seen for n, s in zip(view_tokens, views, strict=True))
-        return 0 if self.pixels is None else len(self.pixels) * sum(view_tokens)
-
-
-@dataclass(slots=True)
-class GenerationConfig:
-    """How to pick tokens, and when to end.
-
-    `temperature` 0 is greedy. `top_p` keeps the smallest set of tokens with at least that probability. `stop`:
-    token sequences that end an answer without being part of it, as `eos_id` does.
-    """
-
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    eos_id: Optional[int] = None
-    stop: list[list[int]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UserError(f"generation.max_new_tokens must be positive, not {self.max_new_tokens}")
-        if not self.temperature >= 0 or not 0 < self.top_p <= 1:  # NaN is neither
-            raise UserError(
-                f"generation.temperature={self.temperature} must be >= 0 and generation.top_p={self.top_p} in (0, 1]"
-            )
-        if any(not sequence for sequence in self.stop):
-            raise UserError("generation.stop holds an empty sequence, which would end every answer at once: remove it")
+__all__ = ["GenerationConfig", "OperaConfig", "Prompt", "check_prompts", "generate", "place_images", "stream"]
 
 
 def generate(model: Sphinx, prompts: Sequence[Prompt], config: GenerationConfig) -> list[list[int]]:
@@ -76,98 +31,46 @@ def generate(model: Sphinx, prompts: Sequence[Prompt], config: GenerationConfig)
 def stream(model: Sphinx, prompts: Sequence[Prompt], config: GenerationConfig) -> Iterator[list[list[int]]]:
     """As `generate`, but yields what there is of every answer after each token.
 
-    The lists grow in place; the end of one that is not finished may be the beginning of a stop sequence.
+    The lists grow in place; the end of one that is not finished may be the beginning of a stop sequence. A search with
+    beams yields once, at its end: until then another beam may win.
     """
     if not prompts:
         return
     limits = [prompt.max_new_tokens or config.max_new_tokens for prompt in prompts]
-    _check(model, prompts, limits)
+    check_prompts(model, prompts, limits)
     was_training = model.training
     model.eval()
     try:
-        yield from _steps(model, prompts, limits, config)
+        if config.opera is not None:
+            # One after the other: each goes back to another place.
+            each = zip(prompts, limits, strict=True)
+            yield [opera_search(model, prompt, limit, config, config.opera) for prompt, limit in each]
+        elif config.num_beams > 1:
+            yield beam_search(model, prompts, limits, config)
+        else:
+            yield from _steps(model, prompts, limits, config)
     finally:
         model.train(was_training)
-
-
-def _check(model: Sphinx, prompts: Sequence[Prompt], limits: list[int]) -> None:
-    vision, room = model.config.vision, model.config.decoder.max_positions
-    for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
-        slots, needed = prompt.ids.count(IMAGE_SLOT), prompt.slots(vision.view_tokens if vision else [])
-        if slots != needed or (vision and vision.skip_padding and prompt.pixels is not None and not prompt.seen):
-            raise UserError(
-                f"prompt {number}: {slots} image slots for images of {needed} tokens: was it made for another model?"
-            )
-        if not prompt.ids or len(prompt.ids) + limit > room:
-            raise UserError(
-                f"prompt {number}: {len(prompt.ids)} tokens and {limit} new ones must be 1 to {room} "
-                "(model.decoder.max_positions): change the prompt or max_new_tokens"
-            )
 
 
 @torch.no_grad()  # on a generator it holds while this runs, not while the caller does
 def _steps(
     model: Sphinx, prompts: Sequence[Prompt], limits: list[int], config: GenerationConfig
 ) -> Iterator[list[list[int]]]:
-    decoder = model.decoder
-    device = decoder.tok_embeddings.weight.device
-    ids_BT = pad_sequence([torch.tensor(p.ids) for p in prompts], batch_first=True, padding_side="left").to(device)
-    rows, length = ids_BT.shape
-    starts_B = torch.tensor([length - len(prompt.ids) for prompt in prompts], device=device)
-    columns = torch.arange(length + max(limits), device=device)
-    real_BS = columns >= starts_B[:, None]
-    padded = min(len(prompt.ids) for prompt in prompts) < length
-
-    x_BTD = decoder.embed(ids_BT.clamp(min=0))
-    x_BTD = place_images(model, x_BTD, ids_BT, prompts)
-
-    here = columns[:length]
-    # Padding attends to itself, so that no row of the softmax is empty.
-    itself = torch.eye(length, dtype=torch.bool, device=device)
-    mask = (here <= here[:, None]) & real_BS[:, None, None, :length] | itself if padded else None
-    cache = KVCache(model.config.decoder.layers, length + max(limits))
-    positions_BT = (here - starts_B[:, None]).clamp(min=0)
-    hidden_BTD = decoder(x_BTD, positions_BT, mask, cache)
-
+    prefix = Prefix(model, prompts, max(limits))
+    hidden_BD = prefix.last_BD
     generator = torch.Generator().manual_seed(config.seed)
-    answers: list[list[int]] = [[] for _ in range(rows)]
-    done = [False] * rows
+    answers: list[list[int]] = [[] for _ in prompts]
+    done = [False] * len(prompts)
     while True:
-        chosen = _choose(decoder.logits(hidden_BTD[:, -1]).float().cpu(), config, generator)
+        chosen = _choose(model.decoder.logits(hidden_BD).float().cpu(), config, generator)
         for row, token in enumerate(chosen.tolist()):
             if not done[row]:
-                done[row] = _append(answers[row], token, limits[row], config)
+                done[row] = append(answers[row], token, limits[row], config)
         yield answers
         if all(done):
             return
-        positions_BT = (cache.length - starts_B)[:, None]
-        x_BTD = decoder.embed(chosen.to(device)[:, None])
-        mask = real_BS[:, None, None, : cache.length + 1] if padded else None
-        hidden_BTD = decoder(x_BTD, positions_BT, mask, cache)
-
-
-def place_images(model: Sphinx, x_BTD: Tensor, ids_BT: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    """Embeddings with the visual tokens of all prompts in their slots."""
-    images = [prompt.pixels for prompt in prompts if prompt.pixels is not None and len(prompt.pixels)]
-    if not images:
-        return x_BTD
-    seen = [views for prompt in prompts for views in prompt.seen]
-    tokens = model.embed_images(
-        torch.cat(images).to(x_BTD.device), torch.tensor(seen, device=x_BTD.device) if seen else None
-    )
-    return x_BTD.masked_scatter((ids_BT == IMAGE_SLOT)[..., None], tokens.to(x_BTD.dtype))
-
-
-def _append(answer: list[int], token: int, limit: int, config: GenerationConfig) -> bool:
-    """Add `token`; True if that ends the answer, which then loses the sequence that ended it."""
-    if token == config.eos_id:
-        return True
-    answer.append(token)
-    for sequence in config.stop:
-        if answer[-len(sequence) :] == sequence:
-            del answer[-len(sequence) :]
-            return True
-    return len(answer) >= limit
+        hidden_BD = prefix.follow(chosen.to(prefix.device)[:, None])[:, -1]
 
 
 def _choose(logits_BV: Tensor, config: GenerationConfig, generator: torch.Generator) -> Tensor:

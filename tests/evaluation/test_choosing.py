@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from sphinx_pl.data.images import padded_resize, to_tensor
+from sphinx_pl.data.processor import Processor
+from sphinx_pl.data.record import ImageRef
+from sphinx_pl.evaluation.benchmarks import evaluate
+from sphinx_pl.evaluation.choosing import answer, possible_answers
+from sphinx_pl.models.config import SphinxConfig
+from sphinx_pl.models.generation import GenerationConfig, Prompt, generate
+from sphinx_pl.models.ranking import rank
+from sphinx_pl.models.sphinx import Sphinx
+from tests.examples import EXAMPLES
+
+ASKED = ("short_vqa", "multiple_choice", "yes_no")
+
+
+@pytest.fixture
+def model(model_config: SphinxConfig) -> Sphinx:
+    torch.manual_seed(0)
+    return Sphinx(model_config).eval()
+
+
+@pytest.fixture
+def prompts(processor: Processor) -> list[Prompt]:
+    pixels = to_tensor(padded_resize(Image.new("RGB", (100, 50), (200, 30, 30)), processor.image_size))[None]
+    return [Prompt(processor.prompt(EXAMPLES[task]).ids, pixels, 4) for task in ASKED]
+
+
+def test_possible_answers_are_letters_and_yes_and_no() -> None:
+    assert [possible_answers(EXAMPLES[task]) for task in ASKED] == [(), ("A", "B", "C"), ("yes", "no")]
+
+
+def test_closed_questions_get_their_likeliest_answer_and_open_ones_a_generated_one(
+    model: Sphinx, processor: Processor, prompts: list[Prompt]
+) -> None:
+    records, config = [EXAMPLES[task] for task in ASKED], GenerationConfig()
+    said = [processor.decode(ids) for ids in generate(model, prompts, config)]
+    assert answer(model, processor, records, prompts, config) == said
+    chosen = answer(model, processor, records, prompts, config, ranking=True)
+    tokens = [[processor.tokenizer.encode(word) for word in words] for words in (("A", "B", "C"), ("yes", "no"))]
+    scores = rank(model, prompts[1:], tokens)
+    assert chosen == [said[0], "ABC"[scores[0].index(max(scores[0]))], ("yes", "no")[scores[1].index(max(scores[1]))]]
+
+
+def test_where_a_choice_does_not_fit_the_answer_is_generated(
+    model: Sphinx, processor: Processor, prompts: list[Prompt]
+) -> None:
+    short = dataclasses.replace(prompts[2], max_new_tokens=1)
+    assert len(processor.tokenizer.encode("yes")) > 1
+    said = [processor.decode(ids) for ids in generate(model, [short], GenerationConfig())]
+    assert answer(model, processor, [EXAMPLES["yes_no"]], [short], GenerationConfig(), ranking=True) == said
+
+
+def test_evaluation_can_choose_and_search(model: Sphinx, processor: Processor, tmp_path: Path) -> None:
+    Image.new("RGB", (100, 50), (200, 30, 30)).save(tmp_path / "a.png")
+    images = (ImageRef(str(tmp_path / "a.png")),)
+    records = [dataclasses.replace(EXAMPLES[task], key=task, images=images) for task in ASKED]
+    chosen = evaluate(model, processor, records, ranking=True, num_beams=2, progress=False)
+    assert [prediction.parsed for prediction in chosen] == [True, True, True]
+    assert chosen[1].prediction in ("A", "B", "C")
+    assert chosen[2].prediction in ("yes", "no")
