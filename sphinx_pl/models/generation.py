@@ -81,7 +81,7 @@ def stream(model: Sphinx, prompts: Sequence[Prompt], config: GenerationConfig) -
     if not prompts:
         return
     limits = [prompt.max_new_tokens or config.max_new_tokens for prompt in prompts]
-    _check(model, prompts, limits)
+    check_prompts(model, prompts, limits)
     was_training = model.training
     model.eval()
     try:
@@ -90,7 +90,12 @@ def stream(model: Sphinx, prompts: Sequence[Prompt], config: GenerationConfig) -
         model.train(was_training)
 
 
-def _check(model: Sphinx, prompts: Sequence[Prompt], limits: list[int]) -> None:
+def check_prompts(model: Sphinx, prompts: Sequence[Prompt], limits: Sequence[int]) -> None:
+    """Refuse what the model cannot go through: `limits` are the tokens behind each prompt.
+
+    Raises:
+        UserError: slots that do not match the images, or a prompt too long for the decoder.
+    """
     vision, room = model.config.vision, model.config.decoder.max_positions
     for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
         slots, needed = prompt.ids.count(IMAGE_SLOT), prompt.slots(vision.view_tokens if vision else [])
