@@ -29,12 +29,13 @@ from rich.console import Console
 from rich.table import Table
 
 from sphinx_pl.data.convert.vsr import STATEMENT
+from sphinx_pl.data.sample.drawing import COLORS
 from sphinx_pl.evaluation.lmms import TASKS as OUR_TASKS
 from sphinx_pl.files import write_whole
 
 Entry = dict[str, Any]
 
-COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "cyan", "white", "black")
+
 RELATIONS = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
 METRICS = {
     "pope_sample": "pope_accuracy",
