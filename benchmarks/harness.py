@@ -100,7 +100,7 @@ def questions(entries: Iterable[Entry], seed: int = 0) -> dict[str, list[tuple[E
     found: dict[str, list[tuple[Entry, ...]]] = defaultdict(list)
     for entry in entries:
         task, topic = entry.get("task"), entry.get("meta", {}).get("topic")
-        if topic == "color":
+        if task == "short_vqa" and topic == "color":
             asked = yes_no(entry, rng)
             found["pope"].append((asked,))
             found["ocrvqa"].append((entry, {**asked, "task": "short_vqa", "id": f"{entry['id']}-2"}))
@@ -205,10 +205,10 @@ def run_lmms(
     offline = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(out.resolve() / "cache")}
     # It writes a file for SEED-Bench's server to where it is run.
     done = subprocess.run(command, cwd=out, env={**os.environ, **offline}, capture_output=True, text=True, check=False)
-    if done.returncode:
+    files = list(results.glob("**/*_results.json"))
+    if done.returncode or len(files) != 1:  # a run that failed ends with 0 all the same
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
-    [file] = results.glob("**/*_results.json")
-    scores = json.loads(file.read_text())["results"]
+    scores = json.loads(files[0].read_text())["results"]
     return {task: float(scores[task][f"{metric},none"]) for task, metric in METRICS.items()}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from lmms_eval.api.instance import Instance
+from lmms_eval.api.instance import GenerationResult, Instance, unwrap_generation_output
 from lmms_eval.api.model import lmms
 from lmms_eval.utils import simple_parse_args_string
 from loguru import logger
@@ -82,10 +82,10 @@ class SphinxPL(lmms):
         self._report()
         return texts
 
-    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[Any]:
         losses = self._open().loglikelihood([request.args for request in requests])
         self._report()
-        return losses
+        return [survives(loss) for loss in losses]
 
     def clean(self) -> None:
         """Frees the model's memory, which a judge may need."""
@@ -102,6 +102,12 @@ class SphinxPL(lmms):
         for task, count in sorted(lost.items()):
             logger.warning(f"{task}: {count} requests could not be asked (too long, or an unreadable image): no answer")
         lost.clear()
+
+
+def survives(result: Any) -> Any:
+    """A result such that lmms-eval's tasks get it as it is: 0.7.3 makes a text of every pair of numbers that is not
+    wrapped, and then fails to take it apart."""
+    return result if unwrap_generation_output(result)[0] == result else GenerationResult(result)
 
 
 def own_device(device: str | None) -> str:
