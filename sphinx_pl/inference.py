@@ -23,9 +23,14 @@ from sphinx_pl.data.record import ImageRef, Record, Turn
 from sphinx_pl.errors import UserError
 from sphinx_pl.evaluation.device import autocast, check_precision, choose_device
 from sphinx_pl.models.generation import GenerationConfig, Prompt, generate, place_images, stream
+from sphinx_pl.models.likelihood import answer_logprobs
 from sphinx_pl.models.sphinx import Sphinx
 
 Picture = str | Path | bytes | Image.Image
+
+
+class BadDialog(UserError):  # noqa: N818
+    """One dialog that cannot be asked; others can."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +83,26 @@ class Assistant:
         Raises:
             UserError: an image that cannot be read, or a dialog that leaves no room for an answer.
         """
+        return self.answer(self._prompts(dialogs, config), config)
+
+    def answer(self, prompts: Sequence[Prompt], config: GenerationConfig | None = None) -> list[str]:
+        """The answers to what `prompt` made, generated in one batch."""
         with autocast(self.device, self.precision):
-            return [
-                self.processor.decode(ids)
-                for ids in generate(self.model, self._prompts(dialogs, config), self._end(config))
-            ]
+            return [self.processor.decode(ids) for ids in generate(self.model, prompts, self._end(config))]
+
+    def likelihoods(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[tuple[float, bool]]:
+        """Of each answer to what `prompt` made, in one batch: the sum of its tokens' log-probabilities (nats), and
+        whether it is the greedy one. The end of the answer is not part of it.
+
+        Raises:
+            UserError: an answer that is blank or longer than its prompt leaves room for.
+        """
+        with autocast(self.device, self.precision):
+            return answer_logprobs(self.model, prompts, [self.encode_answer(answer) for answer in answers])
+
+    def encode_answer(self, answer: str) -> list[int]:
+        """An answer's tokens, those of training: it begins a word, whether it begins with a space or not."""
+        return self.processor.tokenizer.encode(answer.strip())
 
     def stream(self, dialogs: Sequence[Dialog], config: GenerationConfig | None = None) -> Iterator[list[str]]:
         """As `generate`, but yields what there is of every answer after each token; the last are the answers."""
@@ -101,13 +121,10 @@ class Assistant:
 
     @torch.no_grad()
     def compute_logits(self, dialog: Dialog, answer: str = "") -> Tensor:
-        """Logits [T, vocab] in float32 at every position of the prompt and, if given, the answer behind it.
-
-        The answer's tokens are those of training: it begins a word, whether it begins with a space or not.
-        """
+        """Logits [T, vocab] in float32 at every position of the prompt and, if given, the answer behind it."""
         (prompt,) = self._prompts([dialog], None)
         if answer:
-            prompt.ids = prompt.ids + self.processor.tokenizer.encode(answer.strip())
+            prompt.ids = prompt.ids + self.encode_answer(answer)
         ids = torch.tensor(prompt.ids, device=self.device)[None]
         with autocast(self.device, self.precision):
             x = place_images(self.model, self.model.decoder.embed(ids.clamp(min=0)), ids, [prompt])
@@ -120,9 +137,15 @@ class Assistant:
 
     def _prompts(self, dialogs: Sequence[Dialog], config: GenerationConfig | None) -> list[Prompt]:
         limit = (config or GenerationConfig()).max_new_tokens
-        return [self._prompt(dialog, limit) for dialog in dialogs]
+        return [self.prompt(dialog, limit) for dialog in dialogs]
 
-    def _prompt(self, dialog: Dialog, limit: int) -> Prompt:
+    def prompt(self, dialog: Dialog, limit: int) -> Prompt:
+        """What the model is given of a dialog, with room for an answer of at most `limit` tokens.
+
+        Raises:
+            BadDialog: an image that cannot be read, marks that do not agree with the images, or too long a dialog.
+            UserError: an image for a model without vision.
+        """
         if dialog.images and self.model.mixer is None:
             raise UserError("this model has no vision part (model.vision=null): ask it without an image")
         pictures = [open_picture(picture) for picture in dialog.images]
@@ -133,11 +156,11 @@ class Assistant:
             record = Record("dialog", "chat", refs, turns=turns)
             prompt = self.processor.prompt(record, [picture.size for picture in pictures])
         except BadSample as error:
-            raise UserError(f"this dialog cannot be asked: {error}") from None
+            raise BadDialog(f"this dialog cannot be asked: {error}") from None
         pixels = [to_tensor(padded_resize(picture, self.processor.image_size)) for picture in pictures]
         room = self.model.config.decoder.max_positions - len(prompt.ids)
         if room < 1:
-            raise UserError(
+            raise BadDialog(
                 f"this dialog has {len(prompt.ids)} tokens, which leaves no room for an answer in the decoder's "
                 f"{self.model.config.decoder.max_positions} positions: begin a new one, or ask less"
             )
@@ -148,14 +171,14 @@ def open_picture(picture: Picture) -> Image.Image:
     """A path, encoded bytes or a picture -> an RGB picture.
 
     Raises:
-        UserError: it cannot be read, or is too large.
+        BadDialog: it cannot be read, or is too large.
     """
     try:
         if isinstance(picture, str | Path):
             return decode(read_bytes(ImageRef(str(picture))), str(picture))
         return decode(picture) if isinstance(picture, bytes) else upright_rgb(picture)
     except BadSample as error:
-        raise UserError(f"image cannot be used ({error}): give a JPEG, PNG or WebP file") from None
+        raise BadDialog(f"image cannot be used ({error}): give a JPEG, PNG or WebP file") from None
 
 
 def _certain(text: str) -> str:

@@ -16,6 +16,8 @@ from sphinx_pl.data.convert import Converter
 from sphinx_pl.data.convert.common import asked, text
 from sphinx_pl.data.record import ImageRef, Record
 
+STATEMENT = "Is this statement about the image true? {caption}"
+
 
 class VSR(Converter):
     name = "vsr"
@@ -41,7 +43,7 @@ class VSR(Converter):
             key=key,
             task="yes_no",
             images=(ImageRef(f"{folder}/{text(entry['image'])}"),),
-            question=f"Is this statement about the image true? {asked(entry['caption'])}",
+            question=STATEMENT.format(caption=asked(entry["caption"])),
             answer="yes" if entry["label"] else "no",
             meta={"relation": entry.get("relation")},
         )

@@ -1,0 +1,87 @@
+"""What the tasks in this folder ask, show and count as right."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from PIL import Image
+
+from sphinx_pl.data.convert.vsr import STATEMENT
+from sphinx_pl.data.tasks import TASKS, normalise
+from sphinx_pl.errors import UserError
+
+Document = Mapping[str, Any]
+
+_SHORT = TASKS["short_vqa"].templates[0]
+_VSR_WORDINGS = {
+    "yes_no": TASKS["yes_no"].templates[0].format(question=STATEMENT),
+    # annotations/vsr_val.json in accessory/eval_mm of the original
+    "true_false": 'Is the following statement "{caption}" true or false?',
+}
+_VERDICT = re.compile(r"\W*(yes|true|no|false)(?![\w-])", re.IGNORECASE)
+
+
+def vsr_question(doc: Document, lmms_eval_specific_kwargs: Mapping[str, str]) -> str:
+    return _VSR_WORDINGS[lmms_eval_specific_kwargs["wording"]].format(caption=doc["caption"].strip())
+
+
+def vsr_truth(doc: Document) -> str:
+    return "yes" if int(doc["label"]) else "no"
+
+
+def vsr_images(doc: Document) -> list[Image.Image | str]:
+    """The document's image, or the path of the one that it names.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if not isinstance(doc["image"], str):
+        return [doc["image"].convert("RGB")]
+    root = Path(os.environ.get("LMMS_EVAL_MEDIA_ROOT", "."))
+    folder = PurePosixPath(doc.get("image_link") or "").parent.name  # train2017 or val2017
+    for path in (root / folder / doc["image"], root / doc["image"]):
+        if path.is_file():
+            return [str(path)]
+    raise UserError(
+        f"vsr: no image {doc['image']} in {root}: set LMMS_EVAL_MEDIA_ROOT to the folder with COCO's train2017 and "
+        "val2017"
+    )
+
+
+def vsr_score(doc: Document, results: Sequence[str]) -> dict[str, float]:
+    """1 if the answer begins with the right one of yes (true) and no (false)."""
+    verdict = _VERDICT.match(results[0])
+    said = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}[verdict[1].lower()] if verdict else ""
+    return {"accuracy": float(said == vsr_truth(doc))}
+
+
+def ocrvqa_documents(rows: Any) -> Any:
+    """A `datasets.Dataset` of covers -> one of questions, with `image`, `question` and `answer`."""
+
+    def apart(batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+        found: dict[str, list[Any]] = {"image": [], "question": [], "answer": []}
+        for image, questions, answers in zip(batch["image"], batch["questions"], batch["answers"], strict=True):
+            for question, answer in zip(questions, answers, strict=True):
+                found["image"].append(image)
+                found["question"].append(question)
+                found["answer"].append(answer)
+        return found
+
+    return rows.map(apart, batched=True, batch_size=64, remove_columns=rows.column_names)
+
+
+def ocrvqa_images(doc: Document) -> list[Image.Image]:
+    return [doc["image"].convert("RGB")]
+
+
+def ocrvqa_question(doc: Document) -> str:
+    return _SHORT.format(question=doc["question"].strip())
+
+
+def ocrvqa_score(doc: Document, results: Sequence[str]) -> dict[str, float]:
+    """1 if the answer is the truth, both in lower case, with single spaces and without a final full stop."""
+    return {"exact_match": float(normalise(results[0]) == normalise(doc["answer"]))}
