@@ -20,5 +20,6 @@ random letter, the nearest option) nothing is guessed here: an answer that canno
 | RefCOCO, RefCOCO+, RefCOCOg          | grounding.rec_match                                        |
 | captions (COCO, Flickr30k, NoCaps)   | caption.caption_scores                                     |
 | detection, layout, poses             | coco.detection_ap, coco.keypoint_ap                        |
+| their resamples                      | coco.match_boxes, resampled_ap.average_precision           |
 | recognised text                      | ocr.text_similarity, ocr.word_match                        |
 """
