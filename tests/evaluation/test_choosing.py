@@ -10,7 +10,7 @@ from PIL import Image
 from sphinx_pl.data.images import padded_resize, to_tensor
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.record import ImageRef
-from sphinx_pl.evaluation.benchmarks import evaluate
+from sphinx_pl.evaluation.asking import evaluate
 from sphinx_pl.evaluation.choosing import answer, possible_answers
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.generation import GenerationConfig, Prompt, generate
@@ -62,7 +62,7 @@ def test_evaluation_can_choose_and_search(model: Sphinx, processor: Processor, t
     Image.new("RGB", (100, 50), (200, 30, 30)).save(tmp_path / "a.png")
     images = (ImageRef(str(tmp_path / "a.png")),)
     records = [dataclasses.replace(EXAMPLES[task], key=task, images=images) for task in ASKED]
-    chosen = evaluate(model, processor, records, ranking=True, num_beams=2, progress=False)
+    chosen = evaluate(model, processor, records, ranking=True, generation=GenerationConfig(num_beams=2), progress=False)
     assert [prediction.parsed for prediction in chosen] == [True, True, True]
     assert chosen[1].prediction in ("A", "B", "C")
     assert chosen[2].prediction in ("yes", "no")

@@ -10,8 +10,9 @@ from typing import Any
 
 from PIL import Image
 
+from sphinx_pl.data.answers import normalise
 from sphinx_pl.data.convert.vsr import STATEMENT
-from sphinx_pl.data.tasks import TASKS, normalise
+from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.errors import UserError
 
 Document = Mapping[str, Any]
