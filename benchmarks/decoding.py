@@ -33,7 +33,7 @@ from sphinx_pl.data.record import IMAGE_SLOT, Record
 from sphinx_pl.data.sources import build_source
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.errors import UserError
-from sphinx_pl.evaluation.benchmarks import select
+from sphinx_pl.evaluation.asking import select
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.generation import GenerationConfig, OperaConfig, Prompt, generate
 from sphinx_pl.models.sphinx import Sphinx
