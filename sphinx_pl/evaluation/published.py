@@ -29,6 +29,11 @@ class Published:
         if not self.source.strip():
             raise UserError(f"{self.benchmark} of {self.model} has no source: a number without one is not entered")
 
+    @property
+    def names_split(self) -> bool:
+        """Whether the source says which split it is of, rather than that it is one of several."""
+        return bool(self.split) and "*" not in str(self.split)
+
 
 def read_published(file: Path = FILE) -> list[Published]:
     """The entries in the file's order.

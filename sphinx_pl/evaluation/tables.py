@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -165,13 +166,13 @@ class _Beside:
 
     def _cell(self, number: Published) -> str:
         mark = self._sources.index(number.source) + 1
-        return f"{number.value:g}<sup>{mark}{'' if number.split else '†'}</sup>"
+        return f"{number.value:g}<sup>{mark}{'' if number.names_split else '†'}</sup>"
 
     def notes(self) -> str:
         """Where the numbers are from, and those that the table has no line for."""
         if not self._sources:
             return ""
-        unnamed = " † The source does not name the split." if not all(n.split for n in self._fitting) else ""
+        unnamed = " † The source does not name the split." if not all(n.names_split for n in self._fitting) else ""
         listed = "".join(f"<li>{visible(source)}</li>" for source in self._sources)
         sources = f"<p class=note>Published numbers are copied from:{unnamed}</p><ol class=sources>{listed}</ol>"
         if not self._others:
@@ -189,7 +190,7 @@ class _Beside:
 def _fits(number: Published, line: Line) -> bool:
     """A number that does not name its split fits any; one that does not name its measure is of the main one."""
     kind, split, measure, main = line
-    same = number.benchmark == kind and number.split in (None, split)
+    same = number.benchmark == kind and fnmatchcase(split, number.split or "*")
     return same and (number.measure == measure or (number.measure is None and main))
 
 

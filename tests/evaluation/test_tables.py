@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from sphinx_pl.data.geometry import Geometry
 from sphinx_pl.data.record import Record
 from sphinx_pl.errors import UserError
-from sphinx_pl.evaluation.benchmarks import Questions, load
+from sphinx_pl.evaluation.benchmarks import BENCHMARKS, Questions, load
 from sphinx_pl.evaluation.benchmarks.pope import Pope
 from sphinx_pl.evaluation.published import Published, read_published
 from sphinx_pl.evaluation.tables import Evaluation, results
@@ -132,6 +133,11 @@ def test_the_published_numbers() -> None:
     keys = [(number.benchmark, number.split, number.measure, number.model) for number in numbers]
     assert len(set(keys)) == len(keys) > 0
     assert all("table" in number.source for number in numbers)
+    for number in numbers:  # one that fits nothing would never be seen
+        kind = BENCHMARKS[number.benchmark]
+        assert fnmatch.filter(kind.splits, number.split or "*") or number.split == "all"
+        measures = {measure.name for split in kind.splits for measure in kind(None, split).measures}
+        assert number.measure is None or number.measure in measures
 
 
 @pytest.mark.parametrize(
