@@ -128,13 +128,13 @@ def read_records(
     """The records of `data.<section>`'s sources with the source's name in front of their keys, and what was unreadable.
 
     Args:
-        at_most: of each source, spread evenly over it.
+        at_most: of each source, spread evenly over it; of a group each of its sources.
 
     Raises:
         UserError: an unknown name, or what the sources themselves refuse.
     """
     from sphinx_pl.data.bad import BadSample
-    from sphinx_pl.data.mixture import SourceConfig
+    from sphinx_pl.data.mixture import META, Group, SourceConfig
     from sphinx_pl.data.sources import spread
 
     for name in names or ():
@@ -145,14 +145,20 @@ def read_records(
     for name in names or sources:
         if sources[name] is None:  # switched off, as train.py has it
             continue
-        source = SourceConfig.from_dict(name, sources[name], section).open(name)
-        for index in spread(len(source), at_most):
-            try:
-                record = source.record(index)
-            except BadSample as error:
-                lost[error.reason] = lost.get(error.reason, 0) + 1
-                continue
-            records.append(dataclasses.replace(record, key=f"{name}/{record.key}"))
+        values = sources[name]
+        if isinstance(values, dict) and ("sources" in values or values.get("kind") == META):
+            leaves = dict(Group.from_dict({"sources": {name: values}}).leaves())
+        else:
+            leaves = {name: SourceConfig.from_dict(name, values, section)}
+        for leaf, config in leaves.items():
+            source = config.open(leaf)
+            for index in spread(len(source), at_most):
+                try:
+                    record = source.record(index)
+                except BadSample as error:
+                    lost[error.reason] = lost.get(error.reason, 0) + 1
+                    continue
+                records.append(dataclasses.replace(record, key=f"{leaf}/{record.key}"))
     return records, lost
 
 

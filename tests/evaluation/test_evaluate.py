@@ -20,7 +20,7 @@ import yaml
 from omegaconf import OmegaConf
 from PIL import Image
 
-from evaluate import EvaluateConfig
+from evaluate import EvaluateConfig, read_records
 from sphinx_pl.checkpoint.format import write_checkpoint
 from sphinx_pl.data.answers import normalise
 from sphinx_pl.data.processor import Processor
@@ -249,6 +249,14 @@ def test_keys_are_checked_before_anything_is_read(keys: dict[str, object], messa
     defaults = OmegaConf.structured(EvaluateConfig)
     with pytest.raises(UserError, match=message):
         pick(EvaluateConfig, OmegaConf.merge(defaults, keys))
+
+
+def test_sources_in_groups_are_read_as_well(world: Path) -> None:
+    source = {"kind": "instructions", "path": str(world / "test.json"), "tasks": ["rec"]}
+    group = {"sources": {"inner": source, "off": None}, "temperature": 2}
+    records, lost = read_records({"group": group, "plain": source, "gone": None}, "sources", at_most=2)
+    assert [record.key.partition("/")[0] for record in records] == ["group.inner"] * 2 + ["plain"] * 2
+    assert not lost
 
 
 def test_order_batches_and_shown_images(world: Path) -> None:
