@@ -13,7 +13,7 @@ from rich.console import Console
 
 from sphinx_pl.cli import entry_point
 from sphinx_pl.errors import UserError, suggest
-from sphinx_pl.models.decoding import OperaConfig
+from sphinx_pl.models.decoding import Decoding
 from sphinx_pl.typed import pick
 
 if TYPE_CHECKING:
@@ -21,16 +21,10 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Generation:
+class Generation(Decoding):
     """As conf/chat.yaml's `generation`."""
 
     max_new_tokens: int = 512
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    num_beams: int = 1
-    length_penalty: float = 1.0
-    opera: Optional[OperaConfig] = None
 
 
 UIS = ("terminal", "web")

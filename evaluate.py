@@ -21,7 +21,7 @@ from sphinx_pl.cli import entry_point
 from sphinx_pl.data.files import identity
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.evaluation.device import autocast, check_precision, choose_device
-from sphinx_pl.models.decoding import GenerationConfig, OperaConfig
+from sphinx_pl.models.decoding import Decoding, GenerationConfig
 from sphinx_pl.processes import join_plainly, this_process
 from sphinx_pl.typed import pick
 
@@ -31,21 +31,6 @@ if TYPE_CHECKING:
     from sphinx_pl.evaluation.lean import Lean, Training
     from sphinx_pl.evaluation.summary import Row
     from sphinx_pl.models.sphinx import Sphinx
-
-
-@dataclass
-class Generation:
-    """How answers are drawn; see `sphinx_pl.models.generation`."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    num_beams: int = 1
-    length_penalty: float = 1.0
-    opera: Optional[OperaConfig] = None
-
-    def __post_init__(self) -> None:
-        GenerationConfig(**vars(self))  # refuses what does not fit together
 
 
 @dataclass
@@ -76,7 +61,7 @@ class EvaluateConfig:
     limit: Optional[int] = None
     seed: int = 0
     batch_size: int = 32
-    generation: Generation = field(default_factory=Generation)
+    generation: Decoding = field(default_factory=Decoding)
     ranking: bool = False
     shuffled: bool = True
     constant: int = 5000

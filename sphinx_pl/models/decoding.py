@@ -81,6 +81,21 @@ class GenerationConfig:
             raise UserError("generation.opera is a kind of beam search: set generation.num_beams, to 5 as in the paper")
 
 
+@dataclass
+class Decoding:
+    """The options of `GenerationConfig` that the entry scripts' `generation` has."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    opera: Optional[OperaConfig] = None
+
+    def __post_init__(self) -> None:
+        GenerationConfig(**vars(self))  # refuses what does not fit together
+
+
 def append(answer: list[int], token: int, limit: int, config: GenerationConfig) -> bool:
     """Add `token`; True if that ends the answer, which then loses the sequence that ended it."""
     if token == config.eos_id:

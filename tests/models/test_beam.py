@@ -94,14 +94,6 @@ def prompts() -> list[Prompt]:
     return [Prompt([1, *[IMAGE_SLOT] * 27, 17, 20], image), Prompt([1, 40, 41, 42]), Prompt([1], max_new_tokens=3)]
 
 
-@pytest.fixture
-def model(sample: Sphinx) -> Sphinx:
-    for parameter in sample.decoder.layers.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return sample
-
-
 def test_a_batch_answers_as_each_alone(model: Sphinx, prompts: list[Prompt]) -> None:
     config = GenerationConfig(max_new_tokens=8, num_beams=3)
     answers = generate(model, prompts, config)

@@ -11,27 +11,6 @@ from sphinx_pl.models.generation import GenerationConfig, Prompt, generate
 from sphinx_pl.models.sphinx import Sphinx
 
 
-@pytest.fixture
-def model(sample: Sphinx) -> Sphinx:
-    for parameter in sample.decoder.layers.parameters():  # the initial weights would repeat one token
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return sample
-
-
-@pytest.fixture
-def prompts() -> list[Prompt]:
-    draw = torch.Generator().manual_seed(1)
-    image = torch.randint(0, 256, (2, 3, 64, 64), generator=draw, dtype=torch.uint8)
-    slots = [IMAGE_SLOT] * 27
-    return [
-        Prompt([1, *slots, 17, 20], image[:1]),
-        Prompt([1, 40, 41, 42, 43, 44, 45]),
-        Prompt([1, *slots, 30, *slots, 31, 32], image),
-        Prompt([1]),
-    ]
-
-
 def greedy_without_cache(model: Sphinx, prompt: Prompt, tokens: int) -> list[int]:
     ids: list[int] = []
     for _ in range(tokens):

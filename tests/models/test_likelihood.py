@@ -12,27 +12,6 @@ from sphinx_pl.models.likelihood import answer_logprobs
 from sphinx_pl.models.sphinx import Sphinx
 
 
-@pytest.fixture
-def model(sample: Sphinx) -> Sphinx:
-    for parameter in sample.decoder.layers.parameters():  # the initial weights would repeat one token
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return sample
-
-
-@pytest.fixture
-def prompts() -> list[Prompt]:
-    draw = torch.Generator().manual_seed(1)
-    image = torch.randint(0, 256, (2, 3, 64, 64), generator=draw, dtype=torch.uint8)
-    slots = [IMAGE_SLOT] * 27
-    return [
-        Prompt([1, *slots, 17, 20], image[:1]),
-        Prompt([1, 40, 41, 42, 43, 44, 45]),
-        Prompt([1, *slots, 30, *slots, 31, 32], image),
-        Prompt([1]),
-    ]
-
-
 @torch.no_grad()
 def alone(model: Sphinx, prompt: Prompt, answer: list[int]) -> float:
     ids = torch.tensor([*prompt.ids, *answer])[None]

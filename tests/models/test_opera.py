@@ -88,14 +88,6 @@ def test_retrospection_looks_at_its_window_and_not_at_early_tokens() -> None:
 
 
 @pytest.fixture
-def model(sample: Sphinx) -> Sphinx:
-    for parameter in sample.decoder.layers.parameters():  # the initial weights would repeat one token
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return sample
-
-
-@pytest.fixture
 def prompts() -> list[Prompt]:
     image = torch.randint(0, 256, (1, 3, 64, 64), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     return [Prompt([1, *[IMAGE_SLOT] * 27, 17, 20], image), Prompt([1, 40, 41, 42])]
