@@ -13,18 +13,21 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
-from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
+from sphinx_pl.collector import uncollected
 
-from sphinx_pl.checkpoint.stored import OurNames
-from sphinx_pl.cli import entry_point
-from sphinx_pl.errors import UserError, suggest
-from sphinx_pl.evaluation.criterion import Criterion, Measures
-from sphinx_pl.evaluation.device import autocast, check_precision, choose_device
-from sphinx_pl.files import write_whole
-from sphinx_pl.mixing.methods import METHODS
-from sphinx_pl.mixing.mix import DTYPES, Plan, Recipe, check_out, mix, needs_our_names, open_models, plan_mixture
-from sphinx_pl.typed import pick
+with uncollected():
+    from omegaconf import DictConfig, OmegaConf
+    from rich.console import Console
+
+    from sphinx_pl.checkpoint.stored import OurNames
+    from sphinx_pl.cli import entry_point
+    from sphinx_pl.errors import UserError, suggest
+    from sphinx_pl.evaluation.criterion import Criterion, Measures
+    from sphinx_pl.evaluation.device import autocast, check_precision, choose_device
+    from sphinx_pl.files import write_whole
+    from sphinx_pl.mixing.methods import METHODS
+    from sphinx_pl.mixing.mix import DTYPES, Plan, Recipe, check_out, mix, needs_our_names, open_models, plan_mixture
+    from sphinx_pl.typed import pick
 
 if TYPE_CHECKING:
     from sphinx_pl.evaluation.mixtures import MixtureEvaluator

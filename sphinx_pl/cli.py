@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import os
 import shutil
 import sys
@@ -118,6 +119,7 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
         @functools.wraps(main)
         def wrapped() -> Any:
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises instead of printing and exiting
+            gc.freeze()  # what was imported stays: no collection needs to look through it
             try:
                 if not first_process():  # the run folder is the first one's
                     sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=other_ranks"]

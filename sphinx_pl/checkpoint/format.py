@@ -878,6 +878,11 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """Of a folder in somebody's layout, which has one if this project wrote it."""
+    return read_json(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else {}
+
+
 def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

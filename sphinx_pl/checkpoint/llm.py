@@ -18,7 +18,6 @@ from sphinx_pl.checkpoint.format import (
     CONFIG,
     FORMATS,
     INDEX,
-    PROVENANCE,
     TOKENIZER,
     Checkpoint,
     SafetensorsFile,
@@ -26,6 +25,7 @@ from sphinx_pl.checkpoint.format import (
     TensorInfo,
     Weights,
     read_json,
+    read_provenance,
     read_weight_map,
     sizes_of,
     write_json,
@@ -64,7 +64,7 @@ class MetaCheckpoint(Checkpoint):
         vocab = self._files.shape("tok_embeddings.weight")[0]
         with sizes_of(path / PARAMS):
             self.config = _text_only(path.name, decoder_config(sizes, vocab))
-        self.provenance = {"original": "Meta"}
+        self.provenance = {"original": "Meta"} | read_provenance(path)
 
     @property
     def parallel(self) -> ParallelFiles:
@@ -236,7 +236,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         with sizes_of(path / CONFIG):
             decoder = _from_huggingface(values, path / CONFIG)
         self.config = _text_only(path.name, decoder)
-        self.provenance = {"original": kind} | (read_json(path / PROVENANCE) if (path / PROVENANCE).is_file() else {})
+        self.provenance = {"original": kind} | read_provenance(path)
         if (path / INDEX).is_file():
             names = sorted(set(read_weight_map(path / INDEX).values()))
         else:

@@ -30,6 +30,7 @@ from sphinx_pl.checkpoint.format import (
     TensorInfo,
     differences,
     read_json,
+    read_provenance,
     sizes_of,
     write_json,
 )
@@ -203,7 +204,7 @@ class OriginalCheckpoint(Checkpoint):
         if model["vision"]["clip"]:
             model["vision"]["clip"]["quick_gelu"] = False
         self.config = {"model": SphinxConfig.from_dict(model).to_dict(), "processor": asdict(ProcessorConfig())}
-        self.provenance = {"original": kind}
+        self.provenance = {"original": kind} | read_provenance(path)
         if model["vision"]["clip"]:
             self.provenance["note"] = (
                 "CLIP gets exact GELU as in the original's own inference; its weights were trained with QuickGELU: "

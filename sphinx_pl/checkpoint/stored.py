@@ -34,6 +34,7 @@ from sphinx_pl.checkpoint.format import (
     local_folder,
     open_checkpoint,
     read_json,
+    read_provenance,
     read_weight_map,
     write_json,
     write_safetensors,
@@ -139,8 +140,7 @@ class HuggingFaceFolder(_SafetensorsFolder):
         super().__init__(path, files)
         self.config = read_json(path / CONFIG)
         self.provenance = {"original": str(self.config["model_type"])}
-        if (path / PROVENANCE).is_file():
-            self.provenance |= read_json(path / PROVENANCE)
+        self.provenance |= read_provenance(path)
 
     def ours(self, key: str) -> str:
         return our_llama_name(key)

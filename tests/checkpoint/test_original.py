@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import skip_data
 
 from sphinx_pl.checkpoint.__main__ import main as command
-from sphinx_pl.checkpoint.format import TensorInfo, copy_into, open_checkpoint, write_checkpoint
+from sphinx_pl.checkpoint.format import TensorInfo, copy_into, open_checkpoint, same_bits, write_checkpoint
 from sphinx_pl.checkpoint.layout import write_parallel
 from sphinx_pl.checkpoint.original import Restored, decoder_config, original_type, our_name, their_infos, write_original
 from sphinx_pl.checkpoint.parallel import ParallelFiles, split
@@ -36,6 +36,8 @@ from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.record import ImageRef, Record, Turn
 from sphinx_pl.errors import UserError
 from sphinx_pl.inference import Assistant, Dialog
+from sphinx_pl.mixing.methods import mix_tensors
+from sphinx_pl.mixing.mix import Recipe, mix, needs_our_names, open_models, plan_mixture
 from sphinx_pl.models.generation import GenerationConfig, Prompt, generate
 from sphinx_pl.models.sphinx import Sphinx, packed_mask
 from sphinx_pl.models.towers import map_to_tokens
@@ -423,6 +425,29 @@ def test_a_full_disk_is_said_before_anything_is_written(
     with pytest.raises(UserError, match=r"disk has 0\.0 GB left"):
         write_checkpoint(tmp_path / "out", checkpoint, {}, {}, checkpoint.tokenizer_file, {})
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_our_folders_are_mixed_into_the_originals_files(write: Write, tmp_path: Path) -> None:
+    """`layout=original shards=2`: as if the mixture had been made of the original's own folders of two files."""
+    theirs = open_checkpoint(write(shards=1))
+    tensors = [{name: theirs.tensor(name) for name in theirs}]
+    tensors.append({name: tensor + tensor.roll(1, 0) for name, tensor in tensors[0].items()})
+    paths = [tmp_path / "a", tmp_path / "b"]
+    for path, values in zip(paths, tensors, strict=True):
+        write_checkpoint(path, values, theirs.config["model"], theirs.config["processor"], theirs.tokenizer_file, {})
+    models, _ = open_models(paths, own=not needs_our_names(paths, "original", 2))
+    mix(plan_mixture(models, None, Recipe([0.25, 0.75])), tmp_path / "mixed", layout="original", shards=2)
+
+    names = [f"consolidated.0{rank}-of-02.model.pth" for rank in range(2)]
+    assert sorted(path.name for path in (tmp_path / "mixed").glob("*.pth")) == names
+    parts = [torch.load(tmp_path / "mixed" / name, mmap=True)["model"] for name in names]
+    assert parts[0].keys() == parts[1].keys() >= shapes().keys()  # and what of the towers no model here uses
+    assert [part["llma.layers.0.attention.wq.weight"].shape[0] for part in parts] == [128, 128]
+    mixed = open_checkpoint(tmp_path / "mixed")
+    assert set(mixed) == set(theirs)
+    for name in mixed:
+        assert same_bits(mixed.tensor(name), mix_tensors("linear", [t[name] for t in tensors], [0.25, 0.75])), name
+    assert mixed.provenance["mixing"]["weights"] == [0.25, 0.75]
 
 
 def test_an_unknown_tensor_is_named(write: Write) -> None:
