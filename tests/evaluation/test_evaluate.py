@@ -20,7 +20,7 @@ import yaml
 from omegaconf import OmegaConf
 from PIL import Image
 
-from evaluate import EvaluateConfig, read_records
+from evaluate import EvaluateConfig, flat, log_to_wandb, read_records
 from sphinx_pl.checkpoint.format import write_checkpoint
 from sphinx_pl.data.answers import normalise
 from sphinx_pl.data.processor import Processor
@@ -37,6 +37,7 @@ from sphinx_pl.evaluation.scoring.yes_no import mme_scores
 from sphinx_pl.models.config import ClipViTConfig, DecoderConfig, SphinxConfig, VisionConfig
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.typed import pick
+from tests.callbacks.test_wandb import finished_run
 
 from .benchmarks.vqa_files import CHART, FILES, write
 
@@ -355,6 +356,19 @@ def test_answers_with_other_settings_are_not_gone_on_with(world: Path, pope: lis
     done = run(world, *pope, f"out={whole}", "precision=bf16")
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith(f"error: '{whole / 'answers'}' holds answers with other")
+
+
+def test_weights_and_biases_get_every_number(whole: Path, tmp_path: Path) -> None:
+    results = json.loads((whole / "results.json").read_text())
+    log_to_wandb({"mode": "offline", "dir": str(tmp_path), "project": "sphinx"}, results)
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    run = finished_run(file)
+    assert run.config["batch_size"] == 2
+    assert set(flat(results)) >= {f"dogs/{name}" for name in ("accuracy", "precision", "recall", "f1", "yes")} - {
+        f"dogs/{value['measure']}" for value in results["benchmarks"][0]["values"] if value["value"] is None
+    }
+    (table,) = tmp_path.glob("wandb/offline-run-*/files/media/table/results_*.table.json")
+    assert dict(json.loads(table.read_text())["data"]) == flat(results)
 
 
 def test_a_benchmark_that_is_not_there(world: Path) -> None:
