@@ -224,11 +224,12 @@ def build(
 def _summary(runs: Sequence[Run], evaluations: Sequence[Evaluation]) -> str:
     model: dict[str, Any] = next((run.config["model"] for run in runs if isinstance(run.config.get("model"), dict)), {})
     named = f" <b>{escape(str(model['name']))}</b>" if model.get("name") else ""
+    trained = f", trained in {len(runs)} {'run' if len(runs) == 1 else 'runs'}" if runs else ""
     text = (
-        f"<p class=lead>A multimodal language model{named}, trained in {len(runs)} "
-        f"{'run' if len(runs) == 1 else 'runs'}: a language model reads what several vision encoders see, and "
-        "answers in text, with boxes and points where a question asks for them. This page shows how its training went "
-        "and what it gets right and wrong on data that it was not trained on.</p>"
+        f"<p class=lead>A multimodal language model{named}{trained}: a language model reads what several vision "
+        "encoders see, and answers in text, with boxes and points where a question asks for them. This page shows "
+        f"{'how its training went and ' if runs else ''}what it gets right and wrong on data that it was not trained "
+        "on.</p>"
     )
     rows = []
     for run in runs:
