@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 help:
 	@echo "make demo       the whole pipeline on sample data: ends with a table and outputs/demo/report.html"
 	@echo "make sample-full  the same recipe with more steps and data (an hour); both go on where they stopped, ARGS=redo=all"
-	@echo "make test       the tests (up to 15 minutes)"
+	@echo "make test       the tests (half an hour on two cores)"
 	@echo "make test-long  what takes longer, such as many kills (log in docs/logs/)"
 	@echo "make lint       ruff          make types  mypy          make build  the wheel"
 

@@ -16,8 +16,7 @@ import argparse
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.generation import seconds
 from benchmarks.step import where
 from evaluate import read_records
 from sphinx_pl.cli import CONFIG_FOLDER, register_resolvers, report
@@ -56,14 +56,6 @@ def prepared(processor: Processor, records: Sequence[Record], batch_size: int) -
         prompts.append(Prompt(asked.ids, torch.stack(pixels) if pixels else None, limit, asked.seen))
     prompts.sort(key=lambda prompt: (prompt.max_new_tokens or 0, len(prompt.ids)))
     return [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
-
-
-def seconds(run: Callable[[], object], device: torch.device) -> float:
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def compare(

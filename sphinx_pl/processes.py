@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from omegaconf import DictConfig, open_dict
@@ -174,7 +175,9 @@ def join_plainly() -> None:
 
         environment = cluster_environment()
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
-        dist.init_process_group("gloo", rank=processes.rank, world_size=processes.world_size)
+        # They meet when all have answered, which may take some of them hours longer.
+        patience = timedelta(days=7)
+        dist.init_process_group("gloo", timeout=patience, rank=processes.rank, world_size=processes.world_size)
 
 
 def on_first(trainer: L.Trainer, function: Callable[[], T]) -> T:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import io
 import json
@@ -323,3 +324,15 @@ class World:
             },
             "table": {"kind": "text", "path": [self.parquet("t.parquet", 2 * few), whole["text"]]},
         }
+
+
+def replaced(value: Any, path: tuple[Any, ...], junk: Any) -> Any:
+    """A copy of nested lists and mappings with something else at one place."""
+    if not path:
+        return junk
+    value = copy.deepcopy(value)
+    inner = value
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = junk
+    return value

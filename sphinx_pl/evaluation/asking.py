@@ -161,7 +161,7 @@ def evaluate(
     lost: Counter[str] = Counter()
     asked = _questions(model, processor, records, max_new_tokens, images, lost)
     batches = [asked[start : start + batch_size] for start in range(0, len(asked), batch_size)]
-    done = journal.open(_fingerprint(asked, batch_size), rank) if journal else {}
+    done = journal.open(_fingerprint(asked, batch_size), rank, world_size) if journal else {}
     todo = [number for number in range(rank, len(batches), world_size) if number not in done]
     base = generation or GenerationConfig()
     stop, eos = processor.stop_sequences, processor.tokenizer.eos_id

@@ -37,11 +37,12 @@ class Journal:
         self.overwrite = overwrite
         self._file: IO[bytes] | None = None
 
-    def open(self, questions: str, rank: int = 0) -> dict[int, Answered]:
+    def open(self, questions: str, rank: int = 0, world_size: int = 1) -> dict[int, Answered]:
         """The answered batches by their numbers; new ones go to this rank's file.
 
         Args:
             questions: a hash of them.
+            rank: of this process among `world_size` that answer; there may have been more of them before.
 
         Raises:
             UserError: the folder's answers are to other questions, or were made with other settings.
@@ -52,6 +53,10 @@ class Journal:
         done: dict[int, Answered] = {}
         if self.overwrite:
             own.unlink(missing_ok=True)
+            if rank == 0:  # those of ranks that are no more, which a later start would go on with
+                for path in self.folder.glob(f"{self.name}.rank*.jsonl"):
+                    if int(path.name.removesuffix(".jsonl").rpartition(".rank")[2]) >= world_size:
+                        path.unlink()
         else:
             for path in sorted(self.folder.glob(f"{self.name}.rank*.jsonl")):
                 done |= self._read(path, head)

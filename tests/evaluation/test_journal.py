@@ -51,6 +51,20 @@ def test_other_questions_or_settings_are_refused_unless_overwritten(tmp_path: Pa
     assert Journal(tmp_path, "pope", SETTINGS, overwrite=True).open("p") == {}
 
 
+def test_asking_anew_forgets_the_answers_of_ranks_that_are_no_more(tmp_path: Path) -> None:
+    for rank in range(3):
+        journal = Journal(tmp_path, "pope", SETTINGS)
+        journal.open("q", rank, 3)
+        journal.note(rank, FIRST)
+        journal.close()
+    for rank in reversed(range(2)):  # the first one's files are not the second one's business
+        journal = Journal(tmp_path, "pope", SETTINGS, overwrite=True)
+        assert journal.open("q", rank, 2) == {}
+        journal.note(rank, SECOND)
+        journal.close()
+    assert Journal(tmp_path, "pope", SETTINGS).open("q") == {0: SECOND, 1: SECOND}
+
+
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     journal = Journal(tmp_path, "pope", SETTINGS)
     journal.open("q")

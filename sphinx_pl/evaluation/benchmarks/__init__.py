@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Optional
 
 from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.convert import CONVERTERS
 from sphinx_pl.data.convert.common import question_record, text
 from sphinx_pl.data.entries import to_entry, to_record
 from sphinx_pl.data.geometry import Geometry
@@ -340,11 +339,6 @@ def choose(wanted: Sequence[str], configured: Mapping[str, Any]) -> dict[str, Be
     if not chosen:
         raise UserError(f"benchmarks: none of {', '.join(wanted)} has its files: {'; '.join(problems[:3])}")
     return chosen
-
-
-def converter_files(name: str, benchmark: Benchmark) -> OfficialFiles:
-    """The converter of training data that reads the same files."""
-    return CONVERTERS[name](benchmark.src, benchmark.split)
 
 
 for _module in pkgutil.iter_modules(__path__):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from sphinx_pl.errors import UserError
 from sphinx_pl.evaluation.asking import Prediction
 from sphinx_pl.evaluation.benchmarks import BENCHMARKS, FAMILIES, HIDDEN, Questions, choose, load
 from sphinx_pl.evaluation.metrics import last_turn
+from tests.fuzzing import replaced
 
 from .vqa_files import CASES, FILES, VQA, write
 
@@ -107,17 +107,6 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     parts = value.items() if isinstance(value, dict) else enumerate(value[:2]) if isinstance(value, list) else ()
     for key, part in parts:
         yield from places(part, (*path, key))
-
-
-def replaced(value: Any, path: tuple[Any, ...], junk: Any) -> Any:
-    if not path:
-        return junk
-    value = copy.deepcopy(value)
-    inner = value
-    for key in path[:-1]:
-        inner = inner[key]
-    inner[path[-1]] = junk
-    return value
 
 
 @pytest.mark.parametrize(("kind", "split"), CASES)
