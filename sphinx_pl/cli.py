@@ -68,6 +68,15 @@ def _micro_batches(rows_per_step: int | None, rows: int, devices: Any, num_nodes
     return int(rows_per_step) // at_once
 
 
+def _mixed_precision(accelerator: str) -> str:
+    """bf16 autocast over fp32 weights; fp32 on a CPU without bf16 instructions, where bf16 takes twice as long."""
+    import torch
+
+    on_gpu = accelerator not in ("cpu", "auto") or (accelerator == "auto" and torch.cuda.is_available())
+    words = Path("/proc/cpuinfo").read_text().split() if not on_gpu and Path("/proc/cpuinfo").exists() else ()
+    return "bf16-mixed" if on_gpu or {"avx512_bf16", "amx_bf16", "bf16"}.intersection(words) else "32-true"
+
+
 def _run_folder(plan: bool, folder: str) -> str:
     """Hydra writes into a run's folder before the script begins: a plan, which is to leave none, gets one that goes."""
     if not plan:
@@ -81,6 +90,7 @@ def register_resolvers() -> None:
     """What the configurations in conf/ compute with, besides Hydra's and OmegaConf's own."""
     OmegaConf.register_new_resolver("validation_interval", _validation_interval, replace=True)
     OmegaConf.register_new_resolver("micro_batches", _micro_batches, replace=True)
+    OmegaConf.register_new_resolver("mixed_precision", _mixed_precision, replace=True)
     OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True, use_cache=True)
 
 

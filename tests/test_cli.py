@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
@@ -141,6 +142,13 @@ def test_micro_batches_follow_from_the_rows_of_a_step_and_the_ranks() -> None:
     assert composed(*rows, "stage.accumulate=5").stage.accumulate == 5
     with pytest.raises(Exception, match=r"rows_per_step=48 is not a multiple of data\.packing\.rows=2 \* 5 \* 1"):
         composed(*rows, "trainer.devices=5").stage.accumulate  # noqa: B018
+
+
+def test_a_cpu_computes_in_bf16_where_it_has_the_instructions() -> None:
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # PyTorch's own question
+    assert composed("trainer=cpu").trainer.precision == ("bf16-mixed" if native else "32-true")
+    assert composed("trainer=ddp").trainer.precision == composed("trainer=gpu").trainer.precision == "bf16-mixed"
+    assert composed("trainer=cpu", "trainer.precision=bf16-mixed").trainer.precision == "bf16-mixed"
 
 
 @pytest.mark.parametrize(
