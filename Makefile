@@ -30,8 +30,9 @@ sample-full: RECIPE = sample_full
 demo sample-full: venv
 	$(PY) -m sphinx_pl.pipeline experiment=$(RECIPE) $(ARGS)
 
+# A process for each core; on many cores eight, since each imports PyTorch and makes the sample world for itself.
 test: venv
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 test-long: venv
 	mkdir -p docs/logs

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
+from numba import njit, types
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -29,84 +30,90 @@ _MOST_F16 = np.float32(65504)
 _SCALE_F16 = np.float32(2.0**112)  # between a float16's bits in the place of a float32's, and its value
 
 
-@njit(nogil=True, cache=True)
-def _decode(raw: Any, kind: int, bits: Any, single: Any, out: Any) -> None:
-    """The values of `raw` (bits) into `out`, by way of `bits` and `single`, which are the same memory."""
+def _bitcast(source: Any, target: Any) -> Any:
+    """A function of compiled code: the number that has these bits."""
+
+    @intrinsic
+    def cast(typing_context: Any, value: Any) -> Any:
+        def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.bitcast(arguments[0], context.get_value_type(target))
+
+        return target(source), build
+
+    return cast
+
+
+_single, _single_bits = _bitcast(types.uint32, types.float32), _bitcast(types.float32, types.uint32)
+_double, _double_bits = _bitcast(types.uint64, types.float64), _bitcast(types.float64, types.uint64)
+
+
+@njit(nogil=True)
+def _decode(bits: Any, kind: int) -> Any:
+    """The value of a number of that kind."""
+    there = np.uint32(bits)
     if kind == BF16:
-        for i in range(len(raw)):
-            bits[i] = np.uint32(raw[i]) << np.uint32(16)
-    elif kind == F16:
-        for i in range(len(raw)):
-            there = np.uint32(raw[i])
-            special = np.uint32(0x7F800000) if (there & np.uint32(0x7C00)) == np.uint32(0x7C00) else np.uint32(0)
-            bits[i] = (
-                (there & np.uint32(0x7FFF)) << np.uint32(13) | (there & np.uint32(0x8000)) << np.uint32(16) | special
-            )
-        for i in range(len(raw)):
-            single[i] *= _SCALE_F16
-    else:
-        for i in range(len(raw)):
-            bits[i] = np.uint32(raw[i])
-    for i in range(len(raw)):
-        out[i] = single[i]
+        return np.float64(_single(np.uint32(there << np.uint32(16))))
+    if kind == F16:
+        special = np.uint32(0x7F800000) if (there & np.uint32(0x7C00)) == np.uint32(0x7C00) else np.uint32(0)
+        moved = (there & np.uint32(0x7FFF)) << np.uint32(13) | (there & np.uint32(0x8000)) << np.uint32(16) | special
+        return np.float64(_single(np.uint32(moved)) * _SCALE_F16)
+    return np.float64(_single(there))
 
 
-@njit(nogil=True, cache=True)
-def _round(
-    values: Any, whole: Any, kept: Any, kept_bits: Any, single: Any, dropped: int, normal: float, large: float
-) -> None:
-    """float64 `values` (whose bits are `whole`) to float32 numbers with as few bits as are left.
-
-    `kept` and its bits are room for as many. No two arrays of one loop are the same memory, which is what lets several
-    elements be taken at once.
-    """
+@njit(nogil=True)
+def _round(value: Any, dropped: int, normal: float, large: float) -> Any:
+    """A float64 to the float32 with as few bits as are left."""
     shift, one = np.uint64(dropped), np.uint64(1)
     half = (one << np.uint64(dropped - 1)) - one
     mask = ~((one << shift) - one)
-    for i in range(len(values)):
-        kept_bits[i] = (whole[i] + half + ((whole[i] >> shift) & one)) & mask
-    for i in range(len(values)):
-        value = values[i]
-        small = np.copysign((value + large) - large, value)
-        single[i] = np.float32(kept[i] if abs(value) >= normal else small)
+    whole = _double_bits(value)
+    kept = _double(np.uint64((whole + half + ((whole >> shift) & one)) & mask))
+    small = np.copysign((value + large) - large, value)
+    return np.float32(kept if abs(value) >= normal else small)
 
 
-@njit(nogil=True, cache=True)
-def _encode(values: Any, whole: Any, kept: Any, kept_bits: Any, kind: int, bits: Any, single: Any, out: Any) -> None:
-    """`values` rounded to `out` (bits)."""
+@njit(nogil=True)
+def _encode(value: Any, kind: int) -> Any:
+    """The bits of a value, rounded to a number of that kind."""
     if kind == BF16:
-        _round(values, whole, kept, kept_bits, single, _DROPPED_BF16, _NORMAL_BF16, _LARGE_BF16)
-        for i in range(len(out)):
-            out[i] = bits[i] >> np.uint32(16)
-    elif kind == F16:
-        _round(values, whole, kept, kept_bits, single, _DROPPED_F16, _NORMAL_F16, _LARGE_F16)
-        for i in range(len(out)):
-            number = single[i]
-            single[i] = (np.copysign(np.float32(np.inf), number) if abs(number) > _MOST_F16 else number) / _SCALE_F16
-        for i in range(len(out)):
-            out[i] = (bits[i] >> np.uint32(13)) & np.uint32(0x7FFF) | (bits[i] >> np.uint32(16)) & np.uint32(0x8000)
-    else:
-        for i in range(len(out)):
-            single[i] = np.float32(values[i])
-        for i in range(len(out)):
-            out[i] = bits[i]
+        return np.uint32(_single_bits(_round(value, _DROPPED_BF16, _NORMAL_BF16, _LARGE_BF16)) >> np.uint32(16))
+    if kind == F16:
+        number = _round(value, _DROPPED_F16, _NORMAL_F16, _LARGE_F16)
+        number = (np.copysign(np.float32(np.inf), number) if abs(number) > _MOST_F16 else number) / _SCALE_F16
+        bits = _single_bits(number)
+        return np.uint32((bits >> np.uint32(13)) & np.uint32(0x7FFF) | (bits >> np.uint32(16)) & np.uint32(0x8000))
+    return _single_bits(np.float32(value))
 
 
-# Sums in any order, which is what lets several be taken at once.
-@njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
-def _square(a: Any) -> float:
-    total = 0.0
+# In any order, which is what lets several be added at once.
+@njit(nogil=True, fastmath={"reassoc", "contract"})
+def _add_square(total: Any, value: Any) -> Any:
+    return total + value * value
+
+
+@njit(nogil=True)
+def _decode_row(raw: Any, kind: int, out: Any) -> Any:
+    """The values of `raw` into `out`; returns the sum of their squares."""
+    square = 0.0
+    for i in range(len(raw)):
+        value = _decode(raw[i], kind)
+        out[i] = value
+        square = _add_square(square, value)
+    return square
+
+
+@njit(nogil=True)
+def _square_distance(a: Any, b: Any) -> Any:
+    square = 0.0
     for i in range(len(a)):
-        total += a[i] * a[i]
-    return total
+        square = _add_square(square, a[i] - b[i])
+    return square
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
-def _square_distance(a: Any, b: Any) -> float:
-    total = 0.0
-    for i in range(len(a)):
-        total += (a[i] - b[i]) * (a[i] - b[i])
-    return total
+@njit(nogil=True)
+def _encode_row(values: Any, kind: int, out: Any) -> None:
+    for i in range(len(out)):
+        out[i] = _encode(values[i], kind)
 
 
 @njit(nogil=True, cache=True)
@@ -114,14 +121,12 @@ def _mix(
     raw: Any, kind: int, coefficients: Any, pairs: Any, out: Any, out_kind: int, squares: Any, distances: Any
 ) -> None:
     models, numel = raw.shape
-    work, total, kept, bits = np.empty((models, BLOCK)), np.empty(BLOCK), np.empty(BLOCK), np.empty(BLOCK, np.uint32)
-    single, whole, kept_bits = bits.view(np.float32), total.view(np.uint64), kept.view(np.uint64)
+    work, total = np.empty((models, BLOCK)), np.empty(BLOCK)
     for start in range(0, numel, BLOCK):
         count = min(BLOCK, numel - start)
         stop = start + count
         for j in range(models):
-            _decode(raw[j, start:stop], kind, bits, single, work[j])
-            squares[j] += _square(work[j, :count])
+            squares[j] += _decode_row(raw[j, start:stop], kind, work[j])
         for p in range(len(pairs)):
             distances[p] += _square_distance(work[pairs[p, 0], :count], work[pairs[p, 1], :count])
         first = True
@@ -138,7 +143,7 @@ def _mix(
                     total[i] = total[i] + work[j, i] * c
         if first:
             total[:count] = 0
-        _encode(total[:count], whole[:count], kept, kept_bits, out_kind, bits, single, out[start:stop])
+        _encode_row(total[:count], out_kind, out[start:stop])
 
 
 def _bits(tensor: Tensor) -> NDArray[Any]:
