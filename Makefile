@@ -36,7 +36,7 @@ test: venv
 
 test-long: venv
 	mkdir -p docs/logs
-	bash -c 'set -o pipefail; $(PY) -m pytest -m long --timeout 1800 -v --no-header 2>&1 | tee docs/logs/test-long.log'
+	bash -c 'set -o pipefail; $(PY) -m pytest -m long --timeout 7200 -v --no-header 2>&1 | tee docs/logs/test-long.log'
 
 lint: venv
 	$(PY) -m ruff check .
