@@ -21,6 +21,7 @@ from sphinx_pl.cli import entry_point
 from sphinx_pl.data.files import identity
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.evaluation.device import autocast, check_precision, choose_device
+from sphinx_pl.files import check_writable, make_folder
 from sphinx_pl.models.decoding import Decoding, GenerationConfig
 from sphinx_pl.processes import join_plainly, this_process
 from sphinx_pl.typed import pick
@@ -187,7 +188,8 @@ def benchmarks_table(found: Iterable[Mapping[str, Any]]) -> Table:
         for place, value in enumerate(v for v in result["values"] if not v["category"]):
             texts = [number_text(value[key], value["percent"]) for key in ("value", "low", "high")]
             first = (f"[bold]{result['name']}[/]", *counts) if not place else ("", "", "")
-            table.add_row(first[0], value["measure"], texts[0], f"{texts[1]}–{texts[2]}", *first[1:])
+            interval = "" if value["low"] is None else f"{texts[1]}–{texts[2]}"
+            table.add_row(first[0], value["measure"], texts[0], interval, *first[1:])
         if not result["values"]:
             table.add_row(f"[bold]{result['name']}[/]", "(scored elsewhere)", "", "", *counts)
     return table
@@ -352,10 +354,10 @@ def main(cfg: DictConfig) -> float:
         raise UserError("data.test is missing: choose a data= that has test sources, such as data=sample")
 
     from sphinx_pl.distributed.collective import of_all_ranks
-    from sphinx_pl.evaluation.benchmarks import choose, load
+    from sphinx_pl.evaluation.benchmarks import choose
     from sphinx_pl.evaluation.metrics import METRICS
     from sphinx_pl.evaluation.report import find_inputs, write_report
-    from sphinx_pl.evaluation.results import PREDICTIONS, write_predictions, write_results
+    from sphinx_pl.evaluation.results import BASELINES, PREDICTIONS, write_predictions, write_results
     from sphinx_pl.evaluation.summary import summarise
 
     join_plainly()
@@ -366,10 +368,14 @@ def main(cfg: DictConfig) -> float:
     asking = Asking(options, folder)
 
     configured: Any = OmegaConf.to_container(cfg.benchmark, resolve=True)
-    chosen = choose(options.benchmarks, configured) if options.benchmarks else {}
-    questions = [load(name, benchmark, options.limit, options.seed) for name, benchmark in chosen.items()]
+    questions, left_out = choose(options.benchmarks or (), configured, options.limit, options.seed)
+    if asking.processes.rank == 0:
+        for name, why in left_out.items():
+            console.print(f"Left out: {name}: {why}", highlight=False, markup=False)
 
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "out")
+    if options.report and asking.processes.rank == 0:
+        check_writable(Path(options.report), "report")
     predictions: list[Prediction] = []
     baselines: dict[str, list[Prediction]] = {}
     rows: list[Row] = []
@@ -389,7 +395,10 @@ def main(cfg: DictConfig) -> float:
             asked.name, asked.records, missing, judge=benchmark.judge, max_new_tokens=benchmark.max_new_tokens
         )
         if not answers:
-            raise UserError(f"{asked.name}: none of {len(asked.records)} questions could be asked ({missing})")
+            raise UserError(
+                f"{asked.name}: none of {len(asked.records)} questions could be asked ({missing}): check "
+                f"benchmark.{asked.name}.images, now '{benchmark.images}'"
+            )
         found.append(asked.result(answers, missing, options.seed))
         predictions += answers
         if asking.processes.rank == 0:
@@ -409,10 +418,13 @@ def main(cfg: DictConfig) -> float:
         "metrics": {row.metric: METRICS[row.metric].description for row in rows},
         "rows": [row.to_dict() for row in rows],
         "benchmarks": found,
+        "left_out": left_out,
     }
     if lean:
         _write_mixture(options, cfg, lean, mixture)
         results["mixture"] = {"file": str(mixture)} | lean.to_dict()
+    for name in BASELINES:  # of an evaluation that this one replaces
+        (folder / f"{name}.jsonl").unlink(missing_ok=True)
     for name, those in {PREDICTIONS: predictions, **baselines}.items():
         write_predictions(folder, name, those)
     write_results(folder, results)
@@ -432,6 +444,8 @@ def main(cfg: DictConfig) -> float:
         for table in lean.tables():
             console.print(table)
         said.append(f"Leaned mixture: {mixture}; to train on it: {how_to_train(mixture)}")
+    if left_out:
+        console.print(f"Left out, for the reasons above: {', '.join(left_out)}", highlight=False, markup=False)
     for sentence in said:
         console.print(sentence, highlight=False, markup=False)
     console.print(f"Results: {folder / 'results.json'}", highlight=False, markup=False)

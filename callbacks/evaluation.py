@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,9 +14,11 @@ from callbacks.predictions import ask
 from sphinx_pl.data.record import Batch, Record
 from sphinx_pl.errors import UserError
 from sphinx_pl.evaluation.asking import Judge, select
-from sphinx_pl.evaluation.benchmarks import Questions, choose, load
+from sphinx_pl.evaluation.benchmarks import Questions, choose
 from sphinx_pl.evaluation.measures import estimate
 from sphinx_pl.stages import Stage
+
+log = logging.getLogger(__name__)
 
 
 class Evaluation(L.Callback):
@@ -62,8 +65,10 @@ class Evaluation(L.Callback):
         if every_n_steps or on_checkpoints:
             if not sources and not benchmarks:
                 raise UserError("callbacks.evaluation has nothing to ask: give it test sources, or benchmarks")
-            found = choose(benchmarks, benchmark or {}) if benchmarks else {}
-            self.questions = [load(name, chosen, limit, seed) for name, chosen in found.items()]
+            if benchmarks:
+                self.questions, left_out = choose(benchmarks, benchmark or {}, limit, seed)
+                for name, why in left_out.items():
+                    log.warning("callbacks.evaluation leaves %s out: %s", name, why)
             self.records = self._test(sources, limit, seed) if sources else []
         self._evaluated = -1
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sphinx_pl.errors import UserError
+
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
@@ -29,6 +31,29 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """Write a whole file. Text is UTF-8."""
     with whole_file(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def make_folder(path: Path, key: str) -> None:
+    """Raises: UserError: there can be none; `key` is what the user gave it as."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{key}: '{path}' cannot be a folder ({error.strerror or error}): choose another path"
+        ) from None
+
+
+def check_writable(path: Path, key: str) -> None:
+    """Whether a file can be written there: asked before what takes long. Makes its folder.
+
+    Raises:
+        UserError: it cannot; `key` is what the user gave it as.
+    """
+    make_folder(path.absolute().parent, key)
+    if path.is_dir():
+        raise UserError(f"{key}: '{path}' is a folder: name a file in it")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise UserError(f"{key}: '{path}' cannot be written: choose another path")
 
 
 def hash_file(path: Path) -> str:

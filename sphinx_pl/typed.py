@@ -28,7 +28,10 @@ def build(cls: type[T], values: Any, prefix: str) -> T:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         key = ".".join(part for part in (prefix, error.full_key) if part)
-        raise UserError(f"{key}: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        if "is not a ListConfig" in reason:  # what OmegaConf says of a single value
+            reason = "it takes a list: write [a,b], and [a] for one"
+        raise UserError(f"{key}: {reason}") from None
     assert isinstance(config, cls)
     return config
 

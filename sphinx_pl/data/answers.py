@@ -6,7 +6,7 @@ import re
 from collections.abc import Container
 
 _WORD = re.compile(r"\W*(\w+)(?![\w-])")
-_LETTER = re.compile(r"\s*\(?([A-Za-z])\s*(?:[).:,]|$)")
+_LETTER = re.compile(r"\s*[\[(（]?([A-Za-z])[^\S\n]*(?:[\]).:,!;）。、：，；]|\n|-\s|$)")
 
 
 def normalise(text: str) -> str:

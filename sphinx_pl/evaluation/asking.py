@@ -66,6 +66,12 @@ Judge = Callable[[Record, str, Geometry, tuple[ImageRef, ...]], Prediction]
 """(record, answer's text, geometry, images that were shown) -> the scored answer."""
 
 
+def benchmark_label(key: str) -> str:
+    """A benchmark's name as it was configured, which its keys begin with; told apart from a task of the same name."""
+    name = key.partition("/")[0]
+    return f"{name} (benchmark)" if name in TASKS else name
+
+
 def domain_of(record: Record) -> str:
     return str(record.meta.get("domain", ""))
 
@@ -81,8 +87,9 @@ def select(records: Sequence[Record], limit: int | None, seed: int = 0) -> list[
         if TASKS[record.task].scorer != "none":
             groups[record.task, domain_of(record), topic_of(record)].append(index)
     chosen: list[int] = []
+    rng = random.Random(seed)  # one for all: the same places in every group may all have the same answer
     for group in groups.values():
-        chosen += group if limit is None or len(group) <= limit else random.Random(seed).sample(group, limit)
+        chosen += group if limit is None or len(group) <= limit else rng.sample(group, limit)
     return [records[index] for index in sorted(chosen)]
 
 

@@ -15,6 +15,7 @@ from sphinx_pl.data.geometry import Geometry
 from sphinx_pl.data.images import load_image
 from sphinx_pl.data.record import ImageRef
 from sphinx_pl.data.show import encode
+from sphinx_pl.evaluation.asking import benchmark_label
 from sphinx_pl.page import visible
 
 RIGHT = 0.5
@@ -31,27 +32,36 @@ def choose(predictions: Sequence[Mapping[str, Any]], wrong: int, right: int, at_
 
     Of equally bad ones each category gets its turn, so that none hides the others; they and the right ones are spread
     evenly over the data, neither the first, which are of one kind, nor picked by hand. The worst of all groups come
-    first, the right ones last.
+    first, the right ones last, and as many of those that are scored elsewhere.
     """
     groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for prediction in predictions:
         groups[_group(prediction)].append(prediction)
     queues = [_worst(group, wrong) for group in groups.values()]
-    queues += [_spread([p for p in group if p["score"] >= RIGHT], right) for group in groups.values()]
+    queues += [_spread([p for p in group if verdict(p) in ("right", "elsewhere")], right) for group in groups.values()]
     bad, good = queues[: len(groups)], queues[len(groups) :]
     turns = [p for part in (bad, good) for turn in zip_longest(*part) for p in turn if p is not None]
     return turns[:at_most]
 
 
+def verdict(prediction: Mapping[str, Any]) -> str:
+    """right, wrong, unparsed, or elsewhere: where the truth is not public, or a judge has to decide."""
+    if prediction.get("benchmark") and not prediction["metric"]:
+        return "elsewhere"
+    if prediction["score"] >= RIGHT:
+        return "right"
+    return "wrong" if prediction.get("parsed", True) else "unparsed"
+
+
 def _group(prediction: Mapping[str, Any]) -> str:
-    """The benchmark's name as it was configured, which its keys begin with; else the task."""
-    return str(prediction["key"]).split("/", 1)[0] if prediction.get("benchmark") else str(prediction["task"])
+    """The benchmark, else the task."""
+    return benchmark_label(prediction["key"]) if prediction.get("benchmark") else str(prediction["task"])
 
 
 def _worst(predictions: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
     by_score: dict[float, dict[str, list[Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for prediction in predictions:
-        if prediction["score"] < RIGHT:
+        if verdict(prediction) in ("wrong", "unparsed"):
             by_score[prediction["score"]][prediction["topic"]].append(prediction)
     found: list[Mapping[str, Any]] = []
     for _, topics in sorted(by_score.items()):
@@ -106,7 +116,8 @@ def cards(predictions: Sequence[Mapping[str, Any]], size: int, geometry: Geometr
         f"{f'<p class=missing>{note}</p>' if lost else ''}<form class=filter>"
         f"<label>asked <select name=task><option value=''>all</option>{options}</select></label>{narrower}"
         "<label>answers <select name=verdict><option value=''>all</option><option value=wrong>wrong</option>"
-        "<option value=unparsed>unparsed</option><option value=right>right</option></select></label>"
+        "<option value=unparsed>unparsed</option><option value=right>right</option>"
+        "<option value=elsewhere>scored elsewhere</option></select></label>"
         f"<output>{len(articles)} shown</output></form><div class=cards>{''.join(articles)}</div>"
         "<button type=button class=more hidden>Show more</button>"
     )
@@ -125,13 +136,13 @@ def picture(image: ImageRef, prediction: Mapping[str, Any], size: int, geometry:
 def _card(prediction: Mapping[str, Any], pictures: str, part: int) -> str:
     """`part`: the number of its category among all that are shown."""
     group = _group(prediction)
-    formed = prediction.get("parsed", True)
-    verdict = "right" if prediction["score"] >= RIGHT else "wrong" if formed else "unparsed"
+    found = verdict(prediction)
+    said = "scored elsewhere" if found == "elsewhere" else f"{found} · {prediction['score']:.2f}"
     where = " · ".join(visible(text) for text in (group, prediction["topic"], prediction["domain"]) if text)
-    colour = "right" if verdict == "right" else "wrong"
+    colour = {"right": "right", "elsewhere": "flat"}.get(found, "wrong")
     return (
-        f'<article data-task="{visible(group)}" data-part="{part}" data-verdict="{verdict}">{pictures}<div>'
-        f'<p class=where><span>{where}</span> <span class="{colour}">{verdict} · {prediction["score"]:.2f}</span></p>'
+        f'<article data-task="{visible(group)}" data-part="{part}" data-verdict="{found}">{pictures}<div>'
+        f'<p class=where><span>{where}</span> <span class="{colour}">{said}</span></p>'
         f"<p class=question>{visible(prediction['question'])}</p>"
         f"<p><span class=tag>true</span> {visible(prediction['answer'])}</p>"
         f"<p><span class=tag>model</span> {visible(prediction['prediction']) or '<i>nothing</i>'}</p></div></article>"
@@ -170,7 +181,7 @@ document.querySelectorAll("form.filter").forEach(f=>{
  const said=f.querySelector("output"),part=f.part;let most=24;
  const show=()=>{const t=f.task.value,p=part?part.value:"",v=f.verdict.value;let n=0;
   cards.forEach(c=>{const d=c.dataset;c.hidden=(t&&d.task!==t)||(p&&d.part!==p)||
-   (v==="wrong"?d.verdict==="right":v&&d.verdict!==v);if(!c.hidden&&++n>most)c.hidden=true});
+   (v==="wrong"?d.verdict!==v&&d.verdict!=="unparsed":v&&d.verdict!==v);if(!c.hidden&&++n>most)c.hidden=true});
   more.hidden=n<=most;
   said.textContent=n?Math.min(n,most)+" of "+n:"none of these answers: choose something else"};
  more.addEventListener("click",()=>{most+=24;show()});

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,10 +23,10 @@ from rich.table import Table
 
 from sphinx_pl.cli import report as report_error
 from sphinx_pl.errors import UserError
-from sphinx_pl.evaluation.asking import Prediction
-from sphinx_pl.evaluation.measures import Difference, Measure, difference, holm, mean, number_text
-from sphinx_pl.evaluation.results import benchmark_of, by_benchmark, read_predictions, read_results
-from sphinx_pl.files import write_whole
+from sphinx_pl.evaluation.asking import Prediction, benchmark_label
+from sphinx_pl.evaluation.measures import Difference, Measure, defined, difference, holm, mean, number_text
+from sphinx_pl.evaluation.results import benchmark_of, read_predictions, read_results
+from sphinx_pl.files import check_writable, write_whole
 
 ALPHA = 0.05
 
@@ -51,7 +52,9 @@ class Compared:
         return self.p < ALPHA
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"real": self.real}
+        """As JSON, which lacks NaN: None stands for what is not defined."""
+        values = dataclasses.asdict(self) | {"real": self.real, "p": defined(self.p)}
+        return values | {"difference": {name: defined(number) for name, number in values["difference"].items()}}
 
 
 def compare(
@@ -63,38 +66,44 @@ def compare(
     """Every task's mean score and every benchmark's measures, second minus first.
 
     Args:
-        measures: of each benchmark by its name; of one that is missing here the mean score.
+        measures: of each benchmark by its name; of one that is missing here, and of tasks, the mean score.
 
     Raises:
         UserError: they have no question in common.
     """
     found: list[tuple[str, Measure, Difference, int]] = []
     sides = [_groups(first), _groups(second)]
+    labelled = {benchmark_label(name): of_benchmark for name, of_benchmark in measures.items()}
     for name in [name for name in sides[0] if name in sides[1]]:
         keyed = [{prediction.key: prediction for prediction in side[name]} for side in sides]
         common = [key for key in keyed[0] if key in keyed[1]]
         if not common:
             continue
         left_out = len(keyed[0].keys() ^ keyed[1].keys())
-        for measure in measures.get(name) or [mean("score", "")]:
+        for measure in labelled.get(name, [mean("score", "")]):
             before, after = (measure.prepare([side[key] for key in common]) for side in keyed)
             found.append((name, measure, difference(before, after, seed), left_out))
     if not found:
         raise UserError(
             "the evaluations have no question in common: ask both the same (test=, benchmarks=, limit, seed)"
         )
-    corrected = holm([one.p for _, _, one, _ in found])
+    # A difference that is not defined, such as of the precision of a model that never says yes, is not tested.
+    tested = [place for place, (_, _, one, _) in enumerate(found) if not math.isnan(one.p)]
+    of_tested = holm([found[place][2].p for place in tested])
+    corrected = dict(zip(tested, of_tested, strict=True))
     return [
         Compared(name, measure.name, measure.percent, one, p, left_out)
-        for (name, measure, one, left_out), p in zip(found, corrected, strict=True)
+        for place, (name, measure, one, left_out) in enumerate(found)
+        for p in [corrected.get(place, math.nan)]
     ]
 
 
 def _groups(predictions: Sequence[Prediction]) -> dict[str, list[Prediction]]:
     """By benchmark; those of test sources by task."""
-    groups = by_benchmark(predictions)
-    for prediction in groups.pop("", []):
-        groups.setdefault(prediction.task, []).append(prediction)
+    groups: dict[str, list[Prediction]] = {}
+    for prediction in predictions:
+        name = benchmark_label(prediction.key) if prediction.benchmark else prediction.task
+        groups.setdefault(name, []).append(prediction)
     return groups
 
 
@@ -107,21 +116,23 @@ def table(title: str, compared: Sequence[Compared]) -> Table:
         padding=(0, 1, 0, 0),
     )
     for name in ("", "measure"):
-        shown.add_column(name)
+        shown.add_column(name, overflow="fold")  # a name that is cut off may be another's
     for name in ("first", "second", "difference", "95 %", "", "p", "units"):
         shown.add_column(name, justify="right", no_wrap=True)
     last = None
     for row in compared:
         one = row.difference
-        texts = [number_text(value, row.percent) for value in (one.first, one.second)]
+        texts = [number_text(defined(value), row.percent) for value in (one.first, one.second)]
         apart, low, high = (
             f"{float(number):+.1f}" if number != "–" else number
-            for number in (number_text(value, row.percent) for value in (one.value, one.low, one.high))
+            for number in (number_text(defined(value), row.percent) for value in (one.value, one.low, one.high))
         )
+        interval = "–" if low == high == "–" else f"{low} to {high}"
+        p = "–" if math.isnan(row.p) else f"{row.p:.3f}"
         mark = ("[green]▲[/]" if one.value > 0 else "[red]▼[/]") if row.real else ""
         name = "" if row.name == last else f"[bold]{row.name}[/]"
         last = row.name
-        shown.add_row(name, row.measure, *texts, apart, f"{low} to {high}", mark, f"{row.p:.3f}", str(one.units))
+        shown.add_row(name, row.measure, *texts, apart, interval, mark, p, str(one.units))
     return shown
 
 
@@ -138,6 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     console = Console()
     try:
+        if options.out:
+            check_writable(options.out, "--out")
         if len(options.folders) < 2:
             raise UserError("give at least two folders that evaluate.py wrote to")
         first, *others = options.folders

@@ -64,6 +64,17 @@ class Sums:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """A value of all units together, of which no resample is known."""
+
+    units: Sequence[str]
+    value: float
+
+    def values(self, counts: Counts) -> Floats:
+        return np.where((counts == 1).all(axis=1), self.value, np.nan)
+
+
+@dataclass(frozen=True)
 class Additive:
     """A measure that is a function of sums.
 
@@ -112,7 +123,10 @@ class Difference:
     """Of two models' values on the same units, second minus first.
 
     Attributes:
-        p: two-sided, by the bootstrap: twice the smaller share of resamples on one side of 0.
+        p: two-sided, by the bootstrap: twice the smaller share of resamples on one side of 0. Where there are none on
+            it, which says no more than that p is below 0.001, by a normal distribution with the resamples' spread. At
+            least 2 / 2^units, the least that any test of paired units can give (all signs of their differences alike).
+            NaN where the difference, or every resample of it, is not defined.
     """
 
     first: float
@@ -134,8 +148,22 @@ def bootstrap(scores: Sequence[float], seed: int = 0, resamples: int = RESAMPLES
 def estimate(prepared: Prepared, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
     """The value and its percentile interval over resampled units."""
     value = float(prepared.values(np.ones((1, len(prepared.units)), dtype=np.int64))[0])
+    if (shares := _alike(prepared)) is not None:
+        return Estimate(value, *shares)
     low, high = _interval(_resampled([prepared], seed, resamples)[0])
     return Estimate(value, low, high)
+
+
+def _alike(prepared: Prepared) -> tuple[float, float] | None:
+    """The interval of a share where all units are right or all wrong, of which every resample is the same: Clopper and
+    Pearson's (1934) for a binomial share; None elsewhere."""
+    if not isinstance(prepared, Sums) or prepared.finish is not ratio or not len(prepared.rows):
+        return None
+    right, counted = prepared.rows.T
+    if (counted != 1).any() or (right != right[0]).any() or right[0] not in (0, 1):
+        return None
+    bound = ((1 - LEVEL) / 2) ** (1 / len(right))
+    return (bound, 1.0) if right[0] == 1 else (0.0, 1 - bound)
 
 
 def difference(first: Prepared, second: Prepared, seed: int = 0, resamples: int = RESAMPLES) -> Difference:
@@ -153,8 +181,15 @@ def difference(first: Prepared, second: Prepared, seed: int = 0, resamples: int 
     apart = apart[~np.isnan(apart)]
     low, high = _interval(apart)
     # With 1 added to both, p is never 0 (Davison and Hinkley 1997, section 4.2).
-    sides = [(1 + np.count_nonzero(side)) / (1 + len(apart)) for side in (apart <= 0, apart >= 0)]
-    return Difference(before, after, after - before, low, high, float(min(1.0, 2 * min(sides))), len(first.units))
+    units, p = len(first.units), math.nan
+    if len(apart) and not math.isnan(after - before):
+        beyond = min(np.count_nonzero(side) for side in (apart <= 0, apart >= 0))
+        p = min(1.0, 2 * (1 + beyond) / (1 + len(apart)))
+        if not beyond:
+            spread = float(apart.std())
+            p = min(p, math.erfc(abs(after - before) / spread / math.sqrt(2)) if spread else 0.0)
+        p = max(p, 2.0 ** (1 - units))
+    return Difference(before, after, after - before, low, high, p, units)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -177,6 +212,8 @@ def _interval(values: Floats) -> tuple[float, float]:
 
 def _resampled(prepared: Sequence[Prepared], seed: int, resamples: int) -> list[Floats]:
     """Values of each on the same resamples."""
+    if any(isinstance(one, Whole) for one in prepared):
+        return [np.full(resamples, np.nan) for _ in prepared]
     sums = [one for one in prepared if isinstance(one, Sums)]
     if len(sums) == len(prepared):
         # Units with equal addends are counted together: a resample is then one multinomial draw over the kinds of
@@ -200,8 +237,12 @@ def _resampled(prepared: Sequence[Prepared], seed: int, resamples: int) -> list[
 def to_json(found: Estimate, measure: Measure) -> dict[str, Any]:
     """An estimate with the measure's name and unit; NaN, which JSON lacks, as None."""
     numbers = {"value": found.value, "low": found.low, "high": found.high}
-    finite = {key: None if math.isnan(number) else number for key, number in numbers.items()}
-    return {"measure": measure.name, "percent": measure.percent, **finite}
+    return {"measure": measure.name, "percent": measure.percent, **{key: defined(n) for key, n in numbers.items()}}
+
+
+def defined(number: float) -> float | None:
+    """A number, or None for NaN, which JSON lacks."""
+    return None if math.isnan(number) else number
 
 
 def number_text(value: float | None, percent: bool) -> str:

@@ -13,6 +13,7 @@ import datetime
 import io
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -25,12 +26,14 @@ from rich.console import Console
 from sphinx_pl.data.geometry import Geometry
 from sphinx_pl.errors import UserError
 from sphinx_pl.evaluation import tables
-from sphinx_pl.evaluation.cards import RIGHT, SCRIPT, STYLE, cards, choose
+from sphinx_pl.evaluation.asking import Prediction
+from sphinx_pl.evaluation.cards import RIGHT, SCRIPT, STYLE, cards, choose, verdict
 from sphinx_pl.evaluation.charts import Series, line_chart, smooth
 from sphinx_pl.evaluation.lean import held_text
 from sphinx_pl.evaluation.published import read_published
+from sphinx_pl.evaluation.results import RESULTS, lines_of
 from sphinx_pl.evaluation.tables import Evaluation
-from sphinx_pl.files import write_whole
+from sphinx_pl.files import check_writable, write_whole
 from sphinx_pl.page import page, table, visible
 
 log = logging.getLogger(__name__)
@@ -135,7 +138,7 @@ def read_run(name: str, folder: Path) -> Run:
 def read_curve(folder: Path | None) -> dict[str, Any] | None:
     """curve.json of mix_weights.py's `curve` option, or None."""
     file = folder / "curve.json" if folder else None
-    return _parsed(file, json.loads) if file and file.is_file() else None
+    return _parsed(file, _mapping) if file and file.is_file() else None
 
 
 def read_evaluation(folder: Path, name: str = "") -> Evaluation | None:
@@ -148,9 +151,23 @@ def read_evaluation(folder: Path, name: str = "") -> Evaluation | None:
     if not results.is_file():
         return None
     predictions = folder / "predictions.jsonl"
-    found = _parsed(results, json.loads)
-    lines = _parsed(predictions, lambda text: [json.loads(line) for line in text.splitlines()])
+    found = _parsed(results, _mapping)
+    lines = _parsed(predictions, _predictions)
     return None if found is None else Evaluation(name or folder.name, found, lines or [])
+
+
+def _predictions(text: str) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in lines_of(text)]
+    for values in found:
+        Prediction.from_dict(values)  # refuses what is none
+    return found
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError("no JSON object")
+    return found
 
 
 def _parsed(file: Path, parse: Callable[[str], Any]) -> Any:
@@ -159,8 +176,9 @@ def _parsed(file: Path, parse: Callable[[str], Any]) -> Any:
         return parse(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        log.warning("%s is left out of the report: %s", file, str(error).splitlines()[0])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+        reason = str(error).split("\n", 1)[0]
+        log.warning("%s is left out of the report: %s: %s", file, type(error).__name__, reason)
         return None
 
 
@@ -342,7 +360,8 @@ def _results(evaluations: Sequence[Evaluation]) -> str:
     if not content:
         return _missing("There are no results: run evaluate.py and give its folder with --evaluation.")
     return (
-        "<p>Benchmarks are counted as their authors count; shares are per cent. Small numbers are 95 % bootstrap "
+        "<p>Benchmarks are counted by their authors’ rules, but for guesses and language models as judges, which are "
+        "left out; shares are per cent. Small numbers are 95 % bootstrap "
         "intervals. “Unparsed” answers lacked the form that was asked for; they count as wrong. Published numbers are "
         "for orientation: prompts, image sizes, training data and what counts as an answer may have been others.</p>"
         + content
@@ -356,14 +375,19 @@ def _answers(evaluations: Sequence[Evaluation], shown: Shown) -> str:
     blocks = []
     for evaluation in answered:
         chosen = choose(evaluation.predictions, shown.wrong, shown.right, shown.answers // len(answered))
-        wrong = sum(prediction["score"] < RIGHT for prediction in evaluation.predictions)
-        seen = sum(prediction["score"] < RIGHT for prediction in chosen)
+        counted = Counter(map(verdict, evaluation.predictions))
+        seen = Counter(map(verdict, chosen))
+        total = {name: counted[name] for name in ("right", "elsewhere")}
+        wrong, wrong_seen = (found["wrong"] + found["unparsed"] for found in (counted, seen))
+        unknown = (
+            f"; {seen['elsewhere']:,} of {total['elsewhere']:,} that are scored elsewhere" if total["elsewhere"] else ""
+        )
         heading = f"<h3>{visible(evaluation.name)}</h3>" if len(answered) > 1 else ""
         geometry = Geometry(decimals=int(evaluation.results.get("decimals", 3)))
         size = int(evaluation.results.get("image_size", 0))
         blocks.append(
-            f"{heading}<p class=note>{seen:,} of {wrong:,} wrong answers are here, and {len(chosen) - seen:,} of "
-            f"{len(evaluation.predictions) - wrong:,} right ones.</p>{cards(chosen, size, geometry)}"
+            f"{heading}<p class=note>{wrong_seen:,} of {wrong:,} wrong answers are here, and {seen['right']:,} of "
+            f"{total['right']:,} right ones{unknown}.</p>{cards(chosen, size, geometry)}"
         )
     return (
         f"<p>Of each task and benchmark at most {shown.wrong} mistakes, those with the lowest scores, and at most "
@@ -462,8 +486,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             name, separator, folder = text.partition("=")
             if not (name and separator and folder):
                 raise UserError(f"--run {text}: write it as name=folder, such as --run real=outputs/demo/real")
+            if not Path(folder).is_dir():
+                raise UserError(f"--run {text}: there is no folder '{folder}'")
             runs.append(read_run(name, Path(folder)))
         folders = [folder for group in options.evaluation for folder in group]
+        for folder in folders:
+            if not (folder / RESULTS).is_file():
+                raise UserError(f"--evaluation {folder}: it has no {RESULTS}: give a folder that evaluate.py wrote to")
+        check_writable(options.out, "--out")
         shown = Shown(options.wrong, options.right, options.answers)
         write_report(options.out, runs, options.mix, folders, options.title, shown)
     except UserError as error:

@@ -23,6 +23,11 @@ def write_predictions(folder: Path, name: str, predictions: Sequence[Prediction]
     write_whole(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
 
 
+def lines_of(text: str) -> list[str]:
+    """Of JSON Lines. Texts in them may have the characters at which `str.splitlines` ends lines too, such as U+2028."""
+    return [line for line in text.split("\n") if line]
+
+
 def read_predictions(folder: Path, name: str = PREDICTIONS) -> list[Prediction]:
     """What `write_predictions` wrote; nothing of a baseline that was not asked.
 
@@ -35,7 +40,7 @@ def read_predictions(folder: Path, name: str = PREDICTIONS) -> list[Prediction]:
             return []
         raise UserError(f"'{folder}' has no {path.name}: give the folder that evaluate.py wrote to (out=)")
     try:
-        return [Prediction.from_dict(json.loads(line)) for line in path.read_text().splitlines()]
+        return [Prediction.from_dict(json.loads(line)) for line in lines_of(path.read_text(encoding="utf-8"))]
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"'{path}' is damaged ({type(error).__name__}: {error}): evaluate again") from None
 
@@ -54,7 +59,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"'{folder}' has no {RESULTS}: give the folder that evaluate.py wrote to (out=)")
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         return {"rows": [], "benchmarks": [], **found}
     except (ValueError, TypeError) as error:
         raise UserError(f"'{path}' is damaged ({error}): evaluate again") from None

@@ -109,7 +109,8 @@ def _value(result: Mapping[str, Any] | None, measure: str, counts: bool, categor
     value = next((v for v in result["values"] if (v["measure"], v["category"]) == (measure, category)), None)
     text = ""
     if value is not None:
-        interval = "–".join(number_text(value[end], value["percent"]) for end in ("low", "high"))
+        ends = [number_text(value[end], value["percent"]) for end in ("low", "high") if value[end] is not None]
+        interval = "–".join(ends)
         text = f"<b>{number_text(value['value'], value['percent'])}</b> <small>{interval}</small>"
     if counts:
         lost = sum((result.get("lost") or {}).values())
@@ -132,11 +133,13 @@ def _categories(title: str, results: Sequence[tuple[str, Mapping[str, Any] | Non
     )
     if not found:
         return ""
-    rows = [
-        [visible(category), *(_value(result, measure, False, category) for _, result in results)]
-        for category, measure in found
-    ]
-    head = ["category", *(visible(name) if len(results) > 1 else visible(found[0][1]) for name, _ in results)]
+    rows = []
+    last = None
+    for category, measure in found:
+        cells = (_value(result, measure, False, category) for _, result in results)
+        rows.append([visible(category) if category != last else "", visible(measure), *cells])
+        last = category
+    head = ["category", "measure", *(visible(name) if len(results) > 1 else "this model" for name, _ in results)]
     return f"<details><summary>{visible(title)} by category</summary>{table(head, rows, set())}</details>"
 
 

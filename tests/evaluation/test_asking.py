@@ -41,9 +41,9 @@ def test_bootstrap_of_a_proportion_is_the_binomial_interval() -> None:
     assert (low, high) == pytest.approx(tuple(exact), abs=1 / 400)
 
 
-def test_bootstrap_without_spread_or_with_one_score_is_a_point_and_the_seed_decides() -> None:
+def test_bootstrap_without_spread_is_a_point_or_exact_and_the_seed_decides() -> None:
     assert bootstrap([0.3] * 5) == pytest.approx((0.3, 0.3))
-    assert bootstrap([1.0]) == (1.0, 1.0)
+    assert bootstrap([1.0]) == pytest.approx((0.025, 1.0))  # all right: Clopper and Pearson
     scores = [0.0, 1.0] * 10 + [0.37]
     assert bootstrap(scores, seed=4) == bootstrap(scores, seed=4)
 

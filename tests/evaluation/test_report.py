@@ -133,7 +133,7 @@ def test_whole_report(inputs: Path) -> None:
 
 def prediction(key: str, score: float, task: str = "vqa", topic: str = "", **more: Any) -> dict[str, Any]:
     about = {"key": key, "task": task, "topic": topic, "domain": "", "score": score, "parsed": True, "images": []}
-    return about | {"question": "Q?", "answer": "true", "prediction": "said", "benchmark": ""} | more
+    return about | {"question": "Q?", "answer": "true", "prediction": "said", "benchmark": "", "metric": "exact"} | more
 
 
 def test_the_worst_come_first_and_every_category_gets_its_turn() -> None:
@@ -230,7 +230,12 @@ def test_evaluations_of_one_name_are_told_apart(inputs: Path) -> None:
 def test_nothing_given_is_said_and_no_crash(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "report.html"
     missing = str(tmp_path / "nothing")
-    assert main([f"--out={out}", f"--run=real={missing}", f"--mix={missing}", "--evaluation", missing]) == 0
+    assert main([f"--out={out}", f"--run=real={missing}"]) == 2
+    assert main([f"--out={out}", "--evaluation", missing]) == 2
+    assert not out.exists()
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert main([f"--out={out}", f"--run=real={empty}", f"--mix={missing}"]) == 0
     text = Page(out.read_text()).text
     for sentence in (
         "No metrics.csv",

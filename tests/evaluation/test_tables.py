@@ -110,7 +110,7 @@ def test_runs_stand_beside_each_other_with_published_numbers(folder: Path) -> No
 def test_categories_are_folded(folder: Path) -> None:
     html = results([evaluated("run", load("pope_random", Halves(folder, "random")), ["yes", "no", "no", "no"])], [])
     folded = html[html.index("<details>") : html.index("</details>") + len("</details>")]
-    found = {row[0]: row[1].split()[0] for row in rows_of(folded)[1:]}
+    found = {row[0]: row[2].split()[0] for row in rows_of(folded)[1:]}
     assert found == {"even": "100.0", "odd <i>": "50.0"}
     assert "odd <i>" not in folded
 

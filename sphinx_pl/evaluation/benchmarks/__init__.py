@@ -44,6 +44,8 @@ FAMILIES = {
     "tasks": "Detection, pose, layout and OCR",
 }
 """Parts of a results page, in their order."""
+ROOT = "root"
+"""The key of conf/benchmark that is no benchmark but the folder that their files are in."""
 HIDDEN = "(not public)"
 """Stands for an answer that is not public."""
 
@@ -244,7 +246,10 @@ class BenchmarkConfig:
 
     def open(self, name: str) -> Benchmark:
         """Raises: UserError: an unknown kind or split, or a folder that is not there."""
-        kind = BENCHMARKS[self.kind]
+        try:
+            kind = BENCHMARKS[self.kind]
+        except UserError as error:
+            raise UserError(f"benchmark.{name}: {error}") from None
         return kind(Path(self.src), self.split, Path(self.images) if self.images else None)
 
 
@@ -306,39 +311,54 @@ def load(name: str, benchmark: Benchmark, limit: int | None = None, seed: int = 
             groups[benchmark.category(record)][benchmark.unit(record)].append(record)
     lost += benchmark.skipped + benchmark.left_out
     records: list[Record] = []
+    rng = random.Random(seed)  # one for all: the same places in every category may all have the same answer
     for units in groups.values():
-        drawn = list(units) if limit is None or len(units) <= limit else random.Random(seed).sample(list(units), limit)
+        drawn = list(units) if limit is None or len(units) <= limit else rng.sample(list(units), limit)
         records += [record for unit in drawn for record in units[unit]]
     if not records:
         raise UserError(f"{name}: no question in '{benchmark.src}' can be used ({dict(lost) or 'there is none'})")
     return Questions(name, benchmark, records, lost)
 
 
-def choose(wanted: Sequence[str], configured: Mapping[str, Any]) -> dict[str, Benchmark]:
-    """The benchmarks that names or patterns mean; of a pattern those whose files are there.
+def choose(
+    wanted: Sequence[str], configured: Mapping[str, Any], limit: int | None = None, seed: int = 0
+) -> tuple[list[Questions], dict[str, str]]:
+    """The questions of the benchmarks that names or patterns mean; of a pattern of those that can be asked.
+
+    Args:
+        limit, seed: as of `load`.
+
+    Returns:
+        The questions, and why the others that a pattern means are left out, by their names.
 
     Raises:
-        UserError: a name that is not configured, a named one whose files are missing, or nothing is left.
+        UserError: a name that is not configured, a named one that cannot be asked, or nothing is left.
     """
-    chosen: dict[str, Benchmark] = {}
-    problems: list[str] = []
+    known = {name: values for name, values in configured.items() if name != ROOT}
+    chosen: dict[str, Questions] = {}
+    left_out: dict[str, str] = {}
     for pattern in wanted:
-        names = [name for name in configured if fnmatchcase(name, pattern)]
+        names = [name for name in known if fnmatchcase(name, pattern)]
         if not names:
-            raise UserError(f"benchmarks: no '{pattern}': {suggest(pattern, configured)}")
+            raise UserError(f"benchmarks: no '{pattern}': {suggest(pattern, known)}")
         for name in names:
-            if name in chosen or configured[name] is None:
+            if name in chosen or known[name] is None:
                 continue
-            config = build(BenchmarkConfig, configured[name], f"benchmark.{name}")
             try:
-                chosen[name] = config.open(name)
+                if not isinstance(known[name], Mapping):
+                    raise UserError(
+                        f"benchmark.{name}={known[name]} must be a mapping such as {{kind: pope, src: FOLDER}}"
+                    )
+                config = build(BenchmarkConfig, known[name], f"benchmark.{name}")
+                chosen[name] = load(name, config.open(name), limit, seed)
             except UserError as error:
                 if name == pattern:
                     raise
-                problems.append(str(error))
-    if not chosen:
-        raise UserError(f"benchmarks: none of {', '.join(wanted)} has its files: {'; '.join(problems[:3])}")
-    return chosen
+                left_out[name] = str(error)
+    if wanted and not chosen:
+        reasons = "; ".join([*left_out.values()][:3]) or "they are switched off"
+        raise UserError(f"benchmarks: none of {', '.join(wanted)} can be asked: {reasons}")
+    return list(chosen.values()), {name: why for name, why in left_out.items() if name not in chosen}
 
 
 for _module in pkgutil.iter_modules(__path__):

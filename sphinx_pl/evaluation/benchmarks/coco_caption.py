@@ -24,7 +24,7 @@ from sphinx_pl.data.geometry import Geometry
 from sphinx_pl.data.record import ImageRef, Record
 from sphinx_pl.evaluation.asking import Prediction
 from sphinx_pl.evaluation.benchmarks import Benchmark, Verdict
-from sphinx_pl.evaluation.measures import Counts, Floats, Measure, Prepared, Sums, ratio
+from sphinx_pl.evaluation.measures import Measure, Prepared, Sums, Whole, ratio
 from sphinx_pl.evaluation.metrics import caption_f1
 from sphinx_pl.evaluation.scoring.caption import check_caption_tools, scores_of_images
 from sphinx_pl.files import write_whole
@@ -131,17 +131,6 @@ class Captions:
             return Whole(units, figures[self.name])
         rows = np.array([[of_images[self.name][unit], 1.0] for unit in units])
         return Sums(units, rows, ratio)
-
-
-@dataclass(frozen=True)
-class Whole:
-    """A value of all units together, of which no resample is known."""
-
-    units: Sequence[str]
-    value: float
-
-    def values(self, counts: Counts) -> Floats:
-        return np.where((counts == 1).all(axis=1), self.value, np.nan)
 
 
 def _record(key: str, path: str, captions: Sequence[Any], number: Any) -> Record:

@@ -18,8 +18,12 @@ from __future__ import annotations
 import base64
 import binascii
 import csv
+import dataclasses
 import hashlib
+from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,6 +31,7 @@ from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.convert.common import asked
 from sphinx_pl.data.files import CacheFile, Hold, cache_folder, identity, in_cache, prune
 from sphinx_pl.data.images import MAX_BYTES
+from sphinx_pl.data.official import MALFORMED
 from sphinx_pl.data.record import ImageRef, Record
 from sphinx_pl.errors import UserError
 from sphinx_pl.evaluation.asking import Prediction
@@ -119,6 +124,22 @@ class MMBench(Choices):
                 yield self.unanswered(asked_for)
             else:
                 yield letter_record(name, image, question, choices, row["answer"], meta)
+
+    def annotation(self, key: str, entry: Mapping[str, Any]) -> Record:
+        record = super().annotation(key, entry)
+        index = _index(entry)
+        rotations = self._annotated[mmbench_question(index)]
+        return dataclasses.replace(record, meta=dict(record.meta) | {"question_id": index, "rotations": rotations})
+
+    @cached_property
+    def _annotated(self) -> Counter[int]:
+        """How many entries of the unified annotation each question has."""
+        assert self.unified is not None
+        found: Counter[int] = Counter()
+        for entry in self.json_items(self.unified):
+            with suppress(*MALFORMED, BadSample):
+                found[mmbench_question(_index(entry))] += 1
+        return found
 
     def unit(self, record: Record) -> str:
         return _question(record)
@@ -270,8 +291,17 @@ def _openpyxl() -> Any:
     return openpyxl
 
 
+def _index(entry: Mapping[str, Any]) -> int:
+    """Raises: BadSample: the entry of a unified annotation does not say it, so whose rotation it is nobody knows."""
+    try:
+        return int(entry["question_id"])
+    except (KeyError, ValueError, TypeError):
+        raise BadSample("question_id_missing", f"question_id: {entry.get('question_id')!r} is no index") from None
+
+
 def _question(asked_for: Record | Prediction) -> str:
-    return asked_for.key.rpartition("-")[0]
+    meta = asked_for.record["meta"] if isinstance(asked_for, Prediction) else asked_for.meta
+    return str(mmbench_question(meta["question_id"]))
 
 
 def _circular(group: Sequence[Prediction]) -> tuple[float, float]:

@@ -11,23 +11,25 @@ from sphinx_pl.evaluation.scoring.groups import mean_by
 
 # The letter must end there: "The answer is A dog" and "The answer is A or B" name no letter.
 _STATED = re.compile(
-    r"(?i:\banswer(?:\s+is|\s*:|\s+is\s*:)|\bchoice\s+is|^\s*(?:option|choice)\b)\s*(?i:(?:option|choice|letter)\s+)?"
-    r"(?:\(([A-Za-z])\)|([A-Za-z]))(?=\s*(?:$|[).:;!\n]|,(?!\s*\(?[A-Za-z]\b)|because\b|since\b))"
+    r"(?i:\banswer(?:\s+is|\s*:|\s+is\s*:)|\b(?:choice|option)\s+is|^\s*(?:option|choice)\b)\s*(?i:(?:option|choice|letter)\s+)?"
+    r"(?:\(([A-Za-z])\)|([A-Za-z]))(?=\s*(?:$|[).:;!\n。]|is\s+(?:the\s+)?(?:correct|right)\b|,(?!\s*\(?[A-Za-z]\b)|because\b|since\b))"
 )
 _LEAD = re.compile(
     r"\s*(?:so\s+|therefore,?\s+)?(?:the\s+)?(?:correct\s+|right\s+|best\s+)?answer(?:\s+is\s*:?|\s*:)\s*", re.I
 )
+_CALLED_RIGHT = re.compile(r"\(?([A-Z])\)?\s+is\s+(?:the\s+)?(?:correct|right|best)\b")
+_WITH_TEXT = re.compile(r"\(?([A-Za-z])\)?\s+(.+)", re.DOTALL)
 _EMPHASIS = str.maketrans("", "", "*`")
 
 
 def read_choice(text: str, options: Sequence[str]) -> str | None:
     """The capital letter of the option that a text names, or None: nothing is guessed.
 
-    A text names an option by a letter at its beginning ("B", "b.", "(B)", "B: ..."), by one that it states ("Answer:
-    B", "The answer is (B)."), or by being the option's text, alone or after such words, but for case, white space and
-    the full stop at its end. A text that names several ("A, B"; "B. cat" where "cat" is A's text; an option's text
-    that is given twice) names none. A letter alone is a letter, even if an option's text is one too; "C. Darwin" is the
-    option of that text, unless "Darwin" is C's.
+    A text names an option by a letter at its beginning ("B", "b.", "(B)", "B: ...", "B" and a line break), by one that
+    it states ("Answer: B", "The answer is (B).", "B is correct"), or by being the option's text, alone or after a
+    letter or such words, but for case, white space and the full stop at its end. A text that names several ("A, B";
+    "B. cat" where "cat" is A's text; an option's text that is given twice) names none. A letter alone is a letter, even
+    if an option's text is one too; "C. Darwin" is the option of that text, unless "Darwin" is C's.
 
     Args:
         options: texts of the options A, B, ...; at most 26.
@@ -41,12 +43,16 @@ def read_choice(text: str, options: Sequence[str]) -> str | None:
     lead = _LEAD.match(text)
     body = text[lead.end() :] if lead else text
     found = leading_letter(body)
-    if found and found[0] in letters and not found[1].strip(" ).:,\n"):
+    if found and found[0] in letters and not found[1].strip(" )].:,;!-\n。、：，；"):
         return found[0]
     whole = by_text.get(normalise(text), set()) | by_text.get(normalise(body), set())
     if len(whole) == 1 and not (found and found[0] in by_text.get(normalise(found[1]), ())):
         return whole.pop()
+    if (beside := _WITH_TEXT.fullmatch(body)) and by_text.get(normalise(beside[2])) == {beside[1].upper()}:
+        return beside[1].upper()  # "B cat"
     named = whole | {(match[1] or match[2]).upper() for match in _STATED.finditer(text)}
+    if called := _CALLED_RIGHT.match(text):
+        named.add(called[1])
     while found:
         letter, rest = found
         own = by_text.get(normalise(rest), set())

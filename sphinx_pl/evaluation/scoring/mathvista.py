@@ -9,6 +9,7 @@ number.
 from __future__ import annotations
 
 import ast
+import math
 import re
 import string
 from collections.abc import Sequence
@@ -44,7 +45,7 @@ def read_answer(
         return None if letter is None else choices[string.ascii_uppercase.index(letter)]
     if answer_type in ("integer", "float"):
         found = _only_number(text)
-        return None if found is None else written(found, answer_type, precision)
+        return None if found is None or not math.isfinite(found) else written(found, answer_type, precision)
     if answer_type == "list":
         return _only_list(text)
     return text.strip() or None

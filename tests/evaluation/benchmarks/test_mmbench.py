@@ -255,8 +255,13 @@ def test_files_that_are_wrong_as_a_whole(write: Write) -> None:
 
 
 def test_the_unified_annotation(ask: Ask, write: Write) -> None:
-    entry = {"image_path": "a.jpg", "question": "Which?", "question_id": "q", "gt_answers": "B", "hint": "N/A"}
-    entries = [entry | {"choices": ["x", "y"]}, entry, entry | {"choices": "xy"}]
-    asked = ask(MMBench(write({"all.json": entries}) / "all.json"), right)
+    """Rotations of a question count together; entries whose question is unknown are not asked."""
+    entry = {"image_path": "a.jpg", "question": "Which?", "gt_answers": "B", "hint": "N/A", "choices": ["x", "y"]}
+    rows = [entry | {"question_id": index} for index in (1, 1_000_001, "2", "1000002")]
+    broken = [entry | {"question_id": 3, "choices": "xy"}, entry, entry | {"question_id": "q"}]
+    benchmark = MMBench(write({"all.json": rows + broken}) / "all.json")
+    asked = ask(benchmark, right)
     assert asked.values == {("circular", ""): 1, ("accuracy", ""): 1}
-    assert asked.result["lost"] == {"entry_malformed": 2}
+    assert asked.result["lost"] == {"entry_malformed": 1, "question_id_missing": 2}
+    once = ask(benchmark, lambda record: "A" if record.meta["question_id"] > 1_000_000 else "B")
+    assert once.values == {("circular", ""): 0, ("accuracy", ""): 1}

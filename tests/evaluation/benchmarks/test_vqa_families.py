@@ -191,9 +191,12 @@ def test_every_entry_of_the_paper_opens(tmp_path: Path) -> None:
                 entry[key] = entry[key].replace("${benchmark.root}", str(tmp_path))
                 Path(entry[key]).mkdir(parents=True, exist_ok=True)
         write(Path(entry["src"]), FILES[entry["kind"]][entry["split"]])
-    chosen = choose(["*"], entries)
-    assert set(chosen) == set(entries)
-    for name, benchmark in chosen.items():
-        asked = load(name, benchmark)
-        assert all(record.key.startswith(f"{name}/") for record in asked.records)
-        assert all(Path(record.images[0].path).is_relative_to(benchmark.images) for record in asked.records)
+    with_root = entries | {"root": str(tmp_path), "missing": {"kind": "vqav2", "src": str(tmp_path / "nowhere")}}
+    chosen, left_out = choose(["*"], with_root)
+    assert {asked.name for asked in chosen} == set(entries)
+    assert left_out.keys() == {"missing"}
+    for asked in chosen:
+        assert all(record.key.startswith(f"{asked.name}/") for record in asked.records)
+        assert all(Path(record.images[0].path).is_relative_to(asked.benchmark.images) for record in asked.records)
+    with pytest.raises(UserError, match=r"benchmark\.x=3 must be a mapping"):
+        choose(["x"], {"x": 3})
