@@ -30,9 +30,9 @@ sample-full: RECIPE = sample_full
 demo sample-full: venv
 	$(PY) -m sphinx_pl.pipeline experiment=$(RECIPE) $(ARGS)
 
-# A process for each core; on many cores eight, since each imports PyTorch and makes the sample world for itself.
+# In several processes: make test ARGS="-n 2 --dist worksteal".
 test: venv
-	$(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
+	$(PY) -m pytest $(ARGS)
 
 test-long: venv
 	mkdir -p docs/logs
