@@ -76,6 +76,9 @@ class MixConfig:
             raise UserError("weights and beta are both given: drop one of them")
         if self.beta is not None and self.beta != AUTO and not _is_number(self.beta):
             raise UserError(f"beta={self.beta} must be a number or auto")
+        for name in ("out", "curve_dir"):
+            if getattr(self, name) == "":
+                raise UserError(f"{name}= is empty: name a folder")
         if self.out is None and self.curve is None and self.search is None:
             raise UserError("nothing to do: give out=FOLDER to write a mixture, or curve=11 to evaluate a curve")
         if self.curve is not None and self.curve < 2:

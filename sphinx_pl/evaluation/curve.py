@@ -176,7 +176,7 @@ def _picture(content: dict[str, Any]) -> bytes:
 
 
 def _lines(axes: Any, content: dict[str, Any], kind: str) -> None:
-    betas, one = content["betas"], kind.removesuffix("es").removesuffix("s") if kind == "scores" else "loss"
+    betas, one = content["betas"], {"losses": "loss", "scores": "score"}[kind]
     for name, values in content[kind].items():
         (line,) = axes.plot(betas, values, "o-", markersize=3, label=name)
         low, high = zip(*content[f"{one}_intervals"][name], strict=True)

@@ -98,6 +98,11 @@ def test_written_files_hold_the_curve(tmp_path: Path) -> None:
     assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_scores_have_a_picture_beside_the_losses(tmp_path: Path) -> None:
+    write_curve(points(loss_x=[3, 2, 3], score_vqa=[0, 1, 0]), tmp_path)
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_triangle_is_written_with_a_weight_for_each_model(tmp_path: Path) -> None:
     content = write_curve(points(loss_x=[3, 2, 2, 1, 2, 3], score_vqa=[0, 0, 0, 1, 0, 0]), tmp_path)
     assert "betas" not in content
