@@ -27,6 +27,7 @@ with uncollected():
     from sphinx_pl.files import write_whole
     from sphinx_pl.mixing.methods import METHODS
     from sphinx_pl.mixing.mix import DTYPES, Plan, Recipe, check_out, mix, needs_our_names, open_models, plan_mixture
+    from sphinx_pl.mixing.rules import complement
     from sphinx_pl.typed import pick
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class MixConfig:
         elif self.beta is not None:
             if count != 2:
                 raise UserError(f"beta is for 2 checkpoints, not {count}: give weights=[...] instead")
-            weights = [self.beta, 1 - self.beta]
+            weights = [self.beta, complement(self.beta)]
         elif self.out is None and weights is None and not self.rules and METHODS[self.method].weights is None:
             weights = [1 / max(count, 1)] * count  # a curve alone has its own
         recipe = Recipe(weights, self.method, self.options, self.rules, self.normalize, self.any_sum, self.arithmetic)
@@ -275,13 +276,14 @@ def _find(
         low, high = content["gain_interval"]
         why = (
             f"{', '.join(f'{part} {beta:g}' for part, beta in betas.items())}: {options.criterion} {value:.4f}; on the "
-            f"samples that had no say in the choice better than beta={start:g} everywhere by {content['gain']:.4f} "
-            f"(95 % interval {low:.4f} to {high:.4f})"
+            f"samples that had no say in the choice {'better' if content['gain'] > 0 else 'not better'} than "
+            f"beta={start:g} everywhere: by {content['gain']:.4f} (95 % interval {low:.4f} to {high:.4f})"
+            f"{', which may be chance' if low <= 0 <= high else ''}"
         )
         console.print(f"Search: {shown / 'search.csv'}, {len(trials)} mixtures. {why}.", markup=False, highlight=False)
         rest = betas.pop(search.REST, start)
         rules = [{"match": part, "beta": beta} for part, beta in betas.items()]
-        found = {"weights": [rest, 1 - rest], "rules": rules}
+        found = {"weights": [rest, complement(rest)], "rules": rules}
         origin = {"chosen_by": {"criterion": options.criterion, "search": len(trials), "why": why}}
     if options.method == GREEDY:
         tried: list[dict[str, Any]] = []

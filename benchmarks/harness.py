@@ -31,6 +31,7 @@ from rich.table import Table
 from sphinx_pl.data.convert.vsr import STATEMENT
 from sphinx_pl.data.sample.drawing import COLORS
 from sphinx_pl.evaluation.lmms import TASKS as OUR_TASKS
+from sphinx_pl.evaluation.results import read_predictions
 from sphinx_pl.files import write_whole
 
 Entry = dict[str, Any]
@@ -222,9 +223,8 @@ def run_evaluate(out: Path, checkpoint: Path, sample: Path) -> dict[str, float]:
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
     scores: dict[str, list[float]] = defaultdict(list)
-    for line in (folder / "predictions.jsonl").read_text().splitlines():
-        prediction = json.loads(line)
-        scores[prediction["topic"]].append(prediction["score"])
+    for prediction in read_predictions(folder):
+        scores[prediction.topic].append(prediction.score)
     return {task: sum(values) / len(values) for task, values in scores.items()}
 
 

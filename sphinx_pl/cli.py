@@ -72,9 +72,11 @@ def _mixed_precision(accelerator: str) -> str:
     """bf16 autocast over fp32 weights; fp32 on a CPU without bf16 instructions, where bf16 takes twice as long."""
     import torch
 
-    on_gpu = accelerator not in ("cpu", "auto") or (accelerator == "auto" and torch.cuda.is_available())
-    words = Path("/proc/cpuinfo").read_text().split() if not on_gpu and Path("/proc/cpuinfo").exists() else ()
-    return "bf16-mixed" if on_gpu or {"avx512_bf16", "amx_bf16", "bf16"}.intersection(words) else "32-true"
+    if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
+        about = Path("/proc/cpuinfo")
+        words = about.read_text().split() if about.exists() else ()
+        return "bf16-mixed" if {"avx512_bf16", "amx_bf16"}.intersection(words) else "32-true"
+    return "bf16-mixed"
 
 
 def _run_folder(plan: bool, folder: str) -> str:

@@ -47,6 +47,21 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return run
 
 
+def test_which_checkpoint_beta_is_of_does_not_matter(
+    run: Callable[..., None], models: Callable[..., list[Path]], tmp_path: Path
+) -> None:
+    first, second = models(2, torch.bfloat16)
+    for out, given in {
+        "one": [f"checkpoints=[{first},{second}]", "beta=0.3"],
+        "other": [f"checkpoints=[{second},{first}]", "beta=0.7"],
+        "rules": [f"checkpoints=[{second},{first}]", "beta=0.5", "rules=[{beta: 0.7}]"],
+    }.items():
+        run(*given, f"out={out}")
+    one, *others = (open_checkpoint(tmp_path / name) for name in ("one", "other", "rules"))
+    for name in one:
+        assert all(same_bits(one.tensor(name), other.tensor(name)) for other in others), name
+
+
 def test_beta_is_the_first_checkpoints_weight(run: Callable[..., None], parents: str, tmp_path: Path) -> None:
     run(parents, "beta=0.25", "out=mixed")
     run(parents, "weights=[0.25,0.75]", "out=same")
@@ -190,6 +205,8 @@ def test_rules_and_options_from_the_command_line(
     ("overrides", "message"),
     [
         (["beta=0.5"], "nothing to do"),
+        (["beta=0.5", "out="], "out= is empty"),
+        (["beta=0.5", "out=x", "weights=0.5"], "weights: it takes a list"),
         (["out=mixed"], "how much of each"),
         (["out=mixed", "beta=0.5", "weights=[0.5,0.5]"], "both given"),
         (["out=mixed", "weights=[0.5,0.6]"], "sum to 1.1"),

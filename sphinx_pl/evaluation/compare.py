@@ -72,6 +72,7 @@ def compare(
         UserError: they have no question in common.
     """
     found: list[tuple[str, Measure, Difference, int]] = []
+    asked = False
     sides = [_groups(first), _groups(second)]
     labelled = {benchmark_label(name): of_benchmark for name, of_benchmark in measures.items()}
     for name in [name for name in sides[0] if name in sides[1]]:
@@ -79,11 +80,12 @@ def compare(
         common = [key for key in keyed[0] if key in keyed[1]]
         if not common:
             continue
+        asked = True
         left_out = len(keyed[0].keys() ^ keyed[1].keys())
         for measure in labelled.get(name, [mean("score", "")]):
             before, after = (measure.prepare([side[key] for key in common]) for side in keyed)
             found.append((name, measure, difference(before, after, seed), left_out))
-    if not found:
+    if not asked:
         raise UserError(
             "the evaluations have no question in common: ask both the same (test=, benchmarks=, limit, seed)"
         )

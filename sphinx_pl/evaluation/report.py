@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from rich.console import Console
@@ -26,17 +26,17 @@ from rich.console import Console
 from sphinx_pl.data.geometry import Geometry
 from sphinx_pl.errors import UserError
 from sphinx_pl.evaluation import tables
-from sphinx_pl.evaluation.asking import Prediction
 from sphinx_pl.evaluation.cards import RIGHT, SCRIPT, STYLE, cards, choose, verdict
 from sphinx_pl.evaluation.charts import Series, line_chart, smooth
 from sphinx_pl.evaluation.lean import held_text
 from sphinx_pl.evaluation.published import read_published
-from sphinx_pl.evaluation.results import RESULTS, lines_of
+from sphinx_pl.evaluation.results import RESULTS, read_predictions, read_results
 from sphinx_pl.evaluation.tables import Evaluation
 from sphinx_pl.files import check_writable, write_whole
 from sphinx_pl.page import page, table, visible
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 WITHOUT_TEXT = "_notext"
 """Ending of the name of a run that trained without text-only data, beside the run of that name with it."""
@@ -138,7 +138,7 @@ def read_run(name: str, folder: Path) -> Run:
 def read_curve(folder: Path | None) -> dict[str, Any] | None:
     """curve.json of mix_weights.py's `curve` option, or None."""
     file = folder / "curve.json" if folder else None
-    return _parsed(file, _mapping) if file and file.is_file() else None
+    return _parsed(file, json.loads) if file and file.is_file() else None
 
 
 def read_evaluation(folder: Path, name: str = "") -> Evaluation | None:
@@ -147,38 +147,32 @@ def read_evaluation(folder: Path, name: str = "") -> Evaluation | None:
     Args:
         name: by default the folder's.
     """
-    results = folder / "results.json"
-    if not results.is_file():
+    if not (folder / RESULTS).is_file():
         return None
-    predictions = folder / "predictions.jsonl"
-    found = _parsed(results, _mapping)
-    lines = _parsed(predictions, _predictions)
-    return None if found is None else Evaluation(name or folder.name, found, lines or [])
+    results, predictions = _kept(read_results, folder), _kept(read_predictions, folder)
+    if results is None:
+        return None
+    return Evaluation(name or folder.name, results, [prediction.to_dict() for prediction in predictions or ()])
 
 
-def _predictions(text: str) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in lines_of(text)]
-    for values in found:
-        Prediction.from_dict(values)  # refuses what is none
-    return found
-
-
-def _mapping(text: str) -> dict[str, Any]:
-    found = json.loads(text)
-    if not isinstance(found, dict):
-        raise ValueError("no JSON object")
-    return found
+def _kept(read: Callable[[Path], T], folder: Path) -> T | None:
+    """What is read; None, with a warning, where it is damaged: one bad file does not cost the others' page."""
+    try:
+        return read(folder)
+    except UserError as error:
+        log.warning("left out of the report: %s", error)
+        return None
 
 
 def _parsed(file: Path, parse: Callable[[str], Any]) -> Any:
-    """What the file holds; None, with a warning, where it is damaged: one bad file does not cost the others' page."""
+    """The mapping that the file holds; None, with a warning, where it is damaged."""
     try:
-        return parse(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
-        reason = str(error).split("\n", 1)[0]
-        log.warning("%s is left out of the report: %s: %s", file, type(error).__name__, reason)
+        found = parse(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict | None):
+            raise ValueError("no mapping")
+        return found
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        log.warning("%s is left out of the report: %s", file, str(error).splitlines()[0])
         return None
 
 

@@ -23,11 +23,6 @@ def write_predictions(folder: Path, name: str, predictions: Sequence[Prediction]
     write_whole(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
 
 
-def lines_of(text: str) -> list[str]:
-    """Of JSON Lines. Texts in them may have the characters at which `str.splitlines` ends lines too, such as U+2028."""
-    return [line for line in text.split("\n") if line]
-
-
 def read_predictions(folder: Path, name: str = PREDICTIONS) -> list[Prediction]:
     """What `write_predictions` wrote; nothing of a baseline that was not asked.
 
@@ -40,7 +35,8 @@ def read_predictions(folder: Path, name: str = PREDICTIONS) -> list[Prediction]:
             return []
         raise UserError(f"'{folder}' has no {path.name}: give the folder that evaluate.py wrote to (out=)")
     try:
-        return [Prediction.from_dict(json.loads(line)) for line in lines_of(path.read_text(encoding="utf-8"))]
+        # Bytes: a text would be divided at U+2028 and its like too, which answers may have.
+        return [Prediction.from_dict(json.loads(line)) for line in path.read_bytes().splitlines()]
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"'{path}' is damaged ({type(error).__name__}: {error}): evaluate again") from None
 

@@ -15,7 +15,7 @@ from sphinx_pl.evaluation.criterion import Criterion, Measures, interval, resamp
 from sphinx_pl.evaluation.losses import SourceLoss
 from sphinx_pl.evaluation.mixtures import MixtureEvaluator
 from sphinx_pl.files import write_whole
-from sphinx_pl.mixing.rules import resolve
+from sphinx_pl.mixing.rules import complement, resolve
 
 REST = "the rest"
 STEP = 0.25
@@ -79,7 +79,7 @@ def search_parts(
         if said not in known:
             if len(trials) >= budget:
                 return None
-            weights = {key: [betas[part], 1 - betas[part]] for part, keys in groups.items() for key in keys}
+            weights = {key: [betas[part], complement(betas[part])] for part, keys in groups.items() for key in keys}
             trials.append(Trial(dict(betas), evaluate(weights)))
             known[said] = len(trials) - 1
             report(trials[-1])

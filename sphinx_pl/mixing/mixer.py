@@ -123,7 +123,7 @@ class Mixer:
         if self.method.coefficients is not None and numbers:
             coefficients = np.array(self.method.coefficients(weights, self.options, measured), dtype=np.float64)
         # Convex: no value can lie outside of what the inputs hold.
-        convex = coefficients is not None and coefficients.min() >= 0 and coefficients.sum() <= 1 + 1e-6
+        convex = coefficients is not None and coefficients.min() >= 0 and coefficients.sum() <= 1 + 1e-12
         convex = convex and all(_fits(other.dtype, dtype) for other in infos)
         # Equal values stay as they are where the coefficients say so; towers that nobody trained do in any case.
         affine = self.base is not None if coefficients is None else abs(coefficients.sum() - 1) < 1e-6
@@ -225,10 +225,13 @@ def _raw(reads: Sequence[Read], infos: Sequence[TensorInfo]) -> Iterator[tuple[i
     buffers = [*together] if len(dtypes) == 1 else [torch.empty(length, dtype=info.dtype) for info in infos]
     for start in range(0, numel, CHUNK):
         count = min(CHUNK, numel - start)
+        if count < length:  # the last one: its rows lie together too, which the kernel is compiled for
+            together = together.flatten()[: len(infos) * count].view(len(infos), count)
+            buffers = [*together] if len(dtypes) == 1 else buffers
         raw = [buffer[:count] for buffer in buffers]
         for read, piece in zip(reads, raw, strict=True):
             read(piece, start)
-        yield start, together[:, :count] if len(dtypes) == 1 else raw
+        yield start, together if len(dtypes) == 1 else raw
 
 
 _INTEGERS: dict[int, torch.dtype] = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

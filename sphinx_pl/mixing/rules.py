@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from fnmatch import fnmatchcase
 from typing import Any, Optional
 
@@ -83,7 +84,7 @@ class Rule:
             betas = self.beta if isinstance(self.beta, list) else [self.beta]
             if not betas or not all(_is_number(beta) for beta in betas):
                 raise UserError(f"{where}.beta={self.beta} must be a number, or a list of numbers over the layers")
-            given = [[beta, 1 - beta] for beta in betas]
+            given = [[beta, complement(beta)] for beta in betas]
         elif not given or not isinstance(given[0], list):
             given = [given]
         if not all(isinstance(point, list) and all(_is_number(value) for value in point) for point in given):
@@ -92,6 +93,15 @@ class Rule:
             return [check(point) for point in given]
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
+
+
+def complement(beta: float) -> float:
+    """1 - beta as one would write it: 0.3 of 0.7, where binary numbers have 0.30000000000000004.
+
+    Sums of 16-bit numbers often lie on ties, so the other 0.3 would round elsewhere: a mixture would depend on which of
+    two checkpoints is named first.
+    """
+    return float(1 - Decimal(repr(float(beta))))
 
 
 def _is_number(value: Any) -> bool:

@@ -80,6 +80,9 @@ def test_select_limits_each_group_and_leaves_out_what_has_no_score() -> None:
     assert [sum(r.meta["topic"] == topic for r in chosen) for topic in ("count", "colour")] == [3, 3]
     assert [int(r.key) for r in chosen] == sorted(int(r.key) for r in chosen)
     assert len(select(records, None)) == 12
+    # A cycle of answers goes through every group: the same places of each would have the same answer.
+    groups = [question(f"{topic}{i}", str(i % 4), topic=topic) for topic in "abcdef" for i in range(100)]
+    assert len({tuple(int(r.key[1:]) for r in select(groups, 4) if r.meta["topic"] == topic) for topic in "abcdef"}) > 1
 
 
 def test_summary_worked_by_hand() -> None:

@@ -321,6 +321,36 @@ def test_a_benchmark_is_asked_alone_and_summed_up(whole: Path) -> None:
     assert rescore(whole) == 0
 
 
+def test_a_pattern_asks_what_is_there_and_says_what_is_not(world: Path, pope: list[str]) -> None:
+    (world / "pope").mkdir()
+    (world / "pope" / "coco_pope_random.json").write_bytes((world / "coco_pope_random.json").read_bytes())
+    out, report = world / "all", world / "all.html"
+    where = [f"benchmark.root={world}", f"benchmark.pope_random.images={world}"]
+    arguments = ['benchmarks=["*"]', *where, "limit=2", f"out={out}", f"checkpoint={world / 'checkpoint'}"]
+    done = run(world, *arguments, f"benchmark.pope_popular.images={world}", f"report={report}")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((out / "results.json").read_text())
+    assert [result["name"] for result in results["benchmarks"]] == ["pope_random"]
+    assert "coco_pope_popular.json" in results["left_out"]["pope_popular"]
+    assert "root" not in results["left_out"]
+    assert "Left out: mme: " in done.stdout
+    named = run(
+        world, "benchmarks=[pope_random,mme]", *where, f"out={world / 'x'}", f"checkpoint={world / 'checkpoint'}"
+    )
+    assert named.returncode == 2
+    assert "mme" in named.stderr
+    folder = run(world, *arguments, f"report={world}")
+    assert folder.returncode == 2
+    assert f"report: '{world}' is a folder" in folder.stderr
+
+
+def test_baselines_of_an_evaluation_that_was_replaced_are_gone(world: Path) -> None:
+    arguments = [f"checkpoint={world / 'checkpoint'}", f"out={world / 'again'}", "overwrite=true"]
+    for more, baselines in (([], {"constant.jsonl", "shuffled.jsonl"}), (["shuffled=false", "constant=0"], set())):
+        assert run(world, *arguments, *more).returncode == 0
+        assert {file.name for file in (world / "again").glob("*.jsonl")} == baselines | {"predictions.jsonl"}
+
+
 def test_a_killed_evaluation_goes_on_with_the_same_result(world: Path, pope: list[str], whole: Path) -> None:
     out = world / "killed"
     journal = out / "answers" / "dogs.rank0.jsonl"

@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 
 from sphinx_pl.evaluation.asking import Prediction
-from sphinx_pl.evaluation.measures import Additive, Sums, difference, estimate, holm, mean, ratio
+from sphinx_pl.evaluation.measures import Additive, Sums, Whole, difference, estimate, holm, mean, ratio
 
 
 def prediction(key: str, score: float, topic: str = "") -> Prediction:
@@ -21,6 +21,21 @@ def test_a_mean_and_a_ratio_of_sums_worked_by_hand() -> None:
     both = Additive("both", "", lambda g: (min(p.score for p in g), 1), ratio, unit=lambda p: str(p.key in "ab"))
     assert both.prepare(found).units == ["True", "False"]
     assert estimate(both.prepare(found)).value == 0.5
+
+
+@pytest.mark.parametrize("count", [1, 7, 200])
+def test_where_all_are_right_or_wrong_the_interval_is_the_binomial_one(count: int) -> None:
+    for score in (0.0, 1.0):
+        found = estimate(mean("accuracy", "").prepare([prediction(str(i), score) for i in range(count)]))
+        exact = scipy.stats.binomtest(int(score) * count, count).proportion_ci(0.95, "exact")
+        assert (found.value, found.low, found.high) == pytest.approx((score, exact.low, exact.high))
+
+
+def test_a_value_of_all_units_together_has_no_interval() -> None:
+    found = estimate(Whole(["a", "b"], 0.3))
+    assert found.value == 0.3
+    assert np.isnan([found.low, found.high]).all()
+    assert np.isnan(difference(Whole(["a", "b"], 0.3), Whole(["a", "b"], 0.5)).p)
 
 
 def test_intervals_agree_with_scipy_for_a_ratio() -> None:

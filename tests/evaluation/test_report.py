@@ -159,11 +159,15 @@ def test_answers_are_told_apart_by_benchmark(tmp_path: Path) -> None:
         prediction("pope_random/2", 1.0, benchmark="pope", topic="y"),
         prediction("tasks/1", 0.0, task="<script>z</script>", domain="<script>d</script>"),
     ]
+    shown.append(prediction("mm_vet/1", 0.0, benchmark="mm_vet", metric=""))
     html = cards(shown, 64, GEOMETRY)
     assert Page(html).open == []
     assert "<script>" not in html
+    assert "scored elsewhere</span>" in html
     assert html.count('data-task="pope_random"') == 2
-    assert re.findall('data-verdict="([a-z]+)"', html) == ["unparsed", "right", "wrong"]
+    assert re.findall('data-verdict="([a-z]+)"', html) == ["unparsed", "right", "wrong", "elsewhere"]
+    assert shown[-1] in choose(shown, wrong=0, right=1, at_most=9)
+    assert shown[-1] not in choose(shown, wrong=9, right=0, at_most=9)
     assert html.count("<optgroup") == 1  # the task has one category
 
 

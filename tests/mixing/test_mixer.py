@@ -13,6 +13,7 @@ from torch import Tensor
 from sphinx_pl.checkpoint.format import open_checkpoint, same_bits
 from sphinx_pl.checkpoint.stored import Stored, content_hash, hash_of_hashes
 from sphinx_pl.errors import UserError
+from sphinx_pl.mixing.kernel import _mix
 from sphinx_pl.mixing.methods import METHODS, mix_tensors
 from sphinx_pl.mixing.mix import open_models
 from sphinx_pl.mixing.mixer import FEW, Facts, Mixer
@@ -213,6 +214,13 @@ def test_stretches_make_up_the_whole(method: str, numel: int) -> None:
 
 
 @pytest.mark.usefixtures("short")
+def test_the_kernel_is_compiled_for_one_order_in_memory(short: int) -> None:
+    """Also of a tensor whose last stretch is shorter: a second kernel would take seconds when first used."""
+    mixed(mixer_of([normal(0, 3 * short + 5), normal(1, 3 * short + 5)], [0.4, 0.6]))
+    layouts = {array.layout for signature in _mix.signatures for array in signature if hasattr(array, "layout")}
+    assert layouts == {"C"}
+
+
 def test_shapes_are_kept_and_the_weights_are_each_tensors_own() -> None:
     shapes: dict[str, tuple[int, ...]] = {"matrix": (30, 7), "scalar": (), "empty": (0, 5), "one": (1, 1)}
     a, b = ({name: normal(seed, *shape) for name, shape in shapes.items()} for seed in (0, 1))

@@ -14,7 +14,7 @@ from sphinx_pl.checkpoint.original import shipped_model
 from sphinx_pl.checkpoint.stored import open_stored, store
 from sphinx_pl.errors import UserError
 from sphinx_pl.mixing.mix import check_weights
-from sphinx_pl.mixing.rules import PARTS, layer_of, part_of, resolve, rules_table
+from sphinx_pl.mixing.rules import PARTS, complement, layer_of, part_of, resolve, rules_table
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx
 from tests.mixing.conftest import huggingface_folder, original_folder
@@ -182,6 +182,13 @@ def test_patterns_fit_our_names_and_the_files() -> None:
         assert chosen == {next(iter(names)): [0.25, 0.75]}, pattern
     with pytest.raises(UserError, match="fits nothing"):
         resolve([{"match": "*.ATTENTION.*", "beta": 0.25}], [0.5, 0.5], names, check)
+
+
+@pytest.mark.parametrize("tenths", range(-5, 16))
+def test_what_is_left_of_1_is_what_one_would_write(tenths: int) -> None:
+    written, rest = float(f"{tenths / 10:.1f}"), float(f"{(10 - tenths) / 10:.1f}")
+    assert complement(written) == rest
+    assert complement(rest) == written
 
 
 def test_a_rule_without_match_is_for_all() -> None:

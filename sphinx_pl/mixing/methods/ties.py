@@ -67,7 +67,7 @@ def elect(deltas: Sequence[Tensor], weights: Weights, average: bool) -> Tensor:
     for delta, weight in zip(weighted, weights, strict=True):
         agrees = torch.where(positive, delta > 0, delta < 0)
         total += torch.where(agrees, delta, 0)
-        agreeing += agrees * weight
+        agreeing += agrees.to(agreeing.dtype) * weight  # of a bool it would be float32's weight
     # Weights of both signs can cancel: nothing to divide by.
     return total / torch.where(agreeing.abs() < 1e-8, 1, agreeing) if average else total
 

@@ -44,6 +44,8 @@ def test_what_is_read_is_in_the_form_of_the_answers(golden: dict[str, list[Any]]
         ("14", "integer", None, "14"),
         ("The number missing in the sequence is 14.", "integer", None, "14"),
         ("-3", "integer", None, "-3"),
+        ("1e999", "integer", None, None),  # no number that can be written
+        ("1e999", "float", 1, None),
         ("1,234 people", "integer", None, "1234"),
         ("14.7", "integer", None, "14"),
         ("5kg", "integer", None, "5"),

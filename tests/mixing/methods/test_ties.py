@@ -52,6 +52,13 @@ def test_the_election_worked_by_hand(entries: list[float], weights: list[float],
     assert elect([torch.tensor([entry]) for entry in entries], weights, average=True).item() == expected
 
 
+def test_one_model_of_any_weight_is_its_own_mean() -> None:
+    """The weight that it is multiplied by is the one that it is divided by, in all its digits."""
+    tuned = torch.randn(1000, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    found = elect([tuned], [0.6], average=True)
+    assert torch.allclose(found, tuned, rtol=1e-15, atol=0)
+
+
 def test_density_0_is_the_base_and_density_1_trims_nothing() -> None:
     base = finite_bits(torch.bfloat16, 0)
     base[base.abs() > 1e30] = 1
