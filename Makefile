@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 help:
 	@echo "make demo       the whole pipeline on sample data: ends with a table and outputs/demo/report.html"
 	@echo "make sample-full  the same recipe with more steps and data (an hour); both go on where they stopped, ARGS=redo=all"
-	@echo "make test       the tests (half an hour on two cores)"
+	@echo "make test       the tests (a quarter of an hour on two cores)"
 	@echo "make test-long  what takes longer, such as many kills (log in docs/logs/)"
 	@echo "make lint       ruff          make types  mypy          make build  the wheel"
 
@@ -30,9 +30,9 @@ sample-full: RECIPE = sample_full
 demo sample-full: venv
 	$(PY) -m sphinx_pl.pipeline experiment=$(RECIPE) $(ARGS)
 
-# In several processes: make test ARGS="-n 2 --dist worksteal".
+# A process for each core; on many cores eight, since each imports PyTorch and makes the sample world for itself.
 test: venv
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 test-long: venv
 	mkdir -p docs/logs
