@@ -19,14 +19,25 @@ with uncollected():
     from omegaconf import DictConfig, OmegaConf
     from rich.console import Console
 
+    from sphinx_pl.checkpoint.layout import check_start
     from sphinx_pl.checkpoint.stored import OurNames
     from sphinx_pl.cli import entry_point
     from sphinx_pl.errors import UserError, suggest
-    from sphinx_pl.evaluation.criterion import Criterion, Measures
+    from sphinx_pl.evaluation.criterion import LOSS, SCORE, Criterion, Measures
     from sphinx_pl.evaluation.device import autocast, check_precision, choose_device
-    from sphinx_pl.files import write_whole
+    from sphinx_pl.files import check_folder, write_whole
     from sphinx_pl.mixing.methods import METHODS
-    from sphinx_pl.mixing.mix import DTYPES, Plan, Recipe, check_out, mix, needs_our_names, open_models, plan_mixture
+    from sphinx_pl.mixing.mix import (
+        DTYPES,
+        Plan,
+        Recipe,
+        check_out,
+        layout_of,
+        mix,
+        needs_our_names,
+        open_models,
+        plan_mixture,
+    )
     from sphinx_pl.mixing.rules import complement
     from sphinx_pl.typed import pick
 
@@ -77,9 +88,14 @@ class MixConfig:
             raise UserError("weights and beta are both given: drop one of them")
         if self.beta is not None and self.beta != AUTO and not _is_number(self.beta):
             raise UserError(f"beta={self.beta} must be a number or auto")
-        for name in ("out", "curve_dir"):
+        for name in ("out", "curve_dir", "base"):
             if getattr(self, name) == "":
                 raise UserError(f"{name}= is empty: name a folder")
+        if not all(self.checkpoints):
+            raise UserError(f"checkpoints={self.checkpoints} has an empty name: name folders")
+        for name in ("curve_sources", "curve_tasks", "search"):
+            if getattr(self, name) == []:
+                raise UserError(f"{name}= is an empty list: leave it out, or name what it is to hold")
         if self.out is None and self.curve is None and self.search is None:
             raise UserError("nothing to do: give out=FOLDER to write a mixture, or curve=11 to evaluate a curve")
         if self.curve is not None and self.curve < 2:
@@ -170,7 +186,8 @@ class Measuring:
     """What mixtures are measured by: held-out losses, and scores of test questions if tasks are named.
 
     Raises:
-        UserError: a source that is not there, no tokenizer or prompt format, or no matplotlib to draw with.
+        UserError: a source that is not there, no tokenizer or prompt format, no matplotlib to draw with, or a criterion
+            that will not be measured.
     """
 
     def __init__(self, options: MixConfig, first: OurNames, data: DictConfig) -> None:
@@ -185,7 +202,7 @@ class Measuring:
                 f"'{checkpoint.path}' is a decoder without a prompt format: its losses on data cannot be measured"
             )
         self.options = options
-        self.processor = Processor.from_dict(checkpoint.processor, checkpoint.tokenizer_file, checkpoint.model_config)
+        self.processor = Processor.from_dict(checkpoint.processor, checkpoint.tokenizer(), checkpoint.model_config)
         values: dict[str, Any] = {
             key: OmegaConf.to_container(data[key], resolve=True) for key in ("val_sources", "packing")
         }
@@ -194,6 +211,8 @@ class Measuring:
             if name not in sources:
                 raise UserError(f"curve_sources: no held-out source '{name}': {suggest(name, sources)}")
         values["val_sources"] = {name: sources[name] for name in options.curve_sources or sources}
+        measured = [f"{LOSS}/{name}" for name in values["val_sources"]]
+        Criterion(options.criterion).names([*measured, *(f"{SCORE}/{task}" for task in options.curve_tasks or ())])
         self.data = DataModule(self.processor, sources={}, val_samples=data.val_samples, **values)
         self.data.check()
         self.records = self._records(data) if options.curve_tasks else []
@@ -219,14 +238,14 @@ class Measuring:
         from sphinx_pl.evaluation.losses import SourceLoss, held_out_losses
 
         losses = held_out_losses(model, self.loaders, self.options.precision)
-        measures = {f"loss/{name}": loss for name, loss in losses.items()}
+        measures = {f"{LOSS}/{name}": loss for name, loss in losses.items()}
         if self.records:
             device = next(model.parameters()).device
             with torch.no_grad(), autocast(device, self.options.precision):
                 predictions = evaluate(model, self.processor, self.records, batch_size=32, progress=False)
             for task in dict.fromkeys(prediction.task for prediction in predictions):
                 scores = torch.tensor([p.score for p in predictions if p.task == task], dtype=torch.float64)
-                measures[f"score/{task}"] = SourceLoss(scores, torch.ones_like(scores))
+                measures[f"{SCORE}/{task}"] = SourceLoss(scores, torch.ones_like(scores))
         return measures
 
 
@@ -250,7 +269,7 @@ def _find(
     value, start = float("nan"), 0.5
     if options.curve is not None or options.beta == AUTO:
         points = measure_curve(evaluate, options.curve or POINTS)
-        content = write_curve(points, folder, criterion)
+        content = write_curve(points, folder, criterion, options.method)
         value, why = content["best"]["value"], describe_best(content)
         console.print(f"Curve: {shown / 'curve.csv'}. {why}", markup=False, highlight=False)
         start = content["best"].get("beta", start)
@@ -272,14 +291,7 @@ def _find(
             ),
         )
         content = search.write_search(trials, best, criterion, folder)
-        value, betas = content["value"], dict(content["betas"])
-        low, high = content["gain_interval"]
-        why = (
-            f"{', '.join(f'{part} {beta:g}' for part, beta in betas.items())}: {options.criterion} {value:.4f}; on the "
-            f"samples that had no say in the choice {'better' if content['gain'] > 0 else 'not better'} than "
-            f"beta={start:g} everywhere: by {content['gain']:.4f} (95 % interval {low:.4f} to {high:.4f})"
-            f"{', which may be chance' if low <= 0 <= high else ''}"
-        )
+        value, betas, why = content["value"], dict(content["betas"]), search.describe_search(content)
         console.print(f"Search: {shown / 'search.csv'}, {len(trials)} mixtures. {why}.", markup=False, highlight=False)
         rest = betas.pop(search.REST, start)
         rules = [{"match": part, "beta": beta} for part, beta in betas.items()]
@@ -327,8 +339,13 @@ def main(cfg: DictConfig) -> float | None:
     recipe = options.recipe(len(paths))
     if out is not None:
         check_out(out, options.overwrite)
+    if options.curve_dir is not None:
+        check_folder(Path(options.curve_dir), "curve_dir")
     own = not needs_our_names(paths, options.layout, options.shards)
     plan = _plan(options, paths, recipe, own)
+    dtype = DTYPES[options.dtype] if options.dtype else None
+    if out is not None:
+        check_start(out, layout_of(plan, options.layout, options.shards, dtype))
     value, origin, beside = None, None, None
     if options.measures:
         from sphinx_pl.evaluation.curve import simplex
@@ -344,6 +361,7 @@ def main(cfg: DictConfig) -> float | None:
             folder = Path(options.curve_dir or ".")
         else:  # kept if the rest fails: it may have taken long
             folder = beside = out.with_name(f".{out.name}.curve")
+            shutil.rmtree(folder, ignore_errors=True)
         found, origin, value = _find(options, evaluate, folder, out if beside and out else folder, console)
         if found:
             plan = _plan(options, paths, dataclasses.replace(recipe, **found), own)
@@ -357,7 +375,7 @@ def main(cfg: DictConfig) -> float | None:
         out,
         layout=options.layout,
         shards=options.shards,
-        dtype=DTYPES[options.dtype] if options.dtype else None,
+        dtype=dtype,
         overwrite=options.overwrite,
         workers=options.workers,
         config=dataclasses.asdict(options),

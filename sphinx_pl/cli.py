@@ -8,6 +8,7 @@ import functools
 import gc
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -26,6 +27,8 @@ CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "conf"
 TRACEBACK = "SPHINX_TRACEBACK"
 FAILED = "SPHINX_STEP_FAILED"
 MISTAKES = (UserError, HydraException, InstantiationException, OmegaConfBaseException)
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit code, as a shell's."""
 
 
 def one_line(error: BaseException) -> str:
@@ -35,7 +38,10 @@ def one_line(error: BaseException) -> str:
         if isinstance(cause, UserError):
             return " ".join(str(cause).split())
         cause = cause.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = str(error)
+    if said.startswith("Error merging override") and error.__cause__ is not None:
+        said += f": {error.__cause__}"
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
     kept = [line for line in lines if not line.startswith(("object_type", "reference_type"))]
     return "; ".join(kept) or type(error).__name__
 
@@ -138,6 +144,9 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
                 return run()
             except BaseException as error:
                 note_failure(error)
+                if isinstance(error, KeyboardInterrupt) and os.environ.get(TRACEBACK) != "1":
+                    print("interrupted", file=sys.stderr)
+                    sys.exit(INTERRUPTED)
                 # Hydra's only ValueError on the way to main() is for group=null; main's own errors are not mistakes.
                 composing = isinstance(error, ValueError) and "Config group override" in str(error)
                 if os.environ.get(TRACEBACK) != "1" and (isinstance(error, MISTAKES) or composing):

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from sphinx_pl.errors import UserError
 
@@ -37,6 +38,22 @@ def make_folder(path: Path, key: str) -> None:
     """Raises: UserError: there can be none; `key` is what the user gave it as."""
     try:
         path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{key}: '{path}' cannot be a folder ({error.strerror or error}): choose another path"
+        ) from None
+
+
+def check_folder(path: Path, key: str) -> None:
+    """Whether a folder can be made there: asked before what takes long. Makes nothing.
+
+    Raises:
+        UserError: it cannot; `key` is what the user gave it as.
+    """
+    try:
+        there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+        with TemporaryDirectory(prefix=".", dir=there):
+            pass
     except OSError as error:
         raise UserError(
             f"{key}: '{path}' cannot be a folder ({error.strerror or error}): choose another path"

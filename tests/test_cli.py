@@ -120,6 +120,19 @@ def test_with_the_variable_a_mistake_has_a_traceback(
         main_that(main)()
 
 
+def test_ctrl_c_is_one_word_and_the_exit_code_of_a_shell(
+    arguments: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(cfg: DictConfig) -> None:
+        raise KeyboardInterrupt
+
+    arguments()
+    with pytest.raises(SystemExit) as stopped:
+        main_that(main)()
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_an_error_of_the_program_is_not_hidden(arguments: Callable[..., None]) -> None:
     arguments()
     with pytest.raises(ZeroDivisionError):

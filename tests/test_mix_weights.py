@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import torch
 import mix_weights
 from sphinx_pl.checkpoint.format import open_checkpoint, same_bits, write_checkpoint
 from sphinx_pl.data.processor import Processor
+from sphinx_pl.evaluation.curve import describe_best
 from sphinx_pl.mixing.methods import mix_tensors
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx
@@ -233,6 +236,19 @@ def test_rules_and_options_from_the_command_line(
         (["out=mixed", "beta=0.5", "criterion=bleu"], "criterion=bleu"),
         (["out=mixed", "beta=0.5", "rules=[{mach: decoder, beta: 0.5}]"], "mach"),
         (["out=mixed", "beta=0.5", "checkpoints=[step-*]"], "nothing fits 'step-*'"),
+        (["out=mixed", "beta=0.5", "checkpoints=[real,'']"], "has an empty name"),
+        (["out=mixed", "beta=0.5", "checkpoints=[real,synthetic]", "base="], "base= is empty"),
+        (
+            ["out=mixed", "beta=0.5", "rules={}"],
+            "Cannot merge DictConfig with ListConfig",
+        ),
+        (["out=/proc/foo", "beta=0.5"], "out: '/proc/foo' cannot be a folder"),
+        (["out=real/config.json/x", "beta=0.5"], "cannot be a folder (Not a directory)"),
+        ([f"out={300 * 'x'}", "beta=0.5"], "(File name too long)"),
+        (["curve=3", "curve_dir=real/config.json"], "curve_dir: 'real/config.json' cannot be a folder"),
+        (["curve=3", "curve_dir=c", "curve_sources=[]"], "curve_sources= is an empty list"),
+        (["curve=3", "curve_dir=c", "criterion=loss/reel"], "criterion=loss/reel is not measured"),
+        (["beta=auto", "out=mixed", "criterion=score/short_vqa"], "criterion=score/short_vqa is not measured"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(
@@ -249,7 +265,54 @@ def test_mistakes_are_answered_in_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
-    assert not (tmp_path / "mixed").exists()
+    # Before anything is evaluated or made.
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "outputs") == ["real", "synthetic"]
+
+
+def test_a_small_disk_is_said_before_the_evaluation(
+    run: Callable[..., None],
+    parents: str,
+    tmp_path: Path,
+    data: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(mix_weights, "_find", lambda *args: pytest.fail("evaluated first"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(SystemExit):
+        run(parents, "beta=auto", "curve=3", "out=new/mixed", *data)
+    assert "the disk has 1.0 kB left" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_an_earlier_curve_left_is_not_the_mixtures(
+    run: Callable[..., None], parents: str, tmp_path: Path, data: list[str]
+) -> None:
+    stale = tmp_path / ".mixed.curve"
+    stale.mkdir()
+    (stale / "search.json").write_text("{}")
+    run(parents, "beta=auto", "curve=2", "out=mixed", *data)
+    assert not (tmp_path / "mixed" / "search.json").exists()
+    assert (tmp_path / "mixed" / "curve.json").exists()
+
+
+def test_weights_beyond_the_checkpoints_are_noted(
+    run: Callable[..., None], parents: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(parents, "beta=5", "out=far")
+    assert "weights outside 0 to 1 (everything)" in " ".join(capsys.readouterr().out.split())
+    run(parents, "beta=1", "out=near")
+    assert "outside" not in capsys.readouterr().out
+
+
+def test_a_curve_of_a_method_with_a_base_calls_its_ends_what_they_are(
+    run: Callable[..., None], models: Callable[..., list[Path]], tmp_path: Path, data: list[str]
+) -> None:
+    a, b, base = models(3)
+    run(f"checkpoints=[{a},{b}]", f"base={base}", "method=ties", "curve=2", "curve_dir=curve", *data)
+    curve = json.loads((tmp_path / "curve" / "curve.json").read_text())
+    assert curve["method"] == "ties"
+    assert "than ties of checkpoint" in describe_best(curve)
 
 
 def test_the_command_line_sweeps_beta(parents: str, tmp_path: Path) -> None:

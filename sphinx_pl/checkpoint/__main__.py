@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,8 @@ def provenance_table(checkpoint: Checkpoint | HuggingFaceFolder) -> Table:
         if key == "parents":
             for parent in value:
                 kind = next((kind for kind in ("xxh3_128", "sha256") if kind in parent), "")
-                table.add_row(
-                    "parent", Text(f"{parent['path']} ({parent['stage']}) {kind} {parent.get(kind, '')[:16]}…")
-                )
+                stage = f" ({parent['stage']})" if parent["stage"] else ""
+                table.add_row("parent", Text(f"{parent['path']}{stage} {kind} {parent.get(kind, '')[:16]}…"))
         elif key == "mixing":
             for said, item in value.items():
                 if said == "rules" and len(item) > 1:
@@ -149,8 +149,13 @@ def _show(options: argparse.Namespace, console: Console) -> int:
     if mixing := checkpoint.provenance.get("mixing"):
         console.print(distances_table(mixing))
     if options.hash:
-        (stored,) = store([open_stored(options.path)])
-        console.print(f"xxh3_128 {content_hash(stored)}")
+        hashes: dict[str, str] = {}
+        for own in (True, False):  # among checkpoints of one layout, and of several
+            with suppress(UserError):  # some can be mixed with their like only
+                (stored,) = store([open_stored(options.path)], own)
+                hashes.setdefault(content_hash(stored), stored.kind)
+        for digest, kind in hashes.items():
+            console.print(f"xxh3_128 {digest} ({kind})", markup=False, highlight=False)
     return 0
 
 
@@ -186,8 +191,7 @@ def import_checkpoint(checkpoint: Checkpoint, out: str, overwrite: bool) -> None
     """
     check_free(Path(out), overwrite)
     check_whole(checkpoint)
-    if not checkpoint.tokenizer_file.is_file():
-        raise UserError(f"'{checkpoint.tokenizer_file}' is missing: put the model's tokenizer there")
+    tokenizer = checkpoint.tokenizer()
     check_room(Path(out), sum(checkpoint.info(name).nbytes for name in checkpoint))
     with ThreadPoolExecutor(1) as hashing:  # beside the copying, so that a byte is read from the disk once
         identity = hashing.submit(checkpoint.identity)
@@ -196,7 +200,7 @@ def import_checkpoint(checkpoint: Checkpoint, out: str, overwrite: bool) -> None
             checkpoint,
             checkpoint.model_config.to_dict(),
             checkpoint.processor,
-            checkpoint.tokenizer_file,
+            tokenizer,
             lambda: provenance("import", None, [identity.result()]),
             unused=checkpoint.unused(),
             overwrite=overwrite,

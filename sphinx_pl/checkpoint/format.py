@@ -33,6 +33,7 @@ from typing import Any, ClassVar, Protocol
 from weakref import WeakSet
 
 import torch
+from rich.filesize import decimal
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -304,6 +305,16 @@ class Checkpoint(ABC):
     @abstractmethod
     def tokenizer_file(self) -> Path: ...
 
+    def tokenizer(self) -> Path:
+        """`tokenizer_file`, if it is there.
+
+        Raises:
+            UserError: it isn't.
+        """
+        if not self.tokenizer_file.is_file():
+            raise UserError(f"'{self.tokenizer_file}' is missing: put the model's tokenizer there")
+        return self.tokenizer_file
+
     @property
     def model_config(self) -> SphinxConfig:
         return SphinxConfig.from_dict(self.config["model"])
@@ -422,12 +433,17 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         UserError: there is none, or it is damaged or of a version that this code does not know.
     """
     path = local_folder(path)
-    for reader in FORMATS.values():
-        if reader.matches(path):
-            return reader(path)
+    if reader := _reader_of(path):
+        return reader(path)
+    inside = [folder for folder in sorted(path.glob("*")) + sorted(path.glob("*/*")) if _reader_of(folder)]
     raise UserError(
-        f"'{path}' is not a checkpoint of a known format ({', '.join(FORMATS)}): expected a folder with {CONFIG}"
+        f"'{path}' is not a checkpoint of a known format ({', '.join(FORMATS)}): "
+        + (f"did you mean '{inside[-1]}' in it?" if inside else f"expected a folder with {CONFIG}")
     )
+
+
+def _reader_of(path: Path) -> type[Checkpoint] | None:
+    return next((reader for reader in FORMATS.values() if reader.matches(path)), None)
 
 
 # What the formats read, of a folder; not of folders in it, which hold other formats' copies in some repositories.
@@ -706,9 +722,7 @@ def check_room(path: Path, nbytes: int) -> None:
     """Raises: UserError: the disk that `path` will be on has less space than that."""
     there = next(folder for folder in path.absolute().parents if folder.exists())
     if (free := shutil.disk_usage(there).free) < nbytes:
-        raise UserError(
-            f"'{path}' needs {nbytes / 1e9:.1f} GB, and the disk has {free / 1e9:.1f} GB left: free some space"
-        )
+        raise UserError(f"'{path}' needs {decimal(nbytes)}, and the disk has {decimal(free)} left: free some space")
 
 
 def check_free(path: Path, overwrite: bool) -> None:

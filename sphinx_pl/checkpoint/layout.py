@@ -42,7 +42,7 @@ from sphinx_pl.checkpoint.format import (
     write_json,
 )
 from sphinx_pl.errors import UserError
-from sphinx_pl.files import write_whole
+from sphinx_pl.files import check_folder, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -190,6 +190,22 @@ class Whole:
         return None
 
 
+def _unfinished(out: Path) -> Path:
+    return out.with_name(f".{out.name}.tmp")
+
+
+def check_start(out: Path, layout: Layout) -> None:
+    """Whether the folder can be made and the disk has room: asked before what takes long. Makes nothing.
+
+    Raises:
+        UserError: it cannot, or has not. What is there of a run that was killed may need less, and is not looked at.
+    """
+    folder = _unfinished(out)
+    check_folder(folder, "out")
+    if not folder.exists():
+        check_room(out, layout.nbytes)
+
+
 def write_layout(
     out: Path,
     layout: Layout,
@@ -209,10 +225,11 @@ def write_layout(
         finish: called with the folder and the facts of all tensors by their key, when all files are there.
 
     Raises:
-        UserError: the disk is too small or full (complete files are kept then), another process writes the same
-            folder, or what `values` raises (nothing is kept).
+        UserError: no folder can be made there, another process writes the same one, the disk is too small or full
+            (complete files are kept then), or what `values` raises (nothing is kept).
     """
-    folder = out.with_name(f".{out.name}.tmp")
+    check_start(out, layout)
+    folder = _unfinished(out)
     with _locked(folder):
         facts = _begin(folder, layout, fingerprint)
         todo = [file for file in layout.files if file.name not in facts]

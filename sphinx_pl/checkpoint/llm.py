@@ -17,7 +17,6 @@ from torch import Tensor
 from sphinx_pl.checkpoint.format import (
     CONFIG,
     FORMATS,
-    INDEX,
     TOKENIZER,
     Checkpoint,
     SafetensorsFile,
@@ -26,10 +25,10 @@ from sphinx_pl.checkpoint.format import (
     Weights,
     read_json,
     read_provenance,
-    read_weight_map,
     sizes_of,
     write_json,
 )
+from sphinx_pl.checkpoint.huggingface import weight_files
 from sphinx_pl.checkpoint.layout import Entry, Layout, Whole, safetensors_layout, write_layout
 from sphinx_pl.checkpoint.original import decoder_config
 from sphinx_pl.checkpoint.parallel import ParallelFiles
@@ -237,11 +236,7 @@ class HuggingFaceCheckpoint(Checkpoint):
             decoder = _from_huggingface(values, path / CONFIG)
         self.config = _text_only(path.name, decoder)
         self.provenance = {"original": kind} | read_provenance(path)
-        if (path / INDEX).is_file():
-            names = sorted(set(read_weight_map(path / INDEX).values()))
-        else:
-            names = ["model.safetensors"]
-        self._shards = [SafetensorsFile(path / name) for name in names]
+        self._shards = [SafetensorsFile(path / name) for name in weight_files(path)]
         self._shard_of = {name: shard for shard in self._shards for name in shard.keys}
         with torch.device("meta"):
             wanted = list(Decoder(decoder).state_dict())
@@ -332,7 +327,7 @@ def huggingface_layout(checkpoint: Checkpoint, dtype: torch.dtype | None = None)
         dtype: of all tensors; None: each one's own.
 
     Raises:
-        UserError: the decoder is no LLaMA.
+        UserError: the decoder is no LLaMA, or there is no tokenizer.
     """
     config = checkpoint.model_config.decoder
     if config.qk_norm or config.experts:
@@ -346,11 +341,12 @@ def huggingface_layout(checkpoint: Checkpoint, dtype: torch.dtype | None = None)
             theirs, info = llama_source(name.removeprefix("decoder."), config).names[0], checkpoint.info(name)
             here = TensorInfo(info.shape, dtype or info.dtype)
             entries[theirs] = Entry(here, name, _rotated(theirs, config), info.shape)
+    tokenizer = checkpoint.tokenizer()
     said = str(dtype or checkpoint.info("decoder.norm.weight").dtype).removeprefix("torch.")
 
     def finish(folder: Path) -> None:
         write_json(folder / CONFIG, huggingface_config(config, said))
-        shutil.copyfile(checkpoint.tokenizer_file, folder / TOKENIZER)
+        shutil.copyfile(tokenizer, folder / TOKENIZER)
         write_json(folder / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True})
 
     return safetensors_layout(entries, finish)

@@ -407,13 +407,13 @@ def original_layout(checkpoint: Checkpoint, shards: int = 1, dtype: torch.dtype 
         dtype: of all tensors; None: each one's own.
 
     Raises:
-        UserError: the original has no such model, or a tensor cannot be split so often.
+        UserError: the original has no such model, a tensor cannot be split so often, or there is no tokenizer.
     """
     kind = original_type(checkpoint)
     experts, kv_heads = checkpoint.model_config.decoder.experts, checkpoint.model_config.decoder.kv_heads
     if kv_heads % shards:  # the original gives every rank whole heads
         raise UserError(f"'{checkpoint.path}' has {kv_heads} key/value heads, not a multiple of {shards} shards")
-    unused = dict(checkpoint.unused())
+    unused, tokenizer = dict(checkpoint.unused()), checkpoint.tokenizer()
     names = {their_name(name): name for name in checkpoint}
     parts: list[dict[str, Entry]] = [{} for _ in range(shards)]
     for name, info in their_infos(checkpoint).items():
@@ -433,7 +433,7 @@ def original_layout(checkpoint: Checkpoint, shards: int = 1, dtype: torch.dtype 
     def finish(folder: Path) -> None:
         write_json(folder / CONFIG, decoder_sizes(checkpoint.model_config.decoder))
         write_json(folder / META, {"llama_type": kind})
-        shutil.copyfile(checkpoint.tokenizer_file, folder / TOKENIZER)
+        shutil.copyfile(tokenizer, folder / TOKENIZER)
 
     files = [TorchOut(_shard_name(rank, shards), part, wrap="model") for rank, part in enumerate(parts)]
     return Layout([*files], finish)

@@ -22,7 +22,6 @@ from sphinx_pl.checkpoint.format import (
     CONFIG,
     FORMAT_VERSION,
     INDEX,
-    PROVENANCE,
     TOKENIZER,
     UNUSED,
     Checkpoint,
@@ -35,10 +34,10 @@ from sphinx_pl.checkpoint.format import (
     open_checkpoint,
     read_json,
     read_provenance,
-    read_weight_map,
     write_json,
     write_safetensors,
 )
+from sphinx_pl.checkpoint.huggingface import belongs, config_difference, tokenizer_difference, weight_files
 from sphinx_pl.checkpoint.layout import (
     Entry,
     Layout,
@@ -48,8 +47,8 @@ from sphinx_pl.checkpoint.layout import (
     safetensors_layout,
     write_index,
 )
-from sphinx_pl.checkpoint.llm import MetaCheckpoint, our_llama_name
-from sphinx_pl.checkpoint.original import OriginalCheckpoint, our_name
+from sphinx_pl.checkpoint.llm import PARAMS, MetaCheckpoint, our_llama_name
+from sphinx_pl.checkpoint.original import META, OriginalCheckpoint, our_name
 from sphinx_pl.checkpoint.parallel import ParallelFiles, is_split
 from sphinx_pl.checkpoint.training import TrainingCheckpoint
 from sphinx_pl.errors import UserError
@@ -79,7 +78,11 @@ class Stored(ABC):
 
     @abstractmethod
     def layout(self, infos: dict[str, TensorInfo]) -> Layout:
-        """The files of a model with other values: the same names and files, shapes and dtypes as given."""
+        """The files of a model with other values: the same names and files, shapes and dtypes as given.
+
+        Raises:
+            UserError: a file that goes with the weights is missing.
+        """
 
     @abstractmethod
     def compare(self, other: Stored) -> str:
@@ -119,12 +122,6 @@ class _SafetensorsFolder(Stored):
         ]
 
 
-_WEIGHTS = {".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"}
-_VOCABULARIES = (TOKENIZER, "tokenizer.json", "vocab.json")
-# Of a config.json: neither changes what a weight means.
-_IRRELEVANT = ("_name_or_path", "name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
-
-
 class HuggingFaceFolder(_SafetensorsFolder):
     """Any folder that `from_pretrained` reads, if its weights are safetensors."""
 
@@ -136,8 +133,7 @@ class HuggingFaceFolder(_SafetensorsFolder):
 
     def __init__(self, path: Path) -> None:
         self._indexed = (path / INDEX).is_file()
-        files = sorted(set(read_weight_map(path / INDEX).values())) if self._indexed else ["model.safetensors"]
-        super().__init__(path, files)
+        super().__init__(path, weight_files(path))
         self.config = read_json(path / CONFIG)
         self.provenance = {"original": str(self.config["model_type"])}
         self.provenance |= read_provenance(path)
@@ -147,29 +143,17 @@ class HuggingFaceFolder(_SafetensorsFolder):
 
     def compare(self, other: Stored) -> str:
         assert isinstance(other, HuggingFaceFolder)
-        a, b = ({k: v for k, v in x.config.items() if k not in _IRRELEVANT} for x in (self, other))
-        if differing := differences(a, b, CONFIG):
-            return differing[0]
-        return "" if self._same_vocabulary(other) else "their tokenizers differ"
-
-    def _same_vocabulary(self, other: HuggingFaceFolder) -> bool:
-        """By the first kind of file that both have; a folder of weights alone may have none."""
-        for name in _VOCABULARIES:
-            files = [x.path / name for x in (self, other)]
-            if all(file.is_file() for file in files):
-                if name == "tokenizer.json":  # written by other versions it looks different
-                    models = [_vocabulary(read_json(file)) for file in files]
-                    return bool(models[0] == models[1])
-                return hash_file(files[0]) == hash_file(files[1])
-        return True
+        file, problem = CONFIG, config_difference(self.config, other.config)
+        if not problem and (file := tokenizer_difference(self.path, other.path)):
+            problem = f"their tokenizers differ in {file}"
+        return f"{problem} (if that changes nothing, have one {file} in both)" if problem else ""
 
     def layout(self, infos: dict[str, TensorInfo]) -> Layout:
         files = self._out_files(infos)
 
         def finish(folder: Path) -> None:
             for file in self.path.iterdir():
-                # The card describes this model, not the new one.
-                if file.is_file() and file.suffix not in _WEIGHTS and file.name not in (INDEX, "README.md", PROVENANCE):
+                if file.is_file() and belongs(file.name):
                     shutil.copyfile(file, folder / file.name)
             dtypes = {info.dtype for info in infos.values()}
             if len(dtypes) == 1:
@@ -180,12 +164,6 @@ class HuggingFaceFolder(_SafetensorsFolder):
                 write_index(folder, files)
 
         return Layout(files, finish)
-
-
-def _vocabulary(tokenizer: dict[str, Any]) -> Any:
-    model: Any = tokenizer.get("model")
-    added: Any = tokenizer.get("added_tokens")
-    return [model.get(key) for key in ("vocab", "merges")] if isinstance(model, dict) else None, added
 
 
 class SphinxFolder(_SafetensorsFolder):
@@ -275,7 +253,7 @@ class ParallelFolder(Stored):
 
         def finish(folder: Path) -> None:
             for file in self.path.iterdir():
-                if file.is_file() and file.suffix in (".json", ".model") and file.name != PROVENANCE:
+                if file.is_file() and file.name in (CONFIG, META, PARAMS, TOKENIZER):
                     shutil.copyfile(file, folder / file.name)
 
         return Layout(files, finish)
@@ -325,12 +303,12 @@ class OurNames(Stored):
         return _compare(self.checkpoint, other.checkpoint)
 
     def layout(self, infos: dict[str, TensorInfo]) -> Layout:
-        checkpoint = self.checkpoint
+        checkpoint, tokenizer = self.checkpoint, self.checkpoint.tokenizer()
 
         def finish(folder: Path) -> None:
             sections = {key: checkpoint.config[key] for key in ("model", "processor")}
             write_json(folder / CONFIG, {"format": FORMAT_VERSION, **sections})
-            shutil.copyfile(checkpoint.tokenizer_file, folder / TOKENIZER)
+            shutil.copyfile(tokenizer, folder / TOKENIZER)
             if unused := StateDict(dict(checkpoint.unused())):
                 write_safetensors(folder / UNUSED, {name: unused.info(name) for name in unused}, unused.tensor)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,15 +34,16 @@ class Criterion:
         """Whether lower is better."""
         return self.said.startswith(LOSS)
 
-    def names(self, measures: Measures) -> list[str]:
-        """Of the measures that it is made of.
+    def names(self, measures: Iterable[str]) -> list[str]:
+        """Of those measures that it is made of.
 
         Raises:
             UserError: there are none.
         """
-        found = [name for name in measures if self.said in (name, name.partition("/")[0])]
+        known = list(measures)
+        found = [name for name in known if self.said in (name, name.partition("/")[0])]
         if not found:
-            raise UserError(f"criterion={self.said} was not measured: {suggest(self.said, measures)}")
+            raise UserError(f"criterion={self.said} is not measured: {suggest(self.said, known)}")
         return found
 
     def value(self, measures: Measures) -> float:

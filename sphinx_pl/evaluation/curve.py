@@ -17,6 +17,7 @@ from sphinx_pl.errors import UserError
 from sphinx_pl.evaluation.criterion import Criterion, Measures, interval, resampled
 from sphinx_pl.evaluation.mixtures import MixtureEvaluator
 from sphinx_pl.files import write_whole
+from sphinx_pl.mixing.methods import METHODS
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,7 @@ def best_point(points: Sequence[CurvePoint], criterion: Criterion) -> int:
     return min(range(len(points)), key=rank)
 
 
-def summary(points: Sequence[CurvePoint], criterion: Criterion) -> dict[str, Any]:
+def summary(points: Sequence[CurvePoint], criterion: Criterion, method: str = "linear") -> dict[str, Any]:
     """The content of curve.json: the curve in lists, the best point by the criterion, and each measure's barrier.
 
     `gain` is by how much the best point is better than the best unmixed model, `gain_interval` its 95 % interval;
@@ -87,7 +88,8 @@ def summary(points: Sequence[CurvePoint], criterion: Criterion) -> dict[str, Any
     best, ends = best_point(points, criterion), corners(points)
     costs = sign * resampled(every, criterion.names(every[0]))
     better = min(ends, key=lambda place: sign * values[place])
-    content: dict[str, Any] = {"models": len(points[0].weights), "weights": [list(point.weights) for point in points]}
+    weights = [list(point.weights) for point in points]
+    content: dict[str, Any] = {"method": method, "models": len(weights[0]), "weights": weights}
     if len(points[0].weights) == 2:
         content["betas"] = [point.weights[0] for point in points]
     for kind, key in (("loss", "losses"), ("score", "scores")):
@@ -122,26 +124,34 @@ def summary(points: Sequence[CurvePoint], criterion: Criterion) -> dict[str, Any
     return content
 
 
+def _end(method: str, model: int) -> str:
+    """What lies at an end: of a method with a base not the checkpoint itself, but what the method makes of it."""
+    return f"{method} of checkpoint {model}" if METHODS[method].base else f"checkpoint {model}"
+
+
 def describe_best(content: dict[str, Any]) -> str:
     """What was picked and why, in two sentences."""
     best, said = content["best"], content["criterion"]["name"]
+    alone = f"{_end(content['method'], best['best_unmixed'])} alone"
     where = f"beta={best['beta']:g}" if "beta" in best else "weights " + ", ".join(f"{w:g}" for w in best["weights"])
     low, high = best["gain_interval"]
     what = f"{where} has the {'lowest' if said.startswith('loss') else 'highest'} {said} of {len(content['weights'])}"
     gain = f"{best['gain']:.4f} (95 % interval {low:.4f} to {high:.4f})"
     if best["gain"] <= 0:
-        return f"{what} points, {best['value']:.4f}: no mixture is better than checkpoint {best['best_unmixed']} alone."
+        return f"{what} points, {best['value']:.4f}: no mixture is better than {alone}."
     sure = "" if low > 0 else " That may be chance: the interval reaches 0."
     return (
-        f"{what} points, {best['value']:.4f}: better than checkpoint {best['best_unmixed']}, the best unmixed one, by "
+        f"{what} points, {best['value']:.4f}: better than {alone}, the better end, by "
         f"{gain}.{sure} It is the best point in {100 * best['chosen']:.0f} % of the resamples."
     )
 
 
-def write_curve(points: Sequence[CurvePoint], folder: Path, criterion: Criterion | None = None) -> dict[str, Any]:
+def write_curve(
+    points: Sequence[CurvePoint], folder: Path, criterion: Criterion | None = None, method: str = "linear"
+) -> dict[str, Any]:
     """Write curve.csv, curve.json and curve.png to `folder` and return `summary`."""
     criterion = criterion or Criterion()
-    content = summary(points, criterion)
+    content = summary(points, criterion, method)
     folder.mkdir(parents=True, exist_ok=True)
     table = io.StringIO()
     writer = csv.writer(table)
@@ -186,7 +196,7 @@ def _lines(axes: Any, content: dict[str, Any], kind: str) -> None:
     axes.plot(betas, content["mean" if one == "loss" else "mean_score"], "k--", label="mean")
     axes.axvline(content["best"]["beta"], color="grey", linewidth=0.8)
     label = "held-out loss (nats per token)" if one == "loss" else "score"
-    axes.set(xlabel="β (1: first checkpoint, 0: second)", ylabel=label)
+    axes.set(xlabel=f"β (1: {_end(content['method'], 0)}, 0: {_end(content['method'], 1)})", ylabel=label)
     axes.legend(frameon=False)
 
 
@@ -200,7 +210,7 @@ def _triangle(figure: Any, axes: Any, content: dict[str, Any], kind: str, name: 
     axes.plot(*best, "o", markerfacecolor="none", markeredgecolor="red", markersize=9)
     for model, (dx, dy) in enumerate(((0, 0.06), (-0.12, -0.14), (0.12, -0.14))):
         corner = ((0, 1.7320508), (-1, 0), (1, 0))[model]
-        axes.text(corner[0] + dx, corner[1] + dy, f"checkpoint {model}", ha="center")
+        axes.text(corner[0] + dx, corner[1] + dy, _end(content["method"], model), ha="center")
     axes.set(title=name, aspect="equal", ylim=(-0.25, 2.0))
     axes.axis("off")
     figure.colorbar(drawn, ax=axes, shrink=0.8, label="loss (nats per token)" if kind == "losses" else "score")

@@ -65,7 +65,7 @@ def search_parts(
     if budget < 2:
         raise UserError(f"budget={budget} must be at least 2 evaluations")
     names = {key: evaluate.plan.models[0].ours(key) for key in evaluate.plan.models[0]}
-    _, rows = resolve([{"match": part, "beta": 0.5} for part in parts], [0.5, 0.5], names, list)
+    _, rows = resolve([{"match": part, "beta": 0.5} for part in parts], [0.5, 0.5], names, list, "search")
     groups = {part: row.keys for part, row in zip([*parts, REST], rows, strict=False)}
     trials: list[Trial] = []
     known: dict[tuple[float, ...], int] = {}
@@ -113,19 +113,23 @@ def search_parts(
 def write_search(trials: Sequence[Trial], best: int, criterion: Criterion, folder: Path) -> dict[str, Any]:
     """Write search.csv and search.json to `folder`; returns the latter's content.
 
-    `gain` is by how much the best trial is better than the first one, on the samples that had no say in the choice.
+    `gain` is by how much the best trial is better than the first one, on the samples that had no say in the choice. If
+    it isn't, `betas` and `value` are the first one's: what was found is no more than an accident of the other samples.
     """
     folder.mkdir(parents=True, exist_ok=True)
     sign = 1.0 if criterion.lower else -1.0
     others = [halves(trials[place].measures, odd=True) for place in (0, best)]
     costs = sign * resampled(others, criterion.names(others[0]))
+    gain = criterion.cost(others[0]) - criterion.cost(others[1])
+    chosen = best if gain > 0 else 0
     content: dict[str, Any] = {
         "criterion": criterion.said,
         "evaluations": len(trials),
-        "betas": trials[best].betas,
-        "value": criterion.value(trials[best].measures),
+        "betas": trials[chosen].betas,
+        "value": criterion.value(trials[chosen].measures),
         "first": {"betas": trials[0].betas, "value": criterion.value(trials[0].measures)},
-        "gain": criterion.cost(others[0]) - criterion.cost(others[1]),
+        "found": {"betas": trials[best].betas, "value": criterion.value(trials[best].measures)},
+        "gain": gain,
         "gain_interval": interval(costs[:, 0] - costs[:, 1]),
     }
     table = io.StringIO()
@@ -138,6 +142,21 @@ def write_search(trials: Sequence[Trial], best: int, criterion: Criterion, folde
     write_whole(folder / "search.csv", table.getvalue())
     write_whole(folder / "search.json", json.dumps(content, indent=2) + "\n")
     return content
+
+
+def describe_search(content: Mapping[str, Any]) -> str:
+    """What was picked and why, of `write_search`'s content, in a sentence without its full stop."""
+    (low, high), found = content["gain_interval"], content["found"]
+    said = ", ".join(f"{part} {beta:g}" for part, beta in found["betas"].items())
+    start = f"beta={next(iter(content['first']['betas'].values())):g} everywhere"
+    if found["betas"] == content["first"]["betas"]:
+        return f"{start}, where it began, is the best: {content['criterion']} {found['value']:.4f}"
+    gain = f"by {content['gain']:.4f} (95 % interval {low:.4f} to {high:.4f})"
+    held_out = "on the samples that had no say in the choice"
+    if content["gain"] <= 0:
+        return f"{said} is not better than {start} {held_out}: {gain}. So {start} is kept"
+    chance = ", which may be chance" if low <= 0 else ""
+    return f"{said}: {content['criterion']} {found['value']:.4f}; {held_out} better than {start}: {gain}{chance}"
 
 
 def greedy_soup(

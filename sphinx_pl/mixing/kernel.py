@@ -16,6 +16,15 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
 
+
+def _compiled(function: Any) -> Any:
+    """Kept for later processes where numba finds a folder that it can write; else compiled by each."""
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:
+        return njit(nogil=True)(function)
+
+
 BLOCK = 1024
 """Elements that are worked on at once: 8 kB for each model."""
 
@@ -116,7 +125,7 @@ def _encode_row(values: Any, kind: int, out: Any) -> None:
         out[i] = _encode(values[i], kind)
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _mix(
     raw: Any, kind: int, coefficients: Any, pairs: Any, out: Any, out_kind: int, squares: Any, distances: Any
 ) -> None:

@@ -32,6 +32,7 @@ from sphinx_pl.checkpoint.original import OriginalCheckpoint, original_layout
 from sphinx_pl.checkpoint.provenance import provenance
 from sphinx_pl.checkpoint.stored import HuggingFaceFolder, OurNames, Stored, hash_of_hashes, open_stored, store
 from sphinx_pl.errors import UserError, suggest
+from sphinx_pl.files import check_folder
 from sphinx_pl.mixing.methods import METHODS, resolve_options
 from sphinx_pl.mixing.mixer import Facts, Mixer
 from sphinx_pl.mixing.rules import Row, part_of, resolve, rules_table
@@ -149,7 +150,12 @@ class Plan:
         first = self.models[0]
         # What every rank's file has whole is one tensor.
         numels = {key: first.info(key).numel if key in first.parts(key) else 0 for key in self.weights}
-        return Group(method, *paths, *base, rules_table(self.rows, numels, len(self.models)))
+        beyond = [
+            Text(f"Note: weights outside 0 to 1 ({row.said}) go beyond the checkpoints, not between them")
+            for row in self.rows
+            if not METHODS[self.recipe.method].base and any(not 0 <= w <= 1 for point in row.weights for w in point)
+        ]
+        return Group(method, *paths, *base, rules_table(self.rows, numels, len(self.models)), *beyond)
 
 
 def open_models(
@@ -310,7 +316,8 @@ def mix(
 
 
 def check_out(out: Path, overwrite: bool) -> None:
-    """Raises: UserError: the folder exists and may not be overwritten, or is no checkpoint."""
+    """Raises: UserError: no folder can be made there, or one exists and may not be overwritten, or is no checkpoint."""
+    check_folder(out, "out")
     if not out.exists():
         return
     if not overwrite:

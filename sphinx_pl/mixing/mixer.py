@@ -167,7 +167,8 @@ class Mixer:
                     self._compare([piece.double() for piece in raw], lengths, apart)  # they are huge
                 squares, distances = squares + lengths, distances + apart
                 if not convex and not bool(result.isfinite().all()):
-                    raise UserError(f"the mixture of '{key}' overflows {dtype}: use smaller weights, or dtype=fp32")
+                    wider = ", or dtype=fp32" if dtype.itemsize < 4 else ""
+                    raise UserError(f"the mixture of '{key}' overflows {dtype}: use smaller weights{wider}")
                 yield result
         if self.watch:
             pairs = {(int(i), int(j)): float(value) for (i, j), value in zip(self._pairs, distances, strict=True)}

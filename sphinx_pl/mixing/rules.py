@@ -17,9 +17,13 @@ from sphinx_pl.checkpoint.format import tower_of
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.typed import build
 
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+# Ours and those of Llama's relatives, GPT-2 and BLOOM (h), GPT-NeoX (layers), MPT (blocks).
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+_DECODER = ("decoder.", "model.", "language_model.", "transformer.", "gpt_neox.", "h.")
 _NORM = re.compile(r"_proj\.1\.|(^|[._])(norm|layernorm|rmsnorm|ln)([._\d]|$)|layernorm|_norm\.", re.IGNORECASE)
-_EMBEDDINGS = re.compile(r"(^|\.)(tok_embeddings|embed_tokens|wte|lm_head)\.|^((decoder|language_model)\.)?output\.")
+_EMBEDDINGS = re.compile(
+    r"(^|\.)(tok_embeddings|embed_tokens|wte|wpe|word_embeddings|embed_in|embed_out|lm_head)\.|^((decoder|language_model)\.)?output\."
+)
 _PROJECTIONS = re.compile(r"^mixer\.(?!towers\.)|(multi_modal_projector|mm_projector|visual_proj)")
 _TOWERS = re.compile(r"vision_tower|vision_model|visual\.|image_encoder")
 
@@ -28,14 +32,12 @@ PARTS: dict[str, Callable[[str], bool]] = {
     "towers": lambda name: bool(tower_of(name) or _TOWERS.search(name)) and not _PROJECTIONS.search(name),
     "projections": lambda name: bool(_PROJECTIONS.search(name)),
     "embeddings": lambda name: bool(_EMBEDDINGS.search(name)) and not tower_of(name),
-    "decoder": lambda name: (
-        name.startswith(("decoder.", "model.", "language_model."))
-        and not _TOWERS.search(name)
-        and not _PROJECTIONS.search(name)
-    ),
+    "decoder": lambda name: name.startswith(_DECODER) and not _TOWERS.search(name) and not _PROJECTIONS.search(name),
     "norms": lambda name: bool(_NORM.search(name)),
     "attention": lambda name: bool(re.search(r"attention\.|\.(self_)?attn\.", name)),
-    "feed_forward": lambda name: any(word in name for word in (".feed_forward.", ".mlp.", ".block_sparse_moe.")),
+    "feed_forward": lambda name: any(
+        word in name for word in (".feed_forward.", ".mlp.", ".ffn.", ".block_sparse_moe.")
+    ),
     "all": lambda name: True,
 }
 
@@ -49,7 +51,7 @@ def part_of(name: str) -> str:
 
 def layer_of(name: str) -> int | None:
     """The decoder layer that a tensor belongs to, from 0 on."""
-    match = _LAYER.match(name)
+    match = _LAYER.search(name) if PARTS["decoder"](name) else None
     return int(match[1]) if match else None
 
 
@@ -150,6 +152,7 @@ def resolve(
     otherwise: Sequence[float] | None,
     names: Mapping[str, str],
     check: Callable[[Sequence[float]], list[float]],
+    said_as: str = "rules",
 ) -> tuple[dict[str, list[float]], list[Row]]:
     """The weights of every tensor, and the table of where they come from.
 
@@ -157,6 +160,7 @@ def resolve(
         otherwise: weights of tensors that no rule fits; None: every tensor must be fitted by one.
         names: the tensors' keys and our names of them.
         check: weights -> weights that may be used, or a `UserError`.
+        said_as: the key that the user gave them as.
 
     Raises:
         UserError: a rule that cannot be, one that fits nothing (the ones before it take everything), a tensor that no
@@ -165,7 +169,7 @@ def resolve(
     chosen: dict[str, list[float]] = {}
     rows = []
     for number, values in enumerate(rules):
-        where = f"rules[{number}]"
+        where = f"{said_as}[{number}]"
         if not isinstance(values, Mapping):
             raise UserError(f"{where}={values} must be keys and values, such as {{match: norms, beta: 0.2}}")
         rule = build(Rule, values, where)

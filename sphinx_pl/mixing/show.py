@@ -14,24 +14,24 @@ def distances_table(said: Mapping[str, Any]) -> Table:
     parts: Mapping[str, Any] = said["parts"]
     if not parts:
         return Table("no tensor holds numbers that can be mixed")
-    pairs = [tuple(map(int, pair[:2])) for pair in next(iter(parts.values()))["distances"]]
-    names = {place: str(place) for pair in pairs for place in pair}
-    if said.get("base"):
-        names[max(names)] = "base"
+    base = max(int(j) for _, j, _ in next(iter(parts.values()))["distances"]) if said.get("base") else None
     table = Table("part", title="How far apart they are", title_justify="left")
     table.add_column("parameters", justify="right")
-    for i, j in pairs:
-        table.add_column(f"{names[i]}–{names[j]}: distance", justify="right")
-        table.add_column("cosine", justify="right")
-    for i, j, _ in next(iter(parts.values())).get("task_cosines", ()):
-        table.add_column(f"{names[i]}–{names[j]}: cosine of what they learned", justify="right")
+    table.add_column("between")
+    table.add_column("distance", justify="right")
+    table.add_column("cosine", justify="right")
+    if base is not None:
+        table.add_column("of what they learned", justify="right")
     for part, values in parts.items():
-        cells = []
-        for (i, _, distance), (*_, cosine) in zip(values["distances"], values["cosines"], strict=True):
+        head: list[str | Text] = [Text(part), f"{values['parameters']:,}"]
+        if values["equal"]:
+            table.add_row(*head, "all", "equal")
+            continue
+        learned = {(i, j): cosine for i, j, cosine in values.get("task_cosines", ())}
+        for (i, j, distance), (*_, cosine) in zip(values["distances"], values["cosines"], strict=True):
             length = values["norms"][int(i)]
-            cells += (
-                ["equal", ""] if values["equal"] else [f"{distance / length if length else 0:.2%}", f"{cosine:.6f}"]
-            )
-        cells += [f"{cosine:.4f}" for *_, cosine in values.get("task_cosines", ())]
-        table.add_row(Text(part), f"{values['parameters']:,}", *cells)
+            share = f"{distance / length if length else 0:.2%}"
+            more = [f"{learned[i, j]:.4f}"] if (i, j) in learned else []
+            table.add_row(*head, f"{i}, {'base' if j == base else j}", share, f"{cosine:.6f}", *more)
+            head = ["", ""]
     return table

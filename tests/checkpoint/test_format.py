@@ -328,6 +328,15 @@ def test_identity_follows_the_content(write: Write) -> None:
     assert a["sha256"] == same["sha256"] != other["sha256"]
 
 
+def test_the_checkpoint_in_a_runs_folder_is_named(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"expected a folder with config\.json"):
+        open_checkpoint(tmp_path / "run")
+    write("model").rename(tmp_path / "run" / "model")
+    with pytest.raises(UserError, match=f"did you mean '{tmp_path}/run/model' in it"):
+        open_checkpoint(tmp_path / "run")
+
+
 def test_show_prints_parts_and_parents(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     path = write("a")
     assert main(["show", str(path)]) == 0

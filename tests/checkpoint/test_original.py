@@ -420,9 +420,9 @@ def test_a_full_disk_is_said_before_anything_is_written(
 ) -> None:
     checkpoint = open_checkpoint(write())
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(UserError, match=r"disk has 0\.0 GB left"):
+    with pytest.raises(UserError, match=r"disk has 1\.0 kB left"):
         write_original(checkpoint, tmp_path / "out")
-    with pytest.raises(UserError, match=r"disk has 0\.0 GB left"):
+    with pytest.raises(UserError, match=r"disk has 1\.0 kB left"):
         write_checkpoint(tmp_path / "out", checkpoint, {}, {}, checkpoint.tokenizer_file, {})
     assert not list(tmp_path.glob("*out*"))
 

@@ -36,7 +36,7 @@ def test_what_is_neither_loss_nor_score_is_refused(said: str) -> None:
 
 
 def test_a_measure_that_was_not_taken_is_named() -> None:
-    with pytest.raises(UserError, match=r"criterion=loss/reel was not measured: did you mean 'loss/real'\?"):
+    with pytest.raises(UserError, match=r"criterion=loss/reel is not measured: did you mean 'loss/real'\?"):
         Criterion("loss/reel").value(MEASURES)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,16 @@ from sphinx_pl.errors import UserError
 from sphinx_pl.evaluation.criterion import Criterion
 from sphinx_pl.evaluation.losses import SourceLoss
 from sphinx_pl.evaluation.mixtures import MixtureEvaluator
-from sphinx_pl.evaluation.search import REST, greedy_soup, halves, search_parts, soup_weights, write_search
+from sphinx_pl.evaluation.search import (
+    REST,
+    Trial,
+    describe_search,
+    greedy_soup,
+    halves,
+    search_parts,
+    soup_weights,
+    write_search,
+)
 from sphinx_pl.mixing.mix import Plan, Recipe, mix, open_models, plan_mixture
 from sphinx_pl.models.sphinx import Sphinx
 
@@ -88,6 +98,25 @@ def test_a_search_stays_within_its_budget_and_says_what_it_is_worth(models: Mode
     assert (tmp_path / "search.csv").read_text().count("\n") == 4
 
 
+@pytest.mark.parametrize(
+    ("others", "kept", "said"), [(1.5, 0, "not better than beta=0.5"), (0.9, 1, "better than beta")]
+)
+def test_what_only_the_choosing_samples_like_is_not_kept(tmp_path: Path, others: float, kept: int, said: str) -> None:
+    """The first trial's losses are 1; of the second every second one is 0.5, and the others decide."""
+    trials = [
+        Trial({"decoder": beta}, {"loss/x": SourceLoss(torch.tensor(sums).double(), torch.ones(8).double())})
+        for beta, sums in ((0.5, [1.0] * 8), (0.75, [0.5, others] * 4))
+    ]
+    content = write_search(trials, 1, Criterion(), tmp_path)
+    assert content["found"] == {"betas": {"decoder": 0.75}, "value": pytest.approx((0.5 + others) / 2)}
+    assert content["betas"] == trials[kept].betas
+    assert content["value"] == pytest.approx(Criterion().value(trials[kept].measures))
+    assert content["gain"] == pytest.approx(1 - others)
+    assert said in describe_search(content)
+    assert ("is kept" in describe_search(content)) == (kept == 0)
+    assert json.loads((tmp_path / "search.json").read_text())["betas"] == content["betas"]
+
+
 def test_the_choice_is_made_on_every_second_sample(models: Models) -> None:
     loss = SourceLoss(torch.arange(5.0), torch.ones(5))
     assert halves({"x": loss}, odd=False)["x"].sums.tolist() == [0, 2, 4]
@@ -103,7 +132,11 @@ def test_parts_in_which_nothing_differs_are_not_moved(models: Models) -> None:
 
 @pytest.mark.parametrize(
     ("parts", "budget", "message"),
-    [(["decodr"], 10, "did you mean 'decoder'"), (["decoder"], 1, "at least 2"), (["decoder.x.*"], 9, "fits nothing")],
+    [
+        (["decodr"], 10, r"search\[0\].*did you mean 'decoder'"),
+        (["decoder"], 1, "at least 2"),
+        (["decoder.x.*"], 9, "fits nothing"),
+    ],
 )
 def test_searches_that_cannot_be_are_refused(models: Models, parts: list[str], budget: int, message: str) -> None:
     evaluate = MixtureEvaluator(plan_of(models(2)), measure_by({NORM: 0.0}), torch.device("cpu"))

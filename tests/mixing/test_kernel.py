@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from sphinx_pl.checkpoint.format import same_bits
+from sphinx_pl.mixing import kernel
 from sphinx_pl.mixing.kernel import BLOCK, KINDS, mix_stretch
 from sphinx_pl.mixing.methods import combine_, round_once
 from tests.mixing.conftest import finite_bits
@@ -55,3 +61,20 @@ def test_lengths_are_not_finite_where_a_value_is_not(dtype: torch.dtype) -> None
         )
         assert squares[0] == COUNT
         assert not np.isfinite(squares[1])
+
+
+def test_it_runs_where_no_folder_can_be_written(tmp_path: Path) -> None:
+    """As from an installation of the administrator's, by someone without a home."""
+    package = tmp_path / "kernel.py"
+    package.write_bytes(Path(kernel.__file__).read_bytes())
+    (tmp_path / "__pycache__").touch()  # in the place of the folder
+    code = (
+        "import torch, numpy as np, kernel; out = torch.empty(3); "
+        "kernel.mix_stretch(torch.ones(2, 3), np.array([.25, .5]), np.zeros((0, 2), np.int64), out, np.zeros(2), "
+        "np.zeros(0)); print(out.tolist())"
+    )
+    places = {"HOME": "/proc/nowhere", "XDG_CACHE_HOME": "/proc/nowhere", "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | places, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.stdout == "[0.75, 0.75, 0.75]\n", done.stderr

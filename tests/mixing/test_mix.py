@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -15,9 +17,11 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from sphinx_pl.checkpoint import layout
+from sphinx_pl.checkpoint.__main__ import main as command
 from sphinx_pl.checkpoint.format import (
     INDEX,
     TOKENIZER,
@@ -44,6 +48,7 @@ from sphinx_pl.mixing.mix import (
     open_models,
     plan_mixture,
 )
+from sphinx_pl.mixing.show import distances_table
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.decoder import Decoder
 from tests.checkpoint.conftest import PROCESSOR, random_tensors, small_config
@@ -138,7 +143,8 @@ def test_our_folders_keep_files_names_and_what_else_is_there(two: list[Path], tm
 def test_huggingface_folders_keep_files_and_names(two: list[Path], tmp_path: Path) -> None:
     paths = [as_huggingface(path, tmp_path / f"hf_{i}") for i, path in enumerate(two)]
     (paths[0] / "generation_config.json").write_text("{}")
-    (paths[0] / "README.md").write_text("a card")
+    for name in ("README.md", "trainer_state.json", "results.zip"):  # of this model or its training
+        (paths[0] / name).write_text("{}")
     mix_checkpoints(paths, [0.4, 0.6], tmp_path / "out")
     models, _ = open_models([*paths, tmp_path / "out"])
     assert all(isinstance(model, HuggingFaceFolder) for model in models)
@@ -146,7 +152,7 @@ def test_huggingface_folders_keep_files_and_names(two: list[Path], tmp_path: Pat
     assert_equal(out, expected(a, b, [0.4, 0.6]))
     assert "model.layers.0.self_attn.q_proj.weight" in out
     assert (tmp_path / "out" / "generation_config.json").exists()
-    assert not (tmp_path / "out" / "README.md").exists()
+    assert not {"README.md", "trainer_state.json", "results.zip"} & {f.name for f in (tmp_path / "out").iterdir()}
     assert json.loads((tmp_path / "out" / INDEX).read_text()) == json.loads((paths[0] / INDEX).read_text())
     from transformers import LlamaForCausalLM
 
@@ -309,6 +315,35 @@ def test_the_hash_does_not_depend_on_files(write: Write) -> None:
     assert len({content_hash(*store([open_checkpoint(path)])) for path in (one, many)}) == 1
 
 
+def test_the_hashes_that_a_mixture_names_are_shown(
+    two: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder's tensors have other names and places among checkpoints of other layouts."""
+    hf = as_huggingface(two[1], tmp_path / "hf")
+    assert command(["show", "--hash", str(hf)]) == 0
+    shown = capsys.readouterr().out
+    for number, (a, b) in enumerate(
+        ((as_meta(two[0], tmp_path / "meta", 2), hf), (hf, as_huggingface(two[0], tmp_path / "hf_0")))
+    ):
+        mix_checkpoints([a, b], [0.5, 0.5], tmp_path / f"out_{number}")
+        parent = open_checkpoint(tmp_path / f"out_{number}").provenance["parents"][1 - number]
+        assert f"xxh3_128 {parent['xxh3_128']} ({parent['layout']})" in shown
+
+
+def test_distances_are_shown_in_80_columns(two: list[Path], write: Write, tmp_path: Path) -> None:
+    base = write("base", decoder_tensors(2, small_config(kv_heads=2)), model=small_config(kv_heads=2).to_dict())
+    said = mix_checkpoints(two, [0.5, 0.5], tmp_path / "out", base=base, method="task_arithmetic")
+    console = Console(width=80, file=io.StringIO())
+    console.print(distances_table(said))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert "…" not in "".join(lines)
+    rows = [line for line in lines if "%" in line]
+    between = [re.search(r"\d, (\d|base)", line)[0] for line in rows]  # type: ignore[index]
+    assert between == 2 * ["0, 1", "0, base", "1, base"]
+    for part, row in zip(said["parts"].values(), rows[::3], strict=True):
+        assert f"{part['task_cosines'][0][2]:.4f}" in row
+
+
 # -- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -409,7 +444,7 @@ def test_checkpoints_that_do_not_go_together_are_refused(
     ("file", "content", "message"),
     [
         ("config.json", {"model_type": "llama", "rope_theta": 5e5}, "config.json"),
-        ("tokenizer.model", None, "tokenizers differ"),
+        ("tokenizer.model", None, r"tokenizers differ in tokenizer\.model \(if that changes nothing"),
     ],
 )
 def test_huggingface_folders_that_do_not_go_together(
@@ -424,7 +459,22 @@ def test_huggingface_folders_that_do_not_go_together(
     with pytest.raises(UserError, match=message):
         mix_checkpoints(paths, [0.5, 0.5], tmp_path / "out")
     (paths[1] / file).write_bytes((paths[0] / file).read_bytes())
+    other = paths[1] / "config.json"
+    other.write_text(json.dumps(json.loads(other.read_text()) | {"pad_token_id": 0, "attention_dropout": 0.1}))
     mix_checkpoints(paths, [0.5, 0.5], tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").read_bytes() == (paths[0] / "config.json").read_bytes()
+
+
+def test_a_missing_tokenizer_is_said_before_anything_is_written(two: list[Path], tmp_path: Path) -> None:
+    hf = [as_huggingface(path, tmp_path / f"hf_{i}") for i, path in enumerate(two)]
+    for path in hf:
+        (path / "tokenizer.model").unlink()
+    models, base = open_models(hf, own=False)
+    plan = plan_mixture(models, base, Recipe([0.5, 0.5]))
+    for name in ("sphinx_pl", "huggingface"):
+        with pytest.raises(UserError, match=r"tokenizer\.model' is missing"):
+            mix(plan, tmp_path / "out", layout=name)
+    assert not list(tmp_path.glob("*out*"))
 
 
 def test_names_and_weight_sources_may_differ(write: Write, tmp_path: Path) -> None:
