@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -304,34 +305,75 @@ def _fill(
     written: Callable[[int], None],
     facts: dict[str, dict[str, Any]],
 ) -> None:
-    """Make the files one after the other; `facts` gets those of each that is complete."""
+    """Make the files; `facts` gets those of each that is complete.
+
+    Threads go on with the next file while one of them ends the last tensor of a file. Files of few, large tensors come
+    first, so that no thread is left with one at the very end.
+    """
+    filling: deque[_Filling] = deque()
     closing: list[Future[None]] = []
-    with ThreadPoolExecutor(2) as closer, ThreadPoolExecutor(workers) as pool:
-        for file in files:
-            partial = folder / f"{file.name}.part"
-            offsets = file.create(partial)
-            descriptor = os.open(partial, os.O_WRONLY)
-            try:
-                finished = Event()
-                flushing = closer.submit(_flush, descriptor, finished)
-                jobs = [
-                    pool.submit(_write, descriptor, offsets[name], entry, values, written)
-                    for name, entry in file.entries.items()
-                ]
+    with ThreadPoolExecutor(3) as closer, ThreadPoolExecutor(workers) as pool:
+        try:
+            for file in sorted(files, key=lambda file: -file.nbytes / max(1, len(file.entries))):
                 try:
-                    _result(jobs)
-                finally:
-                    finished.set()
-                    for job in jobs:  # after an error or Ctrl-C
-                        job.cancel()
-                    wait([*jobs, flushing])
-            finally:
-                os.close(descriptor)
-            keys = [entry.key for entry in file.entries.values() if entry.key is not None]
-            facts[file.name] = {key: values.facts(key) for key in keys}
-            # Beside the next file, since a disk takes longer than the page cache.
-            closing.append(closer.submit(_close, folder, file.name, facts[file.name]))
+                    filling.append(_Filling(folder, file, values, pool, closer, written))
+                except OSError:  # no room for it: what was begun is ended, and kept
+                    while filling:
+                        closing.append(filling.popleft().end(closer, facts))
+                    _result(closing)
+                    raise
+                if len(filling) == 2:
+                    closing.append(filling.popleft().end(closer, facts))
+            while filling:
+                closing.append(filling.popleft().end(closer, facts))
+        finally:  # after an error or Ctrl-C
+            for left in filling:
+                left.stop()
         _result(closing)
+
+
+class _Filling:
+    """A file whose tensors are being filled in."""
+
+    def __init__(
+        self,
+        folder: Path,
+        file: OutFile,
+        values: Values,
+        pool: ThreadPoolExecutor,
+        closer: ThreadPoolExecutor,
+        written: Callable[[int], None],
+    ) -> None:
+        self._folder, self._file, self._values = folder, file, values
+        partial = folder / f"{file.name}.part"
+        offsets = file.create(partial)
+        self._descriptor, self._finished = os.open(partial, os.O_WRONLY), Event()
+        self._flushing = closer.submit(_flush, self._descriptor, self._finished)
+        self._jobs = [
+            pool.submit(_write, self._descriptor, offsets[name], entry, values, written)
+            for name, entry in file.entries.items()
+        ]
+
+    def end(self, closer: ThreadPoolExecutor, facts: dict[str, dict[str, Any]]) -> Future[None]:
+        """Wait for the tensors; the file is closed beside the next ones, since a disk takes longer than the page cache.
+
+        Raises what filling in a tensor does.
+        """
+        try:
+            _result(self._jobs)
+        finally:
+            self.stop()
+        keys = [entry.key for entry in self._file.entries.values() if entry.key is not None]
+        facts[self._file.name] = {key: self._values.facts(key) for key in keys}
+        return closer.submit(_close, self._folder, self._file.name, facts[self._file.name])
+
+    def stop(self) -> None:
+        """Begin no further tensor, and let go of the file."""
+        self._finished.set()
+        for job in self._jobs:
+            job.cancel()
+        wait([*self._jobs, self._flushing])
+        os.close(self._descriptor)
 
 
 def _flush(descriptor: int, finished: Event) -> None:

@@ -12,9 +12,20 @@ from typing import Any
 import numpy as np
 import torch
 from numba import njit, types
+from numba.core import codegen, config
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
+
+
+def _use_whole_registers() -> None:
+    """By default LLVM uses half of what AVX-512 can hold at once, because of the clocks of its first CPUs."""
+    features = codegen.get_host_cpu_features()  # type: ignore[no-untyped-call]
+    if getattr(config, "CPU_FEATURES") is None and "+avx512f" in features:  # noqa: B009 (numba makes its attributes)
+        setattr(config, "CPU_FEATURES", f"{features},-prefer-256-bit")  # noqa: B010
+
+
+_use_whole_registers()
 
 
 def _compiled(function: Any) -> Any:
@@ -120,6 +131,17 @@ def _square_distance(a: Any, b: Any) -> Any:
 
 
 @njit(nogil=True)
+def _sum_two(a: Any, b: Any, kind: int, ca: float, cb: float, out: Any) -> Any:
+    """ca·a + cb·b into `out`, without a store between; returns the sums of the squares of a, b and a - b."""
+    squares_a, squares_b, apart = 0.0, 0.0, 0.0
+    for i in range(len(a)):
+        x, y = _decode(a[i], kind), _decode(b[i], kind)
+        squares_a, squares_b, apart = _add_square(squares_a, x), _add_square(squares_b, y), _add_square(apart, x - y)
+        out[i] = x * ca + y * cb
+    return squares_a, squares_b, apart
+
+
+@njit(nogil=True)
 def _encode_row(values: Any, kind: int, out: Any) -> None:
     for i in range(len(out)):
         out[i] = _encode(values[i], kind)
@@ -131,9 +153,18 @@ def _mix(
 ) -> None:
     models, numel = raw.shape
     work, total = np.empty((models, BLOCK)), np.empty(BLOCK)
+    two = models == 2 and len(pairs) == 1 and coefficients.all()
     for start in range(0, numel, BLOCK):
         count = min(BLOCK, numel - start)
         stop = start + count
+        if two:
+            a, b = raw[0, start:stop], raw[1, start:stop]
+            squares_a, squares_b, apart = _sum_two(a, b, kind, coefficients[0], coefficients[1], total)
+            squares[0] += squares_a
+            squares[1] += squares_b
+            distances[0] += apart
+            _encode_row(total[:count], out_kind, out[start:stop])
+            continue
         for j in range(models):
             squares[j] += _decode_row(raw[j, start:stop], kind, work[j])
         for p in range(len(pairs)):

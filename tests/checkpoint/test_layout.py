@@ -13,7 +13,16 @@ from torch import Tensor
 
 from sphinx_pl.checkpoint import layout as layouts
 from sphinx_pl.checkpoint.format import INDEX, TensorInfo, same_bits
-from sphinx_pl.checkpoint.layout import Entry, Layout, SafetensorsOut, TorchOut, Whole, safetensors_layout, write_layout
+from sphinx_pl.checkpoint.layout import (
+    Entry,
+    Layout,
+    OutFile,
+    SafetensorsOut,
+    TorchOut,
+    Whole,
+    safetensors_layout,
+    write_layout,
+)
 from sphinx_pl.errors import UserError
 
 TENSORS = {
@@ -114,6 +123,49 @@ def test_complete_files_are_taken_over(tmp_path: Path, error: BaseException) -> 
     assert facts == {name: f"fact of {name}" for name in "abcde"}
     assert all(same_bits(tensor, TENSORS[name]) for name, tensor in read(tmp_path / "out" / "one.safetensors").items())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_disk_without_room_for_the_next_file_keeps_what_was_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = SafetensorsOut.create
+
+    def full(self: SafetensorsOut, path: Path) -> dict[str, int]:
+        if self.name == "two.safetensors":
+            raise OSError(28, "No space left on device")
+        return create(self, path)
+
+    monkeypatch.setattr(SafetensorsOut, "create", full)
+    with pytest.raises(UserError, match="disk"):
+        write_layout(tmp_path / "out", two_files(), Recorded(), fingerprint={"x": 1})
+    monkeypatch.setattr(SafetensorsOut, "create", create)
+    again = Recorded()
+    write_layout(tmp_path / "out", two_files(), again, fingerprint={"x": 1})
+    assert sorted(again.asked) == ["c", "d", "e"]
+
+
+def test_the_next_file_is_begun_while_one_thread_ends_the_last_tensor_of_a_file(tmp_path: Path) -> None:
+    begun = threading.Event()
+    waited: list[bool] = []
+
+    class Slow(Recorded):
+        def stretches(self, key: str, dtype: torch.dtype) -> Iterator[Tensor]:
+            if key in "ab":
+                waited.append(begun.wait(20) if key == "b" else True)
+            else:
+                begun.set()
+            return super().stretches(key, dtype)
+
+    write_layout(tmp_path / "out", two_files(), Slow(), workers=2)
+    assert waited == [True, True]
+
+
+def test_files_of_few_large_tensors_come_first(tmp_path: Path) -> None:
+    """At the end no thread is left with a large one."""
+    recorded = Recorded()
+    files: list[OutFile] = [SafetensorsOut("small", entries("bce")), SafetensorsOut("large", entries("a"))]
+    write_layout(tmp_path / "out", Layout(files), recorded)
+    assert recorded.asked == ["a", "b", "c", "e"]
 
 
 @pytest.mark.parametrize("fingerprint", [{"x": 2}, None])
