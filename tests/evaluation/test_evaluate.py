@@ -230,7 +230,10 @@ def test_a_mistake_is_answered_in_one_line(world: Path) -> None:
     done = run(world, f"checkpoint={world / 'checkpoint'}", "test=[task]")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    assert done.stderr.strip().splitlines()[-1] == "error: data.test has no source 'task': did you mean 'tasks'?"
+    assert (
+        done.stderr.strip().splitlines()[-1]
+        == "error: data.test has no source 'task': did you mean 'tasks'? known: tasks"
+    )
 
 
 @pytest.mark.parametrize(

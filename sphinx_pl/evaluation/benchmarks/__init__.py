@@ -34,7 +34,7 @@ from sphinx_pl.files import write_whole
 from sphinx_pl.registry import Registry
 from sphinx_pl.typed import build
 
-BENCHMARKS: Registry[type[Benchmark]] = Registry("benchmark")
+BENCHMARKS: Registry[type[Benchmark]] = Registry("benchmark", "conf/benchmark/paper.yaml")
 FAMILIES = {
     "mllm": "Benchmarks of multimodal LLMs",
     "vqa": "Visual question answering",
@@ -340,7 +340,7 @@ def choose(
     for pattern in wanted:
         names = [name for name in known if fnmatchcase(name, pattern)]
         if not names:
-            raise UserError(f"benchmarks: no '{pattern}': {suggest(pattern, known)}")
+            raise UserError(f"benchmarks: no '{pattern}': {suggest(pattern, known, 'conf/benchmark')}")
         for name in names:
             if name in chosen or known[name] is None:
                 continue
