@@ -12,6 +12,7 @@ import importlib
 import json
 import pkgutil
 import random
+import shlex
 from abc import abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -216,6 +217,12 @@ class Benchmark(OfficialFiles):
             score=verdict.score,
             parsed=verdict.parsed,
         )
+
+
+def command(*parts: str | Path) -> str:
+    """A command line that is run in an official repository: paths from the root, what a shell would take apart in
+    quotes."""
+    return shlex.join(str(part.resolve()) if isinstance(part, Path) else part for part in parts)
 
 
 def _checked(record: Record) -> Record:

@@ -23,7 +23,7 @@ from sphinx_pl.data.geometry import Geometry
 from sphinx_pl.data.record import ImageRef, Record
 from sphinx_pl.errors import UserError
 from sphinx_pl.evaluation.asking import Prediction
-from sphinx_pl.evaluation.benchmarks import Benchmark, Verdict
+from sphinx_pl.evaluation.benchmarks import Benchmark, Verdict, command
 from sphinx_pl.evaluation.measures import Additive, Floats, Measure, mean, ratio
 from sphinx_pl.evaluation.scoring.yes_no import COGNITION, PERCEPTION, read_mme
 from sphinx_pl.files import write_whole
@@ -172,7 +172,8 @@ class Mme(Benchmark):
             lines.setdefault(prediction.topic, []).append("\t".join(" ".join(column.split()) for column in columns))
         for subtask, found in lines.items():
             write_whole(out / f"{subtask}.txt", "\n".join(found) + "\n")
-        return [f"MME: the answers for the official script (python calculation.py --results_dir {out}): {out}"]
+        script = command("python", "calculation.py", "--results_dir", out)
+        return [f"MME: the answers for the official script ({script}): {out}"]
 
 
 def _lines(file: Path) -> list[bytes]:
