@@ -170,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.out:
             content = {"first": str(first), "others": written}
             write_whole(options.out, json.dumps(content, indent=2) + "\n")
-            console.print(f"Comparison: {options.out}", highlight=False, markup=False)
+            console.print(f"Comparison: {options.out}", highlight=False, markup=False, soft_wrap=True)
     except UserError as error:
         return report_error(error)
     return 0
