@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -349,6 +350,8 @@ def main(cfg: DictConfig) -> float:
     """
     options = pick(EvaluateConfig, cfg)
     console = Console()
+    # Paths and commands are there to be copied: the terminal may break their lines, we do not.
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     data: Any = OmegaConf.to_container(cfg.data, resolve=True)
     if options.asks_tasks and not data.get("test"):
         raise UserError("data.test is missing: choose a data= that has test sources, such as data=sample")
@@ -371,7 +374,7 @@ def main(cfg: DictConfig) -> float:
     questions, left_out = choose(options.benchmarks or (), configured, options.limit, options.seed)
     if asking.processes.rank == 0:
         for name, why in left_out.items():
-            console.print(f"Left out: {name}: {why}", highlight=False, markup=False)
+            say(f"Left out: {name}: {why}")
 
     make_folder(folder, "out")
     if options.report and asking.processes.rank == 0:
@@ -437,7 +440,7 @@ def main(cfg: DictConfig) -> float:
     for name, reasons in {"tasks": lost, **{result["name"]: result["lost"] for result in found}}.items():
         if reasons:
             counts = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
-            console.print(f"Not asked of {name}: {counts}", highlight=False)
+            say(f"Not asked of {name}: {counts}")
     if lean:
         from sphinx_pl.evaluation.lean import how_to_train
 
@@ -445,15 +448,15 @@ def main(cfg: DictConfig) -> float:
             console.print(table)
         said.append(f"Leaned mixture: {mixture}; to train on it: {how_to_train(mixture)}")
     if left_out:
-        console.print(f"Left out, for the reasons above: {', '.join(left_out)}", highlight=False, markup=False)
+        say(f"Left out, for the reasons above: {', '.join(left_out)}")
     for sentence in said:
-        console.print(sentence, highlight=False, markup=False)
-    console.print(f"Results: {folder / 'results.json'}", highlight=False, markup=False)
+        say(sentence)
+    say(f"Results: {folder / 'results.json'}")
     if options.report:
         report = Path(options.report)
         runs, mix = find_inputs(report.parent)
         write_report(report, runs, mix, [folder])
-        console.print(f"Report: {report}")
+        say(f"Report: {report}")
     return mean
 
 

@@ -15,8 +15,18 @@ class UserError(Exception):
     """What was wrong, where, and what to do, in one line."""
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
-    """` Did you mean 'x'?` for a near miss, else the list of what exists."""
-    choices = sorted(known)
+SHORT = 12
+"""So many names are read at a glance."""
+
+
+def suggest(name: str, known: Iterable[str], listed: str = "") -> str:
+    """`did you mean 'x'?` for a near miss, then what exists: all names, or, where they are many, who lists them.
+
+    Args:
+        listed: what lists the names when there are more than `SHORT`, such as a file; "": they are listed here all the
+            same.
+    """
+    choices = sorted(set(known))
     near = difflib.get_close_matches(name, choices, n=1)
-    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(choices)}"
+    there = f"known: {', '.join(choices)}" if not listed or len(choices) <= SHORT else f"{listed} lists them"
+    return f"did you mean '{near[0]}'? {there}" if near else there

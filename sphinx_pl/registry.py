@@ -11,10 +11,15 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """A mapping filled by `register`; an unknown name raises `UserError` with the nearest known one."""
+    """A mapping filled by `register`; an unknown name raises `UserError` with the nearest known one and what there is.
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    Args:
+        kind: what the entries are, in the singular.
+        listed: what lists them all, where they are too many for an error (`suggest`).
+    """
+
+    def __init__(self, kind: str, listed: str = "") -> None:
+        self.kind, self.listed = kind, listed
         self._entries: dict[str, T] = {}
 
     def register(self, name: str, entry: T) -> T:
@@ -27,7 +32,7 @@ class Registry(Mapping[str, T], Generic[T]):
         try:
             return self._entries[name]
         except KeyError:
-            raise UserError(f"unknown {self.kind} '{name}': {suggest(name, self._entries)}") from None
+            raise UserError(f"unknown {self.kind} '{name}': {suggest(name, self._entries, self.listed)}") from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)

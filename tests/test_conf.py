@@ -108,6 +108,18 @@ def test_entry_scripts_compose(script: str) -> None:
     assert composed(script)
 
 
+def test_the_samples_benchmarks_lie_with_the_sample() -> None:
+    def files(config: str, *overrides: str) -> set[str]:
+        benchmark = composed(config, *overrides).benchmark
+        return {entry.src for name, entry in benchmark.items() if name.startswith("sample_")}
+
+    assert files("evaluate") == {"data/sample/instructions/test.json"}
+    assert files("evaluate", "data.root=elsewhere") == {"elsewhere/instructions/test.json"}
+    assert files("train", "+benchmark=paper", "data.root=elsewhere") == {"elsewhere/instructions/test.json"}
+    # Data of one's own may have no such key.
+    assert files("evaluate", "~data.tokenizer", "~data.test", "~data.root") == {"data/sample/instructions/test.json"}
+
+
 def test_the_slurm_launcher_submits_what_it_says(tmp_path: Path) -> None:
     from hydra.core.plugins import Plugins
     from submitit.slurm.slurm import _make_sbatch_string

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from sphinx_pl.checkpoint.format import FORMATS
+from sphinx_pl.data.convert import CONVERTERS
+from sphinx_pl.data.convert.__main__ import main as convert
 from sphinx_pl.data.sources import SOURCES
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.errors import UserError, suggest
+from sphinx_pl.evaluation.benchmarks import BENCHMARKS
 from sphinx_pl.evaluation.metrics import METRICS
 from sphinx_pl.registry import Registry
 
@@ -29,11 +35,38 @@ def test_it_is_a_mapping_in_the_order_of_registration(colours: Registry[int]) ->
 
 
 def test_unknown_names_suggest(colours: Registry[int]) -> None:
-    with pytest.raises(UserError, match=r"^unknown colour 'gren': did you mean 'green'\?$"):
+    with pytest.raises(UserError, match=r"^unknown colour 'gren': did you mean 'green'\? known: blue, green, red$"):
         colours["gren"]
     with pytest.raises(UserError, match=r"^unknown colour 'xyz': known: blue, green, red$"):
         colours["xyz"]
-    assert suggest("bleu", colours) == "did you mean 'blue'?"
+    assert suggest("bleu", colours) == "did you mean 'blue'? known: blue, green, red"
+    assert suggest("xyz", ["b", "a", "b"]) == "known: a, b"
+
+
+def test_what_lists_many_names_is_named_instead_of_them() -> None:
+    names = [f"name{i:02}" for i in range(13)]
+    assert suggest("nam07", names, "docs/names.md") == "did you mean 'name07'? docs/names.md lists them"
+    assert suggest("xyz", names, "docs/names.md") == "docs/names.md lists them"
+    assert suggest("xyz", names[:12], "docs/names.md").startswith("known: name00, name01")
+    assert suggest("xyz", names).endswith("name11, name12")
+    registry: Registry[int] = Registry("name", "docs/names.md")
+    for name in names:
+        registry.register(name, 0)
+    with pytest.raises(UserError, match=r"^unknown name 'xyz': docs/names\.md lists them$"):
+        registry["xyz"]
+
+
+@pytest.mark.parametrize("registry", [TASKS, BENCHMARKS, CONVERTERS])
+def test_what_is_said_to_list_the_names_does(
+    registry: Registry[object], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    if registry.listed == "python -m sphinx_pl.data.convert":
+        assert convert([]) == 0
+        text = capsys.readouterr().out
+    else:
+        text = (Path(__file__).parents[1] / registry.listed).read_text()
+    assert [name for name in registry if not re.search(rf"[ `]{re.escape(name)}[ `,}}]", text)] == []
 
 
 def test_a_name_is_registered_once(colours: Registry[int]) -> None:

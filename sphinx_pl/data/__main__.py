@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from sphinx_pl.cli import CONFIG_FOLDER, MISTAKES, TRACEBACK, report
+from sphinx_pl.cli import CONFIG_FOLDER, MISTAKES, TRACEBACK, register_resolvers, report
 from sphinx_pl.errors import UserError
 from sphinx_pl.registry import Registry
 from sphinx_pl.typed import build
@@ -218,6 +218,7 @@ def composed(overrides: Sequence[str]) -> DictConfig:
     Raises:
         HydraException: an override that does not fit.
     """
+    register_resolvers()
     try:
         with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
             cfg: DictConfig = compose("train", overrides=list(overrides))

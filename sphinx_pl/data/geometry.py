@@ -10,8 +10,8 @@ Coordinates are fractions of the *padded square*: the image pasted in the middle
     keypoints   <p>nose</p>[x,y]<p>left shoulder</p>[x,y]...   COCO's order, absent ones left out
 
 Numbers have exactly `decimals` decimals and there are no spaces. Reading is tolerant: spaces, "1" or ".5" and text
-around the brackets are accepted, and whatever is malformed (a wrong count of numbers, a number outside 0-1, a
-bracket that generation cut off) is passed over.
+around the brackets are accepted, a number up to `BEYOND` outside 0-1 is moved to the edge, and whatever is malformed (a
+wrong count of numbers, a number further out, a bracket that generation cut off) is passed over.
 """
 
 from __future__ import annotations
@@ -36,7 +36,11 @@ COCO_KEYPOINTS = (
 # fmt: on
 """Names of a person's 17 keypoints in the order of COCO's annotation files."""
 
-_NUMBER = re.compile(r"\s*(?:[0-9]+\.?[0-9]*|\.[0-9]+)\s*")
+BEYOND = 0.1
+"""How far outside 0-1 a number may be and still be meant as the edge; further out it is no fraction, but pixels or
+thousandths."""
+
+_NUMBER = re.compile(r"\s*-?(?:[0-9]+\.?[0-9]*|\.[0-9]+)\s*")
 _BRACKET = re.compile(r"\[([^\[\]]*)(\]?)")
 _GROUNDED = re.compile(r"<p>((?:(?!</?p>).)*)</p>\s*\[([^\[\]]*)(\]?)", re.DOTALL)
 _PLACE = re.compile(f"{_GROUNDED.pattern}|{_BRACKET.pattern}", re.DOTALL)
@@ -221,8 +225,9 @@ def _elements(inside: str, closing: str) -> tuple[list[Box4], list[Point2]]:
         if len(numbers) not in (2, 4) or not all(_NUMBER.fullmatch(number) for number in numbers):
             continue
         values = [float(number) for number in numbers]
-        if max(values) > 1:
+        if min(values) < -BEYOND or max(values) > 1 + BEYOND:
             continue
+        values = [min(max(value, 0.0), 1.0) for value in values]
         if len(values) == 2:
             points.append((values[0], values[1]))
         else:

@@ -93,7 +93,7 @@ class SourceConfig:
                 raise UserError(f"{prefix}.{key}={value} must be at least 1")
         for task, cap in config.caps.items():
             if task not in TASKS:
-                raise UserError(f"{prefix}.caps: unknown task '{task}': {suggest(task, TASKS)}")
+                raise UserError(f"{prefix}.caps: unknown task '{task}': {suggest(task, TASKS, TASKS.listed)}")
             if cap < 0:
                 raise UserError(f"{prefix}.caps.{task}={cap} must not be negative")
         check_options(config.kind, prefix, config.options)

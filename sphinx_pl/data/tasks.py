@@ -137,7 +137,7 @@ class Task:
         return Turn(template.format(**slots), answer)
 
 
-TASKS: Registry[Task] = Registry("task")
+TASKS: Registry[Task] = Registry("task", "docs/data.md")
 
 
 def _task(

@@ -115,11 +115,11 @@ def table(title: str, compared: Sequence[Compared]) -> Table:
         title=title,
         caption="▲ ▼: real, with p < 0.05 corrected for the number of rows; intervals are of each row alone, 95 %",
         box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        padding=0,  # beside the box's own blanks: names stay whole in eighty columns
     )
     for name in ("", "measure"):
         shown.add_column(name, overflow="fold")  # a name that is cut off may be another's
-    for name in ("first", "second", "difference", "95 %", "", "p", "units"):
+    for name in ("first", "second", "change", "95 %", "", "p", "units"):
         shown.add_column(name, justify="right", no_wrap=True)
     last = None
     for row in compared:
@@ -170,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.out:
             content = {"first": str(first), "others": written}
             write_whole(options.out, json.dumps(content, indent=2) + "\n")
-            console.print(f"Comparison: {options.out}", highlight=False, markup=False)
+            console.print(f"Comparison: {options.out}", highlight=False, markup=False, soft_wrap=True)
     except UserError as error:
         return report_error(error)
     return 0

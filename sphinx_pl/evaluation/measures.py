@@ -19,6 +19,7 @@ from sphinx_pl.evaluation.asking import Prediction
 
 RESAMPLES = 2000
 LEVEL = 0.95
+_ROUNDING = 1e-12
 
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
@@ -111,7 +112,7 @@ def mean(name: str, description: str, score: Callable[[Prediction], float] = lam
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its 95 % bootstrap interval."""
+    """A value with its 95 % bootstrap interval, NaN where there is none."""
 
     value: float
     low: float
@@ -146,24 +147,34 @@ def bootstrap(scores: Sequence[float], seed: int = 0, resamples: int = RESAMPLES
 
 
 def estimate(prepared: Prepared, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
-    """The value and its percentile interval over resampled units."""
+    """The value and its percentile interval over resampled units.
+
+    Where all units are alike, so is every resample, which says nothing of what was not drawn: the interval is that of
+    `_alike` for a mean of scores, NaN for other measures.
+    """
     value = float(prepared.values(np.ones((1, len(prepared.units)), dtype=np.int64))[0])
-    if (shares := _alike(prepared)) is not None:
-        return Estimate(value, *shares)
-    low, high = _interval(_resampled([prepared], seed, resamples)[0])
-    return Estimate(value, low, high)
+    if (alike := _alike(prepared)) is not None:
+        return Estimate(value, *alike)
+    drawn = _resampled([prepared], seed, resamples)[0]
+    if len(drawn) and np.nanmax(drawn, initial=-math.inf) - np.nanmin(drawn, initial=math.inf) < _ROUNDING:
+        return Estimate(value, math.nan, math.nan)
+    return Estimate(value, *_interval(drawn))
 
 
 def _alike(prepared: Prepared) -> tuple[float, float] | None:
-    """The interval of a share where all units are right or all wrong, of which every resample is the same: Clopper and
-    Pearson's (1934) for a binomial share; None elsewhere."""
+    """The interval of a mean of scores in 0..1 that are all the same; None elsewhere.
+
+    With a confidence of 97.5 % at least the share 0.025 ** (1 / n) of all units is like the n drawn ones; the others
+    have 0 at worst, 1 at best. Of shares of right answers this is Clopper and Pearson's (1934).
+    """
     if not isinstance(prepared, Sums) or prepared.finish is not ratio or not len(prepared.rows):
         return None
-    right, counted = prepared.rows.T
-    if (counted != 1).any() or (right != right[0]).any() or right[0] not in (0, 1):
+    scores, counted = prepared.rows.T
+    if (counted != 1).any() or (scores != scores[0]).any() or not 0 <= scores[0] <= 1:
         return None
-    bound = ((1 - LEVEL) / 2) ** (1 / len(right))
-    return (bound, 1.0) if right[0] == 1 else (0.0, 1 - bound)
+    least = ((1 - LEVEL) / 2) ** (1 / len(scores))
+    low = float(scores[0]) * least
+    return low, low + 1 - least
 
 
 def difference(first: Prepared, second: Prepared, seed: int = 0, resamples: int = RESAMPLES) -> Difference:

@@ -493,7 +493,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         console.print(str(error), style="red", markup=False)
         return 2
-    console.print(f"report: {options.out}", markup=False)
+    console.print(f"report: {options.out}", markup=False, soft_wrap=True)
     return 0
 
 

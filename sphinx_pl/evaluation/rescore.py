@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         return report_error(error)
     said = f"{changed} scores changed" if changed else "No score changed"
-    Console().print(f"{said}: {options.folder / 'results.json'}", highlight=False, markup=False)
+    Console().print(f"{said}: {options.folder / 'results.json'}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

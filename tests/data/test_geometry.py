@@ -90,7 +90,10 @@ def test_text_to_numbers_to_text_is_unchanged_for_any_size_and_decimals():
         ("[0.1,0.2,0.3,0.4", []),  # the last number may go on
         ("[0.1 [0.1,0.2,0.3,0.4]", [(0.1, 0.2, 0.3, 0.4)]),
         ("[12,40,50,80]", []),  # pixels are not in the grammar
-        ("[-0.1,0.2,0.3,0.4]", []),
+        ("[0.1,-0.003,1.004,0.9]", [(0.1, 0.0, 1.0, 0.9)]),  # a little beyond the edge: moved to it
+        ("[-0.1,0.2,1.1,0.4]", [(0.0, 0.2, 1.0, 0.4)]),
+        ("[-0.11,0.2,0.3,0.4] [0.1,0.2,1.11,0.4] [--0.1,0.2,0.3,0.4]", []),
+        ("[1.04,-0.02,0.5,0.4]", [(0.5, 0.0, 1.0, 0.4)]),  # and swapped
         ("[nan,inf,1e-1,0x1]", []),
         ("[٠.١,0.2,0.3,0.4]", []),  # digits of other scripts
         ("[,,,] [;;] [] ]] [[ [0.1;0.2]", []),
@@ -105,6 +108,7 @@ def test_parse_points_and_boxes_do_not_mix():
     text = "[0.1,0.2;0.1,0.2,0.3,0.4] and [0.5,0.6]"
     assert G.parse_points(text) == [(0.1, 0.2), (0.5, 0.6)]
     assert G.parse_boxes(text) == [(0.1, 0.2, 0.3, 0.4)]
+    assert G.parse_points("[-0.02,1.03] and [3,4]") == [(0.0, 1.0)]
 
 
 def test_parse_grounded():
@@ -120,7 +124,7 @@ def test_parse_grounded():
 
 def test_parsing_never_raises():
     rng = random.Random(2)
-    pieces = ["[", "]", ";", ",", "0.5", ".", "1", " ", "<p>", "</p>", "a", "-", "0.1,0.2,0.3,0.4", "\n", "é"]
+    pieces = ["[", "]", ";", ",", "0.5", ".", "1", " ", "<p>", "</p>", "a", "-", "1.05", "0.1,0.2,0.3,0.4", "\n", "é"]
     for _ in range(5000):
         text = "".join(rng.choices(pieces, k=rng.randint(0, 40)))
         for box in G.parse_boxes(text):

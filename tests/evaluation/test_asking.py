@@ -41,8 +41,9 @@ def test_bootstrap_of_a_proportion_is_the_binomial_interval() -> None:
     assert (low, high) == pytest.approx(tuple(exact), abs=1 / 400)
 
 
-def test_bootstrap_without_spread_is_a_point_or_exact_and_the_seed_decides() -> None:
-    assert bootstrap([0.3] * 5) == pytest.approx((0.3, 0.3))
+def test_bootstrap_without_spread_is_no_point_and_the_seed_decides() -> None:
+    low, high = bootstrap([0.3] * 5)
+    assert low < 0.3 < high
     assert bootstrap([1.0]) == pytest.approx((0.025, 1.0))  # all right: Clopper and Pearson
     scores = [0.0, 1.0] * 10 + [0.37]
     assert bootstrap(scores, seed=4) == bootstrap(scores, seed=4)

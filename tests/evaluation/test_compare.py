@@ -137,3 +137,14 @@ def test_mistakes_are_answered_in_one_line(tmp_path: Path, capsys: pytest.Captur
     (folder / "predictions.jsonl").write_text("{oops")
     assert main([str(folder), str(folder)]) == 2
     assert "is damaged" in capsys.readouterr().err
+
+
+def test_names_stay_whole_in_eighty_columns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    folders = [str(write(tmp_path / name, vqa(right) + pope(right))) for name, right in (("a", 5), ("b", 35))]
+    assert main(folders) == 0
+    said = capsys.readouterr().out
+    assert " pope_random " in said
+    assert "precision" in said

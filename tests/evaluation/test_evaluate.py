@@ -101,7 +101,7 @@ def command(world: Path, *overrides: str) -> list[str]:
     return [str(ROOT / "evaluate.py"), *tests, *arguments]
 
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "80"}
 
 
 def run(world: Path, *overrides: str, launcher: Sequence[str] = (sys.executable,)) -> subprocess.CompletedProcess[str]:
@@ -111,14 +111,15 @@ def run(world: Path, *overrides: str, launcher: Sequence[str] = (sys.executable,
 
 
 def test_evaluate_writes_predictions_and_results(world: Path) -> None:
-    done = run(world, f"checkpoint={world / 'checkpoint'}", f"out={world / 'out'}", f"report={world / 'r.html'}")
+    out = world / "out" / "a folder whose name alone is longer than the eighty columns of a narrow terminal"
+    done = run(world, f"checkpoint={world / 'checkpoint'}", f"out={out}", f"report={world / 'r.html'}")
     assert done.returncode == 0, done.stderr
-    predictions = [json.loads(line) for line in (world / "out" / "predictions.jsonl").read_text().splitlines()]
+    predictions = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
     assert sorted(p["key"] for p in predictions) == sorted({p["key"] for p in predictions})
     assert {(p["task"], p["domain"]) for p in predictions} == {
         (task, domain) for task in ("short_vqa", "rec") for domain in ("real", "synthetic")
     }
-    results = json.loads((world / "out" / "results.json").read_text())
+    results = json.loads((out / "results.json").read_text())
     assert results["skipped"] == {"image_missing": 1}
     rows = {(row["task"], row["domain"]): row for row in results["rows"]}
     assert rows["short_vqa", ""]["n"] == 3
@@ -128,6 +129,7 @@ def test_evaluate_writes_predictions_and_results(world: Path) -> None:
     assert rows["short_vqa", ""]["baseline_kind"] == "constant"
     assert set(rows["rec", ""]["baselines"]) == {"constant", "shuffled"}
     assert "short_vqa" in done.stdout
+    assert f"Results: {out / 'results.json'}\nReport: {world / 'r.html'}\n" in done.stdout  # in one piece
     assert (world / "r.html").read_text().count("<article") == 6
     assert "image_missing 1" in done.stdout
 
@@ -230,7 +232,10 @@ def test_a_mistake_is_answered_in_one_line(world: Path) -> None:
     done = run(world, f"checkpoint={world / 'checkpoint'}", "test=[task]")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    assert done.stderr.strip().splitlines()[-1] == "error: data.test has no source 'task': did you mean 'tasks'?"
+    assert (
+        done.stderr.strip().splitlines()[-1]
+        == "error: data.test has no source 'task': did you mean 'tasks'? known: tasks"
+    )
 
 
 @pytest.mark.parametrize(

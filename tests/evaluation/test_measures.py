@@ -31,6 +31,23 @@ def test_where_all_are_right_or_wrong_the_interval_is_the_binomial_one(count: in
         assert (found.value, found.low, found.high) == pytest.approx((score, exact.low, exact.high))
 
 
+@pytest.mark.parametrize(("score", "count"), [(0.3, 1), (0.6, 8)])
+def test_where_all_scores_are_the_same_the_others_may_be_anything(score: float, count: int) -> None:
+    found = estimate(mean("F1", "").prepare([prediction(str(i), score) for i in range(count)]))
+    # Worked by hand: 97.5 % of the samples of `count` would have shown one of the others if these were more.
+    like = 0.025 ** (1 / count)
+    assert (found.value, found.low, found.high) == pytest.approx((score, score * like, score * like + 1 - like))
+
+
+def test_another_measure_of_units_that_are_all_alike_has_no_interval() -> None:
+    points = Additive("points", "", lambda group: (len(group), 1), lambda sums: 100 * sums[..., 0] / sums[..., 1])
+    found = estimate(points.prepare([prediction(str(i), 1.0) for i in range(9)]))
+    assert found.value == 100
+    assert np.isnan([found.low, found.high]).all()
+    lengths = estimate(Sums(["a", "b"], np.array([[3.0, 3.0], [8.0, 8.0]]), ratio))
+    assert (lengths.value, np.isnan(lengths.low)) == (1, True)
+
+
 def test_a_value_of_all_units_together_has_no_interval() -> None:
     found = estimate(Whole(["a", "b"], 0.3))
     assert found.value == 0.3

@@ -140,6 +140,27 @@ def test_the_published_numbers() -> None:
         assert number.measure is None or number.measure in measures
 
 
+MLLM = "pope mme/perception mme/cognition mmbench seed_bench llava_bench mm_vet ccbench mathvista"
+REC = "refcoco+/val refcoco+/testA refcoco+/testB refcoco/val refcoco/testA refcoco/testB refcocog/val refcocog/test"
+
+
+@pytest.mark.parametrize(
+    ("table", "model", "columns", "row"),
+    [
+        ("table 1", "SPHINX-MoE", MLLM, "89.6 1485.3 367.1 71.3 73.0 70.2 40.9 15.4 42.7"),
+        ("table 2", "SPHINX-Tiny", "okvqa vqav2 vizwiz gqa scienceqa iconqa", "53.6 74.7 49.2 58.0 21.5 40.7"),
+        ("table 4", "SPHINX-Plus-2k", "textvqa ocrvqa docvqa chartqa infographicvqa", "70.6 68.9 71.6 55.1 39.1"),
+        ("table 5", "SPHINX-Intern2", REC, "76.80 84.86 69.01 86.08 89.70 81.78 83.99 83.40"),
+    ],
+)
+def test_rows_of_sphinx_x_as_its_tables_print_them(table: str, model: str, columns: str, row: str) -> None:
+    there = [number for number in read_published() if number.model == model and number.source.endswith(table)]
+    assert all("2402.05935v3" in number.source for number in there)
+    parts = [number.measure or (number.split if "refcoco" in number.benchmark else None) for number in there]
+    found = {"/".join(filter(None, (n.benchmark, part))): n.value for n, part in zip(there, parts, strict=True)}
+    assert found == dict(zip(columns.split(), map(float, row.split()), strict=True))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

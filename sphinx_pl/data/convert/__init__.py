@@ -25,7 +25,7 @@ from sphinx_pl.errors import UserError
 from sphinx_pl.files import whole_file, write_whole
 from sphinx_pl.registry import Registry
 
-CONVERTERS: Registry[type[Converter]] = Registry("converter")
+CONVERTERS: Registry[type[Converter]] = Registry("converter", "python -m sphinx_pl.data.convert")
 _EXAMPLES = 3
 
 

@@ -12,6 +12,7 @@ import importlib
 import json
 import pkgutil
 import random
+import shlex
 from abc import abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +35,7 @@ from sphinx_pl.files import write_whole
 from sphinx_pl.registry import Registry
 from sphinx_pl.typed import build
 
-BENCHMARKS: Registry[type[Benchmark]] = Registry("benchmark")
+BENCHMARKS: Registry[type[Benchmark]] = Registry("benchmark", "conf/benchmark/paper.yaml")
 FAMILIES = {
     "mllm": "Benchmarks of multimodal LLMs",
     "vqa": "Visual question answering",
@@ -218,6 +219,12 @@ class Benchmark(OfficialFiles):
         )
 
 
+def command(*parts: str | Path) -> str:
+    """A command line that is run in an official repository: paths from the root, what a shell would take apart in
+    quotes."""
+    return shlex.join(str(part.resolve()) if isinstance(part, Path) else part for part in parts)
+
+
 def _checked(record: Record) -> Record:
     """The record, if its task can write it and JSON can hold it.
 
@@ -340,7 +347,7 @@ def choose(
     for pattern in wanted:
         names = [name for name in known if fnmatchcase(name, pattern)]
         if not names:
-            raise UserError(f"benchmarks: no '{pattern}': {suggest(pattern, known)}")
+            raise UserError(f"benchmarks: no '{pattern}': {suggest(pattern, known, 'conf/benchmark')}")
         for name in names:
             if name in chosen or known[name] is None:
                 continue

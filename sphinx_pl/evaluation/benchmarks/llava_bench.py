@@ -16,6 +16,7 @@ from typing import Any
 from sphinx_pl.data.convert.common import asked, text
 from sphinx_pl.data.record import ImageRef, Record
 from sphinx_pl.evaluation.asking import Prediction
+from sphinx_pl.evaluation.benchmarks import command
 from sphinx_pl.evaluation.benchmarks.judged import Judged
 from sphinx_pl.files import write_whole
 
@@ -59,10 +60,16 @@ class LlavaBench(Judged):
         file = folder / f"answers_{self.name}_{self.split}.jsonl"
         write_whole(file, "\n".join(lines) + "\n")
         blank = sum(number not in given for number in asked_for)
+        reviews = file.with_name("llava_bench-reviews.jsonl")
+        review = command(
+            "python",
+            "llava/eval/eval_gpt_review_bench.py",
+            *("--question", self.src / "questions.jsonl", "--context", self.src / "context.jsonl"),
+            *("--rule", "llava/eval/table/rule.json"),
+            *("--answer-list", self.src / "answers_gpt4.jsonl", file, "--output", reviews),
+        )
+        summary = command("python", "llava/eval/summarize_gpt_review.py", "-f", reviews)
         return [
-            f"LLaVA-Bench: answers for the official judge: {file} (python llava/eval/eval_gpt_review_bench.py "
-            f"--question {self.src / 'questions.jsonl'} --context {self.src / 'context.jsonl'} --rule "
-            f"llava/eval/table/rule.json --answer-list {self.src / 'answers_gpt4.jsonl'} {file} --output "
-            f"{file.with_name('llava_bench-reviews.jsonl')}; it asks GPT-4)"
+            f"LLaVA-Bench: answers for the official judge: {file} ({review}, then {summary}; the first asks GPT-4)"
             + (f"; {blank} of {len(asked_for)} questions have no answer" if blank else "")
         ]

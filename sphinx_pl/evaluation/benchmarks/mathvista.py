@@ -19,7 +19,7 @@ from sphinx_pl.data.convert.common import asked, text
 from sphinx_pl.data.geometry import Geometry
 from sphinx_pl.data.record import ImageRef, Record
 from sphinx_pl.evaluation.asking import Prediction
-from sphinx_pl.evaluation.benchmarks import Verdict
+from sphinx_pl.evaluation.benchmarks import Verdict, command
 from sphinx_pl.evaluation.benchmarks.choices import letter_record
 from sphinx_pl.evaluation.benchmarks.official_only import OfficialOnly
 from sphinx_pl.evaluation.measures import Measure, mean
@@ -81,9 +81,16 @@ class MathVista(OfficialOnly):
         }
         file = folder / f"answers_{self.name}_{self.split}.json"
         write_whole(file, json.dumps(problems, indent=2, ensure_ascii=False) + "\n")
+        extract, score = (
+            command("python", script, "--output_dir", folder, "--output_file", file.name, *more)
+            for script, more in (
+                ("extract_answer.py", ()),
+                ("calculate_score.py", ("--score_file", f"scores_{self.name}_{self.split}.json")),
+            )
+        )
         return [
-            f"MathVista: responses for the official judge: {file} (python extract_answer.py --output_dir {folder} "
-            f"--output_file {file.name}, then calculate_score.py; the first asks a language model)"
+            f"MathVista: responses for the official judge: {file} ({extract}, then {score}; the first asks a language "
+            "model)"
         ]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from sphinx_pl.data.convert.common import asked, text
 from sphinx_pl.data.record import ImageRef, Record
 from sphinx_pl.evaluation.asking import Prediction
+from sphinx_pl.evaluation.benchmarks import command
 from sphinx_pl.evaluation.benchmarks.judged import Judged
 from sphinx_pl.files import write_whole
 
@@ -43,8 +44,9 @@ class MmVet(Judged):
         answers = {name: given.get(name, "") for name in names}
         write_whole(file, json.dumps(answers, indent=2, ensure_ascii=False) + "\n")
         blank = sum(name not in given for name in names)
+        paths = "--mmvet_path", self.src, "--result_path", folder
+        judge = command("python", "mm-vet_evaluator.py", *paths, "--model", file.stem)
         return [
-            f"MM-Vet: answers for the official judge: {file} (python mm-vet_evaluator.py --mmvet_path {self.src} "
-            f"--result_path {folder} --model {file.stem}; it asks GPT-4)"
+            f"MM-Vet: answers for the official judge: {file} ({judge}; it asks GPT-4)"
             + (f"; {blank} of {len(names)} questions have no answer" if blank else "")
         ]

@@ -3,8 +3,10 @@
 
 Files (https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation, sent on request): a folder
 for each subtask, with an image and a text file of the same name for each question pair, lines of "question\\tYes" or
-"question\\tNo"; some subtasks have them in `images` and `questions_answers_YN`. Or, without the questions' files, the
-official eval_tool's `{subtask}.txt`, lines of "image\\tquestion\\tYes or No", with the images in such folders.
+"question\\tNo"; some subtasks have them in `images` and `questions_answers_YN`. The archive has these folders in
+`MME_Benchmark_release_version`, one release in a further `MME_Benchmark`. Or, without the questions' files, the
+official eval_tool's `Your_Results/{subtask}.txt`, lines of "image\\tquestion\\tYes or No", and the images in such
+folders.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from sphinx_pl.data.geometry import Geometry
 from sphinx_pl.data.record import ImageRef, Record
 from sphinx_pl.errors import UserError
 from sphinx_pl.evaluation.asking import Prediction
-from sphinx_pl.evaluation.benchmarks import Benchmark, Verdict
+from sphinx_pl.evaluation.benchmarks import Benchmark, Verdict, command
 from sphinx_pl.evaluation.measures import Additive, Floats, Measure, mean, ratio
 from sphinx_pl.evaluation.scoring.yes_no import COGNITION, PERCEPTION, read_mme
 from sphinx_pl.files import write_whole
@@ -30,6 +32,8 @@ SUBTASKS = PERCEPTION + COGNITION
 HINT = "Please answer yes or no."
 """What every question of the files ends in; the training wording takes its place."""
 _IMAGES = (".jpg", ".png", ".jpeg")
+_RELEASES = ("", "MME_Benchmark_release_version", "MME_Benchmark_release_version/MME_Benchmark", "MME_Benchmark")
+_TABLES = ("", "eval_tool/Your_Results", "Your_Results")
 
 
 class Mme(Benchmark):
@@ -61,16 +65,19 @@ class Mme(Benchmark):
             raise UserError(f"{self.name}: '{self.src}' has no folder of questions, such as existence: see {self.url}")
 
     def _folder(self, subtask: str) -> Iterator[tuple[str, Any]]:
-        folder = self.src / subtask
+        places = (self.src / release / subtask for release in _RELEASES)
+        if (folder := next(filter(Path.is_dir, places), None)) is None:
+            return
         questions = folder / "questions_answers_YN"
         for file in sorted((questions if questions.is_dir() else folder).glob("*.txt")):
             images = (self._image(subtask, f"{file.stem}{suffix}") for suffix in _IMAGES)
             yield f"{subtask}/{file.stem}", (subtask, next(filter(None, images), None), _lines(file))
 
     def _table(self, subtask: str) -> Iterator[tuple[str, Any]]:
-        table = self.src / f"{subtask}.txt"
+        places = (self.src / place / f"{subtask}.txt" for place in _TABLES)
+        table = next(filter(Path.is_file, places), None)
         groups: dict[bytes, list[bytes]] = {}
-        for line in _lines(table) if table.is_file() else ():
+        for line in _lines(table) if table else ():
             image, _, rest = line.partition(b"\t")
             groups.setdefault(image, []).append(rest)
         for image, lines in groups.items():
@@ -90,7 +97,8 @@ class Mme(Benchmark):
 
     def _image(self, subtask: str, name: str) -> str | None:
         """The path of an image below the images' folder."""
-        paths = (f"{subtask}/images/{name}", f"{subtask}/{name}")
+        folders = (PurePosixPath(release, subtask) for release in _RELEASES)
+        paths = (str(path) for folder in folders for path in (folder / "images" / name, folder / name))
         return next((path for path in paths if (self.images / path).is_file()), None)
 
     def records(self, key: str, entry: Any) -> Iterator[Record]:
@@ -164,7 +172,8 @@ class Mme(Benchmark):
             lines.setdefault(prediction.topic, []).append("\t".join(" ".join(column.split()) for column in columns))
         for subtask, found in lines.items():
             write_whole(out / f"{subtask}.txt", "\n".join(found) + "\n")
-        return [f"MME: the answers for the official script (python calculation.py --results_dir {out}): {out}"]
+        script = command("python", "calculation.py", "--results_dir", out)
+        return [f"MME: the answers for the official script ({script}): {out}"]
 
 
 def _lines(file: Path) -> list[bytes]:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import os
 import shutil
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from sphinx_pl.errors import UserError
 
@@ -24,16 +25,12 @@ def check_caption_tools() -> None:
     """That captions can be scored here: to be asked before a model answers for hours.
 
     Raises:
-        UserError: `pycocoevalcap` or Java is not there, or the tokenizer's folder cannot be written to.
+        UserError: `pycocoevalcap` or Java is not there.
     """
-    found = importlib.util.find_spec("pycocoevalcap")
-    if found is None or not found.submodule_search_locations:
+    if importlib.util.find_spec("pycocoevalcap") is None:
         raise UserError(f"caption metrics need pycocoevalcap: {INSTALL}")
     if shutil.which("java") is None:
         raise UserError("caption metrics need Java for their tokenizer: install it (Debian: default-jre-headless)")
-    folder = Path(found.submodule_search_locations[0], "tokenizer")
-    if not os.access(folder, os.W_OK):  # where PTBTokenizer puts its temporary file
-        raise UserError(f"caption metrics write to {folder}, where you may not: install pycocoevalcap in your own venv")
 
 
 def caption_scores(captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, float]:
@@ -47,7 +44,7 @@ def caption_scores(captions: Mapping[str, str], references: Mapping[str, Sequenc
         `CIDEr` (0 to 10, usually reported times 100), `BLEU-1` to `BLEU-4`, `METEOR`, `ROUGE-L` (0 to 1).
 
     Raises:
-        UserError: tools are not there, or images of captions and references differ.
+        UserError: tools are not there or fail, or images of captions and references differ.
     """
     return scores_of_images(captions, references)[0]
 
@@ -66,27 +63,58 @@ def scores_of_images(
     _check_images(captions, references)
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
-    from pycocoevalcap.meteor.meteor import Meteor
     from pycocoevalcap.rouge.rouge import Rouge
-    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    def tokenized(texts: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-        # The tokenizer reads a sentence per line, and knows more line breaks than the one that its caller replaces.
-        lines = {image: [{"caption": " ".join(text.split())} for text in texts[image]] for image in references}
-        result: dict[str, list[str]] = PTBTokenizer().tokenize(lines)
-        return result
-
+    given, true = _tokenized({image: [captions[image]] for image in references}), _tokenized(references)
     with contextlib.redirect_stdout(io.StringIO()):
-        given, true = tokenized({image: [caption] for image, caption in captions.items()}), tokenized(references)
         bleu, _ = Bleu(4).compute_score(true, given)
-        meteor, _ = Meteor().compute_score(true, given)
+        meteor = _meteor(true, given)
         rouge, rouges = Rouge().compute_score(true, given)
         cider, ciders = Cider().compute_score(true, given)
     figures = {"CIDEr": float(cider)}
     figures |= {f"BLEU-{n}": float(value) for n, value in enumerate(bleu, 1)}
     each = {"CIDEr": ciders, "ROUGE-L": rouges}
     of_images = {name: dict(zip(true, map(float, scores), strict=True)) for name, scores in each.items()}
-    return figures | {"METEOR": float(meteor), "ROUGE-L": float(rouge)}, of_images
+    return figures | {"METEOR": meteor, "ROUGE-L": float(rouge)}, of_images
+
+
+def _tokenized(texts: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Tokens with single blanks between them, by the program and the list of punctuation of `pycocoevalcap`.
+
+    Its own class starts that program as well, but lets it write to the terminal, needs a temporary file beside the
+    package, and takes a program that failed for one that found no words.
+    """
+    from pycocoevalcap.tokenizer import ptbtokenizer as official
+
+    # The program reads a sentence per line, and knows more line breaks than "\n".
+    lines = [" ".join(text.split()) for group in texts.values() for text in group]
+    program = Path(official.__file__).with_name(official.STANFORD_CORENLP_3_4_1_JAR)
+    command = ["java", "-Dfile.encoding=UTF-8", "-cp", str(program), "edu.stanford.nlp.process.PTBTokenizer"]
+    done = subprocess.run(
+        [*command, "-preserveLines", "-lowerCase"], input="\n".join(lines).encode(errors="replace"), capture_output=True
+    )
+    found = done.stdout.decode().split("\n")
+    if done.returncode or len(found) < len(lines):
+        raise UserError(f"Java's tokenizer of captions failed (exit code {done.returncode}): {_last(done.stderr)}")
+    words = iter(" ".join(w for w in line.split() if w not in official.PUNCTUATIONS) for line in found)
+    return {image: [next(words) for _ in group] for image, group in texts.items()}
+
+
+def _meteor(true: Mapping[str, Sequence[str]], given: Mapping[str, Sequence[str]]) -> float:
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    scorer: Any = Meteor()
+    try:
+        return float(scorer.compute_score(true, given)[0])
+    except (ValueError, OSError):  # an answer that is no number, or nobody who reads the question
+        scorer.lock.release()  # which its end would wait for
+        said = _last(scorer.meteor_p.communicate()[1])
+        raise UserError(f"Java's METEOR failed (it takes 2 GB of memory): {said}") from None
+
+
+def _last(said: bytes) -> str:
+    lines = said.decode(errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
 
 
 def cider_of_tokens(captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> float:

@@ -13,8 +13,9 @@ _READER = Geometry()
 def read_box(text: str, size: Size) -> Box4 | None:
     """The first well-formed box of a text in pixels of the image (width, height); None if it has none.
 
-    The text has fractions of the padded square. Swapped corners are put right, later boxes are not looked at. Part of
-    the box may lie in the padding, so outside the image: it is not cut.
+    The text has fractions of the padded square. Swapped corners are put right, numbers up to 0.1 outside the square
+    moved to its edge, later boxes are not looked at. Part of the box may lie in the padding, so outside the image: it
+    is not cut.
     """
     boxes = _READER.parse_boxes(text)
     return to_pixels(boxes[0], size) if boxes else None

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from sphinx_pl.data.record import ImageRef
 from sphinx_pl.evaluation.benchmarks.llava_bench import LlavaBench
 from sphinx_pl.evaluation.benchmarks.mm_vet import MmVet
@@ -49,6 +51,20 @@ def test_mm_vet_writes_the_judges_file_and_no_number(ask: Ask, write: Write, que
         "v1_3": "",
         "v1_4": "",
     }
+
+
+def test_the_judges_commands_can_be_run_in_its_own_folder(
+    ask: Ask, write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write({"mm-vet.json": MM_VET, "questions.jsonl": "", "answers_gpt4.jsonl": ""}).rename("my files")
+    Path("my results").mkdir()
+    (of_mm_vet,) = MmVet(Path("my files")).submit([], Path("my results"))
+    assert f"--mmvet_path '{tmp_path}/my files' --result_path '{tmp_path}/my results' --model" in of_mm_vet
+    (of_llava,) = LlavaBench(Path("my files")).submit([], Path("my results"))
+    assert f"--context '{tmp_path}/my files/context.jsonl' --rule llava/eval/table/rule.json" in of_llava
+    reviews = f"'{tmp_path}/my results/llava_bench-reviews.jsonl'"
+    assert f"--output {reviews}, then python llava/eval/summarize_gpt_review.py -f {reviews};" in of_llava
 
 
 def lines(*entries: Any) -> str:

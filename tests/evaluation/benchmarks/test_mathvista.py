@@ -84,7 +84,11 @@ def test_responses_for_the_official_judge(ask: Ask, write: Write, tmp_path: Path
     benchmark = MathVista(write({"testmini.json": PROBLEMS}))
     asked = ask(benchmark, lambda record: "I think 7.")
     (sentence,) = benchmark.submit(asked.predictions, tmp_path)
-    assert "asks a language model" in sentence
+    assert sentence.endswith(
+        f"(python extract_answer.py --output_dir {tmp_path} --output_file answers_mathvista_testmini.json, then python "
+        f"calculate_score.py --output_dir {tmp_path} --output_file answers_mathvista_testmini.json "
+        "--score_file scores_mathvista_testmini.json; the first asks a language model)"
+    )
     written = json.loads((tmp_path / "answers_mathvista_testmini.json").read_text())
     # The keys that extract_answer.py and calculate_score.py read.
     assert written["3"] == PROBLEMS["3"] | {"response": "I think 7.", "query": written["3"]["query"]}

@@ -131,6 +131,26 @@ def test_odd_entries_are_counted(ask: Ask, write: Write) -> None:
     assert asked.values["perception", ""] == 2000
 
 
+@pytest.mark.parametrize(
+    "folder", ["MME_Benchmark_release_version", "MME_Benchmark_release_version/MME_Benchmark", "MME_Benchmark"]
+)
+def test_the_archive_as_it_unpacks(ask: Ask, write: Write, folder: str) -> None:
+    src = write({f"{folder}/{place}": content for place, content in release().items()})
+    asked = ask(Mme(src), right)
+    assert (asked.values["perception", ""], len(asked.predictions)) == (2000, 56)
+    assert asked.questions.records[0].images == (ImageRef(str(src / folder / "existence/0.jpg")),)
+
+
+def test_the_eval_tool_beside_the_archives_images(ask: Ask, write: Write) -> None:
+    images = {place: content for place, content in release().items() if not place.endswith(".txt")}
+    files = {f"MME_Benchmark_release_version/{place}": content for place, content in images.items()}
+    for subtask in SUBTASKS:
+        lines = [f"{name}\t{line}" for name in ("0.jpg", "1.png") for line in pair(name).splitlines()]
+        files[f"eval_tool/Your_Results/{subtask}.txt"] = "\n".join(lines)
+    asked = ask(Mme(write(files)), right)
+    assert (asked.values["cognition", ""], len(asked.predictions)) == (800, 56)
+
+
 def test_the_eval_tools_files(ask: Ask, write: Write) -> None:
     files: dict[str, str | bytes] = {}
     for subtask in SUBTASKS:

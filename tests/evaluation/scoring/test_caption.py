@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import shutil
+import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sphinx_pl.errors import UserError
+from sphinx_pl.evaluation.scoring.caption import _tokenized as tokenized
 from sphinx_pl.evaluation.scoring.caption import caption_scores, check_caption_tools, cider_of_tokens
 
 CAPTIONS = {"1": "A dog, running on the beach.", "2": "Two red cars!", "3": ""}
@@ -61,17 +62,65 @@ def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
             check_caption_tools()
         with pytest.raises(UserError, match=r"pip install 'sphinx-pl\[eval\]'"):
             cider_of_tokens(CAPTIONS, REFERENCES)
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "which", lambda name: "/usr/bin/java")
-        patch.setattr(os, "access", lambda path, mode: False)
-        with pytest.raises(UserError, match="tokenizer, where you may not"):
-            check_caption_tools()
+
+
+def stub(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """A `java` that does what the script says."""
+    file = folder / "java"
+    file.write_text(f"#!/bin/sh\n{script}\n")
+    file.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+
+
+def test_a_tokenizer_that_fails_is_no_empty_caption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub(tmp_path, monkeypatch, "echo Loading >&2; echo 'Error: no memory' >&2; exit 1")
+    with pytest.raises(UserError, match=r"tokenizer of captions failed \(exit code 1\): Error: no memory$"):
+        caption_scores(CAPTIONS, REFERENCES)
+    stub(tmp_path, monkeypatch, "echo 'a dog'")  # one line of three
+    with pytest.raises(UserError, match=r"exit code 0\): it said nothing"):
+        caption_scores(CAPTIONS, REFERENCES)
+
+
+def test_a_meteor_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub(tmp_path, monkeypatch, 'case "$*" in *meteor*) echo "Error: heap" >&2; exit 1;; *) exec cat;; esac')
+    with pytest.raises(UserError, match=r"METEOR failed \(it takes 2 GB of memory\): Error: heap"):
+        caption_scores(CAPTIONS, REFERENCES)
 
 
 @pytest.mark.long
-def test_with_javas_tokenizer() -> None:
+def test_the_tokens_are_those_of_pycocoevalcap() -> None:
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    draw = random.Random(0)
+    words = [
+        "Dog",
+        "it's",
+        "can't",
+        "(red)",
+        "U.S.",
+        "3.5",
+        "café",
+        "—",
+        "“so”",
+        "e-mail",
+        "...",
+        "and/or",
+        "汉字",
+        "``",
+    ]
+    texts = {
+        str(i): [" ".join(draw.choices(words, k=draw.randint(0, 9))) for _ in range(i % 3 + 1)] for i in range(300)
+    }
+    texts["last"] = [""]
+    lines = {key: [{"caption": text} for text in group] for key, group in texts.items()}
+    assert tokenized(texts) == PTBTokenizer().tokenize(lines)
+
+
+@pytest.mark.long
+def test_with_javas_tokenizer(capfd: pytest.CaptureFixture[str]) -> None:
     """Fails where Java is missing: it is what captions are scored with."""
     figures = caption_scores(CAPTIONS, REFERENCES)
+    assert capfd.readouterr() == ("", "")  # nothing into the user's terminal
     # Worked by hand: small letters, no punctuation, "'s" a token of its own, an empty caption stays an empty one;
     # brackets stay as what the tokenizer calls them, since it makes that small before they are looked for.
     captions = {"1": "a dog running on the beach", "2": "two red cars", "3": ""}

@@ -62,7 +62,7 @@ TRUTH: Box4 = (20.0, 10.0, 60.0, 30.0)  # in the square's fractions 0.2, 0.35, 0
         ("[0.000,0.000,0.100,0.100] or [0.200,0.350,0.600,0.550]", False),
         ("[0.2,0.35,0.6] no, [0.200,0.350,0.600,0.550]", True),  # three numbers are no box
         ("[20,10,60,30]", False),  # pixels are no fractions
-        ("[-0.2,0.35,0.6,0.55]", False),
+        ("[-0.2,0.35,0.6,0.55]", False),  # nor is what is further out than 0.1
         ("[0.200,0.350,0.600,0.550", False),  # cut off by generation
         ("(0.200,0.350,0.600,0.550)", False),
         ("none", False),
@@ -73,6 +73,13 @@ TRUTH: Box4 = (20.0, 10.0, 60.0, 30.0)  # in the square's fractions 0.2, 0.35, 0
 )
 def test_rec_match(text: str, right: bool) -> None:
     assert rec_match(text, TRUTH, WIDE) is right
+
+
+def test_a_box_that_reaches_over_the_edge_is_cut_there() -> None:
+    edge: Box4 = (0.0, 0.0, 100.0, 50.0)
+    assert rec_match("[-0.003,0.25,1.004,0.75]", edge, WIDE)
+    assert read_box("[-0.003,0.25,1.004,0.75]", WIDE) == pytest.approx(edge)
+    assert not rec_match("[-0.003,0.25,1.2,0.75]", edge, WIDE)
 
 
 def test_read_box() -> None:

@@ -59,7 +59,11 @@ def test_options_are_completed() -> None:
     ("name", "given_", "message"),
     [
         ("linear", {"density": 0.5}, "options.density: method=linear has no such option: it has none"),
-        ("ties", {"densty": 0.5}, "options.densty: method=ties has no such option: did you mean 'density'?"),
+        (
+            "ties",
+            {"densty": 0.5},
+            "options.densty: method=ties has no such option: did you mean 'density'? known: average, density, scale",
+        ),
         ("ties", {"density": "0.5"}, "options.density='0.5' must be a number"),
         ("ties", {"density": True}, "options.density=True must be a number"),
         ("ties", {"density": float("nan")}, "options.density=nan must be a number"),
