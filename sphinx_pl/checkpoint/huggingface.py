@@ -7,44 +7,56 @@ is compared is what weights depend on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from sphinx_pl.checkpoint.format import CONFIG, INDEX, TOKENIZER, differences, read_json, read_weight_map
+from sphinx_pl.checkpoint.format import (
+    CONFIG,
+    INDEX,
+    PROVENANCE,
+    differences,
+    read_json,
+    read_weight_map,
+)
 from sphinx_pl.errors import UserError
 
 WEIGHTS = "model.safetensors"
-# Of a config.json: how a model is trained, cut short, shown or stored. None changes what a weight means.
+# Of a config.json: how a model is trained, cut short, shown or stored. None changes what a weight means; what
+# max_window_layers does is said by layer_types.
 _HARMLESS = (
     *("_*", "name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "auto_map", "unsloth_*"),
-    *("pad_token_id", "bos_token_id", "eos_token_id", "use_cache", "max_position_embeddings", "max_length"),
-    *("initializer_*", "*drop*", "gradient_checkpointing", "pretraining_tp", "attn_implementation", "output_*"),
-    "return_dict",
+    *("pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id", "use_cache", "max_position_embeddings"),
+    *("initializer_*", "*drop*", "gradient_checkpointing", "use_reentrant", "pretraining_tp", "attn_implementation"),
+    *("output_*", "return_dict", "torchscript", "tokenizer_class", "finetuning_task", "problem_type", "max_length"),
+    *("task_specific_params", "forced_decoder_ids", "*suppress_tokens", "apply_spec_augment", "max_window_layers"),
 )
-# Files of a model apart from its weights and its card; what a training run or a download left beside them are none.
-_FILES = (
-    *("*config*.json", "*token*.json", "*.model", "vocab.*", "merges.txt", "*.tiktoken", "tekken.json"),
-    *("chat_template*", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*"),
+# Beside the weights and the card, what a training run or a download left in the folder.
+_LEFTOVERS = (
+    *("*.safetensors", "*.bin", "*.pth", "*.pt", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.index.json"),
+    *("README*", PROVENANCE, "trainer_state.json", "*_results.json", "*.log", "*.zip", "*.tar*", "*.tfevents*", ".*"),
 )
+# What cuts text, besides tokenizer.json: compared byte by byte.
+_VOCABULARIES = ("*.model", "*.spm", "*.tiktoken", "vocab.txt", "vocab.bpe", "bpe.codes", "tekken.json")
 
 
 def belongs(name: str) -> bool:
     """Whether a file of that name goes with the weights."""
-    return any(fnmatchcase(name, pattern) for pattern in _FILES)
+    return not any(fnmatchcase(name, pattern) for pattern in _LEFTOVERS)
 
 
 def weight_files(folder: Path) -> list[str]:
-    """The names of its safetensors.
+    """The names of its safetensors: the single file if there is one, as `from_pretrained` takes it, else the shards.
 
     Raises:
         UserError: its weights are pickles.
     """
+    if (folder / WEIGHTS).is_file():
+        return [WEIGHTS]
     if (folder / INDEX).is_file():
         return sorted(set(read_weight_map(folder / INDEX).values()))
-    pickles = sorted(folder.glob("pytorch_model*.bin"))
-    if pickles and not (folder / WEIGHTS).is_file():
+    if pickles := sorted(folder.glob("pytorch_model*.bin")):
         raise UserError(
             f"'{pickles[0]}' is not read: write the model anew as safetensors, with its class's "
             f"from_pretrained('{folder}').save_pretrained(FOLDER)"
@@ -54,11 +66,13 @@ def weight_files(folder: Path) -> list[str]:
 
 def config_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
     """In what two contents of config.json describe different models; "" in nothing."""
+    if a["model_type"] != b["model_type"]:
+        return f"{CONFIG}.model_type is {a['model_type']!r} and {b['model_type']!r}"
     differing = differences(_relevant(a), _relevant(b), CONFIG)
-    if differing and a["model_type"] == b["model_type"]:
-        # One may leave out, or name as of old, what the other says.
-        a, b = _complete(a, b)
-        differing = differences(_relevant(a), _relevant(b), CONFIG)
+    if differing and (complete := _complete(a, b)):
+        # One may leave out, or name as of old, what the other says. What the class doesn't know is off unless it is on.
+        x, y = ({key: value for key, value in _relevant(config).items() if value} for config in complete)
+        differing = differences(x, y, CONFIG)
     return differing[0] if differing else ""
 
 
@@ -71,13 +85,13 @@ def _relevant(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _complete(*configs: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    """With the defaults and under the key names of the installed transformers, if it knows the model."""
+    """With the defaults and the key names of the installed transformers; nothing if it does not know the model."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     try:
         return [CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)).to_dict() for config in configs]
     except Exception:  # whatever a configuration class makes of values that somebody else wrote
-        return configs
+        return ()
 
 
 def tokenizer_difference(a: Path, b: Path) -> str:
@@ -86,28 +100,67 @@ def tokenizer_difference(a: Path, b: Path) -> str:
     Raises:
         UserError: a file is damaged.
     """
-    readers = {TOKENIZER: Path.read_bytes, "tokenizer.json": _pipeline, "vocab.json": read_json, "merges.txt": _merges}
-    names = {file.name for folder in (a, b) for file in folder.glob("*.model")} | {*readers, "vocab.txt"}
-    for name in sorted(names):
+    readers: dict[str, Callable[[Path], Any]] = dict.fromkeys(("vocab.json", "added_tokens.json"), read_json)
+    readers |= {"tokenizer.json": _pipeline, "merges.txt": _merges}
+    names = [file.name for pattern in _VOCABULARIES for file in a.glob(pattern)]
+    for name in sorted({*names, *readers}):
         if (a / name).is_file() and (b / name).is_file():
             read = readers.get(name, Path.read_bytes)
             if read(a / name) != read(b / name):
                 return name
-    return ""
+    name = "tokenizer.json"
+    both = (a / name).is_file() and (b / name).is_file()
+    return name if both and not _cut_alike(a / name, b / name) else ""
 
 
 def _pipeline(path: Path) -> Any:
-    """What a tokenizer.json does with text. What it adds to whole texts, and decoding, are left out."""
+    """The vocabulary and the merges of a tokenizer.json."""
     content = read_json(path)
-    model, added = content.get("model"), content.get("added_tokens") or []
     try:
-        model = {"type": "BPE"} | {key: value for key, value in (model or {}).items() if value not in (None, False)}
+        model, added = content.get("model") or {}, content.get("added_tokens") or []
         # Of a pair as one word with a space, or as two: by the version.
         merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model.get("merges") or ()]
         tokens = sorted((token["id"], token["content"]) for token in added)
     except (TypeError, KeyError, AttributeError) as error:
         raise UserError(f"'{path}' is damaged ({error!r}): fetch it again") from None
-    return model | {"merges": merges}, tokens, content.get("normalizer"), content.get("pre_tokenizer")
+    return model.get("type", "BPE"), model.get("vocab"), merges, tokens
+
+
+_CUTTING = ("normalizer", "pre_tokenizer", "model", "added_tokens")
+# Letters of several cases and scripts, accents in two ways, ligatures, digits, contractions, code, spaces, emoji. None
+# begins with a space, where Llama's two forms of one tokenizer differ.
+_PROBES = (
+    "The quick brown fox's 1,234.56 jumps — WE'LL see don't they'VE",
+    "ABC abc Abc aB ba AB ab  two   three    spaces\ttab\nline\n\nlines\r\n  trailing ",
+    "naïve café cafe\u0301 Å Å İstanbul ﬁne Ⅳ ½ ² ﬀ ß ẞ Ω \u00a0\u200b\u3000.",
+    "def f(x):\n    return x[0] + 12345678 # http://a.b/c?d=e_f&g=h-i <b>|</b> {'a': 1e-5}",
+    "日本語の文章、全角ＡＢＣ１２３。한국어 문장 русский Текст العربية हिन्दी ไทย 中文，测试",
+    "😀👩\u200d👩\u200d👧🇩🇪 ''\"\"``´´ ...…?!¿¡ -–—_ @user #tag $5 5€ 50% a/b\\c",
+)
+
+
+def _cut_alike(a: Path, b: Path) -> bool:
+    """Whether two tokenizer.json of one vocabulary cut text alike: they say so in the same words, or they do it.
+
+    What they add to whole texts, decoding, and what follows a special token are left out: programs differ in them.
+    """
+    x, y = read_json(a), read_json(b)
+    if all(x.get(key) == y.get(key) for key in _CUTTING):
+        return True
+    from tokenizers import Tokenizer
+
+    ordinary = [token["content"] for token in x.get("added_tokens") or () if not token.get("special")]
+    probes = [*_PROBES, *(f"a {token} b{token}c" for token in ordinary)]
+    try:
+        first, second = (Tokenizer.from_file(str(path)) for path in (a, b))
+        return all(
+            first.encode(text, add_special_tokens=False).ids == second.encode(text, add_special_tokens=False).ids
+            for text in probes
+        )
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:  # its panics are no Exception
+        return False
 
 
 def _merges(path: Path) -> list[str]:

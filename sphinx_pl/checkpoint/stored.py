@@ -21,7 +21,6 @@ from torch import Tensor
 from sphinx_pl.checkpoint.format import (
     CONFIG,
     FORMAT_VERSION,
-    INDEX,
     TOKENIZER,
     UNUSED,
     Checkpoint,
@@ -37,7 +36,7 @@ from sphinx_pl.checkpoint.format import (
     write_json,
     write_safetensors,
 )
-from sphinx_pl.checkpoint.huggingface import belongs, config_difference, tokenizer_difference, weight_files
+from sphinx_pl.checkpoint.huggingface import WEIGHTS, belongs, config_difference, tokenizer_difference, weight_files
 from sphinx_pl.checkpoint.layout import (
     Entry,
     Layout,
@@ -132,7 +131,6 @@ class HuggingFaceFolder(_SafetensorsFolder):
         return (path / CONFIG).is_file() and "model_type" in read_json(path / CONFIG)
 
     def __init__(self, path: Path) -> None:
-        self._indexed = (path / INDEX).is_file()
         super().__init__(path, weight_files(path))
         self.config = read_json(path / CONFIG)
         self.provenance = {"original": str(self.config["model_type"])}
@@ -160,7 +158,7 @@ class HuggingFaceFolder(_SafetensorsFolder):
                 config = read_json(folder / CONFIG)
                 keys = [key for key in ("torch_dtype", "dtype") if key in config]
                 write_json(folder / CONFIG, config | dict.fromkeys(keys, str(dtypes.pop()).removeprefix("torch.")))
-            if self._indexed:
+            if [file.name for file in files] != [WEIGHTS]:
                 write_index(folder, files)
 
         return Layout(files, finish)
