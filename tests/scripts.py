@@ -14,14 +14,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-import lightning  # noqa: F401
-import open_clip  # noqa: F401
-import timm  # noqa: F401
 import torch
 from hydra.core.global_hydra import GlobalHydra
 
-import tests.ranks  # noqa: F401  # leaves autograd without threads, which no fork survives
 from tests.conftest import REPOSITORY
+from tests.ranks import import_for_forks
 
 
 class Script:
@@ -53,6 +50,7 @@ class Script:
             torch.set_num_threads(1)  # as in tests/ranks.py
             runpy.run_path(command[0], run_name="__main__")
 
+        import_for_forks()
         self._process = multiprocessing.get_context("fork").Process(target=run)
         self._process.start()
         assert self._process.pid is not None
