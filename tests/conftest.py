@@ -42,6 +42,14 @@ def tiny_model(**overrides: Any) -> SphinxConfig:
     )
 
 
+LONGEST = ("test_train", "test_engines", "test_zero3", "test_plan", "test_preemption", "test_evaluate", "test_export")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long comes first, so that at the end no process has one of these tests left and the others none."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
 @pytest.fixture(scope="session")
 def sample_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sample world at a fiftieth of its size, in the formats of the real thing."""

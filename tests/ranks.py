@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import multiprocessing
 import os
 import queue
@@ -13,8 +15,20 @@ from typing import Any
 
 import torch
 
+from sphinx_pl.models.sphinx import Sphinx
+from tests.conftest import tiny_model
+
 # The first backward pass decides whether autograd has threads, which no fork survives: none where it sees CPUs only.
 torch.ones(1, requires_grad=True).backward()  # type: ignore[no-untyped-call]
+
+
+@functools.cache
+def import_for_forks() -> None:
+    """What each of them would import again, for seconds: the towers' libraries, and what DeepSpeed imports late."""
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+
+    with torch.device("meta"):
+        Sphinx(tiny_model())
 
 
 def on_ranks(ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
@@ -22,6 +36,7 @@ def on_ranks(ranks: int, function: Callable[..., Any], *args: Any, timeout: floa
 
     Forked, so that nothing is imported again. A rank that waits for the others for ever is an AssertionError.
     """
+    import_for_forks()
     context = multiprocessing.get_context("fork")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -38,6 +53,7 @@ def on_ranks(ranks: int, function: Callable[..., Any], *args: Any, timeout: floa
         }
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
         os.environ |= {key: str(value) for key, value in environment.items()}
+        gc.freeze()  # else each collection looks through all that the parent holds
         # Replaces the parent's thread pool here, once: autograd's threads would each try to, and race.
         torch.set_num_threads(1)
         try:

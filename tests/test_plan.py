@@ -29,6 +29,7 @@ FROZEN = "stage.train_parts=[decoder,projections]"
 # Not tiny: 30 million parameters, of which activations are the smaller half.
 SIZES = [f"model.decoder.{key}" for key in ("width=512", "heads=8", "kv_heads=8", "layers=8", "ffn_width=1408")]
 ROWS = ["data.packing.rows=2", "data.packing.row_length=256"]
+SHALLOW_TOWERS = [f"model.vision.{key}=1" for key in ("clip.layers", "dinov2.layers", "qformer.vision_layers")]
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -114,7 +115,8 @@ def test_13b_on_512_gpus_from_the_command_line(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_says_what_would() -> None:
-    cfg = composed(*PAPER, "trainer=zero3", "trainer.devices=8", "plan_for.gpu=A100-40GB")
+    towers = [*SHALLOW_TOWERS, "model.vision.convnext.depths=[1,1,1,1]"]  # the decoder alone is too large
+    cfg = composed(*PAPER, *towers, "trainer=zero3", "trainer.devices=8", "plan_for.gpu=A100-40GB")
     plan = make_plan(cfg)
     assert not plan.fits
     assert plan.largest_rows == 0
@@ -124,7 +126,8 @@ def test_what_does_not_fit_says_what_would() -> None:
 
 
 def test_data_that_is_there_is_looked_at(sample_data: Path) -> None:
-    plan = make_plan(composed("model=sphinx_sample", "trainer=cpu", f"data.root={sample_data}"))
+    model = ["model=sphinx_sample", *SHALLOW_TOWERS, "model.vision.convnext.depths=[1,1]"]
+    plan = make_plan(composed(*model, "trainer=cpu", f"data.root={sample_data}"))
     assert plan.content.source == "measured"
     assert 0.5 * plan.row_length < plan.content.tokens <= plan.row_length
     assert 0 < plan.content.supervised < plan.content.tokens

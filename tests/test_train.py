@@ -22,6 +22,7 @@ from callbacks.checkpoint import checkpoints, step_of
 from sphinx_pl.checkpoint.format import open_checkpoint
 from sphinx_pl.checkpoint.training import TrainingCheckpoint
 from tests.conftest import REPOSITORY
+from tests.scripts import Script, run_script
 
 # The sample model with every tower, one layer each: the same code in less time.
 SMALL = [
@@ -37,6 +38,9 @@ SMALL = [
 ]
 
 
+Process = subprocess.Popen[str] | Script
+
+
 def command(folder: Path, data: Path, *overrides: str) -> list[str]:
     return [
         sys.executable,
@@ -49,16 +53,8 @@ def command(folder: Path, data: Path, *overrides: str) -> list[str]:
     ]
 
 
-def run(*args: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    return subprocess.run(
-        command(*args),  # type: ignore[arg-type]
-        cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+def run(folder: Path, data: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return run_script(command(folder, data, *overrides)[1:])
 
 
 def losses(folder: Path, column: str = "train/loss") -> dict[int, str]:
@@ -100,20 +96,20 @@ class Killer:
     def newest(self) -> int:
         return max((step_of(path) for path in checkpoints(self.checkpoints)), default=0)
 
-    def wait(self, process: subprocess.Popen[str], until: Callable[[], bool]) -> None:
+    def wait(self, process: Process, until: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 400
         while not until():
             assert process.poll() is None, "the run ended before it could be killed"
             assert time.monotonic() < deadline
             time.sleep(0.002)
 
-    def await_moment(self, process: subprocess.Popen[str], kind: str) -> None:
+    def await_moment(self, process: Process, kind: str) -> None:
         if kind == "start":  # imports, a new run's folder or the clearing of an old one, building, loading
             self.wait(process, self._in(self.random.uniform(0, 20)))
         elif kind == "training":
             before = self.newest()
             self.wait(process, lambda: self.newest() > before)
-            self.wait(process, self._in(self.random.uniform(0, 2)))
+            self.wait(process, self._in(self.random.uniform(0, 1)))
         else:
             self.wait(process, lambda: not self.writing())  # what the run before has left
             for number in range(self.random.randint(1, 3)):
@@ -129,7 +125,7 @@ class Killer:
         end = time.monotonic() + seconds
         return lambda: time.monotonic() >= end
 
-    def kill(self, process: subprocess.Popen[str], one_rank: bool) -> str:
+    def kill(self, process: Process, one_rank: bool) -> str:
         """SIGKILL to all processes of the run at once, or to one rank. What happened, in words."""
         group = process.pid
         others = [pid for pid, (parent, line) in alive(group).items() if parent == group and "train_ddp" in line]
@@ -149,7 +145,7 @@ class Killer:
         return said + "hung"
 
     @staticmethod
-    def _ended(process: subprocess.Popen[str], seconds: float) -> bool:
+    def _ended(process: Process, seconds: float) -> bool:
         deadline = time.monotonic() + seconds
         while process.poll() is None or alive(process.pid):
             if time.monotonic() > deadline:
@@ -181,12 +177,12 @@ def check_same_models(one: Path, two: Path) -> None:
 
 
 def check_kill_and_resume(
-    tmp_path: Path, data: Path, kinds: Sequence[str], steps: int, ranks: int = 1, seed: int = 0
+    tmp_path: Path, data: Path, kinds: Sequence[str], steps: int, ranks: int = 1, seed: int = 0, forked: bool = False
 ) -> None:
     """A run that is killed at moments of these kinds and continued each time, beside one that is not.
 
     Of the kind "writing" there are as many kills as it takes for so many to have hit a checkpoint that is being
-    written.
+    written. Forked runs do not import anything.
     """
     options = [f"stage.max_steps={steps}", "callbacks.checkpoint.every_n_steps=2", "data.workers=1"]
     # Windows of two micro-batches, and validations at every third checkpoint: both have gone wrong on the way.
@@ -194,18 +190,17 @@ def check_kill_and_resume(
     options += ["callbacks.export.every_n_steps=4", "callbacks.export.keep=2"]
     options += ["trainer=zero3_cpu", f"trainer.devices={ranks}"] if ranks > 1 else []
 
-    def start(folder: Path) -> subprocess.Popen[str]:
+    def start(folder: Path) -> Process:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+        environment["OMP_NUM_THREADS"] = "1"
         folder.mkdir(exist_ok=True)
-        return subprocess.Popen(
-            command(folder, data, *options, "ckpt_path=last"),
-            cwd=REPOSITORY,
-            env=environment | {"OMP_NUM_THREADS": "1"},
-            stdout=(folder / "stdout").open("a"),
-            stderr=(folder / "stderr").open("a"),
-            text=True,
-            start_new_session=True,
-        )
+        script = command(folder, data, *options, "ckpt_path=last")
+        with (folder / "stdout").open("a") as out, (folder / "stderr").open("a") as err:
+            if forked:
+                return Script(script[1:], out, err, environment=environment)
+            return subprocess.Popen(
+                script, cwd=REPOSITORY, env=environment, stdout=out, stderr=err, text=True, start_new_session=True
+            )
 
     def finish(folder: Path) -> None:
         process = start(folder)
@@ -250,7 +245,7 @@ def check_kill_and_resume(
 
 
 def test_a_killed_run_continues_with_the_same_losses(tmp_path: Path, sample_data: Path) -> None:
-    check_kill_and_resume(tmp_path, sample_data, ["training"], steps=40)
+    check_kill_and_resume(tmp_path, sample_data, ["training"], steps=24, forked=True)
 
 
 @pytest.mark.long

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from lightning.pytorch.callbacks import LambdaCallback
 from callbacks.checkpoint import ResumeCheckpoint, checkpoints, step_of
 from callbacks.preemption import Preempted, Preemption, _Vote
 from sphinx_pl import stop
-from tests.conftest import REPOSITORY
+from tests.scripts import Script
 from tests.test_slurm import commands
 from tests.test_train import command, losses, run
 
@@ -168,15 +167,9 @@ def test_a_run_that_was_told_to_go_continues_with_the_same_losses(
     assert straight.returncode == 0, straight.stderr
     folder = tmp_path / "told"
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
-    process = subprocess.Popen(
-        command(folder, sample_data, *options),
-        cwd=REPOSITORY,
-        env=environment | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        process = Script(command(folder, sample_data, *options)[1:], file, file, environment=environment)
     metrics = folder / "pretrain_real" / "metrics.csv"
     deadline = time.monotonic() + 200
     while not (metrics.is_file() and metrics.read_text().count("\n") > 8):
@@ -186,8 +179,8 @@ def test_a_run_that_was_told_to_go_continues_with_the_same_losses(
     # To all of its processes, the data workers too, as a scheduler does; then once more.
     os.killpg(process.pid, signal.SIGTERM)
     os.killpg(process.pid, signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM, output
+    code, output = process.wait(120), log.read_text()
+    assert code == 128 + signal.SIGTERM, output
     [step] = saved(folder / "pretrain_real" / "checkpoints")
     assert 2 < step < steps
     assert f"SIGTERM: step {step} is saved; ckpt_path=last goes on from there" in output

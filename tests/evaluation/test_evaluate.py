@@ -38,6 +38,7 @@ from sphinx_pl.models.config import ClipViTConfig, DecoderConfig, SphinxConfig, 
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.typed import pick
 from tests.callbacks.test_wandb import finished_run
+from tests.scripts import Script, run_script
 
 from .benchmarks.vqa_files import CHART, FILES, write
 
@@ -104,9 +105,11 @@ def command(world: Path, *overrides: str) -> list[str]:
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "80"}
 
 
-def run(world: Path, *overrides: str, launcher: Sequence[str] = (sys.executable,)) -> subprocess.CompletedProcess[str]:
+def run(world: Path, *overrides: str, launcher: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
     asked = [*launcher, *command(world, *overrides)]
     # Not in the repository, which may have sample data that a benchmark's files are in.
+    if not launcher:
+        return run_script(asked, world, ENVIRONMENT)
     return subprocess.run(asked, capture_output=True, text=True, cwd=world, env=ENVIRONMENT, check=False, timeout=240)
 
 
@@ -360,9 +363,8 @@ def test_baselines_of_an_evaluation_that_was_replaced_are_gone(world: Path) -> N
 def test_a_killed_evaluation_goes_on_with_the_same_result(world: Path, pope: list[str], whole: Path) -> None:
     out = world / "killed"
     journal = out / "answers" / "dogs.rank0.jsonl"
-    process = subprocess.Popen(
-        [sys.executable, *command(world, *pope, f"out={out}")], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL
-    )
+    with Path(os.devnull).open("w") as nowhere:
+        process = Script(command(world, *pope, f"out={out}"), nowhere, nowhere, environment=ENVIRONMENT)
     while process.poll() is None and (not journal.exists() or journal.read_bytes().count(b"\n") < 4):
         time.sleep(0.002)
     process.kill()

@@ -83,8 +83,11 @@ def test_a_step_that_is_null_is_left_out_and_not_waited_for() -> None:
 
 
 def test_another_value_is_another_step_but_not_how_it_is_started() -> None:
+    others = [f"steps.{name}=null" for name in ("pretrain_real", "pretrain_synthetic_notext", "evaluate")]
+
     def identity(*overrides: str) -> str:
-        return load(["experiment=demo", *(f"finetune:{override}" for override in overrides)]).steps["finetune"].identity
+        arguments = ["experiment=demo", *others, *(f"finetune:{override}" for override in overrides)]
+        return load(arguments).steps["finetune"].identity
 
     assert identity() == identity("overwrite=true") == identity("ckpt_path=x")
     assert identity() != identity("stage.optim.lr=1e-9")

@@ -184,8 +184,9 @@ DERIVED: dict[str, tuple[str, dict[str, str]]] = {
 def test_overfitting_one_batch_drives_the_loss_to_zero(task: str, processor: Processor, sample_data: Path) -> None:
     records = records_of_every_task(sample_data)[task]
     assert len(records) == 2, f"the sample data has no two records of {task}"
-    collator = Collator(256, processor.image_size)
-    batch = collator([[processor.sample(record, "s")] for record in records])
+    samples = [processor.sample(record, "s") for record in records]
+    collator = Collator(max(sample.length for sample in samples), processor.image_size)
+    batch = collator([[sample] for sample in samples])
     assert (batch.labels != IGNORE).sum() > 0
     torch.manual_seed(0)
     model = Sphinx(tiny_model())
@@ -193,7 +194,7 @@ def test_overfitting_one_batch_drives_the_loss_to_zero(task: str, processor: Pro
     for _ in range(150):
         losses = model.token_losses(batch)
         loss = losses.nll.mean() + losses.extra
-        if float(loss) < 0.02:
+        if float(loss) < 0.05:
             break
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
