@@ -91,6 +91,8 @@ class MixConfig:
         for name in ("out", "curve_dir", "base"):
             if getattr(self, name) == "":
                 raise UserError(f"{name}= is empty: name a folder")
+        if self.out is not None and Path(self.out).name in ("", ".."):
+            raise UserError(f"out={self.out}: name the folder, which is made anew")
         if not all(self.checkpoints):
             raise UserError(f"checkpoints={self.checkpoints} has an empty name: name folders")
         for name in ("curve_sources", "curve_tasks", "search"):
@@ -350,13 +352,18 @@ def main(cfg: DictConfig) -> float | None:
     if options.measures:
         from sphinx_pl.evaluation.curve import simplex
         from sphinx_pl.evaluation.mixtures import MixtureEvaluator
+        from sphinx_pl.evaluation.search import FEWEST, groups_of
 
         if options.curve is not None or options.beta == AUTO:
             simplex(len(paths), options.curve or POINTS)
         measured = _plan(options, paths, recipe, own=False)
         first = measured.models[0]
         assert isinstance(first, OurNames)
-        evaluate = MixtureEvaluator(measured, Measuring(options, first, cfg.data), device)
+        if options.search is not None:
+            groups_of(measured, options.search, options.budget)
+            if (samples := cfg.data.val_samples) and samples < FEWEST:
+                raise UserError(f"search= needs data.val_samples={FEWEST} at least, and it is {samples}")
+        evaluate = MixtureEvaluator(measured, Measuring(options, first, cfg.data), device, dtype)
         if options.curve_dir or out is None:
             folder = Path(options.curve_dir or ".")
         else:  # kept if the rest fails: it may have taken long

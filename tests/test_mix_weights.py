@@ -242,6 +242,13 @@ def test_rules_and_options_from_the_command_line(
             ["out=mixed", "beta=0.5", "rules={}"],
             "Cannot merge DictConfig with ListConfig",
         ),
+        (["out=.", "beta=0.5"], "out=.: name the folder"),
+        (["beta=auto", "search=[decodr]", "out=mixed", "data.root=DATA"], "search[0].match='decodr' is no part"),
+        (["curve=3", "search=[decoder]", "budget=1", "out=mixed", "data.root=DATA"], "budget=1 must be at least 2"),
+        (
+            ["search=[decoder]", "out=mixed", "data.val_samples=3", "data.root=DATA"],
+            "data.val_samples=4 at least",
+        ),
         (["out=/proc/foo", "beta=0.5"], "out: '/proc/foo' cannot be a folder"),
         (["out=real/config.json/x", "beta=0.5"], "cannot be a folder (Not a directory)"),
         ([f"out={300 * 'x'}", "beta=0.5"], "(File name too long)"),
@@ -255,10 +262,14 @@ def test_mistakes_are_answered_in_one_line(
     run: Callable[..., None],
     parents: str,
     tmp_path: Path,
+    sample_data: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     overrides: list[str],
     message: str,
 ) -> None:
+    monkeypatch.setattr(mix_weights, "_find", lambda *args: pytest.fail("evaluated first"))
+    overrides = [override.replace("DATA", str(sample_data)) for override in overrides]
     with pytest.raises(SystemExit) as exit_:
         run(*([] if any("checkpoints=" in o for o in overrides) else [parents]), *overrides)
     assert exit_.value.code == 2
@@ -294,6 +305,20 @@ def test_what_an_earlier_curve_left_is_not_the_mixtures(
     run(parents, "beta=auto", "curve=2", "out=mixed", *data)
     assert not (tmp_path / "mixed" / "search.json").exists()
     assert (tmp_path / "mixed" / "curve.json").exists()
+
+
+def test_the_curve_is_that_of_the_dtype_that_is_written(
+    run: Callable[..., None], parents: str, tmp_path: Path, data: list[str]
+) -> None:
+    run(parents, "beta=0.5", "dtype=bf16", "curve=3", "out=mixed", *data)
+    # The written mixture, evaluated at the end of a curve of its own: bf16 again.
+    run(parents.replace("/real", "/mixed"), "dtype=bf16", "curve=2", "curve_dir=check", *data)
+    curve, check = (json.loads((tmp_path / name / "curve.json").read_text()) for name in ("mixed", "check"))
+    for source in ("real", "synthetic"):
+        assert check["losses"][source][1] == pytest.approx(curve["losses"][source][1], abs=1e-12)
+    run(parents, "curve=3", "curve_dir=unrounded", *data)
+    other = json.loads((tmp_path / "unrounded" / "curve.json").read_text())
+    assert other["losses"]["real"][1] != curve["losses"]["real"][1]
 
 
 def test_weights_beyond_the_checkpoints_are_noted(

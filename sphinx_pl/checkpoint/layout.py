@@ -227,7 +227,7 @@ def write_layout(
 
     Raises:
         UserError: no folder can be made there, another process writes the same one, the disk is too small or full
-            (complete files are kept then), or what `values` raises (nothing is kept).
+            or fails (complete files are kept then), or what `values` raises (nothing is kept).
     """
     check_start(out, layout)
     folder = _unfinished(out)
@@ -254,7 +254,9 @@ def write_layout(
                 raise UserError(
                     f"the disk of '{out}' is full: free some space and run the command again, which goes on from there"
                 ) from error
-            raise
+            raise UserError(
+                f"'{out}' is not finished ({error}): check the disk and run the command again, which goes on from there"
+            ) from error
         except Exception:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -312,28 +314,38 @@ def _fill(
     """
     filling: deque[_Filling] = deque()
     closing: list[Future[None]] = []
+    over = Event()
+
+    def end() -> None:
+        filled = filling.popleft()
+        facts[filled.name] = filled.end(values)
+        closing.append(closer.submit(_close, folder, filled.name, facts[filled.name]))
+
     with ThreadPoolExecutor(3) as closer, ThreadPoolExecutor(workers) as pool:
         try:
             for file in sorted(files, key=lambda file: -file.nbytes / max(1, len(file.entries))):
                 try:
-                    filling.append(_Filling(folder, file, values, pool, closer, written))
+                    filling.append(_Filling(folder, file, values, pool, closer, written, over))
                 except OSError:  # no room for it: what was begun is ended, and kept
                     while filling:
-                        closing.append(filling.popleft().end(closer, facts))
+                        end()
                     _result(closing)
                     raise
                 if len(filling) == 2:
-                    closing.append(filling.popleft().end(closer, facts))
+                    end()
+                _result([job for job in closing if job.done()])
             while filling:
-                closing.append(filling.popleft().end(closer, facts))
-        finally:  # after an error or Ctrl-C
-            for left in filling:
-                left.stop()
+                end()
+        except BaseException:  # or Ctrl-C
+            pool.shutdown(cancel_futures=True)
+            raise
+        finally:
+            over.set()
         _result(closing)
 
 
 class _Filling:
-    """A file whose tensors are being filled in."""
+    """A file whose tensors are being filled in, by `pool`, while `closer` has what is written go to the disk."""
 
     def __init__(
         self,
@@ -343,43 +355,40 @@ class _Filling:
         pool: ThreadPoolExecutor,
         closer: ThreadPoolExecutor,
         written: Callable[[int], None],
+        over: Event,
     ) -> None:
-        self._folder, self._file, self._values = folder, file, values
+        self.name = file.name
+        self._keys = [entry.key for entry in file.entries.values() if entry.key is not None]
         partial = folder / f"{file.name}.part"
         offsets = file.create(partial)
-        self._descriptor, self._finished = os.open(partial, os.O_WRONLY), Event()
-        self._flushing = closer.submit(_flush, self._descriptor, self._finished)
+        self._file, self._finished = partial.open("r+b", buffering=0), Event()
         self._jobs = [
-            pool.submit(_write, self._descriptor, offsets[name], entry, values, written)
+            pool.submit(_write, self._file.fileno(), offsets[name], entry, values, written)
             for name, entry in file.entries.items()
         ]
+        self._flushing = closer.submit(_flush, self._file.fileno(), self._finished, over)
 
-    def end(self, closer: ThreadPoolExecutor, facts: dict[str, dict[str, Any]]) -> Future[None]:
-        """Wait for the tensors; the file is closed beside the next ones, since a disk takes longer than the page cache.
+    def end(self, values: Values) -> dict[str, Any]:
+        """Wait for the tensors; returns their facts. What is left is closed beside the next files, since a disk takes
+        longer than the page cache.
 
-        Raises what filling in a tensor does.
+        Raises what filling in a tensor does, and OSError if the disk did not take all.
         """
-        try:
-            _result(self._jobs)
-        finally:
-            self.stop()
-        keys = [entry.key for entry in self._file.entries.values() if entry.key is not None]
-        facts[self._file.name] = {key: self._values.facts(key) for key in keys}
-        return closer.submit(_close, self._folder, self._file.name, facts[self._file.name])
-
-    def stop(self) -> None:
-        """Begin no further tensor, and let go of the file."""
+        _result(self._jobs)
         self._finished.set()
-        for job in self._jobs:
-            job.cancel()
-        wait([*self._jobs, self._flushing])
-        os.close(self._descriptor)
+        self._flushing.result()
+        self._file.close()
+        return {key: values.facts(key) for key in self._keys}
 
 
-def _flush(descriptor: int, finished: Event) -> None:
-    """Have what is written go to the disk meanwhile, so that little of it is left at the end."""
-    while not finished.wait(0.1):
+def _flush(descriptor: int, *ends: Event) -> None:
+    """Have what is written go to the disk meanwhile, so that little of it is left at the end.
+
+    Raises OSError, which is not said again to who opens the file anew.
+    """
+    while not any(end.is_set() for end in ends):
         os.fdatasync(descriptor)
+        ends[0].wait(0.1)
 
 
 def _result(jobs: list[Future[None]]) -> None:

@@ -91,6 +91,10 @@ class Stored(ABC):
         """What the tensor is called here, as far as that can be told: parts and patterns of names go by it."""
         return key
 
+    def file(self, key: str) -> Path:
+        """Where the tensor lies: a file, or a folder if it may be spread over several."""
+        return self.path
+
     def parts(self, key: str) -> Sequence[str]:
         """The keys of all parts of the tensor that this one is a part of."""
         return [key]
@@ -113,6 +117,9 @@ class _SafetensorsFolder(Stored):
 
     def reader(self, key: str) -> AbstractContextManager[Read]:
         return self._files[self._file_of[key]].reader(key)
+
+    def file(self, key: str) -> Path:
+        return self.path / self._file_of[key]
 
     def _out_files(self, infos: dict[str, TensorInfo]) -> list[OutFile]:
         return [
@@ -224,6 +231,9 @@ class ParallelFolder(Stored):
             self._files.count(out.nbytes)
 
         yield read
+
+    def file(self, key: str) -> Path:
+        return self._files.files[int(key.partition("/")[0])]
 
     def ours(self, key: str) -> str:
         name = key.partition("/")[2]

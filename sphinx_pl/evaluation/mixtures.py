@@ -20,18 +20,25 @@ PartWeights = Mapping[str, Sequence[float]]
 class MixtureEvaluator:
     """Measures mixtures of a plan's checkpoints with other weights than the plan's.
 
-    The weights of the model are exactly those that would be written: rounded to the checkpoints' dtype. Tensors that
+    The weights of the model are exactly those that would be written. Tensors that
     are equal in all checkpoints are read once.
 
     Args:
         plan: of checkpoints under our names.
         measure: what is measured of a model.
+        dtype: of floating-point tensors, to which they are rounded; None: each one's own.
 
     Raises:
         UserError: the checkpoints' tensors are not those of their model.
     """
 
-    def __init__(self, plan: Plan, measure: Callable[[Sphinx], Measures], device: torch.device) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        measure: Callable[[Sphinx], Measures],
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         first = plan.models[0]
         assert isinstance(first, OurNames)
         with torch.device("meta"):
@@ -39,6 +46,7 @@ class MixtureEvaluator:
         first.checkpoint.check(model)
         self.plan = plan
         self.model = model.to_empty(device=device).eval()
+        self.dtype = dtype
         self.evaluations = 0
         self._measure = measure
         self._keys = list(first)
@@ -53,7 +61,7 @@ class MixtureEvaluator:
         """Of the mixture with these weights, the same for all tensors or by name."""
         mixer = self.plan.mixer(watch=not self._read)
         mixer.weights = weights if isinstance(weights, Mapping) else dict.fromkeys(self._keys, weights)
-        copy_into(self.model.state_dict(), ((key, mixer.tensor(key)) for key in self._keys))
+        copy_into(self.model.state_dict(), ((key, mixer.tensor(key, self.dtype)) for key in self._keys))
         if not self._read:
             self._keys = [key for key in self._keys if not Facts.from_json(mixer.facts(key)).equal]
             self._read = True

@@ -15,9 +15,12 @@ from sphinx_pl.evaluation.criterion import Criterion, Measures, interval, resamp
 from sphinx_pl.evaluation.losses import SourceLoss
 from sphinx_pl.evaluation.mixtures import MixtureEvaluator
 from sphinx_pl.files import write_whole
+from sphinx_pl.mixing.mix import Plan
 from sphinx_pl.mixing.rules import complement, resolve
 
 REST = "the rest"
+FEWEST = 4
+"""Samples of a source: every second one chooses, the others judge."""
 STEP = 0.25
 SMALLEST = 1 / 64
 
@@ -33,6 +36,21 @@ class Trial:
 def halves(measures: Measures, odd: bool) -> dict[str, SourceLoss]:
     """Every second sample: one half to choose by, the other to say what the choice is worth."""
     return {name: SourceLoss(loss.sums[odd::2], loss.tokens[odd::2]) for name, loss in measures.items()}
+
+
+def groups_of(plan: Plan, parts: Sequence[str], budget: int) -> dict[str, tuple[str, ...]]:
+    """The tensors of each part that a search moves. Asked before what takes long, too.
+
+    Raises:
+        UserError: not two models, a part that is none or that no tensor fits, or too small a budget.
+    """
+    if len(plan.models) != 2:
+        raise UserError(f"search= is for 2 checkpoints, not {len(plan.models)}")
+    if budget < 2:
+        raise UserError(f"budget={budget} must be at least 2 evaluations")
+    names = {key: plan.models[0].ours(key) for key in plan.models[0]}
+    _, rows = resolve([{"match": part, "beta": 0.5} for part in parts], [0.5, 0.5], names, list, "search")
+    return {part: row.keys for part, row in zip([*parts, REST], rows, strict=False)}
 
 
 def search_parts(
@@ -58,15 +76,9 @@ def search_parts(
         All trials, the first with equal β, and the best one's place.
 
     Raises:
-        UserError: not two models, a part that is none or no tensor of which differs, or too small a budget.
+        UserError: see `groups_of`, or a source with too few samples.
     """
-    if len(evaluate.plan.models) != 2:
-        raise UserError(f"search= is for 2 checkpoints, not {len(evaluate.plan.models)}")
-    if budget < 2:
-        raise UserError(f"budget={budget} must be at least 2 evaluations")
-    names = {key: evaluate.plan.models[0].ours(key) for key in evaluate.plan.models[0]}
-    _, rows = resolve([{"match": part, "beta": 0.5} for part in parts], [0.5, 0.5], names, list, "search")
-    groups = {part: row.keys for part, row in zip([*parts, REST], rows, strict=False)}
+    groups = groups_of(evaluate.plan, parts, budget)
     trials: list[Trial] = []
     known: dict[tuple[float, ...], int] = {}
 
@@ -87,8 +99,10 @@ def search_parts(
 
     best = attempt(dict.fromkeys(groups, start))
     assert best is not None
-    if any(len(loss.sums) < 4 for loss in trials[0].measures.values()):
-        raise UserError("search= chooses on every second sample, and a source has fewer than 4: raise data.val_samples")
+    if any(len(loss.sums) < FEWEST for loss in trials[0].measures.values()):
+        raise UserError(
+            f"search= chooses on every second sample, and a source has fewer than {FEWEST}: raise data.val_samples"
+        )
     # Moving what is equal in both models would be the same mixture again.
     changing = set(evaluate.changing)
     moved = [part for part, keys in groups.items() if changing.intersection(keys)]

@@ -207,9 +207,14 @@ def check_compatible(models: Sequence[Stored], cast: bool = False) -> None:
             raise UserError(f"{names} cannot be mixed: {problem}: mix checkpoints that were trained from the same one")
         if problem := compare(shapes, {key: other.info(key).shape for key in other}):
             raise UserError(f"'{other.path}' does not have the tensors of '{first.path}': {problem}")
-        for key in shapes if not cast else ():
+        for key in shapes:
             dtypes = first.info(key).dtype, other.info(key).dtype
-            if dtypes[0] != dtypes[1]:
+            if dtypes[0].is_floating_point != dtypes[1].is_floating_point:
+                raise UserError(
+                    f"'{key}' is {dtypes[0]} in '{first.path}' but {dtypes[1]} in '{other.path}', which "
+                    "cannot be mixed: mix what the quantized one was made from"
+                )
+            if dtypes[0] != dtypes[1] and not cast:
                 raise UserError(
                     f"'{key}' is {dtypes[0]} in '{first.path}' but {dtypes[1]} in '{other.path}': say which dtype the "
                     f"mixture is to have (dtype={' or '.join(list(DTYPES)[:3])})"

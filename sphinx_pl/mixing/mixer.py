@@ -91,9 +91,11 @@ class Mixer:
     def info(self, key: str) -> TensorInfo:
         return self.models[0].info(key)
 
-    def tensor(self, key: str) -> Tensor:
-        """The whole mixed tensor, in the dtype in which it is stored."""
+    def tensor(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The whole mixed tensor, rounded to `dtype`; None: to that in which it is stored."""
         info = self.info(key)
+        if dtype is not None and info.dtype.is_floating_point:
+            info = TensorInfo(info.shape, dtype)
         return assemble(self.stretches(key, info.dtype), info)
 
     def facts(self, key: str) -> Any:
@@ -186,7 +188,7 @@ class Mixer:
         for model, values in zip(self.models, raw, strict=True):
             if not bool(values.isfinite().all()):
                 raise UserError(
-                    f"'{key}' in '{model.path}' holds NaN or infinite values: its training diverged, leave it out"
+                    f"'{key}' in '{model.file(key)}' holds NaN or infinite values: its training diverged, leave it out"
                 )
 
     def _equal_everywhere(self, key: str) -> bool:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +144,46 @@ def test_a_disk_without_room_for_the_next_file_keeps_what_was_begun(
     again = Recorded()
     write_layout(tmp_path / "out", two_files(), again, fingerprint={"x": 1})
     assert sorted(again.asked) == ["c", "d", "e"]
+
+
+def test_what_the_disk_does_not_take_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error when pages are written back is told once, to whoever asks first."""
+
+    def failing(descriptor: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", failing)
+    with pytest.raises(UserError, match=r"out' is not finished \(.*Input/output error"):
+        write_layout(tmp_path / "out", two_files(), Recorded(), fingerprint={"x": 1})
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / ".out.tmp" / "one.safetensors").exists()
+    monkeypatch.undo()
+    write_layout(tmp_path / "out", two_files(), Recorded(), fingerprint={"x": 1})
+    assert read(tmp_path / "out" / "two.safetensors").keys() == set("cde")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("can't start new thread")])
+@pytest.mark.parametrize("moment", range(8))
+def test_an_interruption_between_two_tensors_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, moment: int
+) -> None:
+    """Tensors and flushing are handed to other threads, one after the other: none is waited for in vain."""
+    count = 0
+
+    class Interrupted(ThreadPoolExecutor):
+        def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
+            nonlocal count
+            count += 1
+            if count > moment:
+                raise error
+            return super().submit(*args, **kwargs)
+
+    monkeypatch.setattr(layouts, "ThreadPoolExecutor", Interrupted)
+    with pytest.raises(type(error)):
+        write_layout(tmp_path / "out", two_files(), Recorded(), fingerprint={"x": 1})
+    monkeypatch.undo()
+    write_layout(tmp_path / "out", two_files(), Recorded(), fingerprint={"x": 1})
+    assert read(tmp_path / "out" / "one.safetensors").keys() == set("ab")
 
 
 def test_the_next_file_is_begun_while_one_thread_ends_the_last_tensor_of_a_file(tmp_path: Path) -> None:

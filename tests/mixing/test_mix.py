@@ -475,6 +475,20 @@ def test_a_missing_tokenizer_is_said_before_anything_is_written(two: list[Path],
     assert not list(tmp_path.glob("*out*"))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, None])
+def test_whole_numbers_are_not_averaged_with_others(write: Write, tmp_path: Path, dtype: torch.dtype | None) -> None:
+    a, b = write("a", 0), write("b", _with("decoder.a", torch.ones(5, 7, dtype=torch.int8)))
+    models, base = open_models([a, b])
+    with pytest.raises(UserError, match=r"'decoder\.a' is torch\.float32 .* torch\.int8 .*, which cannot be mixed"):
+        plan_mixture(models, base, Recipe([0.5, 0.5]), cast=dtype is not None)
+
+
+def test_nan_is_named_with_its_file(write: Write, tmp_path: Path) -> None:
+    a, b = write("a", 0, max_shard_bytes=100), write("b", _with("decoder.a", NAN), max_shard_bytes=100)
+    with pytest.raises(UserError, match=r"'decoder\.a' in '.*/b/model-\d+-of-\d+\.safetensors' holds NaN"):
+        mix_checkpoints([a, b], [0.5, 0.5], tmp_path / "out")
+
+
 def test_names_and_weight_sources_may_differ(write: Write, tmp_path: Path) -> None:
     renamed = small_config().to_dict() | {"name": "other"}
     mix_checkpoints([write("a", 0), write("b", 1, model=renamed)], [0.5, 0.5], tmp_path / "out")
