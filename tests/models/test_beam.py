@@ -112,8 +112,11 @@ def test_a_stop_sequence_ends_an_answer_as_eos_does(model: Sphinx, prompts: list
     # With a high power for short answers the first that ends is the best: the same beams, cut.
     config = GenerationConfig(max_new_tokens=8, num_beams=3, length_penalty=-20.0, stop=[full[2:4], [511, 511]])
     assert generate(model, prompts[:1], config)[0] == full[:2]
-    config = GenerationConfig(max_new_tokens=8, num_beams=3, length_penalty=-20.0, eos_id=full[3])
-    assert generate(model, prompts[:1], config)[0] == full[: full.index(full[3])]
+    ends, stops = (
+        GenerationConfig(max_new_tokens=8, num_beams=3, length_penalty=-20.0, **by)
+        for by in ({"eos_id": full[3]}, {"stop": [full[3:4]]})
+    )
+    assert generate(model, prompts[:1], ends) == generate(model, prompts[:1], stops) != [full]
 
 
 def test_a_search_is_streamed_once_at_its_end(model: Sphinx, prompts: list[Prompt]) -> None:
