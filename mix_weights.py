@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
-from sphinx_pl.collector import uncollected
+from sphinx_pl.collector import leave, uncollected
 
 with uncollected():
     from omegaconf import DictConfig, OmegaConf
@@ -398,3 +398,4 @@ def main(cfg: DictConfig) -> float | None:
 
 if __name__ == "__main__":
     main()
+    leave()

@@ -1,10 +1,14 @@
-"""The garbage collector, kept from what it cannot help: objects that stay until the process ends."""
+"""The interpreter, kept from what cannot help: looking through objects that stay, and taking them apart at the end."""
 
 from __future__ import annotations
 
 import gc
+import logging
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 
 @contextmanager
@@ -17,3 +21,14 @@ def uncollected() -> Iterator[None]:
     finally:
         if before:
             gc.enable()
+
+
+def leave() -> NoReturn:
+    """End the process as done, without taking the interpreter apart: with torch in it that takes 0.3 s.
+
+    For the last line of a script that leaves nothing to functions at exit.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

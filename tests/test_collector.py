@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from sphinx_pl.collector import uncollected
+from tests.conftest import REPOSITORY
 
 
 def collections() -> int:
@@ -34,3 +38,19 @@ def test_as_many_objects_are_looked_through_otherwise() -> None:
     kept: list[list[int]] = [[] for _ in range(100_000)]
     assert collections() > before
     assert len(kept) == 100_000
+
+
+def test_leaving_loses_nothing_that_was_said(tmp_path: Path) -> None:
+    code = (
+        "import logging, logging.handlers, sys\n"
+        "from sphinx_pl.collector import leave\n"
+        f"file = logging.FileHandler({str(tmp_path / 'log')!r})\n"
+        "logging.getLogger().addHandler(logging.handlers.MemoryHandler(100, target=file))\n"
+        "logging.warning('logged')\n"
+        "print('said', end='')\n"
+        "print('complained', end='', file=sys.stderr)\n"
+        "leave()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=REPOSITORY)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "said", "complained")
+    assert (tmp_path / "log").read_text() == "logged\n"
