@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 help:
 	@echo "make demo       the whole pipeline on sample data: ends with a table and outputs/demo/report.html"
 	@echo "make sample-full  the same recipe with more steps and data (an hour); both go on where they stopped, ARGS=redo=all"
-	@echo "make test       the tests (a quarter of an hour on two cores)"
+	@echo "make test       the tests (13 minutes on two cores)"
 	@echo "make test-long  what takes longer, such as many kills (log in docs/logs/)"
 	@echo "make lint       ruff          make types  mypy          make build  the wheel"
 
