@@ -29,15 +29,17 @@ _HARMLESS = (
     *("_*", "name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "auto_map", "unsloth_*"),
     *("pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id", "use_cache", "max_position_embeddings"),
     *("initializer_*", "*drop*", "gradient_checkpointing", "use_reentrant", "pretraining_tp", "attn_implementation"),
-    *("output_*", "return_dict", "torchscript", "tokenizer_class", "finetuning_task", "problem_type", "max_length"),
+    *("output_attentions", "output_hidden_states", "output_scores", "return_dict", "torchscript", "tokenizer_class"),
+    *("finetuning_task", "problem_type", "max_length"),
     *("task_specific_params", "forced_decoder_ids", "*suppress_tokens", "apply_spec_augment", "max_window_layers"),
 )
 # Beside the weights and the card, what a training run or a download left in the folder.
 _LEFTOVERS = (
     *("*.safetensors", "*.bin", "*.pth", "*.pt", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.index.json"),
-    *("README*", PROVENANCE, "trainer_state.json", "*_results.json", "*.log", "*.zip", "*.tar*", "*.tfevents*", ".*"),
+    *("README*", PROVENANCE, "trainer_state.json", "*_results.json", "*.log", "*.zip", "*.tar", "*.tar.*"),
+    *("*.tgz", "*.tfevents.*", ".*"),
 )
-# What cuts text, besides tokenizer.json: compared byte by byte.
+# What cuts text, besides `_ALIKE`: compared byte by byte.
 _VOCABULARIES = ("*.model", "*.spm", "*.tiktoken", "vocab.txt", "vocab.bpe", "bpe.codes", "tekken.json")
 
 
@@ -100,17 +102,36 @@ def tokenizer_difference(a: Path, b: Path) -> str:
     Raises:
         UserError: a file is damaged.
     """
-    readers: dict[str, Callable[[Path], Any]] = dict.fromkeys(("vocab.json", "added_tokens.json"), read_json)
-    readers |= {"tokenizer.json": _pipeline, "merges.txt": _merges}
     names = [file.name for pattern in _VOCABULARIES for file in a.glob(pattern)]
-    for name in sorted({*names, *readers}):
-        if (a / name).is_file() and (b / name).is_file():
-            read = readers.get(name, Path.read_bytes)
-            if read(a / name) != read(b / name):
-                return name
-    name = "tokenizer.json"
-    both = (a / name).is_file() and (b / name).is_file()
-    return name if both and not _cut_alike(a / name, b / name) else ""
+    for name in sorted({*names, *_ALIKE}):
+        x, y = a / name, b / name
+        if x.is_file() and y.is_file() and not _ALIKE.get(name, _same_bytes)(x, y):
+            return name
+    return ""
+
+
+def _same_bytes(a: Path, b: Path) -> bool:
+    return a.read_bytes() == b.read_bytes()
+
+
+def _same_json(a: Path, b: Path) -> bool:
+    return read_json(a) == read_json(b)
+
+
+def _same_merges(a: Path, b: Path) -> bool:
+    return _merges(a) == _merges(b)
+
+
+def _same_pipeline(a: Path, b: Path) -> bool:
+    return bool(_pipeline(a) == _pipeline(b)) and _cut_alike(a, b)
+
+
+_ALIKE: dict[str, Callable[[Path, Path], bool]] = {
+    "tokenizer.json": _same_pipeline,
+    "vocab.json": _same_json,
+    "added_tokens.json": _same_json,
+    "merges.txt": _same_merges,
+}
 
 
 def _pipeline(path: Path) -> Any:

@@ -53,11 +53,15 @@ class Measure(Protocol):
 
 @dataclass(frozen=True)
 class Sums:
-    """`rows` [units, k] are added up, `finish` makes [..., k] sums to [...] values."""
+    """`rows` [units, k] are added up, `finish` makes [..., k] sums to [...] values.
+
+    Of a mean (`finish` is `ratio`) `most` is the highest score; the lowest is 0.
+    """
 
     units: Sequence[str]
     rows: Floats
     finish: Callable[[Floats], Floats]
+    most: float = 1.0
 
     def values(self, counts: Counts) -> Floats:
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -162,19 +166,19 @@ def estimate(prepared: Prepared, seed: int = 0, resamples: int = RESAMPLES) -> E
 
 
 def _alike(prepared: Prepared) -> tuple[float, float] | None:
-    """The interval of a mean of scores in 0..1 that are all the same; None elsewhere.
+    """The interval of a mean of scores that are all the same; None elsewhere.
 
     With a confidence of 97.5 % at least the share 0.025 ** (1 / n) of all units is like the n drawn ones; the others
-    have 0 at worst, 1 at best. Of shares of right answers this is Clopper and Pearson's (1934).
+    have 0 at worst, `most` at best. Of shares of right answers this is Clopper and Pearson's (1934).
     """
     if not isinstance(prepared, Sums) or prepared.finish is not ratio or not len(prepared.rows):
         return None
     scores, counted = prepared.rows.T
-    if (counted != 1).any() or (scores != scores[0]).any() or not 0 <= scores[0] <= 1:
+    if (counted != 1).any() or (scores != scores[0]).any() or not 0 <= scores[0] <= prepared.most:
         return None
     least = ((1 - LEVEL) / 2) ** (1 / len(scores))
     low = float(scores[0]) * least
-    return low, low + 1 - least
+    return low, low + prepared.most * (1 - least)
 
 
 def difference(first: Prepared, second: Prepared, seed: int = 0, resamples: int = RESAMPLES) -> Difference:

@@ -22,7 +22,8 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _DECODER = ("decoder.", "model.", "language_model.", "transformer.", "gpt_neox.", "h.")
 _NORM = re.compile(r"_proj\.1\.|(^|[._])(norm|layernorm|rmsnorm|ln)([._\d]|$)|layernorm|_norm\.", re.IGNORECASE)
 _EMBEDDINGS = re.compile(
-    r"(^|\.)(tok_embeddings|embed_tokens|wte|wpe|word_embeddings|embed_in|embed_out|lm_head)\.|^((decoder|language_model)\.)?output\."
+    r"(^|\.)(tok_embeddings|embed_tokens|wte|wpe|word_embeddings|embed_in|embed_out|lm_head)\."
+    r"|^((decoder|language_model)\.)?output\."
 )
 _PROJECTIONS = re.compile(r"^mixer\.(?!towers\.)|(multi_modal_projector|mm_projector|visual_proj)")
 _TOWERS = re.compile(r"vision_tower|vision_model|visual\.|image_encoder")

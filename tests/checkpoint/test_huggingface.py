@@ -81,6 +81,7 @@ def test_configs_of_one_model(change: dict[str, Any]) -> None:
         ({"model_type": "mistral"}, "config.json.model_type is"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings"),
         ({"use_mrope": True}, "use_mrope"),
+        ({"output_stride": 16}, "output_stride"),
         ({"image_token_id": 7}, "image_token_id"),
         ({"text_config": {"hidden_size": 3}}, "text_config.hidden_size"),
     ],
@@ -215,7 +216,15 @@ def test_a_single_file_goes_before_shards_that_lie_there_too(tmp_path: Path) -> 
 def test_what_belongs_to_a_model() -> None:
     for name in ("config.json", "generation_config.json", "tokenizer.model", "spiece.model", "vocab.txt", "merges.txt"):
         assert belongs(name)
-    for name in ("modeling_x.py", "chat_template.jinja", "modules.json", "source.spm", "bpe.codes", "LICENSE"):
+    for name in (
+        "vocab.target.json",
+        "modeling_x.py",
+        "chat_template.jinja",
+        "modules.json",
+        "source.spm",
+        "bpe.codes",
+        "LICENSE",
+    ):
         assert belongs(name)
     for name in ("README.md", "trainer_state.json", "all_results.json", "training_args.bin", "runs.zip", "x.gguf"):
         assert not belongs(name)

@@ -24,7 +24,7 @@ from sphinx_pl.data.geometry import Geometry
 from sphinx_pl.data.record import ImageRef, Record
 from sphinx_pl.evaluation.asking import Prediction
 from sphinx_pl.evaluation.benchmarks import Benchmark, Verdict
-from sphinx_pl.evaluation.measures import Floats, Measure, Prepared, Sums, Whole, ratio
+from sphinx_pl.evaluation.measures import Measure, Prepared, Sums, Whole, ratio
 from sphinx_pl.evaluation.metrics import caption_f1
 from sphinx_pl.evaluation.scoring.caption import check_caption_tools, scores_of_images
 from sphinx_pl.files import write_whole
@@ -130,12 +130,7 @@ class Captions:
         if self.name not in of_images:
             return Whole(units, figures[self.name])
         rows = np.array([[of_images[self.name][unit], 1.0] for unit in units])
-        return Sums(units, rows, _to_ten if self.name == "CIDEr" else ratio)
-
-
-def _to_ten(sums: Floats) -> Floats:
-    """A mean that, unlike a `ratio`, is not one of scores in 0..1: CIDEr reaches 10."""
-    return ratio(sums)
+        return Sums(units, rows, ratio, most=10 if self.name == "CIDEr" else 1)
 
 
 def _record(key: str, path: str, captions: Sequence[Any], number: Any) -> Record:
