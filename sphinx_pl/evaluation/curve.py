@@ -141,7 +141,7 @@ def describe_best(content: dict[str, Any]) -> str:
         return f"{what} points, {best['value']:.4f}: no mixture is better than {alone}."
     sure = "" if low > 0 else " That may be chance: the interval reaches 0."
     return (
-        f"{what} points, {best['value']:.4f}: better than {alone}, the better end, by "
+        f"{what} points, {best['value']:.4f}: better than {alone}, the best end, by "
         f"{gain}.{sure} It is the best point in {100 * best['chosen']:.0f} % of the resamples."
     )
 
@@ -196,7 +196,8 @@ def _lines(axes: Any, content: dict[str, Any], kind: str) -> None:
     axes.plot(betas, content["mean" if one == "loss" else "mean_score"], "k--", label="mean")
     axes.axvline(content["best"]["beta"], color="grey", linewidth=0.8)
     label = "held-out loss (nats per token)" if one == "loss" else "score"
-    axes.set(xlabel=f"β (1: {_end(content['method'], 0)}, 0: {_end(content['method'], 1)})", ylabel=label)
+    of = f"{content['method']} of the " if METHODS[content["method"]].base else ""
+    axes.set(xlabel=f"β (1: {of}first checkpoint, 0: second)", ylabel=label)
     axes.legend(frameon=False)
 
 
