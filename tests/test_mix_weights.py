@@ -337,7 +337,7 @@ def test_a_curve_of_a_method_with_a_base_calls_its_ends_what_they_are(
     run(f"checkpoints=[{a},{b}]", f"base={base}", "method=ties", "curve=2", "curve_dir=curve", *data)
     curve = json.loads((tmp_path / "curve" / "curve.json").read_text())
     assert curve["method"] == "ties"
-    assert "than ties of checkpoint" in describe_best(curve)
+    assert "than ties of the " in describe_best(curve)
 
 
 def test_the_command_line_sweeps_beta(parents: str, tmp_path: Path) -> None:

@@ -297,6 +297,24 @@ def test_a_run_that_blows_up_ends_in_one_line_with_the_last_good_checkpoint(
 # --- what is refused
 
 
+def test_a_signal_while_it_starts_ends_it_before_training(tmp_path: Path, sample_data: Path) -> None:
+    """Most of a start is imports and the model; an unnoted SIGTERM would end it without a word or a requeue."""
+    process = subprocess.Popen(
+        command(tmp_path, sample_data), cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.terminate()
+        said = process.communicate(timeout=240)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "SIGTERM: nothing new to save; ckpt_path=last goes on from there" in " ".join(said.split())
+    assert not checkpoints(tmp_path / "pretrain_real" / "checkpoints")
+
+
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path, sample_data: Path) -> None:
     assert run(tmp_path, sample_data, "stage.max_steps=2").returncode == 0
     again = run(tmp_path, sample_data, "stage.max_steps=2")

@@ -126,7 +126,8 @@ def summary(points: Sequence[CurvePoint], criterion: Criterion, method: str = "l
 
 def _end(method: str, model: int) -> str:
     """What lies at an end: of a method with a base not the checkpoint itself, but what the method makes of it."""
-    return f"{method} of checkpoint {model}" if METHODS[method].base else f"checkpoint {model}"
+    checkpoint = f"the {('first', 'second', 'third')[model]} checkpoint"
+    return f"{method} of {checkpoint}" if METHODS[method].base else checkpoint
 
 
 def describe_best(content: dict[str, Any]) -> str:
@@ -196,8 +197,7 @@ def _lines(axes: Any, content: dict[str, Any], kind: str) -> None:
     axes.plot(betas, content["mean" if one == "loss" else "mean_score"], "k--", label="mean")
     axes.axvline(content["best"]["beta"], color="grey", linewidth=0.8)
     label = "held-out loss (nats per token)" if one == "loss" else "score"
-    of = f"{content['method']} of the " if METHODS[content["method"]].base else ""
-    axes.set(xlabel=f"β (1: {of}first checkpoint, 0: second)", ylabel=label)
+    axes.set(xlabel=f"β (1: {_end(content['method'], 0)}, 0: the second)", ylabel=label)
     axes.legend(frameon=False)
 
 

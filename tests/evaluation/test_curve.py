@@ -131,14 +131,14 @@ def test_a_gain_is_sure_or_said_to_be_chance() -> None:
     assert sure["best"]["gain"] == pytest.approx(0.2)
     assert 0.15 < sure["best"]["gain_interval"][0] < 0.2 < sure["best"]["gain_interval"][1] < 0.25
     assert sure["best"]["chosen"] == 1
-    assert "better than checkpoint" in describe_best(sure)
+    assert "better than the first checkpoint alone" in describe_best(sure)
     assert "chance" not in describe_best(sure)
     chance = summary(noisy([2.0, 1.99, 2.0], noise=1.0), Criterion())
     assert chance["best"]["gain_interval"][0] < 0
     assert "may be chance" in describe_best(chance)
     worse = summary(noisy([1.0, 1.8, 2.0], noise=0.1), Criterion())
     assert worse["best"]["beta"] == 0
-    assert describe_best(worse).endswith("no mixture is better than checkpoint 1 alone.")
+    assert describe_best(worse).endswith("no mixture is better than the second checkpoint alone.")
 
 
 def test_the_interval_of_a_source_resamples_whole_samples() -> None:
