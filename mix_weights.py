@@ -20,12 +20,12 @@ with uncollected():
     from rich.console import Console
 
     from sphinx_pl.checkpoint.layout import check_start
-    from sphinx_pl.checkpoint.stored import OurNames
+    from sphinx_pl.checkpoint.stored import OurNames, ParallelFolder
     from sphinx_pl.cli import entry_point
     from sphinx_pl.errors import UserError, suggest
     from sphinx_pl.evaluation.criterion import LOSS, SCORE, Criterion, Measures
     from sphinx_pl.evaluation.device import autocast, check_precision, choose_device
-    from sphinx_pl.files import check_folder, write_whole
+    from sphinx_pl.files import check_folder, finite, write_whole
     from sphinx_pl.mixing.methods import METHODS
     from sphinx_pl.mixing.mix import (
         DTYPES,
@@ -104,6 +104,8 @@ class MixConfig:
             raise UserError(f"curve={self.curve} must be at least 2, the two ends")
         if self.measures and self.out is None and self.curve_dir is None:
             raise UserError("the curve has no place to go: give curve_dir=FOLDER")
+        if self.out and self.curve_dir and Path(self.curve_dir).resolve().is_relative_to(Path(self.out).resolve()):
+            raise UserError(f"curve_dir={self.curve_dir} is in out={self.out}, where the curve goes without it")
         if self.search is not None and (self.rules or self.weights is not None or _is_number(self.beta)):
             raise UserError("search= finds the weights: leave out weights, beta and rules")
         if self.measures and self.rules:
@@ -160,7 +162,7 @@ class MixConfig:
         """
         found: list[str] = []
         for path in self.checkpoints:
-            if not set(path) & set("*?["):
+            if not set(path) & set("*?[") or Path(path).exists():
                 found.append(path)
             elif matches := _matches(path):
                 found += matches
@@ -181,7 +183,7 @@ def _matches(pattern: str) -> list[str]:
 
 def _by_numbers(path: str) -> list[tuple[int, str]]:
     """step-20 comes before step-100."""
-    return [(int(word), "") if word.isdigit() else (-1, word) for word in re.split(r"(\d+)", path)]
+    return [(int(word), "") if word.isdecimal() else (-1, word) for word in re.split(r"([0-9]+)", path)]
 
 
 class Measuring:
@@ -311,7 +313,8 @@ def _find(
         chosen = search.greedy_soup(evaluate, criterion, tell)
         folder.mkdir(parents=True, exist_ok=True)
         content = {"criterion": options.criterion, "soup": chosen, "tried": tried}
-        write_whole(folder / "soup.json", json.dumps(content, indent=2) + "\n")
+        write_whole(folder / "soup.json", json.dumps(finite(content), indent=2) + "\n")
+        value = next(trial["value"] for trial in reversed(tried) if trial["kept"])
         found = {"weights": search.soup_weights(chosen, count)}
         origin = {"chosen_by": {"criterion": options.criterion, "soup": chosen}}
     return found, origin, value
@@ -324,6 +327,12 @@ def summarise(said: dict[str, Any], out: Path, seconds: float, console: Console)
     console.print(distances_table(said))
     weights = f" (weights {', '.join(f'{weight:g}' for weight in said['weights'])})" if "weights" in said else ""
     console.print(f"Mixed checkpoint: {out}{weights}, in {seconds:.1f} s", markup=False, highlight=False)
+
+
+def _measured_in(folder: Path) -> Path | None:
+    """What an earlier evaluation has left there."""
+    files = (folder / name for name in ("curve.json", "search.json", "soup.json"))
+    return next((file for file in files if file.exists()), None)
 
 
 def _plan(options: MixConfig, paths: Sequence[str], recipe: Recipe, own: bool) -> Plan:
@@ -340,14 +349,28 @@ def main(cfg: DictConfig) -> float | None:
     paths = options.paths()
     recipe = options.recipe(len(paths))
     if out is not None:
-        check_out(out, options.overwrite)
+        check_out(out, options.overwrite, [Path(path) for path in (*paths, *([options.base] if options.base else []))])
     if options.curve_dir is not None:
         check_folder(Path(options.curve_dir), "curve_dir")
-    own = not needs_our_names(paths, options.layout, options.shards)
+        if not options.overwrite and (there := _measured_in(Path(options.curve_dir))):
+            raise UserError(f"'{there}' exists: choose another curve_dir, or overwrite=true")
+    layout = options.layout
+    own = not needs_our_names(paths, layout, options.shards)
     plan = _plan(options, paths, recipe, own)
+    if options.measures and METHODS[options.method].draws and isinstance(plan.models[0], ParallelFolder):
+        # What is drawn goes by tensors, of which ranks have parts: they are written from the whole ones that are
+        # evaluated.
+        own, layout = False, "original"
+        plan = _plan(options, paths, recipe, own)
     dtype = DTYPES[options.dtype] if options.dtype else None
     if out is not None:
-        check_start(out, layout_of(plan, options.layout, options.shards, dtype))
+        files = layout_of(plan, layout, options.shards, dtype)
+        check_start(out, files)
+        if left_out := set(plan.models[0]) - files.keys:
+            console.print(
+                f"Note: layout={layout} is a language model's: {len(left_out)} tensors of towers and projections "
+                "are left out"
+            )
     value, origin, beside = None, None, None
     if options.measures:
         from sphinx_pl.evaluation.curve import simplex
@@ -380,7 +403,7 @@ def main(cfg: DictConfig) -> float | None:
     said = mix(
         plan,
         out,
-        layout=options.layout,
+        layout=layout,
         shards=options.shards,
         dtype=dtype,
         overwrite=options.overwrite,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from sphinx_pl.errors import UserError
 
@@ -32,6 +34,15 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """Write a whole file. Text is UTF-8."""
     with whole_file(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def finite(content: Any) -> Any:
+    """With null for every number that is NaN or infinite: JSON has no word for them, and other programs refuse ours."""
+    if isinstance(content, Mapping):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def make_folder(path: Path, key: str) -> None:

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +17,14 @@ import torch
 import mix_weights
 from sphinx_pl.checkpoint.format import open_checkpoint, same_bits, write_checkpoint
 from sphinx_pl.data.processor import Processor
+from sphinx_pl.errors import UserError
 from sphinx_pl.evaluation.curve import describe_best
 from sphinx_pl.mixing.methods import mix_tensors
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx
+from tests.conftest import tiny_model
+from tests.mixing.conftest import original_folder
+from tests.mixing.test_rules import ORIGINAL
 
 SCRIPT = Path(mix_weights.__file__)
 
@@ -36,6 +43,21 @@ def parents(tmp_path: Path, model_config: SphinxConfig, processor: Processor) ->
             {"stage": name},
         )
     return f"checkpoints=[{tmp_path}/real,{tmp_path}/synthetic]"
+
+
+@pytest.fixture
+def plain(tmp_path: Path, processor: Processor) -> list[Path]:
+    """Two checkpoints of a model as Hugging Face's LLaMA can be, with towers."""
+    config = tiny_model()
+    config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, qk_norm=False))
+    paths = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        tensors, path = Sphinx(config).state_dict(), tmp_path / f"plain_{seed}"
+        paths.append(
+            write_checkpoint(path, tensors, config.to_dict(), processor.to_dict(), processor.tokenizer.path, {})
+        )
+    return paths
 
 
 @pytest.fixture
@@ -234,6 +256,10 @@ def test_rules_and_options_from_the_command_line(
         (["out=mixed", "method=ties", "weights=[1,1]"], "base=FOLDER"),
         (["out=mixed", "beta=0.5", "options.density=0.5"], "method=linear has no such option"),
         (["out=mixed", "beta=0.5", "criterion=bleu"], "criterion=bleu"),
+        (["out=mixed", "weights=[1e308,1e308]", "any_sum=true"], "too large to be summed"),
+        (["out=mixed", "beta=auto", "curve_dir=mixed/curve"], "curve_dir=mixed/curve is in out=mixed"),
+        (["out=real", "beta=0.5", "overwrite=true", "checkpoints=[real,synthetic]"], "would delete 'real'"),
+        (["curve=3", "curve_dir=kept"], "'kept/curve.json' exists"),
         (["out=mixed", "beta=0.5", "rules=[{mach: decoder, beta: 0.5}]"], "mach"),
         (["out=mixed", "beta=0.5", "checkpoints=[step-*]"], "nothing fits 'step-*'"),
         (["out=mixed", "beta=0.5", "checkpoints=[real,'']"], "has an empty name"),
@@ -269,6 +295,8 @@ def test_mistakes_are_answered_in_one_line(
     message: str,
 ) -> None:
     monkeypatch.setattr(mix_weights, "_find", lambda *args: pytest.fail("evaluated first"))
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "curve.json").touch()
     overrides = [override.replace("DATA", str(sample_data)) for override in overrides]
     with pytest.raises(SystemExit) as exit_:
         run(*([] if any("checkpoints=" in o for o in overrides) else [parents]), *overrides)
@@ -277,7 +305,7 @@ def test_mistakes_are_answered_in_one_line(
     assert message in error
     assert error.count("\n") == 1
     # Before anything is evaluated or made.
-    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "outputs") == ["real", "synthetic"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "outputs") == ["kept", "real", "synthetic"]
 
 
 def test_a_small_disk_is_said_before_the_evaluation(
@@ -321,6 +349,73 @@ def test_the_curve_is_that_of_the_dtype_that_is_written(
     assert other["losses"]["real"][1] != curve["losses"]["real"][1]
 
 
+BROKEN = {
+    f"decoder.layers.0.feed_forward.{name}.weight": (1.0, 1e30, 1.0) for name in ("w1", "w2", "w3")
+}  # finite, but what they compute is not
+
+
+def test_a_model_that_computes_nan_is_never_chosen(
+    run: Callable[..., None],
+    models: Callable[..., list[Path]],
+    tmp_path: Path,
+    data: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    good, broken, other = models(3, values=BROKEN)
+    run(f"checkpoints=[{broken},{good}]", "beta=auto", "curve=3", "out=auto", *data)
+    assert open_checkpoint(tmp_path / "auto").provenance["mixing"]["weights"] == [0, 1]
+    assert "none that is a number" in " ".join(capsys.readouterr().out.split())
+    run(f"checkpoints=[{broken},{good},{other}]", "method=greedy_soup", "out=soup", *data)
+    assert 0 not in open_checkpoint(tmp_path / "soup").provenance["mixing"]["chosen_by"]["soup"]
+    with pytest.raises(SystemExit):
+        run(f"checkpoints=[{broken},{broken}]", "search=[decoder]", "out=search", *data)
+    assert "no model or mixture" in capsys.readouterr().err
+
+
+def test_what_dare_draws_goes_by_whole_tensors_when_mixtures_are_evaluated(
+    run: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The original's files hold parts of tensors, for which other entries would be drawn than in the evaluation."""
+    tensors = dict.fromkeys(ORIGINAL, torch.ones(48, 16))
+    paths = [original_folder(tmp_path / name, tensors, 2) for name in "abc"]
+    own: list[bool] = []
+    real = mix_weights._plan
+
+    def plan(*arguments: Any) -> Any:
+        own.append(arguments[-1])
+        if not own[-1]:
+            raise UserError("far enough")
+        return real(*arguments)
+
+    monkeypatch.setattr(mix_weights, "_plan", plan)
+    mixture = [f"checkpoints=[{paths[0]},{paths[1]}]", f"base={paths[2]}", "out=out"]
+    for overrides, asked in ((["method=dare", "beta=auto"], [True, False]), (["method=dare", "weights=[1,1]"], [True])):
+        own.clear()
+        with suppress(SystemExit):
+            run(*mixture, *overrides)
+        assert own == asked, capsys.readouterr().err
+
+
+def test_names_that_look_like_patterns(
+    run: Callable[..., None], models: Callable[..., list[Path]], tmp_path: Path
+) -> None:
+    for path, name in zip(models(2), ("step-1[a]", "r1²2"), strict=True):
+        path.rename(tmp_path / name)
+    run("checkpoints=['step-1[a]','r1*']", "beta=1", "out=out")
+    assert open_checkpoint(tmp_path / "out").provenance["parents"][0]["path"] == "step-1[a]"
+
+
+def test_a_language_models_layout_says_what_it_leaves_out(
+    run: Callable[..., None], plain: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = plain
+    run(f"checkpoints=[{a},{b}]", "beta=0.5", "layout=huggingface", "out=hf")
+    assert "of towers and projections are left out" in " ".join(capsys.readouterr().out.split())
+    run(f"checkpoints=[{a},{b}]", "beta=0.5", "out=ours")
+    hf, ours = (json.loads((tmp_path / name / "provenance.json").read_text())["parents"] for name in ("hf", "ours"))
+    assert [parent["xxh3_128"] for parent in hf] == [parent["xxh3_128"] for parent in ours]
+
+
 def test_weights_beyond_the_checkpoints_are_noted(
     run: Callable[..., None], parents: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -334,7 +429,7 @@ def test_a_curve_of_a_method_with_a_base_calls_its_ends_what_they_are(
     run: Callable[..., None], models: Callable[..., list[Path]], tmp_path: Path, data: list[str]
 ) -> None:
     a, b, base = models(3)
-    run(f"checkpoints=[{a},{b}]", f"base={base}", "method=ties", "curve=2", "curve_dir=curve", *data)
+    run(f"checkpoints=[{a},{b}]", f"base={base}", "method=ties", "curve=3", "curve_dir=curve", *data)
     curve = json.loads((tmp_path / "curve" / "curve.json").read_text())
     assert curve["method"] == "ties"
     assert "than ties of the " in describe_best(curve)

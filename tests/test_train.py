@@ -91,7 +91,7 @@ class Killer:
 
     def writing(self) -> bool:
         """Whether a checkpoint is being written, or was when the run was killed."""
-        return any(not path.name.endswith(".old.tmp") for path in self.checkpoints.glob(".step-*.tmp"))
+        return any(not path.name.endswith(".replaced.tmp") for path in self.checkpoints.glob(".step-*.tmp"))
 
     def newest(self) -> int:
         return max((step_of(path) for path in checkpoints(self.checkpoints)), default=0)

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sphinx_pl.checkpoint.format import (
+    PROVENANCE,
     Checkpoint,
     TensorInfo,
     check_free,
@@ -78,7 +79,7 @@ def provenance_table(checkpoint: Checkpoint | HuggingFaceFolder) -> Table:
                     pairs = item.items() if isinstance(item, dict) else [("", item)]
                     table.add_row("mixing", Text(f"{said} " + ", ".join(f"{n} {v}".strip() for n, v in pairs)))
         elif key == "command":
-            table.add_row(key, Text(" ".join(value)))
+            table.add_row(key, Text(" ".join(map(str, value)) if isinstance(value, list) else str(value)))
         elif key != "config":
             pairs = value.items() if isinstance(value, dict) else [("", value)]
             table.add_row(Text(key), Text(", ".join(f"{name} {item}".strip() for name, item in pairs)))
@@ -145,9 +146,14 @@ def _show(options: argparse.Namespace, console: Console) -> int:
         if not HuggingFaceFolder.matches(folder):
             raise
         checkpoint = HuggingFaceFolder(folder)  # of a model that this project doesn't have: it can be mixed
-    console.print(parts_table(checkpoint), provenance_table(checkpoint))
-    if mixing := checkpoint.provenance.get("mixing"):
-        console.print(distances_table(mixing))
+    console.print(parts_table(checkpoint))
+    try:
+        tables = [provenance_table(checkpoint)]
+        if mixing := checkpoint.provenance.get("mixing"):
+            tables.append(distances_table(mixing))
+        console.print(*tables)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        console.print(f"'{folder / PROVENANCE}' was not written by this project, and is not shown", markup=False)
     if options.hash:
         hashes: dict[str, str] = {}
         for own in (True, False):  # among checkpoints of one layout, and of several
@@ -189,7 +195,7 @@ def import_checkpoint(checkpoint: Checkpoint, out: str, overwrite: bool) -> None
     Raises:
         UserError: its tensors are not those of its model, or `out` exists; nothing is written then.
     """
-    check_free(Path(out), overwrite)
+    check_free(Path(out), overwrite, [checkpoint.path])
     check_whole(checkpoint)
     tokenizer = checkpoint.tokenizer()
     check_room(Path(out), sum(checkpoint.info(name).nbytes for name in checkpoint))

@@ -688,7 +688,7 @@ def write_checkpoint(
     if keys := list(leave_out):
         weights = Without(weights, SphinxConfig.from_dict(model), keys)
         config[LEFT_OUT] = weights.left_out
-    with staged(path) as folder:
+    with staged(path, overwrite) as folder:
         write_shards(folder, weights, dtype, max_shard_bytes, progress)
         if kept := StateDict(dict(unused)):
             write_safetensors(folder / UNUSED, {name: kept.info(name) for name in kept}, kept.tensor)
@@ -699,15 +699,15 @@ def write_checkpoint(
 
 
 @contextmanager
-def staged(path: Path) -> Iterator[Path]:
+def staged(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """A new folder to write files into: renamed to `path` at the end, in place of what is there; removed on errors."""
-    folder = path.with_name(f".{path.name}.tmp")
+    path = linked(path)
+    folder = unfinished(path)
     shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed
     folder.mkdir(parents=True)
     try:
         yield folder
         sync(*folder.iterdir(), folder)
-        move_into_place(folder, path)
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -716,6 +716,7 @@ def staged(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+    move_into_place(folder, path, overwrite)
 
 
 def check_room(path: Path, nbytes: int) -> None:
@@ -725,14 +726,34 @@ def check_room(path: Path, nbytes: int) -> None:
         raise UserError(f"'{path}' needs {decimal(nbytes)}, and the disk has {decimal(free)} left: free some space")
 
 
-def check_free(path: Path, overwrite: bool) -> None:
-    """Raises: UserError: `path` exists and may not be overwritten, or is something else than a checkpoint."""
+def check_free(
+    path: Path,
+    overwrite: bool,
+    sources: Iterable[Path] = (),
+    is_checkpoint: Callable[[Path], bool] = SphinxCheckpoint.matches,
+) -> None:
+    """Whether a checkpoint may be written there.
+
+    Args:
+        sources: what it is made of.
+
+    Raises:
+        UserError: `path` exists and may not be overwritten, is something else than a checkpoint, or holds what nobody
+            asked to delete: one of the sources, or folders, of which a checkpoint has none.
+    """
     if not path.exists():
         return
     if not overwrite:
         raise UserError(f"'{path}' exists: choose another path, or allow it to be overwritten (overwrite=true)")
-    if not SphinxCheckpoint.matches(path):
+    for source in sources:
+        if source.resolve().is_relative_to(path.resolve()):
+            raise UserError(f"overwrite=true would delete '{source}' with '{path}': choose another path")
+    if not is_checkpoint(path):
         raise UserError(f"'{path}' is not a checkpoint, so overwrite=true does not replace it: choose another path")
+    if folder := next((inside.name for inside in path.iterdir() if inside.is_dir()), None):
+        raise UserError(
+            f"overwrite=true would delete the folder '{folder}' in '{path}': choose another path, or move it"
+        )
 
 
 def into_shards(infos: Mapping[str, TensorInfo], max_bytes: int = MAX_SHARD_BYTES) -> list[list[str]]:
@@ -857,11 +878,34 @@ def write_safetensors(
             del tensor, value  # before the next one is made
 
 
-def move_into_place(folder: Path, path: Path) -> None:
-    """Rename a folder that is complete to `path`, in place of what is there."""
-    old = path.with_name(f".{path.name}.old.tmp")
+def linked(path: Path) -> Path:
+    """Where it points to if it is a link: what is written in its place is to lie there."""
+    return path.resolve() if path.is_symlink() else path
+
+
+def unfinished(path: Path) -> Path:
+    """What a folder is called until all of it is there."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def replaced(path: Path) -> Path:
+    """What a folder is called from when another one takes its place until it is deleted."""
+    return path.with_name(f".{path.name}.replaced.tmp")
+
+
+def move_into_place(folder: Path, path: Path, overwrite: bool = True) -> None:
+    """Rename a folder that is complete to `path`, in place of what is there.
+
+    Raises:
+        UserError: something has appeared there that may not be overwritten.
+    """
+    old = replaced(path)
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():  # a folder cannot be renamed over one that is not empty
+        if not overwrite:
+            raise UserError(
+                f"'{path}' was made by somebody else meanwhile: what was to be there is whole in '{folder}'"
+            )
         path.rename(old)
     folder.rename(path)
     sync(path.parent)
@@ -872,7 +916,7 @@ def discard(path: Path) -> None:
     """Delete a checkpoint. It loses its name first: what is half deleted when a run is killed is no checkpoint."""
     if not path.exists():
         return
-    gone = path.with_name(f".{path.name}.old.tmp")
+    gone = replaced(path)
     shutil.rmtree(gone, ignore_errors=True)
     path.rename(gone)
     shutil.rmtree(gone)
@@ -889,7 +933,8 @@ def sync(*paths: Path) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Readable, and half a character (a lone surrogate), which UTF-8 cannot hold, as JSON escapes it."""
+    path.write_bytes((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:

@@ -33,11 +33,12 @@ _HARMLESS = (
     *("finetuning_task", "problem_type", "max_length"),
     *("task_specific_params", "forced_decoder_ids", "*suppress_tokens", "apply_spec_augment", "max_window_layers"),
 )
-# Beside the weights and the card, what a training run or a download left in the folder.
+# Beside the weights and the card, what a training run or a download left in the folder: files and folders.
 _LEFTOVERS = (
     *("*.safetensors", "*.bin", "*.pth", "*.pt", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.index.json"),
     *("README*", PROVENANCE, "trainer_state.json", "*_results.json", "*.log", "*.zip", "*.tar", "*.tar.*"),
-    *("*.tgz", "*.tfevents.*", ".*"),
+    *("*.tgz", "*.tfevents.*", ".*", "trainer_log.jsonl", "training_args.*", "latest", "zero_to_fp32.py"),
+    *("checkpoint-*", "runs", "logs", "global_step*"),
 )
 # What cuts text, besides `_ALIKE`: compared byte by byte.
 _VOCABULARIES = ("*.model", "*.spm", "*.tiktoken", "vocab.txt", "vocab.bpe", "bpe.codes", "tekken.json")
@@ -118,6 +119,13 @@ def _same_json(a: Path, b: Path) -> bool:
     return read_json(a) == read_json(b)
 
 
+def _same_lettering(a: Path, b: Path) -> bool:
+    """Of tokenizer_config.json: how BERT's relatives write a text before they cut it. The rest is said elsewhere."""
+    x, y = read_json(a), read_json(b)
+    keys = ("do_lower_case", "do_basic_tokenize", "strip_accents", "tokenize_chinese_chars")
+    return not any(None not in (x.get(key), y.get(key)) and x[key] != y[key] for key in keys)
+
+
 def _same_merges(a: Path, b: Path) -> bool:
     return _merges(a) == _merges(b)
 
@@ -131,6 +139,7 @@ _ALIKE: dict[str, Callable[[Path, Path], bool]] = {
     "vocab.json": _same_json,
     "added_tokens.json": _same_json,
     "merges.txt": _same_merges,
+    "tokenizer_config.json": _same_lettering,
 }
 
 

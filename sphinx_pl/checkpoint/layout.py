@@ -34,12 +34,14 @@ from sphinx_pl.checkpoint.format import (
     TensorInfo,
     check_room,
     into_shards,
+    linked,
     move_into_place,
     progress_bar,
     read_json,
     safetensors_header,
     shard_names,
     sync,
+    unfinished,
     write_json,
 )
 from sphinx_pl.errors import UserError
@@ -134,6 +136,11 @@ class Layout:
     def nbytes(self) -> int:
         return sum(file.nbytes for file in self.files)
 
+    @property
+    def keys(self) -> set[str]:
+        """Of the source's tensors that files are made of."""
+        return {entry.key for file in self.files for entry in file.entries.values() if entry.key is not None}
+
 
 def safetensors_layout(
     entries: Mapping[str, Entry], finish: Callable[[Path], None], max_bytes: int = MAX_SHARD_BYTES
@@ -191,17 +198,13 @@ class Whole:
         return None
 
 
-def _unfinished(out: Path) -> Path:
-    return out.with_name(f".{out.name}.tmp")
-
-
 def check_start(out: Path, layout: Layout) -> None:
     """Whether the folder can be made and the disk has room: asked before what takes long. Makes nothing.
 
     Raises:
         UserError: it cannot, or has not. What is there of a run that was killed may need less, and is not looked at.
     """
-    folder = _unfinished(out)
+    folder = unfinished(linked(out))
     check_folder(folder, "out")
     if not folder.exists():
         check_room(out, layout.nbytes)
@@ -215,8 +218,9 @@ def write_layout(
     workers: int = 1,
     progress: str | None = None,
     finish: Callable[[Path, dict[str, Any]], None] = lambda folder, facts: None,
+    overwrite: bool = False,
 ) -> None:
-    """Write the folder `out`, which is not there before all of it is; replaces what is there.
+    """Write the folder `out`, which is not there before all of it is.
 
     Args:
         fingerprint: of what is written, as JSON: complete files of a run that was killed are taken over if theirs is
@@ -224,14 +228,19 @@ def write_layout(
         workers: threads; each fills in one tensor at a time.
         progress: a word for the progress bar; None shows none.
         finish: called with the folder and the facts of all tensors by their key, when all files are there.
+        overwrite: replace what is there.
 
     Raises:
-        UserError: no folder can be made there, another process writes the same one, the disk is too small or full
-            or fails (complete files are kept then), or what `values` raises (nothing is kept).
+        UserError: no folder can be made there or another one is there, another process writes the same one, the disk
+            is too small or full or fails (complete files are kept then), or what `values` raises (nothing is kept).
     """
     check_start(out, layout)
-    folder = _unfinished(out)
+    out = linked(out)
+    folder = unfinished(out)
     with _locked(folder):
+        if out.exists() and not overwrite:  # perhaps made by the process that had the lock
+            shutil.rmtree(folder)
+            raise UserError(f"'{out}' exists: choose another path")
         facts = _begin(folder, layout, fingerprint)
         todo = [file for file in layout.files if file.name not in facts]
         try:
@@ -248,33 +257,51 @@ def write_layout(
             finish(folder, {key: fact for file in layout.files for key, fact in facts[file.name].items()})
             shutil.rmtree(folder / JOURNAL)
             sync(*folder.iterdir(), folder)
-            move_into_place(folder, out)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise UserError(
                     f"the disk of '{out}' is full: free some space and run the command again, which goes on from there"
                 ) from error
-            raise UserError(
-                f"'{out}' is not finished ({error}): check the disk and run the command again, which goes on from there"
-            ) from error
+            if error.filename is not None and not Path(error.filename).is_relative_to(folder):
+                what = f"'{error.filename}' cannot be read ({error.strerror}): mend that"
+            else:
+                what = f"'{out}' is not finished ({error}): check the disk"
+            raise UserError(f"{what} and run the command again, which goes on from there") from error
         except Exception:
             shutil.rmtree(folder, ignore_errors=True)
             raise
+        move_into_place(folder, out, overwrite)
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Only one process at a time writes a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
+    while (descriptor := _lock(folder)) is None:
+        pass
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is writing '{folder}': wait for it, or choose another path") from None
         yield
     finally:
         os.close(descriptor)
+
+
+def _lock(folder: Path) -> int | None:
+    """A descriptor that holds the lock; None if whoever had it took the folder away before we came to it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), folder.stat()):
+            return descriptor
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"another process is writing '{folder}': wait for it, or choose another path") from None
+    except FileNotFoundError:
+        pass
+    os.close(descriptor)
+    return None
 
 
 def _begin(folder: Path, layout: Layout, fingerprint: Any) -> dict[str, dict[str, Any]]:

@@ -179,13 +179,16 @@ def open_tensors(file: Path, unwrap: Callable[[Any], Any]) -> Mapping[str, Tenso
         raise UserError(f"'{file}' is damaged or not a file of torch.save: copy it again") from error
     try:
         tensors: Any = unwrap(content)
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, IndexError):  # a tensor is asked for a key, too
         tensors = None
     if not isinstance(tensors, dict) or not all(
         isinstance(n, str) and isinstance(v, Tensor) for n, v in tensors.items()
     ):
         raise UserError(f"'{file}' does not hold tensors by name, as weights do: check the path")
-    return tensors
+    for name, value in tensors.items():
+        if value.layout != torch.strided or value.is_quantized or value.is_meta or value.is_complex():
+            raise UserError(f"'{name}' in '{file}' is not plain numbers (sparse, quantized, complex or without values)")
+    return {name: value.detach() for name, value in tensors.items()}
 
 
 _LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"

@@ -7,6 +7,7 @@ are those of a `Checkpoint`, under our names (`OurNames`).
 
 from __future__ import annotations
 
+import logging
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from torch import Tensor
 from sphinx_pl.checkpoint.format import (
     CONFIG,
     FORMAT_VERSION,
+    INDEX,
     TOKENIZER,
     UNUSED,
     Checkpoint,
@@ -33,6 +35,7 @@ from sphinx_pl.checkpoint.format import (
     open_checkpoint,
     read_json,
     read_provenance,
+    read_weight_map,
     write_json,
     write_safetensors,
 )
@@ -52,6 +55,8 @@ from sphinx_pl.checkpoint.parallel import ParallelFiles, is_split
 from sphinx_pl.checkpoint.training import TrainingCheckpoint
 from sphinx_pl.errors import UserError
 from sphinx_pl.files import hash_file
+
+log = logging.getLogger(__name__)
 
 Read = Callable[[Tensor, int], None]
 """Fill a tensor (contiguous, [n], of the stored dtype) with elements of a flattened tensor from a place on."""
@@ -77,11 +82,7 @@ class Stored(ABC):
 
     @abstractmethod
     def layout(self, infos: dict[str, TensorInfo]) -> Layout:
-        """The files of a model with other values: the same names and files, shapes and dtypes as given.
-
-        Raises:
-            UserError: a file that goes with the weights is missing.
-        """
+        """The files of a model with other values: the same names and files, shapes and dtypes as given."""
 
     @abstractmethod
     def compare(self, other: Stored) -> str:
@@ -139,6 +140,10 @@ class HuggingFaceFolder(_SafetensorsFolder):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, weight_files(path))
+        if WEIGHTS not in self._files:
+            for key, file in read_weight_map(path / INDEX).items():
+                if self._file_of.get(key) != file:
+                    raise UserError(f"'{path / INDEX}' has '{key}' in {file}, where it is not: copy the folder again")
         self.config = read_json(path / CONFIG)
         self.provenance = {"original": str(self.config["model_type"])}
         self.provenance |= read_provenance(path)
@@ -160,7 +165,10 @@ class HuggingFaceFolder(_SafetensorsFolder):
             for file in self.path.iterdir():
                 if file.is_file() and belongs(file.name):
                     shutil.copyfile(file, folder / file.name)
-            dtypes = {info.dtype for info in infos.values()}
+            inside = sorted(file.name for file in self.path.iterdir() if file.is_dir() and belongs(file.name))
+            if inside:
+                log.warning("folders in '%s' are not mixed and not copied: %s", self.path, ", ".join(inside))
+            dtypes = {info.dtype for info in infos.values() if info.dtype.is_floating_point}
             if len(dtypes) == 1:
                 config = read_json(folder / CONFIG)
                 keys = [key for key in ("torch_dtype", "dtype") if key in config]
@@ -261,8 +269,10 @@ class ParallelFolder(Stored):
 
         def finish(folder: Path) -> None:
             for file in self.path.iterdir():
-                if file.is_file() and file.name in (CONFIG, META, PARAMS, TOKENIZER):
+                if file.is_file() and file.name in (CONFIG, META, PARAMS):
                     shutil.copyfile(file, folder / file.name)
+            if self.checkpoint.tokenizer_file.is_file():  # Meta's may lie one level up
+                shutil.copyfile(self.checkpoint.tokenizer_file, folder / TOKENIZER)
 
         return Layout(files, finish)
 
@@ -387,13 +397,15 @@ def hash_of_hashes(stored: Stored, hashes: Mapping[str, str]) -> str:
 
 def content_hash(stored: Stored, chunk: int = 1 << 20) -> str:
     """`hash_of_hashes`, reading everything."""
-    hashes = {}
-    for key in stored:
-        info, digest = stored.info(key), xxhash.xxh3_128()
-        with stored.reader(key) as read:
-            for start in range(0, info.numel, chunk):
-                piece = torch.empty(min(chunk, info.numel - start), dtype=info.dtype)
-                read(piece, start)
-                digest.update(piece.view(torch.uint8).numpy().data)
-        hashes[key] = digest.hexdigest()
-    return hash_of_hashes(stored, hashes)
+    return hash_of_hashes(stored, {key: tensor_hash(stored, key, chunk) for key in stored})
+
+
+def tensor_hash(stored: Stored, key: str, chunk: int = 1 << 20) -> str:
+    """Of its values' bytes, reading `chunk` elements at a time."""
+    info, digest = stored.info(key), xxhash.xxh3_128()
+    with stored.reader(key) as read:
+        for start in range(0, info.numel, chunk):
+            piece = torch.empty(min(chunk, info.numel - start), dtype=info.dtype)
+            read(piece, start)
+            digest.update(piece.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -51,8 +51,17 @@ class Criterion:
         return math.fsum(measures[name].mean for name in names) / len(names)
 
     def cost(self, measures: Measures) -> float:
-        """Lower is better."""
-        return self.value(measures) if self.lower else -self.value(measures)
+        """Lower is better. Infinite where the value is no number: a model that computes NaN is never the best."""
+        value = self.value(measures)
+        return (value if self.lower else -value) if math.isfinite(value) else math.inf
+
+    def check(self, best: float) -> None:
+        """Raises: UserError: the lowest cost that was found is no number."""
+        if not math.isfinite(best):
+            raise UserError(
+                f"no model or mixture that was evaluated has a {self.said} that is a number: their weights are too "
+                "large to compute with, or broken"
+            )
 
 
 def resampled(points: Sequence[Measures], names: Sequence[str], resamples: int = 1000, seed: int = 0) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from rich.progress import track
 from sphinx_pl.errors import UserError
 from sphinx_pl.evaluation.criterion import Criterion, Measures, interval, resampled
 from sphinx_pl.evaluation.mixtures import MixtureEvaluator
-from sphinx_pl.files import write_whole
+from sphinx_pl.files import finite, write_whole
 from sphinx_pl.mixing.methods import METHODS
 
 
@@ -81,13 +82,17 @@ def summary(points: Sequence[CurvePoint], criterion: Criterion, method: str = "l
     """The content of curve.json: the curve in lists, the best point by the criterion, and each measure's barrier.
 
     `gain` is by how much the best point is better than the best unmixed model, `gain_interval` its 95 % interval;
-    `chosen` says in which share of the resamples this very point is the best one.
+    `chosen` says in which share of the resamples no other point is better than this one.
+
+    Raises:
+        UserError: the criterion is a number at no point.
     """
     every, sign = [point.measures for point in points], 1.0 if criterion.lower else -1.0
     values = [criterion.value(measures) for measures in every]
     best, ends = best_point(points, criterion), corners(points)
-    costs = sign * resampled(every, criterion.names(every[0]))
-    better = min(ends, key=lambda place: sign * values[place])
+    criterion.check(criterion.cost(every[best]))
+    costs = (sign * resampled(every, criterion.names(every[0]))).nan_to_num(math.inf, math.inf)
+    better = min(ends, key=lambda place: criterion.cost(every[place]))
     weights = [list(point.weights) for point in points]
     content: dict[str, Any] = {"method": method, "models": len(weights[0]), "weights": weights}
     if len(points[0].weights) == 2:
@@ -114,9 +119,9 @@ def summary(points: Sequence[CurvePoint], criterion: Criterion, method: str = "l
     content["best"] = {
         "weights": list(points[best].weights),
         "value": values[best],
-        "gain": sign * (values[better] - values[best]),
+        "gain": criterion.cost(every[better]) - criterion.cost(every[best]),
         "gain_interval": interval(costs[:, ends].amin(1) - costs[:, best]),
-        "chosen": float((costs.argmin(1) == best).double().mean()),
+        "chosen": float((costs[:, best] <= costs.amin(1)).double().mean()),
         "best_unmixed": ends.index(better),
     }
     if len(points[0].weights) == 2:
@@ -137,13 +142,18 @@ def describe_best(content: dict[str, Any]) -> str:
     where = f"beta={best['beta']:g}" if "beta" in best else "weights " + ", ".join(f"{w:g}" for w in best["weights"])
     low, high = best["gain_interval"]
     what = f"{where} has the {'lowest' if said.startswith('loss') else 'highest'} {said} of {len(content['weights'])}"
-    gain = f"{best['gain']:.4f} (95 % interval {low:.4f} to {high:.4f})"
+    what += f" points, {best['value']:.4f}"
+    if broken := sum(not math.isfinite(value) for value in content["criterion"]["values"]):
+        what += f" ({broken} of them {'has' if broken == 1 else 'have'} none that is a number)"
+    if all(max(weights) == 1 for weights in content["weights"]):
+        return f"{what}: no mixture was evaluated, only the ends."
     if best["gain"] <= 0:
-        return f"{what} points, {best['value']:.4f}: no mixture is better than {alone}."
+        return f"{what}: no mixture is better than {alone}."
+    gain = f"{best['gain']:.4f} (95 % interval {low:.4f} to {high:.4f})"
     sure = "" if low > 0 else " That may be chance: the interval reaches 0."
     return (
-        f"{what} points, {best['value']:.4f}: better than {alone}, the best end, by "
-        f"{gain}.{sure} It is the best point in {100 * best['chosen']:.0f} % of the resamples."
+        f"{what}: better than {alone}, the best end, by {gain}.{sure} "
+        f"No other point is better in {100 * best['chosen']:.0f} % of the resamples."
     )
 
 
@@ -163,7 +173,7 @@ def write_curve(
         cells = [(point.measures[name].mean, *point.measures[name].interval()) for name in names]
         writer.writerow([*point.weights[: len(head)], *(number for cell in cells for number in cell), value])
     write_whole(folder / "curve.csv", table.getvalue())
-    write_whole(folder / "curve.json", json.dumps(content, indent=2) + "\n")
+    write_whole(folder / "curve.json", json.dumps(finite(content), indent=2) + "\n")
     write_whole(folder / "curve.png", _picture(content))
     return content
 
@@ -205,7 +215,11 @@ def _triangle(figure: Any, axes: Any, content: dict[str, Any], kind: str, name: 
     """Corners: the models, the first on top."""
     place = [(w[2] - w[1], 1.7320508 * w[0]) for w in content["weights"]]
     x, y = zip(*place, strict=True)
-    drawn = axes.tricontourf(x, y, content[kind][name], levels=20, cmap="viridis_r" if kind == "losses" else "viridis")
+    values, colours = content[kind][name], "viridis_r" if kind == "losses" else "viridis"
+    if all(map(math.isfinite, values)):
+        drawn = axes.tricontourf(x, y, values, levels=20, cmap=colours)
+    else:
+        drawn = axes.scatter(x, y, c=values, cmap=colours)
     axes.plot(x, y, ".", color="white", markersize=2)
     best = place[content["weights"].index(content["best"]["weights"])]
     axes.plot(*best, "o", markerfacecolor="none", markeredgecolor="red", markersize=9)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from sphinx_pl.errors import UserError
 from sphinx_pl.evaluation.criterion import Criterion, Measures, interval, resampled
 from sphinx_pl.evaluation.losses import SourceLoss
 from sphinx_pl.evaluation.mixtures import MixtureEvaluator
-from sphinx_pl.files import write_whole
+from sphinx_pl.files import finite, write_whole
 from sphinx_pl.mixing.mix import Plan
 from sphinx_pl.mixing.rules import complement, resolve
 
@@ -129,13 +130,17 @@ def write_search(trials: Sequence[Trial], best: int, criterion: Criterion, folde
 
     `gain` is by how much the best trial is better than the first one, on the samples that had no say in the choice. If
     it isn't, `betas` and `value` are the first one's: what was found is no more than an accident of the other samples.
+
+    Raises:
+        UserError: the criterion is no number for what was chosen.
     """
     folder.mkdir(parents=True, exist_ok=True)
     sign = 1.0 if criterion.lower else -1.0
     others = [halves(trials[place].measures, odd=True) for place in (0, best)]
-    costs = sign * resampled(others, criterion.names(others[0]))
+    costs = (sign * resampled(others, criterion.names(others[0]))).nan_to_num(math.inf, math.inf)
     gain = criterion.cost(others[0]) - criterion.cost(others[1])
     chosen = best if gain > 0 else 0
+    criterion.check(criterion.cost(trials[chosen].measures))
     content: dict[str, Any] = {
         "criterion": criterion.said,
         "evaluations": len(trials),
@@ -154,7 +159,7 @@ def write_search(trials: Sequence[Trial], best: int, criterion: Criterion, folde
         measured = [trial.measures[name].mean for name in names]
         writer.writerow([*trial.betas.values(), *measured, criterion.value(trial.measures)])
     write_whole(folder / "search.csv", table.getvalue())
-    write_whole(folder / "search.json", json.dumps(content, indent=2) + "\n")
+    write_whole(folder / "search.json", json.dumps(finite(content), indent=2) + "\n")
     return content
 
 
@@ -181,6 +186,9 @@ def greedy_soup(
 
     Args:
         report: told each set of checkpoints that was tried, its value, and whether it is kept.
+
+    Raises:
+        UserError: the criterion is a number of no checkpoint.
     """
     count = len(evaluate.plan.models)
 
@@ -189,6 +197,7 @@ def greedy_soup(
 
     alone = [criterion.cost(measured([model])) for model in range(count)]
     order = sorted(range(count), key=lambda model: alone[model])
+    criterion.check(alone[order[0]])
     sign = 1 if criterion.lower else -1
     for model in range(count):
         report([model], sign * alone[model], model == order[0])

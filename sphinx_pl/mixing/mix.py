@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from sphinx_pl.checkpoint.format import (
     Checkpoint,
     SphinxCheckpoint,
     TensorInfo,
+    check_free,
     compare,
     write_json,
 )
@@ -30,9 +31,17 @@ from sphinx_pl.checkpoint.layout import Layout, write_layout
 from sphinx_pl.checkpoint.llm import huggingface_layout
 from sphinx_pl.checkpoint.original import OriginalCheckpoint, original_layout
 from sphinx_pl.checkpoint.provenance import provenance
-from sphinx_pl.checkpoint.stored import HuggingFaceFolder, OurNames, Stored, hash_of_hashes, open_stored, store
+from sphinx_pl.checkpoint.stored import (
+    HuggingFaceFolder,
+    OurNames,
+    Stored,
+    hash_of_hashes,
+    open_stored,
+    store,
+    tensor_hash,
+)
 from sphinx_pl.errors import UserError, suggest
-from sphinx_pl.files import check_folder
+from sphinx_pl.files import check_folder, finite
 from sphinx_pl.mixing.methods import METHODS, resolve_options
 from sphinx_pl.mixing.mixer import Facts, Mixer
 from sphinx_pl.mixing.rules import Row, part_of, resolve, rules_table
@@ -53,7 +62,10 @@ def check_weights(weights: Sequence[float], count: int, normalize: bool = False,
         raise UserError(f"weights has {len(weights)} numbers for {count} checkpoints: give one per checkpoint")
     if not all(math.isfinite(weight) for weight in weights):
         raise UserError(f"weights={list(weights)} must be finite numbers")
-    total = math.fsum(weights)
+    try:
+        total = math.fsum(weights)
+    except OverflowError:
+        raise UserError(f"weights={list(weights)} are too large to be summed") from None
     if normalize and total == 0:
         raise UserError(f"weights={list(weights)} sum to 0 and cannot be normalized")
     if any_sum and not normalize:
@@ -197,9 +209,10 @@ def check_compatible(models: Sequence[Stored], cast: bool = False) -> None:
         UserError: another model, prompt format, tokenizer, set of tensors, shape or (without `cast`) dtype.
     """
     first = models[0]
-    for key in first:
-        if (dtype := first.info(key).dtype).itemsize == 1 and dtype.is_floating_point:
-            raise UserError(f"'{key}' in '{first.path}' is {dtype}, a quantized model's: mix what it was made from")
+    for model in models:
+        for key in model:
+            if (dtype := model.info(key).dtype).itemsize == 1 and dtype.is_floating_point:
+                raise UserError(f"'{key}' in '{model.path}' is {dtype}, a quantized model's: mix what it was made from")
     shapes = {key: first.info(key).shape for key in first}
     for other in models[1:]:
         names = f"'{first.path}' and '{other.path}'"
@@ -209,6 +222,11 @@ def check_compatible(models: Sequence[Stored], cast: bool = False) -> None:
             raise UserError(f"'{other.path}' does not have the tensors of '{first.path}': {problem}")
         for key in shapes:
             dtypes = first.info(key).dtype, other.info(key).dtype
+            if dtypes[0] != dtypes[1] and not any(dtype.is_floating_point for dtype in dtypes):
+                raise UserError(
+                    f"'{key}' is {dtypes[0]} in '{first.path}' but {dtypes[1]} in '{other.path}': integers of two "
+                    "dtypes cannot be mixed, write one of the models anew"
+                )
             if dtypes[0].is_floating_point != dtypes[1].is_floating_point:
                 raise UserError(
                     f"'{key}' is {dtypes[0]} in '{first.path}' but {dtypes[1]} in '{other.path}', which "
@@ -233,6 +251,7 @@ def layout_of(plan: Plan, layout: str | None, shards: int | None, dtype: torch.d
         UserError: the model cannot be written in that layout.
     """
     first = plan.models[0]
+    _check_layout(layout)
     if shards is not None and layout != "original":
         raise UserError("shards= is the number of files of the original's layout: give layout=original too")
     if isinstance(first, OurNames):
@@ -241,6 +260,8 @@ def layout_of(plan: Plan, layout: str | None, shards: int | None, dtype: torch.d
             return original_layout(first.checkpoint, shards or many, dtype)
         if layout == "huggingface":
             return huggingface_layout(first.checkpoint, dtype)
+    elif layout is not None and first.kind.partition("/")[0] != layout:
+        raise UserError(f"layout={layout} needs the checkpoints under our names: open_models(checkpoints, own=False)")
     infos = {key: first.info(key) for key in first}
     if dtype is not None:
         infos = {
@@ -249,16 +270,20 @@ def layout_of(plan: Plan, layout: str | None, shards: int | None, dtype: torch.d
     return first.layout(infos)
 
 
+def _check_layout(layout: str | None) -> None:
+    if layout is not None and layout not in LAYOUTS:
+        raise UserError(f"layout={layout}: {suggest(layout, LAYOUTS)}")
+
+
 def needs_our_names(checkpoints: Sequence[str | Path], layout: str | None, shards: int | None) -> bool:
     """Whether the mixture is to be written in another layout than the first input's own.
 
     Raises:
         UserError: there is no such layout.
     """
+    _check_layout(layout)
     if layout is None:
         return False
-    if layout not in LAYOUTS:
-        raise UserError(f"layout={layout}: {suggest(layout, LAYOUTS)}")
     kinds = {HuggingFaceFolder: "huggingface", SphinxCheckpoint: "sphinx_pl", OriginalCheckpoint: "original"}
     return kinds.get(type(open_stored(checkpoints[0]))) != layout or shards is not None
 
@@ -291,8 +316,8 @@ def mix(
     Raises:
         UserError: `out` exists, or see `layout_of`, `write_layout` and `Mixer.stretches`.
     """
-    out = Path(out)
-    check_out(out, overwrite)
+    out, everyone = Path(out), [*plan.models, *([plan.base] if plan.base else [])]
+    check_out(out, overwrite, [model.path for model in everyone])
     files = layout_of(plan, layout, shards, dtype)
     mixer = plan.mixer()
     said: dict[str, Any] = {}
@@ -300,39 +325,40 @@ def mix(
     def finish(folder: Path, facts: dict[str, Any]) -> None:
         known = {key: Facts.from_json(fact) for key, fact in facts.items()}
         said.update(_describe(plan, known) | dict(origin or {}))
-        everyone = [*plan.models, *([plan.base] if plan.base else [])]
         parents = [
             {
                 "path": str(model.path),
                 "stage": model.provenance.get("stage"),
                 "layout": model.kind,
-                "xxh3_128": hash_of_hashes(model, {key: fact.hashes[i] for key, fact in known.items()}),
+                "xxh3_128": hash_of_hashes(
+                    model, {key: known[key].hashes[i] if key in known else tensor_hash(model, key) for key in model}
+                ),
             }
             for i, model in enumerate(everyone)
         ]
         content = provenance("mix", dict(config) if config else None, parents) | {"mixing": said}
-        write_json(folder / PROVENANCE, content)
+        write_json(folder / PROVENANCE, finite(content))
         for file in beside.iterdir() if beside else ():
             shutil.copyfile(file, folder / file.name)
 
     with _one_thread_each():
-        write_layout(out, files, mixer, _fingerprint(plan, files), workers or _cores(), progress, finish)
+        fingerprint = _fingerprint(plan, files)
+        write_layout(out, files, mixer, fingerprint, workers or _cores(), progress, finish, overwrite)
     return said
 
 
-def check_out(out: Path, overwrite: bool) -> None:
-    """Raises: UserError: no folder can be made there, or one exists and may not be overwritten, or is no checkpoint."""
+def check_out(out: Path, overwrite: bool, sources: Iterable[Path]) -> None:
+    """Raises: UserError: no folder can be made there, or see `check_free`."""
     check_folder(out, "out")
-    if not out.exists():
-        return
-    if not overwrite:
-        raise UserError(f"'{out}' exists: choose another path, or allow it to be overwritten (overwrite=true)")
+    check_free(out, overwrite, sources, _is_checkpoint)
+
+
+def _is_checkpoint(path: Path) -> bool:
     try:
-        open_stored(out)
+        open_stored(path)
     except UserError:
-        raise UserError(
-            f"'{out}' is not a checkpoint, so overwrite=true does not replace it: choose another path"
-        ) from None
+        return False
+    return True
 
 
 def _fingerprint(plan: Plan, files: Layout) -> dict[str, Any]:
@@ -343,7 +369,7 @@ def _fingerprint(plan: Plan, files: Layout) -> dict[str, Any]:
         "code": sphinx_pl.__version__,
         "inputs": [
             [str(model.path.absolute()), model.kind]
-            + [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(model.path.iterdir()) if f.is_file()]
+            + [[f.name, *_version(f)] for f in sorted(model.path.iterdir()) if f.is_file()]
             for model in everyone
         ],
         "method": plan.recipe.method,
@@ -355,6 +381,12 @@ def _fingerprint(plan: Plan, files: Layout) -> dict[str, Any]:
             for file in files.files
         },
     }
+
+
+def _version(file: Path) -> tuple[int, ...]:
+    """Changes with the content. A file's time of change, unlike that of its content, cannot be set by who copies it."""
+    stat = file.stat()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
 
 def _describe(plan: Plan, facts: Mapping[str, Facts]) -> dict[str, Any]:

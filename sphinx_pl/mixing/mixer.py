@@ -146,9 +146,13 @@ class Mixer:
                 equal = equal and same
                 result = out[: raw[0].numel()]
                 if not numbers:
-                    if not same:
-                        raise UserError(f"'{key}' holds integers that differ between the checkpoints: leave one out")
-                    result.copy_(raw[0])
+                    if not same and sorted(weights) != [*[0.0] * (len(weights) - 1), 1.0]:
+                        whose = f"{{match: '{key}', weights: {[1, *[0] * (len(weights) - 1)]}}}"
+                        raise UserError(
+                            f"'{key}' holds integers that differ between the checkpoints, which have no mixture: say "
+                            f"whose to take, with rules=[{whose}]"
+                        )
+                    result.copy_(raw[0] if same else raw[weights.index(1)])
                     yield result
                     continue
                 lengths, apart = np.zeros(len(self.models)), np.zeros(len(self._pairs))

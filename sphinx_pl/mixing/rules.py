@@ -25,15 +25,20 @@ _EMBEDDINGS = re.compile(
     r"(^|\.)(tok_embeddings|embed_tokens|wte|wpe|word_embeddings|embed_in|embed_out|lm_head)\."
     r"|^((decoder|language_model)\.)?output\."
 )
-_PROJECTIONS = re.compile(r"^mixer\.(?!towers\.)|(multi_modal_projector|mm_projector|visual_proj)")
-_TOWERS = re.compile(r"vision_tower|vision_model|visual\.|image_encoder")
+_PROJECTIONS = re.compile(
+    r"^mixer\.(?!towers\.)|multi_modal_projector|mm_projector|modality_projection|visual_proj|(^|\.)connector\."
+)
+_TOWERS = re.compile(r"(vision|audio)_(tower|model|backbone|encoder)|visual\.|image_encoder")
+_ENCODER = re.compile(r"(^|\.)encoder\.")
 
-# Every tensor is in one of the first four; the others cut across them.
+# A tensor is in at most one of the first four; the others cut across them.
 PARTS: dict[str, Callable[[str], bool]] = {
     "towers": lambda name: bool(tower_of(name) or _TOWERS.search(name)) and not _PROJECTIONS.search(name),
     "projections": lambda name: bool(_PROJECTIONS.search(name)),
     "embeddings": lambda name: bool(_EMBEDDINGS.search(name)) and not tower_of(name),
-    "decoder": lambda name: name.startswith(_DECODER) and not _TOWERS.search(name) and not _PROJECTIONS.search(name),
+    "decoder": lambda name: (
+        name.startswith(_DECODER) and not any(of.search(name) for of in (_TOWERS, _PROJECTIONS, _ENCODER))
+    ),
     "norms": lambda name: bool(_NORM.search(name)),
     "attention": lambda name: bool(re.search(r"attention\.|\.(self_)?attn\.", name)),
     "feed_forward": lambda name: any(

@@ -30,8 +30,9 @@ def distances_table(said: Mapping[str, Any]) -> Table:
         learned = {(i, j): cosine for i, j, cosine in values.get("task_cosines", ())}
         for (i, j, distance), (*_, cosine) in zip(values["distances"], values["cosines"], strict=True):
             length = values["norms"][int(i)]
-            share = f"{distance / length if length else 0:.2%}"
+            share = "–" if None in (distance, length) else f"{distance / length if length else 0:.2%}"
             more = [f"{learned[i, j]:.4f}"] if (i, j) in learned else []
-            table.add_row(*head, f"{i}, {'base' if j == base else j}", share, f"{cosine:.6f}", *more)
+            angle = "–" if cosine is None else f"{cosine:.6f}"
+            table.add_row(*head, f"{i}, {'base' if j == base else j}", share, angle, *more)
             head = ["", ""]
     return table

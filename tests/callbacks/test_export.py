@@ -245,7 +245,7 @@ def test_a_run_that_was_killed_before_its_export_only_exports(fit: Fit, tmp_path
 def test_a_model_on_the_way_that_a_kill_prevented_is_written_when_the_run_goes_on(fit: Fit, tmp_path: Path) -> None:
     own = tmp_path / "checkpoints"
     fit([ResumeCheckpoint(str(own), every_n_steps=1, keep=9)], steps=3)
-    for left in (".model-step-2.tmp", ".model-step-1.old.tmp", ".model.tmp"):
+    for left in (".model-step-2.tmp", ".model-step-1.replaced.tmp", ".model.tmp"):
         (tmp_path / left).mkdir()
         (tmp_path / left / "config.json").touch()
     export = ExportModel(str(tmp_path / "model"), every_n_steps=2)

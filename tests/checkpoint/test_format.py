@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -335,6 +336,27 @@ def test_the_checkpoint_in_a_runs_folder_is_named(write: Write, tmp_path: Path) 
     write("model").rename(tmp_path / "run" / "model")
     with pytest.raises(UserError, match=f"did you mean '{tmp_path}/run/model' in it"):
         open_checkpoint(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"parents": ["a"]},
+        {"parents": [{"path": "x"}]},
+        {"command": 5},
+        {"mixing": "linear"},
+        {"mixing": {"method": "x"}},
+    ],
+)
+def test_show_says_whose_provenance_it_does_not_know(
+    write: Write, capsys: pytest.CaptureFixture[str], content: dict[str, Any]
+) -> None:
+    path = write("checkpoint", 0)
+    (path / "provenance.json").write_text(json.dumps(content))
+    assert main(["show", str(path)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "mixer.towers.clip" in shown
+    assert "command" in shown if "command" in content else "not written by this project" in shown
 
 
 def test_show_prints_parts_and_parents(write: Write, capsys: pytest.CaptureFixture[str]) -> None:

@@ -175,12 +175,14 @@ PIECES = (
     [
         ("vocab.json", {"a": 1, "b": 0}),
         ("added_tokens.json", {"<|im_start|>": 301}),
+        ("tokenizer_config.json", {"do_lower_case": False, "model_max_length": 8}),
         ("merges.txt", "#version: 0.2\nb a\na b"),
         *((name, "other pieces") for name in PIECES),
     ],
 )
 def test_other_tokenizers_are_named_by_their_file(tmp_path: Path, name: str, content: Any) -> None:
     same = {"vocab.json": {"a": 0, "b": 1}, "added_tokens.json": {"<|im_start|>": 300}, "merges.txt": "a b\nb a"}
+    same |= {"tokenizer_config.json": {"do_lower_case": True, "model_max_length": 512}}
     same |= dict.fromkeys(PIECES, "pieces")
     a, b = folder(tmp_path / "a", same), folder(tmp_path / "b", same | {name: content})
     assert tokenizer_difference(a, b) == name
@@ -226,7 +228,16 @@ def test_what_belongs_to_a_model() -> None:
         "LICENSE",
     ):
         assert belongs(name)
-    for name in ("README.md", "trainer_state.json", "all_results.json", "training_args.bin", "runs.zip", "x.gguf"):
+    for name in (
+        "README.md",
+        "trainer_state.json",
+        "all_results.json",
+        "training_args.bin",
+        "runs.zip",
+        "x.gguf",
+        "latest",
+        "runs",
+    ):
         assert not belongs(name)
     for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "provenance.json", ".gitignore"):
         assert not belongs(name)

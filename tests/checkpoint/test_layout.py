@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import threading
@@ -229,10 +230,36 @@ def test_what_is_there_is_replaced_only_at_the_end(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").touch()
     with pytest.raises(UserError):
-        write_layout(tmp_path / "out", two_files(), Recorded("c", UserError("no")))
+        write_layout(tmp_path / "out", two_files(), Recorded("c", UserError("no")), overwrite=True)
+    with pytest.raises(UserError, match="exists"):
+        write_layout(tmp_path / "out", two_files(), Recorded())
     assert (tmp_path / "out" / "old").exists()
-    write_layout(tmp_path / "out", two_files(), Recorded())
+    write_layout(tmp_path / "out", two_files(), Recorded(), overwrite=True)
     assert not (tmp_path / "out" / "old").exists()
+
+
+def test_who_comes_when_the_other_is_done_finds_what_it_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the folder's opening and its lock, the process that had it finishes."""
+    real, met = fcntl.flock, list[int]()
+
+    def flock(descriptor: int, operation: int) -> None:
+        if not met:
+            met.append(descriptor)
+            (tmp_path / ".out.tmp").rename(tmp_path / "out")
+        real(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UserError, match="exists"):
+        write_layout(tmp_path / "out", two_files(), Recorded())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    def finish(folder: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(tmp_path / "secret.json"))
+
+    with pytest.raises(UserError, match=r"secret.json' cannot be read \(Permission denied\): mend that"):
+        write_layout(tmp_path / "out", Layout(two_files().files, finish), Recorded())
 
 
 def test_a_disk_that_is_too_small_is_said_before_anything_is_written(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sphinx_pl.checkpoint.format import Checkpoint, open_checkpoint, write_checkpoint
 from sphinx_pl.checkpoint.llm import half_split, interleave, write_huggingface
-from sphinx_pl.checkpoint.parallel import split
+from sphinx_pl.checkpoint.parallel import open_tensors, split
 from sphinx_pl.errors import UserError
 from sphinx_pl.models.config import DecoderConfig, SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx
@@ -204,6 +204,28 @@ def test_a_hostile_file_of_metas_is_refused(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(UserError, match="something else than tensors"):
         open_checkpoint(tmp_path)
     assert not (tmp_path / "executed").exists()
+
+
+def test_parameters_are_tensors_too(tmp_path: Path) -> None:
+    """`dict(model.named_parameters())`, saved, needs gradients."""
+    torch.save({"w": torch.nn.Parameter(torch.ones(2))}, tmp_path / "x.pth")
+    assert not open_tensors(tmp_path / "x.pth", lambda content: content)["w"].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (torch.ones(2), "tensors by name"),
+        ([torch.ones(2)], "tensors by name"),
+        ({"model": {"w": torch.ones(2).to_sparse()}}, "'w' in .* is not plain numbers"),
+        ({"model": {"w": torch.ones(2, dtype=torch.complex64)}}, "'w' in .* is not plain numbers"),
+        ({"model": {"w": torch.ones(2, device="meta")}}, "'w' in .* is not plain numbers"),
+    ],
+)
+def test_what_holds_no_plain_tensors_is_named(tmp_path: Path, content: Any, message: str) -> None:
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=message):
+        open_tensors(tmp_path / "x.pth", lambda content: content["model"])
 
 
 @pytest.mark.parametrize("changes", [{"qk_norm": True}, {"experts": 4}], ids=str)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,32 @@ def test_a_gain_is_sure_or_said_to_be_chance() -> None:
     worse = summary(noisy([1.0, 1.8, 2.0], noise=0.1), Criterion())
     assert worse["best"]["beta"] == 0
     assert describe_best(worse).endswith("no mixture is better than the second checkpoint alone.")
+
+
+def test_equals_are_as_good_as_the_best() -> None:
+    curve = points(score_x=[0.5, 0.8, 0.8, 0.8, 0.6])
+    content = summary(curve, Criterion("score"))
+    assert (content["best"]["beta"], content["best"]["chosen"]) == (0.5, 1)
+
+
+def test_ends_alone_are_no_mixtures() -> None:
+    assert describe_best(summary(points(loss_x=[1, 2]), Criterion())).endswith(
+        "no mixture was evaluated, only the ends."
+    )
+
+
+@pytest.mark.parametrize("losses", [[math.nan, 2, 3], [math.inf, 2.0, math.nan], [3, math.nan, 5, 4, 7, 6]])
+def test_what_is_no_number_is_never_the_best(tmp_path: Path, losses: list[float]) -> None:
+    content = write_curve(points(loss_x=losses), tmp_path)
+    assert content["best"]["value"] == min(value for value in losses if math.isfinite(value))
+    assert content["best"]["chosen"] == 1
+    assert "none that is a number" in describe_best(content)
+    json.loads((tmp_path / "curve.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_a_curve_without_a_number_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no model or mixture .* has a loss that is a number"):
+        write_curve(points(loss_x=[math.nan, math.nan, math.inf]), tmp_path)
 
 
 def test_the_interval_of_a_source_resamples_whole_samples() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import multiprocessing
+import os
 import random
 import re
 import shutil
@@ -51,6 +52,7 @@ from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.decoder import Decoder
 from tests.checkpoint.conftest import PROCESSOR, random_tensors, small_config
 from tests.checkpoint.conftest import write as write  # a fixture
+from tests.mixing.conftest import huggingface_folder
 
 Write = Callable[..., Path]
 
@@ -187,7 +189,7 @@ def test_a_huggingface_folder_of_a_model_that_nobody_here_knows(tmp_path: Path) 
     assert_equal({"w": _read(out, "conv.weight")}, {"w": (_read(a, "conv.weight") + _read(b, "conv.weight")) / 2})
     # 16 bits are said in the config too.
     mix(plan_mixture([a, b], None, Recipe([0.5, 0.5])), tmp_path / "half", dtype=torch.bfloat16)
-    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] in ("bfloat16", "float32")
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
     assert HuggingFaceFolder(tmp_path / "half").info("conv.weight").dtype == torch.bfloat16
 
 
@@ -516,12 +518,141 @@ def test_what_is_no_checkpoint_is_not_replaced(write: Write, tmp_path: Path) -> 
     assert_equal(values(tmp_path / "out"), values(b))
 
 
+def test_overwriting_deletes_no_source_and_no_folder(write: Write, tmp_path: Path) -> None:
+    a, b = write("run", 0), write("run/step", 1)
+    for paths, out, message in (
+        ([a, b], a, "would delete '.*/run' with"),
+        ([b, b], a, "would delete '.*/run/step' with"),
+        ([write("c", 0), write("d", 1)], a, "would delete the folder 'step' in"),
+    ):
+        with pytest.raises(UserError, match=message):
+            mix_checkpoints(paths, [0.5, 0.5], out, overwrite=True)
+    assert (b / "config.json").exists()
+
+
+def test_a_link_is_followed_and_stays(write: Write, tmp_path: Path) -> None:
+    paths = [write("a", 0), write("b", 1)]
+    (tmp_path / "large disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "large disk" / "out")
+    for weights in ([1, 0], [0, 1]):
+        mix_checkpoints(paths, weights, tmp_path / "out", overwrite=weights == [0, 1])
+    assert (tmp_path / "out").is_symlink()
+    assert_equal(values(tmp_path / "large disk" / "out"), values(paths[1]))
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_what_somebody_else_makes_meanwhile_stays(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths, real = [write("a", 0), write("b", 1)], layout._fill
+
+    def meanwhile(*arguments: Any) -> None:
+        real(*arguments)
+        write("other", 2).rename(tmp_path / "out")
+
+    monkeypatch.setattr(layout, "_fill", meanwhile)
+    with pytest.raises(UserError, match=r"was made by somebody else meanwhile.* whole in '.*/\.out\.tmp'"):
+        mix_checkpoints(paths, [0.5, 0.5], tmp_path / "out")
+    assert_equal(values(tmp_path / "out"), random_tensors(2))
+    assert_equal(values(tmp_path / ".out.tmp"), expected(random_tensors(0), random_tensors(1), [0.5, 0.5]))
+
+
+def test_integers_that_differ_are_taken_from_whom_the_weights_say(write: Write, tmp_path: Path) -> None:
+    steps = "mixer.towers.clip.steps"
+    a, b = write("a", 0), write("b", _with(steps, torch.zeros(4).long()))
+    with pytest.raises(UserError, match=rf"rules=\[{{match: '{steps}', weights: \[1, 0\]}}\]"):
+        mix_checkpoints([a, b], [0.5, 0.5], tmp_path / "out")
+    mix_checkpoints([a, b], [0.5, 0.5], tmp_path / "out", rules=[{"match": steps, "weights": [1, 0]}])
+    assert values(tmp_path / "out")[steps].tolist() == [0, 1, 2, 3]
+    mix_checkpoints([a, b], [0, 1], tmp_path / "second")
+    assert_equal(values(tmp_path / "second"), values(b))
+    short = write("short", _with(steps, torch.arange(4, dtype=torch.int32)))
+    with pytest.raises(UserError, match=r"'mixer.towers.clip.steps' is torch.int64 .* integers of two dtypes"):
+        plan_mixture(open_models([a, short])[0], None, Recipe([0.5, 0.5]), cast=True)
+
+
+def test_a_quantized_model_is_refused_wherever_it_stands(tmp_path: Path) -> None:
+    plain, quantized = {"w": torch.ones(4)}, {"w": torch.ones(4).to(torch.float8_e4m3fn)}
+    a, b = huggingface_folder(tmp_path / "a", plain), huggingface_folder(tmp_path / "b", quantized)
+    for paths in ([a, b], [b, a]):
+        with pytest.raises(UserError, match=r"'w' in '.*/b' is torch.float8_e4m3fn, a quantized model's"):
+            plan_mixture(open_models(paths)[0], None, Recipe([0.5, 0.5]), cast=True)
+
+
+def test_an_index_that_is_wrong_is_named(tmp_path: Path) -> None:
+    path = huggingface_folder(tmp_path / "a", {"w": torch.ones(4)})
+    (path / "model.safetensors").rename(path / "model-00001-of-00001.safetensors")
+    index = {"weight_map": dict.fromkeys(("w", "v"), "model-00001-of-00001.safetensors")}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"index.json' has 'v' in model-00001-of-00001.safetensors, where it is not"):
+        open_models([path])
+
+
+def test_folders_that_are_not_mixed_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    paths = [huggingface_folder(tmp_path / name, {"w": torch.ones(4)}) for name in "ab"]
+    (paths[0] / "2_Dense").mkdir()
+    (paths[0] / "checkpoint-500").mkdir()
+    mix_checkpoints(paths, [0.5, 0.5], tmp_path / "out")
+    assert "not mixed and not copied: 2_Dense" in caplog.text
+
+
+def test_metas_tokenizer_may_lie_one_level_up(two: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "llama").mkdir()
+    paths = [as_meta(path, tmp_path / "llama" / str(i), 1) for i, path in enumerate(two)]
+    for path in paths:
+        (path / TOKENIZER).rename(tmp_path / "llama" / TOKENIZER)
+    mix_checkpoints(paths, [0.5, 0.5], tmp_path / "out")
+    assert (tmp_path / "out" / TOKENIZER).read_bytes() == (tmp_path / "llama" / TOKENIZER).read_bytes()
+
+
+def test_files_of_another_version_of_an_input_are_not_gone_on_with(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where size and time are the same, as after rsync -t."""
+    paths = [write(name, {f"t{i}": torch.randn(4) for i in range(3)}, max_shard_bytes=16) for name in "ab"]
+    real = layout._fill
+
+    def interrupted(folder: Path, files: list[Any], *rest: Any) -> None:
+        real(folder, files[:1], *rest)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(layout, "_fill", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mix_checkpoints(paths, [0.5, 0.5], tmp_path / "out")
+    monkeypatch.setattr(layout, "_fill", real)
+    for file in paths[1].glob("*.safetensors"):
+        before = file.stat()
+        file.write_bytes(file.read_bytes()[:-1] + b"\x3f")
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    mix_checkpoints(paths, [0.5, 0.5], tmp_path / "out")
+    assert_equal(values(tmp_path / "out"), expected(values(paths[0]), values(paths[1]), [0.5, 0.5]))
+
+
+def test_half_a_character_in_a_config_is_written_as_it_came(tmp_path: Path) -> None:
+    paths = [huggingface_folder(tmp_path / name, {"w": torch.ones(4)}, said="\ud800", dtype="float32") for name in "ab"]
+    mix_checkpoints(paths, [0.5, 0.5], tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["said"] == "\ud800"
+
+
+def test_distances_that_are_too_large_are_null(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = [{"w": torch.full((4,), scale, dtype=torch.float64)} for scale in (1e200, 3e200)]
+    paths = [huggingface_folder(tmp_path / name, t) for name, t in zip("ab", tensors, strict=True)]
+    mix_checkpoints(paths, [0.5, 0.5], tmp_path / "out")
+    content = (tmp_path / "out" / "provenance.json").read_text()
+    assert json.loads(content, parse_constant=pytest.fail)["mixing"]["parts"]["other"]["norms"] == [None, None]
+    assert command(["show", str(tmp_path / "out")]) == 0
+    assert "–" in capsys.readouterr().out
+
+
 def test_a_layout_of_that_name_must_exist_and_suit(two: list[Path]) -> None:
     with pytest.raises(UserError, match="layout=hugingface: did you mean 'huggingface'"):
         needs_our_names(two, "hugingface", None)
     models, _ = open_models(two, own=False)
     with pytest.raises(UserError, match="none of the original's types"):
         mix(plan_mixture(models, None, Recipe([0.5, 0.5])), "nowhere", layout="original")
+    for wrong, message in (("hugingface", "did you mean"), ("huggingface", "under our names")):
+        with pytest.raises(UserError, match=message):
+            mix(plan_mixture(open_models(two)[0], None, Recipe([0.5, 0.5])), "nowhere", layout=wrong)
     with pytest.raises(UserError, match="layout=original too"):
         mix(plan_mixture(models, None, Recipe([0.5, 0.5])), "nowhere", shards=2)
 

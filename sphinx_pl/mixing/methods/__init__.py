@@ -73,6 +73,11 @@ class Method:
     options: Mapping[str, float | int | bool] = field(default_factory=dict)
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
+    @property
+    def draws(self) -> bool:
+        """Whether a mixture depends on what is drawn at random."""
+        return "seed" in self.options
+
     def mixed(self, stretch: Stretch, weights: Weights, options: Options, measured: Any) -> Tensor:
         """The mixed stretch. May overwrite the tensors it is given, or be one of them."""
         if self.coefficients is None:
