@@ -380,11 +380,16 @@ def compare(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int
     return "; ".join(parts)
 
 
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By their bytes."""
+
+
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal in shape, dtype and every bit: distinguishes 0 from -0 and equates NaN with itself."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+    kind = _INTEGERS.get(a.itemsize, torch.uint8)
+    return torch.equal(a.contiguous().view(-1).view(kind), b.contiguous().view(-1).view(kind))
 
 
 FORMATS: Registry[type[Checkpoint]] = Registry("checkpoint format")

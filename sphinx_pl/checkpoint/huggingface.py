@@ -44,6 +44,11 @@ _LEFTOVERS = (
 _VOCABULARIES = ("*.model", "*.spm", "*.tiktoken", "vocab.txt", "vocab.bpe", "bpe.codes", "tekken.json")
 
 
+def is_huggingface(folder: Path) -> bool:
+    """Whether it is a model's folder as transformers writes it."""
+    return (folder / CONFIG).is_file() and "model_type" in read_json(folder / CONFIG)
+
+
 def belongs(name: str) -> bool:
     """Whether a file of that name goes with the weights."""
     return not any(fnmatchcase(name, pattern) for pattern in _LEFTOVERS)

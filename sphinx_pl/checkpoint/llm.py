@@ -28,7 +28,7 @@ from sphinx_pl.checkpoint.format import (
     sizes_of,
     write_json,
 )
-from sphinx_pl.checkpoint.huggingface import weight_files
+from sphinx_pl.checkpoint.huggingface import is_huggingface, weight_files
 from sphinx_pl.checkpoint.layout import Entry, Layout, Whole, safetensors_layout, write_layout
 from sphinx_pl.checkpoint.original import decoder_config
 from sphinx_pl.checkpoint.parallel import ParallelFiles
@@ -224,7 +224,7 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     @classmethod
     def matches(cls, path: Path) -> bool:
-        return (path / CONFIG).is_file() and "model_type" in read_json(path / CONFIG)
+        return is_huggingface(path)
 
     def __init__(self, path: Path) -> None:
         self.path = path

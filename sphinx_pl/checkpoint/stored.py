@@ -39,7 +39,14 @@ from sphinx_pl.checkpoint.format import (
     write_json,
     write_safetensors,
 )
-from sphinx_pl.checkpoint.huggingface import WEIGHTS, belongs, config_difference, tokenizer_difference, weight_files
+from sphinx_pl.checkpoint.huggingface import (
+    WEIGHTS,
+    belongs,
+    config_difference,
+    is_huggingface,
+    tokenizer_difference,
+    weight_files,
+)
 from sphinx_pl.checkpoint.layout import (
     Entry,
     Layout,
@@ -136,7 +143,7 @@ class HuggingFaceFolder(_SafetensorsFolder):
 
     @classmethod
     def matches(cls, path: Path) -> bool:
-        return (path / CONFIG).is_file() and "model_type" in read_json(path / CONFIG)
+        return is_huggingface(path)
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, weight_files(path))

@@ -81,10 +81,3 @@ def resampled(points: Sequence[Measures], names: Sequence[str], resamples: int =
             times = torch.bincount(drawn, minlength=samples).double()
             row += (sums @ times) / (counts @ times) / len(names)
     return means
-
-
-def interval(values: Tensor, level: float = 0.95) -> tuple[float, float]:
-    """The middle `level` of resampled values [resamples]."""
-    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=values.dtype)
-    low, high = torch.quantile(values, ends).tolist()
-    return low, high

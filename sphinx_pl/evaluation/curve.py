@@ -15,7 +15,8 @@ import torch
 from rich.progress import track
 
 from sphinx_pl.errors import UserError
-from sphinx_pl.evaluation.criterion import Criterion, Measures, interval, resampled
+from sphinx_pl.evaluation.criterion import Criterion, Measures, resampled
+from sphinx_pl.evaluation.losses import interval
 from sphinx_pl.evaluation.mixtures import MixtureEvaluator
 from sphinx_pl.files import finite, write_whole
 from sphinx_pl.mixing.methods import METHODS

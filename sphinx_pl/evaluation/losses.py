@@ -14,6 +14,13 @@ from sphinx_pl.evaluation.device import autocast
 from sphinx_pl.models.sphinx import Sphinx
 
 
+def interval(values: Tensor, level: float = 0.95) -> tuple[float, float]:
+    """The middle `level` of resampled values [resamples]."""
+    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=values.dtype)
+    low, high = torch.quantile(values, ends).tolist()
+    return low, high
+
+
 @dataclass(frozen=True, slots=True)
 class SourceLoss:
     """Negative log-likelihood over one source, in nats, kept per sample so that its uncertainty can be told.
@@ -38,9 +45,7 @@ class SourceLoss:
         """Percentile bootstrap of `mean` over samples: the tokens of one answer are not independent of each other."""
         generator = torch.Generator().manual_seed(seed)
         draws = torch.randint(len(self.sums), (resamples, len(self.sums)), generator=generator)
-        means = self.sums[draws].sum(1) / self.tokens[draws].sum(1)
-        low, high = torch.quantile(means, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=means.dtype)).tolist()
-        return low, high
+        return interval(self.sums[draws].sum(1) / self.tokens[draws].sum(1), level)
 
 
 @torch.no_grad()

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from sphinx_pl.errors import UserError
-from sphinx_pl.evaluation.criterion import Criterion, Measures, interval, resampled
-from sphinx_pl.evaluation.losses import SourceLoss
+from sphinx_pl.evaluation.criterion import Criterion, Measures, resampled
+from sphinx_pl.evaluation.losses import SourceLoss, interval
 from sphinx_pl.evaluation.mixtures import MixtureEvaluator
 from sphinx_pl.files import finite, write_whole
 from sphinx_pl.mixing.mix import Plan

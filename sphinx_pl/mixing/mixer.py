@@ -13,7 +13,7 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sphinx_pl.checkpoint.format import TensorInfo
+from sphinx_pl.checkpoint.format import TensorInfo, same_bits
 from sphinx_pl.checkpoint.layout import assemble
 from sphinx_pl.checkpoint.stored import Read, Stored
 from sphinx_pl.errors import UserError
@@ -142,7 +142,7 @@ class Mixer:
                 if self.watch:
                     for digest, piece in zip(hashes, raw, strict=True):
                         digest.update(piece.view(torch.uint8).numpy().data)
-                same = all(_equal(raw[0], piece) for piece in raw[1:])
+                same = all(same_bits(raw[0], piece) for piece in raw[1:])
                 equal = equal and same
                 result = out[: raw[0].numel()]
                 if not numbers:
@@ -199,7 +199,7 @@ class Mixer:
         with ExitStack() as stack:
             reads = [stack.enter_context(model.reader(key)) for model in self.models]
             pieces = _raw(reads, [model.info(key) for model in self.models])
-            return all(_equal(raw[0], piece) for _, raw in pieces for piece in raw[1:])
+            return all(same_bits(raw[0], piece) for _, raw in pieces for piece in raw[1:])
 
     def _measure(self, key: str, weights: Sequence[float]) -> Any:
         """What the method has to know of the whole tensor that `key` is, or is a part of."""
@@ -239,15 +239,6 @@ def _raw(reads: Sequence[Read], infos: Sequence[TensorInfo]) -> Iterator[tuple[i
         for read, piece in zip(reads, raw, strict=True):
             read(piece, start)
         yield start, together if len(dtypes) == 1 else raw
-
-
-_INTEGERS: dict[int, torch.dtype] = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    """In dtype and bit for bit."""
-    kind = _INTEGERS[a.itemsize]
-    return a.dtype == b.dtype and torch.equal(a.view(kind), b.view(kind))
 
 
 def _fits(stored: torch.dtype, dtype: torch.dtype) -> bool:

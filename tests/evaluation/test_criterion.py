@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sphinx_pl.errors import UserError
-from sphinx_pl.evaluation.criterion import Criterion, interval, resampled
-from sphinx_pl.evaluation.losses import SourceLoss
+from sphinx_pl.evaluation.criterion import Criterion, resampled
+from sphinx_pl.evaluation.losses import SourceLoss, interval
 
 
 def loss(sums: list[float], tokens: list[float]) -> SourceLoss:
