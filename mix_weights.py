@@ -366,10 +366,10 @@ def main(cfg: DictConfig) -> float | None:
     if out is not None:
         files = layout_of(plan, layout, options.shards, dtype)
         check_start(out, files)
-        if left_out := set(plan.models[0]) - files.keys:
+        if layout == "huggingface" and (left_out := len(set(plan.models[0]) - files.keys)):
             console.print(
-                f"Note: layout={layout} is a language model's: {len(left_out)} tensors of towers and projections "
-                "are left out"
+                f"Note: layout=huggingface is a language model's: {left_out} tensors of towers and projections are "
+                "left out"
             )
     value, origin, beside = None, None, None
     if options.measures:
