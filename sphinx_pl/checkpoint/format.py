@@ -752,7 +752,7 @@ def check_free(
         raise UserError(f"'{path}' exists: choose another path, or allow it to be overwritten (overwrite=true)")
     for source in sources:
         if source.resolve().is_relative_to(path.resolve()):
-            raise UserError(f"overwrite=true would delete '{source}' with '{path}': choose another path")
+            raise UserError(f"overwrite=true at '{path}' would delete '{source}', which is needed: choose another path")
     if not is_checkpoint(path):
         raise UserError(f"'{path}' is not a checkpoint, so overwrite=true does not replace it: choose another path")
     if folder := next((inside.name for inside in path.iterdir() if inside.is_dir()), None):

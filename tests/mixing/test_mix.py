@@ -521,8 +521,8 @@ def test_what_is_no_checkpoint_is_not_replaced(write: Write, tmp_path: Path) -> 
 def test_overwriting_deletes_no_source_and_no_folder(write: Write, tmp_path: Path) -> None:
     a, b = write("run", 0), write("run/step", 1)
     for paths, out, message in (
-        ([a, b], a, "would delete '.*/run' with"),
-        ([b, b], a, "would delete '.*/run/step' with"),
+        ([a, b], a, "at '.*/run' would delete '.*/run', which is needed"),
+        ([b, b], a, "at '.*/run' would delete '.*/run/step', which is needed"),
         ([write("c", 0), write("d", 1)], a, "would delete the folder 'step' in"),
     ):
         with pytest.raises(UserError, match=message):
