@@ -349,7 +349,7 @@ def main(cfg: DictConfig) -> float | None:
     paths = options.paths()
     recipe = options.recipe(len(paths))
     if out is not None:
-        check_out(out, options.overwrite, [Path(path) for path in (*paths, *([options.base] if options.base else []))])
+        check_out(out, options.overwrite, [Path(path) for path in (*paths, options.base) if path is not None])
     if options.curve_dir is not None:
         check_folder(Path(options.curve_dir), "curve_dir")
         if not options.overwrite and (there := _measured_in(Path(options.curve_dir))):

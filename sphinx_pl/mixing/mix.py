@@ -143,6 +143,11 @@ class Plan:
     weights: dict[str, list[float]]
     rows: list[Row]
 
+    @property
+    def inputs(self) -> list[Stored]:
+        """The models and, behind them, the base."""
+        return self.models if self.base is None else [*self.models, self.base]
+
     def mixer(self, watch: bool = True) -> Mixer:
         return Mixer(
             self.models,
@@ -316,8 +321,8 @@ def mix(
     Raises:
         UserError: `out` exists, or see `layout_of`, `write_layout` and `Mixer.stretches`.
     """
-    out, everyone = Path(out), [*plan.models, *([plan.base] if plan.base else [])]
-    check_out(out, overwrite, [model.path for model in everyone])
+    out = Path(out)
+    check_out(out, overwrite, [model.path for model in plan.inputs])
     files = layout_of(plan, layout, shards, dtype)
     mixer = plan.mixer()
     said: dict[str, Any] = {}
@@ -334,7 +339,7 @@ def mix(
                     model, {key: known[key].hashes[i] if key in known else tensor_hash(model, key) for key in model}
                 ),
             }
-            for i, model in enumerate(everyone)
+            for i, model in enumerate(plan.inputs)
         ]
         content = provenance("mix", dict(config) if config else None, parents) | {"mixing": said}
         write_json(folder / PROVENANCE, finite(content))
@@ -363,14 +368,13 @@ def _is_checkpoint(path: Path) -> bool:
 
 def _fingerprint(plan: Plan, files: Layout) -> dict[str, Any]:
     """What decides the content of each file: a run that was killed is gone on with only if it is the same."""
-    everyone = [*plan.models, *([plan.base] if plan.base else [])]
     weights = repr(sorted(plan.weights.items()))
     return {
         "code": sphinx_pl.__version__,
         "inputs": [
             [str(model.path.absolute()), model.kind]
             + [[f.name, *_version(f)] for f in sorted(model.path.iterdir()) if f.is_file()]
-            for model in everyone
+            for model in plan.inputs
         ],
         "method": plan.recipe.method,
         "options": plan.options,

@@ -605,24 +605,31 @@ def test_metas_tokenizer_may_lie_one_level_up(two: list[Path], tmp_path: Path) -
     assert (tmp_path / "out" / TOKENIZER).read_bytes() == (tmp_path / "llama" / TOKENIZER).read_bytes()
 
 
+def stop_after_two_files(paths: list[Path], out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mixture with equal weights, interrupted."""
+    real = layout._fill
+
+    def interrupted(folder: Path, files: list[Any], *rest: Any) -> None:
+        real(folder, files[:2], *rest)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layout, "_fill", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            mix_checkpoints(paths, [0.5, 0.5], out)
+    assert len(list(out.with_name(f".{out.name}.tmp").glob("model-*.safetensors"))) == 2
+
+
 def test_files_of_another_version_of_an_input_are_not_gone_on_with(
     write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where size and time are the same, as after rsync -t."""
     paths = [write(name, {f"t{i}": torch.randn(4) for i in range(3)}, max_shard_bytes=16) for name in "ab"]
-    real = layout._fill
-
-    def interrupted(folder: Path, files: list[Any], *rest: Any) -> None:
-        real(folder, files[:1], *rest)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(layout, "_fill", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        mix_checkpoints(paths, [0.5, 0.5], tmp_path / "out")
-    monkeypatch.setattr(layout, "_fill", real)
+    stop_after_two_files(paths, tmp_path / "out", monkeypatch)
     for file in paths[1].glob("*.safetensors"):
         before = file.stat()
-        file.write_bytes(file.read_bytes()[:-1] + b"\x3f")
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 0x80]))  # the last value's sign
         os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     mix_checkpoints(paths, [0.5, 0.5], tmp_path / "out")
     assert_equal(values(tmp_path / "out"), expected(values(paths[0]), values(paths[1]), [0.5, 0.5]))
@@ -728,16 +735,6 @@ def test_twenty_kills(tmp_path: Path, write: Write) -> None:
 def test_a_rerun_with_other_weights_begins_anew(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Complete files of another mixture are not mistaken for this one's."""
     paths = [write(name, {f"t{i}": torch.randn(4) for i in range(3)}, max_shard_bytes=16) for name in "ab"]
-    real = layout._fill
-
-    def interrupted(folder: Path, files: list[Any], *rest: Any) -> None:
-        real(folder, files[:2], *rest)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(layout, "_fill", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        mix_checkpoints(paths, [0.5, 0.5], tmp_path / "out")
-    assert len(list((tmp_path / ".out.tmp").glob("model-*.safetensors"))) == 2
-    monkeypatch.setattr(layout, "_fill", real)
+    stop_after_two_files(paths, tmp_path / "out", monkeypatch)
     mix_checkpoints(paths, [0.25, 0.75], tmp_path / "out")
     assert_equal(values(tmp_path / "out"), expected(values(paths[0]), values(paths[1]), [0.25, 0.75]))
