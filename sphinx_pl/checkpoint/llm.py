@@ -358,6 +358,4 @@ def write_huggingface(checkpoint: Checkpoint, out: Path) -> None:
     Raises:
         UserError: `out` exists, or see `huggingface_layout`.
     """
-    if out.exists():
-        raise UserError(f"'{out}' exists: choose another path")
     write_layout(out, huggingface_layout(checkpoint), Whole(checkpoint.tensor), progress="Exporting")

@@ -449,7 +449,5 @@ def write_original(checkpoint: Checkpoint, out: Path, shards: int = 1) -> str:
     Raises:
         UserError: `out` exists, or see `original_layout`.
     """
-    if out.exists():
-        raise UserError(f"'{out}' exists: choose another path")
     write_layout(out, original_layout(checkpoint, shards), Whole(checkpoint.tensor), progress="Exporting")
     return original_type(checkpoint)
