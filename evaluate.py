@@ -395,7 +395,12 @@ def main(cfg: DictConfig) -> float:
         missing: dict[str, int] = {}
         benchmark = asked.benchmark
         answers = asking(
-            asked.name, asked.records, missing, judge=benchmark.judge, max_new_tokens=benchmark.max_new_tokens
+            asked.name,
+            asked.records,
+            missing,
+            judge=benchmark.judge,
+            max_new_tokens=benchmark.max_new_tokens,
+            closed=benchmark.closed,
         )
         if not answers:
             raise UserError(

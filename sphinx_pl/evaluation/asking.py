@@ -27,6 +27,7 @@ from sphinx_pl.distributed.collective import of_all_ranks
 from sphinx_pl.evaluation.choosing import answer
 from sphinx_pl.evaluation.journal import Answered, Journal
 from sphinx_pl.evaluation.metrics import METRICS, last_turn
+from sphinx_pl.evaluation.question import Question, question_of
 from sphinx_pl.models.generation import GenerationConfig, Prompt
 from sphinx_pl.models.sphinx import Sphinx
 
@@ -124,11 +125,13 @@ def shuffle_images(records: Sequence[Record], seed: int = 0) -> dict[str, tuple[
 
 
 @dataclass(frozen=True)
-class _Question:
-    place: int  # in the records
+class _Asked:
+    """A question with its place in the records, its prompt, and how many tokens its answer may have."""
+
+    place: int
+    question: Question
     prompt: PromptSample
-    limit: int  # tokens of the answer
-    images: tuple[ImageRef, ...]  # that are shown
+    limit: int
 
 
 def evaluate(
@@ -140,6 +143,7 @@ def evaluate(
     batch_size: int = 16,
     max_new_tokens: int | None = None,
     ranking: bool = False,
+    closed: Sequence[str] | None = None,
     images: Mapping[str, tuple[ImageRef, ...]] | None = None,
     judge: Judge | None = None,
     journal: Journal | None = None,
@@ -151,14 +155,14 @@ def evaluate(
 ) -> list[Prediction]:
     """Generate and score an answer to the last question of every record, in the order of `records`.
 
-    Which questions share a batch depends on the questions alone, neither on what was answered before nor on the number
-    of ranks: answers are the same after a kill, and by several processes.
+    `ask` gets the questions without the records. Their true answers are read when all answers are there.
 
     Args:
         model: on its device.
         generation: how answers are drawn; what ends them, and how long they get, is the processor's and the task's.
         max_new_tokens: instead of the tasks' own.
         ranking: see `sphinx_pl.evaluation.choosing`.
+        closed: see `sphinx_pl.evaluation.question.question_of`.
         images: record key -> images to show instead of its own (see `shuffle_images`).
         judge: scores an answer; by default the metric of the record's task does (`judge`).
         journal: what was answered before, and where answers are noted.
@@ -166,11 +170,61 @@ def evaluate(
         skipped: filled with the number of records that could not be asked, by reason.
     """
     lost: Counter[str] = Counter()
-    asked = _questions(model, processor, records, max_new_tokens, images, lost)
+    questions: dict[int, Question] = {}
+    for place, record in enumerate(records):
+        try:
+            question = question_of(record, processor.geometry, max_new_tokens, closed)
+        except BadSample as error:
+            lost[error.reason] += 1
+            continue
+        shown = record.images if images is None else images[record.key]
+        questions[place] = dataclasses.replace(question, images=shown)
+    answers = ask(
+        model,
+        processor,
+        questions,
+        generation=generation or GenerationConfig(),
+        batch_size=batch_size,
+        ranking=ranking,
+        journal=journal,
+        rank=rank,
+        world_size=world_size,
+        progress=progress,
+        title=title,
+        lost=lost,
+    )
+    if skipped is not None:
+        skipped.update(lost)
+    score = judge or _judge
+    return [
+        score(records[place], text, processor.geometry, questions[place].images) for place, text in answers.items()
+    ]
+
+
+def ask(
+    model: Sphinx,
+    processor: Processor,
+    questions: Mapping[int, Question],
+    *,
+    generation: GenerationConfig,
+    batch_size: int,
+    ranking: bool,
+    journal: Journal | None,
+    rank: int,
+    world_size: int,
+    progress: bool,
+    title: str,
+    lost: Counter[str],
+) -> dict[int, str]:
+    """The answers to questions, by their places and in their order; those that could not be asked are counted in `lost`.
+
+    Which questions share a batch depends on the questions alone, neither on what was answered before nor on the number
+    of ranks: answers are the same after a kill, and by several processes.
+    """
+    asked = _prompts(model, processor, questions, lost)
     batches = [asked[start : start + batch_size] for start in range(0, len(asked), batch_size)]
-    done = journal.open(_fingerprint(asked, batch_size), rank, world_size) if journal else {}
+    done = journal.open(_fingerprint(asked, batch_size, ranking), rank, world_size) if journal and asked else {}
     todo = [number for number in range(rank, len(batches), world_size) if number not in done]
-    base = generation or GenerationConfig()
     stop, eos = processor.stop_sequences, processor.tokenizer.eos_id
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, disable=not progress or rank > 0) as bar, ThreadPoolExecutor(1) as pool:
@@ -182,8 +236,8 @@ def evaluate(
             prompts, places, missing = decoding.result()
             if following is not None:
                 decoding = pool.submit(_decode, batches[following], processor.image_size)
-            config = dataclasses.replace(base, seed=base.seed + number * batch_size, eos_id=eos, stop=stop)
-            texts = answer(model, processor, [records[place] for place in places], prompts, config, ranking)
+            config = dataclasses.replace(generation, seed=generation.seed + number * batch_size, eos_id=eos, stop=stop)
+            texts = answer(model, processor, [questions[place] for place in places], prompts, config, ranking)
             done[number] = Answered(dict(zip(places, texts, strict=True)), missing)
             if journal:
                 journal.note(number, done[number])
@@ -194,27 +248,17 @@ def evaluate(
     for answered in ChainMap(*of_all_ranks(done, world_size)).values():
         answers |= answered.texts
         lost.update(answered.lost)
-    if skipped is not None:
-        skipped.update(lost)
-    by_place = {question.place: question.images for question in asked}
-    score = judge or _judge
-    return [score(records[place], answers[place], processor.geometry, by_place[place]) for place in sorted(answers)]
+    return dict(sorted(answers.items()))
 
 
-def _questions(
-    model: Sphinx,
-    processor: Processor,
-    records: Sequence[Record],
-    max_new_tokens: int | None,
-    images: Mapping[str, tuple[ImageRef, ...]] | None,
-    lost: Counter[str],
-) -> list[_Question]:
+def _prompts(
+    model: Sphinx, processor: Processor, questions: Mapping[int, Question], lost: Counter[str]
+) -> list[_Asked]:
     """Sorted, so that similar lengths share a batch: little padding, and no short answer waits for a long one."""
     asked = []
-    for place, record in enumerate(records):
-        own = record.images if images is None else images[record.key]
+    for place, question in questions.items():
         try:
-            prompt = processor.prompt(record, None if images is None else processor.sizes(own))
+            prompt = question.prompt(processor)
         except BadSample as error:
             lost[error.reason] += 1
             continue
@@ -222,35 +266,36 @@ def _questions(
         if room < 1:
             lost["prompt_too_long"] += 1
             continue
-        limit = max_new_tokens or TASKS[record.task].max_new_tokens
-        asked.append(_Question(place, prompt, min(limit, room), own))
-    return sorted(asked, key=lambda question: (question.limit, len(question.prompt.ids)))
+        asked.append(_Asked(place, question, prompt, min(question.limit, room)))
+    return sorted(asked, key=lambda one: (one.limit, len(one.prompt.ids)))
 
 
-def _fingerprint(asked: Sequence[_Question], batch_size: int) -> str:
-    """Of what is asked: prompts in their order, with the images' places and the answers' longest lengths."""
+def _fingerprint(asked: Sequence[_Asked], batch_size: int, ranking: bool) -> str:
+    """Of what is asked: prompts in their order, with the images' places and the answers' longest lengths; of a choice
+    by likelihood also what is to choose from."""
     digest = hashlib.sha256(f"{batch_size} {len(asked)}".encode())
-    for question in asked:
-        images = [(image.path, image.offset, image.crop, image.flip) for image in question.images]
-        digest.update(f"{question.place} {question.limit} {images}".encode("utf-8", "surrogateescape"))
-        digest.update(np.asarray(question.prompt.ids, dtype=np.int64).tobytes())
+    for one in asked:
+        images = [(image.path, image.offset, image.crop, image.flip) for image in one.question.images]
+        candidates = f" {one.question.candidates}" if ranking else ""
+        digest.update(f"{one.place} {one.limit} {images}{candidates}".encode("utf-8", "surrogateescape"))
+        digest.update(np.asarray(one.prompt.ids, dtype=np.int64).tobytes())
     return digest.hexdigest()
 
 
-def _decode(batch: Sequence[_Question], size: int) -> tuple[list[Prompt], list[int], dict[str, int]]:
+def _decode(batch: Sequence[_Asked], size: int) -> tuple[list[Prompt], list[int], dict[str, int]]:
     """Prompts with pixels, their records' places, and how many have an image that cannot be read, by reason."""
     prompts: list[Prompt] = []
     places: list[int] = []
     lost: Counter[str] = Counter()
-    for question in batch:
+    for one in batch:
         try:
-            pixels = [load_image(image, size) for image in question.images]
+            pixels = [load_image(image, size) for image in one.question.images]
         except BadSample as error:
             lost[error.reason] += 1
             continue
         stacked = torch.stack(pixels) if pixels else None
-        prompts.append(Prompt(question.prompt.ids, stacked, question.limit, question.prompt.seen))
-        places.append(question.place)
+        prompts.append(Prompt(one.prompt.ids, stacked, one.limit, one.prompt.seen))
+        places.append(one.place)
     return prompts, places, dict(lost)
 
 

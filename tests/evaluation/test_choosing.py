@@ -11,7 +11,8 @@ from sphinx_pl.data.images import padded_resize, to_tensor
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.record import ImageRef
 from sphinx_pl.evaluation.asking import evaluate
-from sphinx_pl.evaluation.choosing import answer, possible_answers
+from sphinx_pl.evaluation.choosing import answer
+from sphinx_pl.evaluation.question import Question, question_of
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.generation import GenerationConfig, Prompt, generate
 from sphinx_pl.models.ranking import rank

@@ -81,6 +81,11 @@ class Benchmark(OfficialFiles):
     """Of an answer, where that is not the task's."""
     hidden: ClassVar[tuple[str, ...]] = ()
     """Those of `splits` whose truth is not public: their answers go to a server."""
+    closed: ClassVar[tuple[str, ...]] = ()
+    """The answers that all of its questions allow, for `ranking`; () where they are open, or have choices of their own.
+
+    The task of a record must not tell: that of a short answer is yes_no where the truth is yes or no.
+    """
     server_id: ClassVar[str] = "question_id"
     """What the server calls a question's id, which is its record's meta["question_id"]."""
 
@@ -127,6 +132,13 @@ class Benchmark(OfficialFiles):
     def unit(self, record: Record) -> str:
         """The same for questions that count together, and so are drawn together; by default each stands alone."""
         return record.key
+
+    def stratum(self, record: Record) -> str:
+        """The part of the benchmark that `limit` draws from: by default its category.
+
+        Where the category follows from the answer it is another, so that what is drawn does not depend on the truth.
+        """
+        return self.category(record)
 
     def groups(self, prediction: Prediction) -> Sequence[str]:
         """The parts of the benchmark whose numbers an answer counts in; by default its category."""
@@ -300,7 +312,8 @@ def load(name: str, benchmark: Benchmark, limit: int | None = None, seed: int = 
     """Read a benchmark's records.
 
     Args:
-        limit: at most so many units of each category, drawn with `seed`; most are single questions.
+        limit: at most so many units of each category (`Benchmark.stratum`), drawn with `seed`; most are single
+            questions.
 
     Raises:
         UserError: its files are missing or not what they should be, or hold no question.
@@ -315,7 +328,7 @@ def load(name: str, benchmark: Benchmark, limit: int | None = None, seed: int = 
         for record in found:
             paths = tuple(dataclasses.replace(i, path=str(benchmark.images / i.path)) for i in record.images)
             record = dataclasses.replace(record, key=f"{name}/{record.key}", images=paths)
-            groups[benchmark.category(record)][benchmark.unit(record)].append(record)
+            groups[benchmark.stratum(record)][benchmark.unit(record)].append(record)
     lost += benchmark.skipped + benchmark.left_out
     records: list[Record] = []
     rng = random.Random(seed)  # one for all: the same places in every category may all have the same answer

@@ -64,6 +64,10 @@ class _Documents(ShortAnswers):
     def category(self, record: Record) -> str:
         return ", ".join(record.meta.get("types", ()))
 
+    def stratum(self, record: Record) -> str:
+        """All questions: some types are kinds of answers ("Yes/No", "single span")."""
+        return ""
+
     def groups(self, prediction: Prediction) -> Sequence[str]:
         types: Sequence[str] = prediction.record["meta"].get("types", ())
         return types

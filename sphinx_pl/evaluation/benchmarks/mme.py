@@ -46,6 +46,7 @@ class Mme(Benchmark):
     licence = "see the page; the images' own"
     family = "mllm"
     splits = ("test",)
+    closed = ("yes", "no")
 
     def _read(self) -> Iterator[tuple[str, list[Record] | BadSample]]:
         """Also of the unified annotation an entry is an image, not a question."""

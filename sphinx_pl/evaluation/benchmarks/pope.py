@@ -31,6 +31,7 @@ class Pope(Benchmark):
     licence = "MIT"
     family = "mllm"
     splits = ("random", "popular", "adversarial")
+    closed = ("yes", "no")
 
     def entries(self) -> Iterator[tuple[str, Any]]:
         for number, entry in self.json_lines(f"coco_pope_{self.split}.json"):

@@ -44,6 +44,10 @@ class TenAnswers(ShortAnswers):
     def category(self, record: Record) -> str:
         return str(record.meta.get("answer_type") or "")
 
+    def stratum(self, record: Record) -> str:
+        """All questions: their categories are kinds of answers."""
+        return ""
+
 
 class VQAv2(TenAnswers, vqav2.VQAv2):
     """Categories are the answers' types. Of test-dev the submission has blank answers to the rest of test, as the
@@ -95,6 +99,9 @@ class OKVQA(TenAnswers, okvqa.OKVQA):
 
     def category(self, record: Record) -> str:
         return str(record.meta.get("category", ""))
+
+    def stratum(self, record: Record) -> str:
+        return self.category(record)  # of the question
 
     @cached_property
     def _kinds(self) -> Mapping[str, Any]:

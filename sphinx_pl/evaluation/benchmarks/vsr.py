@@ -26,6 +26,7 @@ class VSR(Benchmark, vsr.VSR):
     family = "vqa"
     splits = ("test", "zeroshot_test", "dev", "zeroshot_dev")
     max_new_tokens = 10
+    closed = ("true", "false")
 
     def records(self, key: str, entry: Any) -> Iterator[Record]:
         for record in super().records(key, entry):

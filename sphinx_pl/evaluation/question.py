@@ -1,0 +1,89 @@
+"""What a model is asked: a record without its answer.
+
+A record becomes a `Question` before anything is asked. Prompts, batches, candidates and answers are made of questions
+alone, so the part that asks cannot see the truth. The record comes back when the answer is final, to score it.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sphinx_pl.data.geometry import Geometry
+from sphinx_pl.data.processor import Processor, PromptSample
+from sphinx_pl.data.record import ImageRef, Record, Turn
+from sphinx_pl.data.tasks import TASKS
+
+_BLANK = "?"  # stands for the answer in a conversation, which ends before it
+_POLAR = re.compile(
+    r"\s*(?:is|are|was|were|am|do|does|did|has|have|had|can|could|will|would|shall|should|may|might|must)(?:n't)?\b",
+    re.IGNORECASE,
+)
+_ALTERNATIVE = re.compile(r"\bor\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """All that the asking part gets.
+
+    `earlier`: the turns of a conversation before this one, with their answers. `text`: the question in the evaluation
+    wording. `limit`: tokens of the answer. `candidates`: every answer that the question allows, () where it is open.
+    """
+
+    key: str
+    images: tuple[ImageRef, ...]
+    earlier: tuple[Turn, ...]
+    text: str
+    limit: int
+    candidates: tuple[str, ...] = ()
+
+    def prompt(self, processor: Processor) -> PromptSample:
+        """The question's ids, with a slot for each visual token of its images.
+
+        Raises:
+            BadSample: an image whose size is needed cannot be read, or `<image>` marks do not fit the images.
+        """
+        turns = (*self.earlier, Turn(self.text, _BLANK))
+        return processor.prompt(Record(self.key, "chat", self.images, turns=turns))
+
+
+def question_of(
+    record: Record,
+    geometry: Geometry,
+    limit: int | None = None,
+    closed: Sequence[str] | None = None,
+) -> Question:
+    """The question of a record's last turn.
+
+    Args:
+        limit: tokens of the answer, instead of the task's own.
+        closed: the answers that a benchmark's questions allow, () for open ones. None: the question's words tell.
+
+    Raises:
+        BadSample: the record lacks what its task needs, so that its answer could not be scored either.
+    """
+    *earlier, last = TASKS[record.task].turns(record, geometry, None)
+    if record.task == "multiple_choice":
+        candidates = tuple(string.ascii_uppercase[: len(record.choices)])
+    elif closed is not None:
+        candidates = tuple(closed)
+    else:
+        candidates = ("yes", "no") if _short(record.task) and asks_yes_no(last.question) else ()
+    limit = limit or TASKS[record.task].max_new_tokens
+    return Question(record.key, record.images, tuple(earlier), last.question, limit, candidates)
+
+
+def asks_yes_no(question: str) -> bool:
+    """Whether a question begins with a verb that asks for yes or no ("Is", "Does") and offers no alternative ("or").
+
+    The task does not tell: converters call a question yes_no where its answer is yes or no.
+    """
+    line = question.strip().partition("\n")[0]
+    return _POLAR.match(line) is not None and not _ALTERNATIVE.search(line)
+
+
+def _short(task: str) -> bool:
+    """Whether the task asks in the wording of yes_no, as short_vqa does."""
+    return TASKS[task].templates[0] == TASKS["yes_no"].templates[0]
