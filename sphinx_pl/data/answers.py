@@ -1,12 +1,36 @@
-"""What a short answer says: the words and letters that tasks and official metrics read from a text."""
+"""What a short answer says: the words and letters that tasks and official metrics read from a text.
+
+A text that says two different things says neither: "yes or no", "A or B", a repetition of all options.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Container
+import string
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+_T = TypeVar("_T")
 
 _WORD = re.compile(r"\W*(\w+)(?![\w-])")
+_SENTENCE_END = re.compile(r"[.!?]")
+# Another word beside the first: joined to it ("yes or no"), or by itself ("yes, no"); not that of "yes, no dog".
+_ALSO = re.compile(
+    r"^\W*(?:[/|]|\b(?:or|and)\b)\W*(\w+)(?![\w-])"
+    r"|(?:^|[,;:/|\n]|\b(?:or|and)\b)\W*(\w+)(?![\w-])(?=\s*(?:$|[,;:/|)\n]))",
+    re.IGNORECASE,
+)
 _LETTER = re.compile(r"\s*[\[(（]?([A-Za-z])[^\S\n]*(?:[\]).:,!;）。、：，；]|\n|-\s|$)")
+# A letter that is one of several: it begins a line or follows a comma or "or", and a mark, the end or another one follows.
+_LISTED = re.compile(
+    r"(?:^[-•]?|[,;/|&，；、]|\b(?:or|and)\b|[或和及])\s*(?:(?:option|choice)\s+)?"
+    r"(?:[\[(]([A-Za-z])[\])]|([A-Za-z])(?:[).:](?=\s|$)|\s+-\s|(?=\s*(?:$|[,;/|&，；、。]|\b(?:or|and)\b|[或和及]))))",
+    re.IGNORECASE | re.MULTILINE,
+)
+_MARKED = re.compile(r"(?<![\w'])[\[(]?([A-Za-z])[\]).:]+\s*(?=\S)")
+_ARTICLE = re.compile(r"(?:an?|the)\s+", re.IGNORECASE)
+_WIDE = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # Ａ is A
 
 
 def normalise(text: str) -> str:
@@ -14,13 +38,66 @@ def normalise(text: str) -> str:
     return " ".join(text.lower().split()).rstrip(".").rstrip()
 
 
-def leading_word(text: str, words: Container[str]) -> str | None:
-    """The word that a text begins with, in lower case, if it is one of `words`: "No.", "yes, it is"; not "no-one"."""
-    match = _WORD.match(text)
-    return word if match and (word := match[1].lower()) in words else None
+def plain(text: str) -> str:
+    """The text with composed accents, and with wide letters and marks (Ａ．) as plain ones."""
+    return unicodedata.normalize("NFC", text).translate(_WIDE)
+
+
+def leading_value(text: str, values: Mapping[str, _T]) -> _T | None:
+    """The value of the word that a text begins with, in any case: "No.", "yes, it is"; not "no-one".
+
+    None where its first sentence has a word of another value beside it: "yes or no", "Yes/No", "no, yes".
+    """
+    first = _WORD.match(text)
+    if not first or (word := first[1].lower()) not in values:
+        return None
+    rest = _SENTENCE_END.split(text[first.end() :], maxsplit=1)[0]
+    said = {values.get((match[1] or match[2]).lower(), values[word]) for match in _ALSO.finditer(rest)}
+    return values[word] if said <= {values[word]} else None
 
 
 def leading_letter(text: str) -> tuple[str, str] | None:
     """The letter that a text begins with, as a capital, and what follows: "B", "b", "(B)", "B. text"; not "Blue"."""
     match = _LETTER.match(text)
     return (match[1].upper(), text[match.end() :]) if match else None
+
+
+def read_letter(text: str, options: Sequence[str] = ()) -> str | None:
+    """The letter that a text begins with, unless it names another one too.
+
+    Args:
+        options: texts of the options A, B, ..., where they are known.
+    """
+    found = leading_letter(text)
+    if found is None:
+        return None
+    letter, rest = found
+    own = dict(zip(string.ascii_uppercase, options, strict=False)).get(letter)
+    if own is not None and normalise(plain(rest)) == normalise(plain(own)):
+        return letter
+    return letter if listed_letters(text, options) | first_letters(text) == {letter} else None
+
+
+def first_letters(text: str) -> set[str]:
+    """The letters that stand one after the other at a text's beginning: A and B of "A, B"."""
+    letters = set()
+    while found := leading_letter(text):
+        letter, text = found
+        letters.add(letter)
+    return letters
+
+
+def listed_letters(text: str, options: Sequence[str] = ()) -> set[str]:
+    """The letters that a text names as one of several, such as C and D of "C. bird or D. fish".
+
+    They begin a line, follow a comma, "or" or "and", or have their own option's text behind them.
+    """
+    text = plain(text)
+    letters = {(match[1] or match[2]).upper() for match in _LISTED.finditer(text)}
+    texts = dict(zip(string.ascii_uppercase, (normalise(plain(option)) for option in options), strict=False))
+    for match in _MARKED.finditer(text):
+        own = texts.get(match[1].upper())
+        rest = normalise(text[match.end() :])
+        if own and (rest.startswith(own) or _ARTICLE.sub("", rest, count=1).startswith(own)):
+            letters.add(match[1].upper())
+    return letters

@@ -40,7 +40,7 @@ import string
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from sphinx_pl.data.answers import leading_letter, leading_word, normalise
+from sphinx_pl.data.answers import leading_value, normalise, read_letter
 from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.geometry import COCO_KEYPOINTS, Box4, Geometry, Grounded, Size, point_to_pixels, to_pixels
 from sphinx_pl.data.record import Record, Region, Turn
@@ -347,15 +347,15 @@ def read_text(text: str, geometry: Geometry) -> Parsed:
 
 
 def read_yes_no(text: str, geometry: Geometry) -> Parsed:
-    """ "yes" or "no" where the text begins with that word, in any case."""
-    word = leading_word(text, ("yes", "no"))
+    """ "yes" or "no" where the text begins with that word, in any case, and does not say the other one too."""
+    word = leading_value(text, {"yes": "yes", "no": "no"})
     return Parsed(word) if word else Parsed(formed=False)
 
 
 def read_choice(text: str, geometry: Geometry) -> Parsed:
-    """The letter that the text begins with: "B", "b", "(B)", "B. text"; "Blue" is no letter."""
-    found = leading_letter(text)
-    return Parsed(found[0]) if found else Parsed(formed=False)
+    """The letter that the text begins with, if it names no other: "B", "b", "(B)", "B. text"; "Blue" is no letter."""
+    letter = read_letter(text)
+    return Parsed(letter) if letter else Parsed(formed=False)
 
 
 def read_boxes(text: str, geometry: Geometry) -> Parsed:

@@ -313,7 +313,7 @@ def judge(record: Record, prediction: str, geometry: Geometry, images: tuple[Ima
         answer=turn.answer,
         prediction=prediction,
         score=metric.score(prediction, record, geometry),
-        parsed=metric.parsed(prediction),
+        parsed=metric.parsed(prediction, record),
         images=images,
         record=to_entry(record),
     )

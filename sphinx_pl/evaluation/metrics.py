@@ -12,8 +12,9 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from sphinx_pl.data.answers import normalise
+from sphinx_pl.data.answers import normalise, read_letter
 from sphinx_pl.data.geometry import Box4, Geometry, Grounded, Point2, iou, to_square
 from sphinx_pl.data.record import Record, Turn
 from sphinx_pl.data.tasks import (
@@ -21,7 +22,6 @@ from sphinx_pl.data.tasks import (
     Parsed,
     Reader,
     read_boxes,
-    read_choice,
     read_detection,
     read_grounded,
     read_keypoints,
@@ -37,32 +37,40 @@ PCK_ALPHA = 0.1
 
 Score = Callable[[str, Record, Geometry], float]
 
+
+class IsParsed(Protocol):
+    """Whether an answer to a record has the form asked for."""
+
+    def __call__(self, prediction: str, record: Record | None = None) -> bool: ...
+
+
 # Reading tolerates any number of decimals, so whether a text parses does not depend on them.
 _READER = Geometry()
 
 
-def _always(prediction: str) -> bool:
+def _always(prediction: str, record: Record | None = None) -> bool:
     return True
 
 
-def _formed(read: Reader) -> Callable[[str], bool]:
-    return lambda prediction: read(prediction, _READER).formed
+def _formed(read: Reader) -> IsParsed:
+    return lambda prediction, record=None: read(prediction, _READER).formed
 
 
 @dataclass(frozen=True)
 class Metric:
-    """`score(prediction, record, geometry)` is in 0..1; `parsed(prediction)`: whether it has the form asked for."""
+    """`score(prediction, record, geometry)` is in 0..1; `parsed(prediction, record)`: whether it has the form asked
+    for, as far as that can be told where the record is not given."""
 
     name: str
     score: Score
     description: str
-    parsed: Callable[[str], bool] = _always
+    parsed: IsParsed = _always
 
 
 METRICS: Registry[Metric] = Registry("metric")
 
 
-def register(name: str, score: Score, parsed: Callable[[str], bool] = _always) -> Metric:
+def register(name: str, score: Score, parsed: IsParsed = _always) -> Metric:
     """Add a metric; its description is the docstring of `score`, which must define it."""
     description = " ".join((score.__doc__ or "").split())
     if not description:
@@ -102,9 +110,14 @@ def yes_no(prediction: str, record: Record, geometry: Geometry) -> float:
 
 
 def choice(prediction: str, record: Record, geometry: Geometry) -> float:
-    """1 if the prediction begins with the right choice's letter: "B", "b", "(B)", "B. text"; "Blue" is no letter."""
-    predicted, true = _both(prediction, record, geometry)
-    return float(predicted.formed and predicted.answer == true.answer)
+    """1 if the prediction begins with the right choice's letter and names no other: "B", "b", "(B)", "B. text"; "Blue"
+    is no letter, and "A. cat B. dog" names two."""
+    true = TASKS[record.task].parse(last_turn(record, geometry).answer, geometry)
+    return float(true.formed and read_letter(prediction, record.choices) == true.answer)
+
+
+def _names_letter(prediction: str, record: Record | None = None) -> bool:
+    return read_letter(prediction, record.choices if record else ()) is not None
 
 
 def caption_f1(prediction: str, record: Record, geometry: Geometry) -> float:
@@ -236,7 +249,7 @@ def _matched_f1(predicted: Sequence[tuple[str, Box4]], true: Sequence[tuple[str,
 register("vqa_exact", vqa_exact)
 register("text_exact", text_exact)
 register("yes_no", yes_no, _formed(read_yes_no))
-register("choice", choice, _formed(read_choice))
+register("choice", choice, _names_letter)
 register("caption_f1", caption_f1)
 register("box_iou50", box_iou50, _formed(read_boxes))
 register("detection_f1", detection_f1, _formed(read_detection))

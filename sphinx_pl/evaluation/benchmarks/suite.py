@@ -82,7 +82,7 @@ class TaskSuite(Benchmark):
     def verdict(self, record: Record, answer: str, geometry: Geometry) -> Verdict:
         """What a single answer scores, by the metric of its task; the official figures are the measures'."""
         metric = METRICS[TASKS[record.task].scorer]
-        return Verdict(metric.score(answer, record, geometry), metric.parsed(answer))
+        return Verdict(metric.score(answer, record, geometry), metric.parsed(answer, record))
 
 
 class _Precision(TaskSuite):
@@ -181,7 +181,7 @@ class OcrSuite(TaskSuite):
 
     def verdict(self, record: Record, answer: str, geometry: Geometry) -> Verdict:
         said, true = _texts(record, answer)
-        return Verdict(text_similarity(said, true), METRICS[TASKS[record.task].scorer].parsed(answer))
+        return Verdict(text_similarity(said, true), METRICS[TASKS[record.task].scorer].parsed(answer, record))
 
     @property
     def measures(self) -> Sequence[Measure]:

@@ -6,7 +6,7 @@ import re
 import string
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 
-from sphinx_pl.data.answers import leading_letter, normalise
+from sphinx_pl.data.answers import first_letters, leading_letter, listed_letters, normalise, plain
 from sphinx_pl.evaluation.scoring.groups import mean_by
 
 # The letter must end there: "The answer is A dog" and "The answer is A or B" name no letter.
@@ -27,38 +27,41 @@ def read_choice(text: str, options: Sequence[str]) -> str | None:
 
     A text names an option by a letter at its beginning ("B", "b.", "(B)", "B: ...", "B" and a line break), by one that
     it states ("Answer: B", "The answer is (B).", "B is correct"), or by being the option's text, alone or after a
-    letter or such words, but for case, white space and the full stop at its end. A text that names several ("A, B";
-    "B. cat" where "cat" is A's text; an option's text that is given twice) names none. A letter alone is a letter, even
-    if an option's text is one too; "C. Darwin" is the option of that text, unless "Darwin" is C's.
+    letter or such words, but for case, white space and the full stop at its end. A text that names several names none:
+    "A, B", "C. bird or D. fish", a repetition of the options, "B. cat" where "cat" is A's text, an option's text that is
+    given twice. A letter alone is a letter, even if an option's text is one too, and so is one with its own option's
+    text; "C. Darwin" is the option of that text, unless "Darwin" is C's.
 
     Args:
         options: texts of the options A, B, ...; at most 26.
     """
-    text = text.translate(_EMPHASIS).strip(" \t\r\n\"'")
+    text = plain(text).translate(_EMPHASIS).strip(" \t\r\n\"'")
     letters = string.ascii_uppercase[: len(options)]
     by_text: dict[str, set[str]] = {}
     for letter, option in zip(letters, options, strict=True):
-        if option.strip():  # else an empty answer would name it
-            by_text.setdefault(normalise(option), set()).add(letter)
+        if name := normalise(plain(option)):  # else an empty answer would name it
+            by_text.setdefault(name, set()).add(letter)
     lead = _LEAD.match(text)
     body = text[lead.end() :] if lead else text
     found = leading_letter(body)
     if found and found[0] in letters and not found[1].strip(" )].:,;!-\n。、：，；"):
         return found[0]
+    own = bool(found) and found[0] in by_text.get(normalise(found[1]), ())
     whole = by_text.get(normalise(text), set()) | by_text.get(normalise(body), set())
-    if len(whole) == 1 and not (found and found[0] in by_text.get(normalise(found[1]), ())):
+    if len(whole) == 1 and not own:
         return whole.pop()
-    if (beside := _WITH_TEXT.fullmatch(body)) and by_text.get(normalise(beside[2])) == {beside[1].upper()}:
+    if found and own and not whole:
+        return found[0]
+    if (beside := _WITH_TEXT.fullmatch(body)) and beside[1].upper() in by_text.get(normalise(beside[2]), ()):
         return beside[1].upper()  # "B cat"
-    named = whole | {(match[1] or match[2]).upper() for match in _STATED.finditer(text)}
-    if called := _CALLED_RIGHT.match(text):
-        named.add(called[1])
-    while found:
-        letter, rest = found
-        own = by_text.get(normalise(rest), set())
-        named |= {letter} | own
-        found = None if letter in own else leading_letter(rest)  # in "B. A", A may be B's text
-    return named.pop() if len(named) == 1 and named <= set(letters) else None
+    named = whole | first_letters(body) | {(match[1] or match[2]).upper() for match in _STATED.finditer(text)}
+    if found:
+        named |= by_text.get(normalise(found[1]), set())
+    called = {match[1] for match in _CALLED_RIGHT.finditer(text)}
+    if _CALLED_RIGHT.match(text):
+        named |= called
+    others = (listed_letters(body, options) | called) & set(letters)
+    return named.pop() if len(named) == 1 and others <= named <= set(letters) else None
 
 
 def choice_match(prediction: str, options: Sequence[str], answer: str) -> bool:

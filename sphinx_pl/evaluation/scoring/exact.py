@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from sphinx_pl.data.answers import leading_word, normalise
+from sphinx_pl.data.answers import leading_value, normalise
 
 _TRUTH = {"true": True, "yes": True, "false": False, "no": False}
 
@@ -19,9 +19,8 @@ def exact_match(prediction: str, answers: Iterable[str]) -> bool:
 
 
 def read_truth(text: str) -> bool | None:
-    """True of a text that begins with "true" or "yes", false of "false" or "no"; None of any other."""
-    word = leading_word(text, _TRUTH)
-    return None if word is None else _TRUTH[word]
+    """True of a text that begins with "true" or "yes", false of "false" or "no"; None of any other, and of both."""
+    return leading_value(text, _TRUTH)
 
 
 def vsr_match(prediction: str, label: bool) -> bool:

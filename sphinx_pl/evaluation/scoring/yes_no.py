@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from sphinx_pl.data.answers import leading_word
+from sphinx_pl.data.answers import leading_value
 from sphinx_pl.errors import UserError
 
 PERCEPTION = (
@@ -16,9 +16,11 @@ COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation
 
 
 def read_yes_no(text: str) -> bool | None:
-    """True of a text that begins with the word yes, false of no; None of any other, which then counts as wrong."""
-    word = leading_word(text, ("yes", "no"))
-    return None if word is None else word == "yes"
+    """True of a text that begins with the word yes, false of no; None of any other, which then counts as wrong.
+
+    A text that says both ("yes or no") says neither.
+    """
+    return leading_value(text, {"yes": True, "no": False})
 
 
 def read_pope(text: str) -> bool:

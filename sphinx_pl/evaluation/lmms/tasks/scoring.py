@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,6 +13,7 @@ from sphinx_pl.data.answers import normalise
 from sphinx_pl.data.convert.vsr import STATEMENT
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.errors import UserError
+from sphinx_pl.evaluation.scoring.exact import vsr_match
 
 Document = Mapping[str, Any]
 
@@ -23,7 +23,6 @@ _VSR_WORDINGS = {
     # annotations/vsr_val.json in accessory/eval_mm of the original
     "true_false": 'Is the following statement "{caption}" true or false?',
 }
-_VERDICT = re.compile(r"\W*(yes|true|no|false)(?![\w-])", re.IGNORECASE)
 
 
 def vsr_question(doc: Document, lmms_eval_specific_kwargs: Mapping[str, str]) -> str:
@@ -55,9 +54,7 @@ def vsr_images(doc: Document) -> list[Image.Image | str]:
 
 def vsr_score(doc: Document, results: Sequence[str]) -> dict[str, float]:
     """1 if the answer begins with the right one of yes (true) and no (false)."""
-    verdict = _VERDICT.match(results[0])
-    said = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}[verdict[1].lower()] if verdict else ""
-    return {"accuracy": float(said == vsr_truth(doc))}
+    return {"accuracy": float(vsr_match(results[0], vsr_truth(doc) == "yes"))}
 
 
 def ocrvqa_documents(rows: Any) -> Any:
