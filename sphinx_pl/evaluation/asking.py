@@ -196,9 +196,7 @@ def evaluate(
     if skipped is not None:
         skipped.update(lost)
     score = judge or _judge
-    return [
-        score(records[place], text, processor.geometry, questions[place].images) for place, text in answers.items()
-    ]
+    return [score(records[place], text, processor.geometry, questions[place].images) for place, text in answers.items()]
 
 
 def ask(
@@ -216,7 +214,7 @@ def ask(
     title: str,
     lost: Counter[str],
 ) -> dict[int, str]:
-    """The answers to questions, by their places and in their order; those that could not be asked are counted in `lost`.
+    """The answers to questions by their places, in their order; `lost` counts those that could not be asked.
 
     Which questions share a batch depends on the questions alone, neither on what was answered before nor on the number
     of ranks: answers are the same after a kill, and by several processes.

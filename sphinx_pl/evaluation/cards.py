@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
@@ -23,8 +24,36 @@ RIGHT = 0.5
 PICTURE_SIDE = 256
 """Smaller pictures are enlarged to about this many pixels a side."""
 PICTURE_BYTES = 60_000
+DRAWN, WORST, MORE = "Drawn at random", "The worst mistakes", "More answers that are right or scored elsewhere"
+SEED = 0
+"""Draws the answers that are shown first."""
+ALL = "<option value=''>all</option>"
+MISTAKES = ("wrong", "unparsed")
 ALL_BYTES, LEAST_BYTES = 7_500_000, 16_000
 """Before base64: of one picture; of a page's, which are made smaller so that all fit; and how small they may become."""
+
+
+def sections(
+    predictions: Sequence[Mapping[str, Any]], drawn: int, wrong: int, right: int, at_most: int
+) -> list[tuple[str, Mapping[str, Any]]]:
+    """The predictions to show, each with a heading that says how it was chosen; none is shown twice.
+
+    First of each benchmark and task `drawn` ones, drawn at random whatever they score, with a fixed seed: they look as
+    the model does. Then what `choose` finds among the others: mistakes, and right answers.
+    """
+    groups: dict[str, list[int]] = defaultdict(list)
+    for place, prediction in enumerate(predictions):
+        groups[_group(prediction)].append(place)
+    rng = random.Random(SEED)
+    draws = [rng.sample(group, min(drawn, len(group))) for group in groups.values()]
+    places = [place for turn in zip_longest(*draws) for place in turn if place is not None][:at_most]
+    kept = set(places)
+    others = [prediction for place, prediction in enumerate(predictions) if place not in kept]
+    more = choose(others, wrong, right, at_most - len(places))
+    return [
+        *((DRAWN, predictions[place]) for place in places),
+        *((WORST if verdict(prediction) in MISTAKES else MORE, prediction) for prediction in more),
+    ]
 
 
 def choose(predictions: Sequence[Mapping[str, Any]], wrong: int, right: int, at_most: int) -> list[Mapping[str, Any]]:
@@ -61,7 +90,7 @@ def _group(prediction: Mapping[str, Any]) -> str:
 def _worst(predictions: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
     by_score: dict[float, dict[str, list[Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for prediction in predictions:
-        if verdict(prediction) in ("wrong", "unparsed"):
+        if verdict(prediction) in MISTAKES:
             by_score[prediction["score"]][prediction["topic"]].append(prediction)
     found: list[Mapping[str, Any]] = []
     for _, topics in sorted(by_score.items()):
@@ -77,34 +106,40 @@ def _spread(items: list[Mapping[str, Any]], count: int) -> list[Mapping[str, Any
     return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)] if len(items) > count else items
 
 
-def cards(predictions: Sequence[Mapping[str, Any]], size: int, geometry: Geometry) -> str:
-    """The cards of predictions (`Prediction.to_dict`) in their order, above them the legend and choices of task,
-    category and verdict, which need SCRIPT; with it, 24 are shown at first.
+def cards(predictions: Sequence[Mapping[str, Any]], size: int, geometry: Geometry, headings: Sequence[str] = ()) -> str:
+    """The cards of predictions (`Prediction.to_dict`) in their order, above them the legend and choices of heading,
+    task, category and verdict, which need SCRIPT; with it, 24 are shown at first.
 
     Args:
+        headings: of each prediction, by which they are in order; () for none.
         size: pixels a side of the images as the model saw them.
     """
     lost = 0
-    articles = []
     number = sum(len(prediction["images"]) for prediction in predictions)
     limit = min(PICTURE_BYTES, max(LEAST_BYTES, ALL_BYTES // max(number, 1)))
-    parts: dict[str, dict[str, int]] = {}
-    for prediction in predictions:
-        topics = parts.setdefault(_group(prediction), {})
-        part = topics.setdefault(prediction["topic"], sum(map(len, parts.values())))
+    categories_of: dict[str, dict[str, int]] = {}
+    articles: list[str] = []
+    last = ""
+    for prediction, heading in zip_longest(predictions, headings, fillvalue=""):
+        assert isinstance(prediction, Mapping)
+        topics = categories_of.setdefault(_group(prediction), {})
+        category = topics.setdefault(prediction["topic"], sum(map(len, categories_of.values())))
         pictures, missing = _pictures(prediction, size, geometry, limit)
         lost += missing
-        articles.append(_card(prediction, pictures, part))
-    options = "".join(f"<option>{visible(group)}</option>" for group in parts)
+        articles.append(f"<h3>{visible(heading)}</h3>" if heading != last else "")
+        articles.append(_card(prediction, pictures, category, heading))
+        last = heading
+    options = "".join(f"<option>{visible(group)}</option>" for group in categories_of)
+    chosen = "".join(f"<option>{visible(heading)}</option>" for heading in dict.fromkeys(headings))
     categories = "".join(
         f'<optgroup label="{visible(group)}">'
         + "".join(f"<option value={part}>{visible(topic) or 'none'}</option>" for topic, part in topics.items())
         + "</optgroup>"
-        for group, topics in parts.items()
+        for group, topics in categories_of.items()
         if len(topics) > 1
     )
     narrower = (
-        f"<label>category <select name=part><option value=''>all</option>{categories}</select></label>"
+        f"<label>category <select name=part>{ALL}{categories}</select></label>"
         if categories
         else ""
     )
@@ -114,11 +149,12 @@ def cards(predictions: Sequence[Mapping[str, Any]], size: int, geometry: Geometr
         f'<span class=key style="--k:{PREDICTED}">predicted</span> '
         f'<span class=key style="--k:{GIVEN}">given in the question</span></p>'
         f"{f'<p class=missing>{note}</p>' if lost else ''}<form class=filter>"
-        f"<label>asked <select name=task><option value=''>all</option>{options}</select></label>{narrower}"
-        "<label>answers <select name=verdict><option value=''>all</option><option value=wrong>wrong</option>"
+        f"{f'<label>chosen <select name=chosen>{ALL}{chosen}</select></label>' if chosen else ''}"
+        f"<label>asked <select name=task>{ALL}{options}</select></label>{narrower}"
+        f"<label>answers <select name=verdict>{ALL}<option value=wrong>wrong</option>"
         "<option value=unparsed>unparsed</option><option value=right>right</option>"
         "<option value=elsewhere>scored elsewhere</option></select></label>"
-        f"<output>{len(articles)} shown</output></form><div class=cards>{''.join(articles)}</div>"
+        f"<output>{len(predictions)} shown</output></form><div class=cards>{''.join(articles)}</div>"
         "<button type=button class=more hidden>Show more</button>"
     )
 
@@ -133,15 +169,16 @@ def picture(image: ImageRef, prediction: Mapping[str, Any], size: int, geometry:
     return draw(plain, prediction["answer"], prediction["prediction"], geometry, prediction["question"])
 
 
-def _card(prediction: Mapping[str, Any], pictures: str, part: int) -> str:
-    """`part`: the number of its category among all that are shown."""
+def _card(prediction: Mapping[str, Any], pictures: str, category: int, heading: str) -> str:
+    """`category`: the number of its category among all that are shown."""
     group = _group(prediction)
     found = verdict(prediction)
     said = "scored elsewhere" if found == "elsewhere" else f"{found} · {prediction['score']:.2f}"
     where = " · ".join(visible(text) for text in (group, prediction["topic"], prediction["domain"]) if text)
     colour = {"right": "right", "elsewhere": "flat"}.get(found, "wrong")
     return (
-        f'<article data-task="{visible(group)}" data-part="{part}" data-verdict="{found}">{pictures}<div>'
+        f'<article data-task="{visible(group)}" data-part="{category}" data-verdict="{found}" '
+        f'data-chosen="{visible(heading)}">{pictures}<div>'
         f'<p class=where><span>{where}</span> <span class="{colour}">{said}</span></p>'
         f"<p class=question>{visible(prediction['question'])}</p>"
         f"<p><span class=tag>true</span> {visible(prediction['answer'])}</p>"
@@ -168,6 +205,7 @@ def _pictures(prediction: Mapping[str, Any], size: int, geometry: Geometry, limi
 STYLE = """
 .up,.right{color:var(--up)}.flat{color:var(--soft)}.wrong{color:var(--bad)}
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(19rem,1fr));gap:1.2rem;align-items:start}
+.cards h3{grid-column:1/-1;margin:.4rem 0 0}
 article img{display:block;width:100%;height:auto}article img.flat{image-rendering:pixelated}
 article div{padding:.7rem .9rem .9rem;font-size:.92rem;line-height:1.45}article p{margin:.3rem 0;overflow-wrap:anywhere}
 .more{font:inherit;font-size:.9rem;margin:1.2rem 0;padding:.4rem 1.2rem;color:var(--c0);background:var(--card);
@@ -177,11 +215,13 @@ border:1px solid var(--line);border-radius:6px;cursor:pointer}
 
 SCRIPT = """
 document.querySelectorAll("form.filter").forEach(f=>{
- const list=f.nextElementSibling,cards=[...list.children],more=list.nextElementSibling;
+ const list=f.nextElementSibling,cards=[...list.querySelectorAll("article")],more=list.nextElementSibling;
  const said=f.querySelector("output"),part=f.part;let most=24;
- const show=()=>{const t=f.task.value,p=part?part.value:"",v=f.verdict.value;let n=0;
-  cards.forEach(c=>{const d=c.dataset;c.hidden=(t&&d.task!==t)||(p&&d.part!==p)||
+ const show=()=>{const t=f.task.value,k=f.chosen?f.chosen.value:"",p=part?part.value:"",v=f.verdict.value;let n=0;
+  cards.forEach(c=>{const d=c.dataset;c.hidden=(t&&d.task!==t)||(k&&d.chosen!==k)||(p&&d.part!==p)||
    (v==="wrong"?d.verdict!==v&&d.verdict!=="unparsed":v&&d.verdict!==v);if(!c.hidden&&++n>most)c.hidden=true});
+  list.querySelectorAll("h3").forEach(h=>{let c=h.nextElementSibling;
+   while(c&&c.hidden&&c.tagName!=="H3")c=c.nextElementSibling;h.hidden=!c||c.tagName==="H3"});
   more.hidden=n<=most;
   said.textContent=n?Math.min(n,most)+" of "+n:"none of these answers: choose something else"};
  more.addEventListener("click",()=>{most+=24;show()});

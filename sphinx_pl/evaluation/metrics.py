@@ -33,6 +33,7 @@ from sphinx_pl.evaluation.scoring.edits import similarity
 from sphinx_pl.registry import Registry
 
 IOU_THRESHOLD = 0.5
+_OPTION = re.compile(r"^[A-Z]\. (.*)$", re.MULTILINE)
 PCK_ALPHA = 0.1
 
 Score = Callable[[str, Record, Geometry], float]
@@ -113,11 +114,16 @@ def choice(prediction: str, record: Record, geometry: Geometry) -> float:
     """1 if the prediction begins with the right choice's letter and names no other: "B", "b", "(B)", "B. text"; "Blue"
     is no letter, and "A. cat B. dog" names two."""
     true = TASKS[record.task].parse(last_turn(record, geometry).answer, geometry)
-    return float(true.formed and read_letter(prediction, record.choices) == true.answer)
+    return float(true.formed and read_letter(prediction, _options(record)) == true.answer)
+
+
+def _options(record: Record) -> Sequence[str]:
+    """The texts of the choices; of finished turns those that the question lists."""
+    return record.choices or _OPTION.findall(record.turns[-1].question if record.turns else "")
 
 
 def _names_letter(prediction: str, record: Record | None = None) -> bool:
-    return read_letter(prediction, record.choices if record else ()) is not None
+    return read_letter(prediction, _options(record) if record else ()) is not None
 
 
 def caption_f1(prediction: str, record: Record, geometry: Geometry) -> float:

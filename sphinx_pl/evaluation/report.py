@@ -26,7 +26,7 @@ from rich.console import Console
 from sphinx_pl.data.geometry import Geometry
 from sphinx_pl.errors import UserError
 from sphinx_pl.evaluation import tables
-from sphinx_pl.evaluation.cards import RIGHT, SCRIPT, STYLE, cards, choose, verdict
+from sphinx_pl.evaluation.cards import RIGHT, SCRIPT, SEED, STYLE, cards, sections, verdict
 from sphinx_pl.evaluation.charts import Series, line_chart, smooth
 from sphinx_pl.evaluation.lean import held_text
 from sphinx_pl.evaluation.published import read_published
@@ -103,15 +103,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Shown:
-    """How many answers the page shows: of each task and benchmark of an evaluation so many of the worst ones and of the
-    right ones, and in all at most `answers`."""
+    """How many answers the page shows: of each task and benchmark of an evaluation so many that are drawn at random, of
+    the others so many of the worst ones and of the right ones, and in all at most `answers`."""
 
+    drawn: int = 4
     wrong: int = 8
     right: int = 3
     answers: int = 240
 
     def __post_init__(self) -> None:
-        for name in ("wrong", "right", "answers"):
+        for name in ("drawn", "wrong", "right", "answers"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name} {getattr(self, name)} must not be negative")
 
@@ -219,7 +220,7 @@ def build(
     sections = [
         ("results", "What it can do", _results(evaluations)),
         ("next", "What to train on next", "".join(_mixture(evaluation) for evaluation in evaluations)),
-        ("answers", "Answers, the worst first", _answers(evaluations, shown)),
+        ("answers", "Answers", _answers(evaluations, shown)),
         ("training", "How the loss fell", _training(runs)),
         ("mixing", "Mixing the two models", _mixing(curve)),
         ("language", "Language survives", _language(runs)),
@@ -368,9 +369,10 @@ def _answers(evaluations: Sequence[Evaluation], shown: Shown) -> str:
         return _missing("There are no predictions: run evaluate.py.")
     blocks = []
     for evaluation in answered:
-        chosen = choose(evaluation.predictions, shown.wrong, shown.right, shown.answers // len(answered))
+        at_most = shown.answers // len(answered)
+        chosen = sections(evaluation.predictions, shown.drawn, shown.wrong, shown.right, at_most)
         counted = Counter(map(verdict, evaluation.predictions))
-        seen = Counter(map(verdict, chosen))
+        seen = Counter(verdict(prediction) for _, prediction in chosen)
         total = {name: counted[name] for name in ("right", "elsewhere")}
         wrong, wrong_seen = (found["wrong"] + found["unparsed"] for found in (counted, seen))
         unknown = (
@@ -379,13 +381,15 @@ def _answers(evaluations: Sequence[Evaluation], shown: Shown) -> str:
         heading = f"<h3>{visible(evaluation.name)}</h3>" if len(answered) > 1 else ""
         geometry = Geometry(decimals=int(evaluation.results.get("decimals", 3)))
         size = int(evaluation.results.get("image_size", 0))
+        shown_cards = cards([p for _, p in chosen], size, geometry, [how for how, _ in chosen])
         blocks.append(
             f"{heading}<p class=note>{wrong_seen:,} of {wrong:,} wrong answers are here, and {seen['right']:,} of "
-            f"{total['right']:,} right ones{unknown}.</p>{cards(chosen, size, geometry)}"
+            f"{total['right']:,} right ones{unknown}.</p>{shown_cards}"
         )
     return (
-        f"<p>Of each task and benchmark at most {shown.wrong} mistakes, those with the lowest scores, and at most "
-        f"{shown.right} right answers. A score below {RIGHT} is shown as wrong.</p>" + "".join(blocks)
+        f"<p>First of each task and benchmark {shown.drawn} answers that were drawn at random whatever they score "
+        f"(seed {SEED}); then at most {shown.wrong} mistakes, those with the lowest scores, and at most {shown.right} "
+        f"more right answers. A score below {RIGHT} is shown as wrong.</p>" + "".join(blocks)
     )
 
 
@@ -469,6 +473,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--evaluation", type=Path, action="append", default=[], metavar="DIR", nargs="+")
     parser.add_argument("--title", default="SPHINX-PL")
     default = Shown()
+    parser.add_argument("--drawn", type=int, default=default.drawn, help="answers drawn at random of each, shown first")
     parser.add_argument("--wrong", type=int, default=default.wrong, help="mistakes shown of each task or benchmark")
     parser.add_argument("--right", type=int, default=default.right, help="right answers shown of each")
     parser.add_argument("--answers", type=int, default=default.answers, help="answers shown in all, at most")
@@ -488,7 +493,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not (folder / RESULTS).is_file():
                 raise UserError(f"--evaluation {folder}: it has no {RESULTS}: give a folder that evaluate.py wrote to")
         check_writable(options.out, "--out")
-        shown = Shown(options.wrong, options.right, options.answers)
+        shown = Shown(options.drawn, options.wrong, options.right, options.answers)
         write_report(options.out, runs, options.mix, folders, options.title, shown)
     except UserError as error:
         console.print(str(error), style="red", markup=False)

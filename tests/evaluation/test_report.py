@@ -19,7 +19,7 @@ from sphinx_pl.data.geometry import Geometry
 from sphinx_pl.data.record import ImageRef, Record, Region
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.evaluation.asking import judge
-from sphinx_pl.evaluation.cards import cards, choose
+from sphinx_pl.evaluation.cards import DRAWN, MORE, WORST, cards, choose, sections
 from sphinx_pl.evaluation.charts import Series, line_chart, smooth, ticks
 from sphinx_pl.evaluation.report import find_inputs, main, read_run
 from sphinx_pl.evaluation.summary import summarise
@@ -151,6 +151,27 @@ def test_the_worst_come_first_and_every_category_gets_its_turn() -> None:
     assert keys[-2:] == ["r", "d2"]
     assert len(keys) == 8
     assert [shown["key"] for shown in choose(predictions, wrong=4, right=1, at_most=3)] == keys[:3]
+
+
+def test_the_first_answers_are_drawn_whatever_they_score() -> None:
+    """Three of four are right, and so are about as many of those that are shown first."""
+    predictions = [prediction(f"{task}{i}", float(i % 4 > 0), task=task) for task in ("vqa", "rec") for i in range(80)]
+    found = sections(predictions, drawn=20, wrong=8, right=3, at_most=99)
+    headings = [heading for heading, _ in found]
+    assert list(dict.fromkeys(headings)) == [DRAWN, WORST, MORE]
+    assert headings == sorted(headings, key=[DRAWN, WORST, MORE].index)
+    assert [headings.count(heading) for heading in (DRAWN, WORST, MORE)] == [40, 16, 6]
+    assert 25 <= sum(shown["score"] for heading, shown in found if heading == DRAWN) <= 35
+    assert {shown["score"] for heading, shown in found if heading == WORST} == {0}
+    assert len({shown["key"] for _, shown in found}) == len(found)  # nothing twice
+    # What is drawn does not follow from the scores.
+    turned = [shown | {"score": 1 - shown["score"]} for shown in predictions]
+    again = sections(turned, drawn=20, wrong=8, right=3, at_most=99)
+    drawn, drawn_again = ([one["key"] for how, one in part if how == DRAWN] for part in (found, again))
+    assert drawn == drawn_again
+    assert sections(predictions, drawn=20, wrong=8, right=3, at_most=5) == found[:5]
+    html = cards([p for _, p in found], 64, GEOMETRY, headings)
+    assert html.index(f"<h3>{DRAWN}</h3>") < html.index("<article") < html.index(f"<h3>{WORST}</h3>")
 
 
 def test_answers_are_told_apart_by_benchmark(tmp_path: Path) -> None:

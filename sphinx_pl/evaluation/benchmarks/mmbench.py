@@ -2,9 +2,13 @@
 (Liu et al. 2023, arXiv 2307.06281).
 
 Files (https://github.com/open-compass/MMBench): tables with tabs between columns, cells in quotes where they have line
-breaks: index, question, A, B, C, D, image (base64, or the index of the row that has it), category, and in MMBench hint,
-l2-category, source and others; "answer", a letter, where it is public. A question's rotations are rows with its index
-plus a multiple of a million; where a file has one row of a question, its rotations are made here, in the same way.
+breaks: index, question, A, B, C, D (and further letters, if there are more options), image (base64, or the index of the
+row that has it), category, and in MMBench hint, l2-category, source and others; "answer", a letter, where it is public.
+A question's rotations are rows with its index plus a multiple of a million; where a file has one row of a question, its
+rotations are made here, in the same way.
+
+An option is missing where its cell is blank, and only there: "None", "NA", "nan" and "0" are texts. The official
+scripts read the table with pandas, which takes such words for blank cells.
 
 - MMBench: `mmbench_{dev,test}_{en,cn}_20231003.tsv`, also distributed as `MMBench_{DEV,TEST}_{EN,CN}.tsv`; the first
   release was `mmbench_{dev,test}_20230712.tsv`.
@@ -20,6 +24,7 @@ import binascii
 import csv
 import dataclasses
 import hashlib
+import string
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -43,8 +48,8 @@ from sphinx_pl.files import whole_file
 ROTATION = 1_000_000
 COLUMNS = ("index", "question", "A", "B", "C", "D", "prediction", "category", "l2_category")
 INSTALL = "pip install 'sphinx-pl[eval]'"
-_LETTERS = "ABCDE"
-_ABSENT = ("", "nan", "none")  # what the official scripts take for an empty cell
+_LETTERS = string.ascii_uppercase
+_NO_HINT = ("nan", "none", "n/a")  # what the official scripts and tables write where a question has no hint
 _LONGEST_INDEX = 64  # of a cell that names another row's image
 
 
@@ -80,7 +85,7 @@ class MMBench(Choices):
         odd = 0
         for row in self._rows(self.file(*self.tables)):
             try:
-                index = int(row["index"])
+                index = int(row.get("index"))  # type: ignore[arg-type]
             except (ValueError, TypeError):
                 odd += 1
                 yield f"row of no index {odd}", {}
@@ -105,7 +110,8 @@ class MMBench(Choices):
         for index, row in rows.items():
             choices = _choices(row)
             question = asked(row["question"])
-            if (hint := _cell(row, "hint")) is not None:
+            hint = _cell(row, "hint")
+            if hint is not None and hint.lower() not in _NO_HINT:
                 question = f"{hint}\n{question}"
             category = _cell(row, "category") or ""
             meta = {
@@ -237,8 +243,9 @@ def _table(file: Path) -> Iterator[dict[str, Any]]:
     """The rows of a table by its columns' names."""
     csv.field_size_limit(2 * MAX_BYTES)  # the default is less than most images
     try:
-        with file.open(encoding="utf-8", errors="surrogateescape", newline="") as lines:
-            yield from csv.DictReader(lines, delimiter="\t")
+        with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+            for row in csv.DictReader(lines, delimiter="\t"):
+                yield row if None not in row else {}  # more cells than columns: nobody knows which is too many
     except csv.Error as error:
         raise UserError(f"{file} is not readable as a table ({error}): get it anew") from None
 
@@ -254,19 +261,24 @@ def _decoded(cell: str) -> bytes:
 def _cell(row: Mapping[str, Any], name: str) -> str | None:
     """A cell's text, None where it is empty."""
     value = row.get(name)
-    if value is None or value.strip().lower() in _ABSENT:
+    if value is None or not (text := str(value).strip()):
         return None
-    value.encode()  # refuses what was no UTF-8
-    return str(value)
+    text.encode()  # refuses what was no UTF-8
+    return text
 
 
 def _choices(row: Mapping[str, Any]) -> list[str]:
-    """Up to the first empty cell."""
-    found = []
-    for letter in _LETTERS:
-        if (choice := _cell(row, letter)) is None:
-            break
-        found.append(choice)
+    """The options, in the columns A, B, ... up to the last that is not blank.
+
+    Raises:
+        BadSample: one between them is blank, so that the letters of those behind it are in doubt.
+    """
+    cells = [_cell(row, letter) for letter in _LETTERS]
+    while cells and cells[-1] is None:
+        cells.pop()
+    found = [cell for cell in cells if cell is not None]
+    if len(found) < len(cells):
+        raise BadSample("choice_blank", f"option {_LETTERS[cells.index(None)]}")
     return found
 
 
@@ -275,8 +287,8 @@ def _turned(row: Mapping[str, Any], choices: Sequence[str], turn: int) -> dict[s
     moved = [*choices[turn:], *choices[:turn]]
     turned = {**row, **dict(zip(_LETTERS, moved, strict=False))}
     if (answer := _cell(row, "answer")) is not None:
-        place = _LETTERS.index(answer.strip().upper())
-        if place >= len(choices):
+        place = _LETTERS.find(answer.upper()) if len(answer) == 1 else -1
+        if not 0 <= place < len(choices):
             raise BadSample("choice_missing", f"{answer} of {len(choices)}")
         turned["answer"] = _LETTERS[(place - turn) % len(choices)]
     return turned

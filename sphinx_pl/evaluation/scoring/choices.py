@@ -28,8 +28,8 @@ def read_choice(text: str, options: Sequence[str]) -> str | None:
     A text names an option by a letter at its beginning ("B", "b.", "(B)", "B: ...", "B" and a line break), by one that
     it states ("Answer: B", "The answer is (B).", "B is correct"), or by being the option's text, alone or after a
     letter or such words, but for case, white space and the full stop at its end. A text that names several names none:
-    "A, B", "C. bird or D. fish", a repetition of the options, "B. cat" where "cat" is A's text, an option's text that is
-    given twice. A letter alone is a letter, even if an option's text is one too, and so is one with its own option's
+    "A, B", "C. bird or D. fish", a repetition of the options, "B. cat" where "cat" is A's text, an option's text that
+    is given twice. A letter alone is a letter, even if an option's text is one too, and so is one with its own option's
     text; "C. Darwin" is the option of that text, unless "Darwin" is C's.
 
     Args:
