@@ -160,6 +160,7 @@ def train(cfg: DictConfig) -> float | None:
     from callbacks.preemption import Preemption
     from sphinx_pl import processes, sweep
     from sphinx_pl.data.datamodule import DataModule
+    from sphinx_pl.data.held_out import held_out_weights
     from sphinx_pl.models.config import SphinxConfig
     from sphinx_pl.stages.stage import OTHERS_KEYS, NonFiniteError
 
@@ -198,7 +199,10 @@ def train(cfg: DictConfig) -> float | None:
     # Whatever can be found wrong is found before an older run is replaced.
     stage.check(datamodule.processor)
     datamodule.check(cfg.stage.text_required, cfg.stage.accumulate, trainer.world_size)
+    stage.val_weights = held_out_weights(values["sources"], datamodule.val_sources, datamodule.mixing.temperature)
     if processes.first_process():
+        shown = ", ".join(f"{name} {weight:.2f}" for name, weight in stage.val_weights.items())
+        log.info("val/loss weighs the held-out sources by what this run trains on: %s", shown or "there are none")
         log.info("%s%s in %s", cfg.run, f", point {cfg.point}" if cfg.point else "", folder)
     processes.only_first(trainer, lambda: prepare_run_folder(cfg, folder, resume))
     if resume is not None:

@@ -104,6 +104,8 @@ class Stage(L.LightningModule):
         self.max_steps = max_steps
         self.init_from = init_from
         self.val_names = val_names or []
+        self.val_weights: dict[str, float] = {}
+        """Of each held-out source its weight in `val/loss` (`sphinx_pl.data.held_out`); {}: all weigh alike."""
         self.checkpointing = checkpointing
         self.max_nonfinite = max_nonfinite
         self.model: Sphinx | None = None
@@ -421,7 +423,9 @@ class Stage(L.LightningModule):
                     "read): check the paths of its images"
                 )
             metrics[f"val/loss/{name}"] = nll[i] / count[i]
-        metrics["val/loss"] = sum(metrics.values()) / max(len(metrics), 1)
+        weights = self.val_weights or dict.fromkeys(self.val_names, 1.0)
+        weighted = sum(weight * metrics[f"val/loss/{name}"] for name, weight in weights.items())
+        metrics["val/loss"] = weighted / (sum(weights.values()) or 1)
         metrics |= {f"val/unreadable/{name}": n for name, n in zip(self.val_names, unreadable, strict=False) if n}
         self.log_dict(metrics)
         self.validated_at = self.global_step
