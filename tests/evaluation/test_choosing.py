@@ -12,7 +12,7 @@ from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.record import ImageRef
 from sphinx_pl.evaluation.asking import evaluate
 from sphinx_pl.evaluation.choosing import answer
-from sphinx_pl.evaluation.question import Question, question_of
+from sphinx_pl.evaluation.question import question_of
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.generation import GenerationConfig, Prompt, generate
 from sphinx_pl.models.ranking import rank
@@ -34,17 +34,13 @@ def prompts(processor: Processor) -> list[Prompt]:
     return [Prompt(processor.prompt(EXAMPLES[task]).ids, pixels, 4) for task in ASKED]
 
 
-def test_possible_answers_are_letters_and_yes_and_no() -> None:
-    assert [possible_answers(EXAMPLES[task]) for task in ASKED] == [(), ("A", "B", "C"), ("yes", "no")]
-
-
 def test_closed_questions_get_their_likeliest_answer_and_open_ones_a_generated_one(
     model: Sphinx, processor: Processor, prompts: list[Prompt]
 ) -> None:
-    records, config = [EXAMPLES[task] for task in ASKED], GenerationConfig()
+    questions, config = [question_of(EXAMPLES[task], processor.geometry) for task in ASKED], GenerationConfig()
     said = [processor.decode(ids) for ids in generate(model, prompts, config)]
-    assert answer(model, processor, records, prompts, config) == said
-    chosen = answer(model, processor, records, prompts, config, ranking=True)
+    assert answer(model, processor, questions, prompts, config) == said
+    chosen = answer(model, processor, questions, prompts, config, ranking=True)
     tokens = [[processor.tokenizer.encode(word) for word in words] for words in (("A", "B", "C"), ("yes", "no"))]
     scores = rank(model, prompts[1:], tokens)
     assert chosen == [said[0], "ABC"[scores[0].index(max(scores[0]))], ("yes", "no")[scores[1].index(max(scores[1]))]]
@@ -56,7 +52,8 @@ def test_where_a_choice_does_not_fit_the_answer_is_generated(
     short = dataclasses.replace(prompts[2], max_new_tokens=1)
     assert len(processor.tokenizer.encode("yes")) > 1
     said = [processor.decode(ids) for ids in generate(model, [short], GenerationConfig())]
-    assert answer(model, processor, [EXAMPLES["yes_no"]], [short], GenerationConfig(), ranking=True) == said
+    question = question_of(EXAMPLES["yes_no"], processor.geometry)
+    assert answer(model, processor, [question], [short], GenerationConfig(), ranking=True) == said
 
 
 def test_evaluation_can_choose_and_search(model: Sphinx, processor: Processor, tmp_path: Path) -> None:
