@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,14 +22,18 @@ from sphinx_pl.cli import entry_point
 from sphinx_pl.data.files import identity
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.evaluation.device import autocast, check_precision, choose_device
-from sphinx_pl.files import check_writable, make_folder
+from sphinx_pl.files import make_folder
 from sphinx_pl.models.decoding import Decoding, GenerationConfig
 from sphinx_pl.processes import join_plainly, this_process
 from sphinx_pl.typed import pick
 
+TASKS_NAME = "tasks"
+"""What the test sources are called beside the benchmarks' names."""
+
 if TYPE_CHECKING:
     from sphinx_pl.data.record import Record
     from sphinx_pl.evaluation.asking import Prediction
+    from sphinx_pl.evaluation.journal import Journal
     from sphinx_pl.evaluation.lean import Lean, Training
     from sphinx_pl.evaluation.summary import Row
     from sphinx_pl.models.sphinx import Sphinx
@@ -258,9 +262,7 @@ class Asking:
             lost: filled with what could not be asked.
         """
         from sphinx_pl.evaluation.asking import evaluate
-        from sphinx_pl.evaluation.journal import Journal
 
-        journal = Journal(self.folder / "answers", name, self.options.settings(), self.options.overwrite)
         with autocast(self.device, self.options.precision):
             return evaluate(
                 self.model,
@@ -269,13 +271,39 @@ class Asking:
                 generation=self.generation,
                 batch_size=self.options.batch_size,
                 ranking=self.options.ranking,
-                journal=journal,
+                journal=self._journal(name),
                 rank=self.processes.rank,
                 world_size=self.processes.world_size,
                 title=name,
                 skipped=lost,
                 **how,
             )
+
+    def check_out(self, names: Collection[str]) -> None:
+        """Whether the folder can take answers to these lists of questions; nothing in it is replaced unasked.
+
+        Raises:
+            UserError: it holds results of others, or answers with other settings.
+        """
+        from sphinx_pl.evaluation.results import RESULTS, read_results
+
+        if self.options.overwrite:
+            return
+        if (self.folder / RESULTS).is_file():
+            held = read_results(self.folder)
+            there = [TASKS_NAME] * bool(held["rows"]) + [result["name"] for result in held["benchmarks"]]
+            if others := [name for name in there if name not in names]:
+                raise UserError(
+                    f"out={self.folder} holds results of {', '.join(others)}, which are not asked now: choose another "
+                    "out=, or overwrite=true to replace them"
+                )
+        for name in names:
+            self._journal(name).check()
+
+    def _journal(self, name: str) -> Journal:
+        from sphinx_pl.evaluation.journal import Journal
+
+        return Journal(self.folder / "answers", name, self.options.settings(), self.options.overwrite)
 
 
 def _ask_tasks(
@@ -292,7 +320,7 @@ def _ask_tasks(
     if leaning:
         leaning.check({record.task for record in records})
     baselines = {}
-    predictions = asking("tasks", records, lost)
+    predictions = asking(TASKS_NAME, records, lost)
     if not predictions:
         raise UserError(f"none of {len(records)} questions could be asked ({lost}): check data.test and its images")
     if options.shuffled:
@@ -359,7 +387,7 @@ def main(cfg: DictConfig) -> float:
     from sphinx_pl.distributed.collective import of_all_ranks
     from sphinx_pl.evaluation.benchmarks import choose
     from sphinx_pl.evaluation.metrics import METRICS
-    from sphinx_pl.evaluation.report import find_inputs, write_report
+    from sphinx_pl.evaluation.report import check_page, find_inputs, write_report
     from sphinx_pl.evaluation.results import BASELINES, PREDICTIONS, write_predictions, write_results
     from sphinx_pl.evaluation.summary import summarise
 
@@ -376,9 +404,10 @@ def main(cfg: DictConfig) -> float:
         for name, why in left_out.items():
             say(f"Left out: {name}: {why}")
 
+    asking.check_out([TASKS_NAME] * options.asks_tasks + [asked.name for asked in questions])
     make_folder(folder, "out")
     if options.report and asking.processes.rank == 0:
-        check_writable(Path(options.report), "report")
+        check_page(Path(options.report), "report")
     predictions: list[Prediction] = []
     baselines: dict[str, list[Prediction]] = {}
     rows: list[Row] = []

@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 
 from callbacks.checkpoint import ResumeCheckpoint
-from callbacks.predictions import ask
+from callbacks.predictions import ask, warn_of_lost
 from sphinx_pl.data.record import Batch, Record
 from sphinx_pl.errors import UserError
 from sphinx_pl.evaluation.asking import Judge, select
@@ -69,6 +69,8 @@ class Evaluation(L.Callback):
                 self.questions, left_out = choose(benchmarks, benchmark or {}, limit, seed)
                 for name, why in left_out.items():
                     log.warning("callbacks.evaluation leaves %s out: %s", name, why)
+                for asked in self.questions:
+                    warn_of_lost(f"callbacks.evaluation: entries of {asked.name} that cannot be used", asked.lost)
             self.records = self._test(sources, limit, seed) if sources else []
         self._evaluated = -1
 
@@ -76,7 +78,9 @@ class Evaluation(L.Callback):
     def _test(sources: Mapping[str, Any], limit: int, seed: int) -> list[Record]:
         from evaluate import read_records
 
-        records = select(read_records(sources, "test")[0], limit, seed)
+        found, lost = read_records(sources, "test")
+        warn_of_lost("callbacks.evaluation: records that cannot be used", lost)
+        records = select(found, limit, seed)
         if not records:
             raise UserError("callbacks.evaluation.sources has no record of a task with a score: give it test sources")
         return records
@@ -128,4 +132,15 @@ class Evaluation(L.Callback):
     ) -> list[Any]:
         if not records:
             return []
-        return ask(trainer, stage, records, batch_size=self.batch_size, judge=judge, max_new_tokens=max_new_tokens)
+        lost: dict[str, int] = {}
+        predictions = ask(
+            trainer,
+            stage,
+            records,
+            batch_size=self.batch_size,
+            judge=judge,
+            max_new_tokens=max_new_tokens,
+            skipped=lost,
+        )
+        warn_of_lost("callbacks.evaluation: questions that could not be asked", lost)
+        return predictions

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -27,6 +28,8 @@ from sphinx_pl.files import write_whole
 from sphinx_pl.page import page
 from sphinx_pl.stages import Stage
 
+log = logging.getLogger(__name__)
+
 TABLE = "predictions"
 
 
@@ -38,6 +41,7 @@ def first_of_each_task(sources: Mapping[str, Mapping[str, Any] | None], per_task
     """
     found: list[Record] = []
     counts: Counter[str] = Counter()
+    lost: Counter[str] = Counter()
     for name, values in sources.items():
         if values is None:  # switched off, as in data.sources
             continue
@@ -45,14 +49,22 @@ def first_of_each_task(sources: Mapping[str, Mapping[str, Any] | None], per_task
         for index in range(len(source)):
             try:
                 record = source.record(index)
-            except BadSample:
+            except BadSample as error:
+                lost[error.reason] += 1
                 continue
             if TASKS[record.task].scorer != "none" and counts[record.task] < per_task:
                 counts[record.task] += 1
                 found.append(dataclasses.replace(record, key=f"{name}/{record.key}"))
+    warn_of_lost("callbacks.predictions: records that cannot be used", lost)
     if not found:
         raise UserError("callbacks.predictions.sources has no record of a task with a score: give it test sources")
     return found
+
+
+def warn_of_lost(what: str, lost: Mapping[str, int]) -> None:
+    """Say how many there are of what was left out, by reason; nothing where there is none."""
+    if lost:
+        log.warning("%s: %s", what, ", ".join(f"{reason} {count}" for reason, count in sorted(lost.items())))
 
 
 def ask(trainer: L.Trainer, stage: Stage, records: Sequence[Record], **how: Any) -> list[Prediction]:
@@ -121,7 +133,9 @@ class Predictions(L.Callback):
         if self._records is None:
             self._records = first_of_each_task(self.sources, self.per_task)
         assert isinstance(pl_module, Stage)
-        predictions = ask(trainer, pl_module, self._records, batch_size=self.batch_size)
+        lost: dict[str, int] = {}
+        predictions = ask(trainer, pl_module, self._records, batch_size=self.batch_size, skipped=lost)
+        warn_of_lost("callbacks.predictions: questions that could not be asked", lost)
         self._publish(trainer, pl_module.name, predictions, trainer.datamodule.processor)
 
     @rank_zero_only  # type: ignore[untyped-decorator]

@@ -22,7 +22,7 @@ _ALSO = re.compile(
     re.IGNORECASE,
 )
 _LETTER = re.compile(r"\s*[\[(（]?([A-Za-z])[^\S\n]*(?:[\]).:,!;）。、：，；]|\n|-\s|$)")
-# A letter that is one of several: it begins a line or follows a comma or "or", and a mark, the end or another one follows.
+# A letter that is one of several: it begins a line or follows a comma or "or". A mark, the end or another one follows.
 _LISTED = re.compile(
     r"(?:^[-•]?|[,;/|&，；、]|\b(?:or|and)\b|[或和及])\s*(?:(?:option|choice)\s+)?"
     r"(?:[\[(]([A-Za-z])[\])]|([A-Za-z])(?:[).:](?=\s|$)|\s+-\s|(?=\s*(?:$|[,;/|&，；、。]|\b(?:or|and)\b|[或和及]))))",

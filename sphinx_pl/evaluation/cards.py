@@ -138,11 +138,7 @@ def cards(predictions: Sequence[Mapping[str, Any]], size: int, geometry: Geometr
         for group, topics in categories_of.items()
         if len(topics) > 1
     )
-    narrower = (
-        f"<label>category <select name=part>{ALL}{categories}</select></label>"
-        if categories
-        else ""
-    )
+    narrower = f"<label>category <select name=part>{ALL}{categories}</select></label>" if categories else ""
     note = f"{lost} {'picture is' if lost == 1 else 'pictures are'} left out: the image files could not be read."
     return (
         f'<p>Boxes and points: <span class=key style="--k:{TRUE}">true</span> '

@@ -37,6 +37,16 @@ class Journal:
         self.overwrite = overwrite
         self._file: IO[bytes] | None = None
 
+    def check(self) -> None:
+        """Whether answers that are there were made with these settings; called before anything is loaded.
+
+        Raises:
+            UserError: they were not.
+        """
+        for path in [] if self.overwrite else sorted(self.folder.glob(f"{self.name}.rank*.jsonl")):
+            if there := next(_lines(path), None):
+                self._compare(there, self.settings | {"questions": there.get("questions")})
+
     def open(self, questions: str, rank: int = 0, world_size: int = 1) -> dict[int, Answered]:
         """The answered batches by their numbers; new ones go to this rank's file.
 
@@ -73,16 +83,19 @@ class Journal:
         there = next(lines, None)
         if there is None:
             return {}
+        self._compare(there, head)
+        return {
+            int(line["batch"]): Answered({int(place): text for place, text in line["answers"]}, line["lost"])
+            for line in lines
+        }
+
+    def _compare(self, there: Mapping[str, Any], head: Mapping[str, Any]) -> None:
         if there != head:
             different = sorted(key for key in {*there, *head} if there.get(key) != head.get(key))
             raise UserError(
                 f"'{self.folder}' holds answers with other settings ({', '.join(different)}): choose another out=, or "
                 "overwrite=true to ask anew"
             )
-        return {
-            int(line["batch"]): Answered({int(place): text for place, text in line["answers"]}, line["lost"])
-            for line in lines
-        }
 
     def note(self, batch: int, answered: Answered) -> None:
         """Keep a batch, whatever happens from now on."""

@@ -464,6 +464,19 @@ dl{font-size:.92rem}dt{font-weight:600}dd{margin:0 0 .6rem;max-width:44rem}
 """
 
 
+def check_page(path: Path, key: str) -> None:
+    """Whether a page can be written there; called before what takes long.
+
+    Raises:
+        UserError: it cannot, or another kind of file is there; `key` is what the user gave it as.
+    """
+    check_writable(path, key)
+    if path.is_file() and path.stat().st_size:
+        with path.open("rb") as file:
+            if not file.read(64).lstrip().lower().startswith(b"<!doctype html"):
+                raise UserError(f"{key}: '{path}' is there and is no page: choose another name")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line: read the folders, write the file, print its path. 2 for a mistake in the arguments."""
     parser = argparse.ArgumentParser(prog="python -m sphinx_pl.evaluation.report", description=__doc__)
@@ -492,7 +505,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for folder in folders:
             if not (folder / RESULTS).is_file():
                 raise UserError(f"--evaluation {folder}: it has no {RESULTS}: give a folder that evaluate.py wrote to")
-        check_writable(options.out, "--out")
+        check_page(options.out, "--out")
         shown = Shown(options.drawn, options.wrong, options.right, options.answers)
         write_report(options.out, runs, options.mix, folders, options.title, shown)
     except UserError as error:

@@ -62,11 +62,23 @@ CHOICE = record("multiple_choice", question="Which?", choices=("blue", "red", "g
         ("Blue", 0, False),  # begins with the right letter, but is a word
         ("A red one", 0, False),
         ("", 0, False),
+        ("A. blue\nB. red\nC. green", 0, False),
+        ("B. red or C. green", 0, False),
+        ("b) or c)", 0, False),
     ],
 )
 def test_choice(prediction: str, expected: float, parsed: bool) -> None:
     assert score("choice", prediction, CHOICE) == expected
     assert METRICS["choice"].parsed(prediction) is parsed
+
+
+def test_letters_of_a_repetition_are_known_by_their_options() -> None:
+    """Also where the record has only a finished conversation."""
+    question = TASKS["multiple_choice"].turns(CHOICE, GEOMETRY)[-1]
+    for item in (CHOICE, record("multiple_choice", turns=(question,))):
+        for text, said in (("B) red A) blue C) green", 0), ("B. C. Red", 0), ("B. red", 1), ("B. It is D. Trump", 1)):
+            assert METRICS["choice"].score(text, item, GEOMETRY) == said
+            assert METRICS["choice"].parsed(text, item) is bool(said)
 
 
 CAPTION = record("caption", answer="A red circle and a blue square.")  # 7 words, "a" twice

@@ -362,9 +362,11 @@ def choose(
         if not names:
             raise UserError(f"benchmarks: no '{pattern}': {suggest(pattern, known, 'conf/benchmark')}")
         for name in names:
-            if name in chosen or known[name] is None:
+            if name in chosen:
                 continue
             try:
+                if known[name] is None:
+                    raise UserError(f"benchmark.{name} is null, so it is switched off")
                 if not isinstance(known[name], Mapping):
                     raise UserError(
                         f"benchmark.{name}={known[name]} must be a mapping such as {{kind: pope, src: FOLDER}}"
@@ -376,7 +378,7 @@ def choose(
                     raise
                 left_out[name] = str(error)
     if wanted and not chosen:
-        reasons = "; ".join([*left_out.values()][:3]) or "they are switched off"
+        reasons = "; ".join([*left_out.values()][:3])
         raise UserError(f"benchmarks: none of {', '.join(wanted)} can be asked: {reasons}")
     return list(chosen.values()), {name: why for name, why in left_out.items() if name not in chosen}
 

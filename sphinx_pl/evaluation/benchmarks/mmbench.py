@@ -85,7 +85,7 @@ class MMBench(Choices):
         odd = 0
         for row in self._rows(self.file(*self.tables)):
             try:
-                index = int(row.get("index"))  # type: ignore[arg-type]
+                index = int(row["index"])
             except (ValueError, TypeError):
                 odd += 1
                 yield f"row of no index {odd}", {}
@@ -245,7 +245,7 @@ def _table(file: Path) -> Iterator[dict[str, Any]]:
     try:
         with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
             for row in csv.DictReader(lines, delimiter="\t"):
-                yield row if None not in row else {}  # more cells than columns: nobody knows which is too many
+                yield row if None not in row else {"index": None}  # with more cells than columns, none is sure
     except csv.Error as error:
         raise UserError(f"{file} is not readable as a table ({error}): get it anew") from None
 

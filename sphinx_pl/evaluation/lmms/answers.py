@@ -219,7 +219,7 @@ class Answers:
             rule = find_rule(one.task) if self.rewrite else None
             question = one.context
             if rule is not None:
-                question = rule.ask(question, doc, sizes, self.assistant.processor.geometry)
+                question = rule.question(question, doc, sizes, self.assistant.processor.geometry)
             if question.count(PLACEHOLDER) != len(pictures):  # then they stand in front
                 question = question.replace(PLACEHOLDER, "")
             prompt = self.assistant.prompt(Dialog(question, pictures), one.drawing.limit)

@@ -23,7 +23,8 @@ REC = TASKS["rec"].templates[0]
 REG = TASKS["reg"].templates[0]
 
 Ask = Callable[[str, Mapping[str, Any], tuple[Size, ...], Geometry], str]
-"""(context, document, sizes of its images, the model's geometry) -> SPHINX's question."""
+"""(context, those of a document's values that the question needs, sizes of its images, the model's geometry) ->
+SPHINX's question."""
 Answer = Callable[[str, Size, Geometry], str]
 """(SPHINX's answer, size of the image, the model's geometry) -> what the benchmark reads."""
 
@@ -34,11 +35,20 @@ def _as_given(text: str, size: Size, geometry: Geometry) -> str:
 
 @dataclass(frozen=True)
 class Rule:
-    """How tasks whose whole name `tasks` matches are asked, and how their answers are handed over."""
+    """How tasks whose whole name `tasks` matches are asked, and how their answers are handed over.
+
+    `needs`: the document's values that are part of the question. `ask` gets no others, so no truth.
+    """
 
     tasks: str
     ask: Ask
     answer: Answer = _as_given
+    needs: tuple[str, ...] = ()
+
+    def question(
+        self, context: str, doc: Mapping[str, Any], sizes: tuple[Size, ...], geometry: Geometry
+    ) -> str:
+        return self.ask(context, {name: doc[name] for name in self.needs}, sizes, geometry)
 
 
 def find_rule(task: str) -> Rule | None:
@@ -47,7 +57,7 @@ def find_rule(task: str) -> Rule | None:
 
 
 def _phrase(context: str, doc: Mapping[str, Any], sizes: tuple[Size, ...], geometry: Geometry) -> str:
-    # RefCOCO's sentences; where a task keeps all of an object together, the first.
+    # RefCOCO's sentences, which lmms-eval keeps under "answer" although a box is asked for; of several the first.
     phrase = doc["answer"] if isinstance(doc["answer"], str) else doc["answer"][0]
     return REC.format(phrase=phrase.strip().rstrip("."))
 
@@ -107,9 +117,9 @@ def _pixels(text: str, size: Size, geometry: Geometry) -> str:
 
 
 RULES = (
-    Rule(r"refcoco[+g]?_bbox_rec_.*", _phrase, _fractions),
-    Rule(r"refcoco(_plus|g)?_grounding_.*", _phrase, _pixels),
-    Rule(r"refcoco[+g]?_(bbox|seg)_.*", _region),
+    Rule(r"refcoco[+g]?_bbox_rec_.*", _phrase, _fractions, needs=("answer",)),
+    Rule(r"refcoco(_plus|g)?_grounding_.*", _phrase, _pixels, needs=("answer",)),
+    Rule(r"refcoco[+g]?_(bbox|seg)_.*", _region, needs=("bbox",)),
     Rule(r"ok_vqa_.*", _okvqa),
     Rule(r"vizwiz_vqa_.*", _vizwiz),
     Rule(r"mmbench_en_(dev|test)(_lite)?", _mmbench),

@@ -184,6 +184,56 @@ def test_odd_and_hostile_rows_are_counted(ask: Ask, write: Write) -> None:
     }
 
 
+WORDS = (
+    "None",
+    "NA",
+    "N/A",
+    "nan",
+    "null",
+    "inf",
+    "TRUE",
+    "1.0",
+    "01",
+    "1e3",
+    "1/2",
+    "Jan-02",
+    "0",
+    "-",
+    "#N/A",
+    "<NA>",
+)
+
+
+def test_an_option_is_missing_where_its_cell_is_blank_and_only_there(ask: Ask, write: Write) -> None:
+    """pandas takes many words for blank cells, and spreadsheets take numbers and dates for something else."""
+    rows = [row(number, "b ", f"one {word} three") for number, word in enumerate(WORDS, 1)]
+    rows.append(row(101, "C", A="Two ", B=" One", C="None"))
+    rows.append(row(102, "F", A="1", B="2", C="3", D="4", E="5", F="None"))
+    rows.append(row(103, "A", A="1", B="2", C=" ", D=""))  # what is blank behind them is no option
+    rows.append(row(104, "A", A="1", B="", C="3"))  # C's letter is in doubt
+    rows.append(row(105, "G", A="1", B="2"))
+    src = write(dev(*rows) | {"mmbench_dev_en_20231003.tsv": table(rows, (*FIELDS, "E", "F"))})
+    asked = ask(MMBench(src), right)
+    first = {record.key.split("-")[0]: record for record in reversed(asked.questions.records)}
+    for number, word in enumerate(WORDS, 1):
+        assert first[f"it/{number}"].choices == ("one", word, "three")
+        assert first[f"it/{number}"].answer == word
+    assert first["it/101"].choices == ("Two", "One", "None")
+    assert first["it/102"].choices == ("1", "2", "3", "4", "5", "None")
+    assert first["it/102"].meta["letter"] == "F"
+    assert first["it/103"].choices == ("1", "2")
+    assert asked.result["lost"] == {"choice_blank": 1, "choice_missing": 1}
+    assert asked.values["circular", ""] == 1
+
+
+def test_a_mark_of_the_byte_order_and_too_many_cells(ask: Ask, write: Write) -> None:
+    text = dev(row(1), row(2))["mmbench_dev_en_20231003.tsv"]
+    longer = text + "3\t?" + "\tx" * len(FIELDS) + "\n"
+    asked = ask(MMBench(write({"mmbench_dev_en_20231003.tsv": ("\ufeff" + longer).encode()})), right)
+    assert {record.key.split("-")[0] for record in asked.questions.records} == {"it/1", "it/2"}
+    assert asked.result["lost"] == {"entry_malformed": 1}
+
+
 def test_base64_that_is_no_image_is_counted_when_it_is_asked(ask: Ask, write: Write) -> None:
     data = base64.b64encode(b"not an image" * 9).decode()
     asked = ask(MMBench(write(dev(row(1, image=data)))), right)

@@ -200,3 +200,8 @@ def test_every_entry_of_the_paper_opens(tmp_path: Path) -> None:
         assert all(Path(record.images[0].path).is_relative_to(asked.benchmark.images) for record in asked.records)
     with pytest.raises(UserError, match=r"benchmark\.x=3 must be a mapping"):
         choose(["x"], {"x": 3})
+    # Named, it is an error beside others too; by a pattern it is said.
+    with pytest.raises(UserError, match=r"benchmark\.off is null"):
+        choose(["vqav2_val", "off"], with_root | {"off": None})
+    with pytest.raises(UserError, match=r"benchmark\.mine\.splitt"):
+        choose(["mine"], {"mine": {"kind": "gqa", "src": str(tmp_path), "splitt": "testdev"}})

@@ -3,6 +3,7 @@ that lmms-eval 0.7.3 writes."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -24,6 +25,16 @@ def test_a_box_is_asked_for_in_the_originals_words(task: str) -> None:
     wanted = "Please provide the bounding box coordinate of the region this sentence describes: the red square."
     assert asked(task, "Bounding box coordinates are ...: the red square", answer="the red square") == wanted
     assert asked(task, "", answer="the red square.") == wanted
+
+
+def test_a_rule_gets_nothing_of_a_document_but_the_question() -> None:
+    found: list[set[str]] = []
+    for name in ("refcoco_bbox_rec_val", "refcoco_bbox_val", "ok_vqa_val2014"):
+        rule = find_rule(name)
+        assert rule is not None
+        seen = dataclasses.replace(rule, ask=lambda context, doc, sizes, geometry: found.append(set(doc)) or "")
+        seen.question("", {"answer": "it", "bbox": [0, 0, 1, 1], "truth": 7}, (WIDE,), GEOMETRY)
+    assert found == [{"answer"}, {"bbox"}, set()]  # the first's "answer" is the phrase that a box is asked for
 
 
 @pytest.mark.parametrize("task", ["refcoco_grounding_testA", "refcoco_plus_grounding_testB", "refcocog_grounding_test"])

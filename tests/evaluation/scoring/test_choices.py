@@ -154,6 +154,88 @@ def test_read_choice(text: str, letter: str | None) -> None:
     assert read_choice(text, CAT) == letter
 
 
+ANIMALS = ["cat", "dog", "bird", "fish"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        # the options again, in whatever form
+        "A. cat\nB. dog\nC. bird\nD. fish",
+        "A. cat B. dog C. bird D. fish",
+        "A) cat, B) dog, C) bird, D) fish",
+        "(A) cat (B) dog",
+        "- A. cat\n- B. dog",
+        "A - cat\nB - dog",
+        "a. cat b. dog",
+        "A: cat; B: dog",
+        "A\ncat\nB\ndog",
+        "A.cat B.dog",
+        "cat, dog, bird, fish",
+        "**A. cat**\n**B. dog**",
+        "Ａ．cat\nＢ．dog",
+        # several
+        "C. bird or D. fish",
+        "C. a bird or D. a fish",
+        "B. or C.",
+        "(a) and (b)",
+        "A and B",
+        "A. cat and B. dog",
+        "A/B",
+        "A, B, C and D",
+        "A. cat 或 B. dog",
+        "Option A, Option B",
+        "Option A or option B",
+        "Answer: A. cat B. dog",
+        "The answer is (A) or (B).",
+        "A is correct. B is correct.",
+        "B. No, C.",
+        # none
+        "None of the above",
+        "not B",
+        "the answer is not A but C",
+        "A. dog",
+        "1",
+    ],
+)
+def test_a_text_that_names_several_names_none(text: str) -> None:
+    assert read_choice(text, ANIMALS) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "letter"),
+    [
+        ("B. It is not A.", ANIMALS, "B"),
+        ("B. Because A is too small.", ANIMALS, "B"),
+        ("A. a cat", ANIMALS, "A"),
+        ("Ｂ", ANIMALS, "B"),
+        ("（Ｂ）", ANIMALS, "B"),
+        # an option's text may hold another's, or look like something else
+        ("hot dog", ["dog", "hot dog"], "B"),
+        ("B. hot dog", ["dog", "hot dog"], "B"),
+        ("A. hot dog", ["dog", "hot dog"], None),
+        ("10", ["1", "10"], "B"),
+        ("A. 10", ["1", "10"], None),
+        ("1.0", ["1", "1.0"], "B"),
+        ("None", ["Yes", "No", "None"], "C"),
+        ("C. A and C", ["vitamin A", "vitamin C", "A and C"], "C"),
+        ("A and C", ["vitamin A", "vitamin C", "A and C"], "C"),
+        ("A. Paris, B. France", ["Paris, B. France", "x"], "A"),
+        ("cafe\u0301", ["caf\u00e9", "tea"], "A"),
+        (".", ["...", "x"], None),  # nothing is left of the option's text
+        # options of the same text
+        ("A. Dog", ["Dog", "dog."], "A"),
+        ("B dog", ["Dog", "dog."], "B"),
+        ("dog", ["Dog", "dog."], None),
+        ("A. B", ["B", "A"], "A"),
+        ("B. B", ["B", "A"], None),
+        ("A", ["B", "A"], "A"),
+    ],
+)
+def test_letters_and_texts_that_hold_one_another(text: str, options: list[str], letter: str | None) -> None:
+    assert read_choice(text, options) == letter
+
+
 @pytest.mark.parametrize(
     ("text", "options", "letter"),
     [

@@ -58,6 +58,10 @@ def test_exact_match(prediction: str, answers: list[str], right: bool) -> None:
         ("not", None),
         ("1", None),
         ("", None),
+        ("true or false", None),  # the question's own words
+        ("True/False", None),
+        ("False, yes", None),
+        ("True, yes.", True),
     ],
 )
 def test_read_truth(text: str, truth: bool | None) -> None:

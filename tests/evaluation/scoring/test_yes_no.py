@@ -9,6 +9,7 @@ import pytest
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
 from sphinx_pl.errors import UserError
+from sphinx_pl.evaluation.scoring.exact import read_truth
 from sphinx_pl.evaluation.scoring.yes_no import (
     COGNITION,
     PERCEPTION,
@@ -55,6 +56,30 @@ def test_pope_scores_are_those_of_lmms_eval(golden: Golden) -> None:
             all_read += 1
             assert [scores.recall, scores.f1] == pytest.approx([recall, f1])
     assert all_read > 50
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        # worked by hand
+        ("yes or no", None),
+        ("Yes/No", None),
+        ("Yes and no.", None),
+        ("yes, no", None),
+        ("no, yes", None),
+        ("Yes\nNo", None),
+        ("Yes (no)", None),
+        ('"yes" or "no"', None),
+        ("Yes or no, depending on the light", None),
+        ("Yes, no dog is here", True),
+        ("No, there are cats and no dogs", False),
+        ("No. No.", False),
+        ("Yes. There is no dog.", True),
+    ],
+)
+def test_who_says_both_says_neither(text: str, said: bool | None) -> None:
+    assert read_yes_no(text) is said
+    assert read_truth(text) is said
 
 
 def test_pope_scores() -> None:
