@@ -20,7 +20,7 @@ import yaml
 from omegaconf import OmegaConf
 from PIL import Image
 
-from evaluate import EvaluateConfig, flat, log_to_wandb, read_records
+from evaluate import Asking, EvaluateConfig, flat, log_to_wandb, read_records
 from sphinx_pl.checkpoint.format import write_checkpoint
 from sphinx_pl.data.answers import normalise
 from sphinx_pl.data.processor import Processor
@@ -31,6 +31,7 @@ from sphinx_pl.evaluation.benchmarks.mme import SUBTASKS
 from sphinx_pl.evaluation.benchmarks.suite import DetectionSuite
 from sphinx_pl.evaluation.compare import compare
 from sphinx_pl.evaluation.measures import estimate
+from sphinx_pl.evaluation.report import check_page
 from sphinx_pl.evaluation.rescore import rescore
 from sphinx_pl.evaluation.results import read_predictions
 from sphinx_pl.evaluation.scoring.yes_no import mme_scores
@@ -394,6 +395,36 @@ def test_answers_with_other_settings_are_not_gone_on_with(world: Path, pope: lis
     done = run(world, *pope, f"out={whole}", "precision=bf16")
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith(f"error: '{whole / 'answers'}' holds answers with other")
+
+
+def test_nothing_in_a_folder_is_replaced_unasked(world: Path, whole: Path) -> None:
+    """Neither results of other questions nor answers with other settings, and both before a model is loaded."""
+    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+
+    def asking(**keys: object) -> Asking:
+        settings = OmegaConf.structured(EvaluateConfig)
+        return Asking(
+            pick(EvaluateConfig, OmegaConf.merge(settings, {"checkpoint": str(world / "checkpoint"), **keys})), whole
+        )
+
+    asking().check_out(["dogs"])
+    asking().check_out(["dogs", "cats"])
+    with pytest.raises(UserError, match="holds results of dogs, which are not asked now"):
+        asking().check_out(["tasks", "cats"])
+    with pytest.raises(UserError, match=r"answers with other settings \(ranking\)"):
+        asking(ranking=True).check_out(["dogs"])
+    asking(overwrite=True, ranking=True).check_out(["cats"])
+    assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
+
+
+def test_a_report_replaces_only_a_page(tmp_path: Path) -> None:
+    for name, content in (("notes.md", "# Notes"), ("page.html", "<!DOCTYPE html><p>"), ("empty.html", "")):
+        (tmp_path / name).write_text(content)
+    check_page(tmp_path / "page.html", "report")
+    check_page(tmp_path / "empty.html", "report")
+    check_page(tmp_path / "new.html", "report")
+    with pytest.raises(UserError, match=r"report: '.*notes.md' is there and is no page"):
+        check_page(tmp_path / "notes.md", "report")
 
 
 def test_weights_and_biases_get_every_number(whole: Path, tmp_path: Path) -> None:

@@ -63,6 +63,20 @@ def fit(processor: Processor, folder: Path, tmp_path: Path, rows: int, accumulat
     return stage
 
 
+@pytest.mark.parametrize("weights", [{}, {"real": 0.75, "text": 0.25}, {"real": 0.0, "text": 1.0}])
+def test_the_held_out_loss_is_weighted(
+    processor: Processor, sample_data: Path, tmp_path: Path, weights: dict[str, float]
+) -> None:
+    torch.manual_seed(0)
+    stage = Stage(tiny_model(), "test", ALL, OPTIM, max_steps=1, val_names=["real", "text"])
+    stage.val_weights = weights
+    trainer(tmp_path, limit_val_batches=1.0).validate(stage, datamodule(processor, sample_data), verbose=False)
+    losses = {name: stage.last_value(f"val/loss/{name}") for name in ("real", "text")}
+    assert losses["real"] != losses["text"]
+    expected = sum((weights or {"real": 0.5, "text": 0.5})[name] * losses[name] for name in losses)
+    assert stage.last_value("val/loss") == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize("weighting", ["token", "sqrt"])
 def test_an_accumulated_window_updates_as_one_batch_does(
     processor: Processor, sample_data: Path, tmp_path: Path, weighting: str

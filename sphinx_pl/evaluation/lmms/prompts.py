@@ -45,9 +45,7 @@ class Rule:
     answer: Answer = _as_given
     needs: tuple[str, ...] = ()
 
-    def question(
-        self, context: str, doc: Mapping[str, Any], sizes: tuple[Size, ...], geometry: Geometry
-    ) -> str:
+    def question(self, context: str, doc: Mapping[str, Any], sizes: tuple[Size, ...], geometry: Geometry) -> str:
         return self.ask(context, {name: doc[name] for name in self.needs}, sizes, geometry)
 
 

@@ -46,12 +46,12 @@ def read_choice(text: str, options: Sequence[str]) -> str | None:
     found = leading_letter(body)
     if found and found[0] in letters and not found[1].strip(" )].:,;!-\n。、：，；"):
         return found[0]
-    own = bool(found) and found[0] in by_text.get(normalise(found[1]), ())
+    own = found[0] if found and found[0] in by_text.get(normalise(found[1]), ()) else None  # "B. cat", cat being B
     whole = by_text.get(normalise(text), set()) | by_text.get(normalise(body), set())
     if len(whole) == 1 and not own:
         return whole.pop()
-    if found and own and not whole:
-        return found[0]
+    if own and not whole:
+        return own
     if (beside := _WITH_TEXT.fullmatch(body)) and beside[1].upper() in by_text.get(normalise(beside[2]), ()):
         return beside[1].upper()  # "B cat"
     named = whole | first_letters(body) | {(match[1] or match[2]).upper() for match in _STATED.finditer(text)}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +181,21 @@ def test_the_originals_unified_annotation(tmp_path: Path, kind: str, split: str)
     write(tmp_path, {"unified.json": entries})
     with pytest.raises(UserError, match=kind):
         load("it", BENCHMARKS[kind](annotation, split))
+
+
+def test_every_benchmark_that_the_docs_name_is_configured() -> None:
+    known = OmegaConf.load(CONFIG_FOLDER / "benchmark" / "paper.yaml")
+    root = CONFIG_FOLDER.parent
+    files = [root / "README.md", root / "conf" / "evaluate.yaml", *(root / "docs").glob("*.md")]
+    named = [
+        (file.name, pattern.strip("\"' "))
+        for file in files
+        for found in re.findall(r"benchmarks=\[([^\]]*)\]", file.read_text())
+        for pattern in found.split(",")
+    ]
+    assert len(named) > 5
+    for file, pattern in named:
+        assert any(fnmatchcase(str(name), pattern) for name in known if name != "root"), (file, pattern)
 
 
 def test_every_entry_of_the_paper_opens(tmp_path: Path) -> None:
