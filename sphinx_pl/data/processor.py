@@ -6,6 +6,7 @@ import dataclasses
 import math
 import random
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
@@ -277,4 +278,5 @@ def _join(first: Sample, second: Sample) -> Sample | None:
         Branch(chain[shared:], ([False] * len(prefix) + branch.supervised)[shared:], branch.task, branch.key)
         for chain, (prefix, branch) in zip(chains, branches, strict=True)
     ]
-    return Sample(chains[0][:shared], split, first.images, first.source, first.seen)
+    events = Counter(first.events) + Counter(second.events)
+    return Sample(chains[0][:shared], split, first.images, first.source, first.seen, events)
