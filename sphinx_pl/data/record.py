@@ -19,6 +19,8 @@ from torch import Tensor
 
 IGNORE = -100
 """Label of a position without supervision."""
+PLACEHOLDER = "<image>"
+"""The mark of an image's place in a question."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,7 @@ class Record:
     images: tuple[ImageRef, ...] = ()
     sizes: tuple[tuple[int, int], ...] = ()  # (width, height) of each image; () where the source does not say
     turns: tuple[Turn, ...] = ()
+    system: str | None = None  # the text before its first turn; None: the processor's
     question: str = ""
     answer: str = ""
     choices: tuple[str, ...] = ()

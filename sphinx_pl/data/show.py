@@ -280,8 +280,8 @@ def _left_out(planner: Planner, decoded: Counter[str]) -> str:
     head = ["source", "records read", "left out", "records", "", "for example"]
     return (
         "<p>Skipped: broken or unusable. Filtered: sound, but the source’s filters do not want it. Capped: enough of "
-        "its task in this epoch. Used: what happened to records that are trained on. Images are decoded only for the samples below, so broken ones show only there.</p>"
-        + table(head, rows, {1, 3, 4})
+        "its task in this epoch. Used: what happened to records that are trained on. Images are decoded only for the "
+        "samples below, so broken ones show only there.</p>" + table(head, rows, {1, 3, 4})
     )
 
 
