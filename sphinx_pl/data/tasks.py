@@ -50,7 +50,9 @@ from sphinx_pl.registry import Registry
 # Annotation tools disagree on whether the last pixel is inside, so a box may pass the image's edge by this much.
 EDGE_TOLERANCE = 1.0
 
-_BRACKET = r"[\[({]+[^\[\](){}\n]*[\])}]+"
+_BRACKET = r"[\[({][^\[\](){}\n]*[\])}]"
+for _ in range(2):  # so deep are brackets in brackets
+    _BRACKET = rf"[\[({{](?:[^\[\](){{}}\n]|{_BRACKET})*[\])}}]"
 _BRACKETS = rf"{_BRACKET}(?:[\s,;]*{_BRACKET})*"
 _TAGGED = r"(?:<p>(?:(?!</?p>).)*</p>|<(\w{1,16})>[^<>]*</\1>)"
 PARTS = re.compile(rf"{_TAGGED}(?:\s*{_BRACKETS})?|{_BRACKETS}|\w+(?:[.,:/'’-]\w+)*", re.DOTALL)

@@ -271,7 +271,7 @@ ENTRIES = [
             {"from": "human", "value": "Sure?"},
             {"from": "gpt", "value": "Yes."},
         ],
-        "unknown": 1,
+        "source": "elsewhere",
     },
     {
         "id": 7,
