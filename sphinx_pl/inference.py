@@ -19,7 +19,7 @@ from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.conversation import END_OF_TURN, escaped, unescaped
 from sphinx_pl.data.images import decode, padded_resize, read_bytes, to_tensor, upright_rgb
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.record import ImageRef, Record, Turn
+from sphinx_pl.data.record import PLACEHOLDER, ImageRef, Record, Turn
 from sphinx_pl.errors import UserError
 from sphinx_pl.evaluation.device import autocast, check_precision, choose_device
 from sphinx_pl.models.generation import GenerationConfig, Prompt, generate, place_images, stream
@@ -44,6 +44,11 @@ class Dialog:
     def answered(self, answer: str, question: str) -> Dialog:
         """This dialog with its answer, and the next question."""
         return replace(self, question=question, history=(*self.history, Turn(self.question, answer)))
+
+
+def typed(text: str) -> str:
+    """What a person typed or a model wrote, where the images are given: a mark for one is text like any other."""
+    return text.replace(PLACEHOLDER, f"{PLACEHOLDER[:-1]} >")
 
 
 class Assistant:
