@@ -263,8 +263,6 @@ def _grounded_answer(record: Record, geometry: Geometry) -> str:
             raise BadSample("region_missing", f"{record.key} mentions region {max(indices)} of {len(record.regions)}")
         return _grounded(record, geometry, *(record.regions[index] for index in indices))
 
-    if "<p>" in record.answer:
-        raise BadSample("answer_markup", f"{record.key}: a phrase that is tied to no region")
     answer, mentioned = _MENTION.subn(phrase, _answer(record))
     if answer and not mentioned:
         raise BadSample("region_missing", f"{record.key} mentions no region")

@@ -130,7 +130,6 @@ def test_detection_of_nothing_says_none():
         ("ocr", {"regions": (Region(LEFT.box, "a</p>"),)}, "label_markup"),
         ("grounded_caption", {"answer": "A {1}", "regions": (LEFT,)}, "region_missing"),
         ("grounded_caption", {"answer": "Nothing", "regions": (LEFT,)}, "region_missing"),
-        ("grounded_caption", {"answer": "<p>a</p>[0,0,1,1] {0}", "regions": (LEFT,)}, "answer_markup"),
         ("grounded_caption", {"answer": "", "regions": (LEFT,)}, "answer_empty"),
         ("pose", {"regions": (LEFT,)}, "keypoints_count"),
         ("pose", {"regions": (Region(LEFT.box, "", ((0, 0, 0),) * 17),)}, "keypoints_absent"),
