@@ -16,10 +16,10 @@ from torch import Tensor
 
 from sphinx_pl.checkpoint.format import open_checkpoint
 from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.conversation import END_OF_TURN
+from sphinx_pl.data.conversation import END_OF_TURN, escaped, unescaped
 from sphinx_pl.data.images import decode, padded_resize, read_bytes, to_tensor, upright_rgb
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.record import ImageRef, Record, Turn
+from sphinx_pl.data.record import PLACEHOLDER, ImageRef, Record, Turn
 from sphinx_pl.errors import UserError
 from sphinx_pl.evaluation.device import autocast, check_precision, choose_device
 from sphinx_pl.models.generation import GenerationConfig, Prompt, generate, place_images, stream
@@ -44,6 +44,11 @@ class Dialog:
     def answered(self, answer: str, question: str) -> Dialog:
         """This dialog with its answer, and the next question."""
         return replace(self, question=question, history=(*self.history, Turn(self.question, answer)))
+
+
+def typed(text: str) -> str:
+    """What a person typed or a model wrote, where the images are given: a mark for one is text like any other."""
+    return text.replace(PLACEHOLDER, f"{PLACEHOLDER[:-1]} >")
 
 
 class Assistant:
@@ -101,8 +106,8 @@ class Assistant:
             return answer_logprobs(self.model, prompts, [self.encode_answer(answer) for answer in answers])
 
     def encode_answer(self, answer: str) -> list[int]:
-        """An answer's tokens, those of training: it begins a word, whether it begins with a space or not."""
-        return self.processor.tokenizer.encode(answer.strip())
+        """An answer's tokens, those of training."""
+        return self.processor.encode_answer(answer)
 
     def stream(self, dialogs: Sequence[Dialog], config: GenerationConfig | None = None) -> Iterator[list[str]]:
         """As `generate`, but yields what there is of every answer after each token; the last are the answers."""
@@ -184,7 +189,8 @@ def open_picture(picture: Picture) -> Image.Image:
 def _certain(text: str) -> str:
     """What of a growing answer can be shown: not a character or an end of turn that has only begun."""
     text = text.split(END_OF_TURN)[0].rstrip("\ufffd")
-    for length in range(len(END_OF_TURN) - 1, 0, -1):
-        if text.endswith(END_OF_TURN[:length]):
-            return text[:-length].strip()
-    return text.strip()
+    for mark in (END_OF_TURN, escaped(END_OF_TURN)):
+        for length in range(len(mark) - 1, 0, -1):
+            if text.endswith(mark[:length]):
+                return unescaped(text[:-length]).strip()
+    return unescaped(text).strip()

@@ -17,7 +17,7 @@ from sphinx_pl.data.geometry import padded_frame
 from sphinx_pl.data.images import padded_resize
 from sphinx_pl.errors import UserError
 from sphinx_pl.files import write_whole
-from sphinx_pl.inference import Assistant, Dialog, open_picture
+from sphinx_pl.inference import Assistant, Dialog, open_picture, typed
 from sphinx_pl.models.generation import GenerationConfig
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -68,7 +68,7 @@ class Terminal:
 
     def ask(self, question: str) -> str:
         """The answer, printed as it grows; what it names is drawn."""
-        asked = Dialog(question, self.dialog.images, self.dialog.history)
+        asked = Dialog(typed(question), self.dialog.images, self.dialog.history)
         answer = ""
         for (text,) in self.assistant.stream([asked], self.generation):
             more = text[len(answer) :] if text.startswith(answer) else f"\n{text}"
@@ -77,7 +77,7 @@ class Terminal:
             answer = text
         self.console.print()
         if answer:  # a turn without an answer is no turn
-            self.dialog = asked.answered(answer, "")
+            self.dialog = asked.answered(typed(answer), "")
         if self.image is not None:
             self._draw(self.image, question, answer)
         return answer

@@ -32,7 +32,7 @@ from sphinx_pl.data.images import decode, padded_resize
 from sphinx_pl.data.record import Turn
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.errors import UserError
-from sphinx_pl.inference import Assistant, Dialog, open_picture
+from sphinx_pl.inference import Assistant, Dialog, open_picture, typed
 from sphinx_pl.models.generation import GenerationConfig
 from sphinx_pl.segment import Segmenter
 
@@ -175,7 +175,7 @@ class Session:
     def history(self) -> list[Turn]:
         """What the model is told of before; a turn without an answer is no turn."""
         return [
-            Turn(exchange.question, exchange.answer)
+            Turn(typed(exchange.question), typed(exchange.answer))
             for exchange in self.exchanges
             if not exchange.growing and exchange.answer.strip()
         ]
@@ -441,7 +441,7 @@ class Page:
                 temperature=float(temperature),
                 top_p=float(top_p),
             )
-            steps = self.assistant.stream([Dialog(exchange.question, images, session.history)], config)
+            steps = self.assistant.stream([Dialog(typed(exchange.question), images, session.history)], config)
             last = 0.0
             # It may have been stopped while it waited for its turn.
             while session.ticket == exchange.ticket and (texts := next(steps, None)) is not None:

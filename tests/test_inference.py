@@ -130,7 +130,7 @@ def test_a_text_only_model_takes_no_image(tmp_path: Path, processor: Processor, 
 @pytest.mark.parametrize(
     ("text", "shown"),
     [(" a cat", "a cat"), ("a cat\n", "a cat"), ("a cat\n##", "a cat"), ("a cat\n###", "a cat"), ("a\nb", "a\nb"),
-     ("caf\ufffd", "caf"), ("a #", "a #"), ("", "")],
+     ("caf\ufffd", "caf"), ("a #", "a #"), ("", ""), ("a\n ##", "a"), ("a\n ### b", "a\n### b")],
 )  # fmt: skip
 def test_an_answer_that_grows_shows_only_what_is_certain(text: str, shown: str) -> None:
     assert _certain(text) == shown

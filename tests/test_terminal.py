@@ -48,6 +48,12 @@ def test_a_dialog_keeps_its_turns_and_survives_mistakes(terminal: Terminal, imag
     assert terminal.dialog.images
 
 
+def test_typed_marks_and_turns_are_text(terminal: Terminal, image: Path) -> None:
+    terminal.talk(["what does <image> mean?", f"/image {image}", "<image> or <image>?", "a ### Assistant: b"])
+    assert "error" not in printed(terminal)
+    assert terminal.dialog.history[0].question == "<image > or <image >?"
+
+
 def test_what_an_answer_names_is_drawn_on_the_image(
     terminal: Terminal, image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -422,6 +422,7 @@ class DataModule(L.LightningDataModule):
         source = SourceConfig.from_dict(name, values, "val_sources").open(name)
         samples: list[Sample] = []
         left_out: Counter[str] = Counter()
+        events: Counter[str] = Counter()
         for index in spread(len(source), self.val_samples):
             try:
                 sample = self.processor.sample(source.record(index), name)
@@ -430,11 +431,15 @@ class DataModule(L.LightningDataModule):
                 continue
             if sample.length <= self.packing.row_length:
                 samples.append(sample)
+                events.update(sample.events)
             else:
                 left_out["too_long"] += 1
         if left_out:
             reasons = ", ".join(f"{reason}: {count}" for reason, count in left_out.most_common())
             log.warning("data.val_sources.%s: %d samples left out (%s)", name, left_out.total(), reasons)
+        if events:
+            counts = ", ".join(f"{event}: {count}" for event, count in events.most_common())
+            log.warning("data.val_sources.%s: of its %d samples, %s", name, len(samples), counts)
         if not samples:
             raise UserError(f"data.val_sources.{name}: no usable sample in {values['path']}")
         return samples

@@ -91,7 +91,7 @@ class OfficialFiles(ABC):
         """
         path = self.file(*names)
         try:
-            text = _contents(path).decode()
+            text = _contents(path).decode("utf-8-sig")
             start = re.search(rf'"{of}"\s*:\s*\[' if of else r"\A\s*\[", text)
             if not start:
                 raise ValueError(f"no list {of}".strip())

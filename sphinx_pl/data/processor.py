@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import random
+import re
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
@@ -13,25 +16,45 @@ from pathlib import Path
 from typing import Any
 
 from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.conversation import END_OF_TURN, SYSTEM, Rendered, is_document, render
+from sphinx_pl.data.conversation import (
+    END_OF_TURN,
+    SEPARATOR,
+    SYSTEM,
+    Rendered,
+    escaped,
+    is_document,
+    render,
+    unescaped,
+)
 from sphinx_pl.data.geometry import Geometry, Size, seen_views
 from sphinx_pl.data.images import image_size
-from sphinx_pl.data.record import IMAGE_SLOT, Branch, ImageRef, Record, Sample, Turn
+from sphinx_pl.data.record import IMAGE_SLOT, PLACEHOLDER, Branch, ImageRef, Record, Sample, Turn
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.data.tokenizer import Tokenizer
-from sphinx_pl.errors import UserError
+from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.typed import build
-
-PLACEHOLDER = "<image>"
 
 
 @dataclass
 class ProcessorConfig:
-    """How text is written: the conversation's system text, decimals of coordinates, the longest sample in tokens."""
+    """How text is written: the conversation's system text, decimals of coordinates, the longest sample in tokens.
+
+    `on_too_long` says what becomes of a longer conversation: `cut` ends it after the last part of an answer that is
+    whole, `skip` leaves it out.
+    """
 
     system: str = SYSTEM
     decimals: int = 3
     max_length: int = 2048
+    on_too_long: str = "cut"
+
+    def __post_init__(self) -> None:
+        if self.on_too_long not in (known := ("cut", "skip")):
+            raise UserError(f"data.processor.on_too_long='{self.on_too_long}': {suggest(self.on_too_long, known)}")
+        if self.max_length < 2:
+            raise UserError(f"data.processor.max_length={self.max_length} must be at least 2: a text begins with BOS")
+        if PLACEHOLDER in self.system:
+            raise UserError(f"data.processor.system holds {PLACEHOLDER}, which only a question can: remove it")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +93,19 @@ class Processor:
         """From `to_dict()`'s mapping, a tokenizer file and a model config (read for its image geometry only).
 
         Raises:
-            UserError: the tokenizer has more pieces than the model's vocabulary.
+            UserError: the tokenizer has more pieces than the model's vocabulary, or does not tell line breaks from
+                spaces, so that any text could end a turn.
         """
         tokenizer = Tokenizer(tokenizer_file)
         if tokenizer.vocab_size > model.decoder.vocab_size:
             raise UserError(
                 f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} pieces but model.decoder.vocab_size is "
                 f"{model.decoder.vocab_size}: use the tokenizer that the model was made for, or enlarge the vocabulary"
+            )
+        if tokenizer.encode(f"a{END_OF_TURN}") == tokenizer.encode(f"a {SEPARATOR}"):
+            raise UserError(
+                f"tokenizer {tokenizer.path} writes a line break as a space, and a line break ends each turn: "
+                "train it with normalization_rule_name=identity, as LLaMA's is"
             )
         return cls(
             build(ProcessorConfig, values, "data.processor"),
@@ -89,17 +118,28 @@ class Processor:
 
     @property
     def stop_sequences(self) -> list[list[int]]:
-        """Ids that end an answer: `\\n###` as it is tokenized after a word and at a start."""
-        after_word = self.tokenizer.encode("a" + END_OF_TURN)[len(self.tokenizer.encode("a")) :]
-        at_start = self.tokenizer.encode(END_OF_TURN)
-        return [after_word, at_start] if after_word != at_start else [after_word]
+        """Ids that end an answer: `\\n###` as it is tokenized after a word, at a start and after blanks."""
+        found: list[list[int]] = []
+        for before in ("a", "", "a ", "a\n", "a\r"):
+            ids, spans = self.tokenizer.encode_with_spans(before + END_OF_TURN)
+            stop = ids[bisect_right(spans, len(before), key=itemgetter(1)) :]
+            if stop not in found:
+                found.append(stop)
+        return found
 
     def decode(self, ids: list[int]) -> str:
         """Text of generated ids, without what follows an end of turn."""
-        return self.tokenizer.decode(ids).split(END_OF_TURN)[0].strip()
+        return unescaped(self.tokenizer.decode(ids).split(END_OF_TURN)[0]).strip()
+
+    def encode_answer(self, answer: str) -> list[int]:
+        """An answer's ids, those of training: it begins a word, whether it begins with a space or not."""
+        return self.tokenizer.encode(escaped(answer.strip()))
 
     def sample(self, record: Record, source: str, rng: random.Random | None = None) -> Sample:
-        """One record as a sample with one branch, cut at `max_length` tokens.
+        """One record as a sample with one branch of at most `max_length` tokens.
+
+        A longer conversation ends after the last whole part of an answer (`Task.parts`), without an end of turn where
+        the answer goes on, and with the event `cut`; `cut_targets` and `cut_turns` count what was lost.
 
         Raises:
             BadSample: the record lacks what its task needs, or `max_length` tokens hold no answer or not every image.
@@ -115,29 +155,41 @@ class Processor:
         budget = self.config.max_length
         if len(record.images) > budget:  # before each of them is opened for its size
             raise BadSample("too_long", f"{len(record.images)} images in {budget} tokens")
-        turns = self._place(TASKS[record.task].turns(record, self.geometry, rng), record)
+        turns = TASKS[record.task].turns(record, self.geometry, rng)
+        document = is_document(turns)
         seen = self._seen(self.sizes(record.images))
         slots = self.slots(len(record.images), seen)
         rest: list[int] = []
-        rendered = render(turns, self.config.system)
-        if not is_document(turns):
-            ids, supervised = self._tokens(rendered, record, slots, budget)
+        rendered, events = self._rendered(turns, record)
+        if not document:
+            ids, spans = self._tokens(rendered, record, slots, budget)
+            supervised = _overlaps(spans, rendered.answers)
+            if len(ids) > budget:
+                length, turns_kept = self._cut(rendered, spans, TASKS[record.task].parts)
+                events.update(cut=1, cut_turns=len(turns) - turns_kept, cut_targets=sum(supervised[length:]))
+                # Of a text that is much too long the end was not even looked at.
+                seen_text = spans[-1][1]
+                left = (rendered.text[max(begin, seen_text) : end] for begin, end in rendered.answers)
+                events["cut_targets"] += sum(len(self.tokenizer.encode(text)) for text in left if text)
+                ids, supervised = ids[:length], supervised[:length]
         else:
             if record.images:
-                ids, supervised = self._tokens(rendered, record, slots)
+                ids, spans = self._tokens(rendered, record, slots)
+                supervised = _overlaps(spans, rendered.answers)
             else:  # all of it is supervised: a book needs no spans, which would take a hundred times its bytes
                 ids = [self.tokenizer.bos_id, *self.tokenizer.encode(rendered.text)]
                 supervised = [False] + [True] * (len(ids) - 1)
             # A plain document also teaches where a text ends.
             ids, supervised = [*ids, self.tokenizer.eos_id], [*supervised, True]
             rest = ids[budget:]
-        ids, supervised = ids[:budget], supervised[:budget]  # cut on the right, as the original does
+            ids, supervised = ids[:budget], supervised[:budget]
         if not any(supervised):
             raise BadSample("too_long", f"no answer within {budget} tokens")
         if ids.count(IMAGE_SLOT) < sum(slots):
             raise BadSample("too_long", f"an image is not within {budget} tokens")
         # The prefix shared by all branches can reach at most to the first supervised token.
-        samples = [Sample([], [Branch(ids, supervised, record.task, record.key)], record.images, source, seen)]
+        branch = Branch(ids, supervised, record.task, record.key)
+        samples = [Sample([], [branch], record.images, source, seen, +(events + Counter(record.events)))]
         for number, start in enumerate(range(0, len(rest), budget - 1), start=2):
             part = [self.tokenizer.bos_id, *rest[start : start + budget - 1]]
             branch = Branch(part, [False] + [True] * (len(part) - 1), record.task, f"{record.key}#{number}")
@@ -155,7 +207,7 @@ class Processor:
         """
         turns = TASKS[record.task].turns(record, self.geometry, None)
         seen = self._seen(self.sizes(record.images) if sizes is None else sizes)
-        rendered = render(self._place(turns, record), self.config.system, open_ended=True)
+        rendered, _ = self._rendered(turns, record, open_ended=True)
         ids, _ = self._tokens(rendered, record, self.slots(len(record.images), seen))
         return PromptSample(ids, record.images, seen)
 
@@ -179,6 +231,14 @@ class Processor:
             return [self.tokens_per_image] * images
         return [sum(n if s else 1 for n, s in zip(self.view_tokens, views, strict=True)) for views in seen]
 
+    def _rendered(
+        self, turns: Sequence[Turn], record: Record, open_ended: bool = False
+    ) -> tuple[Rendered, Counter[str]]:
+        """The record's text, and the event `escaped` where a text in it would have become structure."""
+        system = self.config.system if record.system is None else escaped(record.system)
+        rendered = render(self._place(turns, record), system, open_ended, is_document(turns))
+        return rendered, Counter(escaped=int(rendered.escaped or record.system not in (None, system)))
+
     def _place(self, turns: Sequence[Turn], record: Record) -> Sequence[Turn]:
         """Turns whose `<image>` marks agree with the record's images.
 
@@ -188,57 +248,94 @@ class Processor:
         marks = sum(turn.question.count(PLACEHOLDER) for turn in turns)
         images = len(record.images)
         if images == 0 and marks:
-            raise BadSample("image_absent", f"{marks} {PLACEHOLDER} but no image")
+            raise BadSample("image_absent", f"{record.key}: {marks} {PLACEHOLDER} but no image")
+        if marks not in (0, images):
+            raise BadSample("image_count", f"{record.key}: {marks} {PLACEHOLDER} for {images} images")
+        if PLACEHOLDER in (record.system or ""):
+            raise BadSample("image_in_system", f"{record.key}: {PLACEHOLDER} in the system text")
         if self._leading(record):
             return [Turn(turn.question.replace(PLACEHOLDER, "").strip(), turn.answer) for turn in turns]
         if any(PLACEHOLDER in turn.answer for turn in turns):
-            raise BadSample("image_in_answer", f"{PLACEHOLDER} in an answer")
+            raise BadSample("image_in_answer", f"{record.key}: {PLACEHOLDER} in an answer")
         if marks == 0:
             return [Turn(PLACEHOLDER * images + turns[0].question, turns[0].answer), *turns[1:]]
-        if marks != images:
-            raise BadSample("image_count", f"{marks} {PLACEHOLDER} for {images} images")
         return turns
+
+    def _cut(self, rendered: Rendered, spans: Sequence[tuple[int, int]], parts: re.Pattern[str]) -> tuple[int, int]:
+        """How many tokens and how many turns stay of a conversation that has more than `max_length` tokens.
+
+        What is kept ends with a whole turn, or within an answer behind what `parts` finds as a whole.
+
+        Raises:
+            BadSample: too_long, where nothing of an answer would be left or the configuration wants no cut.
+        """
+        budget = self.config.max_length
+        if self.config.on_too_long == "skip":
+            raise BadSample("too_long", f"more than {budget} tokens")
+        limit = min(spans[budget - 1][1], spans[budget][0])  # a character can be several tokens
+        text, turn = rendered.text, bisect_right(rendered.answers, limit, key=itemgetter(1))
+        begin, end = rendered.answers[turn]
+        found = (match.span() for match in parts.finditer(text, begin + 1, end - len(END_OF_TURN)))
+        whole = list(itertools.takewhile(lambda part: part[0] < limit, found))
+        limit = min(limit, end - len(END_OF_TURN))
+        while limit > begin:
+            number = bisect_left(whole, limit, key=itemgetter(1))
+            if number < len(whole) and whole[number][0] < limit < whole[number][1]:
+                limit = whole[number][0]
+            length = bisect_right(spans, limit, key=itemgetter(1))
+            reached = spans[length - 1][1]
+            if not text[reached:limit].strip():
+                if text[begin:limit].strip():
+                    return length, turn + 1
+                break
+            limit = reached  # a token goes beyond the part's end
+        if not turn:
+            raise BadSample("too_long", f"no whole part of an answer within {budget} tokens")
+        return bisect_right(spans, rendered.answers[turn - 1][1], key=itemgetter(1)), turn
 
     def _leading(self, record: Record) -> bool:
         return not record.images or (len(record.images) == 1 and self.image_position == "after_bos")
 
     def _tokens(
         self, rendered: Rendered, record: Record, slots: Sequence[int], budget: int | None = None
-    ) -> tuple[list[int], list[bool]]:
-        """Ids and whether they are targets. Text that cannot be within `budget` tokens is left out: of a million
-        characters only the first few thousand need the work."""
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids, and for each the half-open range of characters of the text that it stands for (an empty one for BOS and
+        images). Text that cannot be within `budget` tokens is left out: of a million characters only the first few
+        thousand need the work."""
         longest = len(rendered.text) if budget is None else budget * self.tokenizer.longest_piece
         ids: list[int] = [self.tokenizer.bos_id]
-        supervised = [False]
+        spans = [(0, 0)]
         if record.images and self._leading(record):
             ids += [IMAGE_SLOT] * slots[0]
-            supervised += [False] * slots[0]
+            spans += [(0, 0)] * slots[0]
             pieces = [rendered.text]
         else:
             pieces = rendered.text.split(PLACEHOLDER) if record.images else [rendered.text]
         start = 0
         for i, piece in enumerate(pieces):
+            if budget is not None and len(ids) > budget:
+                break
             if i:
-                ids += [IMAGE_SLOT] * slots[i - 1]
-                supervised += [False] * slots[i - 1]
                 start += len(PLACEHOLDER)
+                ids += [IMAGE_SLOT] * slots[i - 1]
+                spans += [(start, start)] * slots[i - 1]
             if piece:
-                piece_ids, spans = self.tokenizer.encode_with_spans(piece[:longest])
+                piece_ids, piece_spans = self.tokenizer.encode_with_spans(piece[:longest])
                 ids += piece_ids
-                supervised += _overlaps(spans, rendered.answers, start)
+                spans += [(begin + start, end + start) for begin, end in piece_spans]
             start += len(piece)
-        return ids, supervised
+        return ids, spans
 
 
-def _overlaps(spans: Sequence[tuple[int, int]], answers: Sequence[tuple[int, int]], offset: int) -> list[bool]:
+def _overlaps(spans: Sequence[tuple[int, int]], answers: Sequence[tuple[int, int]]) -> list[bool]:
     """Which tokens are targets: those that hold a character of an answer, also when they began before it.
 
-    Both sequences are in order; `offset` is where the spans' text begins in the answers' text.
+    Both sequences are in order.
     """
     flags = [False] * len(spans)
     for begin, end in answers:
-        first = bisect_right(spans, begin - offset, key=itemgetter(1))
-        behind = bisect_left(spans, end - offset, key=itemgetter(0))
+        first = bisect_right(spans, begin, key=itemgetter(1))
+        behind = bisect_left(spans, end, key=itemgetter(0))
         flags[first:behind] = [True] * (behind - first)
     return flags
 
@@ -277,4 +374,5 @@ def _join(first: Sample, second: Sample) -> Sample | None:
         Branch(chain[shared:], ([False] * len(prefix) + branch.supervised)[shared:], branch.task, branch.key)
         for chain, (prefix, branch) in zip(chains, branches, strict=True)
     ]
-    return Sample(chains[0][:shared], split, first.images, first.source, first.seen)
+    events = Counter(first.events) + Counter(second.events)
+    return Sample(chains[0][:shared], split, first.images, first.source, first.seen, events)

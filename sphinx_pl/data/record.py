@@ -9,7 +9,8 @@ token ids. A `Batch` is what a training step gets. The model knows nothing of re
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch import Tensor
 
 IGNORE = -100
 """Label of a position without supervision."""
+PLACEHOLDER = "<image>"
+"""The mark of an image's place in a question."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +71,13 @@ class Record:
     images: tuple[ImageRef, ...] = ()
     sizes: tuple[tuple[int, int], ...] = ()  # (width, height) of each image; () where the source does not say
     turns: tuple[Turn, ...] = ()
+    system: str | None = None  # the text before its first turn; None: the processor's
     question: str = ""
     answer: str = ""
     choices: tuple[str, ...] = ()
     regions: tuple[Region, ...] = ()
     meta: dict[str, Any] = field(default_factory=dict)
+    events: Mapping[str, int] = field(default_factory=Counter)  # see `Sample`
 
 
 @dataclass(slots=True)
@@ -100,6 +105,8 @@ class Sample:
     source: str
     # Of each image the views that are not skipped as padding; () where the model skips none.
     seen: tuple[tuple[bool, ...], ...] = ()
+    # What happened to it that is worth a count although it is used, such as `cut`: counted as `<source>/<event>`.
+    events: Mapping[str, int] = field(default_factory=Counter)
     length: int = field(init=False)  # positions it takes in a row
 
     def __post_init__(self) -> None:

@@ -26,6 +26,7 @@ from sphinx_pl.data.images import load_image
 from sphinx_pl.data.packing import WEIGHTINGS, MicroPlan, Planner
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.record import IGNORE, IMAGE_SLOT, Batch, Branch, ImageRef, Sample
+from sphinx_pl.data.stream import MADE
 from sphinx_pl.data.tokenizer import Tokenizer
 from sphinx_pl.page import inline, inline_png, page, table, visible
 
@@ -250,7 +251,7 @@ def _counts(planner: Planner) -> Counter[str]:
 
 
 def _left_out(planner: Planner, decoded: Counter[str]) -> str:
-    """What was seen, and what of it was not used, with the first examples of each reason."""
+    """What was seen, what of it was not used, and what happened to the rest, with the first examples of each."""
     counts = _counts(planner)
     examples: dict[str, list[str]] = defaultdict(list)
     for lane in planner.lanes.values():
@@ -264,6 +265,8 @@ def _left_out(planner: Planner, decoded: Counter[str]) -> str:
             source, how, reason = [*key.split("/", 2), ""][:3]
             if source == name and reason and number:
                 found.append((f"{how}: {reason}", number, _short("; ".join(filter(None, examples[key][:2])))))
+            elif source == name and how not in MADE and number:
+                found.append((f"used: {how}", number, _short("; ".join(filter(None, examples[key][:2])))))
         for key, number in sorted(decoded.items()):
             _, source, reason = key.split("/", 2)
             if source == name:
@@ -277,8 +280,8 @@ def _left_out(planner: Planner, decoded: Counter[str]) -> str:
     head = ["source", "records read", "left out", "records", "", "for example"]
     return (
         "<p>Skipped: broken or unusable. Filtered: sound, but the source’s filters do not want it. Capped: enough of "
-        "its task in this epoch. Images are decoded only for the samples below, so broken ones show only there.</p>"
-        + table(head, rows, {1, 3, 4})
+        "its task in this epoch. Used: what happened to records that are trained on. Images are decoded only for the "
+        "samples below, so broken ones show only there.</p>" + table(head, rows, {1, 3, 4})
     )
 
 

@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 _SHARDS_A_LANE = 8
 
 EXAMPLES = 3
-"""Of what was left out, kept for each reason."""
+"""Of what was left out and of events, kept for each reason."""
+MADE = ("seen", "samples", "parts", "tokens", "targets", "images")
+"""The counters of what was drawn and made of it; every other one says what was left out, or an event's name."""
 
 _Opened = list[tuple[Shard | None, Counter[str]]]
 
@@ -95,7 +97,8 @@ class SourceStream:
         self.lanes = lanes
         self.counts: Counter[str] = Counter()
         """seen, samples, tokens, targets, images, skipped/<reason>, filtered/<reason>, capped/<task>; parts: those that
-        a long document has beyond its first. So seen + parts = samples + skipped + filtered + capped."""
+        a long document has beyond its first. So seen + parts = samples + skipped + filtered + capped. Beside these the
+        samples' own events."""
         self.left_out: Counter[str] = Counter()
         """What was unreadable when shards were opened: reason -> count."""
         self.examples: dict[str, list[str]] = {}
@@ -272,6 +275,9 @@ class SourceStream:
                 continue
             if len(found) > 1:
                 self.counts["parts"] += len(found) - 1
+            for sample in found:
+                for event in sample.events:
+                    self._example(event, sample.branches[0].key)
             samples += found
         merged = merge_branches(samples, self.max_length)
         for sample in merged:
@@ -292,8 +298,11 @@ class SourceStream:
 
     def _bad(self, bad: BadSample) -> None:
         self.counts[bad.counter] += 1
-        if len(examples := self.examples.setdefault(bad.counter, [])) < EXAMPLES:
-            examples.append(bad.detail)
+        self._example(bad.counter, bad.detail)
+
+    def _example(self, counter: str, words: str) -> None:
+        if len(examples := self.examples.setdefault(counter, [])) < EXAMPLES:
+            examples.append(words)
 
     def _capped(self, record: Record) -> bool:
         cap = self.config.caps.get(record.task)
@@ -310,6 +319,8 @@ class SourceStream:
         self.counts["tokens"] += sign * sample.length
         self.counts["targets"] += sign * sample.targets
         self.counts["images"] += sign * len(sample.images)
+        for event, count in sample.events.items():
+            self.counts[event] += sign * count
 
     def leave_out(self, sample: Sample, reason: str) -> None:
         """A sample of this stream that cannot be used after all."""

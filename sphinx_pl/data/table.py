@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from rich.markup import escape
 from rich.table import Table
 
 from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.mixture import Group, Mixture, SourceConfig
 from sphinx_pl.data.sources import expand_paths
-from sphinx_pl.data.stream import SourceStream
+from sphinx_pl.data.stream import MADE, SourceStream
 from sphinx_pl.errors import UserError
 
 PROBE = 64
@@ -37,6 +38,11 @@ class Line:
     images: float
     unusable: float
     """Share of the probed records that were skipped or filtered."""
+    noted: Mapping[str, int]
+    """Of the probed records: skipped/<reason>, filtered/<reason>, capped/<task>, and the events of those that are used
+    (such as `cut`, see `Sample`)."""
+    probed: int
+    """Records that were tried."""
 
     @property
     def draws(self) -> float:
@@ -76,6 +82,8 @@ def _line(name: str, stream: SourceStream, share: float, probe: int) -> Line:
         targets=counts["targets"] / draws,
         images=counts["images"] / draws,
         unusable=bad / counts["seen"],
+        noted={key: count for key, count in counts.items() if key not in MADE and count},
+        probed=counts["seen"],
     )
 
 
@@ -126,11 +134,19 @@ def expectations(found: list[Line], unit: str, row_length: int, rows: int, steps
             f"{drawn * draws[line.name] / total / line.draws:.3g}",
         )
     epoch = epoch_tokens(found) / (rows * row_length)
-    result.caption = (
+    result.caption = "\n".join(_captions(found, epoch))
+    return result
+
+
+def _captions(found: list[Line], epoch: float) -> Iterator[str]:
+    yield (
         "tokens, targets (supervised tokens) and images: of a mean draw. epochs: how often the run reads the source, "
         f"if rows are full. Everything once: {epoch:.0f} steps"
     )
-    return result
+    for line in found:
+        if line.noted:
+            counts = ", ".join(f"{key}: {count}" for key, count in sorted(line.noted.items()))
+            yield escape(f"{line.name}, of {line.probed} records that were tried: {counts}")
 
 
 def plan(group: Group, absent: Mapping[str, str]) -> Table:

@@ -37,17 +37,28 @@ from __future__ import annotations
 import random
 import re
 import string
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from sphinx_pl.data.answers import leading_value, normalise, read_letter
 from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.geometry import COCO_KEYPOINTS, Box4, Geometry, Grounded, Size, point_to_pixels, to_pixels
-from sphinx_pl.data.record import Record, Region, Turn
+from sphinx_pl.data.record import PLACEHOLDER, Record, Region, Turn
 from sphinx_pl.registry import Registry
 
 # Annotation tools disagree on whether the last pixel is inside, so a box may pass the image's edge by this much.
 EDGE_TOLERANCE = 1.0
+
+_BRACKET = r"[\[({][^\[\](){}\n]*[\])}]"
+for _ in range(2):  # so deep are brackets in brackets
+    _BRACKET = rf"[\[({{](?:[^\[\](){{}}\n]|{_BRACKET})*[\])}}]"
+_BRACKETS = rf"{_BRACKET}(?:[\s,;]*{_BRACKET})*"
+_TAGGED = r"(?:<p>(?:(?!</?p>).)*</p>|<(\w{1,16})>[^<>]*</\1>)"
+PARTS = re.compile(rf"{_TAGGED}(?:\s*{_BRACKETS})?|{_BRACKETS}|\w+(?:[.,:/'’-]\w+)*", re.DOTALL)
+"""What stands in an answer as a whole: a phrase with its places, places alone (in any brackets), a number, a word."""
+LINES = re.compile(r"[^\n]+")
+WHOLE = re.compile(r".+", re.DOTALL)
 
 _MENTION = re.compile(r"\{([0-9]{1,4}(?:, ?[0-9]{1,4})*)\}")
 
@@ -101,7 +112,8 @@ class Task:
     """One kind of question. `scorer` names an entry of the metric registry, `max_new_tokens` bounds the answer.
 
     `parse` is the other direction of `write`: it takes any text, and never raises. `given` are the wordings in place
-    of `templates` for records that fill the optional slot `given_slot`.
+    of `templates` for records that fill the optional slot `given_slot`. `parts` finds what of an answer is whole or is
+    not there at all, where an answer that is too long is cut.
     """
 
     name: str
@@ -113,6 +125,7 @@ class Task:
     needs_image: bool = True
     given_slot: str = ""
     given: tuple[str, ...] = ()
+    parts: re.Pattern[str] = PARTS
 
     def turns(self, record: Record, geometry: Geometry, rng: random.Random | None = None) -> tuple[Turn, ...]:
         """The conversation of a record: its own turns where it has them, else one written from its annotations.
@@ -150,8 +163,9 @@ def _task(
     needs_image: bool = True,
     given_slot: str = "",
     given: tuple[str, ...] = (),
+    parts: re.Pattern[str] = PARTS,
 ) -> None:
-    task = Task(name, templates, write, parse, scorer, max_new_tokens, needs_image, given_slot, given)
+    task = Task(name, templates, write, parse, scorer, max_new_tokens, needs_image, given_slot, given, parts)
     TASKS.register(name, task)
 
 
@@ -159,10 +173,15 @@ def choice_letter(record: Record) -> str:
     """The letter ("A", "B", ...) of a record's answer among its choices.
 
     Raises:
-        BadSample: the answer is not one of the choices, or there are more than 26.
+        BadSample: the answer is not one of the choices, one of these is blank or repeated, or there are more than 26.
     """
     if not 2 <= len(record.choices) <= len(string.ascii_uppercase):
         raise BadSample("choices_count", f"{record.key} has {len(record.choices)} choices")
+    read = Counter(" ".join(choice.split()) for choice in record.choices)
+    if "" in read:
+        raise BadSample("choice_empty", f"{record.key}: {record.choices}")
+    if len(read) < len(record.choices):
+        raise BadSample("choices_repeated", f"{record.key}: {read.most_common(1)[0][0]}")
     if record.answer not in record.choices:
         raise BadSample("answer_not_in_choices", record.key)
     return string.ascii_uppercase[record.choices.index(record.answer)]
@@ -213,7 +232,7 @@ def _label(record: Record, region: Region) -> str:
     label = region.label.strip()
     if not label:
         raise BadSample("label_empty", record.key)
-    if "<p>" in label or "</p>" in label:
+    if any(mark in label for mark in ("<p>", "</p>", PLACEHOLDER)):
         raise BadSample("label_markup", f"{record.key}: {label}")
     return label
 
@@ -415,6 +434,7 @@ _task(
     10,
     "{question}\nAnswer the question using a single word or phrase.",
     "{question}\nGive a short answer.",
+    parts=WHOLE,
 )
 _task(
     "relation",
@@ -424,6 +444,7 @@ _task(
     10,
     "{question}\nAnswer the question using a single word or phrase.",
     "{question}\nGive a short answer.",
+    parts=WHOLE,
 )
 _task(
     "multiple_choice",
@@ -433,6 +454,7 @@ _task(
     10,
     "{question}\n{choices}\nAnswer with the option's letter from the given choices directly.",
     "{question}\n{choices}\nReply with the letter of the right option.",
+    parts=WHOLE,
 )
 _task(
     "description",
@@ -462,6 +484,7 @@ _task(
     30,
     "Please provide the bounding box coordinate of the region this sentence describes: {phrase}.",
     "Where is {phrase}? Answer with its bounding box.",
+    parts=WHOLE,
 )
 _task(
     "reg",
@@ -471,6 +494,7 @@ _task(
     32,
     "Please provide a short description for this region: {box}.",
     "What is in the region {box}? Describe it briefly.",
+    parts=WHOLE,
 )
 _task(
     "grounded_caption",
@@ -489,6 +513,7 @@ _task(
     256,
     "Detect all {label} shown in the image.",
     "Find every {label} in the image and give the bounding boxes.",
+    parts=WHOLE,
 )
 _task(
     "ocr",
@@ -532,6 +557,7 @@ _task(
     10,
     "{question}\nAnswer the question using a single word or phrase.",
     "{question}\nPlease answer yes or no.",
+    parts=WHOLE,
 )
 _task(
     "detailed_answer",
@@ -568,6 +594,7 @@ _task(
     512,
     "Please detect all texts.",
     "Read all the text in the image, one piece on each line.",
+    parts=LINES,
 )
 _task(
     "relation_detection",
@@ -577,6 +604,7 @@ _task(
     16,
     "What is the relation between {subject} and {object}?\nAnswer the question using a single word or phrase.",
     "How does {subject} relate to {object}? Give a short answer.",
+    parts=WHOLE,
 )
 _task(
     "question_generation",
@@ -591,4 +619,5 @@ _task(
         "Ask a question about the image that has this answer: {answer}",
         "Which question about this image is answered by: {answer}",
     ),
+    parts=LINES,
 )

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from callbacks import throughput
 from callbacks.checkpoint import ResumeCheckpoint
-from callbacks.throughput import COUNTED, SPANS, RankPart, Throughput, data_metrics, measured_peak, metrics_of
+from callbacks.throughput import COUNTED, SPANS, RankPart, Throughput, data_metrics, left_out, measured_peak, metrics_of
 from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.packing import Collator
 from sphinx_pl.data.record import Batch
@@ -193,13 +194,24 @@ def test_checkpoints_have_a_time_of_their_own(validation: int, fit: Fit, tmp_pat
     assert second["perf/time_step"] == pytest.approx(0, abs=1e-6)
 
 
-def test_skipped_samples_are_logged_by_source_and_reason(fit: Fit, datamodule: DataModule, tmp_path: Path) -> None:
+def test_skipped_samples_are_logged_by_source_and_reason(
+    fit: Fit, datamodule: DataModule, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "one two three"}\n{"text": ""}\n')
     datamodule.sources["text"]["path"] = str(text)
     datamodule.max_skipped = 1.0
+    caplog.set_level("INFO")
     trainer, _ = fit([Throughput(peak=1e12)], [CSVLogger(tmp_path, name="", version="")])
     assert float(trainer.callback_metrics["data/skipped/text/text_empty"]) > 0
+    assert re.search(r"source text, of \d+ records: skipped/text_empty: \d+", caplog.text)
+
+
+def test_events_are_metrics_and_lines_of_the_log_as_what_is_skipped() -> None:
+    counters = {"a/seen": 9, "a/samples": 8, "a/cut": 2, "a/skipped/key_unknown": 1, "skipped/a/image_missing": 3}
+    counters |= {"b/seen": 4, "b/samples": 4, "b/cut": 0, "samples": 12}
+    assert data_metrics(counters)["data/cut/a"] == 2
+    assert left_out(counters) == ["source a, of 9 records: cut: 2, skipped/image_missing: 3, skipped/key_unknown: 1"]
 
 
 def part(data: float, memory: int, flops: float, speed: float) -> RankPart:

@@ -504,9 +504,8 @@ def test_an_archive_that_is_cut_gives_what_comes_before(
     processor: Processor, tmp_path: Path, own_cache: Path, suffix: str, kind: str
 ) -> None:
     rng = random.Random(0)
-    values = [
-        {"text": f"{i} {rng.random()}", "question": f"{i} {rng.random()}", "answer": "yes"} for i in range(20_000)
-    ]
+    asked = "text" if kind == "text" else "question"
+    values = [{asked: f"{i} {rng.random()} {rng.random()}", "answer": "yes"} for i in range(20_000)]
     data = "".join(json.dumps(value) + "\n" for value in values).encode()
     pack = gzip.compress(data) if suffix == ".gz" else pyarrow.compress(data, "zstd", asbytes=True)
     path = tmp_path / f"a.jsonl{suffix}"

@@ -103,11 +103,24 @@ def test_a_document_is_all_supervised_and_ends_with_eos(make) -> None:  # type: 
     assert branch(sample).supervised == [False] + [True] * (len(words) + 1)
 
 
-def test_a_lone_mark_as_the_question_makes_a_document_about_the_image(make) -> None:  # type: ignore[no-untyped-def]
-    processor = make(system=SYSTEM)
-    record = chat(1, ("<image>", "a red circle"))
+@pytest.mark.parametrize("position", ["after_bos", "inline"])
+def test_a_lone_mark_is_an_empty_question_in_one_turn_as_in_two(make, position: str) -> None:  # type: ignore[no-untyped-def]
+    processor = make(position)
+    one, two = ("<image>", "a red circle"), ("Sure?", "yes")
+    ids = branch(processor.sample(chat(1, one), "s")).ids
+    assert branch(processor.sample(chat(1, one, two), "s")).ids[: len(ids)] == ids
+    text = processor.tokenizer.decode([i for i in ids[1:] if i != IMAGE_SLOT])
+    assert "\n".join(line.rstrip() for line in text.splitlines()) == "### Human:\n### Assistant: a red circle\n###"
+    assert ids[: len(processor.prompt(chat(1, one)).ids)] == processor.prompt(chat(1, one)).ids
+
+
+@pytest.mark.parametrize("position", ["after_bos", "inline"])
+def test_a_document_about_an_image_is_its_text_behind_the_image(make, position: str) -> None:  # type: ignore[no-untyped-def]
+    processor = make(position, system=SYSTEM)
+    record = Record("k", "text", (ImageRef("0.jpg"),), answer="a red circle")
     sample = processor.sample(record, "s")
     assert branch(sample).ids == [1, *[IMAGE_SLOT] * SLOTS, *processor.tokenizer.encode("a red circle"), 2]
+    assert branch(sample).supervised == [False] * (1 + SLOTS) + [True] * (len(branch(sample).ids) - 1 - SLOTS)
     assert processor.prompt(record).ids == [1, *[IMAGE_SLOT] * SLOTS]
 
 
@@ -118,23 +131,94 @@ def test_a_conversation_never_has_eos(make) -> None:  # type: ignore[no-untyped-
 def test_a_piece_that_holds_any_character_of_an_answer_is_a_target() -> None:
     answers = ((1, 4), (7, 8))  # of "ab cd efgh": "b c" and "f"
     letters = [(0, 1), (1, 3), (3, 5), (5, 7), (7, 8), (8, 10)]
-    assert _overlaps(letters, answers, 0) == [False, True, True, False, True, False]
-    assert _overlaps([(0, 2), (2, 4), (4, 10)], answers, 0) == [True, True, True]  # pieces that begin before an answer
-    assert _overlaps([(0, 2), (2, 3), (3, 4)], answers, 5) == [False, True, False]  # pieces of " efg" alone
+    assert _overlaps(letters, answers) == [False, True, True, False, True, False]
+    assert _overlaps([(0, 2), (2, 4), (4, 10)], answers) == [True, True, True]  # pieces that begin before an answer
+    assert _overlaps([(5, 7), (7, 8), (8, 9)], answers) == [False, True, False]  # pieces of " efg" alone
+    assert _overlaps([(0, 0), (7, 7), (7, 8)], answers) == [False, False, True]  # BOS, and an image before an answer
 
 
 # --- truncation
 
 
-def test_a_long_sample_is_cut_on_the_right(make) -> None:  # type: ignore[no-untyped-def]
+def test_a_long_conversation_ends_with_a_whole_turn_or_word_and_counts_what_is_lost(make) -> None:  # type: ignore[no-untyped-def]
     record = chat(1, ("What?", "a red circle"), ("And?", "a blue square"))
-    whole = branch(make().sample(record, "s"))
+    processor = make()
+    uncut = processor.sample(record, "s")
+    whole = branch(uncut)
+    assert uncut.events == {}
+    seen = set()
     for length in range(len(whole.ids) - 1, whole.supervised.index(True), -1):
-        cut = branch(make(max_length=length).sample(record, "s"))
-        assert cut.ids == whole.ids[:length]
-        assert cut.supervised == whole.supervised[:length]
+        sample = make(max_length=length).sample(record, "s")
+        cut = branch(sample)
+        assert len(cut.ids) <= length
+        assert cut.ids == whole.ids[: len(cut.ids)]
+        assert cut.supervised == whole.supervised[: len(cut.ids)]
+        assert cut.supervised[-1]  # nothing of a turn without its answer
+        runs = supervised_runs(processor, sample)
+        lost = {"cut": 1, "cut_targets": sum(whole.supervised) - sum(cut.supervised), "cut_turns": 2 - len(runs)}
+        assert sample.events == {key: count for key, count in lost.items() if count}
+        seen.add(tuple(runs))
+    first = "a red circle\n###"
+    assert seen == {("a",), ("a red",), ("a red circle",), (first,), (first, "a"), (first, "a blue")} | {
+        (first, "a blue square")
+    }
     with pytest.raises(BadSample, match="too_long"):
         make(max_length=whole.supervised.index(True)).sample(record, "s")
+
+
+def test_a_long_conversation_can_be_left_out_instead(make) -> None:  # type: ignore[no-untyped-def]
+    record = chat(0, ("What?", "a red circle"))
+    processor = make()
+    length = processor.sample(record, "s").length
+    for longest, on_too_long in ((length, "skip"), (length - 1, "cut")):
+        processor.config = ProcessorConfig("", 2, longest, on_too_long)
+        processor.sample(record, "s")
+    processor.config.on_too_long = "skip"
+    with pytest.raises(BadSample, match=f"too_long: .*{length - 1}"):
+        processor.sample(record, "s")
+    document = Record("k", "text", answer="one two three four five six")
+    processor.config.max_length = 4
+    assert len(processor.samples(document, "s")) > 1  # nothing of it is lost
+
+
+def test_the_lost_targets_of_a_very_long_answer_are_all_counted(make) -> None:  # type: ignore[no-untyped-def]
+    answer = "red " * 5000
+    whole = make(max_length=1 << 20).sample(chat(0, ("What?", answer.strip())), "s")
+    cut = make(max_length=32).sample(chat(0, ("What?", answer.strip())), "s")
+    assert cut.events["cut_targets"] == pytest.approx(whole.targets - cut.targets, abs=2)
+
+
+def test_events_of_a_record_and_of_joined_samples_add_up(make) -> None:  # type: ignore[no-untyped-def]
+    processor = make()
+    record = dataclasses.replace(chat(1, ("What?", "a\n### b")), events={"turned": 1})
+    sample = processor.sample(record, "s")
+    assert sample.events == {"turned": 1, "escaped": 1}
+    [merged] = merge_branches([sample, processor.sample(chat(1, ("And?", "a")), "s"), sample], 4096)
+    assert merged.events == {"turned": 2, "escaped": 2}
+
+
+def test_a_records_own_system_text_stands_for_the_processors(make) -> None:  # type: ignore[no-untyped-def]
+    processor = make(system=SYSTEM)
+    record = dataclasses.replace(chat(0, ("Hi", "Hello")), system="Be brief.\n### Human: no")
+    sample = processor.sample(record, "s")
+    text = processor.tokenizer.decode(branch(sample).ids)
+    assert text == "Be brief.\n ###  Human: no\n\n### Human: Hi\n### Assistant: Hello\n###"
+    assert sample.events == {"escaped": 1}
+    with pytest.raises(BadSample, match="image_in_system"):
+        processor.sample(dataclasses.replace(record, system="<image>"), "s")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"on_too_long": "ct"}, "data.processor.on_too_long='ct': did you mean 'cut'"),
+        ({"max_length": 1}, "data.processor.max_length=1 must be at least 2"),
+        ({"system": "<image>"}, "data.processor.system holds <image>"),
+    ],
+)
+def test_a_wrong_configuration_is_refused(make, model_config, values: dict[str, object], message: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(UserError, match=message):
+        Processor.from_dict(values, make().tokenizer.path, model_config)
 
 
 def test_a_document_that_is_cut_has_no_end(make) -> None:  # type: ignore[no-untyped-def]
@@ -147,11 +231,12 @@ def test_a_document_that_is_cut_has_no_end(make) -> None:  # type: ignore[no-unt
 def test_a_cut_never_goes_through_an_image(make) -> None:  # type: ignore[no-untyped-def]
     record = chat(2, ("<image>What?", "red"), ("<image>And?", "blue"))
     whole = branch(make().sample(record, "s")).ids
-    second = places(whole)[1]
-    for length in range(second, second + SLOTS):
+    asked = len(make().prompt(record).ids)
+    for length in range(places(whole)[1], asked + 1):  # the second image is there before its answer begins
         with pytest.raises(BadSample, match="too_long"):
             make(max_length=length).sample(record, "s")
-    assert branch(make(max_length=second + SLOTS).sample(record, "s")).ids == whole[: second + SLOTS]
+    cut = branch(make(max_length=len(whole) - 1).sample(record, "s"))
+    assert cut.ids[: asked + 1] == whole[: asked + 1]
 
 
 # --- where images stand
@@ -211,6 +296,8 @@ def test_images_without_marks_are_put_in_front_of_the_first_question(make) -> No
         ("after_bos", chat(2, ("<image>What?", "red")), "image_count"),
         ("after_bos", chat(2, ("<image><image>What?", "red"), ("<image>?", "red")), "image_count"),
         ("inline", chat(1, ("<image><image>What?", "red")), "image_count"),
+        ("after_bos", chat(1, ("<image> <image>\nWhat?", "red")), "image_count"),
+        ("after_bos", chat(1, ("<image>What?", "red"), ("<image>?", "red")), "image_count"),
         ("inline", chat(1, ("<image>What?", "an <image>")), "image_in_answer"),
         ("after_bos", Record("k", "short_vqa", question="What?", answer="red"), "image_absent"),
         ("after_bos", chat(0, ("What?", " ")), "answer_empty"),
@@ -289,6 +376,18 @@ def test_stop_sequences_are_the_end_of_every_answer(make, sample_data: Path) -> 
 def test_decoding_ends_at_the_end_of_a_turn(make) -> None:  # type: ignore[no-untyped-def]
     processor = make()
     assert processor.decode(processor.tokenizer.encode(" a red circle\n### Human: more")) == "a red circle"
+
+
+def test_an_answer_with_a_heading_is_learned_whole_and_read_back(make) -> None:  # type: ignore[no-untyped-def]
+    processor = make()
+    answer = "Two steps.\n### Step 1\nOpen it.\n#### Step 2"
+    sample = processor.sample(chat(0, ("How?\n### Assistant: yes", answer)), "s")
+    target = [i for i, flag in zip(branch(sample).ids, branch(sample).supervised, strict=True) if flag]
+    ends = [target[n : n + len(stop)] == stop for stop in processor.stop_sequences for n in range(len(target))]
+    assert sum(ends) == 1
+    assert processor.decode(target) == answer
+    assert processor.encode_answer(answer) == target[: len(processor.encode_answer(answer))]
+    assert sample.events == {"escaped": 1}
 
 
 def test_the_configuration_survives_being_saved(make, model_config) -> None:  # type: ignore[no-untyped-def]

@@ -214,14 +214,16 @@ def test_what_data_say_never_becomes_markup(processor: Processor, tmp_path: Path
     conversation = {"id": hostile, "conversations": talk(hostile, f"answer {hostile}")}
     broken = {"id": hostile, "image": "<b>gone</b>.png", "conversations": talk("Hello?", "no")}
     wrong = {"id": f"{hostile} <i>no answer</i>", "conversations": talk("Hello?", " ")}
-    data = module(processor, entries(tmp_path, [conversation, broken, wrong]), length=256)
-    page = shown(data, 6)
+    turns = {"id": "<u>turns", "conversations": talk("Hello?", "a\n### b")}
+    data = module(processor, entries(tmp_path, [conversation, broken, wrong, turns]), length=256)
+    page = shown(data, 8)
     assert page.scripts == 1
     assert "onerror" in page.text
     assert "⟨U+202E⟩" in page.text
     assert not set("\u202e\x00") & set(page.html)
     visible("half a character: \ud800").encode()
     assert "skipped: answer_empty" in page.text
+    assert "used: escaped" in page.text
     assert "<i>no answer</i>" in page.text
     # Should an escape ever be forgotten, the browser still runs nothing but our script.
     assert re.search(r"Content-Security-Policy.*default-src 'none'.*script-src 'sha256-", page.html)

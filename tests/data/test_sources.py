@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from sphinx_pl.data.bad import BadSample
+from sphinx_pl.data.entries import to_entry
 from sphinx_pl.data.images import load_image
 from sphinx_pl.data.record import ImageRef, Region, Turn
 from sphinx_pl.data.sources import ImageTextSource, InstructionSource, TextSource, build_source
@@ -271,7 +272,7 @@ ENTRIES = [
             {"from": "human", "value": "Sure?"},
             {"from": "gpt", "value": "Yes."},
         ],
-        "unknown": 1,
+        "source": "elsewhere",
     },
     {
         "id": 7,
@@ -305,6 +306,123 @@ def test_instructions(tmp_path, kind):
     assert ours.sizes == ((8, 6),)
     assert ours.meta == {"domain": "real"}
     assert text.images == ()
+
+
+def record_of(tmp_path, entry, **options):
+    return InstructionSource("chat", write_json(tmp_path / "c.json", [entry]), **options).record(0)
+
+
+SAY = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "red"}]
+ASK = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "red"}]
+PARTS = [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "What?"}]
+
+
+@pytest.mark.parametrize(
+    ("entry", "turns", "images"),
+    [
+        ({"images": ["a.jpg"], "conversations": SAY}, (Turn("What?", "red"),), ["a.jpg"]),
+        ({"images": "a.jpg", "image": None, "messages": ASK}, (Turn("What?", "red"),), ["a.jpg"]),
+        ({"image": "file:///b/a.jpg", "conversations": ASK}, (Turn("What?", "red"),), ["/b/a.jpg"]),
+        ({"messages": [ASK[0] | {"content": PARTS}, ASK[1]]}, (Turn("<image>\nWhat?", "red"),), ["a.jpg"]),
+        (
+            {"messages": [ASK[0] | {"content": [{"type": "image"}, "What?"]}, ASK[1]], "images": ["a.jpg"]},
+            (Turn("<image>\nWhat?", "red"),),
+            ["a.jpg"],
+        ),
+        (
+            {"messages": [ASK[0] | {"content": [{"type": "image_url", "image_url": {"url": "a.jpg"}}]}, ASK[1]]},
+            (Turn("<image>", "red"),),
+            ["a.jpg"],
+        ),
+        (
+            {"images": ["a.jpg", "b.jpg"], "conversations": [SAY[0] | {"value": "<image_1> or <image 2>?"}, SAY[1]]},
+            (Turn("<image> or <image>?", "red"),),
+            ["a.jpg", "b.jpg"],
+        ),
+        (
+            {"id": 1, "source": "x", "license": "MIT", "score": 0.5, "video": None, "tools": "", "conversations": SAY},
+            (Turn("What?", "red"),),
+            [],
+        ),
+        ({"messages": [{"role": "system", "content": ""}, *ASK]}, (Turn("What?", "red"),), []),
+    ],
+)
+def test_what_other_projects_write_is_read(tmp_path, entry, turns, images):
+    record = record_of(tmp_path, entry)
+    assert record.turns == turns
+    assert [image.path for image in record.images] == [str(tmp_path / name) for name in images]
+
+
+def test_a_system_text_is_read_in_both_places_and_written_again(tmp_path):
+    for entry in (
+        {"system": "Be brief.", "messages": ASK},
+        {"messages": [{"role": "system", "content": "Be brief."}, *ASK]},
+    ):
+        record = record_of(tmp_path, entry)
+        assert (record.system, record.turns) == ("Be brief.", (Turn("What?", "red"),))
+        assert record_of(tmp_path, to_entry(record)).system == "Be brief."
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "words"),
+    [
+        ({"img": "a.jpg"}, "key_unknown", "'img': did you mean 'image'?"),
+        ({"image_path": "a.jpg"}, "key_unknown", "'image_path': did you mean 'image'?"),
+        ({"image_file": "a.jpg"}, "key_unknown", "image_file"),
+        ({"regionss": [{"box": [1, 2, 3, 4]}]}, "key_unknown", "did you mean 'regions'?"),
+        ({"conversation": SAY}, "key_unknown", "did you mean 'conversations'?"),
+        ({"instruction": "What?", "input": "", "output": "red"}, "key_unknown", "'instruction'"),
+        ({"query": "What?", "response": "red", "history": []}, "key_unknown", "'query'"),
+        ({"chosen": "red", "rejected": "blue"}, "key_unknown", "'chosen'"),
+        ({"rejected_response": "blue"}, "key_unknown", "rejected_response"),
+        ({"tools": [{"name": "search"}]}, "key_unknown", "'tools'"),
+        ({"objects": {"ref": [], "bbox": [[1, 2, 3, 4]]}}, "key_unknown", "'objects'"),
+        ({"bbox": [1, 2, 3, 4]}, "key_unknown", "'bbox'"),
+        ({"video": "a.mp4"}, "media_unsupported", "'video'"),
+        ({"videos": ["a.mp4"]}, "media_unsupported", "'videos'"),
+        ({"audio": "a.wav"}, "media_unsupported", "'audio'"),
+        ({"images": ["a.jpg"], "image": "b.jpg"}, "entry_malformed", "both 'image' and 'images'"),
+        ({"messages": ASK}, "entry_malformed", "both 'conversations' and 'messages'"),
+        ({"image": "https://a.b/c.jpg"}, "image_remote", "download it"),
+        ({"image": "data:image/png;base64,AAAA"}, "image_remote", "download it"),
+        ({"regions": [{"box": [1, 2, 3, 4], "text": "a"}]}, "key_unknown", "'text'"),
+        ({"conversations": [SAY[0] | {"loss": False}, SAY[1] | {"weight": 0}]}, "key_unknown", "'loss'"),
+        (
+            {"conversations": [SAY[0] | {"value": "<video>\nWhat?"}, SAY[1]]},
+            "media_unsupported",
+            "<video> in a question",
+        ),
+        ({"conversations": [SAY[0] | {"value": "<ImageHere> What?"}, SAY[1]]}, "image_mark_unknown", "<ImageHere>"),
+        ({"conversations": [SAY[0] | {"value": "<img>a.jpg</img> What?"}, SAY[1]]}, "image_mark_unknown", "<img>"),
+        ({"conversations": [SAY[0] | {"value": "<image 2> or <image 1>?"}, SAY[1]]}, "image_marks", "order"),
+        ({"conversations": [SAY[0], {"from": "gpt", "value": PARTS}]}, "image_in_answer", "an answer shows an image"),
+        (
+            {"conversations": [{"from": "human", "value": [{"type": "video", "video": "a.mp4"}]}, SAY[1]]},
+            "media_unsupported",
+            "a part of type 'video'",
+        ),
+        ({"conversations": [*SAY, {"from": "system", "value": "x"}, SAY[1]]}, "conversation_malformed", "system"),
+        (
+            {"conversations": [SAY[0], {"from": "tool", "value": "x"}]},
+            "conversation_malformed",
+            "it must go human, gpt",
+        ),
+        ({"system": "a", "conversations": [{"from": "system", "value": "b"}, *SAY]}, "entry_malformed", "system"),
+    ],
+)
+def test_what_is_not_understood_is_refused_by_name(tmp_path, change, reason, words):
+    with pytest.raises(BadSample) as caught:
+        record_of(tmp_path, {"conversations": SAY} | change)
+    assert caught.value.reason == reason
+    assert words in caught.value.detail
+    assert "\n" not in str(caught.value)
+
+
+def test_a_source_can_be_told_to_pass_over_keys(tmp_path):
+    entry = {"conversations": SAY, "img": "a.jpg", "objects": [1]}
+    assert record_of(tmp_path, entry, ignore_keys=["img", "objects"]).images == ()
+    with pytest.raises(BadSample, match="'objects'"):
+        record_of(tmp_path, entry, ignore_keys=["img"])
 
 
 def test_root_of_the_images(tmp_path):

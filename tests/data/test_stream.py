@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -130,3 +132,34 @@ def test_augmentation_moves_what_is_drawn(processor: Processor, sample_data: Pat
         else:
             assert before.branches[0].ids == after.branches[0].ids
     assert changed > 5
+
+
+def test_events_are_counted_beside_what_was_made_and_survive_a_resume(processor: Processor, tmp_path: Path) -> None:
+    def say(*texts: str) -> dict[str, object]:
+        speakers = itertools.cycle(("human", "gpt"))
+        return {"conversations": [{"from": next(speakers), "value": text} for text in texts]}
+
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps([say("Hi", "a\n### b"), say("Hi", "red " * 200, "And?", "no"), say("Hi", "red")]))
+
+    short = dataclasses.replace(processor, config=dataclasses.replace(processor.config, max_length=64))
+
+    def begin() -> SourceStream:
+        return stream(str(file), short, kind="instructions", epochs=1)
+
+    whole = begin()
+    made = [whole.next() for _ in range(3)]
+    assert whole.counts["samples"] == whole.counts["seen"] == 3
+    assert (whole.counts["escaped"], whole.counts["cut"], whole.counts["cut_turns"]) == (1, 1, 1)
+    assert whole.counts["cut_targets"] > 100
+    assert whole.examples["escaped"] == ["a.json:0"]
+    begun = begin()
+    begun.next()
+    later = begin()
+    later.load_state_dict(begun.state_dict())
+    later.next()
+    later.next()
+    assert later.counts == whole.counts
+    [cut] = [sample for samples in made for sample in samples if "cut" in sample.events]
+    whole.leave_out(cut, "longer_than_row")
+    assert whole.counts["cut"] == 0

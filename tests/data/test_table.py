@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +70,19 @@ def test_shares_are_those_that_training_has(datamodule: DataModule) -> None:
     found = {line.name: line.share for line in lines(datamodule, probe=4)}
     assert found == datamodule.planner().mixture.shares
     assert found["real"] != pytest.approx(0.6)
+
+
+def test_the_table_says_what_was_left_out_and_what_happened_to_the_rest(processor: Processor, tmp_path: Path) -> None:
+    def say(question: str, answer: str) -> dict[str, object]:
+        return {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+
+    entries = [say("Hi", "a\n### b"), say("<image>", "red"), say("Hi", "red") | {"img": "a.jpg"}, say("Hi", "red")]
+    (tmp_path / "a.json").write_text(json.dumps(entries))
+    sources = {"a": {"kind": "instructions", "path": str(tmp_path / "a.json"), "epochs": 1, "modality": "text"}}
+    [line] = lines(DataModule(processor, sources, {}, {"row_length": 256, "rows": 1}))
+    assert line.noted == {"escaped": 1, "skipped/image_absent": 1, "skipped/key_unknown": 1}
+    assert (line.probed, line.unusable) == (4, 0.5)
+    buffer = io.StringIO()
+    Console(file=buffer, width=200).print(expectations([line], "sample", 256, 1, steps=10))
+    told = "a, of 4 records that were tried: escaped: 1, skipped/image_absent: 1, skipped/key_unknown: 1"
+    assert told in " ".join(buffer.getvalue().split())

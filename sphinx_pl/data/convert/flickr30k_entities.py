@@ -40,7 +40,7 @@ class Flickr30kEntities(Converter):
             if not re.fullmatch("[0-9]+", image):
                 yield image, None
                 continue
-            xml = self.file(f"Annotations/{image}.xml").read_text("utf-8", errors="replace")
+            xml = self.file(f"Annotations/{image}.xml").read_text("utf-8-sig", errors="replace")
             for number, caption in enumerate(self._lines(f"Sentences/{image}.txt"), start=1):
                 yield f"{image}-{number}", (image, xml, caption, (image, str(number)) in unrelated)
 
@@ -71,7 +71,7 @@ class Flickr30kEntities(Converter):
         yield Record(key, "grounded_caption", (path,), size, answer=answer, regions=tuple(regions))
 
     def _lines(self, name: str) -> list[str]:
-        lines = self.file(name).read_text("utf-8", errors="replace").split("\n")
+        lines = self.file(name).read_text("utf-8-sig", errors="replace").split("\n")
         return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 

@@ -30,9 +30,13 @@ def read(path: str, offset: int, size: int, key: str) -> bytes:
 
 
 def decoded(data: bytes, what: str, key: str) -> str:
-    """Raises: BadSample: <what>_not_utf8."""
+    """The text without the byte order mark that some programs put before it.
+
+    Raises:
+        BadSample: <what>_not_utf8.
+    """
     try:
-        return data.decode()
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadSample(f"{what}_not_utf8", f"{key}: {error}") from None
 

@@ -39,6 +39,7 @@ class InstructionSource(Source):
         tasks: only entries of these tasks.
         where: only entries whose meta has these values.
         ratio: only this share of each file's entries, chosen at random and always the same.
+        ignore_keys: keys of entries that are passed over, where an unknown one is refused.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class InstructionSource(Source):
         tasks: Sequence[str] | None = None,
         where: Mapping[str, Any] | None = None,
         ratio: float = 1.0,
+        ignore_keys: Sequence[str] = (),
     ) -> None:
         super().__init__(name, path)
         if root is None and is_remote(self.urls[0]):
@@ -61,6 +63,7 @@ class InstructionSource(Source):
         self.tasks = frozenset(TASKS[wanted].name for wanted in tasks) if tasks is not None else None
         self.where = dict(where or {})
         self.ratio = ratio
+        self.ignore_keys = frozenset(ignore_keys)
 
     def _open(self, number: int) -> Shard:
         return _InstructionShard(self, self.urls[number], self.shard_names[number])
@@ -97,7 +100,7 @@ class _InstructionShard(Shard):
         if isinstance(entry.get("id"), str | int):
             # For people: it need not be unique, may be a book, and JSON can spell what is no Unicode.
             key = f"{key}:{str(entry['id'])[:MAX_ID]}".encode("utf-8", "replace").decode()
-        return to_record(entry, key, self.source.root, self.source.task)
+        return to_record(entry, key, self.source.root, self.source.task, self.source.ignore_keys)
 
     def images(self, index: int) -> object:
         return int(self._image_hashes[self.rows[index]]) or None
@@ -119,7 +122,8 @@ class _InstructionShard(Shard):
 
     def _image_hash(self, row: int) -> int:
         try:
-            images = self._entry(row).get("image")
+            entry = self._entry(row)
+            images = entry.get("image") or entry.get("images")
         except BadSample:  # counted when its turn comes
             return 0
         # Not the whole record, which takes four times as long; a malformed one has what it has.

@@ -22,7 +22,7 @@ from typing import Any
 from PIL import Image
 from rich.progress import Progress
 
-from sphinx_pl.data.processor import PLACEHOLDER
+from sphinx_pl.data.record import PLACEHOLDER
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.evaluation.lmms.prompts import Rule, find_rule
 from sphinx_pl.inference import Assistant, BadDialog, Dialog, Picture, open_picture
