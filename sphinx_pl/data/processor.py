@@ -15,7 +15,7 @@ from typing import Any
 from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.conversation import END_OF_TURN, SYSTEM, Rendered, is_document, render
 from sphinx_pl.data.geometry import Geometry, Size, seen_views
-from sphinx_pl.data.images import image_size
+from sphinx_pl.data.images import annotated_images, image_size
 from sphinx_pl.data.record import IMAGE_SLOT, Branch, ImageRef, Record, Sample, Turn
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.data.tokenizer import Tokenizer
@@ -116,8 +116,9 @@ class Processor:
         if len(record.images) > budget:  # before each of them is opened for its size
             raise BadSample("too_long", f"{len(record.images)} images in {budget} tokens")
         turns = self._place(TASKS[record.task].turns(record, self.geometry, rng), record)
-        seen = self._seen(self.sizes(record.images))
-        slots = self.slots(len(record.images), seen)
+        images = annotated_images(record)
+        seen = self._seen(self.sizes(images))
+        slots = self.slots(len(images), seen)
         rest: list[int] = []
         rendered = render(turns, self.config.system)
         if not is_document(turns):
@@ -137,7 +138,7 @@ class Processor:
         if ids.count(IMAGE_SLOT) < sum(slots):
             raise BadSample("too_long", f"an image is not within {budget} tokens")
         # The prefix shared by all branches can reach at most to the first supervised token.
-        samples = [Sample([], [Branch(ids, supervised, record.task, record.key)], record.images, source, seen)]
+        samples = [Sample([], [Branch(ids, supervised, record.task, record.key)], images, source, seen)]
         for number, start in enumerate(range(0, len(rest), budget - 1), start=2):
             part = [self.tokenizer.bos_id, *rest[start : start + budget - 1]]
             branch = Branch(part, [False] + [True] * (len(part) - 1), record.task, f"{record.key}#{number}")
@@ -154,10 +155,11 @@ class Processor:
             BadSample: the record lacks what its task needs, or an image whose size is needed cannot be read.
         """
         turns = TASKS[record.task].turns(record, self.geometry, None)
-        seen = self._seen(self.sizes(record.images) if sizes is None else sizes)
+        images = annotated_images(record)
+        seen = self._seen(self.sizes(images) if sizes is None else sizes)
         rendered = render(self._place(turns, record), self.config.system, open_ended=True)
         ids, _ = self._tokens(rendered, record, self.slots(len(record.images), seen))
-        return PromptSample(ids, record.images, seen)
+        return PromptSample(ids, images, seen)
 
     def sizes(self, images: Sequence[ImageRef]) -> tuple[Size, ...]:
         """(width, height) of images, from their headers; () where their numbers of tokens do not depend on it.
@@ -246,7 +248,8 @@ def _overlaps(spans: Sequence[tuple[int, int]], answers: Sequence[tuple[int, int
 def merge_branches(samples: Sequence[Sample], max_length: int) -> list[Sample]:
     """Samples about the same images, joined into as few as `max_length` tokens allow: a branch for each question.
 
-    Samples whose images do not all stand in what they share (inline, after differing text) come back as they were.
+    Samples whose images do not all stand in what they share (inline, after differing text), or are not shown in the
+    same way, come back as they were.
     """
     merged: list[Sample] = []
     for sample in samples:
@@ -263,6 +266,9 @@ def _join(first: Sample, second: Sample) -> Sample | None:
 
     The shared prefix ends before the first supervised token of any branch, so every target keeps its own context.
     """
+    images = _shared_images(first.images, second.images)
+    if images is None or first.seen != second.seen:
+        return None
     branches = [(sample.prefix, branch) for sample in (first, second) for branch in sample.branches]
     chains = [prefix + branch.ids for prefix, branch in branches]
     limit = min(len(prefix) + branch.supervised.index(True) for prefix, branch in branches) - 1
@@ -277,4 +283,17 @@ def _join(first: Sample, second: Sample) -> Sample | None:
         Branch(chain[shared:], ([False] * len(prefix) + branch.supervised)[shared:], branch.task, branch.key)
         for chain, (prefix, branch) in zip(chains, branches, strict=True)
     ]
-    return Sample(chains[0][:shared], split, first.images, first.source, first.seen)
+    return Sample(chains[0][:shared], split, images, first.source, first.seen)
+
+
+def _shared_images(first: Sequence[ImageRef], second: Sequence[ImageRef]) -> tuple[ImageRef, ...] | None:
+    """The images that both samples can be shown, None where they differ.
+
+    Where one of them has no coordinates, the annotated size of the other one holds for both.
+    """
+    known = [a.annotated or b.annotated for a, b in zip(first, second, strict=False)]
+    both = [
+        tuple(dataclasses.replace(image, annotated=size) if image.annotated is None else image for image, size in pairs)
+        for pairs in (zip(first, known, strict=False), zip(second, known, strict=False))
+    ]
+    return both[0] if len(first) == len(second) and both[0] == both[1] else None

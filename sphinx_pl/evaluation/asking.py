@@ -55,11 +55,7 @@ class Prediction:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Prediction:
         """Of what `to_dict` gave, also by way of JSON."""
-        images = (
-            ImageRef(**image | {"crop": tuple(image["crop"]) if image.get("crop") else None})
-            for image in values["images"]
-        )
-        return cls(**{**values, "images": tuple(images)})
+        return cls(**{**values, "images": tuple(ImageRef.from_dict(image) for image in values["images"])})
 
 
 Judge = Callable[[Record, str, Geometry, tuple[ImageRef, ...]], Prediction]
@@ -212,9 +208,10 @@ def _questions(
     """Sorted, so that similar lengths share a batch: little padding, and no short answer waits for a long one."""
     asked = []
     for place, record in enumerate(records):
-        own = record.images if images is None else images[record.key]
         try:
-            prompt = processor.prompt(record, None if images is None else processor.sizes(own))
+            # Another record's images are not what this one's coordinates are about.
+            other = None if images is None else images[record.key]
+            prompt = processor.prompt(record, None if other is None else processor.sizes(other))
         except BadSample as error:
             lost[error.reason] += 1
             continue
@@ -223,7 +220,7 @@ def _questions(
             lost["prompt_too_long"] += 1
             continue
         limit = max_new_tokens or TASKS[record.task].max_new_tokens
-        asked.append(_Question(place, prompt, min(limit, room), own))
+        asked.append(_Question(place, prompt, min(limit, room), prompt.images if other is None else other))
     return sorted(asked, key=lambda question: (question.limit, len(question.prompt.ids)))
 
 
