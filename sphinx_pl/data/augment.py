@@ -53,6 +53,10 @@ _PLACES = re.compile(
     r"entire)\b",
     re.IGNORECASE,
 )
+# Coordinates that are spelt out.
+_POSITIONS = re.compile(
+    r"\b(?:bbox|bounding|coordinates?|pixels?|per ?cent|degrees?|(?:x|y)-?axis|diagonal\w*|o'?clock)\b", re.IGNORECASE
+)
 _READER = Geometry()
 _SWAPPED = [
     COCO_KEYPOINTS.index(re.sub("left|right", lambda side: {"left": "right", "right": "left"}[side[0]], name))
@@ -190,7 +194,10 @@ def _can_be_moved(record: Record) -> bool:
 def _can_be_flipped(record: Record, config: AugmentConfig) -> bool:
     if record.task not in config.flip_tasks:
         return False
-    return not any(not text.isascii() or _SIDES.search(text) or _WRITING.search(text) for text in _texts(record))
+    return not any(
+        not text.isascii() or _SIDES.search(text) or _WRITING.search(text) or _POSITIONS.search(text)
+        for text in _texts(record)
+    )
 
 
 def _can_be_cropped(record: Record, config: AugmentConfig) -> bool:
@@ -198,7 +205,7 @@ def _can_be_cropped(record: Record, config: AugmentConfig) -> bool:
         return False
     if record.task in TEXT_TASKS:
         return True  # its words are the picture's, not about it
-    return not any(_SIDES.search(text) or _PLACES.search(text) for text in _texts(record))
+    return not any(_SIDES.search(text) or _PLACES.search(text) or _POSITIONS.search(text) for text in _texts(record))
 
 
 def _flipped(record: Record) -> Record:

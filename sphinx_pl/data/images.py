@@ -41,7 +41,7 @@ _TURNED_BACK = {
 }
 
 _WHITES = (255, 65535)
-"""Values of white that a channel of more than 8 bits may have."""
+"""Values of white that are recognised in a channel of more than 8 bits."""
 
 _DARKEST = 16
 """Of 256: a colour picture of 16 bits a channel that is darker everywhere has values of 12 bits or fewer."""
@@ -172,8 +172,7 @@ def decode(data: bytes, name: str = "", max_pixels: int = MAX_PIXELS, annotated:
     """
     image = _open(data, name, max_pixels)
     back = None if annotated is None else _shown(image, name, annotated)[1]
-    # Channels of which Pillow keeps the upper 8 bits.
-    upper_bits = "RGBL" if any(";16" in str(tile.args) for tile in image.tile) else ""
+    upper_bits = "RGBL" if any(map(_has_16_bits, image.tile)) else ""  # of these channels Pillow keeps 8
     try:
         image.load()
         upright = upright_rgb(image)
@@ -186,6 +185,10 @@ def decode(data: bytes, name: str = "", max_pixels: int = MAX_PIXELS, annotated:
         reason = "image_truncated" if "truncated" in str(error) else "image_unreadable"
         raise BadSample(reason, f"{name}: {error}") from None
     return upright if back is None else upright.transpose(back)
+
+
+def _has_16_bits(tile: ImageFile._Tile) -> bool:
+    return ";16" in str(tile.args) or (tile.codec_name.startswith("ppm") and tile.args[1] > 255)
 
 
 def _open(data: bytes, name: str, max_pixels: int) -> ImageFile.ImageFile:
@@ -273,9 +276,9 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     white = next((white for white in _WHITES if low >= 0 and white / 2 < high <= white), None)
     if white is not None:
         low, high = 0.0, float(white)
-    elif low == high:
-        low = min(low, 0.0)
+    elif low == high:  # there is no range: the narrowest usual one
+        low, high = 0.0, next((float(white) for white in (1, 255, 4095, 65535) if high <= white), high)
     values -= low
-    values *= 255 / ((high - low) or 1.0)
+    values *= 255 / (high - low)
     values += 1e-3  # float32's error must not round a whole number down
     return Image.fromarray(values.clip(0, 255).astype(np.uint8))

@@ -291,9 +291,8 @@ def _shared_images(first: Sequence[ImageRef], second: Sequence[ImageRef]) -> tup
 
     Where one of them has no coordinates, the annotated size of the other one holds for both.
     """
-    known = [a.annotated or b.annotated for a, b in zip(first, second, strict=False)]
-    both = [
-        tuple(dataclasses.replace(image, annotated=size) if image.annotated is None else image for image, size in pairs)
-        for pairs in (zip(first, known, strict=False), zip(second, known, strict=False))
-    ]
-    return both[0] if len(first) == len(second) and both[0] == both[1] else None
+    if first != second or any(
+        a.annotated and b.annotated not in (None, a.annotated) for a, b in zip(first, second, strict=True)
+    ):
+        return None
+    return tuple(a if a.annotated else b for a, b in zip(first, second, strict=True))

@@ -34,7 +34,7 @@ class ImageRef:
     size: int = -1
     crop: tuple[int, int, int, int] | None = None
     flip: bool = False
-    annotated: tuple[int, int] | None = None
+    annotated: tuple[int, int] | None = field(default=None, compare=False)  # it is the same image with and without
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ImageRef:
