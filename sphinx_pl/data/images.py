@@ -52,7 +52,8 @@ def load_image(ref: ImageRef, size: int, max_pixels: int = MAX_PIXELS) -> Tensor
 
     Where `ref.annotated` is given, the image is shown in the orientation that has this shape: upright, or as it is
     stored where EXIF turns it and only the stored pixels have the shape. An image of the same shape in another
-    resolution has the same fractions, so it is used. A square does not tell: it is shown upright.
+    resolution has the same fractions, so it is used. Where the shape does not tell (squares, and images that are only
+    mirrored or upside down) the image is upright.
 
     Returns:
         uint8 [3, size, size], RGB, the image in the middle of a square of `PAD_COLOUR`.
@@ -171,13 +172,13 @@ def decode(data: bytes, name: str = "", max_pixels: int = MAX_PIXELS, annotated:
         BadSample: as `load_image`; `name` is what its detail calls the image.
     """
     image = _open(data, name, max_pixels)
-    back = None if annotated is None else _shown(image, name, annotated)[1]
     upper_bits = "RGBL" if any(map(_has_16_bits, image.tile)) else ""  # of these channels Pillow keeps 8
+    back = None if annotated is None else _shown(image, name, annotated)[1]
     try:
         image.load()
         upright = upright_rgb(image)
         bands = [image.getchannel(band) for band in image.getbands() if band in upper_bits]
-        if bands and max(band.getextrema()[1] for band in bands) < _DARKEST:
+        if bands and max(int(np.asarray(band).max()) for band in bands) < _DARKEST:
             raise BadSample("image_dark", f"{name} has 16 bits a channel and uses at most 12: convert it to 8 bits")
     except BadSample:
         raise
@@ -188,7 +189,8 @@ def decode(data: bytes, name: str = "", max_pixels: int = MAX_PIXELS, annotated:
 
 
 def _has_16_bits(tile: ImageFile._Tile) -> bool:
-    return ";16" in str(tile.args) or (tile.codec_name.startswith("ppm") and tile.args[1] > 255)
+    args = tile.args
+    return ";16" in str(args) or (tile.codec_name.startswith("ppm") and isinstance(args, tuple) and args[1] > 255)
 
 
 def _open(data: bytes, name: str, max_pixels: int) -> ImageFile.ImageFile:
@@ -281,4 +283,4 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     values -= low
     values *= 255 / (high - low)
     values += 1e-3  # float32's error must not round a whole number down
-    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
+    return Image.fromarray(values.clip(0, 255, out=values).astype(np.uint8))

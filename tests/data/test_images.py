@@ -189,6 +189,8 @@ def test_dark_colours_of_16_bits_are_counted(tmp_path):
                 assert np.asarray(decode(data)).max() == top // 256
             else:
                 assert reason(data, tmp_path) == "image_dark"
+                with pytest.raises(BadSample, match="image_dark"):
+                    decode(data, annotated=(40, 20))
     assert reason(b"P6 4 2 65535\n" + bytes([0, 200] * 24), tmp_path) == "image_dark"
     assert decode(encoded(Image.new("RGB", (4, 4)))).getpixel((0, 0)) == (0, 0, 0)  # 8 bits may be black
 
