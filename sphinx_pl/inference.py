@@ -183,7 +183,8 @@ def open_picture(picture: Picture) -> Image.Image:
             return decode(read_bytes(ImageRef(str(picture))), str(picture))
         return decode(picture) if isinstance(picture, bytes) else upright_rgb(picture)
     except BadSample as error:
-        raise BadDialog(f"image cannot be used ({error}): give a JPEG, PNG or WebP file") from None
+        hint = ": give a JPEG, PNG or WebP file" if error.reason == "image_unreadable" else ""
+        raise BadDialog(f"image cannot be used ({error}){hint}") from None
 
 
 def _certain(text: str) -> str:

@@ -14,10 +14,11 @@ from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.record import ImageRef, Record, Turn
 from sphinx_pl.errors import UserError
 from sphinx_pl.evaluation.asking import evaluate
-from sphinx_pl.inference import Assistant, Dialog, _certain, open_picture
+from sphinx_pl.inference import Assistant, BadDialog, Dialog, _certain, open_picture
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.generation import GenerationConfig
 from sphinx_pl.models.sphinx import Sphinx
+from tests.fuzzing import png_header
 
 SHORT = GenerationConfig(max_new_tokens=12)
 
@@ -194,6 +195,17 @@ def test_a_picture_is_what_its_file_is(tmp_path: Path) -> None:
         with Image.open(path) as image:
             assert open_picture(image).size == from_file.size
             assert open_picture(image).tobytes() == from_file.tobytes()
+
+
+def test_what_is_wrong_with_a_picture_is_said(tmp_path: Path) -> None:
+    huge, page = tmp_path / "huge.png", tmp_path / "page.jpg"
+    huge.write_bytes(png_header(9000, 9000))
+    page.write_bytes(b"<html>404</html>")
+    with pytest.raises(BadDialog, match="9000x9000, at most 64,000,000 pixels") as large:
+        open_picture(huge)
+    assert "WebP" not in str(large.value)
+    with pytest.raises(BadDialog, match=r"web page.*give a JPEG, PNG or WebP file"):
+        open_picture(page)
 
 
 def test_a_long_answer_ends_with_the_positions(assistant: Assistant) -> None:

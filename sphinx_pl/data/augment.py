@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import random
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.geometry import COCO_KEYPOINTS, Box4, Geometry, Size
+from sphinx_pl.data.geometry import COCO_KEYPOINTS, Box4, Geometry, Size, holds_coordinates
 from sphinx_pl.data.record import Record, Region
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.errors import UserError
@@ -37,7 +38,8 @@ _GEOMETRY_TASKS = (
 _SIDES = re.compile(
     r"\b(?:left|right|lft|rt|[lr]\b|(?:counter|anti)?-?clockwise|east|west|mirror|revers|backward)", re.IGNORECASE
 )
-_PLACEHOLDER = re.compile(r"\{[0-9, ]+\}")
+_PLACEHOLDER = re.compile(r"\{[0-9]{1,4}(?:, ?[0-9]{1,4})*\}")
+_DIGIT = re.compile(r"\d")
 # What quotes writing, which a mirror spoils: words in capitals, quotation marks, digits, and what speaks of it.
 _WRITING = re.compile(
     r"[\"“”‘’0-9]|\b[A-Z]{2,}\b|\b(?i:say(?:s|ing)?|read(?:s|ing)|writ(?:e|es|ing|ten)|words?|letters?|letter(?:ed|ing)|texts?|"
@@ -50,6 +52,10 @@ _PLACES = re.compile(
     r"every|none|\w+most|ends?|far|nearest|closest|rows?|columns?|cut|half|partial(?:ly)?|part|off|frame|whole|"
     r"entire)\b",
     re.IGNORECASE,
+)
+# Coordinates that are spelt out.
+_POSITIONS = re.compile(
+    r"\b(?:bbox|bounding|coordinates?|pixels?|per ?cent|degrees?|(?:x|y)-?axis|diagonal\w*|o'?clock)\b", re.IGNORECASE
 )
 _READER = Geometry()
 _SWAPPED = [
@@ -66,7 +72,7 @@ class AugmentConfig:
         flip: probability that a record is mirrored left to right.
         crop: probability that a record is cropped.
         min_area: share of the image's area that a crop keeps at least.
-        max_cut: share of a region's area up to which a crop may cut it; a region that is cut more counts as lost.
+        max_cut: share of a region's area up to which a crop may cut it. A crop that would cut one more is not taken.
         flip_tasks: tasks whose records may be flipped. Captions and free questions are not among them by default since
             they may quote writing in the picture; ocr, ocr_text and layout can not be.
         crop_tasks: tasks whose records may be cropped. By default those whose regions tell what has to stay.
@@ -105,11 +111,13 @@ def augment(record: Record, config: AugmentConfig, rng: random.Random | None) ->
     - that their task refuses, so that they are counted as what they are;
     - without exactly one image, or whose image is cropped or flipped already;
     - with regions but without a known size: a header is not read for this. A crop needs the size in any case;
-    - with finished turns that hold places in text;
-    - for a flip: that speak of left or right, or of what stands written in the picture;
+    - whose text may hold coordinates, in whatever notation: any digit may be one. What is written in the picture and
+      is only read out (labels of `TEXT_TASKS`) may have digits, but no box or point;
+    - for a flip: that speak of left or right, or of what stands written in the picture, and text beyond ASCII, of which
+      this is not known;
     - for a crop: that speak of places in the picture, ranks or counts, and those that it would take a region from.
-      Only detection and detection_all may lose regions, as long as there is one to find if there was one before. A
-      person keeps a keypoint, and where text in the picture is read a region counts as lost when any of it is cut.
+      Only detection and detection_all may lose regions: those of which the crop shows nothing, as long as there is one
+      to find if there was one before. A person keeps a keypoint, and no text that is read is cut.
 
     Args:
         rng: None leaves the record alone. Nothing is drawn from it where the probabilities are 0.
@@ -117,15 +125,24 @@ def augment(record: Record, config: AugmentConfig, rng: random.Random | None) ->
     return augment_together([record], config, rng)[0]
 
 
-def augment_together(records: Sequence[Record], config: AugmentConfig, rng: random.Random | None) -> list[Record]:
+def augment_together(
+    records: Sequence[Record], config: AugmentConfig, rng: random.Random | None, counts: Counter[str] | None = None
+) -> list[Record]:
     """Records about one image, in one way that suits them all: so they can still share the image in a sample.
 
     As `augment` for each of them, otherwise.
+
+    Args:
+        counts: `not_augmented/coordinates_in_text` counts the records that were chosen and left alone for that.
     """
     changed = list(records)
     crops = rng is not None and config.crop > 0 and rng.random() < config.crop
     flips = rng is not None and config.flip > 0 and rng.random() < config.flip
     if rng is None or not (crops or flips) or len({(record.images, record.sizes) for record in changed}) != 1:
+        return changed
+    if any(_may_hold_coordinates(record) for record in changed):
+        if counts is not None:
+            counts["not_augmented/coordinates_in_text"] += len(changed)
         return changed
     if not all(_can_be_moved(record) for record in changed):
         return changed
@@ -138,9 +155,21 @@ def augment_together(records: Sequence[Record], config: AugmentConfig, rng: rand
 
 def _texts(record: Record) -> Iterable[str]:
     """All that a record says, but for what its task's wording adds."""
-    yield from (record.question, _PLACEHOLDER.sub("", record.answer), *record.choices)
+    yield from _words(record)
     yield from (region.label for region in record.regions)
+
+
+def _words(record: Record) -> Iterable[str]:
+    """As `_texts`, without the labels of regions."""
+    yield from (record.question, _PLACEHOLDER.sub("", record.answer), *record.choices)
     yield from (text for turn in record.turns for text in (turn.question, turn.answer))
+
+
+def _may_hold_coordinates(record: Record) -> bool:
+    if any(holds_coordinates(text) for text in _texts(record)):
+        return True
+    # The notations that data sets have cannot be listed, but all of them have digits.
+    return any(_DIGIT.search(text) for text in (_words if record.task in TEXT_TASKS else _texts)(record))
 
 
 def _finds_places(record: Record) -> bool | None:
@@ -159,15 +188,16 @@ def _can_be_moved(record: Record) -> bool:
         return False
     if any(len(region.keypoints) not in (0, len(COCO_KEYPOINTS)) for region in record.regions):
         return False
-    if any(_READER.parse_boxes(text) or _READER.parse_points(text) for text in _texts(record)):
-        return False
     return _finds_places(record) is not None
 
 
 def _can_be_flipped(record: Record, config: AugmentConfig) -> bool:
     if record.task not in config.flip_tasks:
         return False
-    return not any(_SIDES.search(text) or _WRITING.search(text) for text in _texts(record))
+    return not any(
+        not text.isascii() or _SIDES.search(text) or _WRITING.search(text) or _POSITIONS.search(text)
+        for text in _texts(record)
+    )
 
 
 def _can_be_cropped(record: Record, config: AugmentConfig) -> bool:
@@ -175,7 +205,7 @@ def _can_be_cropped(record: Record, config: AugmentConfig) -> bool:
         return False
     if record.task in TEXT_TASKS:
         return True  # its words are the picture's, not about it
-    return not any(_SIDES.search(text) or _PLACES.search(text) for text in _texts(record))
+    return not any(_SIDES.search(text) or _PLACES.search(text) or _POSITIONS.search(text) for text in _texts(record))
 
 
 def _flipped(record: Record) -> Record:
@@ -217,14 +247,17 @@ def _draw_crop(size: Size, min_area: float, rng: random.Random) -> tuple[int, in
 def _cropped(record: Record, crop: tuple[int, int, int, int], max_cut: float) -> Record | None:
     """The record cut to the crop, or None where it would lose what it must not."""
     max_cut = 0.0 if record.task in TEXT_TASKS else max_cut
-    regions = [_cut(region, crop, max_cut, record.sizes[0]) for region in record.regions]
-    kept = tuple(region for region in regions if region is not None)
-    if len(kept) < len(regions) and record.task not in _MAY_LOSE_REGIONS:
-        return None
+    regions = record.regions
+    if record.task in _MAY_LOSE_REGIONS:  # what is still seen in part has to be named
+        regions = tuple(region for region in regions if _overlap(region.box, crop))
+    kept = [_cut(region, crop, max_cut, record.sizes[0]) for region in regions]
     x1, y1, x2, y2 = crop
-    images = (dataclasses.replace(record.images[0], crop=crop),)
-    cropped = dataclasses.replace(record, images=images, sizes=((x2 - x1, y2 - y1),), regions=kept)
-    # What is lost may still be half in the picture: to say that there is nothing would be wrong.
+    images = (dataclasses.replace(record.images[0], crop=crop, annotated=record.sizes[0]),)
+    found = tuple(region for region in kept if region is not None)
+    if len(found) < len(kept):
+        return None
+    cropped = dataclasses.replace(record, images=images, sizes=((x2 - x1, y2 - y1),), regions=found)
+    # An answer with places must not become "None", nor a refused record a used one.
     return cropped if _finds_places(cropped) == _finds_places(record) else None
 
 

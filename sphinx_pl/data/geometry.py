@@ -40,6 +40,12 @@ BEYOND = 0.1
 """How far outside 0-1 a number may be and still be meant as the edge; further out it is no fraction, but pixels or
 thousandths."""
 
+_NOTATION = re.compile(
+    # Two numbers or more in brackets of any kind; a tag that names a place, with or without bars.
+    r"[\[({<]\s*-?\d*\.?\d+\s*%?(?:\s*[,;:\s]\s*-?\d*\.?\d+\s*%?)+\s*[\])}>]"
+    r"|<\|?/?(?:b?box|loc|point|poly|quad|coord|seg|bin|det|region|patch)[^<>]*>",
+    re.IGNORECASE,
+)
 _NUMBER = re.compile(r"\s*-?(?:[0-9]+\.?[0-9]*|\.[0-9]+)\s*")
 _BRACKET = re.compile(r"\[([^\[\]]*)(\]?)")
 _GROUNDED = re.compile(r"<p>((?:(?!</?p>).)*)</p>\s*\[([^\[\]]*)(\]?)", re.DOTALL)
@@ -51,6 +57,25 @@ def padded_frame(size: Size) -> tuple[int, int, int]:
     width, height = size
     side = max(width, height)
     return side, (side - width) // 2, (side - height) // 2
+
+
+def same_shape(a: Size, b: Size) -> bool:
+    """Whether images of these sizes (width, height) have equal fractions in their padded squares.
+
+    One may be the other in another resolution, with sides rounded to whole pixels: their shares of the longer side
+    differ by less than a pixel of the smaller image then. Of small images that pixel is much, so 0.02 is the most.
+    """
+    sides = max(a), max(b)
+    differences = (abs(one / sides[0] - other / sides[1]) for one, other in zip(a, b, strict=True))
+    return a == b or max(differences) <= min(1 / min(sides), 0.02)
+
+
+def holds_coordinates(text: str) -> bool:
+    """Whether a text has boxes, points or polygons in this grammar or one that other projects use.
+
+    For example `[20, 10, 60, 50]`, `<box>`, `(x1,y1),(x2,y2)`, `<loc0100>`, `<|box_start|>`, `{<12><40>}`.
+    """
+    return _NOTATION.search(text) is not None
 
 
 def seen_views(size: Size, pixels: int, grid: int) -> tuple[bool, ...]:

@@ -119,7 +119,8 @@ class OfficialFiles(ABC):
     def parts(self, parts: Iterable[Any], read: Callable[[Any], _T]) -> Iterator[_T]:
         """What `read` makes of each part of an entry that lists several.
 
-        A part of which it raises BadSample, or an error of a missing or wrong value, is counted in `left_out`.
+        A part of which it raises BadSample, or an error of a missing or wrong value, is counted in `left_out`. Records
+        that ask for all parts need `all_parts`.
         """
         for part in parts:
             try:
@@ -128,6 +129,18 @@ class OfficialFiles(ABC):
                 self.left_out[bad.reason] += 1
             except MALFORMED:
                 self.left_out["part_malformed"] += 1
+
+    def all_parts(self, parts: Iterable[Any], read: Callable[[Any], _T]) -> list[_T]:
+        """As `parts`, for records that ask for all of them: without one of them the answer is wrong.
+
+        Raises:
+            BadSample: part_left_out.
+        """
+        parts = list(parts)
+        found = list(self.parts(parts, read))
+        if len(found) < len(parts):
+            raise BadSample("part_left_out", f"{len(parts) - len(found)} of {len(parts)} parts cannot be used")
+        return found
 
     def read(self) -> Iterator[tuple[str, list[Record] | BadSample]]:
         """(key, its records, or why it has none) of each entry.

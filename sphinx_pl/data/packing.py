@@ -429,7 +429,8 @@ def _to_plain(sample: Sample) -> dict[str, Any]:
         "prefix": list(sample.prefix),
         "branches": [[list(b.ids), list(b.supervised), b.task, b.key] for b in sample.branches],
         "images": [
-            [image.path, image.offset, image.size, list(image.crop or ()), image.flip] for image in sample.images
+            [image.path, image.offset, image.size, list(image.crop or ()), image.flip, list(image.annotated or ())]
+            for image in sample.images
         ],
         "source": sample.source,
         "seen": [list(views) for views in sample.seen],
@@ -441,8 +442,9 @@ def _from_plain(plain: dict[str, Any]) -> Sample:
         plain["prefix"],
         [Branch(*branch) for branch in plain["branches"]],
         tuple(
-            ImageRef(path, offset, size, tuple(crop) or None, flip)
-            for path, offset, size, crop, flip in plain["images"]
+            # Older checkpoints do not have the annotated size.
+            ImageRef(path, offset, size, tuple(crop) or None, flip, *(tuple(pair) or None for pair in annotated))
+            for path, offset, size, crop, flip, *annotated in plain["images"]
         ),
         plain["source"],
         tuple(tuple(views) for views in plain["seen"]),

@@ -27,7 +27,7 @@ from sphinx_pl.data.conversation import (
     unescaped,
 )
 from sphinx_pl.data.geometry import Geometry, Size, seen_views
-from sphinx_pl.data.images import image_size
+from sphinx_pl.data.images import annotated_images, image_size
 from sphinx_pl.data.record import IMAGE_SLOT, PLACEHOLDER, Branch, ImageRef, Record, Sample, Turn
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.data.tokenizer import Tokenizer
@@ -157,8 +157,9 @@ class Processor:
             raise BadSample("too_long", f"{len(record.images)} images in {budget} tokens")
         turns = TASKS[record.task].turns(record, self.geometry, rng)
         document = is_document(turns)
-        seen = self._seen(self.sizes(record.images))
-        slots = self.slots(len(record.images), seen)
+        images = annotated_images(record)
+        seen = self._seen(self.sizes(images))
+        slots = self.slots(len(images), seen)
         rest: list[int] = []
         rendered, events = self._rendered(turns, record)
         if not document:
@@ -189,7 +190,7 @@ class Processor:
             raise BadSample("too_long", f"an image is not within {budget} tokens")
         # The prefix shared by all branches can reach at most to the first supervised token.
         branch = Branch(ids, supervised, record.task, record.key)
-        samples = [Sample([], [branch], record.images, source, seen, +(events + Counter(record.events)))]
+        samples = [Sample([], [branch], images, source, seen, +(events + Counter(record.events)))]
         for number, start in enumerate(range(0, len(rest), budget - 1), start=2):
             part = [self.tokenizer.bos_id, *rest[start : start + budget - 1]]
             branch = Branch(part, [False] + [True] * (len(part) - 1), record.task, f"{record.key}#{number}")
@@ -206,10 +207,11 @@ class Processor:
             BadSample: the record lacks what its task needs, or an image whose size is needed cannot be read.
         """
         turns = TASKS[record.task].turns(record, self.geometry, None)
-        seen = self._seen(self.sizes(record.images) if sizes is None else sizes)
+        images = annotated_images(record)
+        seen = self._seen(self.sizes(images) if sizes is None else sizes)
         rendered, _ = self._rendered(turns, record, open_ended=True)
         ids, _ = self._tokens(rendered, record, self.slots(len(record.images), seen))
-        return PromptSample(ids, record.images, seen)
+        return PromptSample(ids, images, seen)
 
     def sizes(self, images: Sequence[ImageRef]) -> tuple[Size, ...]:
         """(width, height) of images, from their headers; () where their numbers of tokens do not depend on it.
@@ -343,7 +345,8 @@ def _overlaps(spans: Sequence[tuple[int, int]], answers: Sequence[tuple[int, int
 def merge_branches(samples: Sequence[Sample], max_length: int) -> list[Sample]:
     """Samples about the same images, joined into as few as `max_length` tokens allow: a branch for each question.
 
-    Samples whose images do not all stand in what they share (inline, after differing text) come back as they were.
+    Samples whose images do not all stand in what they share (inline, after differing text), or are not shown in the
+    same way, come back as they were.
     """
     merged: list[Sample] = []
     for sample in samples:
@@ -360,6 +363,9 @@ def _join(first: Sample, second: Sample) -> Sample | None:
 
     The shared prefix ends before the first supervised token of any branch, so every target keeps its own context.
     """
+    images = _shared_images(first.images, second.images)
+    if images is None or first.seen != second.seen:
+        return None
     branches = [(sample.prefix, branch) for sample in (first, second) for branch in sample.branches]
     chains = [prefix + branch.ids for prefix, branch in branches]
     limit = min(len(prefix) + branch.supervised.index(True) for prefix, branch in branches) - 1
@@ -375,4 +381,16 @@ def _join(first: Sample, second: Sample) -> Sample | None:
         for chain, (prefix, branch) in zip(chains, branches, strict=True)
     ]
     events = Counter(first.events) + Counter(second.events)
-    return Sample(chains[0][:shared], split, first.images, first.source, first.seen, events)
+    return Sample(chains[0][:shared], split, images, first.source, first.seen, events)
+
+
+def _shared_images(first: Sequence[ImageRef], second: Sequence[ImageRef]) -> tuple[ImageRef, ...] | None:
+    """The images that both samples can be shown, None where they differ.
+
+    Where one of them has no coordinates, the annotated size of the other one holds for both.
+    """
+    if first != second or any(
+        a.annotated and b.annotated not in (None, a.annotated) for a, b in zip(first, second, strict=True)
+    ):
+        return None
+    return tuple(a if a.annotated else b for a, b in zip(first, second, strict=True))

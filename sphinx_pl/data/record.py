@@ -28,7 +28,8 @@ class ImageRef:
     """Where an encoded image lies: a whole file, or `size` bytes at `offset` of a tar shard. Not decoded yet.
 
     What is made of it once it is decoded and upright, before it is padded: `crop` cuts out (x1, y1, x2, y2) in pixels,
-    then `flip` mirrors left and right.
+    then `flip` mirrors left and right. `annotated` is the (width, height) of the image that coordinates are about, the
+    crop's too: decoding compares it with the pixels (`sphinx_pl.data.images.load_image`). None: nothing is compared.
     """
 
     path: str
@@ -36,6 +37,13 @@ class ImageRef:
     size: int = -1
     crop: tuple[int, int, int, int] | None = None
     flip: bool = False
+    annotated: tuple[int, int] | None = field(default=None, compare=False)  # it is the same image with and without
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ImageRef:
+        """The reference that `dataclasses.asdict` gave, also by way of JSON, which makes lists of tuples."""
+        lists = {name: tuple(values[name]) for name in ("crop", "annotated") if values.get(name)}
+        return cls(**{**values, **lists})
 
 
 @dataclass(frozen=True, slots=True)

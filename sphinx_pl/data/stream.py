@@ -263,7 +263,7 @@ class SourceStream:
             except BadSample as bad:
                 self._bad(bad)
         if records:
-            records = augment_together(records, self.augment, self._rng("augment", records[0].key))
+            records = augment_together(records, self.augment, self._rng("augment", records[0].key), self.counts)
         samples: list[Sample] = []
         for record in records:
             try:

@@ -43,7 +43,7 @@ from dataclasses import dataclass
 
 from sphinx_pl.data.answers import leading_value, normalise, read_letter
 from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.geometry import COCO_KEYPOINTS, Box4, Geometry, Grounded, Size, point_to_pixels, to_pixels
+from sphinx_pl.data.geometry import BEYOND, COCO_KEYPOINTS, Box4, Geometry, Grounded, Size, point_to_pixels, to_pixels
 from sphinx_pl.data.record import PLACEHOLDER, Record, Region, Turn
 from sphinx_pl.registry import Registry
 
@@ -205,7 +205,21 @@ def reading_order(regions: Iterable[Region]) -> list[Region]:
 def _size(record: Record) -> Size:
     if not record.sizes:
         raise BadSample("size_unknown", f"{record.key} has geometry but its image has no width and height")
+    _check_unit(record)
     return record.sizes[0]
+
+
+def _check_unit(record: Record) -> None:
+    """Raises: BadSample: all boxes or all keypoints lie within one pixel, so they are fractions of the image."""
+    if record.sizes and max(record.sizes[0]) == 1:
+        return
+    boxes = [region.box for region in record.regions]
+    points = [point[:2] for region in record.regions for point in region.keypoints if point[2]]
+    for name, places in (("box", boxes), ("keypoint", points)):
+        if places and all(-BEYOND <= number <= 1 + BEYOND for place in places for number in place):
+            raise BadSample(
+                f"{name}_below_pixel", f"{record.key}: {places[0]} must be in pixels of the image, not in fractions"
+            )
 
 
 def _checked_box(record: Record, region: Region) -> Box4:
@@ -225,6 +239,7 @@ def _checked_box(record: Record, region: Region) -> Box4:
 def _regions(record: Record) -> tuple[Region, ...]:
     if not record.regions:
         raise BadSample("region_missing", record.key)
+    _check_unit(record)
     return record.regions
 
 
@@ -310,7 +325,8 @@ def _write_grounded_vqa(record: Record, geometry: Geometry) -> tuple[dict[str, s
 
 def _write_detection(record: Record, geometry: Geometry) -> tuple[dict[str, str], str]:
     label = _question(record)
-    found = reading_order(region for region in record.regions if region.label.strip() == label)
+    # A region without a label could be one of those that are asked for.
+    found = reading_order(region for region in record.regions if _label(record, region) == label)
     boxes = [_checked_box(record, region) for region in found]
     return {"label": label}, geometry.boxes(boxes, _size(record)) if boxes else "None"
 

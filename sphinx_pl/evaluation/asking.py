@@ -56,11 +56,7 @@ class Prediction:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Prediction:
         """Of what `to_dict` gave, also by way of JSON."""
-        images = (
-            ImageRef(**image | {"crop": tuple(image["crop"]) if image.get("crop") else None})
-            for image in values["images"]
-        )
-        return cls(**{**values, "images": tuple(images)})
+        return cls(**{**values, "images": tuple(ImageRef.from_dict(image) for image in values["images"])})
 
 
 Judge = Callable[[Record, str, Geometry, tuple[ImageRef, ...]], Prediction]
@@ -177,8 +173,8 @@ def evaluate(
         except BadSample as error:
             lost[error.reason] += 1
             continue
-        shown = record.images if images is None else images[record.key]
-        questions[place] = dataclasses.replace(question, images=shown)
+        # Another record's images are not what this one's coordinates are about.
+        questions[place] = question if images is None else dataclasses.replace(question, images=images[record.key])
     answers = ask(
         model,
         processor,

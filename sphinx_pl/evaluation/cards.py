@@ -187,7 +187,7 @@ def _pictures(prediction: Mapping[str, Any], size: int, geometry: Geometry, limi
     html, lost = "", 0
     for image in prediction["images"]:
         try:
-            drawn = picture(ImageRef(**image), prediction, size, geometry)
+            drawn = picture(ImageRef.from_dict(image), prediction, size, geometry)
         except (BadSample, OSError):
             lost += 1
             continue

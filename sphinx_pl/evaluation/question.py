@@ -6,12 +6,14 @@ alone, so the part that asks cannot see the truth. The record comes back when th
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sphinx_pl.data.geometry import Geometry
+from sphinx_pl.data.images import annotated_images
 from sphinx_pl.data.processor import Processor, PromptSample
 from sphinx_pl.data.record import ImageRef, Record, Turn
 from sphinx_pl.data.tasks import TASKS
@@ -72,7 +74,9 @@ def question_of(
     else:
         candidates = ("yes", "no") if _short(record.task) and asks_yes_no(last.question) else ()
     limit = limit or TASKS[record.task].max_new_tokens
-    return Question(record.key, record.images, tuple(earlier), last.question, limit, candidates)
+    # Whether coordinates are about an image follows from the task and the question, not from the answer.
+    asked = dataclasses.replace(record, turns=(*earlier, Turn(last.question, "")))
+    return Question(record.key, annotated_images(asked), tuple(earlier), last.question, limit, candidates)
 
 
 def asks_yes_no(question: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from PIL import Image
 from sphinx_pl.data.augment import TEXT_TASKS, AugmentConfig, augment, augment_together
 from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.geometry import COCO_KEYPOINTS, Geometry, padded_frame
-from sphinx_pl.data.images import image_size, load_image
+from sphinx_pl.data.images import annotated_images, image_size, load_image
 from sphinx_pl.data.packing import _from_plain, _to_plain
 from sphinx_pl.data.record import ImageRef, Record, Region, Sample, Turn
 from sphinx_pl.data.tasks import TASKS
@@ -69,7 +70,7 @@ def extent(mask: np.ndarray[Any, Any]) -> tuple[int, int, int, int]:
 def test_moved_boxes_and_keypoints_still_surround_their_pixels(tmp_path: Path) -> None:
     rng = random.Random(0)
     flipped = cropped = cut = lost = 0
-    for _ in range(500):
+    for _ in range(800):
         width, height = rng.randint(12, 90), rng.randint(12, 90)
         pixels = np.zeros((height, width, 3), dtype=np.uint8)
         regions = []
@@ -104,6 +105,9 @@ def test_moved_boxes_and_keypoints_still_surround_their_pixels(tmp_path: Path) -
             assert area >= (1 - BOTH.max_cut) * before
             cut += area < before
         lost += len(regions) - len(moved.regions)
+        # Of what is lost nothing is seen any more: "all" are still all.
+        kept = {50 * (WORDS.index(region.label.split()[1]) + 1) for region in moved.regions}
+        assert set(np.unique(picture[:, :, 0]).tolist()) <= {0, *kept}
         if moved.images[0].crop is None:
             assert moved.sizes == record.sizes
         else:
@@ -261,6 +265,64 @@ def test_what_has_no_size_finished_places_or_two_images_stays() -> None:
         assert augment(record, dataclasses.replace(BOTH, flip=1.0, crop=1.0), random.Random(0)) is record
 
 
+NOTATIONS = (
+    *("<box>[[100, 100, 300, 500]]</box>", "[20, 10, 60, 50]", "<loc0100><loc0200>", "[0.1, 0.3, 0.3, 0.5]"),
+    *("(20,10),(60,50)", "<|box_start|>(20,10),(60,50)<|box_end|>", '<point x="61.5" y="40.4">', "{<20><10><60><50>}"),
+    *(
+        "x1: 20, y1: 10",
+        "20 10 60 50",
+        "30% across and 20% down",
+        "<seg001>",
+        "polygon 1,2 3,4 5,6",
+        "<ref>it</ref>[[1,2,3,4]]",
+    ),
+    *('{"bbox_2d": [20, 10, 60, 50]}', "at pixel 20", "[２０，１０，６０，５０]", "its bounding box is twenty wide"),
+)
+
+
+@pytest.mark.parametrize("text", NOTATIONS)
+def test_text_that_may_hold_coordinates_is_left_alone_and_counted(text: str) -> None:
+    both = dataclasses.replace(BOTH, flip=1.0, crop=1.0, flip_tasks=["rec", "chat"], crop_tasks=["rec", "chat"])
+    plain = dataclasses.replace(EXAMPLES["chat"], question="What is it?", answer="a shape")
+    assert augment(plain, both, random.Random(0)) != plain
+    records = [
+        dataclasses.replace(plain, question=text),
+        dataclasses.replace(plain, answer=text),
+        dataclasses.replace(plain, choices=("a", text)),
+        dataclasses.replace(EXAMPLES["rec"], question=text),
+        dataclasses.replace(EXAMPLES["rec"], turns=(Turn("<image>\nWhere is it?", text),)),
+        dataclasses.replace(EXAMPLES["rec"], turns=(Turn(text, "a shape"),)),
+    ]
+    counts: Counter[str] = Counter()
+    for record in records:
+        assert augment_together([record], both, random.Random(0), counts)[0] is record
+    assert counts == ({} if "bounding" in text else {"not_augmented/coordinates_in_text": len(records)})
+
+
+def test_what_is_read_out_of_the_picture_may_have_digits() -> None:
+    regions = (dataclasses.replace(LEFT, label="EXIT 12"), dataclasses.replace(RIGHT, label="3.50"))
+    record = dataclasses.replace(EXAMPLES["ocr"], regions=regions)
+    assert any(augment(record, CROP, random.Random(i)).images[0].crop for i in range(30))
+
+
+@pytest.mark.parametrize("text", ["左边的猫", "le chat à gauche"])
+def test_text_beyond_ascii_is_never_mirrored(text: str) -> None:
+    record = dataclasses.replace(EXAMPLES["rec"], question=text)
+    assert all(augment(record, FLIP, random.Random(i)) is record for i in range(5))
+
+
+def test_a_crop_knows_the_size_that_it_is_about(tmp_path: Path) -> None:
+    pixels = np.zeros((50, 100, 3), dtype=np.uint8)
+    record = dataclasses.replace(EXAMPLES["rec"], images=(save(tmp_path / "a.png", pixels),))
+    moved = next(m for i in range(30) if (m := augment(record, CROP, random.Random(i))).images[0].crop)
+    assert moved.images[0].annotated == (100, 50)
+    assert annotated_images(moved) == moved.images
+    # The same picture in twice the resolution has the same crop.
+    larger = save(tmp_path / "b.png", np.zeros((100, 200, 3), dtype=np.uint8))
+    again = dataclasses.replace(moved.images[0], path=larger.path)
+    assert image_size(again) == tuple(2 * side for side in moved.sizes[0])
+
+
 def test_captions_are_flipped_where_the_configuration_says_so_without_a_size_too() -> None:
     record = dataclasses.replace(EXAMPLES["caption"], sizes=())
     config = AugmentConfig(flip=1, crop=1, flip_tasks=["caption"], crop_tasks=["caption"])
@@ -318,10 +380,14 @@ def test_same_random_numbers_same_record() -> None:
 
 
 def test_a_resumed_run_decodes_the_same_pixels() -> None:
-    images = (ImageRef("a.tar", 512, 99, (1, 2, 30, 40), True), ImageRef("b.jpg"))
+    images = (ImageRef("a.tar", 512, 99, (1, 2, 30, 40), True, (50, 60)), ImageRef("b.jpg"))
     sample = Sample([1], [], images, "s")
     plain = _to_plain(sample)
     assert _from_plain(plain) == sample
+    assert _from_plain(plain).images[0].annotated == (50, 60)
+    # As checkpoints had it before images knew their annotated size.
+    older = plain | {"images": [image[:5] for image in plain["images"]]}
+    assert _from_plain(older) == sample
 
 
 def test_the_configuration_is_built_and_checked() -> None:

@@ -189,6 +189,20 @@ BAD: dict[str, tuple[Callable[[Path], dict[str, Any]], dict[str, int]]] = {
     "box_inverted": (entry(REC | {"regions": [{"box": [9, 2, 3, 9]}]}), {"bad/skipped/box_inverted": 1}),
     "box_nan": (entry(REC | {"regions": [{"box": [1, 2, float("nan"), 9]}]}), {"bad/skipped/box_inverted": 1}),
     "box_huge": (entry(REC | {"regions": [{"box": [1, 2, 10**400, 9]}]}), {"bad/skipped/entry_malformed": 1}),
+    "box_in_fractions": (entry(REC | {"regions": [{"box": [0.1, 0.2, 0.5, 1]}]}), {"bad/skipped/box_below_pixel": 1}),
+    "box_in_thousandths": (entry(REC | {"regions": [{"box": [1, 200, 500, 999]}]}), {"bad/skipped/box_outside": 1}),
+    "box_as_corner_and_size": (entry(REC | {"regions": [{"box": [20, 20, 9, 8]}]}), {"bad/skipped/box_inverted": 1}),
+    "sides_swapped": (
+        entry(REC | {"width": 30, "height": 40, "regions": [{"box": [1, 2, 9, 9]}]}),
+        {"skipped/bad/size_mismatch": 1},
+    ),
+    "sides_swapped_in_a_conversation": (
+        entry(
+            {"image": "a.jpg", "width": 30, "height": 40}
+            | {"conversations": [{"from": "human", "value": "it?"}, {"from": "gpt", "value": "<box>(1,2),(9,9)</box>"}]}
+        ),
+        {"skipped/bad/size_mismatch": 1},
+    ),
     "region_absent": (entry(REC), {"bad/skipped/region_missing": 1}),
     "size_absent": (entry(REC | {"width": None, "regions": [{"box": [1, 2, 3, 9]}]}), {"bad/skipped/size_unknown": 1}),
     "half_a_character": (entry({"question": "\ud83d", "answer": "b"}), {"bad/skipped/entry_malformed": 1}),

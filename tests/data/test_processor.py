@@ -17,7 +17,7 @@ from sphinx_pl.data.sources import build_source
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.data.tokenizer import Tokenizer
 from sphinx_pl.errors import UserError
-from tests.examples import NOT_IN_SAMPLE
+from tests.examples import EXAMPLES, NOT_IN_SAMPLE
 
 SLOTS = 3  # tokens per image: few, so that expected ids can be written out
 
@@ -464,3 +464,29 @@ def test_the_length_bounds_what_is_joined_exactly(make) -> None:  # type: ignore
     assert alone(split) == alone(samples)
     assert merge_branches(samples, 1) == samples
     assert merge_branches([], 10) == []
+
+
+def test_questions_share_an_image_if_it_is_shown_in_one_way(make) -> None:  # type: ignore[no-untyped-def]
+    plain, other = questions(make(), "What colour?", "What shape?")
+
+    def about(sample: Sample, size: tuple[int, int] | None) -> Sample:
+        return dataclasses.replace(sample, images=(dataclasses.replace(sample.images[0], annotated=size),))
+
+    for first, second in (((4, 3), None), (None, (4, 3)), ((4, 3), (4, 3))):
+        [merged] = merge_branches([about(plain, first), about(other, second)], 4096)
+        assert merged.images[0].annotated == (4, 3)
+    assert len(merge_branches([about(plain, (3, 4)), about(other, (4, 3))], 4096)) == 2
+
+
+def test_only_coordinates_ask_for_the_annotated_size(make) -> None:  # type: ignore[no-untyped-def]
+    processor = make()
+    example = EXAMPLES["rec"]
+    plain = dataclasses.replace(example, task="chat", question="What?", answer="a shape", regions=())
+    for record, annotated in (
+        (example, (100, 50)),
+        (dataclasses.replace(example, turns=(Turn("Where?", "<box>(1,2),(3,4)</box>"),)), (100, 50)),
+        (plain, None),
+        (dataclasses.replace(plain, turns=(Turn("How many?", "Some 3 or 4."),)), None),
+    ):
+        assert processor.sample(record, "s").images[0].annotated == annotated
+        assert processor.prompt(record).images[0].annotated == annotated

@@ -148,12 +148,46 @@ def test_detection_of_nothing_says_none():
         ("relation_detection", {"answer": "", "regions": (LEFT, RIGHT)}, "answer_empty"),
         ("question_generation", {"question": " "}, "question_empty"),
         ("question_generation", {"question": "q", "images": ()}, "image_absent"),
+        # A region without a label could be one of those that are asked for.
+        ("detection", {"question": "cat", "regions": (Region(LEFT.box),)}, "label_empty"),
     ],
 )
 def test_what_a_task_refuses(task, fields, reason):
     with pytest.raises(BadSample) as caught:
         TASKS[task].turns(record(task, **fields), G)
     assert caught.value.reason == reason
+
+
+def in_fractions(region: Region) -> Region:
+    x1, y1, x2, y2 = region.box
+    keypoints = tuple((x / 100, y / 50, seen) for x, y, seen in region.keypoints)
+    return Region((x1 / 100, y1 / 50, x2 / 100, y2 / 50), region.label, keypoints)
+
+
+@pytest.mark.parametrize("task", [task for task, example in EXAMPLES.items() if example.regions])
+def test_boxes_in_fractions_are_refused_for_every_task_with_regions(task):
+    example = EXAMPLES[task]
+    regions = tuple(in_fractions(region) for region in example.regions)
+    with pytest.raises(BadSample) as caught:
+        TASKS[task].turns(dataclasses.replace(example, regions=regions), G)
+    assert caught.value.reason == "box_below_pixel"
+    # One that is in pixels shows that all are; finished turns have their own coordinates.
+    if len(regions) > 1:
+        TASKS[task].turns(dataclasses.replace(example, regions=(example.regions[0], *regions[1:])), G)
+    turns = (Turn("Where?", "There."),)
+    assert TASKS[task].turns(dataclasses.replace(example, regions=regions, turns=turns), G) == turns
+
+
+def test_keypoints_in_fractions_are_refused():
+    person = dataclasses.replace(EXAMPLES["pose"].regions[0], keypoints=in_fractions(PERSON).keypoints)
+    with pytest.raises(BadSample) as caught:
+        TASKS["pose"].turns(dataclasses.replace(EXAMPLES["pose"], regions=(person,)), G)
+    assert caught.value.reason == "keypoint_below_pixel"
+
+
+def test_an_image_of_one_pixel_has_a_box_of_one_pixel():
+    example = dataclasses.replace(EXAMPLES["rec"], sizes=((1, 1),), regions=(Region((0, 0, 1, 1)),))
+    assert TASKS["rec"].turns(example, G)[0].answer == "[0.000,0.000,1.000,1.000]"
 
 
 def test_a_box_may_pass_the_edge_by_a_pixel_and_is_cut_there():

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.stats
+from PIL import Image
 
 from sphinx_pl.data.geometry import Geometry
+from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.record import ImageRef, Record, Region
 from sphinx_pl.data.tasks import TASKS
-from sphinx_pl.evaluation.asking import derangement, judge, select, shuffle_images
+from sphinx_pl.evaluation.asking import Prediction, derangement, evaluate, judge, select, shuffle_images
 from sphinx_pl.evaluation.baselines import constant_predictions, fit_constants, mean_geometry
 from sphinx_pl.evaluation.measures import bootstrap
 from sphinx_pl.evaluation.summary import summarise
+from sphinx_pl.models.config import SphinxConfig
+from sphinx_pl.models.sphinx import Sphinx
 from tests.examples import EXAMPLES
 
 GEOMETRY = Geometry(decimals=2)
@@ -198,3 +204,24 @@ def test_every_task_is_asked_guessed_and_summed_up() -> None:
     assert [prediction.score for prediction in guessed] == [1] * len(asked)
     rows = summarise(answers, {"constant": guessed})
     assert [(row.task, row.score, row.baseline) for row in rows] == [(record.task, 0, 1) for record in asked]
+
+
+def test_an_image_of_another_shape_than_its_boxes_are_about_is_not_asked(
+    processor: Processor, model_config: SphinxConfig, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.png"
+    Image.new("RGB", (20, 10)).save(path)
+    fits = dataclasses.replace(EXAMPLES["rec"], key="fits", images=(ImageRef(str(path)),))
+    swapped = dataclasses.replace(fits, key="swapped", sizes=((50, 100),))
+    skipped: dict[str, int] = {}
+    model = Sphinx(model_config)
+    found = evaluate(model, processor, [fits, swapped], max_new_tokens=1, skipped=skipped, progress=False)
+    assert [prediction.key for prediction in found] == ["fits"]
+    assert skipped == {"size_mismatch": 1}
+    again = Prediction.from_dict(json.loads(json.dumps(found[0].to_dict())))
+    assert again.images[0].annotated == found[0].images[0].annotated == (100, 50)
+    # Another record's image has nothing to do with these boxes.
+    other = evaluate(
+        model, processor, [swapped], max_new_tokens=1, images={"swapped": (ImageRef(str(path)),)}, progress=False
+    )
+    assert [prediction.key for prediction in other] == ["swapped"]

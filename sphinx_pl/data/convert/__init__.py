@@ -48,7 +48,7 @@ class Report:
     dropped: Counter[str] = field(default_factory=Counter)  # by reason
     examples: dict[str, list[str]] = field(default_factory=dict)
     skipped: Counter[str] = field(default_factory=Counter)  # by reason: not meant for training
-    left_out: Counter[str] = field(default_factory=Counter)  # by reason: parts of entries that were used
+    left_out: Counter[str] = field(default_factory=Counter)  # by reason: parts of entries
 
     def drop(self, reason: str, detail: str) -> None:
         self.dropped[reason] += 1

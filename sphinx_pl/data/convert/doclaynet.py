@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.convert import Converter, coco
-from sphinx_pl.data.record import ImageRef, Record, Region
+from sphinx_pl.data.record import ImageRef, Record
 
 
 class DocLayNet(Converter):
-    """Each page is a record."""
+    """Each page is a record, if all of its elements can be used: what is asked for are all of them."""
 
     name = "doclaynet"
     title = "DocLayNet"
@@ -42,10 +41,7 @@ class DocLayNet(Converter):
         if not objects:
             self.skipped["page_without_elements"] += 1
             return
-
-        def element(annotation: Any) -> Region:
-            if annotation.get("precedence"):
-                raise BadSample("annotated_again")
-            return coco.region(annotation, names, size)
-
-        yield Record(key, "layout", (ImageRef(path),), size, regions=tuple(self.parts(objects, element)))
+        elements = [one for one in objects if not one.get("precedence")]
+        self.left_out.update(["annotated_again"] * (len(objects) - len(elements)))
+        regions = self.all_parts(elements, lambda one: coco.region(one, names, size))
+        yield Record(key, "layout", (ImageRef(path),), size, regions=tuple(regions))

@@ -25,7 +25,10 @@ _MARKUP = re.compile(r"[\[\]{}]|</?p>")
 
 
 class Flickr30kEntities(Converter):
-    """Each caption that names a box is a record; images are those of flickr30k-images.tar.gz."""
+    """Each caption that names a box is a record, if all boxes of what it names can be used.
+
+    The images are those of flickr30k-images.tar.gz.
+    """
 
     name = "flickr30k_entities"
     title = "Flickr30k Entities"
@@ -56,7 +59,7 @@ class Flickr30kEntities(Converter):
 
         def phrase(match: re.Match[str]) -> str:
             text = match[2].strip()
-            found = list(self.parts(boxes[match[1]], lambda box: checked(Region(_corners(box), text), size)))
+            found = self.all_parts(boxes[match[1]], lambda box: checked(Region(_corners(box), text), size))
             indices = range(len(regions), len(regions) + len(found))
             regions.extend(found)
             return f"{{{','.join(map(str, indices))}}}" if found else text

@@ -11,14 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.convert import Converter, checked, id_of
 from sphinx_pl.data.entries import sizes
 from sphinx_pl.data.record import ImageRef, Record, Region
 
 
 class HierText(Converter):
-    """Each image is a record of its legible lines with boxes, and one without."""
+    """Each image is a record of its legible lines with boxes, and one without, if all legible lines can be used."""
 
     name = "hiertext"
     title = "HierText"
@@ -37,8 +36,12 @@ class HierText(Converter):
 
     def records(self, key: str, entry: Any) -> Iterator[Record]:
         size = sizes(entry["image_width"], entry["image_height"], key)
-        lines = [line for lines in self.parts(entry["paragraphs"], lambda one: list(one["lines"])) for line in lines]
-        regions = tuple(self.parts(lines, lambda line: _region(line, size)))
+        paragraphs = self.all_parts(entry["paragraphs"], lambda one: list(one["lines"]))
+        lines = [line for lines in paragraphs for line in lines]
+        # What cannot be read is no text to be read out.
+        legible = [line for line in lines if line["legible"]]
+        self.left_out.update(["line_illegible"] * (len(lines) - len(legible)))
+        regions = tuple(self.all_parts(legible, lambda line: _region(line, size)))
         if not regions:
             self.skipped["image_without_legible_line"] += 1
             return
@@ -48,8 +51,6 @@ class HierText(Converter):
 
 
 def _region(line: Any, size: tuple[tuple[int, int], ...]) -> Region:
-    if not line["legible"]:
-        raise BadSample("line_illegible")
     points = [point for word in line["words"] for point in word["vertices"]] or line["vertices"]
     xs, ys = zip(*((float(x), float(y)) for x, y in points), strict=True)
     width, height = size[0]

@@ -41,13 +41,14 @@ def test_a_page_is_a_record_with_all_its_elements(run: Run) -> None:
             {"supercategory": "Caption", "id": 1, "name": "Caption"},
             {"supercategory": "Picture", "id": 7, "name": "Picture"},
         ],
-        "images": [image(1), image(2, precedence=1), image(3), image(4) | {"file_name": 4}],
+        "images": [image(1), image(2, precedence=1), image(3), image(4) | {"file_name": 4}, image(5), image(6)],
         "annotations": [
             element(8, 1, 1, [210.0, 31.0, 173.5, 39.25]),
             element(9, 1, 7, [434.5, -0.5, 589.5, 590.0]),
             element(10, 1, 7, [434.5, -0.5, 589.5, 590.0], precedence=1),
-            element(11, 1, 7, [0, 0, 2000, 10]),
-            element(12, 1, None, [0, 0, 200, 10]),
+            # What is asked for are all elements of a page.
+            *(element(11, 5, 7, [0, 0, 2000, 10]), element(15, 5, 7, [0, 0, 200, 10])),
+            *(element(12, 6, None, [0, 0, 200, 10]), element(16, 6, 7, [0, 0, 200, 10])),
             element(13, 2, 7, [0, 0, 200, 10]),
             element(14, 4, 7, [0, 0, 200, 10]),
         ],
@@ -60,4 +61,4 @@ def test_a_page_is_a_record_with_all_its_elements(run: Run) -> None:
     assert records == [Record("1", "layout", (ImageRef(f"PNG/{1:064x}.png"),), ((1025, 1025),), regions=regions)]
     assert report.left_out == {"annotated_again": 1, "box_outside": 1, "category_unknown": 1}
     assert report.skipped == {"page_annotated_again": 1, "page_without_elements": 1}
-    assert report.dropped == {"entry_malformed": 1}
+    assert report.dropped == {"entry_malformed": 1, "part_left_out": 2}

@@ -38,11 +38,20 @@ DOCUMENT = {
             line("HELLO WORLD ", LEANING, word("WORLD", [120, 8], [200, 8], [200, 44], [120, 44])),
             line("no words", vertices=[[-20, 300], [90, 300], [90, 340], [-20, 340]]),
             line("", word("", [1, 1], [9, 1], [9, 9], legible=False)),
-            line(" ", word(" ", [1, 1], [9, 1], [9, 9])),
-            line("beyond", word("beyond", [801, 1], [900, 1], [900, 9])),
-            line("flat", word("flat", [1, 1], [9, 1])),
-            {"text": "no legible"},
         ),
+        # What is asked for are all texts: none of these can be left out.
+        *(
+            image(f"00b{number}", line("no words", vertices=[[0, 30], [90, 30], [90, 34]]), bad)
+            for number, bad in enumerate(
+                (
+                    line(" ", word(" ", [1, 1], [9, 1], [9, 9])),
+                    line("beyond", word("beyond", [801, 1], [900, 1], [900, 9])),
+                    line("flat", word("flat", [1, 1], [9, 1])),
+                    {"text": "no vertices", "legible": True},
+                )
+            )
+        ),
+        image("00b9", {"text": "no legible"}),
         image("00a2", line("", word("", [1, 1], [9, 1], [9, 9], legible=False))),
         image("00a3") | {"image_width": "wide"},
         {"image_id": "00a4", "image_width": 800, "image_height": 600},
@@ -69,7 +78,7 @@ def test_legible_lines_are_read_with_and_without_boxes(run: Run, compressed: boo
         "part_malformed": 1,
     }
     assert report.skipped == {"image_without_legible_line": 1}
-    assert report.dropped == {"size_malformed": 1, "entry_malformed": 2}
+    assert report.dropped == {"part_left_out": 4, "size_malformed": 1, "entry_malformed": 3}
 
 
 @pytest.mark.parametrize(
