@@ -33,10 +33,9 @@ _PROJECTION = re.compile(
     r"|(mm_|img_|image_|vision_)?projector\w*|linear_proj|connector|(gen_)?aligner|(perceiver_)?resampler"
     r"|perceiver\w*|abstractor|merger|(deepstack_)?merger_list|patch_merger|mlp1|embed_(vision|audio|image)"
     r"|(image_|view_|sub_|glb_|video_)?(newline|seperator|separator|gn)|modality_projection|mlp_?AR"
-    r"|image_(pooling_2d|projection)|vit_(large_)?proj\w*",
+    r"|image_(pooling_2d|projection|to_text_projection)|vit_(large_)?proj\w*|resampler_model",
     re.IGNORECASE,
 )
-# A tower's own path may hold a word of a projection only where it ends: what turns its tokens into the decoder's.
 _EMBEDDING = r"tok_embeddings|embed_tokens|wte|wpe|word_embeddings|embed_in|embed_out|lm_head"
 _EMBEDDINGS = re.compile(
     rf"(^|\.)({_EMBEDDING})\.|^((decoder|language_model|llm)\.)?output\.|^transformer\.output_layer\."
@@ -49,9 +48,9 @@ _ROOT = (
 _BESIDE = (
     rf"{_EMBEDDING}|embedding|embeddings|embed_positions|position_embeddings|tokens_embed|shared|output|output_layer|head"
     r"|(final_?)?(layer_?norm|norm|ln|rms_?norm)(_f|_out|_embeddings?)?|ln_\w+|norm_f|emb_ln|rope|rotary\w*"
-    r"|word_embeddings_layernorm|project_(in|out)|final_layer_norm"
+    r"|word_embeddings_layernorm|embedding_norm|embed_tokens_per_layer|project_(in|out)|per_layer_\w+"
 )
-_LAYERS = r"(?:layers|h|blocks?|layer)\.\d+\."
+_LAYERS = r"(?:(?:\w+_)?layers|h|blocks?|layer)\.\d+\."
 _DECODER = re.compile(
     # ChatGLM calls its decoder an encoder.
     rf"{_ROOT}({_LAYERS}|({_BESIDE})(\.|$))|(h|layers)\.\d+\.|transformer\.encoder\.({_LAYERS}|final_layernorm\.)"
