@@ -81,10 +81,9 @@ def trained(path: Path, **options: Any) -> Path:
     spm.SentencePieceTrainer.Train(
         sentence_iterator=iter(sentences),
         model_writer=model,
-        vocab_size=320,
         hard_vocab_limit=False,
         minloglevel=2,
-        **{"byte_fallback": True, "model_type": "bpe"} | options,
+        **{"vocab_size": 320, "byte_fallback": True, "model_type": "bpe"} | options,
     )
     path.write_bytes(model.getvalue())
     return path
