@@ -119,7 +119,9 @@ def tokenizer_difference(a: Path, b: Path) -> str:
 
 def other_files(a: Path, b: Path) -> str:
     """Which files beside the weights and config.json differ, or only one folder has, in a phrase; "" if none does."""
-    x, y = ({file.name: file for file in folder.iterdir() if file.is_file() and belongs(file.name)} for folder in (a, b))
+    x, y = (
+        {file.name: file for file in folder.iterdir() if file.is_file() and belongs(file.name)} for folder in (a, b)
+    )
     names = [name for name in sorted({*x, *y} - {CONFIG}) if not fnmatchcase(name, "LICENSE*")]
     differing = [name for name in names if name in x and name in y and not _alike(x[name], y[name])]
     phrases = {

@@ -341,9 +341,7 @@ class LlamaWeights:
         return tensor if entry.make is None else entry.make(tensor)
 
 
-def _entries(
-    weights: Weights, config: DecoderConfig, dtype: torch.dtype | None = None
-) -> Iterator[tuple[str, Entry]]:
+def _entries(weights: Weights, config: DecoderConfig, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Entry]]:
     """Their names of the decoder's tensors, and how each is made of ours."""
     for name in weights:
         if not name.startswith("decoder."):

@@ -98,7 +98,9 @@ def _convert(file: Path) -> tuple[Any, tokenizers.Tokenizer]:
         splits = [pre_tokenizers.Split(p, b) for p, b in zip(apart, behaviours, strict=True)]
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
     ends: list[Any] = [decoders.Strip(" ", 1, 0)] if rules.add_dummy_prefix else []
-    tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *ends])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *ends]
+    )
     start = trainer.bos_id
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{trainer.bos_piece} $A",

@@ -17,7 +17,17 @@ from sphinx_pl.checkpoint.format import read_json
 ADDED = "added_tokens.json"
 CONFIG = "tokenizer_config.json"
 FAST = "tokenizer.json"
-VOCABULARIES = (FAST, "*.model", "*.spm", "vocab.json", "vocab.txt", "*.tiktoken", "vocab.bpe", "bpe.codes", "tekken.json")
+VOCABULARIES = (
+    FAST,
+    "*.model",
+    "*.spm",
+    "vocab.json",
+    "vocab.txt",
+    "*.tiktoken",
+    "vocab.bpe",
+    "bpe.codes",
+    "tekken.json",
+)
 """Files that hold a whole vocabulary: the best one first."""
 
 

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sphinx_pl.checkpoint.format import Checkpoint, open_checkpoint, write_checkpoint
 from sphinx_pl.checkpoint.__main__ import main
+from sphinx_pl.checkpoint.format import Checkpoint, open_checkpoint, write_checkpoint
 from sphinx_pl.checkpoint.llm import family, half_split, interleave, write_huggingface
 from sphinx_pl.checkpoint.parallel import open_tensors, split
 from sphinx_pl.errors import UserError
@@ -292,7 +292,10 @@ def test_a_head_that_is_the_embedding_and_computed_angles_say_nothing_new(tmp_pa
 
 @pytest.mark.parametrize("there", [["00"], ["01"], ["00", "02"]])
 def test_a_shard_that_is_missing_is_named(tmp_path: Path, there: list[str]) -> None:
-    tensors = {name.removeprefix("decoder."): value for name, value in text_only(vocab_size=60, kv_heads=6, ffn_width=96).state_dict().items()}
+    tensors = {
+        name.removeprefix("decoder."): value
+        for name, value in text_only(vocab_size=60, kv_heads=6, ffn_width=96).state_dict().items()
+    }
     (tmp_path / "params.json").write_text(json.dumps({"dim": 48, "n_layers": 2, "n_heads": 6}))
     for rank in there:
         part = {name: split(name, value, 3)[int(rank)].clone() for name, value in tensors.items()}

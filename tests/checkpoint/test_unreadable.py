@@ -119,7 +119,9 @@ def test_matrices_of_eight_bits_are_quantized_and_masks_are_not(tmp_path: Path) 
     mix_checkpoints(paths, [0.5, 0.5], tmp_path / "out")
     for path in paths:
         tensors(x__weight=torch.ones(4, dtype=torch.int8))(path)
-    with pytest.raises(UserError, match=r"'x\.weight' in .* is torch\.int8, a quantized model's: mix what it was quant"):
+    with pytest.raises(
+        UserError, match=r"'x\.weight' in .* is torch\.int8, a quantized model's: mix what it was quant"
+    ):
         mix_checkpoints(paths, [0.5, 0.5], tmp_path / "out8")
 
 

@@ -52,11 +52,19 @@ OTHER = {"<unk>": 0, "wort": 1, "satz": 2}
     ("a", "b", "difference"),
     [
         ({"tokenizer.model": "pieces"}, {"tokenizer.json": fast(vocabulary())}, ""),
-        ({"tokenizer.model": "pieces"}, {"tokenizer.json": fast(OTHER)}, "token 1 is '<s>' (tokenizer.model) and 'wort'"),
+        (
+            {"tokenizer.model": "pieces"},
+            {"tokenizer.json": fast(OTHER)},
+            "token 1 is '<s>' (tokenizer.model) and 'wort'",
+        ),
         ({"tokenizer.model": "pieces"}, {"vocab.json": OTHER, "merges.txt": ""}, "token 1 is '<s>'"),
         ({"vocab.txt": "<unk>\nwort\nsatz"}, {"tokenizer.json": fast(OTHER)}, ""),
         ({"vocab.txt": "<unk>\nsatz\nwort"}, {"tokenizer.json": fast(OTHER)}, "token 1 is 'satz'"),
-        ({"tokenizer_config.json": decoder(_9="<a>")}, {"tokenizer_config.json": decoder(_9="<b>")}, "token 9 is '<a>'"),
+        (
+            {"tokenizer_config.json": decoder(_9="<a>")},
+            {"tokenizer_config.json": decoder(_9="<b>")},
+            "token 9 is '<a>'",
+        ),
         ({"tokenizer_config.json": decoder(_9="<a>")}, {"added_tokens.json": {"<b>": 9}}, "token 9 is '<a>'"),
         ({"tokenizer_config.json": decoder(_9="<a>")}, {"added_tokens.json": {"<a>": 9}}, ""),
         ({"tokenizer_config.json": decoder(_9="<a>")}, {"tokenizer_config.json": {}}, ""),
@@ -89,7 +97,11 @@ def test_ids_that_a_model_shifts_are_not_compared(tmp_path: Path) -> None:
         ({}, {"tokenizer.model": "pieces"}, r"only '.*/bb' has a tokenizer \(tokenizer\.model\)"),
         ({"tokenizer.json": fast(OTHER)}, {}, r"only '.*/a' has a tokenizer \(tokenizer\.json\)"),
         ({"tekken.json": "{}"}, {"tokenizer.model": "pieces"}, r"cannot be compared \(tekken\.json is not read here\)"),
-        ({"vocab.json": OTHER}, {"vocab.json": OTHER, "added_tokens.json": {"<pad>": 3}}, "only the tokenizer of '.*/bb'"),
+        (
+            {"vocab.json": OTHER},
+            {"vocab.json": OTHER, "added_tokens.json": {"<pad>": 3}},
+            "only the tokenizer of '.*/bb'",
+        ),
         ({"chat_template.jinja": "a"}, {"chat_template.jinja": "b"}, r"chat_template\.jinja \(differ\)"),
         ({"preprocessor_config.json": {"size": 1}}, {"preprocessor_config.json": {"size": 2}}, "preprocessor_config"),
         ({"generation_config.json": {"top_k": 1}}, {}, r"generation_config\.json \(only in '.*/a'\)"),
@@ -108,7 +120,11 @@ def test_what_else_differs_is_said_in_one_line(
 
 
 def test_folders_that_say_the_same_are_mixed_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    files = {"tokenizer.model": "pieces", "generation_config.json": {"top_k": 1}, "tokenizer_config.json": decoder(_9="<a>")}
+    files = {
+        "tokenizer.model": "pieces",
+        "generation_config.json": {"top_k": 1},
+        "tokenizer_config.json": decoder(_9="<a>"),
+    }
     other = files | {"generation_config.json": {"transformers_version": "5", "top_k": 1}}
     mix_checkpoints([folder(tmp_path / "a", files), folder(tmp_path / "b", other)], [0.5, 0.5], tmp_path / "out")
     assert not caplog.messages
