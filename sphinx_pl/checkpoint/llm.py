@@ -5,7 +5,6 @@ Each is a checkpoint of a text-only model, so it can be shown, imported and name
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -56,7 +55,7 @@ class MetaCheckpoint(Checkpoint):
 
     @classmethod
     def matches(cls, path: Path) -> bool:
-        return (path / PARAMS).is_file() and any(map(_META_SHARD.fullmatch, os.listdir(path)))
+        return (path / PARAMS).is_file() and any(_META_SHARD.fullmatch(file.name) for file in path.iterdir())
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -100,6 +100,7 @@ class Stored(ABC):
 
     def check(self) -> None:
         """Raises: UserError: its tensors are no numbers that can be mixed."""
+        return None
 
     def note(self, other: Stored) -> str:
         """What `other`, which is of the same kind, has beside its weights that differs or was not compared; a phrase.

@@ -1,7 +1,7 @@
 """A SentencePiece model as the tokenizer.json that transformers reads, which gives the same ids for every text.
 
-transformers builds its own LLaMA tokenizer from a tokenizer.model. That one drops a leading space, reads `<s>` in a text
-as the start token and knows no user-defined symbols. The tokenizer.json written here states every step instead.
+transformers builds its own LLaMA tokenizer from a tokenizer.model. That one drops a leading space, reads `<s>` in a
+text as the start token and knows no user-defined symbols. The tokenizer.json written here states every step instead.
 """
 
 from __future__ import annotations

@@ -112,8 +112,8 @@ class Mixer:
         """The flattened mixture of one tensor, each stretch valid until the next is asked for.
 
         Raises:
-            UserError: a value that is no finite number (named with its file; what is infinite and equal in all inputs is
-                copied), integers that differ, or a mixture that `dtype` cannot hold.
+            UserError: a value that is no finite number (named with its file), integers that differ, or a mixture that
+                `dtype` cannot hold. Infinite values that all inputs share are copied.
         """
         info, infos = self.info(key), [model.info(key) for model in self.models]
         weights, numbers = list(self.weights[key]), info.dtype.is_floating_point

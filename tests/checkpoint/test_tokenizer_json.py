@@ -90,27 +90,24 @@ def trained(path: Path, **options: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "refused"),
     [
-        {"normalization_rule_name": "identity"},  # extra spaces are removed
-        {"normalization_rule_name": "identity", "add_dummy_prefix": False},
-        {"normalization_rule_name": "identity", "byte_fallback": False},
-        {"normalization_rule_name": "identity", "model_type": "unigram", "vocab_size": 300},
-        {"normalization_rule_name": "nmt_nfkc"},
-        {"model_type": "word"},
-        {"treat_whitespace_as_suffix": True},
+        ({"normalization_rule_name": "identity"}, False),  # extra spaces are removed
+        ({"normalization_rule_name": "identity", "add_dummy_prefix": False}, False),
+        ({"normalization_rule_name": "identity", "byte_fallback": False}, False),
+        ({"normalization_rule_name": "identity", "model_type": "unigram", "vocab_size": 300}, True),
+        ({"model_type": "word"}, True),
+        ({"treat_whitespace_as_suffix": True}, True),
     ],
     ids=str,
 )
-def test_other_rules_give_the_same_ids_or_are_refused(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_other_rules_give_the_same_ids_or_are_refused(tmp_path: Path, options: dict[str, Any], refused: bool) -> None:
     file = trained(tmp_path / "tokenizer.model", **options)
-    try:
-        own, written = load(file)
-    except UserError as error:
-        assert "cannot be" in str(error)
-        assert "\n" not in str(error)
-        assert options.get("normalization_rule_name") != "identity" or options.get("model_type")
+    if refused:
+        with pytest.raises(UserError, match="cannot be"):
+            tokenizer_json(file)
         return
+    own, written = load(file)
     rng = random.Random(0)
     for _ in range(500):
         text = "".join(rng.choices([*MARKS, "the", " ", "   ", "a", "aa", "qu", "ick", "x", "2"], k=rng.randint(0, 9)))
