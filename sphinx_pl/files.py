@@ -84,6 +84,20 @@ def check_writable(path: Path, key: str) -> None:
         raise UserError(f"{key}: '{path}' cannot be written: choose another path")
 
 
+_POINTER = b"version https://git-lfs"
+
+
+def check_pointer(path: Path) -> None:
+    """Raises: UserError: the file is a Git LFS pointer, which names a file that was not fetched."""
+    if not path.is_file() or path.stat().st_size > 1024:
+        return
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise UserError(
+                f"'{path}' is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder, or download it"
+            )
+
+
 def hash_file(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal, read in pieces."""
     with path.open("rb") as file:

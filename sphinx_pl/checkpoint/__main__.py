@@ -25,7 +25,7 @@ from sphinx_pl.checkpoint.format import (
     open_checkpoint,
     write_checkpoint,
 )
-from sphinx_pl.checkpoint.llm import write_huggingface
+from sphinx_pl.checkpoint.llm import family, write_huggingface
 from sphinx_pl.checkpoint.original import Restored, write_original
 from sphinx_pl.checkpoint.provenance import provenance
 from sphinx_pl.checkpoint.stored import HuggingFaceFolder, content_hash, open_stored, store
@@ -178,7 +178,8 @@ def _export(checkpoint: Checkpoint, options: argparse.Namespace, console: Consol
         raise UserError(f"--shards={options.shards} must be at least 1")
     if options.to == "huggingface":
         write_huggingface(checkpoint, out)
-        console.print(f"{out}: the decoder, for LlamaForCausalLM.from_pretrained", markup=False)
+        name = family(checkpoint.model_config.decoder)
+        console.print(f"{out}: the decoder, for {name}.from_pretrained", markup=False)
     else:
         kind = write_original(checkpoint, out, options.shards)
         console.print(f"{out}: {kind} in {options.shards} shards", markup=False)

@@ -19,6 +19,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import zlib
 from abc import ABC, abstractmethod
@@ -46,7 +47,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sphinx_pl.checkpoint.provenance import hash_file
+from sphinx_pl.checkpoint.unreadable import why_unreadable
 from sphinx_pl.errors import UserError
+from sphinx_pl.files import check_pointer
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.registry import Registry
 
@@ -62,6 +65,7 @@ LEFT_OUT = "left_out"
 TOWERS = "mixer.towers."
 """Of the names of the towers' tensors."""
 HUB = "hf-hub:"
+_ON_HUB = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 _DTYPES = {
     "F64": torch.float64,
@@ -169,6 +173,7 @@ class SafetensorsFile(Mapped):
             return mapped
         if not self.path.is_file():
             raise UserError(f"'{self.path}' is missing: copy the checkpoint again, whole")
+        check_pointer(self.path)
         try:
             mapped = self._mapped = safe_open(str(self.path), framework="pt")
         except (SafetensorError, OSError) as error:
@@ -423,7 +428,8 @@ def local_folder(path: str | Path) -> Path:
     """
     path = _from_hub(path) if isinstance(path, str) and path.startswith(HUB) else Path(path)
     if not path.exists():
-        raise UserError(f"checkpoint '{path}' does not exist: check the path")
+        hub = f", or write {HUB}{path} for a model of the hub" if _ON_HUB.fullmatch(str(path)) else ""
+        raise UserError(f"checkpoint '{path}' does not exist: check the path{hub}")
     return path
 
 
@@ -441,10 +447,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if reader := _reader_of(path):
         return reader(path)
     inside = [folder for folder in sorted(path.glob("*")) + sorted(path.glob("*/*")) if _reader_of(folder)]
-    raise UserError(
-        f"'{path}' is not a checkpoint of a known format ({', '.join(FORMATS)}): "
-        + (f"did you mean '{inside[-1]}' in it?" if inside else f"expected a folder with {CONFIG}")
-    )
+    why = f"did you mean '{inside[-1]}' in it?" if inside else why_unreadable(path, CONFIG)
+    raise UserError(f"'{path}' is not a checkpoint of a known format ({', '.join(FORMATS)}): {why}")
 
 
 def _reader_of(path: Path) -> type[Checkpoint] | None:
@@ -948,6 +952,7 @@ def read_provenance(folder: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    check_pointer(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -20,6 +20,7 @@ from sphinx_pl.checkpoint.format import (
     read_json,
     read_weight_map,
 )
+from sphinx_pl.checkpoint.tokenizer_json import PROBES
 from sphinx_pl.errors import UserError
 
 WEIGHTS = "model.safetensors"
@@ -116,6 +117,32 @@ def tokenizer_difference(a: Path, b: Path) -> str:
     return ""
 
 
+def other_files(a: Path, b: Path) -> str:
+    """Which files beside the weights and config.json differ, or only one folder has, in a phrase; "" if none does."""
+    x, y = (
+        {file.name: file for file in folder.iterdir() if file.is_file() and belongs(file.name)} for folder in (a, b)
+    )
+    names = [name for name in sorted({*x, *y} - {CONFIG}) if not fnmatchcase(name, "LICENSE*")]
+    differing = [name for name in names if name in x and name in y and not _alike(x[name], y[name])]
+    phrases = {
+        "differ": differing,
+        f"only in '{a}'": [name for name in names if name not in y],
+        f"only in '{b}', and left there": [name for name in names if name not in x],
+    }
+    return "; ".join(f"{', '.join(found)} ({said})" for said, found in phrases.items() if found)
+
+
+def _alike(a: Path, b: Path) -> bool:
+    """Whether two files say the same: JSON by its content, without what names a version or a place."""
+    if _same_bytes(a, b):
+        return True
+    if a.suffix != ".json":
+        return False
+    x, y = read_json(a), read_json(b)
+    keys = [key for key in {*x, *y} if not key.startswith("_") and key not in ("transformers_version", "name_or_path")]
+    return all(x.get(key) == y.get(key) for key in keys)
+
+
 def _same_bytes(a: Path, b: Path) -> bool:
     return a.read_bytes() == b.read_bytes()
 
@@ -162,16 +189,6 @@ def _pipeline(path: Path) -> Any:
 
 
 _CUTTING = ("normalizer", "pre_tokenizer", "model", "added_tokens")
-# Letters of several cases and scripts, accents in two ways, ligatures, digits, contractions, code, spaces, emoji. None
-# begins with a space, where Llama's two forms of one tokenizer differ.
-_PROBES = (
-    "The quick brown fox's 1,234.56 jumps — WE'LL see don't they'VE",
-    "ABC abc Abc aB ba AB ab  two   three    spaces\ttab\nline\n\nlines\r\n  trailing ",
-    "naïve café cafe\u0301 Å Å İstanbul ﬁne Ⅳ ½ ² ﬀ ß ẞ Ω \u00a0\u200b\u3000.",
-    "def f(x):\n    return x[0] + 12345678 # http://a.b/c?d=e_f&g=h-i <b>|</b> {'a': 1e-5}",
-    "日本語の文章、全角ＡＢＣ１２３。한국어 문장 русский Текст العربية हिन्दी ไทย 中文，测试",
-    "😀👩\u200d👩\u200d👧🇩🇪 ''\"\"``´´ ...…?!¿¡ -–—_ @user #tag $5 5€ 50% a/b\\c",
-)
 
 
 def _cut_alike(a: Path, b: Path) -> bool:
@@ -185,7 +202,7 @@ def _cut_alike(a: Path, b: Path) -> bool:
     from tokenizers import Tokenizer
 
     ordinary = [token["content"] for token in x.get("added_tokens") or () if not token.get("special")]
-    probes = [*_PROBES, *(f"a {token} b{token}c" for token in ordinary)]
+    probes = [*PROBES, *(f"a {token} b{token}c" for token in ordinary)]
     try:
         first, second = (Tokenizer.from_file(str(path)) for path in (a, b))
         return all(

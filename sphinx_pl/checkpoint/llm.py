@@ -8,11 +8,12 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sphinx_pl.checkpoint.format import (
     CONFIG,
@@ -25,6 +26,7 @@ from sphinx_pl.checkpoint.format import (
     Weights,
     read_json,
     read_provenance,
+    same_bits,
     sizes_of,
     write_json,
 )
@@ -32,11 +34,16 @@ from sphinx_pl.checkpoint.huggingface import is_huggingface, weight_files
 from sphinx_pl.checkpoint.layout import Entry, Layout, Whole, safetensors_layout, write_layout
 from sphinx_pl.checkpoint.original import decoder_config
 from sphinx_pl.checkpoint.parallel import ParallelFiles
+from sphinx_pl.checkpoint.tokenizer_json import TOKENIZER_CONFIG, TOKENIZER_JSON, tokenizer_json
+from sphinx_pl.checkpoint.unreadable import check_plain
 from sphinx_pl.errors import UserError, suggest
+from sphinx_pl.files import write_whole
 from sphinx_pl.models.config import DecoderConfig, SphinxConfig
 from sphinx_pl.models.decoder import Decoder
 
 PARAMS = "params.json"
+_META_SHARD = re.compile(r"consolidated\.\d\d\.pth")
+_META_QUERIES = "layers.0.attention.wq.weight"
 
 
 def _text_only(name: str, decoder: DecoderConfig) -> dict[str, Any]:
@@ -48,18 +55,22 @@ class MetaCheckpoint(Checkpoint):
 
     @classmethod
     def matches(cls, path: Path) -> bool:
-        return (path / PARAMS).is_file() and bool(list(path.glob("consolidated.*.pth")))
+        return (path / PARAMS).is_file() and any(_META_SHARD.fullmatch(file.name) for file in path.iterdir())
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        files = sorted(path.glob("consolidated.*.pth"))
-        expected = [f"consolidated.{rank:02d}.pth" for rank in range(len(files))]
-        if [file.name for file in files] != expected:
-            raise UserError(f"'{path}' has {', '.join(file.name for file in files)}: expected {', '.join(expected)}")
-        self._files = ParallelFiles(files, lambda content: content)
+        files = {file.name: file for file in sorted(path.iterdir()) if _META_SHARD.fullmatch(file.name)}
+        self._files = ParallelFiles(list(files.values()), lambda content: content)
+        sizes = read_json(path / PARAMS)
+        with sizes_of(path / PARAMS):
+            # Each file has equally many rows of a query matrix.
+            rows = self._files.stored_info(_META_QUERIES).shape[0] if _META_QUERIES in self._files else sizes["dim"]
+            total = max(sizes["dim"] // rows, *(int(name.split(".")[1]) + 1 for name in files))
+            names = (f"consolidated.{rank:02d}.pth" for rank in range(total))
+        if missing := next((name for name in names if name not in files), None):
+            raise UserError(f"'{path / missing}' is missing: copy all {total} shards of this model")
         # Precomputed angles, which every implementation computes itself.
         self._theirs = {f"decoder.{name}": name for name in self._files if name != "rope.freqs"}
-        sizes = read_json(path / PARAMS)
         vocab = self._files.shape("tok_embeddings.weight")[0]
         with sizes_of(path / PARAMS):
             self.config = _text_only(path.name, decoder_config(sizes, vocab))
@@ -111,6 +122,8 @@ _LLAMA_TOP = {
     "output.weight": "lm_head.weight",
 }
 _LLAMA_LAYER = {
+    "attention.q_norm.weight": "self_attn.q_norm.weight",
+    "attention.k_norm.weight": "self_attn.k_norm.weight",
     "attention.wq.weight": "self_attn.q_proj.weight",
     "attention.wk.weight": "self_attn.k_proj.weight",
     "attention.wv.weight": "self_attn.v_proj.weight",
@@ -123,15 +136,23 @@ _LLAMA_LAYER = {
 }
 
 
+def _rotary_heads(part: str, config: DecoderConfig) -> int:
+    """Heads in the first dimension of a layer's tensor if that has rotary channels; 0 if it has none.
+
+    A norm of queries or keys has the channels of one head.
+    """
+    kind = part.removeprefix("attention.").removesuffix(".weight")
+    return {"wq": config.heads, "wk": config.kv_heads, "q_norm": 1, "k_norm": 1}.get(kind, 0)
+
+
 def llama_source(name: str, config: DecoderConfig) -> Source:
-    """`LlamaForCausalLM`, and `MixtralForCausalLM` with its experts."""
+    """`LlamaForCausalLM`, `Qwen3ForCausalLM` with its query and key norms, `MixtralForCausalLM` with its experts."""
     if name in _LLAMA_TOP:
         return Source((_LLAMA_TOP[name],))
     match = _LAYER.fullmatch(name)
     assert match is not None, name
     prefix, part = f"model.layers.{match[1]}", match[2]
-    if part.startswith("attention.w") and part[11] in "qk":
-        heads = config.heads if part[11] == "q" else config.kv_heads
+    if heads := _rotary_heads(part, config):
         return Source((f"{prefix}.{_LLAMA_LAYER[part]}",), lambda weight: interleave(weight, heads))
     if part in _LLAMA_LAYER:
         return Source((f"{prefix}.{_LLAMA_LAYER[part]}",))
@@ -178,6 +199,7 @@ def our_llama_name(theirs: str) -> str:
 
 _FAMILIES: dict[str, Callable[[str, DecoderConfig], Source]] = {
     "llama": llama_source,
+    "qwen3": llama_source,
     "mixtral": llama_source,
     "internlm2": internlm2_source,
 }
@@ -198,7 +220,7 @@ def _from_huggingface(values: dict[str, Any], file: Path) -> DecoderConfig:
         "rope_scaling": kind not in ("default", "dynamic"),  # dynamic: only beyond the trained length
         "head_dim": (values.get("head_dim") or values["hidden_size"] // heads) * heads != values["hidden_size"],
         "hidden_act": values.get("hidden_act", "silu") != "silu",
-        "sliding_window": values.get("sliding_window") is not None,
+        "sliding_window": values.get("use_sliding_window", True) and values.get("sliding_window") is not None,
     }
     if asked := [key for key, differs in unlike.items() if differs]:
         raise UserError(f"'{file}': {asked[0]}={values.get(asked[0])!r} is not what the decoder here computes")
@@ -212,6 +234,7 @@ def _from_huggingface(values: dict[str, Any], file: Path) -> DecoderConfig:
         norm_eps=values["rms_norm_eps"],
         rope_theta=float(values.get("rope_theta") or rope.get("rope_theta") or 10000.0),
         max_positions=values.get("max_position_embeddings", 4096),
+        qk_norm=values["model_type"] == "qwen3",
         tie_embeddings=bool(values.get("tie_word_embeddings", False)),
         experts=values.get("num_local_experts", 0),
         experts_per_token=values.get("num_experts_per_tok", 2),
@@ -237,28 +260,54 @@ class HuggingFaceCheckpoint(Checkpoint):
         self.config = _text_only(path.name, decoder)
         self.provenance = {"original": kind} | read_provenance(path)
         self._shards = [SafetensorsFile(path / name) for name in weight_files(path)]
-        self._shard_of = {name: shard for shard in self._shards for name in shard.keys}
+        stored = {name: shard for shard in self._shards for name in shard.keys}
+        check_plain(path, values, stored, "read")
         with torch.device("meta"):
             wanted = list(Decoder(decoder).state_dict())
-        self._sources = {name: _FAMILIES[kind](name, decoder) for name in wanted}
-        used = {theirs for source in self._sources.values() for theirs in source.names}
-        self._extra = [name for name in self._shard_of if name not in used and not name.endswith("rotary_emb.inv_freq")]
+        sources = {name: _FAMILIES[kind](name, decoder) for name in wanted}
+        used = {theirs for source in sources.values() for theirs in source.names}
+        # Saved from the class without an output head (LlamaModel), names lack their beginning.
+        bare = not used & stored.keys() and any(f"model.{name}" in used for name in stored)
+        self._prefix = "model." if bare else ""
+        self._shard_of = {f"{self._prefix}{name}": shard for name, shard in stored.items()}
+        self._sources = {f"decoder.{name}": source for name, source in sources.items()}
+        self._extra = [name for name in self._shard_of if name not in used and not self._is_repeated(name)]
+
+    def _is_repeated(self, theirs: str) -> bool:
+        """Whether a tensor says nothing new: angles that are computed, or an output head that is the embedding."""
+        if theirs.endswith("rotary_emb.inv_freq"):
+            return True
+        if theirs != _LLAMA_TOP["output.weight"] or not self.model_config.decoder.tie_embeddings:
+            return False
+        embedding = _LLAMA_TOP["tok_embeddings.weight"]
+        return embedding in self._shard_of and same_bits(self._stored(theirs), self._stored(embedding))
+
+    def _stored(self, theirs: str) -> Tensor:
+        return self._shard_of[theirs].tensor(theirs.removeprefix(self._prefix))
+
+    def check(self, module: nn.Module, part: str = "") -> None:
+        if self._prefix and "decoder.output.weight" in self._sources:
+            raise UserError(
+                f"'{self.path}' has no output head (lm_head.weight): it was saved from LlamaModel or its like, save it "
+                "from LlamaForCausalLM"
+            )
+        super().check(module, part)
 
     def keys(self) -> Sequence[str]:
         found = [name for name, source in self._sources.items() if self._shard_of.keys() >= set(source.names)]
-        return [*(f"decoder.{name}" for name in found), *self._extra]
+        return [*found, *self._extra]
 
     def info(self, name: str) -> TensorInfo:
         source = self._source(name)
-        infos = [self._shard_of[theirs].info(theirs) for theirs in source.names]
+        infos = [self._shard_of[theirs].info(theirs.removeprefix(self._prefix)) for theirs in source.names]
         return TensorInfo(source.shape([info.shape for info in infos]), infos[0].dtype)
 
     def tensor(self, name: str) -> Tensor:
         source = self._source(name)
-        return source.make(*(self._shard_of[theirs].tensor(theirs) for theirs in source.names))
+        return source.make(*(self._stored(theirs) for theirs in source.names))
 
     def _source(self, name: str) -> Source:
-        return self._sources.get(name.removeprefix("decoder."), Source((name,)))
+        return self._sources.get(name, Source((name,)))
 
     def files(self) -> Sequence[Path]:
         return [self.path / CONFIG, *(shard.path for shard in self._shards)]
@@ -272,37 +321,74 @@ FORMATS.register("huggingface", HuggingFaceCheckpoint)
 
 
 class LlamaWeights:
-    """The decoder of `weights` under the names of `LlamaForCausalLM` and with its order of rotary channels."""
+    """The decoder of `weights` under the names of `family(config)` and with its order of rotary channels."""
 
     def __init__(self, weights: Weights, config: DecoderConfig) -> None:
         self._weights = weights
-        self._config = config
-        decoder = [name for name in weights if name.startswith("decoder.")]
-        self._ours = {llama_source(name.removeprefix("decoder."), config).names[0]: name for name in decoder}
+        self._entries = dict(_entries(weights, config))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._ours)
+        return iter(self._entries)
 
     def info(self, name: str) -> TensorInfo:
-        return self._weights.info(self._ours[name])
+        return self._entries[name].info
 
     def tensor(self, name: str) -> Tensor:
-        tensor, rotate = self._weights.tensor(self._ours[name]), _rotated(name, self._config)
-        return tensor if rotate is None else rotate(tensor)
+        entry = self._entries[name]
+        assert entry.key is not None
+        tensor = self._weights.tensor(entry.key)
+        return tensor if entry.make is None else entry.make(tensor)
 
 
-def _rotated(name: str, config: DecoderConfig) -> Callable[[Tensor], Tensor] | None:
-    """How the tensor of that name is made of ours, if it is another."""
-    if name.endswith("q_proj.weight"):
-        return lambda tensor: half_split(tensor, config.heads)
-    return (lambda tensor: half_split(tensor, config.kv_heads)) if name.endswith("k_proj.weight") else None
+def _entries(weights: Weights, config: DecoderConfig, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Entry]]:
+    """Their names of the decoder's tensors, and how each is made of ours."""
+    for name in weights:
+        if not name.startswith("decoder."):
+            continue
+        info = weights.info(name)
+        source = llama_source(name.removeprefix("decoder."), config)
+        part = name.partition(".layers.")[2].partition(".")[2]
+        if len(source.names) == 1:
+            heads = _rotary_heads(part, config)
+            make = partial(half_split, heads=heads) if heads else None
+            yield source.names[0], Entry(TensorInfo(info.shape, dtype or info.dtype), name, make, info.shape)
+            continue
+        rows, width = info.shape[0] // config.experts, info.shape[1]
+        turned = part.endswith("w2")
+        here = TensorInfo((width, rows) if turned else (rows, width), dtype or info.dtype)
+        for expert, theirs in enumerate(source.names):
+            yield theirs, Entry(here, name, partial(_expert, place=expert, rows=rows, turned=turned), info.shape)
+
+
+def _expert(matrix: Tensor, place: int, rows: int, turned: bool) -> Tensor:
+    """One expert's [rows, D] of the matrix [experts * rows, D] of all; `turned`: [D, rows]."""
+    own = matrix[place * rows : (place + 1) * rows]
+    return own.T.contiguous() if turned else own
+
+
+def family(config: DecoderConfig) -> str:
+    """The class of transformers that computes what this decoder does.
+
+    Raises:
+        ValueError: there is none that this project writes.
+    """
+    if config.qk_norm and config.experts:
+        raise ValueError("qk_norm and experts together")
+    return "Qwen3ForCausalLM" if config.qk_norm else "MixtralForCausalLM" if config.experts else "LlamaForCausalLM"
 
 
 def huggingface_config(config: DecoderConfig, dtype: str) -> dict[str, Any]:
-    """The config.json of `LlamaForCausalLM`."""
+    """The config.json of `family(config)`."""
+    name = family(config)
+    more: dict[str, Any] = {}
+    if config.qk_norm:
+        more = {"head_dim": config.head_dim, "attention_bias": False, "use_sliding_window": False}
+    elif config.experts:
+        more = {"num_local_experts": config.experts, "num_experts_per_tok": config.experts_per_token}
+        more |= {"router_aux_loss_coef": config.balance_weight, "sliding_window": None}
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [name],
+        "model_type": name.removesuffix("ForCausalLM").lower(),
         "hidden_act": "silu",
         "vocab_size": config.vocab_size,
         "hidden_size": config.width,
@@ -317,37 +403,33 @@ def huggingface_config(config: DecoderConfig, dtype: str) -> dict[str, Any]:
         "bos_token_id": 1,
         "eos_token_id": 2,
         "torch_dtype": dtype,
-    }
+    } | more
 
 
 def huggingface_layout(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Layout:
-    """A folder that `LlamaForCausalLM.from_pretrained` loads: the decoder, made of tensors that go by our names.
+    """A folder that `family(config).from_pretrained` loads: the decoder, made of tensors that go by our names.
 
     Args:
         dtype: of all tensors; None: each one's own.
 
     Raises:
-        UserError: the decoder is no LLaMA, or there is no tokenizer.
+        UserError: no class of transformers computes the decoder, or there is no tokenizer, or none that it cuts alike.
     """
     config = checkpoint.model_config.decoder
-    if config.qk_norm or config.experts:
-        unlike = "qk_norm" if config.qk_norm else "experts"
-        raise UserError(
-            f"'{checkpoint.path}': LlamaForCausalLM has no {unlike}: this decoder cannot be exported as one"
-        )
-    entries = {}
-    for name in checkpoint:
-        if name.startswith("decoder."):
-            theirs, info = llama_source(name.removeprefix("decoder."), config).names[0], checkpoint.info(name)
-            here = TensorInfo(info.shape, dtype or info.dtype)
-            entries[theirs] = Entry(here, name, _rotated(theirs, config), info.shape)
+    try:
+        family(config)
+    except ValueError as error:
+        raise UserError(f"'{checkpoint.path}' has {error}, which is not exported to Hugging Face's layout") from None
+    entries = dict(_entries(checkpoint, config, dtype))
     tokenizer = checkpoint.tokenizer()
+    text, settings = tokenizer_json(tokenizer)
     said = str(dtype or checkpoint.info("decoder.norm.weight").dtype).removeprefix("torch.")
 
     def finish(folder: Path) -> None:
         write_json(folder / CONFIG, huggingface_config(config, said))
         shutil.copyfile(tokenizer, folder / TOKENIZER)
-        write_json(folder / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True})
+        write_whole(folder / TOKENIZER_JSON, text)
+        write_json(folder / TOKENIZER_CONFIG, settings)
 
     return safetensors_layout(entries, finish)
 
@@ -358,4 +440,5 @@ def write_huggingface(checkpoint: Checkpoint, out: Path) -> None:
     Raises:
         UserError: `out` exists, or see `huggingface_layout`.
     """
-    write_layout(out, huggingface_layout(checkpoint), Whole(checkpoint.tensor), progress="Exporting")
+    read = lru_cache(1)(checkpoint.tensor)  # the experts of one matrix come one after the other
+    write_layout(out, huggingface_layout(checkpoint), Whole(read), progress="Exporting")

@@ -203,7 +203,10 @@ class OriginalCheckpoint(Checkpoint):
         # What the original's own inference computes with these weights; see docs/original.md.
         if model["vision"]["clip"]:
             model["vision"]["clip"]["quick_gelu"] = False
-        self.config = {"model": SphinxConfig.from_dict(model).to_dict(), "processor": asdict(ProcessorConfig())}
+        config = SphinxConfig.from_dict(model)
+        # The usual length of a text behind one image, as far as the decoder's positions reach.
+        length = min(decoder.max_positions, config.tokens_per_image + ProcessorConfig.max_length)
+        self.config = {"model": config.to_dict(), "processor": asdict(ProcessorConfig(max_length=length))}
         self.provenance = {"original": kind} | read_provenance(path)
         if model["vision"]["clip"]:
             self.provenance["note"] = (

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sphinx_pl.checkpoint.format import Mapped, TensorInfo
 from sphinx_pl.errors import UserError
+from sphinx_pl.files import check_pointer
 
 log = logging.getLogger(__name__)
 
@@ -159,6 +160,7 @@ def open_tensors(file: Path, unwrap: Callable[[Any], Any]) -> Mapping[str, Tenso
     Raises:
         UserError: the file is damaged, of a kind that cannot be mapped, or holds something else than tensors.
     """
+    check_pointer(file)
     if _starts_with(file, _LEGACY):
         raise UserError(
             f"'{file}' is in the format of PyTorch before 1.6, which cannot be mapped: write it anew with "

@@ -44,6 +44,7 @@ from sphinx_pl.checkpoint.huggingface import (
     belongs,
     config_difference,
     is_huggingface,
+    other_files,
     tokenizer_difference,
     weight_files,
 )
@@ -60,6 +61,8 @@ from sphinx_pl.checkpoint.llm import PARAMS, MetaCheckpoint, our_llama_name
 from sphinx_pl.checkpoint.original import META, OriginalCheckpoint, our_name
 from sphinx_pl.checkpoint.parallel import ParallelFiles, is_split
 from sphinx_pl.checkpoint.training import TrainingCheckpoint
+from sphinx_pl.checkpoint.unreadable import check_plain
+from sphinx_pl.checkpoint.vocabulary import uncompared, vocabulary_difference
 from sphinx_pl.errors import UserError
 from sphinx_pl.files import hash_file
 
@@ -94,6 +97,17 @@ class Stored(ABC):
     @abstractmethod
     def compare(self, other: Stored) -> str:
         """In which respect `other`, which is of the same kind, is another model; "" in none. Tensors aside."""
+
+    def check(self) -> None:
+        """Raises: UserError: its tensors are no numbers that can be mixed."""
+        return None
+
+    def note(self, other: Stored) -> str:
+        """What `other`, which is of the same kind, has beside its weights that differs or was not compared; a phrase.
+
+        A copy has what `self` has.
+        """
+        return ""
 
     def ours(self, key: str) -> str:
         """What the tensor is called here, as far as that can be told: parts and patterns of names go by it."""
@@ -163,7 +177,15 @@ class HuggingFaceFolder(_SafetensorsFolder):
         file, problem = CONFIG, config_difference(self.config, other.config)
         if not problem and (file := tokenizer_difference(self.path, other.path)):
             problem = f"their tokenizers differ in {file}"
+        if not problem and (tokens := vocabulary_difference(self.path, other.path)):
+            file, problem = "tokenizer", f"their tokenizers differ: {tokens}"
         return f"{problem} (if that changes nothing, have one {file} in both)" if problem else ""
+
+    def check(self) -> None:
+        check_plain(self.path, self.config, list(self), "mix")
+
+    def note(self, other: Stored) -> str:
+        return "; ".join(filter(None, (uncompared(self.path, other.path), other_files(self.path, other.path))))
 
     def layout(self, infos: dict[str, TensorInfo]) -> Layout:
         files = self._out_files(infos)
@@ -264,6 +286,10 @@ class ParallelFolder(Stored):
             return "one holds whole weights, the other differences to a base model"
         return _compare(self.checkpoint, other.checkpoint)
 
+    def note(self, other: Stored) -> str:
+        assert isinstance(other, ParallelFolder)
+        return _tokenizers_note(self.checkpoint, other.checkpoint)
+
     def layout(self, infos: dict[str, TensorInfo]) -> Layout:
         files: list[OutFile] = [
             TorchOut(
@@ -327,6 +353,10 @@ class OurNames(Stored):
         assert isinstance(other, OurNames)
         return _compare(self.checkpoint, other.checkpoint)
 
+    def note(self, other: Stored) -> str:
+        assert isinstance(other, OurNames)
+        return _tokenizers_note(self.checkpoint, other.checkpoint)
+
     def layout(self, infos: dict[str, TensorInfo]) -> Layout:
         checkpoint, tokenizer = self.checkpoint, self.checkpoint.tokenizer()
 
@@ -355,7 +385,12 @@ def _compare(a: Checkpoint, b: Checkpoint) -> str:
         and hash_file(a.tokenizer_file) != hash_file(b.tokenizer_file)
     ):
         return "their tokenizers differ"
-    return ""
+    tokens = vocabulary_difference(a.tokenizer_file.parent, b.tokenizer_file.parent)
+    return f"their tokenizers differ: {tokens}" if tokens else ""
+
+
+def _tokenizers_note(a: Checkpoint, b: Checkpoint) -> str:
+    return uncompared(a.tokenizer_file.parent, b.tokenizer_file.parent)
 
 
 def store(checkpoints: Sequence[Checkpoint | HuggingFaceFolder], own: bool = True) -> list[Stored]:

@@ -8,6 +8,7 @@ from typing import Any
 import sentencepiece as spm
 
 from sphinx_pl.errors import UserError
+from sphinx_pl.files import check_pointer
 
 
 class Tokenizer:
@@ -24,6 +25,7 @@ class Tokenizer:
                 f"tokenizer: no file at {self.path}; give a sentencepiece tokenizer.model "
                 "(for the sample data run `python -m sphinx_pl.data.sample`)"
             )
+        check_pointer(self.path)
         self._model = spm.SentencePieceProcessor()
         try:
             self._model.Load(str(self.path))

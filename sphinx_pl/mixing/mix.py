@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import shutil
@@ -44,7 +45,9 @@ from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.files import check_folder, finite
 from sphinx_pl.mixing.methods import METHODS, resolve_options
 from sphinx_pl.mixing.mixer import Facts, Mixer
-from sphinx_pl.mixing.rules import Row, part_of, resolve, rules_table
+from sphinx_pl.mixing.rules import OTHER, Row, part_of, resolve, rules_table
+
+log = logging.getLogger(__name__)
 
 LAYOUTS = ("sphinx_pl", "original", "huggingface")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -159,6 +162,16 @@ class Plan:
             watch,
         )
 
+    def notes(self) -> list[str]:
+        """What differs beside the weights or was not compared, and what no part of a rule fits: a line each."""
+        first, *others = self.inputs
+        notes = [f"'{other.path}' beside '{first.path}': {note}" for other in others if (note := first.note(other))]
+        by_parts = any(row.parts for row in self.rows)
+        if unknown := [key for key in self.weights if by_parts and part_of(first.ours(key)) == OTHER]:
+            names = ", ".join(f"'{key}'" for key in unknown[:3])
+            notes.append(f"{len(unknown)} tensors belong to no part of a model that is known here, such as {names}")
+        return notes
+
     def table(self) -> Group:
         """The checkpoints by their numbers, and the rules as they were understood, for the terminal."""
         paths = [Text(f"{place}  {model.path}", overflow="fold") for place, model in enumerate(self.models)]
@@ -215,9 +228,14 @@ def check_compatible(models: Sequence[Stored], cast: bool = False) -> None:
     """
     first = models[0]
     for model in models:
+        model.check()
         for key in model:
-            if (dtype := model.info(key).dtype).itemsize == 1 and dtype.is_floating_point:
-                raise UserError(f"'{key}' in '{model.path}' is {dtype}, a quantized model's: mix what it was made from")
+            dtype = model.info(key).dtype
+            # Masks and counters may have 8 bits, matrices that are multiplied have not.
+            if dtype.itemsize == 1 and (dtype.is_floating_point or key.endswith("weight")):
+                raise UserError(
+                    f"'{key}' in '{model.path}' is {dtype}, a quantized model's: mix what it was quantized from"
+                )
     shapes = {key: first.info(key).shape for key in first}
     for other in models[1:]:
         names = f"'{first.path}' and '{other.path}'"
@@ -323,6 +341,8 @@ def mix(
     """
     out = Path(out)
     check_out(out, overwrite, [model.path for model in plan.inputs])
+    for note in plan.notes():
+        log.warning(note)
     files = layout_of(plan, layout, shards, dtype)
     mixer = plan.mixer()
     said: dict[str, Any] = {}

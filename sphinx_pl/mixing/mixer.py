@@ -113,7 +113,7 @@ class Mixer:
 
         Raises:
             UserError: a value that is no finite number (named with its file), integers that differ, or a mixture that
-                `dtype` cannot hold.
+                `dtype` cannot hold. Infinite values that all inputs share are copied.
         """
         info, infos = self.info(key), [model.info(key) for model in self.models]
         weights, numbers = list(self.weights[key]), info.dtype.is_floating_point
@@ -155,7 +155,7 @@ class Mixer:
                     result.copy_(raw[0] if same else raw[weights.index(1)])
                     yield result
                     continue
-                lengths, apart = np.zeros(len(self.models)), np.zeros(len(self._pairs))
+                lengths, apart, masked = np.zeros(len(self.models)), np.zeros(len(self._pairs)), False
                 if fused and coefficients is not None and isinstance(raw, Tensor):
                     mix_stretch(raw, copying if same and alike else coefficients, self._pairs, result, lengths, apart)
                 else:
@@ -168,11 +168,15 @@ class Mixer:
                         stretch = Stretch(work[:count], work[count] if self.base is not None else None, name, start)
                         round_once(self.method.mixed(stretch, weights, self.options, measured), result)
                 if not (np.isfinite(lengths).all() and np.isfinite(apart).all()):
-                    self._check_finite(key, raw)
+                    if masked := same and bool(raw[0].isinf().any() and not raw[0].isnan().any()):
+                        result.copy_(raw[0])  # such as a causal mask: no training made these values
+                    else:
+                        self._check_finite(key, raw)
                     lengths, apart = np.zeros(len(self.models)), np.zeros(len(self._pairs))
-                    self._compare([piece.double() for piece in raw], lengths, apart)  # they are huge
+                    values = [piece.double() for piece in raw]  # huge, or without what is infinite in all
+                    self._compare([v.nan_to_num_(posinf=0, neginf=0) for v in values], lengths, apart)
                 squares, distances = squares + lengths, distances + apart
-                if not convex and not bool(result.isfinite().all()):
+                if not convex and not masked and not bool(result.isfinite().all()):
                     wider = ", or dtype=fp32" if dtype.itemsize < 4 else ""
                     raise UserError(f"the mixture of '{key}' overflows {dtype}: use smaller weights{wider}")
                 yield result

@@ -17,28 +17,73 @@ from sphinx_pl.checkpoint.format import tower_of
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.typed import build
 
-# Ours and those of Llama's relatives, GPT-2 and BLOOM (h), GPT-NeoX (layers), MPT (blocks).
-_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
-_DECODER = ("decoder.", "model.", "language_model.", "transformer.", "gpt_neox.", "h.")
+# Ours and those of Llama's relatives, GPT-2 and BLOOM (h), GPT-NeoX (layers), MPT (blocks), T5 (block).
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks?)\.(\d+)\.")
 _NORM = re.compile(r"_proj\.1\.|(^|[._])(norm|layernorm|rmsnorm|ln)([._\d]|$)|layernorm|_norm\.", re.IGNORECASE)
+# What a tensor belongs to is what one of its parents is, wherever that lies in the model. Words of one path element:
+_TOWER = re.compile(
+    r"(vision|visual|image|img|audio|speech|sound|video|acoustic)"
+    r"(_?(tower|model|backbone|encoder|transformer|processor|embed_tokens|vit|net|branch|trunk))?(_\d|_aux)?"
+    r"|vit|vpm|apm|sam(_model|_vision)?|siglip\w*|clip\w*|dino\w*|eva\w*|whisper\w*|vq_?model|vqvae|gen_vision\w*"
+    r"|q_?former|query_tokens|conformer|high_res\w*|low_res\w*|(vision|image|img|high|low)_\w*encoder\w*"
+)
+_PROJECTION = re.compile(
+    r"(multi_?modal|mm|modality|modalities|vision|visual|image|img|audio|speech|video|language|qformer|vl|v2t)_"
+    r"(mm_)?(proj(ect(or|ion)s?)?|connector|adapt[eo]r|aligner|mlp|resampler|merger|abstractor|language_adapter|bridge)\w*"
+    r"|(mm_|img_|image_|vision_)?projector\w*|linear_proj|connector|(gen_)?aligner|(perceiver_)?resampler"
+    r"|perceiver\w*|abstractor|merger|(deepstack_)?merger_list|patch_merger|mlp1|embed_(vision|audio|image)"
+    r"|(image_|view_|sub_|glb_|video_)?(newline|seperator|separator|gn)|modality_projection|mlp_?AR"
+    r"|image_(pooling_2d|projection|to_text_projection)|vit_(large_)?proj\w*|resampler_model",
+    re.IGNORECASE,
+)
+_EMBEDDING = r"tok_embeddings|embed_tokens|wte|wpe|word_embeddings|embed_in|embed_out|lm_head"
 _EMBEDDINGS = re.compile(
-    r"(^|\.)(tok_embeddings|embed_tokens|wte|wpe|word_embeddings|embed_in|embed_out|lm_head)\."
-    r"|^((decoder|language_model)\.)?output\."
+    rf"(^|\.)({_EMBEDDING})\.|^((decoder|language_model|llm)\.)?output\.|^transformer\.output_layer\."
 )
-_PROJECTIONS = re.compile(
-    r"^mixer\.(?!towers\.)|multi_modal_projector|mm_projector|modality_projection|visual_proj|(^|\.)connector\."
+# Parents of a decoder's layers, from the model's root on, and what may lie beside these layers.
+_ROOT = (
+    r"(?:(?:base_model|module|model|language_model|language|text_model|text_decoder|decoder|transformer|gpt_neox"
+    r"|llm|lm|thinker|backbone|rwkv|mpt)\.)+"
 )
-_TOWERS = re.compile(r"(vision|audio)_(tower|model|backbone|encoder)|visual\.|image_encoder")
-_ENCODER = re.compile(r"(^|\.)encoder\.")
+_BESIDE = (
+    rf"{_EMBEDDING}|embedding|embeddings|embed_positions|position_embeddings|tokens_embed|shared|output|output_layer|head"
+    r"|(final_?)?(layer_?norm|norm|ln|rms_?norm)(_f|_out|_embeddings?)?|ln_\w+|norm_f|emb_ln|rope|rotary\w*"
+    r"|word_embeddings_layernorm|embedding_norm|embed_tokens_per_layer|project_(in|out)|per_layer_\w+"
+)
+_LAYERS = r"(?:(?:\w+_)?layers|h|blocks?|layer)\.\d+\."
+_DECODER = re.compile(
+    # ChatGLM calls its decoder an encoder.
+    rf"{_ROOT}({_LAYERS}|({_BESIDE})(\.|$))|(h|layers)\.\d+\.|transformer\.encoder\.({_LAYERS}|final_layernorm\.)"
+    r"|decoder\.",
+    re.IGNORECASE,
+)
 
-# A tensor is in at most one of the first four; the others cut across them.
+
+def _is_projection(name: str) -> bool:
+    if name.startswith("mixer."):
+        return not tower_of(name)
+    return any(_PROJECTION.fullmatch(word) for word in name.split("."))
+
+
+def _is_tower(name: str) -> bool:
+    return bool(tower_of(name)) or (
+        not name.startswith("mixer.")
+        and not _is_projection(name)
+        and any(_TOWER.fullmatch(word) for word in name.split("."))
+    )
+
+
+def _is_decoder(name: str) -> bool:
+    return bool(_DECODER.match(name)) and not _is_tower(name) and not _is_projection(name)
+
+
+OTHER = "other"
+# A tensor is in at most one of towers, projections and decoder; the others cut across them.
 PARTS: dict[str, Callable[[str], bool]] = {
-    "towers": lambda name: bool(tower_of(name) or _TOWERS.search(name)) and not _PROJECTIONS.search(name),
-    "projections": lambda name: bool(_PROJECTIONS.search(name)),
-    "embeddings": lambda name: bool(_EMBEDDINGS.search(name)) and not tower_of(name),
-    "decoder": lambda name: (
-        name.startswith(_DECODER) and not any(of.search(name) for of in (_TOWERS, _PROJECTIONS, _ENCODER))
-    ),
+    "towers": _is_tower,
+    "projections": _is_projection,
+    "embeddings": lambda name: bool(_EMBEDDINGS.search(name)) and not _is_tower(name) and not _is_projection(name),
+    "decoder": _is_decoder,
     "norms": lambda name: bool(_NORM.search(name)),
     "attention": lambda name: bool(re.search(r"attention\.|\.(self_)?attn\.", name)),
     "feed_forward": lambda name: any(
@@ -52,7 +97,7 @@ def part_of(name: str) -> str:
     """The part that a tensor is accounted under: a tower by its own name, projections, embeddings, decoder or other."""
     if tower := tower_of(name):
         return tower
-    return next((part for part in ("towers", "projections", "embeddings", "decoder") if PARTS[part](name)), "other")
+    return next((part for part in ("towers", "projections", "embeddings", "decoder") if PARTS[part](name)), OTHER)
 
 
 def layer_of(name: str) -> int | None:
@@ -131,9 +176,13 @@ def _layers(said: str | None, where: str) -> Callable[[int | None], bool]:
     return lambda layer: layer is not None and any(low <= layer <= high for low, high in ranges)
 
 
+def _listed(match: Any) -> list[Any]:
+    return match if isinstance(match, list) else [match]
+
+
 def _matcher(match: Any, where: str) -> Callable[[str, str], bool]:
     """(our name, the file's name) -> whether it fits."""
-    wanted = match if isinstance(match, list) else [match]
+    wanted = _listed(match)
     for item in wanted:
         if not isinstance(item, str):
             raise UserError(f"{where}.match={match} must be a part, a pattern of names, or a list of them")
@@ -151,6 +200,7 @@ class Row:
     said: str
     weights: tuple[list[float], ...]  # of a gradient those of the first and the last layer
     keys: tuple[str, ...]
+    parts: bool = False  # whether it goes by parts of a model
 
 
 def resolve(
@@ -193,9 +243,10 @@ def resolve(
         depths = [layer for key in matched if (layer := layer_of(names[key])) is not None]
         for key in found:
             chosen[key] = _between(anchors, layer_of(names[key]), depths) if gradient else anchors[0]
-        match = ", ".join(rule.match) if isinstance(rule.match, list) else str(rule.match)
+        match = ", ".join(map(str, _listed(rule.match)))
         said = match if rule.layers is None else f"{match}, layers {rule.layers}"
-        rows.append(Row(said, tuple(anchors if gradient else anchors[:1]), tuple(found)))
+        by_parts = rule.layers is not None or bool({*_listed(rule.match)} & (PARTS.keys() - {"all"}))
+        rows.append(Row(said, tuple(anchors if gradient else anchors[:1]), tuple(found), by_parts))
     rest = [key for key in names if key not in chosen]
     if rest and otherwise is None:
         raise UserError(f"no rule fits '{rest[0]}' and {len(rest) - 1} more tensors: give weights or beta for the rest")

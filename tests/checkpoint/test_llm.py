@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sphinx_pl.checkpoint.__main__ import main
 from sphinx_pl.checkpoint.format import Checkpoint, open_checkpoint, write_checkpoint
-from sphinx_pl.checkpoint.llm import half_split, interleave, write_huggingface
+from sphinx_pl.checkpoint.llm import family, half_split, interleave, write_huggingface
 from sphinx_pl.checkpoint.parallel import open_tensors, split
 from sphinx_pl.errors import UserError
 from sphinx_pl.models.config import DecoderConfig, SphinxConfig
@@ -72,17 +73,37 @@ def test_transformers_own_folder_gives_its_logits(tmp_path: Path, experts: int) 
     torch.testing.assert_close(logits(loaded(checkpoint)), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_transformers_reads_what_is_exported(tmp_path: Path, tied: bool) -> None:
-    from transformers import LlamaForCausalLM
+EXPORTED: list[tuple[str, dict[str, Any]]] = [
+    ("LlamaForCausalLM", {}),
+    ("LlamaForCausalLM", {"tie_embeddings": True}),
+    ("Qwen3ForCausalLM", {"qk_norm": True}),
+    ("Qwen3ForCausalLM", {"qk_norm": True, "tie_embeddings": True, "kv_heads": 3}),
+    ("MixtralForCausalLM", {"experts": 4}),
+    ("MixtralForCausalLM", {"experts": 3, "experts_per_token": 1, "tie_embeddings": True}),
+]
 
-    model = text_only(rope_theta=500.0, tie_embeddings=tied)
+
+@pytest.mark.parametrize(("kind", "changes"), EXPORTED, ids=str)
+def test_transformers_reads_what_is_exported(tmp_path: Path, kind: str, changes: dict[str, Any]) -> None:
+    import transformers
+
+    model = text_only(rope_theta=500.0, norm_eps=1e-3, **changes)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():  # new norms are ones, which hide their order
+            if "norm" in name:
+                parameter.copy_(1 + 0.5 * torch.randn_like(parameter))
     write_huggingface(ours(model, tmp_path / "ours"), tmp_path / "hf")
-    reference, report = LlamaForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert family(model.config.decoder) == kind
+    reference, report = getattr(transformers, kind).from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
-    torch.testing.assert_close(reference(torch.arange(20)[None] % 61).logits, logits(model), atol=1e-5, rtol=1e-5)
-    assert torch.equal(logits(loaded(open_checkpoint(tmp_path / "hf"))), logits(model))
+    assert not report["mismatched_keys"]
+    torch.testing.assert_close(reference(torch.arange(20)[None] % 61).logits, logits(model), atol=1e-5, rtol=0)
+    again = open_checkpoint(tmp_path / "hf")
+    sizes = vars(model.config.decoder) | {"balance_weight": again.model_config.decoder.balance_weight}
+    assert vars(again.model_config.decoder) == sizes
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.tensor(name), tensor), name
 
 
 def test_internlm2s_fused_attention(tmp_path: Path) -> None:
@@ -228,9 +249,57 @@ def test_what_holds_no_plain_tensors_is_named(tmp_path: Path, content: Any, mess
         open_tensors(tmp_path / "x.pth", lambda content: content["model"])
 
 
-@pytest.mark.parametrize("changes", [{"qk_norm": True}, {"experts": 4}], ids=str)
-def test_a_decoder_that_is_no_llama_is_not_exported(tmp_path: Path, changes: dict[str, Any]) -> None:
-    checkpoint = ours(text_only(**changes), tmp_path / "ours")
-    with pytest.raises(UserError, match="LlamaForCausalLM has no"):
+def test_a_decoder_that_no_class_computes_is_not_exported(tmp_path: Path) -> None:
+    checkpoint = ours(text_only(qk_norm=True, experts=4), tmp_path / "ours")
+    with pytest.raises(UserError, match="has qk_norm and experts together, which is not exported") as error:
         write_huggingface(checkpoint, tmp_path / "hf")
+    assert "\n" not in str(error.value)
     assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_was_saved_without_an_output_head(tmp_path: Path, tied: bool) -> None:
+    reference = theirs(text_only())
+    reference.config.tie_word_embeddings = tied
+    reference.model.save_pretrained(tmp_path / "hf")
+    shutil.copy(TOKENIZER, tmp_path / "hf")
+    checkpoint = open_checkpoint(tmp_path / "hf")
+    assert main(["show", str(tmp_path / "hf")]) == 0
+    if not tied:
+        with pytest.raises(UserError, match=r"has no output head \(lm_head\.weight\): it was saved from LlamaModel"):
+            loaded(checkpoint)
+        return
+    hidden = reference.model(torch.arange(20)[None] % 61).last_hidden_state
+    expected = hidden @ reference.model.embed_tokens.weight.T
+    torch.testing.assert_close(logits(loaded(checkpoint)), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_head_that_is_the_embedding_and_computed_angles_say_nothing_new(tmp_path: Path) -> None:
+    model = text_only(tie_embeddings=True)
+    write_huggingface(ours(model, tmp_path / "ours"), tmp_path / "hf")
+    (file,) = (tmp_path / "hf").glob("model-*.safetensors")
+    tensors = load_file(file)
+    angles = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(4) for layer in range(2)}
+    for head, same in ((tensors["model.embed_tokens.weight"], True), (torch.zeros(61, 48), False)):
+        save_file(tensors | angles | {"lm_head.weight": head.clone()}, tmp_path / "hf" / "model.safetensors")
+        checkpoint = open_checkpoint(tmp_path / "hf")
+        if same:
+            assert torch.equal(logits(loaded(checkpoint)), logits(model))
+        else:
+            with pytest.raises(UserError, match=r"1 unexpected: 'lm_head\.weight'"):
+                loaded(checkpoint)
+
+
+@pytest.mark.parametrize("there", [["00"], ["01"], ["00", "02"]])
+def test_a_shard_that_is_missing_is_named(tmp_path: Path, there: list[str]) -> None:
+    tensors = {
+        name.removeprefix("decoder."): value
+        for name, value in text_only(vocab_size=60, kv_heads=6, ffn_width=96).state_dict().items()
+    }
+    (tmp_path / "params.json").write_text(json.dumps({"dim": 48, "n_layers": 2, "n_heads": 6}))
+    for rank in there:
+        part = {name: split(name, value, 3)[int(rank)].clone() for name, value in tensors.items()}
+        torch.save(part, tmp_path / f"consolidated.{rank}.pth")
+    missing = next(rank for rank in ("00", "01", "02") if rank not in there)
+    with pytest.raises(UserError, match=rf"consolidated\.{missing}\.pth' is missing: copy all 3 shards of this model"):
+        open_checkpoint(tmp_path)

@@ -28,12 +28,20 @@ from torch.serialization import skip_data
 from sphinx_pl.checkpoint.__main__ import main as command
 from sphinx_pl.checkpoint.format import TensorInfo, copy_into, open_checkpoint, same_bits, write_checkpoint
 from sphinx_pl.checkpoint.layout import write_parallel
-from sphinx_pl.checkpoint.original import Restored, decoder_config, original_type, our_name, their_infos, write_original
+from sphinx_pl.checkpoint.original import (
+    TYPES,
+    Restored,
+    decoder_config,
+    original_type,
+    our_name,
+    their_infos,
+    write_original,
+)
 from sphinx_pl.checkpoint.parallel import ParallelFiles, split
 from sphinx_pl.data.images import load_image
 from sphinx_pl.data.packing import Collator
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.record import ImageRef, Record, Turn
+from sphinx_pl.data.record import IMAGE_SLOT, ImageRef, Record, Turn
 from sphinx_pl.errors import UserError
 from sphinx_pl.inference import Assistant, Dialog
 from sphinx_pl.mixing.methods import mix_tensors
@@ -391,6 +399,27 @@ def test_what_config_json_leaves_out_is_the_originals_default(kind: str) -> None
         del bare["moe"]
         assert decoder_config(bare, 512, kind).experts == 8
         assert decoder_config(bare, 512, kind).rope_theta == 1e6
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_an_image_and_a_question_fit_into_every_types_own_limits(kind: str, tmp_path: Path) -> None:
+    """With the shapes that decide it: the vision part as it is shipped, a decoder of one tensor."""
+    sizes = NAMES["types"].get(kind, NAMES["types"]["llama_ens"])["config"]
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    (tmp_path / "meta.json").write_text(json.dumps({"llama_type": kind}))
+    shutil.copy(GOLDEN / "tokenizer.model", tmp_path)
+    torch.save(
+        {"model": {"llma.tok_embeddings.weight": torch.zeros(512, 8)}}, tmp_path / "consolidated.00-of-01.model.pth"
+    )
+    checkpoint = open_checkpoint(tmp_path)
+    processor = Processor.from_dict(checkpoint.processor, checkpoint.tokenizer_file, checkpoint.model_config)
+    positions, length = checkpoint.model_config.decoder.max_positions, processor.config.max_length
+    assert positions == sizes["max_seq_len"]
+    assert length == min(positions, processor.tokens_per_image + 2048)
+    sample = processor.sample(DIALOGS[0], "s")
+    assert sample.branches[0].ids.count(IMAGE_SLOT) == checkpoint.model_config.tokens_per_image
+    prompt = processor.prompt(DIALOGS[0])
+    assert len(prompt.ids) + 512 <= positions
 
 
 def test_files_of_different_models_are_named(write: Write, caplog: pytest.LogCaptureFixture) -> None:

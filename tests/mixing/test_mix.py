@@ -55,6 +55,7 @@ from tests.checkpoint.conftest import write as write  # a fixture
 from tests.mixing.conftest import huggingface_folder
 
 Write = Callable[..., Path]
+PIECES = (Path(__file__).parent.parent / "golden" / "tokenizer.model").read_bytes()
 
 
 def values(path: Path) -> dict[str, Tensor]:
@@ -91,7 +92,7 @@ def two(tmp_path: Path, write: Write) -> list[Path]:
     """A text-only model twice, in our layout, bf16."""
     config = small_config(kv_heads=2)
     tensors = [decoder_tensors(seed, config) for seed in (0, 1)]
-    return [write(f"ours_{seed}", t, model=config.to_dict()) for seed, t in enumerate(tensors)]
+    return [write(f"ours_{seed}", t, model=config.to_dict(), tokenizer=PIECES) for seed, t in enumerate(tensors)]
 
 
 def as_huggingface(path: Path, out: Path) -> Path:
@@ -136,7 +137,7 @@ def test_our_folders_keep_files_names_and_what_else_is_there(two: list[Path], tm
     a, out = (open_checkpoint(path) for path in (two[0], tmp_path / "out"))
     assert [file.name for file in out.files()] == [file.name for file in a.files()]
     assert out.config == a.config
-    assert out.tokenizer_file.read_bytes() == b"pieces"
+    assert out.tokenizer_file.read_bytes() == PIECES
     assert said == out.provenance["mixing"]
 
 
@@ -297,7 +298,8 @@ def test_provenance_says_what_went_in_and_how_far_apart_it_was(two: list[Path], 
 
 
 def test_provenance_compares_what_was_learned(two: list[Path], write: Write, tmp_path: Path) -> None:
-    base = write("base", decoder_tensors(2, small_config(kv_heads=2)), model=small_config(kv_heads=2).to_dict())
+    config = small_config(kv_heads=2)
+    base = write("base", decoder_tensors(2, config), model=config.to_dict(), tokenizer=PIECES)
     said = mix_checkpoints(two, [0.5, 0.5], tmp_path / "out", base=base, method="task_arithmetic")
     a, b, origin = (
         torch.cat([t.double().flatten() for n, t in values(path).items() if "embeddings" in n or "output" in n])
@@ -331,7 +333,8 @@ def test_the_hashes_that_a_mixture_names_are_shown(
 
 
 def test_distances_are_shown_in_80_columns(two: list[Path], write: Write, tmp_path: Path) -> None:
-    base = write("base", decoder_tensors(2, small_config(kv_heads=2)), model=small_config(kv_heads=2).to_dict())
+    config = small_config(kv_heads=2)
+    base = write("base", decoder_tensors(2, config), model=config.to_dict(), tokenizer=PIECES)
     said = mix_checkpoints(two, [0.5, 0.5], tmp_path / "out", base=base, method="task_arithmetic")
     console = Console(width=80, file=io.StringIO())
     console.print(distances_table(said))

@@ -152,6 +152,22 @@ def test_what_diverged_is_found_without_weight_and_where_all_are_equal() -> None
         mixed(mixer_of([b, b.clone()], [0.5, 0.5]))
 
 
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_causal_mask_that_all_have_is_copied(method: str, dtype: torch.dtype) -> None:
+    mask = torch.full((14, 14), float("-inf"), dtype=dtype).triu(1).flatten()
+    base = mask.clone() if METHODS[method].base else None
+    mixer = mixer_of([mask, mask.clone()], [0.5, 0.5], method, base)
+    assert same_bits(mixed(mixer), mask)
+    facts = mixer.facts("x")
+    assert facts["equal"]
+    assert set(facts["squares"]) == {0.0}
+    mask[3] = float("nan")
+    with pytest.raises(UserError, match="'x' in '0' holds NaN"):
+        mixed(mixer_of([mask, mask.clone()], [0.5, 0.5], method, base))
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool])
 @pytest.mark.parametrize("method", METHODS)
 def test_integers_are_copied_if_they_are_equal(dtype: torch.dtype, method: str) -> None:

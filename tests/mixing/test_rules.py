@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from sphinx_pl.checkpoint.llm import our_llama_name
 from sphinx_pl.checkpoint.original import shipped_model
 from sphinx_pl.checkpoint.stored import open_stored, store
 from sphinx_pl.errors import UserError
@@ -143,6 +144,112 @@ def test_parts_of_hugging_faces_names(tmp_path: Path) -> None:
         assert part_of(name) == part, key
         assert layer_of(name) == layer, key
         assert {p for p in PARTS if PARTS[p](name)} == parts | {"all"}, key
+
+
+PARENTS = {
+    "towers": (
+        "transformer.vision.transformer.layers.0.attention.dense.weight",  # GLM-4V
+        "transformer.visual.transformer.resblocks.0.attn.in_proj_weight",  # Qwen-VL
+        "visual.blocks.0.attn.qkv.weight",  # Qwen2-VL
+        "thinker.audio_tower.layers.0.fc1.weight",  # Qwen2.5-Omni
+        "vision_model.encoder.layers.0.attn.qkv.weight",  # InternVL
+        "model.vision_tower.vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight",  # LLaVA
+        "model.vision_embed_tokens.img_processor.vision_model.encoder.layers.0.mlp.fc1.weight",  # Phi-3-vision
+        "model.vision_backbone.image_vit.transformer.resblocks.0.attention.wq.weight",  # Molmo
+        "vpm.encoder.layers.0.self_attn.q_proj.weight",  # MiniCPM-V
+        "apm.layers.0.fc1.weight",
+        "vision_model.vision_tower.blocks.0.attn.qkv.weight",  # Janus
+        "vision.vision_tower_high.vision_tower.blocks.0.norm1.weight",  # DeepSeek-VL
+        "model.vqmodel.encoder.down.0.block.0.norm1.weight",  # Chameleon
+        "model.sam_model.blocks.0.attn.qkv.weight",  # DeepSeek-OCR
+        "qformer.encoder.layer.0.attention.attention.query.weight",  # BLIP-2
+        "model.model.vision_model.encoder.layers.0.mlp.fc1.weight",
+    ),
+    "projections": (
+        "transformer.vision.linear_proj.gate_proj.weight",
+        "visual.merger.mlp.0.weight",
+        "visual.deepstack_merger_list.0.norm.weight",
+        "mlp1.1.weight",
+        "model.mm_projector.0.weight",
+        "model.image_newline",
+        "model.vision_embed_tokens.img_projection.0.weight",
+        "model.vision_backbone.image_projector.w1.weight",
+        "resampler.attn.in_proj_weight",
+        "aligner.layers.0.weight",
+        "model.connector.perceiver_resampler.layers.0.self_attn.q_proj.weight",
+        "language_projection.weight",
+        "model.embed_vision.embedding_projection.weight",
+    ),
+    "decoder": (
+        "transformer.encoder.layers.0.self_attention.dense.weight",
+        "transformer.encoder.final_layernorm.weight",
+        "transformer.h.0.attn.c_attn.weight",
+        "thinker.model.layers.0.mlp.up_proj.weight",
+        "llm.model.layers.0.mlp.up_proj.weight",
+        "language_model.model.layers.0.mlp.up_proj.weight",
+        "model.language_model.layers.0.mlp.up_proj.weight",
+        "model.text_model.layers.0.mlp.up_proj.weight",
+        "model.transformer.blocks.0.ff_out.weight",
+        "model.language_model.layers.0.mlp.vision_moe.gate.weight",  # ERNIE: experts of the decoder for image tokens
+        "language_model.model.norm.weight",
+    ),
+    "other": (
+        "generation_head.proj_out.weight",
+        "model.encoder.layers.0.fc1.weight",
+        "token2wav.code2wav_bigvgan_model.conv_pre.weight",
+        "model.protein_encoder.model.encoder.layer.0.output.dense.weight",
+        "blocks.0.attn.qkv.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize(("part", "name"), [(part, name) for part, names in PARENTS.items() for name in names])
+def test_a_part_is_recognised_by_its_parents(part: str, name: str) -> None:
+    ours = our_llama_name(name)
+    assert part_of(ours) == part
+    assert [p for p in ("towers", "projections", "decoder") if PARTS[p](ours)] == ([] if part == "other" else [part])
+    assert layer_of(ours) in ((0, None) if part == "decoder" else (None,))
+
+
+TOWERS = (
+    *("vision_tower", "image_tower", "video_tower", "audio_tower", "vision_model", "visual", "vqmodel"),
+    *("query_tokens", "qformer"),
+)
+PROJECTIONS = (
+    *("multi_modal_projector", "connector", "aligner", "merger", "deepstack_merger_list", "language_projection"),
+)
+ARCHITECTURES = (
+    *("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "paligemma", "gemma3", "idefics3"),
+    *("smolvlm", "mllama", "mistral3", "blip-2", "qwen2_audio", "glm4v", "video_llava", "deepseek_vl"),
+)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_parts_of_transformers_own_models(kind: str) -> None:
+    from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2AudioForConditionalGeneration
+
+    config = AutoConfig.for_model(kind)
+    for section in vars(config).values():
+        for key in ("num_hidden_layers", "depth", "num_layers", "num_global_layers"):
+            if isinstance(getattr(section, key, None), int):
+                setattr(section, key, 1)
+        if getattr(section, "layer_types", None):
+            section.layer_types = section.layer_types[:1]
+    with torch.device("meta"):
+        if kind == "qwen2_audio":
+            model: nn.Module = Qwen2AudioForConditionalGeneration(config)
+        else:
+            model = AutoModelForImageTextToText.from_config(config)
+    parts: dict[str, set[str]] = {}
+    for name in model.state_dict():
+        words = name.split(".")
+        # A projection can lie in its tower.
+        ours = "projections" if {*words} & {*PROJECTIONS} else "towers" if {*words} & {*TOWERS} else ""
+        found = part_of(our_llama_name(name))
+        assert found == ours or (not ours and found in ("decoder", "embeddings", "projections")), name
+        parts.setdefault(found, set()).add(name)
+    assert {"decoder", "embeddings"} <= parts.keys()
+    assert parts.keys() & {"towers"}
 
 
 ORIGINAL = {
