@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Optional
 from sphinx_pl.collector import leave, uncollected
 
 with uncollected():
+    from hydra.core.hydra_config import HydraConfig
     from omegaconf import DictConfig, OmegaConf
     from rich.console import Console
 
@@ -39,7 +40,8 @@ with uncollected():
         plan_mixture,
     )
     from sphinx_pl.mixing.rules import complement
-    from sphinx_pl.typed import pick
+    from sphinx_pl.settings import check_data, names_section
+    from sphinx_pl.typed import pick, refuse_unread
 
 if TYPE_CHECKING:
     from sphinx_pl.evaluation.mixtures import MixtureEvaluator
@@ -340,10 +342,22 @@ def _plan(options: MixConfig, paths: Sequence[str], recipe: Recipe, own: bool) -
     return plan_mixture(models, base, recipe, cast=options.dtype is not None)
 
 
-@entry_point(config_name="mix_weights")
+def check(cfg: DictConfig) -> None:
+    """Whether every key of the configuration is read. `data`, whose check imports torch, only where it matters.
+
+    Raises:
+        UserError: one is not.
+    """
+    refuse_unread(cfg, "", [*MixConfig.__dataclass_fields__, "data"])
+    known = HydraConfig.initialized()
+    if not known or cfg.get("curve") or names_section(HydraConfig.get().overrides.task, "data"):
+        check_data(cfg)
+
+
+@entry_point(config_name="mix_weights", check=check)
 def main(cfg: DictConfig) -> float | None:
     """Returns the criterion's best value, if mixtures were evaluated."""
-    options, console = pick(MixConfig, cfg), Console()
+    options, console = pick(MixConfig, cfg, ["data"]), Console()
     device = choose_device(options.device)
     out = Path(options.out) if options.out else None
     paths = options.paths()

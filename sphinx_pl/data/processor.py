@@ -20,7 +20,7 @@ from sphinx_pl.data.record import IMAGE_SLOT, Branch, ImageRef, Record, Sample, 
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.data.tokenizer import Tokenizer
 from sphinx_pl.errors import UserError
-from sphinx_pl.typed import build
+from sphinx_pl.typed import build, within
 
 PLACEHOLDER = "<image>"
 
@@ -30,8 +30,8 @@ class ProcessorConfig:
     """How text is written: the conversation's system text, decimals of coordinates, the longest sample in tokens."""
 
     system: str = SYSTEM
-    decimals: int = 3
-    max_length: int = 2048
+    decimals: int = within(3, at_least=1, at_most=6)
+    max_length: int = within(2048, at_least=1, at_most=2**24)
 
 
 @dataclass(frozen=True, slots=True)
