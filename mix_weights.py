@@ -210,8 +210,10 @@ class Measuring:
         self.options = options
         self.processor = Processor.from_dict(checkpoint.processor, checkpoint.tokenizer(), checkpoint.model_config)
         values: dict[str, Any] = {
-            key: OmegaConf.to_container(data[key], resolve=True) for key in ("val_sources", "packing")
+            key: OmegaConf.to_container(data[key], resolve=True) for key in ("val_sources", "packing") if data.get(key)
         }
+        if len(values) < 2:
+            raise UserError("data has no val_sources or no packing, which mixtures are measured on: choose data=")
         sources: Any = values["val_sources"]
         for name in options.curve_sources or ():
             if name not in sources:

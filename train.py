@@ -206,6 +206,13 @@ def train(cfg: DictConfig) -> float | None:
         good = [path for path in checkpoints(folder / "checkpoints") if step_of(path) < error.first]
         last = f"the last good checkpoint is {good[-1]}" if good else "no checkpoint is from before them"
         raise UserError(f"{error}; {last}") from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"a data worker ended before its work was done ({' '.join(str(error).split())}): it most likely ran out of "
+            "memory; lower data.workers or data.packing.rows, and resume with ckpt_path=last"
+        ) from None
     finish_export(trainer)
     number = stage.last_value(cfg.metric)
     sweep.leave_value(number)

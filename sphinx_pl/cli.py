@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sphinx_pl.errors import UserError
 from sphinx_pl.processes import count_devices, first_process
 from sphinx_pl.settings import check_packages
-from sphinx_pl.typed import all_keys, unknown_key
+from sphinx_pl.typed import all_keys, escaped, unknown_key
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "conf"
 TYPED = {
@@ -53,6 +53,12 @@ def one_line(error: BaseException) -> str:
         if isinstance(cause, UserError):
             return " ".join(str(cause).split())
         cause = cause.__cause__
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        # What the library says, and of which part of the configuration.
+        found = re.search(r"full_key: (\S+)", str(error))
+        target = re.search(r"'([\w.]+)'", str(error))
+        place = found[1] if found else target[1] if target else "a _target_"
+        return f"{place}: {' '.join(str(error.__cause__).split()) or type(error.__cause__).__name__}"
     said = str(error)
     if said.startswith("Error merging override") and error.__cause__ is not None:
         said += f": {error.__cause__}"
@@ -111,8 +117,7 @@ def _run_folder(plan: bool, folder: str) -> str:
 
 def literal(text: str) -> str:
     """As a value of Hydra's grammar that means exactly this text."""
-    text = re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + r"\${", text)
-    return "'" + re.sub(r"(\\*)('|\Z)", lambda found: 2 * found[1] + (r"\'" if found[2] else ""), text) + "'"
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda found: 2 * found[1] + (r"\'" if found[2] else ""), escaped(text)) + "'"
 
 
 _OVERRIDE = re.compile(r"[+~]{0,2}[A-Za-z_][\w.@/:]*=")

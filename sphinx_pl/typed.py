@@ -201,7 +201,13 @@ def pick(cls: type[T], cfg: DictConfig, sections: Iterable[str] = ()) -> T:
     """
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     refuse_unread(cfg, "", [*names, *sections])
-    return build(cls, {name: cfg[name] for name in names if name in cfg}, "")
+    values = {name: cfg[name] for name in names if name in cfg}
+    return build(cls, {k: escaped(v) if isinstance(v, str) else v for k, v in values.items()}, "")
+
+
+def escaped(text: str) -> str:
+    """As a value of OmegaConf that means exactly this text."""
+    return re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + r"\${", text)
 
 
 def refuse_unread(cfg: DictConfig, section: str, known: Iterable[str]) -> None:
