@@ -27,9 +27,8 @@ from omegaconf.errors import OmegaConfBaseException
 from sphinx_pl.errors import UserError
 from sphinx_pl.processes import count_devices, first_process
 from sphinx_pl.settings import check_packages
-from sphinx_pl.typed import all_keys, escaped, unknown_key
+from sphinx_pl.typed import CONFIG_FOLDER, all_keys, escaped, unknown_key
 
-CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "conf"
 TYPED = {
     "train": ("output_dir", "ckpt_path", "data.root", "data.tokenizer", "stage.init_from"),
     "chat": ("checkpoint", "image", "question", "sam"),

@@ -13,6 +13,7 @@ import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from hydra.core.hydra_config import HydraConfig
@@ -22,6 +23,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from sphinx_pl.errors import UserError, nearest_key
 
 T = TypeVar("T")
+CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "conf"
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def build(cls: type[T], values: Any, prefix: str) -> T:
     if not isinstance(values, Mapping | DictConfig):
         raise UserError(f"{prefix}={_shown(values)} must be a mapping of keys to values")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(cls), values)
+        merged = OmegaConf.merge(OmegaConf.structured(cls), {key: _plain(values[key]) for key in values})
         _check(cls, OmegaConf.to_container(merged, resolve=True), prefix)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
@@ -79,6 +81,11 @@ def build(cls: type[T], values: Any, prefix: str) -> T:
         raise UserError(_explained(cls, values, prefix, error)) from None
     assert isinstance(config, cls)
     return config
+
+
+def _plain(value: Any) -> Any:
+    """Without interpolations, which can only be resolved where a section belongs."""
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
 def _explained(cls: type[Any], values: Any, prefix: str, error: OmegaConfBaseException) -> str:
@@ -161,6 +168,7 @@ def _described(hint: Any, bounds: Bounds | None) -> str:
             name = f"a list of {len(get_args(hint))} numbers"
         else:
             name = "a list" if origin is list else "a mapping"
+            name += " of finite numbers" if {int, float} & set(get_args(hint)) else ""
     if bounds is not None and str(bounds):
         name += f", each {bounds}" if get_origin(hint) else f"{' of' * (bounds.above is None)} {bounds}"
     return f"{name}, or null" if optional else name
@@ -210,10 +218,14 @@ def escaped(text: str) -> str:
     return re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + r"\${", text)
 
 
-def refuse_unread(cfg: DictConfig, section: str, known: Iterable[str]) -> None:
+def refuse_unread(cfg: DictConfig, section: str, known: Iterable[str], folder: Path = CONFIG_FOLDER) -> None:
     """Refuse keys of a section ("": the top level) that are not `known` and that no interpolation reads.
 
-    So a configuration may have keys of its own, as long as some value names them: `${recipe.finetune.lr}`.
+    So a configuration may have keys of its own, as long as some value names them: `${recipe.finetune.lr}`. A value in
+    an experiment or in a file of `data` counts even where the command line replaces it.
+
+    Args:
+        folder: where these files are.
 
     Raises:
         UserError: a key that nothing reads; it names the nearest key that is read.
@@ -222,7 +234,7 @@ def refuse_unread(cfg: DictConfig, section: str, known: Iterable[str]) -> None:
     unknown = [str(key) for key in values if str(key) not in (known := list(known))]
     if not unknown:
         return
-    read = interpolated(cfg)
+    read = interpolated(cfg) | _interpolated_in_files(folder)
     raw: Any = OmegaConf.to_container(cfg, resolve=False)
     every = [key for key, _ in leaves(raw)]
     for name in unknown:
@@ -265,6 +277,16 @@ def interpolated(cfg: DictConfig) -> set[str]:
             if "${" in (text := str(value)):  # of a list too
                 found.update(_keys_in(text, key.split(".")[:-1]))
     return found
+
+
+def _interpolated_in_files(folder: Path) -> set[str]:
+    folders = {folder}
+    if HydraConfig.initialized():
+        sources = HydraConfig.get().runtime.config_sources
+        folders.update(Path(str(source.path)) for source in sources if source.schema == "file")
+    files = [file for each in folders for group in ("experiment", "data") for file in (each / group).rglob("*.yaml")]
+    texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]
+    return {key for text in texts for key in _keys_in(re.sub(r"\$\{\.[^${}]*\}", "*", text), [])}
 
 
 def _keys_in(text: str, parent: Sequence[str]) -> Iterator[str]:

@@ -126,7 +126,8 @@ def compose_pipeline(overrides: Sequence[str]) -> DictConfig:
 
 def _check_pipeline(cfg: DictConfig) -> None:
     """Raises: UserError: a key that neither the pipeline nor an interpolation reads."""
-    refuse_unread(cfg, "", ("name", "output_dir", "steps", "redo", "keep", "dry", "launcher", "hydra"))
+    known = ("name", "output_dir", "steps", "redo", "keep", "dry", "launcher", "hydra")
+    refuse_unread(cfg, "", known, CONFIG_FOLDER / "pipeline")
     launchers = {path.stem: path for path in (CONFIG_FOLDER / "pipeline" / "launcher").glob("*.yaml")}
     kind = str(cfg.launcher.get("kind"))
     if kind not in launchers:
