@@ -257,7 +257,7 @@ def test_the_rest_of_the_command_line_is_the_question(words: list[str], question
 def test_options_and_misspelt_keys_are_no_question() -> None:
     for given in (["--cfg", "job"], ["checkpoint=x", "imge=cat.jpg"], ["checkpoint=x"], ["+generation.x=1", "--help"]):
         assert take_rest(given, "question", ["image"]) == given
-    with pytest.raises(UserError, match="image=cat.jpg stands behind the question"):
+    with pytest.raises(UserError, match=r"image=cat\.jpg stands behind the question"):
         take_rest(["What", "is", "this?", "image=cat.jpg"], "question", ["image"])
     with pytest.raises(UserError, match="give one of them"):
         take_rest(["question=a", "b?"], "question", ["image"])
