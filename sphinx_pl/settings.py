@@ -6,6 +6,7 @@ which keys it has. Imports of what is large happen inside the functions.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError
 
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.processes import count_devices
@@ -236,8 +238,12 @@ def check_data(cfg: DictConfig) -> None:
 
     known = list(DataConfig.__dataclass_fields__)
     refuse_unread(cfg, "data", known)
-    values: Any = OmegaConf.to_container(cfg.data, resolve=True)
-    build(DataConfig, {key: values[key] for key in known if key in values}, "data")
+    values: dict[str, Any] = {}
+    for key in [key for key in known if key in cfg.data]:
+        with contextlib.suppress(InterpolationKeyError):  # of a key that only other scripts have, such as `seed`
+            value = cfg.data[key]
+            values[key] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    build(DataConfig, values, "data")
     for section in ("sources", "val_sources", "test"):
         sources = values.get(section)
         if sources is None:
