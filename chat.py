@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
@@ -11,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 
-from sphinx_pl.cli import entry_point
+from sphinx_pl.cli import entry_point, take_rest
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.models.decoding import Decoding
 from sphinx_pl.typed import pick
@@ -54,7 +55,12 @@ class ChatConfig:
             raise UserError("which checkpoint? Give checkpoint=FOLDER, such as one that train.py wrote")
 
 
-@entry_point(config_name="chat")
+def check(cfg: DictConfig) -> None:
+    """Raises: UserError: a key that nothing reads, or a value that does not fit."""
+    pick(ChatConfig, cfg)
+
+
+@entry_point("chat", check, partial(take_rest, key="question", known=ChatConfig.__dataclass_fields__))
 def main(cfg: DictConfig) -> None:
     """Reads questions from the terminal until /quit, or serves the page until it is interrupted."""
     options = pick(ChatConfig, cfg)

@@ -25,7 +25,8 @@ from sphinx_pl.evaluation.device import autocast, check_precision, choose_device
 from sphinx_pl.files import make_folder
 from sphinx_pl.models.decoding import Decoding, GenerationConfig
 from sphinx_pl.processes import join_plainly, this_process
-from sphinx_pl.typed import pick
+from sphinx_pl.settings import check_benchmark, check_data
+from sphinx_pl.typed import pick, refuse_unread
 
 TASKS_NAME = "tasks"
 """What the test sources are called beside the benchmarks' names."""
@@ -369,14 +370,21 @@ def _write_mixture(options: EvaluateConfig, cfg: DictConfig, lean: Lean, path: P
     write_mixture(path, lean.yaml(comments, base, entries), base)
 
 
-@entry_point(config_name="evaluate")
+def check(cfg: DictConfig) -> None:
+    """Raises: UserError: a key that nothing reads, or a value of data or benchmarks that does not fit."""
+    refuse_unread(cfg, "", [*EvaluateConfig.__dataclass_fields__, "data", "benchmark"])
+    check_data(cfg)
+    check_benchmark(cfg)
+
+
+@entry_point(config_name="evaluate", check=check)
 def main(cfg: DictConfig) -> float:
     """Writes answers, predictions, results.json and, if asked for, a report.
 
     Returns:
         The mean score over tasks; over the benchmarks' main shares if only benchmarks were asked.
     """
-    options = pick(EvaluateConfig, cfg)
+    options = pick(EvaluateConfig, cfg, ["data", "benchmark"])
     console = Console()
     # Paths and commands are there to be copied: the terminal may break their lines, we do not.
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Optional
 from sphinx_pl.collector import leave, uncollected
 
 with uncollected():
+    from hydra.core.hydra_config import HydraConfig
     from omegaconf import DictConfig, OmegaConf
     from rich.console import Console
 
@@ -39,7 +40,8 @@ with uncollected():
         plan_mixture,
     )
     from sphinx_pl.mixing.rules import complement
-    from sphinx_pl.typed import pick
+    from sphinx_pl.settings import check_data, names_section
+    from sphinx_pl.typed import pick, refuse_unread
 
 if TYPE_CHECKING:
     from sphinx_pl.evaluation.mixtures import MixtureEvaluator
@@ -208,8 +210,10 @@ class Measuring:
         self.options = options
         self.processor = Processor.from_dict(checkpoint.processor, checkpoint.tokenizer(), checkpoint.model_config)
         values: dict[str, Any] = {
-            key: OmegaConf.to_container(data[key], resolve=True) for key in ("val_sources", "packing")
+            key: OmegaConf.to_container(data[key], resolve=True) for key in ("val_sources", "packing") if data.get(key)
         }
+        if len(values) < 2:
+            raise UserError("data has no val_sources or no packing, which mixtures are measured on: choose data=")
         sources: Any = values["val_sources"]
         for name in options.curve_sources or ():
             if name not in sources:
@@ -340,10 +344,22 @@ def _plan(options: MixConfig, paths: Sequence[str], recipe: Recipe, own: bool) -
     return plan_mixture(models, base, recipe, cast=options.dtype is not None)
 
 
-@entry_point(config_name="mix_weights")
+def check(cfg: DictConfig) -> None:
+    """Whether every key of the configuration is read. `data`, whose check imports torch, only where it matters.
+
+    Raises:
+        UserError: one is not.
+    """
+    refuse_unread(cfg, "", [*MixConfig.__dataclass_fields__, "data"])
+    known = HydraConfig.initialized()
+    if not known or cfg.get("curve") or names_section(HydraConfig.get().overrides.task, "data"):
+        check_data(cfg)
+
+
+@entry_point(config_name="mix_weights", check=check)
 def main(cfg: DictConfig) -> float | None:
     """Returns the criterion's best value, if mixtures were evaluated."""
-    options, console = pick(MixConfig, cfg), Console()
+    options, console = pick(MixConfig, cfg, ["data"]), Console()
     device = choose_device(options.device)
     out = Path(options.out) if options.out else None
     paths = options.paths()

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import os
@@ -19,8 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from sphinx_pl import slurm, stop
 from sphinx_pl.cli import entry_point
-from sphinx_pl.errors import UserError, suggest
+from sphinx_pl.errors import UserError
 from sphinx_pl.files import write_whole
+from sphinx_pl.settings import check_machine, check_train, stage_keys
 
 if TYPE_CHECKING:
     import lightning as L
@@ -171,6 +171,7 @@ def train(cfg: DictConfig) -> float | None:
         return sweep.run_point(cfg, hydra)
     folder = Path(hydra.runtime.output_dir)
     processes.adopt_processes(cfg.trainer, hydra.overrides.task)
+    check_machine(cfg.trainer)
     model = SphinxConfig.from_dict(cfg.model)
     values: dict[str, Any] = OmegaConf.to_container(cfg.data, resolve=True)  # type: ignore[assignment]
     datamodule = DataModule.from_config(values, model)
@@ -187,14 +188,9 @@ def train(cfg: DictConfig) -> float | None:
     processes.join(trainer)
     resume = processes.on_first(trainer, lambda: checkpoint_to_resume(cfg, folder, model))
     options: dict[str, Any] = OmegaConf.to_container(cfg.stage, resolve=True)  # type: ignore[assignment]
-    kind = get_class(options.pop("_target_"))
-    for key in OTHERS_KEYS:
-        options.pop(key)
-    known = inspect.signature(kind).parameters
-    for key in options:
-        if key not in known:
-            raise UserError(f"stage.{key} is not a key of {kind.__name__}: {suggest(key, known)}")
-    stage = kind(model, val_names=datamodule.val_names, **options)
+    own = stage_keys(options["_target_"]) - {*OTHERS_KEYS, "_target_"}
+    kind = get_class(options["_target_"])
+    stage = kind(model, val_names=datamodule.val_names, **{key: options[key] for key in options if key in own})
     stage.resumed = resume is not None
     # Whatever can be found wrong is found before an older run is replaced.
     stage.check(datamodule.processor)
@@ -214,13 +210,20 @@ def train(cfg: DictConfig) -> float | None:
         good = [path for path in checkpoints(folder / "checkpoints") if step_of(path) < error.first]
         last = f"the last good checkpoint is {good[-1]}" if good else "no checkpoint is from before them"
         raise UserError(f"{error}; {last}") from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"a data worker ended before its work was done ({' '.join(str(error).split())}): it most likely ran out of "
+            "memory; lower data.workers or data.packing.rows, and resume with ckpt_path=last"
+        ) from None
     finish_export(trainer)
     number = stage.last_value(cfg.metric)
     sweep.leave_value(number)
     return number
 
 
-main = entry_point("train")(train)
+main = entry_point("train", check_train)(train)
 
 if __name__ == "__main__":
     stop.watch()

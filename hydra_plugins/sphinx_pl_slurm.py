@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -88,6 +89,11 @@ else:
             import submitit
             from submitit.core.utils import FailedJobError
 
+            if shutil.which("sbatch") is None or shutil.which("srun") is None:
+                raise UserError(
+                    "hydra/launcher=slurm: this machine has no sbatch or no srun; start the sweep on a login node, or "
+                    "without hydra/launcher=slurm to run its points here one after the other"
+                )
             ours = {"submitit_folder", "max_num_timeout"}
             executor = submitit.AutoExecutor(
                 cluster="slurm",

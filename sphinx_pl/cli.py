@@ -7,23 +7,37 @@ import contextlib
 import functools
 import gc
 import os
+import re
 import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from sphinx_pl.errors import UserError
 from sphinx_pl.processes import count_devices, first_process
+from sphinx_pl.settings import check_packages
+from sphinx_pl.typed import CONFIG_FOLDER, all_keys, escaped, unknown_key
 
-CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "conf"
+TYPED = {
+    "train": ("output_dir", "ckpt_path", "data.root", "data.tokenizer", "stage.init_from"),
+    "chat": ("checkpoint", "image", "question", "sam"),
+    "evaluate": ("checkpoint", "out", "report", "mixture_out", "data.root", "benchmark.root"),
+    "mix_weights": ("base", "out", "curve_dir", "data.root"),
+}
+"""Keys of each script whose values people type: they are taken as they are, without Hydra's grammar."""
+_SENTENCES = ("question",)
+"""Those that are no paths: even quotes and `${` stay in them."""
 TRACEBACK = "SPHINX_TRACEBACK"
 FAILED = "SPHINX_STEP_FAILED"
 MISTAKES = (UserError, HydraException, InstantiationException, OmegaConfBaseException)
@@ -38,6 +52,12 @@ def one_line(error: BaseException) -> str:
         if isinstance(cause, UserError):
             return " ".join(str(cause).split())
         cause = cause.__cause__
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        # What the library says, and of which part of the configuration.
+        found = re.search(r"full_key: (\S+)", str(error))
+        target = re.search(r"'([\w.]+)'", str(error))
+        place = found[1] if found else target[1] if target else "a _target_"
+        return f"{place}: {' '.join(str(error.__cause__).split()) or type(error.__cause__).__name__}"
     said = str(error)
     if said.startswith("Error merging override") and error.__cause__ is not None:
         said += f": {error.__cause__}"
@@ -94,6 +114,130 @@ def _run_folder(plan: bool, folder: str) -> str:
     return temporary
 
 
+def literal(text: str) -> str:
+    """As a value of Hydra's grammar that means exactly this text."""
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda found: 2 * found[1] + (r"\'" if found[2] else ""), escaped(text)) + "'"
+
+
+_OVERRIDE = re.compile(r"[+~]{0,2}[A-Za-z_][\w.@/:]*=")
+
+
+def as_typed(script: str, arguments: Sequence[str]) -> list[str]:
+    """A command line whose text and paths (`TYPED`) Hydra takes as they are.
+
+    A path may still be an interpolation (`out=mixed_${beta}`), or in quotes as Hydra wants them. In a sweep all of it
+    is left to Hydra, for which a comma separates values.
+    """
+    if {"-m", "--multirun"} & set(arguments):
+        return list(arguments)
+    return [_as_typed(script, argument) for argument in arguments]
+
+
+def _as_typed(script: str, argument: str) -> str:
+    name, equals, value = argument.partition("=")
+    key = name.lstrip("+")
+    if not equals or key not in TYPED.get(script, ()) or value in ("", "null"):
+        return argument
+    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    if key not in _SENTENCES and (quoted or "${" in value):
+        return argument
+    return f"{name}={literal(value)}"
+
+
+def take_rest(arguments: Sequence[str], key: str, known: Iterable[str]) -> list[str]:
+    """A command line whose last words are the value of `key`: all from the first that is neither key=value nor an
+    option. After `--` everything is.
+
+    Args:
+        known: the script's own keys, to notice one that stands behind the words.
+
+    Raises:
+        UserError: such a key, or the value is given twice.
+    """
+    given = list(arguments)
+    start = next(
+        (n for n, one in enumerate(given) if one == "--" or not (one[:1] in "-~" or _OVERRIDE.match(one))), None
+    )
+    if start is None or any(one.startswith("-") for one in given[:start]):
+        return given  # an option of Hydra's may have a value of its own: `--cfg job`
+    options, words = given[:start], given[start:]
+    if words[0] == "--":
+        words = words[1:]
+    else:
+        for word in words:
+            if word.partition("=")[0].partition(".")[0] in known and "=" in word:
+                raise UserError(f"{word} stands behind the {key}: put it before, or -- in front of the {key}")
+    if any(one.startswith(f"{key}=") for one in options):
+        raise UserError(f"'{' '.join(words)}' stands beside {key}=: give one of them")
+    return [*options, f"{key}={' '.join(words)}"] if words else options
+
+
+def compose_config(folder: Path, name: str, overrides: Sequence[str]) -> DictConfig:
+    """A configuration as the scripts get it, with Hydra's own section.
+
+    Raises:
+        UserError: an override that does not fit, and what was probably meant.
+        HydraException: what Hydra itself says in a way that helps.
+    """
+    register_resolvers()
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(folder), version_base="1.3"):
+            cfg: DictConfig = hydra.compose(name, overrides=list(overrides), return_hydra_config=True)
+    except ValueError as error:  # Hydra's for group=null
+        raise UserError(str(error)) from None
+    return cfg
+
+
+_NO_SUCH_KEY = re.compile(r"Could not override '([^']+)'")
+
+
+def explain_override(
+    error: BaseException,
+    folder: Path,
+    name: str,
+    overrides: Sequence[str],
+    check: Callable[[DictConfig], Any] | None,
+) -> UserError | None:
+    """What to do instead where Hydra advises to append a key; None where it is about something else.
+
+    Args:
+        check: raises what is wrong with a configuration.
+    """
+    if not (found := _NO_SUCH_KEY.search(str(error))):
+        return None
+    key = found[1]
+    given = [override for override in overrides if override.partition("=")[0] == key]
+    others = [override for override in overrides if override not in given]
+    try:
+        cfg = compose_config(folder, name, others)
+    except MISTAKES as other:  # one thing after the other
+        return explain_override(other, folder, name, others, check)
+    check_packages(cfg.hydra)
+    raw: Any = OmegaConf.to_container(cfg, resolve=False)
+    parent = key.rpartition(".")[0]
+    if OmegaConf.is_config(OmegaConf.select(cfg, parent) if parent else cfg) and check is not None:
+        try:
+            check(_without_hydra(compose_config(folder, name, [*others, *(f"+{override}" for override in given)])))
+        except UserError as wrong:
+            return wrong
+        except MISTAKES:
+            pass
+        else:
+            return UserError(f"{key} is in no file of this configuration, but is read: write +{given[0]}")
+    while parent and not OmegaConf.is_config(OmegaConf.select(cfg, parent)):
+        parent = parent.rpartition(".")[0]
+    below = [one for one in all_keys(raw) if not parent or one.startswith(f"{parent}.")]
+    beside = [one for one in below if one.count(".") == parent.count(".") + bool(parent)]
+    return UserError(unknown_key(key, beside, below))
+
+
+def _without_hydra(cfg: DictConfig) -> DictConfig:
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg
+
+
 def register_resolvers() -> None:
     """What the configurations in conf/ compute with, besides Hydra's and OmegaConf's own."""
     OmegaConf.register_new_resolver("validation_interval", _validation_interval, replace=True)
@@ -114,10 +258,18 @@ def note_failure(error: BaseException) -> None:
             Path(file).touch()
 
 
-def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], Any]]:
+def entry_point(
+    config_name: str,
+    check: Callable[[DictConfig], Any] | None = None,
+    arguments: Callable[[Sequence[str]], Sequence[str]] = list,
+) -> Callable[[Callable[[DictConfig], Any]], Callable[[], Any]]:
     """`hydra.main` on `conf/<config_name>.yaml`. Errors that a user can cause end in one line and exit code 2.
 
     With the environment variable SPHINX_TRACEBACK=1 they end in a traceback.
+
+    Args:
+        check: raises a `UserError` for a configuration that the script does not take.
+        arguments: changes the command line before Hydra reads it.
     """
     register_resolvers()
 
@@ -126,6 +278,9 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
         def guarded(cfg: DictConfig) -> Any:
             # Caught before Hydra adds lines of its own.
             try:
+                check_packages(HydraConfig.get())
+                if check is not None:
+                    check(cfg)
                 return main(cfg)
             except MISTAKES as error:
                 if os.environ.get(TRACEBACK) == "1":
@@ -139,11 +294,18 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises instead of printing and exiting
             gc.freeze()  # what was imported stays: no collection needs to look through it
             try:
+                sys.argv[1:] = as_typed(config_name, arguments(sys.argv[1:]))
                 if not first_process():  # the run folder is the first one's
                     sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=other_ranks"]
                 return run()
             except BaseException as error:
                 note_failure(error)
+                if isinstance(error, HydraException) and os.environ.get(TRACEBACK) != "1":
+                    given = get_args_parser().parse_known_args(sys.argv[1:])[0].overrides
+                    try:
+                        error = explain_override(error, CONFIG_FOLDER, config_name, given, check) or error
+                    except UserError as other:
+                        error = other
                 if isinstance(error, KeyboardInterrupt) and os.environ.get(TRACEBACK) != "1":
                     print("interrupted", file=sys.stderr)
                     sys.exit(INTERRUPTED)

@@ -30,3 +30,46 @@ def suggest(name: str, known: Iterable[str], listed: str = "") -> str:
     near = difflib.get_close_matches(name, choices, n=1)
     there = f"known: {', '.join(choices)}" if not listed or len(choices) <= SHORT else f"{listed} lists them"
     return f"did you mean '{near[0]}'? {there}" if near else there
+
+
+SYNONYMS = {
+    "batch_size": "data.packing.rows",
+    "epochs": "data.mixing.epochs",
+    "gradient_accumulation_steps": "stage.accumulate",
+    "max_epochs": "data.mixing.epochs",
+    "num_train_epochs": "data.mixing.epochs",
+    "num_workers": "data.workers",
+    "resume": "ckpt_path",
+    "shuffle": "data.sources.NAME.shuffle_shards",
+    "warmup_steps": "stage.optim.warmup",
+}
+"""What other programs call a key -> the key here."""
+
+
+def nearest_key(key: str, known: Iterable[str]) -> str | None:
+    """The full key that was most likely meant by `key`, or None.
+
+    The last parts of keys count as much as the whole keys, so `lr` finds `stage.optim.lr`. An abbreviation by initials
+    counts as equal: `learning_rate` and `lr`.
+    """
+    leaf = key.rpartition(".")[2]
+    choices = [choice for choice in known if choice != key]
+    if (meant := SYNONYMS.get(leaf)) and ("NAME" in meant or meant in choices):
+        return meant
+
+    def likeness(choice: str) -> float:
+        other = choice.rpartition(".")[2]
+        same = other in (leaf, _initials(leaf)) or leaf == _initials(other)
+        return (1.0 if same else _ratio(leaf, other)) + _ratio(key, choice)
+
+    best = max(choices, key=likeness, default="")
+    return best if best and likeness(best) >= 1.2 else None
+
+
+def _initials(name: str) -> str:
+    words = name.split("_")
+    return "".join(word[:1] for word in words) if len(words) > 1 else name
+
+
+def _ratio(a: str, b: str) -> float:
+    return difflib.SequenceMatcher(None, a, b).ratio()

@@ -15,8 +15,20 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from sphinx_pl.cli import CONFIG_FOLDER, FAILED, TRACEBACK, entry_point, note_failure, register_resolvers
+from chat import ChatConfig
+from sphinx_pl.cli import (
+    CONFIG_FOLDER,
+    FAILED,
+    TRACEBACK,
+    as_typed,
+    compose_config,
+    entry_point,
+    note_failure,
+    register_resolvers,
+    take_rest,
+)
 from sphinx_pl.errors import UserError
+from sphinx_pl.typed import escaped, pick
 from tests.conftest import REPOSITORY
 
 Run = Callable[..., str]
@@ -194,3 +206,65 @@ def test_a_script_that_fails_notes_it(failure: Run, tmp_path: Path, monkeypatch:
 
     failure(main_that(main))
     assert (tmp_path / "failed").exists()
+
+
+TYPED = [
+    "Hello, how are you?",
+    "What's in the image?",
+    "She said \"no\"; 'yes' is better",
+    "(a) or [b]: {c}? #1 = $2, ${seed} 100% ~ * & | \\ \\' \\",
+    "图中有什么？ Où? 😀",
+    "  spaces\tand\nlines  ",
+    "true",
+    "007",
+    "1e3",
+    "a=b,c=d",
+]
+
+
+@pytest.mark.parametrize("text", TYPED)
+@pytest.mark.parametrize("key", ["question", "image"])
+def test_what_people_type_is_taken_as_it_is(key: str, text: str) -> None:
+    if key == "image" and "${" in text:
+        text = text.replace("${", "$")  # in a path it is an interpolation
+    cfg = compose_config(CONFIG_FOLDER, "chat", as_typed("chat", [f"{key}={text}"]))
+    assert cfg[key] == text
+    assert pick(ChatConfig, OmegaConf.create({"checkpoint": "x", key: escaped(text)})).__dict__[key] == text
+
+
+def test_paths_may_be_interpolations_and_lists_stay_lists() -> None:
+    given = ["checkpoints=[a,b]", "out=mixed, ${beta} (1)", "beta=0.5", "base=null", "curve_dir='a b'"]
+    cfg = compose_config(CONFIG_FOLDER, "mix_weights", as_typed("mix_weights", [*given[:1], *given[2:]]))
+    assert (list(cfg.checkpoints), cfg.base, cfg.curve_dir) == (["a", "b"], None, "a b")
+    assert as_typed("mix_weights", ["out=mixed_${beta}"]) == ["out=mixed_${beta}"]
+    assert as_typed("evaluate", sweep := ["-m", "checkpoint=a,b"]) == sweep
+
+
+@pytest.mark.parametrize(
+    ("words", "question"),
+    [
+        (["What's", "this?"], "What's this?"),
+        (["Is 2+2=4, (really)?"], "Is 2+2=4, (really)?"),
+        (["--", "image=x", "and", "-y"], "image=x and -y"),
+        (["图中有什么=?"], "图中有什么=?"),
+    ],
+)
+def test_the_rest_of_the_command_line_is_the_question(words: list[str], question: str) -> None:
+    given = take_rest(["checkpoint=x", "generation.seed=1", *words], "question", ["checkpoint", "image"])
+    assert given == ["checkpoint=x", "generation.seed=1", f"question={question}"]
+
+
+def test_options_and_misspelt_keys_are_no_question() -> None:
+    for given in (["--cfg", "job"], ["checkpoint=x", "imge=cat.jpg"], ["checkpoint=x"], ["+generation.x=1", "--help"]):
+        assert take_rest(given, "question", ["image"]) == given
+    with pytest.raises(UserError, match=r"image=cat\.jpg stands behind the question"):
+        take_rest(["What", "is", "this?", "image=cat.jpg"], "question", ["image"])
+    with pytest.raises(UserError, match="give one of them"):
+        take_rest(["question=a", "b?"], "question", ["image"])
+
+
+def test_what_a_library_refuses_is_one_line(failure: Run) -> None:
+    def main(cfg: DictConfig) -> None:
+        instantiate({"_target_": "lightning.Trainer", "devices": 1, "accelerator": "cpu", "precision": "bf17"})
+
+    assert "bf17" in failure(main_that(main))

@@ -14,15 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from sphinx_pl.cli import CONFIG_FOLDER, MISTAKES, TRACEBACK, register_resolvers, report
+from sphinx_pl.cli import CONFIG_FOLDER, MISTAKES, TRACEBACK, as_typed, compose_config, explain_override, report
 from sphinx_pl.errors import UserError
 from sphinx_pl.registry import Registry
+from sphinx_pl.settings import check_packages, check_train
 from sphinx_pl.typed import build
 
 Options = TypeVar("Options")
@@ -107,12 +108,14 @@ def table(options: TableOptions, cfg: DictConfig) -> str:
     from sphinx_pl.models.config import SphinxConfig
 
     values: dict[str, Any] = OmegaConf.to_container(cfg.data, resolve=True)  # type: ignore[assignment]
-    group = Group.from_dict({"sources": values["sources"], "temperature": values["mixing"].get("temperature")})
+    group = Group.from_dict(
+        {"sources": values["sources"], "temperature": (values.get("mixing") or {}).get("temperature")}
+    )
     model = SphinxConfig.from_dict(cfg.model)
     micro_batches = int(cfg.stage.accumulate) * (options.ranks if cfg.stage.rows_per_step is None else 1)
     rows = values["packing"]["rows"] * micro_batches
     absent = missing(dict(group.leaves()))
-    held_out = {name: value for name, value in values["val_sources"].items() if value is not None}
+    held_out = {name: value for name, value in (values.get("val_sources") or {}).items() if value is not None}
     configs = {name: SourceConfig.from_dict(name, value, "val_sources") for name, value in held_out.items()}
     absent |= {f"val_sources.{name}": why for name, why in missing(configs).items()}
     if not Path(values["tokenizer"]).is_file():
@@ -216,15 +219,18 @@ def composed(overrides: Sequence[str]) -> DictConfig:
     """conf/train.yaml as train.py gets it.
 
     Raises:
-        HydraException: an override that does not fit.
+        UserError, HydraException: an override or a key that does not fit.
     """
-    register_resolvers()
+    given = as_typed("train", overrides)
     try:
-        with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-            cfg: DictConfig = compose("train", overrides=list(overrides))
-            return cfg
-    except ValueError as error:  # Hydra's for group=null
-        raise UserError(str(error)) from None
+        cfg = compose_config(CONFIG_FOLDER, "train", given)
+    except HydraException as error:
+        raise explain_override(error, CONFIG_FOLDER, "train", given, check_train) or error from None
+    check_packages(cfg.hydra)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    check_train(cfg)
+    return cfg
 
 
 def _usage() -> str:

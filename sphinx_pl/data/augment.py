@@ -18,6 +18,7 @@ from sphinx_pl.data.geometry import COCO_KEYPOINTS, Box4, Geometry, Size, holds_
 from sphinx_pl.data.record import Record, Region
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.errors import UserError
+from sphinx_pl.typed import within
 
 CROP_ATTEMPTS = 10
 """Crops that are drawn for one record before it is left whole."""
@@ -81,21 +82,14 @@ class AugmentConfig:
         UserError: a value that cannot be.
     """
 
-    flip: float = 0.0
-    crop: float = 0.0
-    min_area: float = 0.5
-    max_cut: float = 0.3
+    flip: float = within(0.0, at_least=0, at_most=1)
+    crop: float = within(0.0, at_least=0, at_most=1)
+    min_area: float = within(0.5, above=0, at_most=1)
+    max_cut: float = within(0.3, at_least=0, below=1)
     flip_tasks: list[str] = field(default_factory=lambda: list(_GEOMETRY_TASKS))
     crop_tasks: list[str] = field(default_factory=lambda: [*_GEOMETRY_TASKS, *sorted(TEXT_TASKS)])
 
     def __post_init__(self) -> None:
-        for name in ("flip", "crop"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"data.augment.{name}={getattr(self, name)} must be a probability, 0 to 1")
-        if not 0 < self.min_area <= 1:
-            raise UserError(f"data.augment.min_area={self.min_area} must be above 0 and at most 1")
-        if not 0 <= self.max_cut < 1:
-            raise UserError(f"data.augment.max_cut={self.max_cut} must be at least 0 and below 1")
         for task in (*self.flip_tasks, *self.crop_tasks):
             TASKS[task]  # an unknown one is refused there
         if mirrored := TEXT_TASKS.intersection(self.flip_tasks):

@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
-from typing import Any
+from typing import Any, Optional
 
 import lightning as L
 import torch
@@ -32,14 +32,35 @@ from sphinx_pl.data.packing import (
     merge_states,
     rows_of_lanes,
 )
-from sphinx_pl.data.processor import Processor
+from sphinx_pl.data.processor import Processor, ProcessorConfig
 from sphinx_pl.data.record import Batch, Sample
 from sphinx_pl.data.sources import spread
 from sphinx_pl.distributed.collective import any_rank, of_all_ranks
 from sphinx_pl.errors import UserError
-from sphinx_pl.typed import build
+from sphinx_pl.typed import build, within
 
 log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """The section `data` of a configuration. Scripts other than train.py need only some of it."""
+
+    root: Optional[str] = None
+    """A folder that other keys refer to."""
+    tokenizer: Optional[str] = None
+    processor: ProcessorConfig = dataclasses.field(default_factory=ProcessorConfig)
+    packing: Optional[PackingConfig] = None
+    mixing: MixingConfig = dataclasses.field(default_factory=MixingConfig)
+    augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
+    workers: int = within(1, at_least=0, at_most=1024)
+    seed: int = within(0, at_least=0, at_most=2**32 - 1)
+    val_samples: int = within(256, at_least=1)
+    max_skipped: float = within(0.1, at_least=0, at_most=1)
+    sources: Any = None
+    """Name -> `sphinx_pl.data.mixture.SourceConfig`, or a group of these."""
+    val_sources: Any = None
+    test: Any = None
 
 
 class _MicroBatches(Dataset[Batch]):
@@ -323,9 +344,20 @@ class DataModule(L.LightningDataModule):
     @classmethod
     def from_config(cls, values: dict[str, Any], model: Any) -> DataModule:
         """From the resolved `data` section and a model config, of which `Processor.from_dict` says what is read."""
-        processor = Processor.from_dict(values["processor"], values["tokenizer"], model)
-        keys = ("packing", "mixing", "augment", "workers", "seed", "val_samples", "max_skipped")
-        return cls(processor, **{key: values[key] for key in ("sources", "val_sources", *keys)})
+        processor = Processor.from_dict(values.get("processor") or {}, values["tokenizer"], model)
+        numbers = build(DataConfig, {k: v for k, v in values.items() if k in DataConfig.__dataclass_fields__}, "data")
+        return cls(
+            processor,
+            values["sources"],
+            values.get("val_sources") or {},
+            values["packing"],
+            numbers.workers,
+            numbers.seed,
+            numbers.val_samples,
+            numbers.max_skipped,
+            values.get("mixing"),
+            values.get("augment"),
+        )
 
     @property
     def val_names(self) -> list[str]:

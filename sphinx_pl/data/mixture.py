@@ -24,7 +24,7 @@ from sphinx_pl.data.sources import Source, build_source, check_options
 from sphinx_pl.data.stream import SourceStream
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.errors import UserError, suggest
-from sphinx_pl.typed import build
+from sphinx_pl.typed import Bounds, build, within
 
 log = logging.getLogger(__name__)
 
@@ -40,19 +40,16 @@ class MixingConfig:
 
     unit: str = "sample"
     """What shares are counted in: samples, or supervised tokens."""
-    epochs: Optional[int] = None
+    epochs: Optional[int] = within(None, at_least=1)
     """Every source is read at most so often; null: for ever. A source's own `epochs` goes before it."""
-    temperature: Optional[float] = None
+    temperature: Optional[float] = within(None, above=0)
     """Of the whole tree of sources, as a group's."""
-    lanes: Optional[int] = None
+    lanes: Optional[int] = within(None, at_least=1, at_most=2**16)
     """Independent lines of planning, fixed for a run; null: as many as there are ranks when it is first started."""
 
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
             raise UserError(f"data.mixing.unit='{self.unit}' must be one of {', '.join(UNITS)}")
-        for key in ("epochs", "lanes"):
-            if (value := getattr(self, key)) is not None and value < 1:
-                raise UserError(f"data.mixing.{key}={value} must be at least 1")
 
 
 @dataclass
@@ -67,12 +64,12 @@ class SourceConfig:
 
     kind: str
     path: Any
-    weight: float = 1.0
-    branches: int = 1
+    weight: float = within(1.0, at_least=0)
+    branches: int = within(1, at_least=1)
     modality: str = ""
-    epochs: Optional[int] = None
-    caps: dict[str, int] = field(default_factory=dict)
-    shuffle_shards: int = 8
+    epochs: Optional[int] = within(None, at_least=1)
+    caps: dict[str, int] = field(default_factory=dict, metadata={"bounds": Bounds(at_least=0)})
+    shuffle_shards: int = within(8, at_least=1)
     options: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -87,15 +84,9 @@ class SourceConfig:
         config.modality = config.modality or ("text" if config.kind == "text" else "image")
         if config.modality not in MODALITIES:
             raise UserError(f"{prefix}.modality='{config.modality}' must be one of {', '.join(MODALITIES)}")
-        _check_weight(prefix, config.weight)
-        for key in ("branches", "epochs", "shuffle_shards"):
-            if (value := getattr(config, key)) is not None and value < 1:
-                raise UserError(f"{prefix}.{key}={value} must be at least 1")
-        for task, cap in config.caps.items():
+        for task in config.caps:
             if task not in TASKS:
                 raise UserError(f"{prefix}.caps: unknown task '{task}': {suggest(task, TASKS, TASKS.listed)}")
-            if cap < 0:
-                raise UserError(f"{prefix}.caps.{task}={cap} must not be negative")
         check_options(config.kind, prefix, config.options)
         return config
 

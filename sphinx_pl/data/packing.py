@@ -25,6 +25,7 @@ from sphinx_pl.data.mixture import MODALITIES, Mixture
 from sphinx_pl.data.record import IGNORE, IMAGE_SLOT, Batch, Branch, ImageRef, Sample
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.errors import UserError
+from sphinx_pl.typed import within
 
 log = logging.getLogger(__name__)
 
@@ -42,18 +43,16 @@ DRAWS_IN_VAIN = 1000
 class PackingConfig:
     """`rows` of `row_length` tokens per micro-batch; at most `images_per_row` images in a row (0: no bound)."""
 
-    row_length: int
-    rows: int
-    images_per_row: int = 0
+    row_length: int = within(at_least=1, at_most=2**24)
+    rows: int = within(at_least=1, at_most=2**16)
+    images_per_row: int = within(0, at_least=0, at_most=2**16)
     weighting: str = "token"
     # Drawn beyond a window's capacity, as a share of it: more choice for the packer, at the price of order.
-    look_ahead: float = 0.5
+    look_ahead: float = within(0.5, at_least=0, at_most=1000)
 
     def __post_init__(self) -> None:
         if self.weighting not in WEIGHTINGS:
             raise UserError(f"data.packing.weighting='{self.weighting}' must be one of {', '.join(WEIGHTINGS)}")
-        if self.row_length < 1 or self.rows < 1:
-            raise UserError(f"data.packing: row_length={self.row_length} and rows={self.rows} must be positive")
 
 
 def first_fit_decreasing(

@@ -32,7 +32,7 @@ from sphinx_pl.data.record import IMAGE_SLOT, PLACEHOLDER, Branch, ImageRef, Rec
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.data.tokenizer import Tokenizer
 from sphinx_pl.errors import UserError, suggest
-from sphinx_pl.typed import build
+from sphinx_pl.typed import build, within
 
 
 @dataclass
@@ -44,15 +44,13 @@ class ProcessorConfig:
     """
 
     system: str = SYSTEM
-    decimals: int = 3
-    max_length: int = 2048
+    decimals: int = within(3, at_least=1, at_most=6)
+    max_length: int = within(2048, at_least=2, at_most=2**24)  # a text begins with BOS
     on_too_long: str = "cut"
 
     def __post_init__(self) -> None:
         if self.on_too_long not in (known := ("cut", "skip")):
             raise UserError(f"data.processor.on_too_long='{self.on_too_long}': {suggest(self.on_too_long, known)}")
-        if self.max_length < 2:
-            raise UserError(f"data.processor.max_length={self.max_length} must be at least 2: a text begins with BOS")
         if PLACEHOLDER in self.system:
             raise UserError(f"data.processor.system holds {PLACEHOLDER}, which only a question can: remove it")
 

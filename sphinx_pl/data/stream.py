@@ -225,8 +225,9 @@ class SourceStream:
             if nothing:
                 why = dict(self.left_out) or ("fewer records than lanes" if self._found else "nothing in it")
                 raise UserError(
-                    f"source '{self.name}': nothing to read in {self.source.urls[0]} and the like for lane {self.lane} "
-                    f"of {self.lanes} ({why}): correct data.sources.{self.name}.path, or lower data.mixing.lanes"
+                    f"source '{self.name}': nothing to read in {self.source.urls[0]} and the like{self.source._hint()} "
+                    f"for lane {self.lane} of {self.lanes} ({why}): correct data.sources.{self.name}, or lower "
+                    "data.mixing.lanes"
                 )
             if not self.exhausted:
                 self._open()

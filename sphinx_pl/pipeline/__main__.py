@@ -36,7 +36,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run or submit what is not done."""
     recipe = load(arguments)
     # The shipped recipes are tested; what a user changed, and what will run for days, is worth the seconds.
-    if split(arguments)[1] or recipe.launcher != "local":
+    if arguments or recipe.launcher != "local":
         check_closely(recipe)
     if recipe.dry:
         return local.dry_run(recipe)

@@ -6,24 +6,24 @@ import dataclasses
 import hashlib
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Optional
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from sphinx_pl.cli import CONFIG_FOLDER, MISTAKES, one_line, register_resolvers
+from sphinx_pl.cli import CONFIG_FOLDER, MISTAKES, as_typed, compose_config, explain_override, one_line
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.processes import count_devices
-from sphinx_pl.typed import build
+from sphinx_pl.settings import check_packages
+from sphinx_pl.typed import build, refuse_unread
 
 SCRIPTS = ("train", "mix_weights", "evaluate")
 """What a step can run besides a module: they share Hydra's configuration, so theirs is composed beforehand."""
@@ -64,6 +64,8 @@ class Step:
         launcher: the launcher's options for this step.
         nodes: and `tasks` on each, from the trainer's configuration.
         gpus: of each node.
+        script: of SCRIPTS, or "".
+        written: its configuration before interpolations are resolved, as YAML.
     """
 
     name: str
@@ -77,6 +79,8 @@ class Step:
     nodes: int = 1
     tasks: int = 1
     gpus: int = 0
+    script: str = ""
+    written: str = ""
 
     @property
     def identity(self) -> str:
@@ -114,16 +118,21 @@ def compose_pipeline(overrides: Sequence[str]) -> DictConfig:
     Raises:
         HydraException, UserError: an override that does not fit.
     """
-    try:
-        return _compose(CONFIG_FOLDER / "pipeline", "main", overrides)
-    except HydraException as error:
-        for override in overrides:  # Hydra would have it added
-            key = override.partition("=")[0]
-            if key.startswith(LAUNCHER) and f"'{key}'" in str(error):
-                raise UserError(
-                    f"{override} is not a key of this launcher: conf/pipeline/launcher/ has those of each"
-                ) from None
-        raise
+    cfg = _compose(CONFIG_FOLDER / "pipeline", "main", overrides, _check_pipeline)
+    check_packages(cfg.hydra)
+    _check_pipeline(cfg)
+    return cfg
+
+
+def _check_pipeline(cfg: DictConfig) -> None:
+    """Raises: UserError: a key that neither the pipeline nor an interpolation reads."""
+    known = ("name", "output_dir", "steps", "redo", "keep", "dry", "launcher", "hydra")
+    refuse_unread(cfg, "", known, CONFIG_FOLDER / "pipeline")
+    launchers = {path.stem: path for path in (CONFIG_FOLDER / "pipeline" / "launcher").glob("*.yaml")}
+    kind = str(cfg.launcher.get("kind"))
+    if kind not in launchers:
+        raise UserError(f"launcher.kind={kind}: {suggest(kind, launchers)}")
+    refuse_unread(cfg, "launcher", [str(key) for key in OmegaConf.load(launchers[kind])])
 
 
 def load(arguments: Sequence[str]) -> Recipe:
@@ -188,6 +197,10 @@ def check_closely(recipe: Recipe) -> None:
         cfg = OmegaConf.create(step.config)
         assert isinstance(cfg, DictConfig)
         try:
+            if check := _check_step(step.script):
+                written = OmegaConf.create(step.written)
+                assert isinstance(written, DictConfig)
+                check(written)
             if step.folder is not None:
                 options: Any = OmegaConf.to_container(cfg.stage)
                 keys = ("name", "train_parts", "optim", "max_steps")
@@ -206,15 +219,25 @@ def check_closely(recipe: Recipe) -> None:
             raise UserError(f"step {step.name}: {one_line(error)}") from error
 
 
-def _compose(folder: Path, name: str, overrides: Sequence[str]) -> DictConfig:
-    register_resolvers()
-    GlobalHydra.instance().clear()
+def _compose(
+    folder: Path, name: str, overrides: Sequence[str], check: Callable[[DictConfig], Any] | None = None
+) -> DictConfig:
+    given = as_typed(name, overrides)
     try:
-        with initialize_config_dir(str(folder), version_base="1.3"):
-            cfg: DictConfig = compose(name, overrides=list(overrides), return_hydra_config=True)
-            return cfg
-    except ValueError as error:  # Hydra's for group=null
-        raise UserError(str(error)) from None
+        return compose_config(folder, name, given)
+    except HydraException as error:
+        raise explain_override(error, folder, name, given, check) or error from None
+
+
+def _check_step(script: str) -> Callable[[DictConfig], Any] | None:
+    """What raises a `UserError` for a configuration that a script does not take."""
+
+    def check(cfg: DictConfig) -> None:
+        from sphinx_pl.settings import check_train
+
+        check_train(cfg) if script == "train" else import_module(script).check(cfg)
+
+    return check if script in SCRIPTS else None
 
 
 def _needs(name: str, config: StepConfig, known: Mapping[str, Any], left_out: Sequence[str]) -> tuple[str, ...]:
@@ -269,12 +292,14 @@ def _step(
     _check_time(launcher)
     if config.run not in SCRIPTS:
         return _module_step(name, config, needs, extra, launcher)
-    cfg = _compose(CONFIG_FOLDER, config.run, arguments)
+    cfg = _compose(CONFIG_FOLDER, config.run, arguments, _check_step(config.run))
+    check_packages(cfg.hydra)
     cfg.hydra.runtime.output_dir = cfg.hydra.run.dir
     HydraConfig.instance().set_config(cfg)
     runs_in = Path(cfg.hydra.run.dir)
     with open_dict(cfg):
         del cfg["hydra"]
+        written = OmegaConf.to_yaml(cfg)
         for key in {"ckpt_path", "overwrite"} & set(cfg):  # not what the step does
             cfg[key] = None if key == "ckpt_path" else False
         if config.run == "mix_weights":  # it reads no more of the data
@@ -299,6 +324,8 @@ def _step(
         nodes,
         tasks,
         gpus,
+        config.run,
+        written,
     )
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.models.sphinx import whole_shape
 from sphinx_pl.stages.adamw import AdamWBf16
+from sphinx_pl.typed import within
 
 KINDS = ("adamw", "sgd")
 MOMENTS = ("fp32", "bf16")
@@ -31,12 +32,12 @@ class OptimConfig:
 
     kind: str = "adamw"
     moments: str = "fp32"
-    lr: float = 5e-5
-    min_lr: float = 0.0
-    warmup: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
+    lr: float = within(5e-5, above=0, at_most=1000)
+    min_lr: float = within(0.0, at_least=0)
+    warmup: float = within(0.0, at_least=0)
+    betas: tuple[float, float] = within((0.9, 0.95), at_least=0, below=1)
+    eps: float = within(1e-8, above=0)
+    weight_decay: float = within(0.1, at_least=0, at_most=1000)
     lr_scale: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -51,8 +52,8 @@ class OptimConfig:
                 raise UserError(
                     f"stage.optim.lr_scale.{part}={factor} must be positive: to freeze it, leave it out of train_parts"
                 )
-        if self.lr <= 0 or not 0 <= self.min_lr <= self.lr:
-            raise UserError(f"stage.optim: lr={self.lr} must be positive and min_lr={self.min_lr} between 0 and lr")
+        if self.min_lr > self.lr:
+            raise UserError(f"stage.optim.min_lr={self.min_lr} must be between 0 and lr={self.lr}")
 
 
 def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, object]]:

@@ -9,6 +9,7 @@ from torch import nn
 from sphinx_pl.errors import UserError
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.stages.optim import OptimConfig, build_optimizer, decay_groups, warmup_cosine
+from sphinx_pl.typed import build
 from tests.conftest import tiny_model
 
 
@@ -95,8 +96,8 @@ def test_one_step_of_decay_shrinks_matrices_only() -> None:
 
 @pytest.mark.parametrize("values", [{"lr": 0.0}, {"lr": -1.0}, {"lr": 1e-4, "min_lr": 2e-4}, {"min_lr": -1e-9}])
 def test_rates_that_make_no_sense_are_answered_in_one_line(values: dict[str, float]) -> None:
-    with pytest.raises(UserError, match=r"stage\.optim: lr="):
-        OptimConfig(**values)
+    with pytest.raises(UserError, match=r"stage\.optim\.(min_)?lr=.* must be"):
+        build(OptimConfig, values, "stage.optim")
 
 
 def test_parts_have_learning_rates_of_their_own() -> None:
