@@ -173,7 +173,7 @@ def prepare_run_folder(cfg: DictConfig, run: RunFolder, resume: Path | None) -> 
     folder, reached = run.path, reached_by(run, resume)
     for file in run_folder.run_logs():
         file.start()
-    newer = [path for path in run.replaced_by(reached) if path.name != "model"]
+    newer = any(path.parent.name == "checkpoints" for path in run.replaced_by(reached))
     if 0 < cfg.trainer.max_steps <= reached and not newer:
         return  # nothing is left to train; at most the export
     same = cfg.ckpt_path == "last" or run.came_back  # else it is another run, so another one in W&B

@@ -349,6 +349,7 @@ class RunFolder:
         The earlier model stays until there is a new one.
         """
         with self._mutex:
+            (self.path / AGAIN).unlink(missing_ok=True)
             if self._state() is not None:
                 earlier = self.path / ASIDE / "model"
                 if _there(earlier):
@@ -359,7 +360,6 @@ class RunFolder:
                         earlier.rename(self.path / BEFORE)
                 for aside in self._asides():
                     discard(aside)
-            (self.path / AGAIN).unlink(missing_ok=True)
             if _there(self.path / "model"):
                 discard(self.path / BEFORE)
 
@@ -372,8 +372,10 @@ class RunFolder:
         Returns:
             whether an earlier run's files were put back.
         """
-        for folder in _BY_STEP:  # what a kill has left of the deleting
-            shutil.rmtree(replaced(self.path / folder / ASIDE), ignore_errors=True)
+        for left in (*(self.path / folder / ASIDE for folder in _BY_STEP), self.path / BEFORE):
+            shutil.rmtree(replaced(left), ignore_errors=True)  # a kill came while it was deleted
+        if _there(self.path / "model"):
+            discard(self.path / BEFORE)
         if not any(self._asides()):
             return False
         state = self._state() or {"after": 0, "complete": False}

@@ -71,8 +71,8 @@ def check_place(state: Mapping[str, Any], name: str, config: SourceConfig, seed:
     """
     if state["shards"] != files:
         raise UserError(
-            f"source '{name}': the checkpoint was made with {state['shards']} files, there are {files}: resume with the "
-            "same ones, or start a new run from its weights (stage.init_from)"
+            f"source '{name}': the checkpoint was made with {state['shards']} files, there are {files}: resume with "
+            "the same ones, or start a new run from its weights (stage.init_from)"
         )
     for key, value in _order(seed, config).items():
         if (before := state.get(key, value)) != value:  # versions before did not write it down
