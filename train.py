@@ -11,7 +11,9 @@ import json
 import logging
 import os
 import platform
+import signal
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -240,6 +242,7 @@ def train(cfg: DictConfig) -> float | None:
         return sweep.run_point(cfg, hydra)
     processes.adopt_processes(cfg.trainer, hydra.overrides.task)
     run = RunFolder(Path(hydra.runtime.output_dir))
+    handler = signal.getsignal(stop.INTERRUPT)
     try:
         return run_stage(cfg, run)
     except BaseException as error:
@@ -251,6 +254,8 @@ def train(cfg: DictConfig) -> float | None:
         raise
     finally:
         run.leave()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(stop.INTERRUPT, handler)
 
 
 def run_stage(cfg: DictConfig, run: RunFolder) -> float | None:
