@@ -382,7 +382,18 @@ class DataModule(L.LightningDataModule):
             # A source without any record has no share where shares follow from sizes, which only reading shows.
             check_names(lane["mixture"], names if not group.needs_sizes else {*places} & {*names})
             for name, place in places.items():
-                check_place(place, name, configs[name], self.seed, files[name])
+                check_place(place, name, self.seed, files[name])
+        for name, place in places.items():
+            for key in ("branches", "shuffle_shards"):
+                if (before := place.get(key, now := getattr(configs[name], key))) != now:
+                    log.warning(
+                        "data.sources.%s.%s=%s: the checkpoint was made with %s, and the order of the records follows "
+                        "from it, so some of this epoch will be repeated and others skipped",
+                        name,
+                        key,
+                        now,
+                        before,
+                    )
 
     def _lanes(self, state: Mapping[str, Any]) -> int:
         """How many lanes a run has that resumes at this position of a planner."""

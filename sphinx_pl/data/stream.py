@@ -55,12 +55,7 @@ def _in_background(make: Callable[[], _Opened]) -> Future[_Opened]:
     return future
 
 
-def _order(seed: int, config: SourceConfig) -> dict[str, int]:
-    """What the order of a source's records follows from, beside its files and the lanes."""
-    return {"seed": seed, "branches": config.branches, "shuffle_shards": config.shuffle_shards}
-
-
-def check_place(state: Mapping[str, Any], name: str, config: SourceConfig, seed: int, files: int) -> None:
+def check_place(state: Mapping[str, Any], name: str, seed: int, files: int) -> None:
     """Whether the place `state` of a source means the same records in this run.
 
     Args:
@@ -74,14 +69,12 @@ def check_place(state: Mapping[str, Any], name: str, config: SourceConfig, seed:
             f"source '{name}': the checkpoint was made with {state['shards']} files, there are {files}: resume with "
             "the same ones, or start a new run from its weights (stage.init_from)"
         )
-    for key, value in _order(seed, config).items():
-        if (before := state.get(key, value)) != value:  # versions before did not write it down
-            full = key if key == "seed" else f"data.sources.{name}.{key}"
-            raise UserError(
-                f"{full}={value}: the checkpoint was made with {before}, and the order of the records follows from it, "
-                f"so some would be repeated and others skipped: set {full}={before}, or start a new run from its "
-                "weights (stage.init_from)"
-            )
+    if (before := state.get("seed", seed)) != seed:  # versions before did not write it down
+        raise UserError(
+            f"seed={seed}: the checkpoint was made with {before}, and the order of the records follows from it, so "
+            f"some would be repeated and others skipped: set seed={before}, or start a new run from its weights "
+            "(stage.init_from)"
+        )
 
 
 class SourceStream:
@@ -358,7 +351,9 @@ class SourceStream:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            **_order(self.seed, self.config),
+            "seed": self.seed,
+            "branches": self.config.branches,
+            "shuffle_shards": self.config.shuffle_shards,
             "shards": len(self.source.urls),
             "epoch": self.epoch,
             "block": self.block,
@@ -372,7 +367,7 @@ class SourceStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        check_place(state, self.name, self.config, self.seed, len(self.source.urls))
+        check_place(state, self.name, self.seed, len(self.source.urls))
         self.epoch, self.block, self.position = state["epoch"], state["block"], state["position"]
         self._ahead = None
         if not self.exhausted:
