@@ -14,11 +14,14 @@ from typing import Any
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 
 import train
 from sphinx_pl import stop
 from sphinx_pl.distributed import checkpointing
+from sphinx_pl.errors import UserError
 from sphinx_pl.run_folder import LOCK, Holder
+from sphinx_pl.stages.build import build_model
 from tests.conftest import REPOSITORY
 from tests.test_train import command, run
 
@@ -114,18 +117,12 @@ def test_a_refused_command_changes_nothing(
 ) -> None:
     overrides, needle = (EARLY | LATE)[case]
     built: list[Any] = []
-    monkeypatch.setattr("sphinx_pl.stages.stage.build_model", _noted(train_build(), built))
+    monkeypatch.setattr("sphinx_pl.stages.stage.build_model", _noted(build_model, built))
     code, error = refused(overrides, finished, sample_data, monkeypatch, capsys)
     assert code == 2
     assert error.startswith("error: ")
     assert needle in error
     assert not built or case in LATE, "the model was built before it was refused"
-
-
-def train_build() -> Callable[..., Any]:
-    from sphinx_pl.stages import build
-
-    return build.build_model
 
 
 def _noted(function: Callable[..., Any], calls: list[Any]) -> Callable[..., Any]:
@@ -165,7 +162,7 @@ def test_a_disk_that_fills_before_the_first_checkpoint_is_whole(
 
     monkeypatch.setattr(checkpointing, "write_pieces", full)
     for overrides in (NEW, EARLIER):
-        code, error = refused(overrides, finished, sample_data, monkeypatch, capsys)
+        code, _ = refused(overrides, finished, sample_data, monkeypatch, capsys)
         assert code == 2
 
 
@@ -175,3 +172,46 @@ def test_a_run_that_is_told_to_go_before_its_first_step_replaces_nothing(
     stop._note(signal.SIGTERM, None)
     code, _ = refused(NEW, finished, sample_data, monkeypatch, capsys)
     assert code == 128 + signal.SIGTERM
+
+
+# --- what is said
+
+
+def test_weights_that_a_step_of_the_recipe_makes_are_named_with_its_command(tmp_path: Path) -> None:
+    def cfg(start: str | None) -> Any:
+        return OmegaConf.create({"output_dir": str(tmp_path), "stage": {"init_from": start}})
+
+    with pytest.raises(UserError, match=rf"stage.init_from={tmp_path}/mixed does not exist: 'python mix_weights.py"):
+        train.check_init_from(cfg(f"{tmp_path}/mixed"))
+    model = f"{tmp_path}/pretrain_real/model"
+    with pytest.raises(UserError, match=r"'python train\.py stage=pretrain_real' makes it"):
+        train.check_init_from(cfg(model))
+    (tmp_path / "pretrain_real/model-before").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"the model of an earlier run is in .*model-before"):
+        train.check_init_from(cfg(model))
+    (tmp_path / "pretrain_real/model").mkdir()
+    for fine in (model, None, "elsewhere", "hf-hub:a/b"):  # the last two are the stage's to check
+        train.check_init_from(cfg(fine))
+
+
+def test_a_full_disk_is_told_with_what_was_kept(tmp_path: Path) -> None:
+    error = OSError(28, "No space left on device", str(tmp_path / "metrics.csv"))
+    assert "no checkpoint was saved before" in train.disk_failed(error, tmp_path)
+    (tmp_path / "checkpoints/step-00000003").mkdir(parents=True)
+    said = train.disk_failed(error, tmp_path)
+    assert f"cannot write '{tmp_path}/metrics.csv' (No space left on device)" in said
+    assert f"{tmp_path}/checkpoints/step-00000003 is whole: ckpt_path=last" in said
+    assert "\n" not in said
+
+
+def test_what_a_resumed_run_has_otherwise_is_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before = {"stage": {"max_steps": 2, "optim": {"lr": 1.0}, "val_every": 1}, "data": {"workers": 1, "seed": 0}}
+    (tmp_path / "provenance.json").write_text(json.dumps({"config": before}))
+    now = {"stage": {"max_steps": 4, "optim": {"lr": 2.0}, "val_every": 2}, "data": {"workers": 2, "seed": 0}}
+    train.warn_of_changes(OmegaConf.create(now), tmp_path)
+    [record] = caplog.records
+    assert record.getMessage() == (
+        "in the checkpoint and in this run: stage.max_steps is 2 and 4, stage.optim.lr is 1.0 and 2.0"
+    )
+    train.warn_of_changes(OmegaConf.create(before), tmp_path)
+    assert len(caplog.records) == 1
