@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 from omegaconf import OmegaConf
 
 from callbacks.throughput import timed_checkpoint
-from sphinx_pl.checkpoint.format import discard, move_into_place, sync
+from sphinx_pl.checkpoint.format import move_into_place, sync
 from sphinx_pl.checkpoint.provenance import provenance
 from sphinx_pl.checkpoint.training import INDEX, describe
 from sphinx_pl.data.record import Batch
 from sphinx_pl.distributed.collective import of_all_ranks
+from sphinx_pl.distributed.sharded import Sharded
 from sphinx_pl.errors import UserError
+from sphinx_pl.files import discard
+from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.stages import Stage
 
 _NAME = re.compile(r"step-(\d+)")
@@ -87,13 +91,26 @@ def write_training_checkpoint(trainer: L.Trainer, path: Path, config: Path | Non
     Args:
         path: the folder, which appears when it is complete.
         config: the file with the composed configuration that train.py keeps in the run folder, for the provenance.
+
+    Raises:
+        OSError, UserError: it could not be written; nothing of it is left.
     """
     partial = path.with_name(f".{path.name}.tmp")
-    stage: Any = trainer.lightning_module
-    assert isinstance(stage, Stage)
     if trainer.is_global_zero:
         shutil.rmtree(partial, ignore_errors=True)
     trainer.strategy.barrier()
+    try:
+        _write(trainer, partial, path, config)
+    except (OSError, UserError):
+        if trainer.is_global_zero:
+            shutil.rmtree(partial, ignore_errors=True)  # what is written next, such as a log, needs the room
+        raise
+    trainer.strategy.barrier()
+
+
+def _write(trainer: L.Trainer, partial: Path, path: Path, config: Path | None) -> None:
+    stage: Any = trainer.lightning_module
+    assert isinstance(stage, Stage)
     trainer.save_checkpoint(partial)
     if trainer.is_global_zero:
         processor = trainer.datamodule.processor
@@ -102,7 +119,24 @@ def write_training_checkpoint(trainer: L.Trainer, path: Path, config: Path | Non
         describe(partial, stage.config.to_dict(), processor.to_dict(), processor.tokenizer.path, origin)
         sync(*partial.iterdir(), partial)
         move_into_place(partial, path)
-    trainer.strategy.barrier()
+
+
+def training_bytes(stage: Stage, strategy: Any) -> int:
+    """Bytes of a training checkpoint: weights, moments of what trains."""
+    trained, frozen = count(stage)
+    sharded = isinstance(strategy, Sharded)
+    weight = 2 if sharded and strategy.bf16_masters else 4
+    moments = 0 if stage.optim.kind == "sgd" else 2 * (2 if stage.optim.moments == "bf16" else 4)
+    return trained * (weight + moments) + frozen * (2 if sharded else 4)  # sharded, they may be in bf16
+
+
+def count(stage: Stage) -> tuple[int, int]:
+    """Parameters of a stage's model that train, and those that do not. Builds nothing."""
+    with torch.device("meta"):
+        model = Sphinx(stage.config)
+    sizes = {part: sum(p.numel() for p in parameters) for part, parameters in model.part_parameters().items()}
+    trained = sum(size for part, size in sizes.items() if part in stage.train_parts)
+    return trained, sum(sizes.values()) - trained
 
 
 class ResumeCheckpoint(L.Callback):
@@ -134,8 +168,17 @@ class ResumeCheckpoint(L.Callback):
         self.config = Path(config) if config else None
         self.held: set[Path] = set()
         """Checkpoints that are being read and must stay."""
+        self.written: Callable[[], None] = lambda: None
+        """Called in the first process when a checkpoint is whole."""
         self._saved = -1
         self._restore: dict[str, Any] | None = None
+
+    def most(self, max_steps: int) -> int:
+        """How many there are at once, at most, in a run of so many steps (-1: of unknown length)."""
+        if max_steps < 0:
+            return self.keep + 1
+        for_good = max_steps // self.keep_every if self.keep_every else 0
+        return min(self.keep + 1 + for_good, -(-max_steps // self.every_n_steps))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -166,6 +209,7 @@ class ResumeCheckpoint(L.Callback):
             logger.save()  # what happened before this checkpoint will not happen again
         write_training_checkpoint(trainer, path, self.config)
         if trainer.is_global_zero:
+            self.written()
             self._prune()
         return path
 

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
-from callbacks.checkpoint import ResumeCheckpoint, last_step, more_follows, write_training_checkpoint
-from sphinx_pl.checkpoint.format import check_free, discard
+from callbacks.checkpoint import ResumeCheckpoint, count, last_step, more_follows, write_training_checkpoint
+from sphinx_pl.checkpoint.format import check_free
 from sphinx_pl.checkpoint.training import consolidate
 from sphinx_pl.errors import UserError
+from sphinx_pl.files import discard
 from sphinx_pl.stages import Stage
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -75,11 +77,17 @@ class ExportModel(L.Callback):
         self.metric = metric
         self.mode = mode
         self.config = Path(config) if config else None
+        self.written: Callable[[], None] = lambda: None
+        """Called in the first process when a model is whole."""
         self._writer = ThreadPoolExecutor(1, "export")
         self._writing: Future[None] | None = None
 
+    def check(self) -> None:
+        """Raises: UserError: `folder` holds something else than a checkpoint."""
+        check_free(self.folder, overwrite=True)
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        check_free(self.folder, overwrite=True)  # now, not when all the training is done
+        self.check()  # now, not when all the training is done
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """What a kill has left: half a model goes, one that was not finished is written from its checkpoint."""
@@ -91,6 +99,11 @@ class ExportModel(L.Callback):
         own, out = self._own(trainer), self._on_the_way(trainer.global_step)
         if own is not None and self._due(trainer) and trainer.strategy.broadcast(not out.exists()):
             self.export(trainer, out)
+
+    def most(self, max_steps: int) -> int:
+        """How many models there are at once, at most, in a run of so many steps (-1: of unknown length)."""
+        on_the_way = max(0, max_steps - 1) // self.every_n_steps if self.every_n_steps else 0
+        return 1 + (min(on_the_way, self.keep + self.keep_best + 1) if self.keep else on_the_way)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         if args[1].window_end and self._due(trainer) and not more_follows(trainer):
@@ -137,14 +150,13 @@ class ExportModel(L.Callback):
             return
         stage = trainer.lightning_module
         assert isinstance(stage, Stage)
-        vision = stage.config.vision
-        frozen = [key for key in vision.towers if key not in stage.train_parts] if vision else []
-        leave_out = [key for key in frozen if getattr(vision, key).load] if self.leave_out_frozen else []
+        leave_out = self._left_out(stage)
         value = stage.last_value(self.metric)
         extra = {"metric": {"name": self.metric, "value": value}} if value is not None else {}
 
         def write() -> None:
             consolidate(path, out, self.dtype, extra, leave_out)
+            self.written()
             if own is not None:
                 own.held.discard(path)
             else:
@@ -152,6 +164,16 @@ class ExportModel(L.Callback):
             self._prune()
 
         self._writing = self._writer.submit(write)
+
+    def _left_out(self, stage: Stage) -> list[str]:
+        vision = stage.config.vision
+        frozen = [key for key in vision.towers if key not in stage.train_parts] if vision else []
+        return [key for key in frozen if getattr(vision, key).load] if self.leave_out_frozen else []
+
+    def model_bytes(self, stage: Stage) -> int:
+        """Bytes of the weights in a model that it writes."""
+        trained, frozen = count(stage)
+        return (trained + (0 if self._left_out(stage) else frozen)) * self.dtype.itemsize
 
     def _wait(self, trainer: L.Trainer) -> None:
         """Until the one before is written; its error ends the run on all ranks."""
@@ -162,6 +184,8 @@ class ExportModel(L.Callback):
                 writing.result()
             except (UserError, OSError) as failure:
                 error = f"a model could not be written: {failure}"
+                if self._own(trainer) is not None:
+                    error += "; its checkpoint is whole, so ckpt_path=last writes it without training again"
         if (error := trainer.strategy.broadcast(error)) is not None:
             raise UserError(error)
 

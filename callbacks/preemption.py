@@ -20,7 +20,15 @@ log = logging.getLogger(__name__)
 
 class Preempted(SystemExit):
     """Ends the process: 128 + the signal in the first one; 0 in the others, since who started them would take another
-    code for a failure and kill the first one while it closes its logs."""
+    code for a failure and kill the first one while it closes its logs.
+
+    Args:
+        requeued: whether the job will resume by itself.
+    """
+
+    def __init__(self, code: int, requeued: bool = False) -> None:
+        super().__init__(code)
+        self.requeued = requeued
 
 
 class _Vote:
@@ -49,7 +57,7 @@ class _Vote:
 
 
 class Preemption(L.Callback):
-    """On SIGTERM, SIGUSR1 or SIGUSR2 on any rank: save at the next end of an optimizer step, requeue, exit.
+    """On SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C on any rank: save at the next end of an optimizer step, requeue, exit.
 
     The signal is only noted (`sphinx_pl.stop`), so it can come at any time: while a checkpoint is being written (it is
     finished; the next step's is written too), during a validation of the training loop (which is finished before),
@@ -61,7 +69,8 @@ class Preemption(L.Callback):
     Put it before the checkpoint callback, whose `save` it calls: else a step could be saved twice.
 
     Args:
-        requeue: put the SLURM job back into the queue, where it is one. A job that was cancelled is not requeued.
+        requeue: put the SLURM job back into the queue, where it is one. A job that was cancelled is not requeued, nor
+            one that a person has interrupted by Ctrl-C.
     """
 
     def __init__(self, requeue: bool = True) -> None:
@@ -77,8 +86,8 @@ class Preemption(L.Callback):
         trainer._signal_connector.register_signal_handlers = lambda: None
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
         if not self._handlers:
-            self._handlers = {number: signal.getsignal(number) for number in stop.SIGNALS}
-        stop.watch()
+            self._handlers = {number: signal.getsignal(number) for number in (*stop.SIGNALS, stop.INTERRUPT)}
+        stop.watch(interrupt=True)
         self._leave_before_training(trainer)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -146,7 +155,7 @@ class Preemption(L.Callback):
         if not trainer.is_global_zero:
             raise Preempted(0)
         name, job = signal.Signals(number).name, slurm.job()
-        if job is None or not self.requeue:
+        if job is None or not self.requeue or number == stop.INTERRUPT:
             log.warning("%s: %s; ckpt_path=last goes on from there", name, done)
         elif problem := slurm.requeue():
             log.warning(
@@ -154,6 +163,7 @@ class Preemption(L.Callback):
             )
         else:
             log.warning("%s: %s; job %s is requeued and will go on from there", name, done, job)
+            raise Preempted(128 + number, requeued=True)
         raise Preempted(128 + number)
 
     @staticmethod

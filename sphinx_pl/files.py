@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+from rich.filesize import decimal
 
 from sphinx_pl.errors import UserError
 
@@ -34,6 +37,21 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """Write a whole file. Text is UTF-8."""
     with whole_file(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def replaced(path: Path) -> Path:
+    """What a folder is called from when another one takes its place until it is deleted."""
+    return path.with_name(f".{path.name}.replaced.tmp")
+
+
+def discard(path: Path) -> None:
+    """Delete a folder. It loses its name first: what is half deleted when a run is killed is no checkpoint."""
+    if not path.exists():
+        return
+    gone = replaced(path)
+    shutil.rmtree(gone, ignore_errors=True)
+    path.rename(gone)
+    shutil.rmtree(gone)
 
 
 def finite(content: Any) -> Any:
@@ -96,6 +114,38 @@ def check_pointer(path: Path) -> None:
             raise UserError(
                 f"'{path}' is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder, or download it"
             )
+
+
+def check_disks(needs: Iterable[tuple[Path, int, int]], freed: Iterable[Path], instead: str) -> None:
+    """Whether disks have room for what a run is going to write.
+
+    Args:
+        needs: of each folder, the bytes that it holds at most, and those that are written before anything is deleted.
+        freed: files and folders that are deleted while the run writes.
+        instead: what helps besides free space.
+
+    Raises:
+        UserError: a disk has less.
+    """
+    most: dict[int, list[int]] = {}
+    for path, total, first in needs:
+        there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+        device = there.stat().st_dev
+        so_far = most.setdefault(device, [0, 0, shutil.disk_usage(there).free])
+        so_far[0], so_far[1] = so_far[0] + total, so_far[1] + first
+        if len(so_far) == 3:
+            so_far.append(sum(_size(old) for old in freed if old.stat().st_dev == device))
+        total, first, free, gain = so_far
+        if max(first, total - gain) > free:
+            raise UserError(
+                f"the run needs {decimal(max(first, total - gain))} for checkpoints and models in '{path.parent}', and "
+                f"the disk has {decimal(free)} left: free some space, {instead}"
+            )
+
+
+def _size(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.lstat().st_size for file in files if not file.is_dir())
 
 
 def hash_file(path: Path) -> str:

@@ -19,6 +19,11 @@ def job() -> str | None:
     return env.get("SLURM_JOB_ID")
 
 
+def restarts() -> int:
+    """How often SLURM has started this job again."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", 0))
+
+
 def mark(folder: Path) -> None:
     """Note in a run folder that this job works in it."""
     if name := job():
@@ -33,8 +38,24 @@ def came_back(folder: Path) -> bool:
     The number of restarts alone would not do: a job that was requeued before it came so far finds someone else's run.
     """
     mark = folder / _MARK
-    restarted = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
-    return restarted and mark.is_file() and mark.read_text().strip() == job()
+    return restarts() > 0 and mark.is_file() and mark.read_text().strip() == job()
+
+
+_NOT_RUNNING = {
+    *("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "COMPLETED", "CANCELLED", "FAILED"),
+    *("TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY", "REVOKED"),
+}
+
+
+def ended(name: str) -> bool | None:
+    """Whether no process of this job runs any more, or None if the scheduler does not answer."""
+    try:
+        states = _output("squeue", "--noheader", "--jobs", name, "--format", "%T").split()
+    except subprocess.CalledProcessError as error:
+        return True if "Invalid job id" in str(error.stderr) else None  # it ended minutes ago
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return all(state in _NOT_RUNNING for state in states)
 
 
 def requeue() -> str:

@@ -13,14 +13,24 @@ from types import FrameType
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """What schedulers send before they kill: SIGTERM, and one that a job asks for (submitit: SIGUSR2)."""
 
+INTERRUPT = signal.SIGINT
+"""Ctrl-C."""
+
 _received = 0
+_interrupted = False
 
 
-def watch() -> None:
-    """From now on these signals are noted instead of ending the process. Only the first thread can say so."""
+def watch(interrupt: bool = False) -> None:
+    """From now on these signals are noted instead of ending the process. Only the first thread can say so.
+
+    Args:
+        interrupt: note the first Ctrl-C as well; the second one ends the process at once.
+    """
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
             signal.signal(number, _note)
+        if interrupt and signal.getsignal(INTERRUPT) is not signal.SIG_IGN:  # as nohup and a shell's `&` have it
+            signal.signal(INTERRUPT, _note_interrupt)
 
 
 def unwatch() -> None:
@@ -35,14 +45,24 @@ def _note(number: int, frame: FrameType | None) -> None:
     _received = _received or number  # the first one says why; a scheduler's SIGTERM follows its requeue
 
 
+def _note_interrupt(number: int, frame: FrameType | None) -> None:
+    global _interrupted
+    if _interrupted:
+        os._exit(128 + number)
+    _interrupted = True
+    _note(number, frame)
+    # Not by print, which may be in the midst of another one.
+    os.write(2, b"\nCtrl-C: the run saves its step and ends; Ctrl-C again ends it at once, without saving\n")
+
+
 def received() -> int:
     """The first signal that came, 0 if none did."""
     return _received
 
 
 def forget() -> None:
-    global _received
-    _received = 0
+    global _received, _interrupted
+    _received, _interrupted = 0, False
 
 
 def ignore() -> None:
@@ -50,7 +70,7 @@ def ignore() -> None:
 
     It still ends when its parent tells it to, as Python does with those that are left over.
     """
-    for number in (signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGUSR1, signal.SIGUSR2, INTERRUPT):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 

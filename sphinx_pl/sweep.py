@@ -90,9 +90,10 @@ def run(command: Sequence[str], value: Path) -> int:
     Signals that come to this process go on to it. A scheduler has signalled it as well; it notes that once more.
     """
     process = subprocess.Popen(command, env={**os.environ, VALUE: str(value)})
-    before = {number: signal.getsignal(number) for number in stop.SIGNALS}
-    for number in before:
+    before = {number: signal.getsignal(number) for number in (*stop.SIGNALS, stop.INTERRUPT)}
+    for number in stop.SIGNALS:
         signal.signal(number, lambda number, _: process.send_signal(number))
+    signal.signal(stop.INTERRUPT, lambda *_: None)  # a terminal sends Ctrl-C to both: twice would not let it save
     try:
         return process.wait()
     finally:

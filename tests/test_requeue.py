@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
 import train
+from callbacks.checkpoint import checkpoints
 from callbacks.wandb_logger import FILE, run_id
 from sphinx_pl import slurm
 from sphinx_pl.errors import UserError
+from sphinx_pl.run_folder import RunFolder
 from tests.test_conf import _fresh_hydra, composed  # noqa: F401  (a fixture)
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Of a run of job 7 that has saved step 5 and has a W&B run."""
-    monkeypatch.setattr(train, "check_resume", lambda resume, model: None)
     for name in ("SLURM_ARRAY_JOB_ID", "SLURM_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
@@ -35,12 +35,22 @@ def start(folder: Path, monkeypatch: pytest.MonkeyPatch, job: str, restarts: int
     monkeypatch.setenv("SLURM_JOB_ID", job)
     monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
     cfg: DictConfig = composed("train", *overrides, folder=str(folder))
-    model: Any = None
-    resume = train.checkpoint_to_resume(cfg, folder, model)
-    OmegaConf.set_struct(cfg, False)
-    del cfg["hydra"]
-    train.prepare_run_folder(cfg, folder, resume)
+    run = RunFolder(folder)
+    train.enter(run)
+    try:
+        resume = train.checkpoint_to_resume(cfg, folder)
+        OmegaConf.set_struct(cfg, False)
+        del cfg["hydra"]
+        train.prepare_run_folder(cfg, run, resume)
+    finally:
+        run.leave()
     return resume
+
+
+def save(folder: Path, step: int) -> None:
+    """As a run does that writes a checkpoint."""
+    (folder / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+    RunFolder(folder).saved()
 
 
 def test_a_requeued_job_continues_its_run_though_it_was_to_replace_another(
@@ -63,7 +73,7 @@ def test_a_job_that_was_requeued_before_it_began_does_what_it_was_to_do(
         start(folder, monkeypatch, "8", 1)
     identity = run_id(folder)
     assert start(folder, monkeypatch, "8", 1, "overwrite=true") is None
-    assert list((folder / "checkpoints").iterdir()) == []
+    assert not checkpoints(folder / "checkpoints")
     assert run_id(folder) != identity
     assert (folder / "slurm_job").read_text() == "8\n"
     # Stopped before its first checkpoint: it begins again, in the same W&B run.
@@ -83,6 +93,7 @@ def test_a_run_that_is_continued_by_hand_keeps_its_w_and_b_run(folder: Path, mon
     identity = run_id(folder)
     assert start(folder, monkeypatch, "9", 0, "ckpt_path=last") is not None
     assert run_id(folder) == identity
+    save(folder, 6)
     assert start(folder, monkeypatch, "9", 0, "overwrite=true") is None
     assert not (folder / FILE).exists()
 
@@ -100,29 +111,5 @@ def test_rows_that_will_be_made_again_go_and_those_of_a_finished_run_stay(
     assert [int(row.split(",")[0]) for row in rows] == kept
     assert (folder / "model").exists() == (steps == 5)
     assert (folder / "model-step-4").exists()
-    assert not (folder / "model-step-8").exists()  # of what came after a checkpoint that was gone back to
-
-
-def test_replacing_a_run_leaves_no_half_checkpoint_under_its_name(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    names = ["checkpoints/step-00000005", "checkpoints/step-00000006", "model", "model-step-4"]
-    for name in names:
-        (folder / name).mkdir(exist_ok=True)
-        (folder / name / "file").touch()
-    renamed: list[Path] = []
-
-    def killed(path: Path, *_: object, **__: object) -> None:
-        if path.exists():
-            renamed.append(path)
-            raise KeyboardInterrupt
-
-    for _ in names:
-        with monkeypatch.context() as patch:
-            patch.setattr("shutil.rmtree", killed)
-            with pytest.raises(KeyboardInterrupt):
-                start(folder, monkeypatch, "8", 0, "overwrite=true")
-        assert renamed[-1].name.startswith(".")
-        for name in names:
-            assert not (folder / name).exists() or (folder / name / "file").exists()
-    assert not any((folder / name).exists() for name in names)
+    # What came after a checkpoint that was gone back to is replaced; a run that trains nothing replaces nothing.
+    assert (folder / "model-step-8").exists() == (steps == 5)

@@ -16,7 +16,7 @@ from tests.conftest import REPOSITORY
 
 @pytest.fixture(autouse=True)
 def _as_before() -> Iterator[None]:
-    handlers = {number: signal.getsignal(number) for number in stop.SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in (*stop.SIGNALS, stop.INTERRUPT)}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -42,6 +42,29 @@ def test_helpers_ignore_what_the_run_acts_on() -> None:
         process.wait(0.5)
     process.terminate()
     assert process.wait(10) == 0
+
+
+def test_the_second_ctrl_c_ends_it_at_once() -> None:
+    code = "import time; from sphinx_pl import stop; stop.watch(interrupt=True); print('ready', flush=True)\n"
+    code += "while not stop.received(): time.sleep(0.01)\nprint('noted', flush=True); time.sleep(60)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=REPOSITORY, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "noted\n"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert said.strip() == "Ctrl-C: the run saves its step and ends; Ctrl-C again ends it at once, without saving"
+
+
+def test_what_ignores_ctrl_c_goes_on_ignoring_it() -> None:
+    """As under nohup, where a terminal that is closed must not end the run."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    stop.watch(interrupt=True)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_it_is_there_before_anything_slow_is_imported() -> None:

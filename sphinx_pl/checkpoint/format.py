@@ -49,7 +49,7 @@ from torch import Tensor, nn
 from sphinx_pl.checkpoint.provenance import hash_file
 from sphinx_pl.checkpoint.unreadable import why_unreadable
 from sphinx_pl.errors import UserError
-from sphinx_pl.files import check_pointer
+from sphinx_pl.files import check_pointer, replaced
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.registry import Registry
 
@@ -897,11 +897,6 @@ def unfinished(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 
 
-def replaced(path: Path) -> Path:
-    """What a folder is called from when another one takes its place until it is deleted."""
-    return path.with_name(f".{path.name}.replaced.tmp")
-
-
 def move_into_place(folder: Path, path: Path, overwrite: bool = True) -> None:
     """Rename a folder that is complete to `path`, in place of what is there.
 
@@ -919,16 +914,6 @@ def move_into_place(folder: Path, path: Path, overwrite: bool = True) -> None:
     folder.rename(path)
     sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def discard(path: Path) -> None:
-    """Delete a checkpoint. It loses its name first: what is half deleted when a run is killed is no checkpoint."""
-    if not path.exists():
-        return
-    gone = replaced(path)
-    shutil.rmtree(gone, ignore_errors=True)
-    path.rename(gone)
-    shutil.rmtree(gone)
 
 
 def sync(*paths: Path) -> None:

@@ -17,6 +17,7 @@ the values themselves is not, as in every other format.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import re
@@ -102,12 +103,14 @@ def write_rest(folder: Path, ranks: int, shapes: Mapping[str, Sequence[int]], st
         shapes: of every tensor of the model.
         state: everything that is no piece.
     """
-    torch.save(dict(state), folder / STATE)
+    content = io.BytesIO()
+    torch.save(dict(state), content)
+    (folder / STATE).write_bytes(content.getbuffer())  # whose errors say what is wrong with the disk, as torch's do not
     names = [file_name(rank, ranks) for rank in range(ranks) if (folder / file_name(rank, ranks)).exists()]
     files = {name: (folder / name).stat().st_size for name in [*names, STATE]}
     shapes = {name: list(shape) for name, shape in shapes.items()}
-    content = {"format": FORMAT_VERSION, "ranks": ranks, "files": files, "state": hash_file(folder / STATE)}
-    write_json(folder / INDEX, content | {"shapes": shapes})
+    index = {"format": FORMAT_VERSION, "ranks": ranks, "files": files, "state": hash_file(folder / STATE)}
+    write_json(folder / INDEX, index | {"shapes": shapes})
 
 
 def _count(value: Any) -> int:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from sphinx_pl import stop
 from sphinx_pl.data.augment import AugmentConfig
 from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.mixture import MODALITIES, Group, MixingConfig, Mixture, SourceConfig
+from sphinx_pl.data.mixture import MODALITIES, Group, MixingConfig, Mixture, SourceConfig, check_names
 from sphinx_pl.data.packing import (
     Collator,
     Lane,
@@ -28,6 +28,7 @@ from sphinx_pl.data.packing import (
     PackingConfig,
     Planner,
     Row,
+    check_lanes,
     first_fit_decreasing,
     merge_states,
     rows_of_lanes,
@@ -35,6 +36,7 @@ from sphinx_pl.data.packing import (
 from sphinx_pl.data.processor import Processor, ProcessorConfig
 from sphinx_pl.data.record import Batch, Sample
 from sphinx_pl.data.sources import spread
+from sphinx_pl.data.stream import check_place
 from sphinx_pl.distributed.collective import any_rank, of_all_ranks
 from sphinx_pl.errors import UserError
 from sphinx_pl.typed import build, within
@@ -389,6 +391,47 @@ class DataModule(L.LightningDataModule):
                 "ability: add one, or set stage.text_required=false"
             )
 
+    def check_resume(self, state: Mapping[str, Any], accumulate: int = 1, world_size: int = 1) -> None:
+        """Whether the position in the data of a training checkpoint is one of this run's data. Reads no data.
+
+        Args:
+            state: what `state_dict` gave.
+
+        Raises:
+            UserError: another seed, other sources, files, lanes, or another order of their records.
+        """
+        if not state:
+            return
+        planner = state["planner"]
+        lanes = self._lanes(planner)
+        rows_of_lanes(self.packing.rows * accumulate * world_size, lanes, world_size)
+        group = Group.from_dict({"sources": self.sources, "temperature": self.mixing.temperature})
+        configs = dict(group.leaves())
+        names = group.shares(dict.fromkeys(configs, 1))
+        files = {name: len(configs[name].open(name).urls) for name in names}
+        for lane in planner["lanes"].values():
+            places = lane["mixture"]["streams"]
+            # A source without any record has no share where shares follow from sizes, which only reading shows.
+            check_names(lane["mixture"], names if not group.needs_sizes else {*places} & {*names})
+            for name, place in places.items():
+                check_place(place, name, self.seed, files[name])
+        for name, place in places.items():
+            for key in ("branches", "shuffle_shards"):
+                if (before := place.get(key, now := getattr(configs[name], key))) != now:
+                    log.warning(
+                        "data.sources.%s.%s=%s: the checkpoint was made with %s, and the order of the records follows "
+                        "from it, so some of this epoch will be repeated and others skipped",
+                        name,
+                        key,
+                        now,
+                        before,
+                    )
+
+    def _lanes(self, state: Mapping[str, Any]) -> int:
+        """How many lanes a run has that resumes at this position of a planner."""
+        check_lanes(state, self.mixing.lanes or state.get("lane_count", 0))
+        return int(state["lane_count"])
+
     def planner(self, accumulate: int = 1, rank: int = 0, world_size: int = 1, lanes: int | None = None) -> Planner:
         """A planner at the start of the stream.
 
@@ -410,12 +453,7 @@ class DataModule(L.LightningDataModule):
         trainer = self.trainer
         assert trainer is not None, "train_dataloader() is called by a Trainer"
         resume = self._resume
-        lanes = resume["planner"].get("lane_count") if resume else None
-        if resume and lanes is None:
-            raise UserError(
-                "ckpt_path: the checkpoint's data position was written by an older version, which this one cannot go "
-                "on from: start a new run from the weights (stage.init_from)"
-            )
+        lanes = self._lanes(resume["planner"]) if resume else None
         self._planner = self.planner(trainer.accumulate_grad_batches, trainer.global_rank, trainer.world_size, lanes)
         collator = dataclasses.replace(self.collator, sources=list(self._planner.mixture.streams))
         pin = trainer.strategy.root_device.type == "cuda"

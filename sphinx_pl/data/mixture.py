@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -229,6 +229,15 @@ def _beside(file: Path, path: str) -> str:
     return beside if os.path.exists(beside) and not os.path.exists(path) else path  # noqa: PTH110 - never raises
 
 
+def check_names(state: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raises: UserError: the position `state` of a mixture is one of other sources."""
+    if set(state["streams"]) != set(names):
+        raise UserError(
+            f"data.sources: the checkpoint was made with {sorted(state['streams'])}, this run has "
+            f"{sorted(names)}: resume with the same sources, or start a new run from its weights (stage.init_from)"
+        )
+
+
 class Mixture:
     """Draws from sources so that after every draw each source's share is as near to its weight as can be.
 
@@ -322,12 +331,7 @@ class Mixture:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if set(state["streams"]) != set(self.streams):
-            raise UserError(
-                f"data.sources: the checkpoint was made with {sorted(state['streams'])}, this run has "
-                f"{sorted(self.streams)}: resume with the same sources, or start a new run from its weights "
-                "(stage.init_from)"
-            )
+        check_names(state, self.streams)
         self.drawn = dict(state["drawn"])
         for name, stream in self.streams.items():
             stream.load_state_dict(state["streams"][name])

@@ -11,7 +11,7 @@ import logging
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -161,6 +161,20 @@ def rows_of_lanes(rows: int, lanes: int, world_size: int) -> list[int]:
     return shares
 
 
+def check_lanes(state: Mapping[str, Any], lanes: int) -> None:
+    """Raises: UserError: the position `state` of a planner is one of other lanes."""
+    if "lane_count" not in state:
+        raise UserError(
+            "ckpt_path: the checkpoint's data position was written by an older version, which this one cannot go "
+            "on from: start a new run from the weights (stage.init_from)"
+        )
+    if state["lane_count"] != lanes:
+        raise UserError(
+            f"data.mixing.lanes={lanes}: the checkpoint was made with {state['lane_count']}, which a run "
+            "keeps: leave it null"
+        )
+
+
 @dataclass
 class MicroPlan:
     """One micro-batch of this rank: `rows` to decode and collate, the `index`-th of window `window`."""
@@ -242,7 +256,12 @@ class Lane:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.mixture.load_state_dict(state["mixture"])
-        self.pending = list(state["pending"])
+        self.pending = []
+        for sample in state["pending"]:
+            if sample.length > self.config.row_length:  # rows were longer when it was drawn
+                self.mixture.streams[sample.source].leave_out(sample, "longer_than_row")
+            else:
+                self.pending.append(sample)
 
 
 class Planner:
@@ -388,11 +407,7 @@ class Planner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from the merged states of all ranks, however many there were."""
-        if state["lane_count"] != self.lane_count:
-            raise UserError(
-                f"data.mixing.lanes={self.lane_count}: the checkpoint was made with {state['lane_count']}, which a run "
-                "keeps: leave it null"
-            )
+        check_lanes(state, self.lane_count)
         if (rows := state.get("rows")) != sum(self._rows):
             log.warning(
                 "an optimizer step has %d rows now, in the checkpoint it had %s: stage.rows_per_step=%s keeps it, on "

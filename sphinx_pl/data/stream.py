@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from functools import partial
 from threading import Thread
@@ -55,6 +55,28 @@ def _in_background(make: Callable[[], _Opened]) -> Future[_Opened]:
 
     Thread(target=run, name="open-shards", daemon=True).start()
     return future
+
+
+def check_place(state: Mapping[str, Any], name: str, seed: int, files: int) -> None:
+    """Whether the place `state` of a source means the same records in this run.
+
+    Args:
+        files: how many the source has.
+
+    Raises:
+        UserError: it does not, so that a run which resumes there would repeat some records and skip others.
+    """
+    if state["shards"] != files:
+        raise UserError(
+            f"source '{name}': the checkpoint was made with {state['shards']} files, there are {files}: resume with "
+            "the same ones, or start a new run from its weights (stage.init_from)"
+        )
+    if (before := state.get("seed", seed)) != seed:  # versions before did not write it down
+        raise UserError(
+            f"seed={seed}: the checkpoint was made with {before}, and the order of the records follows from it, so "
+            f"some would be repeated and others skipped: set seed={before}, or start a new run from its weights "
+            "(stage.init_from)"
+        )
 
 
 class SourceStream:
@@ -341,6 +363,9 @@ class SourceStream:
 
     def state_dict(self) -> dict[str, Any]:
         return {
+            "seed": self.seed,
+            "branches": self.config.branches,
+            "shuffle_shards": self.config.shuffle_shards,
             "shards": len(self.source.urls),
             "epoch": self.epoch,
             "block": self.block,
@@ -354,12 +379,7 @@ class SourceStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["shards"] != len(self.source.urls):
-            raise UserError(
-                f"source '{self.name}': the checkpoint was made with {state['shards']} files, there are "
-                f"{len(self.source.urls)}: resume with the same ones, or start a new run from its weights "
-                "(stage.init_from)"
-            )
+        check_place(state, self.name, self.seed, len(self.source.urls))
         self.epoch, self.block, self.position = state["epoch"], state["block"], state["position"]
         self._ahead = None
         if not self.exhausted:

@@ -12,7 +12,6 @@ import datetime
 import fcntl
 import json
 import os
-import shutil
 import signal
 import socket
 from collections.abc import Iterator, Mapping
@@ -26,6 +25,7 @@ from omegaconf import OmegaConf
 from sphinx_pl.errors import UserError
 from sphinx_pl.files import hash_file, write_whole
 from sphinx_pl.pipeline.recipe import Recipe, Step
+from sphinx_pl.run_folder import AGAIN
 from sphinx_pl.stop import SIGNALS
 
 _TOLD_TO_GO = (128 + signal.SIGINT, *(128 + number for number in SIGNALS))
@@ -222,11 +222,12 @@ def is_done(record: Record) -> bool:
 
 
 def drop(record: Record) -> None:
-    """A training run's checkpoints and model, so that `ckpt_path=last` starts anew. Other scripts replace theirs."""
-    if record.folder is not None:
-        for name in ("checkpoints", "model"):
-            shutil.rmtree(Path(record.folder) / name, ignore_errors=True)
-        (Path(record.folder) / "wandb_id").unlink(missing_ok=True)  # another run in W&B too
+    """Make the next training run in the folder a new one, in spite of `ckpt_path=last`. Other scripts replace theirs.
+
+    What is there stays until that run has saved something.
+    """
+    if record.folder is not None and Path(record.folder).is_dir():
+        (Path(record.folder) / AGAIN).touch()
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -84,19 +85,24 @@ def warmup_cosine(config: OptimConfig, max_steps: int) -> Callable[[int], float]
     return factor
 
 
-def build_optimizer(parts: Mapping[str, Iterable[nn.Parameter]], config: OptimConfig) -> torch.optim.Optimizer:
-    """Over the parameters of a model's `parts` that train: two groups for each learning rate, see `decay_groups`.
+def optimizer_groups(parts: Mapping[str, Iterable[nn.Parameter]], config: OptimConfig) -> list[dict[str, Any]]:
+    """The parameters of a model's `parts` that train: two groups for each learning rate, see `decay_groups`.
 
     A group keeps its factor as "lr_scale".
     """
     rates: dict[float, list[nn.Parameter]] = {}
     for part, parameters in parts.items():
         rates.setdefault(config.lr_scale.get(part, 1.0), []).extend(parameters)
-    groups = [
+    return [
         {**group, "lr": config.lr * factor, "lr_scale": factor}
         for factor, parameters in rates.items()
         for group in decay_groups(parameters, config.weight_decay)
     ]
+
+
+def build_optimizer(parts: Mapping[str, Iterable[nn.Parameter]], config: OptimConfig) -> torch.optim.Optimizer:
+    """The optimizer over `optimizer_groups`."""
+    groups = optimizer_groups(parts, config)
     if config.kind == "sgd":
         return torch.optim.SGD(groups)
     betas = (config.betas[0], config.betas[1])

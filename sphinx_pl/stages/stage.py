@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import math
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
@@ -18,9 +19,10 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
-from sphinx_pl.checkpoint.format import differences, open_checkpoint
+from sphinx_pl.checkpoint.format import Checkpoint, compare, differences, open_checkpoint
 from sphinx_pl.checkpoint.provenance import hash_file
 from sphinx_pl.checkpoint.towers import check_pretrained
+from sphinx_pl.checkpoint.training import TrainingCheckpoint
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.record import Batch
 from sphinx_pl.distributed.checkpointing import TrainingCheckpointIO, group_names, options_of
@@ -33,7 +35,7 @@ from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.models.towers import Tower, build_towers
 from sphinx_pl.stages import gradients
 from sphinx_pl.stages.build import Placement, Whole, build_model
-from sphinx_pl.stages.optim import OptimConfig, build_optimizer, warmup_cosine
+from sphinx_pl.stages.optim import OptimConfig, build_optimizer, optimizer_groups, warmup_cosine
 from sphinx_pl.typed import build
 
 log = logging.getLogger(__name__)
@@ -132,15 +134,18 @@ class Stage(L.LightningModule):
 
     # -- building ---------------------------------------------------------------------------------------------------
 
-    def check(self, processor: Processor | None = None) -> None:
+    def check(self, processor: Processor | None = None, strategy: Any = None, resume: Path | None = None) -> None:
         """Whether this stage can start, without building anything.
 
         Args:
-            processor: of this run, to compare with the one that `init_from` was trained with.
+            processor: of this run, to compare with the one that the weights were trained with.
+            strategy: the trainer's.
+            resume: the training checkpoint to resume from, whose optimizer state has to fit as well.
 
         Raises:
-            UserError: an unknown part, no checkpoint at `init_from` or one of another model or tokenizer, or weights to
-                start from that are not there or not this model's.
+            UserError: an unknown part, no checkpoint at `init_from` or one of another model or tokenizer, weights to
+                start from that are not there or not this model's, or an optimizer that `resume` or `strategy` does not
+                fit.
         """
         parts = parts_of(self.config)
         if self.checkpointing not in CHECKPOINTING:
@@ -155,30 +160,82 @@ class Stage(L.LightningModule):
         for part in self.optim.lr_scale:
             if part not in parts:
                 raise UserError(f"stage.optim.lr_scale: no part '{part}' in this model; {suggest(part, parts)}")
-        if self.resumed:
+        if isinstance(strategy, Sharded) and strategy.bf16_masters and self.optim.moments != "bf16":
+            raise UserError(
+                "trainer.strategy.masters=bf16 would lose the updates that are small beside a weight: set "
+                "stage.optim.moments=bf16 too, whose optimizer rounds stochastically"
+            )
+        if resume is not None:
+            self._check_resume(resume, processor)
+        elif self.resumed:
             return
-        if not self.init_from:
+        elif self.init_from:
+            try:
+                checkpoint = open_checkpoint(self.init_from)
+            except UserError as error:
+                raise UserError(f"stage.init_from={self.init_from}: {error}") from None
+            self._compare(checkpoint, processor, f"stage.init_from={self.init_from}")
+        else:
             self._check_pretrained()
-            return
-        checkpoint = open_checkpoint(self.init_from)
+
+    def _compare(self, checkpoint: Checkpoint, processor: Processor | None, key: str) -> None:
+        """Raises: UserError: the weights that `key` names are of another model or tokenizer."""
         differing = differences(checkpoint.model_config.to_dict(), self.config.to_dict(), "model")
         for difference in differing:
             if difference.startswith(_FREE):
-                log.warning("%s in stage.init_from=%s and in this run", difference, self.init_from)
+                log.warning("%s in %s and in this run", difference, key)
             else:
-                raise UserError(
-                    f"stage.init_from={self.init_from} holds another model, {difference}: "
-                    "compose the model that it was made with"
-                )
+                raise UserError(f"{key} holds another model, {difference}: compose the model that it was made with")
         if processor is None:
             return
         if hash_file(checkpoint.tokenizer_file) != hash_file(processor.tokenizer.path):
             raise UserError(
-                f"stage.init_from={self.init_from} was trained with another tokenizer than {processor.tokenizer.path}: "
+                f"{key} was trained with another tokenizer than {processor.tokenizer.path}: "
                 f"set data.tokenizer={checkpoint.tokenizer_file}"
             )
         for difference in differences(checkpoint.processor, processor.to_dict(), "data.processor"):
-            log.warning("%s in stage.init_from=%s and in this run", difference, self.init_from)
+            log.warning("%s in %s and in this run", difference, key)
+
+    def _check_resume(self, resume: Path, processor: Processor | None) -> None:
+        """Raises: UserError: the checkpoint is damaged, or its weights or optimizer states do not fit this stage."""
+        key = f"ckpt_path={resume}"
+        try:
+            checkpoint = TrainingCheckpoint(resume)
+            state = checkpoint.pieces.state()
+            kinds = checkpoint.pieces.kinds()
+        except UserError as error:
+            raise UserError(f"{key} is not a checkpoint to resume from: {error}") from None
+        self._compare(checkpoint, processor, key)
+        with torch.device("meta"):
+            model = Sphinx(self.config)
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        if problem := compare(shapes, checkpoint.pieces.shapes):
+            raise UserError(f"{key} is of another model: {problem}")
+        instead = f"or start a new run from its weights (stage.init_from={resume})"
+        made = state.get("optim", {}).get("kind", "adamw" if kinds else self.optim.kind)
+        if made != self.optim.kind:
+            raise UserError(
+                f"stage.optim.kind={self.optim.kind}: the states in {key} are those of {made}: set "
+                f"stage.optim.kind={made}, {instead}"
+            )
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        parts = {names[id(p)]: part for part, parameters in model.part_parameters().items() for p in parameters}
+        model.freeze(part for part in parts_of(self.config) if part not in self.train_parts)
+        groups = optimizer_groups(model.part_parameters(), self.optim)
+        wanted = [[names[id(parameter)] for parameter in group["params"]] for group in groups]
+        found: list[list[str]] = state["optimizer_names"]
+        before, now = ({name for group in of for name in group} for of in (found, wanted))
+        if before != now:
+            trained = [part for part in parts_of(self.config) if part in {parts[name] for name in before}]
+            raise UserError(
+                f"stage.train_parts=[{','.join(self.train_parts)}]: in {key} other parts train: set "
+                f"stage.train_parts=[{','.join(trained)}], {instead}"
+            )
+        if found != wanted:
+            raise UserError(
+                f"stage.optim.lr_scale={self.optim.lr_scale}: in {key} other parts have learning rates of their own: "
+                f"set the factors that it was made with, {instead}"
+            )
 
     def _check_pretrained(self) -> None:
         vision, decoder = self.config.vision, self.config.decoder
@@ -197,19 +254,14 @@ class Stage(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         strategy = self.trainer.strategy
-        if isinstance(strategy, Sharded) and strategy.bf16_masters and self.optim.moments != "bf16":
-            raise UserError(
-                "trainer.strategy.masters=bf16 would lose the updates that are small beside a weight: set "
-                "stage.optim.moments=bf16 too, whose optimizer rounds stochastically"
-            )
         if not isinstance(strategy, Sharded) and type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = TrainingCheckpointIO()
 
     def configure_model(self) -> None:
         if self.model is not None:
             return
-        self.check()
         strategy = self._trainer.strategy if self._trainer is not None else None
+        self.check(strategy=strategy)
         placement: Placement = strategy.placement() if isinstance(strategy, Sharded) else self._whole(strategy)
         weights = open_checkpoint(self.init_from) if self.init_from and not self.resumed else None
         frozen = [part for part in parts_of(self.config) if part not in self.train_parts]
@@ -285,6 +337,7 @@ class Stage(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["sums"] = {"counted": self._counted, "values": self._sums}
         checkpoint["parents"] = self.parents
+        checkpoint["optim"] = asdict(self.optim)
         checkpoint["accumulate"] = self.trainer.accumulate_grad_batches
         checkpoint["nonfinite"] = [self.nonfinite_steps, self._nonfinite_in_a_row]
         names = sorted({*self._logged, *self.trainer.callback_metrics})

@@ -113,10 +113,23 @@ class FullDisk(TrainingCheckpointIO):
 def test_what_was_being_written_is_never_taken_for_a_checkpoint(fit: Fit, tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space left"):
         fit([ResumeCheckpoint(str(tmp_path), every_n_steps=1, keep=1)], plugins=[FullDisk()])
-    whole, half = tmp_path / "step-00000001", tmp_path / ".step-00000002.tmp"
-    assert half.exists()
+    whole = tmp_path / "step-00000001"
+    assert names(tmp_path) == [whole.name]  # the half is gone: what follows, such as logs, needs the room
     assert resolve_resume("last", tmp_path) == whole  # the older one is pruned only when the newer one is whole
     assert Pieces(whole).state()["global_step"] == 1
+
+
+def test_it_says_when_a_checkpoint_is_whole_before_it_prunes(fit: Fit, tmp_path: Path) -> None:
+    callback = ResumeCheckpoint(str(tmp_path), every_n_steps=1, keep=1)
+    found: list[list[str]] = []
+    callback.written = lambda: found.append(names(tmp_path))
+    fit([callback], steps=2)
+    assert found == [["step-00000001"], ["step-00000001", "step-00000002"]]
+
+
+def test_how_many_there_are_at_once() -> None:
+    most = ResumeCheckpoint("unused", every_n_steps=10, keep=2, keep_every=50).most
+    assert [most(steps) for steps in (5, 10, 20, 30, 100, -1)] == [1, 1, 2, 3, 5, 3]
 
 
 def test_a_step_that_is_reached_again_replaces_its_checkpoint(fit: Fit, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ Fit = Callable[..., Any]
 @pytest.fixture(autouse=True)
 def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    handlers = {number: signal.getsignal(number) for number in stop.SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in (*stop.SIGNALS, stop.INTERRUPT)}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -61,7 +61,7 @@ def leaves(fit: Fit, folder: Path, *callbacks: L.Callback, **options: Any) -> in
     return int(stopped.value.code)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("number", stop.SIGNALS)
+@pytest.mark.parametrize("number", [*stop.SIGNALS, stop.INTERRUPT])
 def test_the_step_that_runs_is_finished_and_saved(fit: Fit, tmp_path: Path, number: int) -> None:
     assert leaves(fit, tmp_path, at_step(2, number)) == 128 + number
     assert saved(tmp_path) == [3]
@@ -95,6 +95,17 @@ def test_before_the_first_step_nothing_is_saved(fit: Fit, tmp_path: Path) -> Non
     counter = LambdaCallback(on_train_batch_end=lambda *args: batches.append(args))
     assert leaves(fit, tmp_path, counter) == 128 + signal.SIGUSR2
     assert (saved(tmp_path), batches) == ([], [])
+
+
+def test_ctrl_c_says_how_to_resume_and_never_requeues(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")  # a job that a person watches
+    with pytest.raises(Preempted) as stopped:
+        fit([at_step(1, signal.SIGINT), Preemption(), ResumeCheckpoint(str(tmp_path))])
+    assert (stopped.value.code, stopped.value.requeued) == (130, False)
+    assert "SIGINT: step 2 is saved; ckpt_path=last goes on from there" in caplog.text
+    assert saved(tmp_path) == [2]
 
 
 def test_without_the_checkpoint_callback_the_log_says_so(fit: Fit, caplog: pytest.LogCaptureFixture) -> None:

@@ -269,3 +269,54 @@ def test_a_group_of_questions_that_became_smaller_in_between(processor: Processo
     assert state["lanes"]["0"]["mixture"]["streams"]["asked"]["position"] > 8
     [loader] = loaders(datamodule(processor, {"asked": sources["asked"] | {"branches": 9}}, rows=1), 0, 1, 1, state)
     assert train(loader, 3)
+
+
+# --- what may not change
+
+
+def test_another_seed_is_refused_since_records_would_repeat(processor: Processor, sources: Sources) -> None:
+    data = datamodule(processor, sources)
+    [loader] = loaders(data, 0, 1, 2)
+    train(loader, 2)
+    state = merged([loader])
+    data.check_resume({"planner": state})
+    other = datamodule(processor, sources)
+    other.seed = data.seed + 1
+    for refuse in (lambda: other.check_resume({"planner": state}), lambda: loaders(other, 0, 1, 2, state)):
+        with pytest.raises(UserError, match=rf"seed={other.seed}: .*set seed={data.seed}"):
+            refuse()
+
+
+def test_what_changes_the_order_is_told_before_anything_is_read(
+    processor: Processor, sources: Sources, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = datamodule(processor, sources)
+    [loader] = loaders(data, 0, 1, 1)
+    train(loader, 2)
+    state = {"planner": merged([loader])}
+    name = next(iter(sources))
+    datamodule(processor, sources | {name: {**sources[name], "shuffle_shards": 3}}).check_resume(state)
+    assert f"data.sources.{name}.shuffle_shards=3: the checkpoint was made with 2" in caplog.text
+    fewer = {key: value for key, value in sources.items() if key != name}
+    with pytest.raises(UserError, match=r"data\.sources: the checkpoint was made with"):
+        datamodule(processor, fewer).check_resume(state)
+    other = datamodule(processor, sources)
+    other.mixing.lanes = 3
+    with pytest.raises(UserError, match=r"data\.mixing\.lanes=3: the checkpoint was made with 1"):
+        other.check_resume(state)
+
+
+def test_samples_that_wait_and_no_longer_fit_a_row_are_counted(processor: Processor, sources: Sources) -> None:
+    data = datamodule(processor, sources)
+    [loader] = loaders(data, 0, 1, 1)
+    train(loader, 2)
+    state = merged([loader])
+    lengths = [len(s["prefix"]) + sum(len(b[0]) for b in s["branches"]) for s in state["lanes"]["0"]["pending"]]
+    shorter = datamodule(processor, sources)
+    shorter.packing.row_length = max(lengths) - 1
+    planner = shorter.planner(1, 0, 1, 1)
+    planner.load_state_dict(state)
+    lane = planner.lanes[0]
+    assert all(sample.length <= shorter.packing.row_length for sample in lane.pending)
+    assert len(lane.pending) < len(lengths)
+    assert sum(n for key, n in lane.mixture.counts.items() if key.endswith("longer_than_row")) >= 1
