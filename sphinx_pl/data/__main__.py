@@ -18,9 +18,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from sphinx_pl.cli import CONFIG_FOLDER, MISTAKES, TRACEBACK, register_resolvers, report
+from sphinx_pl.console import Table
 from sphinx_pl.errors import UserError
 from sphinx_pl.registry import Registry
 from sphinx_pl.typed import build

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rich.table import Table
-
+from sphinx_pl.console import Table
 from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.mixture import Group, Mixture, SourceConfig
 from sphinx_pl.data.sources import expand_paths
