@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 import lightning as L
-from rich.cells import cell_len
-from rich.console import Console, RenderableType
-from rich.progress import Progress as Bar
-from rich.progress_bar import ProgressBar
-from rich.table import Table as Grid
-from rich.text import Text
+from rich.console import Console
 
-from sphinx_pl.console import Table
+from sphinx_pl.console import StepBar, Table, clock
 from sphinx_pl.data.record import Batch
 from sphinx_pl.stages import Stage
-
-SHORTEST_BAR = 8
 
 
 class Progress(L.Callback):
@@ -56,7 +48,7 @@ class Progress(L.Callback):
             str(pl_module.name),
             total=trainer.max_steps if trainer.max_steps > 0 else None,
             completed=trainer.global_step,
-            metrics=self._metrics(trainer),
+            notes=self._metrics(trainer),
             left=None,
         )
         self._bar.start()
@@ -71,9 +63,9 @@ class Progress(L.Callback):
         if self._bar is not None:
             self._bar.update(self._task, completed=step, left=left)
             if step % trainer.log_every_n_steps == 0 or step == total:
-                self._bar.update(self._task, metrics=self._metrics(trainer))
+                self._bar.update(self._task, notes=self._metrics(trainer))
         elif left is not None and step * self.lines // total > (step - 1) * self.lines // total:
-            self._tell(trainer, pl_module, f"{_clock(left)} left")
+            self._tell(trainer, pl_module, f"{clock(left)} left")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking:
@@ -86,13 +78,13 @@ class Progress(L.Callback):
             if name.startswith(prefix)
         }
         if self._bar is not None:
-            self._bar.update(self._task, metrics=self._metrics(trainer))
+            self._bar.update(self._task, notes=self._metrics(trainer))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._stop()
         # A validation comes after the line of its step.
         if trainer.is_global_zero and not self.console.is_terminal and self._validated > self._told:
-            self._tell(trainer, pl_module, f"{_clock(time.perf_counter() - self._started)} taken")
+            self._tell(trainer, pl_module, f"{clock(time.perf_counter() - self._started)} taken")
 
     def _tell(self, trainer: L.Trainer, pl_module: L.LightningModule, when: str) -> None:
         total = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
@@ -124,43 +116,6 @@ class Progress(L.Callback):
             self._bar = None
 
 
-class StepBar(Bar):
-    """Name, bar, step and time left in one line of any width, with the metrics below.
-
-    Where it is narrow the elapsed time goes first, then the end of the name. The fields of a task are `metrics`, whose
-    parts are never cut, and `left` in seconds.
-    """
-
-    def get_renderables(self) -> Iterable[RenderableType]:
-        for task in self.tasks:
-            width, name = self.console.width, task.description
-            rest = f" {task.completed:.0f}" + ("" if task.total is None else f"/{task.total:.0f}")
-            elapsed = f"  {_clock(task.elapsed or 0)} elapsed"
-            left = "" if task.fields["left"] is None else f"  {_clock(task.fields['left'])} left"
-            if cell_len(name + rest + elapsed + left) + 1 + SHORTEST_BAR <= width:
-                rest += elapsed
-            rest += left
-            room = width - cell_len(rest) - 1 - SHORTEST_BAR
-            if cell_len(name) > room:
-                name = f"{name[: room - 1]}…" if room > 1 else ""
-            bar = ProgressBar(total=task.total, completed=task.completed, width=width - cell_len(name + rest) - 1)
-            line = Grid.grid()
-            line.add_row(Text(f"{name} ", style="bold"), bar, Text(rest))
-            yield line
-            yield from map(Text, _lines(task.fields["metrics"], width))
-
-
-def _lines(parts: Sequence[str], width: int) -> list[str]:
-    """The parts, as many to a line as fit."""
-    lines: list[str] = []
-    for part in parts:
-        if lines and cell_len(f"{lines[-1]}  {part}") <= width:
-            lines[-1] += f"  {part}"
-        else:
-            lines.append(part)
-    return lines
-
-
 def trainable_table(stage: str, parts: list[tuple[str, int, int]]) -> Table:
     """Parameters that train and that do not, by part of the model; `parts` as `Sphinx.trainable_table` gives them."""
     table = Table(title=f"What trains in {stage}")
@@ -181,9 +136,3 @@ def _short(value: float) -> str:
         if value >= size:
             return f"{value / size:.3g}{unit}"
     return f"{value:.3g}"
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -286,9 +286,8 @@ def _training(runs: Sequence[Run]) -> str:
         chart = line_chart(series, "optimizer step", "loss per token (nats)")
         blocks.append(f"<h3>{escape(run.name)}</h3><figure>{chart}</figure>")
         if tasks:
-            blocks.append(
-                f"<details><summary>Training loss of each task, with the mean of the last {LAST} that were logged</summary><div class=grid>{tasks}</div></details>"
-            )
+            summary = f"Training loss of each task, with the mean of the last {LAST} that were logged"
+            blocks.append(f"<details><summary>{summary}</summary><div class=grid>{tasks}</div></details>")
     return "".join(blocks) or _missing("There are no training runs: give them with --run.")
 
 

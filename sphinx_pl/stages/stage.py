@@ -346,9 +346,9 @@ class Stage(L.LightningModule):
         )
         if self._nonfinite_in_a_row > self.max_nonfinite:
             raise NonFiniteError(
-                f"{self._nonfinite_in_a_row} steps in a row up to step {self.global_step + 1} had infinite gradients or "
-                "gradients that are not a number (stage.max_nonfinite): lower stage.optim.lr, or leave out the samples "
-                "that the log names",
+                f"{self._nonfinite_in_a_row} steps in a row up to step {self.global_step + 1} had infinite gradients "
+                "or gradients that are not a number (stage.max_nonfinite): lower stage.optim.lr, or leave out the "
+                "samples that the log names",
                 first=self.global_step + 1 - self._nonfinite_in_a_row,
             )
 

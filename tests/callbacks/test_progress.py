@@ -9,8 +9,9 @@ import lightning as L
 import pytest
 from rich.console import Console
 
-from callbacks.progress import Progress, StepBar, trainable_table
+from callbacks.progress import Progress, trainable_table
 from callbacks.throughput import Throughput
+from sphinx_pl.console import StepBar
 
 Fit = Callable[..., Any]
 
@@ -53,7 +54,7 @@ def test_bar_step_and_time_left_stay_however_narrow_the_terminal_is(width: int) 
     screen = console(terminal=True, width=width)
     metrics = ["loss 2.345", "2.81k tokens/s", "held out after step 250:", *(f"source_{n} 1.23{n}" for n in range(8))]
     steps = StepBar(console=screen, auto_refresh=False)
-    steps.add_task("pretrain_synthetic", total=12000, completed=3000, metrics=metrics, left=3723.0)
+    steps.add_task("pretrain_synthetic", total=12000, completed=3000, notes=metrics, left=3723.0)
     screen.print(steps.get_renderable())
     first, *rest = [line.rstrip() for line in text(screen).splitlines()]
     assert first.endswith("1:02:03 left")
