@@ -155,6 +155,7 @@ def train(cfg: DictConfig) -> float | None:
         return None
     import lightning as L
     from hydra.utils import get_class, instantiate
+    from lightning.pytorch.accelerators import CPUAccelerator
 
     from callbacks.checkpoint import checkpoints, step_of
     from callbacks.preemption import Preemption
@@ -198,7 +199,10 @@ def train(cfg: DictConfig) -> float | None:
     # Whatever can be found wrong is found before an older run is replaced.
     stage.check(datamodule.processor)
     datamodule.check(cfg.stage.text_required, cfg.stage.accumulate, trainer.world_size)
+    threads = processes.share_cores(trainer.num_devices)
     if processes.first_process():
+        if isinstance(trainer.accelerator, CPUAccelerator):
+            log.info(threads)
         log.info("%s%s in %s", cfg.run, f", point {cfg.point}" if cfg.point else "", folder)
     processes.only_first(trainer, lambda: prepare_run_folder(cfg, folder, resume))
     if resume is not None:

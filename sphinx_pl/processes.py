@@ -100,25 +100,29 @@ def usable_cores() -> int:
     return cores
 
 
-def share_cores() -> str:
+def share_cores(per_node: int | None = None) -> str:
     """Give torch this process's part of the cores, unless `OMP_NUM_THREADS` says how many threads there are.
 
-    torch takes all cores by itself, in each process of a node and whatever the control group's quota is. Where the
-    scheduler has bound each process to cores of its own, those are its part.
+    torch takes all cores by itself, in each process of a node and whatever the control group's quota is. Where SLURM
+    has bound each process to cores of its own, those are its part.
+
+    Args:
+        per_node: processes of a node, where it is more than `this_process` knows.
 
     Returns:
-        What was chosen, in a sentence, and how threads wait: `sphinx_pl/__init__.py` chooses that.
+        What was chosen, in a line: the threads, and how they wait, which `sphinx_pl/__init__.py` chooses.
     """
     import torch
 
     processes, cores = this_process(), usable_cores()
-    bound = cores < int(os.environ.get("SLURM_CPUS_ON_NODE", cores + 1)) and processes.starter == "srun"
-    ours = cores if bound else max(1, cores // processes.per_node)
+    bound = processes.starter == "srun" and cores < int(os.environ.get("SLURM_CPUS_ON_NODE", 0))
+    ours = cores if bound else max(1, cores // (per_node or processes.per_node))
     if "OMP_NUM_THREADS" not in os.environ and ours < torch.get_num_threads():
         torch.set_num_threads(ours)
     names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
     said = ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
-    return f"CPU threads: {torch.get_num_threads()} on {cores} cores ({said})"
+    threads = torch.get_num_threads()
+    return f"{threads} CPU thread{'' if threads == 1 else 's'} on {cores} core{'' if cores == 1 else 's'} ({said})"
 
 
 def adopt_processes(trainer: DictConfig, overrides: Sequence[str] = ()) -> None:
