@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from callbacks.progress import trainable_table
-from sphinx_pl.console import Table
+from sphinx_pl.console import Steps, Table
 from sphinx_pl.data.table import Line, expectations
 
 LINES = [
@@ -67,3 +67,29 @@ def test_a_long_heading_is_broken_between_words() -> None:
     table.add_row("decoder", "0.12", "1.5%")
     assert printed(table, 34).count("decoder") == 1
     assert "learned" in printed(table, 34)
+
+
+def test_a_log_gets_a_line_when_a_step_begins() -> None:
+    console = Console(file=io.StringIO(), width=40)
+    steps = Steps(console)
+    with steps.of("Mixing curve", 3):
+        for weights in ("0, 1", "0.5, 0.5", "1, 0"):
+            steps.begin(f"mixing with weights {weights}, then measuring")
+            steps.within(0.5, "held-out loss of real")
+    assert isinstance(console.file, io.StringIO)
+    lines = console.file.getvalue().splitlines()
+    assert lines[0] == "Mixing curve  1/3  mixing with weights 0, 1, then measuring"
+    assert re.fullmatch(r"Mixing curve  2/3  mixing with weights 0\.5, 0\.5, then measuring  \d:\d\d left", lines[1])
+    assert len(lines) == 3
+
+
+def test_a_terminal_shows_what_a_step_does_and_how_much_is_left() -> None:
+    console = Console(file=io.StringIO(), width=60, force_terminal=True, color_system=None)
+    steps = Steps(console)
+    with steps.of("Mixing curve", 3):
+        steps.begin("mixing with weights 0, 1, then measuring")
+        steps.within(0.5, "held-out loss of real")
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    assert "held-out loss of real" in shown
+    assert re.search(r"Mixing curve .* 0/3 .*\d:\d\d left", shown)
