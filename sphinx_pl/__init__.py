@@ -4,8 +4,8 @@ import os
 
 __version__ = "0.1.0"
 
-SPINS = "3000"
-"""How often a thread of OpenMP looks whether there is work before it sleeps. docs/benchmarks.md has the choice."""
+SPINS = "300"
+"""How often a thread of OpenMP looks for work before it sleeps. docs/benchmarks.md says how to measure the choice."""
 
 # libgomp, which torch brings, reads the environment when torch is imported: after this module.
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}.intersection(os.environ):
