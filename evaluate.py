@@ -15,10 +15,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from sphinx_pl.checkpoint.format import open_checkpoint
 from sphinx_pl.cli import entry_point
+from sphinx_pl.console import Table
 from sphinx_pl.data.files import identity
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.evaluation.device import autocast, check_precision, choose_device

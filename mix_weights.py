@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import math
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +25,7 @@ with uncollected():
     from sphinx_pl.checkpoint.layout import check_start
     from sphinx_pl.checkpoint.stored import OurNames, ParallelFolder
     from sphinx_pl.cli import entry_point
+    from sphinx_pl.console import Steps
     from sphinx_pl.errors import UserError, suggest
     from sphinx_pl.evaluation.criterion import LOSS, SCORE, Criterion, Measures
     from sphinx_pl.evaluation.device import autocast, check_precision, choose_device
@@ -44,6 +47,7 @@ with uncollected():
     from sphinx_pl.typed import pick, refuse_unread
 
 if TYPE_CHECKING:
+    from sphinx_pl.data.record import Batch
     from sphinx_pl.evaluation.mixtures import MixtureEvaluator
     from sphinx_pl.models.sphinx import Sphinx
 
@@ -51,6 +55,7 @@ AUTO = "auto"
 GREEDY = "greedy_soup"
 POINTS = 11
 """Of a curve that beta=auto needs and nobody asked for."""
+ASKED_AT_ONCE = 32
 
 
 @dataclass
@@ -191,12 +196,14 @@ def _by_numbers(path: str) -> list[tuple[int, str]]:
 class Measuring:
     """What mixtures are measured by: held-out losses, and scores of test questions if tasks are named.
 
+    `steps` is told how far it is.
+
     Raises:
         UserError: a source that is not there, no tokenizer or prompt format, no matplotlib to draw with, or a criterion
             that will not be measured.
     """
 
-    def __init__(self, options: MixConfig, first: OurNames, data: DictConfig) -> None:
+    def __init__(self, options: MixConfig, first: OurNames, data: DictConfig, steps: Steps) -> None:
         from sphinx_pl.data.datamodule import DataModule
         from sphinx_pl.data.processor import Processor
 
@@ -207,7 +214,7 @@ class Measuring:
             raise UserError(
                 f"'{checkpoint.path}' is a decoder without a prompt format: its losses on data cannot be measured"
             )
-        self.options = options
+        self.options, self.steps = options, steps
         self.processor = Processor.from_dict(checkpoint.processor, checkpoint.tokenizer(), checkpoint.model_config)
         values: dict[str, Any] = {
             key: OmegaConf.to_container(data[key], resolve=True) for key in ("val_sources", "packing") if data.get(key)
@@ -224,6 +231,8 @@ class Measuring:
         self.data = DataModule(self.processor, sources={}, val_samples=data.val_samples, **values)
         self.data.check()
         self.records = self._records(data) if options.curve_tasks else []
+        said = f"Reading the held-out samples of {', '.join(values['val_sources'])}"
+        steps.console.print(said, markup=False, highlight=False, soft_wrap=True)
         # Decoded once for all points; val_samples bounds the memory.
         self.loaders = {name: list(batches) for name, batches in self.data.val_loaders().items()}
 
@@ -245,12 +254,21 @@ class Measuring:
         from sphinx_pl.evaluation.asking import evaluate
         from sphinx_pl.evaluation.losses import SourceLoss, held_out_losses
 
-        losses = held_out_losses(model, self.loaders, self.options.precision)
+        batches = sum(map(len, self.loaders.values()))
+        units, done = batches + math.ceil(len(self.records) / ASKED_AT_ONCE), itertools.count()
+
+        def watched(name: str) -> Iterator[Batch]:
+            for batch in self.loaders[name]:
+                self.steps.within(next(done) / units, f"held-out loss of {name}")
+                yield batch
+
+        losses = held_out_losses(model, {name: watched(name) for name in self.loaders}, self.options.precision)
         measures = {f"{LOSS}/{name}": loss for name, loss in losses.items()}
         if self.records:
             device = next(model.parameters()).device
+            self.steps.within(batches / units, f"answers to {len(self.records)} questions")
             with torch.no_grad(), autocast(device, self.options.precision):
-                predictions = evaluate(model, self.processor, self.records, batch_size=32, progress=False)
+                predictions = evaluate(model, self.processor, self.records, batch_size=ASKED_AT_ONCE, progress=False)
             for task in dict.fromkeys(prediction.task for prediction in predictions):
                 scores = torch.tensor([p.score for p in predictions if p.task == task], dtype=torch.float64)
                 measures[f"{SCORE}/{task}"] = SourceLoss(scores, torch.ones_like(scores))
@@ -258,7 +276,7 @@ class Measuring:
 
 
 def _find(
-    options: MixConfig, evaluate: MixtureEvaluator, folder: Path, shown: Path, console: Console
+    options: MixConfig, evaluate: MixtureEvaluator, folder: Path, shown: Path, steps: Steps
 ) -> tuple[dict[str, Any], dict[str, Any] | None, float]:
     """Evaluate what was asked for, and write what was found to `folder`.
 
@@ -269,14 +287,16 @@ def _find(
         Keys of the recipe that were found, what the provenance says of it, and the best value.
     """
     from sphinx_pl.evaluation import search
-    from sphinx_pl.evaluation.curve import describe_best, measure_curve, write_curve
+    from sphinx_pl.evaluation.curve import describe_best, measure_curve, simplex, write_curve
 
-    criterion, count = Criterion(options.criterion), len(evaluate.plan.models)
+    criterion, count, console = Criterion(options.criterion), len(evaluate.plan.models), steps.console
     found: dict[str, Any] = {}
     origin: dict[str, Any] | None = None
     value, start = float("nan"), 0.5
     if options.curve is not None or options.beta == AUTO:
-        points = measure_curve(evaluate, options.curve or POINTS)
+        points_per_edge = options.curve or POINTS
+        with steps.of("Mixing curve", len(simplex(count, points_per_edge))):
+            points = measure_curve(evaluate, points_per_edge)
         content = write_curve(points, folder, criterion, options.method)
         value, why = content["best"]["value"], describe_best(content)
         console.print(f"Curve: {shown / 'curve.csv'}. {why}", markup=False, highlight=False)
@@ -285,19 +305,20 @@ def _find(
             found = {"weights": content["best"]["weights"]}
             origin = {"chosen_by": {"criterion": options.criterion, "curve": len(points), "why": why}}
     if options.search is not None:
-        trials, best = search.search_parts(
-            evaluate,
-            options.search,
-            options.budget,
-            criterion,
-            start,
-            lambda trial: console.print(
-                "  ".join(f"{part} {beta:.3g}" for part, beta in trial.betas.items())
-                + f": {criterion.value(trial.measures):.4f}",
-                markup=False,
-                highlight=False,
-            ),
-        )
+        with steps.of("Search", options.budget):
+            trials, best = search.search_parts(
+                evaluate,
+                options.search,
+                options.budget,
+                criterion,
+                start,
+                lambda trial: console.print(
+                    "  ".join(f"{part} {beta:.3g}" for part, beta in trial.betas.items())
+                    + f": {criterion.value(trial.measures):.4f}",
+                    markup=False,
+                    highlight=False,
+                ),
+            )
         content = search.write_search(trials, best, criterion, folder)
         value, betas, why = content["value"], dict(content["betas"]), search.describe_search(content)
         console.print(f"Search: {shown / 'search.csv'}, {len(trials)} mixtures. {why}.", markup=False, highlight=False)
@@ -314,7 +335,8 @@ def _find(
             said = f"{names}: {options.criterion} {at:.4f}" + (" (kept)" if kept else "")
             console.print(said, markup=False, highlight=False)
 
-        chosen = search.greedy_soup(evaluate, criterion, tell)
+        with steps.of("Greedy soup", 2 * count - 1):
+            chosen = search.greedy_soup(evaluate, criterion, tell)
         folder.mkdir(parents=True, exist_ok=True)
         content = {"criterion": options.criterion, "soup": chosen, "tried": tried}
         write_whole(folder / "soup.json", json.dumps(finite(content), indent=2) + "\n")
@@ -402,13 +424,14 @@ def main(cfg: DictConfig) -> float | None:
             groups_of(measured, options.search, options.budget)
             if (samples := cfg.data.val_samples) and samples < FEWEST:
                 raise UserError(f"search= needs data.val_samples={FEWEST} at least, and it is {samples}")
-        evaluate = MixtureEvaluator(measured, Measuring(options, first, cfg.data), device, dtype)
+        steps = Steps(console)
+        evaluate = MixtureEvaluator(measured, Measuring(options, first, cfg.data, steps), device, dtype, steps)
         if options.curve_dir or out is None:
             folder = Path(options.curve_dir or ".")
         else:  # kept if the rest fails: it may have taken long
             folder = beside = out.with_name(f".{out.name}.curve")
             shutil.rmtree(folder, ignore_errors=True)
-        found, origin, value = _find(options, evaluate, folder, out if beside and out else folder, console)
+        found, origin, value = _find(options, evaluate, folder, out if beside and out else folder, steps)
         if found:
             plan = _plan(options, paths, dataclasses.replace(recipe, **found), own)
         del evaluate

@@ -263,6 +263,7 @@ def run_stage(cfg: DictConfig, run: RunFolder) -> float | None:
     """Check everything, then build and train. See `train`."""
     import lightning as L
     from hydra.utils import get_class, instantiate
+    from lightning.pytorch.accelerators import CPUAccelerator
 
     from callbacks.checkpoint import ResumeCheckpoint, checkpoints, step_of
     from callbacks.export import ExportModel
@@ -314,9 +315,12 @@ def run_stage(cfg: DictConfig, run: RunFolder) -> float | None:
     exports = [c for c in trainer.callbacks if isinstance(c, ExportModel)]  # type: ignore[attr-defined]
     for callback in exports:
         callback.check()
+    threads = processes.share_cores(trainer.num_devices)
     if processes.first_process():
         shown = ", ".join(f"{name} {weight:.2f}" for name, weight in stage.val_weights.items())
         log.info("val/loss weighs the held-out sources by what this run trains on: %s", shown or "there are none")
+        if isinstance(trainer.accelerator, CPUAccelerator):
+            log.info(threads)
         log.info("%s%s in %s", cfg.run, f", point {cfg.point}" if cfg.point else "", folder)
         if resume is not None:
             warn_of_changes(cfg, resume)

@@ -1,70 +1,89 @@
-"""Lightning's CSV logger, except that a resumed run goes on with the file instead of deleting it."""
+"""`metrics.csv` in the run folder: a row for each logged step. A resumed run goes on with the file."""
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import Tensor
 
 from sphinx_pl.files import write_whole
+from sphinx_pl.metrics import METRICS, as_text, read_metrics
 
 
-class _AppendingWriter(ExperimentWriter):
+class RowWriter(ExperimentWriter):
+    """Collects what is logged of one step, at whatever times, in one row.
+
+    The last row stays open: what is logged of its step later replaces it in the file, in one write. Whenever a column
+    is new the file is replaced, in one move. So a kill leaves whole rows and at most one half one, at the end.
+    """
+
     def _check_log_dir_exists(self) -> None:
         """Called by the base class, which would delete the file here: read its columns instead."""
-        path = Path(self.metrics_file_path)
-        if path.is_file():
-            with path.open(newline="") as file:
-                self.metrics_keys = next(csv.reader(file), [])
+        self._path = Path(self.log_dir) / METRICS
+        self._columns, rows = read_metrics(self._path)
+        self._open: dict[int, dict[str, Any]] = {step: dict(rows[step]) for step in list(rows)[-1:]}
+        self._begin: int | None = None  # of the open rows in the file; None: it is to be written as a whole
 
-    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
-        """As the base class, but never with half a file: a kill leaves the old one."""
-        path = Path(self.metrics_file_path)
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        _replace(path, fieldnames, rows)
+    def log_metrics(self, metrics_dict: Mapping[str, Tensor | float], step: int | None = None) -> None:
+        assert step is not None
+        values = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics_dict.items()}
+        self._open.setdefault(step, {}).update(values)
+
+    def save(self) -> None:
+        if not self._open:
+            return
+        new = {name for values in self._open.values() for name in values}.difference(self._columns)
+        if new or self._begin is None or not self._path.is_file():
+            self._columns = sorted(new.union(self._columns))
+            before = {step: row for step, row in read_metrics(self._path)[1].items() if step not in self._open}
+            text = as_text(self._columns, before.items(), header=True)
+            write_whole(self._path, text + as_text(self._columns, self._open.items()))
+            self._begin = len(text.encode())
+        else:
+            with self._path.open("r+b", buffering=0) as file:
+                file.seek(self._begin)
+                file.write(as_text(self._columns, self._open.items()).encode())
+                file.truncate()
+        *closed, last = self._open.items()
+        self._begin += len(as_text(self._columns, closed).encode())
+        self._open = dict([last])
 
 
 class MetricsCSV(CSVLogger):
-    """`metrics.csv` in `save_dir`: a row for each logged step, columns in alphabetical order."""
+    """`metrics.csv` in `save_dir`: `step`, the optimizer steps made, and the metrics in alphabetical order.
+
+    Args:
+        flush_every_n_steps: the file is written whenever the step is a multiple of this.
+    """
 
     def __init__(self, save_dir: str, flush_every_n_steps: int = 10) -> None:
         super().__init__(save_dir, name="", version="", flush_logs_every_n_steps=flush_every_n_steps)
 
     @property
     @rank_zero_experiment  # type: ignore[untyped-decorator]
-    def experiment(self) -> ExperimentWriter:
+    def experiment(self) -> RowWriter:
         if self._experiment is None:  # type: ignore[has-type]
             Path(self.log_dir).mkdir(parents=True, exist_ok=True)
-            self._experiment = _AppendingWriter(log_dir=self.log_dir)
+            self._experiment = RowWriter(log_dir=self.log_dir)
         return self._experiment
+
+    @rank_zero_only  # type: ignore[untyped-decorator]
+    def log_metrics(self, metrics: Mapping[str, Tensor | float], step: int | None = None) -> None:  # type: ignore[override]
+        assert step is not None
+        self.experiment.log_metrics(metrics, step)
+        if step % self._flush_logs_every_n_steps == 0:
+            self.save()
 
 
 def forget_after(path: Path, step: int) -> None:
-    """Drop the rows of steps that a resumed run will make again: those at or after optimizer step `step`.
-
-    A row's `step` is the number of steps finished before it was logged, so the last row to keep is `step - 1`.
-    The file is replaced in one move.
-    """
-    if not path.is_file():
-        return
-    with path.open(newline="") as file:
-        written = file.read()
-    # A kill may have left half a row, which a reader could take for a whole one.
-    reader = csv.DictReader(io.StringIO(written[: written.rfind("\n") + 1], newline=""))
-    columns = reader.fieldnames or []
-    kept = [row for row in reader if row["step"].isdigit() and int(row["step"]) < step]
-    _replace(path, columns, kept)
-
-
-def _replace(path: Path, columns: Sequence[str], rows: list[dict[str, str]]) -> None:
-    table = io.StringIO(newline="")
-    writer = csv.DictWriter(table, fieldnames=columns)
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(path, table.getvalue())
+    """Drop the rows of the steps after `step`, which a resumed run makes again. The file is replaced in one move."""
+    if path.is_file():
+        columns, rows = read_metrics(path)
+        kept = [(made, row) for made, row in rows.items() if made <= step]
+        write_whole(path, as_text(columns, kept, header=True))

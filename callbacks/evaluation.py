@@ -120,7 +120,7 @@ class Evaluation(L.Callback):
         if main:
             found["eval/mean"] = sum(main) / len(main)
         if found:
-            stage.log_now(found, step - 1)  # rows have the number of steps before them
+            stage.log_now(found, step)
 
     def _ask(
         self,

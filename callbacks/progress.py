@@ -1,4 +1,4 @@
-"""What a person watching a run wants to see: one bar, or a few plain lines where no one is watching."""
+"""What a person who watches a run wants to see: one bar, or a few plain lines where no one watches."""
 
 from __future__ import annotations
 
@@ -7,30 +7,32 @@ from typing import Any
 
 import lightning as L
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
-from rich.table import Table
 
+from sphinx_pl.console import StepBar, Table, clock
 from sphinx_pl.data.record import Batch
 from sphinx_pl.stages import Stage
 
 
 class Progress(L.Callback):
-    """A bar in optimizer steps with loss, held-out losses and tokens/s; without a terminal, `lines` lines in all.
+    """A bar in optimizer steps with loss, tokens/s and held-out losses; without a terminal a few lines.
 
-    Steps that were left out because their loss or gradients were not finite (`train/nonfinite_steps`) are told once
-    there are any. Begins with the table of what trains. Only the first rank prints.
+    The loss is the mean since the last log, tokens/s are those since the last log, and held-out losses come with the
+    step that they were measured after. The time left is that of the steps to come, at the mean speed so far.
+    Steps that were left out because their loss or gradients were not finite (`train/nonfinite_steps`) are counted once
+    there are any. The table of what trains comes first, and the last line has the held-out losses of the end. Only the
+    first rank prints.
 
     Args:
-        lines: how many progress lines a log file gets.
+        lines: how many progress lines a log file gets, beside the last one with the held-out losses of the end.
         console: where to print; standard output by default.
     """
 
     def __init__(self, lines: int = 10, console: Console | None = None) -> None:
         self.lines = lines
         self.console = console or Console()
-        self._bar: Bar | None = None
+        self._bar: StepBar | None = None
         self._held_out: dict[str, float] = {}
+        self._validated = self._told = -1
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
@@ -41,23 +43,13 @@ class Progress(L.Callback):
         self._started, self._first = time.perf_counter(), trainer.global_step
         if not (trainer.is_global_zero and self.console.is_terminal):
             return
-        self._bar = Bar(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[metrics]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=False),
-            console=self.console,
-            refresh_per_second=4,
-            expand=True,
-        )
+        self._bar = StepBar(console=self.console, refresh_per_second=4)
         self._task = self._bar.add_task(
             str(pl_module.name),
             total=trainer.max_steps if trainer.max_steps > 0 else None,
             completed=trainer.global_step,
-            metrics="",
+            notes=self._metrics(trainer),
+            left=None,
         )
         self._bar.start()
 
@@ -67,46 +59,53 @@ class Progress(L.Callback):
         if not batch.window_end or not trainer.is_global_zero:
             return
         step, total = trainer.global_step, trainer.max_steps
+        left = (time.perf_counter() - self._started) / (step - self._first) * (total - step) if total > 0 else None
         if self._bar is not None:
-            self._bar.update(self._task, completed=step)
-            # Metrics of step n are there when step n + 1 ends.
-            if (step - 1) % trainer.log_every_n_steps == 0 or step == total:
-                self._bar.update(self._task, metrics=self._summary(trainer))
-        elif total > 0 and step * self.lines // total > (step - 1) * self.lines // total:
-            left = (time.perf_counter() - self._started) / (step - self._first) * (total - step)
-            summary = self._summary(trainer)
-            # One line for one fact, however narrow a log's console claims to be.
-            self.console.print(
-                f"{pl_module.name}  {step}/{total}  {summary}  {_clock(left)} left", highlight=False, soft_wrap=True
-            )
+            self._bar.update(self._task, completed=step, left=left)
+            if step % trainer.log_every_n_steps == 0 or step == total:
+                self._bar.update(self._task, notes=self._metrics(trainer))
+        elif left is not None and step * self.lines // total > (step - 1) * self.lines // total:
+            self._tell(trainer, pl_module, f"{clock(left)} left")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking:
             return
         prefix = "val/loss/"
+        self._validated = trainer.global_step
         self._held_out = {
             name.removeprefix(prefix): float(value)
             for name, value in trainer.callback_metrics.items()
             if name.startswith(prefix)
         }
         if self._bar is not None:
-            self._bar.update(self._task, metrics=self._summary(trainer))
+            self._bar.update(self._task, notes=self._metrics(trainer))
 
-    def _summary(self, trainer: L.Trainer) -> str:
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._stop()
+        # A validation comes after the line of its step.
+        if trainer.is_global_zero and not self.console.is_terminal and self._validated > self._told:
+            self._tell(trainer, pl_module, f"{clock(time.perf_counter() - self._started)} taken")
+
+    def _tell(self, trainer: L.Trainer, pl_module: L.LightningModule, when: str) -> None:
+        total = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
+        parts = (str(pl_module.name), f"{trainer.global_step}{total}", *self._metrics(trainer), when)
+        # One line for one fact, however narrow a log's console claims to be.
+        self.console.print("  ".join(parts), highlight=False, markup=False, soft_wrap=True)
+        self._told = self._validated
+
+    def _metrics(self, trainer: L.Trainer) -> list[str]:
         metrics = trainer.callback_metrics
         parts = []
         if "train/loss" in metrics:
             parts.append(f"loss {float(metrics['train/loss']):.3f}")
-        if self._held_out:
-            parts.append("held out " + " ".join(f"{name} {loss:.3f}" for name, loss in self._held_out.items()))
         if "perf/tokens_per_s" in metrics:
             parts.append(f"{_short(float(metrics['perf/tokens_per_s']))} tokens/s")
         if left_out := float(metrics.get("train/nonfinite_steps", 0)):
             parts.append(f"{left_out:.0f} not finite")
-        return "  ".join(parts)
-
-    def on_train_end(self, *_: Any) -> None:
-        self._stop()
+        if self._held_out:
+            parts.append(f"held out after step {self._validated}:")
+            parts += [f"{name} {loss:.3f}" for name, loss in self._held_out.items()]
+        return parts
 
     def on_exception(self, *_: Any) -> None:
         self._stop()
@@ -137,9 +136,3 @@ def _short(value: float) -> str:
         if value >= size:
             return f"{value / size:.3g}{unit}"
     return f"{value:.3g}"
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

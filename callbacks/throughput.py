@@ -208,8 +208,7 @@ class Throughput(L.Callback):
         self._steps += batch.window_end
         if batch.window_end and trainer.global_step % trainer.log_every_n_steps == 0:
             metrics = self._metrics(trainer, pl_module.device)
-            # Beside this step's row of losses.
-            pl_module.log_now(metrics | data_metrics(trainer.datamodule.counters()), trainer.global_step - 1)
+            pl_module.log_now(metrics | data_metrics(trainer.datamodule.counters()), trainer.global_step)
             self._reset()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

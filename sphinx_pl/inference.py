@@ -1,7 +1,7 @@
 """A trained model for scripts: load once, then ask.
 
 assistant = Assistant.load("outputs/demo/finetune/model")
-assistant.generate([Dialog("What is in the image?", images=["cat.jpg"])])
+assistant.generate([Dialog("What is in the image?", images=["docs/shapes.jpg"])])
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from typing import Any, Literal, Optional, cast
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.table import Table
 
+from sphinx_pl.console import Table
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.files import write_whole
 from sphinx_pl.flops import TrainingFlops

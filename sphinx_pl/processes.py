@@ -5,12 +5,14 @@ Three ways lead to the same ranks: tasks of `srun` (a sweep's jobs too), `torchr
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from omegaconf import DictConfig, open_dict
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def count_devices(devices: Any) -> int | None:
@@ -86,6 +89,40 @@ def this_process() -> Processes:
 def first_process() -> bool:
     """Whether this is the one that writes to the run folder."""
     return this_process().rank == 0
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may keep busy: those it is bound to, within its control group's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = CPU_QUOTA.read_text().split()
+        cores = min(cores, max(1, round(int(quota) / int(period))))  # "max" is no number
+    return cores
+
+
+def share_cores(per_node: int | None = None) -> str:
+    """Give torch this process's part of the cores, unless `OMP_NUM_THREADS` says how many threads there are.
+
+    torch takes all cores by itself, in each process of a node and whatever the control group's quota is. Where SLURM
+    has bound each process to cores of its own, those are its part.
+
+    Args:
+        per_node: processes of a node, where it is more than `this_process` knows.
+
+    Returns:
+        What was chosen, in a line: the threads, and how they wait, which `sphinx_pl/__init__.py` chooses.
+    """
+    import torch
+
+    processes, cores = this_process(), usable_cores()
+    bound = processes.starter == "srun" and cores < int(os.environ.get("SLURM_CPUS_ON_NODE", 0))
+    ours = cores if bound else max(1, cores // (per_node or processes.per_node))
+    if "OMP_NUM_THREADS" not in os.environ and ours < torch.get_num_threads():
+        torch.set_num_threads(ours)
+    names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    said = ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
+    threads = torch.get_num_threads()
+    return f"{threads} CPU thread{'' if threads == 1 else 's'} on {cores} core{'' if cores == 1 else 's'} ({said})"
 
 
 def adopt_processes(trainer: DictConfig, overrides: Sequence[str] = ()) -> None:

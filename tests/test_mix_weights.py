@@ -137,7 +137,13 @@ def test_beta_auto_takes_the_best_point_and_says_why(
     assert said["weights"] == curve["best"]["weights"]
     assert said["chosen_by"]["criterion"] == "loss"
     assert said["chosen_by"]["why"].startswith(f"beta={curve['best']['beta']:g} has the lowest loss of 3 points")
-    shown = " ".join(capsys.readouterr().out.split())
+    printed = capsys.readouterr().out
+    first, *told = printed.splitlines()[:4]
+    assert first == "Reading the held-out samples of real, synthetic"
+    for number, (line, weights) in enumerate(zip(told, ("0, 1", "0.5, 0.5", "1, 0"), strict=True), 1):
+        assert line.startswith(f"Mixing curve  {number}/3  mixing with weights {weights}, then measuring")
+        assert line.endswith(" left") == (number > 1)
+    shown = " ".join(printed.split())
     assert said["chosen_by"]["why"] in shown
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from omegaconf import OmegaConf
 
+import sphinx_pl
+from sphinx_pl import processes
 from sphinx_pl.errors import UserError
 from sphinx_pl.processes import (
     Processes,
@@ -16,7 +21,9 @@ from sphinx_pl.processes import (
     count_devices,
     first_process,
     this_process,
+    usable_cores,
 )
+from tests.conftest import REPOSITORY
 
 STEP = {
     "SLURM_JOB_ID": "812",
@@ -140,3 +147,35 @@ def test_the_trainer_follows_what_was_started(monkeypatch: pytest.MonkeyPatch) -
 )
 def test_devices_are_counted(devices: object, count: int | None) -> None:
     assert count_devices(devices) == count
+
+
+PRINT_THREADS = "import sphinx_pl.processes as p, torch; print(p.share_cores({})); print(torch.get_num_threads())"
+
+
+def threads(per_node: str = "", **environment: str) -> list[str]:
+    """What a process of its own says and does: OpenMP reads its environment once."""
+    ours = {"OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
+    inherited = {key: value for key, value in os.environ.items() if key not in ours and not key.startswith("SLURM_")}
+    command = [sys.executable, "-c", PRINT_THREADS.format(per_node)]
+    done = subprocess.run(command, cwd=REPOSITORY, env=inherited | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_threads_that_wait_sleep_soon_unless_the_user_says_otherwise() -> None:
+    cores = usable_cores()
+    said, count = threads(per_node=str(2 * cores))  # more processes than cores
+    assert said == f"1 CPU thread on {cores} core{'' if cores == 1 else 's'} (GOMP_SPINCOUNT={sphinx_pl.SPINS})"
+    assert count == "1"
+    said, count = threads(str(2 * cores), OMP_NUM_THREADS=str(cores), OMP_WAIT_POLICY="ACTIVE")
+    assert said.endswith(f"(OMP_NUM_THREADS={cores}, OMP_WAIT_POLICY=ACTIVE)")
+    assert count == str(cores)
+
+
+def test_a_control_group_s_quota_bounds_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "CPU_QUOTA", tmp_path / "cpu.max")
+    alone = len(os.sched_getaffinity(0))
+    assert usable_cores() == alone
+    for quota, cores in (("max 100000", alone), ("100000 100000", 1), ("50000 100000", 1), ("9900000 100000", alone)):
+        (tmp_path / "cpu.max").write_text(f"{quota}\n")
+        assert usable_cores() == cores

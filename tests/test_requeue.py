@@ -98,12 +98,11 @@ def test_a_run_that_is_continued_by_hand_keeps_its_w_and_b_run(folder: Path, mon
     assert not (folder / FILE).exists()
 
 
-@pytest.mark.parametrize(("steps", "kept"), [(9, [3, 4]), (5, [3, 4, 5])])
+@pytest.mark.parametrize(("steps", "kept"), [(9, [4, 5]), (5, [4, 5, 6])])
 def test_rows_that_will_be_made_again_go_and_those_of_a_finished_run_stay(
     steps: int, kept: list[int], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The validation at the end of a run has its last step: it is not repeated when only the export is left to do."""
-    (folder / "metrics.csv").write_text("step,val/loss\n3,\n4,\n5,1.5\n")
+    (folder / "metrics.csv").write_text("step,val/loss\n4,\n5,1.5\n6,\n")
     for name in ("model", "model-step-4", "model-step-8"):
         (folder / name).mkdir()
     start(folder, monkeypatch, "7", 1, f"stage.max_steps={steps}")

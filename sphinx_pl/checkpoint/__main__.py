@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from sphinx_pl.checkpoint.format import (
@@ -30,6 +29,7 @@ from sphinx_pl.checkpoint.original import Restored, write_original
 from sphinx_pl.checkpoint.provenance import provenance
 from sphinx_pl.checkpoint.stored import HuggingFaceFolder, content_hash, open_stored, store
 from sphinx_pl.cli import report
+from sphinx_pl.console import Table
 from sphinx_pl.data.conversation import SYSTEM
 from sphinx_pl.errors import UserError
 from sphinx_pl.mixing.show import distances_table

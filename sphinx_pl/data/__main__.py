@@ -18,9 +18,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from sphinx_pl.cli import CONFIG_FOLDER, MISTAKES, TRACEBACK, as_typed, compose_config, explain_override, report
+from sphinx_pl.console import Table
 from sphinx_pl.errors import UserError
 from sphinx_pl.registry import Registry
 from sphinx_pl.settings import check_packages, check_train

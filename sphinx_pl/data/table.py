@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from rich.markup import escape
-from rich.table import Table
 
+from sphinx_pl.console import Table
 from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.mixture import Group, Mixture, SourceConfig
 from sphinx_pl.data.sources import expand_paths

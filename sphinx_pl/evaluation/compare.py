@@ -19,9 +19,9 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from sphinx_pl.cli import report as report_error
+from sphinx_pl.console import Table
 from sphinx_pl.errors import UserError
 from sphinx_pl.evaluation.asking import Prediction, benchmark_label
 from sphinx_pl.evaluation.measures import Difference, Measure, defined, difference, holm, mean, number_text

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 
 from sphinx_pl.errors import UserError
 from sphinx_pl.evaluation.criterion import Criterion, Measures, resampled
@@ -49,7 +48,7 @@ def simplex(models: int, steps: int) -> list[tuple[float, ...]]:
 def measure_curve(evaluate: MixtureEvaluator, steps: int) -> list[CurvePoint]:
     """Evaluate every point of `simplex`."""
     points = simplex(len(evaluate.plan.models), steps)
-    return [CurvePoint(weights, evaluate(weights)) for weights in track(points, description="Mixing curve")]
+    return [CurvePoint(weights, evaluate(weights)) for weights in points]
 
 
 def corners(points: Sequence[CurvePoint]) -> list[int]:

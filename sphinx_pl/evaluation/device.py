@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from sphinx_pl.errors import UserError, suggest
+from sphinx_pl.processes import share_cores
 
+log = logging.getLogger(__name__)
 PRECISIONS = ("fp32", "bf16")
 
 
@@ -20,20 +24,22 @@ def check_precision(precision: str) -> None:
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """`auto`: a GPU if there is one (of several processes each its own), else the CPU.
+    """`auto`: a GPU if there is one (of several processes each its own), else the CPU, whose threads are set and said.
 
     Raises:
         UserError: no such device here.
     """
     found = torch.cuda.device_count()
     if name == "auto":
-        return torch.device("cuda", local_rank % found) if found else torch.device("cpu")
+        name = f"cuda:{local_rank % found}" if found else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"device={name} is no device: give auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and (device.index or 0) >= found:
         raise UserError(f"device={name}: PyTorch finds {found} GPUs here; device=auto takes what there is")
+    if device.type == "cpu":
+        log.info(share_cores())
     return device
 
 

@@ -27,8 +27,8 @@ from typing import Any
 import yaml
 from rich import box
 from rich.markup import escape
-from rich.table import Table
 
+from sphinx_pl.console import Table
 from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.mixture import META, Group, SourceConfig
 from sphinx_pl.data.sources import spread

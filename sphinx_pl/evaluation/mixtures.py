@@ -8,6 +8,7 @@ import torch
 
 from sphinx_pl.checkpoint.format import copy_into
 from sphinx_pl.checkpoint.stored import OurNames
+from sphinx_pl.console import Steps
 from sphinx_pl.evaluation.criterion import Measures
 from sphinx_pl.mixing.mix import Plan
 from sphinx_pl.mixing.mixer import Facts
@@ -27,6 +28,7 @@ class MixtureEvaluator:
         plan: of checkpoints under our names.
         measure: what is measured of a model.
         dtype: of floating-point tensors, to which they are rounded; None: each one's own.
+        steps: told when a mixture is begun.
 
     Raises:
         UserError: the checkpoints' tensors are not those of their model.
@@ -38,6 +40,7 @@ class MixtureEvaluator:
         measure: Callable[[Sphinx], Measures],
         device: torch.device,
         dtype: torch.dtype | None = None,
+        steps: Steps | None = None,
     ) -> None:
         first = plan.models[0]
         assert isinstance(first, OurNames)
@@ -47,6 +50,7 @@ class MixtureEvaluator:
         self.plan = plan
         self.model = model.to_empty(device=device).eval()
         self.dtype = dtype
+        self.steps = steps
         self.evaluations = 0
         self._measure = measure
         self._keys = list(first)
@@ -59,6 +63,9 @@ class MixtureEvaluator:
 
     def __call__(self, weights: Sequence[float] | PartWeights) -> Measures:
         """Of the mixture with these weights, the same for all tensors or by name."""
+        if self.steps is not None:
+            common = "" if isinstance(weights, Mapping) else f" with weights {', '.join(f'{w:.3g}' for w in weights)}"
+            self.steps.begin(f"mixing{common}, then measuring")
         mixer = self.plan.mixer(watch=not self._read)
         mixer.weights = weights if isinstance(weights, Mapping) else dict.fromkeys(self._keys, weights)
         copy_into(self.model.state_dict(), ((key, mixer.tensor(key, self.dtype)) for key in self._keys))

@@ -8,9 +8,7 @@ Everything is inline: styles, SVG charts, PNG pictures. An input that is missing
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
-import io
 import json
 import logging
 from collections import Counter
@@ -33,10 +31,14 @@ from sphinx_pl.evaluation.published import read_published
 from sphinx_pl.evaluation.results import RESULTS, read_predictions, read_results
 from sphinx_pl.evaluation.tables import Evaluation
 from sphinx_pl.files import check_writable, write_whole
+from sphinx_pl.metrics import METRICS, read_metrics
 from sphinx_pl.page import page, table, visible
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+LAST = 20
+"""Logged losses that a mean is shown of, beside the last one: each is of few steps."""
 
 WITHOUT_TEXT = "_notext"
 """Ending of the name of a run that trained without text-only data, beside the run of that name with it."""
@@ -53,9 +55,8 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps made. A training row's step counts those before its own."""
-        made = [points[-1][0] + name.startswith("train/") for name, points in self.columns.items()]
-        return int(max(made, default=0))
+        """Optimizer steps made."""
+        return int(max((points[-1][0] for points in self.columns.values()), default=0))
 
     @property
     def seconds(self) -> float:
@@ -70,8 +71,8 @@ class Run:
     def _logged(self) -> list[tuple[float, float, float]]:
         """(step, seconds per step, steps since the log before) of each log of the throughput."""
         logs = self.columns.get("perf/time_step", [])
-        before = [0.0, *(step + 1 for step, _ in logs)]
-        return [(step, seconds, step + 1 - last) for (step, seconds), last in zip(logs, before, strict=False)]
+        before = [0.0, *(step for step, _ in logs)]
+        return [(step, seconds, step - last) for (step, seconds), last in zip(logs, before, strict=False)]
 
     @property
     def sources(self) -> list[str]:
@@ -119,21 +120,17 @@ class Shown:
 
 def read_run(name: str, folder: Path) -> Run:
     """The run folder's metrics.csv and composed config; of a sweep, which lies elsewhere, nothing."""
-    columns: dict[str, dict[float, float]] = {}
-    file = folder / "metrics.csv"
-    with file.open(newline="", encoding="utf-8", errors="replace") if file.is_file() else io.StringIO() as stream:
-        for row in csv.DictReader(stream):
-            step = _number(row.get("step"))
-            for column, text in row.items():
-                value = _number(text)
-                if step is not None and value is not None and column not in ("step", "epoch"):
-                    columns.setdefault(column, {})[step] = value  # of a step that was logged twice the last counts
+    columns: dict[str, list[tuple[float, float]]] = {}
+    for step, row in read_metrics(folder / METRICS)[1].items():
+        for column, text in row.items():
+            if (value := _number(text)) is not None and column != "epoch":
+                columns.setdefault(column, []).append((step, value))
     config: dict[str, Any] = {}
     for candidate in (folder / "config.yaml", folder / ".hydra" / "config.yaml"):
         if candidate.is_file():
             config = _parsed(candidate, yaml.safe_load) or {}
             break
-    return Run(name, folder, {column: sorted(points.items()) for column, points in columns.items()}, config)
+    return Run(name, folder, columns, config)
 
 
 def read_curve(folder: Path | None) -> dict[str, Any] | None:
@@ -179,7 +176,7 @@ def _parsed(file: Path, parse: Callable[[str], Any]) -> Any:
 
 def find_inputs(folder: Path) -> tuple[list[Run], Path | None]:
     """The training runs right under `folder`, in the order in which they were made, and the folder with a curve."""
-    logs = sorted(folder.glob("*/metrics.csv"), key=lambda file: file.stat().st_mtime)
+    logs = sorted(folder.glob(f"*/{METRICS}"), key=lambda file: file.stat().st_mtime)
     curves = sorted(folder.glob("*/curve.json"), key=lambda file: file.stat().st_mtime)
     return [read_run(log.parent.name, log.parent) for log in logs], curves[-1].parent if curves else None
 
@@ -254,12 +251,19 @@ def _summary(runs: Sequence[Run], evaluations: Sequence[Evaluation]) -> str:
                 f"{run.seconds / 60:.1f}" if run.seconds else "–",
                 f"{run.total('tokens'):,.0f}" if run.total("tokens") else "–",
                 f"{run.total('images'):,.0f}" if run.total("images") else "–",
-                f"{_mean(loss[-20:]):.3f}" if loss else "–",
+                f"{loss[-1][1]:.3f}" if loss else "–",
+                f"{_mean(loss[-LAST:]):.3f}" if loss else "–",
                 escape(", ".join(run.sources)) or "–",
             ]
         )
-    head = ["run", "steps", "minutes", "tokens", "images", "last loss", "trained on"]
-    overview = table(head, rows, numbers={1, 2, 3, 4, 5}) if rows else ""
+    last = f"mean of the last {LAST}"
+    head = ["run", "steps", "minutes", "tokens", "images", "last loss", last, "trained on"]
+    overview = table(head, rows, numbers={1, 2, 3, 4, 5, 6}) if rows else ""
+    if rows:
+        overview += (
+            "<p class=note>Minutes, tokens and images are of optimizer steps, without validation and checkpoints. "
+            f"Losses are of training, per token: the last one that was logged, and the {last} that were.</p>"
+        )
     tested = sum(len(evaluation.predictions) for evaluation in evaluations)
     when = datetime.datetime.now(datetime.UTC).strftime("%d %B %Y")
     return text + overview + f"<p class=note>{tested:,} held-out questions answered. Written on {when}.</p>"
@@ -283,15 +287,14 @@ def _training(runs: Sequence[Run]) -> str:
         chart = line_chart(series, "optimizer step", "loss per token (nats)")
         blocks.append(f"<h3>{escape(run.name)}</h3><figure>{chart}</figure>")
         if tasks:
-            blocks.append(
-                f"<details><summary>Training loss of each task</summary><div class=grid>{tasks}</div></details>"
-            )
+            summary = f"Training loss of each task, with the mean of the last {LAST} that were logged"
+            blocks.append(f"<details><summary>{summary}</summary><div class=grid>{tasks}</div></details>")
     return "".join(blocks) or _missing("There are no training runs: give them with --run.")
 
 
 def _small_loss(task: str, points: list[tuple[float, float]]) -> str:
     chart = line_chart([Series("", points, faint=True), Series("", smooth(points))], small=True)
-    caption = f"<figcaption>{escape(task)} <span>{_mean(points[-20:]):.2f}</span></figcaption>"
+    caption = f"<figcaption>{escape(task)} <span>{_mean(points[-LAST:]):.2f}</span></figcaption>"
     return f"<figure class=small>{chart}{caption}</figure>"
 
 

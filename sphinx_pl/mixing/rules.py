@@ -10,10 +10,10 @@ from decimal import Decimal
 from fnmatch import fnmatchcase
 from typing import Any, Optional
 
-from rich.table import Table
 from rich.text import Text
 
 from sphinx_pl.checkpoint.format import tower_of
+from sphinx_pl.console import Table
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.typed import build
 

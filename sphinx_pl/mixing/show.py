@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rich.table import Table
 from rich.text import Text
+
+from sphinx_pl.console import Table
 
 
 def distances_table(said: Mapping[str, Any]) -> Table:

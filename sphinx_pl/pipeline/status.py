@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rich import box
-from rich.table import Table
 
+from sphinx_pl.console import Table
 from sphinx_pl.errors import UserError
 from sphinx_pl.pipeline import slurm
 from sphinx_pl.pipeline.state import Record, State, is_done

@@ -393,7 +393,7 @@ class Stage(L.LightningModule):
         what = "samples with such a loss" if bad else "all losses are finite; its samples"
         log.warning(
             "step %d is left out, its gradient norm is %s; %s: %s%s",
-            self.global_step,
+            self.global_step + 1,
             norm,
             what,
             ", ".join(named[:20]),
@@ -401,9 +401,9 @@ class Stage(L.LightningModule):
         )
         if self._nonfinite_in_a_row > self.max_nonfinite:
             raise NonFiniteError(
-                f"{self._nonfinite_in_a_row} steps in a row up to step {self.global_step} had infinite gradients or "
-                "gradients that are not a number (stage.max_nonfinite): lower stage.optim.lr, or leave out the samples "
-                "that the log names",
+                f"{self._nonfinite_in_a_row} steps in a row up to step {self.global_step + 1} had infinite gradients "
+                "or gradients that are not a number (stage.max_nonfinite): lower stage.optim.lr, or leave out the "
+                "samples that the log names",
                 first=self.global_step + 1 - self._nonfinite_in_a_row,
             )
 
@@ -416,7 +416,7 @@ class Stage(L.LightningModule):
         return list(dict.fromkeys(bad)), [key for batch, _, _ in self._window for key in batch.keys]
 
     def _log_steps(self, norm: float, by_part: dict[str, float], lr: float) -> None:
-        """A row for the steps since the last one. `step` counts those that were finished before this one."""
+        """A row for the steps since the last one, under the number of this one: the first step is 1."""
         assert self._sums is not None
         nll, count = self._reduced(self._sums).tolist()
         self._sums = None
@@ -431,10 +431,12 @@ class Stage(L.LightningModule):
             if n:
                 metrics[f"train/loss_{name}"] = total / n
                 metrics[f"train/targets_{name}"] = n
-        self.log_now(metrics, self.global_step)
+        self.log_now(metrics, self.global_step + 1)
 
     def log_now(self, metrics: dict[str, float], step: int) -> None:
         """Numbers that are the same on all ranks: to the loggers, and to `trainer.callback_metrics` for callbacks.
+
+        `step` is the number of optimizer steps made.
 
         Lightning's `log` would take up to a millisecond for each of them (docs/benchmarks.md), and hand them on only
         after the checkpoint of this step is written, so that a run that is killed then would miss the row.
@@ -480,5 +482,6 @@ class Stage(L.LightningModule):
         weighted = sum(weight * metrics[f"val/loss/{name}"] for name, weight in weights.items())
         metrics["val/loss"] = weighted / (sum(weights.values()) or 1)
         metrics |= {f"val/unreadable/{name}": n for name, n in zip(self.val_names, unreadable, strict=False) if n}
-        self.log_dict(metrics)
+        if not self.trainer.sanity_checking:
+            self.log_now(metrics, self.global_step)
         self.validated_at = self.global_step

@@ -56,18 +56,18 @@ def test_scores_are_logged_and_the_run_does_not_notice(
     assert watched.states == plain.states
     assert watched.modes == plain.modes
     found = rows(tmp_path)
-    assert set(found) == {1, 3}  # after steps 2 and 4: a row has the number of steps before it
+    assert set(found) == {2, 4}
     tasks = {record.task for record in callback.records}
-    assert {f"eval/{task}" for task in tasks} < found[3].keys()
-    assert all(0 <= value <= 1 for value in found[3].values())
-    main = [found[3][f"eval/{task}"] for task in tasks] + [found[3]["eval/pope_random/accuracy"]]
-    assert found[3]["eval/mean"] == pytest.approx(sum(main) / len(main))
+    assert {f"eval/{task}" for task in tasks} < found[4].keys()
+    assert all(0 <= value <= 1 for value in found[4].values())
+    main = [found[4][f"eval/{task}"] for task in tasks] + [found[4]["eval/pope_random/accuracy"]]
+    assert found[4]["eval/mean"] == pytest.approx(sum(main) / len(main))
 
 
 def test_checkpoints_bring_an_evaluation_before_them(fit: Fit, test_sources: Sources, tmp_path: Path) -> None:
     evaluation = Evaluation(test_sources, limit=1, on_checkpoints=True)
     fit([evaluation, ResumeCheckpoint(str(tmp_path / "c"), every_n_steps=3)], [MetricsCSV(str(tmp_path))], steps=5)
-    assert set(rows(tmp_path)) == {2, 4}  # with that of step 3, and at the end
+    assert set(rows(tmp_path)) == {3, 5}  # with that of step 3, and at the end
     quiet = Evaluation({"gone": {"kind": "instructions", "path": "gone.json"}})  # not even read
     (tmp_path / "metrics.csv").unlink()
     fit([quiet, ResumeCheckpoint(str(tmp_path / "d"), every_n_steps=3)], [MetricsCSV(str(tmp_path))], steps=4)

@@ -183,7 +183,7 @@ def test_a_run_that_was_told_to_go_continues_with_the_same_losses(
         process = Script(command(folder, sample_data, *options)[1:], file, file, environment=environment)
     metrics = folder / "pretrain_real" / "metrics.csv"
     deadline = time.monotonic() + 200
-    while not (metrics.is_file() and metrics.read_text().count("\n") > 8):
+    while not (metrics.is_file() and metrics.read_text().count("\n") > 5):
         assert process.poll() is None, "the run ended before it could be told"
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -195,7 +195,7 @@ def test_a_run_that_was_told_to_go_continues_with_the_same_losses(
     [step] = saved(folder / "pretrain_real" / "checkpoints")
     assert 2 < step < steps
     assert f"SIGTERM: step {step} is saved; ckpt_path=last goes on from there" in output
-    assert max(losses(folder)) == step - 1
+    assert max(losses(folder)) == step
     resumed = run(folder, sample_data, *options, "ckpt_path=last")
     assert resumed.returncode == 0, resumed.stderr
     assert losses(folder) == losses(tmp_path / "straight")

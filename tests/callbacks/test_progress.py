@@ -11,12 +11,13 @@ from rich.console import Console
 
 from callbacks.progress import Progress, trainable_table
 from callbacks.throughput import Throughput
+from sphinx_pl.console import StepBar
 
 Fit = Callable[..., Any]
 
 
-def console(terminal: bool) -> Console:
-    return Console(file=io.StringIO(), force_terminal=terminal, width=160, color_system=None)
+def console(terminal: bool, width: int = 160) -> Console:
+    return Console(file=io.StringIO(), force_terminal=terminal, width=width, color_system=None)
 
 
 def text(console: Console) -> str:
@@ -33,17 +34,37 @@ def test_a_log_file_gets_the_table_and_a_few_lines(fit: Fit) -> None:
     assert ("decoder", f"{decoder:,}", "–") in table
     assert ("all", f"{decoder:,}", f"{everything - decoder:,}") in table
     lines = [line for line in text(log).splitlines() if line.startswith("finetune ")]
-    assert [line.split()[1] for line in lines] == ["3/6", "6/6"]
-    for line in lines:
-        assert re.search(r"loss \d+\.\d{3}  held out text \d+\.\d{3}  [\d.]+k? tokens/s  \d:\d\d left$", line), line
+    assert [line.split()[1] for line in lines] == ["3/6", "6/6", "6/6"]
+    for line, validated, end in zip(lines, (2, 4, 6), ("left", "left", "taken"), strict=True):
+        held_out = rf"held out after step {validated}:  text \d+\.\d{{3}}"
+        assert re.search(rf"loss \d+\.\d{{3}}  [\d.]+k? tokens/s  {held_out}  \d:\d\d {end}$", line), line
 
 
 def test_a_terminal_gets_a_bar_that_goes_on_to_the_end(fit: Fit) -> None:
     screen = console(terminal=True)
     fit([Throughput(peak=1e12), Progress(console=screen)])
-    last = [line for line in text(screen).splitlines() if "finetune" in line][-1]
-    assert "4/4" in last
-    assert re.search(r"loss \d+\.\d{3}  held out text \d+\.\d{3}  [\d.]+k? tokens/s", last)
+    shown = text(screen).splitlines()
+    line, metrics = ([line for line in shown if word in line][-1] for word in ("left", "loss"))
+    assert re.search(r"finetune ━+ 4/4  \d:\d\d elapsed  0:00 left$", line)
+    assert re.search(r"loss \d+\.\d{3}  [\d.]+k? tokens/s  held out after step 4:  text \d+\.\d{3}$", metrics)
+
+
+@pytest.mark.parametrize("width", [160, 80, 60, 40])
+def test_bar_step_and_time_left_stay_however_narrow_the_terminal_is(width: int) -> None:
+    screen = console(terminal=True, width=width)
+    metrics = ["loss 2.345", "2.81k tokens/s", "held out after step 250:", *(f"source_{n} 1.23{n}" for n in range(8))]
+    steps = StepBar(console=screen, auto_refresh=False)
+    steps.add_task("pretrain_synthetic", total=12000, completed=3000, notes=metrics, left=3723.0)
+    screen.print(steps.get_renderable())
+    first, *rest = [line.rstrip() for line in text(screen).splitlines()]
+    assert first.endswith("1:02:03 left")
+    assert " 3000/12000 " in first
+    bar_and_space = re.search(r"━.* (?=3000/12000)", first)
+    assert bar_and_space is not None
+    assert len(bar_and_space[0]) > 8
+    assert ("elapsed" in first) == (width >= 80)
+    assert max(map(len, [first, *rest])) <= width
+    assert [part for line in rest for part in line.split("  ") if part] == metrics  # none is cut
 
 
 def test_steps_that_were_not_finite_are_told_once_there_are_any(fit: Fit) -> None:
@@ -54,7 +75,7 @@ def test_steps_that_were_not_finite_are_told_once_there_are_any(fit: Fit) -> Non
     log = console(terminal=False)
     fit([Counts(), Progress(lines=4, console=log)], log_every_n_steps=1)
     lines = [line for line in text(log).splitlines() if line.startswith("finetune ")]
-    assert ["3 not finite" in line for line in lines] == [False, False, True, True]
+    assert ["3 not finite" in line for line in lines] == [False, False, True, True, True]
 
 
 def test_the_bar_is_gone_after_a_failure(fit: Fit) -> None:

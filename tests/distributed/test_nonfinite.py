@@ -131,7 +131,7 @@ def test_too_many_in_a_row_stop_the_run(engine: str, processor: Processor, sampl
 
     def fit() -> str:
         strategy = ENGINES[engine]() if ENGINES[engine] else None
-        with pytest.raises(NonFiniteError, match="3 steps in a row up to step 3") as stopped:
+        with pytest.raises(NonFiniteError, match="3 steps in a row up to step 4") as stopped:
             fit_written(strategy, of_ranks, processor, tmp_path, parts=ALL, optim=ADAMW, max_nonfinite=2)
         return str(stopped.value)
 

@@ -59,15 +59,14 @@ SOURCES = "real: {kind: image_text}, text: {kind: text}"
 
 
 def write_run(folder: Path, steps: int = 200, start: float = 4.0, sources: str = SOURCES) -> None:
-    """A metrics.csv as Lightning's CSVLogger writes it: one row per call, other columns empty."""
+    """A metrics.csv as `MetricsCSV` writes it."""
     folder.mkdir(parents=True)
-    lines = ["epoch,step,train/loss,train/loss_task/rec,val/loss/text,val/loss/real"]
-    lines.append(f"0,0,,,{start},{start + 0.5}")
+    lines = ["step,train/loss,train/loss_task/rec,val/loss/text,val/loss/real"]
+    lines.append(f"0,,,{start},{start + 0.5}")
     for step in range(1, steps + 1):
         loss = 1 + (start - 1) * 0.98**step + 0.2 * ((step * 7919) % 13 - 6) / 13
-        lines.append(f"0,{step},{loss:.4f},{loss + 0.3:.4f},,")
-        if step % 50 == 0:
-            lines.append(f"0,{step},,,{loss + 0.1:.4f},{loss + 0.4:.4f}")
+        held_out = f"{loss + 0.1:.4f},{loss + 0.4:.4f}" if step % 50 == 0 else ","
+        lines.append(f"{step},{loss:.4f},{loss + 0.3:.4f},{held_out}")
     (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
     (folder / "config.yaml").write_text(f"model: {{name: tiny}}\ndata: {{sources: {{{sources}}}}}\n")
 
@@ -299,12 +298,12 @@ def test_inputs_are_found_in_the_reports_folder(tmp_path: Path) -> None:
 
 
 def test_what_a_run_says_of_itself(tmp_path: Path) -> None:
-    (tmp_path / "metrics.csv").write_text("step,train/loss,perf/time_step,perf/tokens_per_s\n9,1,2,100\n19,1,3,200\n")
+    (tmp_path / "metrics.csv").write_text("step,train/loss,perf/time_step,perf/tokens_per_s\n10,1,2,100\n20,1,3,200\n")
     sources = "{real: {kind: image_text}, chat: {kind: instructions, modality: text}, text: null}"
     (tmp_path / "config.yaml").write_text(f"stage: {{name: finetune}}\ndata: {{sources: {sources}}}\n")
     run = read_run("a_notext", tmp_path)
     # Ten steps of 2 s and ten of 3 s; 20 s at 100 and 30 s at 200 tokens per second.
-    assert run.steps == 20  # a row's step counts those before it
+    assert run.steps == 20
     assert (run.seconds, run.total("tokens"), run.total("images")) == (50, 8000, 0)
     assert (run.stage, run.sources, run.reads_text) == ("finetune", ["real", "chat"], True)
     (tmp_path / "config.yaml").unlink()
@@ -316,6 +315,18 @@ def test_a_step_that_was_logged_twice_counts_as_it_was_last(tmp_path: Path) -> N
     (tmp_path / "sweeps" / "a").mkdir(parents=True)
     (tmp_path / "sweeps" / "a" / "metrics.csv").write_text("step,train/loss\n9,9\n")
     assert read_run("r", tmp_path).columns["train/loss"] == [(1, 5), (2, 4), (3, 3), (4, 2)]
+
+
+def test_the_last_loss_is_the_last_and_the_mean_is_called_one(tmp_path: Path) -> None:
+    losses = [*[1.0] * 30, *[0.5] * 19, 0.041]
+    lines = [f"{10 * step},{loss}" for step, loss in enumerate(losses, 1)]
+    (tmp_path / "metrics.csv").write_text("\n".join(["step,train/loss", *lines]) + "\n")
+    assert main([f"--out={tmp_path / 'report.html'}", f"--run=real={tmp_path}"]) == 0
+    cells = re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", (tmp_path / "report.html").read_text())
+    row = dict(zip(cells[:8], cells[8:16], strict=True))
+    assert row["last loss"] == "0.041"
+    assert row["mean of the last 20"] == f"{(19 * 0.5 + 0.041) / 20:.3f}"
+    assert row["steps"] == "500"
 
 
 def test_smoothing_keeps_a_straight_line_and_averages_noise() -> None:

@@ -84,7 +84,7 @@ def test_a_sweep_whose_job_is_preempted_continues_it_exactly(
     first, second = point(tmp_path, 0), point(tmp_path, 1)
     metrics = first / "metrics.csv"
     until(
-        lambda: sweep.poll() is not None or (metrics.is_file() and metrics.read_text().count("\n") > 12), 300, "steps"
+        lambda: sweep.poll() is not None or (metrics.is_file() and metrics.read_text().count("\n") > 7), 300, "steps"
     )
     assert sweep.poll() is None, logs(tmp_path)
     job = (first / "slurm_job").read_text().strip()
@@ -127,7 +127,7 @@ def test_a_cancelled_job_saves_and_does_not_come_back(
 ) -> None:
     start("hydra.launcher.timeout_min=20", "stage.max_steps=100000", "seed=3", "data.workers=1")
     metrics = point(tmp_path, 0) / "metrics.csv"
-    until(lambda: metrics.is_file() and metrics.read_text().count("\n") > 12, 300, "steps")
+    until(lambda: metrics.is_file() and metrics.read_text().count("\n") > 7, 300, "steps")
     job = (point(tmp_path, 0) / "slurm_job").read_text().strip()
     command("scancel", job)
     until(lambda: not command("squeue", "--noheader", "--jobs", job), 120, "the end of the job")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from sphinx_pl.cli import report as report_error
+from sphinx_pl.console import Table
 from sphinx_pl.data.convert import CONVERTERS, Report, convert
 from sphinx_pl.errors import UserError
 
