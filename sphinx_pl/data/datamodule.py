@@ -175,7 +175,7 @@ class TrainLoader:
         return iterator
 
     def _batches(self) -> Generator[Batch]:
-        self._start = self.planner.counts()
+        self._start = self.planner.drawn()
         self._indexed_before = left_out, indexed = self.planner.left_out()
         total = indexed + left_out.total()
         self._refuse(left_out, left_out.total() / max(total, 1), total)
@@ -235,7 +235,7 @@ class TrainLoader:
     def _check_skipped(self, window: int) -> None:
         self._check_files(window)
         # Since this start, and of the lanes that this rank plans, of whose rows it decodes its part.
-        planned = self.planner.counts(window) - self._start
+        planned = self.planner.drawn(window) - self._start
         decoded = {k: v * self.planner.ranks_of_class for k, v in self.counts.items()}
         skipped = Counter({k: v for k, v in [*planned.items(), *decoded.items()] if "skipped/" in k})
         seen = sum(v for k, v in planned.items() if k.endswith("/seen"))

@@ -1,6 +1,15 @@
 """Where records come from. A kind of source is a module here, registered in `SOURCES`."""
 
-from sphinx_pl.data.sources.base import SOURCES, Shard, Source, build_source, check_options, expand_paths, spread
+from sphinx_pl.data.sources.base import (
+    SOURCES,
+    Shard,
+    Source,
+    build_source,
+    check_options,
+    config_key,
+    expand_paths,
+    spread,
+)
 from sphinx_pl.data.sources.image_text import ImageTextSource
 from sphinx_pl.data.sources.instructions import InstructionSource
 from sphinx_pl.data.sources.text import TextSource
@@ -14,6 +23,7 @@ __all__ = [
     "TextSource",
     "build_source",
     "check_options",
+    "config_key",
     "expand_paths",
     "spread",
 ]

@@ -31,10 +31,25 @@ _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 
 
 class Shard(ABC):
-    """The records of one file."""
+    """The records of one file. Whatever else the file holds is counted when it is opened."""
 
-    skipped: Counter[str]
-    """What was unreadable when it was opened: reason -> count."""
+    def __init__(self) -> None:
+        self.skipped: Counter[str] = Counter()
+        """Entries that cannot be used: reason -> count."""
+        self.unused: Counter[str] = Counter()
+        """What is no entry, or no entry that was asked for, such as files with another extension: name -> count."""
+        self.examples: dict[str, str] = {}
+        """`skipped/<reason>` or `unused/<name>` -> the first that it counted, in words."""
+
+    def skip(self, reason: str, example: str) -> None:
+        """Count an entry that cannot be used."""
+        self.skipped[reason] += 1
+        self.examples.setdefault(f"skipped/{reason}", example)
+
+    def leave(self, name: str, example: str) -> None:
+        """Count something that is no entry."""
+        self.unused[name] += 1
+        self.examples.setdefault(f"unused/{name}", example)
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -117,14 +132,31 @@ class Source(ABC):
         ends = np.cumsum([len(shard) for shard in shards]).tolist()
         if not shards or not ends[-1]:
             files = self.urls[0] + (" and the like" if len(self.urls) > 1 else "")
+            unused = sum((shard.unused for shard in shards), Counter[str]())
+            why = dict(skipped + Counter({f"unused/{name}": count for name, count in unused.items()}))
             raise UserError(
-                f"source '{self.name}': no usable sample in {files}{self._hint()} ({dict(skipped) or 'nothing in it'})"
+                f"source '{self.name}': no usable sample in {files}{self.hint()} ({why or 'nothing in it'})"
             )
         return shards, ends, skipped
 
-    def _hint(self) -> str:
+    def hint(self) -> str:
         """What the configuration may have to do with it that nothing is left."""
         return ""
+
+    def where(self, key: str) -> str:
+        """What images' paths are relative to, where a source reads them from annotations.
+
+        Args:
+            key: of the source in the configuration, to name its options.
+        """
+        return ""
+
+    def check_shard(self, shard: Shard) -> None:
+        """Whether a shard of this source has what the options ask for.
+
+        Raises:
+            UserError: it has not.
+        """
 
     def __len__(self) -> int:
         return int(self._all[1][-1])
@@ -146,6 +178,11 @@ class Source(ABC):
 
 
 SOURCES: Registry[type[Source]] = Registry("source kind")
+
+
+def config_key(name: str, section: str = "sources") -> str:
+    """The configuration's key of a source; a member of a group is called `group.member`."""
+    return f"data.{section}.{name.replace('.', '.sources.')}"
 
 
 def build_source(kind: str, name: str, path: str | Sequence[str], **options: Any) -> Source:
