@@ -198,6 +198,7 @@ def train(cfg: DictConfig) -> float | None:
     # Whatever can be found wrong is found before an older run is replaced.
     stage.check(datamodule.processor)
     datamodule.check(cfg.stage.text_required, cfg.stage.accumulate, trainer.world_size)
+    processes.only_first(trainer, datamodule.probe)
     if processes.first_process():
         log.info("%s%s in %s", cfg.run, f", point {cfg.point}" if cfg.point else "", folder)
     processes.only_first(trainer, lambda: prepare_run_folder(cfg, folder, resume))

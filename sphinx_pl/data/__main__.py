@@ -103,7 +103,7 @@ def table(options: TableOptions, cfg: DictConfig) -> str:
     """What the mixture is made of; where files are missing, what the configuration alone says of it."""
     from sphinx_pl.data.datamodule import DataModule
     from sphinx_pl.data.mixture import Group, SourceConfig
-    from sphinx_pl.data.table import expectations, lines, missing, plan
+    from sphinx_pl.data.table import expectations, lines, missing, plan, reasons
     from sphinx_pl.models.config import SphinxConfig
 
     values: dict[str, Any] = OmegaConf.to_container(cfg.data, resolve=True)  # type: ignore[assignment]
@@ -126,11 +126,9 @@ def table(options: TableOptions, cfg: DictConfig) -> str:
         raise UserError(f"files are missing for {', '.join(absent)} ({first}); missing=ok only looks at the plan")
     data = DataModule.from_config(values, model)
     data.check(accumulate=micro_batches)
-    return rendered(
-        expectations(
-            lines(data, options.probe), data.mixing.unit, data.packing.row_length, rows, int(cfg.stage.max_steps)
-        )
-    )
+    found = lines(data, options.probe)
+    table = expectations(found, data.mixing.unit, data.packing.row_length, rows, int(cfg.stage.max_steps))
+    return rendered(table) + reasons(found)
 
 
 def rendered(table: Table) -> str:

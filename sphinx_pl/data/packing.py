@@ -192,6 +192,8 @@ class Lane:
         self.windows = 0
         self.without: Counter[str] = Counter()
         """Windows of this process that lack a modality, although the mixture has it."""
+        self._placed: Counter[str] = Counter()
+        """Samples of each modality in these windows."""
         self._told = False
 
     def plan(self, rows: int, modalities: Sequence[str] = MODALITIES) -> list[Row]:
@@ -240,13 +242,16 @@ class Lane:
             config.images_per_row,
             first=len(musts) if rows == 1 and musts else 1,
         )
+        self._placed.update(_modality(sample) for row in packed for sample in row)
         return packed + [[] for _ in range(rows - len(packed))]
 
     def _draw(self, pool: list[Sample], modality: str | None, in_vain: int) -> int:
         """Add a draw's samples to the pool; returns how many draws in a row gave none (of `modality`)."""
         for sample in self.mixture.draw(modality):
             if sample.length > self.config.row_length:
-                self.mixture.streams[sample.source].leave_out(sample, "longer_than_row")
+                self.mixture.streams[sample.source].leave_out(
+                    sample, BadSample("longer_than_row", f"{sample.branches[0].key}: {sample.length} tokens")
+                )
             else:
                 pool.append(sample)
                 self._met.add(_modality(sample))
@@ -267,11 +272,12 @@ class Lane:
         for modality, count in self.without.items():
             if count:
                 log.warning(
-                    "data: %d of the first %d steps have no %s sample, which the mixture has too few of: raise "
-                    "data.packing.rows for larger steps, or the weight of sources with it, to have it in each",
+                    "data: %d of the first %d steps have no %s sample (%.1f %% of all samples are): to have one in each, "
+                    "raise data.packing.rows for larger steps, or the weight of sources that have more of them",
                     count,
                     self.windows,
                     modality,
+                    100 * self._placed[modality] / max(self._placed.total(), 1),
                 )
         mixture = self.mixture
         total = sum(mixture.drawn.values())
@@ -425,6 +431,12 @@ class Planner:
             total.update({f"{name}/skipped/{key}": value for key, value in stream["left_out"].items()})
         return total, sum(stream["indexed"] for _, stream in streams)
 
+    def example(self, counter: str) -> str:
+        """The first that this process met of `source/skipped/reason`, in words; "" where it met none."""
+        name, _, key = counter.partition("/")
+        streams = [lane.mixture.streams[name] for lane in self.lanes.values() if name in lane.mixture.streams]
+        return next((stream.examples[key][0] for stream in streams if stream.examples.get(key)), "")
+
     def files(self, number: int | None = None) -> tuple[int, int]:
         """How many files this rank's lanes have opened, and how many of these were lost."""
         files = [stream["files"] for _, stream in self._streams(number)]
@@ -542,6 +554,7 @@ class Collator:
         seen: list[tuple[bool, ...]] = []
         keys: list[str] = []
         counters: Counter[str] = Counter()
+        examples: dict[str, str] = {}
         weigh = WEIGHTINGS[self.weighting]
         ascending = np.arange(t)
         decoded = 0
@@ -549,7 +562,7 @@ class Collator:
         for row, samples in enumerate(rows):
             at = 0
             for segment, sample in enumerate(samples, start=1):
-                readable = self._decode(sample, counters, pixels[decoded:])
+                readable = self._decode(sample, counters, pixels[decoded:], examples)
                 decoded += len(sample.images)
                 seen += sample.seen
                 counters["samples"] += len(sample.branches)
@@ -602,9 +615,10 @@ class Collator:
             sources=self.sources,
             keys=keys,
             counters={key: float(value) for key, value in counters.items()},
+            examples=examples,
         )
 
-    def _decode(self, sample: Sample, counters: Counter[str], pixels: torch.Tensor) -> bool:
+    def _decode(self, sample: Sample, counters: Counter[str], pixels: torch.Tensor, examples: dict[str, str]) -> bool:
         """Write the sample's images to the first of `pixels`, black where one cannot be read; whether all could."""
         readable = True
         for number, ref in enumerate(sample.images):
@@ -612,6 +626,7 @@ class Collator:
                 pixels[number] = load_image(ref, self.image_size)
             except BadSample as error:
                 readable = False
-                counters[f"skipped/{sample.source}/{error.reason}"] += len(sample.branches)
+                counters[counter := f"skipped/{sample.source}/{error.reason}"] += len(sample.branches)
+                examples.setdefault(counter, error.detail)
                 pixels[number] = 0
         return readable

@@ -337,11 +337,11 @@ class SourceStream:
         self.counts["targets"] += sign * sample.targets
         self.counts["images"] += sign * len(sample.images)
 
-    def leave_out(self, sample: Sample, reason: str) -> None:
+    def leave_out(self, sample: Sample, bad: BadSample) -> None:
         """A sample of this stream that cannot be used after all."""
         self._count(sample, -1)
-        self.counts[f"skipped/{reason}"] += len(sample.branches)
-        self._example(f"skipped/{reason}", f"{sample.branches[0].key}: {sample.length} tokens")
+        self.counts[bad.counter] += len(sample.branches)
+        self._example(bad.counter, bad.detail)
 
     def _open_ahead(self) -> None:
         if self._one_block:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
+from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.datamodule import DataModule
+from sphinx_pl.data.images import load_image
 from sphinx_pl.data.mixture import Group, Mixture, SourceConfig
 from sphinx_pl.data.sources import expand_paths
 from sphinx_pl.data.stream import SourceStream
@@ -36,7 +38,9 @@ class Line:
     targets: float
     images: float
     unusable: float
-    """Share of the probed records that were skipped or filtered."""
+    """Share of the records that are skipped or filtered, images that cannot be decoded among them."""
+    why: Mapping[str, tuple[int, str]]
+    """skipped/<reason>, filtered/<reason>, unused/<name> -> how many were met, and the first in words."""
 
     @property
     def draws(self) -> float:
@@ -59,10 +63,17 @@ def _line(name: str, stream: SourceStream, share: float, probe: int) -> Line:
     records, certain = stream.source.size()
     draws = 0
     while draws < probe and not stream.exhausted:
-        stream.next()
+        for sample in stream.next():
+            try:
+                for image in sample.images:
+                    load_image(image, stream.processor.image_size)
+            except BadSample as error:
+                stream.leave_out(sample, error)
         draws += 1
     counts = stream.counts
     bad = sum(count for key, count in counts.items() if key.startswith(("skipped/", "filtered/")))
+    # What could not even be indexed is of all that was opened, of which only some was drawn.
+    lost = stream.left_out.total() / max(stream.left_out.total() + stream.indexed, 1)
     return Line(
         name=name,
         kind=stream.config.kind,
@@ -75,13 +86,29 @@ def _line(name: str, stream: SourceStream, share: float, probe: int) -> Line:
         tokens=counts["tokens"] / draws,
         targets=counts["targets"] / draws,
         images=counts["images"] / draws,
-        unusable=bad / counts["seen"],
+        unusable=lost + (1 - lost) * bad / counts["seen"],
+        why={
+            key: (number, next(iter(stream.examples.get(key, ())), ""))
+            for key, number in (
+                *((f"skipped/{reason}", number) for reason, number in stream.left_out.items()),
+                *((key, number) for key, number in counts.items() if "/" in key),
+            )
+        },
     )
 
 
 def epoch_tokens(found: list[Line]) -> float:
     """Of everything once."""
     return sum(line.draws * line.tokens for line in found)
+
+
+def reasons(found: list[Line]) -> str:
+    """A line for everything that is not used: of which source, why, how many were met, and an example."""
+    return "".join(
+        f"\n{line.name}  {key}: {number}{f'  ({example:.300})' if example else ''}"
+        for line in found
+        for key, (number, example) in sorted(line.why.items())
+    )
 
 
 def missing(configs: Mapping[str, SourceConfig]) -> dict[str, str]:

@@ -151,7 +151,7 @@ class Source(ABC):
         """
         return ""
 
-    def check_shard(self, shard: Shard) -> None:
+    def check_shard(self, shard: Shard) -> None:  # noqa: B027 - most have nothing to check
         """Whether a shard of this source has what the options ask for.
 
         Raises:
