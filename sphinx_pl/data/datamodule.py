@@ -419,7 +419,8 @@ class DataModule(L.LightningDataModule):
         examples: dict[str, str] = {}
         usable: Counter[str] = Counter()  # with an image, without one
         filtered: Counter[str] = Counter()
-        for index in spread(len(shard), LOOKED_AT):
+        few = spread(len(shard), TRIED)
+        for index in few + [index for index in spread(len(shard), LOOKED_AT) if index not in few]:
             if usable["image"] + bad.total() >= TRIED:
                 break
             try:
@@ -436,7 +437,7 @@ class DataModule(L.LightningDataModule):
                 bad[reason.reason] += 1
                 examples.setdefault(reason.reason, reason.detail)
         why = "; ".join(f"{reason}: {count}, such as {examples[reason]}" for reason, count in bad.most_common())
-        where = source.where(key) if bad["image_missing"] else ""
+        where = source.folder_hint(key) if bad["image_missing"] else ""
         of_images = sum(count for reason, count in bad.items() if reason.startswith("image_"))
         if bad and (not usable or (of_images >= TRIED // 4 and not usable["image"])):
             what = "with images " if usable else ""

@@ -272,8 +272,8 @@ class Lane:
         for modality, count in self.without.items():
             if count:
                 log.warning(
-                    "data: %d of the first %d steps have no %s sample (%.1f %% of all samples are): to have one in each, "
-                    "raise data.packing.rows for larger steps, or the weight of sources that have more of them",
+                    "data: %d of the first %d steps have no %s sample (%.1f %% of all samples are): to have one in "
+                    "each, raise data.packing.rows for larger steps, or the weight of sources that have more of them",
                     count,
                     self.windows,
                     modality,

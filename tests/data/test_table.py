@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from rich.console import Console
 
 from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.table import expectations, lines, missing
+from sphinx_pl.data.table import expectations, lines, missing, reasons
+from tests.fuzzing import encoded, picture, write_tar
 
 
 @pytest.fixture
@@ -69,3 +71,19 @@ def test_shares_are_those_that_training_has(datamodule: DataModule) -> None:
     found = {line.name: line.share for line in lines(datamodule, probe=4)}
     assert found == datamodule.planner().mixture.shares
     assert found["real"] != pytest.approx(0.6)
+
+
+def test_images_that_cannot_be_decoded_and_what_could_not_be_indexed_are_unusable(
+    processor: Processor, tmp_path: Path
+) -> None:
+    entries = [{"image": "no.png", "question": "what?", "answer": "red"}, {"question": "why?", "answer": "so"}] * 8
+    (tmp_path / "x.json").write_text(json.dumps(entries))
+    pairs = [(f"{i}.jpg", encoded(picture(), "JPEG")) for i in range(10)] + [(f"{i}.txt", b"a") for i in range(5)]
+    sources = {
+        "chat": {"kind": "instructions", "path": str(tmp_path / "x.json")},
+        "web": {"kind": "image_text", "path": str(write_tar(tmp_path / "a.tar", pairs))},
+    }
+    found = lines(DataModule(processor, sources, {}, {"row_length": 256, "rows": 4}), probe=16)
+    assert [line.unusable for line in found] == [0.5, 0.5]
+    assert f"chat  skipped/image_missing: 8  ('{tmp_path}/no.png': No such file" in reasons(found)
+    assert "web  skipped/caption_absent: 5  (5: no .txt" in reasons(found)

@@ -143,7 +143,7 @@ class Source(ABC):
         """What the configuration may have to do with it that nothing is left."""
         return ""
 
-    def where(self, key: str) -> str:
+    def folder_hint(self, key: str) -> str:
         """What images' paths are relative to, where a source reads them from annotations.
 
         Args:

@@ -62,7 +62,7 @@ class InstructionSource(Source):
     def _open(self, number: int) -> Shard:
         return _InstructionShard(self, self.urls[number], self.shard_names[number])
 
-    def where(self, key: str) -> str:
+    def folder_hint(self, key: str) -> str:
         return f"image paths are relative to {self.root}; {key}.root sets another folder"
 
     def hint(self) -> str:

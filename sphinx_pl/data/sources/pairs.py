@@ -189,12 +189,13 @@ class Members:
             else:
                 lonely.setdefault(_to_first_dot(name), []).append(row)
         for base, rows in lonely.items():
-            if self._join(rows):
+            used = self._rows.get(base)
+            beside_a_pair = used is not None and self._complete(used)
+            if not beside_a_pair and self._join(rows):
                 keys.append((rows[0], base))
                 continue
-            used = self._rows.get(base)
             for row in rows:
-                self._lonely(row, names[row], used is not None and used != row and self._complete(used))
+                self._lonely(row, names[row], beside_a_pair)
         keys.sort()
         kept = []
         encoded = []
