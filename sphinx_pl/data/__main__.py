@@ -102,7 +102,7 @@ class TableOptions:
 def table(options: TableOptions, cfg: DictConfig) -> str:
     """What the mixture is made of; where files are missing, what the configuration alone says of it."""
     from sphinx_pl.data.datamodule import DataModule
-    from sphinx_pl.data.mixture import Group, SourceConfig
+    from sphinx_pl.data.mixture import Group, SourceConfig, is_absent
     from sphinx_pl.data.table import expectations, lines, missing, plan, reasons
     from sphinx_pl.models.config import SphinxConfig
 
@@ -112,7 +112,7 @@ def table(options: TableOptions, cfg: DictConfig) -> str:
     micro_batches = int(cfg.stage.accumulate) * (options.ranks if cfg.stage.rows_per_step is None else 1)
     rows = values["packing"]["rows"] * micro_batches
     absent = missing(dict(group.leaves()))
-    held_out = {name: value for name, value in values["val_sources"].items() if value is not None}
+    held_out = {name: value for name, value in values["val_sources"].items() if not is_absent(value)}
     configs = {name: SourceConfig.from_dict(name, value, "val_sources") for name, value in held_out.items()}
     absent |= {f"val_sources.{name}": why for name, why in missing(configs).items()}
     if not Path(values["tokenizer"]).is_file():

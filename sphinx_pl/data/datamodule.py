@@ -21,7 +21,7 @@ from sphinx_pl import stop
 from sphinx_pl.data.augment import AugmentConfig
 from sphinx_pl.data.bad import BadSample, Filtered
 from sphinx_pl.data.images import load_image
-from sphinx_pl.data.mixture import MODALITIES, Group, MixingConfig, Mixture, SourceConfig
+from sphinx_pl.data.mixture import MODALITIES, Group, MixingConfig, Mixture, SourceConfig, is_absent
 from sphinx_pl.data.packing import (
     Collator,
     Lane,
@@ -339,7 +339,7 @@ class DataModule(L.LightningDataModule):
         super().__init__()
         self.processor = processor
         self.sources = sources
-        self.val_sources = {name: values for name, values in val_sources.items() if values is not None}
+        self.val_sources = {name: values for name, values in val_sources.items() if not is_absent(values)}
         self.packing = build(PackingConfig, packing, "data.packing")
         self.mixing = build(MixingConfig, mixing or {}, "data.mixing")
         self.augment = build(AugmentConfig, augment or {}, "data.augment")
@@ -406,10 +406,10 @@ class DataModule(L.LightningDataModule):
         source = config.open(name)
         try:
             shard = source.open(0)
-        except BadSample as bad:
+        except BadSample as error:
             if len(source.urls) == 1:
-                raise UserError(f"{key}: {source.urls[0]} cannot be read ({bad})") from None
-            log.warning("%s: %s", key, bad)
+                raise UserError(f"{key}: {source.urls[0]} cannot be read ({error})") from None
+            log.warning("%s: %s", key, error)
             return
         if not len(shard) and len(source.urls) == 1:
             why = "; ".join(f"{counter}: {example}" for counter, example in shard.examples.items())

@@ -11,7 +11,7 @@ from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.images import load_image
 from sphinx_pl.data.mixture import Group, Mixture, SourceConfig
-from sphinx_pl.data.sources import expand_paths
+from sphinx_pl.data.sources import SOURCES, expand_paths
 from sphinx_pl.data.stream import SourceStream
 from sphinx_pl.errors import UserError
 
@@ -116,7 +116,7 @@ def missing(configs: Mapping[str, SourceConfig]) -> dict[str, str]:
     found = {}
     for name, config in configs.items():
         try:
-            expand_paths(name, config.path)
+            expand_paths(name, config.path, SOURCES[config.kind].folders)
         except UserError as error:
             found[name] = str(error)
     return found

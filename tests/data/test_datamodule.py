@@ -352,6 +352,8 @@ def test_missing_files_and_wrong_keys_of_any_source_are_named(processor: Process
     with pytest.raises(UserError, match=r"'late': there is no file 'nowhere\.tar'"):
         datamodule(processor, good, val={"late": web("nowhere.tar")}).check()
     with pytest.raises(UserError, match=r"data\.val_sources\.late\.kind is missing"):
+        datamodule(processor, good, val={"late": {"path": "nowhere.tar", "kind": ""}}).check()
+    with pytest.raises(UserError, match=r"'late': there is no file 'nowhere\.tar'"):
         datamodule(processor, good, val={"late": {"path": "nowhere.tar"}}).check()
     with pytest.raises(UserError, match=r"data\.packing\.row_lenght"):
         DataModule(processor, good, {}, {"row_lenght": 96, "rows": 1})

@@ -11,6 +11,7 @@ import inspect
 import math
 import os
 import re
+import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -79,9 +80,14 @@ class Source(ABC):
         UserError: no file is there.
     """
 
+    folders = False
+    """Whether its files are folders."""
+    part = ""
+    """train: all but a tenth of its records, held_out: these, which are always the same; "": all."""
+
     def __init__(self, name: str, path: str | Sequence[str]) -> None:
         self.name = name
-        self.urls = expand_paths(name, path)
+        self.urls = expand_paths(name, path, self.folders)
         self.shard_names = short_names(self.urls)
 
     def open(self, number: int) -> Shard:
@@ -92,7 +98,8 @@ class Source(ABC):
         """
         url = self.urls[number]
         try:
-            return patiently(url, lambda: self._open(number))
+            shard = patiently(url, lambda: self._open(number))
+            return Part(shard, self.part) if self.part else shard
         except OSError as error:
             raise BadSample("shard_missing", f"{url}: {error.strerror}") from None
 
@@ -109,7 +116,7 @@ class Source(ABC):
         numbers = spread(len(self.urls), probe)
         counts = []
         for number in numbers:
-            if (count := self.count(number)) is None:
+            if self.part or (count := self.count(number)) is None:
                 try:
                     count = len(self.open(number))
                 except BadSample:
@@ -177,6 +184,36 @@ class Source(ABC):
         return self._all[2]
 
 
+class Part(Shard):
+    """A tenth of a shard's records, or all others. Records about the same images are in one part.
+
+    Args:
+        part: train or held_out.
+    """
+
+    def __init__(self, whole: Shard, part: str) -> None:
+        super().__init__()
+        self.whole = whole
+        self.skipped, self.unused, self.examples = whole.skipped, whole.unused, whole.examples
+        groups: dict[object, list[int]] = {}
+        for index in range(len(whole)):
+            images = whole.images(index)
+            groups.setdefault(index if images is None else ("images", images), []).append(index)
+        order = sorted(groups, key=lambda group: zlib.crc32(repr(group).encode("utf-8", "backslashreplace")))
+        held_out = len(order) // 10 or int(len(order) > 1)
+        chosen = order[:held_out] if part == "held_out" else order[held_out:]
+        self.rows = sorted(index for group in chosen for index in groups[group])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def record(self, index: int) -> Record:
+        return self.whole.record(self.rows[index])
+
+    def images(self, index: int) -> object:
+        return self.whole.images(self.rows[index])
+
+
 SOURCES: Registry[type[Source]] = Registry("source kind")
 
 
@@ -213,8 +250,13 @@ def spread(length: int, at_most: int | None) -> list[int]:
     return [i * length // count for i in range(count)]
 
 
-def expand_paths(name: str, path: str | Sequence[str]) -> list[str]:
-    """The files of a path setting, each pattern's in sorted order; every pattern of paths must match something."""
+def expand_paths(name: str, path: str | Sequence[str], folders: bool = False) -> list[str]:
+    """The files of a path setting, each pattern's in sorted order; every pattern of paths must match something.
+
+    Args:
+        folders: it names folders.
+    """
+    there = os.path.isdir if folders else os.path.isfile
     found: list[str] = []
     patterns = [path] if isinstance(path, str) else path
     if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
@@ -228,10 +270,10 @@ def expand_paths(name: str, path: str | Sequence[str]) -> list[str]:
             matches = [single]
             if not os.path.exists(single):  # noqa: PTH110
                 matches = sorted(glob.glob(single, recursive=True))  # noqa: PTH207
-            matches = [match for match in matches if os.path.isfile(match)]  # noqa: PTH113
+            matches = [match for match in matches if there(match)]
             if not matches:
                 raise UserError(
-                    f"source '{name}': there is no file '{single:.500}': correct its path "
+                    f"source '{name}': there is no {'folder' if folders else 'file'} '{single:.500}': correct its path "
                     "(the sample data's are made by `python -m sphinx_pl.data.sample`)"
                 )
             found += matches

@@ -14,7 +14,7 @@ from typing import Any, Optional
 import numpy as np
 import numpy.typing as npt
 
-from sphinx_pl.data.bad import Filtered
+from sphinx_pl.data.bad import BadSample, Filtered
 from sphinx_pl.data.images import image_size
 from sphinx_pl.data.record import Record
 from sphinx_pl.errors import UserError
@@ -120,6 +120,8 @@ class PairFilters:
 
 
 def _size(record: Record) -> tuple[int, int]:
+    if not record.images:
+        raise BadSample("image_absent", f"{record.key}: the filters need an image's size")
     return record.sizes[0] if record.sizes else image_size(record.images[0])
 
 

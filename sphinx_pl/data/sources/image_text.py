@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -99,7 +99,7 @@ class _TarShard(PairShard):
                 with tar:
                     begin = yield from self._archive(tar, file)
 
-    def _archive(self, tar: tarfile.TarFile, file: IO[bytes]) -> Iterator[tuple[str, int, int]]:
+    def _archive(self, tar: tarfile.TarFile, file: IO[bytes]) -> Generator[tuple[str, int, int], None, int | None]:
         """The files of one archive; returns where the next begins, None if there is none."""
         end = os.fstat(file.fileno()).st_size
         whole = False

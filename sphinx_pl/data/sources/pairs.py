@@ -15,7 +15,7 @@ from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.entries import sizes
 from sphinx_pl.data.record import ImageRef, Record
 from sphinx_pl.data.sources.annotation import check_unicode
-from sphinx_pl.data.sources.base import Shard, Source
+from sphinx_pl.data.sources.base import Part, Shard, Source
 from sphinx_pl.data.sources.filters import PairFilters
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.errors import UserError, suggest
@@ -73,6 +73,7 @@ class PairSource(Source):
 
     def check_shard(self, shard: Shard) -> None:
         """Raises: UserError: a column that the filters ask for is in none of the shard's pairs."""
+        shard = shard.whole if isinstance(shard, Part) else shard
         assert isinstance(shard, PairShard)
         missing = self.filters.needed
         known: set[str] = set()
