@@ -35,7 +35,9 @@ def files(tmp_path: Path) -> Path:
         Image.new("RGB", (32, 24), (i, 255 - i, 90)).save(tmp_path / "photos" / f"{i:03d}.png")
     more = "".join(f"photos/{i:03d}.png,a picture with the number {i}\n" for i in range(2, 200))
     (tmp_path / "photos.csv").write_text(table[1] + more)
-    (tmp_path / "chats.json").write_text(json.dumps(json.loads(chats[1]) * 25))
+    alone, about_one = json.loads(chats[1])
+    entries = [about_one | {"image": f"photos/{i:03d}.png"} for i in range(25)]
+    (tmp_path / "chats.json").write_text(json.dumps([alone] * 25 + entries))
     return tmp_path
 
 
@@ -45,6 +47,9 @@ def test_the_pages_commands_train_a_model_that_answers(files: Path, sample_data:
     small = [
         *(item for item in SMALL if not item.startswith("data.packing")),
         "stage.max_steps=2",
+        "data.packing.rows=1",
+        "data.packing.row_length=128",
+        "data.processor.max_length=128",
         "stage.init_from=null",
         f"data.tokenizer={sample_data}/tokenizer.model",
         f"output_dir={files}/outputs/own",

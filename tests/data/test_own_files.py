@@ -156,7 +156,7 @@ KINDS: list[tuple[str, str, str, str]] = [
 def test_the_kind_is_found_by_looking(tmp_path: Path, name: str, data: str, kind: str, modality: str) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text(data)
-    config = SourceConfig.from_dict("mine", {"path": str((tmp_path / name.partition("/")[0]))})
+    config = SourceConfig.from_dict("mine", {"path": str(tmp_path / name.partition("/")[0])})
     assert (config.kind, config.modality) == (kind, modality)
 
 
