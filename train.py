@@ -316,6 +316,7 @@ def run_stage(cfg: DictConfig, run: RunFolder) -> float | None:
     for callback in exports:
         callback.check()
     threads = processes.share_cores(trainer.num_devices)
+    processes.only_first(trainer, datamodule.probe)
     if processes.first_process():
         shown = ", ".join(f"{name} {weight:.2f}" for name, weight in stage.val_weights.items())
         log.info("val/loss weighs the held-out sources by what this run trains on: %s", shown or "there are none")

@@ -103,8 +103,8 @@ class TableOptions:
 def table(options: TableOptions, cfg: DictConfig) -> str:
     """What the mixture is made of; where files are missing, what the configuration alone says of it."""
     from sphinx_pl.data.datamodule import DataModule
-    from sphinx_pl.data.mixture import Group, SourceConfig
-    from sphinx_pl.data.table import expectations, lines, missing, plan
+    from sphinx_pl.data.mixture import Group, SourceConfig, is_absent
+    from sphinx_pl.data.table import expectations, lines, missing, plan, reasons
     from sphinx_pl.models.config import SphinxConfig
 
     values: dict[str, Any] = OmegaConf.to_container(cfg.data, resolve=True)  # type: ignore[assignment]
@@ -115,7 +115,7 @@ def table(options: TableOptions, cfg: DictConfig) -> str:
     micro_batches = int(cfg.stage.accumulate) * (options.ranks if cfg.stage.rows_per_step is None else 1)
     rows = values["packing"]["rows"] * micro_batches
     absent = missing(dict(group.leaves()))
-    held_out = {name: value for name, value in (values.get("val_sources") or {}).items() if value is not None}
+    held_out = {name: value for name, value in (values.get("val_sources") or {}).items() if not is_absent(value)}
     configs = {name: SourceConfig.from_dict(name, value, "val_sources") for name, value in held_out.items()}
     absent |= {f"val_sources.{name}": why for name, why in missing(configs).items()}
     if not Path(values["tokenizer"]).is_file():
@@ -129,11 +129,9 @@ def table(options: TableOptions, cfg: DictConfig) -> str:
         raise UserError(f"files are missing for {', '.join(absent)} ({first}); missing=ok only looks at the plan")
     data = DataModule.from_config(values, model)
     data.check(accumulate=micro_batches)
-    return rendered(
-        expectations(
-            lines(data, options.probe), data.mixing.unit, data.packing.row_length, rows, int(cfg.stage.max_steps)
-        )
-    )
+    found = lines(data, options.probe)
+    table = expectations(found, data.mixing.unit, data.packing.row_length, rows, int(cfg.stage.max_steps))
+    return rendered(table) + reasons(found)
 
 
 def rendered(table: Table) -> str:

@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from sphinx_pl import stop
 from sphinx_pl.data.augment import AugmentConfig
-from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.mixture import MODALITIES, Group, MixingConfig, Mixture, SourceConfig, check_names
+from sphinx_pl.data.bad import BadSample, Filtered
+from sphinx_pl.data.images import load_image
+from sphinx_pl.data.mixture import MODALITIES, Group, MixingConfig, Mixture, SourceConfig, check_names, is_absent
 from sphinx_pl.data.packing import (
     Collator,
     Lane,
@@ -35,13 +36,18 @@ from sphinx_pl.data.packing import (
 )
 from sphinx_pl.data.processor import Processor, ProcessorConfig
 from sphinx_pl.data.record import Batch, Sample
-from sphinx_pl.data.sources import spread
+from sphinx_pl.data.sources import config_key, spread
 from sphinx_pl.data.stream import check_place
 from sphinx_pl.distributed.collective import any_rank, of_all_ranks
 from sphinx_pl.errors import UserError
 from sphinx_pl.typed import build, within
 
 log = logging.getLogger(__name__)
+
+LOOKED_AT = 64
+"""Records of a source that are looked at before a run."""
+TRIED = 16
+"""Of these, records with images, and records that cannot be used, after which it is enough."""
 
 
 @dataclasses.dataclass
@@ -173,6 +179,8 @@ class TrainLoader:
         """Of what all ranks decoded before a run was continued; on the first rank alone."""
         self._start: Counter[str] = Counter()
         self._indexed_before: tuple[Counter[str], int] = Counter(), 0
+        self._examples: dict[str, str] = {}  # of what was decoded
+        self._told: set[str] = set()
         self._reached: int | None = None  # the last window that was handed out
         self._current: weakref.ref[Generator[Batch]] | None = None
         self._ahead = _Ahead(planner, 2 * workers * planner.accumulate) if workers else None
@@ -198,12 +206,14 @@ class TrainLoader:
         return iterator
 
     def _batches(self) -> Generator[Batch]:
-        self._start = self.planner.counts()
+        self._start = self.planner.drawn()
         self._indexed_before = left_out, indexed = self.planner.left_out()
         total = indexed + left_out.total()
         self._refuse(left_out, left_out.total() / max(total, 1), total)
         for window in self._windows():
             for batch in window:
+                for counter, example in batch.examples.items():
+                    self._examples.setdefault(counter, example)
                 self.counts.update(
                     {k: int(v) for k, v in batch.counters.items() if k.startswith(("skipped/", "samples"))}
                 )
@@ -258,9 +268,10 @@ class TrainLoader:
     def _check_skipped(self, window: int) -> None:
         self._check_files(window)
         # Since this start, and of the lanes that this rank plans, of whose rows it decodes its part.
-        planned = self.planner.counts(window) - self._start
+        planned = self.planner.drawn(window) - self._start
         decoded = {k: v * self.planner.ranks_of_class for k, v in self.counts.items()}
         skipped = Counter({k: v for k, v in [*planned.items(), *decoded.items()] if "skipped/" in k})
+        self._tell(skipped)
         seen = sum(v for k, v in planned.items() if k.endswith("/seen"))
         if seen >= 200:
             # What could not be indexed is of all that was opened, of which only some has been seen.
@@ -268,6 +279,17 @@ class TrainLoader:
             left_out, indexed = left_out - self._indexed_before[0], indexed - self._indexed_before[1]
             lost = left_out.total() / max(left_out.total() + indexed, 1)
             self._refuse(skipped, lost + (1 - lost) * (skipped.total() - left_out.total()) / seen, seen)
+
+    def _tell(self, skipped: Mapping[str, int]) -> None:
+        """Warn of the first of each kind of what is skipped; the others are counted."""
+        for counter in skipped.keys() - self._told:
+            self._told.add(counter)
+            if example := self.example(counter):
+                log.warning("data: %s, such as %s; the others are counted", counter, example)
+
+    def example(self, counter: str) -> str:
+        """The first that this process met of a counter of what is skipped, in words; "" where it met none."""
+        return self._examples.get(counter) or self.planner.example(counter)
 
     def _check_files(self, window: int) -> None:
         """A file that is lost counts once, however many records it had: files are compared with files."""
@@ -280,11 +302,21 @@ class TrainLoader:
 
     def _refuse(self, skipped: Mapping[str, int], share: float, seen: int) -> None:
         if share > self.max_skipped:
-            worst = ", ".join(f"{k}: {v}" for k, v in sorted(skipped.items(), key=lambda item: -item[1])[:5])
+            worst = "; ".join(self._counted(k, v) for k, v in sorted(skipped.items(), key=lambda item: -item[1])[:5])
             raise UserError(
                 f"data: {share:.1%} of {seen} samples could not be used, more than "
                 f"data.max_skipped={self.max_skipped:.1%} ({worst}): repair these sources or raise the limit"
             )
+
+    def _counted(self, counter: str, count: int) -> str:
+        example = self.example(counter)
+        return f"{counter}: {count}{f', such as {example}' if example else ''}"
+
+    def summary(self, counters: Mapping[str, int]) -> str:
+        """What was not used, by source and reason, with an example each; "" where everything was."""
+        marks = ("skipped/", "filtered/", "unused/")
+        left_out = {key: count for key, count in sorted(counters.items()) if count and any(m in key for m in marks)}
+        return "; ".join(self._counted(key, count) for key, count in left_out.items())
 
     @property
     def counters(self) -> dict[str, int]:
@@ -330,7 +362,7 @@ class DataModule(L.LightningDataModule):
         super().__init__()
         self.processor = processor
         self.sources = sources
-        self.val_sources = {name: values for name, values in val_sources.items() if values is not None}
+        self.val_sources = {name: values for name, values in val_sources.items() if not is_absent(values)}
         self.packing = build(PackingConfig, packing, "data.packing")
         self.mixing = build(MixingConfig, mixing or {}, "data.mixing")
         self.augment = build(AugmentConfig, augment or {}, "data.augment")
@@ -389,6 +421,72 @@ class DataModule(L.LightningDataModule):
             raise UserError(
                 "data.sources has no text-only source, which pretraining needs in every step to keep the language "
                 "ability: add one, or set stage.text_required=false"
+            )
+
+    def probe(self) -> None:
+        """Read, tokenize and decode records of the first file of every source, as training and validation will.
+
+        Raises:
+            UserError: no record of a source can be used, or an option asks for what none has.
+        """
+        trained = dict(Group.from_dict({"sources": self.sources}).leaves())
+        held_out = {n: SourceConfig.from_dict(n, values, "val_sources") for n, values in self.val_sources.items()}
+        for section, configs in (("sources", trained), ("val_sources", held_out)):
+            for name, config in configs.items():
+                if config.weight > 0:
+                    self._probe(name, config_key(name, section), config)
+
+    def _probe(self, name: str, key: str, config: SourceConfig) -> None:
+        source = config.open(name)
+        try:
+            shard = source.open(0)
+        except BadSample as error:
+            if len(source.urls) == 1:
+                raise UserError(f"{key}: {source.urls[0]} cannot be read ({error})") from None
+            log.warning("%s: %s", key, error)
+            return
+        if not len(shard) and len(source.urls) == 1:
+            why = "; ".join(f"{counter}: {example}" for counter, example in shard.examples.items())
+            raise UserError(f"{key}: nothing to read in {source.urls[0]}{source.hint()} ({why or 'nothing in it'})")
+        source.check_shard(shard)
+        bad: Counter[str] = Counter()
+        examples: dict[str, str] = {}
+        usable: Counter[str] = Counter()  # with an image, without one
+        filtered: Counter[str] = Counter()
+        few = spread(len(shard), TRIED)
+        for index in few + [index for index in spread(len(shard), LOOKED_AT) if index not in few]:
+            if usable["image"] + bad.total() >= TRIED:
+                break
+            try:
+                record = shard.record(index)
+                for sample in self.processor.samples(record, name):
+                    if sample.length > self.packing.row_length:
+                        raise BadSample("longer_than_row", f"{record.key}: {sample.length} tokens")
+                for image in record.images:
+                    load_image(image, self.processor.image_size)
+                usable["image" if record.images else "text"] += 1
+            except Filtered as reason:
+                filtered[reason.reason] += 1
+            except BadSample as reason:
+                bad[reason.reason] += 1
+                examples.setdefault(reason.reason, reason.detail)
+        why = "; ".join(f"{reason}: {count}, such as {examples[reason]}" for reason, count in bad.most_common())
+        where = source.folder_hint(key) if bad["image_missing"] else ""
+        of_images = sum(count for reason, count in bad.items() if reason.startswith("image_"))
+        if bad and (not usable or (of_images >= TRIED // 4 and not usable["image"])):
+            what = "with images " if usable else ""
+            raise UserError(
+                f"{key}: none of the first {bad.total()} records {what}can be used ({why}){f'; {where}' * bool(where)}"
+            )
+        if bad:
+            tried = bad.total() + usable.total()
+            log.warning(
+                "%s: %d of %d records that were tried cannot be used (%s) %s", key, bad.total(), tried, why, where
+            )
+        elif filtered and not usable:
+            counts = ", ".join(f"{reason}: {count}" for reason, count in filtered.most_common())
+            log.warning(
+                "%s: the filters leave out all of %d records that were tried (%s)", key, filtered.total(), counts
             )
 
     def check_resume(self, state: Mapping[str, Any], accumulate: int = 1, world_size: int = 1) -> None:
@@ -524,6 +622,15 @@ class DataModule(L.LightningDataModule):
         if self._planner is None or self._train_loader is None:
             return {}
         return dict(sum(of_all_ranks(Counter(self._train_loader.counters), self._planner.world_size), Counter()))
+
+    def teardown(self, stage: str) -> None:
+        """Say at the end of training what was not used; all ranks call it together."""
+        if stage != "fit" or self._planner is None or self._train_loader is None:
+            return
+        counters = self.counters()
+        if self._planner.rank == 0 and (summary := self._train_loader.summary(counters)):
+            seen = sum(count for key, count in counters.items() if key.endswith("/seen"))
+            log.warning("data: not used, of %d records: %s", seen, summary)
 
     def state_dict(self) -> dict[str, Any]:
         """Of all ranks, which call it together."""

@@ -1,7 +1,7 @@
 """Where the bytes of data sets come from: local files as they are, everything else as a whole local copy in a cache.
 
     /a/b.tar                         read in place
-    /a/b.jsonl.gz, .jsonl.zst        unpacked to the cache, since a compressed stream has no random access
+    /a/b.jsonl.gz, .zst, .tgz        unpacked to the cache, since a compressed stream has no random access
     pipe:COMMAND                     the command's output (WebDataset's form), to the cache
     s3://..., https://..., SCHEME:// by fsspec, to the cache
 
@@ -36,7 +36,7 @@ from sphinx_pl.errors import UserError
 
 log = logging.getLogger(__name__)
 
-PACKED = (".gz", ".zst")
+PACKED = (".gz", ".tgz", ".zst")
 ATTEMPTS = 4
 FIRST_WAIT = 0.5
 """Seconds before the second attempt at a file that cannot be read; doubled each time."""
@@ -284,7 +284,7 @@ def _opened(url: str) -> Iterator[IO[bytes]]:
 
 
 def _unpacked(stream: IO[bytes], packing: str) -> Any:
-    if packing == ".gz":
+    if packing in (".gz", ".tgz"):
         import gzip
 
         return gzip.open(stream)
@@ -374,7 +374,7 @@ class _Handles(threading.local):
         return self.opened[url]
 
     def _open(self, url: str) -> int:
-        return os.open(local_file(url)[0] if is_remote(url) else url, os.O_RDONLY)
+        return os.open(local_file(url)[0], os.O_RDONLY)
 
     def drop(self, url: str) -> None:
         if (handle := self.opened.pop(url, None)) is not None:

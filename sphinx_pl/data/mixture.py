@@ -20,7 +20,7 @@ from sphinx_pl.data.augment import AugmentConfig
 from sphinx_pl.data.files import is_remote
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.record import Sample
-from sphinx_pl.data.sources import Source, build_source, check_options
+from sphinx_pl.data.sources import Source, build_source, check_options, find_kind
 from sphinx_pl.data.stream import SourceStream
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.errors import UserError, suggest
@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 
 MODALITIES = ("image", "text")
 UNITS = ("sample", "token")
+AUTO = "auto"
+"""The kind of a source that is found by looking at its path."""
+PARTS = ("", "train", "held_out")
 META = "meta"
 """The kind of a source that stands for the original's own list of annotation files."""
 
@@ -58,30 +61,39 @@ class SourceConfig:
 
     `weight` is its share relative to the others' beside it. `branches` > 1 joins up to that many records about one
     image into one sample. `modality` says what the source counts as where a step must hold text and images. `epochs`
-    bounds how often it is read (upsampling), `caps` how many records of a task an epoch has: {ocr: 10000}.
+    bounds how often it is read (upsampling), `caps` how many records of a task an epoch has: {ocr: 10000}. `part` is
+    train (all but a tenth of the records) or held_out (that tenth), for files without a part of their own for it.
     `shuffle_shards` files are open at a time, their records shuffled together.
     """
 
-    kind: str
     path: Any
+    kind: str = AUTO
     weight: float = within(1.0, at_least=0)
     branches: int = within(1, at_least=1)
     modality: str = ""
     epochs: Optional[int] = within(None, at_least=1)
     caps: dict[str, int] = field(default_factory=dict, metadata={"bounds": Bounds(at_least=0)})
     shuffle_shards: int = within(8, at_least=1)
+    part: str = ""
     options: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, name: str, values: Mapping[str, Any], section: str = "sources") -> SourceConfig:
         prefix = f"data.{section}.{name}"
         for key in ("kind", "path"):
-            if values.get(key) in (None, ""):
-                raise UserError(f"{prefix}.{key} is missing: every source needs a kind and a path")
+            if values.get(key, AUTO if key == "kind" else None) in (None, ""):
+                raise UserError(
+                    f"{prefix}.{key} is missing: every source needs a path; leave kind out to have it found"
+                )
         known = {f for f in cls.__dataclass_fields__ if f != "options"}
         own = {key: value for key, value in values.items() if key in known}
         config = build(cls, own | {"options": {k: v for k, v in values.items() if k not in known}}, prefix)
-        config.modality = config.modality or ("text" if config.kind == "text" else "image")
+        modality = "text" if config.kind == "text" else "image"
+        if config.kind == AUTO:
+            config.kind, modality = find_kind(name, config.path, section)
+        config.modality = config.modality or modality
+        if config.part not in PARTS:
+            raise UserError(f"{prefix}.part={config.part}: {suggest(config.part, PARTS[1:])}")
         if config.modality not in MODALITIES:
             raise UserError(f"{prefix}.modality='{config.modality}' must be one of {', '.join(MODALITIES)}")
         for task in config.caps:
@@ -91,7 +103,9 @@ class SourceConfig:
         return config
 
     def open(self, name: str) -> Source:
-        return build_source(self.kind, name, self.path, **self.options)
+        source = build_source(self.kind, name, self.path, **self.options)
+        source.part = self.part
+        return source
 
 
 @dataclass
@@ -125,10 +139,10 @@ class Group:
         if not isinstance(values["sources"], Mapping):
             raise UserError(f"{section} must be a mapping of names to sources")
         for name, value in values["sources"].items():
-            if value is None:
+            if is_absent(value):
                 continue
             if not isinstance(name, str) or not isinstance(value, Mapping):
-                raise UserError(f"{section}.{name} must be a mapping with kind and path, or with sources")
+                raise UserError(f"{section}.{name} must be a mapping with path, or with sources")
             if "." in name or "/" in name:
                 raise UserError(f"{section}: the name '{name}' must have no dot and no slash")
             if "sources" in value:
@@ -174,6 +188,13 @@ class Group:
             for leaf, share in leaves.items()
             if weights[name] > 0
         }
+
+
+def is_absent(source: Any) -> bool:
+    """Whether a source of the configuration is left out: it is null, or it waits for a path and has no kind either."""
+    return source is None or (
+        isinstance(source, Mapping) and "path" in source and source["path"] is None and "kind" not in source
+    )
 
 
 def _check_weight(prefix: str, weight: Any) -> None:

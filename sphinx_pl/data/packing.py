@@ -36,7 +36,11 @@ WEIGHTINGS: dict[str, Callable[[int], float]] = {
     "sqrt": lambda targets: 1.0 / math.sqrt(targets),
 }
 Row = list[Sample]
+_WINDOWS_TO_TELL = 100
+"""After so many windows the shares have settled."""
 DRAWS_IN_VAIN = 1000
+MAX_WAITING = 8
+"""Samples for so many windows may wait for their turn. Where one modality is rarer than that, windows go without it."""
 
 
 @dataclass
@@ -194,6 +198,16 @@ class Lane:
         self.mixture = mixture
         self.config = config
         self.pending: list[Sample] = []
+        self._in_vain: Counter[str] = Counter()
+        """Draws of each modality that gave none of it since one did."""
+        self._met: set[str] = set()
+        """Modalities that draws have given."""
+        self.windows = 0
+        self.without: Counter[str] = Counter()
+        """Windows of this process that lack a modality, although the mixture has it."""
+        self._placed: Counter[str] = Counter()
+        """Samples of each modality in these windows."""
+        self._told = False
 
     def plan(self, rows: int, modalities: Sequence[str] = MODALITIES) -> list[Row]:
         """The next `rows` rows, empty ones when the mixture has ended.
@@ -210,12 +224,18 @@ class Lane:
             before = len(pool)
             drawn_in_vain = self._draw(pool, None, drawn_in_vain)
             missing -= sum(sample.length for sample in pool[before:])
-        # A small window could lack a modality with a small share: ask for it by name.
+        # A small window could lack a modality with a small share: ask for it by name. What is drawn on the way has to
+        # wait, and more would wait with every window if there was no bound.
         musts = []
+        waiting = sum(sample.length for sample in pool)
         for modality in modalities:
-            while not any(_modality(sample) == modality for sample in pool) and modality in self.mixture.modalities:
-                drawn_in_vain = self._draw(pool, modality, drawn_in_vain)
             found = [sample for sample in pool if _modality(sample) == modality]
+            while not found and waiting < MAX_WAITING * capacity and modality in self.mixture.modalities:
+                before = len(pool)
+                self._in_vain[modality] = self._draw(pool, modality, self._in_vain[modality])
+                waiting += sum(sample.length for sample in pool[before:])
+                found = [sample for sample in pool[before:] if _modality(sample) == modality]
+            self.without[modality] += not found and modality in self.mixture.modalities
             if found:
                 # A single row has to hold both: there the shortest, else the one that has waited longest.
                 musts.append(min(found, key=lambda sample: sample.length) if rows == 1 else found[0])
@@ -225,6 +245,8 @@ class Lane:
                 "sample, which every step needs: raise rows, row_length or stage.accumulate, or lower data.mixing.lanes"
             )
         # Then what waited longest, so that nothing waits for ever.
+        self.windows += 1
+        self._tell()
         others = [sample for sample in pool if not any(sample is must for must in musts)]
         packed, self.pending = fullest_rows(
             [*musts, *others],
@@ -233,17 +255,21 @@ class Lane:
             config.images_per_row,
             first=len(musts) if rows == 1 and musts else 1,
         )
+        self._placed.update(_modality(sample) for row in packed for sample in row)
         return packed + [[] for _ in range(rows - len(packed))]
 
     def _draw(self, pool: list[Sample], modality: str | None, in_vain: int) -> int:
         """Add a draw's samples to the pool; returns how many draws in a row gave none (of `modality`)."""
         for sample in self.mixture.draw(modality):
             if sample.length > self.config.row_length:
-                self.mixture.streams[sample.source].leave_out(sample, "longer_than_row")
+                self.mixture.streams[sample.source].leave_out(
+                    sample, BadSample("longer_than_row", f"{sample.branches[0].key}: {sample.length} tokens")
+                )
             else:
                 pool.append(sample)
+                self._met.add(_modality(sample))
                 in_vain = -1 if modality in (None, _modality(sample)) else in_vain
-        if in_vain >= DRAWS_IN_VAIN:
+        if in_vain >= DRAWS_IN_VAIN and modality not in self._met:
             what = f"{modality} sample (is data.sources.*.modality right?)" if modality else "usable sample"
             raise UserError(
                 f"data: {DRAWS_IN_VAIN} draws in a row gave no {what}; so far: {self.mixture.counts}: "
@@ -251,17 +277,47 @@ class Lane:
             )
         return in_vain + 1
 
+    def _tell(self) -> None:
+        """Warn once where what is trained on is not what the configuration says."""
+        if self._told or self.windows < _WINDOWS_TO_TELL:
+            return
+        self._told = True
+        for modality, count in self.without.items():
+            if count:
+                log.warning(
+                    "data: %d of the first %d steps have no %s sample (%.1f %% of all samples are): to have one in "
+                    "each, raise data.packing.rows for larger steps, or the weight of sources that have more of them",
+                    count,
+                    self.windows,
+                    modality,
+                    100 * self._placed[modality] / max(self._placed.total(), 1),
+                )
+        mixture = self.mixture
+        total = sum(mixture.drawn.values())
+        if any(stream.config.epochs is not None for stream in mixture.streams.values()) or not total:
+            return  # shares change where sources end
+        real = {name: count / total for name, count in mixture.drawn.items()}
+        if odd := [name for name, share in mixture.shares.items() if abs(real[name] - share) > max(0.02, 0.2 * share)]:
+            log.warning(
+                "data: shares so far differ from the configured ones, since every step holds images and text: %s; "
+                "raise data.packing.rows for larger steps, or change the weights",
+                ", ".join(f"{name} {real[name]:.1%} instead of {mixture.shares[name]:.1%}" for name in odd),
+            )
+
     def state_dict(self) -> dict[str, Any]:
-        return {"mixture": self.mixture.state_dict(), "pending": list(self.pending)}
+        return {"mixture": self.mixture.state_dict(), "pending": list(self.pending), "met": sorted(self._met)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.mixture.load_state_dict(state["mixture"])
         self.pending = []
         for sample in state["pending"]:
             if sample.length > self.config.row_length:  # rows were longer when it was drawn
-                self.mixture.streams[sample.source].leave_out(sample, "longer_than_row")
+                self.mixture.streams[sample.source].leave_out(
+                    sample, BadSample("longer_than_row", f"{sample.branches[0].key}: {sample.length} tokens")
+                )
             else:
                 self.pending.append(sample)
+        self._met = set(state.get("met", ()))
 
 
 class Planner:
@@ -363,7 +419,24 @@ class Planner:
         return [item for lane in lanes.values() for item in lane["mixture"]["streams"].items()]
 
     def counts(self, number: int | None = None) -> Counter[str]:
-        """`source/seen`, `source/skipped/reason`, ... of this rank's lanes up to a window (the last consumed)."""
+        """`source/seen`, `source/skipped/reason`, ... of this rank's lanes up to a window (the last consumed).
+
+        `source/samples`, tokens, targets and images are those in the windows; `source/waiting` samples are drawn and
+        come in later ones.
+        """
+        total = self.drawn(number)
+        with self._lock:
+            lanes = self._states[min(self._states) if number is None else number]
+            pending = [sample for lane in lanes.values() for sample in lane["pending"]]
+        for sample in pending:
+            numbers = {"samples": len(sample.branches), "tokens": sample.length}
+            numbers |= {"targets": sample.targets, "images": len(sample.images)}
+            total.subtract({f"{sample.source}/{key}": value for key, value in numbers.items()})
+            total[f"{sample.source}/waiting"] += len(sample.branches)
+        return total
+
+    def drawn(self, number: int | None = None) -> Counter[str]:
+        """As `counts`, of what was drawn, whether it is in the windows yet or not."""
         total: Counter[str] = Counter()
         for name, stream in self._streams(number):
             total.update({f"{name}/{key}": value for key, value in stream["counts"].items()})
@@ -377,6 +450,12 @@ class Planner:
         for name, stream in streams:
             total.update({f"{name}/skipped/{key}": value for key, value in stream["left_out"].items()})
         return total, sum(stream["indexed"] for _, stream in streams)
+
+    def example(self, counter: str) -> str:
+        """The first that this process met of `source/skipped/reason`, in words; "" where it met none."""
+        name, _, key = counter.partition("/")
+        streams = [lane.mixture.streams[name] for lane in self.lanes.values() if name in lane.mixture.streams]
+        return next((stream.examples[key][0] for stream in streams if stream.examples.get(key)), "")
 
     def files(self, number: int | None = None) -> tuple[int, int]:
         """How many files this rank's lanes have opened, and how many of these were lost."""
@@ -400,7 +479,7 @@ class Planner:
             number = min(self._states)
             states = self._states[number]
         lanes = {
-            str(lane): {"mixture": state["mixture"], "pending": [_to_plain(sample) for sample in state["pending"]]}
+            str(lane): state | {"pending": [_to_plain(sample) for sample in state["pending"]]}
             for lane, state in states.items()
         }
         return {"number": number, "lane_count": self.lane_count, "rows": sum(self._rows), "lanes": lanes}
@@ -419,9 +498,7 @@ class Planner:
         self.number = state["number"]
         for number, lane in self.lanes.items():
             plain = state["lanes"][str(number)]
-            lane.load_state_dict(
-                {"mixture": plain["mixture"], "pending": [_from_plain(sample) for sample in plain["pending"]]}
-            )
+            lane.load_state_dict(plain | {"pending": [_from_plain(sample) for sample in plain["pending"]]})
         self._states = {self.number: self._snapshot()}
 
 
@@ -495,6 +572,7 @@ class Collator:
         seen: list[tuple[bool, ...]] = []
         keys: list[str] = []
         counters: Counter[str] = Counter()
+        examples: dict[str, str] = {}
         weigh = WEIGHTINGS[self.weighting]
         ascending = np.arange(t)
         decoded = 0
@@ -502,7 +580,7 @@ class Collator:
         for row, samples in enumerate(rows):
             at = 0
             for segment, sample in enumerate(samples, start=1):
-                readable = self._decode(sample, counters, pixels[decoded:])
+                readable = self._decode(sample, counters, pixels[decoded:], examples)
                 decoded += len(sample.images)
                 seen += sample.seen
                 counters["samples"] += len(sample.branches)
@@ -555,9 +633,10 @@ class Collator:
             sources=self.sources,
             keys=keys,
             counters={key: float(value) for key, value in counters.items()},
+            examples=examples,
         )
 
-    def _decode(self, sample: Sample, counters: Counter[str], pixels: torch.Tensor) -> bool:
+    def _decode(self, sample: Sample, counters: Counter[str], pixels: torch.Tensor, examples: dict[str, str]) -> bool:
         """Write the sample's images to the first of `pixels`, black where one cannot be read; whether all could."""
         readable = True
         for number, ref in enumerate(sample.images):
@@ -565,6 +644,7 @@ class Collator:
                 pixels[number] = load_image(ref, self.image_size)
             except BadSample as error:
                 readable = False
-                counters[f"skipped/{sample.source}/{error.reason}"] += len(sample.branches)
+                counters[counter := f"skipped/{sample.source}/{error.reason}"] += len(sample.branches)
+                examples.setdefault(counter, error.detail)
                 pixels[number] = 0
         return readable

@@ -152,6 +152,7 @@ class Batch:
     sources: list[str] = field(default_factory=list)  # of the run's whole mixture: the same on all ranks
     keys: list[str] = field(default_factory=list)  # "source/key" of every sample in the batch
     counters: dict[str, float] = field(default_factory=dict)  # additive: samples, tokens, images, views, skipped/...
+    examples: dict[str, str] = field(default_factory=dict)  # a counter of what is skipped -> its first, in words
     # Of the whole accumulation window on this rank, all micro-batches together, counted after decoding:
     window_weight: float = 0.0
     window_end: bool = True  # the last micro-batch of its window

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -24,60 +25,82 @@ _STEP[[ord("]"), ord("}")]] = -1
 _STRUCTURE = _STEP != 0
 _STRUCTURE[[_QUOTE, _COMMA]] = True
 _BLANK = b" \t\r\n"
-# Shorter lines are looked at one by one, since they may be blank.
-_SHORT = 16
+_IS_BLANK = np.zeros(256, bool)
+_IS_BLANK[list(_BLANK)] = True
+_MARK = b"\xef\xbb\xbf"
+_PROBLEMS = ("shard_truncated", "", "text_after_list")  # at 1: none, as in indices that were made before there were two
 
 
-def entry_spans(path: str) -> tuple[Spans, bool]:
-    """The spans of a file's entries, and whether it is whole.
+def entry_spans(path: str) -> tuple[Spans, str]:
+    """The spans of a file's entries, and what is wrong with it as a whole: "", shard_truncated, text_after_list.
 
-    A file that begins with `[` is a JSON list (not whole: it is not closed), any other has an entry in each line that
+    A file that begins with `[` is a JSON list (truncated: it is not closed), any other has an entry in each line that
     is not blank. An item of a list is what stands between two of its commas, valid or not: that shows when it is read.
     """
 
     def make() -> Spans:
-        found, whole = _list_spans(path) if is_list(path) else (_line_spans(path), True)
-        return np.concatenate([found, [[int(whole), 0]]])  # the last row is no span
+        found, problem = _list_spans(path) if is_list(path) else (_line_spans(path), "")
+        return np.concatenate([found, [[_PROBLEMS.index(problem), 0]]])  # the last row is no span
 
-    table = cached_array(identity(path), make)
-    return table[:-1], bool(table[-1, 0])
+    table = cached_array(f"{identity(path)}-2", make)
+    return table[:-1], _PROBLEMS[int(table[-1, 0])]
 
 
 def is_list(path: str) -> bool:
-    """Whether the first byte that is not blank opens a JSON list."""
-    with Path(path).open("rb") as file:
-        while chunk := file.read(1 << 16):
-            if text := chunk.lstrip(_BLANK):
-                return text.startswith(b"[")
+    """Whether the first byte that is not blank, behind a byte order mark, opens a JSON list."""
+    for _, chunk in _chunks(path, _mark(path)):
+        if text := chunk.lstrip(_BLANK):
+            return text.startswith(b"[")
     return False
 
 
-def _chunks(path: str) -> Iterator[tuple[int, bytes]]:
+def _mark(path: str) -> int:
+    """Bytes of the byte order mark that some programs put before UTF-8."""
     with Path(path).open("rb") as file:
-        offset = 0
+        return len(_MARK) if file.read(len(_MARK)) == _MARK else 0
+
+
+def _chunks(path: str, offset: int = 0) -> Iterator[tuple[int, bytes]]:
+    with Path(path).open("rb") as file:
+        file.seek(offset)
         while chunk := file.read(_CHUNK):
             yield offset, chunk
             offset += len(chunk)
 
 
 def _line_spans(path: str) -> Spans:
-    ends = [np.zeros(0, np.int64)]
-    for offset, chunk in _chunks(path):
-        ends.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + (offset + 1))
-    size = Path(path).stat().st_size
-    edges = np.concatenate([[0], *ends, [size]])
-    found = np.stack([edges[:-1], np.diff(edges)], axis=1)
+    begin = _mark(path)
+    edges = [np.array([begin], np.int64)]
+    blank = []  # of each line, whether its first byte is
+    starts = np.array([0])  # of lines that begin in this chunk
+    for offset, chunk in _chunks(path, begin):
+        data: npt.NDArray[np.uint8] = np.frombuffer(chunk, np.uint8)
+        ends = np.flatnonzero(data == ord("\n")) + 1
+        starts = np.concatenate([starts, ends])
+        inside = starts < len(data)
+        blank.append(_IS_BLANK[data[starts[inside]]])
+        starts = starts[~inside] - len(data)
+        edges.append(ends + offset)
+    edges.append(np.array([Path(path).stat().st_size], np.int64))
+    edge = np.concatenate(edges)
+    found = np.stack([edge[:-1], np.diff(edge)], axis=1)
     found = found[found[:, 1] > 0]
     keep = np.ones(len(found), bool)
     with Path(path).open("rb") as file:
-        for row in np.flatnonzero(found[:, 1] < _SHORT):
+        for row in np.flatnonzero(np.concatenate(blank)) if blank else ():
             file.seek(found[row, 0])
-            keep[row] = bool(file.read(found[row, 1]).strip(_BLANK))
+            keep[row] = any(part.strip(_BLANK) for part in _parts(file, int(found[row, 1])))
     return found[keep]
 
 
-def _list_spans(path: str) -> tuple[Spans, bool]:
-    """Entries of a JSON list; one that the file's end cuts off is left out."""
+def _parts(file: IO[bytes], size: int) -> Iterator[bytes]:
+    while size > 0 and (part := file.read(min(size, _CHUNK))):
+        size -= len(part)
+        yield part
+
+
+def _list_spans(path: str) -> tuple[Spans, str]:
+    """Entries of a JSON list, and what is wrong with it; an entry that the file's end cuts off is left out."""
     depth, in_string = 0, 0
     cuts = []  # offsets of the list's own bracket, of its commas, and of its end
     begun = whole = False
@@ -119,4 +142,12 @@ def _list_spans(path: str) -> tuple[Spans, bool]:
             file.seek(found[0, 0])
             if not file.read(min(int(found[0, 1]), 1 << 20)).strip(_BLANK):
                 found = found[:0]  # []
-    return found, whole
+    return found, _after(path, int(edges[-1]) + 1) if whole else "shard_truncated"
+
+
+def _after(path: str, end: int) -> str:
+    """What is wrong where something follows a list that ends there."""
+    with Path(path).open("rb") as file:
+        file.seek(end)
+        rest = Path(path).stat().st_size - end
+        return "text_after_list" if any(part.strip(_BLANK) for part in _parts(file, rest)) else ""

@@ -15,6 +15,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from functools import partial
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from sphinx_pl.data.augment import AugmentConfig, augment_together
 from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.processor import Processor, merge_branches
 from sphinx_pl.data.record import Record, Sample
-from sphinx_pl.data.sources import Shard, Source
+from sphinx_pl.data.sources import Shard, Source, config_key
 from sphinx_pl.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,7 +40,18 @@ EXAMPLES = 3
 MADE = ("seen", "samples", "parts", "tokens", "targets", "images")
 """The counters of what was drawn and made of it; every other one says what was left out, or an event's name."""
 
-_Opened = list[tuple[Shard | None, Counter[str]]]
+
+@dataclass
+class _Block:
+    """One shard of a block, or none where it cannot be opened, and what is left out of it."""
+
+    shard: Shard | None
+    skipped: Counter[str]
+    unused: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+
+
+_Opened = list[_Block]
 
 
 def _in_background(make: Callable[[], _Opened]) -> Future[_Opened]:
@@ -120,7 +132,7 @@ class SourceStream:
         self.counts: Counter[str] = Counter()
         """seen, samples, tokens, targets, images, skipped/<reason>, filtered/<reason>, capped/<task>; parts: those that
         a long document has beyond its first. So seen + parts = samples + skipped + filtered + capped. Beside these the
-        samples' own events."""
+        samples' own events, and unused/<name>, what files hold beside records."""
         self.left_out: Counter[str] = Counter()
         """What was unreadable when shards were opened: reason -> count."""
         self.examples: dict[str, list[str]] = {}
@@ -174,13 +186,16 @@ class SourceStream:
         self._ahead = None
         if self._dealt or self.lane == 0:  # else every lane would count it
             known = {id(shard) for shard in self._shards if shard is not None}
-            for shard, bad in opened:
-                if id(shard) not in known:
-                    self.left_out.update(bad)
+            for block in opened:
+                if id(block.shard) not in known:
+                    self.left_out.update(block.skipped)
+                    self.counts.update({f"unused/{name}": count for name, count in block.unused.items()})
+                    for counter, example in block.examples.items():
+                        self._example(counter, example)
                     self.files["opened"] += 1
-                    self.files["lost"] += not shard  # also one that nothing could be read of
-                    self.indexed += len(shard) if shard is not None else 0
-        self._shards = [shard for shard, _ in opened]
+                    self.files["lost"] += not block.shard  # also one that nothing could be read of
+                    self.indexed += len(block.shard) if block.shard is not None else 0
+        self._shards = [block.shard for block in opened]
         self._lengths = lengths or [len(shard) if shard is not None else 0 for shard in self._shards]
         self._found |= any(self._lengths)
         self._units = self._ordered()
@@ -194,9 +209,9 @@ class SourceStream:
                 shard = kept[number] if kept else None
                 if shard is None:
                     shard = self.source.open(number)
-                opened.append((shard, shard.skipped))
+                opened.append(_Block(shard, shard.skipped, shard.unused, shard.examples))
             except BadSample as bad:
-                opened.append((None, Counter([bad.reason])))
+                opened.append(_Block(None, Counter([bad.reason]), examples={bad.counter: bad.detail}))
         return opened
 
     def _ordered(self) -> Any:
@@ -245,14 +260,20 @@ class SourceStream:
                 self.epoch = self.config.epochs or 0  # nor will there be anything in the others
             nothing = self.exhausted and not self._found if ends else self.epoch > start + 1
             if nothing:
-                why = dict(self.left_out) or ("fewer records than lanes" if self._found else "nothing in it")
+                empty = "fewer records than lanes" if self._found else "nothing in it"
                 raise UserError(
-                    f"source '{self.name}': nothing to read in {self.source.urls[0]} and the like{self.source._hint()} "
-                    f"for lane {self.lane} of {self.lanes} ({why}): correct data.sources.{self.name}, or lower "
-                    "data.mixing.lanes"
+                    f"source '{self.name}': nothing to read in {self.source.urls[0]} and the like{self.source.hint()} "
+                    f"for lane {self.lane} of {self.lanes} ({self._why() or empty}): correct "
+                    f"{config_key(self.name)}.path, or lower data.mixing.lanes"
                 )
             if not self.exhausted:
                 self._open()
+
+    def _why(self) -> str:
+        """What was left out when shards were opened, with an example each."""
+        counts = self.left_out + Counter({k: v for k, v in self.counts.items() if k.startswith("unused/")})
+        named = {key: self.examples.get(f"skipped/{key}") or self.examples.get(key) or [""] for key in counts}
+        return ", ".join(f"{key}: {counts[key]} ({named[key][0]})" for key in counts)
 
     # --- the records
 
@@ -345,10 +366,11 @@ class SourceStream:
         for event, count in sample.events.items():
             self.counts[event] += sign * count
 
-    def leave_out(self, sample: Sample, reason: str) -> None:
+    def leave_out(self, sample: Sample, bad: BadSample) -> None:
         """A sample of this stream that cannot be used after all."""
         self._count(sample, -1)
-        self.counts[f"skipped/{reason}"] += len(sample.branches)
+        self.counts[bad.counter] += len(sample.branches)
+        self._example(bad.counter, bad.detail)
 
     def _open_ahead(self) -> None:
         if self._one_block:

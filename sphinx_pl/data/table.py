@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rich.markup import escape
-
 from sphinx_pl.console import Table
+from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.datamodule import DataModule
+from sphinx_pl.data.images import load_image
 from sphinx_pl.data.mixture import Group, Mixture, SourceConfig
-from sphinx_pl.data.sources import expand_paths
+from sphinx_pl.data.sources import SOURCES, expand_paths
 from sphinx_pl.data.stream import MADE, SourceStream
 from sphinx_pl.errors import UserError
 
@@ -37,12 +37,10 @@ class Line:
     targets: float
     images: float
     unusable: float
-    """Share of the probed records that were skipped or filtered."""
-    noted: Mapping[str, int]
-    """Of the probed records: skipped/<reason>, filtered/<reason>, capped/<task>, and the events of those that are used
-    (such as `cut`, see `Sample`)."""
-    probed: int
-    """Records that were tried."""
+    """Share of the records that are skipped or filtered, images that cannot be decoded among them."""
+    why: Mapping[str, tuple[int, str]]
+    """skipped/<reason>, filtered/<reason>, capped/<task>, unused/<name> and events of samples that are used (such as
+    `cut`, see `Sample`) -> how many were met, and the first in words."""
 
     @property
     def draws(self) -> float:
@@ -65,10 +63,17 @@ def _line(name: str, stream: SourceStream, share: float, probe: int) -> Line:
     records, certain = stream.source.size()
     draws = 0
     while draws < probe and not stream.exhausted:
-        stream.next()
+        for sample in stream.next():
+            try:
+                for image in sample.images:
+                    load_image(image, stream.processor.image_size)
+            except BadSample as error:
+                stream.leave_out(sample, error)
         draws += 1
     counts = stream.counts
     bad = sum(count for key, count in counts.items() if key.startswith(("skipped/", "filtered/")))
+    # What could not even be indexed is of all that was opened, of which only some was drawn.
+    lost = stream.left_out.total() / max(stream.left_out.total() + stream.indexed, 1)
     return Line(
         name=name,
         kind=stream.config.kind,
@@ -81,9 +86,14 @@ def _line(name: str, stream: SourceStream, share: float, probe: int) -> Line:
         tokens=counts["tokens"] / draws,
         targets=counts["targets"] / draws,
         images=counts["images"] / draws,
-        unusable=bad / counts["seen"],
-        noted={key: count for key, count in counts.items() if key not in MADE and count},
-        probed=counts["seen"],
+        unusable=lost + (1 - lost) * bad / counts["seen"],
+        why={
+            key: (number, next(iter(stream.examples.get(key, ())), ""))
+            for key, number in (
+                *((f"skipped/{reason}", number) for reason, number in stream.left_out.items()),
+                *((key, number) for key, number in counts.items() if key not in MADE and number),
+            )
+        },
     )
 
 
@@ -92,12 +102,21 @@ def epoch_tokens(found: list[Line]) -> float:
     return sum(line.draws * line.tokens for line in found)
 
 
+def reasons(found: list[Line]) -> str:
+    """A line for each reason and event: its source, its name, how many were met, and an example."""
+    return "".join(
+        f"\n{line.name}  {key}: {number}{f'  ({example:.300})' if example else ''}"
+        for line in found
+        for key, (number, example) in sorted(line.why.items())
+    )
+
+
 def missing(configs: Mapping[str, SourceConfig]) -> dict[str, str]:
     """Source -> why its files cannot be read, for those whose files are not there."""
     found = {}
     for name, config in configs.items():
         try:
-            expand_paths(name, config.path)
+            expand_paths(name, config.path, SOURCES[config.kind].folders)
         except UserError as error:
             found[name] = str(error)
     return found
@@ -134,19 +153,11 @@ def expectations(found: list[Line], unit: str, row_length: int, rows: int, steps
             f"{drawn * draws[line.name] / total / line.draws:.3g}",
         )
     epoch = epoch_tokens(found) / (rows * row_length)
-    result.caption = "\n".join(_captions(found, epoch))
-    return result
-
-
-def _captions(found: list[Line], epoch: float) -> Iterator[str]:
-    yield (
+    result.caption = (
         "tokens, targets (supervised tokens) and images: of a mean draw. epochs: how often the run reads the source, "
         f"if rows are full. Everything once: {epoch:.0f} steps"
     )
-    for line in found:
-        if line.noted:
-            counts = ", ".join(f"{key}: {count}" for key, count in sorted(line.noted.items()))
-            yield escape(f"{line.name}, of {line.probed} records that were tried: {counts}")
+    return result
 
 
 def plan(group: Group, absent: Mapping[str, str]) -> Table:

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import itertools
 import json
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from sphinx_pl.data.datamodule import DataModule, TrainLoader
@@ -350,6 +352,8 @@ def test_missing_files_and_wrong_keys_of_any_source_are_named(processor: Process
     with pytest.raises(UserError, match=r"'late': there is no file 'nowhere\.tar'"):
         datamodule(processor, good, val={"late": web("nowhere.tar")}).check()
     with pytest.raises(UserError, match=r"data\.val_sources\.late\.kind is missing"):
+        datamodule(processor, good, val={"late": {"path": "nowhere.tar", "kind": ""}}).check()
+    with pytest.raises(UserError, match=r"'late': there is no file 'nowhere\.tar'"):
         datamodule(processor, good, val={"late": {"path": "nowhere.tar"}}).check()
     with pytest.raises(UserError, match=r"data\.packing\.row_lenght"):
         DataModule(processor, good, {}, {"row_lenght": 96, "rows": 1})
@@ -377,6 +381,8 @@ def test_counters_of_ranks_that_share_lanes_are_not_doubled(
             planned[number] = Counter(
                 {key: count for key, count in lane.mixture.counts.items() if key.endswith(("/seen", "/tokens"))}
             )
+            for sample in lane.pending:  # drawn, and trained on in a later step
+                planned[number][f"{sample.source}/tokens"] -= sample.length
     assert len(planned) == lanes
     assert {k: v for k, v in total.items() if k.endswith(("/seen", "/tokens"))} == sum(planned.values(), Counter())
 
@@ -406,3 +412,62 @@ def test_files_that_are_lost_stop_the_run(processor: Processor, sample_data: Pat
     data = datamodule(processor, {"a": {**web(paths), "shuffle_shards": 4}}, max_skipped=0.1)
     with pytest.raises(UserError, match=r"of the first \d+ files could not be read, more than data\.max_skipped=10"):
         list(itertools.islice(loader(data), 400))
+
+
+# --- the first records, before a run
+
+
+def instructions(folder: Path, images: list[str | None]) -> dict[str, Any]:
+    entries = [{"question": "what?", "answer": "red"} | ({"image": image} if image else {}) for image in images]
+    (folder / "x.json").write_text(json.dumps(entries))
+    return {"kind": "instructions", "path": str(folder / "x.json")}
+
+
+def test_an_image_folder_that_does_not_exist_is_an_error_before_the_run(processor: Processor, tmp_path: Path) -> None:
+    nowhere = instructions(tmp_path, ["a/0.png"] * 20) | {"root": "/no/where"}
+    good = {"kind": "text", "path": str(tmp_path / "t.jsonl")}
+    (tmp_path / "t.jsonl").write_text('{"text": "a text"}\n')
+    message = (
+        r"none of the first 16 records can be used \(image_missing: 16, such as '/no/where/a/0\.png': No such file"
+    )
+    with pytest.raises(UserError, match=rf"data\.sources\.x: {message}.*relative to /no/where; data\.sources\.x\.root"):
+        datamodule(processor, {"x": nowhere}).probe()
+    with pytest.raises(
+        UserError, match=r"data\.sources\.group\.sources\.x: none of the first.*group\.sources\.x\.root"
+    ):
+        datamodule(processor, {"t": good, "group": {"sources": {"x": nowhere}}}).probe()
+    with pytest.raises(UserError, match=rf"data\.val_sources\.x: {message}.*data\.val_sources\.x\.root"):
+        datamodule(processor, {"t": good}, val={"x": nowhere}).probe()
+    # Records without an image do not hide it.
+    mixed = instructions(tmp_path, [None, None, None, "0.png"] * 20)
+    with pytest.raises(UserError, match=r"none of the first 16 records with images can be used"):
+        datamodule(processor, {"x": mixed}).probe()
+
+
+def test_a_part_that_cannot_be_used_is_told_before_the_run(
+    processor: Processor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"<html>")
+    data = datamodule(processor, {"x": instructions(tmp_path, ["a.png"] * 12 + ["b.png"] * 3 + ["c.png"])})
+    data.probe()
+    assert "data.sources.x: 4 of 16 records that were tried cannot be used (image_unreadable: 3, such as" in caplog.text
+    assert f"image_missing: 1, such as '{tmp_path}/c.png'" in caplog.text
+    # And what a run skips is told when it is met, and again at its end.
+    caplog.clear()
+    data.mixing.epochs = 1
+    train = loader(data)
+    list(train)
+    assert f"data: skipped/x/image_missing, such as '{tmp_path}/c.png': No such file" in caplog.text
+    assert f"skipped/x/image_missing: 1, such as '{tmp_path}/c.png'" in train.summary(train.counters)
+
+
+def test_a_source_of_which_nothing_passes_is_an_error_or_told(
+    processor: Processor, tmp_path: Path, sample_data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    entries = instructions(tmp_path, [None])
+    with pytest.raises(UserError, match=r"data\.sources\.x: nothing to read in .*with where=.*unused/where: x\.json:0"):
+        datamodule(processor, {"x": entries | {"where": {"topic": "a"}}}).probe()
+    pairs = {"kind": "image_text", "path": str(sample_data / "real/train-*.tar"), "filters": {"min_words": 99}}
+    datamodule(processor, {"x": pairs}).probe()
+    assert re.search(r"data\.sources\.x: the filters leave out all of \d+ records.*caption_words: \d+", caplog.text)

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from sphinx_pl.data.bad import BadSample, Filtered
+from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.duplicates import find_duplicates
 from sphinx_pl.data.mixture import Mixture
 from sphinx_pl.data.processor import Processor
@@ -86,6 +87,33 @@ def test_captions_and_columns(tmp_path: Path, filters: dict[str, Any], pairs: li
     for index, (pair, reason) in enumerate(zip(whole, expected, strict=True)):
         reason = "caption_chars" if reason == 0 else reason
         assert outcome(source, index) == (pair[0] if reason == 1 else f"filtered/{reason}")
+
+
+@pytest.mark.parametrize("annotated", [True, False])
+def test_every_pair_has_caption_width_and_height(tmp_path: Path, annotated: bool) -> None:
+    pairs: list[Pair] = [
+        ("a cat", {"caption": "a cat", "width": 40, "height": 20, "original_width": 80} if annotated else {}),
+        ("a dog", {"caption": "a dog", "width": 8, "height": 6, "original_width": 9} if annotated else {}),
+    ]
+    path = write(tmp_path / "a.tar", pairs, [picture(40, 20), picture(8, 6)])
+    columns: dict[str, Any] = {"width": {"min": 40}, "height": {"max": 20, "min": 7}, "caption": {"in": ["a cat"]}}
+    for column, conditions in columns.items():
+        source = ImageTextSource("web", path, filters={"columns": {column: conditions}})
+        assert [outcome(source, i) for i in range(2)] == ["a cat", f"filtered/{column}"]
+    source = ImageTextSource("web", path, filters={"columns": {"original_width": {"min": 80}}})
+    expected = ["a cat", "filtered/original_width"] if annotated else ["filtered/original_width_absent"] * 2
+    assert [outcome(source, i) for i in range(2)] == expected
+
+
+@pytest.mark.parametrize("filters", [{"columns": {"similarty": {"min": 0}}}, {"parrot_column": "similarty"}])
+def test_a_column_that_is_nowhere_is_an_error_before_the_run(
+    tmp_path: Path, processor: Processor, filters: dict[str, Any]
+) -> None:
+    path = write(tmp_path / "a.tar", [("a", {"similarity": 1, "ocr": ""})])
+    source = {"kind": "image_text", "path": path, "filters": filters}
+    data = DataModule(processor, {"web": source}, {}, {"row_length": 256, "rows": 4})
+    with pytest.raises(UserError, match=r"data\.sources\.web\.filters\..*'similarty': did you mean 'similarity'"):
+        data.probe()
 
 
 def test_sides_and_aspect_are_the_columns_or_else_the_headers(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -13,9 +14,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from sphinx_pl.data.mixture import Mixture
 from sphinx_pl.data.packing import (
+    MAX_WAITING,
     Collator,
     Lane,
     MicroPlan,
@@ -370,3 +373,62 @@ def test_every_position_of_a_sample_knows_its_source(processor: Processor, sampl
         for segment, sample in enumerate(row, start=1):
             ids = batch.source_ids[b][batch.segment_ids[b] == segment]
             assert set(ids.tolist()) == {batch.sources.index(sample.source)}
+
+
+# --- what waits for its turn
+
+
+def few_pictures(processor: Processor, folder: Path, pictures: int, others: int) -> Planner:
+    """Of a source with so many records with and without an image, in steps of two short rows."""
+    from sphinx_pl.data.datamodule import DataModule
+
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    entries = [{"question": f"How are you, {i}?", "answer": "Fine."} for i in range(others)]
+    entries += [{"question": "What?", "answer": "red", "image": "a.png"} for _ in range(pictures)]
+    (folder / "x.json").write_text(json.dumps(entries))
+    source = {"kind": "instructions", "path": str(folder / "x.json")}
+    return DataModule(processor, {"x": source}, {}, {"row_length": 64, "rows": 2}).planner()
+
+
+def test_a_rare_modality_does_not_make_the_others_wait_for_ever(
+    processor: Processor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    planner = few_pictures(processor, tmp_path, pictures=2, others=98)
+    [lane] = planner.lanes.values()
+    trained: list[Sample] = []
+    for _ in range(300):
+        trained += [sample for plan in planner.plan() for row in plan.rows for sample in row]
+        planner.consumed(planner.number)
+        assert sum(sample.length for sample in lane.pending) <= MAX_WAITING * 2 * 64 + 64
+    shares = sum(bool(sample.images) for sample in trained) / len(trained)
+    assert shares == pytest.approx(0.02, abs=0.01)
+    # The counters are of what was trained on, and say what waits.
+    counts = planner.counts()
+    assert counts["x/samples"] == len(trained)
+    assert counts["x/tokens"] == sum(sample.length for sample in trained)
+    assert counts["x/waiting"] == len(lane.pending)
+    assert counts["x/seen"] == counts["x/samples"] + counts["x/waiting"]
+    told = r"data: \d+ of the first 100 steps have no image sample \([12]\.\d % of all samples are\)"
+    assert re.search(told, caplog.text)
+
+
+def test_a_modality_that_never_comes_is_an_error(processor: Processor, tmp_path: Path) -> None:
+    planner = few_pictures(processor, tmp_path, pictures=0, others=98)
+    with pytest.raises(UserError, match=r"1000 draws in a row gave no image sample \(is data\.sources\.\*\.modality"):
+        list(itertools.islice(planner, 2000))
+
+
+def test_shares_that_the_guarantee_changes_are_told(
+    processor: Processor, sample_data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from sphinx_pl.data.datamodule import DataModule
+
+    sources = {
+        "real": {"kind": "image_text", "path": str(sample_data / "real/train-*.tar"), "weight": 0.99},
+        "text": {"kind": "text", "path": str(sample_data / "text/train.jsonl"), "weight": 0.01},
+    }
+    planner = DataModule(processor, sources, {}, {"row_length": 256, "rows": 2}).planner()
+    for _ in range(100):
+        planner.plan()
+        planner.consumed(planner.number)
+    assert re.search(r"shares so far differ.*text \d+\.\d% instead of 1\.0%; raise data\.packing\.rows", caplog.text)

@@ -39,15 +39,15 @@ def test_lists_of_anything(tmp_path: Path) -> None:
     def check(items: list[object], indent: int | None, ascii_only: bool, data: st.DataObject) -> None:
         path = tmp_path / f"{next(number)}.json"
         path.write_text(f" \n{json.dumps(items, indent=indent, ensure_ascii=ascii_only)}\n")
-        found, whole = entry_spans(str(path))
-        assert whole
+        found, problem = entry_spans(str(path))
+        assert problem == ""
         assert contents(path, found) == items
         # Cut anywhere, the entries before the cut stay.
         text = path.read_bytes()
         cut = tmp_path / f"{next(number)}.json"
         cut.write_bytes(text[: data.draw(st.integers(3, len(text) - 2))])
-        found, whole = entry_spans(str(cut))
-        assert not whole
+        found, problem = entry_spans(str(cut))
+        assert problem == "shard_truncated"
         assert contents(cut, found) == items[: len(found)]
 
     check()
@@ -56,21 +56,34 @@ def test_lists_of_anything(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("chunk")
 def test_lines_that_are_not_blank(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b'\n{"a": 1}\n  \n\t\r\n7\n"last, without an end"')
-    found, whole = entry_spans(str(path))
-    assert whole
+    mark = b"\xef\xbb\xbf"
+    long = b" " * 100 + b"\t\n"
+    path.write_bytes(mark + b'\n{"a": 1}\r\n  \n' + long + b'\t\r\n 7\n"last, without an end"')
+    found, problem = entry_spans(str(path))
+    assert problem == ""
     assert contents(path, found) == [{"a": 1}, 7, "last, without an end"]
 
 
 @pytest.mark.parametrize(
-    ("text", "count", "whole"),
-    [("", 0, True), ("[]", 0, True), ("[ \n ]", 0, True), ("[", 0, False), ("[1", 0, False), ("[1] [2, 3", 1, True)],
+    ("text", "count", "problem"),
+    [
+        ("", 0, ""),
+        ("[]", 0, ""),
+        ("[ \n ]", 0, ""),
+        ("\ufeff[1, 2]\r\n", 2, ""),
+        ("\ufeff", 0, ""),
+        ("[", 0, "shard_truncated"),
+        ("[1", 0, "shard_truncated"),
+        ("[1] [2, 3", 1, "text_after_list"),
+        ("[1]\n[2]\n", 1, "text_after_list"),
+        ("[] x", 0, "text_after_list"),
+    ],
 )
-def test_small_files(tmp_path: Path, text: str, count: int, whole: bool) -> None:
+def test_small_files(tmp_path: Path, text: str, count: int, problem: str) -> None:
     path = tmp_path / "a.json"
     path.write_text(text)
-    found, closed = entry_spans(str(path))
-    assert (len(found), closed) == (count, whole)
+    found, told = entry_spans(str(path))
+    assert (len(found), told) == (count, problem)
 
 
 def test_the_index_is_mapped_from_the_cache_and_follows_the_file(

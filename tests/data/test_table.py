@@ -12,7 +12,8 @@ from rich.console import Console
 
 from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.table import expectations, lines, missing
+from sphinx_pl.data.table import expectations, lines, missing, reasons
+from tests.fuzzing import encoded, picture, write_tar
 
 
 @pytest.fixture
@@ -80,9 +81,26 @@ def test_the_table_says_what_was_left_out_and_what_happened_to_the_rest(processo
     (tmp_path / "a.json").write_text(json.dumps(entries))
     sources = {"a": {"kind": "instructions", "path": str(tmp_path / "a.json"), "epochs": 1, "modality": "text"}}
     [line] = lines(DataModule(processor, sources, {}, {"row_length": 256, "rows": 1}))
-    assert line.noted == {"escaped": 1, "skipped/image_absent": 1, "skipped/key_unknown": 1}
-    assert (line.probed, line.unusable) == (4, 0.5)
-    buffer = io.StringIO()
-    Console(file=buffer, width=200).print(expectations([line], "sample", 256, 1, steps=10))
-    told = "a, of 4 records that were tried: escaped: 1, skipped/image_absent: 1, skipped/key_unknown: 1"
-    assert told in " ".join(buffer.getvalue().split())
+    assert {key: number for key, (number, _) in line.why.items()} == {
+        "escaped": 1,
+        "skipped/image_absent": 1,
+        "skipped/key_unknown": 1,
+    }
+    assert line.unusable == 0.5
+    assert "a  skipped/key_unknown: 1  (" in reasons([line])
+
+
+def test_images_that_cannot_be_decoded_and_what_could_not_be_indexed_are_unusable(
+    processor: Processor, tmp_path: Path
+) -> None:
+    entries = [{"image": "no.png", "question": "what?", "answer": "red"}, {"question": "why?", "answer": "so"}] * 8
+    (tmp_path / "x.json").write_text(json.dumps(entries))
+    pairs = [(f"{i}.jpg", encoded(picture(), "JPEG")) for i in range(10)] + [(f"{i}.txt", b"a") for i in range(5)]
+    sources = {
+        "chat": {"kind": "instructions", "path": str(tmp_path / "x.json")},
+        "web": {"kind": "image_text", "path": str(write_tar(tmp_path / "a.tar", pairs))},
+    }
+    found = lines(DataModule(processor, sources, {}, {"row_length": 256, "rows": 4}), probe=16)
+    assert [line.unusable for line in found] == [0.5, 0.5]
+    assert f"chat  skipped/image_missing: 8  ('{tmp_path}/no.png': No such file" in reasons(found)
+    assert "web  skipped/caption_absent: 5  (5: no .txt" in reasons(found)

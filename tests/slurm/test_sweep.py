@@ -83,9 +83,7 @@ def test_a_sweep_whose_job_is_preempted_continues_it_exactly(
     )
     first, second = point(tmp_path, 0), point(tmp_path, 1)
     metrics = first / "metrics.csv"
-    until(
-        lambda: sweep.poll() is not None or (metrics.is_file() and metrics.read_text().count("\n") > 7), 300, "steps"
-    )
+    until(lambda: sweep.poll() is not None or (metrics.is_file() and metrics.read_text().count("\n") > 7), 300, "steps")
     assert sweep.poll() is None, logs(tmp_path)
     job = (first / "slurm_job").read_text().strip()
     assert re.fullmatch(r"\d+_0", job)

@@ -11,6 +11,7 @@ import inspect
 import math
 import os
 import re
+import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,10 +32,25 @@ _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 
 
 class Shard(ABC):
-    """The records of one file."""
+    """The records of one file. Whatever else the file holds is counted when it is opened."""
 
-    skipped: Counter[str]
-    """What was unreadable when it was opened: reason -> count."""
+    def __init__(self) -> None:
+        self.skipped: Counter[str] = Counter()
+        """Entries that cannot be used: reason -> count."""
+        self.unused: Counter[str] = Counter()
+        """What is no entry, or no entry that was asked for, such as files with another extension: name -> count."""
+        self.examples: dict[str, str] = {}
+        """`skipped/<reason>` or `unused/<name>` -> the first that it counted, in words."""
+
+    def skip(self, reason: str, example: str) -> None:
+        """Count an entry that cannot be used."""
+        self.skipped[reason] += 1
+        self.examples.setdefault(f"skipped/{reason}", example)
+
+    def leave(self, name: str, example: str) -> None:
+        """Count something that is no entry."""
+        self.unused[name] += 1
+        self.examples.setdefault(f"unused/{name}", example)
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -64,9 +80,14 @@ class Source(ABC):
         UserError: no file is there.
     """
 
+    folders = False
+    """Whether its files are folders."""
+    part = ""
+    """train: all but a tenth of its records, held_out: these, which are always the same; "": all."""
+
     def __init__(self, name: str, path: str | Sequence[str]) -> None:
         self.name = name
-        self.urls = expand_paths(name, path)
+        self.urls = expand_paths(name, path, self.folders)
         self.shard_names = short_names(self.urls)
 
     def open(self, number: int) -> Shard:
@@ -77,7 +98,8 @@ class Source(ABC):
         """
         url = self.urls[number]
         try:
-            return patiently(url, lambda: self._open(number))
+            shard = patiently(url, lambda: self._open(number))
+            return Part(shard, self.part) if self.part else shard
         except OSError as error:
             raise BadSample("shard_missing", f"{url}: {error.strerror}") from None
 
@@ -94,7 +116,7 @@ class Source(ABC):
         numbers = spread(len(self.urls), probe)
         counts = []
         for number in numbers:
-            if (count := self.count(number)) is None:
+            if self.part or (count := self.count(number)) is None:
                 try:
                     count = len(self.open(number))
                 except BadSample:
@@ -117,14 +139,31 @@ class Source(ABC):
         ends = np.cumsum([len(shard) for shard in shards]).tolist()
         if not shards or not ends[-1]:
             files = self.urls[0] + (" and the like" if len(self.urls) > 1 else "")
+            unused = sum((shard.unused for shard in shards), Counter[str]())
+            why = dict(skipped + Counter({f"unused/{name}": count for name, count in unused.items()}))
             raise UserError(
-                f"source '{self.name}': no usable sample in {files}{self._hint()} ({dict(skipped) or 'nothing in it'})"
+                f"source '{self.name}': no usable sample in {files}{self.hint()} ({why or 'nothing in it'})"
             )
         return shards, ends, skipped
 
-    def _hint(self) -> str:
+    def hint(self) -> str:
         """What the configuration may have to do with it that nothing is left."""
         return ""
+
+    def folder_hint(self, key: str) -> str:
+        """What images' paths are relative to, where a source reads them from annotations.
+
+        Args:
+            key: of the source in the configuration, to name its options.
+        """
+        return ""
+
+    def check_shard(self, shard: Shard) -> None:  # noqa: B027 - most have nothing to check
+        """Whether a shard of this source has what the options ask for.
+
+        Raises:
+            UserError: it has not.
+        """
 
     def __len__(self) -> int:
         return int(self._all[1][-1])
@@ -145,7 +184,42 @@ class Source(ABC):
         return self._all[2]
 
 
+class Part(Shard):
+    """A tenth of a shard's records, or all others. Records about the same images are in one part.
+
+    Args:
+        part: train or held_out.
+    """
+
+    def __init__(self, whole: Shard, part: str) -> None:
+        super().__init__()
+        self.whole = whole
+        self.skipped, self.unused, self.examples = whole.skipped, whole.unused, whole.examples
+        groups: dict[object, list[int]] = {}
+        for index in range(len(whole)):
+            images = whole.images(index)
+            groups.setdefault(index if images is None else ("images", images), []).append(index)
+        order = sorted(groups, key=lambda group: zlib.crc32(repr(group).encode("utf-8", "backslashreplace")))
+        held_out = len(order) // 10 or int(len(order) > 1)
+        chosen = order[:held_out] if part == "held_out" else order[held_out:]
+        self.rows = sorted(index for group in chosen for index in groups[group])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def record(self, index: int) -> Record:
+        return self.whole.record(self.rows[index])
+
+    def images(self, index: int) -> object:
+        return self.whole.images(self.rows[index])
+
+
 SOURCES: Registry[type[Source]] = Registry("source kind")
+
+
+def config_key(name: str, section: str = "sources") -> str:
+    """The configuration's key of a source; a member of a group is called `group.member`."""
+    return f"data.{section}.{name.replace('.', '.sources.')}"
 
 
 def build_source(kind: str, name: str, path: str | Sequence[str], **options: Any) -> Source:
@@ -176,8 +250,13 @@ def spread(length: int, at_most: int | None) -> list[int]:
     return [i * length // count for i in range(count)]
 
 
-def expand_paths(name: str, path: str | Sequence[str]) -> list[str]:
-    """The files of a path setting, each pattern's in sorted order; every pattern of paths must match something."""
+def expand_paths(name: str, path: str | Sequence[str], folders: bool = False) -> list[str]:
+    """The files of a path setting, each pattern's in sorted order; every pattern of paths must match something.
+
+    Args:
+        folders: it names folders.
+    """
+    there = os.path.isdir if folders else os.path.isfile
     found: list[str] = []
     patterns = [path] if isinstance(path, str) else path
     if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
@@ -191,10 +270,10 @@ def expand_paths(name: str, path: str | Sequence[str]) -> list[str]:
             matches = [single]
             if not os.path.exists(single):  # noqa: PTH110
                 matches = sorted(glob.glob(single, recursive=True))  # noqa: PTH207
-            matches = [match for match in matches if os.path.isfile(match)]  # noqa: PTH113
+            matches = [match for match in matches if there(match)]
             if not matches:
                 raise UserError(
-                    f"source '{name}': there is no file '{single:.500}': correct its path "
+                    f"source '{name}': there is no {'folder' if folders else 'file'} '{single:.500}': correct its path "
                     "(the sample data's are made by `python -m sphinx_pl.data.sample`)"
                 )
             found += matches

@@ -6,6 +6,7 @@ import hashlib
 import re
 import reprlib
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Optional
@@ -13,13 +14,14 @@ from typing import Any, Optional
 import numpy as np
 import numpy.typing as npt
 
-from sphinx_pl.data.bad import Filtered
+from sphinx_pl.data.bad import BadSample, Filtered
 from sphinx_pl.data.images import image_size
 from sphinx_pl.data.record import Record
 from sphinx_pl.errors import UserError
 
 _WORD = re.compile(r"\w+")
 _CONDITIONS = ("min", "max", "in", "not_in")
+_ALWAYS = ("caption", "width", "height")
 
 
 def key_hash(key: str) -> int:
@@ -40,7 +42,7 @@ class PairFilters:
     min_words: int = 0
     columns: dict[str, Any] = field(default_factory=dict)
     """Of the json: {similarity: {min: 0.28}, punsafe: {max: 0.2}, LICENSE: {in: ["?"]}}. A pair that lacks one is left
-    out."""
+    out. Every pair has caption, width and height: where the json does not say, its caption and its image do."""
     parrot_column: Optional[str] = None
     """Text that OCR found in the image: captions that merely spell it out teach reading instead of seeing
     ("Parrot Captions Teach CLIP to Spot Text", arXiv 2312.14232)."""
@@ -57,24 +59,38 @@ class PairFilters:
         if not 0 < self.parrot_share <= 1:
             raise UserError(f"filters.parrot_share={self.parrot_share} must be above 0 and at most 1")
 
-    def check(self, record: Record) -> None:
-        """Raises: Filtered: the record is not wanted. BadSample: its image's size is needed and cannot be read."""
-        self._check_caption(record)
+    @property
+    def needed(self) -> dict[str, str]:
+        """Column -> the key that asks for it; of those that a pair may lack."""
+        keys = {column: f"filters.columns.{column}" for column in self.columns if column not in _ALWAYS}
+        return keys | ({self.parrot_column: "filters.parrot_column"} if self.parrot_column is not None else {})
+
+    def check(self, record: Record, columns: Mapping[str, Any]) -> None:
+        """Whether the record is wanted.
+
+        Args:
+            columns: all that its annotation says, of which the record's meta is a part.
+
+        Raises:
+            Filtered: it is not.
+            BadSample: its image's size is needed and cannot be read.
+        """
+        self._check_caption(record, columns)
         for column, conditions in self.columns.items():
-            _check_column(record, column, conditions)
+            _check_column(record, columns, column, conditions)
         if self.duplicates is not None:
             hashed = key_hash(record.key)
             place = int(np.searchsorted(self._duplicates, np.uint64(hashed)))
             if place < len(self._duplicates) and int(self._duplicates[place]) == hashed:
                 raise Filtered("duplicate", record.key)
         if self.min_side is not None or self.max_aspect is not None:
-            width, height = record.sizes[0] if record.sizes else image_size(record.images[0])
+            width, height = _size(record)
             if min(width, height) < (self.min_side or 0):
                 raise Filtered("image_side", f"{record.key}: {width}x{height}")
             if self.max_aspect is not None and max(width, height) > self.max_aspect * min(width, height):
                 raise Filtered("image_aspect", f"{record.key}: {width}x{height}")
 
-    def _check_caption(self, record: Record) -> None:
+    def _check_caption(self, record: Record, columns: Mapping[str, Any]) -> None:
         caption = record.answer
         if not self.min_chars <= len(caption) <= self.max_chars:
             raise Filtered("caption_chars", f"{record.key}: {len(caption)} characters")
@@ -84,7 +100,7 @@ class PairFilters:
         if len(words) < self.min_words:
             raise Filtered("caption_words", f"{record.key}: {len(words)} words")
         if self.parrot_column is not None and words:
-            read = record.meta.get(self.parrot_column)
+            read = columns.get(self.parrot_column)
             seen = Counter(_WORD.findall(read.lower() if isinstance(read, str) else ""))
             spelt = (Counter(words) & seen).total()
             if spelt >= self.parrot_share * len(words):
@@ -103,8 +119,18 @@ class PairFilters:
         return found
 
 
-def _check_column(record: Record, column: str, conditions: dict[str, Any]) -> None:
-    value = record.meta.get(column)
+def _size(record: Record) -> tuple[int, int]:
+    if not record.images:
+        raise BadSample("image_absent", f"{record.key}: the filters need an image's size")
+    return record.sizes[0] if record.sizes else image_size(record.images[0])
+
+
+def _check_column(record: Record, columns: Mapping[str, Any], column: str, conditions: dict[str, Any]) -> None:
+    value = columns.get(column)
+    if value is None and column == "caption":
+        value = record.answer
+    elif value is None and column in ("width", "height"):
+        value = _size(record)[column == "height"]
     if value is None:
         raise Filtered(f"{column}_absent", record.key)
     try:

@@ -3,59 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import logging
 import os
 import re
 import tarfile
-from array import array
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar
+from collections.abc import Generator, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
 
-import numpy as np
-import numpy.typing as npt
-
-from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.entries import sizes
 from sphinx_pl.data.files import Hold, is_remote, local_file
 from sphinx_pl.data.record import ImageRef, Record
-from sphinx_pl.data.sources.annotation import check_unicode, decoded, json_object, read
-from sphinx_pl.data.sources.base import SOURCES, Shard, Source
-from sphinx_pl.data.sources.filters import PairFilters
-from sphinx_pl.data.tasks import TASKS
-from sphinx_pl.typed import build
+from sphinx_pl.data.sources.annotation import decoded, json_object, read
+from sphinx_pl.data.sources.base import SOURCES, Shard
+from sphinx_pl.data.sources.pairs import Members, PairShard, PairSource
 
 log = logging.getLogger(__name__)
 
-MAX_KEY = 1000
-"""Bytes: all of a shard's keys take as much memory as its longest one."""
 _OCTAL = re.compile(rb"([0-7]+)[ \0]*")
 _TIMES = re.compile(rb"(?:\d+ [acm]time=[\d.]+\n)+")
 
 
-class ImageTextSource(Source):
-    """`.jpg` (or png, webp) with `.txt`, `.json` or both.
+class ImageTextSource(PairSource):
+    """An image (`.jpg`, `.png`, `.webp`, ...) with a text (`.txt`), a `.json` or both, under one name.
 
-    The caption is the `.txt`, else the json's "caption"; the json's "width" and "height" are the stored image's size,
+    The caption is the text, else the json's "caption"; the json's "width" and "height" are the stored image's size,
     its other keys become the record's meta.
-
-    Args:
-        filters: keys of `PairFilters`.
     """
-
-    def __init__(
-        self,
-        name: str,
-        path: str | Sequence[str],
-        task: str = "caption",
-        filters: Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__(name, path)
-        self.task = TASKS[task].name
-        self.filters = build(PairFilters, filters or {}, f"data.sources.{name}.filters")
 
     def _open(self, number: int) -> Shard:
         return _TarShard(self, self.urls[number], self.shard_names[number])
@@ -72,125 +46,101 @@ class ImageTextSource(Source):
             return None
 
 
-class _TarShard(Shard):
-    """Keys [n] and, of image, text and json, (offset, size) [n, 3, 2]; size -1: not there.
-
-    Samples are runs of members with one key, the name up to its first dot, as WebDataset has it.
-    """
-
-    KINDS: ClassVar[Mapping[str, int]] = {"jpg": 0, "jpeg": 0, "png": 0, "webp": 0, "txt": 1, "json": 2}
+class _TarShard(PairShard):
+    """Keys [n] and, of image, text and json, (offset, size) [n, 3, 2]; size -1: not there."""
 
     def __init__(self, source: ImageTextSource, url: str, name: str) -> None:
+        super().__init__()
         self.source = source
         self.url = url
         self.name = name
-        self.skipped = Counter()
         self.path, _ = local_file(url)
         self._hold = Hold(self.path)
-        keys: list[bytes] = []
-        spans = array("q")
-        seen: set[str] = set()
-        for key, members in itertools.groupby(self._members(), key=lambda member: member[0]):
-            sample = [0, -1] * 3
-            encoded = key.encode("utf-8", "surrogateescape")
-            repeated = key in seen
-            for _, kind, offset, size in members:
-                repeated |= sample[2 * kind + 1] >= 0
-                sample[2 * kind : 2 * kind + 2] = offset, size
-            seen.add(key)
-            if repeated:
-                self.skipped["duplicate_key"] += 1
-            elif len(encoded) > MAX_KEY:
-                self.skipped["key_too_long"] += 1
-            elif sample[1] < 0:
-                self.skipped["image_absent"] += 1
-            elif sample[3] < 0 and sample[5] < 0:
-                self.skipped["caption_absent"] += 1
-            else:
-                keys.append(encoded)
-                spans.extend(sample)
-        self.keys = np.array(keys, dtype=np.bytes_)
-        self.spans: npt.NDArray[np.int64] = np.array(spans, dtype=np.int64).reshape(-1, 3, 2)
+        members = Members(self)
+        for member in self._members():
+            members.add(*member)
+        self.keys, self.spans = members.samples()
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def record(self, index: int) -> Record:
-        key = f"{self.name}/{self.keys[index].decode('utf-8', 'replace')}"
-        (offset, size), text, annotation = self.spans[index].tolist()
-        meta = json_object(self._read(annotation, key), key) if annotation[1] >= 0 else {}
-        caption: Any = decoded(self._read(text, key), "caption", key) if text[1] >= 0 else meta.get("caption")
-        meta.pop("caption", None)
-        if not isinstance(caption, str) or not caption.strip():
-            raise BadSample("caption_empty", key)
-        check_unicode(caption, "caption", key)
-        record = Record(
-            key=key,
-            task=self.source.task,
-            images=(ImageRef(self.url, offset, size),),
-            sizes=sizes(meta.pop("width", None), meta.pop("height", None), key),
-            answer=caption.strip(),
-            meta=meta,
-        )
-        self.source.filters.check(record)
-        return record
+        key, image, text, annotation = self._parts(index)
+        columns = json_object(self._read(annotation, key), key) if annotation[1] >= 0 else {}
+        caption: Any = decoded(self._read(text, key), "caption", key) if text[1] >= 0 else columns.get("caption")
+        return self.source.pair(key, ImageRef(self.url, *image), caption, columns)
 
-    def images(self, index: int) -> object:
-        return None  # each has its own
+    def columns(self, index: int) -> Mapping[str, Any]:
+        key, _, _, annotation = self._parts(index)
+        return json_object(self._read(annotation, key), key) if annotation[1] >= 0 else {}
+
+    def _parts(self, index: int) -> tuple[str, tuple[int, int], tuple[int, int], tuple[int, int]]:
+        image, text, annotation = map(tuple, self.spans[index].tolist())
+        return f"{self.name}/{self.keys[index].decode('utf-8', 'replace')}", image, text, annotation
 
     def _read(self, span: tuple[int, int], key: str) -> bytes:
         return read(self.path, *span, key)
 
-    def _members(self) -> Iterator[tuple[str, int, int, int]]:
-        """(key, kind, offset, size) of each whole member of interest, up to the end or the cut."""
+    def _members(self) -> Iterator[tuple[str, int, int]]:
+        """(name, offset, size) of each whole file, up to the end or the cut."""
         path = Path(self.path)
-        end = path.stat().st_size
-        try:
-            tar = tarfile.open(path, "r:")  # noqa: SIM115 - closed below, but what fails here is another reason
-        except Exception as error:  # damaged headers make tarfile raise nearly anything
-            log.warning("%s: %s", self.url, str(error))  # the error itself would keep the shard open
-            self.skipped["shard_unreadable"] += 1
-            return
+        with path.open("rb") as file:
+            begin: int | None = 0
+            while begin is not None:  # archives may lie one after another, as `cat a.tar b.tar` makes them
+                try:
+                    file.seek(begin)
+                    tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - closed below
+                except Exception as error:  # damaged headers make tarfile raise nearly anything
+                    log.warning(
+                        "%s, from byte %d on: %s", self.url, begin, str(error)
+                    )  # the error itself would keep the shard open
+                    self.skip("shard_unreadable", f"{self.url}, from byte {begin} on: {error}")
+                    return
+                with tar:
+                    begin = yield from self._archive(tar, file)
+
+    def _archive(self, tar: tarfile.TarFile, file: IO[bytes]) -> Generator[tuple[str, int, int], None, int | None]:
+        """The files of one archive; returns where the next begins, None if there is none."""
+        end = os.fstat(file.fileno()).st_size
         whole = False
-        with tar, path.open("rb") as file, contextlib.suppress(Exception):  # as above
+        with contextlib.suppress(Exception):  # as above
             member = tar.next()
             while member and member.size >= 0 and member.offset_data + member.size <= end:
                 # tarfile would keep every header; a size below 0 would never end.
                 tar.members = []  # type: ignore[attr-defined]
-                key, extension = _split_name(member.name)
-                if member.isfile() and extension in self.KINDS:
-                    yield key, self.KINDS[extension], member.offset_data, member.size
+                if member.isfile():
+                    yield member.name, member.offset_data, member.size
+                else:
+                    self.leave(
+                        "folder" if member.isdir() else "link" if member.issym() or member.islnk() else "other",
+                        member.name,
+                    )
                 # tarfile takes ten times as long for a header: it reads only those that are out of the ordinary.
                 while not tar.pax_headers and (plain := _plain_header(file.fileno(), tar.offset, tar.encoding)):
                     name, offset, size = plain
                     if offset + size > end:
                         break
                     tar.offset = offset + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-                    key, extension = _split_name(name)
-                    if extension in self.KINDS:
-                        yield key, self.KINDS[extension], offset, size
+                    yield name, offset, size
                 member = tar.next()
             # tarfile takes a damaged or missing header for the end; a whole archive ends with a block of zeros.
-            whole = member is None and self._zeros_at(tar.offset)
+            whole = member is None and os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset) == bytes(
+                tarfile.BLOCKSIZE
+            )
         if not whole:
             log.warning("%s is cut off: the samples before the cut are used", self.url)
-            self.skipped["shard_truncated"] += 1
-
-    def _zeros_at(self, offset: int) -> bool:
-        with Path(self.path).open("rb") as file:
-            file.seek(offset)
-            return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+            self.skip("shard_truncated", f"{self.url}: damaged or cut off at byte {tar.offset} of {end}")
+            return None
+        return _after_zeros(file.fileno(), tar.offset)
 
 
-def _split_name(name: str) -> tuple[str, str]:
-    """Path -> key and extension, which begins at the file name's first dot."""
-    if name.startswith(".") or name.endswith("/") or any(part in name for part in ("//", "/.", "./")):
-        path = PurePosixPath(name)
-        stem, _, extension = path.name.partition(".")
-        return str(path.parent / stem), extension.lower()
-    folder, slash, name = name.rpartition("/")
-    stem, _, extension = name.partition(".")
-    return f"{folder}{slash}{stem}", extension.lower()
+def _after_zeros(file: int, at: int) -> int | None:
+    """The first block from `at` on that is not all zeros; None: there is none."""
+    while chunk := os.pread(file, 1 << 20, at):
+        if rest := chunk.lstrip(b"\0"):
+            return at + (len(chunk) - len(rest)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+        at += len(chunk)
+    return None
 
 
 def _plain_header(file: int, at: int, encoding: str) -> tuple[str, int, int] | None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import logging
+import reprlib
 import zlib
 from array import array
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -24,8 +23,6 @@ from sphinx_pl.data.sources.base import SOURCES, Shard, Source
 from sphinx_pl.data.spans import entry_spans, is_list
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.errors import UserError
-
-log = logging.getLogger(__name__)
 
 Rows = npt.NDArray[np.int64]
 MAX_ID = 200
@@ -68,7 +65,10 @@ class InstructionSource(Source):
     def _open(self, number: int) -> Shard:
         return _InstructionShard(self, self.urls[number], self.shard_names[number])
 
-    def _hint(self) -> str:
+    def folder_hint(self, key: str) -> str:
+        return f"image paths are relative to {self.root}; {key}.root sets another folder"
+
+    def hint(self) -> str:
         filters = {"tasks": sorted(self.tasks or ()), "where": self.where}
         given = [f"{key}={value}" for key, value in filters.items() if value]
         return f" with {', '.join(given)}" if given else ""
@@ -76,18 +76,17 @@ class InstructionSource(Source):
 
 class _InstructionShard(Shard):
     def __init__(self, source: InstructionSource, url: str, name: str) -> None:
+        super().__init__()
         self.source = source
         self.name = name
-        self.skipped = Counter()
         self.path, whole = local_file(url)
         self._hold = Hold(self.path)
         if url.endswith((".json", ".json.gz", ".json.zst")) and not is_list(self.path):
             raise UserError(f"source '{source.name}': {url} is not a JSON list of entries: see docs/configuration.md")
         self._identity = identity(self.path)
-        self.spans, closed = entry_spans(self.path)
-        if not (whole and closed):
-            log.warning("%s is cut off: the entries before the cut are used", url)
-            self.skipped["shard_truncated"] += 1
+        self.spans, problem = entry_spans(self.path)
+        if not whole or problem:
+            self.skip(problem or "shard_truncated", f"{url}: the entries before it are used")
         self.rows = self._rows()
 
     def __len__(self) -> int:
@@ -136,6 +135,8 @@ class _InstructionShard(Shard):
         if source.ratio < 1:
             rng = np.random.default_rng(zlib.crc32(self.name.encode()))
             rows = np.sort(rng.permutation(rows)[: round(len(rows) * source.ratio)])
+            if left := len(self.spans) - len(rows):
+                self.unused["ratio"] += left
         if source.tasks is None and not source.where:
             return rows
         kept = array("q")
@@ -143,15 +144,18 @@ class _InstructionShard(Shard):
             try:
                 entry = self._entry(row)
             except BadSample as bad:
-                self.skipped[bad.reason] += 1
+                self.skip(bad.reason, bad.detail)
                 continue
             task, meta = entry.get("task", source.task), entry.get("meta")
             if not isinstance(task, str):
-                self.skipped["entry_malformed"] += 1
-            elif (source.tasks is None or task in source.tasks) and all(
-                isinstance(meta, dict) and meta.get(wanted) == value for wanted, value in source.where.items()
-            ):
+                self.skip("entry_malformed", f"{self.name}:{row}: its task is {reprlib.repr(task)}")
+            elif source.tasks is not None and task not in source.tasks:
+                self.leave("tasks", f"{self.name}:{row}: {task}")
+            elif all(isinstance(meta, dict) and meta.get(wanted) == value for wanted, value in source.where.items()):
                 kept.append(row)
+            else:
+                has = {wanted: meta.get(wanted) for wanted in source.where} if isinstance(meta, dict) else "no meta"
+                self.leave("where", f"{self.name}:{row}: {reprlib.repr(has)}")
         return np.asarray(kept, dtype=np.int64)
 
 

@@ -1,11 +1,9 @@
-"""Documents of plain text, for co-training: jsonl (also .gz, .zst) or parquet."""
+"""Documents of plain text, for co-training: jsonl (also .gz, .zst), parquet, or a .txt each."""
 
 from __future__ import annotations
 
-import logging
 import zlib
 from array import array
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import numpy as np
 
 from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.files import (
+    PACKED,
     CacheFile,
     Hold,
     cache_folder,
@@ -30,11 +29,9 @@ from sphinx_pl.data.sources.base import SOURCES, Shard, Source
 from sphinx_pl.data.spans import Spans, entry_spans
 from sphinx_pl.data.tasks import TASKS
 
-log = logging.getLogger(__name__)
-
 
 class TextSource(Source):
-    """A document is a line's object or a table's row. Task "text": all of it is supervised.
+    """A document is a line's object, a table's row or a whole `.txt` or `.md`. Task "text": all of it is supervised.
 
     Args:
         column: the key or column that holds the text ("content" in RefinedWeb's parquet files).
@@ -62,19 +59,22 @@ class TextSource(Source):
 
 class _TextShard(Shard):
     def __init__(self, source: TextSource, url: str, name: str) -> None:
+        super().__init__()
         self.source = source
         self.name = name
-        self.skipped = Counter()
         self.path, whole = local_file(url)
-        self.is_table = _is_parquet(self.path)
-        if self.is_table:
+        self.is_plain = _is_parquet(self.path)
+        problem = ""
+        if self.is_plain:
             self.path, self.spans = _column(self.path, source.column)
+        elif is_document(url):
+            self.is_plain = True
+            self.spans = np.array([[0, Path(self.path).stat().st_size]], np.int64)
         else:
-            self.spans, closed = entry_spans(self.path)
-            whole &= closed
+            self.spans, problem = entry_spans(self.path)
         self._hold = Hold(self.path)
-        if not whole:
-            self.skipped["shard_truncated"] += 1
+        if not whole or problem:
+            self.skip(problem or "shard_truncated", f"{url}: the documents before it are used")
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -86,11 +86,19 @@ class _TextShard(Shard):
         key = f"{self.name}:{index}"
         offset, size = self.spans[index].tolist()
         data = read(self.path, offset, size, key)
-        text: Any = decoded(data, "text", key) if self.is_table else json_object(data, key).get(self.source.column)
+        text: Any = decoded(data, "text", key) if self.is_plain else json_object(data, key).get(self.source.column)
         if not isinstance(text, str) or not text.strip():
             raise BadSample("text_empty", key)
         check_unicode(text, "text", key)
         return Record(key=key, task=self.source.task, answer=text)
+
+
+def is_document(url: str) -> bool:
+    """Whether a file is one document, and no list of them."""
+    name = url.lower()
+    for packing in PACKED:
+        name = name.removesuffix(packing)
+    return name.endswith((".txt", ".md"))
 
 
 def _is_parquet(path: str) -> bool:

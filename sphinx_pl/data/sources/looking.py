@@ -1,0 +1,68 @@
+"""Which kind of source a path is, found by looking at it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from sphinx_pl.data.bad import BadSample
+from sphinx_pl.data.files import PACKED, is_remote, local_file
+from sphinx_pl.data.sources.annotation import json_object, read
+from sphinx_pl.data.sources.base import SOURCES, config_key, expand_paths
+from sphinx_pl.data.sources.table import NAMES
+from sphinx_pl.data.spans import entry_spans
+from sphinx_pl.errors import UserError
+
+LOOKED_AT = 64
+_BY_NAME = {"tar": "image_text", "csv": "table", "tsv": "table", "parquet": "text", "txt": "text", "md": "text"}
+_BY_NAME |= {"tgz": "image_text"}
+_INSTRUCTION = {"conversations", "messages", "task", "regions", "choices"}
+_IMAGE = {"image", "images", "img"}
+
+
+def find_kind(name: str, path: str | Sequence[str], section: str = "sources") -> tuple[str, str]:
+    """The kind of a source and its modality, of its first file: by its extension and, of json, its first entries.
+
+    Raises:
+        UserError: there is no such file, or nothing says what it is.
+    """
+    first = path if isinstance(path, str) else next(iter(path), "")
+    if isinstance(first, str) and Path(first).expanduser().is_dir():
+        return "folder", "image"
+    url = expand_paths(name, path)[0]
+    plain = url.lower()
+    if not plain.endswith(".tgz"):
+        for packing in PACKED:
+            plain = plain.removesuffix(packing)
+    extension = plain.rpartition(".")[2]
+    if extension in _BY_NAME:
+        kind = _BY_NAME[extension]
+        return kind, "text" if kind == "text" else "image"
+    key = config_key(name, section)
+    if extension not in ("json", "jsonl", "ndjson") or is_remote(url):
+        raise UserError(f"{key}.path={url}: its name does not say what it is: set {key}.kind={'|'.join(SOURCES)}")
+    entries = list(_entries(url))
+    keys = {item for entry in entries for item in entry}
+    has_images = any(entry.get(name) for entry in entries for name in _IMAGE)
+    if keys & _INSTRUCTION or {"question", "answer"} <= keys:
+        return "instructions", "image" if has_images else "text"
+    if keys & set(NAMES["image"]) and keys & set(NAMES["caption"]):
+        return "table", "image"
+    if "text" in keys:
+        return "text", "text"
+    raise UserError(
+        f"{key}.path={url}: entries with the keys {json.dumps(sorted(keys))} are no kind of source: they need "
+        "conversations, or question and answer, or image and caption, or text"
+    )
+
+
+def _entries(url: str) -> Iterator[dict[str, Any]]:
+    path, _ = local_file(url)
+    spans, _ = entry_spans(path)
+    for offset, size in spans[:LOOKED_AT].tolist():
+        try:
+            yield json_object(read(path, offset, size, url), url)
+        except BadSample:
+            continue

@@ -1,0 +1,185 @@
+"""Files of one's own: folders of pictures and tables, whose kind is found by looking at them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from sphinx_pl.data.bad import BadSample
+from sphinx_pl.data.images import load_image
+from sphinx_pl.data.mixture import SourceConfig
+from sphinx_pl.data.processor import Processor
+from sphinx_pl.data.sources import build_source
+from sphinx_pl.errors import UserError
+from tests.data.test_all_is_counted import counters, left_out
+
+
+def pictures(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 6), "red").save(folder / name)
+
+
+def outcomes(source: Any) -> list[str]:
+    """The answers, or why there is none."""
+    found = []
+    for index in range(len(source)):
+        try:
+            record = source.record(index)
+            for image in record.images:
+                load_image(image, 8)
+            found.append(record.answer)
+        except BadSample as bad:
+            found.append(bad.reason)
+    return found
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_table_of_captions(tmp_path: Path, delimiter: str, encoding: str, end: str) -> None:
+    pictures(tmp_path, "a/1.png", "a/2.png")
+    rows = [
+        ["File_Name", "split", "Caption"],
+        ["a/1.png", "x", '"a cat, a dog; two\nlines and a ""quote"""'],
+        [],
+        ["a\\2.png", "", "NA"],
+        ["a/1.png", "y", "None"],
+        ["a/1.png", "y", "007"],
+        ["a/3.png", "y", "no such file"],
+        ["", "y", "no image"],
+        ["https://x.org/1.png", "y", "elsewhere"],
+        ["a/1.png", "y", " "],
+        ["a/1.png", "one too few"],
+        ["a/2.png", "y", "Käse"],
+    ]
+    text = end.join(delimiter.join(row) for row in rows)
+    (tmp_path / "photos.csv").write_bytes(text.encode(encoding))
+    source = build_source("table", "x", str(tmp_path / "photos.csv"))
+    assert outcomes(source) == [
+        'a cat, a dog; two\nlines and a "quote"',
+        "NA",
+        "None",
+        "007",
+        "image_missing",
+        "image_absent",
+        "image_is_url",
+        "caption_empty",
+        "row_malformed",
+        "Käse",
+    ]
+    record = source.record(0)
+    assert (record.task, record.meta) == ("caption", {"split": "x"})
+
+
+def test_a_table_of_questions_and_filters(tmp_path: Path) -> None:
+    pictures(tmp_path / "pics", "1.png")
+    rows = ["image,question,answer,score", "1.png,What?,red,0.9", ",How are you?,Fine.,0.1", "1.png,What?,,1"]
+    (tmp_path / "qa.csv").write_text("\n".join([*rows, "1.png,Which?,blue,0.2"]))
+    path, root = str(tmp_path / "qa.csv"), str(tmp_path / "pics")
+    source = build_source("table", "x", path, root=root)
+    assert outcomes(source) == ["red", "Fine.", "answer_empty", "blue"]
+    assert [len(source.record(index).images) for index in (0, 1)] == [1, 0]
+    assert source.record(0).task == "chat"
+    assert build_source("table", "x", path, root=root, task="short_vqa").record(0).task == "short_vqa"
+    filtered = build_source("table", "x", path, root=root, filters={"columns": {"score": {"min": 0.5}}})
+    assert outcomes(filtered) == ["red", "score", "answer_empty", "score"]
+
+
+def test_a_table_that_cannot_be_read_says_what_it_has(processor: Processor, tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text("photo_id,alt\n1.png,a cat\n")
+    with pytest.raises(UserError, match=r"x\.csv has the columns photo_id, alt: a source needs image and caption"):
+        len(build_source("table", "x", str(path)))
+    named = build_source("table", "x", str(path), columns={"image": "photo_id", "caption": "alt"})
+    assert outcomes(named) == ["image_missing"]
+    with pytest.raises(UserError, match=r"data\.sources\.x\.columns\.image=photo: .*did you mean 'photo_id'"):
+        len(build_source("table", "x", str(path), columns={"image": "photo", "caption": "alt"}))
+    # A quote that is never closed would take all rows behind it.
+    pictures(tmp_path, "1.png")
+    path.write_text('image,caption\n1.png,a cat\n1.png,"a dog\n1.png,a cow\n1.png,an owl\n')
+    total = counters(processor, {"kind": "table", "path": str(path)})
+    assert (total["seen"], left_out(total)) == (1, {"skipped/quote_unclosed": 1})
+    # Another encoding is counted, and can be named.
+    path.write_bytes("image,caption\n1.png,a cat\n1.png,Käse\n".encode("cp1252"))
+    total = counters(processor, {"kind": "table", "path": str(path)})
+    assert (total["samples"], left_out(total)) == (1, {"skipped/caption_not_utf8": 1})
+    assert outcomes(build_source("table", "x", str(path), encoding="cp1252")) == ["a cat", "Käse"]
+
+
+def test_folders(processor: Processor, tmp_path: Path) -> None:
+    pictures(tmp_path / "f", "a_red_square.png", "sub/b v1.5.JPG", "c.png", "._c.png")
+    with pytest.raises(UserError, match=r"has 3 pictures without a caption: put NAME\.txt .*captions=names"):
+        build_source("folder", "x", str(tmp_path / "f")).open(0)
+    assert outcomes(build_source("folder", "x", str(tmp_path / "f"), captions="names")) == [
+        "a red square",
+        "c",
+        "b v1.5",
+    ]
+    (tmp_path / "f/a_red_square.txt").write_text("a square")
+    (tmp_path / "f/sub/b v1.5.json").write_text('{"caption": "b"}')
+    (tmp_path / "f/notes.md").write_text("notes")
+    source = {"kind": "folder", "path": str(tmp_path / "f")}
+    total = counters(processor, source)
+    expected = {"skipped/caption_absent": 1, "unused/hidden": 1, "unused/md": 1}
+    assert (total["samples"], left_out(total)) == (2, expected)
+    (tmp_path / "f/metadata.jsonl").write_text(
+        "".join(
+            json.dumps(row) + "\n" for row in ({"file_name": "c.png", "text": "c"}, {"file_name": "d.png", "text": "d"})
+        )
+    )
+    total = counters(processor, source)
+    expected = {"skipped/image_missing": 1, "skipped/caption_absent": 2, "unused/hidden": 1, "unused/md": 1}
+    assert total["seen"] == 2
+    assert left_out(total) == expected | {"unused/txt": 1, "unused/json": 1}
+
+
+KINDS: list[tuple[str, str, str, str]] = [
+    ("x.csv", "image,caption\na.png,a\n", "table", "image"),
+    ("x.TSV", "image\tcaption\na.png\ta\n", "table", "image"),
+    ("x.json", '[{"conversations": []}]', "instructions", "text"),
+    ("x.json", '[{"image": "a.png", "conversations": []}]', "instructions", "image"),
+    ("x.jsonl", '{"question": "a", "answer": "b"}\n', "instructions", "text"),
+    ("x.jsonl", '{"file_name": "a.png", "text": "a"}\n', "table", "image"),
+    ("x.jsonl", '{"text": "a"}\n', "text", "text"),
+    ("x.txt", "a text", "text", "text"),
+    ("x.tar", "", "image_text", "image"),
+    ("x/a.png", "", "folder", "image"),
+]
+
+
+@pytest.mark.parametrize(("name", "data", "kind", "modality"), KINDS)
+def test_the_kind_is_found_by_looking(tmp_path: Path, name: str, data: str, kind: str, modality: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(data)
+    config = SourceConfig.from_dict("mine", {"path": str(tmp_path / name.partition("/")[0])})
+    assert (config.kind, config.modality) == (kind, modality)
+
+
+def test_what_cannot_be_told_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text('[{"a": 1}]')
+    (tmp_path / "x.bin").write_text("")
+    with pytest.raises(UserError, match=r'data\.sources\.mine\.path=.*entries with the keys \["a"\]'):
+        SourceConfig.from_dict("mine", {"path": str(tmp_path / "x.json")})
+    with pytest.raises(UserError, match=r"set data\.sources\.mine\.kind=.*folder"):
+        SourceConfig.from_dict("mine", {"path": str(tmp_path / "x.bin")})
+
+
+def test_parts_are_all_of_it_and_share_no_image(tmp_path: Path) -> None:
+    pictures(tmp_path, *(f"{i}.png" for i in range(30)))
+    rows = [f"{i}.png,caption {i} {n}\n" for n in range(2) for i in range(30)]
+    (tmp_path / "x.csv").write_text("image,caption\n" + "".join(rows))
+    parts = {}
+    for part in ("", "train", "held_out"):
+        source = SourceConfig.from_dict("x", {"path": str(tmp_path / "x.csv"), "part": part}).open("x")
+        records = [source.record(index) for index in range(len(source))]
+        parts[part] = ({record.answer for record in records}, {record.images for record in records})
+    assert parts["train"][0] | parts["held_out"][0] == parts[""][0]
+    assert not parts["train"][1] & parts["held_out"][1]
+    assert (len(parts["held_out"][0]), len(parts["held_out"][1])) == (6, 3)
+    with pytest.raises(UserError, match=r"data\.sources\.x\.part=trian: did you mean 'train'"):
+        SourceConfig.from_dict("x", {"path": str(tmp_path / "x.csv"), "part": "trian"})

@@ -1,0 +1,80 @@
+"""docs/own_data.md: from 200 pictures and 50 conversations to a model and a chat, by the page's own commands."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.conftest import REPOSITORY
+from tests.scripts import run_script
+from tests.test_train import SMALL
+
+PAGE = (REPOSITORY / "docs" / "own_data.md").read_text()
+
+
+def commands() -> list[list[str]]:
+    """Those of the page's blocks that begin with python."""
+    blocks = re.findall(r"```\n(python .*?)```", PAGE, re.DOTALL)
+    return [shlex.split(line) for block in blocks for line in block.splitlines()]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """The page's files, of its own examples and more of them."""
+    table = re.search(r"```\n(image,caption\n.*?)```", PAGE, re.DOTALL)
+    chats = re.search(r"```json\n(.*?)```", PAGE, re.DOTALL)
+    assert table
+    assert chats
+    (tmp_path / "photos").mkdir()
+    for i in range(200):
+        Image.new("RGB", (32, 24), (i, 255 - i, 90)).save(tmp_path / "photos" / f"{i:03d}.png")
+    more = "".join(f"photos/{i:03d}.png,a picture with the number {i}\n" for i in range(2, 200))
+    (tmp_path / "photos.csv").write_text(table[1] + more)
+    alone, about_one = json.loads(chats[1])
+    entries = [about_one | {"image": f"photos/{i:03d}.png"} for i in range(25)]
+    (tmp_path / "chats.json").write_text(json.dumps([alone] * 25 + entries))
+    return tmp_path
+
+
+def test_the_pages_commands_train_a_model_that_answers(files: Path, sample_data: Path) -> None:
+    table, train, chat = commands()
+    there = [argument.replace("path=", f"path={files}/") for argument in train]
+    small = [
+        *(item for item in SMALL if not item.startswith("data.packing")),
+        "stage.max_steps=2",
+        "data.packing.rows=1",
+        "data.packing.row_length=128",
+        "data.processor.max_length=128",
+        "stage.init_from=null",
+        f"data.tokenizer={sample_data}/tokenizer.model",
+        f"output_dir={files}/outputs/own",
+    ]
+    result = run_script([*there[1:], *small])
+    assert result.returncode == 0, result.stderr
+    for name in ("photos", "chats"):
+        assert re.search(rf"held out .*{name} \d", result.stdout)
+    assert "not used" not in result.stdout
+    asked = [argument.replace("=", f"={files}/", 1) for argument in chat[2:]]
+    result = run_script([chat[1], *asked, "question='What is in the picture?'", "generation.max_new_tokens=4"])
+    assert result.returncode == 0, result.stderr
+    # The table has the same files, a tenth of which is held out.
+    from omegaconf import OmegaConf
+
+    from sphinx_pl.data.__main__ import composed
+    from sphinx_pl.data.datamodule import DataModule
+    from sphinx_pl.data.table import lines, reasons
+    from sphinx_pl.models.config import SphinxConfig
+
+    assert table[1:4] == ["-m", "sphinx_pl.data", "table"]
+    overrides = [argument.replace("path=", f"path={files}/") for argument in table[4:]]
+    cfg = composed([*overrides, f"data.tokenizer={sample_data}/tokenizer.model"])
+    values = OmegaConf.to_container(cfg.data, resolve=True)
+    assert isinstance(values, dict)
+    found = lines(DataModule.from_config(values, SphinxConfig.from_dict(cfg.model)), probe=8)  # type: ignore[arg-type]
+    assert {line.name: line.records for line in found} == {"photos": 180, "chats": 45}
+    assert reasons(found) == ""
