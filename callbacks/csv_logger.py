@@ -74,7 +74,7 @@ class MetricsCSV(CSVLogger):
         return self._experiment
 
     @rank_zero_only  # type: ignore[untyped-decorator]
-    def log_metrics(self, metrics: Mapping[str, Tensor | float], step: int | None = None) -> None:  # type: ignore[override]
+    def log_metrics(self, metrics: Mapping[str, Tensor | float], step: int | None = None) -> None:
         assert step is not None
         self.experiment.log_metrics(metrics, step)
         if step % self._flush_logs_every_n_steps == 0:

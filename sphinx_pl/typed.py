@@ -184,7 +184,7 @@ def _check(cls: type[Any], values: Any, prefix: str) -> None:
         if value is None or value == "???":
             continue
         if dataclasses.is_dataclass(hint):
-            _check(hint, value, key)
+            _check(hint, value, key)  # type: ignore[arg-type]
             continue
         inside = get_args(hint)[-1] if get_args(hint) else hint
         if inside not in (int, float):
@@ -271,7 +271,7 @@ def interpolated(cfg: DictConfig) -> set[str]:
     found: set[str] = set()
     configs: list[Any] = [OmegaConf.to_container(cfg, resolve=False)]
     if HydraConfig.initialized():
-        configs.append({"hydra": OmegaConf.to_container(HydraConfig.instance().cfg.hydra, resolve=False)})  # type: ignore[union-attr]
+        configs.append({"hydra": OmegaConf.to_container(HydraConfig.instance().cfg.hydra, resolve=False)})
     for raw in configs:
         for key, value in leaves(raw):
             if "${" in (text := str(value)):  # of a list too

@@ -36,10 +36,10 @@ from sphinx_pl.checkpoint.format import (
 )
 from sphinx_pl.checkpoint.layout import Entry, Layout, TorchOut, Whole, write_layout
 from sphinx_pl.checkpoint.parallel import ParallelFiles, split
-from sphinx_pl.cli import CONFIG_FOLDER
 from sphinx_pl.data.processor import ProcessorConfig
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.models.config import DecoderConfig, SphinxConfig
+from sphinx_pl.typed import CONFIG_FOLDER
 
 log = logging.getLogger(__name__)
 

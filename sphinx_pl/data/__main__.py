@@ -19,12 +19,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 from rich.progress import Progress
 
-from sphinx_pl.cli import CONFIG_FOLDER, MISTAKES, TRACEBACK, as_typed, compose_config, explain_override, report
+from sphinx_pl.cli import MISTAKES, TRACEBACK, as_typed, compose_config, explain_override, report
 from sphinx_pl.console import Table
 from sphinx_pl.errors import UserError
 from sphinx_pl.registry import Registry
 from sphinx_pl.settings import check_packages, check_train
-from sphinx_pl.typed import build
+from sphinx_pl.typed import CONFIG_FOLDER, build
 
 Options = TypeVar("Options")
 

@@ -19,11 +19,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from sphinx_pl.cli import CONFIG_FOLDER, MISTAKES, as_typed, compose_config, explain_override, one_line
+from sphinx_pl.cli import MISTAKES, as_typed, compose_config, explain_override, one_line
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.processes import count_devices
 from sphinx_pl.settings import check_packages
-from sphinx_pl.typed import build, refuse_unread
+from sphinx_pl.typed import CONFIG_FOLDER, build, refuse_unread
 
 SCRIPTS = ("train", "mix_weights", "evaluate")
 """What a step can run besides a module: they share Hydra's configuration, so theirs is composed beforehand."""
