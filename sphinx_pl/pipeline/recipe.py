@@ -208,11 +208,11 @@ def check_closely(recipe: Recipe) -> None:
                 stage.resumed = True  # the weights to start from are another step's, and not there yet
                 stage.check()
             elif "beta" in cfg:
-                mixing = pick(mix_weights.MixConfig, cfg)
+                mixing = pick(mix_weights.MixConfig, cfg, ["data"])
                 if not any(set(path) & set("*?[") for path in mixing.checkpoints):  # their number is known
                     mixing.recipe(len(mixing.checkpoints))
             elif "checkpoint" in cfg:
-                pick(evaluate.EvaluateConfig, cfg)
+                pick(evaluate.EvaluateConfig, cfg, ["data", "benchmark"])
                 if not cfg.data.get("test"):
                     raise UserError("data.test is missing: choose a data= that has test sources")
         except MISTAKES as error:
