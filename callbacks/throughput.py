@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import resource
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,13 +17,10 @@ import torch
 
 from sphinx_pl.data.datamodule import TrainLoader
 from sphinx_pl.data.record import Batch
-from sphinx_pl.data.stream import MADE
 from sphinx_pl.distributed.collective import of_all_ranks
 from sphinx_pl.flops import TrainingFlops
 from sphinx_pl.gpus import flops_of_device
 from sphinx_pl.stages import Stage
-
-log = logging.getLogger(__name__)
 
 COUNTED = ("tokens", "targets", "images", "samples", "positions")
 SPANS = ("data", "forward", "backward", "optimizer", "other")
@@ -214,10 +210,6 @@ class Throughput(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if isinstance(trainer.train_dataloader, TrainLoader):
             trainer.train_dataloader.asked = lambda: None
-        counters = trainer.datamodule.counters()
-        if trainer.is_global_zero:
-            for line in left_out(counters):
-                log.info(line)
         self._spans = None
 
     def _metrics(self, trainer: L.Trainer, device: torch.device) -> dict[str, float]:
@@ -286,16 +278,3 @@ def data_metrics(counters: dict[str, int]) -> dict[str, float]:
             source, what = what, source
         metrics["/".join(("data", what, source, *reason))] += count
     return {key: float(count) for key, count in metrics.items()}
-
-
-def left_out(counters: dict[str, int]) -> list[str]:
-    """For each source with records that were not used, or that something happened to, a line with their numbers."""
-    of_source: dict[str, list[str]] = defaultdict(list)
-    for key, count in sorted(data_metrics(counters).items()):
-        what, source, *reason = key.removeprefix("data/").split("/", 2)
-        if what not in MADE and count:
-            of_source[source].append(f"{'/'.join((what, *reason))}: {count:.0f}")
-    return [
-        f"source {source}, of {counters.get(f'{source}/seen', 0)} records: {', '.join(counts)}"
-        for source, counts in sorted(of_source.items())
-    ]

@@ -8,6 +8,7 @@ import functools
 import gc
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -20,11 +21,11 @@ import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from sphinx_pl.errors import UserError
+from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.processes import count_devices, first_process
 from sphinx_pl.settings import check_packages
 from sphinx_pl.typed import CONFIG_FOLDER, all_keys, escaped, unknown_key
@@ -58,6 +59,16 @@ def one_line(error: BaseException) -> str:
         target = re.search(r"'([\w.]+)'", str(error))
         place = found[1] if found else target[1] if target else "a _target_"
         return f"{place}: {' '.join(str(error.__cause__).split()) or type(error.__cause__).__name__}"
+    if isinstance(error, MissingConfigException):
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        options = error.options or [file.stem for file in (CONFIG_FOLDER / group).glob("*.yaml")]  # none: in a list
+        return f"{group}={option}: there is no file {group}/{option}.yaml; {suggest(option, options)}"
+    if isinstance(error, OverrideParseException):
+        key, equals, value = error.override.partition("=")
+        if not equals:
+            return f"'{error.override}' is no override: write key=value, without spaces around ="
+        quoted = shlex.quote(f"{key}={literal(value)}")
+        return f"{error.override}: Hydra cannot read this value; as text it is {quoted}"
     said = str(error)
     if said.startswith("Error merging override") and error.__cause__ is not None:
         said += f": {error.__cause__}"
@@ -184,9 +195,15 @@ def compose_config(folder: Path, name: str, overrides: Sequence[str]) -> DictCon
     try:
         with hydra.initialize_config_dir(str(folder), version_base="1.3"):
             cfg: DictConfig = hydra.compose(name, overrides=list(overrides), return_hydra_config=True)
-    except ValueError as error:  # Hydra's for group=null
-        raise UserError(str(error)) from None
+    except ValueError:  # Hydra's for group=null
+        raise null_group(overrides) from None
     return cfg
+
+
+def null_group(overrides: Iterable[str]) -> UserError:
+    """What to do instead of group=null, of which Hydra does not say which one it is."""
+    nulls = [override for override in overrides if override.endswith("=null")]
+    return UserError(f"{' or '.join(nulls)} is a group and cannot be null: choose one of its options")
 
 
 _NO_SUCH_KEY = re.compile(r"Could not override '([^']+)'")
@@ -236,6 +253,14 @@ def _without_hydra(cfg: DictConfig) -> DictConfig:
     with open_dict(cfg):
         del cfg["hydra"]
     return cfg
+
+
+def _refuse_options(arguments: Sequence[str]) -> None:
+    """Raises: UserError: an option that Hydra does not have; argparse would print its usage."""
+    if unknown := get_args_parser().parse_known_args(arguments)[1]:
+        key, _, value = unknown[0].lstrip("-").partition("=")
+        following = unknown[1] if len(unknown) > 1 and not unknown[1].startswith("-") else "VALUE"
+        raise UserError(f"{unknown[0]} is no option: write {key}={value or following}, without dashes")
 
 
 def register_resolvers() -> None:
@@ -295,13 +320,14 @@ def entry_point(
             gc.freeze()  # what was imported stays: no collection needs to look through it
             try:
                 sys.argv[1:] = as_typed(config_name, arguments(sys.argv[1:]))
+                _refuse_options(sys.argv[1:])
                 if not first_process():  # the run folder is the first one's
                     sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=other_ranks"]
                 return run()
             except BaseException as error:
                 note_failure(error)
+                given = get_args_parser().parse_known_args(sys.argv[1:])[0].overrides
                 if isinstance(error, HydraException) and os.environ.get(TRACEBACK) != "1":
-                    given = get_args_parser().parse_known_args(sys.argv[1:])[0].overrides
                     try:
                         error = explain_override(error, CONFIG_FOLDER, config_name, given, check) or error
                     except UserError as other:
@@ -310,8 +336,9 @@ def entry_point(
                     print("interrupted", file=sys.stderr)
                     sys.exit(INTERRUPTED)
                 # Hydra's only ValueError on the way to main() is for group=null; main's own errors are not mistakes.
-                composing = isinstance(error, ValueError) and "Config group override" in str(error)
-                if os.environ.get(TRACEBACK) != "1" and (isinstance(error, MISTAKES) or composing):
+                if isinstance(error, ValueError) and "Config group override" in str(error):
+                    error = null_group(given)
+                if os.environ.get(TRACEBACK) != "1" and isinstance(error, MISTAKES):
                     sys.exit(report(error))
                 raise
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import OverrideParseException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -24,6 +26,7 @@ from sphinx_pl.cli import (
     compose_config,
     entry_point,
     note_failure,
+    one_line,
     register_resolvers,
     take_rest,
 )
@@ -118,6 +121,32 @@ def test_a_key_that_does_not_exist_is_named(failure: Run) -> None:
 )
 def test_wrong_overrides_are_answered_by_every_script(failure: Run, script: str, override: str, named: str) -> None:
     assert named in failure(importlib.import_module(script).main, override)
+
+
+@pytest.mark.parametrize(
+    ("override", "answer"),
+    [
+        (
+            "stage=fintune",
+            "stage=fintune: there is no file stage/fintune.yaml; did you mean 'finetune'? known: finetune,",
+        ),
+        ("callbacks=[defalt]", "callbacks=defalt: there is no file callbacks/defalt.yaml; did you mean 'default'?"),
+        ("model=null", "model=null is a group and cannot be null: choose one of its options"),
+        ("stage", "'stage' is no override: write key=value, without spaces around ="),
+        ("--seed=3", "--seed=3 is no option: write seed=3, without dashes"),
+        ("--seed", "--seed is no option: write seed=VALUE, without dashes"),
+        ("name=me (1)", "name=me (1): Hydra cannot read this value; as text it is"),
+    ],
+)
+def test_what_hydra_cannot_read_is_answered_with_what_to_write(failure: Run, override: str, answer: str) -> None:
+    assert failure(importlib.import_module("train").main, override).startswith(answer)
+
+
+def test_what_is_advised_for_a_text_is_that_text() -> None:
+    with pytest.raises(OverrideParseException) as refused:
+        compose_config(CONFIG_FOLDER, "train", [f"name={(text := 'it`s (1) #2')}"])
+    advice = one_line(refused.value).partition("as text it is ")[2]
+    assert compose_config(CONFIG_FOLDER, "train", shlex.split(advice)).name == text
 
 
 def test_with_the_variable_a_mistake_has_a_traceback(

@@ -9,7 +9,7 @@ import logging
 import queue
 import threading
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, Optional
 
@@ -37,7 +37,7 @@ from sphinx_pl.data.packing import (
 from sphinx_pl.data.processor import Processor, ProcessorConfig
 from sphinx_pl.data.record import Batch, Sample
 from sphinx_pl.data.sources import config_key, spread
-from sphinx_pl.data.stream import check_place
+from sphinx_pl.data.stream import MADE, check_place
 from sphinx_pl.distributed.collective import any_rank, of_all_ranks
 from sphinx_pl.errors import UserError
 from sphinx_pl.typed import build, within
@@ -48,6 +48,8 @@ LOOKED_AT = 64
 """Records of a source that are looked at before a run."""
 TRIED = 16
 """Of these, records with images, and records that cannot be used, after which it is enough."""
+_EXPECTED = ("waiting", "unused/tasks", "unused/where", "unused/ratio")
+"""Counters of what a later step trains on, and of what the configuration does not ask for."""
 
 
 @dataclasses.dataclass
@@ -312,11 +314,24 @@ class TrainLoader:
         example = self.example(counter)
         return f"{counter}: {count}{f', such as {example}' if example else ''}"
 
-    def summary(self, counters: Mapping[str, int]) -> str:
-        """What was not used, by source and reason, with an example each; "" where everything was."""
-        marks = ("skipped/", "filtered/", "unused/")
-        left_out = {key: count for key, count in sorted(counters.items()) if count and any(m in key for m in marks)}
-        return "; ".join(self._counted(key, count) for key, count in left_out.items())
+    def summary(self, counters: Mapping[str, int]) -> list[str]:
+        """For each source of which records were not used, or were changed, a line with numbers and examples.
+
+        What `tasks`, `where` and `ratio` of a source do not ask for is not among them.
+        """
+        of_source: dict[str, list[str]] = defaultdict(list)
+        for counter, count in sorted(counters.items()):
+            source, _, what = counter.partition("/")
+            if source == "skipped":  # while images were decoded: skipped/source/reason
+                source, _, reason = what.partition("/")
+                what = f"skipped/{reason}"
+            if count and what and what not in (*MADE, *_EXPECTED):
+                example = self.example(counter)
+                of_source[source].append(f"{what}: {count}{f', such as {example}' if example else ''}")
+        return [
+            f"data: {source}, of {counters.get(f'{source}/seen', 0)} records: {'; '.join(counts)}"
+            for source, counts in sorted(of_source.items())
+        ]
 
     @property
     def counters(self) -> dict[str, int]:
@@ -628,9 +643,9 @@ class DataModule(L.LightningDataModule):
         if stage != "fit" or self._planner is None or self._train_loader is None:
             return
         counters = self.counters()
-        if self._planner.rank == 0 and (summary := self._train_loader.summary(counters)):
-            seen = sum(count for key, count in counters.items() if key.endswith("/seen"))
-            log.warning("data: not used, of %d records: %s", seen, summary)
+        if self._planner.rank == 0:
+            for line in self._train_loader.summary(counters):
+                log.warning(line)
 
     def state_dict(self) -> dict[str, Any]:
         """Of all ranks, which call it together."""

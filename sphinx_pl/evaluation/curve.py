@@ -153,7 +153,7 @@ def describe_best(content: dict[str, Any]) -> str:
     sure = "" if low > 0 else " That may be chance: the interval reaches 0."
     return (
         f"{what}: better than {alone}, the best end, by {gain}.{sure} "
-        f"No other point is better in {100 * best['chosen']:.0f} % of the resamples."
+        f"In {100 * best['chosen']:.0f} % of the resamples no other point is better."
     )
 
 

@@ -459,7 +459,15 @@ def test_a_part_that_cannot_be_used_is_told_before_the_run(
     train = loader(data)
     list(train)
     assert f"data: skipped/x/image_missing, such as '{tmp_path}/c.png': No such file" in caplog.text
-    assert f"skipped/x/image_missing: 1, such as '{tmp_path}/c.png'" in train.summary(train.counters)
+    [line] = train.summary(train.counters)
+    assert line.startswith("data: x, of 16 records: skipped/image_missing: 1, such as '")
+    assert f"'{tmp_path}/c.png'" in line
+    # What is changed is told as well; what waits, or is not asked for, is no loss.
+    healthy = {"x/seen": 9, "x/samples": 9, "x/waiting": 4, "x/unused/tasks": 70, "samples": 12}
+    assert train.summary(healthy) == []
+    assert train.summary(healthy | {"x/cut": 2, "x/unused/hidden": 1}) == [
+        "data: x, of 9 records: cut: 2; unused/hidden: 1"
+    ]
 
 
 def test_a_source_of_which_nothing_passes_is_an_error_or_told(
