@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 import torch
@@ -39,8 +40,14 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= found:
         raise UserError(f"device={name}: PyTorch finds {found} GPUs here; device=auto takes what there is")
     if device.type == "cpu":
-        log.info(share_cores())
+        _tell(share_cores())
     return device
+
+
+@functools.cache
+def _tell(message: str) -> None:
+    """Log it once: a script asks for its device more than once."""
+    log.info(message)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -6,12 +6,22 @@ import pytest
 import torch
 
 from sphinx_pl.errors import UserError
+from sphinx_pl.evaluation import device
 from sphinx_pl.evaluation.device import autocast, check_precision, choose_device
 
 
 def test_auto_takes_what_there_is() -> None:
     assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert choose_device("cpu") == torch.device("cpu")
+
+
+def test_the_threads_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    device._tell.cache_clear()
+    caplog.set_level("INFO")
+    for _ in range(3):
+        choose_device("cpu")
+    [line] = caplog.messages
+    assert "CPU thread" in line
 
 
 @pytest.mark.parametrize(("name", "answer"), [("gpu0", "is no device"), ("cuda:99", "finds")])
