@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, field
 from functools import partial
@@ -52,7 +53,10 @@ class ChatConfig:
         if self.ui not in UIS:
             raise UserError(f"ui={self.ui}: {suggest(self.ui, UIS)}")
         if self.checkpoint is None:
-            raise UserError("which checkpoint? Give checkpoint=FOLDER, such as one that train.py wrote")
+            # A folder without `checkpoint=` in front of it is read as the question.
+            folder = self.question if os.path.isdir(self.question or "") else None  # noqa: PTH112, which raises for long texts
+            such = f"checkpoint={folder}" if folder else "checkpoint=FOLDER, such as one that train.py wrote"
+            raise UserError(f"which checkpoint? Give {such}")
 
 
 def check(cfg: DictConfig) -> None:

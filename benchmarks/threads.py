@@ -1,27 +1,33 @@
 """What the waiting of OpenMP's threads costs on a CPU: training alone, beside a second run, beside other busy programs.
 
     python -m benchmarks.threads
-    python -m benchmarks.threads experiment=demo stage=finetune --rounds 7 --seconds 4
+    python -m benchmarks.threads experiment=demo stage=finetune --settings passive "one thread" --rounds 7 --limit 1200
 
 Overrides are those of train.py. Each setting has two processes that train on the same micro-batches, with random
-weights, whenever they are asked to; the settings take turns in every round, and medians of rounds are printed.
+weights, whenever they are asked to; the settings take turns in every round, and medians of rounds are printed. After
+`--limit` seconds it ends with what has been measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import math
 import os
+import select
 import statistics
 import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 
 from rich.console import Console
 
+from sphinx_pl.cli import MISTAKES, report
 from sphinx_pl.console import Table
+from sphinx_pl.errors import UserError
 
 OURS = "as the scripts choose"
 SETTINGS: dict[str, dict[str, str]] = {
@@ -34,8 +40,12 @@ SETTINGS: dict[str, dict[str, str]] = {
     OURS: {},
 }
 """Environment of each setting. 300,000 is what libgomp takes where nothing is said."""
+FEW = ("libgomp's own", "passive", OURS)
+"""Those that are compared if nothing is said: a process of each setting has to start, on cores that are shared."""
 SITUATIONS = ("alone", "beside a second run", "beside a busy program for each core")
 BUSY = "while True: pass"
+ROWS = 2
+"""Of a micro-batch: small ones, so that a slow setting ends soon after its time."""
 
 
 def work(overrides: Sequence[str]) -> None:
@@ -47,7 +57,7 @@ def work(overrides: Sequence[str]) -> None:
     from sphinx_pl.stages.optim import build_optimizer
 
     share_cores()
-    options = argparse.Namespace(overrides=overrides, rows=None, device="cpu", precision="fp32")
+    options = argparse.Namespace(overrides=overrides, rows=ROWS, device="cpu", precision="fp32")
     bench = step.build(options)
     batches = [bench.datamodule.collator(micro_batch.rows) for micro_batch in bench.datamodule.planner().plan()]
     optimizer = build_optimizer(bench.model.part_parameters(), bench.optim)
@@ -55,14 +65,15 @@ def work(overrides: Sequence[str]) -> None:
     def train(seconds: float) -> float:
         tokens, start = 0, time.perf_counter()
         while time.perf_counter() - start < seconds:
-            for batch in batches:
-                bench.loss(batch).backward()  # type: ignore[no-untyped-call]
-                tokens += batch.counters["tokens"]
+            batch = next(turns)
+            bench.loss(batch).backward()  # type: ignore[no-untyped-call]
+            tokens += batch.counters["tokens"]
             optimizer.step()
             optimizer.zero_grad()
         return tokens / (time.perf_counter() - start)
 
-    train(0.1)
+    turns = itertools.cycle(batches)
+    train(0)
     print(torch.get_num_threads(), flush=True)
     for line in sys.stdin:
         print(train(float(line)), flush=True)
@@ -86,9 +97,22 @@ class Worker:
         self.process.kill()
         self.process.communicate()
 
-    def read(self) -> float:
+    def read(self, until: float) -> float:
+        """The next number that the process prints.
+
+        Args:
+            until: by `time.monotonic`.
+
+        Raises:
+            TimeoutError: it has printed none by then.
+            UserError: it has ended; its own message is above.
+        """
         assert self.process.stdout is not None
-        return float(self.process.stdout.readline())
+        if not select.select([self.process.stdout], [], [], max(0.0, until - time.monotonic()))[0]:
+            raise TimeoutError
+        if not (line := self.process.stdout.readline()):
+            raise UserError(f"a process that trains has ended with exit code {self.process.wait()}")
+        return float(line)
 
     def begin(self, seconds: float) -> None:
         assert self.process.stdin is not None
@@ -97,57 +121,84 @@ class Worker:
 
 
 def measure(
-    settings: dict[str, dict[str, str]], overrides: Sequence[str], rounds: int, seconds: float
+    settings: dict[str, dict[str, str]], overrides: Sequence[str], rounds: int, seconds: float, limit: float
 ) -> dict[tuple[str, str], list[float]]:
-    """(setting, situation) -> tokens/s of each round; beside a second run, those of one of the two."""
-    found = defaultdict(list)
-    with ExitStack() as stack:
-        pairs: dict[str, list[Worker]] = {}
-        for name, setting in settings.items():
-            pairs[name] = [stack.enter_context(Worker(setting, overrides)) for _ in range(2)]
-            for worker in pairs[name]:
-                worker.read()
+    """(setting, situation) -> tokens/s of each round; beside a second run, those of one of the two.
+
+    After `limit` seconds there are fewer rounds, or none.
+
+    Raises:
+        UserError: a process does not train, for instance since its data is not there.
+    """
+    found: dict[tuple[str, str], list[float]] = defaultdict(list)
+    until = time.monotonic() + limit
+    with suppress(TimeoutError), ExitStack() as stack:
+        pairs = {
+            name: [stack.enter_context(Worker(one, overrides)) for _ in range(2)] for name, one in settings.items()
+        }
+        for worker in itertools.chain.from_iterable(pairs.values()):
+            worker.read(until)
         for _ in range(rounds):
             for name, (one, two) in pairs.items():
                 one.begin(seconds)
-                found[name, SITUATIONS[0]].append(one.read())
+                found[name, SITUATIONS[0]].append(one.read(until))
                 one.begin(seconds)
                 two.begin(seconds)
-                found[name, SITUATIONS[1]].append((one.read() + two.read()) / 2)
-                busy = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in os.sched_getaffinity(0)]
-                one.begin(seconds)
-                found[name, SITUATIONS[2]].append(one.read())
-                for process in busy:
-                    process.kill()
-                    process.wait()
+                found[name, SITUATIONS[1]].append((one.read(until) + two.read(until)) / 2)
+                with busy():
+                    one.begin(seconds)
+                    found[name, SITUATIONS[2]].append(one.read(until))
     return found
+
+
+@contextmanager
+def busy() -> Iterator[None]:
+    """A program for each core that does nothing but keep it busy."""
+    programs = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in os.sched_getaffinity(0)]
+    try:
+        yield
+    finally:
+        for program in programs:
+            program.kill()
+            program.wait()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="of train.py's configuration")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=4.0, help="of training in each situation")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of training in each situation")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=FEW)
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds, after which it ends")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.work:
-        work(options.overrides)
+        try:
+            work(options.overrides)
+        except MISTAKES as error:
+            return report(error)
         return 0
     before = os.getloadavg()[0]
     chosen = {name: SETTINGS[name] for name in options.settings}
-    found = measure(chosen, options.overrides, options.rounds, options.seconds)
+    try:
+        found = measure(chosen, options.overrides, options.rounds, options.seconds, options.limit)
+    except UserError as error:
+        return report(error)
+    rounds = min((len(found[name, SITUATIONS[-1]]) for name in chosen), default=0)
     table = Table(
-        title=f"Tokens/s, medians of {options.rounds} rounds; {len(os.sched_getaffinity(0))} cores",
+        title=f"Tokens/s, medians of {rounds} rounds; {len(os.sched_getaffinity(0))} cores",
         caption=f"Processes that ran before the first round, by the load average: {before:.1f}",
     )
     table.add_column("threads that wait")
     for situation in SITUATIONS:
         table.add_column(situation, justify="right")
     for name in chosen:
-        table.add_row(name, *(f"{statistics.median(found[name, situation]):,.0f}" for situation in SITUATIONS))
+        medians = (statistics.median(found[name, situation] or [math.nan]) for situation in SITUATIONS)
+        table.add_row(name, *(f"{median:,.0f}" for median in medians))
     console = Console()
     console.print(table)
+    if rounds < options.rounds:
+        print(f"ended after {options.limit:g} s: --limit takes more")
     return 0
 
 

@@ -70,6 +70,9 @@ def one_line(error: BaseException) -> str:
         quoted = shlex.quote(f"{key}={literal(value)}")
         return f"{error.override}: Hydra cannot read this value; as text it is {quoted}"
     said = str(error)
+    if found := re.match(r"Ambiguous value for argument '(.+?)=(.+)'", said):
+        key, values = found.groups()
+        return f"{key}={values}: for a list write {key}=[{values}], for a run with each value add -m"
     if said.startswith("Error merging override") and error.__cause__ is not None:
         said += f": {error.__cause__}"
     lines = [line.strip() for line in said.splitlines() if line.strip()]

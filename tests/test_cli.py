@@ -132,6 +132,7 @@ def test_wrong_overrides_are_answered_by_every_script(failure: Run, script: str,
         ),
         ("callbacks=[defalt]", "callbacks=defalt: there is no file callbacks/defalt.yaml; did you mean 'default'?"),
         ("model=null", "model=null is a group and cannot be null: choose one of its options"),
+        ("seed=1,2", "seed=1,2: for a list write seed=[1,2], for a run with each value add -m"),
         ("stage", "'stage' is no override: write key=value, without spaces around ="),
         ("--seed=3", "--seed=3 is no option: write seed=3, without dashes"),
         ("--seed", "--seed is no option: write seed=VALUE, without dashes"),
@@ -297,3 +298,11 @@ def test_what_a_library_refuses_is_one_line(failure: Run) -> None:
         instantiate({"_target_": "lightning.Trainer", "devices": 1, "accelerator": "cpu", "precision": "bf17"})
 
     assert "bf17" in failure(main_that(main))
+
+
+@pytest.mark.parametrize("question", [None, "What is this?", "x" * 5000])
+def test_a_folder_instead_of_the_question_is_the_checkpoint(question: str | None, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Give checkpoint=FOLDER"):
+        ChatConfig(question=question)
+    with pytest.raises(UserError, match=f"Give checkpoint={tmp_path}$"):
+        ChatConfig(question=str(tmp_path))
