@@ -34,10 +34,11 @@ from sphinx_pl.pipeline.state import State
 
 def run(arguments: Sequence[str]) -> int:
     """Run or submit what is not done."""
-    recipe = load(arguments)
-    # The shipped recipes are tested; what a user changed, and what will run for days, is worth the seconds.
-    if arguments or recipe.launcher != "local":
-        check_closely(recipe)
+    with Console(stderr=True).status("composing and checking the configuration of every step"):  # on a terminal only
+        recipe = load(arguments)
+        # The shipped recipes are tested; what a user changed, and what will run for days, is worth the seconds.
+        if arguments or recipe.launcher != "local":
+            check_closely(recipe)
     if recipe.dry:
         return local.dry_run(recipe)
     if recipe.launcher == "slurm":
