@@ -26,7 +26,7 @@ from pathlib import Path
 from rich.console import Console
 
 from sphinx_pl.cli import MISTAKES, TRACEBACK, report
-from sphinx_pl.errors import UserError
+from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.pipeline import local, slurm, status
 from sphinx_pl.pipeline.recipe import check_closely, compose_pipeline, load, split
 from sphinx_pl.pipeline.state import State
@@ -102,6 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     command = COMMANDS[given.pop(0) if given and given[0] in COMMANDS else "run"]
     try:
+        if words := [word for word in given[:1] if "=" not in word and command is run]:
+            raise UserError(f"unknown command '{words[0]}': {suggest(words[0], ('run', 'status', 'cancel'))}")
         return command(given)
     except MISTAKES as error:
         if os.environ.get(TRACEBACK) == "1":

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import threads
+from sphinx_pl.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -31,8 +32,12 @@ def test_without_time_it_ends_at_once(sample_data: Path, capfd: pytest.CaptureFi
     assert "ended after 0 s: --limit takes more" in capfd.readouterr().out
 
 
-def test_a_mistake_ends_it_and_is_told(capfd: pytest.CaptureFixture[str]) -> None:
-    assert threads.main(["model=sphinx_sampel", "--settings", "one thread"]) == 2
-    told = capfd.readouterr().err
-    assert "model=sphinx_sampel: there is no file" in told
-    assert "a process that trains has ended with exit code 2" in told
+def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert threads.main(["--work", "model=sphinx_sampel"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: model=sphinx_sampel: there is no file")
+
+
+def test_a_process_that_ends_is_noticed() -> None:
+    with threads.Worker({}, ["--no-such-option"]) as worker, pytest.raises(UserError, match="ended with exit code 2"):
+        worker.read(time.monotonic() + 300)

@@ -169,6 +169,14 @@ def test_a_mistake_in_any_step_is_found_before_the_first_one_starts(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_unknown_command_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stauts", "experiment=demo"]) == 2
+    assert (
+        capsys.readouterr().err
+        == "error: unknown command 'stauts': did you mean 'status'? known: cancel, run, status\n"
+    )
+
+
 def test_a_dry_run_prints_commands_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["experiment=demo", f"output_dir={tmp_path / 'out'}", "dry=true"]) == 0
     out = capsys.readouterr().out
