@@ -234,7 +234,7 @@ def check_data(cfg: DictConfig) -> None:
         UserError: what does not fit.
     """
     from sphinx_pl.data.datamodule import DataConfig
-    from sphinx_pl.data.mixture import META, Group, SourceConfig
+    from sphinx_pl.data.mixture import META, Group, SourceConfig, is_absent
 
     known = list(DataConfig.__dataclass_fields__)
     refuse_unread(cfg, "data", known)
@@ -260,7 +260,7 @@ def check_data(cfg: DictConfig) -> None:
             if section == "sources" or grouped:
                 if not (isinstance(source, Mapping) and source.get("kind") == META):  # it reads a file
                     Group.from_dict({"sources": {name: source}})
-            elif source is not None:
+            elif not is_absent(source):
                 if not isinstance(source, Mapping):
                     raise UserError(f"data.{section}.{name} must be a mapping with kind and path")
                 SourceConfig.from_dict(str(name), source, section)

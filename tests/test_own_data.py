@@ -41,6 +41,13 @@ def files(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.parametrize("there", [["photos.csv"], ["chats.json"], ["photos.csv", "chats.json"]])
+def test_what_you_do_not_have_is_left_out(files: Path, there: list[str]) -> None:
+    from sphinx_pl.data.__main__ import composed
+
+    composed(["experiment=own", *(f"data.sources.{name.partition('.')[0]}.path={files / name}" for name in there)])
+
+
 def test_the_pages_commands_train_a_model_that_answers(files: Path, sample_data: Path) -> None:
     table, train, chat = commands()
     there = [argument.replace("path=", f"path={files}/") for argument in train]
@@ -58,7 +65,7 @@ def test_the_pages_commands_train_a_model_that_answers(files: Path, sample_data:
     assert result.returncode == 0, result.stderr
     for name in ("photos", "chats"):
         assert re.search(rf"held out .*{name} \d", result.stdout)
-    assert "not used" not in result.stdout
+    assert "skipped/" not in result.stdout
     asked = [argument.replace("=", f"={files}/", 1) for argument in chat[2:]]
     result = run_script([chat[1], *asked, "question='What is in the picture?'", "generation.max_new_tokens=4"])
     assert result.returncode == 0, result.stderr
