@@ -14,9 +14,10 @@ from sphinx_pl.data.table import Line, expectations
 
 LINES = [
     Line(
-        "pretrain_real_alt_text_of_the_web", "image_text", "image", 12, 123456789, False, 0.4213, 1, 1234.5, 99, 1.25, 0
+        "pretrain_real_alt_text_of_the_web",
+        *("image_text", "image", 12, 123456789, False, 0.4213, 1, 1234.5, 99, 1.25, 0, {}),
     ),
-    Line("text", "text", "text", 1, 4000, True, 0.5787, 1, 12.5, 12.5, 0, 0.0123),
+    Line("text", "text", "text", 1, 4000, True, 0.5787, 1, 12.5, 12.5, 0, 0.0123, {}),
 ]
 
 

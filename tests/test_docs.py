@@ -16,6 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 import sphinx_pl.cli
+from chat import ChatConfig
 from sphinx_pl.cli import CONFIG_FOLDER
 from tests.conftest import REPOSITORY
 
@@ -60,6 +61,9 @@ def one_point(overrides: list[str]) -> list[str]:
 
 def check_script(name: str, overrides: list[str]) -> None:
     sphinx_pl.cli.register_resolvers()
+    if name == "chat":
+        overrides = sphinx_pl.cli.take_rest(overrides, "question", ChatConfig.__dataclass_fields__)
+    overrides = sphinx_pl.cli.as_typed(name, overrides)
     with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
         cfg = compose(name, overrides=one_point(overrides), return_hydra_config=True)
     if name == "train":
@@ -75,7 +79,7 @@ def check_names(cfg: DictConfig) -> None:
     for source in cfg.get("curve_sources") or ():
         assert source in cfg.data.val_sources
     if image := cfg.get("image"):
-        assert (REPOSITORY / image).is_file(), image
+        assert Path(image).is_file(), image
 
 
 class AcceptedError(Exception):
@@ -109,9 +113,25 @@ def check_module(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatc
             module.main(arguments)
 
 
+@pytest.fixture(scope="module")
+def users_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone with the files that docs/own_data.md describes."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("docs", "conf", "tests"):
+        (folder / name).symlink_to(REPOSITORY / name)
+    (folder / "photos").mkdir()
+    for name in ("photos.csv", "chats.json", "photos/000.png"):
+        (folder / name).touch()
+    (folder / "photos.csv").write_text("image,caption\nphotos/000.png,a red circle\n")
+    (folder / "chats.json").write_text('[{"conversations": []}]')
+    return folder
+
+
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
-def test_a_command_of_the_docs_is_accepted(command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(REPOSITORY)
+def test_a_command_of_the_docs_is_accepted(
+    command: tuple[str, ...], users_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(users_folder)
     name, *arguments = command
     if name.endswith(".py"):
         check_script(name.removesuffix(".py"), arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import itertools
 import math
 import random
@@ -33,6 +34,8 @@ from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.data.tokenizer import Tokenizer
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.typed import build, within
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -91,8 +94,7 @@ class Processor:
         """From `to_dict()`'s mapping, a tokenizer file and a model config (read for its image geometry only).
 
         Raises:
-            UserError: the tokenizer has more pieces than the model's vocabulary, or does not tell line breaks from
-                spaces, so that any text could end a turn.
+            UserError: the tokenizer has more pieces than the model's vocabulary.
         """
         tokenizer = Tokenizer(tokenizer_file)
         if tokenizer.vocab_size > model.decoder.vocab_size:
@@ -101,9 +103,11 @@ class Processor:
                 f"{model.decoder.vocab_size}: use the tokenizer that the model was made for, or enlarge the vocabulary"
             )
         if tokenizer.encode(f"a{END_OF_TURN}") == tokenizer.encode(f"a {SEPARATOR}"):
-            raise UserError(
-                f"tokenizer {tokenizer.path} writes a line break as a space, and a line break ends each turn: "
-                "train it with normalization_rule_name=identity, as LLaMA's is"
+            log.warning(
+                "tokenizer %s writes a line break as a space, so any text that holds ' %s' ends a turn: train it with "
+                "normalization_rule_name=identity, as LLaMA's is",
+                tokenizer.path,
+                SEPARATOR,
             )
         return cls(
             build(ProcessorConfig, values, "data.processor"),

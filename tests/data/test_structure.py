@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece as spm
@@ -13,7 +14,6 @@ from sphinx_pl.data.conversation import escaped, render, unescaped
 from sphinx_pl.data.processor import Processor, ProcessorConfig
 from sphinx_pl.data.record import Record, Turn
 from sphinx_pl.data.tokenizer import Tokenizer
-from sphinx_pl.errors import UserError
 
 PARTS = (
     *("\n", "\r\n", "\r", " ", "\u2581", "\u2028", "\x85", "\x0b", "\0", "a", "é", "1", "."),
@@ -109,12 +109,16 @@ def test_a_plain_document_has_no_structure_and_keeps_its_text(plain: Processor) 
     assert sample.events == {}
 
 
-def test_a_tokenizer_for_which_lines_are_spaces_is_refused(tmp_path: Path, model_config) -> None:  # type: ignore[no-untyped-def]
+def test_a_tokenizer_for_which_lines_are_spaces_is_named(
+    tmp_path: Path,
+    model_config: Any,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """sentencepiece's default normalization: a question with " ###" would have the ids of a turn's end."""
     (tmp_path / "words.txt").write_text("### Human: a red circle ### Assistant: yes\n" * 20)
     spm.SentencePieceTrainer.train(
         input=str(tmp_path / "words.txt"), model_prefix=str(tmp_path / "t"), vocab_size=40, model_type="bpe",
         hard_vocab_limit=False, minloglevel=2,
     )  # fmt: skip
-    with pytest.raises(UserError, match="writes a line break as a space"):
-        Processor.from_dict({}, tmp_path / "t.model", model_config)
+    Processor.from_dict({}, tmp_path / "t.model", model_config)
+    assert "writes a line break as a space" in caplog.text

@@ -69,6 +69,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model_prefix=str(folder / "tokenizer"),
         vocab_size=310,
         byte_fallback=True,
+        normalization_rule_name="identity",
         hard_vocab_limit=False,
         minloglevel=2,
     )

@@ -397,7 +397,11 @@ def test_without_rules_all_tensors_have_the_same_weights() -> None:
         ([{"match": "norms", "weights": [1]}], [0.5, 0.5], "rules[0]: weights has 1 numbers for 2 checkpoints"),
         ([{"match": "norms", "weights": [1, 1]}], [0.5, 0.5], "rules[0]: weights=[1, 1] sum to 2, not 1"),
         ([{"match": "norms", "weights": [[1, 0], [1, 1]]}], [0.5, 0.5], "rules[0]: weights=[1, 1] sum to 2, not 1"),
-        ([{"match": "norms", "wieghts": [1, 0]}], [0.5, 0.5], "rules[0].wieghts: Key 'wieghts' not in 'Rule'"),
+        (
+            [{"match": "norms", "wieghts": [1, 0]}],
+            [0.5, 0.5],
+            "there is no key rules[0].wieghts: did you mean rules[0].weights?",
+        ),
         ([{"beta": 0, "layers": "a-b"}], [0.5, 0.5], "rules[0].layers='a-b' must be layers of the decoder, such as"),
         ([{"beta": 0, "layers": ""}], [0.5, 0.5], "rules[0].layers='' must be layers"),
         ([{"beta": 0, "layers": "-"}], [0.5, 0.5], "rules[0].layers='-' must be layers"),
