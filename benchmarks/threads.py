@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import os
 import select
 import statistics
@@ -193,8 +192,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for situation in SITUATIONS:
         table.add_column(situation, justify="right")
     for name in chosen:
-        medians = (statistics.median(found[name, situation] or [math.nan]) for situation in SITUATIONS)
-        table.add_row(name, *(f"{median:,.0f}" for median in medians))
+        measured = (found[name, situation] for situation in SITUATIONS)
+        table.add_row(name, *(f"{statistics.median(rates):,.0f}" if rates else "–" for rates in measured))
     console = Console()
     console.print(table)
     if rounds < options.rounds:
