@@ -39,8 +39,9 @@ class FolderSource(TableSource):
         filters: Mapping[str, Any] | None = None,
         columns: Mapping[str, str] | None = None,
         encoding: str = "utf-8",
+        ignore_columns: Sequence[str] = (),
     ) -> None:
-        super().__init__(name, path, task, filters, None, columns, encoding)
+        super().__init__(name, path, task, filters, None, columns, encoding, ignore_columns)
         if captions not in CAPTIONS:
             raise UserError(f"{config_key(name)}.captions={captions}: {suggest(captions, CAPTIONS)}")
         self.captions = captions
@@ -68,8 +69,7 @@ class _ListedShard(TableShard):
         super().__init__(source, str(folder / table), f"{name}/{table}", folder)
         listed = set()
         for index in range(len(self)):
-            image = self.images(index)
-            listed.add(str(image).replace("\\", "/").removeprefix("./"))
+            listed.add(str(self.images(index)))
         for file in names:
             key, extension = split_name(file)
             if file == table or file in listed:

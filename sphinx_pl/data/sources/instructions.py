@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.entries import to_record
+from sphinx_pl.data.entries import image_names, to_record
 from sphinx_pl.data.files import Hold, cached_array, identity, is_remote, local_file
 from sphinx_pl.data.record import Record
 from sphinx_pl.data.sources.annotation import json_object, read
@@ -117,16 +117,15 @@ class _InstructionShard(Shard):
             found = array("q", (self._image_hash(row) for row in range(len(self.spans))))
             return np.asarray(found, dtype=np.int64)
 
-        return cached_array(f"{self._identity}-images", make)
+        return cached_array(f"{self._identity}-images-2", make)
 
     def _image_hash(self, row: int) -> int:
         try:
-            entry = self._entry(row)
-            images = entry.get("image") or entry.get("images")
+            images = image_names(self._entry(row))
         except BadSample:  # counted when its turn comes
             return 0
         # Not the whole record, which takes four times as long; a malformed one has what it has.
-        names = str(images).encode("utf-8", "surrogatepass")
+        names = str(images[0] if len(images) == 1 else images).encode("utf-8", "surrogatepass")
         return int.from_bytes(hashlib.blake2b(names, digest_size=8).digest(), signed=True) if images else 0
 
     def _rows(self) -> Rows:

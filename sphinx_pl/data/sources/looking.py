@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.files import PACKED, is_remote, local_file
 from sphinx_pl.data.sources.annotation import json_object, read
 from sphinx_pl.data.sources.base import SOURCES, config_key, expand_paths
-from sphinx_pl.data.sources.table import NAMES
+from sphinx_pl.data.sources.table import NAMES, names_picture
 from sphinx_pl.data.spans import entry_spans
 from sphinx_pl.errors import UserError
 
@@ -37,10 +37,12 @@ def find_kind(name: str, path: str | Sequence[str], section: str = "sources") ->
         for packing in PACKED:
             plain = plain.removesuffix(packing)
     extension = plain.rpartition(".")[2]
+    key = config_key(name, section)
     if extension in _BY_NAME:
         kind = _BY_NAME[extension]
+        if extension == "parquet":
+            _check_only_text(f"{key}.path={url}", _columns(url), key)
         return kind, "text" if kind == "text" else "image"
-    key = config_key(name, section)
     if extension not in ("json", "jsonl", "ndjson") or is_remote(url):
         raise UserError(f"{key}.path={url}: its name does not say what it is: set {key}.kind={'|'.join(SOURCES)}")
     entries = list(_entries(url))
@@ -51,11 +53,31 @@ def find_kind(name: str, path: str | Sequence[str], section: str = "sources") ->
     if keys & set(NAMES["image"]) and keys & set(NAMES["caption"]):
         return "table", "image"
     if "text" in keys:
+        _check_only_text(f"{key}.path={url}", [item for item in keys if any(entry.get(item) for entry in entries)], key)
         return "text", "text"
     raise UserError(
         f"{key}.path={url}: entries with the keys {json.dumps(sorted(keys))} are no kind of source: they need "
         "conversations, or question and answer, or image and caption, or text"
     )
+
+
+def _check_only_text(where: str, columns: Iterable[str], key: str) -> None:
+    """Raises: UserError: a column that would not be read may hold pictures."""
+    if pictures := sorted(filter(names_picture, columns)):
+        raise UserError(
+            f"{where}: its column '{pictures[0]}' may hold pictures, of which a file like this gives none: write them "
+            f"to files and name these in a csv or jsonl (docs/own_data.md), or take the text alone with {key}.kind=text"
+        )
+
+
+def _columns(url: str) -> list[str]:
+    """Those of a parquet file; none where it is damaged, which shows when it is read."""
+    import pyarrow.parquet
+
+    try:
+        return list(pyarrow.parquet.read_schema(local_file(url)[0]).names)
+    except Exception:  # pyarrow raises nearly anything
+        return []
 
 
 def _entries(url: str) -> Iterator[dict[str, Any]]:
