@@ -87,7 +87,9 @@ def to_record(entry: Mapping[str, Any], key: str, root: Path, default_task: str,
         if task not in TASKS:
             raise BadSample("task_unknown", f"{key}: {task!r:.100}")
         _check_keys(entry, KEYS, key, ignore)
-        messages = [_message(message, key, ignore) for message in _either(entry, "conversations", "messages", key) or []]
+        messages = [
+            _message(message, key, ignore) for message in _either(entry, "conversations", "messages", key) or []
+        ]
         system, turns = _turns(messages, key)
         if entry.get("system") and system is not None:
             raise BadSample("entry_malformed", f"{key}: a system text beside a message of the system")
@@ -246,7 +248,9 @@ def _region(value: Mapping[str, Any], key: str, ignore: Container[str]) -> Regio
     x1, y1, x2, y2 = (float(number) for number in value["box"])
     keypoints = tuple((float(x), float(y), int(visibility)) for x, y, visibility in value.get("keypoints") or [])
     if any(point[2] not in (0, 1, 2) for point in value.get("keypoints") or []):
-        raise BadSample("visibility_malformed", f"{key}: a keypoint is [x, y, visibility], of which the last is 0, 1 or 2")
+        raise BadSample(
+            "visibility_malformed", f"{key}: a keypoint is [x, y, visibility], of which the last is 0, 1 or 2"
+        )
     return Region((x1, y1, x2, y2), _string(value.get("label", "")), keypoints)
 
 
