@@ -209,7 +209,7 @@ def _check_keys(found: Mapping[str, Any], known: Sequence[str], key: str, ignore
 
 def _check_no_picture(entry: Mapping[str, Any], key: str, ignore: Container[str]) -> None:
     """Raises: BadSample: image_absent, where what is passed over names the picture that an entry is about."""
-    for name in sorted(ABOUT.intersection(entry).difference(ignore)):
+    for name in sorted(name for name in ABOUT.intersection(entry) if name not in ignore):
         value = entry[name]
         names = [part for part in _as_list(value) if isinstance(part, str)]
         if (name == "image_id" and value not in (None, "")) or any(map(_MEDIA_FILE.search, names)):

@@ -152,6 +152,13 @@ def test_a_column_with_a_picture_or_options_is_not_passed_over(
     assert len(build_source("table", "x", str(path)).open(0)) == 0
 
 
+def test_pictures_that_only_have_names_have_no_columns_to_filter(tmp_path: Path) -> None:
+    pictures(tmp_path, "a_cat.png")
+    named = build_source("folder", "x", str(tmp_path), captions="names", filters={"columns": {"sim": {"min": 1}}})
+    with pytest.raises(UserError, match="they have no columns"):
+        named.check_shard(named.open(0))
+
+
 def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("image,caption,caption\n1.png,a,b\n")
     with pytest.raises(UserError, match="two columns 'caption'"):
@@ -209,6 +216,16 @@ def test_folders(processor: Processor, tmp_path: Path) -> None:
 KINDS: list[tuple[str, str, str, str]] = [
     ("x.csv", "image,caption\na.png,a\n", "table", "image"),
     ("x.TSV", "image\tcaption\na.png\ta\n", "table", "image"),
+    ("x.csv", "question,answer\nq,a\n", "table", "text"),
+    ("x.csv", "Image,Question,Answer\n,q,a\n", "table", "image"),
+    ("x.csv", "q,a\nq,a\n", "table", "image"),
+    ("x.json", '[{"messages": [{"content": [{"type": "image", "image": "a.png"}]}]}]', "instructions", "image"),
+    (
+        "x.json",
+        json.dumps([{"question": "a", "answer": "b"}] * 100 + [{"image": "a.png"}] * 9),
+        "instructions",
+        "image",
+    ),
     ("x.json", '[{"conversations": []}]', "instructions", "text"),
     ("x.json", '[{"image": "a.png", "conversations": []}]', "instructions", "image"),
     ("x.jsonl", '{"question": "a", "answer": "b"}\n', "instructions", "text"),

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from sphinx_pl.data.bad import BadSample
+from sphinx_pl.data.entries import image_names
 from sphinx_pl.data.files import PACKED, is_remote, local_file
 from sphinx_pl.data.sources.annotation import json_object, read
-from sphinx_pl.data.sources.base import SOURCES, config_key, expand_paths
-from sphinx_pl.data.sources.table import NAMES, names_picture
+from sphinx_pl.data.sources.base import SOURCES, config_key, expand_paths, spread
+from sphinx_pl.data.sources.table import NAMES, asks_without_images, names_picture
 from sphinx_pl.data.spans import entry_spans
 from sphinx_pl.errors import UserError
 
@@ -19,7 +20,8 @@ LOOKED_AT = 64
 _BY_NAME = {"tar": "image_text", "csv": "table", "tsv": "table", "parquet": "text", "txt": "text", "md": "text"}
 _BY_NAME |= {"tgz": "image_text"}
 _INSTRUCTION = {"conversations", "messages", "task", "regions", "choices"}
-_IMAGE = {"image", "images", "img"}
+_IMAGE = {"img"}
+"""What may be meant as an entry's image, but is not read."""
 
 
 def find_kind(name: str, path: str | Sequence[str], section: str = "sources") -> tuple[str, str]:
@@ -42,12 +44,13 @@ def find_kind(name: str, path: str | Sequence[str], section: str = "sources") ->
         kind = _BY_NAME[extension]
         if extension == "parquet":
             _check_only_text(f"{key}.path={url}", _columns(url), key)
-        return kind, "text" if kind == "text" else "image"
+        only_text = kind == "text" or (kind == "table" and not is_remote(url) and asks_without_images(url))
+        return kind, "text" if only_text else "image"
     if extension not in ("json", "jsonl", "ndjson") or is_remote(url):
         raise UserError(f"{key}.path={url}: its name does not say what it is: set {key}.kind={'|'.join(SOURCES)}")
     entries = list(_entries(url))
     keys = {item for entry in entries for item in entry}
-    has_images = any(entry.get(name) for entry in entries for name in _IMAGE)
+    has_images = any(image_names(entry) or any(entry.get(name) for name in _IMAGE) for entry in entries)
     if keys & _INSTRUCTION or {"question", "answer"} <= keys:
         return "instructions", "image" if has_images else "text"
     if keys & set(NAMES["image"]) and keys & set(NAMES["caption"]):
@@ -83,7 +86,7 @@ def _columns(url: str) -> list[str]:
 def _entries(url: str) -> Iterator[dict[str, Any]]:
     path, _ = local_file(url)
     spans, _ = entry_spans(path)
-    for offset, size in spans[:LOOKED_AT].tolist():
+    for offset, size in spans[spread(len(spans), LOOKED_AT)].tolist():
         try:
             yield json_object(read(path, offset, size, url), url)
         except BadSample:

@@ -17,7 +17,7 @@ from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.files import CacheFile, Hold, cache_folder, cached_array, identity, in_cache, is_remote, local_file
 from sphinx_pl.data.record import ImageRef, Record
 from sphinx_pl.data.sources.annotation import MAX_BYTES, check_unicode, json_object, read
-from sphinx_pl.data.sources.base import SOURCES, Shard, config_key
+from sphinx_pl.data.sources.base import SOURCES, Shard, config_key, spread
 from sphinx_pl.data.sources.pairs import IMAGES, PairShard, PairSource, split_name
 from sphinx_pl.data.spans import Spans, entry_spans
 from sphinx_pl.data.tasks import TASKS
@@ -122,9 +122,9 @@ class TableShard(PairShard):
         self.roles = self._roles(url, known)
 
     def _keys(self) -> list[str]:
-        """Those of the first objects."""
+        """Those of some of the objects."""
         found: dict[str, None] = {}
-        for index in range(min(len(self), 64)):
+        for index in spread(len(self), 64):
             try:
                 found |= dict.fromkeys(self.columns(index))
             except BadSample:
@@ -165,20 +165,20 @@ class TableShard(PairShard):
                 )
         return roles
 
-    def _first(self, name: str) -> Iterator[Any]:
-        for index in range(min(len(self), 64)):
+    def _some(self, name: str) -> Iterator[Any]:
+        for index in spread(len(self), 64):
             try:
                 yield self.columns(index).get(name)
             except BadSample:
                 continue
 
     def _filled(self, name: str) -> bool:
-        """Whether the column has a value in the first rows."""
-        return any(value not in (None, "", [], {}) for value in self._first(name))
+        """Whether the column has a value in some rows."""
+        return any(value not in (None, "", [], {}) for value in self._some(name))
 
     def _pictures(self, name: str) -> bool:
-        """Whether the column's first values are names of pictures."""
-        return any(isinstance(value, str) and split_name(value)[1] in IMAGES for value in self._first(name))
+        """Whether some of the column's values are names of pictures."""
+        return any(isinstance(value, str) and split_name(value)[1] in IMAGES for value in self._some(name))
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -250,6 +250,19 @@ def _value(column: str, field: str) -> Any:
 
 def _path(name: str) -> str:
     return name.strip().replace("\\", "/").removeprefix("./")
+
+
+def asks_without_images(url: str) -> bool:
+    """Whether the first row of a csv has a question and an answer and no image by a name that is known."""
+    path, _ = local_file(url)
+    try:
+        with _text(path, "utf-8") as text:
+            header = {name.strip().lower() for name in next(_csv_rows(text), [])}
+    except (csv.Error, UnicodeError, _UnclosedError):
+        return False
+    return all(header.intersection(NAMES[role]) for role in ("question", "answer")) and not (
+        header.intersection(NAMES["image"]) or any(map(names_picture, header))
+    )
 
 
 def is_json(url: str) -> bool:
