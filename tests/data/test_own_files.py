@@ -254,6 +254,27 @@ def test_what_cannot_be_told_is_an_error(tmp_path: Path) -> None:
         SourceConfig.from_dict("mine", {"path": str(tmp_path / "x.bin")})
 
 
+def test_files_of_several_kinds_are_no_source(tmp_path: Path) -> None:
+    for name in ("a.csv", "b.tsv", "c.tar", "d.txt"):
+        (tmp_path / name).write_text("image,caption\n")
+    paths = [str(tmp_path / name) for name in ("a.csv", "b.tsv", "c.tar", "d.txt")]
+    assert SourceConfig.from_dict("x", {"path": paths[:2]}).kind == "table"
+    for several in (paths[1:3], paths[2:], str(tmp_path / "*")):
+        with pytest.raises(
+            UserError, match=r"data\.sources\.x\.path: files of several kinds \(.*make a source of each"
+        ):
+            SourceConfig.from_dict("x", {"path": several})
+
+
+@pytest.mark.parametrize(
+    ("kind", "option"), [("table", "ignore_columns"), ("instructions", "ignore_keys"), ("instructions", "tasks")]
+)
+def test_a_text_in_place_of_a_list_of_names_is_refused(tmp_path: Path, kind: str, option: str) -> None:
+    (tmp_path / "x.jsonl").write_text('{"image": "a.png", "caption": "a"}')
+    with pytest.raises(UserError, match=rf"data\.sources\.x\.{option}=chat must be a list of names, such as .chat"):
+        build_source(kind, "x", str(tmp_path / "x.jsonl"), **{option: "chat"})
+
+
 def test_pictures_beside_a_text_are_no_text_source(tmp_path: Path) -> None:
     for columns in ({"image": [{"bytes": b"x", "path": "a.png"}]}, {"image_path": ["a.png"]}):
         parquet.write_table(pyarrow.table({**columns, "text": ["a cat"]}), tmp_path / "x.parquet")

@@ -33,13 +33,14 @@ def find_kind(name: str, path: str | Sequence[str], section: str = "sources") ->
     first = path if isinstance(path, str) else next(iter(path), "")
     if isinstance(first, str) and Path(first).expanduser().is_dir():
         return "folder", "image"
-    url = expand_paths(name, path)[0]
-    plain = url.lower()
-    if not plain.endswith(".tgz"):
-        for packing in PACKED:
-            plain = plain.removesuffix(packing)
-    extension = plain.rpartition(".")[2]
-    key = config_key(name, section)
+    urls = expand_paths(name, path)
+    url, extension, key = urls[0], _extension(urls[0]), config_key(name, section)
+    kinds = {_BY_NAME.get(end, "json"): end for end in map(_extension, urls)}
+    if len(kinds) > 1 and not kinds.keys() <= {"table", "json"} and not kinds.keys() <= {"text", "json"}:
+        raise UserError(
+            f"{key}.path: files of several kinds ({', '.join(sorted(kinds.values()))}): make a source of each kind, or "
+            f"set {key}.kind"
+        )
     if extension in _BY_NAME:
         kind = _BY_NAME[extension]
         if extension == "parquet":
@@ -62,6 +63,14 @@ def find_kind(name: str, path: str | Sequence[str], section: str = "sources") ->
         f"{key}.path={url}: entries with the keys {json.dumps(sorted(keys))} are no kind of source: they need "
         "conversations, or question and answer, or image and caption, or text"
     )
+
+
+def _extension(url: str) -> str:
+    plain = url.lower()
+    if not plain.endswith(".tgz"):
+        for packing in PACKED:
+            plain = plain.removesuffix(packing)
+    return plain.rpartition(".")[2]
 
 
 def _check_only_text(where: str, columns: Iterable[str], key: str) -> None:

@@ -17,7 +17,7 @@ from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.files import CacheFile, Hold, cache_folder, cached_array, identity, in_cache, is_remote, local_file
 from sphinx_pl.data.record import ImageRef, Record
 from sphinx_pl.data.sources.annotation import MAX_BYTES, check_unicode, json_object, read
-from sphinx_pl.data.sources.base import SOURCES, Shard, config_key, spread
+from sphinx_pl.data.sources.base import SOURCES, Shard, config_key, listed, spread
 from sphinx_pl.data.sources.pairs import IMAGES, PairShard, PairSource, split_name
 from sphinx_pl.data.spans import Spans, entry_spans
 from sphinx_pl.data.tasks import TASKS
@@ -68,7 +68,7 @@ class TableSource(PairSource):
         ignore_columns: Sequence[str] = (),
     ) -> None:
         super().__init__(name, path, task or "caption", filters)
-        self.ignore_columns = frozenset(ignore_columns)
+        self.ignore_columns = listed(ignore_columns, f"{config_key(name)}.ignore_columns")
         self.own_task = TASKS[task].name if task is not None else None
         self.named_columns = dict(columns or {})
         for role in self.named_columns:
