@@ -290,7 +290,9 @@ def _write_question(record: Record, geometry: Geometry) -> tuple[dict[str, str],
 
 def _write_choice(record: Record, geometry: Geometry) -> tuple[dict[str, str], str]:
     answer = choice_letter(record)
-    lines = (f"{letter}. {choice}" for letter, choice in zip(string.ascii_uppercase, record.choices, strict=False))
+    # A line break inside a choice could make two of it.
+    choices = (" ".join(choice.split()) for choice in record.choices)
+    lines = (f"{letter}. {choice}" for letter, choice in zip(string.ascii_uppercase, choices, strict=False))
     return {"question": _question(record), "choices": "\n".join(lines)}, answer
 
 

@@ -77,6 +77,17 @@ TARS: dict[str, tuple[list[Member], int, dict[str, int]]] = {
         {"unused/further_image": 1, "unused/cls": 1, "unused/further_text": 1},
     ),
     "WebDataset's double extensions": ([("a.img.jpg", JPEG), ("a.cap.txt", b"a"), *pair("b")], 2, {}),
+    "halves of two pairs": (
+        [*pair("v1.5 cat"), ("v1.6 cat.jpg", JPEG), ("v1.7 dog.txt", b"a"), ("p.0001.jpg", JPEG), ("p.0002.txt", b"b")],
+        1,
+        {"skipped/caption_absent": 2, "skipped/image_absent": 2},
+    ),
+    "halves of two pairs in words": (
+        [*pair("yard.day"), ("yard.dawn.jpg", JPEG), ("yard.dusk.txt", b"a")],
+        1,
+        {"skipped/caption_absent": 1, "skipped/image_absent": 1},
+    ),
+    "the image's extension in the note's name": ([("a.jpg", JPEG), ("a.jpg.json", NOTE)], 1, {}),
     "double extensions that say too much": (
         [("a.left.jpg", JPEG), ("a.right.jpg", JPEG), ("a.txt", b"a"), *pair("b")],
         1,

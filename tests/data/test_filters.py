@@ -142,6 +142,12 @@ def test_filtered_is_not_skipped(tmp_path: Path, processor: Processor) -> None:
         ({"columns": {"similarity": {"above": 3}}}, "'above' is not one of min, max, in, not_in"),
         ({"columns": {"similarity": 3}}, "3 is not one of"),
         ({"parrot_share": 0}, "parrot_share=0"),
+        ({"columns": {"similarity": {"min": "high"}}}, r"similarity\.min=high must be a number"),
+        ({"columns": {"similarity": {"min": 0.3, "max": 0.2}}}, r"similarity\.min=0\.3 is above max=0\.2"),
+        ({"columns": {"language": {"in": "en"}}}, r"language\.in=en must be a list of values"),
+        ({"columns": {"language": {"in": []}}}, r"language\.in=\[\] must be a list of values"),
+        ({"min_chars": 50, "max_chars": 10}, r"min_chars=50 is above max_chars=10"),
+        ({"max_aspect": 0.5}, r"max_aspect=0\.5 .* at least 1"),
     ],
 )
 def test_wrong_filters_are_refused(tmp_path: Path, filters: dict[str, Any], message: str) -> None:

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.images import load_image
@@ -90,6 +92,79 @@ def test_a_table_of_questions_and_filters(tmp_path: Path) -> None:
     assert outcomes(filtered) == ["red", "score", "answer_empty", "score"]
 
 
+COLUMNS: list[tuple[str, dict[str, Any], list[str]]] = [
+    ("width", {"min": 10}, ["a", "b"]),
+    ("width", {"min": 20}, ["b"]),
+    ("year", {"in": [2021]}, ["b"]),
+    ("year", {"not_in": [2021]}, ["a"]),
+    ("ok", {"in": [True]}, ["a"]),
+    ("alt", {"in": ["b"]}, ["b"]),
+    ("file", {"not_in": ["1.png"]}, ["b"]),
+    ("empty", {"min": 0}, []),
+]
+
+
+@pytest.mark.parametrize(("column", "conditions", "kept"), COLUMNS)
+def test_filters_see_every_column_of_a_csv_as_what_it_says(
+    tmp_path: Path, column: str, conditions: dict[str, Any], kept: list[str]
+) -> None:
+    rows = ["file,alt,width,height,year,ok,empty", "1.png,a,16,12.0,2020,True,", "2.png,b,32,24,2021,false,"]
+    (tmp_path / "x.csv").write_text("\n".join(rows))
+    options: dict[str, Any] = {"columns": {"caption": "alt"}, "filters": {"columns": {column: conditions}}}
+    source = build_source("table", "x", str(tmp_path / "x.csv"), **options)
+    source.check_shard(source.open(0))
+    found = []
+    for index in range(2):
+        try:
+            found.append(source.record(index).answer)
+        except BadSample as bad:
+            assert bad.reason in (column, f"{column}_absent")  # noqa: PT017
+    assert found == kept
+    plain = build_source("table", "x", str(tmp_path / "x.csv"), columns={"caption": "alt"})
+    assert [plain.record(index).sizes for index in range(2)] == [((16, 12),), ((32, 24),)]
+
+
+UNREAD = [
+    ("image_id,question,answer\n7,q,a\n", "image_id", r"columns=\{image: image_id\}"),
+    ("img_path,question,answer\n1.png,q,a\n", "img_path", r"columns=\{image: img_path\}"),
+    ("thing,question,answer\n1.png,q,a\n", "thing", r"columns=\{image: thing\}"),
+    ("image,image2,question,answer\n1.png,2.png,q,a\n", "image2", "a file of instructions"),
+    ('image,question,choices,answer\n1.png,q,"a, b",a\n', "choices", "a file of instructions"),
+    ("image\tquestion\tA\tB\tanswer\n1.png\tq\tcat\tdog\tA\n", "A", "a file of instructions"),
+    ("image,question,option_a,answer\n1.png,q,cat,a\n", "option_a", "a file of instructions"),
+    ("image,caption,video\n1.png,a,1.mp4\n", "video", "images only"),
+]
+
+
+@pytest.mark.parametrize(("text", "column", "advice"), UNREAD)
+def test_a_column_with_a_picture_or_options_is_not_passed_over(
+    tmp_path: Path, text: str, column: str, advice: str
+) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"the column '{column}' is not read.*{advice}.*ignore_columns=.{column}"):
+        build_source("table", "x", str(path)).open(0)
+    ignored = [name for name in ("A", "B") if column == "A"] or [column]
+    assert len(build_source("table", "x", str(path), ignore_columns=ignored).open(0)) == 1
+    # A column without a value says nothing.
+    empty = text.splitlines()[0]
+    path.write_text(f"{empty}\n")
+    assert len(build_source("table", "x", str(path)).open(0)) == 0
+
+
+def test_pictures_that_only_have_names_have_no_columns_to_filter(tmp_path: Path) -> None:
+    pictures(tmp_path, "a_cat.png")
+    named = build_source("folder", "x", str(tmp_path), captions="names", filters={"columns": {"sim": {"min": 1}}})
+    with pytest.raises(UserError, match="they have no columns"):
+        named.check_shard(named.open(0))
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("image,caption,caption\n1.png,a,b\n")
+    with pytest.raises(UserError, match="two columns 'caption'"):
+        build_source("table", "x", str(tmp_path / "x.csv")).open(0)
+
+
 def test_a_table_that_cannot_be_read_says_what_it_has(processor: Processor, tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     path.write_text("photo_id,alt\n1.png,a cat\n")
@@ -141,6 +216,16 @@ def test_folders(processor: Processor, tmp_path: Path) -> None:
 KINDS: list[tuple[str, str, str, str]] = [
     ("x.csv", "image,caption\na.png,a\n", "table", "image"),
     ("x.TSV", "image\tcaption\na.png\ta\n", "table", "image"),
+    ("x.csv", "question,answer\nq,a\n", "table", "text"),
+    ("x.csv", "Image,Question,Answer\n,q,a\n", "table", "image"),
+    ("x.csv", "q,a\nq,a\n", "table", "image"),
+    ("x.json", '[{"messages": [{"content": [{"type": "image", "image": "a.png"}]}]}]', "instructions", "image"),
+    (
+        "x.json",
+        json.dumps([{"question": "a", "answer": "b"}] * 100 + [{"image": "a.png"}] * 9),
+        "instructions",
+        "image",
+    ),
     ("x.json", '[{"conversations": []}]', "instructions", "text"),
     ("x.json", '[{"image": "a.png", "conversations": []}]', "instructions", "image"),
     ("x.jsonl", '{"question": "a", "answer": "b"}\n', "instructions", "text"),
@@ -169,9 +254,43 @@ def test_what_cannot_be_told_is_an_error(tmp_path: Path) -> None:
         SourceConfig.from_dict("mine", {"path": str(tmp_path / "x.bin")})
 
 
+def test_files_of_several_kinds_are_no_source(tmp_path: Path) -> None:
+    for name in ("a.csv", "b.tsv", "c.tar", "d.txt"):
+        (tmp_path / name).write_text("image,caption\n")
+    paths = [str(tmp_path / name) for name in ("a.csv", "b.tsv", "c.tar", "d.txt")]
+    assert SourceConfig.from_dict("x", {"path": paths[:2]}).kind == "table"
+    for several in (paths[1:3], paths[2:], str(tmp_path / "*")):
+        with pytest.raises(
+            UserError, match=r"data\.sources\.x\.path: files of several kinds \(.*make a source of each"
+        ):
+            SourceConfig.from_dict("x", {"path": several})
+
+
+@pytest.mark.parametrize(
+    ("kind", "option"), [("table", "ignore_columns"), ("instructions", "ignore_keys"), ("instructions", "tasks")]
+)
+def test_a_text_in_place_of_a_list_of_names_is_refused(tmp_path: Path, kind: str, option: str) -> None:
+    (tmp_path / "x.jsonl").write_text('{"image": "a.png", "caption": "a"}')
+    with pytest.raises(UserError, match=rf"data\.sources\.x\.{option}=chat must be a list of names, such as .chat"):
+        build_source(kind, "x", str(tmp_path / "x.jsonl"), **{option: "chat"})
+
+
+def test_pictures_beside_a_text_are_no_text_source(tmp_path: Path) -> None:
+    for columns in ({"image": [{"bytes": b"x", "path": "a.png"}]}, {"image_path": ["a.png"]}):
+        parquet.write_table(pyarrow.table({**columns, "text": ["a cat"]}), tmp_path / "x.parquet")
+        with pytest.raises(UserError, match=rf"its column '{next(iter(columns))}' may hold pictures.*kind=text"):
+            SourceConfig.from_dict("mine", {"path": str(tmp_path / "x.parquet")})
+    parquet.write_table(pyarrow.table({"text": ["a cat"], "url": ["x"]}), tmp_path / "x.parquet")
+    assert SourceConfig.from_dict("mine", {"path": str(tmp_path / "x.parquet")}).kind == "text"
+    for key in ("images", "image_url", "video"):
+        (tmp_path / "x.jsonl").write_text(json.dumps({key: ["a.png"], "text": "a cat"}))
+        with pytest.raises(UserError, match=f"its column '{key}' may hold pictures"):
+            SourceConfig.from_dict("mine", {"path": str(tmp_path / "x.jsonl")})
+
+
 def test_parts_are_all_of_it_and_share_no_image(tmp_path: Path) -> None:
     pictures(tmp_path, *(f"{i}.png" for i in range(30)))
-    rows = [f"{i}.png,caption {i} {n}\n" for n in range(2) for i in range(30)]
+    rows = [f"{('', './')[n]}{i}.png,caption {i} {n}\n" for n in range(2) for i in range(30)]
     (tmp_path / "x.csv").write_text("image,caption\n" + "".join(rows))
     parts = {}
     for part in ("", "train", "held_out"):

@@ -345,6 +345,19 @@ PARTS = [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "What?"}]
             [],
         ),
         ({"messages": [{"role": "system", "content": ""}, *ASK]}, (Turn("What?", "red"),), []),
+        ({"images": [{"path": "a.jpg", "bytes": None}], "messages": ASK}, (Turn("What?", "red"),), ["a.jpg"]),
+        (
+            {"image": "a.jpg", "image_id": 7, "url": "https://x.org/a.jpg", "messages": ASK},
+            (Turn("What?", "red"),),
+            ["a.jpg"],
+        ),
+        ({"url": "https://x.org/page.html", "messages": ASK}, (Turn("What?", "red"),), []),
+        # Words about markup, where there is no image.
+        (
+            {"messages": [ASK[0] | {"content": "What does <img> do?"}, ASK[1]]},
+            (Turn("What does <img> do?", "red"),),
+            [],
+        ),
     ],
 )
 def test_what_other_projects_write_is_read(tmp_path, entry, turns, images):
@@ -408,6 +421,15 @@ def test_a_system_text_is_read_in_both_places_and_written_again(tmp_path):
             "it must go human, gpt",
         ),
         ({"system": "a", "conversations": [{"from": "system", "value": "b"}, *SAY]}, "entry_malformed", "system"),
+        ({"image_id": 458752}, "image_absent", "'image_id' names a picture (458752) and there is no 'image'"),
+        ({"source": "coco/train2017/1.jpg"}, "image_absent", "'source' names a picture"),
+        ({"url": ["https://x.org/1.PNG"]}, "image_absent", "ignore_keys=[url] passes over it"),
+        ({"image": 0}, "entry_malformed", "0 should be text"),
+        ({"images": [" "]}, "image_absent", "blank"),
+        ({"images": [{"bytes": "iVBOR", "path": "a.png"}]}, "key_unknown", "'bytes'"),
+        ({"conversations": [SAY[0] | {"content": "Who?"}, SAY[1]]}, "entry_malformed", "both 'value' and 'content'"),
+        ({"conversations": [SAY[0] | {"role": "system"}, SAY[1]]}, "entry_malformed", "both 'from' and 'role'"),
+        ({"regions": [{"box": [1, 2, 3, 4], "keypoints": [[1, 2, 0.9]]}]}, "visibility_malformed", "0, 1 or 2"),
     ],
 )
 def test_what_is_not_understood_is_refused_by_name(tmp_path, change, reason, words):
@@ -418,9 +440,47 @@ def test_what_is_not_understood_is_refused_by_name(tmp_path, change, reason, wor
     assert "\n" not in str(caught.value)
 
 
+MARKS = (
+    *("<Image>", "<IMAGE>", "<IMG_CONTEXT>", "<image_soft_token>", "<start_of_image>", "<|image_1|>", "<|media|>"),
+    *("<image></image>", "<im_start>", "<fake_token_around_image>", "<image-1>", "<image:a.jpg>", "[IMG]", "{image}"),
+)
+
+
+@pytest.mark.parametrize("mark", MARKS)
+def test_a_mark_of_another_project_is_never_trained_as_words(tmp_path, mark):
+    entry = {"image": "a.jpg", "conversations": [SAY[0] | {"value": f"{mark} What?"}, SAY[1]]}
+    with pytest.raises(BadSample) as caught:
+        record_of(tmp_path, entry)
+    assert caught.value.reason == "image_mark_unknown"
+
+
+def test_entries_about_the_same_image_are_together_however_they_name_it(tmp_path):
+    part = {"type": "image", "image": "file://a.jpg"}
+    entries = [
+        {"image": "a.jpg", "conversations": SAY},
+        {"images": ["./a.jpg"], "conversations": SAY},
+        {"image": [{"path": "a.jpg"}], "conversations": SAY},
+        {"messages": [ASK[0] | {"content": [part, {"type": "text", "text": "What?"}]}, ASK[1]]},
+        {"image": ["a.jpg", "b.jpg"], "conversations": SAY},
+        {"conversations": SAY},
+        7,
+    ]
+    shard = InstructionSource("chat", write_json(tmp_path / "c.json", entries)).open(0)
+    images = [shard.images(index) for index in range(len(entries))]
+    assert len(set(images[:4])) == 1
+    assert images[4] not in (images[0], None)
+    assert images[5:] == [None, None]
+
+
 def test_a_source_can_be_told_to_pass_over_keys(tmp_path):
     entry = {"conversations": SAY, "img": "a.jpg", "objects": [1]}
     assert record_of(tmp_path, entry, ignore_keys=["img", "objects"]).images == ()
+    assert record_of(tmp_path, {"conversations": SAY, "image_id": 7}, ignore_keys=["image_id"]).images == ()
+    nested = {
+        "messages": [ASK[0] | {"content": [{"type": "text", "text": "What?", "x": 1}], "loss": 1}, ASK[1]],
+        "regions": [{"box": [1, 2, 3, 4], "area": 4}],
+    }
+    assert record_of(tmp_path, nested, ignore_keys=["x", "loss", "area"]).turns == (Turn("What?", "red"),)
     with pytest.raises(BadSample, match="'objects'"):
         record_of(tmp_path, entry, ignore_keys=["img"])
 

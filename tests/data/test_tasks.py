@@ -226,6 +226,13 @@ def test_a_question_can_be_asked_for_by_its_answer():
     assert turn == Turn("Ask a question about the image that has this answer: red", "What colour is it?")
 
 
+def test_a_choice_of_several_lines_is_one_choice():
+    asked = record("multiple_choice", question="q", choices=("cat\nB. dog", "bird"), answer="bird")
+    turn = TASKS["multiple_choice"].turns(asked, G)[0]
+    assert turn.question.split("\n")[:3] == ["q", "A. cat B. dog", "B. bird"]
+    assert turn.answer == "B"
+
+
 def test_a_text_of_several_lines_is_one_line():
     regions = (Region(LEFT.box, "two\n lines"), Region(LOW.box, "one"))
     assert TASKS["ocr_text"].turns(record("ocr_text", regions=regions), G)[0].answer == "two lines\none"

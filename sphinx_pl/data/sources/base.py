@@ -222,6 +222,17 @@ def config_key(name: str, section: str = "sources") -> str:
     return f"data.{section}.{name.replace('.', '.sources.')}"
 
 
+def listed(value: Sequence[str], key: str) -> frozenset[str]:
+    """The names in a setting that is a list of them.
+
+    Raises:
+        UserError: it is a text, whose letters would be taken for names.
+    """
+    if isinstance(value, str) or not all(isinstance(name, str) for name in value):
+        raise UserError(f"{key}={value} must be a list of names, such as [{value if isinstance(value, str) else 'a'}]")
+    return frozenset(value)
+
+
 def build_source(kind: str, name: str, path: str | Sequence[str], **options: Any) -> Source:
     """A source of the registered `kind`.
 

@@ -56,6 +56,10 @@ class PairFilters:
             unknown = set(conditions) - set(_CONDITIONS) if isinstance(conditions, dict) else {conditions}
             if unknown:
                 raise UserError(f"filters.columns.{column}: {unknown.pop()!r} is not one of {', '.join(_CONDITIONS)}")
+            _check_conditions(f"filters.columns.{column}", conditions)
+        _check_order("filters.min_chars", self.min_chars, "max_chars", self.max_chars)
+        if self.max_aspect is not None and not self.max_aspect >= 1:
+            raise UserError(f"filters.max_aspect={self.max_aspect} is longer over shorter side: it must be at least 1")
         if not 0 < self.parrot_share <= 1:
             raise UserError(f"filters.parrot_share={self.parrot_share} must be above 0 and at most 1")
 
@@ -119,6 +123,35 @@ class PairFilters:
         return found
 
 
+def _check_conditions(key: str, conditions: Mapping[str, Any]) -> None:
+    """Raises: UserError: no value could meet them, or they are of a kind that none can be compared with."""
+    for name, bound in conditions.items():
+        if name in ("in", "not_in"):
+            if not isinstance(bound, list | tuple) or not bound:
+                raise UserError(f"{key}.{name}={bound} must be a list of values, such as [a, b]")
+        elif isinstance(bound, bool) or not isinstance(bound, int | float) or bound != bound:
+            raise UserError(f"{key}.{name}={bound} must be a number")
+    _check_order(f"{key}.min", conditions.get("min"), "max", conditions.get("max"))
+
+
+def _check_order(key: str, low: float | None, other: str, high: float | None) -> None:
+    if low is not None and high is not None and low > high:
+        raise UserError(f"{key}={low} is above {other}={high}, so nothing would be left: exchange them")
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Whether two values are equal, as a csv writes the one and YAML the other: "2020" is 2020, "True" is true."""
+    if isinstance(value, str) == isinstance(other, str):
+        return bool(value == other)
+    text, thing = (value, other) if isinstance(value, str) else (other, value)
+    if isinstance(thing, bool):
+        return bool(text.strip().lower() == str(thing).lower())
+    try:
+        return bool(float(text) == thing)
+    except ValueError:
+        return False
+
+
 def _size(record: Record) -> tuple[int, int]:
     if not record.images:
         raise BadSample("image_absent", f"{record.key}: the filters need an image's size")
@@ -137,8 +170,8 @@ def _check_column(record: Record, columns: Mapping[str, Any], column: str, condi
         wanted = (
             ("min" not in conditions or float(value) >= conditions["min"])
             and ("max" not in conditions or float(value) <= conditions["max"])
-            and ("in" not in conditions or value in conditions["in"])
-            and ("not_in" not in conditions or value not in conditions["not_in"])
+            and ("in" not in conditions or any(_same(value, wanted) for wanted in conditions["in"]))
+            and ("not_in" not in conditions or not any(_same(value, refused) for refused in conditions["not_in"]))
         )
     except (TypeError, ValueError, OverflowError):
         wanted = False

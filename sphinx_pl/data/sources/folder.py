@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.record import ImageRef, Record
 from sphinx_pl.data.sources.annotation import decoded, json_object, read
 from sphinx_pl.data.sources.base import SOURCES, Shard, config_key
@@ -39,8 +38,9 @@ class FolderSource(TableSource):
         filters: Mapping[str, Any] | None = None,
         columns: Mapping[str, str] | None = None,
         encoding: str = "utf-8",
+        ignore_columns: Sequence[str] = (),
     ) -> None:
-        super().__init__(name, path, task, filters, None, columns, encoding)
+        super().__init__(name, path, task, filters, None, columns, encoding, ignore_columns)
         if captions not in CAPTIONS:
             raise UserError(f"{config_key(name)}.captions={captions}: {suggest(captions, CAPTIONS)}")
         self.captions = captions
@@ -68,8 +68,7 @@ class _ListedShard(TableShard):
         super().__init__(source, str(folder / table), f"{name}/{table}", folder)
         listed = set()
         for index in range(len(self)):
-            image = self.images(index)
-            listed.add(str(image).replace("\\", "/").removeprefix("./"))
+            listed.add(str(self.images(index)))
         for file in names:
             key, extension = split_name(file)
             if file == table or file in listed:
@@ -148,7 +147,7 @@ class _NamedShard(PairShard):
         return self.source.pair(f"{self.name}/{file}", ImageRef(str(self.folder / file)), caption, {})
 
     def columns(self, index: int) -> Mapping[str, Any]:
-        raise BadSample("columns_absent")
+        return {}
 
 
 SOURCES.register("folder", FolderSource)

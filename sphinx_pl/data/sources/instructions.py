@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.entries import to_record
+from sphinx_pl.data.entries import image_names, to_record
 from sphinx_pl.data.files import Hold, cached_array, identity, is_remote, local_file
 from sphinx_pl.data.record import Record
 from sphinx_pl.data.sources.annotation import json_object, read
-from sphinx_pl.data.sources.base import SOURCES, Shard, Source
+from sphinx_pl.data.sources.base import SOURCES, Shard, Source, config_key, listed
 from sphinx_pl.data.spans import entry_spans, is_list
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.errors import UserError
@@ -57,10 +57,11 @@ class InstructionSource(Source):
             raise UserError(f"source '{name}': ratio={ratio} must be above 0 and at most 1")
         self.root = Path(root).expanduser() if root is not None else Path(self.urls[0]).parent
         self.task = TASKS[task].name
-        self.tasks = frozenset(TASKS[wanted].name for wanted in tasks) if tasks is not None else None
+        wanted = None if tasks is None else listed(tasks, f"{config_key(name)}.tasks")
+        self.tasks = None if wanted is None else frozenset(TASKS[task].name for task in wanted)
         self.where = dict(where or {})
         self.ratio = ratio
-        self.ignore_keys = frozenset(ignore_keys)
+        self.ignore_keys = listed(ignore_keys, f"{config_key(name)}.ignore_keys")
 
     def _open(self, number: int) -> Shard:
         return _InstructionShard(self, self.urls[number], self.shard_names[number])
@@ -117,16 +118,15 @@ class _InstructionShard(Shard):
             found = array("q", (self._image_hash(row) for row in range(len(self.spans))))
             return np.asarray(found, dtype=np.int64)
 
-        return cached_array(f"{self._identity}-images", make)
+        return cached_array(f"{self._identity}-images-2", make)
 
     def _image_hash(self, row: int) -> int:
         try:
-            entry = self._entry(row)
-            images = entry.get("image") or entry.get("images")
+            images = image_names(self._entry(row))
         except BadSample:  # counted when its turn comes
             return 0
         # Not the whole record, which takes four times as long; a malformed one has what it has.
-        names = str(images).encode("utf-8", "surrogatepass")
+        names = str(images[0] if len(images) == 1 else images).encode("utf-8", "surrogatepass")
         return int.from_bytes(hashlib.blake2b(names, digest_size=8).digest(), signed=True) if images else 0
 
     def _rows(self) -> Rows:

@@ -48,11 +48,19 @@ class PairSource(Source):
         self.task = TASKS[task].name
         self.filters = build(PairFilters, filters or {}, f"data.sources.{name}.filters")
 
-    def pair(self, key: str, image: ImageRef, caption: Any, columns: Mapping[str, Any]) -> Record:
+    def pair(
+        self,
+        key: str,
+        image: ImageRef,
+        caption: Any,
+        columns: Mapping[str, Any],
+        row: Mapping[str, Any] | None = None,
+    ) -> Record:
         """The Record of a pair.
 
         Args:
             columns: what its annotation says; all but caption, width and height become the record's meta.
+            row: what filters look at beside these.
 
         Raises:
             BadSample: caption_empty, caption_not_utf8, size_malformed, or what the filters say.
@@ -68,7 +76,7 @@ class PairSource(Source):
             answer=caption.strip(),
             meta={name: value for name, value in columns.items() if name not in ("caption", "width", "height")},
         )
-        self.filters.check(record, columns)
+        self.filters.check(record, {**(row or {}), **columns})
         return record
 
     def check_shard(self, shard: Shard) -> None:
@@ -114,7 +122,9 @@ class Members:
     """Files by name -> samples: images with the text and the json of the same name.
 
     A sample's files have one name up to the last dot. What is left without a partner then is joined by the name up to
-    the first dot, as WebDataset has it (`a.img.jpg`, `a.cap.txt`), where that makes one pair.
+    the first dot, as WebDataset has it (`a.img.jpg`, `a.cap.txt`), where that makes one pair. What stands between the
+    dots must be words or the image's extension (`a.jpg.json`), and no pair begin in the same way: else it tells samples
+    apart.
 
     Args:
         shard: what is no part of a pair is counted there, with an example of each reason.
@@ -189,10 +199,12 @@ class Members:
                 keys.append((row, name))
             else:
                 lonely.setdefault(_to_first_dot(name), []).append(row)
+        paired = {_to_first_dot(name) for _, name in keys} if lonely else set()
         for base, rows in lonely.items():
             used = self._rows.get(base)
             beside_a_pair = used is not None and self._complete(used)
-            if not beside_a_pair and self._join(rows):
+            named = all(_words_only(names[row].removeprefix(base)) for row in rows)
+            if base not in paired and named and self._join(rows):
                 keys.append((rows[0], base))
                 continue
             for row in rows:
@@ -243,6 +255,11 @@ def split_name(name: str) -> tuple[str, str]:
     if not dot:
         return f"{folder}{slash}{name}", ""
     return f"{folder}{slash}{stem}" if stem else f"{folder}{slash}.", extension.lower()
+
+
+def _words_only(middle: str) -> bool:
+    """Whether what stands between a name's first and last dot is made of such words as extensions are."""
+    return all(_NAME.fullmatch(word) is not None for word in middle.lower().split(".")[1:])
 
 
 def _to_first_dot(key: str) -> str:

@@ -7,6 +7,7 @@ import json
 import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,8 +17,8 @@ from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.files import CacheFile, Hold, cache_folder, cached_array, identity, in_cache, is_remote, local_file
 from sphinx_pl.data.record import ImageRef, Record
 from sphinx_pl.data.sources.annotation import MAX_BYTES, check_unicode, json_object, read
-from sphinx_pl.data.sources.base import SOURCES, Shard, config_key
-from sphinx_pl.data.sources.pairs import PairShard, PairSource
+from sphinx_pl.data.sources.base import SOURCES, Shard, config_key, listed, spread
+from sphinx_pl.data.sources.pairs import IMAGES, PairShard, PairSource, split_name
 from sphinx_pl.data.spans import Spans, entry_spans
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.errors import UserError, suggest
@@ -32,6 +33,16 @@ NAMES: dict[str, tuple[str, ...]] = {
 _NEEDED = (("image", "caption"), ("question", "answer"))
 _DELIMITERS = ",;\t|"
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://")
+_PICTURE = re.compile(r"(?:^|[_ -])(?:image|img|picture|photo|pic)s?(?:$|[_ -]|\d)", re.IGNORECASE)
+_ANOTHER = re.compile(r"(?:image|img|picture|photo|pic)(?:s|[_ -]?\d+)$", re.IGNORECASE)
+_UNSEEN = re.compile("video|audio|speech", re.IGNORECASE)
+_OPTIONS = re.compile(r"choices?|options?|(?:choice|option)[_ -]?[a-z0-9]|[a-d]", re.IGNORECASE)
+_OTHERS = frozenset({"task", "system", "regions", "conversations", "messages"})
+
+
+def names_picture(column: str) -> bool:
+    """Whether a column's name says that there is a picture in it, or another thing to look at or to hear."""
+    return _PICTURE.search(column) is not None or _UNSEEN.search(column) is not None
 
 
 class TableSource(PairSource):
@@ -42,6 +53,7 @@ class TableSource(PairSource):
         root: folder that image paths are relative to; by default that of the (first) file.
         columns: which column is the image, the caption, the question, the answer, where `NAMES` does not have it.
         encoding: of a csv or tsv without a byte order mark.
+        ignore_columns: columns that are passed over, where one that may hold a picture or options is refused.
     """
 
     def __init__(
@@ -53,8 +65,10 @@ class TableSource(PairSource):
         root: str | None = None,
         columns: Mapping[str, str] | None = None,
         encoding: str = "utf-8",
+        ignore_columns: Sequence[str] = (),
     ) -> None:
         super().__init__(name, path, task or "caption", filters)
+        self.ignore_columns = listed(ignore_columns, f"{config_key(name)}.ignore_columns")
         self.own_task = TASKS[task].name if task is not None else None
         self.named_columns = dict(columns or {})
         for role in self.named_columns:
@@ -108,9 +122,9 @@ class TableShard(PairShard):
         self.roles = self._roles(url, known)
 
     def _keys(self) -> list[str]:
-        """Those of the first objects."""
+        """Those of some of the objects."""
         found: dict[str, None] = {}
-        for index in range(min(len(self), 64)):
+        for index in spread(len(self), 64):
             try:
                 found |= dict.fromkeys(self.columns(index))
             except BadSample:
@@ -126,12 +140,45 @@ class TableShard(PairShard):
             if name not in known:
                 raise UserError(f"{key}.columns.{role}={name}: {url} has no such column: {suggest(name, known)}")
             roles[role] = name
+        if twice := [name for name in roles.values() if known.count(name) > 1]:
+            raise UserError(f"{url} has two columns '{twice[0]}': rename one of them")
         if len(self) and not any(set(needed) <= set(roles) for needed in _NEEDED):
             raise UserError(
                 f"{url} has the columns {', '.join(known) or '(none)':.300}: a source needs image and caption, or "
                 f"question and answer; say which they are with {key}.columns={{image: ..., caption: ...}}"
             )
+        asks = {"question", "answer"} <= set(roles)
+        for name in known:
+            if name in roles.values() or name in self.source.ignore_columns or not self._filled(name):
+                continue
+            advice = ""
+            if _UNSEEN.search(name):
+                advice = "the model sees images only"
+            elif "image" not in roles and (_PICTURE.search(name) or self._pictures(name)):
+                advice = f"read it with {key}.columns={{image: {name}}}"
+            elif _ANOTHER.match(name) or (asks and (name.lower() in _OTHERS or _OPTIONS.fullmatch(name))):
+                advice = "a file of instructions can have it (docs/data.md)"
+            if advice:
+                raise UserError(
+                    f"{url}: the column '{name}' is not read, and what is read may be about it: {advice}, or pass it "
+                    f"over with {key}.ignore_columns=[{name}]"
+                )
         return roles
+
+    def _some(self, name: str) -> Iterator[Any]:
+        for index in spread(len(self), 64):
+            try:
+                yield self.columns(index).get(name)
+            except BadSample:
+                continue
+
+    def _filled(self, name: str) -> bool:
+        """Whether the column has a value in some rows."""
+        return any(value not in (None, "", [], {}) for value in self._some(name))
+
+    def _pictures(self, name: str) -> bool:
+        """Whether some of the column's values are names of pictures."""
+        return any(isinstance(value, str) and split_name(value)[1] in IMAGES for value in self._some(name))
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -144,7 +191,7 @@ class TableShard(PairShard):
         fields = row["row"]
         if len(fields) != len(self.header):
             raise BadSample("row_malformed", f"{key}: {len(fields)} fields, the first row has {len(self.header)}")
-        return dict(zip(self.header, fields, strict=True))
+        return {name: _value(name, field) for name, field in zip(self.header, fields, strict=True)}
 
     def _object(self, span: Any, key: str) -> dict[str, Any]:
         return json_object(read(self.path, int(span[0]), int(span[1]), key), key)
@@ -158,7 +205,7 @@ class TableShard(PairShard):
         if "question" not in self.roles or "answer" not in self.roles:
             if not images:
                 raise BadSample("image_absent", f"{key}: no image in the column {self.roles['image']}")
-            return self.source.pair(key, images[0], value["caption"], rest | {"caption": value["caption"]})
+            return self.source.pair(key, images[0], value["caption"], rest | {"caption": value["caption"]}, row)
         texts = {}
         for role in ("question", "answer"):
             if not isinstance(text := value[role], str) or not text.strip():
@@ -173,7 +220,7 @@ class TableShard(PairShard):
             answer=texts["answer"],
             meta=rest | ({"caption": value["caption"]} if "caption" in value else {}),
         )
-        self.source.filters.check(record, rest)
+        self.source.filters.check(record, row)
         return record
 
     def _images(self, name: Any, key: str) -> tuple[ImageRef, ...]:
@@ -183,13 +230,39 @@ class TableShard(PairShard):
             raise BadSample("entry_malformed", f"{key}: its image is no path")
         if _URL.match(name):
             raise BadSample("image_is_url", f"{key}: {name:.200} has to be downloaded first")
-        return (ImageRef(str(self.root / name.strip().replace("\\", "/"))),)
+        return (ImageRef(str(self.root / _path(name))),)
 
     def images(self, index: int) -> object:
         try:
-            return self.columns(index).get(self.roles.get("image", "")) or None
+            name = self.columns(index).get(self.roles.get("image", "")) or None
         except BadSample:
             return None
+        return _path(name) if isinstance(name, str) else name
+
+
+def _value(column: str, field: str) -> Any:
+    """What a csv says in a field: a blank one is no value, and sizes are numbers."""
+    if column in ("width", "height"):
+        with suppress(ValueError):
+            return float(field)
+    return field if field.strip() else None
+
+
+def _path(name: str) -> str:
+    return name.strip().replace("\\", "/").removeprefix("./")
+
+
+def asks_without_images(url: str) -> bool:
+    """Whether the first row of a csv has a question and an answer and no image by a name that is known."""
+    path, _ = local_file(url)
+    try:
+        with _text(path, "utf-8") as text:
+            header = {name.strip().lower() for name in next(_csv_rows(text), [])}
+    except (csv.Error, UnicodeError, _UnclosedError):
+        return False
+    return all(header.intersection(NAMES[role]) for role in ("question", "answer")) and not (
+        header.intersection(NAMES["image"]) or any(map(names_picture, header))
+    )
 
 
 def is_json(url: str) -> bool:
