@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from sphinx_pl.data.answers import normalise
-from sphinx_pl.data.answers import read_letter
+from sphinx_pl.data.answers import normalise, read_letter
 from sphinx_pl.evaluation.scoring.choices import (
     choice_match,
     circular,
