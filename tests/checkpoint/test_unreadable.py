@@ -156,7 +156,7 @@ def test_packed_integers_are_not_taken_from_one_model(tmp_path: Path) -> None:
         save_file({"x.packed": torch.full((2, 2), seed, dtype=torch.int32)}, path / "model.safetensors")
     with pytest.raises(UserError, match="as the packed weights of quantized models do: mix what they were"):
         mix_checkpoints([a, b], [0.5, 0.5], tmp_path / "out")
-    with pytest.raises(UserError, match="out: .* cannot be a folder"):
+    with pytest.raises(UserError, match=r"out: .* cannot be a folder"):
         import_checkpoint(open_stored(a), str(a / "config.json" / "x"), overwrite=False)  # type: ignore[arg-type]
 
 
