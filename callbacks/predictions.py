@@ -24,6 +24,7 @@ from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.errors import UserError
 from sphinx_pl.evaluation.asking import Prediction, evaluate
 from sphinx_pl.evaluation.cards import SCRIPT, STYLE, cards, picture
+from sphinx_pl.evaluation.question import asked_task
 from sphinx_pl.files import write_whole
 from sphinx_pl.page import page
 from sphinx_pl.stages import Stage
@@ -34,7 +35,7 @@ TABLE = "predictions"
 
 
 def first_of_each_task(sources: Mapping[str, Mapping[str, Any] | None], per_task: int) -> list[Record]:
-    """The first `per_task` records of every task that has a score, in the order of the sources.
+    """The first `per_task` records of every task (`asked_task`) that has a score, in the order of the sources.
 
     Raises:
         UserError: there is none.
@@ -52,8 +53,8 @@ def first_of_each_task(sources: Mapping[str, Mapping[str, Any] | None], per_task
             except BadSample as error:
                 lost[error.reason] += 1
                 continue
-            if TASKS[record.task].scorer != "none" and counts[record.task] < per_task:
-                counts[record.task] += 1
+            if TASKS[record.task].scorer != "none" and counts[task := asked_task(record)] < per_task:
+                counts[task] += 1
                 found.append(dataclasses.replace(record, key=f"{name}/{record.key}"))
     warn_of_lost("callbacks.predictions: records that cannot be used", lost)
     if not found:

@@ -14,6 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 import sphinx_pl.cli  # noqa: F401  (registers the resolvers)
 from sphinx_pl.cli import CONFIG_FOLDER, entry_point
+from sphinx_pl.data.processor import Processor
+from sphinx_pl.data.record import ImageRef, Record
 from sphinx_pl.models.config import SphinxConfig
 
 entry_point("train")(lambda cfg: None)
@@ -47,6 +49,19 @@ def test_models_are_valid(name: str) -> None:
     model = SphinxConfig.from_dict(composed("train", f"model={name}").model)
     assert model.name == name
     assert model.tokens_per_image > 0
+
+
+@pytest.mark.parametrize("name", options("model"))
+def test_every_model_finetunes_with_the_papers_data(name: str) -> None:
+    """One image and a question fit into the sample's limit, the decoder's positions and a row."""
+    cfg = composed("train", "experiment=paper_finetune", f"model={name}")
+    model, data = SphinxConfig.from_dict(cfg.model), cfg.data
+    tokenizer = Path(__file__).parent / "golden" / "tokenizer.model"
+    processor = Processor.from_dict(OmegaConf.to_container(data.processor), tokenizer, model)  # type: ignore[arg-type]
+    record = Record("k", "short_vqa", (ImageRef("a.png"),), ((640, 480),), question="What is it?", answer="a dog")
+    sample = processor.sample(record, "source")
+    assert sample.length <= min(processor.max_length, model.decoder.max_positions, data.packing.row_length)
+    assert processor.to_dict()["max_length"] == processor.max_length
 
 
 @pytest.mark.parametrize("name", options("stage"))

@@ -32,6 +32,7 @@ from sphinx_pl.cli import report
 from sphinx_pl.console import Table
 from sphinx_pl.data.conversation import SYSTEM
 from sphinx_pl.errors import UserError
+from sphinx_pl.files import check_folder
 from sphinx_pl.mixing.show import distances_table
 from sphinx_pl.models.sphinx import Sphinx
 
@@ -196,6 +197,7 @@ def import_checkpoint(checkpoint: Checkpoint, out: str, overwrite: bool) -> None
     Raises:
         UserError: its tensors are not those of its model, or `out` exists; nothing is written then.
     """
+    check_folder(Path(out), "out")
     check_free(Path(out), overwrite, [checkpoint.path])
     check_whole(checkpoint)
     tokenizer = checkpoint.tokenizer()

@@ -7,6 +7,7 @@ is compared is what weights depend on.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -21,9 +22,11 @@ from sphinx_pl.checkpoint.format import (
     read_weight_map,
 )
 from sphinx_pl.checkpoint.tokenizer_json import PROBES
+from sphinx_pl.checkpoint.unreadable import why_no_weights
 from sphinx_pl.errors import UserError
 
 WEIGHTS = "model.safetensors"
+_OF = re.compile(r"-of-0*(\d+)\.")
 # Of a config.json: how a model is trained, cut short, shown or stored. None changes what a weight means; what
 # max_window_layers does is said by layer_types.
 _HARMLESS = (
@@ -47,7 +50,7 @@ _VOCABULARIES = ("*.model", "*.spm", "*.tiktoken", "vocab.txt", "vocab.bpe", "bp
 
 def is_huggingface(folder: Path) -> bool:
     """Whether it is a model's folder as transformers writes it."""
-    return (folder / CONFIG).is_file() and "model_type" in read_json(folder / CONFIG)
+    return (folder / CONFIG).is_file() and isinstance(read_json(folder / CONFIG).get("model_type"), str)
 
 
 def belongs(name: str) -> bool:
@@ -59,18 +62,22 @@ def weight_files(folder: Path) -> list[str]:
     """The names of its safetensors: the single file if there is one, as `from_pretrained` takes it, else the shards.
 
     Raises:
-        UserError: its weights are pickles.
+        UserError: its weights are pickles, in another format or missing, or the index does not name all shards.
     """
     if (folder / WEIGHTS).is_file():
         return [WEIGHTS]
     if (folder / INDEX).is_file():
-        return sorted(set(read_weight_map(folder / INDEX).values()))
+        named = sorted(set(read_weight_map(folder / INDEX).values()))
+        total = max((int(match[1]) for name in named if (match := _OF.search(name))), default=0)
+        if len(named) < total:
+            raise UserError(f"'{folder / INDEX}' names {len(named)} of {total} shards: copy the folder again")
+        return named
     if pickles := sorted(folder.glob("pytorch_model*.bin")):
         raise UserError(
             f"'{pickles[0]}' is not read: write the model anew as safetensors, with its class's "
             f"from_pretrained('{folder}').save_pretrained(FOLDER)"
         )
-    return [WEIGHTS]
+    raise UserError(why_no_weights(folder, WEIGHTS, INDEX))
 
 
 def config_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:

@@ -36,7 +36,7 @@ from sphinx_pl.checkpoint.format import (
 )
 from sphinx_pl.checkpoint.layout import Entry, Layout, TorchOut, Whole, write_layout
 from sphinx_pl.checkpoint.parallel import ParallelFiles, split
-from sphinx_pl.data.processor import ProcessorConfig
+from sphinx_pl.data.processor import TEXT_LENGTH, ProcessorConfig
 from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.models.config import DecoderConfig, SphinxConfig
 from sphinx_pl.typed import CONFIG_FOLDER
@@ -205,7 +205,7 @@ class OriginalCheckpoint(Checkpoint):
             model["vision"]["clip"]["quick_gelu"] = False
         config = SphinxConfig.from_dict(model)
         # The usual length of a text behind one image, as far as the decoder's positions reach.
-        length = min(decoder.max_positions, config.tokens_per_image + ProcessorConfig.max_length)
+        length = min(decoder.max_positions, config.tokens_per_image + TEXT_LENGTH)
         self.config = {"model": config.to_dict(), "processor": asdict(ProcessorConfig(max_length=length))}
         self.provenance = {"original": kind} | read_provenance(path)
         if model["vision"]["clip"]:

@@ -17,12 +17,14 @@ _QUANTIZED_FILES = (
     *("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quanto_qmap.json"),
     *("quantization_map.json", "qmodel.pt"),
 )
-# AutoGPTQ, AWQ, bitsandbytes, compressed-tensors, FP8, HQQ
+# AutoGPTQ, AWQ, bitsandbytes, compressed-tensors, FP8, HQQ; AQLM, VPTQ, SqueezeLLM, SpQR; quanto, torchao; MXFP4
 _QUANTIZED_NAMES = re.compile(
     r"(^|\.)(qweight|qzeros|SCB|weight_packed|weight_scale(_inv)?|weight_zero_point|absmax|nested_absmax|quant_map|W_q)$"
+    r"|\.(codebooks|centroids\.weight|lookup_table|dense_weights|weight\._data|\w+_blocks)$|\.tensor_impl\."
     r"|\.quant_state\."
 )
-_WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.pt")
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.pt", "*.h5", "*.msgpack", "*.onnx")
+_SHARDS = "model-*-of-*.safetensors"
 MERGE = "merge it into its base first, with peft's `merge_and_unload()` and `save_pretrained(FOLDER)`"
 
 
@@ -77,11 +79,29 @@ def why_unreadable(path: Path, config: str) -> str:
         return f"its {config} has no model_type, as Hugging Face's do: restore the file from its source"
     if adapter := _first(path, _ADAPTERS):
         return f"it is an adapter ({adapter}) without its model: {MERGE}"
-    if gguf := _first(path, ("*.gguf",)):
-        return f"it holds a GGUF file ({gguf}): take the model that it was made from, in safetensors"
+    if gguf := _gguf(path):
+        return gguf
     if weights := _first(path, _WEIGHTS):
         return f"it has weights ({weights}) but no {config}: expected a folder with {config}"
     return f"expected a folder with {config}"
+
+
+def why_no_weights(folder: Path, wanted: str, index: str) -> str:
+    """The line for a folder of Hugging Face's whose weights are not in `wanted`, nor in shards that `index` names."""
+    if adapter := _first(folder, _ADAPTERS):
+        return f"'{folder}' is an adapter ({adapter}) without its model: {MERGE}"
+    if gguf := _gguf(folder):
+        return f"'{folder}' cannot be read: {gguf}"
+    if shard := _first(folder, (_SHARDS,)):
+        return f"'{folder / index}' is missing, and there are shards such as {shard}: copy the checkpoint again, whole"
+    if weights := _first(folder, _WEIGHTS):
+        return f"'{folder / wanted}' is missing, and {weights} is not read: save the model as safetensors"
+    return f"'{folder / wanted}' is missing: copy the checkpoint again, whole"
+
+
+def _gguf(folder: Path) -> str:
+    name = _first(folder, ("*.gguf",))
+    return f"it holds a GGUF file ({name}): take the model that it was made from, in safetensors" if name else ""
 
 
 def _is_gguf(path: Path) -> bool:

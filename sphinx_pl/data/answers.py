@@ -29,6 +29,12 @@ _LISTED = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _MARKED = re.compile(r"(?<![\w'])[\[(]?([A-Za-z])[\]).:]+\s*(?=\S)")
+_DENIED = re.compile(
+    r"\W*(?:(?:(?:is|are|was|were)\s+)?(?:not|never)\b|(?:is|are|was|were)n['’]?t\b"
+    r"|(?:(?:is|are)\s+)?(?:no|wrong|incorrect|false)\s*(?:$|[.,;:!\n]))",
+    re.IGNORECASE,
+)
+_BETWEEN = re.compile(r"[,;/|&\n]|\b(?:or|and)\b")
 _ARTICLE = re.compile(r"(?:an?|the)\s+", re.IGNORECASE)
 _WIDE = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # Ａ is A
 
@@ -75,7 +81,23 @@ def read_letter(text: str, options: Sequence[str] = ()) -> str | None:
     own = dict(zip(string.ascii_uppercase, options, strict=False)).get(letter)
     if own is not None and normalise(plain(rest)) == normalise(plain(own)):
         return letter
+    if is_taken_back(letter, rest, options):
+        return None
     return letter if listed_letters(text, options) | first_letters(text) == {letter} else None
+
+
+def is_taken_back(letter: str, rest: str, options: Sequence[str]) -> bool:
+    """Whether what follows a letter denies it ("A. not a cat", "A: wrong") or lists another option's text ("A. cat,
+    dog"). The letter's own text at the beginning is no denial."""
+    texts = dict(zip(string.ascii_uppercase, (normalise(plain(option)) for option in options), strict=False))
+    own = texts.pop(letter, "")
+    said = _ARTICLE.sub("", plain(rest).lower().strip(), count=1)
+    if own and said.startswith(own):
+        said = said[len(own) :]
+    elif options and _DENIED.match(plain(rest)):
+        return True
+    parts = {_ARTICLE.sub("", normalise(part), count=1) for part in _BETWEEN.split(said)} - {"", own}
+    return bool(parts & set(texts.values()))
 
 
 def first_letters(text: str) -> set[str]:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.conversation import (
@@ -37,10 +37,17 @@ from sphinx_pl.typed import build, within
 
 log = logging.getLogger(__name__)
 
+TEXT_LENGTH = 2048
+"""Tokens of a text in the recipe, and of a sample unless its image takes nearly all of them."""
+BEHIND_IMAGE = 512
+"""Tokens of text that a sample with one image has room for at least."""
+
 
 @dataclass
 class ProcessorConfig:
     """How text is written: the conversation's system text, decimals of coordinates, the longest sample in tokens.
+
+    `max_length` None follows from the model: `TEXT_LENGTH` tokens, or one image and `BEHIND_IMAGE` where that is more.
 
     `on_too_long` says what becomes of a longer conversation: `cut` ends it after the last part of an answer that is
     whole, `skip` leaves it out.
@@ -48,7 +55,7 @@ class ProcessorConfig:
 
     system: str = SYSTEM
     decimals: int = within(3, at_least=1, at_most=6)
-    max_length: int = within(2048, at_least=2, at_most=2**24)  # a text begins with BOS
+    max_length: Optional[int] = within(None, at_least=2, at_most=2**24)  # a text begins with BOS
     on_too_long: str = "cut"
 
     def __post_init__(self) -> None:
@@ -85,6 +92,15 @@ class Processor:
 
     def __post_init__(self) -> None:
         self.geometry = Geometry(decimals=self.config.decimals)
+        if self.config.max_length is None:
+            length = max(TEXT_LENGTH, self.tokens_per_image + BEHIND_IMAGE)
+            self.config = dataclasses.replace(self.config, max_length=length)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest sample."""
+        assert self.config.max_length is not None
+        return self.config.max_length
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self.config)
@@ -154,7 +170,7 @@ class Processor:
         Raises:
             BadSample: as `sample`.
         """
-        budget = self.config.max_length
+        budget = self.max_length
         if len(record.images) > budget:  # before each of them is opened for its size
             raise BadSample("too_long", f"{len(record.images)} images in {budget} tokens")
         turns = TASKS[record.task].turns(record, self.geometry, rng)
@@ -273,7 +289,7 @@ class Processor:
         Raises:
             BadSample: too_long, where nothing of an answer would be left or the configuration wants no cut.
         """
-        budget = self.config.max_length
+        budget = self.max_length
         if self.config.on_too_long == "skip":
             raise BadSample("too_long", f"more than {budget} tokens")
         limit = min(spans[budget - 1][1], spans[budget][0])  # a character can be several tokens

@@ -120,7 +120,7 @@ class SourceStream:
         self.source = source
         self.processor = processor
         self.seed = seed
-        self.max_length = min(max_length, processor.config.max_length)
+        self.max_length = min(max_length, processor.max_length)
         for task, cap in config.caps.items():
             if 0 < cap < lanes:
                 raise UserError(

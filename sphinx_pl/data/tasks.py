@@ -177,14 +177,19 @@ def choice_letter(record: Record) -> str:
     """
     if not 2 <= len(record.choices) <= len(string.ascii_uppercase):
         raise BadSample("choices_count", f"{record.key} has {len(record.choices)} choices")
-    read = Counter(" ".join(choice.split()) for choice in record.choices)
-    if "" in read:
+    if not all(choice.strip() for choice in record.choices):
         raise BadSample("choice_empty", f"{record.key}: {record.choices}")
-    if len(read) < len(record.choices):
-        raise BadSample("choices_repeated", f"{record.key}: {read.most_common(1)[0][0]}")
+    if repeated := repeated_choice(record.choices):
+        raise BadSample("choices_repeated", f"{record.key}: {repeated}")
     if record.answer not in record.choices:
         raise BadSample("answer_not_in_choices", record.key)
     return string.ascii_uppercase[record.choices.index(record.answer)]
+
+
+def repeated_choice(choices: Iterable[str]) -> str:
+    """The choice that stands there more than once but for white space; "" if none does."""
+    ((choice, count),) = Counter(" ".join(choice.split()) for choice in choices).most_common(1)
+    return choice if count > 1 else ""
 
 
 def reading_order(regions: Iterable[Region]) -> list[Region]:

@@ -27,7 +27,7 @@ from sphinx_pl.distributed.collective import of_all_ranks
 from sphinx_pl.evaluation.choosing import answer
 from sphinx_pl.evaluation.journal import Answered, Journal
 from sphinx_pl.evaluation.metrics import METRICS, last_turn
-from sphinx_pl.evaluation.question import Question, question_of
+from sphinx_pl.evaluation.question import Question, asked_task, question_of
 from sphinx_pl.models.generation import GenerationConfig, Prompt
 from sphinx_pl.models.sphinx import Sphinx
 
@@ -78,11 +78,14 @@ def topic_of(record: Record) -> str:
 
 
 def select(records: Sequence[Record], limit: int | None, seed: int = 0) -> list[Record]:
-    """The records that have a score, at most `limit` of each task, domain and topic, drawn with `seed`; order kept."""
+    """The records that have a score, at most `limit` of each task, domain and topic, drawn with `seed`; order kept.
+
+    The task is `asked_task`, so that what is drawn does not depend on the truth.
+    """
     groups: dict[tuple[str, str, str], list[int]] = defaultdict(list)
     for index, record in enumerate(records):
         if TASKS[record.task].scorer != "none":
-            groups[record.task, domain_of(record), topic_of(record)].append(index)
+            groups[asked_task(record), domain_of(record), topic_of(record)].append(index)
     chosen: list[int] = []
     rng = random.Random(seed)  # one for all: the same places in every group may all have the same answer
     for group in groups.values():
@@ -100,7 +103,7 @@ def derangement(count: int, rng: random.Random) -> list[int]:
 
 
 def shuffle_images(records: Sequence[Record], seed: int = 0) -> dict[str, tuple[ImageRef, ...]]:
-    """Record key -> the images of another record of the same task with equally many images.
+    """Record key -> the images of another record of the same task (`asked_task`) with equally many images.
 
     Images are permuted, not records: where several questions share an image they share its replacement, so no
     question meets its own image again. Records without an image, or with the only one of their task, are left out:
@@ -108,7 +111,7 @@ def shuffle_images(records: Sequence[Record], seed: int = 0) -> dict[str, tuple[
     """
     groups: dict[tuple[str, int], list[Record]] = defaultdict(list)
     for record in records:
-        groups[record.task, len(record.images)].append(record)
+        groups[asked_task(record), len(record.images)].append(record)
     rng = random.Random(seed)
     shown = {}
     for group in groups.values():

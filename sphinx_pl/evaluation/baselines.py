@@ -13,12 +13,13 @@ from sphinx_pl.data.record import Record
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.evaluation.asking import Prediction, judge, topic_of
 from sphinx_pl.evaluation.metrics import METRICS, last_turn
+from sphinx_pl.evaluation.question import asked_task
 
 CANDIDATES = 50
 SAMPLE = 500
 
 GroupKey = tuple[str, str]
-"""Task and topic: what a constant answer may depend on, since the question tells both."""
+"""Task (`asked_task`) and topic: what a constant answer may depend on, since the question tells both."""
 
 
 def fit_constants(
@@ -39,7 +40,7 @@ def fit_constants(
         except BadSample:
             continue
         written = dataclasses.replace(record, turns=(turn,))  # so that no score writes it again
-        for key in {(record.task, topic_of(record)), (record.task, "")}:
+        for key in {(asked_task(record), topic_of(record)), (asked_task(record), "")}:
             groups[key].append(written)
     constants = {}
     for (task, topic), group in groups.items():
@@ -48,12 +49,15 @@ def fit_constants(
             continue  # such a topic names the answer, not the question: whoever guesses does not know it
         mean = mean_geometry(list(answers.elements()), geometry)
         tried = random.Random(seed).sample(group, min(sample, len(group)))
-        score = METRICS[TASKS[task].scorer].score
         constants[task, topic] = max(
             dict.fromkeys([*(answer for answer, _ in answers.most_common(candidates)), *([mean] if mean else [])]),
-            key=lambda answer: sum(score(answer, record, geometry) for record in tried),
+            key=lambda answer: sum(_score(answer, record, geometry) for record in tried),
         )
     return constants
+
+
+def _score(answer: str, record: Record, geometry: Geometry) -> float:
+    return METRICS[TASKS[record.task].scorer].score(answer, record, geometry)
 
 
 def mean_geometry(answers: Sequence[str], geometry: Geometry) -> str:
@@ -95,7 +99,9 @@ def constant_predictions(
     """
     answered = []
     for prediction in predictions:
-        text = constants.get((prediction.task, prediction.topic), constants.get((prediction.task, "")))
+        record = records[prediction.key]
+        task = asked_task(record)
+        text = constants.get((task, topic_of(record)), constants.get((task, "")))
         if text is not None:
-            answered.append(judge(records[prediction.key], text, geometry))
+            answered.append(judge(record, text, geometry))
     return answered

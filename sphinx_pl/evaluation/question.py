@@ -79,6 +79,16 @@ def question_of(
     return Question(record.key, annotated_images(asked), tuple(earlier), last.question, limit, candidates)
 
 
+def asked_task(record: Record) -> str:
+    """The record's task as far as its question tells it: of yes_no and short_vqa the one that the words ask for.
+
+    Questions are drawn, shown and grouped by this name. It stays the same whatever the true answer is.
+    """
+    if record.task not in ("yes_no", "short_vqa"):
+        return record.task
+    return "yes_no" if asks_yes_no(record.turns[-1].question if record.turns else record.question) else "short_vqa"
+
+
 def asks_yes_no(question: str) -> bool:
     """Whether a question begins with a verb that asks for yes or no ("Is", "Does") and offers no alternative ("or").
 

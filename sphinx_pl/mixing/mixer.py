@@ -147,6 +147,11 @@ class Mixer:
                 result = out[: raw[0].numel()]
                 if not numbers:
                     if not same and sorted(weights) != [*[0.0] * (len(weights) - 1), 1.0]:
+                        if len(info.shape) > 1:
+                            raise UserError(
+                                f"'{key}' holds integers that differ between the checkpoints, as the packed weights of "
+                                "quantized models do: mix what they were quantized from"
+                            )
                         whose = f"{{match: '{key}', weights: {[1, *[0] * (len(weights) - 1)]}}}"
                         raise UserError(
                             f"'{key}' holds integers that differ between the checkpoints, which have no mixture: say "

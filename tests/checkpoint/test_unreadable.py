@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sphinx_pl.checkpoint.__main__ import import_checkpoint
 from sphinx_pl.checkpoint.format import open_checkpoint
 from sphinx_pl.checkpoint.stored import open_stored
 from sphinx_pl.data.tokenizer import Tokenizer
@@ -30,6 +31,25 @@ LLAMA |= {"intermediate_size": 8, "rms_norm_eps": 1e-5}
         ({"model.safetensors": ""}, "it has weights .* but no config.json"),
         ({}, "expected a folder with config.json"),
         ({"config.json": POINTER}, "config.json' is a Git LFS pointer"),
+        ({"config.json": '{"model_type": null}'}, "its config.json has no model_type"),
+        ({"config.json": json.dumps(LLAMA)}, "model.safetensors' is missing: copy the checkpoint again"),
+        ({"config.json": json.dumps(LLAMA), "a.gguf": "GGUF"}, r"cannot be read: it holds a GGUF file \(a\.gguf\)"),
+        ({"config.json": json.dumps(LLAMA), "adapter_model.bin": ""}, "is an adapter .* without its model"),
+        (
+            {"config.json": json.dumps(LLAMA), "model-00001-of-00002.safetensors": ""},
+            "index.json' is missing, and there are shards",
+        ),
+        (
+            {"config.json": json.dumps(LLAMA), "weights.00.safetensors": ""},
+            r"model.safetensors' is missing, and weights.00.safetensors is not read",
+        ),
+        (
+            {
+                "config.json": json.dumps(LLAMA),
+                "model.safetensors.index.json": '{"weight_map": {"w": "model-00001-of-00003.safetensors"}}',
+            },
+            "names 1 of 3 shards: copy the folder again",
+        ),
     ],
 )
 def test_folders_that_are_no_checkpoints(tmp_path: Path, files: dict[str, str], message: str) -> None:
@@ -88,6 +108,10 @@ QUANTIZED = "is a quantized model .*: (mix|read) what it was quantized from"
         (put("quantize_config.json"), QUANTIZED),
         (put("hf_quant_config.json"), QUANTIZED),
         (tensors(x__weight=torch.ones(4), x__weight_scale=torch.ones(1)), QUANTIZED),
+        *(
+            (tensors(**{name: torch.zeros(2, 2, dtype=torch.int16)}), QUANTIZED)
+            for name in ("x.codebooks", "x.weight._data", "x.down_proj_blocks", "x.weight.tensor_impl.data")
+        ),
         (tensors(x__qweight=torch.ones(4, dtype=torch.int32)), QUANTIZED),
         (put("adapter_config.json"), "has an adapter beside the model .*merge it into its base first"),
         (put("adapter_model.bin", "x"), "has an adapter beside the model"),
@@ -123,6 +147,17 @@ def test_matrices_of_eight_bits_are_quantized_and_masks_are_not(tmp_path: Path) 
         UserError, match=r"'x\.weight' in .* is torch\.int8, a quantized model's: mix what it was quant"
     ):
         mix_checkpoints(paths, [0.5, 0.5], tmp_path / "out8")
+
+
+def test_packed_integers_are_not_taken_from_one_model(tmp_path: Path) -> None:
+    """To take them from one model without their scales would be noise: no rule is advised for them."""
+    a, b = models(tmp_path)
+    for seed, path in enumerate((a, b)):
+        save_file({"x.packed": torch.full((2, 2), seed, dtype=torch.int32)}, path / "model.safetensors")
+    with pytest.raises(UserError, match="as the packed weights of quantized models do: mix what they were"):
+        mix_checkpoints([a, b], [0.5, 0.5], tmp_path / "out")
+    with pytest.raises(UserError, match=r"out: .* cannot be a folder"):
+        import_checkpoint(open_stored(a), str(a / "config.json" / "x"), overwrite=False)  # type: ignore[arg-type]
 
 
 def test_a_pointer_is_no_tokenizer(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_a_long_document_is_several_samples_and_none_of_it_is_lost(processor: Pr
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}) + "\n")
     one = stream(str(tmp_path / "a.jsonl"), processor)
     samples = one.next()
-    size = processor.config.max_length
+    size = processor.max_length
     assert [sample.length for sample in samples[:-1]] == [size] * (len(samples) - 1)
     assert len(samples) > 2
     ids: list[int] = []

@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,14 @@ import pytest
 import torch
 from PIL import Image
 
+from sphinx_pl.data.bad import BadSample
+from sphinx_pl.data.convert.common import choice_record, question_record
 from sphinx_pl.data.geometry import Geometry
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.record import ImageRef, Record, Region, Turn
 from sphinx_pl.data.tasks import TASKS
-from sphinx_pl.evaluation.asking import ask, evaluate
+from sphinx_pl.evaluation.asking import ask, evaluate, judge, select, shuffle_images
+from sphinx_pl.evaluation.baselines import constant_predictions, fit_constants
 from sphinx_pl.evaluation.benchmarks import BENCHMARKS, Questions, load
 from sphinx_pl.evaluation.benchmarks.mme import SUBTASKS
 from sphinx_pl.evaluation.journal import Journal
@@ -92,6 +95,45 @@ def test_the_task_of_a_short_answer_tells_nothing() -> None:
     assert question_of(EXAMPLES["multiple_choice"], GEOMETRY).candidates == ("A", "B", "C")
     assert asks_yes_no("Doesn't it fly?")
     assert not asks_yes_no("Island or sea?")
+
+
+def short_answers(truths: Sequence[str]) -> list[Record]:
+    """Questions of one source, as converters write them: the task follows from the answer."""
+    texts = ("Is it red?", "What is it?", "Is there a dot?", "Who?", "Does it fly?", "Is it a cat or a dog?")
+    return [
+        question_record(str(n), f"{n}.png", texts[n % len(texts)], truth, {"topic": "t"})
+        for n, truth in enumerate(truths)
+    ]
+
+
+def test_what_is_drawn_shuffled_and_guessed_is_the_same_for_every_truth() -> None:
+    truths = [("yes", "no", "red", "2")[n % 4] for n in range(24)]
+    several = [short_answers(truths), short_answers(truths[::-1]), short_answers(["no"] * 24)]
+    assert len({tuple(record.task for record in records) for records in several}) == 3
+    drawn = [[record.key for record in select(records, 3, seed=1)] for records in several]
+    assert len(drawn[0]) == 6  # of those that ask for yes or no, and of the others
+    shown = [shuffle_images(records, seed=1) for records in several]
+    training = [question_record(str(n), "a.png", "Is it?", "yes", {}) for n in range(3)]
+    constants = fit_constants([*training, *short_answers(["blue"] * 24)], GEOMETRY)
+    assert constants["yes_no", ""] == "blue"
+    guessed = []
+    for records in several:
+        answers = [judge(record, "", GEOMETRY) for record in records]
+        guesses = constant_predictions(answers, {r.key: r for r in records}, constants, GEOMETRY)
+        guessed.append([guess.prediction for guess in guesses])
+    for found in (drawn, shown, guessed):
+        assert found[0] == found[1] == found[2]
+
+
+def test_repeated_options_are_refused_whichever_is_right() -> None:
+    for choices in (["cat", "dog", "cat "], ["cat", "dog", "bird"]):
+        said = set()
+        for right in range(3):
+            try:
+                said.add(choice_record("k", "a.png", "Which?", choices, right, {}).choices)
+            except BadSample as error:
+                said.add((error.reason,))
+        assert said == {("choices_repeated",) if choices[2] == "cat " else tuple(choices)}
 
 
 def test_a_conversation_keeps_its_earlier_answers_alone(processor: Processor) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.entries import to_record
 from sphinx_pl.data.record import ImageRef, Record, Turn
-from sphinx_pl.data.tasks import TASKS
+from sphinx_pl.data.tasks import TASKS, repeated_choice
 
 
 def keyed(entries: Iterable[Any], name: str, unique: bool = True) -> Iterator[tuple[str, Any]]:
@@ -71,11 +71,11 @@ def choice_record(key: str, image: str, question: str, choices: Any, index: Any,
     """A question with choices, of which the one at `index` is right.
 
     Raises:
-        BadSample: there is no such choice, or another one reads the same.
+        BadSample: there is no such choice, or two choices read the same, whichever is right.
     """
     answer = chosen(choices, index)
-    if [choice.strip() for choice in choices].count(answer.strip()) > 1:
-        raise BadSample("choices_repeated", f"{key}: {answer}")
+    if repeated := repeated_choice(choices):
+        raise BadSample("choices_repeated", f"{key}: {repeated}")
     return Record(
         key=key,
         task="multiple_choice",

@@ -6,7 +6,7 @@ import re
 import string
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 
-from sphinx_pl.data.answers import first_letters, leading_letter, listed_letters, normalise, plain
+from sphinx_pl.data.answers import first_letters, is_taken_back, leading_letter, listed_letters, normalise, plain
 from sphinx_pl.evaluation.scoring.groups import mean_by
 
 # The letter must end there: "The answer is A dog" and "The answer is A or B" name no letter.
@@ -25,12 +25,13 @@ _EMPHASIS = str.maketrans("", "", "*`")
 def read_choice(text: str, options: Sequence[str]) -> str | None:
     """The capital letter of the option that a text names, or None: nothing is guessed.
 
-    A text names an option by a letter at its beginning ("B", "b.", "(B)", "B: ...", "B" and a line break), by one that
-    it states ("Answer: B", "The answer is (B).", "B is correct"), or by being the option's text, alone or after a
-    letter or such words, but for case, white space and the full stop at its end. A text that names several names none:
-    "A, B", "C. bird or D. fish", a repetition of the options, "B. cat" where "cat" is A's text, an option's text that
-    is given twice. A letter alone is a letter, even if an option's text is one too, and so is one with its own option's
-    text; "C. Darwin" is the option of that text, unless "Darwin" is C's.
+    A text names an option by a letter at its beginning ("B", "b.", "(B)", "B: ...", "B" and a line break), by one
+    that it states ("Answer: B", "The answer is (B).", "B is correct"), or by being the option's text, alone or after
+    a letter or such words, but for case, white space and the full stop at its end. A text that names several names
+    none: "A, B", "C. bird or D. fish", a repetition of the options, "B. cat" where "cat" is A's text, an option's
+    text that is given twice. What takes its letter back names none either: "A. not a cat", "A. cat, dog". A letter
+    alone is a letter, even if an option's text is one too, and so is one with its own option's text; "C. Darwin" is
+    the option of that text, unless "Darwin" is C's.
 
     Args:
         options: texts of the options A, B, ...; at most 26.
@@ -57,6 +58,8 @@ def read_choice(text: str, options: Sequence[str]) -> str | None:
     named = whole | first_letters(body) | {(match[1] or match[2]).upper() for match in _STATED.finditer(text)}
     if found:
         named |= by_text.get(normalise(found[1]), set())
+        if is_taken_back(found[0], found[1], options):
+            return None
     called = {match[1] for match in _CALLED_RIGHT.finditer(text)}
     if _CALLED_RIGHT.match(text):
         named |= called

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sphinx_pl.data.answers import normalise
+from sphinx_pl.data.answers import normalise, read_letter
 from sphinx_pl.evaluation.scoring.choices import (
     choice_match,
     circular,
@@ -190,6 +190,14 @@ ANIMALS = ["cat", "dog", "bird", "fish"]
         "The answer is (A) or (B).",
         "A is correct. B is correct.",
         "B. No, C.",
+        "A. cat, dog",
+        "A. a cat; a fish",
+        # a letter that is taken back
+        "A. not a cat",
+        "A) is not right",
+        "A: wrong",
+        "A. No.",
+        "The answer is A. Not cat",
         # none
         "None of the above",
         "not B",
@@ -253,6 +261,13 @@ def test_letters_and_texts_that_hold_one_another(text: str, options: list[str], 
 )
 def test_options_that_look_like_letters(text: str, options: list[str], letter: str | None) -> None:
     assert read_choice(text, options) == letter
+
+
+def test_an_options_own_denial_is_no_denial() -> None:
+    options = ["No", "not enough information", "cat, dog", "dog"]
+    for letter, option in zip("ABCD", options, strict=True):
+        for text in (f"{letter}. {option}", f"{letter}. {option}, as it seems"):
+            assert read_choice(text, options) == read_letter(text, options) == letter
 
 
 def test_an_unread_answer_is_wrong_whatever_is_right() -> None:
