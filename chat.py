@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from dataclasses import dataclass, field
 from functools import partial
@@ -53,6 +54,8 @@ class ChatConfig:
             raise UserError(f"ui={self.ui}: {suggest(self.ui, UIS)}")
         if self.checkpoint is None:
             raise UserError("which checkpoint? Give checkpoint=FOLDER, such as one that train.py wrote")
+        if self.ui == "terminal" and self.question is not None and not self.question.strip():
+            raise UserError("question= is empty: write what to ask, or leave it out and type the questions")
 
 
 def check(cfg: DictConfig) -> None:
@@ -84,6 +87,8 @@ def main(cfg: DictConfig) -> None:
     if options.question is not None:
         terminal.ask(options.question)
     else:
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")
         terminal.talk(sys.stdin)
 
 
