@@ -254,7 +254,7 @@ def test_a_choice_that_is_no_file_names_those_that_are(choice: str, words: str) 
 
 
 def test_an_interpolation_of_a_whole_section_reads_none_of_its_keys() -> None:
-    wrong = "benchmark: {pope_random: {kind: pope, src: x, splitt: y}}\nplan_for: {out: '${benchmark}'}"
+    wrong = "benchmark: {pope_random: {kind: pope, src: x, splitt: y}}\nlogger: {csv: {save_dir: '${benchmark}'}}"
     assert "benchmark.pope_random.splitt: did you mean benchmark.pope_random.split" in refusal("train", wrong)
     assert "data.batch_size" in refusal("train", "data: {batch_size: 4}\nlogger: {csv: {save_dir: '${data}'}}")
 
