@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from dataclasses import dataclass, field
@@ -57,6 +58,8 @@ class ChatConfig:
             folder = self.question if os.path.isdir(self.question or "") else None  # noqa: PTH112, which raises for long texts
             such = f"checkpoint={folder}" if folder else "checkpoint=FOLDER, such as one that train.py wrote"
             raise UserError(f"which checkpoint? Give {such}")
+        if self.ui == "terminal" and self.question is not None and not self.question.strip():
+            raise UserError("question= is empty: write what to ask, or leave it out and type the questions")
 
 
 def check(cfg: DictConfig) -> None:
@@ -88,6 +91,8 @@ def main(cfg: DictConfig) -> None:
     if options.question is not None:
         terminal.ask(options.question)
     else:
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")
         terminal.talk(sys.stdin)
 
 

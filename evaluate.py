@@ -26,7 +26,7 @@ from sphinx_pl.files import make_folder
 from sphinx_pl.models.decoding import Decoding, GenerationConfig
 from sphinx_pl.processes import join_plainly, this_process
 from sphinx_pl.settings import check_benchmark, check_data
-from sphinx_pl.typed import pick, refuse_unread
+from sphinx_pl.typed import build, pick, refuse_unread
 
 TASKS_NAME = "tasks"
 """What the test sources are called beside the benchmarks' names."""
@@ -373,6 +373,8 @@ def _write_mixture(options: EvaluateConfig, cfg: DictConfig, lean: Lean, path: P
 def check(cfg: DictConfig) -> None:
     """Raises: UserError: a key that nothing reads, or a value of data or benchmarks that does not fit."""
     refuse_unread(cfg, "", [*EvaluateConfig.__dataclass_fields__, "data", "benchmark"])
+    build(Decoding, cfg.get("generation") or {}, "generation")
+    build(LeanOptions, cfg.get("lean") or {}, "lean")
     check_data(cfg)
     check_benchmark(cfg)
 

@@ -30,7 +30,7 @@ with uncollected():
     from sphinx_pl.evaluation.criterion import LOSS, SCORE, Criterion, Measures
     from sphinx_pl.evaluation.device import autocast, check_precision, choose_device
     from sphinx_pl.files import check_folder, finite, write_whole
-    from sphinx_pl.mixing.methods import METHODS
+    from sphinx_pl.mixing.methods import METHODS, resolve_options
     from sphinx_pl.mixing.mix import (
         DTYPES,
         Plan,
@@ -373,6 +373,7 @@ def check(cfg: DictConfig) -> None:
         UserError: one is not.
     """
     refuse_unread(cfg, "", [*MixConfig.__dataclass_fields__, "data"])
+    resolve_options(cfg.get("method", "linear"), cfg.get("options") or {})
     known = HydraConfig.initialized()
     if not known or cfg.get("curve") or names_section(HydraConfig.get().overrides.task, "data"):
         check_data(cfg)

@@ -24,7 +24,7 @@ from sphinx_pl.cli import entry_point
 from sphinx_pl.errors import UserError
 from sphinx_pl.files import write_whole
 from sphinx_pl.run_folder import RunFolder
-from sphinx_pl.settings import check_machine, check_train, stage_keys
+from sphinx_pl.settings import TrainConfig, check_machine, check_train, stage_keys
 
 if TYPE_CHECKING:
     import lightning as L
@@ -333,7 +333,10 @@ def run_stage(cfg: DictConfig, run: RunFolder) -> float | None:
             if isinstance(callback, ResumeCheckpoint | ExportModel):
                 callback.written = run.saved
         stop.watch(interrupt=True) if stoppable else None
-        prepare_run_folder(cfg, run, resume)
+        try:
+            prepare_run_folder(cfg, run, resume)
+        except OSError as error:  # whatever it is: the other processes wait for a word
+            raise UserError(disk_failed(error, folder)) from error
 
     processes.only_first(trainer, begin)
     if resume is not None:
@@ -365,6 +368,8 @@ def run_stage(cfg: DictConfig, run: RunFolder) -> float | None:
         run.saved()
         log.info(say_where(exports[0].folder if exports else None, folder))
     number = stage.last_value(cfg.metric)
+    if number is None and cfg.metric != TrainConfig.metric:
+        log.warning("metric=%s was not logged: %s has the names of what was", cfg.metric, shown(folder / "metrics.csv"))
     sweep.leave_value(number)
     return number
 
@@ -402,7 +407,8 @@ def disk_failed(error: OSError, folder: Path) -> str:
     saved = checkpoints(folder / "checkpoints")
     kept = f"{shown(saved[-1])} is whole: ckpt_path=last resumes from it" if saved else "no checkpoint was saved before"
     what = f" '{shown(Path(os.fsdecode(error.filename)))}'" if error.filename else ""
-    return f"the run cannot write{what} ({error.strerror}), so it ends; {kept}. Free some space first"
+    first = "Choose another output_dir" if error.errno in (errno.EROFS, errno.EACCES) else "Free some space first"
+    return f"the run cannot write{what} ({error.strerror}), so it ends; {kept}. {first}"
 
 
 def say_where(model: Path | None, folder: Path) -> str:

@@ -25,7 +25,7 @@ from hydra.errors import HydraException, InstantiationException, MissingConfigEx
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from sphinx_pl.errors import UserError, suggest
+from sphinx_pl.errors import UserError, nearest_key, suggest
 from sphinx_pl.processes import count_devices, first_process
 from sphinx_pl.settings import check_packages
 from sphinx_pl.typed import CONFIG_FOLDER, all_keys, escaped, unknown_key
@@ -133,7 +133,9 @@ def literal(text: str) -> str:
     return "'" + re.sub(r"(\\*)('|\Z)", lambda found: 2 * found[1] + (r"\'" if found[2] else ""), escaped(text)) + "'"
 
 
-_OVERRIDE = re.compile(r"[+~]{0,2}[A-Za-z_][\w.@/:]*=")
+_OVERRIDE = re.compile(r"[+~]{0,2}[A-Za-z_][\w./]*(@[\w.:]*)?=")
+_OPTION = re.compile(r"(--?[A-Za-z][\w-]*|~[A-Za-z_][\w./]*(@[\w.:]*)?)(=.*)?", re.DOTALL)
+"""An option of Hydra's, or a key that is left out: both are one word."""
 
 
 def as_typed(script: str, arguments: Sequence[str]) -> list[str]:
@@ -155,7 +157,8 @@ def _as_typed(script: str, argument: str) -> str:
     quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
     if key not in _SENTENCES and (quoted or "${" in value):
         return argument
-    return f"{name}={literal(value)}"
+    # Three question marks alone mean to OmegaConf that there is no value.
+    return f"{name}={literal(value if value != '???' else value + ' ')}"
 
 
 def take_rest(arguments: Sequence[str], key: str, known: Iterable[str]) -> list[str]:
@@ -170,7 +173,7 @@ def take_rest(arguments: Sequence[str], key: str, known: Iterable[str]) -> list[
     """
     given = list(arguments)
     start = next(
-        (n for n, one in enumerate(given) if one == "--" or not (one[:1] in "-~" or _OVERRIDE.match(one))), None
+        (n for n, one in enumerate(given) if one == "--" or not (_OPTION.fullmatch(one) or _OVERRIDE.match(one))), None
     )
     if start is None or any(one.startswith("-") for one in given[:start]):
         return given  # an option of Hydra's may have a value of its own: `--cfg job`
@@ -198,15 +201,31 @@ def compose_config(folder: Path, name: str, overrides: Sequence[str]) -> DictCon
     try:
         with hydra.initialize_config_dir(str(folder), version_base="1.3"):
             cfg: DictConfig = hydra.compose(name, overrides=list(overrides), return_hydra_config=True)
-    except ValueError:  # Hydra's for group=null
-        raise null_group(overrides) from None
+    except ValueError as error:  # Hydra's for group=null
+        raise explain_choice(error, folder, overrides) from None
     return cfg
 
 
-def null_group(overrides: Iterable[str]) -> UserError:
-    """What to do instead of group=null, of which Hydra does not say which one it is."""
-    nulls = [override for override in overrides if override.endswith("=null")]
-    return UserError(f"{' or '.join(nulls)} is a group and cannot be null: choose one of its options")
+def groups(folder: Path) -> dict[str, list[str]]:
+    """The groups of a folder of configurations, and the names of the files that each has."""
+    found: dict[str, list[str]] = {}
+    for file in sorted(folder.rglob("*.yaml")):
+        if (group := file.parent.relative_to(folder).as_posix()) != ".":
+            found.setdefault(group, []).append(file.stem)
+    return found
+
+
+def explain_choice(error: ValueError, folder: Path, overrides: Iterable[str]) -> UserError:
+    """What to choose instead where Hydra says that a group's choice must be text."""
+    there = groups(folder)
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key in there and not value.startswith("[") and value not in there[key]:
+            return UserError(
+                f"{override}: {key} takes the name of a file in {folder.name}/{key} ({', '.join(there[key])}); a "
+                f"single key of it is set with {key}.KEY=VALUE"
+            )
+    return UserError(str(error))
 
 
 _NO_SUCH_KEY = re.compile(r"Could not override '([^']+)'")
@@ -236,6 +255,8 @@ def explain_override(
     check_packages(cfg.hydra)
     raw: Any = OmegaConf.to_container(cfg, resolve=False)
     parent = key.rpartition(".")[0]
+    if nearest_key(key, [*all_keys(raw), *(choices := groups(folder))]) in choices:
+        return UserError(unknown_key(key, choices))
     if OmegaConf.is_config(OmegaConf.select(cfg, parent) if parent else cfg) and check is not None:
         try:
             check(_without_hydra(compose_config(folder, name, [*others, *(f"+{override}" for override in given)])))
@@ -302,8 +323,12 @@ def entry_point(
     register_resolvers()
 
     def decorate(main: Callable[[DictConfig], Any]) -> Callable[[], Any]:
+        begun = False
+
         @functools.wraps(main)
         def guarded(cfg: DictConfig) -> Any:
+            nonlocal begun
+            begun = True
             # Caught before Hydra adds lines of its own.
             try:
                 check_packages(HydraConfig.get())
@@ -335,12 +360,17 @@ def entry_point(
                         error = explain_override(error, CONFIG_FOLDER, config_name, given, check) or error
                     except UserError as other:
                         error = other
+                if isinstance(error, OSError) and not isinstance(error, MISTAKES) and not begun:  # Hydra makes a folder
+                    error = UserError(
+                        f"the folder '{error.filename}' cannot be made ({error.strerror}): choose another one with "
+                        f"{'output_dir' if config_name == 'train' else 'hydra.run.dir'}=FOLDER"
+                    )
                 if isinstance(error, KeyboardInterrupt) and os.environ.get(TRACEBACK) != "1":
                     print("interrupted", file=sys.stderr)
                     sys.exit(INTERRUPTED)
                 # Hydra's only ValueError on the way to main() is for group=null; main's own errors are not mistakes.
                 if isinstance(error, ValueError) and "Config group override" in str(error):
-                    error = null_group(given)
+                    error = explain_choice(error, CONFIG_FOLDER, given)
                 if os.environ.get(TRACEBACK) != "1" and isinstance(error, MISTAKES):
                     sys.exit(report(error))
                 raise

@@ -47,7 +47,11 @@ class Dialog:
 
 
 def typed(text: str) -> str:
-    """What a person typed or a model wrote, where the images are given: a mark for one is text like any other."""
+    """What a person typed or a model wrote, where the images are given: a mark for one is text like any other.
+
+    Half characters, as bytes become that are no UTF-8, are question marks.
+    """
+    text = text.encode(errors="replace").decode()
     return text.replace(PLACEHOLDER, f"{PLACEHOLDER[:-1]} >")
 
 

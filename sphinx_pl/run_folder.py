@@ -228,9 +228,12 @@ class RunFolder:
         """Take the folder's lock.
 
         Raises:
-            UserError: another run holds it, or one that this host cannot ask about.
+            UserError: another run holds it, or one that this host cannot ask about, or nothing can be written.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unwritable(error) from None
         content = json.dumps(asdict(Holder.this())) + "\n"
         for _ in range(3):
             if self._create(content):
@@ -257,11 +260,15 @@ class RunFolder:
                     file.write(content)
             return True
         except OSError as error:
-            raise UserError(
-                f"{self.path}: a run cannot write to this folder ({error.strerror or error}): choose another output_dir"
-            ) from None
+            raise self._unwritable(error) from None
         finally:
-            own.unlink(missing_ok=True)
+            with suppress(OSError):  # on a disk that cannot be written it is an error to delete what is not there
+                own.unlink(missing_ok=True)
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(
+            f"{self.path}: a run cannot write to this folder ({error.strerror or error}): choose another output_dir"
+        )
 
     def _remove_stale(self) -> None:
         """Remove the lock of a process that has ended.
@@ -270,7 +277,7 @@ class RunFolder:
             UserError: it has not ended, or this host cannot know it.
         """
         try:
-            found = self.lock.read_text(encoding="utf-8")
+            found = self.lock.read_text(encoding="utf-8", errors="replace")
             holder = Holder.read(self.lock)
         except FileNotFoundError:
             return
@@ -278,7 +285,8 @@ class RunFolder:
         who = str(holder) if holder is not None else "a process that the lock does not name"
         if ended is False:
             raise UserError(
-                f"{self.path} is in use by {who}: wait for that run or stop it, or choose another folder with run=NAME"
+                f"{self.path} is in use by {who}: wait for that run or stop it, choose another folder with run=NAME, "
+                f"or, if this is a copy of its folder, delete {self.lock}"
             )
         if ended is None:
             raise UserError(

@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
+import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Literal, Optional, Union, get_args, get_origin, get_type_hints
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationKeyError
 
 from sphinx_pl.errors import UserError, suggest
@@ -110,6 +111,35 @@ def parameters(target: str) -> set[str] | None:
     return None if names or not inspect.isclass(found) else set()
 
 
+def hints(target: str) -> dict[str, Any]:
+    """The types of what a class or function takes, as far as they are written down."""
+    from hydra.utils import get_object
+
+    found: dict[str, Any] = {}
+    for function in _constructors(get_object(target)):
+        with contextlib.suppress(Exception):  # names that exist only for type checkers
+            found = get_type_hints(function) | found
+    return found
+
+
+_NAMES = {int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+
+
+def _choices(hint: Any) -> list[Any] | None:
+    """The plain types and values that a type hint allows; None: others too, which are not checked."""
+    if get_origin(hint) in (Union, types.UnionType):
+        parts = [_choices(part) for part in get_args(hint)]
+        return None if None in parts else [choice for part in parts for choice in part or ()]
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
+    return [hint] if hint in _NAMES else None
+
+
+def _fits(value: Any, choices: Iterable[Any]) -> bool:
+    kinds = {type(value), *([float] if type(value) is int else [])}
+    return any(choice in kinds if choice in _NAMES else choice == value for choice in choices)
+
+
 def _constructors(found: Any) -> Iterable[Callable[..., Any]]:
     """A function, or the `__init__` of a class and of its bases, which get what it passes on."""
     if not inspect.isclass(found):
@@ -118,13 +148,13 @@ def _constructors(found: Any) -> Iterable[Callable[..., Any]]:
 
 
 def check_instance(values: Any, key: str, siblings: Iterable[str] = ()) -> None:
-    """Whether what Hydra is to instantiate has the keys of `values`, also of what is instantiated inside of it.
+    """Whether what Hydra is to instantiate has the keys of `values`, of the right types; also what is inside of it.
 
     Args:
         siblings: full keys of what there is beside it.
 
     Raises:
-        UserError: an unknown key, or no `_target_`.
+        UserError: an unknown key, a value of another type, or no `_target_`.
     """
     if "_target_" not in values:
         hint = suggest(key, siblings) if siblings else "it says which class it is"
@@ -133,9 +163,14 @@ def check_instance(values: Any, key: str, siblings: Iterable[str] = ()) -> None:
         known = parameters(str(values["_target_"]))
     except UserError as error:
         raise UserError(f"{key}.{error}") from None
+    typed = hints(str(values["_target_"]))
     for name, value in values.items():
         if known is not None and name not in known and name not in _HYDRAS:
             raise UserError(unknown_key(f"{key}.{name}", [f"{key}.{one}" for one in known]))
+        choices = _choices(typed.get(name, Any))
+        if choices is not None and "${" not in str(value) and not _fits(value, choices):
+            must = ", ".join(dict.fromkeys(_NAMES.get(choice, str(choice)) for choice in choices))
+            raise UserError(f"{key}.{name}={'null' if value is None else value} must be one of: {must}")
         for number, one in enumerate(value if isinstance(value, list) else [value]):
             if isinstance(one, Mapping) and "_target_" in one:
                 check_instance(one, f"{key}.{name}" if one is value else f"{key}.{name}[{number}]")
@@ -189,7 +224,6 @@ def check_trainer(cfg: DictConfig) -> None:
         UserError: it names what to do instead.
     """
     trainer, written = cfg.trainer, _written(cfg, "trainer")
-    check_instance(written, "trainer")
     # debug=overfit: a loader that begins at the start again makes every epoch of one step the same.
     repeating = ("limit_train_batches", "reload_dataloaders_every_n_epochs")
     repeats = bool(trainer.get(repeating[0])) and trainer.get(repeating[1]) == 1
@@ -199,6 +233,7 @@ def check_trainer(cfg: DictConfig) -> None:
         if str(allowed).startswith("${stage.") and trainer[key] == OmegaConf.select(cfg, allowed[2:-1]):
             continue
         raise UserError(f"trainer.{key}={trainer[key]} has no effect here: {instead}")
+    check_instance(written, "trainer")
     numbers = {key: trainer[key] for key in TrainerConfig.__dataclass_fields__ if key in written}
     build(TrainerConfig, numbers, "trainer")
 
@@ -285,11 +320,16 @@ def check_train(cfg: DictConfig) -> None:
     Raises:
         UserError: the first thing that does not fit.
     """
+    sections = ("stage", "model", "data", "trainer", "callbacks", "logger", "plan_for", "benchmark")
+    options = pick(TrainConfig, cfg, sections)  # before what takes seconds to import
+    with open_dict(cfg):
+        for name, value in vars(options).items():
+            if name not in cfg:  # left out by ~NAME
+                cfg[name] = value
+
     from sphinx_pl.models.config import SphinxConfig
     from sphinx_pl.plan import PlanConfig
 
-    sections = ("stage", "model", "data", "trainer", "callbacks", "logger", "plan_for", "benchmark")
-    pick(TrainConfig, cfg, sections)
     build(PlanConfig, cfg.plan_for, "plan_for")
     SphinxConfig.from_dict(cfg.model)
     check_data(cfg)

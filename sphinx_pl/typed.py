@@ -98,7 +98,8 @@ def _explained(cls: type[Any], values: Any, prefix: str, error: OmegaConfBaseExc
     reason = str(error).splitlines()[0]
     hint, bounds = _hint(cls, parts)
     if "missing mandatory" in reason:
-        return f"{_joined(key, reason.rpartition(' ')[2].strip('`'))} is missing"
+        missing = reason.rpartition(" ")[2].strip("`")
+        return f"{key if parts[-1:] == [missing] else _joined(key, missing)} is missing"
     if hint is None:
         return f"{key}: {reason}"
     found = values
@@ -112,12 +113,22 @@ def _explained(cls: type[Any], values: Any, prefix: str, error: OmegaConfBaseExc
     return f"{key}={_shown(found)} must be {_described(hint, bounds)}"
 
 
+LISTED = 240
+"""So many characters of names are listed in a message, and then no more."""
+
+
 def unknown_key(key: str, known: Iterable[str], also: Iterable[str] = ()) -> str:
     """The sentence that refuses `key`: it names the nearest key among `known` and `also`, else all that are `known`."""
     known = sorted(set(known))
     if near := nearest_key(key, [*known, *also]):
         return f"there is no key {key}: did you mean {near}?"
-    return f"there is no key {key}; known: {', '.join(known)}"
+    if not known:
+        return f"there is no key {key}, nor any beside it"
+    parents = {name.rpartition(".")[0] for name in known}
+    parent = parents.pop() if len(parents) == 1 else ""
+    names = ", ".join(name.removeprefix(f"{parent}.") for name in known)
+    names = names if len(names) <= LISTED else f"{names[:LISTED].rpartition(', ')[0]}, ..."
+    return f"there is no key {key}; known{f' in {parent}' if parent else ''}: {names}"
 
 
 def _joined(*parts: str) -> str:
@@ -222,7 +233,8 @@ def refuse_unread(cfg: DictConfig, section: str, known: Iterable[str], folder: P
     """Refuse keys of a section ("": the top level) that are not `known` and that no interpolation reads.
 
     So a configuration may have keys of its own, as long as some value names them: `${recipe.finetune.lr}`. A value in
-    an experiment or in a file of `data` counts even where the command line replaces it.
+    an experiment or in a file of `data` counts even where the command line replaces it. An interpolation of the whole
+    section reads none of its keys.
 
     Args:
         folder: where these files are.
@@ -234,7 +246,8 @@ def refuse_unread(cfg: DictConfig, section: str, known: Iterable[str], folder: P
     unknown = [str(key) for key in values if str(key) not in (known := list(known))]
     if not unknown:
         return
-    read = interpolated(cfg) | _interpolated_in_files(folder)
+    depth = len(section.split(".")) if section else 0
+    read = {key for key in interpolated(cfg) | _interpolated_in_files(folder) if len(key.split(".")) > depth}
     raw: Any = OmegaConf.to_container(cfg, resolve=False)
     every = [key for key, _ in leaves(raw)]
     for name in unknown:

@@ -131,7 +131,7 @@ def test_wrong_overrides_are_answered_by_every_script(failure: Run, script: str,
             "stage=fintune: there is no file stage/fintune.yaml; did you mean 'finetune'? known: finetune,",
         ),
         ("callbacks=[defalt]", "callbacks=defalt: there is no file callbacks/defalt.yaml; did you mean 'default'?"),
-        ("model=null", "model=null is a group and cannot be null: choose one of its options"),
+        ("model=null", "model=null: model takes the name of a file in conf/model ("),
         ("seed=1,2", "seed=1,2: for a list write seed=[1,2], for a run with each value add -m"),
         ("stage", "'stage' is no override: write key=value, without spaces around ="),
         ("--seed=3", "--seed=3 is no option: write seed=3, without dashes"),
@@ -148,6 +148,16 @@ def test_what_is_advised_for_a_text_is_that_text() -> None:
         compose_config(CONFIG_FOLDER, "train", [f"name={(text := 'it`s (1) #2')}"])
     advice = one_line(refused.value).partition("as text it is ")[2]
     assert compose_config(CONFIG_FOLDER, "train", shlex.split(advice)).name == text
+
+
+@pytest.mark.parametrize(("script", "key"), [("train", "output_dir"), ("evaluate", "hydra.run.dir")])
+def test_a_folder_that_cannot_be_made_is_one_line(failure: Run, script: str, key: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    said = failure(importlib.import_module(script).main, f"hydra.run.dir={tmp_path}/file/run")
+    assert (
+        said
+        == f"the folder '{tmp_path}/file/run' cannot be made (Not a directory): choose another one with {key}=FOLDER"
+    )
 
 
 def test_with_the_variable_a_mistake_has_a_traceback(
@@ -249,6 +259,7 @@ TYPED = [
     "007",
     "1e3",
     "a=b,c=d",
+    "???",
 ]
 
 
@@ -257,7 +268,9 @@ TYPED = [
 def test_what_people_type_is_taken_as_it_is(key: str, text: str) -> None:
     if key == "image" and "${" in text:
         text = text.replace("${", "$")  # in a path it is an interpolation
-    cfg = compose_config(CONFIG_FOLDER, "chat", as_typed("chat", [f"{key}={text}"]))
+    if text == "???":
+        text += " "  # without it OmegaConf takes it for no value
+    cfg = compose_config(CONFIG_FOLDER, "chat", as_typed("chat", [f"{key}={text.replace('??? ', '???')}"]))
     assert cfg[key] == text
     assert pick(ChatConfig, OmegaConf.create({"checkpoint": "x", key: escaped(text)})).__dict__[key] == text
 
@@ -277,6 +290,12 @@ def test_paths_may_be_interpolations_and_lists_stay_lists() -> None:
         (["Is 2+2=4, (really)?"], "Is 2+2=4, (really)?"),
         (["--", "image=x", "and", "-y"], "image=x and -y"),
         (["图中有什么=?"], "图中有什么=?"),
+        (["-5 + 3 = ?"], "-5 + 3 = ?"),
+        (["-", "what is it?"], "- what is it?"),
+        (["~ 5 or more?"], "~ 5 or more?"),
+        (["-m is what?"], "-m is what?"),
+        (["Is:this=right?"], "Is:this=right?"),
+        ([""], ""),
     ],
 )
 def test_the_rest_of_the_command_line_is_the_question(words: list[str], question: str) -> None:
@@ -291,6 +310,13 @@ def test_options_and_misspelt_keys_are_no_question() -> None:
         take_rest(["What", "is", "this?", "image=cat.jpg"], "question", ["image"])
     with pytest.raises(UserError, match="give one of them"):
         take_rest(["question=a", "b?"], "question", ["image"])
+
+
+@pytest.mark.parametrize("question", ["", "  "])
+def test_an_empty_question_is_refused(question: str) -> None:
+    with pytest.raises(UserError, match="question= is empty"):
+        pick(ChatConfig, OmegaConf.create({"checkpoint": "x", "question": question}))
+    pick(ChatConfig, OmegaConf.create({"checkpoint": "x", "question": question, "ui": "web"}))
 
 
 def test_what_a_library_refuses_is_one_line(failure: Run) -> None:

@@ -88,7 +88,7 @@ EARLY = {
 }
 LATE = {
     "rows that hold nothing": ([*NEW, "data.packing.row_length=8", "data.val_sources={}"], "row_length"),
-    "held-out data that hold nothing": ([*EARLIER, "data.packing.row_length=8"], "no usable sample"),
+    "held-out data that hold nothing": ([*EARLIER, "data.packing.row_length=8"], "raise data.packing.row_length=8"),
 }
 
 
@@ -164,6 +164,19 @@ def test_a_disk_that_fills_before_the_first_checkpoint_is_whole(
     for overrides in (NEW, EARLIER):
         code, _ = refused(overrides, finished, sample_data, monkeypatch, capsys)
         assert code == 2
+
+
+def test_a_disk_that_fills_while_the_folder_is_prepared_is_one_line(
+    finished: Path, sample_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, *_: Any) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(train, "write_whole", full)
+    code, error = refused(NEW, finished, sample_data, monkeypatch, capsys)
+    assert code == 2
+    assert "cannot write" in error
+    assert "Free some space first" in error
 
 
 def test_a_run_that_is_told_to_go_before_its_first_step_replaces_nothing(

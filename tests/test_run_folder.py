@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -223,6 +224,29 @@ def test_a_second_run_is_told_of_the_first_one_s_process_and_host(folder: Path) 
     first.leave()
     assert not (folder / "run").exists()  # nothing was written to it
     RunFolder(folder / "run").enter()
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write to this folder .*choose another output_dir"):
+        RunFolder(folder / "file" / "run").enter()
+
+    def refuse(path: Path, *_: Any, **__: Any) -> None:  # of a read-only disk even where there is nothing to delete
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(UserError, match=r"cannot write to this folder \(Read-only file system\)"):
+        RunFolder(folder).enter()
+
+
+def test_the_lock_of_a_copied_folder_may_be_deleted(folder: Path) -> None:
+    hold(folder)
+    with pytest.raises(UserError, match=rf"if this is a copy of its folder, delete {folder / LOCK}"):
+        RunFolder(folder).enter()
+    (folder / LOCK).write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="a process that the lock does not name"):
+        RunFolder(folder).enter()
 
 
 def test_the_lock_of_a_killed_process_is_taken_over(folder: Path) -> None:

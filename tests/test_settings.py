@@ -9,11 +9,12 @@ from pathlib import Path
 import lightning as L
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 import evaluate
 import mix_weights
-from sphinx_pl.cli import CONFIG_FOLDER, compose_config, explain_override
+from sphinx_pl.cli import CONFIG_FOLDER, compose_config, explain_override, one_line
 from sphinx_pl.data.__main__ import composed as composed_for_data
 from sphinx_pl.errors import UserError, nearest_key
 from sphinx_pl.pipeline.recipe import compose_pipeline
@@ -219,7 +220,12 @@ def test_the_keys_of_a_stage_are_those_of_its_class() -> None:
         ("train", "stge.max_steps=3", "did you mean stage.max_steps?"),
         ("train", "trainer.max_time=00:00:01:00", "write +trainer.max_time=00:00:01:00"),
         ("train", "trainer.overfit_batches=1", "use debug=overfit"),
+        ("train", "experment=demo", "there is no key experment: did you mean experiment?"),
+        ("train", "data/mixtur=own", "did you mean data/mixture?"),
         ("evaluate", "limt=3", "there is no key limt: did you mean limit?"),
+        ("evaluate", "generation.temprature=1", "did you mean generation.temperature?"),
+        ("evaluate", "lean.strenght=1", "did you mean lean.strength?"),
+        ("mix_weights", "options.densty=1", "options.densty: method=linear has no such option"),
         ("mix_weights", "data.packing.row_lenght=5", "did you mean data.packing.row_length?"),
     ],
 )
@@ -229,6 +235,66 @@ def test_an_override_of_no_key_names_the_nearest(script: str, override: str, wor
     found = explain_override(raised.value, CONFIG_FOLDER, script, [override], CHECKS[script])
     assert found is not None
     assert words in str(found)
+
+
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        ("stage=finetun", "stage=finetun: there is no file stage/finetun.yaml; did you mean 'finetune'? known:"),
+        ("callbacks=[default,predction]", "did you mean 'predictions'?"),
+        ("stage=null", "stage=null: stage takes the name of a file in conf/stage (finetune, one_stage,"),
+        ("data=5", "a single key of it is set with data.KEY=VALUE"),
+    ],
+)
+def test_a_choice_that_is_no_file_names_those_that_are(choice: str, words: str) -> None:
+    with pytest.raises((UserError, HydraException)) as refused:
+        composed("train", choice)
+    assert words in one_line(refused.value)
+    assert "searchpath" not in one_line(refused.value)
+
+
+def test_an_interpolation_of_a_whole_section_reads_none_of_its_keys() -> None:
+    wrong = "benchmark: {pope_random: {kind: pope, src: x, splitt: y}}\nlogger: {csv: {save_dir: '${benchmark}'}}"
+    assert "benchmark.pope_random.splitt: did you mean benchmark.pope_random.split" in refusal("train", wrong)
+    assert "data.batch_size" in refusal("train", "data: {batch_size: 4}\nlogger: {csv: {save_dir: '${data}'}}")
+
+
+def test_a_required_key_that_is_missing_is_named_once() -> None:
+    cfg = TRAIN.copy()
+    with open_dict(cfg):
+        del cfg.stage["max_steps"]
+    with pytest.raises(UserError, match=r"^stage\.max_steps is missing$"):
+        check_train(cfg)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ("callbacks: {checkpoint: {keep: abc}}", "callbacks.checkpoint.keep=abc must be one of: a whole number"),
+        ("callbacks: {checkpoint: {keep: null}}", "callbacks.checkpoint.keep=null must be one of: a whole number"),
+        ("callbacks: {export: {keep: 1.5}}", "callbacks.export.keep=1.5 must be one of: a whole number"),
+        ("callbacks: {preemption: {requeue: 1}}", "callbacks.preemption.requeue=1 must be one of: true or false"),
+        ("trainer: {deterministic: foo}", "trainer.deterministic=foo must be one of: true or false, warn, null"),
+        ("trainer: {detect_anomaly: foo}", "trainer.detect_anomaly=foo must be one of: true or false"),
+        ("trainer: {limit_val_batches: abc}", "trainer.limit_val_batches=abc must be one of: a whole number, a number"),
+        ("trainer: {precision: foo}", "trainer.precision=foo must be one of: "),
+    ],
+)
+def test_what_is_instantiated_gets_values_of_its_types(changes: str, words: str) -> None:
+    assert words in refusal("train", changes)
+
+
+def test_a_key_that_is_left_out_has_its_default() -> None:
+    cfg = composed("train", "~metric", "~overwrite", "trainer=cpu")
+    check_train(cfg)
+    assert (cfg.metric, cfg.overwrite) == ("val/loss", False)
+
+
+def test_the_keys_of_a_section_are_named_without_it() -> None:
+    said = refusal("train", "model: {decoder: {zzz: 1}}")
+    assert "there is no key model.decoder.zzz; known in model.decoder: balance_weight, experts," in said
+    assert len(said) < 300
+    assert refusal("train", "trainer: {zzz: 1}").endswith(", ...")
 
 
 def test_data_commands_and_pipelines_refuse_as_well() -> None:

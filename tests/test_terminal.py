@@ -54,6 +54,11 @@ def test_typed_marks_and_turns_are_text(terminal: Terminal, image: Path) -> None
     assert terminal.dialog.history[0].question == "<image > or <image >?"
 
 
+def test_bytes_that_are_no_text_are_question_marks(terminal: Terminal) -> None:
+    terminal.talk(["caf\udce9 \ud83d?"])
+    assert terminal.dialog.history[0].question == "caf? ??"
+
+
 def test_what_an_answer_names_is_drawn_on_the_image(
     terminal: Terminal, image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

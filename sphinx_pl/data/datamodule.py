@@ -487,6 +487,8 @@ class DataModule(L.LightningDataModule):
                 examples.setdefault(reason.reason, reason.detail)
         why = "; ".join(f"{reason}: {count}, such as {examples[reason]}" for reason, count in bad.most_common())
         where = source.folder_hint(key) if bad["image_missing"] else ""
+        if bad["longer_than_row"]:
+            where = f"raise data.packing.row_length={self.packing.row_length}"
         of_images = sum(count for reason, count in bad.items() if reason.startswith("image_"))
         if bad and (not usable or (of_images >= TRIED // 4 and not usable["image"])):
             what = "with images " if usable else ""

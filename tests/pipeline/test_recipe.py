@@ -141,7 +141,7 @@ WRONG = {
     "no such option of the launcher": (["launcher=slurm", "mix:launcher.partion=x"], "did you mean 'partition'"),
     "an option of the other launcher": (
         ["launcher.partition=gpu"],
-        "there is no key launcher.partition; known: launcher.grace, launcher.kind",
+        "there is no key launcher.partition; known in launcher: grace, kind",
     ),
     "a time that YAML has made minutes of": (["launcher=slurm", "launcher.time=28800"], "such as 8:00:00"),
     "a time in words": (["launcher=slurm", "mix:launcher.time=2days"], "step mix: launcher.time=2days"),
