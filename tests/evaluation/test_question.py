@@ -210,7 +210,13 @@ def suite(task: str) -> Callable[[int], dict[str, Any]]:
 
 
 SEED = {"question_id": "1", "question": "Which?", "question_type_id": 1, "data_type": "image", "data_id": "a"}
-MATH = {"pid": "1", "question": "Which?", "image": "1.jpg", "choices": ["0", "1", "None", "3"], "unit": "cm"}
+MATH: dict[str, Any] = {
+    "pid": "1",
+    "question": "Which?",
+    "image": "1.jpg",
+    "choices": ["0", "1", "None", "3"],
+    "unit": "cm",
+}
 MATH |= {"precision": 1.0, "question_type": "multi_choice", "answer_type": "text", "metadata": {"task": "t"}}
 KIND_OF_OTHERS: dict[str, Callable[[int], dict[str, Any]]] = {
     "pope": lambda t: unified("Is it red?", "Is it a cat?", answers=[("yes", "no")[(t + n) % 2] for n in range(2)]),
@@ -229,7 +235,7 @@ KIND_OF_OTHERS: dict[str, Callable[[int], dict[str, Any]]] = {
     "ccbench": mmbench("CCBench.tsv"),
     "mathvista": lambda t: {
         "testmini.json": {
-            "1": MATH | {"answer": MATH["choices"][t]},  # type: ignore[index]
+            "1": MATH | {"answer": MATH["choices"][t]},
             "2": MATH | {"question_type": "free_form", "choices": None, "answer": str(t), "answer_type": "integer"},
         }
     },
