@@ -359,12 +359,17 @@ class Timers:
         return run
 
 
+def _kinds_of(kind: type) -> list[type]:
+    """The classes below a class, on all levels."""
+    return [one for below in kind.__subclasses__() for one in (below, *_kinds_of(below))]
+
+
 @contextlib.contextmanager
 def timed_parts() -> Iterator[Timers]:
     """Timers around the functions of `PARTS`, and the records of every kind of shard."""
     timers = Timers()
     places = [(owner, name, part) for part, targets in PARTS.items() for owner, name in targets]
-    places += [(shard, "record", "parsing") for shard in Shard.__subclasses__()]
+    places += [(shard, "record", "parsing") for shard in _kinds_of(Shard) if "record" in shard.__dict__]
     old = [(owner, name, owner.__dict__[name]) for owner, name, _ in places]
     for owner, name, part in places:
         setattr(owner, name, timers.timed(part, getattr(owner, name)))

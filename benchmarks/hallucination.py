@@ -36,6 +36,7 @@ from sphinx_pl.data.sample.scenes import DIGITS
 from sphinx_pl.data.tasks import read_yes_no
 from sphinx_pl.errors import UserError
 from sphinx_pl.evaluation import choosing
+from sphinx_pl.evaluation.question import question_of
 from sphinx_pl.files import write_whole
 from sphinx_pl.models.generation import GenerationConfig, OperaConfig, Prompt
 
@@ -156,10 +157,10 @@ def ask(checkpoint: str, data: Path, limit: int | None, batch_size: int, device:
     """
     model, processor = decoding.load(checkpoint, device)
     folder = data / "instructions"
-    questions = records_of(folder / "test-yes_no.json")
+    polar = records_of(folder / "test-yes_no.json")
     scenes = [record for record in records_of(folder / "test.json") if record.task == "description"]
     rng = random.Random(0)
-    drawn = [some if limit is None or limit >= len(some) else rng.sample(some, limit) for some in (questions, scenes)]
+    drawn = [some if limit is None or limit >= len(some) else rng.sample(some, limit) for some in (polar, scenes)]
     ends = {"eos_id": processor.tokenizer.eos_id, "stop": processor.stop_sequences}
     asked, described = (decoding.prepared(model, processor, some) for some in drawn)
 
@@ -169,7 +170,8 @@ def ask(checkpoint: str, data: Path, limit: int | None, batch_size: int, device:
         said = []
         for start in range(0, len(prompts), batch_size):
             cut = slice(start, start + batch_size)
-            said += choosing.answer(model, processor, records[cut], prompts[cut], config, ranking)
+            questions = [question_of(record, processor.geometry) for record in records[cut]]
+            said += choosing.answer(model, processor, questions, prompts[cut], config, ranking)
         return said
 
     yes = Table("", "objects", "accuracy", "precision", "recall", "F1", "yes", "unparsed", title="Is there ...?")

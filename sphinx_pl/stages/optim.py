@@ -38,7 +38,7 @@ class OptimConfig:
     warmup: float = within(0.0, at_least=0)
     betas: tuple[float, float] = within((0.9, 0.95), at_least=0, below=1)
     eps: float = within(1e-8, above=0)
-    weight_decay: float = within(0.1, at_least=0, at_most=1000)
+    weight_decay: float = within(0.1, at_least=0)
     lr_scale: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

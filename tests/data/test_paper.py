@@ -142,15 +142,16 @@ class Lengths:
 
     def __init__(self, shares: tuple[float, float], pair: int, page: int) -> None:
         self.rng = random.Random(0)
-        self.shares, self.pair, self.page = shares, pair, page
-        self.drawn = [0, 0]
+        self.shares, self.pair, self.page = dict(zip(("pairs", "texts"), shares, strict=True)), pair, page
+        self.drawn = {"pairs": 0, "texts": 0}
+        self.streams: dict[str, Any] = {}
 
     def draw(self, modality: str | None = None) -> list[Sample]:
-        total = sum(self.drawn) + 1
-        behind = max((0, 1), key=lambda i: self.shares[i] * total - self.drawn[i])
-        kind = self.modalities.index(modality) if modality else behind
+        total = sum(self.drawn.values()) + 1
+        behind = max(self.shares, key=lambda name: self.shares[name] * total - self.drawn[name])
+        kind = list(self.shares)[self.modalities.index(modality)] if modality else behind
         self.drawn[kind] += 1
-        if kind == 0:
+        if kind == "pairs":
             return [Sample([0] * (self.pair + self.rng.randint(-8, 8)), [], (ImageRef("a"),), "pairs")]
         tokens = int(self.page * self.rng.lognormvariate(-0.5, 1.0)) + 1  # most pages are short, some are long
         return [Sample([0] * min(2048, tokens - start), [], (), "texts") for start in range(0, tokens, 2048)]

@@ -360,7 +360,7 @@ def test_a_mixture_that_training_would_refuse_can_be_seen(arguments: list[str], 
     ("given", "message"),
     [
         (["show", "n=0"], "n=0 must be 1 to 1000"),
-        (["show", "n=many"], "n: Value 'many'"),
+        (["show", "n=many"], "n=many must be a whole number"),
         (["show", "out=NOWHERE/page.html"], "there is no folder NOWHERE"),
         (["show", "out=."], "out=. is a folder"),
         (["show", "--n=3"], "n=3"),

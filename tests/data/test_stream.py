@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.mixture import SourceConfig
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.stream import SourceStream
@@ -161,5 +162,5 @@ def test_events_are_counted_beside_what_was_made_and_survive_a_resume(processor:
     later.next()
     assert later.counts == whole.counts
     [cut] = [sample for samples in made for sample in samples if "cut" in sample.events]
-    whole.leave_out(cut, "longer_than_row")
+    whole.leave_out(cut, BadSample("longer_than_row"))
     assert whole.counts["cut"] == 0
