@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,14 @@ def sample_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Copies and indices go to a folder of this run."""
     os.environ["SPHINX_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def no_composed_configuration() -> Iterator[None]:
+    """What a test composes is not what a script finds that a later test calls."""
+    yield
+    if hydra := sys.modules.get("hydra.core.hydra_config"):
+        hydra.HydraConfig.instance().cfg = None
 
 
 @pytest.fixture

@@ -262,7 +262,7 @@ def test_rules_and_options_from_the_command_line(
         (["out=mixed", "method=ties", "weights=[1,1]"], "base=FOLDER"),
         (["out=mixed", "beta=0.5", "options.density=0.5"], "method=linear has no such option"),
         (["out=mixed", "beta=0.5", "criterion=bleu"], "criterion=bleu"),
-        (["out=mixed", "weights=[1e308,1e308]", "any_sum=true"], "too large to be summed"),
+        (["out=mixed", "weights=[1e308,1e308]", "any_sum=true"], "weights=[1e+308, 1e+308] must be at most 2^53"),
         (["out=mixed", "beta=auto", "curve_dir=mixed/curve"], "curve_dir=mixed/curve is in out=mixed"),
         (["out=real", "beta=0.5", "overwrite=true", "checkpoints=[real,synthetic]"], "would delete 'real'"),
         (["curve=3", "curve_dir=kept"], "'kept/curve.json' exists"),
