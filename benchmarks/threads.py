@@ -33,6 +33,7 @@ SETTINGS: dict[str, dict[str, str]] = {
     "libgomp's own": {"GOMP_SPINCOUNT": "300000"},
     "spins 30,000 times": {"GOMP_SPINCOUNT": "30000"},
     "spins 3,000 times": {"GOMP_SPINCOUNT": "3000"},
+    "spins 1,000 times": {"GOMP_SPINCOUNT": "1000"},
     "spins 300 times": {"GOMP_SPINCOUNT": "300"},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"},
     "one thread": {"OMP_NUM_THREADS": "1"},
