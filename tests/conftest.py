@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from sphinx_pl import stop
 from sphinx_pl.data.processor import Processor, ProcessorConfig
 from sphinx_pl.data.tokenizer import Tokenizer
 from sphinx_pl.models.config import DecoderConfig, SphinxConfig
@@ -73,6 +75,16 @@ def no_composed_configuration() -> Iterator[None]:
     yield
     if hydra := sys.modules.get("hydra.core.hydra_config"):
         hydra.HydraConfig.instance().cfg = None
+
+
+@pytest.fixture
+def signals_as_before() -> Iterator[None]:
+    """Signals are handled afterwards as they were, and none is noted."""
+    handlers = {number: signal.getsignal(number) for number in (*stop.SIGNALS, stop.INTERRUPT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    stop.forget()
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import json
 import signal
 import sys
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from sphinx_pl.stages.build import build_model
 from tests.conftest import REPOSITORY
 from tests.test_train import command, run
 
+pytestmark = pytest.mark.usefixtures("signals_as_before")
+
 FIRST = "checkpoints/step-00000001"
 
 
@@ -35,15 +37,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory, sample_data: Path) -> Pat
     done = run(folder, sample_data, "stage.max_steps=2", "callbacks.checkpoint.every_n_steps=1")
     assert done.returncode == 0, done.stderr
     return folder / "pretrain_real"
-
-
-@pytest.fixture(autouse=True)
-def _as_before() -> Iterator[None]:
-    handlers = {number: signal.getsignal(number) for number in (*stop.SIGNALS, stop.INTERRUPT)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    stop.forget()
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -6,21 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 
 from sphinx_pl import stop
 from tests.conftest import REPOSITORY
 
-
-@pytest.fixture(autouse=True)
-def _as_before() -> Iterator[None]:
-    handlers = {number: signal.getsignal(number) for number in (*stop.SIGNALS, stop.INTERRUPT)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    stop.forget()
+pytestmark = pytest.mark.usefixtures("signals_as_before")
 
 
 def test_the_first_signal_says_why() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,8 @@ Fit = Callable[..., Any]
 
 
 @pytest.fixture(autouse=True)
-def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _no_job(signals_as_before: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    handlers = {number: signal.getsignal(number) for number in (*stop.SIGNALS, stop.INTERRUPT)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    stop.forget()
 
 
 def tell(number: int = signal.SIGTERM) -> None:
