@@ -171,7 +171,9 @@ def make(sample: Path, out: Path, limit: int) -> None:
         for entry in document
     ]
     for file, entries in (("questions.json", asked), ("train.json", training)):
-        placed = [{**entry, "image": str((instructions / entry["image"]).resolve())} for entry in entries]
+        # What stands in VSR's columns alone is no key of an instruction file.
+        ours = [{key: value for key, value in entry.items() if key not in ("caption", "label")} for entry in entries]
+        placed = [{**entry, "image": str((instructions / entry["image"]).resolve())} for entry in ours]
         write_whole(out / file, json.dumps(placed))
 
 
