@@ -28,7 +28,7 @@ $(STAMP): setup.cfg constraints.txt pyproject.toml
 demo: RECIPE = demo
 sample-full: RECIPE = sample_full
 demo sample-full: venv
-	$(PY) -m sphinx_pl.pipeline experiment=$(RECIPE) $(ARGS)
+	$(PY) -m sphinx_pl.cli.pipeline experiment=$(RECIPE) $(ARGS)
 
 # A process for each core; on many cores eight, since each imports PyTorch and makes the sample world for itself.
 test: venv

@@ -34,15 +34,15 @@ from torch.utils.data import DataLoader
 
 from benchmarks.data import status
 from benchmarks.memory import configuration, random_batch, stage_and_trainer
-from callbacks.checkpoint import write_training_checkpoint
-from sphinx_pl.checkpoint.format import SafetensorsFile, check_room, compare, open_checkpoint, same_bits, sync
-from sphinx_pl.cli import report
+from sphinx_pl.callbacks.checkpoint import write_training_checkpoint
+from sphinx_pl.checkpoints.format import SafetensorsFile, check_room, compare, open_checkpoint, same_bits, sync
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.record import Batch
+from sphinx_pl.data.schema import Batch
 from sphinx_pl.distributed.checkpointing import PREFIX
-from sphinx_pl.errors import UserError
-from sphinx_pl.memory import Shape
 from sphinx_pl.models.config import DecoderConfig, SphinxConfig
+from sphinx_pl.planning.memory import Shape
+from sphinx_pl.runtime.hydra_app import report
+from sphinx_pl.utils.errors import UserError
 
 RANKS = 2
 VOCAB_SIZE = 32_000
@@ -60,7 +60,7 @@ before, start = Path("/proc/self/status").read_text(), time.perf_counter()
 Path(found).write_text(str(time.perf_counter() - start) + "\\n" + before)
 """
 OURS = CONVERT.format(
-    imports="import torch\nfrom sphinx_pl.checkpoint.training import consolidate",
+    imports="import torch\nfrom sphinx_pl.checkpoints.training import consolidate",
     call="consolidate(Path(source), Path(out), torch.{dtype})",
 )
 THEIRS = CONVERT.format(

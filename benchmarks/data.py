@@ -39,28 +39,29 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.made import SIZES, Words, photograph, train_tokenizer, write_lines, write_tar
-from sphinx_pl.cli import report
-from sphinx_pl.data import images, packing, processor, sources, spans, tokenizer
-from sphinx_pl.data.conversation import render
+from sphinx_pl.data import images, processor, readers, tokenizers
 from sphinx_pl.data.datamodule import DataModule, TrainLoader
 from sphinx_pl.data.images import PAD_COLOUR
 from sphinx_pl.data.processor import Processor, ProcessorConfig
-from sphinx_pl.data.record import IMAGE_SLOT, Turn
-from sphinx_pl.data.sources import image_text, instructions, text
-from sphinx_pl.data.sources.base import Shard
-from sphinx_pl.data.tokenizer import Tokenizer
-from sphinx_pl.errors import UserError
+from sphinx_pl.data.prompt_format import render
+from sphinx_pl.data.readers import image_text, instructions, line_index, text
+from sphinx_pl.data.readers.base import Shard
+from sphinx_pl.data.sampling import packing
+from sphinx_pl.data.schema import IMAGE_SLOT, Turn
+from sphinx_pl.data.tokenizers import Tokenizer
+from sphinx_pl.runtime.hydra_app import report
+from sphinx_pl.utils.errors import UserError
 
 IMAGE_SIZE, IMAGE_TOKENS, ROW_LENGTH, ROWS = 224, 291, 2048, 4
 """Those of sphinx_7b: one view of 224 pixels, 289 visual tokens with a start and an end."""
 
 PARTS: dict[str, list[tuple[Any, str]]] = {
-    "opening": [(sources.Source, "open")],
+    "opening": [(readers.Source, "open")],
     "reading": [(image_text, "read"), (instructions, "read"), (text, "read"), (images, "read_bytes")],
     "parsing": [],  # the shards' own records, which are classes of the modules above: see `timed_parts`
     "decoding": [(images, "decode")],
     "transforming": [(images, "padded_resize"), (images, "to_tensor")],
-    "tokenizing": [(processor.Processor, "samples"), (tokenizer.Tokenizer, "encode_with_spans")],
+    "tokenizing": [(processor.Processor, "samples"), (tokenizers.Tokenizer, "encode_with_spans")],
     "packing": [(packing.Planner, "plan")],
     "collating": [(packing.Collator, "__call__")],
 }
@@ -451,7 +452,7 @@ def start(source: dict[str, Any], tokenizer_file: Path) -> Start:
         return lambda self, number: opened.append(number) or open_shard(self, number)
 
     with contextlib.ExitStack() as patches:
-        for kind in sources.SOURCES.values():
+        for kind in readers.SOURCES.values():
             patches.enter_context(patch.object(kind, "open", counted(kind.open)))
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         before, begin = status("VmHWM"), time.perf_counter()
@@ -469,7 +470,7 @@ def status(key: str, process: int | str = "self") -> float:
 
 def shared_index(path: str) -> tuple[float, float]:
     """MB of an index' mapping that are this process' own and shared with others, all of it touched."""
-    table, _ = spans.entry_spans(path)
+    table, _ = line_index.entry_spans(path)
     int(table.sum())
     counted: Counter[str] = Counter()
     name = ""
@@ -548,7 +549,7 @@ def startup(console: Console, folder: Path, options: argparse.Namespace) -> None
         table.add_row(case.name, f"{case.megabytes:,.0f}", str(first.shards), *numbers)
     console.print(table)
     path = cases[-1].source["path"]
-    index, _ = spans.entry_spans(path)  # mapped here too
+    index, _ = line_index.entry_spans(path)  # mapped here too
     int(index.sum())
     own, shared = in_new_process(shared_index, path)
     console.print(

@@ -24,19 +24,19 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.generation import seconds
-from sphinx_pl.checkpoint.format import open_checkpoint
-from sphinx_pl.cli import report
-from sphinx_pl.data.bad import BadSample
+from sphinx_pl.checkpoints.format import open_checkpoint
 from sphinx_pl.data.images import load_image
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.record import IMAGE_SLOT, Record
-from sphinx_pl.data.sources import build_source
+from sphinx_pl.data.readers import build_source
+from sphinx_pl.data.schema import IMAGE_SLOT, Record
+from sphinx_pl.data.skip import BadSample
 from sphinx_pl.data.tasks import TASKS
-from sphinx_pl.errors import UserError
-from sphinx_pl.evaluation.asking import select
+from sphinx_pl.evaluation.runner import select
+from sphinx_pl.generation.generate import GenerationConfig, OperaConfig, Prompt, generate
 from sphinx_pl.models.config import SphinxConfig
-from sphinx_pl.models.generation import GenerationConfig, OperaConfig, Prompt, generate
 from sphinx_pl.models.sphinx import Sphinx
+from sphinx_pl.runtime.hydra_app import report
+from sphinx_pl.utils.errors import UserError
 
 SAMPLE = Path(__file__).parents[1] / "conf" / "model" / "sphinx_sample.yaml"
 TEXT = 40  # tokens behind each random image

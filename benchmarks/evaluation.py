@@ -29,21 +29,21 @@ from rich.table import Table
 
 from benchmarks.generation import seconds
 from benchmarks.step import where
-from evaluate import read_records
-from sphinx_pl.cli import CONFIG_FOLDER, register_resolvers, report
 from sphinx_pl.data.images import load_image
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.record import Record
-from sphinx_pl.data.sources import spread
+from sphinx_pl.data.readers import spread
+from sphinx_pl.data.records import read_records
+from sphinx_pl.data.schema import Record
 from sphinx_pl.data.tasks import TASKS
-from sphinx_pl.errors import UserError
-from sphinx_pl.evaluation.asking import evaluate, select
-from sphinx_pl.evaluation.device import autocast, choose_device
-from sphinx_pl.evaluation.journal import Journal
-from sphinx_pl.inference import Assistant
+from sphinx_pl.evaluation.answer_log import Journal
+from sphinx_pl.evaluation.runner import evaluate, select
+from sphinx_pl.generation.assistant import Assistant
+from sphinx_pl.generation.generate import GenerationConfig, Prompt, generate
 from sphinx_pl.models.config import SphinxConfig
-from sphinx_pl.models.generation import GenerationConfig, Prompt, generate
 from sphinx_pl.models.sphinx import Sphinx
+from sphinx_pl.runtime.device import autocast, choose_device
+from sphinx_pl.runtime.hydra_app import CONFIG_FOLDER, register_resolvers, report
+from sphinx_pl.utils.errors import UserError
 
 
 def prepared(processor: Processor, records: Sequence[Record], batch_size: int) -> list[list[Prompt]]:

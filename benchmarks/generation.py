@@ -19,10 +19,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sphinx_pl.checkpoint.format import StateDict
-from sphinx_pl.checkpoint.llm import LlamaWeights, huggingface_config
+from sphinx_pl.checkpoints.format import StateDict
+from sphinx_pl.checkpoints.llama import LlamaWeights, huggingface_config
+from sphinx_pl.generation.generate import GenerationConfig, Prompt, generate
 from sphinx_pl.models.config import DecoderConfig, SphinxConfig
-from sphinx_pl.models.generation import GenerationConfig, Prompt, generate
 from sphinx_pl.models.sphinx import Sphinx
 
 

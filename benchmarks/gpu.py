@@ -22,11 +22,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.memory import Measured, measure, plan_of
-from callbacks.throughput import peak_flops
-from sphinx_pl.cli import report
-from sphinx_pl.errors import UserError
-from sphinx_pl.gpus import name_of_device
-from sphinx_pl.plan import Plan
+from sphinx_pl.callbacks.throughput import peak_flops
+from sphinx_pl.planning.gpus import name_of_device
+from sphinx_pl.planning.plan import Plan
+from sphinx_pl.runtime.hydra_app import report
+from sphinx_pl.utils.errors import UserError
 
 MODELS = "sphinx_7b,sphinx_13b"
 STEP = (
@@ -62,7 +62,7 @@ def choose(model: str, more: Sequence[str]) -> tuple[list[str], str, Plan]:
         )
     device = torch.cuda.get_device_name()
     if (gpu := name_of_device(device)) is None:
-        raise UserError(f"{device} is not among the GPUs in sphinx_pl/gpus.py: add its line there")
+        raise UserError(f"{device} is not among the GPUs in sphinx_pl/planning/gpus.py: add its line there")
     overrides.append(f"plan_for.gpu={gpu}")
     for precision, extra in (("fp32", ()), ("bf16", LEAN)):
         plan = plan_of([*overrides, *extra])

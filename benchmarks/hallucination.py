@@ -26,19 +26,19 @@ from rich.table import Table
 
 from benchmarks import decoding
 from benchmarks.decoding import records_of
-from sphinx_pl.cli import report
-from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.geometry import Geometry
-from sphinx_pl.data.record import Record
-from sphinx_pl.data.sample.drawing import COLORS, SHAPES
-from sphinx_pl.data.sample.language import with_article
-from sphinx_pl.data.sample.scenes import DIGITS
+from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.sample_world.drawing import COLORS, SHAPES
+from sphinx_pl.data.sample_world.language import with_article
+from sphinx_pl.data.sample_world.scenes import DIGITS
+from sphinx_pl.data.schema import Record
+from sphinx_pl.data.skip import BadSample
 from sphinx_pl.data.tasks import read_yes_no
-from sphinx_pl.errors import UserError
 from sphinx_pl.evaluation import choosing
 from sphinx_pl.evaluation.question import question_of
-from sphinx_pl.files import write_whole
-from sphinx_pl.models.generation import GenerationConfig, OperaConfig, Prompt
+from sphinx_pl.generation.generate import GenerationConfig, OperaConfig, Prompt
+from sphinx_pl.runtime.hydra_app import report
+from sphinx_pl.utils.errors import UserError
+from sphinx_pl.utils.files import write_whole
 
 PHRASES = tuple(f"{color} {kind}" for color in COLORS for kind in (*SHAPES, *DIGITS))
 _MENTION = re.compile(rf"\b({'|'.join(COLORS)}) ({'|'.join((*SHAPES, *DIGITS))})\b")
@@ -98,7 +98,7 @@ def write_questions(data: Path) -> dict[str, int]:
             entries = json.loads((folder / source).read_text())
         except OSError:
             raise UserError(
-                f"'{folder / source}' cannot be read: make it with python -m sphinx_pl.data.sample"
+                f"'{folder / source}' cannot be read: make it with python -m sphinx_pl.cli.sample"
             ) from None
         asked = questions(entries)
         write_whole(folder / f"{split}-yes_no.json", json.dumps(asked) + "\n")

@@ -28,11 +28,11 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from sphinx_pl.data.convert.vsr import STATEMENT
-from sphinx_pl.data.sample.drawing import COLORS
+from sphinx_pl.data.converters.vsr import STATEMENT
+from sphinx_pl.data.sample_world.drawing import COLORS
 from sphinx_pl.evaluation.lmms import TASKS as OUR_TASKS
 from sphinx_pl.evaluation.results import read_predictions
-from sphinx_pl.files import write_whole
+from sphinx_pl.utils.files import write_whole
 
 Entry = dict[str, Any]
 

@@ -27,10 +27,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from sphinx_pl.checkpoint.format import TensorInfo
-from sphinx_pl.checkpoint.layout import write_parallel
-from sphinx_pl.checkpoint.original import decoder_sizes, shipped_model
-from sphinx_pl.checkpoint.parallel import split
+from sphinx_pl.checkpoints.format import TensorInfo
+from sphinx_pl.checkpoints.layout import write_parallel
+from sphinx_pl.checkpoints.original import decoder_sizes, shipped_model
+from sphinx_pl.checkpoints.torch_shards import split
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.decoder import Decoder
 
@@ -105,7 +105,7 @@ def measure(folder: Path, layers: int, shards: int, tokenizer: Path) -> Measured
         os.sync()
         copied = timed(["cp", "-r", str(released), str(copy)], copy)
         shutil.rmtree(copy)
-        command = [sys.executable, "-m", "sphinx_pl.checkpoint", "import", str(released), str(out)]
+        command = [sys.executable, "-m", "sphinx_pl.cli.checkpoint", "import", str(released), str(out)]
         return Measured(largest, copied, timed(command, out))
     finally:
         shutil.rmtree(folder, ignore_errors=True)

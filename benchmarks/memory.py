@@ -39,14 +39,14 @@ from torch import Tensor, nn
 from torch.autograd.profiler import profile, record_function
 from torch.utils.data import DataLoader
 
-from sphinx_pl.cli import CONFIG_FOLDER, register_resolvers, report
-from sphinx_pl.data.record import IGNORE, Batch
-from sphinx_pl.errors import UserError
-from sphinx_pl.memory import LiveBytes, Shape
+from sphinx_pl.data.schema import IGNORE, Batch
 from sphinx_pl.models.config import SphinxConfig
-from sphinx_pl.plan import Plan, make_plan
+from sphinx_pl.planning.memory import LiveBytes, Shape
+from sphinx_pl.planning.plan import Plan, make_plan
+from sphinx_pl.runtime.hydra_app import CONFIG_FOLDER, register_resolvers, report
 from sphinx_pl.stages import build
 from sphinx_pl.stages.stage import OTHERS_KEYS, Stage
+from sphinx_pl.utils.errors import UserError
 
 MARK = "from here on"
 

@@ -38,7 +38,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.consolidation import VOCAB_SIZE, Run, run, warm
-from sphinx_pl.checkpoint.format import (
+from sphinx_pl.checkpoints.format import (
     CONFIG,
     INDEX,
     TOKENIZER,
@@ -50,11 +50,11 @@ from sphinx_pl.checkpoint.format import (
     write_json,
     write_shards,
 )
-from sphinx_pl.checkpoint.llm import LlamaWeights, huggingface_config
-from sphinx_pl.cli import report
-from sphinx_pl.errors import UserError
+from sphinx_pl.checkpoints.llama import LlamaWeights, huggingface_config
 from sphinx_pl.models.config import DecoderConfig
 from sphinx_pl.models.decoder import Decoder
+from sphinx_pl.runtime.hydra_app import report
+from sphinx_pl.utils.errors import UserError
 
 WEIGHTS = (0.4, 0.6)
 LLAMA_13B = DecoderConfig(VOCAB_SIZE, width=5120, layers=40, heads=40, kv_heads=40, ffn_width=13824)

@@ -28,17 +28,17 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from sphinx_pl.cli import CONFIG_FOLDER, report
 from sphinx_pl.data.datamodule import DataModule
-from sphinx_pl.data.mixture import Mixture
-from sphinx_pl.data.packing import Lane, PackingConfig, Planner
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.record import Branch, ImageRef, Sample
-from sphinx_pl.data.sample.writer import build as build_sample
-from sphinx_pl.errors import UserError
-from sphinx_pl.flops import TrainingFlops
+from sphinx_pl.data.sample_world.writer import build as build_sample
+from sphinx_pl.data.sampling.mixture import Mixture
+from sphinx_pl.data.sampling.packing import Lane, PackingConfig, Planner
+from sphinx_pl.data.schema import Branch, ImageRef, Sample
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx
+from sphinx_pl.planning.flops import TrainingFlops
+from sphinx_pl.runtime.hydra_app import CONFIG_FOLDER, report
+from sphinx_pl.utils.errors import UserError
 
 IMAGE_TOKENS = 291
 """Of sphinx_7b: 289 visual tokens with a start and an end (measured)."""

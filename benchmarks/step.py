@@ -26,17 +26,17 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from callbacks.throughput import peak_flops
-from sphinx_pl.cli import CONFIG_FOLDER, report
+from sphinx_pl.callbacks.throughput import peak_flops
 from sphinx_pl.data.datamodule import DataModule
-from sphinx_pl.data.packing import Collator, Row, first_fit_decreasing
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.record import Batch, Branch, Sample
-from sphinx_pl.errors import UserError
-from sphinx_pl.flops import TrainingFlops
+from sphinx_pl.data.sampling.packing import Collator, Row, first_fit_decreasing
+from sphinx_pl.data.schema import Batch, Branch, Sample
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx
+from sphinx_pl.planning.flops import TrainingFlops
+from sphinx_pl.runtime.hydra_app import CONFIG_FOLDER, report
 from sphinx_pl.stages.optim import OptimConfig, build_optimizer
+from sphinx_pl.utils.errors import UserError
 
 PARTS = (
     "data: planning",

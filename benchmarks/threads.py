@@ -24,9 +24,9 @@ from contextlib import ExitStack, contextmanager, suppress
 
 from rich.console import Console
 
-from sphinx_pl.cli import MISTAKES, report
-from sphinx_pl.console import Table
-from sphinx_pl.errors import UserError
+from sphinx_pl.runtime.hydra_app import MISTAKES, report
+from sphinx_pl.utils.console import Table
+from sphinx_pl.utils.errors import UserError
 
 OURS = "as the scripts choose"
 SETTINGS: dict[str, dict[str, str]] = {
@@ -53,7 +53,7 @@ def work(overrides: Sequence[str]) -> None:
     import torch
 
     from benchmarks import step
-    from sphinx_pl.processes import share_cores
+    from sphinx_pl.runtime.ranks import share_cores
     from sphinx_pl.stages.optim import build_optimizer
 
     share_cores()

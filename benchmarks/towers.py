@@ -18,15 +18,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from sphinx_pl.checkpoint.format import open_checkpoint
-from sphinx_pl.cli import report
-from sphinx_pl.data.bad import BadSample
+from sphinx_pl.checkpoints.format import open_checkpoint
 from sphinx_pl.data.images import load_image
-from sphinx_pl.data.record import ImageRef
-from sphinx_pl.data.sources import expand_paths, spread
-from sphinx_pl.errors import UserError
+from sphinx_pl.data.readers import expand_paths, spread
+from sphinx_pl.data.schema import ImageRef
+from sphinx_pl.data.skip import BadSample
+from sphinx_pl.models.encoders import Tower
 from sphinx_pl.models.sphinx import Sphinx
-from sphinx_pl.models.towers import Tower
+from sphinx_pl.runtime.hydra_app import report
+from sphinx_pl.utils.errors import UserError
 
 IMAGES = "data/sample/instructions/images/test-*.jpg"
 

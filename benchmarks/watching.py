@@ -35,9 +35,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.step import where
-from sphinx_pl.cli import CONFIG_FOLDER, MISTAKES, register_resolvers, report
 from sphinx_pl.data.datamodule import DataModule, TrainLoader
 from sphinx_pl.models.config import SphinxConfig
+from sphinx_pl.runtime.hydra_app import CONFIG_FOLDER, MISTAKES, register_resolvers, report
 from sphinx_pl.stages import Stage
 
 RESULTS = ("export", "checkpoint", "predictions")

@@ -16,17 +16,17 @@ import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from omegaconf import OmegaConf
 
-from callbacks.throughput import timed_checkpoint
-from sphinx_pl.checkpoint.format import move_into_place, sync
-from sphinx_pl.checkpoint.provenance import provenance
-from sphinx_pl.checkpoint.training import INDEX, describe
-from sphinx_pl.data.record import Batch
-from sphinx_pl.distributed.collective import of_all_ranks
+from sphinx_pl.callbacks.throughput import timed_checkpoint
+from sphinx_pl.checkpoints.format import move_into_place, sync
+from sphinx_pl.checkpoints.provenance import provenance
+from sphinx_pl.checkpoints.training import INDEX, describe
+from sphinx_pl.data.schema import Batch
 from sphinx_pl.distributed.sharded import Sharded
-from sphinx_pl.errors import UserError
-from sphinx_pl.files import discard
 from sphinx_pl.models.sphinx import Sphinx
+from sphinx_pl.runtime.collectives import of_all_ranks
 from sphinx_pl.stages import Stage
+from sphinx_pl.utils.errors import UserError
+from sphinx_pl.utils.files import discard
 
 _NAME = re.compile(r"step-(\d+)")
 

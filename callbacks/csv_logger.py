@@ -12,8 +12,8 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
-from sphinx_pl.files import write_whole
-from sphinx_pl.metrics import METRICS, as_text, read_metrics
+from sphinx_pl.utils.files import write_whole
+from sphinx_pl.utils.metrics_csv import METRICS, as_text, read_metrics
 
 
 class RowWriter(ExperimentWriter):

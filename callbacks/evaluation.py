@@ -9,14 +9,14 @@ from typing import Any
 
 import lightning as L
 
-from callbacks.checkpoint import ResumeCheckpoint
-from callbacks.predictions import ask, warn_of_lost
-from sphinx_pl.data.record import Batch, Record
-from sphinx_pl.errors import UserError
-from sphinx_pl.evaluation.asking import Judge, select
+from sphinx_pl.callbacks.checkpoint import ResumeCheckpoint
+from sphinx_pl.callbacks.predictions import ask, warn_of_lost
+from sphinx_pl.data.schema import Batch, Record
 from sphinx_pl.evaluation.benchmarks import Questions, choose
 from sphinx_pl.evaluation.measures import estimate
+from sphinx_pl.evaluation.runner import Judge, select
 from sphinx_pl.stages import Stage
+from sphinx_pl.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class Evaluation(L.Callback):
 
     @staticmethod
     def _test(sources: Mapping[str, Any], limit: int, seed: int) -> list[Record]:
-        from evaluate import read_records
+        from sphinx_pl.data.records import read_records
 
         found, lost = read_records(sources, "test")
         warn_of_lost("callbacks.evaluation: records that cannot be used", lost)

@@ -15,12 +15,12 @@ import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
-from callbacks.checkpoint import ResumeCheckpoint, count, last_step, more_follows, write_training_checkpoint
-from sphinx_pl.checkpoint.format import check_free
-from sphinx_pl.checkpoint.training import consolidate
-from sphinx_pl.errors import UserError
-from sphinx_pl.files import discard
+from sphinx_pl.callbacks.checkpoint import ResumeCheckpoint, count, last_step, more_follows, write_training_checkpoint
+from sphinx_pl.checkpoints.format import check_free
+from sphinx_pl.checkpoints.training import consolidate
 from sphinx_pl.stages import Stage
+from sphinx_pl.utils.errors import UserError
+from sphinx_pl.utils.files import discard
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

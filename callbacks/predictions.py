@@ -16,18 +16,18 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.mixture import SourceConfig
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.record import Record
+from sphinx_pl.data.sampling.config import SourceConfig
+from sphinx_pl.data.schema import Record
+from sphinx_pl.data.skip import BadSample
 from sphinx_pl.data.tasks import TASKS
-from sphinx_pl.errors import UserError
-from sphinx_pl.evaluation.asking import Prediction, evaluate
-from sphinx_pl.evaluation.cards import SCRIPT, STYLE, cards, picture
 from sphinx_pl.evaluation.question import asked_task
-from sphinx_pl.files import write_whole
-from sphinx_pl.page import page
+from sphinx_pl.evaluation.report.gallery import SCRIPT, STYLE, cards, picture
+from sphinx_pl.evaluation.runner import Prediction, evaluate
 from sphinx_pl.stages import Stage
+from sphinx_pl.utils.errors import UserError
+from sphinx_pl.utils.files import write_whole
+from sphinx_pl.utils.html import page
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def ask(trainer: L.Trainer, stage: Stage, records: Sequence[Record], **how: Any)
     Random states and the modules' modes are afterwards what they were before.
 
     Args:
-        how: goes to `sphinx_pl.evaluation.asking.evaluate`.
+        how: goes to `sphinx_pl.evaluation.runner.evaluate`.
     """
     model, processor = stage.sphinx, trainer.datamodule.processor
     modes = [(module, module.training) for module in model.modules()]

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 
-from callbacks.checkpoint import ResumeCheckpoint, more_follows
-from sphinx_pl import slurm, stop
-from sphinx_pl.data.record import Batch
+from sphinx_pl.callbacks.checkpoint import ResumeCheckpoint, more_follows
+from sphinx_pl.data.schema import Batch
+from sphinx_pl.runtime import signals, slurm
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +59,9 @@ class _Vote:
 class Preemption(L.Callback):
     """On SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C on any rank: save at the next end of an optimizer step, requeue, exit.
 
-    The signal is only noted (`sphinx_pl.stop`), so it can come at any time: while a checkpoint is being written (it is
-    finished; the next step's is written too), during a validation of the training loop (which is finished before),
-    before the first step (nothing is saved then, there is nothing yet), and more than once.
+    The signal is only noted (`sphinx_pl.runtime.signals`), so it can come at any time: while a checkpoint is being
+    written (it is finished; the next step's is written too), during a validation of the training loop (which is
+    finished before), before the first step (nothing is saved then, there is nothing yet), and more than once.
 
     All ranks must leave after the same step. They vote once per optimizer step: asked for before the last micro-batch,
     read after it. A signal that comes during the last micro-batch is acted on one step later.
@@ -86,8 +86,8 @@ class Preemption(L.Callback):
         trainer._signal_connector.register_signal_handlers = lambda: None
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
         if not self._handlers:
-            self._handlers = {number: signal.getsignal(number) for number in (*stop.SIGNALS, stop.INTERRUPT)}
-        stop.watch(interrupt=True)
+            self._handlers = {number: signal.getsignal(number) for number in (*signals.SIGNALS, signals.INTERRUPT)}
+        signals.watch(interrupt=True)
         self._leave_before_training(trainer)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -121,7 +121,7 @@ class Preemption(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         if batch.window_end and trainer.world_size > 1:
-            self._vote = _Vote(stop.received(), trainer.strategy.root_device)
+            self._vote = _Vote(signals.received(), trainer.strategy.root_device)
             self._vote.copy()
 
     def on_train_batch_end(
@@ -129,7 +129,7 @@ class Preemption(L.Callback):
     ) -> None:
         if not batch.window_end:
             return
-        self._due = stop.received() if self._vote is None else self._vote.result()
+        self._due = signals.received() if self._vote is None else self._vote.result()
         # Where a validation or the end of the run is due it comes first: a run that goes on from here would skip it.
         checkpoint = self._checkpoint(trainer)
         if self._due and not (checkpoint is not None and more_follows(trainer)):
@@ -155,7 +155,7 @@ class Preemption(L.Callback):
         if not trainer.is_global_zero:
             raise Preempted(0)
         name, job = signal.Signals(number).name, slurm.job()
-        if job is None or not self.requeue or number == stop.INTERRUPT:
+        if job is None or not self.requeue or number == signals.INTERRUPT:
             log.warning("%s: %s; ckpt_path=last goes on from there", name, done)
         elif problem := slurm.requeue():
             log.warning(
@@ -174,7 +174,7 @@ class Preemption(L.Callback):
     def _ask(trainer: L.Trainer) -> int:
         """Whether any rank was told to go, and by which signal; waits for all of them."""
         if trainer.world_size == 1:
-            return stop.received()
-        vote = _Vote(stop.received(), trainer.strategy.root_device)
+            return signals.received()
+        vote = _Vote(signals.received(), trainer.strategy.root_device)
         vote.copy()
         return vote.result()

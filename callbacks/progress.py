@@ -8,9 +8,9 @@ from typing import Any
 import lightning as L
 from rich.console import Console
 
-from sphinx_pl.console import StepBar, Table, clock
-from sphinx_pl.data.record import Batch
+from sphinx_pl.data.schema import Batch
 from sphinx_pl.stages import Stage
+from sphinx_pl.utils.console import StepBar, Table, clock
 
 
 class Progress(L.Callback):

@@ -8,9 +8,9 @@ from typing import Any
 import lightning as L
 from omegaconf import OmegaConf
 
-from sphinx_pl.checkpoint.provenance import provenance
-from sphinx_pl.errors import UserError
+from sphinx_pl.checkpoints.provenance import provenance
 from sphinx_pl.stages import Stage
+from sphinx_pl.utils.errors import UserError
 
 
 def run_info(stage: str, config: dict[str, Any]) -> dict[str, Any]:

@@ -16,10 +16,10 @@ import lightning as L
 import torch
 
 from sphinx_pl.data.datamodule import TrainLoader
-from sphinx_pl.data.record import Batch
-from sphinx_pl.distributed.collective import of_all_ranks
-from sphinx_pl.flops import TrainingFlops
-from sphinx_pl.gpus import flops_of_device
+from sphinx_pl.data.schema import Batch
+from sphinx_pl.planning.flops import TrainingFlops
+from sphinx_pl.planning.gpus import flops_of_device
+from sphinx_pl.runtime.collectives import of_all_ranks
 from sphinx_pl.stages import Stage
 
 COUNTED = ("tokens", "targets", "images", "samples", "positions")

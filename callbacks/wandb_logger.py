@@ -13,8 +13,8 @@ from typing import Any
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
-from sphinx_pl import stop
-from sphinx_pl.files import write_whole
+from sphinx_pl.runtime import signals
+from sphinx_pl.utils.files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class RunLogger(WandbLogger):
         try:
             yield
         except Exception as error:
-            if not stop.received():
+            if not signals.received():
                 raise
             if not self._lost:
                 log.warning("W&B's process has ended (%s): what follows is not logged there", error)

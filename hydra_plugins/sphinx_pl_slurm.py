@@ -20,8 +20,8 @@ from typing import Any
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import open_dict
 
-from sphinx_pl import slurm, stop, sweep
-from sphinx_pl.errors import UserError
+from sphinx_pl.runtime import signals, slurm, sweeps
+from sphinx_pl.utils.errors import UserError
 
 try:
     from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
@@ -46,7 +46,7 @@ else:
         """hydra-submitit-launcher's, except for what a task does."""
 
         def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-            stop.unwatch()  # here nothing is trained: who waits for the jobs can be ended
+            signals.unwatch()  # here nothing is trained: who waits for the jobs can be ended
             # What the tasks are given: commands; nothing of Hydra's state.
             commands, names, sweep_config = [], [], self.config
             assert self.hydra_context is not None
@@ -56,9 +56,9 @@ else:
                 with open_dict(config.hydra.job):
                     config.hydra.job.num, config.hydra.job.id = index, str(index)
                 folder = Path(str(config.hydra.sweep.dir), str(config.hydra.sweep.subdir)).absolute()
-                name = sweep.swept(overrides, sweep_config.hydra.overrides.task)
+                name = sweeps.swept(overrides, sweep_config.hydra.overrides.task)
                 names.append(name)
-                commands.append(sweep.command(sweep_config.hydra, overrides, str(folder), name))
+                commands.append(sweeps.command(sweep_config.hydra, overrides, str(folder), name))
             # Tasks unpickle this class, from wherever the sweep was started.
             repository = str(Path(__file__).resolve().parent.parent)
             self.params["setup"] = [
@@ -117,19 +117,19 @@ else:
             done = JobReturn()
             command = self.commands[job_num - self.first]
             print(shlex.join(command), flush=True)
-            with sweep.value_file() as path:
+            with sweeps.value_file() as path:
                 # Signals go to it; submitit's own handler would requeue the job before it has saved.
-                code = sweep.run(command, path)
-                if code < 0 and -code in stop.SIGNALS and os.environ.get("SLURM_PROCID") == "0":
+                code = sweeps.run(command, path)
+                if code < 0 and -code in signals.SIGNALS and os.environ.get("SLURM_PROCID") == "0":
                     # It had not come so far that it could note the signal.
                     print(f"stopped before it began; requeue: {slurm.requeue() or 'done'}", flush=True)
-                if sweep.stopped(code):
+                if sweeps.stopped(code):
                     sys.exit(code % 256)  # no result yet
                 if code:  # as an exception, so that the job has failed to SLURM too
                     raise UserError(
                         f"point {job_num} ({self.names[job_num - self.first]}) failed with exit code {code}"
                     )
-                done.status, done.return_value = JobStatus.COMPLETED, sweep.read_value(path)
+                done.status, done.return_value = JobStatus.COMPLETED, sweeps.read_value(path)
             return done
 
     def _wait(jobs: list[Any], names: list[str], first: int) -> list[JobReturn]:

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from sphinx_pl import stop
 from sphinx_pl.data.processor import Processor, ProcessorConfig
-from sphinx_pl.data.tokenizer import Tokenizer
+from sphinx_pl.data.tokenizers import Tokenizer
 from sphinx_pl.models.config import DecoderConfig, SphinxConfig
+from sphinx_pl.runtime import signals
 
 torch.set_num_threads(1)
 REPOSITORY = Path(__file__).parent.parent
@@ -56,7 +56,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def sample_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sample world at a fiftieth of its size, in the formats of the real thing."""
-    from sphinx_pl.data.sample.writer import build
+    from sphinx_pl.data.sample_world.writer import build
 
     folder = tmp_path_factory.mktemp("data") / "sample"
     build(folder, seed=0, scale=0.02)
@@ -80,11 +80,11 @@ def no_composed_configuration() -> Iterator[None]:
 @pytest.fixture
 def signals_as_before() -> Iterator[None]:
     """Signals are handled afterwards as they were, and none is noted."""
-    handlers = {number: signal.getsignal(number) for number in (*stop.SIGNALS, stop.INTERRUPT)}
+    handlers = {number: signal.getsignal(number) for number in (*signals.SIGNALS, signals.INTERRUPT)}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    stop.forget()
+    signals.forget()
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def transformers_decoder(config: DecoderConfig) -> Any:
 @pytest.fixture
 def models(tmp_path: Path, model_config: SphinxConfig, processor: Processor) -> Callable[..., list[Path]]:
     """Writes tiny models `model_0`, ... with different weights."""
-    from sphinx_pl.checkpoint.format import write_checkpoint
+    from sphinx_pl.checkpoints.format import write_checkpoint
     from sphinx_pl.models.sphinx import Sphinx
 
     def write(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sphinx_pl.data.record import ImageRef, Record, Region
+from sphinx_pl.data.schema import ImageRef, Record, Region
 
 LEFT = Region((10, 5, 20, 15), "red square")  # [0.100,0.300,0.200,0.400]
 RIGHT = Region((60, 5, 80, 25), "blue circle")  # [0.600,0.300,0.800,0.500]

@@ -12,11 +12,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-import sphinx_pl.cli  # noqa: F401  (registers the resolvers)
-from sphinx_pl.cli import CONFIG_FOLDER, entry_point
+import sphinx_pl.runtime.hydra_app  # noqa: F401  (registers the resolvers)
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.record import ImageRef, Record
+from sphinx_pl.data.schema import ImageRef, Record
 from sphinx_pl.models.config import SphinxConfig
+from sphinx_pl.runtime.hydra_app import CONFIG_FOLDER, entry_point
 
 entry_point("train")(lambda cfg: None)
 

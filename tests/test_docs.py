@@ -15,9 +15,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-import sphinx_pl.cli
-from chat import ChatConfig
-from sphinx_pl.cli import CONFIG_FOLDER
+import sphinx_pl.runtime.hydra_app
+from sphinx_pl.cli.chat import ChatConfig
+from sphinx_pl.runtime.hydra_app import CONFIG_FOLDER
 from tests.conftest import REPOSITORY
 
 PAGES = (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))
@@ -60,10 +60,10 @@ def one_point(overrides: list[str]) -> list[str]:
 
 
 def check_script(name: str, overrides: list[str]) -> None:
-    sphinx_pl.cli.register_resolvers()
+    sphinx_pl.runtime.hydra_app.register_resolvers()
     if name == "chat":
-        overrides = sphinx_pl.cli.take_rest(overrides, "question", ChatConfig.__dataclass_fields__)
-    overrides = sphinx_pl.cli.as_typed(name, overrides)
+        overrides = sphinx_pl.runtime.hydra_app.take_rest(overrides, "question", ChatConfig.__dataclass_fields__)
+    overrides = sphinx_pl.runtime.hydra_app.as_typed(name, overrides)
     with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
         cfg = compose(name, overrides=one_point(overrides), return_hydra_config=True)
     if name == "train":
@@ -88,8 +88,8 @@ class AcceptedError(Exception):
 
 def check_module(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "sphinx_pl.data":
-        from sphinx_pl.data.__main__ import COMMANDS, composed, split
-        from sphinx_pl.typed import build
+        from sphinx_pl.cli.data import COMMANDS, composed, split
+        from sphinx_pl.utils.config import build
 
         command = COMMANDS[arguments[0]]
         values, overrides = split(arguments[1:], command.options)
@@ -145,7 +145,7 @@ def test_every_page_with_commands_is_read() -> None:
         *(f"{name}.py" for name in SCRIPTS),
         "sphinx_pl.data",
         "sphinx_pl.pipeline",
-        "sphinx_pl.checkpoint",
+        "sphinx_pl.checkpoints",
     } <= named
     assert len(commands()) > 40
 

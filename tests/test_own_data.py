@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.cli.test_train import SMALL
 from tests.conftest import REPOSITORY
 from tests.scripts import run_script
-from tests.test_train import SMALL
 
 PAGE = (REPOSITORY / "docs" / "own_data.md").read_text()
 
@@ -43,7 +43,7 @@ def files(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("there", [["photos.csv"], ["chats.json"], ["photos.csv", "chats.json"]])
 def test_what_you_do_not_have_is_left_out(files: Path, there: list[str]) -> None:
-    from sphinx_pl.data.__main__ import composed
+    from sphinx_pl.cli.data import composed
 
     composed(["experiment=own", *(f"data.sources.{name.partition('.')[0]}.path={files / name}" for name in there)])
 
@@ -72,12 +72,12 @@ def test_the_pages_commands_train_a_model_that_answers(files: Path, sample_data:
     # The table has the same files, a tenth of which is held out.
     from omegaconf import OmegaConf
 
-    from sphinx_pl.data.__main__ import composed
+    from sphinx_pl.cli.data import composed
     from sphinx_pl.data.datamodule import DataModule
-    from sphinx_pl.data.table import lines, reasons
+    from sphinx_pl.data.inspect.table import lines, reasons
     from sphinx_pl.models.config import SphinxConfig
 
-    assert table[1:4] == ["-m", "sphinx_pl.data", "table"]
+    assert table[1:4] == ["-m", "sphinx_pl.cli.data", "table"]
     overrides = [argument.replace("path=", f"path={files}/") for argument in table[4:]]
     cfg = composed([*overrides, f"data.tokenizer={sample_data}/tokenizer.model"])
     values = OmegaConf.to_container(cfg.data, resolve=True)

@@ -55,12 +55,12 @@ def test_the_wheel_holds_what_a_run_needs_and_no_more(wheel: Path) -> None:
         found = set(archive.namelist())
         metadata = next(name for name in found if name.endswith(".dist-info/METADATA"))
         text = archive.read(metadata).decode()
-    packages = ("sphinx_pl/", "callbacks/", "conf/", "hydra_plugins/")
-    scripts = {"train.py", "mix_weights.py", "evaluate.py", "chat.py"}
-    wanted = {name for name in tracked() if name.startswith(packages)} | scripts
+    inside = {name for name in tracked() if name.startswith(("sphinx_pl/", "hydra_plugins/"))}
+    linked = {f"sphinx_pl/{name}" for name in tracked() if name.startswith(("callbacks/", "conf/"))}
+    wanted = (inside | linked) - {"sphinx_pl/callbacks", "sphinx_pl/conf"}
     assert {name for name in found if ".dist-info/" not in name} == wanted
-    assert {"conf/train.yaml", "conf/hydra/help/train.yaml", "conf/data/mixture/sample_finetune.yaml"} <= found
-    assert {"sphinx_pl/py.typed", "sphinx_pl/models/sphinx.py", "callbacks/export.py"} <= found
+    assert {"sphinx_pl/conf/train.yaml", "sphinx_pl/conf/data/mixture/sample_finetune.yaml"} <= found
+    assert {"sphinx_pl/py.typed", "sphinx_pl/models/sphinx.py", "sphinx_pl/callbacks/export.py"} <= found
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in found)
     assert "\nName: sphinx-pl\n" in text
     assert "\nLicense-Expression: Apache-2.0\n" in text or "\nLicense: Apache-2.0\n" in text
@@ -69,17 +69,17 @@ def test_the_wheel_holds_what_a_run_needs_and_no_more(wheel: Path) -> None:
 
 @pytest.mark.parametrize("script", ["train", "mix_weights", "evaluate"])
 def test_an_installed_script_explains_itself_from_any_folder(installed: Path, tmp_path: Path, script: str) -> None:
-    help_text = run(sys.executable, "-m", script, "--help", cwd=tmp_path, PYTHONPATH=str(installed))
+    help_text = run(sys.executable, "-m", f"sphinx_pl.cli.{script}", "--help", cwd=tmp_path, PYTHONPATH=str(installed))
     assert "sphinx_13b" in help_text  # an option of the group `model`, so conf/ came along
     assert script != "train" or help_text.startswith("Train one stage")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_it_is_the_installed_code_that_runs_with_the_installed_configuration(installed: Path, tmp_path: Path) -> None:
-    imports = "import train, callbacks.export; from sphinx_pl.cli import CONFIG_FOLDER"
-    code = f"{imports}; print(train.__file__, callbacks.export.__file__, CONFIG_FOLDER)"
+    imports = "import sphinx_pl.callbacks.export as export; from sphinx_pl.runtime.hydra_app import CONFIG_FOLDER"
+    code = f"{imports}; print(export.__file__, CONFIG_FOLDER)"
     places = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(installed)).split()
-    assert places == [str(installed / "train.py"), str(installed / "callbacks/export.py"), str(installed / "conf")]
+    assert places == [str(installed / "sphinx_pl" / path) for path in ("callbacks/export.py", "conf")]
     options = ["--cfg", "job", "--resolve", "stage=finetune"]
-    composed = run(sys.executable, "-m", "train", *options, cwd=tmp_path, PYTHONPATH=str(installed))
+    composed = run(sys.executable, "-m", "sphinx_pl.cli.train", *options, cwd=tmp_path, PYTHONPATH=str(installed))
     assert "name: finetune" in composed

@@ -13,12 +13,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.geometry import COCO_KEYPOINTS, Box4, Geometry, Size, holds_coordinates
-from sphinx_pl.data.record import Record, Region
+from sphinx_pl.data.coordinates import COCO_KEYPOINTS, Box4, Geometry, Size, holds_coordinates
+from sphinx_pl.data.schema import Record, Region
+from sphinx_pl.data.skip import BadSample
 from sphinx_pl.data.tasks import TASKS
-from sphinx_pl.errors import UserError
-from sphinx_pl.typed import within
+from sphinx_pl.utils.config import within
+from sphinx_pl.utils.errors import UserError
 
 CROP_ATTEMPTS = 10
 """Crops that are drawn for one record before it is left whole."""

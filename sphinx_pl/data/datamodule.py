@@ -17,12 +17,13 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from sphinx_pl import stop
 from sphinx_pl.data.augment import AugmentConfig
-from sphinx_pl.data.bad import BadSample, Filtered
 from sphinx_pl.data.images import load_image
-from sphinx_pl.data.mixture import MODALITIES, Group, MixingConfig, Mixture, SourceConfig, check_names, is_absent
-from sphinx_pl.data.packing import (
+from sphinx_pl.data.processor import Processor, ProcessorConfig
+from sphinx_pl.data.readers import config_key, spread
+from sphinx_pl.data.sampling.config import MODALITIES, Group, MixingConfig, SourceConfig, is_absent
+from sphinx_pl.data.sampling.mixture import Mixture, check_names
+from sphinx_pl.data.sampling.packing import (
     Collator,
     Lane,
     MicroPlan,
@@ -34,13 +35,13 @@ from sphinx_pl.data.packing import (
     merge_states,
     rows_of_lanes,
 )
-from sphinx_pl.data.processor import Processor, ProcessorConfig
-from sphinx_pl.data.record import Batch, Sample
-from sphinx_pl.data.sources import config_key, spread
-from sphinx_pl.data.stream import MADE, check_place
-from sphinx_pl.distributed.collective import any_rank, of_all_ranks
-from sphinx_pl.errors import UserError
-from sphinx_pl.typed import build, within
+from sphinx_pl.data.sampling.stream import MADE, check_place
+from sphinx_pl.data.schema import Batch, Sample
+from sphinx_pl.data.skip import BadSample, Filtered
+from sphinx_pl.runtime import signals
+from sphinx_pl.runtime.collectives import any_rank, of_all_ranks
+from sphinx_pl.utils.config import build, within
+from sphinx_pl.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class DataConfig:
     val_samples: int = within(256, at_least=1)
     max_skipped: float = within(0.1, at_least=0, at_most=1)
     sources: Any = None
-    """Name -> `sphinx_pl.data.mixture.SourceConfig`, or a group of these."""
+    """Name -> `sphinx_pl.data.sampling.mixture.SourceConfig`, or a group of these."""
     val_sources: Any = None
     test: Any = None
 
@@ -145,7 +146,7 @@ class _Rows(Dataset[Batch]):
 
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
-    stop.ignore()  # the run that it decodes for takes a step more and saves
+    signals.ignore()  # the run that it decodes for takes a step more and saves
 
 
 def _as_is(batch: Any) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from sphinx_pl.data.geometry import Geometry, Grounded, Point2
+from sphinx_pl.data.coordinates import Geometry, Grounded, Point2
 
 TRUE = "#00a878"
 PREDICTED = "#e6007e"

@@ -32,7 +32,7 @@ from typing import IO, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from sphinx_pl.errors import UserError
+from sphinx_pl.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.mixture import Group, SourceConfig
-from sphinx_pl.data.sources import spread
+from sphinx_pl.data.readers import spread
+from sphinx_pl.data.sampling.config import Group, SourceConfig
+from sphinx_pl.data.skip import BadSample
 
 LOOKED_AT = 64
 """Records of a source's first file whose tasks are counted."""

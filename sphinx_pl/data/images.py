@@ -15,10 +15,10 @@ import torch
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from sphinx_pl.data.bad import BadSample
+from sphinx_pl.data.coordinates import Size, holds_coordinates, same_shape
 from sphinx_pl.data.files import read_span
-from sphinx_pl.data.geometry import Size, holds_coordinates, same_shape
-from sphinx_pl.data.record import ImageRef, Record
+from sphinx_pl.data.schema import ImageRef, Record
+from sphinx_pl.data.skip import BadSample
 
 PAD_COLOUR = (122, 116, 104)
 """CLIP's mean colour in bytes, what the original pads with."""

@@ -16,8 +16,9 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, Optional
 
-from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.conversation import (
+from sphinx_pl.data.coordinates import Geometry, Size, seen_views
+from sphinx_pl.data.images import annotated_images, image_size
+from sphinx_pl.data.prompt_format import (
     END_OF_TURN,
     SEPARATOR,
     SYSTEM,
@@ -27,13 +28,12 @@ from sphinx_pl.data.conversation import (
     render,
     unescaped,
 )
-from sphinx_pl.data.geometry import Geometry, Size, seen_views
-from sphinx_pl.data.images import annotated_images, image_size
-from sphinx_pl.data.record import IMAGE_SLOT, PLACEHOLDER, Branch, ImageRef, Record, Sample, Turn
+from sphinx_pl.data.schema import IMAGE_SLOT, PLACEHOLDER, Branch, ImageRef, Record, Sample, Turn
+from sphinx_pl.data.skip import BadSample
 from sphinx_pl.data.tasks import TASKS
-from sphinx_pl.data.tokenizer import Tokenizer
-from sphinx_pl.errors import UserError, suggest
-from sphinx_pl.typed import build, within
+from sphinx_pl.data.tokenizers import Tokenizer
+from sphinx_pl.utils.config import build, within
+from sphinx_pl.utils.errors import UserError, suggest
 
 log = logging.getLogger(__name__)
 

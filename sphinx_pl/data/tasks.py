@@ -41,11 +41,20 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from sphinx_pl.data.answers import leading_value, normalise, read_letter
-from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.geometry import BEYOND, COCO_KEYPOINTS, Box4, Geometry, Grounded, Size, point_to_pixels, to_pixels
-from sphinx_pl.data.record import PLACEHOLDER, Record, Region, Turn
-from sphinx_pl.registry import Registry
+from sphinx_pl.data.answer_parsing import leading_value, normalise, read_letter
+from sphinx_pl.data.coordinates import (
+    BEYOND,
+    COCO_KEYPOINTS,
+    Box4,
+    Geometry,
+    Grounded,
+    Size,
+    point_to_pixels,
+    to_pixels,
+)
+from sphinx_pl.data.schema import PLACEHOLDER, Record, Region, Turn
+from sphinx_pl.data.skip import BadSample
+from sphinx_pl.utils.registry import Registry
 
 # Annotation tools disagree on whether the last pixel is inside, so a box may pass the image's edge by this much.
 EDGE_TOLERANCE = 1.0

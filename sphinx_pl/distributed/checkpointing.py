@@ -1,4 +1,4 @@
-"""Lightning's checkpoints as training checkpoints of ours (`sphinx_pl.checkpoint.training`), for every engine.
+"""Lightning's checkpoints as training checkpoints of ours (`sphinx_pl.checkpoints.training`), for every engine.
 
 Where a process holds the whole model, `TrainingCheckpointIO` stands between Lightning and the disk; a `Sharded`
 strategy writes and reads its ranks' parts.
@@ -14,7 +14,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor, nn
 
-from sphinx_pl.checkpoint.training import WEIGHT, Piece, Pieces, write_pieces, write_rest
+from sphinx_pl.checkpoints.training import WEIGHT, Piece, Pieces, write_pieces, write_rest
 
 PREFIX = "model."
 """Of the model's names in the state dict of the module that trains it."""

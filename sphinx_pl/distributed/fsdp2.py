@@ -2,7 +2,7 @@
 block while it computes, in bf16.
 
 Lightning's ModelParallelStrategy with one dimension, data parallelism, and the checkpoints of
-`sphinx_pl.checkpoint.training`.
+`sphinx_pl.checkpoints.training`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sphinx_pl.distributed.checkpointing import STEP
 from sphinx_pl.distributed.sharded import Sharded
-from sphinx_pl.errors import UserError, suggest
+from sphinx_pl.models.encoders import Tower
 from sphinx_pl.models.sphinx import Sphinx
-from sphinx_pl.models.towers import Tower
+from sphinx_pl.utils.errors import UserError, suggest
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

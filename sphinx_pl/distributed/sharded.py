@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sphinx_pl.checkpoint.training import WEIGHT, Piece, Pieces, write_pieces, write_rest
+from sphinx_pl.checkpoints.training import WEIGHT, Piece, Pieces, write_pieces, write_rest
 from sphinx_pl.distributed.checkpointing import STEP, group_names, options_of
-from sphinx_pl.distributed.collective import of_all_ranks
-from sphinx_pl.errors import UserError
+from sphinx_pl.runtime.collectives import of_all_ranks
+from sphinx_pl.utils.errors import UserError
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import ParallelStrategy as Base
 
+    from sphinx_pl.models.placement import Placement
     from sphinx_pl.models.sphinx import Sphinx
-    from sphinx_pl.stages.build import Placement
 else:
     Base = object
 

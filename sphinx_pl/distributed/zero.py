@@ -2,7 +2,7 @@
 
 Lightning's strategy with what this project needs beyond it: it also runs on CPU processes (the same code path, for
 tests and small machines), the model is born in parts, losses are divided once (Lightning and DeepSpeed both divide by
-the number of micro-batches), and checkpoints are those of `sphinx_pl.checkpoint.training`.
+the number of micro-batches), and checkpoints are those of `sphinx_pl.checkpoints.training`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from sphinx_pl.distributed.checkpointing import STEP
 from sphinx_pl.distributed.sharded import Sharded
-from sphinx_pl.errors import UserError
 from sphinx_pl.models.sphinx import Sphinx, whole_shape
+from sphinx_pl.utils.errors import UserError
 
 
 def import_deepspeed() -> None:

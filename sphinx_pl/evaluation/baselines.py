@@ -7,13 +7,13 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.geometry import Geometry
-from sphinx_pl.data.record import Record
+from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.schema import Record
+from sphinx_pl.data.skip import BadSample
 from sphinx_pl.data.tasks import TASKS
-from sphinx_pl.evaluation.asking import Prediction, judge, topic_of
 from sphinx_pl.evaluation.metrics import METRICS, last_turn
 from sphinx_pl.evaluation.question import asked_task
+from sphinx_pl.evaluation.runner import Prediction, judge, topic_of
 
 CANDIDATES = 50
 SAMPLE = 500

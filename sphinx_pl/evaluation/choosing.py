@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.evaluation.question import Question
-from sphinx_pl.models.generation import GenerationConfig, Prompt, generate
-from sphinx_pl.models.ranking import rank
+from sphinx_pl.generation.generate import GenerationConfig, Prompt, generate
+from sphinx_pl.generation.ranking import rank
 from sphinx_pl.models.sphinx import Sphinx
 
 

@@ -20,13 +20,13 @@ from typing import Any
 from rich import box
 from rich.console import Console
 
-from sphinx_pl.cli import report as report_error
-from sphinx_pl.console import Table
-from sphinx_pl.errors import UserError
-from sphinx_pl.evaluation.asking import Prediction, benchmark_label
 from sphinx_pl.evaluation.measures import Difference, Measure, defined, difference, holm, mean, number_text
 from sphinx_pl.evaluation.results import benchmark_of, read_predictions, read_results
-from sphinx_pl.files import check_writable, write_whole
+from sphinx_pl.evaluation.runner import Prediction, benchmark_label
+from sphinx_pl.runtime.hydra_app import report as report_error
+from sphinx_pl.utils.console import Table
+from sphinx_pl.utils.errors import UserError
+from sphinx_pl.utils.files import check_writable, write_whole
 
 ALPHA = 0.05
 

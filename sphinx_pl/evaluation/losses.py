@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sphinx_pl.data.record import Batch
-from sphinx_pl.errors import UserError
-from sphinx_pl.evaluation.device import autocast
+from sphinx_pl.data.schema import Batch
 from sphinx_pl.models.sphinx import Sphinx
+from sphinx_pl.runtime.device import autocast
+from sphinx_pl.utils.errors import UserError
 
 
 def interval(values: Tensor, level: float = 0.95) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from sphinx_pl.evaluation.asking import Prediction
+from sphinx_pl.evaluation.runner import Prediction
 
 RESAMPLES = 2000
 LEVEL = 0.95

@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from sphinx_pl.data.answers import normalise, read_letter
-from sphinx_pl.data.geometry import Box4, Geometry, Grounded, Point2, iou, to_square
-from sphinx_pl.data.record import Record, Turn
+from sphinx_pl.data.answer_parsing import normalise, read_letter
+from sphinx_pl.data.coordinates import Box4, Geometry, Grounded, Point2, iou, to_square
+from sphinx_pl.data.schema import Record, Turn
 from sphinx_pl.data.tasks import (
     TASKS,
     Parsed,
@@ -29,8 +29,8 @@ from sphinx_pl.data.tasks import (
     read_ocr,
     read_yes_no,
 )
-from sphinx_pl.evaluation.scoring.edits import similarity
-from sphinx_pl.registry import Registry
+from sphinx_pl.evaluation.scorers.edits import similarity
+from sphinx_pl.utils.registry import Registry
 
 IOU_THRESHOLD = 0.5
 _OPTION = re.compile(r"^[A-Z]\. (.*)$", re.MULTILINE)

@@ -12,10 +12,10 @@ import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sphinx_pl.data.geometry import Geometry
+from sphinx_pl.data.coordinates import Geometry
 from sphinx_pl.data.images import annotated_images
 from sphinx_pl.data.processor import Processor, PromptSample
-from sphinx_pl.data.record import ImageRef, Record, Turn
+from sphinx_pl.data.schema import ImageRef, Record, Turn
 from sphinx_pl.data.tasks import TASKS
 
 _BLANK = "?"  # stands for the answer in a conversation, which ends before it

@@ -12,13 +12,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sphinx_pl.cli import report as report_error
-from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.entries import to_record
-from sphinx_pl.data.geometry import Geometry
-from sphinx_pl.errors import UserError
-from sphinx_pl.evaluation.asking import Prediction, judge
+from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.readers.instruction_json import to_record
+from sphinx_pl.data.skip import BadSample
 from sphinx_pl.evaluation.benchmarks import Questions
+from sphinx_pl.evaluation.report.summary import summarise
 from sphinx_pl.evaluation.results import (
     BASELINES,
     PREDICTIONS,
@@ -29,7 +27,9 @@ from sphinx_pl.evaluation.results import (
     write_predictions,
     write_results,
 )
-from sphinx_pl.evaluation.summary import summarise
+from sphinx_pl.evaluation.runner import Prediction, judge
+from sphinx_pl.runtime.hydra_app import report as report_error
+from sphinx_pl.utils.errors import UserError
 
 
 def rescore(folder: Path, seed: int | None = None) -> int:

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sphinx_pl.errors import UserError
-from sphinx_pl.evaluation.asking import Prediction
 from sphinx_pl.evaluation.benchmarks import BENCHMARKS, Benchmark
-from sphinx_pl.files import write_whole
+from sphinx_pl.evaluation.runner import Prediction
+from sphinx_pl.utils.errors import UserError
+from sphinx_pl.utils.files import write_whole
 
 RESULTS = "results.json"
 PREDICTIONS = "predictions"

@@ -19,7 +19,7 @@ from rich.console import Group
 from rich.text import Text
 
 import sphinx_pl
-from sphinx_pl.checkpoint.format import (
+from sphinx_pl.checkpoints.format import (
     PROVENANCE,
     Checkpoint,
     SphinxCheckpoint,
@@ -28,11 +28,11 @@ from sphinx_pl.checkpoint.format import (
     compare,
     write_json,
 )
-from sphinx_pl.checkpoint.layout import Layout, write_layout
-from sphinx_pl.checkpoint.llm import huggingface_layout
-from sphinx_pl.checkpoint.original import OriginalCheckpoint, original_layout
-from sphinx_pl.checkpoint.provenance import provenance
-from sphinx_pl.checkpoint.stored import (
+from sphinx_pl.checkpoints.layout import Layout, write_layout
+from sphinx_pl.checkpoints.llama import huggingface_layout
+from sphinx_pl.checkpoints.original import OriginalCheckpoint, original_layout
+from sphinx_pl.checkpoints.provenance import provenance
+from sphinx_pl.checkpoints.stored import (
     HuggingFaceFolder,
     OurNames,
     Stored,
@@ -41,11 +41,11 @@ from sphinx_pl.checkpoint.stored import (
     store,
     tensor_hash,
 )
-from sphinx_pl.errors import UserError, suggest
-from sphinx_pl.files import check_folder, finite
 from sphinx_pl.mixing.methods import METHODS, resolve_options
 from sphinx_pl.mixing.mixer import Facts, Mixer
 from sphinx_pl.mixing.rules import OTHER, Row, part_of, resolve, rules_table
+from sphinx_pl.utils.errors import UserError, suggest
+from sphinx_pl.utils.files import check_folder, finite
 
 log = logging.getLogger(__name__)
 

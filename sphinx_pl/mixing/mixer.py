@@ -13,13 +13,13 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sphinx_pl.checkpoint.format import TensorInfo, same_bits
-from sphinx_pl.checkpoint.layout import assemble
-from sphinx_pl.checkpoint.stored import Read, Stored
-from sphinx_pl.errors import UserError
+from sphinx_pl.checkpoints.format import TensorInfo, same_bits
+from sphinx_pl.checkpoints.layout import assemble
+from sphinx_pl.checkpoints.stored import Read, Stored
 from sphinx_pl.mixing.kernel import KINDS, mix_stretch
 from sphinx_pl.mixing.methods import CHUNK, METHODS, Stretch, round_once
 from sphinx_pl.mixing.rules import PARTS
+from sphinx_pl.utils.errors import UserError
 
 FEW = 5
 """Up to so many models every two are compared; of more, each with the first only."""

@@ -12,10 +12,10 @@ from typing import Any, Optional
 
 from rich.text import Text
 
-from sphinx_pl.checkpoint.format import tower_of
-from sphinx_pl.console import Table
-from sphinx_pl.errors import UserError, suggest
-from sphinx_pl.typed import build
+from sphinx_pl.checkpoints.format import tower_of
+from sphinx_pl.utils.config import build
+from sphinx_pl.utils.console import Table
+from sphinx_pl.utils.errors import UserError, suggest
 
 # Ours and those of Llama's relatives, GPT-2 and BLOOM (h), GPT-NeoX (layers), MPT (blocks), T5 (block).
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks?)\.(\d+)\.")

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.text import Text
 
-from sphinx_pl.console import Table
+from sphinx_pl.utils.console import Table
 
 
 def distances_table(said: Mapping[str, Any]) -> Table:

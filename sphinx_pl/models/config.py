@@ -10,8 +10,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-from sphinx_pl.errors import UserError, suggest
-from sphinx_pl.typed import build
+from sphinx_pl.utils.config import build
+from sphinx_pl.utils.errors import UserError, suggest
 
 IMAGE_POSITIONS = ("after_bos", "inline")
 MERGE_MODES = ("none", "mean", "shuffle")

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sphinx_pl.data.record import IGNORE, Batch
-from sphinx_pl.errors import UserError, suggest
+from sphinx_pl.data.schema import IGNORE, Batch
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.decoder import Decoder
 from sphinx_pl.models.views import normalise
-from sphinx_pl.models.vision_mixer import VisionMixer
+from sphinx_pl.models.vision import VisionMixer
+from sphinx_pl.utils.errors import UserError, suggest
 
 
 @dataclass(slots=True)

@@ -19,13 +19,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from sphinx_pl.cli import MISTAKES, as_typed, compose_config, explain_override, one_line
-from sphinx_pl.errors import UserError, suggest
-from sphinx_pl.processes import count_devices
-from sphinx_pl.settings import check_packages
-from sphinx_pl.typed import CONFIG_FOLDER, build, refuse_unread
+from sphinx_pl.runtime.hydra_app import MISTAKES, as_typed, check_packages, compose_config, explain_override, one_line
+from sphinx_pl.runtime.ranks import count_devices
+from sphinx_pl.utils.config import CONFIG_FOLDER, build, refuse_unread
+from sphinx_pl.utils.errors import UserError, suggest
 
-SCRIPTS = ("train", "mix_weights", "evaluate")
+SCRIPTS = {"train": "check_train", "mix_weights": "check_mix", "evaluate": "check_evaluate"}
 """What a step can run besides a module: they share Hydra's configuration, so theirs is composed beforehand."""
 
 LAUNCHER = "launcher."
@@ -187,11 +186,11 @@ def check_closely(recipe: Recipe) -> None:
     Raises:
         UserError: the step is named.
     """
-    import evaluate
-    import mix_weights
     from sphinx_pl.models.config import SphinxConfig
+    from sphinx_pl.settings.evaluate import EvaluateConfig
+    from sphinx_pl.settings.mix_weights import MixConfig
     from sphinx_pl.stages import Stage
-    from sphinx_pl.typed import pick
+    from sphinx_pl.utils.config import pick
 
     for step in recipe.steps.values():
         cfg = OmegaConf.create(step.config)
@@ -208,11 +207,11 @@ def check_closely(recipe: Recipe) -> None:
                 stage.resumed = True  # the weights to start from are another step's, and not there yet
                 stage.check()
             elif "beta" in cfg:
-                mixing = pick(mix_weights.MixConfig, cfg, ["data"])
+                mixing = pick(MixConfig, cfg, ["data"])
                 if not any(set(path) & set("*?[") for path in mixing.checkpoints):  # their number is known
                     mixing.recipe(len(mixing.checkpoints))
             elif "checkpoint" in cfg:
-                pick(evaluate.EvaluateConfig, cfg, ["data", "benchmark"])
+                pick(EvaluateConfig, cfg, ["data", "benchmark"])
                 if not cfg.data.get("test"):
                     raise UserError("data.test is missing: choose a data= that has test sources")
         except MISTAKES as error:
@@ -233,9 +232,7 @@ def _check_step(script: str) -> Callable[[DictConfig], Any] | None:
     """What raises a `UserError` for a configuration that a script does not take."""
 
     def check(cfg: DictConfig) -> None:
-        from sphinx_pl.settings import check_train
-
-        check_train(cfg) if script == "train" else import_module(script).check(cfg)
+        getattr(import_module(f"sphinx_pl.settings.{script}"), SCRIPTS[script])(cfg)
 
     return check if script in SCRIPTS else None
 
@@ -358,10 +355,10 @@ def _module_step(
 
 
 def interpreter(script: str) -> list[str]:
-    """`python train.py` where that file is, else `python -m train`."""
+    """`python train.py` in the repository, `python -m sphinx_pl.cli.train` elsewhere."""
     file = Path(f"{script}.py")
-    here = file.is_file() and file.resolve() == CONFIG_FOLDER.parent / file
-    return [sys.executable, str(file)] if here else [sys.executable, "-m", script]
+    here = file.is_file() and file.resolve() == CONFIG_FOLDER.parent.parent / file
+    return [sys.executable, str(file)] if here else [sys.executable, "-m", f"sphinx_pl.cli.{script}"]
 
 
 def _made_by_training(cfg: dict[str, Any], folder: Path) -> Path:

@@ -13,12 +13,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sphinx_pl.cli import FAILED
-from sphinx_pl.errors import UserError
-from sphinx_pl.files import write_whole
 from sphinx_pl.pipeline.local import shown
 from sphinx_pl.pipeline.recipe import Recipe, Step
 from sphinx_pl.pipeline.state import State, adopt, decide, is_done, now
+from sphinx_pl.runtime.hydra_app import FAILED
+from sphinx_pl.utils.errors import UserError
+from sphinx_pl.utils.files import write_whole
 
 NEVER = "DependencyNeverSatisfied"
 
@@ -87,7 +87,7 @@ def script(step: Step, state: State, name: str) -> str:
     srun = ["srun", "--kill-on-bad-exit=1"]
     if options["cpus_per_task"]:  # srun does not take it from the job
         srun.append(f"--cpus-per-task={options['cpus_per_task']}")
-    note = shlex.join([sys.executable, "-m", "sphinx_pl.pipeline"])
+    note = shlex.join([sys.executable, "-m", "sphinx_pl.cli.pipeline"])
     where = shlex.join([str(state.folder), step.name])
     header = "".join(f"#SBATCH {line}\n" for line in lines)
     setup = "".join(f"{line}\n" for line in options["setup"])
@@ -96,7 +96,7 @@ def script(step: Step, state: State, name: str) -> str:
         + header
         + textwrap.dedent(
             f"""\
-            # Step {step.name} of {name}, written by `python -m sphinx_pl.pipeline`.
+            # Step {step.name} of {name}, written by `python -m sphinx_pl.cli.pipeline`.
             # By hand: sbatch {log.with_suffix(".sh")}
             # The shell outlives signals that are meant for the step, to write down how it ended.
             trap : TERM INT USR1 USR2
@@ -186,7 +186,9 @@ def submit(recipe: Recipe) -> int:
             call("scontrol", "release", job)
             after = f" after {', '.join(depends[step.name])}" if depends[step.name] else ""
             print(f"{step.name}: job {job}{after} ({to_submit[step.name]}): {shown(step.command)}", flush=True)
-    print(f"logs: {state.folder}/STEP.log; `python -m sphinx_pl.pipeline status` with the same overrides: where it is")
+    print(
+        f"logs: {state.folder}/STEP.log; `python -m sphinx_pl.cli.pipeline status` with the same overrides: where it is"
+    )
     return 0
 
 
@@ -242,7 +244,7 @@ def check_none_queued(state: State) -> None:
     if mine := [job for job in jobs if job in queued]:
         raise UserError(
             f"{state.folder.parent}: this pipeline has jobs in SLURM's queue ({', '.join(mine)}): launcher=slurm goes "
-            "on with them, `python -m sphinx_pl.pipeline cancel` with the same overrides cancels them"
+            "on with them, `python -m sphinx_pl.cli.pipeline cancel` with the same overrides cancels them"
         )
 
 

@@ -22,11 +22,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from sphinx_pl.errors import UserError
-from sphinx_pl.files import hash_file, write_whole
 from sphinx_pl.pipeline.recipe import Recipe, Step
-from sphinx_pl.run_folder import AGAIN
-from sphinx_pl.stop import SIGNALS
+from sphinx_pl.runtime.run_folder import AGAIN
+from sphinx_pl.runtime.signals import SIGNALS
+from sphinx_pl.utils.errors import UserError
+from sphinx_pl.utils.files import hash_file, write_whole
 
 _TOLD_TO_GO = (128 + signal.SIGINT, *(128 + number for number in SIGNALS))
 """Exit codes after a signal at which a run saves what it has, such as that before SLURM's time limit."""

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from rich import box
 
-from sphinx_pl.console import Table
-from sphinx_pl.errors import UserError
 from sphinx_pl.pipeline import slurm
 from sphinx_pl.pipeline.state import Record, State, is_done
+from sphinx_pl.utils.console import Table
+from sphinx_pl.utils.errors import UserError
 
 BAD = ("failed", "interrupted", "never starts")
 """States with which `status` ends in exit code 1."""

@@ -7,47 +7,16 @@ its value (read, or drawn) and a `Placement` puts it where it belongs: whole on 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from sphinx_pl.checkpoint.format import TOWERS, Checkpoint, open_checkpoint, released_values, tower_of
+from sphinx_pl.checkpoints.format import TOWERS, Checkpoint, open_checkpoint, released_values, tower_of
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.decoder import new_weight
+from sphinx_pl.models.encoders import build_tower
+from sphinx_pl.models.placement import Placement
 from sphinx_pl.models.sphinx import Sphinx
-from sphinx_pl.models.towers import build_tower
-
-
-class Placement(Protocol):
-    """Where parameters live."""
-
-    reads: bool
-    """Whether this process has to know values; the others get theirs from one that does."""
-
-    def prepare(self, model: Sphinx) -> None:
-        """Before the first parameter; the model is on the meta device, its frozen parts without gradients."""
-
-    def put(self, owner: nn.Module, name: str, value: Tensor | None) -> None:
-        """Give `owner`'s meta parameter `name` its memory, and the value where there is one. All ranks call it."""
-
-
-class Whole:
-    """All of it on one device, in float32."""
-
-    def __init__(self, device: torch.device | str = "cpu", reads: bool = True) -> None:
-        self.device = torch.device(device)
-        self.reads = reads
-
-    def prepare(self, model: Sphinx) -> None:
-        pass
-
-    def put(self, owner: nn.Module, name: str, value: Tensor | None) -> None:
-        like = owner.get_parameter(name)
-        data = torch.empty(like.shape, dtype=like.dtype, device=self.device)
-        if value is not None:
-            data.copy_(value)
-        setattr(owner, name, nn.Parameter(data, requires_grad=like.requires_grad))
 
 
 def build_model(

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.models.sphinx import whole_shape
 from sphinx_pl.stages.adamw import AdamWBf16
-from sphinx_pl.typed import within
+from sphinx_pl.utils.config import within
+from sphinx_pl.utils.errors import UserError, suggest
 
 KINDS = ("adamw", "sgd")
 MOMENTS = ("fp32", "bf16")

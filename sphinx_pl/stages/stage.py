@@ -19,24 +19,25 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
-from sphinx_pl.checkpoint.format import Checkpoint, compare, differences, open_checkpoint
-from sphinx_pl.checkpoint.provenance import hash_file
-from sphinx_pl.checkpoint.towers import check_pretrained
-from sphinx_pl.checkpoint.training import TrainingCheckpoint
+from sphinx_pl.checkpoints.encoders import check_pretrained
+from sphinx_pl.checkpoints.format import Checkpoint, compare, differences, open_checkpoint
+from sphinx_pl.checkpoints.provenance import hash_file
+from sphinx_pl.checkpoints.training import TrainingCheckpoint
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.record import Batch
+from sphinx_pl.data.schema import Batch
 from sphinx_pl.distributed.checkpointing import TrainingCheckpointIO, group_names, options_of
-from sphinx_pl.distributed.collective import of_all_ranks
 from sphinx_pl.distributed.sharded import Sharded
-from sphinx_pl.errors import UserError, suggest
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.decoder import CHECKPOINTING, Decoder
+from sphinx_pl.models.encoders import Tower, build_towers
+from sphinx_pl.models.placement import OneDevice, Placement
 from sphinx_pl.models.sphinx import Sphinx
-from sphinx_pl.models.towers import Tower, build_towers
+from sphinx_pl.runtime.collectives import of_all_ranks
 from sphinx_pl.stages import gradients
-from sphinx_pl.stages.build import Placement, Whole, build_model
+from sphinx_pl.stages.build import build_model
 from sphinx_pl.stages.optim import OptimConfig, build_optimizer, optimizer_groups, warmup_cosine
-from sphinx_pl.typed import build
+from sphinx_pl.utils.config import build
+from sphinx_pl.utils.errors import UserError, suggest
 
 log = logging.getLogger(__name__)
 
@@ -262,7 +263,7 @@ class Stage(L.LightningModule):
             return
         strategy = self._trainer.strategy if self._trainer is not None else None
         self.check(strategy=strategy)
-        placement: Placement = strategy.placement() if isinstance(strategy, Sharded) else self._whole(strategy)
+        placement: Placement = strategy.placement() if isinstance(strategy, Sharded) else self._one_device(strategy)
         weights = open_checkpoint(self.init_from) if self.init_from and not self.resumed else None
         frozen = [part for part in parts_of(self.config) if part not in self.train_parts]
         self.model = build_model(self.config, frozen, placement, weights, self.resumed)
@@ -271,11 +272,11 @@ class Stage(L.LightningModule):
             self.parents = [weights.identity()]
 
     @staticmethod
-    def _whole(strategy: Any) -> Whole:
+    def _one_device(strategy: Any) -> OneDevice:
         """DDP gives all ranks the first one's weights, so that they are read once."""
         if strategy is None:
-            return Whole()
-        return Whole(strategy.root_device, reads=strategy.is_global_zero or not isinstance(strategy, DDPStrategy))
+            return OneDevice()
+        return OneDevice(strategy.root_device, reads=strategy.is_global_zero or not isinstance(strategy, DDPStrategy))
 
     @property
     def sphinx(self) -> Sphinx:

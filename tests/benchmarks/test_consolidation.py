@@ -10,10 +10,10 @@ from torch import Tensor
 
 from benchmarks import consolidation
 from benchmarks.consolidation import PREFIX, check, decoder_of
-from sphinx_pl.checkpoint.format import write_checkpoint
-from sphinx_pl.errors import UserError
+from sphinx_pl.checkpoints.format import write_checkpoint
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.decoder import Decoder
+from sphinx_pl.utils.errors import UserError
 from tests.conftest import REPOSITORY
 
 TOKENIZER = REPOSITORY / "tests/golden/tokenizer.model"

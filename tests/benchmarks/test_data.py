@@ -76,7 +76,7 @@ def test_an_unknown_benchmark_is_one_line(capsys: pytest.CaptureFixture[str]) ->
 def test_made_words_have_the_tokens_of_a_language(tmp_path: Path) -> None:
     import random
 
-    from sphinx_pl.data.tokenizer import Tokenizer
+    from sphinx_pl.data.tokenizers import Tokenizer
 
     words = Words()
     tokenizer = Tokenizer(train_tokenizer(words, tmp_path / "tokenizer.model"))

@@ -9,10 +9,10 @@ import torch
 
 from benchmarks import decoding, hallucination
 from benchmarks.hallucination import KINDS, absent, chair, mentioned, pope
-from sphinx_pl.checkpoint.format import write_checkpoint
+from sphinx_pl.checkpoints.format import write_checkpoint
 from sphinx_pl.data.processor import Processor
+from sphinx_pl.generation.generate import GenerationConfig
 from sphinx_pl.models.config import SphinxConfig
-from sphinx_pl.models.generation import GenerationConfig
 from sphinx_pl.models.sphinx import Sphinx
 
 

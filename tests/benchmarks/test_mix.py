@@ -11,9 +11,9 @@ from torch import Tensor
 
 from benchmarks import mix
 from benchmarks.mix import LLAMA_13B, Random, count, deviations, in_words, rounded_once, tinyllama, ulps, write_random
-from sphinx_pl.checkpoint.format import open_checkpoint, write_checkpoint
-from sphinx_pl.errors import UserError
+from sphinx_pl.checkpoints.format import open_checkpoint, write_checkpoint
 from sphinx_pl.models.config import DecoderConfig, SphinxConfig
+from sphinx_pl.utils.errors import UserError
 from tests.conftest import REPOSITORY
 
 TOKENIZER = REPOSITORY / "tests/golden/tokenizer.model"

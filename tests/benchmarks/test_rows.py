@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import packing
-from sphinx_pl.data import packing as real
+from sphinx_pl.data.sampling import packing as real
 
 
 @pytest.fixture(autouse=True)

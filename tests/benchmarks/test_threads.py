@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import threads
-from sphinx_pl.errors import UserError
+from sphinx_pl.utils.errors import UserError
 
 
 @pytest.fixture(autouse=True)

@@ -12,10 +12,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
 
-from callbacks.checkpoint import ResumeCheckpoint, checkpoints, resolve_resume, step_of
-from sphinx_pl.checkpoint.training import INDEX, Pieces
+from sphinx_pl.callbacks.checkpoint import ResumeCheckpoint, checkpoints, resolve_resume, step_of
+from sphinx_pl.checkpoints.training import INDEX, Pieces
 from sphinx_pl.distributed.checkpointing import TrainingCheckpointIO
-from sphinx_pl.errors import UserError
+from sphinx_pl.utils.errors import UserError
 
 Fit = Callable[..., Any]
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from callbacks.csv_logger import MetricsCSV, forget_after
-from callbacks.evaluation import Evaluation
-from callbacks.throughput import Throughput
-from callbacks.validation import ValidateAtEnds
-from sphinx_pl.metrics import read_metrics
+from sphinx_pl.callbacks.csv_logger import MetricsCSV, forget_after
+from sphinx_pl.callbacks.evaluation import Evaluation
+from sphinx_pl.callbacks.throughput import Throughput
+from sphinx_pl.callbacks.validation import ValidateAtEnds
+from sphinx_pl.utils.metrics_csv import read_metrics
 
 
 def log(folder: Path, *rows: tuple[int, dict[str, float]], every: int = 1) -> None:

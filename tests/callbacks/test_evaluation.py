@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from callbacks.checkpoint import ResumeCheckpoint
-from callbacks.csv_logger import MetricsCSV
-from callbacks.evaluation import Evaluation
-from sphinx_pl.errors import UserError
+from sphinx_pl.callbacks.checkpoint import ResumeCheckpoint
+from sphinx_pl.callbacks.csv_logger import MetricsCSV
+from sphinx_pl.callbacks.evaluation import Evaluation
+from sphinx_pl.utils.errors import UserError
 from tests.callbacks.test_predictions import Watch
 
 Fit = Callable[..., Any]

@@ -18,21 +18,20 @@ import torch
 from lightning.pytorch.callbacks import LambdaCallback
 from safetensors import safe_open
 
-import callbacks.export
-from callbacks.checkpoint import ResumeCheckpoint
-from callbacks.csv_logger import MetricsCSV
-from callbacks.export import ExportModel
-from sphinx_pl.checkpoint import training
-from sphinx_pl.checkpoint.format import open_checkpoint, same_bits
-from sphinx_pl.checkpoint.training import WEIGHT, Piece, describe, write_pieces, write_rest
+from sphinx_pl.callbacks.checkpoint import ResumeCheckpoint
+from sphinx_pl.callbacks.csv_logger import MetricsCSV
+from sphinx_pl.callbacks.export import ExportModel
+from sphinx_pl.checkpoints import training
+from sphinx_pl.checkpoints.format import open_checkpoint, same_bits
+from sphinx_pl.checkpoints.training import WEIGHT, Piece, describe, write_pieces, write_rest
+from sphinx_pl.cli.train import finish_export
 from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.errors import UserError
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx
+from sphinx_pl.utils.errors import UserError
 from tests.conftest import REPOSITORY
 from tests.ranks import on_ranks
-from train import finish_export
 
 Fit = Callable[..., Any]
 
@@ -178,7 +177,7 @@ def test_what_is_being_read_is_not_pruned(fit: Fit, tmp_path: Path, monkeypatch:
         consolidate(checkpoint, *args)
 
     consolidate = training.consolidate
-    monkeypatch.setattr(callbacks.export, "consolidate", slow)
+    monkeypatch.setattr("sphinx_pl.callbacks.export.consolidate", slow)
     fit(
         [ResumeCheckpoint(str(own), every_n_steps=1, keep=1), ExportModel(str(tmp_path / "model"), every_n_steps=3)],
         steps=7,
@@ -260,7 +259,7 @@ def test_a_model_on_the_way_that_a_kill_prevented_is_written_when_the_run_goes_o
 CONSOLIDATE = """
 import sys, torch
 from pathlib import Path
-from sphinx_pl.checkpoint.training import consolidate
+from sphinx_pl.checkpoints.training import consolidate
 
 def of(key):
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)]

@@ -16,10 +16,10 @@ import pytest
 import torch
 from PIL import Image, ImageColor
 
-from callbacks.predictions import Predictions
+from sphinx_pl.callbacks.predictions import Predictions
 from sphinx_pl.data.drawing import TRUE
-from sphinx_pl.errors import UserError
-from sphinx_pl.page import visible
+from sphinx_pl.utils.errors import UserError
+from sphinx_pl.utils.html import visible
 
 Fit = Callable[..., Any]
 Sources = dict[str, dict[str, Any]]

@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import LambdaCallback
 
-from callbacks.checkpoint import ResumeCheckpoint, checkpoints, step_of
-from callbacks.preemption import Preempted, Preemption, _Vote
-from sphinx_pl import stop
+from sphinx_pl.callbacks.checkpoint import ResumeCheckpoint, checkpoints, step_of
+from sphinx_pl.callbacks.preemption import Preempted, Preemption, _Vote
+from sphinx_pl.runtime import signals
+from tests.cli.test_train import command, losses, run
+from tests.runtime.test_slurm import commands
 from tests.scripts import Script
-from tests.test_slurm import commands
-from tests.test_train import command, losses, run
 
 Fit = Callable[..., Any]
 
@@ -38,7 +38,7 @@ def at_step(step: int, *numbers: int) -> L.Callback:
     """Signals in the midst of the first micro-batch of the step after `step` others."""
 
     def send(trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step == step and not stop.received():
+        if trainer.global_step == step and not signals.received():
             for number in numbers:
                 tell(number)
 
@@ -56,7 +56,7 @@ def leaves(fit: Fit, folder: Path, *callbacks: L.Callback, **options: Any) -> in
     return int(stopped.value.code)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("number", [*stop.SIGNALS, stop.INTERRUPT])
+@pytest.mark.parametrize("number", [*signals.SIGNALS, signals.INTERRUPT])
 def test_the_step_that_runs_is_finished_and_saved(fit: Fit, tmp_path: Path, number: int) -> None:
     assert leaves(fit, tmp_path, at_step(2, number)) == 128 + number
     assert saved(tmp_path) == [3]
@@ -84,7 +84,7 @@ def test_a_signal_while_a_checkpoint_is_written_lets_it_finish(fit: Fit, tmp_pat
 
 
 def test_before_the_first_step_nothing_is_saved(fit: Fit, tmp_path: Path) -> None:
-    stop.watch()
+    signals.watch()
     tell(signal.SIGUSR2)
     batches: list[Any] = []
     counter = LambdaCallback(on_train_batch_end=lambda *args: batches.append(args))
@@ -113,15 +113,15 @@ def test_lightning_s_own_handlers_stay_out_of_it(fit: Fit) -> None:
     found: list[Any] = []
 
     def look(trainer: L.Trainer, *_: Any) -> None:
-        found.append([signal.getsignal(number) for number in stop.SIGNALS])
+        found.append([signal.getsignal(number) for number in signals.SIGNALS])
         assert not trainer.received_sigterm
 
     during = dict.fromkeys(("on_train_batch_start", "on_validation_start"), look)
-    before = [signal.getsignal(number) for number in stop.SIGNALS]
+    before = [signal.getsignal(number) for number in signals.SIGNALS]
     fit([LambdaCallback(**during), Preemption()])
-    assert [signal.getsignal(number) for number in stop.SIGNALS] == before
+    assert [signal.getsignal(number) for number in signals.SIGNALS] == before
     assert found
-    assert all(handler is stop._note for handlers in found for handler in handlers)
+    assert all(handler is signals._note for handlers in found for handler in handlers)
 
 
 def test_a_job_is_requeued_once_everything_is_saved(

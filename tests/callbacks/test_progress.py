@@ -9,9 +9,9 @@ import lightning as L
 import pytest
 from rich.console import Console
 
-from callbacks.progress import Progress, trainable_table
-from callbacks.throughput import Throughput
-from sphinx_pl.console import StepBar
+from sphinx_pl.callbacks.progress import Progress, trainable_table
+from sphinx_pl.callbacks.throughput import Throughput
+from sphinx_pl.utils.console import StepBar
 
 Fit = Callable[..., Any]
 

@@ -14,15 +14,15 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.flop_counter import FlopCounterMode
 
-from callbacks import throughput
-from callbacks.checkpoint import ResumeCheckpoint
-from callbacks.throughput import COUNTED, SPANS, RankPart, Throughput, data_metrics, measured_peak, metrics_of
+from sphinx_pl.callbacks import throughput
+from sphinx_pl.callbacks.checkpoint import ResumeCheckpoint
+from sphinx_pl.callbacks.throughput import COUNTED, SPANS, RankPart, Throughput, data_metrics, measured_peak, metrics_of
 from sphinx_pl.data.datamodule import DataModule
-from sphinx_pl.data.packing import Collator
-from sphinx_pl.data.record import Batch
-from sphinx_pl.flops import TrainingFlops
+from sphinx_pl.data.sampling.packing import Collator
+from sphinx_pl.data.schema import Batch
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx
+from sphinx_pl.planning.flops import TrainingFlops
 from sphinx_pl.stages import Stage
 
 Fit = Callable[..., Any]

@@ -11,9 +11,9 @@ import lightning as L
 import pytest
 from lightning.pytorch.callbacks import LambdaCallback
 
-from callbacks.checkpoint import ResumeCheckpoint, checkpoints, step_of
-from callbacks.csv_logger import MetricsCSV
-from callbacks.validation import ValidateAtEnds
+from sphinx_pl.callbacks.checkpoint import ResumeCheckpoint, checkpoints, step_of
+from sphinx_pl.callbacks.csv_logger import MetricsCSV
+from sphinx_pl.callbacks.validation import ValidateAtEnds
 
 Fit = Callable[..., tuple[L.Trainer, Any]]
 

@@ -15,11 +15,11 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image, ImageColor
 
-from callbacks.predictions import Predictions
-from callbacks.provenance import RunInfo
-from callbacks.throughput import Throughput
+from sphinx_pl.callbacks.predictions import Predictions
+from sphinx_pl.callbacks.provenance import RunInfo
+from sphinx_pl.callbacks.throughput import Throughput
 from sphinx_pl.data.drawing import TRUE
-from sphinx_pl.errors import UserError
+from sphinx_pl.utils.errors import UserError
 
 REPOSITORY = Path(__file__).parents[2]
 Fit = Callable[..., Any]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from callbacks.wandb_logger import FILE, run_id
+from sphinx_pl.callbacks.wandb_logger import FILE, run_id
 from tests.conftest import REPOSITORY
 
 LOG = """

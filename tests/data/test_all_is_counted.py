@@ -17,7 +17,7 @@ import pytest
 
 from sphinx_pl.data.datamodule import DataModule, TrainLoader
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.sources import ImageTextSource, build_source
+from sphinx_pl.data.readers import ImageTextSource, build_source
 from tests.fuzzing import encoded, picture
 
 JPEG = encoded(picture(), "JPEG")

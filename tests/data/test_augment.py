@@ -14,14 +14,14 @@ import torch
 from PIL import Image
 
 from sphinx_pl.data.augment import TEXT_TASKS, AugmentConfig, augment, augment_together
-from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.geometry import COCO_KEYPOINTS, Geometry, padded_frame
+from sphinx_pl.data.coordinates import COCO_KEYPOINTS, Geometry, padded_frame
 from sphinx_pl.data.images import annotated_images, image_size, load_image
-from sphinx_pl.data.packing import _from_plain, _to_plain
-from sphinx_pl.data.record import ImageRef, Record, Region, Sample, Turn
+from sphinx_pl.data.sampling.packing import _from_plain, _to_plain
+from sphinx_pl.data.schema import ImageRef, Record, Region, Sample, Turn
+from sphinx_pl.data.skip import BadSample
 from sphinx_pl.data.tasks import TASKS
-from sphinx_pl.errors import UserError
-from sphinx_pl.typed import build
+from sphinx_pl.utils.config import build
+from sphinx_pl.utils.errors import UserError
 from tests.examples import EXAMPLES, LEFT, LOW, PERSON, RIGHT
 
 FLIP = AugmentConfig(flip=1.0)

@@ -26,8 +26,8 @@ from PIL import Image
 import sphinx_pl.data.files as files_module
 from sphinx_pl.data.datamodule import DataModule, TrainLoader
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.record import IGNORE, Batch
-from sphinx_pl.errors import UserError
+from sphinx_pl.data.schema import IGNORE, Batch
+from sphinx_pl.utils.errors import UserError
 from tests.conftest import REPOSITORY
 from tests.fuzzing import bad_images, encoded, good_images, picture, write_tar
 
@@ -345,7 +345,7 @@ def test_a_shard_that_is_gone_before_it_is_opened(processor: Processor, tmp_path
         return opened(url)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sphinx_pl.data.sources.text.local_file", vanishing)
+        patch.setattr("sphinx_pl.data.readers.text.local_file", vanishing)
         loader = TrainLoader(data.planner(), data.collator, 0, 1.0, False)
     keys = used(list(loader))
     assert keys == {f"text/{name}.jsonl:{i}" for name in (0, 2) for i in range(5)}
@@ -420,7 +420,7 @@ def test_a_missing_shard_that_comes_back_is_read_in_the_next_epoch(
     opened = files_module.local_file
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "sphinx_pl.data.sources.text.local_file",
+            "sphinx_pl.data.readers.text.local_file",
             lambda url: opened(str(hidden) if url.endswith("1.jsonl") else url),
         )
         loader = train(processor, {"text": {"kind": "text", "path": [str(path) for path in paths]}}, epochs=2)
@@ -799,7 +799,7 @@ from pathlib import Path
 from tests.conftest import tiny_model
 from tests.data.test_bad_data import huge_sources, train
 from sphinx_pl.data.processor import Processor, ProcessorConfig
-from sphinx_pl.data.tokenizer import Tokenizer
+from sphinx_pl.data.tokenizers import Tokenizer
 
 def peak():
     return int(re.search(r"VmHWM:\\s+([0-9]+)", Path("/proc/self/status").read_text())[1]) * 1024

@@ -19,10 +19,10 @@ from PIL import Image
 from torch import Tensor
 
 from sphinx_pl.data.datamodule import DataModule, TrainLoader
-from sphinx_pl.data.packing import merge_states
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.record import IGNORE, Batch
-from sphinx_pl.errors import UserError
+from sphinx_pl.data.sampling.packing import merge_states
+from sphinx_pl.data.schema import IGNORE, Batch
+from sphinx_pl.utils.errors import UserError
 
 Member = tuple[str, bytes]
 

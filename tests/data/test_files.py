@@ -13,11 +13,11 @@ import pyarrow.parquet
 import pytest
 
 from sphinx_pl.data import files
-from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.files import Hold, cache_folder, local_file
 from sphinx_pl.data.images import load_image
-from sphinx_pl.data.sources import ImageTextSource, InstructionSource, TextSource, build_source
-from sphinx_pl.errors import UserError
+from sphinx_pl.data.readers import ImageTextSource, InstructionSource, TextSource, build_source
+from sphinx_pl.data.skip import BadSample
+from sphinx_pl.utils.errors import UserError
 
 
 @pytest.fixture(autouse=True)

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from sphinx_pl.data.bad import BadSample, Filtered
 from sphinx_pl.data.datamodule import DataModule
-from sphinx_pl.data.duplicates import find_duplicates
-from sphinx_pl.data.mixture import Mixture
+from sphinx_pl.data.inspect.duplicates import find_duplicates
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.sources import ImageTextSource
-from sphinx_pl.errors import UserError
+from sphinx_pl.data.readers import ImageTextSource
+from sphinx_pl.data.sampling.mixture import Mixture
+from sphinx_pl.data.skip import BadSample, Filtered
+from sphinx_pl.utils.errors import UserError
 
 Pair = tuple[str, dict[str, Any]]
 

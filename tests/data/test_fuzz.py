@@ -17,14 +17,15 @@ import pytest
 import torch
 
 import sphinx_pl.data.files as files_module
-from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.datamodule import DataModule, TrainLoader
 from sphinx_pl.data.images import load_image
-from sphinx_pl.data.mixture import MixingConfig, Mixture
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.record import ImageRef
-from sphinx_pl.data.sources import build_source
-from sphinx_pl.errors import UserError
+from sphinx_pl.data.readers import build_source
+from sphinx_pl.data.sampling.config import MixingConfig
+from sphinx_pl.data.sampling.mixture import Mixture
+from sphinx_pl.data.schema import ImageRef
+from sphinx_pl.data.skip import BadSample
+from sphinx_pl.utils.errors import UserError
 from tests.fuzzing import World, damaged, mangled
 
 RECORDS = 12  # of each damaged file that are read

@@ -11,8 +11,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from sphinx_pl.cli import CONFIG_FOLDER
 from sphinx_pl.data.held_out import held_out_weights
+from sphinx_pl.runtime.hydra_app import CONFIG_FOLDER
 
 
 @pytest.fixture

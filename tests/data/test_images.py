@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.images import PAD_COLOUR, decode, image_size, load_image, padded_resize, read_bytes
-from sphinx_pl.data.record import ImageRef
+from sphinx_pl.data.schema import ImageRef
+from sphinx_pl.data.skip import BadSample
 
 
 def encoded(image, format="PNG", **options):

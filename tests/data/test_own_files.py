@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.images import load_image
-from sphinx_pl.data.mixture import SourceConfig
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.sources import build_source
-from sphinx_pl.errors import UserError
+from sphinx_pl.data.readers import build_source
+from sphinx_pl.data.sampling.config import SourceConfig
+from sphinx_pl.data.skip import BadSample
+from sphinx_pl.utils.errors import UserError
 from tests.data.test_all_is_counted import counters, left_out
 
 

@@ -22,23 +22,24 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
-from sphinx_pl.cli import CONFIG_FOLDER
-from sphinx_pl.data.__main__ import main as look
-from sphinx_pl.data.conversation import SYSTEM
-from sphinx_pl.data.convert import CONVERTERS
-from sphinx_pl.data.convert.__main__ import main as convert
+from sphinx_pl.cli.convert import main as convert
+from sphinx_pl.cli.data import main as look
+from sphinx_pl.data.converters import CONVERTERS
+from sphinx_pl.data.coordinates import Geometry
 from sphinx_pl.data.datamodule import DataModule, TrainLoader
-from sphinx_pl.data.geometry import Geometry
-from sphinx_pl.data.mixture import META, Group, SourceConfig
-from sphinx_pl.data.packing import Lane, PackingConfig
 from sphinx_pl.data.processor import Processor, ProcessorConfig
-from sphinx_pl.data.record import IGNORE, ImageRef, Sample
-from sphinx_pl.data.sources.filters import PairFilters
+from sphinx_pl.data.prompt_format import SYSTEM
+from sphinx_pl.data.readers.filters import PairFilters
+from sphinx_pl.data.sampling.config import META, Group, SourceConfig
+from sphinx_pl.data.sampling.packing import Lane, PackingConfig
+from sphinx_pl.data.schema import IGNORE, ImageRef, Sample
 from sphinx_pl.data.tasks import TASKS
-from sphinx_pl.data.tokenizer import Tokenizer
-from sphinx_pl.errors import UserError
+from sphinx_pl.data.tokenizers import Tokenizer
 from sphinx_pl.models.config import SphinxConfig
-from sphinx_pl.typed import build
+from sphinx_pl.runtime.hydra_app import CONFIG_FOLDER
+from sphinx_pl.utils.config import build
+from sphinx_pl.utils.errors import UserError
+from tests.conftest import REPOSITORY
 from tests.examples import EXAMPLES
 
 STAGES = {
@@ -47,7 +48,7 @@ STAGES = {
     "paper_finetune": "finetune",
 }
 MORE = ("experiment=paper_finetune", "data/mixture=paper_finetune_more")
-DOC = (CONFIG_FOLDER.parent / "docs" / "data.md").read_text()
+DOC = (REPOSITORY / "docs" / "data.md").read_text()
 # Converters that the paper's list of tasks has no data for.
 NOT_LISTED = {"coco_captions", "textvqa", "vizwiz", "scienceqa", "iconqa", "vsr", "clevr"}
 
@@ -530,7 +531,7 @@ def test_the_documentation_names_every_folder_of_the_layout() -> None:
 
 
 def test_the_example_of_a_mixture_is_one() -> None:
-    text = (CONFIG_FOLDER.parent / "docs" / "configuration.md").read_text()
+    text = (REPOSITORY / "docs" / "configuration.md").read_text()
     sources = yaml.safe_load(text.split("```yaml\n", 1)[1].split("```", 1)[0])["sources"]
     assert sources["tasks"]["sources"].pop("old")["kind"] == META  # whose file is read at once
     group = Group.from_dict({"sources": sources})

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.conversation import SYSTEM
 from sphinx_pl.data.processor import Processor, ProcessorConfig, _overlaps, merge_branches
-from sphinx_pl.data.record import IMAGE_SLOT, Branch, ImageRef, Record, Sample, Turn
-from sphinx_pl.data.sources import build_source
+from sphinx_pl.data.prompt_format import SYSTEM
+from sphinx_pl.data.readers import build_source
+from sphinx_pl.data.schema import IMAGE_SLOT, Branch, ImageRef, Record, Sample, Turn
+from sphinx_pl.data.skip import BadSample
 from sphinx_pl.data.tasks import TASKS
-from sphinx_pl.data.tokenizer import Tokenizer
-from sphinx_pl.errors import UserError
+from sphinx_pl.data.tokenizers import Tokenizer
+from sphinx_pl.utils.errors import UserError
 from tests.examples import EXAMPLES, NOT_IN_SAMPLE
 
 SLOTS = 3  # tokens per image: few, so that expected ids can be written out

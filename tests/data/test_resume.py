@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from sphinx_pl.data.datamodule import DataModule, TrainLoader
-from sphinx_pl.data.packing import Planner, merge_states
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.errors import UserError
+from sphinx_pl.data.sampling.packing import Planner, merge_states
+from sphinx_pl.utils.errors import UserError
 from tests.fuzzing import encoded, picture, write_tar
 
 JPEG = encoded(picture(), "JPEG")

@@ -10,10 +10,10 @@ import sentencepiece as spm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sphinx_pl.data.conversation import escaped, render, unescaped
 from sphinx_pl.data.processor import Processor, ProcessorConfig
-from sphinx_pl.data.record import Record, Turn
-from sphinx_pl.data.tokenizer import Tokenizer
+from sphinx_pl.data.prompt_format import escaped, render, unescaped
+from sphinx_pl.data.schema import Record, Turn
+from sphinx_pl.data.tokenizers import Tokenizer
 
 PARTS = (
     *("\n", "\r\n", "\r", " ", "\u2581", "\u2028", "\x85", "\x0b", "\0", "a", "é", "1", "."),

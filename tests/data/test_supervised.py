@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.conversation import END_OF_TURN
-from sphinx_pl.data.geometry import COCO_KEYPOINTS, Geometry
+from sphinx_pl.data.coordinates import COCO_KEYPOINTS, Geometry
 from sphinx_pl.data.processor import Processor, ProcessorConfig
-from sphinx_pl.data.record import Record, Region, Sample, Turn
+from sphinx_pl.data.prompt_format import END_OF_TURN
+from sphinx_pl.data.schema import Record, Region, Sample, Turn
+from sphinx_pl.data.skip import BadSample
 from sphinx_pl.data.tasks import TASKS, WHOLE, choice_letter
-from sphinx_pl.data.tokenizer import Tokenizer
+from sphinx_pl.data.tokenizers import Tokenizer
 from tests.examples import EXAMPLES
 
 WORDS = (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sphinx_pl.data.sources import ImageTextSource, image_text
+from sphinx_pl.data.readers import ImageTextSource, image_text
 
 Index = tuple[list[bytes], list[list[list[int]]], Counter[str]]
 NAMES = (

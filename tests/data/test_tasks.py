@@ -4,9 +4,9 @@ import string
 
 import pytest
 
-from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.geometry import Geometry
-from sphinx_pl.data.record import Region, Turn
+from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.schema import Region, Turn
+from sphinx_pl.data.skip import BadSample
 from sphinx_pl.data.tasks import TASKS, choice_letter, reading_order
 from tests.examples import EXAMPLES, LEFT, LOW, PERSON, RIGHT
 

@@ -10,11 +10,11 @@ from typing import Any
 import lightning as L
 import torch
 
-from callbacks.checkpoint import ResumeCheckpoint
-from sphinx_pl.data.packing import Collator
+from sphinx_pl.callbacks.checkpoint import ResumeCheckpoint
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.record import IGNORE, Batch, Record, Sample
-from sphinx_pl.data.sources import build_source
+from sphinx_pl.data.readers import build_source
+from sphinx_pl.data.sampling.packing import Collator
+from sphinx_pl.data.schema import IGNORE, Batch, Record, Sample
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.stages import Stage
 from tests.conftest import tiny_model

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from sphinx_pl.checkpoint.format import MAPPED_BYTES, write_checkpoint
+from sphinx_pl.checkpoints.format import MAPPED_BYTES, write_checkpoint
 from sphinx_pl.models.config import DecoderConfig, SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx
 from tests.conftest import REPOSITORY

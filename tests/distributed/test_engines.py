@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from callbacks.checkpoint import ResumeCheckpoint
-from sphinx_pl.checkpoint.format import open_checkpoint
+from sphinx_pl.callbacks.checkpoint import ResumeCheckpoint
+from sphinx_pl.checkpoints.format import open_checkpoint
 from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.record import Batch
+from sphinx_pl.data.schema import Batch
 from sphinx_pl.distributed.fsdp2 import Fsdp2
 from sphinx_pl.distributed.zero import Zero3
 from sphinx_pl.models.sphinx import whole_shape
-from sphinx_pl.processes import join
+from sphinx_pl.runtime.ranks import join
 from sphinx_pl.stages import Stage, gradients
 from tests.conftest import tiny_model
 from tests.ranks import on_ranks

@@ -13,9 +13,9 @@ import lightning as L
 import pytest
 import torch
 
-from sphinx_pl.checkpoint.training import Pieces
+from sphinx_pl.checkpoints.training import Pieces
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.record import Batch
+from sphinx_pl.data.schema import Batch
 from sphinx_pl.distributed.fsdp2 import Fsdp2
 from sphinx_pl.distributed.zero import Zero3
 from sphinx_pl.stages.stage import NonFiniteError

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.record import IGNORE, Batch
+from sphinx_pl.data.schema import IGNORE, Batch
 from sphinx_pl.distributed.fsdp2 import Fsdp2
 from sphinx_pl.distributed.zero import Zero3
 from sphinx_pl.models.config import SphinxConfig

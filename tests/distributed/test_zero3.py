@@ -12,12 +12,12 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
-from callbacks.checkpoint import write_training_checkpoint
+from sphinx_pl.callbacks.checkpoint import write_training_checkpoint
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.record import Batch
+from sphinx_pl.data.schema import Batch
 from sphinx_pl.distributed.zero import Zero3
-from sphinx_pl.errors import UserError
 from sphinx_pl.models.sphinx import whole_shape
+from sphinx_pl.utils.errors import UserError
 from tests.distributed.handmade import Samples, fit_written
 from tests.distributed.test_engines import SOME, weights
 from tests.ranks import on_ranks

@@ -9,13 +9,13 @@ from PIL import Image
 
 from sphinx_pl.data.images import padded_resize, to_tensor
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.record import ImageRef
-from sphinx_pl.evaluation.asking import evaluate
+from sphinx_pl.data.schema import ImageRef
 from sphinx_pl.evaluation.choosing import answer
 from sphinx_pl.evaluation.question import question_of
+from sphinx_pl.evaluation.runner import evaluate
+from sphinx_pl.generation.generate import GenerationConfig, Prompt, generate
+from sphinx_pl.generation.ranking import rank
 from sphinx_pl.models.config import SphinxConfig
-from sphinx_pl.models.generation import GenerationConfig, Prompt, generate
-from sphinx_pl.models.ranking import rank
 from sphinx_pl.models.sphinx import Sphinx
 from tests.examples import EXAMPLES
 

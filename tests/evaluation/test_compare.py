@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from sphinx_pl.data.geometry import Geometry
-from sphinx_pl.data.record import ImageRef, Record
-from sphinx_pl.errors import UserError
-from sphinx_pl.evaluation.asking import Prediction, judge
+from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.schema import ImageRef, Record
 from sphinx_pl.evaluation.benchmarks import Questions
 from sphinx_pl.evaluation.benchmarks.pope import Pope
 from sphinx_pl.evaluation.compare import compare, main
 from sphinx_pl.evaluation.measures import mean
+from sphinx_pl.evaluation.report.summary import summarise
 from sphinx_pl.evaluation.rescore import rescore
 from sphinx_pl.evaluation.results import read_predictions, read_results, write_predictions, write_results
-from sphinx_pl.evaluation.summary import summarise
+from sphinx_pl.evaluation.runner import Prediction, judge
+from sphinx_pl.utils.errors import UserError
 
 GEOMETRY = Geometry(decimals=2)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sphinx_pl.data.datamodule import DataModule
-from sphinx_pl.data.mixture import SourceConfig
 from sphinx_pl.data.processor import Processor
+from sphinx_pl.data.sampling.config import SourceConfig
 from sphinx_pl.evaluation.losses import held_out_losses
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from sphinx_pl.evaluation.asking import Prediction
 from sphinx_pl.evaluation.measures import Additive, Sums, Whole, difference, estimate, holm, mean, ratio
+from sphinx_pl.evaluation.runner import Prediction
 
 
 def prediction(key: str, score: float, topic: str = "") -> Prediction:

@@ -6,11 +6,11 @@ import dataclasses
 
 import pytest
 
-from sphinx_pl.data.geometry import Geometry
-from sphinx_pl.data.record import ImageRef, Record, Region, Turn
+from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.schema import ImageRef, Record, Region, Turn
 from sphinx_pl.data.tasks import TASKS
-from sphinx_pl.errors import UserError
 from sphinx_pl.evaluation.metrics import METRICS, register
+from sphinx_pl.utils.errors import UserError
 from tests.examples import EXAMPLES
 
 GEOMETRY = Geometry(decimals=3)

@@ -15,18 +15,18 @@ import pytest
 import torch
 from PIL import Image
 
-from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.convert.common import choice_record, question_record
-from sphinx_pl.data.geometry import Geometry
+from sphinx_pl.data.converters.common import choice_record, question_record
+from sphinx_pl.data.coordinates import Geometry
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.record import ImageRef, Record, Region, Turn
+from sphinx_pl.data.schema import ImageRef, Record, Region, Turn
+from sphinx_pl.data.skip import BadSample
 from sphinx_pl.data.tasks import TASKS
-from sphinx_pl.evaluation.asking import ask, evaluate, judge, select, shuffle_images
+from sphinx_pl.evaluation.answer_log import Journal
 from sphinx_pl.evaluation.baselines import constant_predictions, fit_constants
 from sphinx_pl.evaluation.benchmarks import BENCHMARKS, Questions, load
 from sphinx_pl.evaluation.benchmarks.mme import SUBTASKS
-from sphinx_pl.evaluation.journal import Journal
 from sphinx_pl.evaluation.question import Question, asks_yes_no, question_of
+from sphinx_pl.evaluation.runner import ask, evaluate, judge, select, shuffle_images
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx
 from tests.examples import EXAMPLES, LEFT, LOW, PERSON, RIGHT

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sphinx_pl.checkpoint.format import TensorInfo
-from sphinx_pl.checkpoint.layout import Layout
-from sphinx_pl.checkpoint.parallel import split
-from sphinx_pl.checkpoint.stored import Read, Stored
-from tests.checkpoint.conftest import write
+from sphinx_pl.checkpoints.format import TensorInfo
+from sphinx_pl.checkpoints.layout import Layout
+from sphinx_pl.checkpoints.stored import Read, Stored
+from sphinx_pl.checkpoints.torch_shards import split
+from tests.checkpoints.conftest import write
 
 __all__ = ["write"]
 

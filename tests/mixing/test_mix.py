@@ -19,9 +19,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from sphinx_pl.checkpoint import layout
-from sphinx_pl.checkpoint.__main__ import main as command
-from sphinx_pl.checkpoint.format import (
+from sphinx_pl.checkpoints import layout
+from sphinx_pl.checkpoints.format import (
     INDEX,
     TOKENIZER,
     Checkpoint,
@@ -30,28 +29,21 @@ from sphinx_pl.checkpoint.format import (
     same_bits,
     write_json,
 )
-from sphinx_pl.checkpoint.layout import write_parallel
-from sphinx_pl.checkpoint.llm import HuggingFaceCheckpoint, write_huggingface
-from sphinx_pl.checkpoint.original import decoder_sizes
-from sphinx_pl.checkpoint.parallel import split
-from sphinx_pl.checkpoint.stored import HuggingFaceFolder, content_hash, store
-from sphinx_pl.checkpoint.training import Piece, TrainingCheckpoint, describe, write_pieces, write_rest
-from sphinx_pl.errors import UserError
+from sphinx_pl.checkpoints.layout import write_parallel
+from sphinx_pl.checkpoints.llama import HuggingFaceCheckpoint, write_huggingface
+from sphinx_pl.checkpoints.original import decoder_sizes
+from sphinx_pl.checkpoints.stored import HuggingFaceFolder, content_hash, store
+from sphinx_pl.checkpoints.torch_shards import split
+from sphinx_pl.checkpoints.training import Piece, TrainingCheckpoint, describe, write_pieces, write_rest
+from sphinx_pl.cli.checkpoint import main as command
 from sphinx_pl.mixing.methods import mix_tensors
-from sphinx_pl.mixing.mix import (
-    Recipe,
-    check_weights,
-    mix,
-    mix_checkpoints,
-    needs_our_names,
-    open_models,
-    plan_mixture,
-)
+from sphinx_pl.mixing.mix import Recipe, check_weights, mix, mix_checkpoints, needs_our_names, open_models, plan_mixture
 from sphinx_pl.mixing.show import distances_table
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.decoder import Decoder
-from tests.checkpoint.conftest import PROCESSOR, random_tensors, small_config
-from tests.checkpoint.conftest import write as write  # a fixture
+from sphinx_pl.utils.errors import UserError
+from tests.checkpoints.conftest import PROCESSOR, random_tensors, small_config
+from tests.checkpoints.conftest import write as write  # a fixture
 from tests.mixing.conftest import huggingface_folder
 
 Write = Callable[..., Path]

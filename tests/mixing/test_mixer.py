@@ -10,14 +10,14 @@ import torch
 import xxhash
 from torch import Tensor
 
-from sphinx_pl.checkpoint.format import open_checkpoint, same_bits
-from sphinx_pl.checkpoint.stored import Stored, content_hash, hash_of_hashes
-from sphinx_pl.errors import UserError
+from sphinx_pl.checkpoints.format import open_checkpoint, same_bits
+from sphinx_pl.checkpoints.stored import Stored, content_hash, hash_of_hashes
 from sphinx_pl.mixing.kernel import _mix
 from sphinx_pl.mixing.methods import METHODS, mix_tensors
 from sphinx_pl.mixing.mix import open_models
 from sphinx_pl.mixing.mixer import FEW, Facts, Mixer
-from tests.checkpoint.conftest import random_tensors
+from sphinx_pl.utils.errors import UserError
+from tests.checkpoints.conftest import random_tensors
 from tests.mixing.conftest import Held, finite_bits, original_folder
 
 Write = Callable[..., Path]

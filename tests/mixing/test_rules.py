@@ -10,14 +10,14 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from sphinx_pl.checkpoint.llm import our_llama_name
-from sphinx_pl.checkpoint.original import shipped_model
-from sphinx_pl.checkpoint.stored import open_stored, store
-from sphinx_pl.errors import UserError
+from sphinx_pl.checkpoints.llama import our_llama_name
+from sphinx_pl.checkpoints.original import shipped_model
+from sphinx_pl.checkpoints.stored import open_stored, store
 from sphinx_pl.mixing.mix import check_weights
 from sphinx_pl.mixing.rules import PARTS, complement, layer_of, part_of, resolve, rules_table
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx
+from sphinx_pl.utils.errors import UserError
 from tests.mixing.conftest import huggingface_folder, original_folder
 
 LAYERS = {f"decoder.layers.{layer}.attention.wq.weight": layer for layer in range(6)}

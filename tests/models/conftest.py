@@ -6,9 +6,9 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from sphinx_pl.data.record import IMAGE_SLOT
+from sphinx_pl.data.schema import IMAGE_SLOT
+from sphinx_pl.generation.prompt import Prompt
 from sphinx_pl.models.config import SphinxConfig
-from sphinx_pl.models.prompt import Prompt
 from sphinx_pl.models.sphinx import Sphinx
 
 CONF = Path(__file__).parents[2] / "conf" / "model"

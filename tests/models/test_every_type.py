@@ -11,16 +11,16 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 
-from sphinx_pl.checkpoint.format import write_checkpoint
-from sphinx_pl.cli import CONFIG_FOLDER
-from sphinx_pl.data.packing import Collator
+from sphinx_pl.checkpoints.format import write_checkpoint
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.record import ImageRef, Record
-from sphinx_pl.evaluation.asking import evaluate
-from sphinx_pl.inference import Assistant, Dialog
+from sphinx_pl.data.sampling.packing import Collator
+from sphinx_pl.data.schema import ImageRef, Record
+from sphinx_pl.evaluation.runner import evaluate
+from sphinx_pl.generation.assistant import Assistant, Dialog
+from sphinx_pl.generation.generate import GenerationConfig
 from sphinx_pl.models.config import SphinxConfig
-from sphinx_pl.models.generation import GenerationConfig
 from sphinx_pl.models.sphinx import Sphinx
+from sphinx_pl.runtime.hydra_app import CONFIG_FOLDER
 from tests.conftest import REPOSITORY
 
 MODELS = sorted(path.stem for path in (CONFIG_FOLDER / "model").glob("*.yaml"))

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from sphinx_pl.cli import CONFIG_FOLDER
 from sphinx_pl.models.config import SphinxConfig
-from sphinx_pl.models.towers import ClipViT, ConvNext, Dinov2, QFormer, Tower
+from sphinx_pl.models.encoders import ClipViT, ConvNext, Dinov2, QFormer, Tower
+from sphinx_pl.runtime.hydra_app import CONFIG_FOLDER
 
 pytestmark = pytest.mark.long
 

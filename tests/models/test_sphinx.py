@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from sphinx_pl.data.record import IGNORE, Batch
-from sphinx_pl.errors import UserError
+from sphinx_pl.data.schema import IGNORE, Batch
 from sphinx_pl.models.sphinx import Sphinx, packed_mask
+from sphinx_pl.utils.errors import UserError
 from tests.models.conftest import CONF, model_config
 
 L = 27  # tokens per image of the sample model

@@ -11,12 +11,12 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from sphinx_pl.errors import UserError
 from sphinx_pl.models.config import ConvNextConfig
+from sphinx_pl.models.encoders import ConvNext, resample_positions
 from sphinx_pl.models.sphinx import Sphinx
-from sphinx_pl.models.towers import ConvNext, resample_positions
 from sphinx_pl.models.views import CLIP_MEAN, CLIP_STD, normalise, resize, split_views
-from sphinx_pl.models.vision_mixer import VisionMixer, merge_patches
+from sphinx_pl.models.vision import VisionMixer, merge_patches
+from sphinx_pl.utils.errors import UserError
 from tests.models.conftest import model_config
 
 

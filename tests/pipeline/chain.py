@@ -9,9 +9,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from sphinx_pl.errors import UserError
 from sphinx_pl.pipeline import local
 from sphinx_pl.pipeline.recipe import Recipe, Step
+from sphinx_pl.utils.errors import UserError
 
 PROGRAM = """
 import pathlib, sys, time

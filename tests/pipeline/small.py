@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.test_train import SMALL
+from tests.cli.test_train import SMALL
 
 
 def small_demo(folder: Path, data: Path) -> list[str]:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from sphinx_pl.errors import UserError
-from sphinx_pl.pipeline.__main__ import main
+from sphinx_pl.cli.pipeline import main
 from sphinx_pl.pipeline.recipe import load, split
+from sphinx_pl.utils.errors import UserError
 from tests.conftest import REPOSITORY
 
 
@@ -192,7 +192,7 @@ def test_away_from_the_repository_scripts_are_modules(tmp_path: Path, monkeypatc
 
 def test_help_says_what_there_is() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "sphinx_pl.pipeline", "--help"],
+        [sys.executable, "-m", "sphinx_pl.cli.pipeline", "--help"],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,

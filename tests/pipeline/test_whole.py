@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from callbacks.checkpoint import checkpoints
-from sphinx_pl.checkpoint.format import SafetensorsFile, open_checkpoint
-from sphinx_pl.checkpoint.training import WEIGHT, file_name
-from sphinx_pl.stages.build import Whole, build_model
+from sphinx_pl.callbacks.checkpoint import checkpoints
+from sphinx_pl.checkpoints.format import SafetensorsFile, open_checkpoint
+from sphinx_pl.checkpoints.training import WEIGHT, file_name
+from sphinx_pl.models.placement import OneDevice
+from sphinx_pl.stages.build import build_model
 from tests.conftest import REPOSITORY
 from tests.distributed.test_engines import check_same
 from tests.pipeline.small import small_demo
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.long
 
 def start(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "sphinx_pl.pipeline", *arguments],
+        [sys.executable, "-m", "sphinx_pl.cli.pipeline", *arguments],
         cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -118,7 +119,7 @@ def test_the_recipe_on_two_ranks_of_zero3_ends_with_the_weights_of_one_process(
     one, two = tmp_path / "one", tmp_path / "two"
     config = open_checkpoint(one / "pretrain_real" / "model").model_config
     torch.manual_seed(0)
-    start = build_model(config, [], Whole(), None).state_dict()
+    start = build_model(config, [], OneDevice(), None).state_dict()
     for stage in ("pretrain_real", "pretrain_synthetic", "finetune"):
         norms = column(one / stage, "train/grad_norm")
         assert len(norms) == STEPS

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sphinx_pl.checkpoint.format import open_checkpoint
+from sphinx_pl.checkpoints.format import open_checkpoint
 from sphinx_pl.pipeline import slurm, status
 from sphinx_pl.pipeline.state import State
 from tests.conftest import REPOSITORY
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(1200), pytest.mark.usefixtur
 def start(*arguments: str) -> tuple[int, str]:
     """The pipeline's exit code and what it prints."""
     done = subprocess.run(
-        [sys.executable, "-m", "sphinx_pl.pipeline", *arguments],
+        [sys.executable, "-m", "sphinx_pl.cli.pipeline", *arguments],
         cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,

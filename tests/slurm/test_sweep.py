@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from callbacks.checkpoint import checkpoints, step_of
+from sphinx_pl.callbacks.checkpoint import checkpoints, step_of
+from tests.cli.test_train import SMALL, losses
 from tests.conftest import REPOSITORY
 from tests.slurm.conftest import command, until
-from tests.test_train import SMALL, losses
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900), pytest.mark.usefixtures("running_slurm")]
 STEPS = 60

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from sphinx_pl.errors import UserError
 from sphinx_pl.stages.adamw import CHUNK, AdamWBf16, round_stochastically
 from sphinx_pl.stages.optim import OptimConfig, build_optimizer
+from sphinx_pl.utils.errors import UserError
 
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from sphinx_pl.data.packing import Collator
 from sphinx_pl.data.processor import Processor
+from sphinx_pl.data.sampling.packing import Collator
 from sphinx_pl.stages import Stage
 from tests.conftest import tiny_model
 from tests.stages.test_stage import ALL, OPTIM, datamodule, trainer

@@ -12,7 +12,7 @@ import pytest
 
 from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.record import Batch
+from sphinx_pl.data.schema import Batch
 from sphinx_pl.stages import Stage
 from tests.conftest import tiny_model
 from tests.stages.test_stage import ALL, OPTIM, trainer

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from callbacks.checkpoint import ResumeCheckpoint, checkpoints
-from sphinx_pl.checkpoint.training import Pieces
+from sphinx_pl.callbacks.checkpoint import ResumeCheckpoint, checkpoints
+from sphinx_pl.checkpoints.training import Pieces
 from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.stages import Stage

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from sphinx_pl.errors import UserError
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.stages.optim import OptimConfig, build_optimizer, decay_groups, warmup_cosine
-from sphinx_pl.typed import build
+from sphinx_pl.utils.config import build
+from sphinx_pl.utils.errors import UserError
 from tests.conftest import tiny_model
 
 

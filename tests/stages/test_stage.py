@@ -12,17 +12,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from callbacks.export import ExportModel
-from sphinx_pl.checkpoint.format import open_checkpoint, write_checkpoint
+from sphinx_pl.callbacks.export import ExportModel
+from sphinx_pl.checkpoints.format import open_checkpoint, write_checkpoint
 from sphinx_pl.data.datamodule import DataModule
-from sphinx_pl.data.packing import Collator
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.record import IGNORE, Record
-from sphinx_pl.data.sources import build_source
+from sphinx_pl.data.readers import build_source
+from sphinx_pl.data.sampling.packing import Collator
+from sphinx_pl.data.schema import IGNORE, Record
 from sphinx_pl.data.tasks import TASKS
-from sphinx_pl.errors import UserError
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.stages import Stage
+from sphinx_pl.utils.errors import UserError
 from tests.conftest import tiny_model
 
 ALL = ["decoder", "projections", "clip", "convnext", "dinov2", "qformer"]

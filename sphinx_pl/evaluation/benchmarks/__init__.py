@@ -21,19 +21,19 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar, Optional
 
-from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.convert.common import question_record, text
-from sphinx_pl.data.entries import to_entry, to_record
-from sphinx_pl.data.geometry import Geometry
-from sphinx_pl.data.official import MALFORMED, OfficialFiles
-from sphinx_pl.data.record import ImageRef, Record, Turn
+from sphinx_pl.data.annotation_files import MALFORMED, OfficialFiles
+from sphinx_pl.data.converters.common import question_record, text
+from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.readers.instruction_json import to_entry, to_record
+from sphinx_pl.data.schema import ImageRef, Record, Turn
+from sphinx_pl.data.skip import BadSample
 from sphinx_pl.data.tasks import TASKS
-from sphinx_pl.errors import UserError, suggest
-from sphinx_pl.evaluation.asking import Prediction, judge
 from sphinx_pl.evaluation.measures import Measure, estimate, to_json
-from sphinx_pl.files import write_whole
-from sphinx_pl.registry import Registry
-from sphinx_pl.typed import build
+from sphinx_pl.evaluation.runner import Prediction, judge
+from sphinx_pl.utils.config import build
+from sphinx_pl.utils.errors import UserError, suggest
+from sphinx_pl.utils.files import write_whole
+from sphinx_pl.utils.registry import Registry
 
 BENCHMARKS: Registry[type[Benchmark]] = Registry("benchmark", "conf/benchmark/paper.yaml")
 FAMILIES = {

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sphinx_pl.data.convert.common import question_record, text
-from sphinx_pl.data.record import Record
+from sphinx_pl.data.converters.common import question_record, text
+from sphinx_pl.data.schema import Record
 from sphinx_pl.evaluation.benchmarks.short_answers import ShortAnswers
-from sphinx_pl.evaluation.scoring.chartqa import relaxed_match
+from sphinx_pl.evaluation.scorers.chartqa import relaxed_match
 
 
 class ChartQA(ShortAnswers):

@@ -6,13 +6,13 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.convert.common import asked, choice_turn, chosen, text
-from sphinx_pl.data.geometry import Geometry
-from sphinx_pl.data.record import ImageRef, Record
+from sphinx_pl.data.converters.common import asked, choice_turn, chosen, text
+from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.schema import ImageRef, Record
+from sphinx_pl.data.skip import BadSample
 from sphinx_pl.evaluation.benchmarks import Benchmark, Verdict
 from sphinx_pl.evaluation.measures import Measure, mean
-from sphinx_pl.evaluation.scoring.choices import read_choice
+from sphinx_pl.evaluation.scorers.choices import read_choice
 
 _NO_HINT = "N/A"
 

@@ -1,7 +1,7 @@
 """COCO captions: one sentence on each image, compared with five (Chen et al. 2015, arXiv 1504.00325).
 
 Files: `annotations/captions_val2014.json` or `captions_val2017.json` as the converter says
-(`sphinx_pl.data.convert.coco_captions`), or Karpathy's division of 2014's images, `dataset_coco.json`
+(`sphinx_pl.data.converters.coco_captions`), or Karpathy's division of 2014's images, `dataset_coco.json`
 (https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip): {"images": [{"cocoid", "filepath":
 "val2014", "filename", "split": "train", "restval", "val" or "test", "sentences": [{"raw", ...}]}]}. Or the original's
 unified annotation, whose gt_answers are the captions.
@@ -17,17 +17,17 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.convert import coco, id_of
-from sphinx_pl.data.convert.common import text
-from sphinx_pl.data.geometry import Geometry
-from sphinx_pl.data.record import ImageRef, Record
-from sphinx_pl.evaluation.asking import Prediction
+from sphinx_pl.data.converters import coco, id_of
+from sphinx_pl.data.converters.common import text
+from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.schema import ImageRef, Record
+from sphinx_pl.data.skip import BadSample
 from sphinx_pl.evaluation.benchmarks import Benchmark, Verdict
 from sphinx_pl.evaluation.measures import Measure, Prepared, Sums, Whole, ratio
 from sphinx_pl.evaluation.metrics import caption_f1
-from sphinx_pl.evaluation.scoring.caption import check_caption_tools, scores_of_images
-from sphinx_pl.files import write_whole
+from sphinx_pl.evaluation.runner import Prediction
+from sphinx_pl.evaluation.scorers.caption import check_caption_tools, scores_of_images
+from sphinx_pl.utils.files import write_whole
 
 Scores = tuple[dict[str, float], dict[str, dict[str, float]]]
 _KARPATHY = "karpathy_"

@@ -19,11 +19,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any, ClassVar
 
-from sphinx_pl.data.convert.common import keyed, question_record, text
-from sphinx_pl.data.record import ImageRef, Record
-from sphinx_pl.evaluation.asking import Prediction
+from sphinx_pl.data.converters.common import keyed, question_record, text
+from sphinx_pl.data.schema import ImageRef, Record
 from sphinx_pl.evaluation.benchmarks.short_answers import ShortAnswers
-from sphinx_pl.evaluation.scoring.anls import anls
+from sphinx_pl.evaluation.runner import Prediction
+from sphinx_pl.evaluation.scorers.anls import anls
 
 
 class _Documents(ShortAnswers):

@@ -1,6 +1,6 @@
 """GQA: compositional questions, the balanced ones of testdev (Hudson and Manning 2019, arXiv 1902.09506).
 
-File: `testdev_balanced_questions.json` of questions1.2.zip, as the converter says (`sphinx_pl.data.convert.gqa`).
+File: `testdev_balanced_questions.json` of questions1.2.zip, as the converter says (`sphinx_pl.data.converters.gqa`).
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sphinx_pl.data.answers import normalise
-from sphinx_pl.data.convert import gqa
-from sphinx_pl.data.record import Record
-from sphinx_pl.evaluation.asking import Prediction
+from sphinx_pl.data.answer_parsing import normalise
+from sphinx_pl.data.converters import gqa
+from sphinx_pl.data.schema import Record
 from sphinx_pl.evaluation.benchmarks.short_answers import ShortAnswers
-from sphinx_pl.evaluation.scoring.gqa import gqa_match
+from sphinx_pl.evaluation.runner import Prediction
+from sphinx_pl.evaluation.scorers.gqa import gqa_match
 
 
 class GQA(ShortAnswers, gqa.GQA):

@@ -1,7 +1,7 @@
 """IconQA: questions about abstract diagrams, with texts to choose from or a blank to fill in (Lu et al. 2021).
 
 Files: `iconqa/test/{choose_txt,fill_in_blank}/{id}/data.json` and image.png beside each, as the converter says
-(`sphinx_pl.data.convert.iconqa`).
+(`sphinx_pl.data.converters.iconqa`).
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sphinx_pl.data.convert import iconqa
-from sphinx_pl.data.geometry import Geometry
-from sphinx_pl.data.record import Record
+from sphinx_pl.data.converters import iconqa
+from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.schema import Record
 from sphinx_pl.data.tasks import choice_letter
 from sphinx_pl.evaluation.benchmarks import Benchmark, Verdict
 from sphinx_pl.evaluation.measures import Measure, mean
-from sphinx_pl.evaluation.scoring.choices import choice_match, read_choice
-from sphinx_pl.evaluation.scoring.exact import exact_match
+from sphinx_pl.evaluation.scorers.choices import choice_match, read_choice
+from sphinx_pl.evaluation.scorers.exact import exact_match
 
 
 class IconQA(Benchmark, iconqa.IconQA):

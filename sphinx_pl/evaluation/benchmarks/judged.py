@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sphinx_pl.data.geometry import Geometry
-from sphinx_pl.data.record import Record
+from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.schema import Record
 from sphinx_pl.evaluation.benchmarks import Verdict
 from sphinx_pl.evaluation.benchmarks.official_only import OfficialOnly
 from sphinx_pl.evaluation.measures import Measure

@@ -14,17 +14,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.convert.common import asked, text
-from sphinx_pl.data.geometry import Geometry
-from sphinx_pl.data.record import ImageRef, Record
-from sphinx_pl.evaluation.asking import Prediction
+from sphinx_pl.data.converters.common import asked, text
+from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.schema import ImageRef, Record
+from sphinx_pl.data.skip import BadSample
 from sphinx_pl.evaluation.benchmarks import Verdict, command
 from sphinx_pl.evaluation.benchmarks.choices import letter_record
 from sphinx_pl.evaluation.benchmarks.official_only import OfficialOnly
 from sphinx_pl.evaluation.measures import Measure, mean
-from sphinx_pl.evaluation.scoring.mathvista import mathvista_match, read_answer
-from sphinx_pl.files import write_whole
+from sphinx_pl.evaluation.runner import Prediction
+from sphinx_pl.evaluation.scorers.mathvista import mathvista_match, read_answer
+from sphinx_pl.utils.files import write_whole
 
 ANSWER_TYPES = ("text", "integer", "float", "list")
 

@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sphinx_pl.data.convert.common import asked, text
-from sphinx_pl.data.record import ImageRef, Record
-from sphinx_pl.evaluation.asking import Prediction
+from sphinx_pl.data.converters.common import asked, text
+from sphinx_pl.data.schema import ImageRef, Record
 from sphinx_pl.evaluation.benchmarks import command
 from sphinx_pl.evaluation.benchmarks.judged import Judged
-from sphinx_pl.files import write_whole
+from sphinx_pl.evaluation.runner import Prediction
+from sphinx_pl.utils.files import write_whole
 
 
 class MmVet(Judged):

@@ -32,18 +32,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.convert.common import asked
+from sphinx_pl.data.annotation_files import MALFORMED
+from sphinx_pl.data.converters.common import asked
 from sphinx_pl.data.files import CacheFile, Hold, cache_folder, identity, in_cache, prune
 from sphinx_pl.data.images import MAX_BYTES
-from sphinx_pl.data.official import MALFORMED
-from sphinx_pl.data.record import ImageRef, Record
-from sphinx_pl.errors import UserError
-from sphinx_pl.evaluation.asking import Prediction
+from sphinx_pl.data.schema import ImageRef, Record
+from sphinx_pl.data.skip import BadSample
 from sphinx_pl.evaluation.benchmarks.choices import Choices, letter_record
 from sphinx_pl.evaluation.measures import Additive, Measure, ratio
-from sphinx_pl.evaluation.scoring.choices import circular, mmbench_question
-from sphinx_pl.files import whole_file
+from sphinx_pl.evaluation.runner import Prediction
+from sphinx_pl.evaluation.scorers.choices import circular, mmbench_question
+from sphinx_pl.utils.errors import UserError
+from sphinx_pl.utils.files import whole_file
 
 ROTATION = 1_000_000
 COLUMNS = ("index", "question", "A", "B", "C", "D", "prediction", "category", "l2_category")

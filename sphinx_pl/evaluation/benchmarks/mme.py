@@ -17,16 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.convert.common import text
-from sphinx_pl.data.geometry import Geometry
-from sphinx_pl.data.record import ImageRef, Record
-from sphinx_pl.errors import UserError
-from sphinx_pl.evaluation.asking import Prediction
+from sphinx_pl.data.converters.common import text
+from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.schema import ImageRef, Record
+from sphinx_pl.data.skip import BadSample
 from sphinx_pl.evaluation.benchmarks import Benchmark, Verdict, command
 from sphinx_pl.evaluation.measures import Additive, Floats, Measure, mean, ratio
-from sphinx_pl.evaluation.scoring.yes_no import COGNITION, PERCEPTION, read_mme
-from sphinx_pl.files import write_whole
+from sphinx_pl.evaluation.runner import Prediction
+from sphinx_pl.evaluation.scorers.yes_no import COGNITION, PERCEPTION, read_mme
+from sphinx_pl.utils.errors import UserError
+from sphinx_pl.utils.files import write_whole
 
 SUBTASKS = PERCEPTION + COGNITION
 HINT = "Please answer yes or no."

@@ -1,15 +1,15 @@
 """OCR-VQA: questions about book covers (Mishra et al. 2019).
 
-File: `dataset.json`, as the converter says (`sphinx_pl.data.convert.ocrvqa`).
+File: `dataset.json`, as the converter says (`sphinx_pl.data.converters.ocrvqa`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sphinx_pl.data.convert import ocrvqa
+from sphinx_pl.data.converters import ocrvqa
 from sphinx_pl.evaluation.benchmarks.short_answers import ShortAnswers
-from sphinx_pl.evaluation.scoring.exact import exact_match
+from sphinx_pl.evaluation.scorers.exact import exact_match
 
 
 class OCRVQA(ShortAnswers, ocrvqa.OCRVQA):

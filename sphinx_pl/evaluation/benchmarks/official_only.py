@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sphinx_pl.data.record import Record
-from sphinx_pl.errors import UserError
+from sphinx_pl.data.schema import Record
 from sphinx_pl.evaluation.benchmarks import Benchmark
+from sphinx_pl.utils.errors import UserError
 
 
 class OfficialOnly(Benchmark):

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from sphinx_pl.data.convert.common import text
-from sphinx_pl.data.geometry import Geometry
-from sphinx_pl.data.record import ImageRef, Record
-from sphinx_pl.evaluation.asking import Prediction
+from sphinx_pl.data.converters.common import text
+from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.schema import ImageRef, Record
 from sphinx_pl.evaluation.benchmarks import Benchmark, Verdict
 from sphinx_pl.evaluation.measures import Additive, Floats, Measure, mean, ratio
-from sphinx_pl.evaluation.scoring.yes_no import read_yes_no
+from sphinx_pl.evaluation.runner import Prediction
+from sphinx_pl.evaluation.scorers.yes_no import read_yes_no
 
 
 class Pope(Benchmark):

@@ -1,6 +1,6 @@
 """RefCOCO, RefCOCO+ and RefCOCOg: the box of a phrase.
 
-Files: those of `sphinx_pl.data.convert.refcoco`. Or the original's unified annotation, a JSON list of {"image_path",
+Files: those of `sphinx_pl.data.converters.refcoco`. Or the original's unified annotation, a JSON list of {"image_path",
 "question": the phrase, "question_id": a text with "height427" and "width640" in it, "gt_answers": [x1, y1, x2, y2] in
 pixels of the image}, as its `evaluate.py` reads it for the metric miou0.5.
 """
@@ -11,14 +11,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
-from sphinx_pl.data.convert import refcoco
-from sphinx_pl.data.convert.common import asked, text
-from sphinx_pl.data.entries import sizes
-from sphinx_pl.data.geometry import Geometry
-from sphinx_pl.data.record import ImageRef, Record, Region
+from sphinx_pl.data.converters import refcoco
+from sphinx_pl.data.converters.common import asked, text
+from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.readers.instruction_json import sizes
+from sphinx_pl.data.schema import ImageRef, Record, Region
 from sphinx_pl.evaluation.benchmarks import Benchmark, Verdict
 from sphinx_pl.evaluation.measures import Measure, mean
-from sphinx_pl.evaluation.scoring.grounding import read_box, rec_match
+from sphinx_pl.evaluation.scorers.grounding import read_box, rec_match
 
 
 class RefCOCO(Benchmark, refcoco.RefCOCO):

@@ -1,6 +1,6 @@
 """ScienceQA: multiple-choice questions from school science, those of the test split with an image (Lu et al. 2022).
 
-Files: `problems.json` and `pid_splits.json`, as the converter says (`sphinx_pl.data.convert.scienceqa`).
+Files: `problems.json` and `pid_splits.json`, as the converter says (`sphinx_pl.data.converters.scienceqa`).
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.convert import scienceqa
-from sphinx_pl.data.convert.common import choice_record, text
-from sphinx_pl.data.geometry import Geometry
-from sphinx_pl.data.record import Record, Turn
+from sphinx_pl.data.converters import scienceqa
+from sphinx_pl.data.converters.common import choice_record, text
+from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.schema import Record, Turn
+from sphinx_pl.data.skip import BadSample
 from sphinx_pl.data.tasks import choice_letter
-from sphinx_pl.evaluation.asking import Prediction
 from sphinx_pl.evaluation.benchmarks import Benchmark, Verdict
 from sphinx_pl.evaluation.measures import Measure, mean
-from sphinx_pl.evaluation.scoring.choices import choice_match, read_choice
+from sphinx_pl.evaluation.runner import Prediction
+from sphinx_pl.evaluation.scorers.choices import choice_match, read_choice
 
 _SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
 _LOWER_GRADES = 6

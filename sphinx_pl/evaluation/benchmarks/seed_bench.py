@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from sphinx_pl.data.convert.common import text
-from sphinx_pl.data.record import ImageRef, Record
+from sphinx_pl.data.converters.common import text
+from sphinx_pl.data.schema import ImageRef, Record
 from sphinx_pl.evaluation.benchmarks.choices import Choices, letter_record
 
 IMAGE_TYPES = range(1, 10)

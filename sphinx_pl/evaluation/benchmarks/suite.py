@@ -1,7 +1,8 @@
 """The project's own tasks by the figures that detectors and readers of text are measured by: of any instruction file.
 
-File: one that `kind: instructions` reads (`sphinx_pl.data.entries`), such as a test file of `data.test`, or what a
-converter made of COCO's, DocLayNet's or HierText's validation files. The split is the task whose records are asked.
+File: one that `kind: instructions` reads (`sphinx_pl.data.readers.instruction_json`), such as a test file of
+`data.test`, or what a converter made of COCO's, DocLayNet's or HierText's validation files. The split is the task
+whose records are asked.
 """
 
 from __future__ import annotations
@@ -13,19 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sphinx_pl.data.answers import normalise
-from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.entries import to_record
-from sphinx_pl.data.geometry import Geometry, Size
-from sphinx_pl.data.record import Record
-from sphinx_pl.data.sources import InstructionSource
+from sphinx_pl.data.answer_parsing import normalise
+from sphinx_pl.data.coordinates import Geometry, Size
+from sphinx_pl.data.readers import InstructionSource
+from sphinx_pl.data.readers.instruction_json import to_record
+from sphinx_pl.data.schema import Record
+from sphinx_pl.data.skip import BadSample
 from sphinx_pl.data.tasks import TASKS, Parsed
-from sphinx_pl.errors import UserError
-from sphinx_pl.evaluation.asking import Prediction
 from sphinx_pl.evaluation.benchmarks import Benchmark, Verdict
 from sphinx_pl.evaluation.measures import Additive, Counts, Floats, Measure, mean, ratio
 from sphinx_pl.evaluation.metrics import METRICS, last_turn
-from sphinx_pl.evaluation.scoring.coco import (
+from sphinx_pl.evaluation.runner import Prediction
+from sphinx_pl.evaluation.scorers.coco import (
     Detection,
     ImageId,
     Pose,
@@ -35,9 +35,10 @@ from sphinx_pl.evaluation.scoring.coco import (
     match_boxes,
     match_poses,
 )
-from sphinx_pl.evaluation.scoring.edits import edit_distance
-from sphinx_pl.evaluation.scoring.ocr import text_similarity
-from sphinx_pl.evaluation.scoring.resampled_ap import Matched, average_precision, matched
+from sphinx_pl.evaluation.scorers.edits import edit_distance
+from sphinx_pl.evaluation.scorers.ocr import text_similarity
+from sphinx_pl.evaluation.scorers.resampled_ap import Matched, average_precision, matched
+from sphinx_pl.utils.errors import UserError
 
 # Reading tolerates any number of decimals.
 _READER = Geometry()
@@ -86,7 +87,7 @@ class TaskSuite(Benchmark):
 
 
 class _Precision(TaskSuite):
-    """A model gives no confidences, so that every box counts as much: see `sphinx_pl.evaluation.scoring.coco`."""
+    """A model gives no confidences, so that every box counts as much: see `sphinx_pl.evaluation.scorers.coco`."""
 
     overlap: ClassVar[str] = "an intersection over union"
 

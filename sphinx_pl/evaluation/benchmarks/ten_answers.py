@@ -1,6 +1,7 @@
 """VQAv2, OK-VQA, VizWiz and TextVQA: questions that ten people answered, scored by how many of them agree.
 
-Files: those that the converters of the same names read (`sphinx_pl.data.convert`), and for the splits without answers
+Files: those that the converters of the same names read (`sphinx_pl.data.converters`), and for the splits without
+answers
 
 - VQAv2 (https://visualqa.org/download.html): `v2_OpenEnded_mscoco_test-dev2015_questions.json`, a part of
   `v2_OpenEnded_mscoco_test2015_questions.json`, both as those of val. Images are COCO's test2015. The server takes
@@ -19,12 +20,12 @@ from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any
 
-from sphinx_pl.data.answers import normalise
-from sphinx_pl.data.convert import id_of, okvqa, textvqa, vizwiz, vqav2
-from sphinx_pl.data.convert.common import keyed, most_frequent, question_record, text
-from sphinx_pl.data.record import ImageRef, Record
+from sphinx_pl.data.answer_parsing import normalise
+from sphinx_pl.data.converters import id_of, okvqa, textvqa, vizwiz, vqav2
+from sphinx_pl.data.converters.common import keyed, most_frequent, question_record, text
+from sphinx_pl.data.schema import ImageRef, Record
 from sphinx_pl.evaluation.benchmarks.short_answers import ShortAnswers
-from sphinx_pl.evaluation.scoring.vqa import textvqa_accuracy, vqa_accuracy
+from sphinx_pl.evaluation.scorers.vqa import textvqa_accuracy, vqa_accuracy
 
 
 class TenAnswers(ShortAnswers):

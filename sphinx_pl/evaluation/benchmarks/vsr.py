@@ -1,6 +1,6 @@
 """VSR: whether a statement about a spatial relation is true of an image (Liu et al. 2023, arXiv 2205.00363).
 
-Files: `test.jsonl` of the random and of the zeroshot split, as the converter says (`sphinx_pl.data.convert.vsr`).
+Files: `test.jsonl` of the random and of the zeroshot split, as the converter says (`sphinx_pl.data.converters.vsr`).
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.convert import vsr
-from sphinx_pl.data.convert.common import asked
-from sphinx_pl.data.geometry import Geometry
-from sphinx_pl.data.record import Record
+from sphinx_pl.data.converters import vsr
+from sphinx_pl.data.converters.common import asked
+from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.schema import Record
+from sphinx_pl.data.skip import BadSample
 from sphinx_pl.evaluation.benchmarks import Benchmark, Verdict
 from sphinx_pl.evaluation.measures import Measure, mean
-from sphinx_pl.evaluation.scoring.exact import read_truth, vsr_match
+from sphinx_pl.evaluation.scorers.exact import read_truth, vsr_match
 
 
 class VSR(Benchmark, vsr.VSR):

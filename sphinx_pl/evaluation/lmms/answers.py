@@ -22,11 +22,11 @@ from typing import Any
 from PIL import Image
 from rich.progress import Progress
 
-from sphinx_pl.data.record import PLACEHOLDER
-from sphinx_pl.errors import UserError, suggest
+from sphinx_pl.data.schema import PLACEHOLDER
 from sphinx_pl.evaluation.lmms.prompts import Rule, find_rule
-from sphinx_pl.inference import Assistant, BadDialog, Dialog, Picture, open_picture
-from sphinx_pl.models.generation import GenerationConfig, Prompt
+from sphinx_pl.generation.assistant import Assistant, BadDialog, Dialog, Picture, open_picture
+from sphinx_pl.generation.generate import GenerationConfig, Prompt
+from sphinx_pl.utils.errors import UserError, suggest
 
 DEFAULT_LIMIT = 128
 """New tokens where a task says nothing: longer than any answer that benchmarks without a limit ask for."""

@@ -14,10 +14,10 @@ from lmms_eval.api.model import lmms
 from lmms_eval.utils import simple_parse_args_string
 from loguru import logger
 
-from sphinx_pl.errors import UserError, suggest
-from sphinx_pl.evaluation.device import choose_device
 from sphinx_pl.evaluation.lmms.answers import Answers
-from sphinx_pl.inference import Assistant
+from sphinx_pl.generation.assistant import Assistant
+from sphinx_pl.runtime.device import choose_device
+from sphinx_pl.utils.errors import UserError, suggest
 
 AUTO_BATCH = 16
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sphinx_pl.data.geometry import Geometry, Size, to_pixels
+from sphinx_pl.data.coordinates import Geometry, Size, to_pixels
 from sphinx_pl.data.tasks import TASKS
 
 SHORT = TASKS["short_vqa"].templates[0]

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sphinx_pl.errors import UserError, suggest
-from sphinx_pl.registry import Registry
+from sphinx_pl.utils.errors import UserError, suggest
+from sphinx_pl.utils.registry import Registry
 
 CHUNK = 1 << 19
 """Elements of a stretch: what is computed with them stays in a core's cache, whatever the size of the tensor."""

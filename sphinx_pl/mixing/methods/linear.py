@@ -26,7 +26,7 @@ SOUPS = "Model soups (Wortsman et al. 2022)"
 
 METHODS.register("linear", Method(f"SPHINX (Lin et al. 2023), section 3.1; {SOUPS}", coefficients))
 METHODS.register("uniform_soup", Method(SOUPS, coefficients, weights=equal_weights))
-# The same, once `sphinx_pl.evaluation.search` has found out which checkpoints to average.
+# The same, once `sphinx_pl.evaluation.mixtures.search` has found out which checkpoints to average.
 METHODS.register("greedy_soup", Method(SOUPS, coefficients))
 METHODS.register(
     "ema",

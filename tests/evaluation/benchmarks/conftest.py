@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from sphinx_pl.data.entries import to_record
-from sphinx_pl.data.geometry import Geometry
-from sphinx_pl.data.record import Record
+from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.readers.instruction_json import to_record
+from sphinx_pl.data.schema import Record
 from sphinx_pl.data.tasks import TASKS
-from sphinx_pl.evaluation.asking import Prediction
 from sphinx_pl.evaluation.benchmarks import Benchmark, Questions, load
+from sphinx_pl.evaluation.runner import Prediction
 
 GEOMETRY = Geometry(3)
 

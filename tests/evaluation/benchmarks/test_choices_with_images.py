@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from sphinx_pl.data.geometry import Geometry
+from sphinx_pl.data.coordinates import Geometry
 from sphinx_pl.evaluation.benchmarks import BENCHMARKS, load
 from sphinx_pl.evaluation.metrics import last_turn
-from sphinx_pl.evaluation.scoring.choices import scienceqa_summary
+from sphinx_pl.evaluation.scorers.choices import scienceqa_summary
 
 from .vqa_files import FILES, PROBLEM, write
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from sphinx_pl.data.bad import BadSample
-from sphinx_pl.data.record import ImageRef, Record
-from sphinx_pl.errors import UserError
+from sphinx_pl.data.schema import ImageRef, Record
+from sphinx_pl.data.skip import BadSample
 from sphinx_pl.evaluation.benchmarks import load
 from sphinx_pl.evaluation.benchmarks.coco_caption import CocoCaption
-from sphinx_pl.evaluation.scoring.caption import caption_scores
+from sphinx_pl.evaluation.scorers.caption import caption_scores
+from sphinx_pl.utils.errors import UserError
 
 from .conftest import Ask, Say
 

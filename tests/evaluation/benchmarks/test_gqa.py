@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from sphinx_pl.data.geometry import Geometry
+from sphinx_pl.data.coordinates import Geometry
 from sphinx_pl.evaluation.benchmarks import BENCHMARKS, load
-from sphinx_pl.evaluation.scoring.gqa import gqa_summary
+from sphinx_pl.evaluation.scorers.gqa import gqa_summary
 
 from .vqa_files import GQA, write
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sphinx_pl.data.record import ImageRef
+from sphinx_pl.data.schema import ImageRef
 from sphinx_pl.evaluation.benchmarks.llava_bench import LlavaBench
 from sphinx_pl.evaluation.benchmarks.mm_vet import MmVet
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sphinx_pl.data.record import ImageRef
+from sphinx_pl.data.schema import ImageRef
 from sphinx_pl.evaluation.benchmarks.mathvista import MathVista
 
 from .conftest import Ask, Say

@@ -13,12 +13,12 @@ import openpyxl
 import pytest
 from PIL import Image
 
-from sphinx_pl.data.bad import BadSample
 from sphinx_pl.data.images import load_image
-from sphinx_pl.data.record import Record
-from sphinx_pl.errors import UserError
+from sphinx_pl.data.schema import Record
+from sphinx_pl.data.skip import BadSample
 from sphinx_pl.evaluation.benchmarks.mmbench import COLUMNS, CCBench, MMBench
-from sphinx_pl.evaluation.scoring.choices import circular
+from sphinx_pl.evaluation.scorers.choices import circular
+from sphinx_pl.utils.errors import UserError
 
 from .conftest import Ask, Say
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from sphinx_pl.data.record import ImageRef, Record
-from sphinx_pl.errors import UserError
+from sphinx_pl.data.schema import ImageRef, Record
 from sphinx_pl.evaluation.benchmarks.mme import SUBTASKS, Mme
-from sphinx_pl.evaluation.scoring.yes_no import COGNITION, PERCEPTION, mme_scores
+from sphinx_pl.evaluation.scorers.yes_no import COGNITION, PERCEPTION, mme_scores
+from sphinx_pl.utils.errors import UserError
 
 from .conftest import Ask, Say
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from sphinx_pl.data.record import ImageRef
+from sphinx_pl.data.schema import ImageRef
 from sphinx_pl.evaluation.benchmarks.pope import Pope
-from sphinx_pl.evaluation.scoring.yes_no import pope_scores, read_yes_no
+from sphinx_pl.evaluation.scorers.yes_no import pope_scores, read_yes_no
 
 from .conftest import Ask
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from sphinx_pl.data.geometry import Geometry
-from sphinx_pl.data.record import ImageRef, Record
-from sphinx_pl.errors import UserError
+from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.schema import ImageRef, Record
 from sphinx_pl.evaluation.benchmarks.refcoco import RefCOCO, RefCOCOg, RefCOCOPlus
+from sphinx_pl.utils.errors import UserError
 
 from .conftest import Ask, Say
 

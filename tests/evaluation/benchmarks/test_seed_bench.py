@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sphinx_pl.data.record import ImageRef
+from sphinx_pl.data.schema import ImageRef
 from sphinx_pl.evaluation.benchmarks.seed_bench import SeedBench
 
 from .conftest import Ask, Say

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from sphinx_pl.data.convert import CONVERTERS, convert
-from sphinx_pl.data.geometry import COCO_KEYPOINTS, Geometry
-from sphinx_pl.data.record import Record
+from sphinx_pl.data.converters import CONVERTERS, convert
+from sphinx_pl.data.coordinates import COCO_KEYPOINTS, Geometry
+from sphinx_pl.data.schema import Record
 from sphinx_pl.data.tasks import TASKS
-from sphinx_pl.errors import UserError
 from sphinx_pl.evaluation.benchmarks.suite import DetectionSuite, LayoutSuite, OcrSuite, PoseSuite
 from sphinx_pl.evaluation.measures import difference
-from sphinx_pl.evaluation.scoring.coco import Detection, Pose, TrueBox, TruePose, detection_ap, keypoint_ap
+from sphinx_pl.evaluation.scorers.coco import Detection, Pose, TrueBox, TruePose, detection_ap, keypoint_ap
+from sphinx_pl.utils.errors import UserError
 
 from .conftest import Ask
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sphinx_pl.data.geometry import Geometry
+from sphinx_pl.data.coordinates import Geometry
 from sphinx_pl.evaluation.benchmarks import BENCHMARKS, load
 from sphinx_pl.evaluation.metrics import last_turn
 

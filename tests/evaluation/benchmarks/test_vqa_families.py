@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from sphinx_pl.cli import CONFIG_FOLDER
-from sphinx_pl.data.entries import to_record
-from sphinx_pl.data.geometry import Geometry
-from sphinx_pl.data.record import Record
-from sphinx_pl.errors import UserError
-from sphinx_pl.evaluation.asking import Prediction
+from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.readers.instruction_json import to_record
+from sphinx_pl.data.schema import Record
 from sphinx_pl.evaluation.benchmarks import BENCHMARKS, FAMILIES, HIDDEN, Questions, choose, load
 from sphinx_pl.evaluation.metrics import last_turn
+from sphinx_pl.evaluation.runner import Prediction
+from sphinx_pl.runtime.hydra_app import CONFIG_FOLDER
+from sphinx_pl.utils.errors import UserError
 from tests.fuzzing import replaced
 
 from .vqa_files import CASES, FILES, VQA, write
@@ -185,7 +185,7 @@ def test_the_originals_unified_annotation(tmp_path: Path, kind: str, split: str)
 
 def test_every_benchmark_that_the_docs_name_is_configured() -> None:
     known = OmegaConf.load(CONFIG_FOLDER / "benchmark" / "paper.yaml")
-    root = CONFIG_FOLDER.parent
+    root = CONFIG_FOLDER.parent.parent
     files = [root / "README.md", root / "conf" / "evaluate.yaml", *(root / "docs").glob("*.md")]
     named = [
         (file.name, pattern.strip("\"' "))

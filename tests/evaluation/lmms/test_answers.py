@@ -11,12 +11,12 @@ from PIL import Image
 
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.tasks import TASKS
-from sphinx_pl.errors import UserError
 from sphinx_pl.evaluation.lmms.answers import DEFAULT_LIMIT, Answers, Drawing
-from sphinx_pl.inference import Assistant, Dialog
+from sphinx_pl.generation.assistant import Assistant, Dialog
+from sphinx_pl.generation.generate import GenerationConfig
 from sphinx_pl.models.config import SphinxConfig
-from sphinx_pl.models.generation import GenerationConfig
 from sphinx_pl.models.sphinx import Sphinx
+from sphinx_pl.utils.errors import UserError
 
 SHORT = {"max_new_tokens": 8, "temperature": 0, "do_sample": False}
 

@@ -16,15 +16,15 @@ import pytest
 import torch
 
 from benchmarks import harness
-from sphinx_pl.data.convert.vsr import STATEMENT
-from sphinx_pl.data.entries import to_record
-from sphinx_pl.data.packing import Collator
+from sphinx_pl.data.converters.vsr import STATEMENT
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.inference import Assistant, Dialog
+from sphinx_pl.data.readers.instruction_json import to_record
+from sphinx_pl.data.sampling.packing import Collator
+from sphinx_pl.generation.assistant import Assistant, Dialog
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx
 from tests.conftest import REPOSITORY
-from tests.test_inference import saved
+from tests.generation.test_assistant import saved
 
 LIMIT = 24
 

@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from sphinx_pl.data.geometry import Geometry, iou, to_square
+from sphinx_pl.data.coordinates import Geometry, iou, to_square
 from sphinx_pl.evaluation.lmms.prompts import find_rule
 
 WIDE = (100, 50)

@@ -9,9 +9,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from sphinx_pl.errors import UserError
 from sphinx_pl.evaluation.lmms import TASKS
 from sphinx_pl.evaluation.lmms.tasks import scoring
+from sphinx_pl.utils.errors import UserError
 
 TRUE = {"caption": "The cat is on the mat.", "label": 1}
 FALSE = {"caption": "The cat is on the mat.", "label": 0}

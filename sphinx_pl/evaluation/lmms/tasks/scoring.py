@@ -9,11 +9,11 @@ from typing import Any
 
 from PIL import Image
 
-from sphinx_pl.data.answers import normalise
-from sphinx_pl.data.convert.vsr import STATEMENT
+from sphinx_pl.data.answer_parsing import normalise
+from sphinx_pl.data.converters.vsr import STATEMENT
 from sphinx_pl.data.tasks import TASKS
-from sphinx_pl.errors import UserError
-from sphinx_pl.evaluation.scoring.exact import vsr_match
+from sphinx_pl.evaluation.scorers.exact import vsr_match
+from sphinx_pl.utils.errors import UserError
 
 Document = Mapping[str, Any]
 

@@ -1,0 +1,338 @@
+"""Checkpoints that a run goes on from: what every rank holds, in pieces, readable by any number of ranks.
+
+    training.json                       shapes, files and their sizes, state.pt's SHA-256, model and prompt format
+    pieces-00000-of-00002.safetensors   of one rank: flat pieces of weights and of optimizer states
+    state.pt                            loops, schedule, callbacks, data position: no pickled code
+    tokenizer.model, provenance.json    as beside every model
+
+A piece is a stretch of a flattened tensor: all of it where a process holds whole tensors, a rank's partition under
+ZeRO-3, some rows under FSDP2. Which engine wrote it does not matter to who reads it. Weights are those that the
+optimizer works on (float32 masters where there are any), so the folder is also a checkpoint like any other:
+`open_checkpoint` reads it a tensor at a time.
+
+Damage to what says where a value lies (training.json, a file's header, which holds a sum of itself) is found; that to
+the values themselves is not, as in every other format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sphinx_pl.checkpoints.format import (
+    FORMATS,
+    PROVENANCE,
+    TOKENIZER,
+    Checkpoint,
+    SafetensorsFile,
+    TensorInfo,
+    check_sections,
+    read_json,
+    require,
+    sync,
+    write_checkpoint,
+    write_json,
+    write_safetensors,
+)
+from sphinx_pl.utils.errors import UserError
+from sphinx_pl.utils.files import hash_file
+
+FORMAT_VERSION = 1
+INDEX = "training.json"
+STATE = "state.pt"
+WEIGHT = "weight"
+"""Kind of the pieces of weights; the other kinds are the optimizer's names of its states."""
+ANOTHER = "use another checkpoint of the run (ckpt_path=.../step-N overwrite=true)"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """`values` are elements `start`, `start + 1`, ... of the flattened tensor `kind` of the parameter `name`."""
+
+    kind: str
+    name: str
+    start: int
+    values: Tensor  # [n], on any device
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Which elements a piece in a file is: `count` from `start` on."""
+
+    start: int
+    count: int
+    dtype: torch.dtype
+
+
+def _sum(places: Mapping[str, Place]) -> str:
+    """Of what a header says."""
+    said = sorted((key, place.start, place.count, str(place.dtype)) for key, place in places.items())
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
+def file_name(rank: int, ranks: int) -> str:
+    return f"pieces-{rank:05d}-of-{ranks:05d}.safetensors"
+
+
+def write_pieces(folder: Path, rank: int, ranks: int, pieces: Iterable[Piece]) -> None:
+    """This rank's file, a piece at a time, and on the disk when this returns."""
+    held = {f"{piece.kind}/{piece.name}": piece for piece in pieces}
+    infos = {key: TensorInfo(tuple(piece.values.shape), piece.values.dtype) for key, piece in held.items()}
+    places = {key: Place(piece.start, infos[key].numel, infos[key].dtype) for key, piece in held.items()}
+    starts = json.dumps({key: place.start for key, place in places.items() if place.start})
+    file = folder / file_name(rank, ranks)
+    metadata = {"starts": starts, "sum": _sum(places)}
+    write_safetensors(file, infos, lambda key: held[key].values, metadata=metadata)
+    sync(file)
+
+
+def write_rest(folder: Path, ranks: int, shapes: Mapping[str, Sequence[int]], state: Mapping[str, Any]) -> None:
+    """What one rank writes when all pieces are there. `describe` completes the folder.
+
+    Args:
+        shapes: of every tensor of the model.
+        state: everything that is no piece.
+    """
+    content = io.BytesIO()
+    torch.save(dict(state), content)
+    (folder / STATE).write_bytes(content.getbuffer())  # whose errors say what is wrong with the disk, as torch's do not
+    names = [file_name(rank, ranks) for rank in range(ranks) if (folder / file_name(rank, ranks)).exists()]
+    files = {name: (folder / name).stat().st_size for name in [*names, STATE]}
+    shapes = {name: list(shape) for name, shape in shapes.items()}
+    index = {"format": FORMAT_VERSION, "ranks": ranks, "files": files, "state": hash_file(folder / STATE)}
+    write_json(folder / INDEX, index | {"shapes": shapes})
+
+
+def _count(value: Any) -> int:
+    """Raises: ValueError: it is no number of things."""
+    if type(value) is not int or not 0 <= value < 2**60:
+        raise ValueError(f"{value!r:.50} is no count")
+    return value
+
+
+def _names(sizes: Mapping[str, int], ranks: int) -> list[str]:
+    """Files with pieces, by rank; of the folder itself, whatever the index says. Not every rank must have one.
+
+    Raises: ValueError: a name that `write_rest` does not write.
+    """
+    found = {}
+    for name in set(sizes) - {STATE}:
+        match = re.match(r"pieces-(\d+)-of-", name)
+        if match is None or (rank := int(match[1])) >= ranks or name != file_name(rank, ranks):
+            raise ValueError(f"a file {name!r:.100}")
+        found[rank] = name
+    if STATE not in sizes or not found:
+        raise ValueError("files are left out")
+    return [found[rank] for rank in sorted(found)]
+
+
+class Pieces:
+    """The tensors of a training checkpoint, of which any stretch can be read.
+
+    Raises:
+        UserError: a file is missing, cut short, or of a version that this code does not know.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.index = read_json(folder / INDEX)
+        if self.index.get("format") != FORMAT_VERSION:
+            raise UserError(
+                f"'{folder / INDEX}' has format {self.index.get('format')!r} but this version reads {FORMAT_VERSION}: "
+                "go on with the version of sphinx_pl that wrote it, or start from its weights (stage.init_from)"
+            )
+        try:
+            self.ranks = _count(self.index["ranks"])
+            self.shapes = {name: tuple(_count(n) for n in shape) for name, shape in self.index["shapes"].items()}
+            sizes = {name: _count(size) for name, size in self.index["files"].items()}
+            self._names = _names(sizes, self.ranks)
+            if any(math.prod(shape) >= 2**60 for shape in self.shapes.values()):
+                raise ValueError("a shape that no tensor has")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise self._damaged(folder / INDEX, error) from None
+        for name, size in sizes.items():
+            found = (folder / name).stat().st_size if (folder / name).is_file() else -1
+            if found != size:
+                what = "is missing" if found < 0 else f"has {found:,} bytes instead of {size:,}"
+                raise UserError(f"'{folder / name}' {what}: {ANOTHER}")
+        self._open: dict[str, tuple[SafetensorsFile, dict[str, Place]]] = {}
+
+    @staticmethod
+    def _damaged(path: Path, why: object) -> UserError:
+        return UserError(f"'{path}' is damaged ({why!r}): {ANOTHER}")
+
+    def numel(self, name: str) -> int:
+        return torch.Size(self.shapes[name]).numel()
+
+    def dtype(self, name: str, kind: str = WEIGHT) -> torch.dtype:
+        """Raises: UserError: no file has a piece of it."""
+        for file in self._near(0, 1):
+            if found := self._held(file)[1].get(f"{kind}/{name}"):
+                return found.dtype
+        raise UserError(f"'{self.folder}' lacks {kind} of '{name}': {ANOTHER}")
+
+    def kinds(self) -> list[str]:
+        """Kinds of optimizer states that there are."""
+        found = {key.split("/", 1)[0] for file in self._names for key in self._held(file)[1]}
+        return sorted(found - {WEIGHT})
+
+    def has(self, name: str, kind: str) -> bool:
+        return any(f"{kind}/{name}" in self._held(file)[1] for file in self._near(0, 1))
+
+    def read(self, name: str, start: int = 0, stop: int | None = None, kind: str = WEIGHT) -> Tensor:
+        """Elements [start, stop) of the flattened tensor. Only these bytes are read.
+
+        Raises:
+            UserError: some of them are in no file, or in two.
+        """
+        numel = self.numel(name)
+        stop = numel if stop is None else stop
+        if stop <= start:
+            return torch.empty(0, dtype=self.dtype(name, kind))
+        key, missing = f"{kind}/{name}", stop - start
+        parts: list[tuple[int, int, str, Place]] = []
+        for file in self._near(start, numel):
+            if (place := self._held(file)[1].get(key)) is None:
+                continue
+            a, b = max(start, place.start), min(stop, place.start + place.count)
+            if a >= b:
+                continue
+            if any(a < other_b and other_a < b for other_a, other_b, *_ in parts):
+                raise self._damaged(self.folder / file, f"a part of {kind} of '{name}' is in two files")
+            if parts and place.dtype != parts[0][3].dtype:
+                raise self._damaged(self.folder / file, f"{kind} of '{name}' is {place.dtype} and {parts[0][3].dtype}")
+            parts.append((a, b, file, place))
+            missing -= b - a
+            if not missing:
+                break
+        if missing:
+            raise UserError(f"'{self.folder}' lacks a part of {kind} of '{name}': {ANOTHER}")
+        out = torch.empty(stop - start, dtype=parts[0][3].dtype)
+        for a, b, file, place in parts:
+            self._held(file)[0].read_into(out[a - start : b - start], key, a - place.start)
+        return out
+
+    def _near(self, start: int, numel: int) -> Iterator[str]:
+        """All files, those first that should hold this place: a rank that goes on opens little else than its own."""
+        guess = min(len(self._names) - 1, start * len(self._names) // max(numel, 1))
+        order = sorted(range(len(self._names)), key=lambda i: (abs(i - guess), i))
+        return (self._names[i] for i in order)
+
+    def _held(self, file: str) -> tuple[SafetensorsFile, dict[str, Place]]:
+        """The file, and which piece it has under a key."""
+        if file not in self._open:
+            opened = SafetensorsFile(self.folder / file)
+            metadata = opened.metadata()
+            try:
+                starts, held = json.loads(metadata["starts"]), {}
+                for key in opened.keys:
+                    info = opened.info(key)
+                    (count,) = info.shape
+                    place = held[key] = Place(_count(starts.get(key, 0)), count, info.dtype)
+                    if place.start + place.count > math.prod(self.shapes[key.split("/", 1)[1]]):
+                        raise ValueError(f"more of '{key}' than there is")
+                if metadata["sum"] != _sum(held):
+                    raise ValueError("its header is not what was written")
+            except (KeyError, IndexError, ValueError, TypeError, AttributeError, RecursionError) as error:
+                raise self._damaged(opened.path, error) from None
+            self._open[file] = opened, held
+        return self._open[file]
+
+    def state(self) -> dict[str, Any]:
+        """What `write_rest` was given. Only tensors and plain values are unpickled.
+
+        Raises:
+            UserError: the file is not the one that was written, or holds something else.
+        """
+        path = self.folder / STATE
+        if hash_file(path) != self.index.get("state"):
+            raise self._damaged(path, "its SHA-256 is not the one that was written")
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a foreign file makes torch raise
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"'{path}' cannot be read ({reason}): {ANOTHER}") from None
+        if not isinstance(state, dict):
+            raise self._damaged(path, f"it holds a {type(state).__name__}")
+        return state
+
+
+def describe(
+    folder: Path,
+    model: dict[str, Any],
+    processor: dict[str, Any],
+    tokenizer_file: Path,
+    provenance: dict[str, Any],
+) -> None:
+    """Add what makes the folder a checkpoint of a model: see `write_checkpoint` for the arguments."""
+    (folder / TOKENIZER).write_bytes(tokenizer_file.read_bytes())
+    write_json(folder / PROVENANCE, provenance)
+    write_json(folder / INDEX, read_json(folder / INDEX) | {"model": model, "processor": processor})
+
+
+class TrainingCheckpoint(Checkpoint):
+    """A training checkpoint as weights, each put together from its pieces when it is read."""
+
+    @classmethod
+    def matches(cls, path: Path) -> bool:
+        return (path / INDEX).is_file()
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.pieces = Pieces(path)
+        self.config = {key: self.pieces.index.get(key) for key in ("model", "processor")}
+        check_sections(path / INDEX, self.config)
+        self.provenance = read_json(path / PROVENANCE)
+        require(path, TOKENIZER)
+
+    def keys(self) -> Sequence[str]:
+        return list(self.pieces.shapes)
+
+    def info(self, name: str) -> TensorInfo:
+        return TensorInfo(self.pieces.shapes[name], self.pieces.dtype(name))
+
+    def tensor(self, name: str) -> Tensor:
+        return self.pieces.read(name).view(self.pieces.shapes[name])
+
+    def files(self) -> Sequence[Path]:
+        return [self.path / name for name in (INDEX, TOKENIZER, *self.pieces.index["files"])]
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return self.path / TOKENIZER
+
+
+FORMATS.register("training", TrainingCheckpoint)
+
+
+def consolidate(
+    checkpoint: Path, out: Path, dtype: torch.dtype, extra: dict[str, Any] | None = None, leave_out: Sequence[str] = ()
+) -> None:
+    """A training checkpoint -> a model folder, in place of what is there; one tensor is in memory at a time.
+
+    Args:
+        extra: added to the provenance.
+        leave_out: see `write_checkpoint`.
+    """
+    source = TrainingCheckpoint(checkpoint)
+    write_checkpoint(
+        out,
+        source,
+        model=source.config["model"],
+        processor=source.processor,
+        tokenizer_file=source.tokenizer_file,
+        provenance=source.provenance | (extra or {}),
+        dtype=dtype,
+        overwrite=True,
+        leave_out=leave_out,
+    )

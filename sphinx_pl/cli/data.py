@@ -1,0 +1,253 @@
+"""`python -m sphinx_pl.cli.data COMMAND [option=value ...] [override ...]`: look at data before training on it.
+
+What is not an option of the command overrides conf/train.yaml, so a command sees the data that train.py with the same
+overrides would train on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from rich.console import Console
+from rich.progress import Progress
+
+from sphinx_pl.runtime.hydra_app import (
+    MISTAKES,
+    TRACEBACK,
+    as_typed,
+    check_packages,
+    compose_config,
+    explain_override,
+    report,
+)
+from sphinx_pl.settings.train import check_train
+from sphinx_pl.utils.config import CONFIG_FOLDER, build
+from sphinx_pl.utils.console import Table
+from sphinx_pl.utils.errors import UserError
+from sphinx_pl.utils.registry import Registry
+
+Options = TypeVar("Options")
+
+
+@dataclass(frozen=True)
+class Command(Generic[Options]):
+    """`run` gets the options that were given and the composed configuration; what it returns is printed."""
+
+    help: str
+    options: type[Options]
+    run: Callable[[Options, DictConfig], str]
+
+
+COMMANDS: Registry[Command[Any]] = Registry("command")
+
+
+@dataclass
+class ShowOptions:
+    """How many samples, and the file to write."""
+
+    n: int = 64
+    out: str = "page.html"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n <= 1000:
+            raise UserError(f"n={self.n} must be 1 to 1000")
+        if Path(self.out).is_dir():
+            raise UserError(
+                f"out={self.out} is a folder: name a file in it, such as out={Path(self.out) / 'page.html'}"
+            )
+        if not Path(self.out).parent.is_dir():
+            raise UserError(f"out={self.out}: there is no folder {Path(self.out).parent}: make it first")
+
+
+def show(options: ShowOptions, cfg: DictConfig) -> str:
+    """Write the page; see `sphinx_pl.data.inspect.samples`."""
+    from sphinx_pl.data.datamodule import DataModule
+    from sphinx_pl.data.inspect.samples import build_page
+    from sphinx_pl.models.config import SphinxConfig
+    from sphinx_pl.utils.files import write_whole
+
+    model = SphinxConfig.from_dict(cfg.model)
+    values: dict[str, Any] = OmegaConf.to_container(cfg.data, resolve=True)  # type: ignore[assignment]
+    data = DataModule.from_config(values, model)
+    data.check(accumulate=int(cfg.stage.accumulate))
+    notices = []
+    try:
+        data.check(cfg.stage.text_required, int(cfg.stage.accumulate))
+    except UserError as error:  # it can be looked at all the same
+        notices.append(f"train.py would refuse this: {error}")
+    what = f"stage {cfg.stage.name}, model {model.name}"
+    grid = model.vision.grid if model.vision else 1
+    page, shown = build_page(data, options.n, int(cfg.stage.accumulate), grid, what, notices)
+    try:
+        write_whole(Path(options.out), page)
+    except OSError as error:
+        raise UserError(f"out={options.out} cannot be written ({error.strerror})") from None
+    return f"{options.out}: {shown} samples, {len(page) / 1e6:.1f} MB"
+
+
+@dataclass
+class TableOptions:
+    """Draws from each source that the expectations rest on, ranks of the run, and whether files may be missing."""
+
+    probe: int = 64
+    ranks: int = 1
+    missing: str = "error"
+
+    def __post_init__(self) -> None:
+        if self.missing not in ("error", "ok"):
+            raise UserError(f"missing={self.missing} must be error or ok")
+        if self.probe < 1 or self.ranks < 1:
+            raise UserError(f"probe={self.probe} and ranks={self.ranks} must be at least 1")
+
+
+def table(options: TableOptions, cfg: DictConfig) -> str:
+    """What the mixture is made of; where files are missing, what the configuration alone says of it."""
+    from sphinx_pl.data.datamodule import DataModule
+    from sphinx_pl.data.inspect.table import expectations, lines, missing, plan, reasons
+    from sphinx_pl.data.sampling.config import Group, SourceConfig, is_absent
+    from sphinx_pl.models.config import SphinxConfig
+
+    values: dict[str, Any] = OmegaConf.to_container(cfg.data, resolve=True)  # type: ignore[assignment]
+    group = Group.from_dict(
+        {"sources": values["sources"], "temperature": (values.get("mixing") or {}).get("temperature")}
+    )
+    model = SphinxConfig.from_dict(cfg.model)
+    micro_batches = int(cfg.stage.accumulate) * (options.ranks if cfg.stage.rows_per_step is None else 1)
+    rows = values["packing"]["rows"] * micro_batches
+    absent = missing(dict(group.leaves()))
+    held_out = {name: value for name, value in (values.get("val_sources") or {}).items() if not is_absent(value)}
+    configs = {name: SourceConfig.from_dict(name, value, "val_sources") for name, value in held_out.items()}
+    absent |= {f"val_sources.{name}": why for name, why in missing(configs).items()}
+    if not Path(values["tokenizer"]).is_file():
+        absent["tokenizer"] = f"there is no tokenizer {values['tokenizer']}"
+    if absent:
+        text = rendered(plan(group, absent))
+        if options.missing == "ok":
+            return text
+        print(text)
+        first = next(iter(absent.values()))
+        raise UserError(f"files are missing for {', '.join(absent)} ({first}); missing=ok only looks at the plan")
+    data = DataModule.from_config(values, model)
+    data.check(accumulate=micro_batches)
+    found = lines(data, options.probe)
+    table = expectations(found, data.mixing.unit, data.packing.row_length, rows, int(cfg.stage.max_steps))
+    return rendered(table) + reasons(found)
+
+
+def rendered(table: Table) -> str:
+    """As text, as wide as it needs where nobody's terminal says otherwise."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().rstrip()
+
+
+@dataclass
+class DuplicatesOptions:
+    """Shards as a source's `path` names them, what to compare (image, caption or a column of the json), the result."""
+
+    path: str = ""
+    by: str = "image"
+    out: str = "duplicates.npy"
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise UserError("path=SHARDS is needed: as in the source that the result is for")
+
+
+def duplicates(options: DuplicatesOptions, cfg: DictConfig) -> str:
+    """Find image-text pairs that say the same as an earlier one, for a source's `filters.duplicates`."""
+    from sphinx_pl.data.inspect.duplicates import find_duplicates
+
+    with Progress(*Progress.get_default_columns(), transient=True) as bar:
+        task = bar.add_task("shards")
+        pairs, unread, found = find_duplicates(
+            options.path,
+            options.by,
+            Path(options.out),
+            lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    return f"{options.out}: {found} of {pairs} pairs are duplicates by {options.by}, {unread} could not be compared"
+
+
+COMMANDS.register("show", Command("a page with samples as the model will get them", ShowOptions, show))
+COMMANDS.register("table", Command("the mixture: sizes, shares, what to expect of an epoch", TableOptions, table))
+COMMANDS.register(
+    "duplicates", Command("image-text pairs that say the same, to be filtered", DuplicatesOptions, duplicates)
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status 0, or 2 with one line that says what is wrong."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(_usage(), file=sys.stdout if given else sys.stderr)
+        return 0 if given else 2
+    try:
+        command = COMMANDS[given[0]]
+        values, overrides = split(given[1:], command.options)
+        options = build(command.options, values, "")
+        print(command.run(options, composed(overrides)))
+    except MISTAKES as error:
+        if os.environ.get(TRACEBACK) == "1":
+            raise
+        return report(error)
+    return 0
+
+
+def split(arguments: Sequence[str], options: type[Any]) -> tuple[dict[str, str], list[str]]:
+    """Arguments -> values of a command's own options, and overrides of the configuration."""
+    known = {field.name for field in dataclasses.fields(options)}
+    values: dict[str, str] = {}
+    overrides = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if not equals and not argument.startswith("~"):
+            raise UserError(f"'{argument}' is neither name=value nor ~name")
+        if equals and name in known:
+            values[name] = value
+        else:
+            overrides.append(argument)
+    return values, overrides
+
+
+def composed(overrides: Sequence[str]) -> DictConfig:
+    """conf/train.yaml as train.py gets it.
+
+    Raises:
+        UserError, HydraException: an override or a key that does not fit.
+    """
+    given = as_typed("train", overrides)
+    try:
+        cfg = compose_config(CONFIG_FOLDER, "train", given)
+    except HydraException as error:
+        raise explain_override(error, CONFIG_FOLDER, "train", given, check_train) or error from None
+    check_packages(cfg.hydra)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    check_train(cfg)
+    return cfg
+
+
+def _usage() -> str:
+    lines = [__doc__ or ""]
+    for name, command in sorted(COMMANDS.items()):
+        own = " ".join(f"{field.name}={field.default}" for field in dataclasses.fields(command.options))
+        lines += [f"    {name:12s}{command.help} ({own})"]
+    return "\n".join(
+        [*lines, "", "    python -m sphinx_pl.cli.data show experiment=demo stage=finetune n=64 out=page.html"]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

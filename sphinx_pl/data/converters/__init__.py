@@ -1,0 +1,154 @@
+"""Official annotation files -> Records, as the instruction files that `kind: instructions` reads.
+
+One module here for each data set or family of them. Its `Converter` says where its files are and turns one of their
+entries into Records; checking, counting and writing are this module's.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar
+
+from sphinx_pl.data.annotation_files import MALFORMED, OfficialFiles
+from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.readers.instruction_json import to_entry, to_record
+from sphinx_pl.data.schema import ImageRef, Record, Region
+from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.tasks import TASKS
+from sphinx_pl.utils.errors import UserError
+from sphinx_pl.utils.files import whole_file, write_whole
+from sphinx_pl.utils.registry import Registry
+
+CONVERTERS: Registry[type[Converter]] = Registry("converter", "python -m sphinx_pl.cli.convert")
+_EXAMPLES = 3
+
+
+class Converter(OfficialFiles):
+    """Makes training records of a data set's official files."""
+
+    tasks: ClassVar[tuple[str, ...]]
+
+    def __init_subclass__(cls) -> None:
+        if "name" in cls.__dict__:
+            CONVERTERS.register(cls.name, cls)
+
+
+@dataclass
+class Report:
+    """What became of the entries of one conversion."""
+
+    entries: int = 0
+    records: Counter[str] = field(default_factory=Counter)  # by task
+    dropped: Counter[str] = field(default_factory=Counter)  # by reason
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    skipped: Counter[str] = field(default_factory=Counter)  # by reason: not meant for training
+    left_out: Counter[str] = field(default_factory=Counter)  # by reason: parts of entries
+
+    def drop(self, reason: str, detail: str) -> None:
+        self.dropped[reason] += 1
+        examples = self.examples.setdefault(reason, [])
+        if len(examples) < _EXAMPLES:
+            examples.append(detail[:200].encode("utf-8", "replace").decode())
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "entries": self.entries,
+            "records": dict(self.records),
+            "dropped": {
+                reason: {"count": count, "examples": self.examples[reason]}
+                for reason, count in self.dropped.most_common()
+            },
+            "skipped": dict(self.skipped),
+            "left_out": dict(self.left_out),
+        }
+
+
+def convert(
+    converter: Converter, out: Path, limit: int | None = None, progress: Callable[[int], None] = lambda done: None
+) -> Report:
+    """Write all records to the jsonl file `out`, and what became of the entries to `out`.report.json beside it.
+
+    What the records' tasks cannot use is dropped and counted here, not when a run meets it.
+
+    Args:
+        limit: stop after so many entries.
+        progress: called with the number of entries read so far, now and then.
+
+    Raises:
+        UserError: `out` is not jsonl, the converter's files are wrong, or no record is left.
+    """
+    if out.suffix != ".jsonl":
+        raise UserError(f"--out={out} must end in .jsonl")
+    report = Report()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(out) as temporary, temporary.open("wb") as file:
+        for key, found in converter.read():
+            if report.entries == limit:
+                break
+            report.entries += 1
+            if report.entries % 1000 == 0:
+                progress(report.entries)
+            try:
+                if isinstance(found, BadSample):
+                    raise found
+                for record in found:
+                    check(record)
+                lines = [json.dumps(to_entry(record), ensure_ascii=False).encode() + b"\n" for record in found]
+            except BadSample as bad:
+                report.drop(bad.reason, bad.detail or key)
+                continue
+            except MALFORMED as error:
+                report.drop("entry_malformed", f"{key}: {type(error).__name__}: {error}")
+                continue
+            file.writelines(lines)
+            report.records.update(record.task for record in found)
+        progress(report.entries)
+        report.skipped, report.left_out = converter.skipped, converter.left_out
+        if not report.records:
+            reasons = dict(report.dropped + report.skipped) or "there is no entry"
+            raise UserError(f"{converter.name}: no record in {converter.src} can be used ({reasons})")
+    write_whole(out.with_name(out.name + ".report.json"), json.dumps(report.to_dict(), indent=2) + "\n")
+    return report
+
+
+def id_of(thing: Any, name: str = "id") -> int | str | None:
+    """What a thing says is its `name`; None where that is no id."""
+    value = thing.get(name) if isinstance(thing, dict) else None
+    return value if isinstance(value, int | str) else None
+
+
+def checked(region: Region, image_size: tuple[tuple[int, int], ...]) -> Region:
+    """The region, if a task can write its box and its label.
+
+    Raises:
+        BadSample: why not.
+    """
+    record = Record("", "reg", (ImageRef("image"),), image_size, regions=(region,))
+    TASKS[record.task].turns(record, Geometry())
+    return region
+
+
+def check(record: Record) -> None:
+    """Whether the record's task can write it, its images lie below their root and a run will read it as it is.
+
+    Raises:
+        BadSample: why not.
+    """
+    for image in record.images:
+        path = PurePosixPath(image.path)
+        if path.is_absolute() or ".." in path.parts or not path.name:
+            raise BadSample("image_path", f"{record.key}: {image.path}")
+    turns = TASKS[record.task].turns(to_record(to_entry(record), record.key, Path(), record.task), Geometry())
+    if not record.images and any("<image>" in turn.question for turn in turns):
+        raise BadSample("image_absent", f"{record.key} has a mark for an image but none")
+
+
+for _module in pkgutil.iter_modules(__path__):
+    if _module.name != "__main__":
+        importlib.import_module(f"{__name__}.{_module.name}")

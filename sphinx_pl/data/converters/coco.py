@@ -1,0 +1,101 @@
+"""What the converters of COCO's format share (https://cocodataset.org/#format-data).
+
+A file is {"images": [{"id", "file_name", "width", "height"}], "annotations": [{"id", "image_id", ...}], "categories":
+[{"id", "name"}]}; an annotation of an object has "category_id", "bbox" [x, y, width, height] in pixels from the upper
+left corner, and "iscrowd": 1 where it stands for a group that was not told apart.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from sphinx_pl.data.converters import Converter, checked, id_of
+from sphinx_pl.data.coordinates import Box4
+from sphinx_pl.data.readers.instruction_json import sizes
+from sphinx_pl.data.schema import Region
+from sphinx_pl.data.skip import BadSample
+
+Sizes = tuple[tuple[int, int], ...]
+
+
+class CocoConverter(Converter):
+    """One of COCO's own: `train` and `val` are those of the 2017 release, which is the 2014 one divided anew."""
+
+    url = "https://cocodataset.org/#download"
+    licence = "CC BY 4.0 (annotations), the images' own: https://cocodataset.org/#termsofuse"
+    splits = ("train", "val", "train2014", "val2014")
+
+    @property
+    def release(self) -> str:
+        """The name of the split in COCO's files, and of the folder that its images unpack to."""
+        return self.split if self.split.endswith("2014") else f"{self.split}2017"
+
+    def document(self, kind: str) -> Any:
+        name = f"{kind}_{self.release}.json"
+        return self.json(f"annotations/{name}", name)
+
+    def image(self, image: Any) -> tuple[str, Sizes]:
+        """The path and size of an image of the file."""
+        size = image_size(image)
+        return "/".join((self.release, image["file_name"])), size
+
+
+def by_id(things: Iterable[Any]) -> dict[Any, Any]:
+    return {id_of(thing): thing for thing in things}
+
+
+def find(things: Mapping[Any, Any], wanted: Any, kind: str) -> Any:
+    """The thing of an id.
+
+    Raises:
+        BadSample: there is none.
+    """
+    if wanted is None or wanted not in things:
+        raise BadSample(f"{kind}_unknown", f"{kind} {wanted!r}")
+    return things[wanted]
+
+
+def by_annotation(document: Any) -> Iterator[tuple[str, Any]]:
+    """(id, (annotation, its image)) of each annotation; the image is None where the file has none of that id."""
+    images = by_id(document["images"])
+    for annotation in document["annotations"]:
+        yield str(id_of(annotation)), (annotation, images.get(id_of(annotation, "image_id")))
+
+
+def by_image(document: Any) -> Iterator[tuple[str, Any]]:
+    """(id, (image, its annotations)) of each image; the image is None for annotations of one that the file lacks."""
+    of_image: dict[Any, list[Any]] = defaultdict(list)
+    for annotation in document["annotations"]:
+        of_image[id_of(annotation, "image_id")].append(annotation)
+    for image in document["images"]:
+        yield str(id_of(image)), (image, of_image.pop(id_of(image), []))
+    for image_id, orphans in of_image.items():
+        yield f"{image_id} of no image", (None, orphans)
+
+
+def image_size(image: Any) -> Sizes:
+    if image is None:
+        raise BadSample("image_unknown")
+    return sizes(image["width"], image["height"], str(image["id"]))
+
+
+def corners(bbox: Iterable[Any]) -> Box4:
+    """(x1, y1, x2, y2) of (x, y, width, height)."""
+    x, y, width, height = (float(number) for number in bbox)
+    return x, y, x + width, y + height
+
+
+def region(annotation: Any, categories: Mapping[Any, str], size: Sizes) -> Region:
+    """The box of an annotated object, labelled with its category.
+
+    Raises:
+        BadSample: it is no use.
+    """
+    return checked(Region(corners(annotation["bbox"]), find(categories, annotation["category_id"], "category")), size)
+
+
+def names(document: Any) -> dict[Any, str]:
+    """The name of each category id."""
+    return {category["id"]: category["name"] for category in document["categories"]}

@@ -1,0 +1,62 @@
+"""COCO detection: objects of 80 classes.
+
+Files (https://cocodataset.org/#format-data, "Object Detection"): `annotations/instances_{train,val}{2014,2017}.json` in
+COCO's format (see `coco`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from sphinx_pl.data.converters import coco, id_of
+from sphinx_pl.data.schema import ImageRef, Record, Region
+
+
+class CocoDetection(coco.CocoConverter):
+    """A record for each class that an image shows, and one with all of its objects.
+
+    Not where a crowd is among the objects: a box around many is no answer, and without it the answer is incomplete. Nor
+    where an object is of no use; one of an unknown class could be of any.
+    """
+
+    name = "coco_detection"
+    title = "COCO detection"
+    tasks = ("detection", "detection_all")
+
+    def entries(self) -> Iterator[tuple[str, Any]]:
+        document = self.document("instances")
+        names = coco.names(document)
+        for key, (image, objects) in coco.by_image(document):
+            yield key, (image, objects, names)
+
+    def records(self, key: str, entry: Any) -> Iterator[Record]:
+        image, objects, names = entry
+        path, size = self.image(image)
+        if not objects:
+            self.skipped["image_without_objects"] += 1
+            return
+        crowds = {names.get(id_of(one, "category_id")) for one in objects if id_of(one, "iscrowd")}
+        regions: tuple[Region, ...] = ()
+        incomplete = set()
+        for one in objects:
+            found = tuple(self.parts([one], lambda one: coco.region(one, names, size)))
+            regions += found
+            if not found:
+                incomplete.add(names.get(id_of(one, "category_id")))
+        everything = Record(f"{key}-all", "detection_all", (ImageRef(path),), size, regions=regions)
+        if crowds:
+            self.skipped["detection_all_with_crowd"] += 1
+        elif incomplete:
+            self.skipped["detection_all_incomplete"] += 1
+        else:
+            yield everything
+        for label in dict.fromkeys(region.label for region in regions):
+            if label in crowds:
+                self.skipped["detection_with_crowd"] += 1
+                continue
+            if label in incomplete or None in incomplete:
+                self.skipped["detection_incomplete"] += 1
+                continue
+            found = tuple(region for region in regions if region.label == label)
+            yield Record(f"{key}-{label}", "detection", everything.images, size, question=label, regions=found)

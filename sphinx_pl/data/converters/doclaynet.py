@@ -1,0 +1,47 @@
+"""DocLayNet: the layout of document pages.
+
+Files (https://github.com/DS4SD/DocLayNet, the core archive): `COCO/{train,val,test}.json` in COCO's format (see
+`coco`), with "precedence" on images and annotations: not 0 where a page was annotated again. Images are squares of 1025
+pixels, `PNG/<hash>.png`, and the boxes are in their pixels. The 11 categories are Caption, Footnote, Formula,
+List-item, Page-footer, Page-header, Picture, Section-header, Table, Text and Title.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from sphinx_pl.data.converters import Converter, coco
+from sphinx_pl.data.schema import ImageRef, Record
+
+
+class DocLayNet(Converter):
+    """Each page is a record, if all of its elements can be used: what is asked for are all of them."""
+
+    name = "doclaynet"
+    title = "DocLayNet"
+    url = "https://github.com/DS4SD/DocLayNet"
+    licence = "CDLA-Permissive-1.0"
+    tasks = ("layout",)
+    splits = ("train", "val", "test")
+
+    def entries(self) -> Iterator[tuple[str, Any]]:
+        document = self.json(f"COCO/{self.split}.json", f"{self.split}.json")
+        names = coco.names(document)
+        for key, (image, objects) in coco.by_image(document):
+            yield key, (image, objects, names)
+
+    def records(self, key: str, entry: Any) -> Iterator[Record]:
+        image, objects, names = entry
+        size = coco.image_size(image)
+        path = "/".join(("PNG", image["file_name"]))
+        if image.get("precedence"):
+            self.skipped["page_annotated_again"] += 1
+            return
+        if not objects:
+            self.skipped["page_without_elements"] += 1
+            return
+        elements = [one for one in objects if not one.get("precedence")]
+        self.left_out.update(["annotated_again"] * (len(objects) - len(elements)))
+        regions = self.all_parts(elements, lambda one: coco.region(one, names, size))
+        yield Record(key, "layout", (ImageRef(path),), size, regions=tuple(regions))

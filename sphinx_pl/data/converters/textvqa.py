@@ -1,0 +1,46 @@
+"""TextVQA: questions that are answered by reading text in an image, ten answers each.
+
+File (https://textvqa.org/dataset): `TextVQA_0.5.1_{split}.json` with {"data": [{"question_id", "image_id", "question",
+"answers": [ten], ...}]}. Images are those of train_val_images.zip, where both splits lie in train_images/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from sphinx_pl.data.converters import Converter
+from sphinx_pl.data.converters.common import keyed, most_frequent, question_record, text
+from sphinx_pl.data.schema import Record
+
+# What annotators wrote where they gave no answer.
+_REMARKS = (
+    "unanswerable",
+    "no text in image",
+    "not a question",
+    "answering does not require reading text in the image",
+)
+
+
+class TextVQA(Converter):
+    """Trains on the most frequent answer; all ten go to meta for the official metric."""
+
+    name = "textvqa"
+    title = "TextVQA"
+    url = "https://textvqa.org/dataset"
+    licence = "CC BY 4.0"
+    tasks = ("short_vqa", "yes_no")
+
+    def entries(self) -> Iterator[tuple[str, Any]]:
+        yield from keyed(self.json(f"TextVQA_0.5.1_{self.split}.json")["data"], "question_id")
+
+    def records(self, key: str, entry: Any) -> Iterator[Record]:
+        image = f"train_images/{text(entry['image_id'])}.jpg"
+        if "answers" not in entry:
+            self.skipped["answers_not_public"] += 1
+            return
+        answer = most_frequent(entry["answers"])
+        if answer in _REMARKS:
+            self.skipped["answer_is_a_remark"] += 1
+            return
+        yield question_record(key, image, entry["question"], answer, {"answers": entry["answers"]})

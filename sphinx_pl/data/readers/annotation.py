@@ -1,0 +1,64 @@
+"""Bytes of annotations -> text and objects, with a reason where that fails."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from sphinx_pl.data.files import read_span
+from sphinx_pl.data.skip import BadSample
+
+MAX_BYTES = 1 << 23
+"""Longer annotations are not read: as objects, or in tokens, they take fifty times as much memory."""
+
+
+def read(path: str, offset: int, size: int, key: str) -> bytes:
+    """The bytes of an annotation.
+
+    Raises:
+        BadSample: file_unreadable, annotation_too_long, annotation_truncated.
+    """
+    if size > MAX_BYTES:
+        raise BadSample("annotation_too_long", f"{key}: {size} bytes")
+    try:
+        data = read_span(path, offset, size)
+    except OSError as error:
+        raise BadSample("file_unreadable", f"{path}: {error.strerror}") from None
+    if len(data) < size:
+        raise BadSample("annotation_truncated", f"{key}: {path} ends before it")
+    return data
+
+
+def decoded(data: bytes, what: str, key: str) -> str:
+    """The text without the byte order mark that some programs put before it.
+
+    Raises:
+        BadSample: <what>_not_utf8.
+    """
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadSample(f"{what}_not_utf8", f"{key}: {error}") from None
+
+
+def json_object(data: bytes, key: str) -> dict[str, Any]:
+    """Raises: BadSample: json_not_utf8, json_unreadable, entry_malformed (no object)."""
+    try:
+        value = json.loads(decoded(data, "json", key))
+    except (ValueError, RecursionError) as error:
+        raise BadSample("json_unreadable", f"{key}: {error}") from None
+    if not isinstance(value, dict):
+        raise BadSample("entry_malformed", f"{key} is not an object")
+    return value
+
+
+def check_unicode(text: str, what: str, key: str) -> None:
+    """JSON can spell halves of a character ("\\ud83d", where a text was cut), which no tokenizer takes.
+
+    Raises:
+        BadSample: <what>_not_utf8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadSample(f"{what}_not_utf8", f"{key}: {error}") from None

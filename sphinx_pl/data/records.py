@@ -1,0 +1,50 @@
+"""All records of a configuration's sources, for what asks questions instead of training."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sphinx_pl.data.schema import Record
+from sphinx_pl.utils.errors import UserError, suggest
+
+
+def read_records(
+    sources: Mapping[str, Any], section: str, names: Sequence[str] | None = None, at_most: int | None = None
+) -> tuple[list[Record], dict[str, int]]:
+    """The records of `data.<section>`'s sources with the source's name in front of their keys, and what was unreadable.
+
+    Args:
+        at_most: of each source, spread evenly over it; of a group each of its sources.
+
+    Raises:
+        UserError: an unknown name, or what the sources themselves refuse.
+    """
+    from sphinx_pl.data.readers import spread
+    from sphinx_pl.data.sampling.config import META, Group, SourceConfig
+    from sphinx_pl.data.skip import BadSample
+
+    for name in names or ():
+        if name not in sources:
+            raise UserError(f"data.{section} has no source '{name}': {suggest(name, sources)}")
+    records: list[Record] = []
+    lost: dict[str, int] = {}
+    for name in names or sources:
+        if sources[name] is None:  # switched off, as train.py has it
+            continue
+        values = sources[name]
+        if isinstance(values, dict) and ("sources" in values or values.get("kind") == META):
+            leaves = dict(Group.from_dict({"sources": {name: values}}).leaves())
+        else:
+            leaves = {name: SourceConfig.from_dict(name, values, section)}
+        for leaf, config in leaves.items():
+            source = config.open(leaf)
+            for index in spread(len(source), at_most):
+                try:
+                    record = source.record(index)
+                except BadSample as error:
+                    lost[error.reason] = lost.get(error.reason, 0) + 1
+                    continue
+                records.append(dataclasses.replace(record, key=f"{leaf}/{record.key}"))
+    return records, lost

@@ -1,0 +1,86 @@
+"""The sample's tokenizer: 512 sentencepiece pieces with LLaMA's settings, trained on the sample's own words."""
+
+from __future__ import annotations
+
+import io
+import random
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+import sentencepiece as spm
+
+from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.readers import Source
+from sphinx_pl.data.sample_world.drawing import COLORS
+from sphinx_pl.data.sample_world.language import RELATIONS
+from sphinx_pl.data.tasks import TASKS
+
+VOCAB_SIZE = 512
+DECIMALS = 2  # enough for 64 pixels; two digits a number keep answers short
+RECORDS = 600  # instructions of each task that are read
+
+# Whole pieces, so that turns and boxes are short: the conversation's marks and the geometry's punctuation.
+# sentencepiece writes a space as "\u2581"; a newline inside a piece stays as it is.
+MARKS = ("###", "\n###", "\u2581Human:", "\u2581Assistant:")
+GEOMETRY_MARKS = ("<p>", "\u2581<p>", "</p>", "</p>[0.", "\u2581[0.", "[0.", ",0.", ";0.", "]<p>")
+
+# Half of the vocabulary are byte pieces. Merging pairs spends several pieces on the way to a long word, so the most
+# useful words are made pieces at once and merges get the rest. Colours are such words also right after "<p>", and
+# so are the words of relations, whose answers are single ones.
+WORDS = 124
+PLACES = tuple(f"\u2581{word}" for word in (*RELATIONS, "middle"))
+
+
+def train_tokenizer(texts: list[str], instructions: Source) -> bytes:
+    """A sentencepiece model (BPE, byte fallback, single digits, unk 0, bos 1, eos 2, no pad) as bytes.
+
+    Args:
+        texts: captions and documents of the training splits.
+        instructions: training instructions; their questions and answers are written by the tasks themselves.
+    """
+    sentences = [*texts, *_dialogs(instructions)]
+    model = io.BytesIO()
+    spm.SentencePieceTrainer.Train(
+        sentence_iterator=iter(sentences),
+        model_writer=model,
+        vocab_size=VOCAB_SIZE,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=1.0,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=True,
+        user_defined_symbols=list(
+            dict.fromkeys([*MARKS, *GEOMETRY_MARKS, *COLORS, *PLACES, *_useful_words(sentences)])
+        ),
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        num_threads=1,  # the result depends on the order in which threads finish
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def _dialogs(instructions: Source) -> Iterator[str]:
+    """Questions and answers as training will see them."""
+    rng, geometry = random.Random(0), Geometry(DECIMALS)
+    read: Counter[str] = Counter()
+    for index in range(len(instructions)):
+        record = instructions.record(index)
+        read[record.task] += 1
+        if read[record.task] > RECORDS:
+            continue
+        for turn in TASKS[record.task].turns(record, geometry, rng):
+            yield from (turn.question, turn.answer)
+
+
+def _useful_words(sentences: list[str]) -> list[str]:
+    """The words that save most pieces if each is one, with the space before them where they have one."""
+    words: Counter[str] = Counter()
+    for sentence in sentences:
+        words.update(re.findall("\u2581?[A-Za-z]{2,}", "\u2581" + sentence.replace(" ", "\u2581")))
+    return sorted(words, key=lambda word: (-words[word] * (len(word) - 1), word))[:WORDS]

@@ -1,0 +1,341 @@
+"""Writes the sample world to disk, in the formats of the real data sets.
+
+    real/, synthetic/       WebDataset shards as img2dataset writes them: KEY.jpg, KEY.json, KEY.txt
+    text/*.jsonl            {"text": ...} a line
+    instructions/*.json     LLaVA-style lists; images/ beside them, `image` is relative to the json's folder. Training
+                            has a file for each kind of picture (train-scenes, -ocr, -pose, -layout, -chat)
+    origins.jsonl           of every picture: split, photograph, crop and scans that it was made from
+    tokenizer.model         trained on the training texts
+    manifest.json           seed, version, counts and the SHA-256 of every file; written last
+
+The same seed and scale give the same bytes (with the same library versions).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import random
+import tarfile
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sphinx_pl.data.readers import InstructionSource
+from sphinx_pl.data.sample_world import figures, language, records
+from sphinx_pl.data.sample_world.assets import Assets, load_assets
+from sphinx_pl.data.sample_world.drawing import DOMAINS, REAL
+from sphinx_pl.data.sample_world.records import Entry
+from sphinx_pl.data.sample_world.scenes import MAX_OBJECTS, Picture, Scene, draw_scene
+from sphinx_pl.data.sample_world.vocabulary import train_tokenizer
+from sphinx_pl.utils.errors import UserError
+
+VERSION = 5
+"""Raised when the world changes, so that data made by older code is made anew."""
+
+SHARD_SIZE = 1000
+MANIFEST = "manifest.json"
+_IDENTITY = ("version", "seed", "scale")
+
+# Numbers at scale 1, per domain where a thing has domains.
+PAIRS = {"train": 3000, "val": 256}
+DOCUMENTS = {"train": 4000, "val": 256}
+SCENES = {"train": 2000, "val": 50}
+CONVERSATIONS = {"train": 200, "val": 10}
+FIGURES = {
+    "ocr": {"train": 1000, "val": 20, "test": 100},
+    "pose": {"train": 400, "val": 20, "test": 100},
+    "layout": {"train": 400, "val": 20, "test": 100},
+}
+TEST_QUESTIONS = {
+    ("short_vqa", "color"): 100,
+    ("short_vqa", "shape"): 100,
+    ("short_vqa", "digit"): 100,
+    ("short_vqa", "count"): 100,
+    ("multiple_choice", "object"): 50,
+    ("multiple_choice", "color"): 50,
+    ("rec", ""): 100,
+    ("reg", ""): 100,
+    ("grounded_caption", ""): 100,
+    ("detection", ""): 100,
+    ("description", ""): 100,
+    ("relation", ""): 100,
+}
+
+
+@dataclass
+class _World:
+    """What is being written, and where to."""
+
+    root: Path
+    seed: int
+    scale: float
+    counts: Counter[str] = field(default_factory=Counter)
+    origins: list[str] = field(default_factory=list)
+
+    def rng(self, *stream: object) -> random.Random:
+        """A generator of its own for every item, so that no item depends on how many came before it."""
+        return random.Random("/".join(map(str, (self.seed, *stream))))
+
+    def number(self, at_full_scale: int) -> int:
+        return max(4, round(at_full_scale * self.scale))
+
+    def note(self, place: str, split: str, picture: Picture) -> None:
+        origin = {"image": place, "split": split, "domain": picture.domain, **picture.origin.to_dict()}
+        self.origins.append(json.dumps(origin, sort_keys=True))
+
+    def write(self, name: str, content: bytes | str) -> None:
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def build(out: str | Path, seed: int = 0, scale: float = 1.0) -> dict[str, Any]:
+    """Make the sample data in the folder `out` and return its manifest; do nothing where it is already there, whole.
+
+    Args:
+        seed: of everything drawn; the split of scans and photographs does not depend on it.
+        scale: factor on the number of items of every kind.
+
+    Raises:
+        UserError: `out` exists and holds something else.
+    """
+    out = Path(out)
+    wanted = {"version": VERSION, "seed": seed, "scale": scale}
+    if (found := _intact(out, wanted)) is not None:
+        return found
+    if out.exists() and not _replaceable(out):
+        raise UserError(f"out={out} is not empty and not sample data: choose another folder or empty this one")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
+        root = Path(temporary) / "new"
+        manifest = _fill(_World(root, seed, scale), wanted)
+        if out.exists():
+            out.replace(Path(temporary) / "old")
+        root.replace(out)
+    return manifest
+
+
+def _replaceable(out: Path) -> bool:
+    """An empty folder, or sample data of any version: other things have a manifest.json too."""
+    if not out.is_dir():
+        return False
+    try:
+        return not any(out.iterdir()) or json.loads((out / MANIFEST).read_text()).keys() >= {*_IDENTITY, "files"}
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _intact(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    try:
+        manifest: dict[str, Any] = json.loads((out / MANIFEST).read_text())
+        same = all(manifest.get(key) == value for key, value in wanted.items())
+        whole = same and all(_sha256(out / name) == digest for name, digest in manifest["files"].items())
+    except (OSError, ValueError, KeyError):
+        return None
+    return manifest if whole else None
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _fill(world: _World, wanted: dict[str, Any]) -> dict[str, Any]:
+    texts: list[str] = []
+    for domain in DOMAINS:
+        for split in ("train", "val"):
+            captions = _write_pairs(world, domain, split)
+            texts += captions if split == "train" else []
+    texts += _write_documents(world)
+    _write_instructions(world)
+    instructions = InstructionSource("sample", str(world.root / "instructions/train-*.json"))
+    world.write("tokenizer.model", train_tokenizer(texts, instructions))
+    world.write("origins.jsonl", "".join(f"{line}\n" for line in world.origins))
+    names = sorted(path.relative_to(world.root).as_posix() for path in world.root.rglob("*") if path.is_file())
+    manifest = {
+        **wanted,
+        "counts": dict(sorted(world.counts.items())),
+        "files": {name: _sha256(world.root / name) for name in names},
+    }
+    world.write(MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
+    return manifest
+
+
+def _assets(domain: str, split: str) -> Assets | None:
+    return load_assets(split == "train") if domain == REAL else None
+
+
+def _write_pairs(world: _World, domain: str, split: str) -> list[str]:
+    """Shards of captioned scenes; returns the captions."""
+    captions: list[str] = []
+    total = world.number(PAIRS[split])
+    for shard, first in enumerate(range(0, total, SHARD_SIZE)):
+        name = f"{domain}/{split}-{shard:05d}.tar"
+        members: list[tuple[str, bytes]] = []
+        for index in range(first, min(first + SHARD_SIZE, total)):
+            rng = world.rng("pairs", domain, split, index)
+            scene = draw_scene(rng, domain, _assets(domain, split), index % MAX_OBJECTS + 1)
+            if domain == REAL:
+                caption, noise = language.real_caption(scene, rng)
+            else:
+                caption, noise = language.synthetic_caption(scene, rng), "none"
+            captions.append(caption)
+            key = f"{shard:05d}{index - first:04d}"
+            world.note(f"{name}/{key}.jpg", split, scene)
+            world.counts[f"pairs/{domain}/{split}"] += 1
+            members += [
+                (f"{key}.jpg", scene.jpeg),
+                (f"{key}.json", json.dumps(_metadata(key, caption, noise, scene), sort_keys=True).encode()),
+                (f"{key}.txt", caption.encode()),
+            ]
+        world.write(name, _tar(members))
+    return captions
+
+
+def _metadata(key: str, caption: str, noise: str, scene: Scene) -> dict[str, Any]:
+    """img2dataset's fields, and our `noise` (none, partial, wrong) and `objects`."""
+    digest = hashlib.sha256(scene.jpeg).hexdigest()
+    return {
+        "caption": caption,
+        "error_message": None,
+        "height": scene.height,
+        "key": key,
+        "noise": noise,
+        "objects": [thing.phrase for thing in scene.things],
+        "original_height": scene.height,
+        "original_width": scene.width,
+        "sha256": digest,
+        "status": "success",
+        "uid": digest[:32],
+        "url": f"sample://{scene.domain}/{key}",
+        "width": scene.width,
+    }
+
+
+def _tar(members: Iterable[tuple[str, bytes]]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)  # no time, user or group: the same bytes every time
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def _write_documents(world: _World) -> list[str]:
+    """text/*.jsonl; returns the training documents. No validation document is a training document."""
+    known = language.facts()
+    seen: set[str] = set()
+    written: dict[str, list[str]] = {}
+    for split in ("val", "train"):
+        rng = world.rng("text", split)
+        documents: list[str] = []
+        while len(documents) < world.number(DOCUMENTS[split]):
+            text = language.document(rng, known)
+            if text not in seen:
+                seen.add(text)
+                documents.append(text)
+        written[split] = documents
+        world.counts[f"text/{split}"] = len(documents)
+        world.write(f"text/{split}.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return written["train"]
+
+
+def _write_instructions(world: _World) -> None:
+    """instructions/*.json and their images."""
+    chats = dict(zip(("train", "val", "test"), language.split_facts(world.rng("facts")), strict=True))
+    for split, asked in chats.items():
+        writer = _Instructions(world, split)
+        for domain in DOMAINS:
+            if split == "test":
+                writer.questions(domain)
+            else:
+                writer.scenes(domain)
+            for task in FIGURES:
+                writer.figures(domain, task)
+        for index, fact in enumerate(asked):
+            writer.add(f"{split}-chat-{index:05d}", records.chat_entry(fact))
+        for name, entries in writer.files().items():
+            world.write(f"instructions/{name}.json", json.dumps(entries, sort_keys=True, separators=(",", ":")))
+
+
+@dataclass
+class _Instructions:
+    """The entries of one split."""
+
+    world: _World
+    split: str
+    entries: list[Entry] = field(default_factory=list)
+
+    def add(self, name: str, entry: Entry, picture: Picture | None = None) -> None:
+        """Complete the entry with its id, its image and its domain."""
+        if picture is not None:
+            entry |= {"image": f"images/{name}.jpg", "width": picture.width, "height": picture.height}
+            entry["meta"] = {**entry.get("meta", {}), "domain": picture.domain}
+        self.entries.append({"id": f"{name}-{len(self.entries):06d}", **entry})
+        task = entry.get("task", "conversations")
+        self.world.counts[f"instructions/{self.split}/{entry['meta']['domain']}/{task}"] += 1
+
+    def files(self) -> dict[str, list[Entry]]:
+        """File name -> its entries: one for each kind of picture in training, where a mixture weighs them; else one."""
+        if self.split != "train":
+            return {self.split: self.entries}
+        kinds: dict[str, list[Entry]] = {}
+        for entry in self.entries:
+            figure = entry.get("task") if entry.get("task") in FIGURES else "scenes"
+            kinds.setdefault(f"train-{figure if 'image' in entry else 'chat'}", []).append(entry)
+        return kinds
+
+    def save(self, name: str, picture: Picture) -> None:
+        self.world.write(f"instructions/images/{name}.jpg", picture.jpeg)
+        self.world.note(f"instructions/images/{name}.jpg", self.split, picture)
+        self.world.counts[f"images/{self.split}/{picture.domain}"] += 1
+
+    def scenes(self, domain: str) -> None:
+        """Every kind of question about each scene; every few scenes also a conversation."""
+        total = self.world.number(SCENES[self.split])
+        every = total // min(total, self.world.number(CONVERSATIONS[self.split]))
+        for index in range(total):
+            rng = self.world.rng("scene", domain, self.split, index)
+            scene = draw_scene(rng, domain, _assets(domain, self.split), index % MAX_OBJECTS + 1)
+            name = f"{self.split}-{domain}-{index:05d}"
+            self.save(name, scene)
+            entries = records.scene_entries(scene, rng)
+            if index % every == 0:
+                entries.append(records.conversation_entry(scene, rng))
+            for entry in entries:
+                self.add(name, entry, scene)
+
+    def figures(self, domain: str, task: str) -> None:
+        """Pictures of one kind; a pose picture with two people gives two entries, in the test only one is asked for."""
+        for index in range(self.world.number(FIGURES[task][self.split])):
+            rng = self.world.rng(task, domain, self.split, index)
+            assets = _assets(domain, self.split)
+            if task == "pose":
+                figure = figures.draw_people(rng, domain, assets, index % 2 + 1)
+            else:
+                figure = (figures.draw_numbers if task == "ocr" else figures.draw_page)(rng, domain, assets)
+            name = f"{self.split}-{domain}-{task}-{index:05d}"
+            self.save(name, figure)
+            entries = records.figure_entries(figure, task)
+            for entry in [rng.choice(entries)] if self.split == "test" else entries:
+                self.add(name, entry, figure)
+
+    def questions(self, domain: str) -> None:
+        """The test: one question about each fresh scene."""
+        assets = _assets(domain, self.split)
+        for (task, topic), at_full_scale in TEST_QUESTIONS.items():
+            for index in range(self.world.number(at_full_scale)):
+                rng = self.world.rng("test", domain, task, topic, index)
+
+                def draw(count: int, wanted: Any = None, rng: random.Random = rng) -> Scene:
+                    return draw_scene(rng, domain, assets, count, wanted)
+
+                scene, entry = records.held_out_entry(task, topic, index, draw, rng)
+                name = f"{self.split}-{domain}-{task}{'-' * bool(topic)}{topic}-{index:05d}"
+                self.save(name, scene)
+                self.add(name, entry, scene)

@@ -1,0 +1,242 @@
+"""The configuration of a mixture: sources, their weights, and groups of sources."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+import yaml
+
+from sphinx_pl.data.files import is_remote
+from sphinx_pl.data.readers import Source, build_source, check_options, find_kind
+from sphinx_pl.data.tasks import TASKS
+from sphinx_pl.utils.config import Bounds, build, within
+from sphinx_pl.utils.errors import UserError, suggest
+
+log = logging.getLogger(__name__)
+
+MODALITIES = ("image", "text")
+UNITS = ("sample", "token")
+AUTO = "auto"
+"""The kind of a source that is found by looking at its path."""
+PARTS = ("", "train", "held_out")
+META = "meta"
+"""The kind of a source that stands for the original's own list of annotation files."""
+
+
+@dataclass
+class MixingConfig:
+    """How sources are drawn from. `data.mixing` in the configuration."""
+
+    unit: str = "sample"
+    """What shares are counted in: samples, or supervised tokens."""
+    epochs: Optional[int] = within(None, at_least=1)
+    """Every source is read at most so often; null: for ever. A source's own `epochs` goes before it."""
+    temperature: Optional[float] = within(None, above=0)
+    """Of the whole tree of sources, as a group's."""
+    lanes: Optional[int] = within(None, at_least=1, at_most=2**16)
+    """Independent lines of planning, fixed for a run; null: as many as there are ranks when it is first started."""
+
+    def __post_init__(self) -> None:
+        if self.unit not in UNITS:
+            raise UserError(f"data.mixing.unit='{self.unit}' must be one of {', '.join(UNITS)}")
+
+
+@dataclass
+class SourceConfig:
+    """One entry of a mixture's `sources`; further keys go to the source's constructor.
+
+    `weight` is its share relative to the others' beside it. `branches` > 1 joins up to that many records about one
+    image into one sample. `modality` says what the source counts as where a step must hold text and images. `epochs`
+    bounds how often it is read (upsampling), `caps` how many records of a task an epoch has: {ocr: 10000}. `part` is
+    train (all but a tenth of the records) or held_out (that tenth), for files without a part of their own for it.
+    `shuffle_shards` files are open at a time, their records shuffled together.
+    """
+
+    path: Any
+    kind: str = AUTO
+    weight: float = within(1.0, at_least=0)
+    branches: int = within(1, at_least=1)
+    modality: str = ""
+    epochs: Optional[int] = within(None, at_least=1)
+    caps: dict[str, int] = field(default_factory=dict, metadata={"bounds": Bounds(at_least=0)})
+    shuffle_shards: int = within(8, at_least=1)
+    part: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, name: str, values: Mapping[str, Any], section: str = "sources") -> SourceConfig:
+        prefix = f"data.{section}.{name}"
+        for key in ("kind", "path"):
+            if values.get(key, AUTO if key == "kind" else None) in (None, ""):
+                raise UserError(
+                    f"{prefix}.{key} is missing: every source needs a path; leave kind out to have it found"
+                )
+        known = {f for f in cls.__dataclass_fields__ if f != "options"}
+        own = {key: value for key, value in values.items() if key in known}
+        config = build(cls, own | {"options": {k: v for k, v in values.items() if k not in known}}, prefix)
+        modality = "text" if config.kind == "text" else "image"
+        if config.kind == AUTO:
+            config.kind, modality = find_kind(name, config.path, section)
+        config.modality = config.modality or modality
+        if config.part not in PARTS:
+            raise UserError(f"{prefix}.part={config.part}: {suggest(config.part, PARTS[1:])}")
+        if config.modality not in MODALITIES:
+            raise UserError(f"{prefix}.modality='{config.modality}' must be one of {', '.join(MODALITIES)}")
+        for task in config.caps:
+            if task not in TASKS:
+                raise UserError(f"{prefix}.caps: unknown task '{task}': {suggest(task, TASKS, TASKS.listed)}")
+        check_options(config.kind, prefix, config.options)
+        return config
+
+    def open(self, name: str) -> Source:
+        source = build_source(self.kind, name, self.path, **self.options)
+        source.part = self.part
+        return source
+
+
+@dataclass
+class Group:
+    """Sources with a weight of their own as a whole.
+
+    With a `temperature` T a member's share is its weight times (its number of records) ** (1 / T): 1 in proportion to
+    size, larger ones nearer to equal shares (mT5, arXiv 2010.11934, section 3.1, with alpha = 1 / T).
+    """
+
+    members: dict[str, Group | SourceConfig]
+    weight: float = 1.0
+    temperature: Optional[float] = None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], prefix: str = "data") -> Group:
+        """From {"sources": {name: source or group}, "weight", "temperature"}; members that are null are left out.
+
+        Raises:
+            UserError: an unknown key, or a value that cannot be.
+        """
+        for key in values:
+            if key not in (known := ("sources", "weight", "temperature")):
+                raise UserError(f"{prefix}.{key}: a group of sources has no such key: {suggest(key, known)}")
+        weight, temperature = values.get("weight", 1.0), values.get("temperature")
+        _check_weight(prefix, weight)
+        if temperature is not None and not (isinstance(temperature, int | float) and temperature > 0):
+            raise UserError(f"{prefix}.temperature={temperature} must be positive")
+        members: dict[str, Group | SourceConfig] = {}
+        section = f"{prefix}.sources"
+        if not isinstance(values["sources"], Mapping):
+            raise UserError(f"{section} must be a mapping of names to sources")
+        for name, value in values["sources"].items():
+            if is_absent(value):
+                continue
+            if not isinstance(name, str) or not isinstance(value, Mapping):
+                raise UserError(f"{section}.{name} must be a mapping with path, or with sources")
+            if "." in name or "/" in name:
+                raise UserError(f"{section}: the name '{name}' must have no dot and no slash")
+            if "sources" in value:
+                members[name] = cls.from_dict(value, f"{section}.{name}")
+            elif value.get("kind") == META:
+                members[name] = _meta_group(value, f"{section}.{name}")
+            else:
+                members[name] = SourceConfig.from_dict(name, value, section.removeprefix("data."))
+        return cls(members, weight, temperature)
+
+    def leaves(self, prefix: str = "") -> Iterator[tuple[str, SourceConfig]]:
+        """(name, configuration) of every source; a member of a group is called `group.member`."""
+        for name, member in self.members.items():
+            if isinstance(member, Group):
+                yield from member.leaves(f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}", member
+
+    @property
+    def needs_sizes(self) -> bool:
+        """Whether shares depend on how many records there are."""
+        groups = [member for member in self.members.values() if isinstance(member, Group)]
+        return self.temperature is not None or any(group.needs_sizes for group in groups)
+
+    def shares(self, sizes: Mapping[str, int], prefix: str = "") -> dict[str, float]:
+        """Of each source with a weight above 0 its share of all draws; they sum to 1.
+
+        Args:
+            sizes: records of each source, where `needs_sizes`.
+        """
+        weights: dict[str, float] = {}
+        inner: dict[str, dict[str, float]] = {}
+        for name, member in self.members.items():
+            full = f"{prefix}{name}"
+            inner[name] = member.shares(sizes, f"{full}.") if isinstance(member, Group) else {full: 1.0}
+            weights[name] = member.weight if inner[name] else 0.0
+            if self.temperature is not None:
+                weights[name] *= sum(sizes[leaf] for leaf in inner[name]) ** (1 / self.temperature)
+        total = sum(weights.values())
+        return {
+            leaf: weights[name] / total * share
+            for name, leaves in inner.items()
+            for leaf, share in leaves.items()
+            if weights[name] > 0
+        }
+
+
+def is_absent(source: Any) -> bool:
+    """Whether a source of the configuration is left out: it is null, or it waits for a path and has no kind either."""
+    return source is None or (
+        isinstance(source, Mapping) and "path" in source and source["path"] is None and "kind" not in source
+    )
+
+
+def _check_weight(prefix: str, weight: Any) -> None:
+    if not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
+        raise UserError(f"{prefix}.weight={weight} must not be negative")
+
+
+def _meta_group(values: Mapping[str, Any], prefix: str) -> Group:
+    """The original's own data file: `META: [{path, type, root, ratio}]` (LLaMA2-Accessory, accessory/data/alpaca.py).
+
+    Each entry is a source, in proportion to its size; relative paths are looked for from the working folder as the
+    original does, then from the file's. `type`, which made every global batch of the original homogeneous, is a name
+    here; entries whose type begins with "text" are text-only.
+    """
+    file = Path(str(values.get("path"))).expanduser()
+    try:
+        entries = yaml.safe_load(file.read_bytes())["META"]
+        given = [dict(entry) for entry in entries]
+    except OSError as error:
+        raise UserError(f"{prefix}.path: {file} cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError):
+        raise UserError(f"{prefix}.path: {file} is not a list under META of entries with path and type") from None
+    shared = {key: value for key, value in values.items() if key not in ("kind", "path", "weight")}
+    members: dict[str, Group | SourceConfig] = {}
+    for number, entry in enumerate(given):
+        for key in ("path", "root"):
+            if isinstance(entry.get(key), str) and is_remote(entry[key]):  # a downloaded file shall not run commands
+                raise UserError(f"{file}, entry {number + 1} of META: {key}={entry[key]} must be a local path")
+        where = f"{file}, entry {number + 1} of META"
+        if not isinstance(entry.get("path"), str):
+            raise UserError(f"{where}: it has no path")
+        kind = entry.get("type", "data")
+        if not isinstance(kind, str) or not isinstance(entry.get("root") or "", str):
+            raise UserError(f"{where}: its type and root must be text")
+        if not isinstance(entry.get("ratio", 1.0), int | float):
+            raise UserError(f"{where}: its ratio must be a number")
+        source = {"kind": "instructions", "path": _beside(file, entry["path"]), **shared}
+        if entry.get("root"):
+            source["root"] = _beside(file, entry["root"])
+        if "ratio" in entry:
+            source["ratio"] = entry["ratio"]
+        if kind.startswith("text"):
+            source.setdefault("modality", "text")
+        stem = Path(entry["path"]).name.split(".")[0]
+        name = f"{kind}-{stem}".replace(".", "_").replace("/", "_")
+        members[name if name not in members else f"{name}-{number}"] = SourceConfig.from_dict(name, source, where)
+    _check_weight(prefix, weight := values.get("weight", 1.0))
+    return Group(members, weight, temperature=1.0)
+
+
+def _beside(file: Path, path: str) -> str:
+    beside = str(file.parent / path)
+    return beside if os.path.exists(beside) and not os.path.exists(path) else path  # noqa: PTH110 - never raises

@@ -1,0 +1,414 @@
+"""One lane's part of a source, epoch after epoch in a new order, and the place that was reached.
+
+A *lane* is an independent line of planning: its own part of every source, its own packer. How many there are is fixed
+for a run, so the order of the data does not depend on how many ranks or workers serve them. Shards are dealt to the
+lanes; a source with few shards is opened by all, and each takes every `lanes`-th record.
+
+Shards are opened `shuffle_shards` at a time (a *block*), and the records of a block are shuffled together. All of it
+is a function of (seed, source, epoch, block): the place is a few integers.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections import Counter
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sphinx_pl.data.augment import AugmentConfig, augment_together
+from sphinx_pl.data.processor import Processor, merge_branches
+from sphinx_pl.data.readers import Shard, Source, config_key
+from sphinx_pl.data.schema import Record, Sample
+from sphinx_pl.data.skip import BadSample
+from sphinx_pl.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from sphinx_pl.data.sampling.config import SourceConfig
+
+# From so many shards a lane on, shards are dealt; below it the lanes' parts would differ too much.
+_SHARDS_A_LANE = 8
+
+EXAMPLES = 3
+"""Of what was left out and of events, kept for each reason."""
+MADE = ("seen", "samples", "parts", "tokens", "targets", "images")
+"""The counters of what was drawn and made of it; every other one says what was left out, or an event's name."""
+
+
+@dataclass
+class _Block:
+    """One shard of a block, or none where it cannot be opened, and what is left out of it."""
+
+    shard: Shard | None
+    skipped: Counter[str]
+    unused: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+
+
+_Opened = list[_Block]
+
+
+def _in_background(make: Callable[[], _Opened]) -> Future[_Opened]:
+    """What `make` will give: the next block's shards are opened (an index, perhaps a download) while this one is read.
+    In a thread that no end of the process waits for."""
+    future: Future[_Opened] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(make())
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=run, name="open-shards", daemon=True).start()
+    return future
+
+
+def check_place(state: Mapping[str, Any], name: str, seed: int, files: int) -> None:
+    """Whether the place `state` of a source means the same records in this run.
+
+    Args:
+        files: how many the source has.
+
+    Raises:
+        UserError: it does not, so that a run which resumes there would repeat some records and skip others.
+    """
+    if state["shards"] != files:
+        raise UserError(
+            f"source '{name}': the checkpoint was made with {state['shards']} files, there are {files}: resume with "
+            "the same ones, or start a new run from its weights (stage.init_from)"
+        )
+    if (before := state.get("seed", seed)) != seed:  # versions before did not write it down
+        raise UserError(
+            f"seed={seed}: the checkpoint was made with {before}, and the order of the records follows from it, so "
+            f"some would be repeated and others skipped: set seed={before}, or start a new run from its weights "
+            "(stage.init_from)"
+        )
+
+
+class SourceStream:
+    """Samples of a source, for ever or for so many epochs.
+
+    Args:
+        max_length: questions about one image are joined up to so many tokens.
+        lane, lanes: which part of the source.
+
+    Raises:
+        UserError: the source has nothing to read.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: SourceConfig,
+        source: Source,
+        processor: Processor,
+        seed: int,
+        max_length: int,
+        augment: AugmentConfig | None = None,
+        lane: int = 0,
+        lanes: int = 1,
+    ) -> None:
+        self.augment = augment or AugmentConfig()
+        self.name = name
+        self.config = config
+        self.source = source
+        self.processor = processor
+        self.seed = seed
+        self.max_length = min(max_length, processor.max_length)
+        for task, cap in config.caps.items():
+            if 0 < cap < lanes:
+                raise UserError(
+                    f"data.sources.{name}.caps.{task}={cap} is less than data.mixing.lanes={lanes}: raise it, or take "
+                    "only other tasks with `tasks`"
+                )
+        self.lane = lane
+        self.lanes = lanes
+        self.counts: Counter[str] = Counter()
+        """seen, samples, tokens, targets, images, skipped/<reason>, filtered/<reason>, capped/<task>; parts: those that
+        a long document has beyond its first. So seen + parts = samples + skipped + filtered + capped. Beside these the
+        samples' own events, and unused/<name>, what files hold beside records."""
+        self.left_out: Counter[str] = Counter()
+        """What was unreadable when shards were opened: reason -> count."""
+        self.examples: dict[str, list[str]] = {}
+        """A counter's name -> the first few that it counted, in words. Of this process, not a part of the place."""
+        self.files: Counter[str] = Counter()
+        """opened, and of these lost: nothing in them could be read."""
+        self.indexed = 0
+        """Records of the shards that were opened, which `left_out` is to be compared with."""
+        self.epoch = 0
+        self.block = 0
+        self.position = 0
+        self.taken: Counter[str] = Counter()
+        """Records of each task with a cap in this epoch."""
+        self._shards: list[Shard | None] = []
+        self._lengths: list[int] = []
+        self._units: Any = []  # lists of indices, or an [n, 1] array of them
+        self._ahead: tuple[tuple[int, int], Future[_Opened]] | None = None
+        self._found = False  # any record, in any lane
+        self._open()
+        self._skip_empty()
+
+    # --- the order
+
+    @property
+    def _one_block(self) -> bool:
+        """Whether all shards are open together, and stay so."""
+        count = len(self.source.urls)
+        return count <= self.config.shuffle_shards and (self.lanes == 1 or not self._dealt)
+
+    @property
+    def _dealt(self) -> bool:
+        return len(self.source.urls) >= _SHARDS_A_LANE * self.lanes
+
+    def _blocks(self, epoch: int) -> list[list[int]]:
+        """The shards of each of this lane's blocks in an epoch."""
+        count, size = len(self.source.urls), self.config.shuffle_shards
+        if self._one_block:
+            return [list(range(count))]
+        order = np.random.default_rng([self.seed, zlib.crc32(self.name.encode()), epoch, 1 << 20]).permutation(count)
+        if self._dealt:
+            order = order[self.lane :: self.lanes]
+        return [order[i : i + size].tolist() for i in range(0, len(order), size)]
+
+    def _open(self, lengths: list[int] | None = None) -> None:
+        """Open the present block and order its records; `lengths` are those of its shards when it was begun."""
+        place = (self.epoch, self.block)
+        if self._ahead is not None and self._ahead[0] == place:
+            opened = self._ahead[1].result()
+        else:
+            opened = self._opened(self._blocks(self.epoch)[self.block])
+        self._ahead = None
+        if self._dealt or self.lane == 0:  # else every lane would count it
+            known = {id(shard) for shard in self._shards if shard is not None}
+            for block in opened:
+                if id(block.shard) not in known:
+                    self.left_out.update(block.skipped)
+                    self.counts.update({f"unused/{name}": count for name, count in block.unused.items()})
+                    for counter, example in block.examples.items():
+                        self._example(counter, example)
+                    self.files["opened"] += 1
+                    self.files["lost"] += not block.shard  # also one that nothing could be read of
+                    self.indexed += len(block.shard) if block.shard is not None else 0
+        self._shards = [block.shard for block in opened]
+        self._lengths = lengths or [len(shard) if shard is not None else 0 for shard in self._shards]
+        self._found |= any(self._lengths)
+        self._units = self._ordered()
+
+    def _opened(self, numbers: list[int]) -> _Opened:
+        opened: _Opened = []
+        # The only block stays open; what was missing in it is looked for again in every epoch.
+        kept = self._shards if self._one_block else []
+        for number in numbers:
+            try:
+                shard = kept[number] if kept else None
+                if shard is None:
+                    shard = self.source.open(number)
+                opened.append(_Block(shard, shard.skipped, shard.unused, shard.examples))
+            except BadSample as bad:
+                opened.append(_Block(None, Counter([bad.reason]), examples={bad.counter: bad.detail}))
+        return opened
+
+    def _ordered(self) -> Any:
+        """The block's records in the order of this epoch, in units that become one sample."""
+        key = [self.seed, zlib.crc32(self.name.encode()), self.epoch]
+        rng = np.random.default_rng([*key, self.block] if self.block else key)
+        total = sum(self._lengths)
+        if self.config.branches > 1:
+            size = self.config.branches
+            grouped: list[list[int]] = []
+            for group in self._by_image():
+                order = [group[i] for i in rng.permutation(len(group))]
+                grouped += [order[i : i + size] for i in range(0, len(order), size)]
+            units: Any = [grouped[i] for i in rng.permutation(len(grouped))]
+        else:
+            units = rng.permutation(total)[:, None]  # an array: 8 bytes a record, not a list each
+        return units if self._dealt else units[self.lane :: self.lanes]
+
+    def _by_image(self) -> list[list[int]]:
+        groups: dict[object, list[int]] = {}
+        index = 0
+        for shard, length in zip(self._shards, self._lengths, strict=True):
+            for i in range(length):
+                images = shard.images(i) if shard is not None and i < len(shard) else None
+                groups.setdefault(index if images is None else ("images", images), []).append(index)
+                index += 1
+        return list(groups.values())
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether all its epochs have been drawn."""
+        return self.config.epochs is not None and self.epoch >= self.config.epochs
+
+    def _skip_empty(self) -> None:
+        """Go on to the next block or epoch where the present one is finished."""
+        start = self.epoch
+        ends = self.config.epochs is not None
+        while self.position >= len(self._units) and not self.exhausted:
+            self.position = 0
+            self.block += 1
+            if self.block >= len(self._blocks(self.epoch)):
+                self.block = 0
+                self.epoch += 1
+                self.taken.clear()
+            if ends and self.epoch > start + 1:
+                self.epoch = self.config.epochs or 0  # nor will there be anything in the others
+            nothing = self.exhausted and not self._found if ends else self.epoch > start + 1
+            if nothing:
+                empty = "fewer records than lanes" if self._found else "nothing in it"
+                raise UserError(
+                    f"source '{self.name}': nothing to read in {self.source.urls[0]} and the like{self.source.hint()} "
+                    f"for lane {self.lane} of {self.lanes} ({self._why() or empty}): correct "
+                    f"{config_key(self.name)}.path, or lower data.mixing.lanes"
+                )
+            if not self.exhausted:
+                self._open()
+
+    def _why(self) -> str:
+        """What was left out when shards were opened, with an example each."""
+        counts = self.left_out + Counter({k: v for k, v in self.counts.items() if k.startswith("unused/")})
+        named = {key: self.examples.get(f"skipped/{key}") or self.examples.get(key) or [""] for key in counts}
+        return ", ".join(f"{key}: {counts[key]} ({named[key][0]})" for key in counts)
+
+    # --- the records
+
+    def next(self) -> list[Sample]:
+        """The next unit's samples: usually one, none if all of its records were bad (counted in `counts`)."""
+        epoch, only_capped = self.epoch, True
+        samples: list[Sample] = []
+        # What a cap leaves of an epoch may be long, and is no sign of bad data.
+        while only_capped and self.epoch == epoch:
+            only_capped, samples = self._unit()
+            if self.position >= len(self._units):
+                self._skip_empty()
+            elif self.position * 2 >= len(self._units) and self._ahead is None:
+                self._open_ahead()
+        return samples
+
+    def _unit(self) -> tuple[bool, list[Sample]]:
+        """Whether the unit's records were all left out by a cap, and the unit's samples."""
+        unit = self._units[self.position]
+        self.position += 1
+        records: list[Record] = []
+        capped = 0
+        for index in map(int, unit):
+            self.counts["seen"] += 1
+            try:
+                record = self._record(index)
+                if self._capped(record):
+                    capped += 1
+                else:
+                    records.append(record)
+            except BadSample as bad:
+                self._bad(bad)
+        if records:
+            records = augment_together(records, self.augment, self._rng("augment", records[0].key), self.counts)
+        samples: list[Sample] = []
+        for record in records:
+            try:
+                found = self.processor.samples(record, self.name, self._rng(record.key))
+            except BadSample as bad:
+                self._bad(bad)
+                if record.task in self.config.caps:
+                    self.taken[record.task] -= 1
+                continue
+            if len(found) > 1:
+                self.counts["parts"] += len(found) - 1
+            for sample in found:
+                for event in sample.events:
+                    self._example(event, sample.branches[0].key)
+            samples += found
+        merged = merge_branches(samples, self.max_length)
+        for sample in merged:
+            self._count(sample)
+        return capped == len(unit), merged
+
+    def _rng(self, *stream: str) -> random.Random:
+        return random.Random("/".join((str(self.seed), self.name, str(self.epoch), *stream)))
+
+    def _record(self, index: int) -> Record:
+        for shard, length in zip(self._shards, self._lengths, strict=True):
+            if index < length:
+                if shard is None or index >= len(shard):
+                    raise BadSample("shard_missing", f"{self.name}: a shard that was there when the block was begun")
+                return shard.record(index)
+            index -= length
+        raise AssertionError("an index beyond the block")
+
+    def _bad(self, bad: BadSample) -> None:
+        self.counts[bad.counter] += 1
+        self._example(bad.counter, bad.detail)
+
+    def _example(self, counter: str, words: str) -> None:
+        if len(examples := self.examples.setdefault(counter, [])) < EXAMPLES:
+            examples.append(words)
+
+    def _capped(self, record: Record) -> bool:
+        cap = self.config.caps.get(record.task)
+        if cap is None:
+            return False
+        if self.taken[record.task] >= cap // self.lanes + (self.lane < cap % self.lanes):
+            self.counts[f"capped/{record.task}"] += 1
+            return True
+        self.taken[record.task] += 1
+        return False
+
+    def _count(self, sample: Sample, sign: int = 1) -> None:
+        self.counts["samples"] += sign * len(sample.branches)
+        self.counts["tokens"] += sign * sample.length
+        self.counts["targets"] += sign * sample.targets
+        self.counts["images"] += sign * len(sample.images)
+        for event, count in sample.events.items():
+            self.counts[event] += sign * count
+
+    def leave_out(self, sample: Sample, bad: BadSample) -> None:
+        """A sample of this stream that cannot be used after all."""
+        self._count(sample, -1)
+        self.counts[bad.counter] += len(sample.branches)
+        self._example(bad.counter, bad.detail)
+
+    def _open_ahead(self) -> None:
+        if self._one_block:
+            return
+        blocks = self._blocks(self.epoch)
+        place = (self.epoch, self.block + 1)
+        if place[1] >= len(blocks):
+            place, blocks = (self.epoch + 1, 0), self._blocks(self.epoch + 1)
+        self._ahead = place, _in_background(partial(self._opened, blocks[place[1]]))
+
+    # --- the place
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "seed": self.seed,
+            "branches": self.config.branches,
+            "shuffle_shards": self.config.shuffle_shards,
+            "shards": len(self.source.urls),
+            "epoch": self.epoch,
+            "block": self.block,
+            "position": self.position,
+            "lengths": list(self._lengths),
+            "taken": dict(self.taken),
+            "counts": dict(self.counts),
+            "left_out": dict(self.left_out),
+            "indexed": self.indexed,
+            "files": dict(self.files),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        check_place(state, self.name, self.seed, len(self.source.urls))
+        self.epoch, self.block, self.position = state["epoch"], state["block"], state["position"]
+        self._ahead = None
+        if not self.exhausted:
+            self._open(state["lengths"])
+        self.taken = Counter(state["taken"])
+        self.counts = Counter(state["counts"])
+        self.files = Counter(state["files"])
+        self.left_out = Counter(state["left_out"])
+        self.indexed = state["indexed"]
+        self._skip_empty()  # where the files have other contents now there may be less in the block

@@ -1,0 +1,76 @@
+"""Mixtures evaluated without being written: one model in memory, whose weights are overwritten by each mixture's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from sphinx_pl.checkpoints.format import copy_into
+from sphinx_pl.checkpoints.stored import OurNames
+from sphinx_pl.evaluation.objective import Measures
+from sphinx_pl.mixing.mix import Plan
+from sphinx_pl.mixing.mixer import Facts
+from sphinx_pl.models.sphinx import Sphinx
+from sphinx_pl.utils.console import Steps
+
+PartWeights = Mapping[str, Sequence[float]]
+"""Weights of each tensor, by its name."""
+
+
+class MixtureEvaluator:
+    """Measures mixtures of a plan's checkpoints with other weights than the plan's.
+
+    The weights of the model are exactly those that would be written. Tensors that
+    are equal in all checkpoints are read once.
+
+    Args:
+        plan: of checkpoints under our names.
+        measure: what is measured of a model.
+        dtype: of floating-point tensors, to which they are rounded; None: each one's own.
+        steps: told when a mixture is begun.
+
+    Raises:
+        UserError: the checkpoints' tensors are not those of their model.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        measure: Callable[[Sphinx], Measures],
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        steps: Steps | None = None,
+    ) -> None:
+        first = plan.models[0]
+        assert isinstance(first, OurNames)
+        with torch.device("meta"):
+            model = Sphinx(first.checkpoint.model_config)
+        first.checkpoint.check(model)
+        self.plan = plan
+        self.model = model.to_empty(device=device).eval()
+        self.dtype = dtype
+        self.steps = steps
+        self.evaluations = 0
+        self._measure = measure
+        self._keys = list(first)
+        self._read = False
+
+    @property
+    def changing(self) -> Sequence[str]:
+        """Names of the tensors in which the checkpoints differ; all of them before the first evaluation."""
+        return self._keys
+
+    def __call__(self, weights: Sequence[float] | PartWeights) -> Measures:
+        """Of the mixture with these weights, the same for all tensors or by name."""
+        if self.steps is not None:
+            common = "" if isinstance(weights, Mapping) else f" with weights {', '.join(f'{w:.3g}' for w in weights)}"
+            self.steps.begin(f"mixing{common}, then measuring")
+        mixer = self.plan.mixer(watch=not self._read)
+        mixer.weights = weights if isinstance(weights, Mapping) else dict.fromkeys(self._keys, weights)
+        copy_into(self.model.state_dict(), ((key, mixer.tensor(key, self.dtype)) for key in self._keys))
+        if not self._read:
+            self._keys = [key for key in self._keys if not Facts.from_json(mixer.facts(key)).equal]
+            self._read = True
+        self.evaluations += 1
+        return self._measure(self.model)

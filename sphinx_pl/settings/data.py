@@ -1,0 +1,71 @@
+"""The sections `data` and `benchmark`, which several scripts read."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError
+
+from sphinx_pl.utils.config import build, refuse_unread
+from sphinx_pl.utils.errors import UserError, suggest
+
+
+def check_data(cfg: DictConfig) -> None:
+    """The section `data`: keys, types and bounds, also of sources, whose files are not looked at.
+
+    Raises:
+        UserError: what does not fit.
+    """
+    from sphinx_pl.data.datamodule import DataConfig
+    from sphinx_pl.data.sampling.config import META, Group, SourceConfig, is_absent
+
+    known = list(DataConfig.__dataclass_fields__)
+    refuse_unread(cfg, "data", known)
+    values: dict[str, Any] = {}
+    for key in [key for key in known if key in cfg.data]:
+        with contextlib.suppress(InterpolationKeyError):  # of a key that only other scripts have, such as `seed`
+            value = cfg.data[key]
+            values[key] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    build(DataConfig, values, "data")
+    for section in ("sources", "val_sources", "test"):
+        sources = values.get(section)
+        if sources is None:
+            continue
+        if not isinstance(sources, Mapping):
+            raise UserError(f"data.{section} must be a mapping of names to sources")
+        for name, source in sources.items():
+            if isinstance(source, Mapping) and not {"kind", "path", "sources"} & set(source):
+                others = [f"data.{section}.{other}" for other in sources if other != name]
+                raise UserError(
+                    f"data.{section}.{name} has no kind and no path: {suggest(f'data.{section}.{name}', others)}"
+                )
+            grouped = isinstance(source, Mapping) and ("sources" in source or source.get("kind") == META)
+            if section == "sources" or grouped:
+                if not (isinstance(source, Mapping) and source.get("kind") == META):  # it reads a file
+                    Group.from_dict({"sources": {name: source}})
+            elif not is_absent(source):
+                if not isinstance(source, Mapping):
+                    raise UserError(f"data.{section}.{name} must be a mapping with kind and path")
+                SourceConfig.from_dict(str(name), source, section)
+
+
+def check_benchmark(cfg: DictConfig) -> None:
+    """The section `benchmark`.
+
+    Raises:
+        UserError: an unknown key of an entry.
+    """
+    from sphinx_pl.evaluation.benchmarks import ROOT, BenchmarkConfig
+
+    for name, entry in (cfg.get("benchmark") or {}).items():
+        if name != ROOT and isinstance(entry, DictConfig):
+            refuse_unread(cfg, f"benchmark.{name}", BenchmarkConfig.__dataclass_fields__)
+
+
+def names_section(overrides: Iterable[str], section: str) -> bool:
+    """Whether overrides choose or change a section."""
+    keys = (override.lstrip("+~").partition("=")[0] for override in overrides)
+    return any(key == section or key.startswith((f"{section}.", f"{section}/", f"{section}@")) for key in keys)

@@ -1,0 +1,171 @@
+"""The keys of mix_weights.py."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from sphinx_pl.evaluation.objective import Criterion
+from sphinx_pl.mixing.methods import METHODS, resolve_options
+from sphinx_pl.mixing.mix import DTYPES, Recipe
+from sphinx_pl.mixing.rules import complement
+from sphinx_pl.runtime.device import check_precision
+from sphinx_pl.settings.data import check_data, names_section
+from sphinx_pl.utils.config import refuse_unread
+from sphinx_pl.utils.errors import UserError, suggest
+
+AUTO = "auto"
+GREEDY = "greedy_soup"
+
+
+@dataclass
+class MixConfig:
+    """The keys of conf/mix_weights.yaml, which explains them, with their types."""
+
+    checkpoints: list[str] = field(default_factory=list)
+    last: Optional[int] = None
+    base: Optional[str] = None
+    method: str = "linear"
+    weights: Optional[list[float]] = None
+    beta: Any = None
+    normalize: bool = False
+    any_sum: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+    rules: list[Any] = field(default_factory=list)
+    arithmetic: str = "float64"
+    out: Optional[str] = None
+    layout: Optional[str] = None
+    shards: Optional[int] = None
+    dtype: Optional[str] = None
+    overwrite: bool = False
+    workers: Optional[int] = None
+    curve: Optional[int] = None
+    curve_dir: Optional[str] = None
+    curve_sources: Optional[list[str]] = None
+    curve_tasks: Optional[list[str]] = None
+    curve_limit: int = 50
+    criterion: str = "loss"
+    search: Optional[list[str]] = None
+    budget: int = 20
+    device: str = "auto"
+    precision: str = "fp32"
+
+    def __post_init__(self) -> None:
+        if self.weights is not None and self.beta is not None:
+            raise UserError("weights and beta are both given: drop one of them")
+        if self.beta is not None and self.beta != AUTO and not _is_number(self.beta):
+            raise UserError(f"beta={self.beta} must be a number or auto")
+        for name in ("out", "curve_dir", "base"):
+            if getattr(self, name) == "":
+                raise UserError(f"{name}= is empty: name a folder")
+        if self.out is not None and Path(self.out).name in ("", ".."):
+            raise UserError(f"out={self.out}: name the folder, which is made anew")
+        if not all(self.checkpoints):
+            raise UserError(f"checkpoints={self.checkpoints} has an empty name: name folders")
+        for name in ("curve_sources", "curve_tasks", "search"):
+            if getattr(self, name) == []:
+                raise UserError(f"{name}= is an empty list: leave it out, or name what it is to hold")
+        if self.out is None and self.curve is None and self.search is None:
+            raise UserError("nothing to do: give out=FOLDER to write a mixture, or curve=11 to evaluate a curve")
+        if self.curve is not None and self.curve < 2:
+            raise UserError(f"curve={self.curve} must be at least 2, the two ends")
+        if self.measures and self.out is None and self.curve_dir is None:
+            raise UserError("the curve has no place to go: give curve_dir=FOLDER")
+        if self.out and self.curve_dir and Path(self.curve_dir).resolve().is_relative_to(Path(self.out).resolve()):
+            raise UserError(f"curve_dir={self.curve_dir} is in out={self.out}, where the curve goes without it")
+        if self.search is not None and (self.rules or self.weights is not None or _is_number(self.beta)):
+            raise UserError("search= finds the weights: leave out weights, beta and rules")
+        if self.measures and self.rules:
+            raise UserError(
+                "rules: what is evaluated has the same weights in all tensors, or finds those of parts (search=)"
+            )
+        if self.curve is not None and METHODS[self.method].weights is not None:
+            raise UserError(f"curve= varies the weights, which method={self.method} chooses itself: take method=linear")
+        if self.method == GREEDY and (self.weights is not None or self.beta is not None or self.rules or self.search):
+            raise UserError(f"method={GREEDY} finds the weights: leave out weights, beta, rules and search")
+        for name in ("last", "shards", "workers", "curve_limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}={value} must be at least 1")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise UserError(f"dtype={self.dtype}: {suggest(self.dtype, DTYPES)}")
+        Criterion(self.criterion)
+        check_precision(self.precision)
+
+    @property
+    def finds(self) -> bool:
+        """Whether the weights follow from evaluations."""
+        return self.beta == AUTO or self.search is not None or self.method == GREEDY
+
+    @property
+    def measures(self) -> bool:
+        """Whether mixtures are evaluated."""
+        return self.finds or self.curve is not None
+
+    def recipe(self, count: int) -> Recipe:
+        """What is to be mixed of so many checkpoints; equal weights stand for those still to be found.
+
+        Raises:
+            UserError: the keys do not go together.
+        """
+        weights = self.weights
+        if self.finds:
+            weights = [1 / max(count, 1)] * count
+        elif self.beta is not None:
+            if count != 2:
+                raise UserError(f"beta is for 2 checkpoints, not {count}: give weights=[...] instead")
+            weights = [self.beta, complement(self.beta)]
+        elif self.out is None and weights is None and not self.rules and METHODS[self.method].weights is None:
+            weights = [1 / max(count, 1)] * count  # a curve alone has its own
+        recipe = Recipe(weights, self.method, self.options, self.rules, self.normalize, self.any_sum, self.arithmetic)
+        recipe.check(count, self.base is not None)
+        return recipe
+
+    def paths(self) -> list[str]:
+        """The checkpoints; of a pattern those that there are, by the numbers in their names.
+
+        Raises:
+            UserError: a pattern that nothing fits.
+        """
+        found: list[str] = []
+        for path in self.checkpoints:
+            if not set(path) & set("*?[") or Path(path).exists():
+                found.append(path)
+            elif matches := _matches(path):
+                found += matches
+            else:
+                raise UserError(f"checkpoints: nothing fits '{path}': check the path")
+        return found[-self.last :] if self.last else found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _matches(pattern: str) -> list[str]:
+    root = Path(pattern).anchor
+    paths = Path(root or ".").glob(pattern.removeprefix(root))
+    return sorted((str(path) for path in paths if not path.name.startswith(".")), key=_by_numbers)
+
+
+def _by_numbers(path: str) -> list[tuple[int, str]]:
+    """step-20 comes before step-100."""
+    return [(int(word), "") if word.isdecimal() else (-1, word) for word in re.split(r"([0-9]+)", path)]
+
+
+def check_mix(cfg: DictConfig) -> None:
+    """Whether every key of the configuration is read. `data`, whose check imports torch, only where it matters.
+
+    Raises:
+        UserError: one is not.
+    """
+    refuse_unread(cfg, "", [*MixConfig.__dataclass_fields__, "data"])
+    resolve_options(cfg.get("method", "linear"), cfg.get("options") or {})
+    known = HydraConfig.initialized()
+    if not known or cfg.get("curve") or names_section(HydraConfig.get().overrides.task, "data"):
+        check_data(cfg)

@@ -1,0 +1,434 @@
+"""train.py as a user runs it: a killed run that continues exactly, and wrong input answered in one line."""
+
+from __future__ import annotations
+
+import csv
+import os
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+from sphinx_pl.callbacks.checkpoint import checkpoints, step_of
+from sphinx_pl.checkpoints.format import open_checkpoint
+from sphinx_pl.checkpoints.training import TrainingCheckpoint
+from tests.conftest import REPOSITORY
+from tests.scripts import Script, run_script
+
+# The sample model with every tower, one layer each: the same code in less time.
+SMALL = [
+    "model.decoder.layers=1",
+    "model.vision.clip.layers=1",
+    "model.vision.dinov2.layers=1",
+    "model.vision.qformer.vision_layers=1",
+    "data.packing.rows=2",
+    "data.val_samples=8",
+    "trainer.accelerator=cpu",
+    "trainer.log_every_n_steps=1",
+    "logger.csv.flush_every_n_steps=1",
+]
+
+
+Process = subprocess.Popen[str] | Script
+
+
+def command(folder: Path, data: Path, *overrides: str) -> list[str]:
+    return [
+        sys.executable,
+        "train.py",
+        "stage=pretrain_real",
+        f"output_dir={folder}",
+        f"data.root={data}",
+        *SMALL,
+        *overrides,
+    ]
+
+
+def run(folder: Path, data: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return run_script(command(folder, data, *overrides)[1:])
+
+
+def losses(folder: Path, column: str = "train/loss") -> dict[int, str]:
+    """Step -> training loss (or another column) as it was written: equal strings are equal bits."""
+    with (folder / "pretrain_real" / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.get(column)]
+    found = {int(row["step"]): row[column] for row in rows}
+    assert len(found) == len(rows), "a step was logged twice"
+    return found
+
+
+# --- killed again and again
+
+
+def alive(group: int) -> dict[int, tuple[int, str]]:
+    """The processes of a process group that run: PID -> parent's PID, command line."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            state, parent, of_group, *_ = (path / "stat").read_text().rpartition(")")[2].split()
+            if int(of_group) == group and state not in "ZX":
+                found[int(path.name)] = int(parent), (path / "cmdline").read_text().replace("\0", " ")
+    return found
+
+
+class Killer:
+    """An outside process that kills runs of train.py, at moments that only its seed and its clock decide."""
+
+    def __init__(self, run_folder: Path, seed: int) -> None:
+        self.checkpoints = run_folder / "checkpoints"
+        self.random = random.Random(seed)
+        self.written_in: list[float] = [0.1]
+        """Seconds that checkpoints were seen to be written in."""
+
+    def writing(self) -> bool:
+        """Whether a checkpoint is being written, or was when the run was killed."""
+        return any(not path.name.endswith(".replaced.tmp") for path in self.checkpoints.glob(".step-*.tmp"))
+
+    def newest(self) -> int:
+        return max((step_of(path) for path in checkpoints(self.checkpoints)), default=0)
+
+    def wait(self, process: Process, until: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 400
+        while not until():
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+
+    def await_moment(self, process: Process, kind: str) -> None:
+        if kind == "start":  # imports, a new run's folder or the clearing of an old one, building, loading
+            self.wait(process, self._in(self.random.uniform(0, 20)))
+        elif kind == "training":
+            before = self.newest()
+            self.wait(process, lambda: self.newest() > before)
+            self.wait(process, self._in(self.random.uniform(0, 1)))
+        else:
+            self.wait(process, lambda: not self.writing())  # what the run before has left
+            for number in range(self.random.randint(1, 3)):
+                if number:
+                    began = time.monotonic()
+                    self.wait(process, lambda: not self.writing())
+                    self.written_in.append(time.monotonic() - began)
+                self.wait(process, self.writing)
+            self.wait(process, self._in(self.random.uniform(0, statistics.median(self.written_in))))
+
+    @staticmethod
+    def _in(seconds: float) -> Callable[[], bool]:
+        end = time.monotonic() + seconds
+        return lambda: time.monotonic() >= end
+
+    def kill(self, process: Process, one_rank: bool) -> str:
+        """SIGKILL to all processes of the run at once, or to one rank. What happened, in words."""
+        group = process.pid
+        others = [pid for pid, (parent, line) in alive(group).items() if parent == group and "train_ddp" in line]
+        if not (one_rank and others):
+            os.killpg(group, signal.SIGKILL)
+            self._ended(process, 20)
+            return "all processes"
+        victim = self.random.choice([group, *others])
+        os.kill(victim, signal.SIGKILL)
+        began = time.monotonic()
+        ended = self._ended(process, 60)
+        said = f"{'the first' if victim == group else 'another'} rank alone, the rest "
+        if ended:
+            return said + f"ended by itself after {time.monotonic() - began:.1f} s"
+        os.killpg(group, signal.SIGKILL)
+        self._ended(process, 20)
+        return said + "hung"
+
+    @staticmethod
+    def _ended(process: Process, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while process.poll() is None or alive(process.pid):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        return True
+
+
+def check_readable(run_folder: Path) -> None:
+    """Whatever stands under the name of a checkpoint or of a model is one, to its last tensor."""
+    for path in checkpoints(run_folder / "checkpoints"):
+        whole = TrainingCheckpoint(path)
+        whole.pieces.state()
+        for name in whole:
+            assert whole.tensor(name).isfinite().all()
+            for kind in whole.pieces.kinds():
+                assert whole.pieces.read(name, kind=kind).isfinite().all()
+    for path in run_folder.glob("model*"):
+        model = open_checkpoint(path)
+        assert all(model.tensor(name).isfinite().all() for name in model)
+
+
+def check_same_models(one: Path, two: Path) -> None:
+    assert sorted(path.name for path in one.glob("model*")) == sorted(path.name for path in two.glob("model*"))
+    for path in one.glob("model*"):
+        a, b = open_checkpoint(path), open_checkpoint(two / path.name)
+        assert set(a) == set(b)
+        assert all(torch.equal(a.tensor(name), b.tensor(name)) for name in a), path.name
+
+
+def check_kill_and_resume(
+    tmp_path: Path, data: Path, kinds: Sequence[str], steps: int, ranks: int = 1, seed: int = 0, forked: bool = False
+) -> None:
+    """A run that is killed at moments of these kinds and continued each time, beside one that is not.
+
+    Of the kind "writing" there are as many kills as it takes for so many to have hit a checkpoint that is being
+    written. Forked runs do not import anything.
+    """
+    options = [f"stage.max_steps={steps}", "callbacks.checkpoint.every_n_steps=2", "data.workers=1"]
+    # Windows of two micro-batches, and validations at every third checkpoint: both have gone wrong on the way.
+    options += ["stage.accumulate=2", "data.packing.rows=1", "data.packing.row_length=256", "stage.val_every=6"]
+    options += ["callbacks.export.every_n_steps=4", "callbacks.export.keep=2"]
+    options += ["trainer=zero3_cpu", f"trainer.devices={ranks}"] if ranks > 1 else []
+
+    def start(folder: Path) -> Process:
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+        environment["OMP_NUM_THREADS"] = "1"
+        folder.mkdir(exist_ok=True)
+        script = command(folder, data, *options, "ckpt_path=last")
+        with (folder / "stdout").open("a") as out, (folder / "stderr").open("a") as err:
+            if forked:
+                return Script(script[1:], out, err, environment=environment)
+            return subprocess.Popen(
+                script, cwd=REPOSITORY, env=environment, stdout=out, stderr=err, text=True, start_new_session=True
+            )
+
+    def finish(folder: Path) -> None:
+        process = start(folder)
+        try:
+            assert process.wait(1200) == 0, (folder / "stderr").read_text()[-3000:]
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    finish(straight)
+    run_folder = killed / "pretrain_real"
+    killer = Killer(run_folder, seed)
+    left, kills, hits = list(kinds), 0, 0
+    killer.random.shuffle(left)
+    while left:
+        kind = left.pop()
+        process = start(killed)
+        try:
+            killer.await_moment(process, kind)
+            what = killer.kill(process, one_rank=kills % 4 == 3)  # where there are others
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        # Early in a start it may be what the kill before has left.
+        kills, hit = kills + 1, kind != "start" and killer.writing()
+        hits += hit
+        print(f"kill {kills} ({kind}, seed {seed}) at step {killer.newest()}: {what}{', while writing' if hit else ''}")
+        check_readable(run_folder)
+        assert not (run_folder / "model").exists(), "killed too late to test anything"
+        if kind == "writing" and not hit:
+            assert kills < 2 * len(kinds), "most kills miss the writing"
+            left.insert(killer.random.randint(0, len(left)), kind)
+    assert kills >= len(kinds)
+    assert hits >= list(kinds).count("writing")
+    finish(killed)
+    for column in ("train/loss", "val/loss"):
+        assert losses(killed, column) == losses(straight, column)
+    assert len(losses(killed)) == steps
+    check_same_models(straight / "pretrain_real", run_folder)
+    check_readable(run_folder)
+
+
+def test_a_killed_run_continues_with_the_same_losses(tmp_path: Path, sample_data: Path) -> None:
+    check_kill_and_resume(tmp_path, sample_data, ["training"], steps=24, forked=True)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_that_is_killed_twenty_times_continues_with_the_same_losses(
+    ranks: int, tmp_path: Path, sample_data: Path
+) -> None:
+    kinds = ["writing"] * 10 + ["training"] * 6 + ["start"] * 4
+    check_kill_and_resume(tmp_path, sample_data, kinds, steps=100 if ranks > 1 else 300, ranks=ranks)
+
+
+# --- steps that come to nothing
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        pytest.param([], id="one process"),
+        pytest.param(["trainer=zero3_cpu", "trainer.devices=2"], id="two ranks", marks=pytest.mark.long),
+    ],
+)
+def test_a_run_that_blows_up_ends_in_one_line_with_the_last_good_checkpoint(
+    engine: list[str], tmp_path: Path, sample_data: Path
+) -> None:
+    # So much decay that matrices grow a hundred thousand times in each step, until there are no such numbers.
+    options = ["stage.optim.lr=1", "stage.optim.min_lr=1", "stage.optim.weight_decay=1e5", "stage.optim.warmup=0"]
+    options += ["stage.max_steps=30", "stage.max_nonfinite=2", "stage.val_every=0"]
+    options += ["callbacks.checkpoint.every_n_steps=1", "callbacks.checkpoint.keep=30"]
+    done = run(tmp_path, sample_data, *options, *engine)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stdout + done.stderr
+    folder = tmp_path / "pretrain_real"
+    left_out = [int(n) for n in re.findall(r"step (\d+) is left out", (folder / "train.log").read_text())]
+    assert left_out == [left_out[0], left_out[0] + 1, left_out[0] + 2]
+    assert left_out[0] >= 3, "no step was good: nothing is tested"
+    # The first of them found the weights of the step before it, so that those are no good.
+    good = folder / "checkpoints" / f"step-{left_out[0] - 2:08d}"
+    newest = checkpoints(folder / "checkpoints")[-1]
+    assert step_of(newest) == left_out[-1] - 1
+    error = done.stderr.strip().splitlines()[-1]
+    assert error.startswith("error: 3 steps in a row")
+    assert "stage.max_nonfinite" in error
+    assert f"the last good checkpoint is {good}" in error
+    assert not (folder / "model").exists()
+    check_readable(folder)
+
+
+# --- what is refused
+
+
+def test_a_signal_while_it_starts_ends_it_before_training(tmp_path: Path, sample_data: Path) -> None:
+    """Most of a start is imports and the model; an unnoted SIGTERM would end it without a word or a requeue."""
+    process = subprocess.Popen(
+        command(tmp_path, sample_data), cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.terminate()
+        said = process.communicate(timeout=240)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "SIGTERM: nothing new to save; ckpt_path=last goes on from there" in " ".join(said.split())
+    assert not checkpoints(tmp_path / "pretrain_real" / "checkpoints")
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path, sample_data: Path) -> None:
+    assert run(tmp_path, sample_data, "stage.max_steps=2").returncode == 0
+    again = run(tmp_path, sample_data, "stage.max_steps=2")
+    assert again.returncode == 2
+    assert again.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "ckpt_path=last" in again.stderr
+    assert run(tmp_path, sample_data, "stage.max_steps=3", "overwrite=true").returncode == 0
+
+
+@pytest.mark.parametrize(
+    "preset", [*(pytest.param(name, marks=pytest.mark.long) for name in ("one_batch", "overfit")), "profiler"]
+)
+def test_debug_presets_run(preset: str, tmp_path: Path, sample_data: Path) -> None:
+    steps = ["stage.max_steps=3"] if preset == "overfit" else []
+    done = run(tmp_path, sample_data, f"debug={preset}", *steps)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / f"pretrain_real-{preset}"
+    assert (folder / "model" / "config.json").is_file()
+    assert list(folder.glob("*profile*")) or preset != "profiler"
+
+
+def test_a_sweep_runs_each_point_in_a_folder_of_its_own(tmp_path: Path, sample_data: Path) -> None:
+    # As a user would: without output_dir, which other tests give.
+    script = [sys.executable, str(REPOSITORY / "train.py"), "-m", "stage=pretrain_real", f"data.root={sample_data}"]
+    done = subprocess.run(
+        [*script, *SMALL, "stage.max_steps=1", "stage.optim.lr=1e-4,3e-4"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    folders = sorted((tmp_path / "outputs" / "demo" / "sweeps" / "pretrain_real").glob("[01]"))
+    assert len(folders) == 2
+    assert all((folder / "model" / "config.json").is_file() for folder in folders)
+
+
+WRONG = {
+    "an unknown key": (["stage.optim.learning_rate=1"], "learning_rate"),
+    "an unknown option": (["stage=pretrian"], "pretrian"),
+    "heads that do not divide": (["model.decoder.heads=7"], "model.decoder.heads=7"),
+    "a missing file": (["data.sources.real.path=nowhere.tar"], "nowhere.tar"),
+    "a missing checkpoint": (["stage.init_from=nowhere"], "nowhere"),
+    "a part that does not exist": (["stage.train_parts=[decodr]"], "decoder"),
+    "a rate of a part that does not exist": (["+stage.optim.lr_scale.clpi=0.5"], "clip"),
+    "no text in pretraining": (["data.sources.text=null"], "text"),
+    "a missing resume file": (["ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
+    "a folder to resume from": (["ckpt_path=conf", "overwrite=true"], "stage.init_from"),
+    "nothing to train": (["stage.train_parts=[]"], "train_parts is empty"),
+    "a kind of source that does not exist": (["data.sources.real.kind=image_txt"], "image_text"),
+    "no heads": (["model.vision.clip.heads=0"], "model.vision.clip.heads must be positive"),
+    "no decimals": (["data.processor.decimals=0"], "data.processor.decimals=0"),
+    "a wrong type": (["model.decoder.layers=two"], "model.decoder.layers"),
+    "frozen parts kept in a way there is none": (["trainer=zero3_cpu", "trainer.strategy.frozen=half"], "frozen=half"),
+    "a place to offload to": (["trainer=zero3_cpu", "trainer.strategy.offload_optimizer=gpu"], "offload_optimizer=gpu"),
+    "a disk that is not named": (["trainer=zero3_cpu", "trainer.strategy.offload_optimizer=nvme"], "nvme_path"),
+    "a precision of another engine": (
+        ["trainer=zero3_cpu", "trainer.precision=16-mixed"],
+        "trainer.precision=16-mixed",
+    ),
+    "a dtype that is none": (["trainer=fsdp2", "trainer.strategy.compute_dtype=bf32"], "compute_dtype=bf32"),
+    "a way to recompute": (["stage.checkpointing=half"], "stage.checkpointing=half"),
+    "GPUs where there are none": (["trainer=zero3", "trainer.accelerator=gpu", "trainer.devices=1"], "gpu"),
+    "no device": (["trainer.devices=0"], "devices"),
+    "rows that do not divide": (["stage.rows_per_step=7"], "stage.rows_per_step=7 is not a multiple"),
+    "an optimizer that is none": (["stage.optim.kind=adam"], "adamw"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_answered_in_one_line(
+    case: str, tmp_path: Path, sample_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from hydra.core.global_hydra import GlobalHydra
+
+    from sphinx_pl.cli import train
+
+    overrides, needle = WRONG[case]
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(sys, "argv", [*command(tmp_path, sample_data, "stage.max_steps=1")[1:], *overrides])
+    GlobalHydra.instance().clear()
+    with pytest.raises(SystemExit) as stopped:
+        train.main()
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert error[-1].startswith("error: ")
+    assert needle in error[-1]
+    assert not any("Traceback" in line for line in error)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(500)
+def test_a_sweep_whose_points_need_two_processes_is_swept_once(tmp_path: Path, sample_data: Path) -> None:
+    """Lightning starts the second process with the command line of the first: with `-m` it would sweep as well."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+    options = ["stage.max_steps=2", "stage.optim.lr=1e-4,3e-4", "trainer.devices=2"]
+    done = subprocess.run(
+        [*command(tmp_path, sample_data, *options), "-m"],
+        cwd=REPOSITORY,
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=480,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["sweeps"]
+    folders = sorted((tmp_path / "sweeps" / "pretrain_real").glob("[0-9]*"))
+    assert [folder.name for folder in folders] == ["0", "1"]
+    for folder, rate in zip(folders, ("0.0001", "0.0003"), strict=True):
+        assert (folder / "model" / "config.json").is_file()
+        assert [path.name for path in folder.glob("*.log")] == ["train.log"]
+        begun = [line for line in (folder / "train.log").read_text().splitlines() if f"in {folder}" in line]
+        assert len(begun) == 1
+        assert f"pretrain_real, point stage.optim.lr={rate} in" in begun[0]
+        (folder / "pretrain_real").symlink_to(folder)  # where `losses` looks
+        assert len(losses(folder)) == 2
