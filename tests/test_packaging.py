@@ -27,7 +27,7 @@ def run(*command: str, cwd: Path, **environment: str) -> str:
 
 def tracked() -> list[str]:
     names = run("git", "ls-files", "-z", cwd=REPOSITORY).split("\0")
-    return [name for name in names if name and (REPOSITORY / name).is_file()]
+    return [name for name in names if name and ((REPOSITORY / name).is_file() or (REPOSITORY / name).is_symlink())]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy, out = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("dist")
     for name in tracked():
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(REPOSITORY / name, copy / name)
+        shutil.copy(REPOSITORY / name, copy / name, follow_symlinks=False)
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), cwd=copy)
     [built] = out.iterdir()
     return built
