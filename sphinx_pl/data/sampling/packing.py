@@ -586,6 +586,7 @@ class Collator:
                 seen += sample.seen
                 counters["samples"] += len(sample.branches)
                 counters["images"] += len(sample.images)
+                counters["pairs"] += sample.pairs
                 counters[f"modality/{_modality(sample)}"] += int(readable)
                 begin, end = at, at + sample.length
                 flat = list(sample.prefix)

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from benchmarks import harness
+from perf import harness
 from sphinx_pl.data.converters.vsr import STATEMENT
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.readers.instruction_json import to_record

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.importing import measure
+from perf.importing import measure
 
 TOKENIZER = Path(__file__).parent.parent / "golden" / "tokenizer.model"
 

@@ -1,7 +1,7 @@
 """lmms-eval beside evaluate.py: a checkpoint asked the same questions by both, and the scores of both.
 
-    python -m benchmarks.harness --data data/sample --checkpoint FOLDER --python ENVIRONMENT/bin/python --out FOLDER
-    python -m benchmarks.harness --data data/sample --out FOLDER        # only the data sets, and questions to train on
+    python -m perf.harness --data data/sample --checkpoint FOLDER --python ENVIRONMENT/bin/python --out FOLDER
+    python -m perf.harness --data data/sample --out FOLDER        # only the data sets, and questions to train on
 
 `--python` is the interpreter of an environment with lmms-eval and this package. The data sets are made from the sample
 data in the formats of the real ones, and asked by lmms-eval's own task files, which are included with another

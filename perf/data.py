@@ -1,9 +1,9 @@
 """What loading data costs: speed per core beside two yardsticks, start-up on large indices, memory over many samples.
 
-    python -m benchmarks.data                    # all three
-    python -m benchmarks.data speed --rounds 9
-    python -m benchmarks.data startup --lines 1000000
-    python -m benchmarks.data memory --samples 20000
+    python -m perf.data                    # all three
+    python -m perf.data speed --rounds 9
+    python -m perf.data startup --lines 1000000
+    python -m perf.data memory --samples 20000
 
 It makes its own data in a temporary folder and runs what training runs: a planner, its micro-batches, the collator.
 Speed is samples a second of processor time on one core, everything in one process (in training, planning and each data
@@ -38,7 +38,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.made import SIZES, Words, photograph, train_tokenizer, write_lines, write_tar
+from perf.made import SIZES, Words, photograph, train_tokenizer, write_lines, write_tar
 from sphinx_pl.data import images, processor, readers, tokenizers
 from sphinx_pl.data.datamodule import DataModule, TrainLoader
 from sphinx_pl.data.images import PAD_COLOUR

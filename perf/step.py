@@ -1,7 +1,7 @@
 """How long an optimizer step takes, part by part, and what packing is worth.
 
-    python -m benchmarks.step
-    python -m benchmarks.step model=sphinx_sample_1k stage=pretrain_real --rows 8 --threads 2 --precision bf16
+    python -m perf.step
+    python -m perf.step model=sphinx_sample_1k stage=pretrain_real --rows 8 --threads 2 --precision bf16
 
 Overrides are those of train.py; the mixture is the stage's (default: finetune). Weights are random: time does not
 depend on them. Everything runs one after the other in this process; in training, data workers run beside the model.

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import evaluation
+from perf import evaluation
 
 
 def test_both_are_timed(sample_data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,7 @@
 """What ways of decoding cost: tokens and answers a second of greedy decoding, beam search and OPERA in one run.
 
-    python -m benchmarks.decoding
-    python -m benchmarks.decoding outputs/demo/finetune/model --data data/sample --limit 60
+    python -m perf.decoding
+    python -m perf.decoding outputs/demo/finetune/model --data data/sample --limit 60
 
 Without a checkpoint: the sample model with random weights, asked about random images, all answers of `--new` tokens.
 With one: the sample data's test questions, `--limit` of each task, domain and topic, in batches as evaluate.py makes
@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.generation import seconds
+from perf.generation import seconds
 from sphinx_pl.checkpoints.format import open_checkpoint
 from sphinx_pl.data.images import load_image
 from sphinx_pl.data.processor import Processor

@@ -1,7 +1,7 @@
 """How much memory a step takes, measured, beside what `plan=true` says of it.
 
-    python -m benchmarks.memory model=sphinx_sample trainer=cpu data.packing.rows=8
-    python -m benchmarks.memory model=sphinx_sample trainer=zero3_cpu trainer.devices=2 --threads 1
+    python -m perf.memory model=sphinx_sample trainer=cpu data.packing.rows=8
+    python -m perf.memory model=sphinx_sample trainer=zero3_cpu trainer.devices=2 --threads 1
 
 Overrides are those of train.py, whose stage and trainer run on random batches (no data is needed); several devices are
 as many processes. Measured are bytes that PyTorch's allocator has handed out since before the model was built: on a CPU
@@ -108,22 +108,23 @@ class Drawn(build.Fresh):
 
 
 def random_batch(config: SphinxConfig, shape: Shape) -> Batch:
-    """A micro-batch of that shape: rows that are one segment each."""
+    """A random micro-batch of that shape, with rows of equal samples, one for each image, as a plan assumes."""
     rows, length = shape.rows, shape.length
+    segment_ids = 1 + torch.arange(length, dtype=torch.int32) * max(1, round(shape.images)) // length
     images = max(1, round(rows * shape.images)) if config.vision else 0
     supervised = max(1, round(rows * shape.supervised))
     labels = torch.full((rows * length,), IGNORE)
     labels[torch.randperm(rows * length)[:supervised]] = 1
-    ones = torch.ones(rows, length, dtype=torch.int32)
+    zeros = torch.zeros(rows, length, dtype=torch.int32)
     size = config.vision.image_size if config.vision else 0
     return Batch(
         input_ids=torch.randint(config.decoder.vocab_size, (rows, length)),
         labels=labels.view(rows, length),
         weights=torch.ones(rows, length),
-        segment_ids=ones,
-        branch_ids=torch.zeros_like(ones),
+        segment_ids=segment_ids.expand(rows, -1).contiguous(),
+        branch_ids=zeros,
         position_ids=torch.arange(length).expand(rows, -1).contiguous(),
-        task_ids=torch.zeros_like(ones),
+        task_ids=zeros.clone(),
         pixels=torch.randint(256, (images, 3, size, size), dtype=torch.uint8),
         image_slots=torch.arange(images * config.tokens_per_image),
         tasks=["text"],
@@ -243,7 +244,7 @@ def measure(
         command, ranks = [sys.executable], plan.engine.ranks
         if ranks > 1:
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        command += ["-m", "benchmarks.memory", *overrides, f"--rank-out={folder}", f"--steps={steps}"]
+        command += ["-m", "perf.memory", *overrides, f"--rank-out={folder}", f"--steps={steps}"]
         command += [f"--images={plan.content.images}", f"--supervised={plan.content.supervised / plan.row_length}"]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         result = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -1,8 +1,8 @@
 """Trains real models at real shapes on one GPU under ZeRO-3: tokens/s, MFU, memory beside the plan's.
 
-    python -m benchmarks.gpu
-    python -m benchmarks.gpu --models sphinx_7b --steps 50 data.packing.rows=2
-    python -m benchmarks.gpu --models sphinx_sample --steps 5 trainer=zero3_cpu trainer.devices=1    # without a GPU
+    python -m perf.gpu
+    python -m perf.gpu --models sphinx_7b --steps 50 data.packing.rows=2
+    python -m perf.gpu --models sphinx_sample --steps 5 trainer=zero3_cpu trainer.devices=1    # without a GPU
 
 Weights are new, and every step has the same random batch, in which a model can only learn which tokens there are: time
 and memory depend on neither. A model that does not fit with float32 masters and moments trains with both in bf16,
@@ -21,7 +21,7 @@ from hydra.errors import HydraException
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.memory import Measured, measure, plan_of
+from perf.memory import Measured, measure, plan_of
 from sphinx_pl.callbacks.throughput import peak_flops
 from sphinx_pl.planning.gpus import name_of_device
 from sphinx_pl.planning.plan import Plan
@@ -57,7 +57,7 @@ def choose(model: str, more: Sequence[str]) -> tuple[list[str], str, Plan]:
         return overrides, "fp32", plan_of(overrides)
     if not torch.cuda.is_available():
         raise UserError(
-            "no GPU is here; to try the command without one: python -m benchmarks.gpu --models sphinx_sample --steps 5 "
+            "no GPU is here; to try the command without one: python -m perf.gpu --models sphinx_sample --steps 5 "
             "trainer=zero3_cpu trainer.devices=1"
         )
     device = torch.cuda.get_device_name()

@@ -1,7 +1,7 @@
 """Peak memory and time of importing a released decoder, beside a plain copy of the same bytes.
 
-    python -m benchmarks.importing /tmp/importing                      # 13B, two shards; needs 52 GB of disk
-    python -m benchmarks.importing /tmp/importing --layers 4
+    python -m perf.importing /tmp/importing                      # 13B, two shards; needs 52 GB of disk
+    python -m perf.importing /tmp/importing --layers 4
 
 Random numbers in Meta's layout, with the sizes of a model in conf/model. The folder is removed at the end.
 """

@@ -1,8 +1,8 @@
 """Questions per second of an evaluation, beside bare batched generation of the same answers in the same run.
 
-    python -m benchmarks.evaluation
-    python -m benchmarks.evaluation --checkpoint outputs/demo/finetune/model --questions 1000
-    python -m benchmarks.evaluation model=sphinx_sample_1k data.root=data/sample
+    python -m perf.evaluation
+    python -m perf.evaluation --checkpoint outputs/demo/finetune/model --questions 1000
+    python -m perf.evaluation model=sphinx_sample_1k data.root=data/sample
 
 Bare: prompts are tokenized and pictures decoded before the clock starts, and the batches are those of the evaluation.
 The evaluation does all that while it is timed, scores the answers, and keeps a journal on the disk. Both take turns.
@@ -27,8 +27,8 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.generation import seconds
-from benchmarks.step import where
+from perf.generation import seconds
+from perf.step import where
 from sphinx_pl.data.images import load_image
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.readers import spread

@@ -1,7 +1,7 @@
 """How full packed rows are, beside padding, and how evenly the work of a step falls on the ranks.
 
-    python -m benchmarks.packing
-    python -m benchmarks.packing --rows 4 --windows 100
+    python -m perf.packing
+    python -m perf.packing --rows 4 --windows 100
 
 Nothing is trained and no image is decoded: the planner knows lengths without. The sample mixtures are the real ones,
 made for this run; the paper's are simulated by the histograms below. Every lane is a rank of its own here.

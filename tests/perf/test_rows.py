@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import packing
+from perf import packing
 from sphinx_pl.data.sampling import packing as real
 
 

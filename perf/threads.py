@@ -1,7 +1,7 @@
 """What the waiting of OpenMP's threads costs on a CPU: training alone, beside a second run, beside other busy programs.
 
-    python -m benchmarks.threads
-    python -m benchmarks.threads experiment=demo stage=finetune --settings passive "one thread" --rounds 7 --limit 1200
+    python -m perf.threads
+    python -m perf.threads experiment=demo stage=finetune --settings passive "one thread" --rounds 7 --limit 1200
 
 Overrides are those of train.py. Each setting has two processes that train on the same micro-batches, with random
 weights, whenever they are asked to; the settings take turns in every round, and medians of rounds are printed. After
@@ -52,7 +52,7 @@ def work(overrides: Sequence[str]) -> None:
     """Train for as many seconds as each line of standard input says, and print tokens/s."""
     import torch
 
-    from benchmarks import step
+    from perf import step
     from sphinx_pl.runtime.ranks import share_cores
     from sphinx_pl.stages.optim import build_optimizer
 
@@ -85,7 +85,7 @@ class Worker:
     def __init__(self, setting: dict[str, str], overrides: Sequence[str]) -> None:
         others = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
         environment = {key: value for key, value in os.environ.items() if key not in others} | setting
-        command = [sys.executable, "-m", "benchmarks.threads", "--work", *overrides]
+        command = [sys.executable, "-m", "perf.threads", "--work", *overrides]
         self.process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )

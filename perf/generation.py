@@ -1,7 +1,7 @@
 """Tokens per second of cached decoding, beside transformers' `generate` of the same LLaMA in the same run.
 
-    python -m benchmarks.generation
-    python -m benchmarks.generation --width 2048 --layers 16 --batch 8 --device cuda --precision bf16
+    python -m perf.generation
+    python -m perf.generation --width 2048 --layers 16 --batch 8 --device cuda --precision bf16
 
 The weights are random and the same in both; both decode greedily and their tokens are compared.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import gpu
+from perf import gpu
 
 SMALL = ["trainer=zero3_cpu", "trainer.devices=1", "data.packing.row_length=128"]
 

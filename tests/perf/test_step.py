@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import step
+from perf import step
 
 
 def test_all_parts_and_layouts_are_timed(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import threads
+from perf import threads
 from sphinx_pl.utils.errors import UserError
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import data
-from benchmarks.made import Words, train_tokenizer
+from perf import data
+from perf.made import Words, train_tokenizer
 
 
 @pytest.fixture
