@@ -17,15 +17,12 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from hydra.errors import HydraException
-from rich.console import Console
-from rich.table import Table
 
+from perf.harness import console, parser, run_command, table, where
 from perf.memory import Measured, measure, plan_of
 from sphinx_pl.callbacks.throughput import peak_flops
 from sphinx_pl.planning.gpus import name_of_device
 from sphinx_pl.planning.plan import Plan
-from sphinx_pl.runtime.hydra_app import report
 from sphinx_pl.utils.errors import UserError
 
 MODELS = "sphinx_7b,sphinx_13b"
@@ -110,29 +107,22 @@ COLUMNS = (
 )
 
 
+def print_tables(options: argparse.Namespace) -> None:
+    """Trains every model and prints its table at once: the next may fail, or the machine's time be over."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for model in options.models.split(","):
+        overrides, states, plan = choose(model, options.overrides)
+        run = measure(overrides, steps=options.steps, plan=plan)
+        bf16 = plan.engine.precision.startswith("bf16")
+        peak = peak_flops(device, torch.bfloat16 if bf16 else torch.float32)
+        console().print(table(where(device), COLUMNS, [row(run, states, peak)]))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="of train.py's configuration")
-    parser.add_argument("--models", default=MODELS, metavar="MODEL,...", help="of conf/model")
-    parser.add_argument("--steps", type=int, default=20)
-    options = parser.parse_intermixed_args(arguments)
-    try:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        console = Console()
-        console = console if console.is_terminal else Console(width=200)
-        for model in options.models.split(","):
-            overrides, states, plan = choose(model, options.overrides)
-            found = measure(overrides, steps=options.steps, plan=plan)
-            bf16 = plan.engine.precision.startswith("bf16")
-            # A table for each, at once: the next model may fail, or the machine's time be over.
-            table = Table(title=torch.cuda.get_device_name() if device.type == "cuda" else "CPU, one thread")
-            for column in COLUMNS:
-                table.add_column(column, justify="right")
-            table.add_row(*row(found, states, peak_flops(device, torch.bfloat16 if bf16 else torch.float32)))
-            console.print(table)
-    except (UserError, HydraException) as error:
-        return report(error)
-    return 0
+    command = parser(__doc__, "what differs from a step of the paper's pretraining")
+    command.add_argument("--models", default=MODELS, metavar="MODEL,...", help="of conf/model")
+    command.add_argument("--steps", type=int, default=20)
+    return run_command(command, print_tables, arguments)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def parser(doc: str | None, overrides: str = "") -> argparse.ArgumentParser:
 
 def run_command(parser: argparse.ArgumentParser, measure: Callable[[Any], None], arguments: Any = None) -> int:
     """The exit code of a benchmark; a mistake of the user's is one line."""
-    options = parser.parse_intermixed_args(arguments)
+    options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
     try:

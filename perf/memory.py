@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,21 +29,17 @@ from unittest import mock
 
 import lightning as L
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.autograd.profiler import profile, record_function
 from torch.utils.data import DataLoader
 
+from perf.harness import configuration, console, parser, run_command, table
 from sphinx_pl.data.schema import IGNORE, Batch
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.planning.memory import LiveBytes, Shape
 from sphinx_pl.planning.plan import Plan, make_plan
-from sphinx_pl.runtime.hydra_app import CONFIG_FOLDER, register_resolvers, report
 from sphinx_pl.stages import build
 from sphinx_pl.stages.stage import OTHERS_KEYS, Stage
 from sphinx_pl.utils.errors import UserError
@@ -74,19 +70,20 @@ class Measured:
         return self.estimate / self.peak
 
 
-def configuration(overrides: Sequence[str], folder: Path, steps: int) -> DictConfig:
-    """train.py's, with new weights."""
-    register_resolvers()
-    fixed = [f"trainer.default_root_dir={folder}", f"trainer.max_steps={steps}"]
-    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        cfg: DictConfig = compose("train", [*overrides, *fixed])
-    OmegaConf.set_struct(cfg, False)  # not every model names weights to start from
-    cfg.model.decoder.load = None
-    for tower in ("clip", "convnext", "dinov2", "qformer"):
-        if cfg.model.get("vision") and cfg.model.vision.get(tower):
-            cfg.model.vision[tower].load = None
+def untrained(overrides: Sequence[str], folder: Path, steps: int) -> DictConfig:
+    """The configuration of train.py with new weights."""
+    cfg: DictConfig = configuration(*overrides, f"trainer.default_root_dir={folder}", f"trainer.max_steps={steps}")
     cfg.stage.init_from = None
+    _start_from_nothing(cfg.model)
     return cfg
+
+
+def _start_from_nothing(model: DictConfig) -> None:
+    for key, value in model.items():
+        if key == "load":
+            model.load = None
+        elif OmegaConf.is_dict(value):
+            _start_from_nothing(value)
 
 
 class Drawn(build.Fresh):
@@ -216,7 +213,7 @@ def _peak(events: Any) -> int:
 
 def plan_of(overrides: Sequence[str], images: float | None = None, supervised: float | None = None) -> Plan:
     """Args: images, supervised: what rows hold; None: what a plan without data assumes."""
-    cfg = configuration(overrides, Path(), steps=3)
+    cfg = untrained(overrides, Path(), steps=3)
     cfg.plan_for.images_per_row, cfg.plan_for.supervised = images, supervised
     return make_plan(cfg, next((o.partition("=")[2] for o in overrides if o.startswith("trainer=")), ""))
 
@@ -254,44 +251,29 @@ def measure(
         return Measured(max(rank["peak"] for rank in found), found[0]["seconds"], found[0]["losses"], plan)
 
 
-def results(found: Measured) -> Iterator[Table]:
-    plan = found.plan
-    table = Table(title=f"{plan.model}, {plan.engine.kind} on {plan.engine.ranks}, {plan.engine.precision}")
-    for column in ("rows", "checkpointing", "estimated MB", "measured MB", "estimate / measured"):
-        table.add_column(column, justify="right")
-    table.add_row(
-        str(plan.rows),
-        plan.checkpointing,
-        f"{found.estimate / 1e6:,.1f}",
-        f"{found.peak / 1e6:,.1f}",
-        f"{found.ratio:.3f}",
-    )
-    yield table
+def print_table(options: argparse.Namespace) -> None:
+    """Trains and prints what was planned and what was measured; a rank writes its part to a file instead."""
+    if options.rank_out:
+        cfg = untrained(options.overrides, options.rank_out, options.steps)
+        length = int(cfg.data.packing.row_length)
+        shape = Shape(int(cfg.data.packing.rows), length, options.supervised * length, options.images)
+        (options.rank_out / f"rank-{os.environ.get('RANK', 0)}").write_text(json.dumps(train(cfg, shape)))
+        return
+    run = measure(options.overrides, options.images, options.supervised, options.threads or 1, options.steps)
+    plan = run.plan
+    sizes = (f"{run.estimate / 1e6:,.1f}", f"{run.peak / 1e6:,.1f}", f"{run.ratio:.3f}")
+    title = f"{plan.model}, {plan.engine.kind} on {plan.engine.ranks}, {plan.engine.precision}"
+    columns = ("checkpointing", "rows", "estimated MB", "measured MB", "estimate / measured")
+    console().print(table(title, columns, [[plan.checkpointing, str(plan.rows), *sizes]]))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="of train.py's configuration: model=..., trainer=...")
-    parser.add_argument("--images", type=float, default=1.0, help="of a row")
-    parser.add_argument("--supervised", type=float, default=0.5, help="share of positions with a target")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU, for each process")
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--rank-out", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    try:
-        if options.rank_out:
-            cfg = configuration(options.overrides, options.rank_out, options.steps)
-            length = int(cfg.data.packing.row_length)
-            shape = Shape(int(cfg.data.packing.rows), length, options.supervised * length, options.images)
-            (options.rank_out / f"rank-{os.environ.get('RANK', 0)}").write_text(json.dumps(train(cfg, shape)))
-            return 0
-        for table in results(
-            measure(options.overrides, options.images, options.supervised, options.threads, options.steps)
-        ):
-            Console().print(table)
-    except (UserError, HydraException) as error:
-        return report(error)
-    return 0
+    command = parser(__doc__, "model=..., trainer=...")
+    command.add_argument("--images", type=float, default=1.0, help="of a row")
+    command.add_argument("--supervised", type=float, default=0.5, help="share of positions with a target")
+    command.add_argument("--steps", type=int, default=3)
+    command.add_argument("--rank-out", type=Path, help=argparse.SUPPRESS)
+    return run_command(command, print_table, arguments)
 
 
 if __name__ == "__main__":

@@ -22,10 +22,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
-from rich.console import Console
-
-from sphinx_pl.runtime.hydra_app import MISTAKES, report
-from sphinx_pl.utils.console import Table
+from perf.harness import console, parser, run_command, table
 from sphinx_pl.utils.errors import UserError
 
 OURS = "as the scripts choose"
@@ -163,43 +160,33 @@ def busy() -> Iterator[None]:
             program.wait()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="of train.py's configuration")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of training in each situation")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=FEW)
-    parser.add_argument("--limit", type=float, default=300.0, help="seconds, after which it ends")
-    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+def print_table(options: argparse.Namespace) -> None:
+    """Prints tokens/s of every setting in every situation."""
     if options.work:
-        try:
-            work(options.overrides)
-        except MISTAKES as error:
-            return report(error)
-        return 0
+        return work(options.overrides)
     before = os.getloadavg()[0]
     chosen = {name: SETTINGS[name] for name in options.settings}
-    try:
-        found = measure(chosen, options.overrides, options.rounds, options.seconds, options.limit)
-    except UserError as error:
-        return report(error)
-    rounds = min((len(found[name, SITUATIONS[-1]]) for name in chosen), default=0)
-    table = Table(
-        title=f"Tokens/s, medians of {rounds} rounds; {len(os.sched_getaffinity(0))} cores",
-        caption=f"Processes that ran before the first round, by the load average: {before:.1f}",
-    )
-    table.add_column("threads that wait")
-    for situation in SITUATIONS:
-        table.add_column(situation, justify="right")
+    rates = measure(chosen, options.overrides, options.rounds, options.seconds, options.limit)
+    rounds = min((len(rates[name, SITUATIONS[-1]]) for name in chosen), default=0)
+    rows = []
     for name in chosen:
-        measured = (found[name, situation] for situation in SITUATIONS)
-        table.add_row(name, *(f"{statistics.median(rates):,.0f}" if rates else "–" for rates in measured))
-    console = Console()
-    console.print(table)
+        measured = (rates[name, situation] for situation in SITUATIONS)
+        rows.append([name, *(f"{statistics.median(values):,.0f}" if values else "–" for values in measured)])
+    title = f"Tokens/s, medians of {rounds} rounds; {len(os.sched_getaffinity(0))} cores"
+    caption = f"Processes that ran before the first round, by the load average: {before:.1f}"
+    console().print(table(title, ("threads that wait", *SITUATIONS), rows, caption))
     if rounds < options.rounds:
         print(f"ended after {options.limit:g} s: --limit takes more")
-    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    command = parser(__doc__, "model=..., stage=...")
+    command.add_argument("--rounds", type=int, default=3)
+    command.add_argument("--seconds", type=float, default=2.0, help="of training in each situation")
+    command.add_argument("--settings", nargs="+", choices=SETTINGS, default=FEW)
+    command.add_argument("--limit", type=float, default=300.0, help="seconds, after which it ends")
+    command.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
+    return run_command(command, print_table, arguments)
 
 
 if __name__ == "__main__":

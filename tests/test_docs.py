@@ -22,7 +22,7 @@ from tests.conftest import REPOSITORY
 
 PAGES = (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))
 SCRIPTS = ("train", "evaluate", "mix_weights", "chat")
-BEGIN = re.compile(rf"(?:\b(?:{'|'.join(SCRIPTS)})\.py|-m (?:sphinx_pl|benchmarks)[\w.]*)(?= |$)")
+BEGIN = re.compile(rf"(?:\b(?:{'|'.join(SCRIPTS)})\.py|-m (?:sphinx_pl|perf)[\w.]*)(?= |$)")
 STANDS_FOR = {"…": "", "$1": "vqav2", "$2": "x", "$3": "val", "$ROOT": "/data", "data/mixture=leaned": ""}
 """What a reader replaces or an earlier command makes, and something that it can be."""
 

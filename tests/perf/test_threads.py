@@ -9,11 +9,6 @@ from perf import threads
 from sphinx_pl.utils.errors import UserError
 
 
-@pytest.fixture(autouse=True)
-def wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-
-
 def test_settings_are_compared_in_every_situation(sample_data: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = [f"data.root={sample_data}", "--settings", "one thread", "--rounds=1", "--seconds=0.1"]
     assert threads.main(arguments) == 0
