@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import signal
 import sys
 from collections import namedtuple
@@ -178,6 +179,46 @@ def test_a_run_that_is_told_to_go_before_its_first_step_replaces_nothing(
     stop._note(signal.SIGTERM, None)
     code, _ = refused(NEW, finished, sample_data, monkeypatch, capsys)
     assert code == 128 + signal.SIGTERM
+
+
+def continued(
+    folder: Path, data: Path, patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *overrides: str
+) -> str:
+    """What train.py prints that goes on with the run in a folder, in one line."""
+    patch.chdir(REPOSITORY)
+    patch.setattr(sys, "argv", [*command(folder.parent, data)[1:], "ckpt_path=last", *overrides])
+    GlobalHydra.instance().clear()
+    train.main()
+    printed = capsys.readouterr()
+    return " ".join((printed.out + printed.err).split())
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_run_that_has_no_step_left_leaves_every_byte(
+    steps: int, finished: Path, sample_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = hashes(finished)
+    said = continued(finished, sample_data, monkeypatch, capsys, f"stage.max_steps={steps}")
+    assert hashes(finished) == before
+    assert f"has already passed step {steps}, its newest checkpoint is of step 2" in said
+    assert "stage.max_steps above 2 trains on" in said
+
+
+def test_a_model_that_is_missing_is_written_without_a_new_description_of_the_run(
+    finished: Path,
+    sample_data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "pretrain_real"
+    shutil.copytree(finished, folder)
+    before = hashes(folder)
+    shutil.rmtree(folder / "model")
+    continued(folder, sample_data, monkeypatch, capsys, "stage.max_steps=1")
+    after = hashes(folder)
+    assert {name for name in before if before[name] != after[name]} <= {"train.log", "model/provenance.json"}
+    assert (folder / "train.log").read_bytes().startswith((finished / "train.log").read_bytes())
 
 
 # --- what is said
