@@ -373,7 +373,7 @@ def run_stage(cfg: DictConfig, run: RunFolder) -> float | None:
             raise
         raise UserError(
             f"a data worker ended before its work was done ({' '.join(str(error).split())}): it most likely ran out of "
-            "memory; lower data.workers or data.packing.rows, and resume with ckpt_path=last"
+            f"memory; {what_was_kept(folder)}. Lower data.workers or data.packing.rows first"
         ) from None
     except OSError as error:
         if error.errno not in FULL:
@@ -425,15 +425,19 @@ def shown(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def disk_failed(error: OSError, folder: Path) -> str:
-    """What could not be written, and what was kept."""
+def what_was_kept(folder: Path) -> str:
+    """What a run that ended early goes on from."""
     from callbacks.checkpoint import checkpoints
 
     saved = checkpoints(folder / "checkpoints")
-    kept = f"{shown(saved[-1])} is whole: ckpt_path=last resumes from it" if saved else "no checkpoint was saved before"
+    return f"{shown(saved[-1])} is whole: ckpt_path=last resumes from it" if saved else "no checkpoint was saved before"
+
+
+def disk_failed(error: OSError, folder: Path) -> str:
+    """What could not be written, and what was kept."""
     what = f" '{shown(Path(os.fsdecode(error.filename)))}'" if error.filename else ""
     first = "Choose another output_dir" if error.errno in (errno.EROFS, errno.EACCES) else "Free some space first"
-    return f"the run cannot write{what} ({error.strerror}), so it ends; {kept}. {first}"
+    return f"the run cannot write{what} ({error.strerror}), so it ends; {what_was_kept(folder)}. {first}"
 
 
 def say_passed(steps: int, asked: int, folder: Path) -> str:

@@ -241,6 +241,19 @@ def test_weights_that_a_step_of_the_recipe_makes_are_named_with_its_command(tmp_
         train.check_init_from(cfg(fine))
 
 
+def test_where_the_model_is_comes_with_what_to_do_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tmp_path / "run" / "model"
+    for missing in (None, model):
+        assert "run holds no model, since callbacks.export writes none" in train.say_where(missing, tmp_path / "run")
+    model.mkdir(parents=True)
+    assert train.say_where(model, tmp_path / "run").startswith(f"the model is in {model}: ")
+    monkeypatch.chdir(tmp_path)  # as a person would type it there
+    assert train.say_where(model, tmp_path / "run") == (
+        "the model is in run/model: score it with `python evaluate.py checkpoint=run/model`, "
+        "talk to it with `python chat.py checkpoint=run/model`"
+    )
+
+
 def test_a_full_disk_is_told_with_what_was_kept(tmp_path: Path) -> None:
     error = OSError(28, "No space left on device", str(tmp_path / "metrics.csv"))
     assert "no checkpoint was saved before" in train.disk_failed(error, tmp_path)
