@@ -17,6 +17,7 @@ from typing import Any, Optional
 import yaml
 
 from sphinx_pl.data.augment import AugmentConfig
+from sphinx_pl.data.bad import counter_of
 from sphinx_pl.data.files import is_remote
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.record import Sample
@@ -333,14 +334,15 @@ class Mixture:
 
     @property
     def counts(self) -> dict[str, int]:
-        """`source/seen`, `source/skipped/reason` and the like: since the start of the run."""
-        return {f"{name}/{key}": value for name, stream in self.streams.items() for key, value in stream.counts.items()}
+        """`source/seen`, `skipped/source/reason` and the like: since the start of the run."""
+        streams = self.streams.items()
+        return {counter_of(name, key): value for name, stream in streams for key, value in stream.counts.items()}
 
     @property
     def left_out(self) -> dict[str, int]:
-        """`source/skipped/reason`: what was already unreadable when shards were opened."""
+        """`skipped/source/reason`: what was already unreadable when shards were opened."""
         return {
-            f"{name}/skipped/{reason}": count
+            counter_of(name, f"skipped/{reason}"): count
             for name, stream in self.streams.items()
             for reason, count in stream.left_out.items()
         }
