@@ -36,7 +36,7 @@ from PIL import Image
 from rich.table import Table
 
 from perf.harness import console, parser, ratios, run_command, spread, status, table, turns
-from perf.made import SIZES, Words, photograph, train_tokenizer, write_lines, write_tar
+from perf.synthetic_files import SIZES, Words, photograph, train_tokenizer, write_lines, write_tar
 from sphinx_pl.data import readers
 from sphinx_pl.data.datamodule import DataModule, TrainLoader
 from sphinx_pl.data.images import PAD_COLOUR
@@ -54,11 +54,11 @@ IMAGE_SIZE, IMAGE_TOKENS, ROW_LENGTH, ROWS = 224, 291, 2048, 4
 def make_datamodule(
     source: dict[str, Any] | Sequence[dict[str, Any]], tokenizer_file: Path, rows: int = ROWS, workers: int = 0
 ) -> DataModule:
-    """Of one source, or of several with equal weights; with the geometry of sphinx_7b."""
+    """The data of one source, or of several with equal weights, with the geometry of sphinx_7b."""
     mixture = [source] if isinstance(source, dict) else source
-    made = Processor(ProcessorConfig(), Tokenizer(tokenizer_file), IMAGE_TOKENS, IMAGE_SIZE)
+    processor = Processor(ProcessorConfig(), Tokenizer(tokenizer_file), IMAGE_TOKENS, IMAGE_SIZE)
     settings = {"row_length": ROW_LENGTH, "rows": rows}
-    return DataModule(made, {f"{one['kind']}{n}": one for n, one in enumerate(mixture)}, {}, settings, workers)
+    return DataModule(processor, {f"{one['kind']}{n}": one for n, one in enumerate(mixture)}, {}, settings, workers)
 
 
 # -- data ------------------------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ class Kind:
     name: str
     source: dict[str, Any]
     photographs: list[Path]
-    """Of its images, one for each; empty: text only."""
+    """A file for each of its images; empty: text only."""
     texts: list[str]
     shards: list[Path]
     """The same samples as WebDataset has them."""
@@ -242,14 +242,14 @@ CONTENDERS = {"ours": ours, "bare": bare, "webdataset": plain_webdataset}
 
 @dataclass
 class Rate:
-    """Per second of processor time, of all threads together."""
+    """Samples and images a second of processor time, of all threads together."""
 
     samples: float
     images: float
 
 
 def rate(work: Iterator[Done], seconds: float) -> Rate:
-    """Of at least so many seconds of work."""
+    """The rate of at least so many seconds of work."""
     start = time.process_time()
     samples = pictures = 0
     while (took := time.process_time() - start) < seconds:
@@ -400,7 +400,7 @@ class Held:
 
 
 def memory_over(folder: Path, marks: Sequence[int]) -> Iterator[Held]:
-    """Of a data worker and of the process that plans, at each of `marks` samples."""
+    """Resident memory of a data worker and of the process that plans, at each of `marks` samples."""
     words, rng = Words(), random.Random(0)
     tokenizer_file = train_tokenizer(words, folder / "tokenizer.model")
     pixels = np.random.default_rng(0)

@@ -71,23 +71,23 @@ def choose(model: str, more: Sequence[str]) -> tuple[list[str], str, Plan]:
     )
 
 
-def row(found: Measured, states: str, peak: float) -> list[str]:
-    """Of the table. The first steps warm up: times are medians of the second half."""
-    plan = found.plan
-    seconds = statistics.median(found.seconds[len(found.seconds) // 2 :])
+def row(run: Measured, states: str, peak: float) -> list[str]:
+    """The table's row of a run. The first steps warm up: times are medians of the second half."""
+    plan = run.plan
+    seconds = statistics.median(run.seconds[len(run.seconds) // 2 :])
     return [
         plan.model,
         states,
         plan.checkpointing,
         f"{plan.rows} * {plan.row_length}",
         f"{plan.images_per_step:.0f}",
-        f"{len(found.seconds)}",
+        f"{len(run.seconds)}",
         f"{seconds:.3f}",
         f"{plan.rows * plan.row_length * plan.accumulate / seconds:,.0f}",
         f"{plan.flops_per_step / seconds / peak:.1%}",
-        f"{found.peak / 2**30:.2f}",
-        f"{found.ratio:.3f}",
-        f"{found.losses[0]:.3f} to {found.losses[-1]:.3f}",
+        f"{run.peak / 2**30:.2f}",
+        f"{run.ratio:.3f}",
+        f"{run.losses[0]:.3f} to {run.losses[-1]:.3f}",
     ]
 
 

@@ -141,7 +141,11 @@ class Process:
 
 
 def run_process(command: Sequence[str], out: Path) -> Process:
-    """Raises: UserError: it failed."""
+    """What a command took that writes the folder `out`.
+
+    Raises:
+        UserError: it failed.
+    """
     shutil.rmtree(out, ignore_errors=True)
     os.sync()
     log, peak, anonymous, begin = out.with_name(f"{out.name}.log"), 0.0, 0.0, time.perf_counter()

@@ -49,12 +49,12 @@ MARK = "from here on"
 
 @dataclass(frozen=True)
 class Measured:
-    """Of a run of some steps, and its plan."""
+    """What a run of some steps took, and its plan."""
 
     peak: int
     """Bytes of the rank that took most."""
     seconds: list[float]
-    """Of each step, of the first rank."""
+    """Time of each step on the first rank."""
     losses: list[float]
     plan: Plan
 
@@ -161,7 +161,7 @@ class _Watch(L.Callback):
 
 
 def stage_and_trainer(cfg: DictConfig, callbacks: Sequence[L.Callback]) -> tuple[Stage, L.Trainer]:
-    """Of the configuration, as train.py makes them, but no logger is there and nothing held out."""
+    """The stage and trainer that train.py makes, without loggers and validation."""
     options: dict[str, Any] = OmegaConf.to_container(cfg.stage, resolve=True)  # type: ignore[assignment]
     kind = get_class(options.pop("_target_"))
     for key in OTHERS_KEYS:
@@ -247,8 +247,8 @@ def measure(
         result = subprocess.run(command, env=environment, capture_output=True, text=True)
         if result.returncode:
             raise UserError(f"a rank failed: {result.stderr.strip()[-2000:]}")
-        found = [json.loads((folder / f"rank-{rank}").read_text()) for rank in range(ranks)]
-        return Measured(max(rank["peak"] for rank in found), found[0]["seconds"], found[0]["losses"], plan)
+        reports = [json.loads((folder / f"rank-{rank}").read_text()) for rank in range(ranks)]
+        return Measured(max(rank["peak"] for rank in reports), reports[0]["seconds"], reports[0]["losses"], plan)
 
 
 def print_table(options: argparse.Namespace) -> None:

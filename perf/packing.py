@@ -37,7 +37,7 @@ from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.planning.flops import TrainingFlops
 
 IMAGE_TOKENS = 291
-"""Of sphinx_7b: 289 visual tokens with a start and an end (measured)."""
+"""An image of sphinx_7b has 289 visual tokens with a start and an end (measured)."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def padded(case: Case, windows: int, by_length: bool) -> float:
 
 @dataclass
 class Packed:
-    """Of all windows and ranks together; work is relative to the mean of its step."""
+    """What all windows and ranks hold; work is relative to the mean of its step."""
 
     useful: float
     slowest: float

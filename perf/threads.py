@@ -36,13 +36,13 @@ SETTINGS: dict[str, dict[str, str]] = {
     "one thread": {"OMP_NUM_THREADS": "1"},
     OURS: {},
 }
-"""Environment of each setting. 300,000 is what libgomp takes where nothing is said."""
+"""Environment of each setting. 300,000 is libgomp's own."""
 FEW = ("libgomp's own", "passive", OURS)
-"""Those that are compared if nothing is said: a process of each setting has to start, on cores that are shared."""
+"""The settings that are compared by default: each starts processes, on cores that are shared."""
 SITUATIONS = ("alone", "beside a second run", "beside a busy program for each core")
 BUSY = "while True: pass"
 ROWS = 2
-"""Of a micro-batch: small ones, so that a slow setting ends soon after its time."""
+"""Rows of a micro-batch: few, so that a slow setting ends soon after its time."""
 
 
 def work(overrides: Sequence[str]) -> None:
@@ -127,7 +127,7 @@ def measure(
     Raises:
         UserError: a process does not train, for instance since its data is not there.
     """
-    found: dict[tuple[str, str], list[float]] = defaultdict(list)
+    rates: dict[tuple[str, str], list[float]] = defaultdict(list)
     until = time.monotonic() + limit
     with suppress(TimeoutError), ExitStack() as stack:
         pairs = {
@@ -138,14 +138,14 @@ def measure(
         for _ in range(rounds):
             for name, (one, two) in pairs.items():
                 one.begin(seconds)
-                found[name, SITUATIONS[0]].append(one.read(until))
+                rates[name, SITUATIONS[0]].append(one.read(until))
                 one.begin(seconds)
                 two.begin(seconds)
-                found[name, SITUATIONS[1]].append((one.read(until) + two.read(until)) / 2)
+                rates[name, SITUATIONS[1]].append((one.read(until) + two.read(until)) / 2)
                 with busy():
                     one.begin(seconds)
-                    found[name, SITUATIONS[2]].append(one.read(until))
-    return found
+                    rates[name, SITUATIONS[2]].append(one.read(until))
+    return rates
 
 
 @contextmanager

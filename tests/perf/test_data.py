@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from perf import data
-from perf.made import Words, train_tokenizer
+from perf.synthetic_files import Words, train_tokenizer
 from sphinx_pl.data.readers import line_index
 
 

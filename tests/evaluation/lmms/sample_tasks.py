@@ -2,7 +2,8 @@
 
 The data sets are made from the sample data in the formats of the real ones, and asked by lmms-eval's own task files,
 which are included with another `dataset_path`: POPE, SEED-Bench (an answer's letter, and the likelihood of each
-choice), RefCOCO's boxes, and our VSR and OCR-VQA. `OUT/train.json` has questions of the same kinds about the training scenes.
+choice), RefCOCO's boxes, and our VSR and OCR-VQA. `OUT/train.json` has questions of the
+same kinds about the training scenes.
 """
 
 from __future__ import annotations
