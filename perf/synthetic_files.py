@@ -1,4 +1,4 @@
-"""Data for the benchmarks of loading and packing, written on the spot: words, photographs and the files that hold them."""
+"""Data for the benchmarks of loading and packing: words, photographs and the files that hold them."""
 
 from __future__ import annotations
 
