@@ -168,8 +168,10 @@ def evaluation(o: argparse.Namespace) -> None:
             journal = Journal(Path(folder), "tasks", {})
             evaluate(model, processor, records, batch_size=o.batch, journal=journal, progress=False)
 
+    runs: dict[str, Callable[[], None]] = {"bare generation": bare, "evaluation": whole}
     with autocast(device, o.precision):
-        times = timed({"bare generation": bare, "evaluation": whole}, device, o.rounds)
+        generate(model, batches[0], greedy)  # what is only done once
+        times = turns({name: partial(seconds, run, device) for name, run in runs.items()}, o.rounds)
     rows = [[name, spread(values), f"{len(records) / statistics.median(values):.1f}"] for name, values in times.items()]
     share = spread(ratios(times["bare generation"], times["evaluation"]))
     title = f"{len(records)} questions, batches of {o.batch}, {where(device)}"

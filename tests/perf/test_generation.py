@@ -15,9 +15,9 @@ def test_all_are_timed(sample_data: Path, capsys: pytest.CaptureFixture[str]) ->
     assert generation.main(["ways", *small, "--new=2"]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in generation.WAYS)
-    assert generation.main(["evaluation", *small, f"data.root={sample_data}", "--questions=4"]) == 0
+    assert generation.main(["evaluation", *small, f"data.root={sample_data}", "--questions=2"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    for text in ("bare generation", "evaluation", "4 questions", "throughput of bare generation"):
+    for text in ("bare generation", "evaluation", "2 questions", "throughput of bare generation"):
         assert text in printed
 
 
