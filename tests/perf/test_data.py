@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,30 @@ def test_only_the_first_block_is_opened_at_the_start(tmp_path: Path) -> None:
     assert found.shards == 8
     for case in cases[1:]:
         assert data.start(case.source, tokenizer_file).shards == 1
+
+
+def shared_index(path: str) -> tuple[float, float]:
+    """MB of an index' mapping that are this process' own and shared with others, all of it touched."""
+    table, _ = line_index.entry_spans(path)
+    int(table.sum())
+    counted: Counter[str] = Counter()
+    name = ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        key, *rest = line.split()
+        if not key.endswith(":"):
+            name = line
+        elif "/spans/" in name and key.startswith(("Private_", "Shared_")):
+            counted[key.partition("_")[0]] += int(rest[0])
+    return counted["Private"] / 1000, counted["Shared"] / 1000
+
+
+def test_an_index_is_shared_between_processes(tmp_path: Path) -> None:
+    path = data.write_many(tmp_path / "many.jsonl", 100_000, as_list=False)
+    index, _ = line_index.entry_spans(str(path))
+    assert len(index) == 100_000
+    assert int(index.sum()) > 0  # all of it is mapped here
+    own, shared = data.in_new_process(shared_index, str(path))
+    assert own < 0.1 < 1.5 < shared
 
 
 @pytest.mark.parametrize(("as_list", "name"), [(True, "a.json"), (False, "a.jsonl")])
