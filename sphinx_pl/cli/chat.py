@@ -15,7 +15,8 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from sphinx_pl.generation.decoding import Decoding
-from sphinx_pl.runtime.hydra_app import entry_point, take_rest
+from sphinx_pl.runtime.command_line import take_rest
+from sphinx_pl.runtime.hydra_app import entry_point
 from sphinx_pl.utils.config import pick
 from sphinx_pl.utils.errors import UserError, suggest
 

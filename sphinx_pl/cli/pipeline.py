@@ -1,13 +1,15 @@
-"""`python -m sphinx_pl.cli.pipeline [COMMAND] [override ...] [STEP:override ...]`: a whole recipe, step after step.
+"""`python -m sphinx_pl.cli.pipeline [COMMAND] [override ...] [STEP:override ...]`: a whole recipe,
+step after step.
 
     run      (or no command) run what is not done; with launcher=slurm submit it
     status   where it is; exit code 1 if something failed
     cancel   cancel its jobs in SLURM's queue
 
-    experiment=demo                 the recipe: conf/pipeline/experiment/
+experiment=demo                 the recipe: conf/pipeline/experiment/
     launcher=slurm                  conf/pipeline/launcher/; its keys too: launcher.partition=gpu
     finetune:stage.optim.lr=1e-5    an override for one step
-    train:trainer.devices=8         for all steps of a script (train, mix_weights, evaluate); all:... for every script
+    train:trainer.devices=8         for all steps of a script (train, mix_weights, evaluate);
+        all:... for every script
     finetune:launcher.time=8:00:00  the launcher's keys for one step
     redo=finetune keep=mix          make anew although done; take as it is although changed
     dry=true                        print the commands only
@@ -28,15 +30,18 @@ from rich.console import Console
 from sphinx_pl.pipeline import local, slurm, status
 from sphinx_pl.pipeline.recipe import check_closely, compose_pipeline, load, split
 from sphinx_pl.pipeline.state import State
-from sphinx_pl.runtime.hydra_app import MISTAKES, TRACEBACK, report
+from sphinx_pl.runtime.hydra_app import TRACEBACK, report
+from sphinx_pl.runtime.overrides import MISTAKES
 from sphinx_pl.utils.errors import UserError, suggest
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run or submit what is not done."""
-    with Console(stderr=True).status("composing and checking the configuration of every step"):  # on a terminal only
+    # on a terminal only
+    with Console(stderr=True).status("composing and checking the configuration of every step"):
         recipe = load(arguments)
-        # The shipped recipes are tested; what a user changed, and what will run for days, is worth the seconds.
+        # The shipped recipes are tested; what a user changed, and what will run for days, is worth
+        # the seconds.
         if arguments or recipe.launcher != "local":
             check_closely(recipe)
     if recipe.dry:

@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from sphinx_pl.runtime import run_folder, signals, slurm
 from sphinx_pl.runtime.hydra_app import entry_point
 from sphinx_pl.runtime.run_folder import RunFolder
+from sphinx_pl.runtime.run_log import run_logs
 from sphinx_pl.settings.train import TrainConfig, check_machine, check_train, stage_keys
 from sphinx_pl.utils.errors import UserError
 from sphinx_pl.utils.files import write_whole
@@ -53,7 +54,9 @@ _MEANS_THE_SAME = (
     "data.val_",
     "data.workers",
 )
-"""Keys that another value of changes nothing in what a resumed run learns, or that are compared elsewhere."""
+"""Keys that another value of changes nothing in what a resumed run learns, or that are compared
+elsewhere.
+"""
 
 
 def enter(run: RunFolder) -> None:
@@ -64,7 +67,7 @@ def enter(run: RunFolder) -> None:
     """
     from sphinx_pl.callbacks import wandb_logger
 
-    run.enter()
+    run.lock.acquire()
     run.came_back = slurm.came_back(run.path)
     run.settle(keep=[wandb_logger.FILE] if run.came_back else [])
 
@@ -123,7 +126,9 @@ def warn_of_changes(cfg: DictConfig, resume: Path) -> None:
 
 
 def reached_by(run: RunFolder, resume: Path | None) -> int:
-    """Optimizer steps of this folder's run that a run which resumes there continues; -1 if it is a new run."""
+    """Optimizer steps of this folder's run that a run which resumes there continues; -1 if it is a
+    new run.
+    """
     from sphinx_pl.callbacks.checkpoint import step_of
 
     own = run.path / "checkpoints"
@@ -162,7 +167,8 @@ def check_disk(trainer: L.Trainer, stage: Stage, run: RunFolder) -> None:
 
 
 def prepare_run_folder(cfg: DictConfig, run: RunFolder, resume: Path | None) -> None:
-    """Move aside what an earlier run left, and write down what runs. Called when everything else has been found right.
+    """Move aside what an earlier run left, and write down what runs. Called when everything else
+    has been found right.
 
     Nothing is deleted: that is `RunFolder.saved`, when this run has saved something.
     """
@@ -173,7 +179,7 @@ def prepare_run_folder(cfg: DictConfig, run: RunFolder, resume: Path | None) -> 
     from sphinx_pl.checkpoints.provenance import provenance
 
     folder, reached = run.path, reached_by(run, resume)
-    for file in run_folder.run_logs():
+    for file in run_logs():
         file.start()
     newer = any(path.parent.name == "checkpoints" for path in run.replaced_by(reached))
     if 0 < cfg.trainer.max_steps <= reached and not newer:
@@ -198,7 +204,9 @@ def prepare_run_folder(cfg: DictConfig, run: RunFolder, resume: Path | None) -> 
 
 
 def finish_export(trainer: L.Trainer) -> None:
-    """The model of a run that was killed between its last checkpoint and its export: nothing is left to train then."""
+    """The model of a run that was killed between its last checkpoint and its export: nothing is
+    left to train then.
+    """
     from sphinx_pl.callbacks.export import ExportModel
 
     for callback in trainer.callbacks:
@@ -214,7 +222,8 @@ def quiet_known_warnings() -> None:
         r".*does not have many workers.*",  # workers only decode; one is usually enough
         r"It is recommended to use .*sync_dist=True.*",  # they are summed over ranks before
         r"Since DeepSpeed handles gradient clipping internally.*",
-        r"The `srun` command is available.*",  # sphinx_pl/runtime/ranks.py knows what started this process
+        # sphinx_pl/runtime/ranks.py knows what started this process
+        r"The `srun` command is available.*",
         r"The number of training batches .* is smaller than the logging interval.*",
     ):
         warnings.filterwarnings("ignore", message=message)
@@ -247,14 +256,15 @@ def train(cfg: DictConfig) -> float | None:
     try:
         return run_stage(cfg, run)
     except BaseException as error:
-        # A requeued job goes on; whatever else ends before it has saved anything leaves the run that was there.
-        if run.held and not getattr(error, "requeued", False) and run.settle():
-            for file in run_folder.run_logs():
+        # A requeued job goes on; whatever else ends before it has saved anything leaves the run
+        # that was there.
+        if run.lock.held and not getattr(error, "requeued", False) and run.settle():
+            for file in run_logs():
                 file.undo()
             print(f"{run.path} is what it was before: this run had saved nothing", file=sys.stderr)
         raise
     finally:
-        run.leave()
+        run.lock.release()
         if threading.current_thread() is threading.main_thread():
             signal.signal(signals.INTERRUPT, handler)
 
@@ -345,7 +355,8 @@ def run_stage(cfg: DictConfig, run: RunFolder) -> float | None:
         trainer.fit(stage, datamodule, ckpt_path=resume, weights_only=True)
         finish_export(trainer)
     except NonFiniteError as error:
-        # Of weights that a step was made from; what was saved later may hold those that no step can be made from.
+        # Of weights that a step was made from; what was saved later may hold those that no step can
+        # be made from.
         good = [path for path in checkpoints(folder / "checkpoints") if step_of(path) < error.first]
         last = f"the last good checkpoint is {good[-1]}" if good else "no checkpoint is from before them"
         raise UserError(f"{error}; {last}") from None
@@ -364,7 +375,7 @@ def run_stage(cfg: DictConfig, run: RunFolder) -> float | None:
         if isinstance(error.__context__, KeyboardInterrupt):  # Lightning makes exit code 1 of it
             raise KeyboardInterrupt from None
         raise
-    if run.held:
+    if run.lock.held:
         run.saved()
         log.info(say_where(exports[0].folder if exports else None, folder))
     number: float | None = stage.last_value(cfg.metric)
@@ -375,7 +386,9 @@ def run_stage(cfg: DictConfig, run: RunFolder) -> float | None:
 
 
 def check_init_from(cfg: DictConfig) -> None:
-    """Raises: UserError: the recipe's step that makes the weights to start from has not run; it says which."""
+    """Raises: UserError: the recipe's step that makes the weights to start from has not run; it
+    says which.
+    """
     start, output = Path(str(cfg.stage.init_from or "")), Path(str(cfg.output_dir))
     if not cfg.stage.init_from or start.exists() or not start.is_relative_to(output):
         return

@@ -1,4 +1,6 @@
-"""conf/pipeline/ and a command line -> the steps of a recipe, each with its command and its composed configuration."""
+"""conf/pipeline/ and a command line -> the steps of a recipe, each with its command and its
+composed configuration.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,16 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from sphinx_pl.runtime.hydra_app import MISTAKES, as_typed, check_packages, compose_config, explain_override, one_line
+from sphinx_pl.runtime.command_line import as_typed
+from sphinx_pl.runtime.overrides import MISTAKES, check_packages, compose_config, explain_override, one_line
 from sphinx_pl.runtime.ranks import count_devices
 from sphinx_pl.utils.config import CONFIG_FOLDER, build, refuse_unread
 from sphinx_pl.utils.errors import UserError, suggest
 
 SCRIPTS = {"train": "check_train", "mix_weights": "check_mix", "evaluate": "check_evaluate"}
-"""What a step can run besides a module: they share Hydra's configuration, so theirs is composed beforehand."""
+"""What a step can run besides a module: they share Hydra's configuration, so theirs is composed
+beforehand.
+"""
 
 LAUNCHER = "launcher."
 """A step's override that begins so is for the launcher, not for the script."""
@@ -35,7 +40,8 @@ _FOR_STEPS = re.compile(r"([A-Za-z_]\w*):(.+)", re.DOTALL)
 # Forms of SLURM's that can be meant in one way only.
 _TIME = re.compile(r"\d+-\d+(:\d\d){0,2}|\d+:\d\d(:\d\d)?|UNLIMITED|INFINITE", re.IGNORECASE)
 
-# What the pipeline decides itself, so that a command is the same for a new, a continued and a requeued attempt.
+# What the pipeline decides itself, so that a command is the same for a new, a continued and a
+# requeued attempt.
 _OURS = {"train": ["ckpt_path=last"], "mix_weights": ["overwrite=true"], "evaluate": []}
 
 
@@ -57,7 +63,8 @@ class Step:
     Attributes:
         command: what runs, its interpreter first.
         needs: steps that have to be done before.
-        product: the file that is there when the step has done its work; its content tells one making from another.
+        product: the file that is there when the step has done its work; its content tells one
+            making from another.
         config: what the step does, as YAML. Another text is another step.
         folder: of a training run, whose checkpoints it goes on from; None for other steps.
         launcher: the launcher's options for this step.
@@ -101,7 +108,9 @@ class Recipe:
 
 
 def split(arguments: Iterable[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """A command line -> overrides of conf/pipeline/main.yaml, and (step, script or `all`; override) pairs for steps."""
+    """A command line -> overrides of conf/pipeline/main.yaml, and (step, script or `all`; override)
+    pairs for steps.
+    """
     own, theirs = [], []
     for argument in arguments:
         if found := _FOR_STEPS.fullmatch(argument):
@@ -135,10 +144,12 @@ def _check_pipeline(cfg: DictConfig) -> None:
 
 
 def load(arguments: Sequence[str]) -> Recipe:
-    """The recipe that a command line asks for, with every step's configuration composed and checked.
+    """The recipe that a command line asks for, with every step's configuration composed and
+    checked.
 
     Raises:
-        UserError, HydraException: anything that is wrong with the recipe or with one of its steps, the step named.
+        UserError, HydraException: anything that is wrong with the recipe or with one of its steps,
+            the step named.
     """
     own, theirs = split(arguments)
     cfg = compose_pipeline(own)
@@ -158,7 +169,8 @@ def load(arguments: Sequence[str]) -> Recipe:
     launcher: Any = OmegaConf.to_container(cfg.launcher, resolve=True)
     steps = {}
     for name in order:
-        levels = dict.fromkeys(("all", configs[name].run, name))  # a step may be called like its script
+        # a step may be called like its script
+        levels = dict.fromkeys(("all", configs[name].run, name))
         extra = [override for level in levels for to, override in theirs if to == level]
         needs = _needs(name, configs[name], configs, left_out)
         try:
@@ -179,7 +191,8 @@ def load(arguments: Sequence[str]) -> Recipe:
 
 
 def check_closely(recipe: Recipe) -> None:
-    """What the scripts themselves refuse before they read any file: values that no choice of group or key shows.
+    """What the scripts themselves refuse before they read any file: values that no choice of group
+    or key shows.
 
     Takes seconds, since the scripts' libraries are imported.
 
@@ -204,11 +217,13 @@ def check_closely(recipe: Recipe) -> None:
                 options: Any = OmegaConf.to_container(cfg.stage)
                 keys = ("name", "train_parts", "optim", "max_steps")
                 stage = Stage(SphinxConfig.from_dict(cfg.model), **{key: options[key] for key in keys})
-                stage.resumed = True  # the weights to start from are another step's, and not there yet
+                # the weights to start from are another step's, and not there yet
+                stage.resumed = True
                 stage.check()
             elif "beta" in cfg:
                 mixing = pick(MixConfig, cfg, ["data"])
-                if not any(set(path) & set("*?[") for path in mixing.checkpoints):  # their number is known
+                # their number is known
+                if not any(set(path) & set("*?[") for path in mixing.checkpoints):
                     mixing.recipe(len(mixing.checkpoints))
             elif "checkpoint" in cfg:
                 pick(EvaluateConfig, cfg, ["data", "benchmark"])
@@ -327,9 +342,9 @@ def _step(
 
 
 def _check_time(launcher: Mapping[str, Any]) -> None:
-    """
-    Raises:
-        UserError: SLURM would read another time than is meant. YAML makes 28800 of 8:00:00, which are minutes to SLURM.
+    """Raises:
+    UserError: SLURM would read another time than is meant. YAML makes 28800 of 8:00:00, which
+        are minutes to SLURM.
     """
     time = launcher.get("time")
     if time is not None and not (isinstance(time, str) and _TIME.fullmatch(time)):
@@ -385,7 +400,8 @@ def _size(cfg: Mapping[str, Any], launcher: Mapping[str, Any]) -> tuple[int, int
     """Nodes, tasks and GPUs of each node, from the trainer: said once, so that both cannot differ.
 
     Raises:
-        UserError: a launcher that asks for machines is to start as many processes as there are devices.
+        UserError: a launcher that asks for machines is to start as many processes as there are
+            devices.
     """
     trainer = cfg["trainer"]
     devices = trainer.get("devices", 1)

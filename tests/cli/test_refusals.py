@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from sphinx_pl.cli import train
 from sphinx_pl.distributed import checkpointing
 from sphinx_pl.runtime import signals
-from sphinx_pl.runtime.run_folder import LOCK, Holder
+from sphinx_pl.runtime.run_lock import LOCK, Holder
 from sphinx_pl.stages.build import build_model
 from sphinx_pl.utils.errors import UserError
 from tests.cli.test_train import command, run
@@ -88,7 +88,9 @@ LATE = {
 def refused(
     overrides: list[str], folder: Path, data: Path, patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> tuple[int, str]:
-    """The exit code of train.py and the last line that it printed; the folder has to be the same then."""
+    """The exit code of train.py and the last line that it printed; the folder has to be the same
+    then.
+    """
     before = hashes(folder)
     options = [override.replace("RUN", str(folder)) for override in overrides]
     patch.chdir(REPOSITORY)

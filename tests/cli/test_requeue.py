@@ -43,7 +43,7 @@ def start(folder: Path, monkeypatch: pytest.MonkeyPatch, job: str, restarts: int
         del cfg["hydra"]
         train.prepare_run_folder(cfg, run, resume)
     finally:
-        run.leave()
+        run.lock.release()
     return resume
 
 
@@ -110,5 +110,6 @@ def test_rows_that_will_be_made_again_go_and_those_of_a_finished_run_stay(
     assert [int(row.split(",")[0]) for row in rows] == kept
     assert (folder / "model").exists() == (steps == 5)
     assert (folder / "model-step-4").exists()
-    # What came after a checkpoint that was gone back to is replaced; a run that trains nothing replaces nothing.
+    # What came after a checkpoint that was gone back to is replaced; a run that trains nothing
+    # replaces nothing.
     assert (folder / "model-step-8").exists() == (steps == 5)

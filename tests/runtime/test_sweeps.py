@@ -1,4 +1,4 @@
-"""A point of a sweep as a command of its own."""
+"""A point of a sweep runs as its own command."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_point_is_named_by_what_is_swept(tmp_path: Path) -> None:
     OmegaConf.save(
         {"hydra": {"overrides": {"task": ["stage=finetune", "stage.optim.lr=1e-4,3e-4"]}}}, tmp_path / "multirun.yaml"
     )
-    point = ["stage=finetune", "stage.optim.lr=0.0003", "seed=1"]  # the seed by a sweeper's own parameters
+    point = ["stage=finetune", "stage.optim.lr=0.0003", "seed=1"]  # a sweeper set the seed
     assert sweeps.point_name(hydra(*point, folder=tmp_path)) == "stage.optim.lr=0.0003 seed=1"
     assert sweeps.point_name(hydra(*point, folder=tmp_path, sweeping=False)) == ""
 
@@ -78,23 +78,23 @@ def test_which_points_need_a_process_of_their_own(monkeypatch: pytest.MonkeyPatc
 def test_a_point_s_value_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     with sweeps.value_file() as path:
         assert sweeps.read_value(path) is None
-        sweeps.leave_value(1.5)  # not a point: nowhere to leave it
+        sweeps.leave_value(1.5)  # no effect, since this is not a point
         monkeypatch.setenv(sweeps.VALUE, str(path))
         sweeps.leave_value(1 / 3)
         assert sweeps.read_value(path) == 1 / 3
 
 
-def test_a_signal_goes_on_to_the_point(tmp_path: Path) -> None:
+def test_a_signal_is_passed_on_to_the_point(tmp_path: Path) -> None:
     ready = tmp_path / "ready"
     code = f"""
 import sys, time
 from pathlib import Path
-from sphinx_pl import stop
-stop.watch()
+from sphinx_pl.runtime import signals
+signals.watch()
 Path({str(ready)!r}).touch()
-while not stop.received():
+while not signals.received():
     time.sleep(0.02)
-sys.exit(128 + stop.received())
+sys.exit(128 + signals.received())
 """
     before = signal.getsignal(signal.SIGTERM)
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sphinx_pl.cli.data import composed as composed_for_data
 from sphinx_pl.pipeline.recipe import compose_pipeline
-from sphinx_pl.runtime.hydra_app import CONFIG_FOLDER, check_packages, compose_config, explain_override, one_line
+from sphinx_pl.runtime.overrides import CONFIG_FOLDER, check_packages, compose_config, explain_override, one_line
 from sphinx_pl.settings.evaluate import check_evaluate
 from sphinx_pl.settings.mix_weights import check_mix
 from sphinx_pl.settings.train import TRAINER_OURS, TRAINER_WORKS, StageConfig, check_train, stage_keys
