@@ -5,11 +5,10 @@ step after step.
     status   where it is; exit code 1 if something failed
     cancel   cancel its jobs in SLURM's queue
 
-experiment=demo                 the recipe: conf/pipeline/experiment/
+    experiment=demo                 the recipe: conf/pipeline/experiment/
     launcher=slurm                  conf/pipeline/launcher/; its keys too: launcher.partition=gpu
     finetune:stage.optim.lr=1e-5    an override for one step
-    train:trainer.devices=8         for all steps of a script (train, mix_weights, evaluate);
-        all:... for every script
+    train:trainer.devices=8         for all steps of a script (train, mix_weights, evaluate); all:... for every script
     finetune:launcher.time=8:00:00  the launcher's keys for one step
     redo=finetune keep=mix          make anew although done; take as it is although changed
     dry=true                        print the commands only
