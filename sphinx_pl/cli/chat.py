@@ -99,7 +99,8 @@ def main(cfg: DictConfig) -> None:
 
 def _serve(options: ChatConfig, generation: GenerationConfig) -> None:
     from sphinx_pl.apps.masks import Segmenter
-    from sphinx_pl.apps.web import Page, WebConfig, check_address, serve
+    from sphinx_pl.apps.web.app import check_address, serve
+    from sphinx_pl.apps.web.page import Page, WebConfig
     from sphinx_pl.generation.assistant import Assistant
     from sphinx_pl.runtime.device import choose_device
 

@@ -1,4 +1,6 @@
-"""OPERA: penalty and bookkeeping worked by hand; whole answers beside a slow one that reads everything anew."""
+"""OPERA: penalty and bookkeeping worked by hand; whole answers beside a slow one that reads
+everything again.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,7 @@ def test_a_summary_token_is_gone_back_to_once_it_was_one_often_enough() -> None:
     history = [0, 1, 1, 0, 1]
     assert search.target([history]) == 2  # the answer's tokens 0 and 1 are kept
     assert search.target([history]) == 2
-    assert search.target([history]) == 1  # after two times, 1 itself is chosen anew
+    assert search.target([history]) == 1  # after two times, 1 itself is chosen again
     assert search.target([history]) == 1
     assert search.target([history]) is None
     assert search.times == {2: 2, 1: 2}
@@ -82,7 +84,7 @@ def test_retrospection_looks_at_its_window_and_not_at_early_tokens() -> None:
     assert Retrospection(OperaConfig(threshold=3, early_tokens=0, window_size=3)).target([history]) is None
     assert Retrospection(OperaConfig(threshold=3, early_tokens=2)).target([history]) is None
     assert Retrospection(OperaConfig(threshold=3, early_tokens=0, max_rollbacks=0)).target([history]) is None
-    # There must be something behind the place to choose anew.
+    # There must be something behind the place to choose again.
     assert Retrospection(OperaConfig(threshold=1, early_tokens=0)).target([[0, 1]]) is None
     assert most_common([3, 1, 3, 1, 2]) == 1
 
@@ -114,7 +116,9 @@ def test_without_penalty_and_retrospection_it_is_beam_search(model: Sphinx, prom
 
 @torch.no_grad()
 def read(model: Sphinx, prompt_1PD: Tensor, answer: list[int]) -> tuple[Tensor, Tensor]:
-    """Logits behind the answer, and the last layer's weights of all positions: the largest of all heads."""
+    """Logits behind the answer, and the last layer's weights of all positions: the largest of all
+    heads.
+    """
     x = torch.cat([prompt_1PD, model.decoder.embed(torch.tensor([answer], dtype=torch.long))], dim=1)
     length = x.shape[1]
     cache = KVCache(model.config.decoder.layers, length)
@@ -136,7 +140,8 @@ def slow(model: Sphinx, prompt: Prompt, given: GenerationConfig) -> tuple[list[i
     ids = torch.tensor([prompt.ids])
     images = ids[0] == IMAGE_SLOT
     x = place_images(model, model.decoder.embed(ids.clamp(min=0)), ids, [prompt])
-    # By length: beams, finished answers, histories, what was chosen and what is not to be chosen again.
+    # By length: beams, finished answers, histories, what was chosen and what is not to be chosen
+    # again.
     states = [(search.running, search.finished, [[]], [], set())]  # type: ignore[var-annotated]
     while True:
         running, _, histories, chosen, rejected = states[-1]
