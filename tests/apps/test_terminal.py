@@ -91,9 +91,7 @@ def test_pictures_in_terminals_that_show_them() -> None:
     assert kitty.count("m=1") == len(chunks) - 1
 
 
-def test_a_models_text_does_not_control_the_terminal(
-    terminal: Terminal, image: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_models_text_is_no_terminal_command(terminal: Terminal, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hostile = ":cat: [bold]x[/bold] \x1b]0;title\x07 <p>a</p>[0.10,0.10,0.50,0.50]"
     monkeypatch.setattr(Assistant, "stream", lambda self, dialogs, config: iter([[hostile]]))
     for _ in range(2):

@@ -28,6 +28,7 @@ from PIL import Image, ImageDraw
 
 from sphinx_pl.apps.masks import MARGIN, Segmenter
 from sphinx_pl.apps.web import app, rendering
+from sphinx_pl.apps.web import page as web_page
 from sphinx_pl.apps.web.page import Page, WebConfig, instructions
 from sphinx_pl.apps.web.session import PREVIEW_SIDE, Exchange, Session, UploadedImage
 from sphinx_pl.checkpoints.format import write_checkpoint
@@ -197,7 +198,9 @@ def test_the_model_sees_the_whole_image_and_the_page_a_small_one(page: Page) -> 
 def test_no_text_becomes_markup(page: Page, session: Session) -> None:
     phrase = f"<p>{HOSTILE}</p>[0.1,0.1,0.5,0.5]"
     assert session.picture is not None
-    session.picture = Picture(session.picture.square, session.picture.preview, session.picture.size, f'"{HOSTILE}')
+    session.picture = UploadedImage(
+        session.picture.square, session.picture.preview, session.picture.size, f'"{HOSTILE}'
+    )
     session.exchanges = [Exchange(f"{HOSTILE} {phrase}", f"{HOSTILE} {phrase}")]
     for output in (rendering.render_talk(page.geometry, session), rendering.render_picture(page.geometry, session)):
         tags = set(re.findall(r"<\s*/?\s*([a-z]+)", output))
@@ -275,7 +278,7 @@ def test_a_box_dragged_on_the_image_goes_into_the_question(page: Page, session: 
 def test_an_answer_grows_in_order_to_what_generation_gives(
     page: Page, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(web, "_INTERVAL", 0.0)
+    monkeypatch.setattr(web_page, "_INTERVAL", 0.0)
     page.begin(session, "What is it?")
     states = [(session.exchanges[0].answer, session.busy) for _ in page.answer(session, *SETTINGS)]
     texts = [text for text, _ in states]
@@ -293,7 +296,7 @@ def test_an_answer_grows_in_order_to_what_generation_gives(
 def test_stop_keeps_the_answer_so_far_and_new_forgets_it(
     page: Page, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(web, "_INTERVAL", 0.0)
+    monkeypatch.setattr(web_page, "_INTERVAL", 0.0)
     page.begin(session, "What is it?")
     steps = page.answer(session, *SETTINGS)
     for _ in range(4):
@@ -516,7 +519,7 @@ def test_uploads_over_http_are_bounded_and_the_disk_stays_closed(
 
 
 def test_every_tab_has_its_own_conversation(served: Callable[[str], Tab], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(web, "_INTERVAL", 0.0)
+    monkeypatch.setattr(web_page, "_INTERVAL", 0.0)
     one, two = served("one"), served("two")
     [path] = one.upload(encoded(scene()), "scene.png").json()
     one.show(path)
