@@ -36,9 +36,9 @@ log = logging.getLogger(__name__)
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS)
-"""What a disk answers that cannot hold what is written to it."""
+"""Errors of a disk that cannot hold the data written to it."""
 
-_MEANS_THE_SAME = (
+_UNIMPORTANT = (
     "_target_",
     "stage.accumulate",
     "stage.checkpointing",
@@ -54,13 +54,11 @@ _MEANS_THE_SAME = (
     "data.val_",
     "data.workers",
 )
-"""Keys that another value of changes nothing in what a resumed run learns, or that are compared
-elsewhere.
-"""
+"""Keys that do not change what a resumed run learns, or that are compared elsewhere."""
 
 
 def enter(run: RunFolder) -> None:
-    """Take the run folder, and put it in order after a run that was killed.
+    """Acquire the run folder, and restore its order after a killed run.
 
     Raises:
         UserError: another run works in it.
@@ -73,39 +71,41 @@ def enter(run: RunFolder) -> None:
 
 
 def checkpoint_to_resume(cfg: DictConfig, folder: Path) -> Path | None:
-    """The checkpoint that this run goes on from, or None for a new run. Only reads.
+    """Return the checkpoint that this run resumes from, or None for a new run. Nothing is written.
 
     Raises:
-        UserError: there is none at `ckpt_path`, or two runs would mix in one folder.
+        UserError: there is no checkpoint at `ckpt_path`, or two runs would mix in one folder.
     """
     from sphinx_pl.callbacks.checkpoint import checkpoints, resolve_resume, step_of
 
     own = folder / "checkpoints"
     if (folder / run_folder.AGAIN).exists():
         cfg.ckpt_path, cfg.overwrite = None, True
-    elif slurm.came_back(folder) and checkpoints(own):  # else it begins as it did the first time
-        log.info("job %s was requeued: going on with the run in %s", slurm.job(), folder)
+    elif slurm.came_back(folder) and checkpoints(own):  # otherwise it starts from scratch
+        log.info("job %s was requeued: resuming the run in %s", slurm.job(), folder)
         cfg.ckpt_path, cfg.overwrite = "last", False
     resume = resolve_resume(cfg.ckpt_path, own)
-    ours = resume is not None and resume.parent.resolve() == own.resolve()
-    used = [path for path in (*checkpoints(own), folder / "model") if path.exists()]
-    if used and not ours and not cfg.overwrite:
+    is_own = resume is not None and resume.parent.resolve() == own.resolve()
+    results = [path for path in (*checkpoints(own), folder / "model") if path.exists()]
+    if results and not is_own and not cfg.overwrite:
         raise UserError(
-            f"{folder} already holds a run: ckpt_path=last continues it, name=... or run=... starts another, "
-            "overwrite=true replaces it"
+            f"{folder} already holds a run: ckpt_path=last resumes it, name=... or run=... starts another, "
+            "overwrite=true overwrites it"
         )
-    if resume is not None and ours and not cfg.overwrite:
+    if resume is not None and is_own and not cfg.overwrite:
         newer = [path.name for path in checkpoints(own) if step_of(path) > step_of(resume)]
         if newer:
             raise UserError(
-                f"ckpt_path={cfg.ckpt_path}: {own} holds newer ones ({', '.join(newer)}): ckpt_path=last goes on "
-                "from the newest, overwrite=true drops what came after this one"
+                f"ckpt_path={cfg.ckpt_path}: {own} holds newer ones ({', '.join(newer)}): ckpt_path=last resumes "
+                "from the newest, overwrite=true deletes those after this one"
             )
     return resume
 
 
 def warn_of_changes(cfg: DictConfig, resume: Path) -> None:
-    """One line that names what was configured otherwise in the run that wrote the checkpoint."""
+    """Log one line that names the differences to the configuration of the run that wrote the
+    checkpoint.
+    """
     from sphinx_pl.checkpoints.format import differences, read_provenance
     from sphinx_pl.checkpoints.provenance import provenance
 
@@ -113,21 +113,20 @@ def warn_of_changes(cfg: DictConfig, resume: Path) -> None:
     if not isinstance(before, dict):
         return
     now: Any = provenance("", OmegaConf.to_container(cfg, resolve=True))["config"]  # type: ignore[arg-type]
-    found = [
+    changes = [
         difference
         for key in ("stage", "data")
         for difference in differences(before.get(key) or {}, now.get(key) or {}, key)
-        if not difference.removeprefix("stage.").startswith(_MEANS_THE_SAME)
-        and not difference.startswith(_MEANS_THE_SAME)
+        if not difference.removeprefix("stage.").startswith(_UNIMPORTANT) and not difference.startswith(_UNIMPORTANT)
     ]
-    if found:
-        more = f", and {len(found) - 8} more" if len(found) > 8 else ""
-        log.warning("in the checkpoint and in this run: %s%s", ", ".join(found[:8]), more)
+    if changes:
+        more = f", and {len(changes) - 8} more" if len(changes) > 8 else ""
+        log.warning("in the checkpoint and in this run: %s%s", ", ".join(changes[:8]), more)
 
 
 def reached_by(run: RunFolder, resume: Path | None) -> int:
-    """Optimizer steps of this folder's run that a run which resumes there continues; -1 if it is a
-    new run.
+    """Return the optimizer steps of this folder's run that the new run continues, or -1 for a new
+    run.
     """
     from sphinx_pl.callbacks.checkpoint import step_of
 
@@ -136,21 +135,29 @@ def reached_by(run: RunFolder, resume: Path | None) -> int:
 
 
 def check_inputs(cfg: DictConfig, run: RunFolder, resume: Path | None, tokenizer: Path) -> None:
-    """Raises: UserError: what the run reads is what it would replace."""
+    """Check that the run does not read files that it would replace.
+
+    Raises:
+        UserError: it does.
+    """
     towers = [key for key, value in (cfg.model.vision or {}).items() if isinstance(value, DictConfig)]
     read = {f"model.vision.{key}.load": cfg.model.vision[key].get("load") for key in towers}
     read |= {"model.decoder.load": cfg.model.decoder.get("load"), "stage.init_from": cfg.stage.init_from}
     read = {"data.tokenizer": str(tokenizer)} | (read if resume is None else {})
     replaced = run.replaced_by(reached_by(run, resume))
     for key, path in read.items():
-        if found := run_folder.inside(path, replaced):
+        if folder := run_folder.inside(path, replaced):
             raise UserError(
-                f"{key}={path} lies in {found}, which this run replaces: choose another folder for it with run=NAME"
+                f"{key}={path} lies in {folder}, which this run replaces: choose another folder for it with run=NAME"
             )
 
 
 def check_disk(trainer: L.Trainer, stage: Stage, run: RunFolder) -> None:
-    """Raises: UserError: the disk has no room for the checkpoints and models of this run."""
+    """Check that the disk has room for the checkpoints and models of this run.
+
+    Raises:
+        UserError: it has not.
+    """
     from sphinx_pl.callbacks.checkpoint import ResumeCheckpoint, training_bytes
     from sphinx_pl.callbacks.export import ExportModel
     from sphinx_pl.utils.files import check_disks
@@ -162,15 +169,18 @@ def check_disk(trainer: L.Trainer, stage: Stage, run: RunFolder) -> None:
         elif isinstance(callback, ExportModel):
             model = callback.model_bytes(stage)
             needs.append((callback.folder, callback.most(trainer.max_steps) * model, 0))
-    there = [path for path in run.replaced_by(-1) if path.parent.name != "predictions"]
-    check_disks(needs, there, "lower callbacks.checkpoint.keep or callbacks.export.keep, or choose another output_dir")
+    replaced = [path for path in run.replaced_by(-1) if path.parent.name != "predictions"]
+    check_disks(
+        needs, replaced, "lower callbacks.checkpoint.keep or callbacks.export.keep, or choose another output_dir"
+    )
 
 
 def prepare_run_folder(cfg: DictConfig, run: RunFolder, resume: Path | None) -> None:
-    """Move aside what an earlier run left, and write down what runs. Called when everything else
-    has been found right.
+    """Move aside the files of an earlier run, and record this one.
 
-    Nothing is deleted: that is `RunFolder.saved`, when this run has saved something.
+    It is called after all other checks.
+
+    Nothing is deleted until this run has saved something (`RunFolder.saved`).
     """
     from hydra.core.hydra_config import HydraConfig
 
@@ -183,9 +193,10 @@ def prepare_run_folder(cfg: DictConfig, run: RunFolder, resume: Path | None) -> 
         file.start()
     newer = any(path.parent.name == "checkpoints" for path in run.replaced_by(reached))
     if 0 < cfg.trainer.max_steps <= reached and not newer:
-        return  # nothing is left to train; at most the export
-    same = cfg.ckpt_path == "last" or run.came_back  # else it is another run, so another one in W&B
-    # The model too: else the next stage would start from the old weights if this run died.
+        return  # training is complete; only the export may be missing
+    same = cfg.ckpt_path == "last" or run.came_back  # otherwise it is another run, also in W&B
+    # The model is moved too. Otherwise the next stage would start from the old weights if this run
+    # died.
     run.replace(reached, keep=[wandb_logger.FILE] if same else [])
     if reached >= 0:
         forget_after(folder / "metrics.csv", reached)
@@ -195,7 +206,7 @@ def prepare_run_folder(cfg: DictConfig, run: RunFolder, resume: Path | None) -> 
     environment = provenance(stage=cfg.stage.name, config=None, parents=[])
     environment |= {"platform": platform.platform(), "cpus": os.cpu_count()}
     write_whole(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
-    if HydraConfig.initialized():  # Hydra itself would write these before anything is checked
+    if HydraConfig.initialized():  # Hydra itself would write them before all checks
         hydra = HydraConfig.get()
         (folder / ".hydra").mkdir(exist_ok=True)
         parts = {"config": cfg, "hydra": OmegaConf.create({"hydra": hydra}), "overrides": hydra.overrides.task}
@@ -204,9 +215,7 @@ def prepare_run_folder(cfg: DictConfig, run: RunFolder, resume: Path | None) -> 
 
 
 def finish_export(trainer: L.Trainer) -> None:
-    """The model of a run that was killed between its last checkpoint and its export: nothing is
-    left to train then.
-    """
+    """Write the model of a run that was killed between its last checkpoint and its export."""
     from sphinx_pl.callbacks.export import ExportModel
 
     for callback in trainer.callbacks:
@@ -215,14 +224,16 @@ def finish_export(trainer: L.Trainer) -> None:
 
 
 def quiet_known_warnings() -> None:
-    """What Lightning warns of and this project does on purpose, or what only Lightning can mend."""
+    """Silence Lightning's warnings of things that are intended here, or that only Lightning can
+    fix.
+    """
     for message in (
         r".*isinstance\(treespec, LeafSpec\).*",
         r"Found \d+ module\(s\) in eval mode.*",  # frozen towers
         r".*does not have many workers.*",  # workers only decode; one is usually enough
-        r"It is recommended to use .*sync_dist=True.*",  # they are summed over ranks before
+        r"It is recommended to use .*sync_dist=True.*",  # Values are summed over ranks before.
         r"Since DeepSpeed handles gradient clipping internally.*",
-        # sphinx_pl/runtime/ranks.py knows what started this process
+        # sphinx_pl/runtime/ranks.py knows what started this process.
         r"The `srun` command is available.*",
         r"The number of training batches .* is smaller than the logging interval.*",
     ):
@@ -256,12 +267,11 @@ def train(cfg: DictConfig) -> float | None:
     try:
         return run_stage(cfg, run)
     except BaseException as error:
-        # A requeued job goes on; whatever else ends before it has saved anything leaves the run
-        # that was there.
+        # A requeued job resumes. Any other end before the run has saved restores the earlier run.
         if run.lock.held and not getattr(error, "requeued", False) and run.settle():
             for file in run_logs():
                 file.undo()
-            print(f"{run.path} is what it was before: this run had saved nothing", file=sys.stderr)
+            print(f"{run.path} is restored, since this run had saved nothing", file=sys.stderr)
         raise
     finally:
         run.lock.release()
@@ -299,7 +309,7 @@ def run_stage(cfg: DictConfig, run: RunFolder) -> float | None:
     )
     stoppable = any(isinstance(callback, Preemption) for callback in trainer.callbacks)
     if not stoppable:
-        signals.unwatch()  # no one would act on it
+        signals.unwatch()  # no callback would act on a signal
     ranks.join(trainer)
 
     def resume_from() -> Path | None:
@@ -313,7 +323,7 @@ def run_stage(cfg: DictConfig, run: RunFolder) -> float | None:
     kind = get_class(options["_target_"])
     stage = kind(model, val_names=datamodule.val_names, **{key: options[key] for key in options if key in own})
     stage.resumed = resume is not None
-    # Whatever can be found wrong is found before an older run is replaced.
+    # All mistakes are reported before an older run is replaced.
     if resume is None:
         check_init_from(cfg)
     stage.check(datamodule.processor, trainer.strategy, resume)
@@ -345,7 +355,7 @@ def run_stage(cfg: DictConfig, run: RunFolder) -> float | None:
         signals.watch(interrupt=True) if stoppable else None
         try:
             prepare_run_folder(cfg, run, resume)
-        except OSError as error:  # whatever it is: the other processes wait for a word
+        except OSError as error:  # the other processes wait for an answer
             raise UserError(disk_failed(error, folder)) from error
 
     ranks.only_first(trainer, begin)
@@ -355,10 +365,9 @@ def run_stage(cfg: DictConfig, run: RunFolder) -> float | None:
         trainer.fit(stage, datamodule, ckpt_path=resume, weights_only=True)
         finish_export(trainer)
     except NonFiniteError as error:
-        # Of weights that a step was made from; what was saved later may hold those that no step can
-        # be made from.
+        # The good checkpoints were saved before the first bad step. Later weights may be the cause.
         good = [path for path in checkpoints(folder / "checkpoints") if step_of(path) < error.first]
-        last = f"the last good checkpoint is {good[-1]}" if good else "no checkpoint is from before them"
+        last = f"the last good checkpoint is {good[-1]}" if good else "there is no earlier checkpoint"
         raise UserError(f"{error}; {last}") from None
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
@@ -372,7 +381,7 @@ def run_stage(cfg: DictConfig, run: RunFolder) -> float | None:
             raise
         raise UserError(disk_failed(error, folder)) from error
     except SystemExit as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning makes exit code 1 of it
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning turns it into exit code 1
             raise KeyboardInterrupt from None
         raise
     if run.lock.held:
@@ -380,14 +389,20 @@ def run_stage(cfg: DictConfig, run: RunFolder) -> float | None:
         log.info(say_where(exports[0].folder if exports else None, folder))
     number: float | None = stage.last_value(cfg.metric)
     if number is None and cfg.metric != TrainConfig.metric:
-        log.warning("metric=%s was not logged: %s has the names of what was", cfg.metric, shown(folder / "metrics.csv"))
+        log.warning(
+            "metric=%s was not logged: %s has the names of the logged values",
+            cfg.metric,
+            as_typed(folder / "metrics.csv"),
+        )
     sweeps.leave_value(number)
     return number
 
 
 def check_init_from(cfg: DictConfig) -> None:
-    """Raises: UserError: the recipe's step that makes the weights to start from has not run; it
-    says which.
+    """Check that the recipe's step that makes the initial weights has run.
+
+    Raises:
+        UserError: it has not. The message names the step.
     """
     start, output = Path(str(cfg.stage.init_from or "")), Path(str(cfg.output_dir))
     if not cfg.stage.init_from or start.exists() or not start.is_relative_to(output):
@@ -408,29 +423,31 @@ def check_init_from(cfg: DictConfig) -> None:
     )
 
 
-def shown(path: Path) -> Path:
-    """As a person would type it."""
+def as_typed(path: Path) -> Path:
+    """Return the path as a user would type it."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def disk_failed(error: OSError, folder: Path) -> str:
-    """What could not be written, and what was kept."""
+    """Return a sentence that names the file that could not be written, and the checkpoint that is
+    kept.
+    """
     from sphinx_pl.callbacks.checkpoint import checkpoints
 
     saved = checkpoints(folder / "checkpoints")
-    kept = f"{shown(saved[-1])} is whole: ckpt_path=last resumes from it" if saved else "no checkpoint was saved before"
-    what = f" '{shown(Path(os.fsdecode(error.filename)))}'" if error.filename else ""
+    state = f"{as_typed(saved[-1])} is complete: ckpt_path=last resumes from it" if saved else "no checkpoint was saved"
+    what = f" '{as_typed(Path(os.fsdecode(error.filename)))}'" if error.filename else ""
     first = "Choose another output_dir" if error.errno in (errno.EROFS, errno.EACCES) else "Free some space first"
-    return f"the run cannot write{what} ({error.strerror}), so it ends; {kept}. {first}"
+    return f"the run cannot write{what} ({error.strerror}), so it ends; {state}. {first}"
 
 
 def say_where(model: Path | None, folder: Path) -> str:
-    """What a person does with what the run has made."""
+    """Return a sentence that tells the user how to use the result of the run."""
     if model is None or not model.exists():
-        return f"training has ended; {shown(folder)} holds no model, since callbacks.export writes none"
-    path = shown(model)
+        return f"training has ended; {as_typed(folder)} holds no model, since callbacks.export writes none"
+    path = as_typed(model)
     return (
-        f"the model is in {path}: score it with `python evaluate.py checkpoint={path}`, "
+        f"the model is in {path}: evaluate it with `python evaluate.py checkpoint={path}`, "
         f"talk to it with `python chat.py checkpoint={path}`"
     )
 
