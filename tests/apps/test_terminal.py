@@ -67,12 +67,12 @@ def test_places_that_an_answer_names_are_drawn_on_the_image(
     terminal.show(str(image))
     assert terminal.ask("What is it?") == answer
     (file,) = (terminal.folder).iterdir()
-    drawn = Image.open(file)
-    assert drawn.size == (64, 32)
+    picture = Image.open(file)
+    assert picture.size == (64, 32)
     # The square is 64 x 64 with 16 rows of padding above: the box reaches from the image's top to
     # its end.
-    assert drawn.getpixel((16, 16)) != (255, 255, 255)
-    assert drawn.getpixel((32, 16)) == (255, 255, 255)
+    assert picture.getpixel((16, 16)) != (255, 255, 255)
+    assert picture.getpixel((32, 16)) == (255, 255, 255)
     assert answer in printed(terminal)
     assert str(file) in printed(terminal)
 

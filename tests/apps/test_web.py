@@ -67,7 +67,7 @@ def scene() -> Image.Image:
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A PNG of a hundred bytes whose header promises many pixels."""
+    """Return a PNG of a hundred bytes whose header promises many pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -139,10 +139,10 @@ def test_wrong_values_are_refused_before_a_model_is_loaded(values: dict[str, Any
 
 
 def test_a_port_in_use_is_refused() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
         with pytest.raises(UserError, match=f"port={port} of host=127.0.0.1 cannot be used"):
             app.check_address("127.0.0.1", port)
 
@@ -223,24 +223,24 @@ def test_a_growing_answer_shows_no_half_of_its_markup(cut: int) -> None:
 
 def test_phrases_and_places_share_a_key_and_a_colour(page: Page, session: Session) -> None:
     session.exchanges = [Exchange("Where?", ANSWER)]
-    talk, drawn = rendering.render_talk(page.geometry, session), rendering.render_picture(page.geometry, session)
+    talk, svg = rendering.render_talk(page.geometry, session), rendering.render_picture(page.geometry, session)
     for number, phrase in enumerate(["red square", "blue circle"]):
         link = f'data-mark="a0-{number}" style="--mark:{PALETTE[number]}"'
         assert f"{link}>{phrase}</span>" in talk
-        assert f'<g class="mark a" {link}>' in drawn
-    assert '<rect class="box" x="12.00" y="24.00" width="36.00" height="48.00"/>' in drawn
+        assert f'<g class="mark a" {link}>' in svg
+    assert '<rect class="box" x="12.00" y="24.00" width="36.00" height="48.00"/>' in svg
     assert "[0.10,0.20,0.40,0.60]</span>" in talk
 
 
 def test_places_are_in_the_frame_of_the_image_not_of_the_padded_square(page: Page) -> None:
     session = Session(UploadedImage.make(Image.new("RGB", (64, 32)), "x", 32))
     session.exchanges = [Exchange("?", "[0.25,0.1,0.75,0.75] [0.1,0.0,0.2,0.2] <p>nose</p>[0.5,0.5]")]
-    drawn = rendering.render_picture(page.geometry, session)
-    assert 'viewBox="0 0 64 32"' in drawn
+    svg = rendering.render_picture(page.geometry, session)
+    assert 'viewBox="0 0 64 32"' in svg
     # cut at the image's upper edge
-    assert 'x="16.00" y="0.00" width="32.00" height="32.00"' in drawn
-    assert drawn.count('class="box"') == 1  # a box inside the padding is not drawn
-    assert 'x1="32.00" y1="16.00"' in drawn
+    assert 'x="16.00" y="0.00" width="32.00" height="32.00"' in svg
+    assert svg.count('class="box"') == 1  # a box inside the padding is not drawn
+    assert 'x1="32.00" y1="16.00"' in svg
 
 
 def test_each_person_has_a_colour_and_a_skeleton(page: Page, session: Session) -> None:
@@ -323,8 +323,8 @@ def test_stop_reaches_an_answer_that_waits_for_its_turn(page: Page, session: Ses
 def test_an_internal_failure_is_reported_and_the_session_continues(
     page: Page, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as broken:
-        broken.setattr(page.assistant.model, "embed_images", None)
+    with monkeypatch.context() as patch:
+        patch.setattr(page.assistant.model, "embed_images", None)
         page.begin(session, "What is it?")
         assert list(page.answer(session, *SETTINGS)) == ["The answer failed (TypeError): see the terminal for details."]
     assert session.exchanges == []
@@ -413,8 +413,8 @@ def test_masks_are_drawn_in_the_colour_of_their_phrase(page: Page, session: Sess
     session.exchanges = [exchange]
     exchange.masks = page._masks(page.segmenter, session.picture, exchange, 0)
     assert exchange.masks.keys() == {"a0-0", "a0-1"}
-    drawn = rendering.render_picture(page.geometry, session)
-    assert drawn.count('<image href="data:image/png;base64,') == 2
+    svg = rendering.render_picture(page.geometry, session)
+    assert svg.count('<image href="data:image/png;base64,') == 2
     mask = Image.open(io.BytesIO(base64.b64decode(exchange.masks["a0-0"].split(",")[1])))
     assert mask.size == (120, 120)
     assert set(np.unique(np.array(mask).reshape(-1, 4), axis=0)[-1]) == {0xE6, 0x00, 0x7E, 0x80}
@@ -569,7 +569,7 @@ LONG = f"{ANSWER} The <p>red square</p>[0.10,0.20,0.40,0.60] is on the left of t
 
 
 def taught(folder: Path, processor: Processor, question: str) -> Path:
-    """A checkpoint of a tiny model that learnt to give LONG to one question about `scene()`."""
+    """Return a checkpoint of a tiny model that learnt to give LONG to one question about `scene()`."""
     image = folder / "scene.png"
     scene().save(image)
     turns = (Turn(question, LONG),)
@@ -597,7 +597,7 @@ def taught(folder: Path, processor: Processor, question: str) -> Path:
 
 @pytest.fixture
 def site(tmp_path: Path, processor: Processor, sam: Path) -> Iterator[str]:
-    """The address of `python chat.py ui=web` with a model that answers with boxes."""
+    """Return the address of `python chat.py ui=web` with a model that answers with boxes."""
     if not CHROMIUM.exists():
         pytest.fail(f"{CHROMIUM} is missing, which drives the page: apt-get install chromium")
     checkpoint = taught(tmp_path, processor, instructions()["grounded_caption"])
@@ -637,9 +637,9 @@ def test_a_browser_uploads_asks_and_sees_boxes(site: str, tmp_path: Path) -> Non
         browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
         page = browser.new_page(viewport={"width": 1280, "height": 800})
         hosts: set[str] = set()
-        broken: list[str] = []
+        failures: list[str] = []
         page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
-        page.on("pageerror", lambda error: broken.append(str(error)))
+        page.on("pageerror", lambda error: failures.append(str(error)))
         page.goto(site)
         page.wait_for_selector("#picture .drop")
 
@@ -732,5 +732,5 @@ def test_a_browser_uploads_asks_and_sees_boxes(site: str, tmp_path: Path) -> Non
         expect(page.locator("#picture figcaption")).to_contain_text("dropped.png, 40 x 20 pixels")
         expect(page.locator("#talk .answer")).to_have_count(0)
         assert hosts <= {urlsplit(site).netloc, ""}, "nothing may be fetched from elsewhere"
-        assert broken == []
+        assert failures == []
         browser.close()

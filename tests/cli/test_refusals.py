@@ -1,4 +1,4 @@
-"""A command that is refused, at whatever moment, changes no byte of the finished run in its folder."""
+"""A refused command, at whatever moment, changes no byte of the finished run in its folder."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ FIRST = "checkpoints/step-00000001"
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, sample_data: Path) -> Path:
-    """The folder of a run of two steps, both of which it keeps."""
+    """Return the folder of a run of two steps, which keeps both checkpoints."""
     folder = tmp_path_factory.mktemp("finished")
-    done = run(folder, sample_data, "stage.max_steps=2", "callbacks.checkpoint.every_n_steps=1")
-    assert done.returncode == 0, done.stderr
+    process = run(folder, sample_data, "stage.max_steps=2", "callbacks.checkpoint.every_n_steps=1")
+    assert process.returncode == 0, process.stderr
     return folder / "pretrain_real"
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Every file's name and content."""
+    """Return every file's name and hash."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
         for path in folder.rglob("*")
@@ -88,18 +88,16 @@ LATE = {
 def refused(
     overrides: list[str], folder: Path, data: Path, patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> tuple[int, str]:
-    """The exit code of train.py and the last line that it printed; the folder has to be the same
-    then.
-    """
+    """Return the exit code of train.py and its last line. The folder must be unchanged."""
     before = hashes(folder)
     options = [override.replace("RUN", str(folder)) for override in overrides]
     patch.chdir(REPOSITORY)
     patch.setattr(sys, "argv", [*command(folder.parent, data)[1:], "stage.max_steps=2", *options])
     GlobalHydra.instance().clear()
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as exit_info:
         train.main()
     assert hashes(folder) == before
-    return int(str(stopped.value.code)), capsys.readouterr().err.strip().splitlines()[-1]
+    return int(str(exit_info.value.code)), capsys.readouterr().err.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize("case", [*EARLY, *LATE])
@@ -174,7 +172,7 @@ def test_a_disk_that_fills_while_the_folder_is_prepared_is_one_line(
     assert "Free some space first" in error
 
 
-def test_a_run_that_is_told_to_go_before_its_first_step_replaces_nothing(
+def test_a_run_that_is_stopped_before_its_first_step_replaces_nothing(
     finished: Path, sample_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     signals._note(signal.SIGTERM, None)
@@ -182,7 +180,7 @@ def test_a_run_that_is_told_to_go_before_its_first_step_replaces_nothing(
     assert code == 128 + signal.SIGTERM
 
 
-# --- what is said
+# --- messages
 
 
 def test_weights_that_a_step_of_the_recipe_makes_are_named_with_its_command(tmp_path: Path) -> None:
@@ -198,21 +196,21 @@ def test_weights_that_a_step_of_the_recipe_makes_are_named_with_its_command(tmp_
     with pytest.raises(UserError, match=r"the model of an earlier run is in .*model-before"):
         train.check_init_from(cfg(model))
     (tmp_path / "pretrain_real/model").mkdir()
-    for fine in (model, None, "elsewhere", "hf-hub:a/b"):  # the last two are the stage's to check
+    for fine in (model, None, "elsewhere", "hf-hub:a/b"):  # the stage checks the last two
         train.check_init_from(cfg(fine))
 
 
-def test_a_full_disk_is_told_with_what_was_kept(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_with_the_checkpoint_that_is_kept(tmp_path: Path) -> None:
     error = OSError(28, "No space left on device", str(tmp_path / "metrics.csv"))
-    assert "no checkpoint was saved before" in train.disk_failed(error, tmp_path)
+    assert "no checkpoint was saved" in train.disk_failed(error, tmp_path)
     (tmp_path / "checkpoints/step-00000003").mkdir(parents=True)
-    said = train.disk_failed(error, tmp_path)
-    assert f"cannot write '{tmp_path}/metrics.csv' (No space left on device)" in said
-    assert f"{tmp_path}/checkpoints/step-00000003 is whole: ckpt_path=last" in said
-    assert "\n" not in said
+    message = train.disk_failed(error, tmp_path)
+    assert f"cannot write '{tmp_path}/metrics.csv' (No space left on device)" in message
+    assert f"{tmp_path}/checkpoints/step-00000003 is complete: ckpt_path=last" in message
+    assert "\n" not in message
 
 
-def test_what_a_resumed_run_has_otherwise_is_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_differences_of_a_resumed_run_are_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     before = {"stage": {"max_steps": 2, "optim": {"lr": 1.0}, "val_every": 1}, "data": {"workers": 1, "seed": 0}}
     (tmp_path / "provenance.json").write_text(json.dumps({"config": before}))
     now = {"stage": {"max_steps": 4, "optim": {"lr": 2.0}, "val_every": 2}, "data": {"workers": 2, "seed": 0}}
