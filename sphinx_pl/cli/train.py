@@ -102,6 +102,16 @@ def checkpoint_to_resume(cfg: DictConfig, folder: Path) -> Path | None:
     return resume
 
 
+def steps_passed(cfg: DictConfig, run: RunFolder, resume: Path | None) -> int:
+    """Return the optimizer steps of this folder's run if it has made all requested steps, else 0.
+
+    Nothing is written.
+    """
+    reached = reached_by(run, resume)
+    newer = any(path.parent.name == "checkpoints" for path in run.replaced_by(reached))
+    return reached if 0 < cfg.trainer.max_steps <= reached and not newer else 0
+
+
 def warn_of_changes(cfg: DictConfig, resume: Path) -> None:
     """Log one line that names the differences to the configuration of the run that wrote the
     checkpoint.
@@ -191,8 +201,7 @@ def prepare_run_folder(cfg: DictConfig, run: RunFolder, resume: Path | None) -> 
     folder, reached = run.path, reached_by(run, resume)
     for file in run_logs():
         file.start()
-    newer = any(path.parent.name == "checkpoints" for path in run.replaced_by(reached))
-    if 0 < cfg.trainer.max_steps <= reached and not newer:
+    if steps_passed(cfg, run, resume):
         return  # training is complete; only the export may be missing
     same = cfg.ckpt_path == "last" or run.came_back  # otherwise it is another run, also in W&B
     # The model is moved too. Otherwise the next stage would start from the old weights if this run
@@ -292,7 +301,7 @@ def run_stage(cfg: DictConfig, run: RunFolder) -> float | None:
     from sphinx_pl.data.datamodule import DataModule
     from sphinx_pl.data.held_out import held_out_weights
     from sphinx_pl.models.config import SphinxConfig
-    from sphinx_pl.runtime import ranks, sweeps
+    from sphinx_pl.runtime import ranks
     from sphinx_pl.stages.stage import OTHERS_KEYS, NonFiniteError
 
     folder = run.path
@@ -329,12 +338,26 @@ def run_stage(cfg: DictConfig, run: RunFolder) -> float | None:
     stage.check(datamodule.processor, trainer.strategy, resume)
     datamodule.check(cfg.stage.text_required, cfg.stage.accumulate, trainer.world_size)
     stage.val_weights = held_out_weights(values["sources"], datamodule.val_sources, datamodule.mixing.temperature)
+    saved: dict[str, Any] = {} if resume is None else Pieces(resume).state()
     if resume is not None:
-        state = Pieces(resume).state().get("DataModule", {})
-        datamodule.check_resume(state, cfg.stage.accumulate, trainer.world_size)
+        datamodule.check_resume(saved.get("DataModule", {}), cfg.stage.accumulate, trainer.world_size)
     exports = [c for c in trainer.callbacks if isinstance(c, ExportModel)]
     for callback in exports:
         callback.check()
+
+    def look() -> tuple[int, bool]:
+        if not ranks.first_process():
+            return 0, False  # the first process starts this one only to train or write
+        return steps_passed(cfg, run, resume), all(callback.folder.exists() for callback in exports)
+
+    passed, exported = ranks.on_first(trainer, look)
+    if passed and exported:  # not even the log is opened, so the folder stays unchanged
+        if ranks.first_process():
+            log.info(say_passed(passed, cfg.trainer.max_steps, folder))
+        return report_value(cfg, folder, saved.get("logged", {}).get(cfg.metric))
+    if passed:
+        # loggers would describe this command as the run that made the checkpoint
+        trainer.loggers = []
     threads = ranks.share_cores(trainer.num_devices)
     ranks.only_first(trainer, datamodule.probe)
     if ranks.first_process():
@@ -374,7 +397,7 @@ def run_stage(cfg: DictConfig, run: RunFolder) -> float | None:
             raise
         raise UserError(
             f"a data worker ended before its work was done ({' '.join(str(error).split())}): it most likely ran out of "
-            "memory; lower data.workers or data.packing.rows, and resume with ckpt_path=last"
+            f"memory; {kept_checkpoint(folder)}. Lower data.workers or data.packing.rows first"
         ) from None
     except OSError as error:
         if error.errno not in FULL:
@@ -387,7 +410,13 @@ def run_stage(cfg: DictConfig, run: RunFolder) -> float | None:
     if run.lock.held:
         run.saved()
         log.info(say_where(exports[0].folder if exports else None, folder))
-    number: float | None = stage.last_value(cfg.metric)
+    return report_value(cfg, folder, stage.last_value(cfg.metric))
+
+
+def report_value(cfg: DictConfig, folder: Path, number: float | None) -> float | None:
+    """Give the value of `metric` to a sweep, and warn if no value has that name."""
+    from sphinx_pl.runtime import sweeps
+
     if number is None and cfg.metric != TrainConfig.metric:
         log.warning(
             "metric=%s was not logged: %s has the names of the logged values",
@@ -428,17 +457,30 @@ def as_typed(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def disk_failed(error: OSError, folder: Path) -> str:
-    """Return a sentence that names the file that could not be written, and the checkpoint that is
-    kept.
-    """
+def kept_checkpoint(folder: Path) -> str:
+    """Return a sentence that names the checkpoint from which an interrupted run resumes."""
     from sphinx_pl.callbacks.checkpoint import checkpoints
 
     saved = checkpoints(folder / "checkpoints")
-    state = f"{as_typed(saved[-1])} is complete: ckpt_path=last resumes from it" if saved else "no checkpoint was saved"
+    if not saved:
+        return "no checkpoint was saved"
+    return f"{as_typed(saved[-1])} is complete: ckpt_path=last resumes from it"
+
+
+def disk_failed(error: OSError, folder: Path) -> str:
+    """Return a sentence that names the file that could not be written, and the kept checkpoint."""
     what = f" '{as_typed(Path(os.fsdecode(error.filename)))}'" if error.filename else ""
     first = "Choose another output_dir" if error.errno in (errno.EROFS, errno.EACCES) else "Free some space first"
-    return f"the run cannot write{what} ({error.strerror}), so it ends; {state}. {first}"
+    return f"the run cannot write{what} ({error.strerror}), so it ends; {kept_checkpoint(folder)}. {first}"
+
+
+def say_passed(steps: int, max_steps: int, folder: Path) -> str:
+    """Return a sentence that tells why a resume trains nothing, and how to train further."""
+    return (
+        f"nothing was trained: the run in {as_typed(folder)} has already passed step {max_steps}, and its newest "
+        f"checkpoint is from step {steps}. Nothing in the folder has changed; set stage.max_steps above {steps} to "
+        "train further"
+    )
 
 
 def say_where(model: Path | None, folder: Path) -> str:
@@ -452,8 +494,14 @@ def say_where(model: Path | None, folder: Path) -> str:
     )
 
 
-main = entry_point("train", check_train)(train)
+_run = entry_point("train", check_train)(train)
+
+
+def main() -> None:
+    """The script. Signals are noted from the start, while libraries are still imported."""
+    signals.watch()
+    _run()
+
 
 if __name__ == "__main__":
-    signals.watch()
     main()

@@ -42,11 +42,24 @@ class TrainingCheckpointIO(TorchCheckpointIO):
     Files of the base class carry the weights back from ranks that Lightning forked.
     """
 
+    failure: OSError | None = None
+    """The error of the last checkpoint, if it could not be written."""
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint.
+
+        An error of the disk is stored as `failure`, since the other ranks wait for this one.
+        """
+        self.failure = None
         if "loops" not in checkpoint:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        folder = Path(path)
+        try:
+            self._save(checkpoint, Path(path))
+        except OSError as error:
+            self.failure = error
+
+    def _save(self, checkpoint: dict[str, Any], folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         rest = dict(checkpoint)
         weights = {name.removeprefix(PREFIX): value for name, value in rest.pop("state_dict").items()}

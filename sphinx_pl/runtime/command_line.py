@@ -93,9 +93,11 @@ def refuse_options(arguments: Sequence[str]) -> None:
     """Refuse options that Hydra does not have. argparse would print its usage instead.
 
     Raises:
-        UserError: there is such an option.
+        UserError: there is such an option, or an option stands between overrides.
     """
     if unknown := get_args_parser().parse_known_args(arguments)[1]:
+        if not unknown[0].startswith("-"):  # argparse accepts the overrides only in one row
+            raise UserError(f"{unknown[0]} follows an option: write options such as -m before all KEY=VALUE")
         key, _, value = unknown[0].lstrip("-").partition("=")
         following = unknown[1] if len(unknown) > 1 and not unknown[1].startswith("-") else "VALUE"
         raise UserError(f"{unknown[0]} is not an option: write {key}={value or following}, without dashes")

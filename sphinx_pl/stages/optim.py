@@ -31,6 +31,9 @@ class OptimConfig:
     `kind`: adamw, or sgd (without momentum). sgd reveals gradients that are wrong by a factor,
     which Adam hides.
 
+    `weight_decay` is AdamW's, separate from the gradient: a step removes the share
+    `lr * weight_decay` of a weight.
+
     `moments`: the dtype of AdamW's moments: fp32 (more exactly, the dtype of the weights) or bf16
     (`AdamWBf16`).
     """
@@ -42,7 +45,7 @@ class OptimConfig:
     warmup: float = within(0.0, at_least=0)
     betas: tuple[float, float] = within((0.9, 0.95), at_least=0, below=1)
     eps: float = within(1e-8, above=0)
-    weight_decay: float = within(0.1, at_least=0)
+    weight_decay: float = within(0.1, at_least=0, at_most=10)
     lr_scale: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -16,8 +17,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from sphinx_pl.runtime import sweeps
+from sphinx_pl.runtime.command_line import refuse_options
 from sphinx_pl.runtime.hydra_app import CONFIG_FOLDER
 from sphinx_pl.utils.errors import UserError
+from tests.conftest import REPOSITORY
 
 
 def hydra(*task: str, sweeping: bool = True, folder: Path = Path("nowhere")) -> DictConfig:
@@ -110,3 +113,23 @@ sys.exit(128 + signals.received())
     assert code_of_point == 128 + signal.SIGTERM
     assert sweeps.stopped(code_of_point)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_machine_without_slurm_is_named_in_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "train.py", "-m", "hydra/launcher=slurm", "stage.optim.lr=1e-4,2e-4"]
+    process = subprocess.run(
+        [*command, f"output_dir={tmp_path}"],
+        cwd=REPOSITORY,
+        env={**os.environ, "PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 2
+    [line] = (process.stdout + process.stderr).splitlines()
+    assert line.startswith("error: hydra/launcher=slurm: this machine has no sbatch or no srun; start the sweep on a")
+
+
+def test_overrides_on_both_sides_of_an_option_are_refused() -> None:
+    with pytest.raises(UserError, match="hydra/launcher=slurm follows an option: write options such as -m"):
+        refuse_options(["stage=finetune", "-m", "hydra/launcher=slurm"])
+    refuse_options(["-m", "stage=finetune", "hydra/launcher=slurm"])
