@@ -19,8 +19,8 @@ class OperaConfig:
 
     The official code differs from the paper in two ways, which have keys here. It multiplies the
     penalty by 1e-7 (`damping`; the paper's value is 1). In the first 10 tokens (`early_tokens`; the
-    paper's value is 0) it rewards attention to the image instead, and never goes back to one of
-    them.
+    paper's value is 0) it rewards attention to the image instead. It also never goes back to one of
+    these tokens.
     """
 
     num_attn_candidates: int = 5

@@ -22,9 +22,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from sphinx_pl.checkpoints.encoders import check_pretrained
-from sphinx_pl.checkpoints.format import Checkpoint, compare, differences, open_checkpoint
-from sphinx_pl.checkpoints.provenance import hash_file
-from sphinx_pl.checkpoints.training import TrainingCheckpoint
+from sphinx_pl.checkpoints.format import differences, open_checkpoint
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.schema import Batch
 from sphinx_pl.distributed.checkpointing import TrainingCheckpointIO, group_names, options_of
@@ -37,7 +35,8 @@ from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.runtime.collectives import of_all_ranks
 from sphinx_pl.stages import gradients
 from sphinx_pl.stages.build import build_model
-from sphinx_pl.stages.optim import OptimConfig, build_optimizer, optimizer_groups, warmup_cosine
+from sphinx_pl.stages.checks import check_resume, check_same_model
+from sphinx_pl.stages.optim import OptimConfig, build_optimizer, warmup_cosine
 from sphinx_pl.utils.config import build
 from sphinx_pl.utils.errors import UserError, suggest
 
@@ -156,9 +155,8 @@ class Stage(L.LightningModule):
                 well.
 
         Raises:
-            UserError: a part is unknown; there is no checkpoint at `init_from`, or it belongs to
-                another model or tokenizer; initial weights are missing or belong to another model;
-                or the optimizer does not match `resume` or `strategy`.
+            UserError: a part is unknown. Or initial weights are missing, or belong to another model
+                or tokenizer. Or the optimizer does not match `resume` or `strategy`.
         """
         parts = parts_of(self.config)
         if self.checkpointing not in CHECKPOINTING:
@@ -179,7 +177,7 @@ class Stage(L.LightningModule):
                 "stage.optim.moments=bf16, whose optimizer rounds stochastically"
             )
         if resume is not None:
-            self._check_resume(resume, processor)
+            check_resume(resume, self.config, self.optim, self.train_parts, parts, processor, _FREE)
         elif self.resumed:
             return
         elif self.init_from:
@@ -187,77 +185,9 @@ class Stage(L.LightningModule):
                 checkpoint = open_checkpoint(self.init_from)
             except UserError as error:
                 raise UserError(f"stage.init_from={self.init_from}: {error}") from None
-            self._compare(checkpoint, processor, f"stage.init_from={self.init_from}")
+            check_same_model(checkpoint, self.config, processor, f"stage.init_from={self.init_from}", _FREE)
         else:
             self._check_pretrained()
-
-    def _compare(self, checkpoint: Checkpoint, processor: Processor | None, key: str) -> None:
-        """Check that the weights that `key` names belong to this model and tokenizer.
-
-        Raises:
-            UserError: they belong to another model or tokenizer.
-        """
-        differing = differences(checkpoint.model_config.to_dict(), self.config.to_dict(), "model")
-        for difference in differing:
-            if difference.startswith(_FREE):
-                log.warning("%s in %s and in this run", difference, key)
-            else:
-                raise UserError(f"{key} holds another model, {difference}: choose the model that it was made with")
-        if processor is None:
-            return
-        if hash_file(checkpoint.tokenizer_file) != hash_file(processor.tokenizer.path):
-            raise UserError(
-                f"{key} was trained with another tokenizer than {processor.tokenizer.path}: "
-                f"set data.tokenizer={checkpoint.tokenizer_file}"
-            )
-        for difference in differences(checkpoint.processor, processor.to_dict(), "data.processor"):
-            log.warning("%s in %s and in this run", difference, key)
-
-    def _check_resume(self, resume: Path, processor: Processor | None) -> None:
-        """Check that the run can resume from this checkpoint.
-
-        Raises:
-            UserError: the checkpoint is damaged, or its weights or optimizer states do not match
-                this stage.
-        """
-        key = f"ckpt_path={resume}"
-        try:
-            checkpoint = TrainingCheckpoint(resume)
-            state = checkpoint.pieces.state()
-            kinds = checkpoint.pieces.kinds()
-        except UserError as error:
-            raise UserError(f"{key} is not a checkpoint to resume from: {error}") from None
-        self._compare(checkpoint, processor, key)
-        with torch.device("meta"):
-            model = Sphinx(self.config)
-        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        if problem := compare(shapes, checkpoint.pieces.shapes):
-            raise UserError(f"{key} belongs to another model: {problem}")
-        instead = f"or start a new run from its weights (stage.init_from={resume})"
-        kind = state.get("optim", {}).get("kind", "adamw" if kinds else self.optim.kind)
-        if kind != self.optim.kind:
-            raise UserError(
-                f"stage.optim.kind={self.optim.kind}: the states in {key} are those of {kind}: set "
-                f"stage.optim.kind={kind}, {instead}"
-            )
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
-        parts = {names[id(p)]: part for part, parameters in model.part_parameters().items() for p in parameters}
-        model.freeze(part for part in parts_of(self.config) if part not in self.train_parts)
-        groups = optimizer_groups(model.part_parameters(), self.optim)
-        configured = [[names[id(parameter)] for parameter in group["params"]] for group in groups]
-        stored: list[list[str]] = state["optimizer_names"]
-        before, now = ({name for group in of for name in group} for of in (stored, configured))
-        if before != now:
-            trained = [part for part in parts_of(self.config) if part in {parts[name] for name in before}]
-            raise UserError(
-                f"stage.train_parts=[{','.join(self.train_parts)}]: in {key} other parts train: set "
-                f"stage.train_parts=[{','.join(trained)}], {instead}"
-            )
-        if stored != configured:
-            raise UserError(
-                f"stage.optim.lr_scale={self.optim.lr_scale}: in {key} other parts have learning rates of their own: "
-                f"set the factors of that run, {instead}"
-            )
 
     def _check_pretrained(self) -> None:
         vision, decoder = self.config.vision, self.config.decoder

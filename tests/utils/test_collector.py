@@ -16,31 +16,31 @@ def collections() -> int:
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_collection_pauses_and_is_then_restored(enabled: bool) -> None:
+def test_nothing_is_collected_meanwhile_and_then_it_is_as_before(enabled: bool) -> None:
     if not enabled:
         gc.disable()
     try:
         with uncollected():
             before = collections()
-            objects: list[list[int]] = [[] for _ in range(100_000)]
+            kept: list[list[int]] = [[] for _ in range(100_000)]
             assert collections() == before
         assert gc.isenabled() is enabled
         with pytest.raises(ImportError), uncollected():
             raise ImportError
         assert gc.isenabled() is enabled
-        assert len(objects) == 100_000
+        assert len(kept) == 100_000
     finally:
         gc.enable()
 
 
-def test_as_many_objects_cause_collections_otherwise() -> None:
+def test_as_many_objects_are_looked_through_otherwise() -> None:
     before = collections()
-    objects: list[list[int]] = [[] for _ in range(100_000)]
+    kept: list[list[int]] = [[] for _ in range(100_000)]
     assert collections() > before
-    assert len(objects) == 100_000
+    assert len(kept) == 100_000
 
 
-def test_leaving_flushes_output_and_logs(tmp_path: Path) -> None:
+def test_leaving_loses_nothing_that_was_said(tmp_path: Path) -> None:
     code = (
         "import logging, logging.handlers, sys\n"
         "from sphinx_pl.utils.collector import leave\n"
@@ -51,6 +51,6 @@ def test_leaving_flushes_output_and_logs(tmp_path: Path) -> None:
         "print('complained', end='', file=sys.stderr)\n"
         "leave()\n"
     )
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=REPOSITORY)
-    assert (process.returncode, process.stdout, process.stderr) == (0, "said", "complained")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=REPOSITORY)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "said", "complained")
     assert (tmp_path / "log").read_text() == "logged\n"
