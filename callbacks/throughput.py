@@ -146,7 +146,7 @@ class Throughput(L.Callback):
     is. Other numbers tell what makes a rank slow, under every strategy. `data` contains no
     collective (`perf/time_data_max`, unless every source has `epochs`). `perf/work_max` compares
     the FLOPs of a rank's micro-batches with the mean. `perf/speed_min` compares the speed of a
-    matrix product that every rank does alone at a log with the mean, which reveals a hot GPU or a
+    matrix product that every rank does alone at a log with the mean. It reveals a hot GPU or a
     busy CPU. Each comes with its `_rank`.
 
     `perf/memory_gb` is the largest peak of all ranks so far: allocated on the GPU, or resident in a

@@ -68,13 +68,13 @@ class _Stop:
                 signal.signal(number, handler)
 
 
-def run(recipe: Recipe, again: str) -> int:
+def run(recipe: Recipe, command: str) -> int:
     """Run the steps that are not done.
 
     A failed step stops the steps that need it; the others still run.
 
     Args:
-        again: the command that resumes the pipeline, for messages.
+        command: the command that resumes the pipeline, for messages.
 
     Returns:
         0 when everything is done, 1 after a failure, 130 after a signal.
@@ -105,7 +105,7 @@ def run(recipe: Recipe, again: str) -> int:
                     continue
                 code = _run_step(title, step, decision, state, stop, lock)
                 if stop.count:
-                    print(f"step {step.name} was interrupted; to resume: {again}", file=sys.stderr)
+                    print(f"step {step.name} was interrupted; to resume: {command}", file=sys.stderr)
                     return 130
                 count += not step.always
                 record = state.read(step.name)
@@ -113,7 +113,7 @@ def run(recipe: Recipe, again: str) -> int:
                     failed.append(step.name)
                     reason = f"it ended with exit code {code}" if code else f"it did not write {step.product}"
                     print(
-                        f"step {step.name} failed: {reason}; log: {state.log(step.name)}; to resume: {again}",
+                        f"step {step.name} failed: {reason}; log: {state.log(step.name)}; to resume: {command}",
                         file=sys.stderr,
                         flush=True,
                     )

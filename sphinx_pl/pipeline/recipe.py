@@ -142,8 +142,8 @@ def _check_pipeline(cfg: DictConfig) -> None:
     Raises:
         UserError: neither the pipeline nor an interpolation reads a key.
     """
-    known = ("name", "output_dir", "steps", "redo", "keep", "dry", "launcher", "hydra")
-    refuse_unread(cfg, "", known, CONFIG_FOLDER / "pipeline")
+    keys = ("name", "output_dir", "steps", "redo", "keep", "dry", "launcher", "hydra")
+    refuse_unread(cfg, "", keys, CONFIG_FOLDER / "pipeline")
     launchers = {path.stem: path for path in (CONFIG_FOLDER / "pipeline" / "launcher").glob("*.yaml")}
     kind = str(cfg.launcher.get("kind"))
     if kind not in launchers:

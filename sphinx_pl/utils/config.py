@@ -265,7 +265,8 @@ def refuse_unread(cfg: DictConfig, section: str, known: Iterable[str], folder: P
         UserError: nothing reads a key. The message suggests the nearest key that is read.
     """
     values = OmegaConf.select(cfg, section) if section else cfg
-    unknown = [str(key) for key in values if str(key) not in (known := list(known))]
+    keys = list(known)
+    unknown = [str(key) for key in values if str(key) not in keys]
     if not unknown:
         return
     depth = len(section.split(".")) if section else 0
@@ -278,7 +279,7 @@ def refuse_unread(cfg: DictConfig, section: str, known: Iterable[str], folder: P
         if unread := [leaf for leaf in below if not _is_read(leaf, read)]:
             wrong = unread[0] if len(unread) < len(below) else key
             others = [leaf for leaf in every if leaf not in below or leaf not in unread]
-            raise UserError(unknown_key(wrong, [_joined(section, name) for name in known], others))
+            raise UserError(unknown_key(wrong, [_joined(section, name) for name in keys], others))
 
 
 def leaves(raw: Any, key: str = "") -> Iterator[tuple[str, Any]]:

@@ -32,12 +32,12 @@ class Batches(L.Callback):
     """Keeps the batches that were trained on."""
 
     def __init__(self) -> None:
-        self.seen: list[Batch] = []
+        self.batches: list[Batch] = []
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, i: int
     ) -> None:
-        self.seen.append(batch)
+        self.batches.append(batch)
 
 
 class Clock:
@@ -73,7 +73,7 @@ def test_rates_are_those_of_the_batches_trained_on(fit: Fit, tmp_path: Path) -> 
     rows = logged(tmp_path)
     assert len(rows) == 2  # four steps, logged every second
     # two micro-batches a step
-    for row, window in zip(rows, (batches.seen[:4], batches.seen[4:]), strict=True):
+    for row, window in zip(rows, (batches.batches[:4], batches.batches[4:]), strict=True):
         seconds = 2 * row["perf/time_step"]
         padding = [(batch.segment_ids == 0).float().mean().item() for batch in window]
         expected = {

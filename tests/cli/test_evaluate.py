@@ -256,7 +256,7 @@ def test_a_mistake_is_answered_in_one_line(world: Path) -> None:
         ({"checkpoint": "x", "precision": "fp16"}, "precision='fp16'"),
         ({"checkpoint": "x", "then": "sleep"}, "then=sleep must be null or mixture"),
         ({"checkpoint": "x", "then": "mixture", "benchmarks": ["pope"]}, "then=mixture needs test sources"),
-        ({"checkpoint": "x", "mixture_out": "a.yaml"}, "give both"),
+        ({"checkpoint": "x", "mixture_out": "a.yaml"}, "set both keys"),
         ({"checkpoint": "x", "lean": {"strength": 2}}, "lean.strength=2.0 must be 0 to 1"),
         ({"checkpoint": "x", "lean": {"bound": 0.5}}, "bound=0.5"),
     ],

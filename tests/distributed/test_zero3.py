@@ -37,11 +37,11 @@ def of_ranks(processor: Processor, sample_data: Path) -> list[list[Batch]]:
 
 class Losses(L.Callback):
     def __init__(self) -> None:
-        self.found: list[float] = []
+        self.values: list[float] = []
         self.norms: list[float] = []
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
-        self.found.append(float(trainer.callback_metrics["train/loss"]))
+        self.values.append(float(trainer.callback_metrics["train/loss"]))
         self.norms.append(float(trainer.callback_metrics["train/grad_norm"]))
 
 
@@ -94,7 +94,7 @@ def test_bf16_trains_as_float32_does_and_resumes_bit_for_bit(
         fit_written(
             Zero3(), batches, processor, tmp_path / name, parts=SOME, optim=ADAMW, callbacks=[losses], **options
         )
-        return losses.found
+        return losses.values
 
     exact, rounded = on_ranks(2, fit, "fp32", "32-true", 4)[0], on_ranks(2, fit, "bf16", "bf16-true", 4)[0]
     assert rounded == pytest.approx(exact, rel=0.02)
@@ -125,7 +125,7 @@ def test_without_masters_it_trains_nearly_as_well_and_resumes_bit_for_bit(
         tensors = [*zero.fp32_partitioned_groups_flat, *(v for s in zero.optimizer.state.values() for v in s.values())]
         flat = zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True)
         shared = all(a.data_ptr() == b.data_ptr() for a, b in flat)
-        return losses.found, {tensor.dtype for tensor in tensors if tensor.dim()}, shared
+        return losses.values, {tensor.dtype for tensor in tensors if tensor.dim()}, shared
 
     exact, dtypes, shared = on_ranks(2, fit, "masters", True, 4)[0]
     assert (dtypes, shared) == ({torch.float32}, False)

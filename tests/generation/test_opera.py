@@ -144,7 +144,7 @@ def slow(model: Sphinx, prompt: Prompt, given: GenerationConfig) -> tuple[list[i
     states = [(search.running, search.finished, [[]], [], set())]  # type: ignore[var-annotated]
     while True:
         running, _, histories, chosen, rejected = states[-1]
-        found, grown = [], []
+        answers, grown = [], []
         for beam, hypothesis in enumerate(running):
             logits, _ = read(model, x, list(hypothesis.tokens))
             allowed = logits.clone()
@@ -163,7 +163,7 @@ def slow(model: Sphinx, prompt: Prompt, given: GenerationConfig) -> tuple[list[i
                 if length <= opera.early_tokens:
                     penalty = -float(weights[-1, :start][images].sum())
                 lowered[token] -= opera.penalty_weights * penalty
-            found += [(hypothesis.score + float(lowered.log_softmax(-1)[token]), beam, token) for token in tokens]
+            answers += [(hypothesis.score + float(lowered.log_softmax(-1)[token]), beam, token) for token in tokens]
             grown.append([*histories[beam], most_common(places)])
         target = back.target(grown)
         if target is not None:
@@ -171,7 +171,7 @@ def slow(model: Sphinx, prompt: Prompt, given: GenerationConfig) -> tuple[list[i
             states[target][4].update(states[target][3])
             search.running, search.finished = states[target][:2]
             continue
-        chosen[:] = search.advance(sorted(found, reverse=True)[: search.candidates])
+        chosen[:] = search.advance(sorted(answers, reverse=True)[: search.candidates])
         if search.done:
             return search.best, sum(back.times.values())
         states.append((search.running, search.finished, [grown[beam] for beam, _ in chosen], [], set()))

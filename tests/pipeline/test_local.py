@@ -71,11 +71,11 @@ def test_a_chain_runs_once_and_says_that_it_is_done(tmp_path: Path, run: Callabl
     assert runs(tmp_path) == {"a": 1, "b": 1, "side": 1, "c": 1}
     assert "this is c" in first.stdout
     assert "this is c" in (tmp_path / "pipeline" / "c.log").read_text()
-    again = run()
-    assert again.returncode == 0
+    second = run()
+    assert second.returncode == 0
     assert runs(tmp_path) == {"a": 1, "b": 1, "side": 1, "c": 1}
-    assert "everything is done already" in again.stdout
-    assert again.stdout.rstrip().endswith("this is c")  # the output of the last step
+    assert "everything is done already" in second.stdout
+    assert second.stdout.rstrip().endswith("this is c")  # the output of the last step
     assert set(states(tmp_path).values()) == {"done"}
 
 
