@@ -114,7 +114,9 @@ class ExportModel(L.Callback):
             self.export(trainer, out)
 
     def most(self, max_steps: int) -> int:
-        """Return the largest number of models at a time, in a run of this many steps (-1: unknown)."""
+        """Return the largest number of models at a time, in a run of this many steps (-1:
+        unknown).
+        """
         intermediate = max(0, max_steps - 1) // self.every_n_steps if self.every_n_steps else 0
         return 1 + (min(intermediate, self.keep + self.keep_best + 1) if self.keep else intermediate)
 

@@ -112,8 +112,7 @@ class Preemption(L.Callback):
             signal.signal(number, handler)
         self._handlers = {}
 
-    # -- before, between and after training: no step to save
-    # ----------------------------------------------------------
+    # -- before, between and after training: no step to save ---------------------------------------
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._vote, self._due = None, 0
@@ -127,8 +126,7 @@ class Preemption(L.Callback):
         if number := self._ask(trainer):
             self._leave(trainer, number, "nothing new to save")
 
-    # -- in training
-    # --------------------------------------------------------------------------------------------------
+    # -- in training -------------------------------------------------------------------------------
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int

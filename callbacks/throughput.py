@@ -283,7 +283,9 @@ def timed_checkpoint(write: Callable[..., None]) -> Callable[..., None]:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak bytes that were allocated on this GPU, or resident in this process on a CPU."""
+    """Return the peak bytes that were allocated on this GPU, or resident in this process on a
+    CPU.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

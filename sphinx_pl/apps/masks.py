@@ -50,7 +50,7 @@ class Segmenter:
             model, info = SamModel.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, output_loading_info=True
             )
-        except Exception as error:  # the library raises nearly anything on a damaged or missing file
+        except Exception as error:  # the library raises many kinds
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise UserError(f"sam={name}: {folder} is not a {_MODEL} ({reason})") from None
         if info["missing_keys"] or info["mismatched_keys"]:
@@ -100,7 +100,9 @@ def _clip(box: Box4, width: int, height: int) -> Box4:
 
 
 def _folder(name: str) -> Path:
-    """Return the folder `name`, or the hub's model in the local cache, downloaded if it is missing."""
+    """Return the folder `name`, or the hub's model in the local cache, downloaded if it is
+    missing.
+    """
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder

@@ -92,7 +92,9 @@ def benchmarks_table(results: Iterable[Mapping[str, Any]]) -> Table:
 
 
 def flat(results: Mapping[str, Any]) -> dict[str, float]:
-    """Return every task's score and every benchmark's measures by name, such as `pope_random/f1`."""
+    """Return every task's score and every benchmark's measures by name, such as
+    `pope_random/f1`.
+    """
     numbers = {row["task"]: row["score"] for row in results["rows"] if not row["topic"] and not row["domain"]}
     for result in results["benchmarks"]:
         for value in result["values"]:
@@ -246,7 +248,9 @@ def _training(options: EvaluateConfig, data: Mapping[str, Any], mixture: Path) -
 
 
 def _mixture_name() -> str | None:
-    """Return the name of the configured mixture, or None if the command line changes its sources."""
+    """Return the name of the configured mixture, or None if the command line changes its
+    sources.
+    """
     hydra = HydraConfig.get()
     keys = (override.split("=")[0].lstrip("+~") for override in hydra.overrides.task)
     if any(key.startswith(("data.sources", "data.val_sources")) for key in keys):

@@ -82,8 +82,7 @@ class Fsdp2(Sharded, ModelParallelStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         return {}
 
-    # -- what this rank holds
-    # ---------------------------------------------------------------------------------------
+    # -- what this rank holds ----------------------------------------------------------------------
 
     def shape(self, parameter: nn.Parameter) -> torch.Size:
         return parameter.shape

@@ -57,15 +57,16 @@ class Sharded(Base):
 
     @abstractmethod
     def allocate_states(self) -> None:
-        """Create the optimizer's states, which the optimizer itself creates only in its first step."""
+        """Create the optimizer's states, which the optimizer itself creates only in its first
+        step.
+        """
 
     @property
     def _sphinx(self) -> Sphinx:
         module: Any = self.lightning_module
         return module.sphinx  # type: ignore[no-any-return]
 
-    # -- writing
-    # ----------------------------------------------------------------------------------------------------
+    # -- writing -----------------------------------------------------------------------------------
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         return {}
@@ -119,8 +120,7 @@ class Sharded(Base):
                 if kind != STEP:
                     yield Piece(kind, name, start, values)
 
-    # -- reading
-    # ----------------------------------------------------------------------------------------------------
+    # -- reading -----------------------------------------------------------------------------------
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:

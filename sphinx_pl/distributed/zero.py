@@ -145,8 +145,7 @@ class Zero3(Sharded, DeepSpeedStrategy):
             config["bf16"] = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
         super().__init__(config=config, timeout=timedelta(minutes=timeout_minutes), **options)
 
-    # -- on CPU processes
-    # -------------------------------------------------------------------------------------------
+    # -- on CPU processes --------------------------------------------------------------------------
 
     @property
     def on_cpu(self) -> bool:
@@ -171,8 +170,7 @@ class Zero3(Sharded, DeepSpeedStrategy):
         else:
             super().setup_distributed()
 
-    # -- precision
-    # --------------------------------------------------------------------------------------------------
+    # -- precision ---------------------------------------------------------------------------------
 
     @property
     def precision_plugin(self) -> Any:
@@ -189,8 +187,7 @@ class Zero3(Sharded, DeepSpeedStrategy):
             )
         self._precision_plugin = ZeroPrecision(plugin.precision) if isinstance(plugin, DeepSpeedPrecision) else plugin
 
-    # -- building
-    # ---------------------------------------------------------------------------------------------------
+    # -- building ----------------------------------------------------------------------------------
 
     def model_sharded_context(self) -> AbstractContextManager[None]:
         return nullcontext()  # `placement` shards each parameter at once
@@ -238,8 +235,7 @@ class Zero3(Sharded, DeepSpeedStrategy):
             zero._partition_all_parameters = lambda: coordinator.release_and_reset_all(changing)
         return engine, zero
 
-    # -- what this rank holds
-    # ---------------------------------------------------------------------------------------
+    # -- what this rank holds ----------------------------------------------------------------------
 
     def shape(self, parameter: nn.Parameter) -> torch.Size:
         return whole_shape(parameter)

@@ -35,7 +35,9 @@ class BadDialog(UserError):  # noqa: N818
 
 @dataclass(frozen=True)
 class Dialog:
-    """A question, the turns before it, and its images (before the text, or where `<image>` stands)."""
+    """A question, the turns before it, and its images (before the text, or where `<image>`
+    stands).
+    """
 
     question: str
     images: Sequence[Picture] = ()

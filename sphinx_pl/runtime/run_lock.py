@@ -95,7 +95,9 @@ def _space() -> str:
 
 
 def _start_of(pid: int) -> str:
-    """Return the clock tick at which a process started, or "" if it has ended or there is no /proc."""
+    """Return the clock tick at which a process started, or "" if it has ended or there is no
+    /proc.
+    """
     fields = _text(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
     return fields[19] if len(fields) > 19 and fields[0] not in "ZX" else ""
 

@@ -54,7 +54,9 @@ _NOT_RUNNING = {
 
 
 def ended(name: str) -> bool | None:
-    """Return whether no process of this job is running, or None if the scheduler does not answer."""
+    """Return whether no process of this job is running, or None if the scheduler does not
+    answer.
+    """
     try:
         states = _output("squeue", "--noheader", "--jobs", name, "--format", "%T").split()
     except subprocess.CalledProcessError as error:

@@ -141,8 +141,7 @@ class Stage(L.LightningModule):
         self._counted: list[str] = []
         """Names of the sums: task/<name>, then source/<name>."""
 
-    # -- building
-    # ---------------------------------------------------------------------------------------------------
+    # -- building ----------------------------------------------------------------------------------
 
     def check(self, processor: Processor | None = None, strategy: Any = None, resume: Path | None = None) -> None:
         """Check that this stage can start, without building anything.
@@ -244,8 +243,7 @@ class Stage(L.LightningModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    # -- training
-    # ---------------------------------------------------------------------------------------------------
+    # -- training ----------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
         """Apply the learning rate, decay and other options of this run's configuration to a resumed
@@ -426,8 +424,7 @@ class Stage(L.LightningModule):
             torch.distributed.all_reduce(sums)
         return sums
 
-    # -- held-out losses
-    # --------------------------------------------------------------------------------------------
+    # -- held-out losses ---------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
         self._val_sums = torch.zeros(3, max(1, len(self.val_names)), device=self.device, dtype=torch.float64)

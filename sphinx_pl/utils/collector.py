@@ -1,4 +1,6 @@
-"""The interpreter, kept from what cannot help: looking through objects that stay, and taking them apart at the end."""
+"""The interpreter, kept from what cannot help: looking through objects that stay, and taking
+them apart at the end.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from typing import NoReturn
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """No collections meanwhile: for imports, whose objects stay, and would be looked through again and again."""
+    """No collections meanwhile: for imports, whose objects stay, and would be looked through
+    again and again.
+    """
     before = gc.isenabled()
     gc.disable()
     try:
@@ -24,7 +28,8 @@ def uncollected() -> Iterator[None]:
 
 
 def leave() -> NoReturn:
-    """End the process as done, without taking the interpreter apart: with torch in it that takes 0.3 s.
+    """End the process as done, without taking the interpreter apart: with torch in it that takes
+    0.3 s.
 
     For the last line of a script that leaves nothing to functions at exit.
     """

@@ -569,7 +569,9 @@ LONG = f"{ANSWER} The <p>red square</p>[0.10,0.20,0.40,0.60] is on the left of t
 
 
 def taught(folder: Path, processor: Processor, question: str) -> Path:
-    """Return a checkpoint of a tiny model that learnt to give LONG to one question about `scene()`."""
+    """Return a checkpoint of a tiny model that learnt to give LONG to one question about
+    `scene()`.
+    """
     image = folder / "scene.png"
     scene().save(image)
     turns = (Turn(question, LONG),)

@@ -87,7 +87,9 @@ def alive(group: int) -> dict[int, tuple[int, str]]:
 
 
 class Killer:
-    """An outside process that kills runs of train.py at moments set only by its seed and its clock."""
+    """An outside process that kills runs of train.py at moments set only by its seed and its
+    clock.
+    """
 
     def __init__(self, run_folder: Path, seed: int) -> None:
         self.checkpoints = run_folder / "checkpoints"
@@ -164,7 +166,9 @@ class Killer:
 
 
 def check_readable(run_folder: Path) -> None:
-    """Check that every checkpoint and model under its final name is complete, to its last tensor."""
+    """Check that every checkpoint and model under its final name is complete, to its last
+    tensor.
+    """
     for path in checkpoints(run_folder / "checkpoints"):
         whole = TrainingCheckpoint(path)
         whole.pieces.state()

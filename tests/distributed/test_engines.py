@@ -1,4 +1,6 @@
-"""Every engine trains as one process does, and resumes from the checkpoints of every other engine."""
+"""Every engine trains as one process does, and resumes from the checkpoints of every other
+engine.
+"""
 
 from __future__ import annotations
 

@@ -225,7 +225,9 @@ def test_offloading_changes_nothing(processor: Processor, of_ranks: list[list[Ba
 
 
 class Gathered(L.Callback):
-    """How often frozen parameters were gathered in each step, and how many are gathered after it."""
+    """How often frozen parameters were gathered in each step, and how many are gathered after
+    it.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.steps: list[tuple[int, int]] = []

@@ -1,4 +1,6 @@
-"""Ranks as each starter's environment describes them, and similar environments of single processes."""
+"""Ranks as each starter's environment describes them, and similar environments of single
+processes.
+"""
 
 from __future__ import annotations
 
