@@ -59,11 +59,11 @@ def hints(target: str) -> dict[str, Any]:
     """Return the annotated types of the arguments of a class or function."""
     from hydra.utils import get_object
 
-    types: dict[str, Any] = {}
+    hints_by_name: dict[str, Any] = {}
     for function in _constructors(get_object(target)):
         with contextlib.suppress(Exception):  # names that exist only for type checkers
-            types = get_type_hints(function) | types
-    return types
+            hints_by_name = get_type_hints(function) | hints_by_name
+    return hints_by_name
 
 
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
@@ -83,7 +83,10 @@ def _choices(hint: Any) -> list[Any] | None:
 
 
 def _rank(choice: Any) -> int:
-    """Return a choice's place in a message: types in the order of `_NAMES`, values, null."""
+    """Return a choice's place in a message: types in the order of `_NAMES`, values, null.
+
+    A union itself has the order of the first module of the process that wrote it.
+    """
     if choice is type(None):
         return len(_NAMES) + 1
     return list(_NAMES).index(choice) if choice in _NAMES else len(_NAMES)
@@ -120,11 +123,11 @@ def check_instance(values: Any, key: str, siblings: Iterable[str] = ()) -> None:
         keys = parameters(str(values["_target_"]))
     except UserError as error:
         raise UserError(f"{key}.{error}") from None
-    types = hints(str(values["_target_"]))
+    hints_by_name = hints(str(values["_target_"]))
     for name, value in values.items():
         if keys is not None and name not in keys and name not in _HYDRAS:
             raise UserError(unknown_key(f"{key}.{name}", [f"{key}.{item}" for item in keys]))
-        choices = _choices(types.get(name, Any))
+        choices = _choices(hints_by_name.get(name, Any))
         if choices is not None and "${" not in str(value) and not _fits(value, choices):
             must = ", ".join(dict.fromkeys(_NAMES.get(choice, str(choice)) for choice in choices))
             raise UserError(f"{key}.{name}={'null' if value is None else value} must be one of: {must}")
