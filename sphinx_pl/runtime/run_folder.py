@@ -3,12 +3,10 @@
 A run first moves aside the files that it replaces. They are deleted when the run has saved a
 checkpoint or a model. They are restored if the run ends before that.
 
-.replaced/             files that the run replaces or rewrites, and state.json with the step it
-starts from
-    checkpoints/.replaced/ checkpoints that the run replaces; predictions/.replaced/ likewise
-    model-before/          the earlier model, from the first new checkpoint until the new model is
-        complete
-    run.lock               the process that writes to the folder
+    .replaced/              files that the run replaces or rewrites, and state.json with its first step
+    checkpoints/.replaced/  checkpoints that the run replaces; predictions/.replaced/ likewise
+    model-before/           the earlier model, from the first new checkpoint until the new model
+    run.lock                the process that writes to the folder
 
 Each transition is one rename or one written file. A kill at any moment leaves a state that
 `RunFolder.settle` completes or reverts.
