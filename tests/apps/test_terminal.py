@@ -41,7 +41,7 @@ def test_a_dialog_keeps_its_turns_and_survives_mistakes(terminal: Terminal, imag
         ["", "hello", "/image no/such.png", "/what", f"/image {image}", "what is it?", "and now?", "/quit", "x"]
     )
     assert "error: image cannot be used (image_missing" in printed(terminal)
-    assert "There is no /what" in printed(terminal)
+    assert "There is no command /what" in printed(terminal)
     assert [turn.question for turn in terminal.dialog.history] == ["what is it?", "and now?"]
     terminal.talk(["/new"])
     assert terminal.dialog.history == ()

@@ -139,7 +139,7 @@ def test_a_job_is_requeued_once_everything_is_saved(
     # SLURM's SIGTERM follows at once.
     assert leaves(fit, tmp_path / "checkpoints", at_step(0, signal.SIGUSR2, signal.SIGTERM)) == 128 + signal.SIGUSR2
     assert requests.read_text() == "requeue 40_3\nstep-00000001\n"
-    assert "SIGUSR2: step 1 is saved; job 40_3 is requeued and will go on from there" in caplog.text
+    assert "SIGUSR2: step 1 is saved; job 40_3 is requeued and will resume from there" in caplog.text
 
 
 def test_a_job_that_can_not_be_requeued_says_how_to_resume(
