@@ -431,11 +431,11 @@ def test_a_sam_that_is_not_there_is_one_line(tmp_path: Path, monkeypatch: pytest
         UserError, match=r"there is no folder some/sam, and the model some/sam is neither in .* get its"
     ):
         Segmenter.load("some/sam")
-    with pytest.raises(UserError, match=r"is no SAM model with config\.json"):
+    with pytest.raises(UserError, match=r"is not a SAM model with config\.json"):
         Segmenter.load(str(tmp_path))
     (sam / "model.safetensors").unlink()
     torch.save({"x": torch.zeros(1)}, sam / "pytorch_model.bin")  # a pickle is not read
-    with pytest.raises(UserError, match="is no SAM model"):
+    with pytest.raises(UserError, match="is not a SAM model"):
         Segmenter.load(str(sam))
 
 
