@@ -1,4 +1,4 @@
-"""An unknown name is answered with the nearest known one."""
+"""An unknown name is answered with the nearest known name."""
 
 from __future__ import annotations
 
