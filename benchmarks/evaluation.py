@@ -5,7 +5,7 @@
     python -m benchmarks.evaluation model=sphinx_sample_1k data.root=data/sample
 
 Bare: prompts are tokenized and pictures decoded before the clock starts, and the batches are those of the evaluation.
-The evaluation does all that while it is timed, scores the answers, and keeps a journal on the disk. Both take turns.
+The evaluation does all that while it is timed, scores the answers, and keeps a answer_log on the disk. Both take turns.
 Without a checkpoint the model is that of train.py's overrides, with random weights: its answers are nonsense, mostly as
 long as they may be.
 """
@@ -35,7 +35,7 @@ from sphinx_pl.data.readers import spread
 from sphinx_pl.data.records import read_records
 from sphinx_pl.data.schema import Record
 from sphinx_pl.data.tasks import TASKS
-from sphinx_pl.evaluation.answer_log import Journal
+from sphinx_pl.evaluation.answer_log import AnswerLog
 from sphinx_pl.evaluation.runner import evaluate, select
 from sphinx_pl.generation.assistant import Assistant
 from sphinx_pl.generation.generate import GenerationConfig, Prompt, generate
@@ -72,8 +72,8 @@ def compare(
 
     def whole() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            journal = Journal(Path(folder), "tasks", {})
-            evaluate(model, processor, records, batch_size=batch_size, journal=journal, progress=False)
+            answer_log = AnswerLog(Path(folder), "tasks", {})
+            evaluate(model, processor, records, batch_size=batch_size, answer_log=answer_log, progress=False)
 
     with autocast(device, precision):
         generate(model, batches[0], config)  # what is only done once

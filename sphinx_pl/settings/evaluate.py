@@ -19,8 +19,8 @@ from sphinx_pl.utils.errors import UserError
 
 
 @dataclass
-class LeanOptions:
-    """How a mixture leans towards what fails; see `sphinx_pl.evaluation.mixtures.reweighting`."""
+class ReweightingOptions:
+    """How then=mixture changes weights; see `sphinx_pl.evaluation.mixtures.reweighting`."""
 
     strength: float = 0.5
     prior: float = 20.0
@@ -29,10 +29,11 @@ class LeanOptions:
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength <= 1:
-            raise UserError(f"lean.strength={self.strength} must be 0 to 1")
+            raise UserError(f"reweighting.strength={self.strength} must be 0 to 1")
         if self.prior <= 0 or self.bound < 1 or self.at_most < 1:
             raise UserError(
-                f"lean: prior={self.prior} must be above 0, bound={self.bound} and at_most={self.at_most} at least 1"
+                f"reweighting: prior={self.prior} must be above 0, bound={self.bound} and at_most={self.at_most} "
+                "at least 1"
             )
 
 
@@ -57,7 +58,7 @@ class EvaluateConfig:
     report: Optional[str] = None
     then: Optional[str] = None
     mixture_out: Optional[str] = None
-    lean: LeanOptions = field(default_factory=LeanOptions)
+    reweighting: ReweightingOptions = field(default_factory=ReweightingOptions)
     wandb: Optional[dict[str, Any]] = None
 
     def __post_init__(self) -> None:
@@ -81,7 +82,7 @@ class EvaluateConfig:
         return self.test is not None or not self.benchmarks
 
     def settings(self) -> dict[str, Any]:
-        """What answers depend on besides the questions, for the journal."""
+        """What answers depend on besides the questions, for the answer log."""
         assert self.checkpoint is not None
         files = sorted(path for path in Path(self.checkpoint).glob("*") if path.is_file())
         return {
@@ -96,6 +97,6 @@ def check_evaluate(cfg: DictConfig) -> None:
     """Raises: UserError: a key that nothing reads, or a value of data or benchmarks that does not fit."""
     refuse_unread(cfg, "", [*EvaluateConfig.__dataclass_fields__, "data", "benchmark"])
     build(Decoding, cfg.get("generation") or {}, "generation")
-    build(LeanOptions, cfg.get("lean") or {}, "lean")
+    build(ReweightingOptions, cfg.get("reweighting") or {}, "reweighting")
     check_data(cfg)
     check_benchmark(cfg)

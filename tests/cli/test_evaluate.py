@@ -26,15 +26,14 @@ from sphinx_pl.data.answer_parsing import normalise
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.records import read_records
 from sphinx_pl.data.schema import ImageRef, Record
+from sphinx_pl.evaluation.benchmarks.detection_ocr_pose import DetectionBenchmark
 from sphinx_pl.evaluation.benchmarks.mme import SUBTASKS
-from sphinx_pl.evaluation.benchmarks.suite import DetectionSuite
 from sphinx_pl.evaluation.compare import compare
-from sphinx_pl.evaluation.measures import estimate
+from sphinx_pl.evaluation.metrics import estimate
 from sphinx_pl.evaluation.report.page import check_page
 from sphinx_pl.evaluation.rescore import rescore
 from sphinx_pl.evaluation.results import read_predictions
 from sphinx_pl.evaluation.runner import Prediction, evaluate
-from sphinx_pl.evaluation.scorers.yes_no import mme_scores
 from sphinx_pl.models.config import ClipViTConfig, DecoderConfig, SphinxConfig, VisionConfig
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.settings.evaluate import EvaluateConfig
@@ -42,6 +41,7 @@ from sphinx_pl.utils.config import pick
 from sphinx_pl.utils.errors import UserError
 from tests.callbacks.test_wandb import finished_run
 from tests.evaluation.benchmarks.vqa_files import CHART, FILES, write
+from tests.evaluation.official import mme_scores
 from tests.scripts import Script, run_script
 
 ROOT = Path(__file__).parents[2]
@@ -205,8 +205,8 @@ def test_points_average_precision_and_images_in_a_table(world: Path) -> None:
     assert values["perception", ""] == pytest.approx(mme_scores(said).perception)
     assert {category for _, category in values} == {"", *SUBTASKS}
     asked = [p for p in predictions if p.benchmark == "detection"]
-    suite = DetectionSuite(world / "scenes.json")
-    assert [v["value"] for v in boxes["values"]] == [estimate(m.prepare(asked)).value for m in suite.measures]
+    suite = DetectionBenchmark(world / "scenes.json")
+    assert [v["value"] for v in boxes["values"]] == [estimate(m.prepare(asked)).value for m in suite.metrics]
     assert len((out / "mme" / "OCR.txt").read_text().splitlines()) == 2
     sheet = openpyxl.load_workbook(out / "submission_mmbench_test_en.xlsx").active
     assert [row[0] for row in sheet.iter_rows(min_row=2, values_only=True)] == [3, 1_000_003]
@@ -365,20 +365,20 @@ def test_baselines_of_an_evaluation_that_was_replaced_are_gone(world: Path) -> N
 
 def test_a_killed_evaluation_goes_on_with_the_same_result(world: Path, pope: list[str], whole: Path) -> None:
     out = world / "killed"
-    journal = out / "answers" / "dogs.rank0.jsonl"
+    answer_log = out / "answers" / "dogs.rank0.jsonl"
     with Path(os.devnull).open("w") as nowhere:
         process = Script(command(world, *pope, f"out={out}"), nowhere, nowhere, environment=ENVIRONMENT)
-    while process.poll() is None and (not journal.exists() or journal.read_bytes().count(b"\n") < 4):
+    while process.poll() is None and (not answer_log.exists() or answer_log.read_bytes().count(b"\n") < 4):
         time.sleep(0.002)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert not (out / "results.json").exists()
-    answered = journal.read_bytes().count(b"\n")
+    answered = answer_log.read_bytes().count(b"\n")
     assert 4 <= answered < 21  # a line for the settings, one for each of 20 batches
     done = run(world, *pope, f"out={out}")
     assert done.returncode == 0, done.stderr
     assert same(out, whole)
-    assert journal.read_bytes().count(b"\n") == 21  # none was answered twice
+    assert answer_log.read_bytes().count(b"\n") == 21  # none was answered twice
     assert not compare(read_predictions(out), read_predictions(whole), {})[0].real
 
 

@@ -135,7 +135,7 @@ def test_beta_auto_takes_the_best_point_and_says_why(
     curve = json.loads((tmp_path / "mixed" / "curve.json").read_text())
     said = open_checkpoint(tmp_path / "mixed").provenance["mixing"]
     assert said["weights"] == curve["best"]["weights"]
-    assert said["chosen_by"]["criterion"] == "loss"
+    assert said["chosen_by"]["objective"] == "loss"
     assert said["chosen_by"]["why"].startswith(f"beta={curve['best']['beta']:g} has the lowest loss of 3 points")
     printed = capsys.readouterr().out
     first, *told = printed.splitlines()[:4]
@@ -152,7 +152,7 @@ def test_a_curve_of_three_models_with_scores(
     run: Callable[..., None], models: Callable[..., list[Path]], tmp_path: Path, data: list[str]
 ) -> None:
     paths = ",".join(str(path) for path in models(3))
-    tasks = ["curve_tasks=[short_vqa]", "curve_limit=2", "criterion=score/short_vqa"]
+    tasks = ["curve_tasks=[short_vqa]", "curve_limit=2", "objective=score/short_vqa"]
     run(f"checkpoints=[{paths}]", "curve=2", "curve_dir=curve", *tasks, *data)
     curve = json.loads((tmp_path / "curve" / "curve.json").read_text())
     assert curve["models"] == 3
@@ -261,7 +261,7 @@ def test_rules_and_options_from_the_command_line(
         (["out=mixed", "method=greedy_soup", "beta=0.5"], "finds the weights"),
         (["out=mixed", "method=ties", "weights=[1,1]"], "base=FOLDER"),
         (["out=mixed", "beta=0.5", "options.density=0.5"], "method=linear has no such option"),
-        (["out=mixed", "beta=0.5", "criterion=bleu"], "criterion=bleu"),
+        (["out=mixed", "beta=0.5", "objective=bleu"], "objective=bleu"),
         (["out=mixed", "weights=[1e308,1e308]", "any_sum=true"], "weights=[1e+308, 1e+308] must be at most 2^53"),
         (["out=mixed", "beta=auto", "curve_dir=mixed/curve"], "curve_dir=mixed/curve is in out=mixed"),
         (["out=real", "beta=0.5", "overwrite=true", "checkpoints=[real,synthetic]"], "would delete 'real'"),
@@ -286,8 +286,8 @@ def test_rules_and_options_from_the_command_line(
         ([f"out={300 * 'x'}", "beta=0.5"], "(File name too long)"),
         (["curve=3", "curve_dir=real/config.json"], "curve_dir: 'real/config.json' cannot be a folder"),
         (["curve=3", "curve_dir=c", "curve_sources=[]"], "curve_sources= is an empty list"),
-        (["curve=3", "curve_dir=c", "criterion=loss/reel"], "criterion=loss/reel is not measured"),
-        (["beta=auto", "out=mixed", "criterion=score/short_vqa"], "criterion=score/short_vqa is not measured"),
+        (["curve=3", "curve_dir=c", "objective=loss/reel"], "objective=loss/reel is not measured"),
+        (["beta=auto", "out=mixed", "objective=score/short_vqa"], "objective=score/short_vqa is not measured"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(

@@ -1,5 +1,5 @@
-"""SPHINX-PL's checkpoints as a model of lmms-eval (https://github.com/EvolvingLMMs-Lab/lmms-eval), which finds it
-through the entry point `lmms_eval.models`. docs/lmms_eval.md says how to run it.
+"""SPHINX-PL's checkpoints as a model of lmms-eval (https://github.com/EvolvingLMMs-Lab/lmms-eval),
+which finds it through the entry point `lmms_eval.models`. docs/lmms_eval.md says how to run it.
 
 Only `model.py` and the functions here import lmms-eval, which is no dependency of this package.
 """
@@ -14,7 +14,8 @@ TASKS = Path(__file__).parent / "tasks"
 
 
 def manifest() -> Any:
-    """What lmms-eval's registry is told: a `ModelManifest`. Imports no model, since every run of lmms-eval asks."""
+    """What lmms-eval's registry is told: a `ModelManifest`. Imports no model, since every run of
+    lmms-eval asks."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest("sphinx_pl", simple_class_path="sphinx_pl.evaluation.lmms.model.SphinxPL")

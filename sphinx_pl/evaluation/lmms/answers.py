@@ -1,4 +1,5 @@
-"""The answers to lmms-eval's requests. It knows their form, not lmms-eval: requests come as their `args`.
+"""The answers to lmms-eval's requests. It knows their form, not lmms-eval: requests come as their
+`args`.
 
 | request                    | args                                                                        |
 |----------------------------|-----------------------------------------------------------------------------|
@@ -6,7 +7,8 @@
 | loglikelihood              | context, continuation, doc_to_visual, number, task, split                   |
 | generate_until_multi_round | context, generation arguments, doc_to_visual, doc_to_text, number, task, split |
 
-A document is `documents[task][split][number]`. It is opened with its batch, since that decodes its images.
+A document is `documents[task][split][number]`. It is opened with its batch, since that decodes its
+images.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from sphinx_pl.generation.generate import GenerationConfig, Prompt
 from sphinx_pl.utils.errors import UserError, suggest
 
 DEFAULT_LIMIT = 128
-"""New tokens where a task says nothing: longer than any answer that benchmarks without a limit ask for."""
+"""New tokens where a task says nothing: longer than any answer that benchmarks without a limit ask
+for."""
 
 PROMPTS = ("sphinx", "benchmark")
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
@@ -40,7 +43,8 @@ Request = tuple[Any, ...]
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """A task's generation arguments as far as SPHINX-PL has them. `until`: strings that end an answer."""
+    """A task's generation arguments as far as SPHINX-PL has them. `until`: strings that end an
+    answer."""
 
     limit: int = DEFAULT_LIMIT
     temperature: float = 0.0
@@ -76,7 +80,8 @@ class Drawing:
 
 @dataclass(slots=True)
 class _Round:
-    """One question: what it shows and asks, of which document. `whole`: the answer is given and has to fit."""
+    """One question: what it shows and asks, of which document. `whole`: the answer is given and has
+    to fit."""
 
     context: str
     visuals: Callable[[Any], Any] | None
@@ -99,8 +104,9 @@ class _Asked:
 class Answers:
     """Answers requests in batches of similar length, in the order in which they came.
 
-    `lost` counts, by task, the requests that could not be asked: they are answered with nothing, since lmms-eval
-    leaves none out. `documents` is read when it is needed: lmms-eval fills it later.
+    `lost` counts, by task, the requests that could not be asked: they are answered with nothing,
+    since lmms-eval leaves none out. `documents` is read when it is needed: lmms-eval fills it
+    later.
     """
 
     def __init__(
@@ -131,8 +137,8 @@ class Answers:
         return self._generate(rounds, "generate_until")
 
     def generate_until_multi_round(self, requests: Sequence[Request]) -> list[list[str]]:
-        """The texts of all rounds of each request, as its task keeps them. Every round is a dialog of its own: what
-        it has to know of earlier ones stands in the context that the task writes.
+        """The texts of all rounds of each request, as its task keeps them. Every round is a dialog
+        of its own: what it has to know of earlier ones stands in the context that the task writes.
         """
         texts: list[list[str]] = [[] for _ in requests]
         state: list[Any] = [None] * len(requests)
@@ -161,8 +167,9 @@ class Answers:
         return texts
 
     def loglikelihood(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
-        """For each request the *negative* sum of the continuation's log-probabilities (nats), and whether it is the
-        greedy answer. lmms-eval's multiple choice takes the smallest number: its models return losses.
+        """For each request the *negative* sum of the continuation's log-probabilities (nats), and
+        whether it is the greedy answer. lmms-eval's multiple choice takes the smallest number: its
+        models return losses.
         """
         found: list[tuple[float, bool]] = [(float("inf"), False)] * len(requests)
         rounds, answers = [], []
@@ -185,7 +192,8 @@ class Answers:
         for batch in self._batches(rounds, title):
             asked = {place: one for place in batch if (one := self._asked(rounds[place])) is not None}
             drawing = rounds[batch[0]].drawing
-            # Another seed for every batch, or the same question in two of them would have the same answer.
+            # Another seed for every batch, or the same question in two of them would have the same
+            # answer.
             config = GenerationConfig(temperature=drawing.temperature, top_p=drawing.top_p, seed=batch[0])
             answers = self.assistant.answer([one.prompt for one in asked.values()], config)
             for (place, one), text in zip(asked.items(), answers, strict=True):

@@ -25,9 +25,9 @@ AUTO_BATCH = 16
 class SphinxPL(lmms):
     """A checkpoint of any layout.
 
-    `--model_args checkpoint=FOLDER,precision=bf16,batch_size=16,device=auto,prompts=sphinx`. With several processes
-    each has the whole model on a GPU of its own and answers its share. `prompts=benchmark` leaves lmms-eval's wordings
-    as they are.
+    `--model_args checkpoint=FOLDER,precision=bf16,batch_size=16,device=auto,prompts=sphinx`. With
+    several processes each has the whole model on a GPU of its own and answers its share.
+    `prompts=benchmark` leaves lmms-eval's wordings as they are.
     """
 
     # Not the chat interface, whose tasks cannot ask for likelihoods.
@@ -63,8 +63,8 @@ class SphinxPL(lmms):
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> SphinxPL:
-        """As lmms-eval's, but what stands in `--model_args` counts before the options of the command line, one of
-        which, `--batch_size`, is always there."""
+        """As lmms-eval's, but what stands in `--model_args` counts before the options of the
+        command line, one of which, `--batch_size`, is always there."""
         given = {name: value for name, value in (additional_config or {}).items() if value is not None}
         return cls(**(given | simple_parse_args_string(arg_string)))
 
@@ -105,8 +105,8 @@ class SphinxPL(lmms):
 
 
 def survives(result: Any) -> Any:
-    """A result such that lmms-eval's tasks get it as it is: 0.7.3 makes a text of every pair of numbers that is not
-    wrapped, and then fails to take it apart."""
+    """A result such that lmms-eval's tasks get it as it is: 0.7.3 makes a text of every pair of
+    numbers that is not wrapped, and then fails to take it apart."""
     return result if unwrap_generation_output(result)[0] == result else GenerationResult(result)
 
 

@@ -1,9 +1,10 @@
-"""lmms-eval's questions in SPHINX's wordings, and SPHINX's boxes in the frame that a benchmark expects.
+"""lmms-eval's questions in SPHINX's wordings, and SPHINX's boxes in the frame that a benchmark
+expects.
 
-lmms-eval's own mechanism, `lmms_eval_specific_kwargs` keyed by the model's name, is read from a task's YAML file only,
-and its files name no `sphinx_pl`: a model from outside gets their `default`. Those are mostly LLaVA-1.5's wordings,
-which are SPHINX's too (MME, POPE, VQAv2, GQA, TextVQA, ScienceQA, SEED, captions). `RULES` has the tasks where they are
-not.
+lmms-eval's own mechanism, `lmms_eval_specific_kwargs` keyed by the model's name, is read from a
+task's YAML file only, and its files name no `sphinx_pl`: a model from outside gets their `default`.
+Those are mostly LLaVA-1.5's wordings, which are SPHINX's too (MME, POPE, VQAv2, GQA, TextVQA,
+ScienceQA, SEED, captions). `RULES` has the tasks where they are not.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ REC = TASKS["rec"].templates[0]
 REG = TASKS["reg"].templates[0]
 
 Ask = Callable[[str, Mapping[str, Any], tuple[Size, ...], Geometry], str]
-"""(context, those of a document's values that the question needs, sizes of its images, the model's geometry) ->
-SPHINX's question."""
+"""(context, those of a document's values that the question needs, sizes of its images, the model's
+geometry) -> SPHINX's question."""
 Answer = Callable[[str, Size, Geometry], str]
 """(SPHINX's answer, size of the image, the model's geometry) -> what the benchmark reads."""
 
@@ -55,7 +56,8 @@ def find_rule(task: str) -> Rule | None:
 
 
 def _phrase(context: str, doc: Mapping[str, Any], sizes: tuple[Size, ...], geometry: Geometry) -> str:
-    # RefCOCO's sentences, which lmms-eval keeps under "answer" although a box is asked for; of several the first.
+    # RefCOCO's sentences, which lmms-eval keeps under "answer" although a box is asked for; of
+    # several the first.
     phrase = doc["answer"] if isinstance(doc["answer"], str) else doc["answer"][0]
     return REC.format(phrase=phrase.strip().rstrip("."))
 
@@ -97,7 +99,8 @@ def _iconqa(context: str, doc: Mapping[str, Any], sizes: tuple[Size, ...], geome
 
 
 def _fractions(text: str, size: Size, geometry: Geometry) -> str:
-    """The first box in fractions of the image itself. Not cut at its edges: so overlaps are those in the square."""
+    """The first box in fractions of the image itself. Not cut at its edges: so overlaps are those
+    in the square."""
     boxes = geometry.parse_boxes(text)
     if not boxes:
         return text

@@ -1,4 +1,5 @@
-"""Line charts and interval bars as inline SVG; colours are the page's CSS variables, so they follow light and dark."""
+"""Line charts and interval bars as inline SVG; colours are the page's CSS variables, so they follow
+light and dark."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ COLOURS = 7
 
 @dataclass(frozen=True)
 class Series:
-    """A line through (x, y) points. `faint`: thin, behind, without a name; `dots`: with a mark at each point."""
+    """A line through (x, y) points. `faint`: thin, behind, without a name; `dots`: with a mark at
+    each point."""
 
     name: str
     points: Points
@@ -30,7 +32,8 @@ def smooth(points: Points, share: float = 0.04) -> list[tuple[float, float]]:
         sums.append(sums[-1] + value)
     smoothed = []
     for i, (x, _) in enumerate(points):
-        # Shorter at the start, where a loss falls steeply and a one-sided window would bend it; one-sided at the end.
+        # Shorter at the start, where a loss falls steeply and a one-sided window would bend it;
+        # one-sided at the end.
         before = min(reach, i)
         after = min(before, len(points) - 1 - i)
         smoothed.append((x, (sums[i + after + 1] - sums[i - before]) / (before + after + 1)))
@@ -50,11 +53,13 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 def line_chart(
     series: Sequence[Series], x_label: str = "", y_label: str = "", mark: float | None = None, small: bool = False
 ) -> str:
-    """An SVG with axes, and names at the lines' right ends (none when `small`). `mark`: an x with a vertical line."""
+    """An SVG with axes, and names at the lines' right ends (none when `small`). `mark`: an x with a
+    vertical line."""
     width, height = (240, 110) if small else (960, 340)
     left, right, top, bottom = (30, 4, 6, 16) if small else (56, 190, 12, 44)
     xs = [x for line in series for x, _ in line.points]
-    # A few early, huge values would flatten the rest: the axis covers what the drawn averages cover.
+    # A few early, huge values would flatten the rest: the axis covers what the drawn averages
+    # cover.
     ys = [y for line in series if not line.faint for _, y in line.points] or [
         y for line in series for _, y in line.points
     ]

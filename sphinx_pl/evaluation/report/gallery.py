@@ -1,4 +1,5 @@
-"""Answered questions as cards: the pictures with what question, answer and prediction name, and the three texts."""
+"""Cards of answered questions: the pictures with the places that the texts name, and the three
+texts."""
 
 from __future__ import annotations
 
@@ -30,16 +31,19 @@ SEED = 0
 ALL = "<option value=''>all</option>"
 MISTAKES = ("wrong", "unparsed")
 ALL_BYTES, LEAST_BYTES = 7_500_000, 16_000
-"""Before base64: of one picture; of a page's, which are made smaller so that all fit; and how small they may become."""
+"""Before base64: of one picture; of a page's, which are made smaller so that all fit; and how small
+they may become."""
 
 
 def sections(
     predictions: Sequence[Mapping[str, Any]], drawn: int, wrong: int, right: int, at_most: int
 ) -> list[tuple[str, Mapping[str, Any]]]:
-    """The predictions to show, each with a heading that says how it was chosen; none is shown twice.
+    """The predictions to show, each with a heading that says how it was chosen; none is shown
+    twice.
 
-    First of each benchmark and task `drawn` ones, drawn at random whatever they score, with a fixed seed: they look as
-    the model does. Then what `choose` finds among the others: mistakes, and right answers.
+    First of each benchmark and task `drawn` ones, drawn at random whatever they score, with a fixed
+    seed: they look as the model does. Then what `choose` finds among the others: mistakes, and
+    right answers.
     """
     groups: dict[str, list[int]] = defaultdict(list)
     for place, prediction in enumerate(predictions):
@@ -57,11 +61,13 @@ def sections(
 
 
 def choose(predictions: Sequence[Mapping[str, Any]], wrong: int, right: int, at_most: int) -> list[Mapping[str, Any]]:
-    """The predictions to show: of each benchmark and task the worst `wrong` ones and `right` right ones.
+    """The predictions to show: of each benchmark and task the worst `wrong` ones and `right` right
+    ones.
 
-    Of equally bad ones each category gets its turn, so that none hides the others; they and the right ones are spread
-    evenly over the data, neither the first, which are of one kind, nor picked by hand. The worst of all groups come
-    first, the right ones last, and as many of those that are scored elsewhere.
+    Of equally bad ones each category gets its turn, so that none hides the others; they and the
+    right ones are spread evenly over the data, neither the first, which are of one kind, nor picked
+    by hand. The worst of all groups come first, the right ones last, and as many of those that are
+    scored elsewhere.
     """
     groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for prediction in predictions:
@@ -74,7 +80,8 @@ def choose(predictions: Sequence[Mapping[str, Any]], wrong: int, right: int, at_
 
 
 def verdict(prediction: Mapping[str, Any]) -> str:
-    """right, wrong, unparsed, or elsewhere: where the truth is not public, or a judge has to decide."""
+    """right, wrong, unparsed, or elsewhere: where the truth is not public, or a judge has to
+    decide."""
     if prediction.get("benchmark") and not prediction["metric"]:
         return "elsewhere"
     if prediction["score"] >= RIGHT:
@@ -107,8 +114,9 @@ def _spread(items: list[Mapping[str, Any]], count: int) -> list[Mapping[str, Any
 
 
 def cards(predictions: Sequence[Mapping[str, Any]], size: int, geometry: Geometry, headings: Sequence[str] = ()) -> str:
-    """The cards of predictions (`Prediction.to_dict`) in their order, above them the legend and choices of heading,
-    task, category and verdict, which need SCRIPT; with it, 24 are shown at first.
+    """The cards of predictions (`Prediction.to_dict`) in their order, above them the legend and
+    choices of heading, task, category and verdict, which need SCRIPT; with it, 24 are shown at
+    first.
 
     Args:
         headings: of each prediction, by which they are in order; () for none.
@@ -183,7 +191,8 @@ def _card(prediction: Mapping[str, Any], pictures: str, category: int, heading: 
 
 
 def _pictures(prediction: Mapping[str, Any], size: int, geometry: Geometry, limit: int) -> tuple[str, int]:
-    """The images of a prediction as HTML of about `limit` bytes each, and how many of them could not be read."""
+    """The images of a prediction as HTML of about `limit` bytes each, and how many of them could
+    not be read."""
     html, lost = "", 0
     for image in prediction["images"]:
         try:

@@ -2,7 +2,8 @@
 
     python -m sphinx_pl.evaluation.report.page --out report.html --run real=DIR --mix DIR --evaluation DIR
 
-Everything is inline: styles, SVG charts, PNG pictures. An input that is missing leaves its section with one sentence.
+Everything is inline: styles, SVG charts, PNG pictures. An input that is missing leaves its section
+with one sentence.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from sphinx_pl.evaluation.mixtures.reweighting import held_text
 from sphinx_pl.evaluation.report import tables
 from sphinx_pl.evaluation.report.charts import Series, line_chart, smooth
 from sphinx_pl.evaluation.report.gallery import RIGHT, SCRIPT, SEED, STYLE, cards, sections, verdict
-from sphinx_pl.evaluation.report.reference_results import read_published
+from sphinx_pl.evaluation.report.reference_results import read_reference_results
 from sphinx_pl.evaluation.report.tables import Evaluation
 from sphinx_pl.evaluation.results import RESULTS, read_predictions, read_results
 from sphinx_pl.utils.errors import UserError
@@ -41,7 +42,8 @@ LAST = 20
 """Logged losses that a mean is shown of, beside the last one: each is of few steps."""
 
 WITHOUT_TEXT = "_notext"
-"""Ending of the name of a run that trained without text-only data, beside the run of that name with it."""
+"""Ending of the name of a run that trained without text-only data, beside the run of that name with
+it."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Spent in optimizer steps, from the logged time per step; validation and checkpoints are not in it."""
+        """Spent in optimizer steps, from the logged time per step; validation and checkpoints are
+        not in it."""
         return sum(seconds * steps for _, seconds, steps in self._logged())
 
     def total(self, what: str) -> float:
@@ -85,7 +88,8 @@ class Run:
 
     @property
     def reads_text(self) -> bool:
-        """Whether text-only data was among the training sources; where the configuration is lost, the name tells."""
+        """Whether text-only data was among the training sources; where the configuration is lost,
+        the name tells."""
         if not self.sources:
             return not self.name.endswith(WITHOUT_TEXT)
         sources = (self.config["data"]["sources"][name] for name in self.sources)
@@ -104,8 +108,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Shown:
-    """How many answers the page shows: of each task and benchmark of an evaluation so many that are drawn at random, of
-    the others so many of the worst ones and of the right ones, and in all at most `answers`."""
+    """How many answers the page shows: of each task and benchmark of an evaluation so many that are
+    drawn at random, of the others so many of the worst ones and of the right ones, and in all at
+    most `answers`."""
 
     drawn: int = 4
     wrong: int = 8
@@ -154,7 +159,8 @@ def read_evaluation(folder: Path, name: str = "") -> Evaluation | None:
 
 
 def _kept(read: Callable[[Path], T], folder: Path) -> T | None:
-    """What is read; None, with a warning, where it is damaged: one bad file does not cost the others' page."""
+    """What is read; None, with a warning, where it is damaged: one bad file does not cost the
+    others' page."""
     try:
         return read(folder)
     except UserError as error:
@@ -175,7 +181,8 @@ def _parsed(file: Path, parse: Callable[[str], Any]) -> Any:
 
 
 def find_inputs(folder: Path) -> tuple[list[Run], Path | None]:
-    """The training runs right under `folder`, in the order in which they were made, and the folder with a curve."""
+    """The training runs right under `folder`, in the order in which they were made, and the folder
+    with a curve."""
     logs = sorted(folder.glob(f"*/{METRICS}"), key=lambda file: file.stat().st_mtime)
     curves = sorted(folder.glob("*/curve.json"), key=lambda file: file.stat().st_mtime)
     return [read_run(log.parent.name, log.parent) for log in logs], curves[-1].parent if curves else None
@@ -354,7 +361,7 @@ def _language(runs: Sequence[Run]) -> str:
 
 
 def _results(evaluations: Sequence[Evaluation]) -> str:
-    content = tables.results(evaluations, read_published())
+    content = tables.results(evaluations, read_reference_results())
     if not content:
         return _missing("There are no results: run evaluate.py and give its folder with --evaluation.")
     return (
@@ -427,7 +434,7 @@ def _mixture(evaluation: Evaluation) -> str:
     return (
         "<p>A training mixture that leans towards what this model fails at, as MLLM-DataEngine (arXiv 2308.13566) "
         "looks for data: a source’s weight grows with the mean failure of the tasks and topics that it holds. A "
-        "failure is 1 − score. Tasks have different measures, and one may fail more because its measure is stricter. "
+        "failure is 1 − score. Tasks have different metrics, and one may fail more because its metric is stricter. "
         "Whether the new mixture trains a better model is not known before it has been tried. Written to "
         f"<b>{visible(Path(str(lean['file'])).name)}</b>.</p>"
         + table(head, sources, set(range(1, 7)))
@@ -481,7 +488,8 @@ def check_page(path: Path, key: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: read the folders, write the file, print its path. 2 for a mistake in the arguments."""
+    """Command line: read the folders, write the file, print its path. 2 for a mistake in the
+    arguments."""
     parser = argparse.ArgumentParser(prog="python -m sphinx_pl.evaluation.report.page", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="the HTML file to write")
     parser.add_argument("--run", action="append", default=[], metavar="NAME=DIR", help="a training run's folder")

@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sphinx_pl.evaluation.measures import bootstrap
+from sphinx_pl.evaluation.metrics import bootstrap
 from sphinx_pl.evaluation.runner import Prediction
 
 
 @dataclass(frozen=True)
 class Row:
-    """Scores of one group: a task, or a domain and topic of it ("" = all). `low`, `high`: 95 % interval of `score`."""
+    """Scores of one group: a task, or a domain and topic of it ("" = all). `low`, `high`: 95 %
+    interval of `score`."""
 
     task: str
     domain: str

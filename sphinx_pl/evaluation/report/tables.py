@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from sphinx_pl.evaluation.benchmarks import FAMILIES
-from sphinx_pl.evaluation.measures import number_text
+from sphinx_pl.evaluation.metrics import number_text
 from sphinx_pl.evaluation.report.charts import interval_bar
-from sphinx_pl.evaluation.report.reference_results import Published
+from sphinx_pl.evaluation.report.reference_results import ReferenceResult
 from sphinx_pl.utils.html import table, visible
 
 
@@ -36,7 +36,7 @@ class Evaluation:
         return self.results.get("rows") or []
 
 
-def results(evaluations: Sequence[Evaluation], published: Sequence[Published]) -> str:
+def results(evaluations: Sequence[Evaluation], published: Sequence[ReferenceResult]) -> str:
     """The section as HTML; "" where there is no result."""
     found = {family: _family(family, evaluations, published) for family in _families(evaluations)}
     blocks = [
@@ -71,7 +71,7 @@ Key = tuple[str, str, str]
 """A benchmark's kind, split and name: the same in all evaluations that asked it."""
 
 
-def _family(family: str, evaluations: Sequence[Evaluation], published: Sequence[Published]) -> str:
+def _family(family: str, evaluations: Sequence[Evaluation], published: Sequence[ReferenceResult]) -> str:
     asked: dict[Key, dict[int, dict[str, Any]]] = {}  # by the evaluation's place
     for place, evaluation in enumerate(evaluations):
         for result in evaluation.benchmarks:
@@ -91,22 +91,22 @@ def _family(family: str, evaluations: Sequence[Evaluation], published: Sequence[
     for (kind, split, _), results in asked.items():
         first = next(iter(results.values()))
         whole = [value for value in first["values"] if not value["category"]]
-        for line, measure in enumerate([value["measure"] for value in whole] or [""]):
-            cells = [_value(results.get(place), measure, counts=not line) for place in columns]
+        for line, metric in enumerate([value["measure"] for value in whole] or [""]):
+            cells = [_value(results.get(place), metric, counts=not line) for place in columns]
             label = f"<b>{visible(str(first['title']))}</b> <small>{visible(split)}</small>" if not line else ""
-            beside = shown.cells((kind, split, measure, not line))
-            rows.append([label, visible(measure) or "<small>scored elsewhere</small>", *cells, *beside])
+            beside = shown.cells((kind, split, metric, not line))
+            rows.append([label, visible(metric) or "<small>scored elsewhere</small>", *cells, *beside])
         folded += _categories(f"{first['title']} {split}", [(evaluations[p].name, results.get(p)) for p in columns])
     names = [visible(evaluations[place].name) if len(evaluations) > 1 else "this model" for place in columns]
-    head = ["benchmark", "measure", *names, *map(visible, shown.models)]
+    head = ["benchmark", "metric", *names, *map(visible, shown.models)]
     return table(head, rows, set(range(2 + len(columns), len(head)))) + shown.notes() + folded
 
 
-def _value(result: Mapping[str, Any] | None, measure: str, counts: bool, category: str = "") -> str:
+def _value(result: Mapping[str, Any] | None, metric: str, counts: bool, category: str = "") -> str:
     """A run's cell: the value with its interval, and beneath it how many questions it is of."""
     if result is None:
         return ""
-    value = next((v for v in result["values"] if (v["measure"], v["category"]) == (measure, category)), None)
+    value = next((v for v in result["values"] if (v["measure"], v["category"]) == (metric, category)), None)
     text = ""
     if value is not None:
         ends = [number_text(value[end], value["percent"]) for end in ("low", "high") if value[end] is not None]
@@ -135,26 +135,28 @@ def _categories(title: str, results: Sequence[tuple[str, Mapping[str, Any] | Non
         return ""
     rows = []
     last = None
-    for category, measure in found:
-        cells = (_value(result, measure, False, category) for _, result in results)
-        rows.append([visible(category) if category != last else "", visible(measure), *cells])
+    for category, metric in found:
+        cells = (_value(result, metric, False, category) for _, result in results)
+        rows.append([visible(category) if category != last else "", visible(metric), *cells])
         last = category
-    head = ["category", "measure", *(visible(name) if len(results) > 1 else "this model" for name, _ in results)]
+    head = ["category", "metric", *(visible(name) if len(results) > 1 else "this model" for name, _ in results)]
     return f"<details><summary>{visible(title)} by category</summary>{table(head, rows, set())}</details>"
 
 
 Line = tuple[str, str, str, bool]
-"""Of a table: a benchmark's kind, split and measure, and whether that is its main one."""
+"""Of a table: a benchmark's kind, split and metric, and whether that is its main one."""
 
 
 class _Beside:
-    """Published numbers of one table's benchmarks: a column for each model, notes with their sources.
+    """Published numbers of one table's benchmarks: a column for each model, notes with their
+    sources.
 
     Args:
-        numbers: of the benchmarks. lines: of the table; what fits none of them is only in the notes.
+        numbers: of the benchmarks. lines: of the table; what fits none of them is only in the
+            notes.
     """
 
-    def __init__(self, numbers: Sequence[Published], lines: Iterable[Line]) -> None:
+    def __init__(self, numbers: Sequence[ReferenceResult], lines: Iterable[Line]) -> None:
         lines = list(lines)
         self._fitting = [number for number in numbers if any(_fits(number, line) for line in lines)]
         self._others = [number for number in numbers if number not in self._fitting]
@@ -167,7 +169,7 @@ class _Beside:
         cells |= {number.model: self._cell(number) for number in self._fitting if _fits(number, line)}
         return list(cells.values())
 
-    def _cell(self, number: Published) -> str:
+    def _cell(self, number: ReferenceResult) -> str:
         mark = self._sources.index(number.source) + 1
         return f"{number.value:g}<sup>{mark}{'' if number.names_split else '†'}</sup>"
 
@@ -181,20 +183,21 @@ class _Beside:
         if not self._others:
             return sources
         items = "".join(
-            f"<li>{visible(' '.join(filter(None, (o.benchmark, o.split, o.measure))))}, {visible(o.model)}: "
+            f"<li>{visible(' '.join(filter(None, (o.benchmark, o.split, o.metric))))}, {visible(o.model)}: "
             f"{self._cell(o)}</li>"
             for o in self._others
         )
-        summary = "Published numbers of other splits or measures of these benchmarks"
+        summary = "Published numbers of other splits or metrics of these benchmarks"
         others = f"<details><summary>{summary}</summary><ul class=sources>{items}</ul>"
         return f"{sources}{others}</details>" if self._fitting else f"{others}{sources}</details>"
 
 
-def _fits(number: Published, line: Line) -> bool:
-    """A number that does not name its split fits any; one that does not name its measure is of the main one."""
-    kind, split, measure, main = line
+def _fits(number: ReferenceResult, line: Line) -> bool:
+    """A number that does not name its split fits any; one that does not name its metric is of the
+    main one."""
+    kind, split, metric, main = line
     same = number.benchmark == kind and fnmatchcase(split, number.split or "*")
-    return same and (number.measure == measure or (number.measure is None and main))
+    return same and (number.metric == metric or (number.metric is None and main))
 
 
 # --- the task suite
@@ -258,7 +261,7 @@ def _definitions(evaluations: Sequence[Evaluation]) -> str:
                 terms[f"{result['title']}: {name}"] = text
         terms |= evaluation.results.get("metrics") or {}
     items = "".join(f"<dt>{visible(name)}</dt><dd>{visible(str(text))}</dd>" for name, text in sorted(terms.items()))
-    return f"<details><summary>How each measure is defined</summary><dl>{items}</dl></details>" if items else ""
+    return f"<details><summary>How each metric is defined</summary><dl>{items}</dl></details>" if items else ""
 
 
 STYLE = """

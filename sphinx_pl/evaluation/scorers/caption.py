@@ -1,8 +1,9 @@
-"""Captions: CIDEr, BLEU, METEOR and ROUGE-L as COCO's caption evaluation computes them (`pycocoevalcap`).
+"""Captions: CIDEr, BLEU, METEOR and ROUGE-L as COCO's caption evaluation computes them
+(`pycocoevalcap`).
 
-The tokenizer is Stanford's, in Java. CIDEr (here CIDEr-D, Vedantam et al. 2015) weighs words by how rare they are in
-the references of all images of the evaluation, so figures of different sets do not compare, and of a single image it
-is 0.
+The tokenizer is Stanford's, in Java. CIDEr (here CIDEr-D, Vedantam et al. 2015) weighs words by how
+rare they are in the references of all images of the evaluation, so figures of different sets do not
+compare, and of a single image it is 0.
 """
 
 from __future__ import annotations
@@ -34,14 +35,16 @@ def check_caption_tools() -> None:
 
 
 def caption_scores(captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """The figures of COCO's caption evaluation (Chen et al. 2015; `COCOEvalCap`, but for SPICE), tokenized as there.
+    """The figures of COCO's caption evaluation (Chen et al. 2015; `COCOEvalCap`, but for SPICE),
+    tokenized as there.
 
     Args:
         captions: by image.
         references: by image, at least one each.
 
     Returns:
-        `CIDEr` (0 to 10, usually reported times 100), `BLEU-1` to `BLEU-4`, `METEOR`, `ROUGE-L` (0 to 1).
+        `CIDEr` (0 to 10, usually reported times 100), `BLEU-1` to `BLEU-4`, `METEOR`, `ROUGE-L` (0
+        to 1).
 
     Raises:
         UserError: tools are not there or fail, or images of captions and references differ.
@@ -52,7 +55,8 @@ def caption_scores(captions: Mapping[str, str], references: Mapping[str, Sequenc
 def scores_of_images(
     captions: Mapping[str, str], references: Mapping[str, Sequence[str]]
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """As `caption_scores`, and of `CIDEr` and `ROUGE-L`, which are means over images, also the score of each image.
+    """As `caption_scores`, and of `CIDEr` and `ROUGE-L`, which are means over images, also the
+    score of each image.
 
     BLEU and METEOR are made of counts over all images together.
 
@@ -79,10 +83,11 @@ def scores_of_images(
 
 
 def _tokenized(texts: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """Tokens with single blanks between them, by the program and the list of punctuation of `pycocoevalcap`.
+    """Tokens with single blanks between them, by the program and the list of punctuation of
+    `pycocoevalcap`.
 
-    Its own class starts that program as well, but lets it write to the terminal, needs a temporary file beside the
-    package, and takes a program that failed for one that found no words.
+    Its own class starts that program as well, but lets it write to the terminal, needs a temporary
+    file beside the package, and takes a program that failed for one that found no words.
     """
     from pycocoevalcap.tokenizer import ptbtokenizer as official
 
@@ -118,7 +123,8 @@ def _last(said: bytes) -> str:
 
 
 def cider_of_tokens(captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> float:
-    """CIDEr-D of texts that are tokenized already, with single blanks between tokens: needs no Java.
+    """CIDEr-D of texts that are tokenized already, with single blanks between tokens: needs no
+    Java.
 
     Args:
         captions: by image.

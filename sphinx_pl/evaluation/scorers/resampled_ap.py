@@ -1,8 +1,8 @@
 """Average precision of many resamples of the images, after boxes and truth have been matched once.
 
-Which box of an image is right does not depend on the other images, so `COCOeval` matches once. What depends on the
-sample is the precision-recall curve, in which an image that was drawn twice counts twice. Compiled by numba when first
-used, and kept for later processes.
+Which box of an image is right does not depend on the other images, so `COCOeval` matches once. What
+depends on the sample is the precision-recall curve, in which an image that was drawn twice counts
+twice. Compiled by numba when first used, and kept for later processes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Matched:
 
 
 def matched(evaluation: Any) -> list[Matched]:
-    """What a `COCOeval` found, of each category that has something to find: all areas, the largest number of boxes.
+    """What a `COCOeval` found, of each category that has something to find: all areas, the largest
+    number of boxes.
 
     Images are in the order of `evaluation.params.imgIds`.
     """
@@ -65,7 +66,8 @@ def matched(evaluation: Any) -> list[Matched]:
 
 
 def average_precision(categories: Sequence[Matched], counts: NDArray[np.int64], thresholds: Sequence[int]) -> Floats:
-    """COCO's AP of resamples: the mean over categories and thresholds of the precision at 101 recalls.
+    """COCO's AP of resamples: the mean over categories and thresholds of the precision at 101
+    recalls.
 
     Args:
         counts: [R, N] how often each image counts.
@@ -87,8 +89,9 @@ def average_precision(categories: Sequence[Matched], counts: NDArray[np.int64], 
 def _of_category(image: Any, right: Any, ignored: Any, true: Any, counts: Any, recalls: Any, out: Any) -> None:
     """One category's values to `out` [R], which is left as it is where there is nothing to find.
 
-    From the last box to the first, so that the highest precision at this recall or above is at hand, as is the number
-    of recalls that this box does not reach. Arrays of resamples and boxes would be many times the memory.
+    From the last box to the first, so that the highest precision at this recall or above is at
+    hand, as is the number of recalls that this box does not reach. Arrays of resamples and boxes
+    would be many times the memory.
     """
     for resample in range(len(counts)):
         count = counts[resample]

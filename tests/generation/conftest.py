@@ -1,0 +1,3 @@
+from __future__ import annotations
+
+from tests.models.conftest import model, prompts, sample  # noqa: F401
