@@ -7,7 +7,6 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import lightning as L
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.seed import isolate_rng
+from markupsafe import Markup
 
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.sampling.config import SourceConfig
@@ -32,6 +32,7 @@ from sphinx_pl.utils.html import page
 log = logging.getLogger(__name__)
 
 TABLE = "predictions"
+HEADER = Markup("<h1>{}</h1><p class=lead>{} test questions, the same after every validation. Mean score {:.2f}.</p>")
 
 
 def first_of_each_task(sources: Mapping[str, Mapping[str, Any] | None], per_task: int) -> list[Record]:
@@ -151,10 +152,7 @@ class Predictions(L.Callback):
         write_whole(self.folder / f"step-{step}.jsonl", "\n".join(lines) + "\n")
         title = f"{stage}, step {step:,}"
         mean = sum(p.score for p in predictions) / max(len(predictions), 1)
-        header = (
-            f"<h1>{escape(title)}</h1><p class=lead>{len(predictions)} test questions, the same after every "
-            f"validation. Mean score {mean:.2f}.</p>"
-        )
+        header = HEADER.format(title, len(predictions), mean)
         body = cards(rows, processor.image_size, processor.geometry)
         write_whole(self.folder / f"step-{step}.html", page(title, header, body, STYLE, SCRIPT))
         for logger in trainer.loggers:

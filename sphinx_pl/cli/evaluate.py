@@ -270,7 +270,8 @@ def main(cfg: DictConfig) -> float:
         raise UserError("data.test is missing: choose a data= that has test sources, such as data=sample")
 
     from sphinx_pl.evaluation.benchmarks import choose
-    from sphinx_pl.evaluation.report.page import check_page, find_inputs, write_report
+    from sphinx_pl.evaluation.report.inputs import find_inputs
+    from sphinx_pl.evaluation.report.page import check_page, write_report
     from sphinx_pl.evaluation.report.summary import summarise
     from sphinx_pl.evaluation.results import BASELINES, PREDICTIONS, write_predictions, write_results
     from sphinx_pl.evaluation.scorers.tasks import SCORERS

@@ -425,7 +425,7 @@ def test_a_report_replaces_only_a_page(tmp_path: Path) -> None:
     check_page(tmp_path / "page.html", "report")
     check_page(tmp_path / "empty.html", "report")
     check_page(tmp_path / "new.html", "report")
-    with pytest.raises(UserError, match=r"report: '.*notes.md' is there and is no page"):
+    with pytest.raises(UserError, match=r"report: '.*notes.md' exists and is not a page"):
         check_page(tmp_path / "notes.md", "report")
 
 
@@ -447,5 +447,5 @@ def test_a_benchmark_that_is_not_there(world: Path) -> None:
     done = run(world, *wrong)
     assert done.returncode == 2
     message = done.stderr.strip().splitlines()[-1]
-    assert message.startswith(f"error: pope: '{world / 'gone' / 'pope'}' is not there")
+    assert message.startswith(f"error: pope: '{world / 'gone' / 'pope'}' does not exist")
     assert "https://github.com/AoiDragon/POPE" in message

@@ -109,7 +109,7 @@ def test_two_equally_good_models_are_rarely_called_different() -> None:
 
 def test_other_questions_are_not_compared() -> None:
     metric = mean("accuracy", "")
-    with pytest.raises(ValueError, match="not asked the same"):
+    with pytest.raises(ValueError, match="did not answer the same questions"):
         difference(metric.prepare([prediction("a", 1)]), metric.prepare([prediction("b", 1)]))
 
 

@@ -163,7 +163,7 @@ class Benchmark(OfficialFiles):
         rows = [{self.server_id: question, "answer": answers.get(question, "")} for question in wanted]
         write_whole(path, json.dumps(rows, ensure_ascii=False) + "\n")
         blank = sum(question not in answers for question in wanted)
-        left = f"; {blank} more questions have a blank answer, since they were not asked" if blank else ""
+        left = f"; {blank} more questions have a blank answer: they were not asked" if blank else ""
         return [f"{path}: {len(wanted) - blank} answers for the server of {self.title} ({self.url}){left}"]
 
     def submitted(self, answer: str) -> str:

@@ -224,7 +224,7 @@ class MMBenchBenchmark(MultipleChoiceBenchmark):
         file = folder / f"submission_{self.name}_{self.split}.xlsx"
         with whole_file(file) as temporary, temporary.open("wb") as stream:
             book.save(stream)
-        left = f"; {blank} rows have a blank prediction, since they were not asked" if blank else ""
+        left = f"; {blank} rows have a blank prediction: they were not asked" if blank else ""
         return [f"{file}: the table for the server of {self.title} (https://mmbench.opencompass.org.cn){left}"]
 
 

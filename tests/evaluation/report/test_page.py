@@ -20,7 +20,8 @@ from sphinx_pl.data.schema import ImageRef, Record, Region
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.evaluation.report.charts import Series, line_chart, smooth, ticks
 from sphinx_pl.evaluation.report.gallery import DRAWN, MORE, WORST, cards, choose, sections
-from sphinx_pl.evaluation.report.page import find_inputs, main, read_run
+from sphinx_pl.evaluation.report.inputs import find_inputs, read_run
+from sphinx_pl.evaluation.report.page import main
 from sphinx_pl.evaluation.report.summary import summarise
 from sphinx_pl.evaluation.runner import score_answer
 from tests.examples import EXAMPLES
