@@ -33,12 +33,12 @@ if TYPE_CHECKING:
     from sphinx_pl.data.schema import Record
     from sphinx_pl.evaluation.answer_log import AnswerLog
     from sphinx_pl.evaluation.mixtures.reweighting import Reweighting, TrainingMixture
-    from sphinx_pl.evaluation.report.summary import Row
+    from sphinx_pl.evaluation.report.summary import ScoreRow
     from sphinx_pl.evaluation.runner import Prediction
     from sphinx_pl.models.sphinx import Sphinx
 
 
-def results_table(rows: Iterable[Row]) -> Table:
+def results_table(rows: Iterable[ScoreRow]) -> Table:
     """The results as a terminal shows them; a green triangle where the whole interval is above the baseline."""
     table = Table(
         title="Results",
@@ -296,7 +296,7 @@ def main(cfg: DictConfig) -> float:
         check_page(Path(options.report), "report")
     predictions: list[Prediction] = []
     baselines: dict[str, list[Prediction]] = {}
-    rows: list[Row] = []
+    rows: list[ScoreRow] = []
     lost: dict[str, int] = {}
     if options.asks_tasks:
         predictions, baselines, lost = _ask_tasks(options, data, asking, training)

@@ -35,10 +35,11 @@ def _as_given(text: str, size: Size, geometry: Geometry) -> str:
 
 
 @dataclass(frozen=True)
-class Rule:
-    """How tasks whose whole name `tasks` matches are asked, and how their answers are handed over.
+class PromptRule:
+    """The question and the conversion of answers for tasks whose whole name `tasks` matches.
 
-    `needs`: the document's values that are part of the question. `ask` gets no others, so no truth.
+    `needs` are the document's values that are part of the question. `ask` gets no others, so no
+    truth.
     """
 
     tasks: str
@@ -50,7 +51,7 @@ class Rule:
         return self.ask(context, {name: doc[name] for name in self.needs}, sizes, geometry)
 
 
-def find_rule(task: str) -> Rule | None:
+def find_rule(task: str) -> PromptRule | None:
     """The rule for a task of lmms-eval, or None where question and answer stay as they are."""
     return next((rule for rule in RULES if re.fullmatch(rule.tasks, task)), None)
 
@@ -99,8 +100,8 @@ def _iconqa(context: str, doc: Mapping[str, Any], sizes: tuple[Size, ...], geome
 
 
 def _fractions(text: str, size: Size, geometry: Geometry) -> str:
-    """The first box in fractions of the image itself. Not cut at its edges: so overlaps are those
-    in the square."""
+    """The first box in fractions of the image. It is not cut at the edges, so overlaps are those in
+    the square."""
     boxes = geometry.parse_boxes(text)
     if not boxes:
         return text
@@ -118,14 +119,14 @@ def _pixels(text: str, size: Size, geometry: Geometry) -> str:
 
 
 RULES = (
-    Rule(r"refcoco[+g]?_bbox_rec_.*", _phrase, _fractions, needs=("answer",)),
-    Rule(r"refcoco(_plus|g)?_grounding_.*", _phrase, _pixels, needs=("answer",)),
-    Rule(r"refcoco[+g]?_(bbox|seg)_.*", _region, needs=("bbox",)),
-    Rule(r"ok_vqa_.*", _okvqa),
-    Rule(r"vizwiz_vqa_.*", _vizwiz),
-    Rule(r"mmbench_en_(dev|test)(_lite)?", _mmbench),
-    Rule(r"mmvet", _mmvet),
-    Rule(r"seedbench_ppl.*", _seed_ppl),
-    Rule(r"iconqa_.*", _iconqa),
+    PromptRule(r"refcoco[+g]?_bbox_rec_.*", _phrase, _fractions, needs=("answer",)),
+    PromptRule(r"refcoco(_plus|g)?_grounding_.*", _phrase, _pixels, needs=("answer",)),
+    PromptRule(r"refcoco[+g]?_(bbox|seg)_.*", _region, needs=("bbox",)),
+    PromptRule(r"ok_vqa_.*", _okvqa),
+    PromptRule(r"vizwiz_vqa_.*", _vizwiz),
+    PromptRule(r"mmbench_en_(dev|test)(_lite)?", _mmbench),
+    PromptRule(r"mmvet", _mmvet),
+    PromptRule(r"seedbench_ppl.*", _seed_ppl),
+    PromptRule(r"iconqa_.*", _iconqa),
 )
-"""The first that matches counts."""
+"""The first rule that matches applies."""

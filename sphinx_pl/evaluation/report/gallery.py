@@ -28,22 +28,21 @@ PICTURE_SIDE = 256
 PICTURE_BYTES = 60_000
 DRAWN, WORST, MORE = "Drawn at random", "The worst mistakes", "More answers that are right or scored elsewhere"
 SEED = 0
-"""Draws the answers that are shown first."""
+"""The seed that draws the first answers."""
 MISTAKES = ("wrong", "unparsed")
 ALL_BYTES, LEAST_BYTES = 7_500_000, 16_000
-"""Before base64: of one picture; of a page's, which are made smaller so that all fit; and how small
-they may become."""
+"""Bytes before base64: of all pictures of a page, which become smaller so that all fit, and the
+least of one."""
 
 
 def sections(
     predictions: Sequence[Mapping[str, Any]], drawn: int, wrong: int, right: int, at_most: int
 ) -> list[tuple[str, Mapping[str, Any]]]:
-    """The predictions to show, each with a heading that says how it was chosen; none is shown
-    twice.
+    """The predictions to show, each once, with a heading that says how it was chosen.
 
-    First of each benchmark and task `drawn` ones, drawn at random whatever they score, with a fixed
-    seed: they look as the model does. Then what `choose` finds among the others: mistakes, and
-    right answers.
+    The first are `drawn` predictions of each benchmark and task, drawn at random with a fixed seed
+    whatever they score. Then come the mistakes and right answers that `choose` takes from the
+    others.
     """
     groups: dict[str, list[int]] = defaultdict(list)
     for place, prediction in enumerate(predictions):
@@ -61,13 +60,12 @@ def sections(
 
 
 def choose(predictions: Sequence[Mapping[str, Any]], wrong: int, right: int, at_most: int) -> list[Mapping[str, Any]]:
-    """The predictions to show: of each benchmark and task the worst `wrong` ones and `right` right
-    ones.
+    """The predictions to show: the worst `wrong` ones and `right` right ones of each benchmark and
+    task.
 
-    Of equally bad ones each category gets its turn, so that none hides the others; they and the
-    right ones are spread evenly over the data, neither the first, which are of one kind, nor picked
-    by hand. The worst of all groups come first, the right ones last, and as many of those that are
-    scored elsewhere.
+    Among equally bad ones the categories take turns. They and the right ones are spread evenly over
+    the data, since the first are often of one kind. The worst of all groups come first. Right ones
+    come last, with as many that are scored elsewhere.
     """
     groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for prediction in predictions:
@@ -80,8 +78,7 @@ def choose(predictions: Sequence[Mapping[str, Any]], wrong: int, right: int, at_
 
 
 def outcome(prediction: Mapping[str, Any]) -> str:
-    """right, wrong, unparsed, or elsewhere: where the truth is not public, or a judge has to
-    decide."""
+    """right, wrong, unparsed, or elsewhere, where the truth is not public or a judge decides."""
     if prediction.get("benchmark") and not prediction["metric"]:
         return "elsewhere"
     if prediction["score"] >= RIGHT:
@@ -109,7 +106,7 @@ def _worst(predictions: Sequence[Mapping[str, Any]], count: int) -> list[Mapping
 
 
 def _spread(items: list[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
-    """At most `count` of the items, evenly spread."""
+    """At most `count` items, evenly spread."""
     return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)] if len(items) > count else items
 
 
@@ -118,8 +115,8 @@ def cards(
 ) -> Markup:
     """The cards of predictions (`Prediction.to_dict`) in their order, below a legend and filters.
 
-    The filters choose by heading, task, category and outcome, and need SCRIPT. With it, 24 cards are
-    shown at first.
+    The filters choose by heading, task, category and outcome, and need SCRIPT. With it, 24 cards
+    are shown at first.
 
     Args:
         headings: the heading of each prediction, by which they are in order; () for none.
@@ -164,7 +161,7 @@ def cards(
 
 
 def picture(image: ImageRef, prediction: Mapping[str, Any], size: int, geometry: Geometry) -> Image.Image:
-    """One image of a prediction as the model saw it, with what its texts name.
+    """One image of a prediction as the model saw it, with the places that its texts name.
 
     Raises:
         BadSample: it cannot be read.

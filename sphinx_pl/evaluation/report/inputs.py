@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from sphinx_pl.evaluation.report.tables import Evaluation
+from sphinx_pl.evaluation.report.tables import EvaluationFiles
 from sphinx_pl.evaluation.results import RESULTS, read_predictions, read_results
 from sphinx_pl.utils.errors import UserError
 from sphinx_pl.utils.metrics_csv import METRICS, read_metrics
@@ -88,7 +88,8 @@ class TrainingRun:
 
 
 def read_run(name: str, folder: Path) -> TrainingRun:
-    """The run of a folder: its metrics.csv and composed configuration, without those of sweeps in it."""
+    """The run of a folder: its metrics.csv and composed configuration, without those of sweeps in
+    it."""
     columns: dict[str, list[tuple[float, float]]] = {}
     for step, row in read_metrics(folder / METRICS)[1].items():
         for column, text in row.items():
@@ -108,7 +109,7 @@ def read_curve(folder: Path | None) -> dict[str, Any] | None:
     return _parsed(file, json.loads) if file and file.is_file() else None
 
 
-def read_evaluation(folder: Path, name: str = "") -> Evaluation | None:
+def read_evaluation(folder: Path, name: str = "") -> EvaluationFiles | None:
     """results.json and predictions.jsonl of evaluate.py, or None where there are no results.
 
     Args:
@@ -119,7 +120,7 @@ def read_evaluation(folder: Path, name: str = "") -> Evaluation | None:
     results, predictions = _undamaged(read_results, folder), _undamaged(read_predictions, folder)
     if results is None:
         return None
-    return Evaluation(name or folder.name, results, [prediction.to_dict() for prediction in predictions or ()])
+    return EvaluationFiles(name or folder.name, results, [prediction.to_dict() for prediction in predictions or ()])
 
 
 def _undamaged(read: Callable[[Path], T], folder: Path) -> T | None:

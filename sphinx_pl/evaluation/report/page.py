@@ -2,7 +2,8 @@
 
     python -m sphinx_pl.evaluation.report.page --out report.html --run real=DIR --mix DIR --evaluation DIR
 
-Everything is inline: styles, SVG charts, PNG pictures. A missing input leaves a sentence in its section.
+Everything is inline: styles, SVG charts, PNG pictures. A missing input leaves a sentence in its
+section.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from sphinx_pl.evaluation.report.inputs import (
 )
 from sphinx_pl.evaluation.report.reference_results import read_reference_results
 from sphinx_pl.evaluation.report.render import asset, render
-from sphinx_pl.evaluation.report.tables import Evaluation
+from sphinx_pl.evaluation.report.tables import EvaluationFiles
 from sphinx_pl.evaluation.results import RESULTS
 from sphinx_pl.utils.errors import UserError
 from sphinx_pl.utils.files import check_writable, write_whole
@@ -90,7 +91,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 def build(
     runs: Sequence[TrainingRun],
     curve: dict[str, Any] | None,
-    evaluations: Sequence[Evaluation],
+    evaluations: Sequence[EvaluationFiles],
     title: str = "SPHINX-PL",
     shown: AnswerCounts | None = None,
 ) -> str:
@@ -115,7 +116,7 @@ def build(
     return page(title, header, body, STYLE + asset("report.css"), SCRIPT)
 
 
-def _summary(runs: Sequence[TrainingRun], evaluations: Sequence[Evaluation]) -> dict[str, Any]:
+def _summary(runs: Sequence[TrainingRun], evaluations: Sequence[EvaluationFiles]) -> dict[str, Any]:
     """The values of the header."""
     model: dict[str, Any] = next((run.config["model"] for run in runs if isinstance(run.config.get("model"), dict)), {})
     rows = []
@@ -188,14 +189,15 @@ def _language(runs: Sequence[TrainingRun]) -> list[dict[str, Any]]:
     for run in runs:
         if not (points := run.columns.get("val/loss/text")):
             continue
-        # A run without text may stop early, so it stands beside the run with text after as many steps.
+        # A run without text may stop early, so it stands beside the run with text after as many
+        # steps.
         last = points[-1][0]
         beside = text.get(run.name.removesuffix(WITHOUT_TEXT), {}).get(last) if not run.reads_text else None
         rows.append({"run": run, "first": points[0], "last": points[-1], "beside": beside})
     return rows
 
 
-def _answers(evaluation: Evaluation, shown: AnswerCounts, at_most: int) -> dict[str, Any]:
+def _answers(evaluation: EvaluationFiles, shown: AnswerCounts, at_most: int) -> dict[str, Any]:
     """The cards of an evaluation, with the number of right and wrong answers."""
     chosen = sections(evaluation.predictions, shown.drawn, shown.wrong, shown.right, at_most)
     counts = []
@@ -211,7 +213,7 @@ def _answers(evaluation: Evaluation, shown: AnswerCounts, at_most: int) -> dict[
     return {"name": evaluation.name, "total": counts[0], "here": counts[1], "cards": html}
 
 
-def _mixture(evaluation: Evaluation) -> dict[str, Any] | None:
+def _mixture(evaluation: EvaluationFiles) -> dict[str, Any] | None:
     """The mixture that evaluate.py's `then=mixture` wrote; None where there is none."""
     mixture = evaluation.results.get("mixture")
     if not mixture:

@@ -21,7 +21,7 @@ from sphinx_pl.evaluation.report.render import render
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationFiles:
     """An evaluation's results and predictions, as evaluate.py wrote them."""
 
     name: str
@@ -38,7 +38,7 @@ class Evaluation:
         return self.results.get("rows") or []
 
 
-def results(evaluations: Sequence[Evaluation], references: Sequence[ReferenceResult]) -> Markup:
+def results(evaluations: Sequence[EvaluationFiles], references: Sequence[ReferenceResult]) -> Markup:
     """The section of results as HTML; "" where there are none."""
     families = [_family(family, evaluations, references) for family in _families(evaluations)]
     asked = [evaluation for evaluation in evaluations if evaluation.rows]
@@ -50,7 +50,7 @@ def results(evaluations: Sequence[Evaluation], references: Sequence[ReferenceRes
     return render("tables.html", checkpoints=checkpoints, families=families, suite=suite, definitions=definitions)
 
 
-def _families(evaluations: Iterable[Evaluation]) -> list[str]:
+def _families(evaluations: Iterable[EvaluationFiles]) -> list[str]:
     known = list(FAMILIES)
     present = {str(result["family"]) for evaluation in evaluations for result in evaluation.benchmarks}
     return [*(family for family in known if family in present), *sorted(present.difference(known))]
@@ -62,7 +62,9 @@ Key = tuple[str, str, str]
 """A benchmark's kind, split and name: the same in all evaluations that asked it."""
 
 
-def _family(family: str, evaluations: Sequence[Evaluation], references: Sequence[ReferenceResult]) -> dict[str, Any]:
+def _family(
+    family: str, evaluations: Sequence[EvaluationFiles], references: Sequence[ReferenceResult]
+) -> dict[str, Any]:
     """The table of a family, as its template takes it."""
     asked: dict[Key, dict[int, dict[str, Any]]] = {}  # results by the evaluation's place
     for place, evaluation in enumerate(evaluations):
@@ -140,7 +142,8 @@ Line = tuple[str, str, str, bool]
 
 
 class _Beside:
-    """The published results of one table's benchmarks: a column for each model, notes with their sources.
+    """The published results of one table's benchmarks: a column for each model, notes with their
+    sources.
 
     Args:
         numbers: the results of the benchmarks.
@@ -171,7 +174,8 @@ class _Beside:
 
 
 def _fits(number: ReferenceResult, line: Line) -> bool:
-    """Whether a result belongs to a line. Without a split it fits any, without a metric the main one."""
+    """Whether a result belongs to a line. Without a split it fits any, without a metric the main
+    one."""
     kind, split, metric, main = line
     same = number.benchmark == kind and fnmatchcase(split, number.split or "*")
     return same and (number.metric == metric or (number.metric is None and main))
@@ -180,7 +184,7 @@ def _fits(number: ReferenceResult, line: Line) -> bool:
 # --- the task suite
 
 
-def _suite(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
+def _suite(evaluations: Sequence[EvaluationFiles]) -> dict[str, Any]:
     """The tables of the task suite, as their template takes them."""
     keys = list(dict.fromkeys(_row_key(row) for evaluation in evaluations for row in evaluation.rows))
     by_key = [{_row_key(row): row for row in evaluation.rows} for evaluation in evaluations]
@@ -220,7 +224,7 @@ def _score(row: Mapping[str, Any] | None, bar: bool) -> dict[str, Any]:
     return {"row": row, "bar": picture}
 
 
-def _definitions(evaluations: Sequence[Evaluation]) -> dict[str, str]:
+def _definitions(evaluations: Sequence[EvaluationFiles]) -> dict[str, str]:
     """The definition of each metric by its name."""
     terms: dict[str, str] = {}
     for evaluation in evaluations:

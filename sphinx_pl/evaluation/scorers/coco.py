@@ -37,8 +37,8 @@ class Detection:
 
 @dataclass(frozen=True, slots=True)
 class TrueBox:
-    """A box that is there. `area` in square pixels decides if it is small or large; None: that of
-    the box. What is found in a crowd's box is neither right nor wrong."""
+    """A true box. `area` in square pixels decides if it is small or large; None takes that of the
+    box. Detections in a crowd's box are neither right nor wrong."""
 
     image: ImageId
     category: str
@@ -49,7 +49,7 @@ class TrueBox:
 
 @dataclass(frozen=True, slots=True)
 class Pose:
-    """A person's key points that a model gave; those that it left out are (0, 0, 0)."""
+    """A person's key points that a model gave; missing ones are (0, 0, 0)."""
 
     image: ImageId
     keypoints: Keypoints
@@ -58,9 +58,9 @@ class Pose:
 
 @dataclass(frozen=True, slots=True)
 class TruePose:
-    """A person who is there. `area` of the person in square pixels, as in the annotations: it is
-    what distances are measured by. A person without a labelled point, like a crowd, is neither
-    found nor missed."""
+    """A true person. Distances are relative to `area`, the person's area in square pixels, as in
+    the annotations. A person without a labelled point counts neither as found nor as missed, like a
+    crowd."""
 
     image: ImageId
     keypoints: Keypoints
@@ -75,9 +75,8 @@ def detection_ap(
     """COCO's twelve figures of boxes: detection (Lin et al. 2014), and the mAP of page layout
     (PubLayNet, DocLayNet).
 
-    Boxes are cut at their image's edges. What is found in an image without truth is wrong; what is
-    found of a category that is nowhere in the truth is left out, since no precision is defined for
-    it.
+    Boxes are cut at their image's edges. A detection in an image without truth is wrong. A
+    detection of a category that is nowhere in the truth is skipped, since it has no precision.
 
     Args:
         sizes: (width, height) in pixels of every image that was asked about, also of those without
@@ -168,14 +167,14 @@ def match_poses(
     given = []
     for item in found:
         xs, ys = zip(*((x, y) for x, y, _ in item.keypoints), strict=True)
-        # As pycocotools does of results: the extent of all 17, of those left out as well.
+        # As in pycocotools: the extent of all 17, missing ones too.
         extent = _box_entry(images, item.image, (min(xs), min(ys), max(xs), max(ys)), 1)
         given.append(extent | {"keypoints": _flat(item.keypoints), "score": item.score})
     return _evaluate("keypoints", images, {"person": 1}, true, given, all_figures)
 
 
 class _Images:
-    """Images by number, in the order in which they are listed."""
+    """The images by number, in the order of their list."""
 
     def __init__(self, sizes: Mapping[ImageId, Size]) -> None:
         self._sizes = sizes
@@ -212,10 +211,10 @@ def _flat(keypoints: Keypoints) -> list[float]:
 
 
 def check_coco_tools() -> None:
-    """That average precision can be computed here.
+    """Check that average precision can be computed on this machine.
 
     Raises:
-        UserError: `pycocotools` is not there.
+        UserError: `pycocotools` is missing.
     """
     if importlib.util.find_spec("pycocotools") is None:
         raise UserError("average precision needs pycocotools: pip install 'sphinx-pl[eval]'")
@@ -229,7 +228,7 @@ def _evaluate(
     given: list[dict[str, Any]],
     all_figures: bool,
 ) -> Any:
-    """A `COCOeval` that has matched. It prints as it works; that is kept back."""
+    """The `COCOeval` after matching. Its output is suppressed."""
     check_coco_tools()
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval

@@ -6,9 +6,9 @@ TextVQA, the evaluator of MMF (`EvalAIAnswerProcessor`, `TextVQAAccuracyEvaluato
 in what is done to answers before they are compared:
 
 - `vqaEval.py` normalises prediction and answers only where the answers are not all the same. Where
-  all ten people wrote "yes", the prediction "Yes" is wrong there; we follow it, so clean up a
-  prediction before it is scored here. (Its earlier version, which LAVIS has, normalises every
-  prediction, and of answers that differ the punctuation alone.)
+  all ten people wrote "yes", the prediction "Yes" is wrong there. These functions follow it, so
+  clean up a prediction before. (LAVIS has an earlier version, which normalises every prediction,
+  and only the punctuation of answers that differ.)
 - TextVQA's normalises always, and before the rest it makes letters small, drops commas and question
   marks, and parts "'s" from its word. So "1,000 o'clock" stays one number in both, but "john's"
   becomes "john 's" in TextVQA's alone.
@@ -75,14 +75,13 @@ def normalise_textvqa(text: str) -> str:
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """Accuracy in 0..1 of VQAv2, OK-VQA and VizWiz: `vqaEval.py`, see the module for what it
+    """The accuracy of VQAv2, OK-VQA and VizWiz, from 0 to 1: `vqaEval.py`; the module says what it
     compares.
 
-    The mean, over all ways to leave one person out, of min(others who gave the predicted answer /
-    3, 1). VizWiz counts "unanswerable" as an answer like any other. The data sets have ten answers;
-    of fewer than four the scripts could give no answer full marks, so there as many are asked for
-    as are left: min(others / (answers - 1), 1), and of a single answer whether it is the predicted
-    one.
+    It is the mean, over all ways to leave one person out, of min(others who gave the predicted
+    answer / 3, 1). VizWiz counts "unanswerable" as an answer like any other. The data sets have ten
+    answers. With fewer than four, the scripts could give no answer full marks, so the score is
+    min(others / (answers - 1), 1). With a single answer, it is whether that is the predicted one.
 
     Raises:
         ValueError: no answers.
@@ -95,10 +94,11 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 
 def textvqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """Accuracy in 0..1 of TextVQA: MMF's `TextVQAAccuracyEvaluator`, its answers always normalised.
+    """The accuracy of TextVQA, from 0 to 1: MMF's `TextVQAAccuracyEvaluator`, which always
+    normalises answers.
 
-    That evaluator averages for each unique answer over the persons left out, and looks the
-    prediction up: the same number as in `vqa_accuracy`, with the same rule for fewer than four
+    That evaluator averages over the persons left out for each unique answer, and looks up the
+    prediction. The result is that of `vqa_accuracy`, with the same rule for fewer than four
     answers.
 
     Raises:

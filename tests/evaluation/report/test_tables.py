@@ -14,7 +14,7 @@ from sphinx_pl.data.schema import Record
 from sphinx_pl.evaluation.benchmarks import BENCHMARKS, Questions, load
 from sphinx_pl.evaluation.benchmarks.pope import POPEBenchmark
 from sphinx_pl.evaluation.report.reference_results import ReferenceResult, read_reference_results
-from sphinx_pl.evaluation.report.tables import Evaluation, results
+from sphinx_pl.evaluation.report.tables import EvaluationFiles, results
 from sphinx_pl.utils.errors import UserError
 from tests.evaluation.report.test_page import Page
 
@@ -38,12 +38,14 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def evaluated(name: str, questions: Questions, answers: list[str], lost: dict[str, int] | None = None) -> Evaluation:
+def evaluated(
+    name: str, questions: Questions, answers: list[str], lost: dict[str, int] | None = None
+) -> EvaluationFiles:
     pairs = zip(questions.records, answers, strict=True)
     predictions = [questions.benchmark.score_answer(record, answer, GEOMETRY) for record, answer in pairs]
     found = questions.result(predictions, lost or {})
     written = json.loads(json.dumps({"benchmarks": [found], "rows": []}))
-    return Evaluation(name, written, [prediction.to_dict() for prediction in predictions])
+    return EvaluationFiles(name, written, [prediction.to_dict() for prediction in predictions])
 
 
 class Rows(Page):
@@ -125,7 +127,7 @@ def test_what_is_scored_elsewhere_is_said(folder: Path) -> None:
 
 def test_nothing_is_nothing() -> None:
     assert results([], []) == ""
-    assert results([Evaluation("old", {}, [])], []) == ""
+    assert results([EvaluationFiles("old", {}, [])], []) == ""
 
 
 def test_the_published_numbers() -> None:
@@ -177,11 +179,11 @@ def test_entries_that_do_not_fit(tmp_path: Path, content: str, message: str) -> 
         read_reference_results(tmp_path / "reference_results.yaml")
 
 
-def task_suite(name: str, **row: Any) -> Evaluation:
+def task_suite(name: str, **row: Any) -> EvaluationFiles:
     base = {"task": "rec", "domain": "", "topic": "", "metric": "iou", "score": 0.5, "low": 0.4, "high": 0.6, "n": 9}
     base |= {"unparsed": 0, "baseline": 0.1, "baseline_kind": "constant", "above": True}
     rows = [base | row, base | row | {"topic": "<b>", "domain": "real"}]
-    return Evaluation(name, {"rows": rows}, [])
+    return EvaluationFiles(name, {"rows": rows}, [])
 
 
 def test_the_task_suite_beside_another(folder: Path) -> None:
