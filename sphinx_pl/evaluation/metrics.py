@@ -167,10 +167,10 @@ def estimate(prepared: Prepared, seed: int = 0, resamples: int = RESAMPLES) -> E
     value = float(prepared.values(np.ones((1, len(prepared.units)), dtype=np.int64))[0])
     if (alike := _alike(prepared)) is not None:
         return Estimate(value, *alike)
-    drawn = _resampled([prepared], seed, resamples)[0]
-    if len(drawn) and np.nanmax(drawn, initial=-math.inf) - np.nanmin(drawn, initial=math.inf) < _ROUNDING:
+    values = _resampled([prepared], seed, resamples)[0]
+    if len(values) and np.nanmax(values, initial=-math.inf) - np.nanmin(values, initial=math.inf) < _ROUNDING:
         return Estimate(value, math.nan, math.nan)
-    return Estimate(value, *_interval(drawn))
+    return Estimate(value, *_interval(values))
 
 
 def _alike(prepared: Prepared) -> tuple[float, float] | None:
@@ -201,8 +201,8 @@ def difference(first: Prepared, second: Prepared, seed: int = 0, resamples: int 
         raise ValueError("the two models did not answer the same questions")
     ones = np.ones((1, len(first.units)), dtype=np.int64)
     before, after = float(first.values(ones)[0]), float(second.values(ones)[0])
-    drawn = _resampled([first, second], seed, resamples)
-    changes = drawn[1] - drawn[0]
+    resampled = _resampled([first, second], seed, resamples)
+    changes = resampled[1] - resampled[0]
     changes = changes[~np.isnan(changes)]
     low, high = _interval(changes)
     # With 1 added to both, p is never 0 (Davison and Hinkley 1997, section 4.2).
@@ -253,9 +253,9 @@ def _resampled(prepared: Sequence[Prepared], seed: int, resamples: int) -> list[
     at_once = max(1, 2**22 // len(counts))
     chunks: list[list[Floats]] = [[] for _ in prepared]
     for start in range(0, resamples, at_once):
-        drawn = generator.multinomial(total, counts / total, size=min(at_once, resamples - start))
+        draws = generator.multinomial(total, counts / total, size=min(at_once, resamples - start))
         for values, one in zip(chunks, prepared, strict=True):
-            values.append(one.values(drawn))
+            values.append(one.values(draws))
     return [np.concatenate(values) for values in chunks]
 
 

@@ -41,10 +41,10 @@ class Objective:
         Raises:
             UserError: there are none.
         """
-        known = list(measurements)
-        names = [name for name in known if self.name in (name, name.partition("/")[0])]
+        available = list(measurements)
+        names = [name for name in available if self.name in (name, name.partition("/")[0])]
         if not names:
-            raise UserError(f"objective={self.name} is not measured: {suggest(self.name, known)}")
+            raise UserError(f"objective={self.name} is not measured: {suggest(self.name, available)}")
         return names
 
     def value(self, measurements: Measurements) -> float:
@@ -84,7 +84,7 @@ def resampled(points: Sequence[Measurements], names: Sequence[str], resamples: i
         counts = torch.stack([point[name].tokens for point in points])
         samples = sums.shape[1]
         for row in means:  # one resample at a time: all at once would take `points` times the memory
-            drawn = torch.randint(samples, (samples,), generator=generator)
-            times = torch.bincount(drawn, minlength=samples).double()
+            draws = torch.randint(samples, (samples,), generator=generator)
+            times = torch.bincount(draws, minlength=samples).double()
             row += (sums @ times) / (counts @ times) / len(names)
     return means

@@ -81,8 +81,8 @@ def question_of(
         candidates = ("yes", "no") if _short(record.task) and asks_yes_no(last.question) else ()
     limit = limit or TASKS[record.task].max_new_tokens
     # Whether an image has coordinates follows from the task and the question, not from the answer.
-    asked = dataclasses.replace(record, turns=(*earlier, Turn(last.question, "")))
-    return Question(record.key, annotated_images(asked), tuple(earlier), last.question, limit, candidates)
+    without_answer = dataclasses.replace(record, turns=(*earlier, Turn(last.question, "")))
+    return Question(record.key, annotated_images(without_answer), tuple(earlier), last.question, limit, candidates)
 
 
 def asked_task(record: Record) -> str:

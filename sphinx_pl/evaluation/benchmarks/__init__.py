@@ -118,8 +118,8 @@ def load(name: str, benchmark: Benchmark, limit: int | None = None, seed: int = 
     records: list[Record] = []
     rng = random.Random(seed)  # one generator for all categories: the same places in each may have the same answer
     for units in groups.values():
-        drawn = list(units) if limit is None or len(units) <= limit else rng.sample(list(units), limit)
-        records += [record for unit in drawn for record in units[unit]]
+        chosen = list(units) if limit is None or len(units) <= limit else rng.sample(list(units), limit)
+        records += [record for unit in chosen for record in units[unit]]
     if not records:
         raise UserError(f"{name}: no question in '{benchmark.src}' can be used ({dict(lost) or 'there is none'})")
     return Questions(name, benchmark, records, lost)
@@ -143,24 +143,24 @@ def choose(
         UserError: a name is not configured or its benchmark cannot be asked, or all benchmarks are
             skipped.
     """
-    known = {name: values for name, values in configured.items() if name != ROOT}
+    available = {name: values for name, values in configured.items() if name != ROOT}
     chosen: dict[str, Questions] = {}
     left_out: dict[str, str] = {}
     for pattern in wanted:
-        names = [name for name in known if fnmatchcase(name, pattern)]
+        names = [name for name in available if fnmatchcase(name, pattern)]
         if not names:
-            raise UserError(f"benchmarks: no '{pattern}': {suggest(pattern, known, 'conf/benchmark')}")
+            raise UserError(f"benchmarks: no '{pattern}': {suggest(pattern, available, 'conf/benchmark')}")
         for name in names:
             if name in chosen:
                 continue
             try:
-                if known[name] is None:
+                if available[name] is None:
                     raise UserError(f"benchmark.{name} is null, which switches it off")
-                if not isinstance(known[name], Mapping):
+                if not isinstance(available[name], Mapping):
                     raise UserError(
-                        f"benchmark.{name}={known[name]} must be a mapping such as {{kind: pope, src: FOLDER}}"
+                        f"benchmark.{name}={available[name]} must be a mapping such as {{kind: pope, src: FOLDER}}"
                     )
-                config = build(BenchmarkConfig, known[name], f"benchmark.{name}")
+                config = build(BenchmarkConfig, available[name], f"benchmark.{name}")
                 chosen[name] = load(name, config.open(name), limit, seed)
             except UserError as error:
                 if name == pattern:

@@ -125,8 +125,10 @@ class MMEBenchmark(Benchmark):
             if answer not in ("yes", "no"):
                 raise BadSample("answer_not_yes_no", f"{key}: {answer}")
             meta = {"category": subtask, "image": PurePosixPath(image).name, "asked": question}
-            asked = question.strip().removesuffix(HINT).strip()
-            yield Record(f"{key}-{number}", "yes_no", (ImageRef(image),), question=asked, answer=answer, meta=meta)
+            bare_question = question.strip().removesuffix(HINT).strip()
+            yield Record(
+                f"{key}-{number}", "yes_no", (ImageRef(image),), question=bare_question, answer=answer, meta=meta
+            )
 
     def unit(self, record: Record) -> str:
         return _image_of(record)

@@ -174,7 +174,7 @@ class Answers:
 
         lmms-eval's multiple choice takes the smallest number, since its models return losses.
         """
-        found: list[tuple[float, bool]] = [(float("inf"), False)] * len(requests)
+        likelihoods: list[tuple[float, bool]] = [(float("inf"), False)] * len(requests)
         rounds, answers = [], []
         for context, answer, *where in requests:
             visuals, number, task, split = where or (None, None, "", "")  # an answer by itself, without a question
@@ -184,22 +184,22 @@ class Answers:
             limit = len(self.assistant.encode_answer(answers[-1]))
             rounds.append(_Round(context, visuals, number, task, split, Drawing(limit), whole=True))
         for batch in self._batches(rounds, "loglikelihood"):
-            asked = {place: one.prompt for place in batch if (one := self._asked(rounds[place])) is not None}
-            scores = self.assistant.likelihoods(list(asked.values()), [answers[place] for place in asked])
-            for place, (logprob, greedy) in zip(asked, scores, strict=True):
-                found[place] = (-logprob, greedy)
-        return found
+            prompts = {place: one.prompt for place in batch if (one := self._asked(rounds[place])) is not None}
+            scores = self.assistant.likelihoods(list(prompts.values()), [answers[place] for place in prompts])
+            for place, (logprob, greedy) in zip(prompts, scores, strict=True):
+                likelihoods[place] = (-logprob, greedy)
+        return likelihoods
 
     def _generate(self, rounds: Sequence[_Round], title: str) -> list[str]:
         texts = [""] * len(rounds)
         for batch in self._batches(rounds, title):
-            asked = {place: one for place in batch if (one := self._asked(rounds[place])) is not None}
+            prompts = {place: one for place in batch if (one := self._asked(rounds[place])) is not None}
             drawing = rounds[batch[0]].drawing
             # Another seed for every batch, or the same question in two of them would have the same
             # answer.
             config = GenerationConfig(temperature=drawing.temperature, top_p=drawing.top_p, seed=batch[0])
-            answers = self.assistant.answer([one.prompt for one in asked.values()], config)
-            for (place, one), text in zip(asked.items(), answers, strict=True):
+            answers = self.assistant.answer([one.prompt for one in prompts.values()], config)
+            for (place, one), text in zip(prompts.items(), answers, strict=True):
                 texts[place] = rounds[place].drawing.cut(text)
                 if one.rule is not None and one.sizes:
                     texts[place] = one.rule.answer(texts[place], one.sizes[0], self.assistant.processor.geometry)
@@ -213,13 +213,13 @@ class Answers:
         ]
         order = sorted(range(len(rounds)), key=keys.__getitem__)
         with Progress(disable=not self.progress) as bar:
-            shown = bar.add_task(title, total=len(rounds))
+            task = bar.add_task(title, total=len(rounds))
             for _, group in groupby(order, key=lambda place: keys[place][:2]):
                 places = list(group)
                 for start in range(0, len(places), self.batch_size):
                     batch = places[start : start + self.batch_size]
                     yield batch
-                    bar.advance(shown, len(batch))
+                    bar.advance(task, len(batch))
 
     def _asked(self, one: _Round) -> _Asked | None:
         """The prompt of a request; None, and a count, where it cannot be asked."""
@@ -248,9 +248,9 @@ def _pictures(one: _Round, doc: Any) -> list[Picture]:
     Raises:
         UserError: it has a video or a sound.
     """
-    shown = one.visuals(doc) if one.visuals is not None else None
+    visuals = one.visuals(doc) if one.visuals is not None else None
     pictures: list[Picture] = []
-    for item in _flat(shown):
+    for item in _flat(visuals):
         if isinstance(item, str) and PurePath(item).suffix.lower() not in IMAGE_SUFFIXES:
             raise UserError(f"task '{one.task}' shows {item!r:.80}: SPHINX looks at images only, leave the task out")
         if not isinstance(item, str | Image.Image):

@@ -153,8 +153,8 @@ def held_text(holds: Mapping[Type, float], at_most: int = 4) -> str:
     tasks: Counter[str] = Counter()
     for (task, _), share in holds.items():
         tasks[task] += share  # type: ignore[assignment]
-    shown = [f"{task} {share:.0%}" for task, share in tasks.most_common(at_most)]
-    return ", ".join([*shown, *(["…"] if len(tasks) > at_most else [])])
+    texts = [f"{task} {share:.0%}" for task, share in tasks.most_common(at_most)]
+    return ", ".join([*texts, *(["…"] if len(tasks) > at_most else [])])
 
 
 def failure_rates(predictions: Iterable[Prediction], prior: float) -> list[FailureRate]:

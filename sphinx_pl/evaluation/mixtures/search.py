@@ -169,17 +169,17 @@ def write_search(trials: Sequence[Trial], best: int, objective: Objective, folde
 def describe_search(content: Mapping[str, Any]) -> str:
     """The choice and its reason, from the content of search.json, in a sentence without its full
     stop."""
-    (low, high), found = content["gain_interval"], content["found"]
-    betas = ", ".join(f"{part} {beta:g}" for part, beta in found["betas"].items())
+    (low, high), best = content["gain_interval"], content["found"]
+    betas = ", ".join(f"{part} {beta:g}" for part, beta in best["betas"].items())
     start = f"beta={next(iter(content['first']['betas'].values())):g} everywhere"
-    if found["betas"] == content["first"]["betas"]:
-        return f"{start}, where the search began, is the best: {content['objective']} {found['value']:.4f}"
+    if best["betas"] == content["first"]["betas"]:
+        return f"{start}, where the search began, is the best: {content['objective']} {best['value']:.4f}"
     gain = f"by {content['gain']:.4f} (95 % interval {low:.4f} to {high:.4f})"
     held_out = "on the samples that did not choose"
     if content["gain"] <= 0:
         return f"{betas} is not better than {start} {held_out}: {gain}. So {start} is kept"
     chance = ", which may be chance" if low <= 0 else ""
-    return f"{betas}: {content['objective']} {found['value']:.4f}; {held_out} better than {start}: {gain}{chance}"
+    return f"{betas}: {content['objective']} {best['value']:.4f}; {held_out} better than {start}: {gain}{chance}"
 
 
 def greedy_soup(

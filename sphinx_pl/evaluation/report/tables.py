@@ -41,11 +41,11 @@ class EvaluationFiles:
 def results(evaluations: Sequence[EvaluationFiles], references: Sequence[ReferenceResult]) -> Markup:
     """The section of results as HTML; "" where there are none."""
     families = [_family(family, evaluations, references) for family in _families(evaluations)]
-    asked = [evaluation for evaluation in evaluations if evaluation.rows]
-    if not families and not asked:
+    with_tasks = [evaluation for evaluation in evaluations if evaluation.rows]
+    if not families and not with_tasks:
         return Markup()
     checkpoints = [(e.name, "/".join(Path(str(e.results.get("checkpoint", ""))).parts[-2:])) for e in evaluations]
-    suite = _suite(asked) if asked else None
+    suite = _suite(with_tasks) if with_tasks else None
     definitions = sorted(_definitions(evaluations).items())
     return render("tables.html", checkpoints=checkpoints, families=families, suite=suite, definitions=definitions)
 
@@ -66,23 +66,23 @@ def _family(
     family: str, evaluations: Sequence[EvaluationFiles], references: Sequence[ReferenceResult]
 ) -> dict[str, Any]:
     """The table of a family, as its template takes it."""
-    asked: dict[Key, dict[int, dict[str, Any]]] = {}  # results by the evaluation's place
+    by_benchmark: dict[Key, dict[int, dict[str, Any]]] = {}  # results by the evaluation's place
     for place, evaluation in enumerate(evaluations):
         for result in evaluation.benchmarks:
             if result["family"] == family:
                 key = str(result["kind"]), str(result["split"]), str(result["name"])
-                asked.setdefault(key, {})[place] = result
-    columns = [place for place in range(len(evaluations)) if any(place in each for each in asked.values())]
-    kinds = {kind for kind, _, _ in asked}
+                by_benchmark.setdefault(key, {})[place] = result
+    columns = [place for place in range(len(evaluations)) if any(place in each for each in by_benchmark.values())]
+    kinds = {kind for kind, _, _ in by_benchmark}
     lines = {
         (kind, split, value["measure"], line == 0)
-        for (kind, split, _), each in asked.items()
+        for (kind, split, _), each in by_benchmark.items()
         for line, value in enumerate(v for v in next(iter(each.values()))["values"] if not v["category"])
     }
     beside = _Beside([number for number in references if number.benchmark in kinds], lines)
     rows: list[dict[str, Any]] = []
     categories: list[dict[str, Any]] = []
-    for (kind, split, _), each in asked.items():
+    for (kind, split, _), each in by_benchmark.items():
         first = next(iter(each.values()))
         whole = [value["measure"] for value in first["values"] if not value["category"]]
         for line, metric in enumerate(whole or [""]):

@@ -62,8 +62,8 @@ def mathvista_match(answer_read: str | None, answer: str) -> bool:
 
 
 def _only_list(text: str) -> str | None:
-    found = {str(values) for match in _LIST.finditer(text) if (values := _literal(match[0])) is not None}
-    return found.pop() if len(found) == 1 else None
+    lists = {str(values) for match in _LIST.finditer(text) if (values := _literal(match[0])) is not None}
+    return lists.pop() if len(lists) == 1 else None
 
 
 def _literal(text: str) -> list[object] | None:

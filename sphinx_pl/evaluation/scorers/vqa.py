@@ -86,11 +86,11 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     Raises:
         ValueError: no answers.
     """
-    shown = _one_line(prediction)
-    given = [_one_line(answer) for answer in answers]
-    if len(set(given)) > 1:
-        shown, given = normalise_vqa(shown), [normalise_vqa(answer) for answer in given]
-    return _agreement(shown, given)
+    text = _one_line(prediction)
+    truth = [_one_line(answer) for answer in answers]
+    if len(set(truth)) > 1:
+        text, truth = normalise_vqa(text), [normalise_vqa(answer) for answer in truth]
+    return _agreement(text, truth)
 
 
 def textvqa_accuracy(prediction: str, answers: Sequence[str]) -> float:

@@ -14,5 +14,5 @@ def score_yes_no(answer: str, truth: bool, official: str = "", words: Mapping[st
     Args:
         official, words: see `read_yes_or_no`.
     """
-    said = read_yes_or_no(answer, official, words)
-    return Score(float(said is truth), said is not None)
+    reading = read_yes_or_no(answer, official, words)
+    return Score(float(reading is truth), reading is not None)
