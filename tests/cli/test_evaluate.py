@@ -213,7 +213,7 @@ def test_points_average_precision_and_images_in_a_table(world: Path) -> None:
     assert hidden["values"] == []
 
 
-def test_a_mixture_leans_towards_what_fails(world: Path) -> None:
+def test_a_mixture_is_reweighted_by_bad_cases(world: Path) -> None:
     arguments = [f"checkpoint={world / 'checkpoint'}", f"out={world / 'lean'}", "then=mixture", "shuffled=false"]
     done = run(world, *arguments, f"report={world / 'lean.html'}")
     assert done.returncode == 0, done.stderr
@@ -226,7 +226,7 @@ def test_a_mixture_leans_towards_what_fails(world: Path) -> None:
     holds = {held["task"]: held["share"] for held in lean["sources"][0]["holds"]}
     assert holds == pytest.approx({"short_vqa": 3 / 7, "rec": 3 / 7, "caption": 1 / 7})
     assert "What to train on next" in (world / "lean.html").read_text()
-    assert "Leaned mixture" in done.stdout
+    assert "Reweighted mixture" in done.stdout
     (world / "lean" / "mixture.yaml").write_text("sources: {}\n")
     again = run(world, *arguments, "overwrite=true")
     assert again.returncode == 2  # before anything is asked: the answers are still there
@@ -254,8 +254,8 @@ def test_a_mistake_is_answered_in_one_line(world: Path) -> None:
         ({"checkpoint": "x", "then": "sleep"}, "then=sleep must be null or mixture"),
         ({"checkpoint": "x", "then": "mixture", "benchmarks": ["pope"]}, "then=mixture needs test sources"),
         ({"checkpoint": "x", "mixture_out": "a.yaml"}, "give both"),
-        ({"checkpoint": "x", "lean": {"strength": 2}}, "lean.strength=2.0 must be 0 to 1"),
-        ({"checkpoint": "x", "lean": {"bound": 0.5}}, "bound=0.5"),
+        ({"checkpoint": "x", "reweighting": {"strength": 2}}, "reweighting.strength=2.0 must be 0 to 1"),
+        ({"checkpoint": "x", "reweighting": {"bound": 0.5}}, "bound=0.5"),
     ],
 )
 def test_keys_are_checked_before_anything_is_read(keys: dict[str, object], message: str) -> None:

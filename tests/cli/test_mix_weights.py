@@ -370,7 +370,7 @@ def test_a_model_that_computes_nan_is_never_chosen(
     good, broken, other = models(3, values=BROKEN)
     run(f"checkpoints=[{broken},{good}]", "beta=auto", "curve=3", "out=auto", *data)
     assert open_checkpoint(tmp_path / "auto").provenance["mixing"]["weights"] == [0, 1]
-    assert "none that is a number" in " ".join(capsys.readouterr().out.split())
+    assert "no finite one" in " ".join(capsys.readouterr().out.split())
     run(f"checkpoints=[{broken},{good},{other}]", "method=greedy_soup", "out=soup", *data)
     assert 0 not in open_checkpoint(tmp_path / "soup").provenance["mixing"]["chosen_by"]["soup"]
     with pytest.raises(SystemExit):

@@ -47,7 +47,7 @@ def test_the_simplex_is_even_and_sums_to_one() -> None:
         simplex(4, 3)
 
 
-def test_the_best_point_minimises_the_criterion() -> None:
+def test_the_best_point_minimises_the_objective() -> None:
     curve = points(loss_real=[4, 3, 2], loss_synthetic=[1, 1.5, 3], score_vqa=[0.1, 0.2, 0.3])
     assert curve[best_point(curve, Objective("loss/real"))].weights == (1, 0)
     assert curve[best_point(curve, Objective("loss/synthetic"))].weights == (0, 1)
@@ -159,7 +159,7 @@ def test_what_is_no_number_is_never_the_best(tmp_path: Path, losses: list[float]
     content = write_curve(points(loss_x=losses), tmp_path)
     assert content["best"]["value"] == min(value for value in losses if math.isfinite(value))
     assert content["best"]["chosen"] == 1
-    assert "none that is a number" in describe_best(content)
+    assert "no finite one" in describe_best(content)
     json.loads((tmp_path / "curve.json").read_text(), parse_constant=pytest.fail)
 
 
