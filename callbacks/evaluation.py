@@ -110,7 +110,7 @@ class Evaluation(L.Callback):
         main = list(values.values())
         for asked in self.questions:
             benchmark = asked.benchmark
-            answers = self._ask(trainer, stage, asked.records, benchmark.judge, benchmark.max_new_tokens)
+            answers = self._ask(trainer, stage, asked.records, benchmark.score_answer, benchmark.max_new_tokens)
             for place, metric in enumerate(benchmark.metrics if answers else ()):
                 value = estimate(metric.prepare(answers), resamples=1).value
                 if not math.isnan(value):  # no answer was yes, so of such answers no share is right

@@ -375,7 +375,7 @@ def test_a_model_that_computes_nan_is_never_chosen(
     assert 0 not in open_checkpoint(tmp_path / "soup").provenance["mixing"]["chosen_by"]["soup"]
     with pytest.raises(SystemExit):
         run(f"checkpoints=[{broken},{broken}]", "search=[decoder]", "out=search", *data)
-    assert "no model or mixture" in capsys.readouterr().err
+    assert "no evaluated model or mixture" in capsys.readouterr().err
 
 
 def test_what_dare_draws_goes_by_whole_tensors_when_mixtures_are_evaluated(

@@ -164,7 +164,7 @@ def test_what_is_no_number_is_never_the_best(tmp_path: Path, losses: list[float]
 
 
 def test_a_curve_without_a_number_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no model or mixture .* has a loss that is a number"):
+    with pytest.raises(UserError, match=r"no evaluated model or mixture has a finite loss"):
         write_curve(points(loss_x=[math.nan, math.nan, math.inf]), tmp_path)
 
 

@@ -242,7 +242,7 @@ def test_files_that_are_not_ours_stay(tmp_path: Path) -> None:
     theirs = tmp_path / "mixture.yaml"
     theirs.write_text("# @package data\nsources: {}\n")
     texts: Sequence[tuple[Path, str]] = [
-        (theirs, "was not written by evaluate.py"),
+        (theirs, "evaluate.py did not write it"),
         (tmp_path / "sample_finetune.yaml", "the name of the mixture"),
         (tmp_path / "mixture", "must end in .yaml"),
     ]
