@@ -230,7 +230,7 @@ def test_a_mixture_is_reweighted_by_bad_cases(world: Path) -> None:
     (world / "lean" / "mixture.yaml").write_text("sources: {}\n")
     again = run(world, *arguments, "overwrite=true")
     assert again.returncode == 2  # before anything is asked: the answers are still there
-    assert "was not written by evaluate.py" in again.stderr
+    assert "evaluate.py did not write it" in again.stderr
     assert list((world / "lean" / "answers").iterdir())
 
 
