@@ -170,9 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             compared = compare(before, after, metrics, options.seed)
             console.print(table(f"{first} → {other}", compared))
             if left_out := sum({row.name: row.left_out for row in compared}.values()):
-                console.print(
-                    f"{left_out} answers are left out: only one of the two folders has them.", highlight=False
-                )
+                console.print(f"{left_out} answers are skipped: only one of the two folders has them.", highlight=False)
             written[str(other)] = [row.to_dict() for row in compared]
         if options.out:
             content = {"first": str(first), "others": written}

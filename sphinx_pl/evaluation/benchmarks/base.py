@@ -52,7 +52,7 @@ class Benchmark(OfficialFiles):
         images: the folder that image paths are relative to; by default `src`, or the file's folder.
 
     Raises:
-        UserError: an unknown split, or a folder that is not there.
+        UserError: an unknown split, or a folder that does not exist.
     """
 
     family: ClassVar[str]

@@ -177,7 +177,7 @@ def describe_search(content: Mapping[str, Any]) -> str:
     gain = f"by {content['gain']:.4f} (95 % interval {low:.4f} to {high:.4f})"
     held_out = "on the samples that did not choose"
     if content["gain"] <= 0:
-        return f"{betas} is not better than {start} {held_out}: {gain}. So {start} is kept"
+        return f"{betas} is not better than {start} {held_out}: {gain}. So {start} stays"
     chance = ", which may be chance" if low <= 0 else ""
     return f"{betas}: {content['objective']} {best['value']:.4f}; {held_out} better than {start}: {gain}{chance}"
 

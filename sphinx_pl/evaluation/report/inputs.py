@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 WITHOUT_TEXT = "_notext"
-"""Ending of the name of a run that trained without text-only data, beside the run of that name with
+"""The ending of a run's name that trained without text-only data; the run without the ending had
 it."""
 
 
@@ -43,8 +43,8 @@ class TrainingRun:
 
     @property
     def seconds(self) -> float:
-        """Spent in optimizer steps, from the logged time per step; validation and checkpoints are
-        not in it."""
+        """The seconds in optimizer steps, from the logged time per step, without validation and
+        checkpoints."""
         return sum(seconds * steps for _, seconds, steps in self._logged())
 
     def total(self, what: str) -> float:
@@ -60,7 +60,7 @@ class TrainingRun:
 
     @property
     def sources(self) -> list[str]:
-        """Names of the training sources that are switched on."""
+        """The names of the training sources that are switched on."""
         data = self.config.get("data")
         sources = data.get("sources") if isinstance(data, dict) else None
         return (
@@ -69,8 +69,8 @@ class TrainingRun:
 
     @property
     def reads_text(self) -> bool:
-        """Whether text-only data was among the training sources; where the configuration is lost,
-        the name tells."""
+        """Whether text-only data was among the training sources; without a configuration, the name
+        decides."""
         if not self.sources:
             return not self.name.endswith(WITHOUT_TEXT)
         sources = (self.config["data"]["sources"][name] for name in self.sources)
@@ -83,7 +83,7 @@ class TrainingRun:
         return str(stage.get("name", self.name)) if isinstance(stage, dict) else self.name.removesuffix(WITHOUT_TEXT)
 
     def under(self, prefix: str) -> dict[str, list[tuple[float, float]]]:
-        """Columns that begin with `prefix`, by what follows it."""
+        """The columns that begin with `prefix`, by the rest of their names."""
         return {name.removeprefix(prefix): points for name, points in self.columns.items() if name.startswith(prefix)}
 
 
@@ -110,7 +110,7 @@ def read_curve(folder: Path | None) -> dict[str, Any] | None:
 
 
 def read_evaluation(folder: Path, name: str = "") -> EvaluationFiles | None:
-    """results.json and predictions.jsonl of evaluate.py, or None where there are no results.
+    """The results and predictions that evaluate.py wrote to a folder; None without results.
 
     Args:
         name: by default the folder's.
@@ -124,8 +124,7 @@ def read_evaluation(folder: Path, name: str = "") -> EvaluationFiles | None:
 
 
 def _undamaged(read: Callable[[Path], T], folder: Path) -> T | None:
-    """What is read; None, with a warning, where it is damaged: one bad file does not cost the
-    others' page."""
+    """The content that `read` returns; None, with a warning, where it is damaged."""
     try:
         return read(folder)
     except UserError as error:
@@ -134,7 +133,7 @@ def _undamaged(read: Callable[[Path], T], folder: Path) -> T | None:
 
 
 def _parsed(file: Path, parse: Callable[[str], Any]) -> Any:
-    """The mapping that the file holds; None, with a warning, where it is damaged."""
+    """The mapping in a file; None, with a warning, where it is damaged."""
     try:
         content = parse(file.read_text(encoding="utf-8"))
         if not isinstance(content, dict | None):
@@ -146,8 +145,8 @@ def _parsed(file: Path, parse: Callable[[str], Any]) -> Any:
 
 
 def find_inputs(folder: Path) -> tuple[list[TrainingRun], Path | None]:
-    """The training runs right under `folder`, in the order in which they were made, and the folder
-    with a curve."""
+    """The training runs directly in `folder`, the oldest first, and the newest folder in it with a
+    curve."""
     logs = sorted(folder.glob(f"*/{METRICS}"), key=lambda file: file.stat().st_mtime)
     curves = sorted(folder.glob("*/curve.json"), key=lambda file: file.stat().st_mtime)
     return [read_run(log.parent.name, log.parent) for log in logs], curves[-1].parent if curves else None

@@ -5,7 +5,8 @@ from __future__ import annotations
 from sphinx_pl.data.answer_parsing import read_number
 
 TOLERANCE = 0.05
-"""Of the true value, for numbers (Masry et al. 2022, section 5.1, after Methani et al. 2020)."""
+"""The allowed share of the true value, for numbers (Masry et al. 2022, section 5.1, after Methani
+et al. 2020)."""
 
 
 def relaxed_match(prediction: str, answer: str) -> bool:

@@ -113,7 +113,7 @@ def test_what_only_the_choosing_samples_like_is_not_kept(tmp_path: Path, others:
     assert content["value"] == pytest.approx(Objective().value(trials[kept].measurements))
     assert content["gain"] == pytest.approx(1 - others)
     assert said in describe_search(content)
-    assert ("is kept" in describe_search(content)) == (kept == 0)
+    assert ("stays" in describe_search(content)) == (kept == 0)
     assert json.loads((tmp_path / "search.json").read_text())["betas"] == content["betas"]
 
 
