@@ -1,3 +1,5 @@
-from __future__ import annotations
+"""The models of tests/models, which generate here."""
 
-from tests.models.conftest import model, prompts, sample  # noqa: F401
+from tests.models.conftest import model, prompts, sample
+
+__all__ = ["model", "prompts", "sample"]
