@@ -34,14 +34,14 @@ TASKS_NAME = "tasks"
 
 if TYPE_CHECKING:
     from sphinx_pl.data.schema import Record
-    from sphinx_pl.evaluation.answer_log import Journal
-    from sphinx_pl.evaluation.mixtures.reweighting import Lean, Training
-    from sphinx_pl.evaluation.report.summary import Row
+    from sphinx_pl.evaluation.answer_log import AnswerLog
+    from sphinx_pl.evaluation.mixtures.reweighting import Reweighting, TrainingMixture
+    from sphinx_pl.evaluation.report.summary import ScoreRow
     from sphinx_pl.evaluation.runner import Prediction
     from sphinx_pl.models.sphinx import Sphinx
 
 
-def results_table(rows: Iterable[Row]) -> Table:
+def results_table(rows: Iterable[ScoreRow]) -> Table:
     """Return the results as a terminal shows them.
 
     A green triangle marks an interval that is wholly above the baseline.
@@ -72,10 +72,10 @@ def results_table(rows: Iterable[Row]) -> Table:
 
 def benchmarks_table(results: Iterable[Mapping[str, Any]]) -> Table:
     """Return the benchmarks' numbers as a terminal shows them."""
-    from sphinx_pl.evaluation.measures import number_text
+    from sphinx_pl.evaluation.metrics import number_text
 
     table = Table(title="Benchmarks", caption="with 95 % intervals", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("benchmark", "measure"):
+    for name in ("benchmark", "metric"):
         table.add_column(name)
     for name in ("value", "95 %", "n", "unparsed"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -92,7 +92,7 @@ def benchmarks_table(results: Iterable[Mapping[str, Any]]) -> Table:
 
 
 def flat(results: Mapping[str, Any]) -> dict[str, float]:
-    """Return every task's score and every benchmark's measures by name, such as
+    """Return every task's score and every benchmark's metrics by name, such as
     `pope_random/f1`.
     """
     numbers = {row["task"]: row["score"] for row in results["rows"] if not row["topic"] and not row["domain"]}
@@ -164,7 +164,7 @@ class Asking:
                 generation=self.generation,
                 batch_size=self.options.batch_size,
                 ranking=self.options.ranking,
-                journal=self._journal(name),
+                answer_log=self._answer_log(name),
                 rank=self.processes.rank,
                 world_size=self.processes.world_size,
                 title=name,
@@ -193,16 +193,16 @@ class Asking:
                     "out=, or overwrite=true to replace them"
                 )
         for name in names:
-            self._journal(name).check()
+            self._answer_log(name).check()
 
-    def _journal(self, name: str) -> Journal:
-        from sphinx_pl.evaluation.answer_log import Journal
+    def _answer_log(self, name: str) -> AnswerLog:
+        from sphinx_pl.evaluation.answer_log import AnswerLog
 
-        return Journal(self.folder / "answers", name, self.options.settings(), self.options.overwrite)
+        return AnswerLog(self.folder / "answers", name, self.options.settings(), self.options.overwrite)
 
 
 def _ask_tasks(
-    options: EvaluateConfig, data: Mapping[str, Any], asking: Asking, leaning: Training | None = None
+    options: EvaluateConfig, data: Mapping[str, Any], asking: Asking, mixture: TrainingMixture | None = None
 ) -> tuple[list[Prediction], dict[str, list[Prediction]], dict[str, int]]:
     """Return the predictions for the test sources, those of baselines, and the reasons why
     questions could not be asked.
@@ -214,8 +214,8 @@ def _ask_tasks(
     records = select(candidates, options.limit, options.seed)
     if not records:
         raise UserError("data.test has no record of a task with a score: check its sources")
-    if leaning:
-        leaning.check({record.task for record in records})
+    if mixture:
+        mixture.check({record.task for record in records})
     baselines = {}
     predictions = asking(TASKS_NAME, records, lost)
     if not predictions:
@@ -233,18 +233,18 @@ def _ask_tasks(
     return predictions, baselines, lost
 
 
-def _training(options: EvaluateConfig, data: Mapping[str, Any], mixture: Path) -> Training | None:
+def _training(options: EvaluateConfig, data: Mapping[str, Any], mixture: Path) -> TrainingMixture | None:
     """Return the training sources that `then` reweights.
 
     They are read before any question is asked.
     """
     if not options.then:
         return None
-    from sphinx_pl.evaluation.mixtures.reweighting import Training, check_out
+    from sphinx_pl.evaluation.mixtures.reweighting import TrainingMixture, check_out
 
     check_out(mixture, _mixture_name())
     temperature = (data.get("mixing") or {}).get("temperature")
-    return Training(data.get("sources") or {}, temperature, options.lean.at_most)
+    return TrainingMixture(data.get("sources") or {}, temperature, options.reweighting.at_most)
 
 
 def _mixture_name() -> str | None:
@@ -259,16 +259,16 @@ def _mixture_name() -> str | None:
     return str(name) if name else None
 
 
-def _write_mixture(options: EvaluateConfig, cfg: DictConfig, lean: Lean, path: Path) -> None:
+def _write_mixture(options: EvaluateConfig, cfg: DictConfig, reweighting: Reweighting, path: Path) -> None:
     from sphinx_pl.evaluation.mixtures.reweighting import write_mixture
 
     base = _mixture_name()
     entries: Any = None
     if base is None:  # the file does not depend on another mixture
         entries = {key: OmegaConf.to_container(cfg.data[key]) for key in ("sources", "val_sources") if key in cfg.data}
-    settings = [f"{key}: {value}" for key, value in dataclasses.asdict(options.lean).items()]
+    settings = [f"{key}: {value}" for key, value in dataclasses.asdict(options.reweighting).items()]
     comments = [f"checkpoint: {options.checkpoint}", f"test: {options.test or 'all of data.test'}", *settings]
-    write_mixture(path, lean.yaml(comments, base, entries), base)
+    write_mixture(path, reweighting.yaml(comments, base, entries), base)
 
 
 @entry_point(config_name="evaluate", check=check_evaluate)
@@ -288,10 +288,11 @@ def main(cfg: DictConfig) -> float:
         raise UserError("data.test is missing: choose a data= that has test sources, such as data=sample")
 
     from sphinx_pl.evaluation.benchmarks import choose
-    from sphinx_pl.evaluation.metrics import METRICS
-    from sphinx_pl.evaluation.report.page import check_page, find_inputs, write_report
+    from sphinx_pl.evaluation.report.inputs import find_inputs
+    from sphinx_pl.evaluation.report.page import check_page, write_report
     from sphinx_pl.evaluation.report.summary import summarise
     from sphinx_pl.evaluation.results import BASELINES, PREDICTIONS, write_predictions, write_results
+    from sphinx_pl.evaluation.scorers.tasks import SCORERS
     from sphinx_pl.runtime.collectives import of_all_ranks
 
     join_plainly()
@@ -313,15 +314,15 @@ def main(cfg: DictConfig) -> float:
         check_page(Path(options.report), "report")
     predictions: list[Prediction] = []
     baselines: dict[str, list[Prediction]] = {}
-    rows: list[Row] = []
+    rows: list[ScoreRow] = []
     lost: dict[str, int] = {}
     if options.asks_tasks:
         predictions, baselines, lost = _ask_tasks(options, data, asking, training)
         rows = summarise(predictions, baselines, options.seed)
-    lean = None
+    reweighting = None
     if training:
-        how = options.lean
-        lean = training.lean(predictions, how.strength, how.prior, how.bound)
+        how = options.reweighting
+        reweighting = training.reweight(predictions, how.strength, how.prior, how.bound)
     measured, notes = [], []
     for asked in questions:
         missing: dict[str, int] = {}
@@ -330,7 +331,7 @@ def main(cfg: DictConfig) -> float:
             asked.name,
             asked.records,
             missing,
-            judge=benchmark.judge,
+            score_answer=benchmark.score_answer,
             max_new_tokens=benchmark.max_new_tokens,
             closed=benchmark.closed,
         )
@@ -357,14 +358,14 @@ def main(cfg: DictConfig) -> float:
         "image_size": asking.processor.image_size,
         "options": dataclasses.asdict(options),
         "skipped": lost,
-        "metrics": {row.metric: METRICS[row.metric].description for row in rows},
+        "metrics": {row.metric: SCORERS[row.metric].description for row in rows},
         "rows": [row.to_dict() for row in rows],
         "benchmarks": measured,
         "left_out": skipped,
     }
-    if lean:
-        _write_mixture(options, cfg, lean, mixture)
-        results["mixture"] = {"file": str(mixture)} | lean.to_dict()
+    if reweighting:
+        _write_mixture(options, cfg, reweighting, mixture)
+        results["mixture"] = {"file": str(mixture)} | reweighting.to_dict()
     for name in BASELINES:  # an evaluation that this one replaces may have written them
         (folder / f"{name}.jsonl").unlink(missing_ok=True)
     for name, those in {PREDICTIONS: predictions, **baselines}.items():
@@ -380,12 +381,12 @@ def main(cfg: DictConfig) -> float:
         if reasons:
             counts = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
             say(f"Skipped questions of {name}: {counts}")
-    if lean:
+    if reweighting:
         from sphinx_pl.evaluation.mixtures.reweighting import how_to_train
 
-        for table in lean.tables():
+        for table in reweighting.tables():
             console.print(table)
-        notes.append(f"Leaned mixture: {mixture}; to train on it: {how_to_train(mixture)}")
+        notes.append(f"Reweighted mixture: {mixture}; to train on it: {how_to_train(mixture)}")
     if skipped:
         say(f"Skipped, for the reasons above: {', '.join(skipped)}")
     for sentence in notes:

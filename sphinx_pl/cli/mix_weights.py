@@ -21,7 +21,7 @@ from rich.console import Console
 
 from sphinx_pl.checkpoints.layout import check_start
 from sphinx_pl.checkpoints.stored import OurNames, ParallelFolder
-from sphinx_pl.evaluation.objective import LOSS, SCORE, Criterion, Measures
+from sphinx_pl.evaluation.objective import LOSS, SCORE, Measurements, Objective
 from sphinx_pl.mixing.methods import METHODS
 from sphinx_pl.mixing.mix import (
     DTYPES,
@@ -60,7 +60,7 @@ class Measuring:
 
     Raises:
         UserError: a source does not exist, the tokenizer or prompt format or matplotlib is missing,
-            or the criterion is not measured.
+            or the objective is not measured.
     """
 
     def __init__(self, options: MixConfig, first: OurNames, data: DictConfig, steps: Steps) -> None:
@@ -87,7 +87,7 @@ class Measuring:
                 raise UserError(f"curve_sources: there is no held-out source '{name}': {suggest(name, sources)}")
         values["val_sources"] = {name: sources[name] for name in options.curve_sources or sources}
         measured = [f"{LOSS}/{name}" for name in values["val_sources"]]
-        Criterion(options.criterion).names([*measured, *(f"{SCORE}/{task}" for task in options.curve_tasks or ())])
+        Objective(options.objective).names([*measured, *(f"{SCORE}/{task}" for task in options.curve_tasks or ())])
         self.data = DataModule(self.processor, sources={}, val_samples=data.val_samples, **values)
         self.data.check()
         self.records = self._records(data) if options.curve_tasks else []
@@ -108,7 +108,7 @@ class Measuring:
                 raise UserError(f"curve_tasks: data.test has no task '{task}': {suggest(task, tasks)}")
         return select([r for r in records if r.task in (self.options.curve_tasks or ())], self.options.curve_limit)
 
-    def __call__(self, model: Sphinx) -> Measures:
+    def __call__(self, model: Sphinx) -> Measurements:
         import torch
 
         from sphinx_pl.evaluation.losses import SourceLoss, held_out_losses
@@ -123,7 +123,7 @@ class Measuring:
                 yield batch
 
         losses = held_out_losses(model, {name: watched(name) for name in self.loaders}, self.options.precision)
-        measures = {f"{LOSS}/{name}": loss for name, loss in losses.items()}
+        measurements: dict[str, SourceLoss] = {f"{LOSS}/{name}": loss for name, loss in losses.items()}
         if self.records:
             device = next(model.parameters()).device
             self.steps.within(batches / units, f"answers to {len(self.records)} questions")
@@ -131,8 +131,8 @@ class Measuring:
                 predictions = evaluate(model, self.processor, self.records, batch_size=ASKED_AT_ONCE, progress=False)
             for task in dict.fromkeys(prediction.task for prediction in predictions):
                 scores = torch.tensor([p.score for p in predictions if p.task == task], dtype=torch.float64)
-                measures[f"{SCORE}/{task}"] = SourceLoss(scores, torch.ones_like(scores))
-        return measures
+                measurements[f"{SCORE}/{task}"] = SourceLoss(scores, torch.ones_like(scores))
+        return measurements
 
 
 def _find(
@@ -149,7 +149,7 @@ def _find(
     from sphinx_pl.evaluation.mixtures import search
     from sphinx_pl.evaluation.mixtures.curve import describe_best, measure_curve, simplex, write_curve
 
-    criterion, count, console = Criterion(options.criterion), len(evaluate.plan.models), steps.console
+    objective, count, console = Objective(options.objective), len(evaluate.plan.models), steps.console
     keys: dict[str, Any] = {}
     origin: dict[str, Any] | None = None
     value, start = float("nan"), 0.5
@@ -157,52 +157,52 @@ def _find(
         points_per_edge = options.curve or POINTS
         with steps.of("Mixing curve", len(simplex(count, points_per_edge))):
             points = measure_curve(evaluate, points_per_edge)
-        content = write_curve(points, folder, criterion, options.method)
+        content = write_curve(points, folder, objective, options.method)
         value, why = content["best"]["value"], describe_best(content)
         console.print(f"Curve: {final / 'curve.csv'}. {why}", markup=False, highlight=False)
         start = content["best"].get("beta", start)
         if options.beta == AUTO:
             keys = {"weights": content["best"]["weights"]}
-            origin = {"chosen_by": {"criterion": options.criterion, "curve": len(points), "why": why}}
+            origin = {"chosen_by": {"objective": options.objective, "curve": len(points), "why": why}}
     if options.search is not None:
         with steps.of("Search", options.budget):
             trials, best = search.search_parts(
                 evaluate,
                 options.search,
                 options.budget,
-                criterion,
+                objective,
                 start,
                 lambda trial: console.print(
                     "  ".join(f"{part} {beta:.3g}" for part, beta in trial.betas.items())
-                    + f": {criterion.value(trial.measures):.4f}",
+                    + f": {objective.value(trial.measurements):.4f}",
                     markup=False,
                     highlight=False,
                 ),
             )
-        content = search.write_search(trials, best, criterion, folder)
+        content = search.write_search(trials, best, objective, folder)
         value, betas, why = content["value"], dict(content["betas"]), search.describe_search(content)
         console.print(f"Search: {final / 'search.csv'}, {len(trials)} mixtures. {why}.", markup=False, highlight=False)
         rest = betas.pop(search.REST, start)
         rules = [{"match": part, "beta": beta} for part, beta in betas.items()]
         keys = {"weights": [rest, complement(rest)], "rules": rules}
-        origin = {"chosen_by": {"criterion": options.criterion, "search": len(trials), "why": why}}
+        origin = {"chosen_by": {"objective": options.objective, "search": len(trials), "why": why}}
     if options.method == GREEDY:
         soup_trials: list[dict[str, Any]] = []
 
         def tell(models: list[int], at: float, kept: bool) -> None:
             soup_trials.append({"checkpoints": models, "value": at, "kept": kept})
             names = ", ".join(str(evaluate.plan.models[model].path) for model in models)
-            line = f"{names}: {options.criterion} {at:.4f}" + (" (kept)" if kept else "")
+            line = f"{names}: {options.objective} {at:.4f}" + (" (kept)" if kept else "")
             console.print(line, markup=False, highlight=False)
 
         with steps.of("Greedy soup", 2 * count - 1):
-            soup = search.greedy_soup(evaluate, criterion, tell)
+            soup = search.greedy_soup(evaluate, objective, tell)
         folder.mkdir(parents=True, exist_ok=True)
-        content = {"criterion": options.criterion, "soup": soup, "tried": soup_trials}
+        content = {"objective": options.objective, "soup": soup, "tried": soup_trials}
         write_whole(folder / "soup.json", json.dumps(finite(content), indent=2) + "\n")
         value = next(trial["value"] for trial in reversed(soup_trials) if trial["kept"])
         keys = {"weights": search.soup_weights(soup, count)}
-        origin = {"chosen_by": {"criterion": options.criterion, "soup": soup}}
+        origin = {"chosen_by": {"objective": options.objective, "soup": soup}}
     return keys, origin, value
 
 
@@ -228,7 +228,7 @@ def _plan(options: MixConfig, paths: Sequence[str], recipe: Recipe, own: bool) -
 
 @entry_point(config_name="mix_weights", check=check_mix)
 def main(cfg: DictConfig) -> float | None:
-    """Return the criterion's best value, if mixtures were evaluated."""
+    """Return the objective's best value, if mixtures were evaluated."""
     options, console = pick(MixConfig, cfg, ["data"]), Console()
     device = choose_device(options.device)
     out = Path(options.out) if options.out else None

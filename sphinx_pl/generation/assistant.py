@@ -21,7 +21,7 @@ from sphinx_pl.data.prompt_format import END_OF_TURN, escaped, unescaped
 from sphinx_pl.data.schema import PLACEHOLDER, ImageRef, Record, Turn
 from sphinx_pl.data.skip import BadSample
 from sphinx_pl.generation.generate import GenerationConfig, Prompt, generate, place_images, stream
-from sphinx_pl.generation.likelihood import answer_logprobs
+from sphinx_pl.generation.loglikelihood import answer_loglikelihoods
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.runtime.device import autocast, check_precision, choose_device
 from sphinx_pl.utils.errors import UserError
@@ -113,7 +113,7 @@ class Assistant:
             UserError: an answer is blank, or longer than its prompt leaves room for.
         """
         with autocast(self.device, self.precision):
-            return answer_logprobs(self.model, prompts, [self.encode_answer(answer) for answer in answers])
+            return answer_loglikelihoods(self.model, prompts, [self.encode_answer(answer) for answer in answers])
 
     def encode_answer(self, answer: str) -> list[int]:
         """Return an answer's tokens as in training."""

@@ -19,7 +19,7 @@ from sphinx_pl.utils.errors import UserError
 
 
 @dataclass
-class LeanOptions:
+class ReweightingOptions:
     """How strongly a new mixture favours failures.
 
     See `sphinx_pl.evaluation.mixtures.reweighting`.
@@ -32,10 +32,11 @@ class LeanOptions:
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength <= 1:
-            raise UserError(f"lean.strength={self.strength} must be 0 to 1")
+            raise UserError(f"reweighting.strength={self.strength} must be 0 to 1")
         if self.prior <= 0 or self.bound < 1 or self.at_most < 1:
             raise UserError(
-                f"lean: prior={self.prior} must be above 0, bound={self.bound} and at_most={self.at_most} at least 1"
+                f"reweighting: prior={self.prior} must be above 0, bound={self.bound} and at_most={self.at_most} "
+                "at least 1"
             )
 
 
@@ -60,7 +61,7 @@ class EvaluateConfig:
     report: Optional[str] = None
     then: Optional[str] = None
     mixture_out: Optional[str] = None
-    lean: LeanOptions = field(default_factory=LeanOptions)
+    reweighting: ReweightingOptions = field(default_factory=ReweightingOptions)
     wandb: Optional[dict[str, Any]] = None
 
     def __post_init__(self) -> None:
@@ -103,6 +104,6 @@ def check_evaluate(cfg: DictConfig) -> None:
     """
     refuse_unread(cfg, "", [*EvaluateConfig.__dataclass_fields__, "data", "benchmark"])
     build(Decoding, cfg.get("generation") or {}, "generation")
-    build(LeanOptions, cfg.get("lean") or {}, "lean")
+    build(ReweightingOptions, cfg.get("reweighting") or {}, "reweighting")
     check_data(cfg)
     check_benchmark(cfg)

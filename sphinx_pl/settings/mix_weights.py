@@ -10,7 +10,7 @@ from typing import Any, Optional
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from sphinx_pl.evaluation.objective import Criterion
+from sphinx_pl.evaluation.objective import Objective
 from sphinx_pl.mixing.methods import METHODS, resolve_options
 from sphinx_pl.mixing.mix import DTYPES, Recipe
 from sphinx_pl.mixing.rules import complement
@@ -49,7 +49,7 @@ class MixConfig:
     curve_sources: Optional[list[str]] = None
     curve_tasks: Optional[list[str]] = None
     curve_limit: int = 50
-    criterion: str = "loss"
+    objective: str = "loss"
     search: Optional[list[str]] = None
     budget: int = 20
     device: str = "auto"
@@ -96,7 +96,7 @@ class MixConfig:
                 raise UserError(f"{name}={value} must be at least 1")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UserError(f"dtype={self.dtype}: {suggest(self.dtype, DTYPES)}")
-        Criterion(self.criterion)
+        Objective(self.objective)
         check_precision(self.precision)
 
     @property

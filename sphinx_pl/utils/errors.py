@@ -34,8 +34,10 @@ def suggest(name: str, known: Iterable[str], listed: str = "") -> str:
 
 SYNONYMS = {
     "batch_size": "data.packing.rows",
+    "criterion": "objective",
     "epochs": "data.mixing.epochs",
     "gradient_accumulation_steps": "stage.accumulate",
+    "lean": "reweighting",
     "max_epochs": "data.mixing.epochs",
     "num_train_epochs": "data.mixing.epochs",
     "num_workers": "data.workers",
@@ -43,7 +45,7 @@ SYNONYMS = {
     "shuffle": "data.sources.NAME.shuffle_shards",
     "warmup_steps": "stage.optim.warmup",
 }
-"""Keys of other programs and the keys with the same meaning here."""
+"""Keys of other programs or of earlier versions, and the keys with the same meaning here."""
 
 
 def nearest_key(key: str, known: Iterable[str]) -> str | None:

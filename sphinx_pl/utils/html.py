@@ -51,12 +51,17 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: set[int])
 _INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 
 
+def mark_unseen(text: str) -> str:
+    """The text with its invisible characters written as their code points."""
+    return _INVISIBLE.sub(lambda match: f"\u27e8U+{ord(match[0]):04X}\u27e9", text)
+
+
 def visible(text: str) -> str:
     """Return text from data as HTML.
 
     It is escaped, and invisible characters become their code points.
     """
-    return escape(_INVISIBLE.sub(lambda match: f"\u27e8U+{ord(match[0]):04X}\u27e9", text))
+    return escape(mark_unseen(text))
 
 
 def inline_png(picture: Image.Image) -> str:

@@ -26,15 +26,14 @@ from sphinx_pl.data.answer_parsing import normalise
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.records import read_records
 from sphinx_pl.data.schema import ImageRef, Record
+from sphinx_pl.evaluation.benchmarks.detection_ocr_pose import DetectionBenchmark
 from sphinx_pl.evaluation.benchmarks.mme import SUBTASKS
-from sphinx_pl.evaluation.benchmarks.suite import DetectionSuite
 from sphinx_pl.evaluation.compare import compare
-from sphinx_pl.evaluation.measures import estimate
+from sphinx_pl.evaluation.metrics import estimate
 from sphinx_pl.evaluation.report.page import check_page
 from sphinx_pl.evaluation.rescore import rescore
 from sphinx_pl.evaluation.results import read_predictions
 from sphinx_pl.evaluation.runner import Prediction, evaluate
-from sphinx_pl.evaluation.scorers.yes_no import mme_scores
 from sphinx_pl.models.config import ClipViTConfig, DecoderConfig, SphinxConfig, VisionConfig
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.settings.evaluate import EvaluateConfig
@@ -42,6 +41,7 @@ from sphinx_pl.utils.config import pick
 from sphinx_pl.utils.errors import UserError
 from tests.callbacks.test_wandb import finished_run
 from tests.evaluation.benchmarks.vqa_files import CHART, FILES, write
+from tests.evaluation.official import mme_scores
 from tests.scripts import Script, run_script
 
 ROOT = Path(__file__).parents[2]
@@ -208,15 +208,15 @@ def test_points_average_precision_and_images_in_a_table(world: Path) -> None:
     assert values["perception", ""] == pytest.approx(mme_scores(points).perception)
     assert {category for _, category in values} == {"", *SUBTASKS}
     detections = [p for p in predictions if p.benchmark == "detection"]
-    suite = DetectionSuite(world / "scenes.json")
-    assert [v["value"] for v in boxes["values"]] == [estimate(m.prepare(detections)).value for m in suite.measures]
+    suite = DetectionBenchmark(world / "scenes.json")
+    assert [v["value"] for v in boxes["values"]] == [estimate(m.prepare(detections)).value for m in suite.metrics]
     assert len((out / "mme" / "OCR.txt").read_text().splitlines()) == 2
     sheet = openpyxl.load_workbook(out / "submission_mmbench_test_en.xlsx").active
     assert [row[0] for row in sheet.iter_rows(min_row=2, values_only=True)] == [3, 1_000_003]
     assert hidden["values"] == []
 
 
-def test_a_mixture_leans_towards_failures(world: Path) -> None:
+def test_a_mixture_is_reweighted_by_bad_cases(world: Path) -> None:
     arguments = [f"checkpoint={world / 'checkpoint'}", f"out={world / 'lean'}", "then=mixture", "shuffled=false"]
     process = run(world, *arguments, f"report={world / 'lean.html'}")
     assert process.returncode == 0, process.stderr
@@ -229,11 +229,11 @@ def test_a_mixture_leans_towards_failures(world: Path) -> None:
     holds = {item["task"]: item["share"] for item in lean["sources"][0]["holds"]}
     assert holds == pytest.approx({"short_vqa": 3 / 7, "rec": 3 / 7, "caption": 1 / 7})
     assert "What to train on next" in (world / "lean.html").read_text()
-    assert "Leaned mixture" in process.stdout
+    assert "Reweighted mixture" in process.stdout
     (world / "lean" / "mixture.yaml").write_text("sources: {}\n")
     second = run(world, *arguments, "overwrite=true")
     assert second.returncode == 2  # before any question: the answers still exist
-    assert "was not written by evaluate.py" in second.stderr
+    assert "evaluate.py did not write it" in second.stderr
     assert list((world / "lean" / "answers").iterdir())
 
 
@@ -257,8 +257,8 @@ def test_a_mistake_is_answered_in_one_line(world: Path) -> None:
         ({"checkpoint": "x", "then": "sleep"}, "then=sleep must be null or mixture"),
         ({"checkpoint": "x", "then": "mixture", "benchmarks": ["pope"]}, "then=mixture needs test sources"),
         ({"checkpoint": "x", "mixture_out": "a.yaml"}, "set both keys"),
-        ({"checkpoint": "x", "lean": {"strength": 2}}, "lean.strength=2.0 must be 0 to 1"),
-        ({"checkpoint": "x", "lean": {"bound": 0.5}}, "bound=0.5"),
+        ({"checkpoint": "x", "reweighting": {"strength": 2}}, "reweighting.strength=2.0 must be 0 to 1"),
+        ({"checkpoint": "x", "reweighting": {"bound": 0.5}}, "bound=0.5"),
     ],
 )
 def test_keys_are_checked_before_anything_is_read(keys: dict[str, object], message: str) -> None:
@@ -368,20 +368,20 @@ def test_baselines_of_a_replaced_evaluation_are_deleted(world: Path) -> None:
 
 def test_a_killed_evaluation_resumes_with_the_same_result(world: Path, pope: list[str], whole: Path) -> None:
     out = world / "killed"
-    journal = out / "answers" / "dogs.rank0.jsonl"
+    answer_log = out / "answers" / "dogs.rank0.jsonl"
     with Path(os.devnull).open("w") as nowhere:
         process = Script(command(world, *pope, f"out={out}"), nowhere, nowhere, environment=ENVIRONMENT)
-    while process.poll() is None and (not journal.exists() or journal.read_bytes().count(b"\n") < 4):
+    while process.poll() is None and (not answer_log.exists() or answer_log.read_bytes().count(b"\n") < 4):
         time.sleep(0.002)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert not (out / "results.json").exists()
-    answered = journal.read_bytes().count(b"\n")
+    answered = answer_log.read_bytes().count(b"\n")
     assert 4 <= answered < 21  # a line for the settings, one for each of 20 batches
     resumed = run(world, *pope, f"out={out}")
     assert resumed.returncode == 0, resumed.stderr
     assert same(out, whole)
-    assert journal.read_bytes().count(b"\n") == 21  # none was answered twice
+    assert answer_log.read_bytes().count(b"\n") == 21  # none was answered twice
     assert not compare(read_predictions(out), read_predictions(whole), {})[0].real
 
 
@@ -431,7 +431,7 @@ def test_a_report_replaces_only_a_page(tmp_path: Path) -> None:
     check_page(tmp_path / "page.html", "report")
     check_page(tmp_path / "empty.html", "report")
     check_page(tmp_path / "new.html", "report")
-    with pytest.raises(UserError, match=r"report: '.*notes.md' is there and is no page"):
+    with pytest.raises(UserError, match=r"report: '.*notes.md' exists and is not a page"):
         check_page(tmp_path / "notes.md", "report")
 
 
@@ -453,5 +453,5 @@ def test_a_benchmark_without_files(world: Path) -> None:
     process = run(world, *wrong)
     assert process.returncode == 2
     message = process.stderr.strip().splitlines()[-1]
-    assert message.startswith(f"error: pope: '{world / 'gone' / 'pope'}' is not there")
+    assert message.startswith(f"error: pope: '{world / 'gone' / 'pope'}' does not exist")
     assert "https://github.com/AoiDragon/POPE" in message

@@ -137,7 +137,7 @@ def test_beta_auto_takes_the_best_point_and_says_why(
     curve = json.loads((tmp_path / "mixed" / "curve.json").read_text())
     mixing = open_checkpoint(tmp_path / "mixed").provenance["mixing"]
     assert mixing["weights"] == curve["best"]["weights"]
-    assert mixing["chosen_by"]["criterion"] == "loss"
+    assert mixing["chosen_by"]["objective"] == "loss"
     assert mixing["chosen_by"]["why"].startswith(f"beta={curve['best']['beta']:g} has the lowest loss of 3 points")
     printed = capsys.readouterr().out
     first, *lines = printed.splitlines()[:4]
@@ -154,7 +154,7 @@ def test_a_curve_of_three_models_with_scores(
     run: Callable[..., None], models: Callable[..., list[Path]], tmp_path: Path, data: list[str]
 ) -> None:
     paths = ",".join(str(path) for path in models(3))
-    tasks = ["curve_tasks=[short_vqa]", "curve_limit=2", "criterion=score/short_vqa"]
+    tasks = ["curve_tasks=[short_vqa]", "curve_limit=2", "objective=score/short_vqa"]
     run(f"checkpoints=[{paths}]", "curve=2", "curve_dir=curve", *tasks, *data)
     curve = json.loads((tmp_path / "curve" / "curve.json").read_text())
     assert curve["models"] == 3
@@ -263,7 +263,7 @@ def test_rules_and_options_from_the_command_line(
         (["out=mixed", "method=greedy_soup", "beta=0.5"], "finds the weights"),
         (["out=mixed", "method=ties", "weights=[1,1]"], "base=FOLDER"),
         (["out=mixed", "beta=0.5", "options.density=0.5"], "method=linear has no such option"),
-        (["out=mixed", "beta=0.5", "criterion=bleu"], "criterion=bleu"),
+        (["out=mixed", "beta=0.5", "objective=bleu"], "objective=bleu"),
         (["out=mixed", "weights=[1e308,1e308]", "any_sum=true"], "weights=[1e+308, 1e+308] must be at most 2^53"),
         (["out=mixed", "beta=auto", "curve_dir=mixed/curve"], "curve_dir=mixed/curve is in out=mixed"),
         (["out=real", "beta=0.5", "overwrite=true", "checkpoints=[real,synthetic]"], "would delete 'real'"),
@@ -288,8 +288,8 @@ def test_rules_and_options_from_the_command_line(
         ([f"out={300 * 'x'}", "beta=0.5"], "(File name too long)"),
         (["curve=3", "curve_dir=real/config.json"], "curve_dir: 'real/config.json' cannot be a folder"),
         (["curve=3", "curve_dir=c", "curve_sources=[]"], "curve_sources= is an empty list"),
-        (["curve=3", "curve_dir=c", "criterion=loss/reel"], "criterion=loss/reel is not measured"),
-        (["beta=auto", "out=mixed", "criterion=score/short_vqa"], "criterion=score/short_vqa is not measured"),
+        (["curve=3", "curve_dir=c", "objective=loss/reel"], "objective=loss/reel is not measured"),
+        (["beta=auto", "out=mixed", "objective=score/short_vqa"], "objective=score/short_vqa is not measured"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(
@@ -372,12 +372,12 @@ def test_a_model_that_computes_nan_is_never_chosen(
     good, bad, other = models(3, values=BROKEN)
     run(f"checkpoints=[{bad},{good}]", "beta=auto", "curve=3", "out=auto", *data)
     assert open_checkpoint(tmp_path / "auto").provenance["mixing"]["weights"] == [0, 1]
-    assert "none that is a number" in " ".join(capsys.readouterr().out.split())
+    assert "no finite one" in " ".join(capsys.readouterr().out.split())
     run(f"checkpoints=[{bad},{good},{other}]", "method=greedy_soup", "out=soup", *data)
     assert 0 not in open_checkpoint(tmp_path / "soup").provenance["mixing"]["chosen_by"]["soup"]
     with pytest.raises(SystemExit):
         run(f"checkpoints=[{bad},{bad}]", "search=[decoder]", "out=search", *data)
-    assert "no model or mixture" in capsys.readouterr().err
+    assert "no evaluated model or mixture" in capsys.readouterr().err
 
 
 def test_dare_draws_for_whole_tensors_when_mixtures_are_evaluated(

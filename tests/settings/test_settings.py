@@ -230,7 +230,9 @@ def test_the_keys_of_a_stage_are_those_of_its_class() -> None:
         ("train", "data/mixtur=own", "did you mean data/mixture?"),
         ("evaluate", "limt=3", "there is no key limt: did you mean limit?"),
         ("evaluate", "generation.temprature=1", "did you mean generation.temperature?"),
-        ("evaluate", "lean.strenght=1", "did you mean lean.strength?"),
+        ("evaluate", "reweighting.strenght=1", "did you mean reweighting.strength?"),
+        ("evaluate", "lean.strength=1", "did you mean reweighting.strength?"),  # its earlier name
+        ("mix_weights", "criterion=score", "did you mean objective?"),  # likewise
         ("mix_weights", "options.densty=1", "options.densty: method=linear has no such option"),
         ("mix_weights", "data.packing.row_lenght=5", "did you mean data.packing.row_length?"),
     ],
