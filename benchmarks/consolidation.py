@@ -35,7 +35,9 @@ from torch.utils.data import DataLoader
 from benchmarks.data import status
 from benchmarks.memory import configuration, random_batch, stage_and_trainer
 from sphinx_pl.callbacks.checkpoint import write_training_checkpoint
-from sphinx_pl.checkpoints.format import SafetensorsFile, check_room, compare, open_checkpoint, same_bits, sync
+from sphinx_pl.checkpoints.folder import check_room, sync
+from sphinx_pl.checkpoints.format import open_checkpoint
+from sphinx_pl.checkpoints.tensors import SafetensorsFile, compare, same_bits
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.schema import Batch
 from sphinx_pl.distributed.checkpointing import PREFIX

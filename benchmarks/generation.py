@@ -19,8 +19,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sphinx_pl.checkpoints.format import StateDict
 from sphinx_pl.checkpoints.llama import LlamaWeights, huggingface_config
+from sphinx_pl.checkpoints.tensors import StateDict
 from sphinx_pl.generation.generate import GenerationConfig, Prompt, generate
 from sphinx_pl.models.config import DecoderConfig, SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx

@@ -27,9 +27,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from sphinx_pl.checkpoints.format import TensorInfo
 from sphinx_pl.checkpoints.layout import write_parallel
 from sphinx_pl.checkpoints.original import decoder_sizes, shipped_model
+from sphinx_pl.checkpoints.tensors import TensorInfo
 from sphinx_pl.checkpoints.torch_shards import split
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.decoder import Decoder

@@ -38,19 +38,10 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.consolidation import VOCAB_SIZE, Run, run, warm
-from sphinx_pl.checkpoints.format import (
-    CONFIG,
-    INDEX,
-    TOKENIZER,
-    Checkpoint,
-    TensorInfo,
-    check_room,
-    compare,
-    open_checkpoint,
-    write_json,
-    write_shards,
-)
+from sphinx_pl.checkpoints.folder import CONFIG, INDEX, TOKENIZER, check_room, write_json
+from sphinx_pl.checkpoints.format import Checkpoint, open_checkpoint, write_shards
 from sphinx_pl.checkpoints.llama import LlamaWeights, huggingface_config
+from sphinx_pl.checkpoints.tensors import TensorInfo, compare
 from sphinx_pl.models.config import DecoderConfig
 from sphinx_pl.models.decoder import Decoder
 from sphinx_pl.runtime.hydra_app import report

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sphinx_pl.checkpoints.format import HUB, SafetensorsFile, Source, compare, copy_into, read_json, read_weight_map
+from sphinx_pl.checkpoints.folder import read_json, read_weight_map
+from sphinx_pl.checkpoints.hub import HUB
+from sphinx_pl.checkpoints.tensors import SafetensorsFile, Source, compare, copy_into
 from sphinx_pl.checkpoints.torch_shards import ParallelFiles
 from sphinx_pl.models.encoders import ClipViT, Dinov2, QFormer, Tower, resample_positions
 from sphinx_pl.models.views import CLIP_MEAN, CLIP_STD

@@ -13,13 +13,10 @@ A folder is written under a temporary name and renamed, so whatever stands under
 
 from __future__ import annotations
 
-import difflib
 import errno
 import hashlib
 import json
 import logging
-import os
-import re
 import shutil
 import zlib
 from abc import ABC, abstractmethod
@@ -27,14 +24,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
-from typing import Any, ClassVar, Protocol
-from weakref import WeakSet
+from typing import Any
 
 import torch
-from rich.filesize import decimal
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -43,230 +36,55 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from sphinx_pl.checkpoints.encoders import pretrained_values
+from sphinx_pl.checkpoints.folder import (
+    CONFIG,
+    INDEX,
+    PROVENANCE,
+    TOKENIZER,
+    UNUSED,
+    check_room,
+    linked,
+    move_into_place,
+    read_json,
+    read_weight_map,
+    require,
+    sizes_of,
+    sync,
+    unfinished,
+    write_json,
+)
+from sphinx_pl.checkpoints.hub import local_folder
 from sphinx_pl.checkpoints.provenance import hash_file
+from sphinx_pl.checkpoints.tensors import (
+    DTYPE_NAMES,
+    DTYPES,
+    TOWERS,
+    SafetensorsFile,
+    StateDict,
+    TensorInfo,
+    Weights,
+    compare,
+    copy_into,
+    tower_of,
+)
 from sphinx_pl.checkpoints.unreadable import why_unreadable
 from sphinx_pl.models.config import SphinxConfig
+from sphinx_pl.models.encoders import build_tower
 from sphinx_pl.utils.errors import UserError
-from sphinx_pl.utils.files import check_pointer, replaced
 from sphinx_pl.utils.registry import Registry
 
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-CONFIG = "config.json"
-INDEX = "model.safetensors.index.json"
-TOKENIZER = "tokenizer.model"
-PROVENANCE = "provenance.json"
-UNUSED = "unused.safetensors"
 LEFT_OUT = "left_out"
-TOWERS = "mixer.towers."
-"""Of the names of the towers' tensors."""
-HUB = "hf-hub:"
-_ON_HUB = re.compile(r"\w[\w.-]*/[\w.-]+")
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """What is known of a stored tensor without reading its values."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def numel(self) -> int:
-        return torch.Size(self.shape).numel()
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a tensor of ours comes from: names in their files, and how their values make it."""
-
-    names: tuple[str, ...]
-    make: Callable[..., Tensor] = lambda tensor: tensor
-
-    def shape(self, found: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-        """Of what `make` gives, from the shapes of `names`; the first of them where they do not fit together."""
-        try:
-            return tuple(self.make(*(torch.empty(shape, device="meta") for shape in found)).shape)
-        except (RuntimeError, IndexError):
-            return tuple(found[0])
 
 
 MAX_SHARD_BYTES = 2**30
 AHEAD_BYTES = 2**29
 """Of a tensor that is being written and the next one, which is read meanwhile; larger ones wait for each other."""
-
-MAPPED_BYTES = 2**29
-"""What is read through mappings of files before they are dropped: mapped pages count as this process's memory."""
-
-
-class Mapped(ABC):
-    """Files that are mapped into memory. What is read through all of them together is bounded by `MAPPED_BYTES`."""
-
-    _lock: ClassVar = Lock()
-    _all: ClassVar[WeakSet[Mapped]] = WeakSet()
-
-    def __init__(self) -> None:
-        self._read = 0
-        with Mapped._lock:
-            Mapped._all.add(self)
-
-    @abstractmethod
-    def _drop(self) -> None:
-        """Let go of the mappings and so of the pages that were read; the next access maps the files anew."""
-
-    def _count(self, nbytes: int) -> None:
-        """So many more bytes were read."""
-        with Mapped._lock:
-            self._read += nbytes
-            if sum(file._read for file in Mapped._all) <= MAPPED_BYTES:
-                return
-            for file in Mapped._all:
-                if file._read:
-                    file._drop()
-                    file._read = 0
-
-
-class SafetensorsFile(Mapped):
-    """One file, read a tensor at a time with bounded memory.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.path = path
-        self._mapped: Any = None  # safetensors ships no types
-        self._offsets: dict[str, int] | None = None
-        self.keys: list[str] = self._file().offset_keys()
-        """In the file's own order, in which a pass over all tensors is one sequential read."""
-
-    def _drop(self) -> None:
-        self._mapped = None
-
-    def _file(self) -> Any:
-        if (mapped := self._mapped) is not None:
-            return mapped
-        if not self.path.is_file():
-            raise UserError(f"'{self.path}' is missing: copy the checkpoint again, whole")
-        check_pointer(self.path)
-        try:
-            mapped = self._mapped = safe_open(str(self.path), framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"'{self.path}' is damaged ({error}): copy the checkpoint again") from error
-        return mapped
-
-    def info(self, name: str) -> TensorInfo:
-        view = self._file().get_slice(name)
-        if view.get_dtype() not in _DTYPES:
-            raise UserError(
-                f"'{self.path}': '{name}' is stored as {view.get_dtype()}, which this project does not read"
-            )
-        return TensorInfo(tuple(view.get_shape()), _DTYPES[view.get_dtype()])
-
-    def tensor(self, name: str) -> Tensor:
-        tensor: Tensor = self._file().get_tensor(name)
-        self._count(tensor.nbytes)
-        return tensor
-
-    def read_into(self, out: Tensor, name: str, start: int) -> None:
-        """Fill `out` (contiguous, of the stored dtype) with elements of the flattened tensor from `start` on.
-
-        They are read, not mapped, so that nothing but `out` takes memory.
-
-        Raises:
-            UserError: the file is gone or has become shorter.
-        """
-        with self.reader(name) as read:  # opened each time: there can be more files than a process may have open
-            read(out, start)
-
-    @contextmanager
-    def reader(self, name: str) -> Iterator[Callable[[Tensor, int], None]]:
-        """`read_into` of one tensor for many stretches of it. Several threads may each have one."""
-        begin = self._offset(name)
-
-        def read(out: Tensor, start: int) -> None:
-            rest: memoryview = out.view(-1).view(torch.uint8).numpy().data
-            place = begin + start * out.itemsize
-            while rest:
-                if not (count := os.preadv(descriptor, [rest], place)):
-                    raise UserError(f"'{self.path}' is damaged (it ends too early): copy the checkpoint again")
-                rest, place = rest[count:], place + count
-
-        try:
-            descriptor = os.open(self.path, os.O_RDONLY)
-            try:
-                yield read
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise UserError(f"'{self.path}' cannot be read ({error}): copy the checkpoint again") from error
-
-    def _offset(self, name: str) -> int:
-        """Where in the file the values of a tensor begin."""
-        if self._offsets is None:
-            with self.path.open("rb") as file:  # whose header was checked when it was mapped
-                size = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(size))
-            header.pop("__metadata__", None)
-            self._offsets = {key: 8 + size + entry["data_offsets"][0] for key, entry in header.items()}
-        return self._offsets[name]
-
-    def metadata(self) -> dict[str, str]:
-        return self._file().metadata() or {}
-
-
-class Weights(Protocol):
-    """Named tensors that are read or made one at a time, in the order of iteration."""
-
-    def __iter__(self) -> Iterator[str]: ...
-
-    def info(self, name: str) -> TensorInfo: ...
-
-    def tensor(self, name: str) -> Tensor: ...
-
-
-class StateDict:
-    """A module's tensors as `Weights`."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = tensors
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    def info(self, name: str) -> TensorInfo:
-        return TensorInfo(tuple(self._tensors[name].shape), self._tensors[name].dtype)
-
-    def tensor(self, name: str) -> Tensor:
-        return self._tensors[name]
 
 
 class Checkpoint(ABC):
@@ -357,46 +175,6 @@ class Checkpoint(ABC):
             raise UserError(f"checkpoint '{self.path}' does not fit this model: {problem}")
 
 
-@torch.no_grad()
-def copy_into(target: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write `tensors` in place over those of the same name in `target` (a state dict), one by one."""
-    for name, tensor in tensors:
-        target[name].copy_(tensor)
-
-
-def compare(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
-    """How the tensors of two models differ, in a phrase that names the first few; "" if they do not."""
-    missing = [name for name in wanted if name not in found]
-    extra = [name for name in found if name not in wanted]
-    misshaped = [name for name in wanted if name in found and wanted[name] != found[name]]
-
-    def near(name: str, candidates: list[str]) -> str:
-        matches = difflib.get_close_matches(name, candidates[:1000], n=1, cutoff=0.8)
-        return f"'{name}' (it has '{matches[0]}')" if matches else f"'{name}'"
-
-    parts = []
-    if missing:
-        parts.append(f"{len(missing)} missing: " + ", ".join(near(name, extra) for name in missing[:3]))
-    if extra:
-        parts.append(f"{len(extra)} unexpected: " + ", ".join(repr(name) for name in extra[:3]))
-    if misshaped:
-        shapes = (f"'{name}' is {list(found[name])} instead of {list(wanted[name])}" for name in misshaped[:3])
-        parts.append(f"{len(misshaped)} of another shape: " + ", ".join(shapes))
-    return "; ".join(parts)
-
-
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By their bytes."""
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal in shape, dtype and every bit: distinguishes 0 from -0 and equates NaN with itself."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    kind = _INTEGERS.get(a.itemsize, torch.uint8)
-    return torch.equal(a.contiguous().view(-1).view(kind), b.contiguous().view(-1).view(kind))
-
-
 FORMATS: Registry[type[Checkpoint]] = Registry("checkpoint format")
 
 
@@ -418,19 +196,6 @@ def _flatten(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         elif key not in _IRRELEVANT:
             flat[f"{prefix}.{key}"] = value
     return flat
-
-
-def local_folder(path: str | Path) -> Path:
-    """Where the checkpoint lies that `open_checkpoint` opens: the path itself, or the copy of what the hub has.
-
-    Raises:
-        UserError: there is none.
-    """
-    path = _from_hub(path) if isinstance(path, str) and path.startswith(HUB) else Path(path)
-    if not path.exists():
-        hub = f", or write {HUB}{path} for a model of the hub" if _ON_HUB.fullmatch(str(path)) else ""
-        raise UserError(f"checkpoint '{path}' does not exist: check the path{hub}")
-    return path
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -455,49 +220,6 @@ def _reader_of(path: Path) -> type[Checkpoint] | None:
     return next((reader for reader in FORMATS.values() if reader.matches(path)), None)
 
 
-# What the formats read, of a folder; not of folders in it, which hold other formats' copies in some repositories.
-_HUB_FILES = ("*.json", TOKENIZER, "model*.safetensors", "consolidated.*.pth")
-
-
-def hub_snapshot(repository: str, patterns: Sequence[str]) -> Path:
-    """The files of a repository: as the Hugging Face cache has them if it has weights, else downloaded.
-
-    Raises what the library does.
-    """
-    from huggingface_hub import HfApi, snapshot_download
-
-    wanted = list(patterns)
-    try:
-        cached = Path(snapshot_download(repository, local_files_only=True, allow_patterns=wanted))
-        # Another folder of the repository may be all that is cached.
-        if any(any(cached.glob(pattern)) for pattern in wanted if pattern.endswith((".safetensors", ".pth"))):
-            return cached
-    except FileNotFoundError:
-        pass
-    HfApi().model_info(repository, timeout=10)  # without a network the download would try for minutes
-    return Path(snapshot_download(repository, allow_patterns=wanted))
-
-
-def _from_hub(source: str) -> Path:
-    from huggingface_hub import constants
-
-    parts = source.removeprefix(HUB).split("/")
-    if len(parts) < 2 or not all(parts):
-        raise UserError(f"'{source}' is no name of a model: it has the form {HUB}OWNER/NAME or {HUB}OWNER/NAME/FOLDER")
-    owner, name, *folder = parts
-    repository, inside = f"{owner}/{name}", "/".join(folder)
-    patterns = ["/".join([*folder, pattern]) for pattern in _HUB_FILES]
-    try:
-        return hub_snapshot(repository, patterns) / inside
-    except Exception as error:  # of many libraries: no network, no such model, no access, a name that is none
-        include = " ".join(f"'{pattern}'" for pattern in patterns)
-        raise UserError(
-            f"'{source}' is neither in '{constants.HF_HUB_CACHE}' nor downloadable ({type(error).__name__}): run `hf "
-            f"download {repository} --include {include}` on a machine with a network and copy models--{owner}--{name} "
-            "into that folder, or give the path of a folder with these files"
-        ) from error
-
-
 def check_sections(file: Path, config: Mapping[str, Any]) -> None:
     """Raises: UserError: `file` does not say which model and prompt format the weights belong to."""
     if "${" in json.dumps(config):  # would be resolved, an environment variable for instance
@@ -505,12 +227,6 @@ def check_sections(file: Path, config: Mapping[str, Any]) -> None:
     for section in ("model", "processor"):
         if not isinstance(config.get(section), dict):
             raise UserError(f"'{file}' lacks the section '{section}': restore the file from its source")
-
-
-def require(folder: Path, name: str) -> None:
-    """Raises: UserError: the folder lacks that file."""
-    if not (folder / name).is_file():
-        raise UserError(f"'{folder / name}' is missing: copy the checkpoint again, whole")
 
 
 class SphinxCheckpoint(Checkpoint):
@@ -533,7 +249,7 @@ class SphinxCheckpoint(Checkpoint):
         self.provenance = read_json(path / PROVENANCE)
         with sizes_of(path / CONFIG):
             self._left_out = {
-                str(name): (TensorInfo(tuple(map(int, entry["shape"])), _DTYPES[entry["dtype"]]), int(entry["crc32"]))
+                str(name): (TensorInfo(tuple(map(int, entry["shape"])), DTYPES[entry["dtype"]]), int(entry["crc32"]))
                 for name, entry in self.config.get(LEFT_OUT, {}).items()
             }
         self._sources: dict[str, Callable[[str], Tensor]] = {}
@@ -602,20 +318,12 @@ class SphinxCheckpoint(Checkpoint):
 FORMATS.register("sphinx_pl", SphinxCheckpoint)
 
 
-def tower_of(name: str) -> str:
-    """Key of the tower that a tensor belongs to; "" for the rest of the model."""
-    return name.removeprefix(TOWERS).split(".")[0] if name.startswith(TOWERS) else ""
-
-
 def released_values(config: SphinxConfig, key: str) -> Callable[[str], Tensor]:
     """Name of a tensor of the model -> its value in the released weights that the tower's `load` names.
 
     Raises:
         UserError: see `sphinx_pl.checkpoints.encoders.load_pretrained`.
     """
-    from sphinx_pl.checkpoints.encoders import pretrained_values  # which imports this module
-    from sphinx_pl.models.encoders import build_tower
-
     assert config.vision is not None
     with torch.device("meta"):
         tower = build_tower(config.vision, key)
@@ -642,7 +350,7 @@ class Without:
                 if not torch.equal(source(name).to(value.dtype), value):
                     log.warning("the tower '%s' is kept: '%s' is not what its `load` entry names", key, name)
                     break
-                entries[name] = {"shape": list(value.shape), "dtype": _NAMES[value.dtype], "crc32": _crc32(value)}
+                entries[name] = {"shape": list(value.shape), "dtype": DTYPE_NAMES[value.dtype], "crc32": _crc32(value)}
             else:
                 self.left_out |= entries
 
@@ -726,13 +434,6 @@ def staged(path: Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     move_into_place(folder, path, overwrite)
-
-
-def check_room(path: Path, nbytes: int) -> None:
-    """Raises: UserError: the disk that `path` will be on has less space than that."""
-    there = next(folder for folder in path.absolute().parents if folder.exists())
-    if (free := shutil.disk_usage(there).free) < nbytes:
-        raise UserError(f"'{path}' needs {decimal(nbytes)}, and the disk has {decimal(free)} left: free some space")
 
 
 def check_free(
@@ -851,7 +552,7 @@ def safetensors_header(
         info = tensors[name]
         begins[name] = end
         header[name] = {
-            "dtype": _NAMES[info.dtype],
+            "dtype": DTYPE_NAMES[info.dtype],
             "shape": list(info.shape),
             "data_offsets": [end, end := end + info.nbytes],
         }
@@ -885,88 +586,3 @@ def write_safetensors(
             out.write(value.flatten().view(torch.uint8).numpy().data)
             written(value.nbytes)
             del tensor, value  # before the next one is made
-
-
-def linked(path: Path) -> Path:
-    """Where it points to if it is a link: what is written in its place is to lie there."""
-    return path.resolve() if path.is_symlink() else path
-
-
-def unfinished(path: Path) -> Path:
-    """What a folder is called until all of it is there."""
-    return path.with_name(f".{path.name}.tmp")
-
-
-def move_into_place(folder: Path, path: Path, overwrite: bool = True) -> None:
-    """Rename a folder that is complete to `path`, in place of what is there.
-
-    Raises:
-        UserError: something has appeared there that may not be overwritten.
-    """
-    old = replaced(path)
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():  # a folder cannot be renamed over one that is not empty
-        if not overwrite:
-            raise UserError(
-                f"'{path}' was made by somebody else meanwhile: what was to be there is whole in '{folder}'"
-            )
-        path.rename(old)
-    folder.rename(path)
-    sync(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def sync(*paths: Path) -> None:
-    """What was written to these files and folders is on the disk when this returns."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Readable, and half a character (a lone surrogate), which UTF-8 cannot hold, as JSON escapes it."""
-    path.write_bytes((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
-
-
-def read_provenance(folder: Path) -> dict[str, Any]:
-    """Of a folder in somebody's layout, which has one if this project wrote it."""
-    return read_json(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else {}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    check_pointer(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"'{path}' is missing: copy the checkpoint again, whole") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"'{path}' cannot be read ({error}): restore the file from its source") from None
-    if not isinstance(content, dict):
-        raise UserError(f"'{path}' does not hold a JSON object: restore the file from its source")
-    return content
-
-
-@contextmanager
-def sizes_of(file: Path) -> Iterator[None]:
-    """What a size that `file` lacks, or that is none, leads to becomes one line."""
-    try:
-        yield
-    except KeyError as error:
-        raise UserError(f"'{file}' lacks {error}: restore the file from its source") from error
-    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise UserError(f"'{file}' has a size that cannot be ({error}): restore the file from its source") from error
-
-
-def read_weight_map(path: Path) -> dict[str, str]:
-    """Of an index: tensor name -> shard, which is the name of a file beside the index and no path to another place."""
-    weight_map = read_json(path).get("weight_map")
-    if (
-        not isinstance(weight_map, dict)
-        or not weight_map
-        or not all(isinstance(shard, str) and Path(shard).name == shard for shard in weight_map.values())
-    ):
-        raise UserError(f"'{path}' has no weight_map: restore the file from its source")
-    return weight_map

@@ -13,7 +13,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from sphinx_pl.checkpoints.format import CONFIG, INDEX, PROVENANCE, differences, read_json, read_weight_map
+from sphinx_pl.checkpoints.folder import CONFIG, INDEX, PROVENANCE, read_json, read_weight_map
+from sphinx_pl.checkpoints.format import differences
 from sphinx_pl.checkpoints.tokenizer_json import PROBES
 from sphinx_pl.checkpoints.unreadable import why_no_weights
 from sphinx_pl.utils.errors import UserError

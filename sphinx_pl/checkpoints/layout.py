@@ -28,22 +28,18 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import get_crc32_options, set_crc32_options, skip_data
 
-from sphinx_pl.checkpoints.format import (
+from sphinx_pl.checkpoints.folder import (
     INDEX,
-    MAX_SHARD_BYTES,
-    TensorInfo,
     check_room,
-    into_shards,
     linked,
     move_into_place,
-    progress_bar,
     read_json,
-    safetensors_header,
-    shard_names,
     sync,
     unfinished,
     write_json,
 )
+from sphinx_pl.checkpoints.format import MAX_SHARD_BYTES, into_shards, progress_bar, safetensors_header, shard_names
+from sphinx_pl.checkpoints.tensors import TensorInfo
 from sphinx_pl.utils.errors import UserError
 from sphinx_pl.utils.files import check_folder, write_whole
 

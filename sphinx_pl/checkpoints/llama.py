@@ -15,24 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sphinx_pl.checkpoints.format import (
-    CONFIG,
-    FORMATS,
-    TOKENIZER,
-    Checkpoint,
-    SafetensorsFile,
-    Source,
-    TensorInfo,
-    Weights,
-    read_json,
-    read_provenance,
-    same_bits,
-    sizes_of,
-    write_json,
-)
+from sphinx_pl.checkpoints.folder import CONFIG, TOKENIZER, read_json, read_provenance, sizes_of, write_json
+from sphinx_pl.checkpoints.format import FORMATS, Checkpoint
 from sphinx_pl.checkpoints.huggingface import is_huggingface, weight_files
 from sphinx_pl.checkpoints.layout import Entry, Layout, Whole, safetensors_layout, write_layout
 from sphinx_pl.checkpoints.original import decoder_config
+from sphinx_pl.checkpoints.tensors import SafetensorsFile, Source, TensorInfo, Weights, same_bits
 from sphinx_pl.checkpoints.tokenizer_json import TOKENIZER_CONFIG, TOKENIZER_JSON, tokenizer_json
 from sphinx_pl.checkpoints.torch_shards import ParallelFiles
 from sphinx_pl.checkpoints.unreadable import check_plain

@@ -22,19 +22,10 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from sphinx_pl.checkpoints.format import (
-    CONFIG,
-    FORMATS,
-    TOKENIZER,
-    Checkpoint,
-    TensorInfo,
-    differences,
-    read_json,
-    read_provenance,
-    sizes_of,
-    write_json,
-)
+from sphinx_pl.checkpoints.folder import CONFIG, TOKENIZER, read_json, read_provenance, sizes_of, write_json
+from sphinx_pl.checkpoints.format import FORMATS, Checkpoint, differences
 from sphinx_pl.checkpoints.layout import Entry, Layout, TorchOut, Whole, write_layout
+from sphinx_pl.checkpoints.tensors import TensorInfo
 from sphinx_pl.checkpoints.torch_shards import ParallelFiles, split
 from sphinx_pl.data.processor import TEXT_LENGTH, ProcessorConfig
 from sphinx_pl.models.config import DecoderConfig, SphinxConfig

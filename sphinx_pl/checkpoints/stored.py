@@ -19,26 +19,25 @@ import torch
 import xxhash
 from torch import Tensor
 
-from sphinx_pl.checkpoints.format import (
+from sphinx_pl.checkpoints.folder import (
     CONFIG,
-    FORMAT_VERSION,
     INDEX,
     TOKENIZER,
     UNUSED,
-    Checkpoint,
-    SafetensorsFile,
-    SphinxCheckpoint,
-    StateDict,
-    TensorInfo,
-    differences,
-    local_folder,
-    open_checkpoint,
     read_json,
     read_provenance,
     read_weight_map,
     write_json,
+)
+from sphinx_pl.checkpoints.format import (
+    FORMAT_VERSION,
+    Checkpoint,
+    SphinxCheckpoint,
+    differences,
+    open_checkpoint,
     write_safetensors,
 )
+from sphinx_pl.checkpoints.hub import local_folder
 from sphinx_pl.checkpoints.huggingface import (
     WEIGHTS,
     belongs,
@@ -59,6 +58,7 @@ from sphinx_pl.checkpoints.layout import (
 )
 from sphinx_pl.checkpoints.llama import PARAMS, MetaCheckpoint, our_llama_name
 from sphinx_pl.checkpoints.original import META, OriginalCheckpoint, our_name
+from sphinx_pl.checkpoints.tensors import SafetensorsFile, StateDict, TensorInfo
 from sphinx_pl.checkpoints.torch_shards import ParallelFiles, is_split
 from sphinx_pl.checkpoints.training import TrainingCheckpoint
 from sphinx_pl.checkpoints.unreadable import check_plain

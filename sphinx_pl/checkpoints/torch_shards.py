@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sphinx_pl.checkpoints.format import Mapped, TensorInfo
+from sphinx_pl.checkpoints.tensors import Mapped, TensorInfo
 from sphinx_pl.utils.errors import UserError
 from sphinx_pl.utils.files import check_pointer
 

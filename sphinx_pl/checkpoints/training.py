@@ -29,21 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sphinx_pl.checkpoints.format import (
-    FORMATS,
-    PROVENANCE,
-    TOKENIZER,
-    Checkpoint,
-    SafetensorsFile,
-    TensorInfo,
-    check_sections,
-    read_json,
-    require,
-    sync,
-    write_checkpoint,
-    write_json,
-    write_safetensors,
-)
+from sphinx_pl.checkpoints.folder import PROVENANCE, TOKENIZER, read_json, require, sync, write_json
+from sphinx_pl.checkpoints.format import FORMATS, Checkpoint, check_sections, write_checkpoint, write_safetensors
+from sphinx_pl.checkpoints.tensors import SafetensorsFile, TensorInfo
 from sphinx_pl.utils.errors import UserError
 from sphinx_pl.utils.files import hash_file
 

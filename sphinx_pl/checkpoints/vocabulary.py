@@ -13,7 +13,7 @@ from typing import Any
 
 import sentencepiece as spm
 
-from sphinx_pl.checkpoints.format import read_json
+from sphinx_pl.checkpoints.folder import read_json
 
 ADDED = "added_tokens.json"
 CONFIG = "tokenizer_config.json"

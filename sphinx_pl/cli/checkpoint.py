@@ -14,20 +14,14 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from sphinx_pl.checkpoints.format import (
-    PROVENANCE,
-    Checkpoint,
-    TensorInfo,
-    check_free,
-    check_room,
-    local_folder,
-    open_checkpoint,
-    write_checkpoint,
-)
+from sphinx_pl.checkpoints.folder import PROVENANCE, check_room
+from sphinx_pl.checkpoints.format import Checkpoint, check_free, open_checkpoint, write_checkpoint
+from sphinx_pl.checkpoints.hub import local_folder
 from sphinx_pl.checkpoints.llama import family, write_huggingface
 from sphinx_pl.checkpoints.original import Restored, write_original
 from sphinx_pl.checkpoints.provenance import provenance
 from sphinx_pl.checkpoints.stored import HuggingFaceFolder, content_hash, open_stored, store
+from sphinx_pl.checkpoints.tensors import TensorInfo
 from sphinx_pl.data.prompt_format import SYSTEM
 from sphinx_pl.mixing.show import distances_table
 from sphinx_pl.models.sphinx import Sphinx

@@ -103,7 +103,8 @@ def checkpoint_to_resume(cfg: DictConfig, folder: Path) -> Path | None:
 
 def warn_of_changes(cfg: DictConfig, resume: Path) -> None:
     """One line that names what was configured otherwise in the run that wrote the checkpoint."""
-    from sphinx_pl.checkpoints.format import differences, read_provenance
+    from sphinx_pl.checkpoints.folder import read_provenance
+    from sphinx_pl.checkpoints.format import differences
     from sphinx_pl.checkpoints.provenance import provenance
 
     before = read_provenance(resume).get("config")

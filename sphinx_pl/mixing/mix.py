@@ -19,15 +19,8 @@ from rich.console import Group
 from rich.text import Text
 
 import sphinx_pl
-from sphinx_pl.checkpoints.format import (
-    PROVENANCE,
-    Checkpoint,
-    SphinxCheckpoint,
-    TensorInfo,
-    check_free,
-    compare,
-    write_json,
-)
+from sphinx_pl.checkpoints.folder import PROVENANCE, write_json
+from sphinx_pl.checkpoints.format import Checkpoint, SphinxCheckpoint, check_free
 from sphinx_pl.checkpoints.layout import Layout, write_layout
 from sphinx_pl.checkpoints.llama import huggingface_layout
 from sphinx_pl.checkpoints.original import OriginalCheckpoint, original_layout
@@ -41,6 +34,7 @@ from sphinx_pl.checkpoints.stored import (
     store,
     tensor_hash,
 )
+from sphinx_pl.checkpoints.tensors import TensorInfo, compare
 from sphinx_pl.mixing.methods import METHODS, resolve_options
 from sphinx_pl.mixing.mixer import Facts, Mixer
 from sphinx_pl.mixing.rules import OTHER, Row, part_of, resolve, rules_table

@@ -13,9 +13,9 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sphinx_pl.checkpoints.format import TensorInfo, same_bits
 from sphinx_pl.checkpoints.layout import assemble
 from sphinx_pl.checkpoints.stored import Read, Stored
+from sphinx_pl.checkpoints.tensors import TensorInfo, same_bits
 from sphinx_pl.mixing.kernel import KINDS, mix_stretch
 from sphinx_pl.mixing.methods import CHUNK, METHODS, Stretch, round_once
 from sphinx_pl.mixing.rules import PARTS

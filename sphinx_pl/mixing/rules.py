@@ -12,7 +12,7 @@ from typing import Any, Optional
 
 from rich.text import Text
 
-from sphinx_pl.checkpoints.format import tower_of
+from sphinx_pl.checkpoints.tensors import tower_of
 from sphinx_pl.utils.config import build
 from sphinx_pl.utils.console import Table
 from sphinx_pl.utils.errors import UserError, suggest

@@ -20,8 +20,9 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from sphinx_pl.checkpoints.encoders import check_pretrained
-from sphinx_pl.checkpoints.format import Checkpoint, compare, differences, open_checkpoint
+from sphinx_pl.checkpoints.format import Checkpoint, differences, open_checkpoint
 from sphinx_pl.checkpoints.provenance import hash_file
+from sphinx_pl.checkpoints.tensors import compare
 from sphinx_pl.checkpoints.training import TrainingCheckpoint
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.schema import Batch

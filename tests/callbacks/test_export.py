@@ -22,7 +22,8 @@ from sphinx_pl.callbacks.checkpoint import ResumeCheckpoint
 from sphinx_pl.callbacks.csv_logger import MetricsCSV
 from sphinx_pl.callbacks.export import ExportModel
 from sphinx_pl.checkpoints import training
-from sphinx_pl.checkpoints.format import open_checkpoint, same_bits
+from sphinx_pl.checkpoints.format import open_checkpoint
+from sphinx_pl.checkpoints.tensors import same_bits
 from sphinx_pl.checkpoints.training import WEIGHT, Piece, describe, write_pieces, write_rest
 from sphinx_pl.cli.train import finish_export
 from sphinx_pl.data.datamodule import DataModule

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sphinx_pl.checkpoints import layout as layouts
-from sphinx_pl.checkpoints.format import INDEX, TensorInfo, same_bits
+from sphinx_pl.checkpoints.folder import INDEX
 from sphinx_pl.checkpoints.layout import (
     Entry,
     Layout,
@@ -26,6 +26,7 @@ from sphinx_pl.checkpoints.layout import (
     safetensors_layout,
     write_layout,
 )
+from sphinx_pl.checkpoints.tensors import TensorInfo, same_bits
 from sphinx_pl.utils.errors import UserError
 
 TENSORS = {

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import skip_data
 
-from sphinx_pl.checkpoints.format import TensorInfo, copy_into, open_checkpoint, same_bits, write_checkpoint
+from sphinx_pl.checkpoints.format import open_checkpoint, write_checkpoint
 from sphinx_pl.checkpoints.layout import write_parallel
 from sphinx_pl.checkpoints.original import (
     TYPES,
@@ -36,6 +36,7 @@ from sphinx_pl.checkpoints.original import (
     their_infos,
     write_original,
 )
+from sphinx_pl.checkpoints.tensors import TensorInfo, copy_into, same_bits
 from sphinx_pl.checkpoints.torch_shards import ParallelFiles, split
 from sphinx_pl.cli.checkpoint import main as command
 from sphinx_pl.data.images import load_image
@@ -504,7 +505,8 @@ def test_mistakes(write: Write) -> None:
 EXPERTS_MEMORY = """
 import sys
 from pathlib import Path
-from sphinx_pl.checkpoints.format import TensorInfo, write_safetensors
+from sphinx_pl.checkpoints.format import write_safetensors
+from sphinx_pl.checkpoints.tensors import TensorInfo
 from sphinx_pl.checkpoints.torch_shards import ParallelFiles
 files = ParallelFiles(sorted(Path(sys.argv[1]).glob("*.pth")), lambda content: content, experts=8)
 infos = {name: TensorInfo(files.shape(name), files.dtype(name)) for name in files}

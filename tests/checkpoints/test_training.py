@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from sphinx_pl.checkpoints import training
-from sphinx_pl.checkpoints.format import SafetensorsFile, open_checkpoint, same_bits
+from sphinx_pl.checkpoints.format import open_checkpoint
+from sphinx_pl.checkpoints.tensors import SafetensorsFile, same_bits
 from sphinx_pl.checkpoints.training import (
     INDEX,
     STATE,

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sphinx_pl.checkpoints.format import TensorInfo
 from sphinx_pl.checkpoints.layout import Layout
 from sphinx_pl.checkpoints.stored import Read, Stored
+from sphinx_pl.checkpoints.tensors import TensorInfo
 from sphinx_pl.checkpoints.torch_shards import split
 from tests.checkpoints.conftest import write
 

@@ -20,19 +20,13 @@ from rich.console import Console
 from torch import Tensor
 
 from sphinx_pl.checkpoints import layout
-from sphinx_pl.checkpoints.format import (
-    INDEX,
-    TOKENIZER,
-    Checkpoint,
-    TensorInfo,
-    open_checkpoint,
-    same_bits,
-    write_json,
-)
+from sphinx_pl.checkpoints.folder import INDEX, TOKENIZER, write_json
+from sphinx_pl.checkpoints.format import Checkpoint, open_checkpoint
 from sphinx_pl.checkpoints.layout import write_parallel
 from sphinx_pl.checkpoints.llama import HuggingFaceCheckpoint, write_huggingface
 from sphinx_pl.checkpoints.original import decoder_sizes
 from sphinx_pl.checkpoints.stored import HuggingFaceFolder, content_hash, store
+from sphinx_pl.checkpoints.tensors import TensorInfo, same_bits
 from sphinx_pl.checkpoints.torch_shards import split
 from sphinx_pl.checkpoints.training import Piece, TrainingCheckpoint, describe, write_pieces, write_rest
 from sphinx_pl.cli.checkpoint import main as command

@@ -10,8 +10,9 @@ import torch
 import xxhash
 from torch import Tensor
 
-from sphinx_pl.checkpoints.format import open_checkpoint, same_bits
+from sphinx_pl.checkpoints.format import open_checkpoint
 from sphinx_pl.checkpoints.stored import Stored, content_hash, hash_of_hashes
+from sphinx_pl.checkpoints.tensors import same_bits
 from sphinx_pl.mixing.kernel import _mix
 from sphinx_pl.mixing.methods import METHODS, mix_tensors
 from sphinx_pl.mixing.mix import open_models

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from sphinx_pl.checkpoints.format import copy_into
 from sphinx_pl.checkpoints.stored import OurNames
+from sphinx_pl.checkpoints.tensors import copy_into
 from sphinx_pl.evaluation.objective import Measures
 from sphinx_pl.mixing.mix import Plan
 from sphinx_pl.mixing.mixer import Facts

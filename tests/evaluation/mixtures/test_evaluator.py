@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sphinx_pl.checkpoints.format import open_checkpoint, same_bits
+from sphinx_pl.checkpoints.format import open_checkpoint
+from sphinx_pl.checkpoints.tensors import same_bits
 from sphinx_pl.evaluation.losses import SourceLoss
 from sphinx_pl.evaluation.mixtures.evaluator import MixtureEvaluator
 from sphinx_pl.evaluation.mixtures.search import (
