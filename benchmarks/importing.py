@@ -25,12 +25,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
-from sphinx_pl.checkpoints.layout import write_parallel
 from sphinx_pl.checkpoints.original import decoder_sizes, shipped_model
-from sphinx_pl.checkpoints.tensors import TensorInfo
+from sphinx_pl.checkpoints.output import TorchOutput, copies
+from sphinx_pl.checkpoints.tensors import TensorDict, TensorInfo
 from sphinx_pl.checkpoints.torch_shards import split
+from sphinx_pl.checkpoints.writer import write_file
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.decoder import Decoder
 
@@ -53,13 +53,13 @@ def write_random(folder: Path, layers: int, shards: int, tokenizer: Path) -> int
             for name, shape in shapes.items()
         }
 
-        def value(name: str, parts: dict[str, tuple[int, ...]] = parts) -> Tensor:
-            size = torch.Size(parts[name]).numel()
+        tensors = {}
+        for name, shape in parts.items():
+            size = torch.Size(shape).numel()
             start = generator.randrange(POOL - size)
-            return pool[start : start + size].view(parts[name])
-
-        infos = {name: TensorInfo(shape, pool.dtype) for name, shape in parts.items()}
-        write_parallel(folder / f"consolidated.{rank:02d}.pth", infos, value)
+            tensors[name] = pool[start : start + size].view(shape)
+        reader, file = TensorDict(tensors), folder / f"consolidated.{rank:02d}.pth"
+        write_file(file, TorchOutput(file.name, copies(reader)), reader)
     (folder / "params.json").write_text(json.dumps(decoder_sizes(config)))
     shutil.copyfile(tokenizer, folder / "tokenizer.model")
     return max(TensorInfo(shape, pool.dtype).nbytes for shape in shapes.values())

@@ -39,9 +39,12 @@ from torch import Tensor
 
 from benchmarks.consolidation import VOCAB_SIZE, Run, run, warm
 from sphinx_pl.checkpoints.folder import CONFIG, INDEX, TOKENIZER, check_room, write_json
-from sphinx_pl.checkpoints.format import Checkpoint, open_checkpoint, write_shards
-from sphinx_pl.checkpoints.llama import LlamaWeights, huggingface_config
-from sphinx_pl.checkpoints.tensors import TensorInfo, compare
+from sphinx_pl.checkpoints.format import Checkpoint, open_checkpoint
+from sphinx_pl.checkpoints.huggingface import huggingface_config
+from sphinx_pl.checkpoints.llama import llama_entries
+from sphinx_pl.checkpoints.output import safetensors_folder
+from sphinx_pl.checkpoints.tensors import TensorInfo, TensorReader, compare
+from sphinx_pl.checkpoints.writer import CheckpointWriter
 from sphinx_pl.models.config import DecoderConfig
 from sphinx_pl.models.decoder import Decoder
 from sphinx_pl.runtime.hydra_app import report
@@ -96,8 +99,8 @@ def count(config: DecoderConfig) -> int:
     return 2 * config.vocab_size * config.width + config.layers * (matrices + 2 * config.width) + config.width
 
 
-class Random:
-    """`Weights` of a decoder, spread as trained ones are; another seed differs in every tensor."""
+class Random(TensorReader):
+    """Weights of a decoder, spread as trained ones are; another seed differs in every tensor."""
 
     def __init__(self, config: DecoderConfig, seed: str) -> None:
         with torch.device("meta"):
@@ -127,9 +130,9 @@ def write_rest(folder: Path, config: DecoderConfig, tokenizer: Path) -> None:
 
 
 def write_random(folder: Path, config: DecoderConfig, seed: str, tokenizer: Path) -> None:
-    folder.mkdir(parents=True)
-    write_shards(folder, LlamaWeights(Random(config, seed), config))
-    write_rest(folder, config, tokenizer)
+    reader = Random(config, seed)
+    files = safetensors_folder(llama_entries(reader, config), lambda out: write_rest(out, config, tokenizer))
+    CheckpointWriter(folder, files).write(reader)
 
 
 def write_sparse(
@@ -137,12 +140,12 @@ def write_sparse(
 ) -> None:
     """The same with real values at the beginning of each tensor only, so that none is equal in two checkpoints."""
     folder.mkdir(parents=True)
-    weights = LlamaWeights(Random(config, seed), config)
+    entries = llama_entries(Random(config, seed), config)
     shards: list[dict[str, TensorInfo]] = [{}]
-    for name in weights:
-        if sum(info.nbytes for info in shards[-1].values()) + weights.info(name).nbytes > max_bytes:
+    for name, entry in entries.items():
+        if sum(info.nbytes for info in shards[-1].values()) + entry.info.nbytes > max_bytes:
             shards.append({})
-        shards[-1][name] = weights.info(name)
+        shards[-1][name] = entry.info
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"

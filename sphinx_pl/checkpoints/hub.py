@@ -11,6 +11,8 @@ from sphinx_pl.utils.errors import UserError
 
 HUB = "hf-hub:"
 _ON_HUB = re.compile(r"\w[\w.-]*/[\w.-]+")
+# What the formats read in a folder; not in folders inside it, which hold other formats' copies in some repositories.
+_HUB_FILES = ("*.json", TOKENIZER, "model*.safetensors", "consolidated.*.pth")
 
 
 def local_folder(path: str | Path) -> Path:
@@ -24,10 +26,6 @@ def local_folder(path: str | Path) -> Path:
         hub = f", or write {HUB}{path} for a model of the hub" if _ON_HUB.fullmatch(str(path)) else ""
         raise UserError(f"checkpoint '{path}' does not exist: check the path{hub}")
     return path
-
-
-# What the formats read, of a folder; not of folders in it, which hold other formats' copies in some repositories.
-_HUB_FILES = ("*.json", TOKENIZER, "model*.safetensors", "consolidated.*.pth")
 
 
 def hub_snapshot(repository: str, patterns: Sequence[str]) -> Path:

@@ -1,4 +1,4 @@
-"""Named tensors, read one at a time with bounded memory."""
+"""Named tensors that are read one at a time, or a stretch at a time, with bounded memory."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import difflib
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
-from typing import Any, ClassVar, Protocol
+from threading import Condition, Lock
+from typing import Any, ClassVar
 from weakref import WeakSet
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -35,6 +36,7 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+"""The names of dtypes in safetensors files."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -53,58 +55,156 @@ class TensorInfo:
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
 
+    def cast(self, dtype: torch.dtype | None) -> TensorInfo:
+        """The same tensor in `dtype`; integers, and all tensors if `dtype` is None, keep their own."""
+        return self if dtype is None or not self.dtype.is_floating_point else TensorInfo(self.shape, dtype)
+
 
 @dataclass(frozen=True)
 class Source:
-    """Where a tensor of ours comes from: names in their files, and how their values make it."""
+    """Where a canonical tensor comes from: names in a publisher's files, and how their values make it."""
 
     names: tuple[str, ...]
     make: Callable[..., Tensor] = lambda tensor: tensor
 
-    def shape(self, found: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-        """Of what `make` gives, from the shapes of `names`; the first of them where they do not fit together."""
+    def shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+        """The shape of what `make` returns, from the shapes of `names`; the first of them if they do not fit."""
         try:
-            return tuple(self.make(*(torch.empty(shape, device="meta") for shape in found)).shape)
+            return tuple(self.make(*(torch.empty(shape, device="meta") for shape in shapes)).shape)
         except (RuntimeError, IndexError):
-            return tuple(found[0])
+            return tuple(shapes[0])
+
+
+# -- readers ---------------------------------------------------------------------------------------------------------
+
+Read = Callable[[Tensor, int], None]
+"""Fills a tensor (contiguous, [n], of the stored dtype) with elements of a flattened tensor from a place on."""
+
+AHEAD_BYTES = 2**29
+"""Bytes of the whole tensors that threads hold at once, unless a single tensor is larger."""
+
+
+class _Room:
+    """A bound for the bytes that several threads hold."""
+
+    def __init__(self) -> None:
+        self._condition = Condition()
+        self._held = 0
+
+    @contextmanager
+    def take(self, nbytes: int) -> Iterator[None]:
+        with self._condition:
+            self._condition.wait_for(lambda: not self._held or self._held + nbytes <= AHEAD_BYTES)
+            self._held += nbytes
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._held -= nbytes
+                self._condition.notify_all()
+
+
+_ROOM = _Room()
+
+
+class TensorReader(ABC):
+    """Named tensors of a file, a folder or the memory, in the order in which they are best read.
+
+    Names are canonical (those that `Sphinx` gives its tensors) or raw (those of the files); a subclass says which.
+    Several threads may read at once.
+    """
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[str]: ...
+
+    @abstractmethod
+    def info(self, name: str) -> TensorInfo: ...
+
+    @abstractmethod
+    def tensor(self, name: str) -> Tensor:
+        """The whole tensor, in the dtype in which it is stored."""
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[Read]:
+        """A function that reads stretches of one tensor. Several threads may each have one."""
+        flat = self.tensor(name).reshape(-1)
+
+        def read(out: Tensor, start: int) -> None:
+            out.copy_(flat[start : start + len(out)])
+
+        yield read
+
+    def stretches(self, name: str, dtype: torch.dtype) -> Generator[Tensor, None, None]:
+        """The flattened tensor in consecutive stretches of `dtype`, each valid until the next is asked for.
+
+        Unless a subclass does better, the only stretch is the whole tensor. Threads wait for each other when they hold
+        more than `AHEAD_BYTES`.
+        """
+        with _ROOM.take(self.info(name).nbytes):
+            yield self.tensor(name).detach().to("cpu", dtype).flatten()
+
+
+def assemble(stretches: Generator[Tensor, None, None], info: TensorInfo) -> Tensor:
+    """The whole tensor of its stretches."""
+    whole, end = torch.empty(info.numel, dtype=info.dtype), 0
+    with closing(stretches):
+        for stretch in stretches:
+            whole[end : (end := end + len(stretch))] = stretch
+    return whole.view(info.shape)
+
+
+class TensorDict(TensorReader):
+    """The tensors of a dictionary, such as a module's state."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def info(self, name: str) -> TensorInfo:
+        return TensorInfo(tuple(self._tensors[name].shape), self._tensors[name].dtype)
+
+    def tensor(self, name: str) -> Tensor:
+        return self._tensors[name]
 
 
 MAPPED_BYTES = 2**29
 """What is read through mappings of files before they are dropped: mapped pages count as this process's memory."""
 
 
-class Mapped(ABC):
+class MappedFile(ABC):
     """Files that are mapped into memory. What is read through all of them together is bounded by `MAPPED_BYTES`."""
 
     _lock: ClassVar = Lock()
-    _all: ClassVar[WeakSet[Mapped]] = WeakSet()
+    _all: ClassVar[WeakSet[MappedFile]] = WeakSet()
 
     def __init__(self) -> None:
         self._read = 0
-        with Mapped._lock:
-            Mapped._all.add(self)
+        with MappedFile._lock:
+            MappedFile._all.add(self)
 
     @abstractmethod
     def _drop(self) -> None:
-        """Let go of the mappings and so of the pages that were read; the next access maps the files anew."""
+        """Let go of the mappings and of the pages that were read; the next access maps the files again."""
 
     def _count(self, nbytes: int) -> None:
-        """So many more bytes were read."""
-        with Mapped._lock:
+        """Add to the bytes that were read."""
+        with MappedFile._lock:
             self._read += nbytes
-            if sum(file._read for file in Mapped._all) <= MAPPED_BYTES:
+            if sum(file._read for file in MappedFile._all) <= MAPPED_BYTES:
                 return
-            for file in Mapped._all:
+            for file in MappedFile._all:
                 if file._read:
                     file._drop()
                     file._read = 0
 
 
-class SafetensorsFile(Mapped):
-    """One file, read a tensor at a time with bounded memory.
+class SafetensorsFile(MappedFile, TensorReader):
+    """The tensors of one safetensors file.
 
     Raises:
-        UserError: it is missing or damaged.
+        UserError: the file is missing or damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -113,7 +213,10 @@ class SafetensorsFile(Mapped):
         self._mapped: Any = None  # safetensors ships no types
         self._offsets: dict[str, int] | None = None
         self.keys: list[str] = self._file().offset_keys()
-        """In the file's own order, in which a pass over all tensors is one sequential read."""
+        """Names in the file's own order, in which a pass over all tensors is one sequential read."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys)
 
     def _drop(self) -> None:
         self._mapped = None
@@ -143,20 +246,13 @@ class SafetensorsFile(Mapped):
         self._count(tensor.nbytes)
         return tensor
 
-    def read_into(self, out: Tensor, name: str, start: int) -> None:
-        """Fill `out` (contiguous, of the stored dtype) with elements of the flattened tensor from `start` on.
-
-        They are read, not mapped, so that nothing but `out` takes memory.
+    @contextmanager
+    def open(self, name: str) -> Iterator[Read]:
+        """A function that reads stretches, which are not mapped: nothing but its argument takes memory.
 
         Raises:
             UserError: the file is gone or has become shorter.
         """
-        with self.reader(name) as read:  # opened each time: there can be more files than a process may have open
-            read(out, start)
-
-    @contextmanager
-    def reader(self, name: str) -> Iterator[Callable[[Tensor, int], None]]:
-        """`read_into` of one tensor for many stretches of it. Several threads may each have one."""
         begin = self._offset(name)
 
         def read(out: Tensor, start: int) -> None:
@@ -168,6 +264,7 @@ class SafetensorsFile(Mapped):
                 rest, place = rest[count:], place + count
 
         try:
+            # Opened each time, since there can be more files than a process may have open.
             descriptor = os.open(self.path, os.O_RDONLY)
             try:
                 yield read
@@ -190,33 +287,45 @@ class SafetensorsFile(Mapped):
         return self._file().metadata() or {}
 
 
-class Weights(Protocol):
-    """Named tensors that are read or made one at a time, in the order of iteration."""
+class SafetensorsFiles(TensorReader):
+    """The tensors of several safetensors files in one folder.
 
-    def __iter__(self) -> Iterator[str]: ...
+    Raises:
+        UserError: a file is missing or damaged.
+    """
 
-    def info(self, name: str) -> TensorInfo: ...
-
-    def tensor(self, name: str) -> Tensor: ...
-
-
-class StateDict:
-    """A module's tensors as `Weights`."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = tensors
+    def __init__(self, folder: Path, names: Iterable[str]) -> None:
+        self.files = {name: SafetensorsFile(folder / name) for name in names}
+        self._file_of = {key: file for file in self.files.values() for key in file}
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
+        return iter(self._file_of)
 
     def info(self, name: str) -> TensorInfo:
-        return TensorInfo(tuple(self._tensors[name].shape), self._tensors[name].dtype)
+        return self._file_of[name].info(name)
 
     def tensor(self, name: str) -> Tensor:
-        return self._tensors[name]
+        return self._file_of[name].tensor(name)
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[Read]:
+        with self._file_of[name].open(name) as read:
+            yield read
+
+    def file(self, name: str) -> SafetensorsFile:
+        """The file that holds a tensor."""
+        return self._file_of[name]
+
+
+# -- whole models ----------------------------------------------------------------------------------------------------
+
+TOWERS = "mixer.towers."
+"""What the names of the towers' tensors begin with."""
+
+
+def tower_of(name: str) -> str:
+    """Key of the tower that a tensor belongs to; "" for the rest of the model."""
+    return name.removeprefix(TOWERS).split(".")[0] if name.startswith(TOWERS) else ""
 
 
 @torch.no_grad()
@@ -248,21 +357,40 @@ def compare(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int
 
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By their bytes."""
+"""Integer dtypes by their bytes."""
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal in shape, dtype and every bit: distinguishes 0 from -0 and equates NaN with itself."""
+    """Whether shape, dtype and every bit are equal: 0 differs from -0, and NaN equals itself."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     kind = _INTEGERS.get(a.itemsize, torch.uint8)
     return torch.equal(a.contiguous().view(-1).view(kind), b.contiguous().view(-1).view(kind))
 
 
-TOWERS = "mixer.towers."
-"""Of the names of the towers' tensors."""
+def hash_of_hashes(reader: TensorReader, hashes: Mapping[str, str]) -> str:
+    """One hash of all tensors, made of theirs: the same however they are spread over files.
+
+    XXH3 with 128 bits is as fast as memory. It tells one model from another, not a forgery from the original.
+    """
+    digest = xxhash.xxh3_128()
+    for name in sorted(reader):
+        info = reader.info(name)
+        digest.update(f"{name} {info.dtype} {list(info.shape)} {hashes[name]}\n".encode())
+    return digest.hexdigest()
 
 
-def tower_of(name: str) -> str:
-    """Key of the tower that a tensor belongs to; "" for the rest of the model."""
-    return name.removeprefix(TOWERS).split(".")[0] if name.startswith(TOWERS) else ""
+def content_hash(reader: TensorReader, chunk: int = 1 << 20) -> str:
+    """`hash_of_hashes` of all values, which are read for it."""
+    return hash_of_hashes(reader, {name: tensor_hash(reader, name, chunk) for name in reader})
+
+
+def tensor_hash(reader: TensorReader, name: str, chunk: int = 1 << 20) -> str:
+    """The hash of one tensor's bytes, read `chunk` elements at a time."""
+    info, digest = reader.info(name), xxhash.xxh3_128()
+    with reader.open(name) as read:
+        for start in range(0, info.numel, chunk):
+            stretch = torch.empty(min(chunk, info.numel - start), dtype=info.dtype)
+            read(stretch, start)
+            digest.update(stretch.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -15,13 +15,14 @@ from rich.console import Console
 from rich.text import Text
 
 from sphinx_pl.checkpoints.folder import PROVENANCE, check_room
-from sphinx_pl.checkpoints.format import Checkpoint, check_free, open_checkpoint, write_checkpoint
+from sphinx_pl.checkpoints.format import Checkpoint, open_checkpoint, with_common_names
 from sphinx_pl.checkpoints.hub import local_folder
-from sphinx_pl.checkpoints.llama import family, write_huggingface
+from sphinx_pl.checkpoints.huggingface import HuggingFaceFolder, open_model, write_huggingface
+from sphinx_pl.checkpoints.llama import family
+from sphinx_pl.checkpoints.native import check_free, write_checkpoint
 from sphinx_pl.checkpoints.original import Restored, write_original
 from sphinx_pl.checkpoints.provenance import provenance
-from sphinx_pl.checkpoints.stored import HuggingFaceFolder, content_hash, open_stored, store
-from sphinx_pl.checkpoints.tensors import TensorInfo
+from sphinx_pl.checkpoints.tensors import TensorInfo, content_hash
 from sphinx_pl.data.prompt_format import SYSTEM
 from sphinx_pl.mixing.show import distances_table
 from sphinx_pl.models.sphinx import Sphinx
@@ -153,8 +154,8 @@ def _show(options: argparse.Namespace, console: Console) -> int:
         hashes: dict[str, str] = {}
         for own in (True, False):  # among checkpoints of one layout, and of several
             with suppress(UserError):  # some can be mixed with their like only
-                (stored,) = store([open_stored(options.path)], own)
-                hashes.setdefault(content_hash(stored), stored.kind)
+                (folder_alone,) = with_common_names([open_model(options.path)], own)
+                hashes.setdefault(content_hash(folder_alone), folder_alone.kind)
         for digest, kind in hashes.items():
             console.print(f"xxh3_128 {digest} ({kind})", markup=False, highlight=False)
     return 0

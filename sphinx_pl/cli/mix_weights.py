@@ -19,8 +19,9 @@ with uncollected():
     from omegaconf import DictConfig, OmegaConf
     from rich.console import Console
 
-    from sphinx_pl.checkpoints.layout import check_start
-    from sphinx_pl.checkpoints.stored import OurNames, ParallelFolder
+    from sphinx_pl.checkpoints.format import Checkpoint
+    from sphinx_pl.checkpoints.torch_shards import ShardsFolder
+    from sphinx_pl.checkpoints.writer import CheckpointWriter
     from sphinx_pl.evaluation.objective import LOSS, SCORE, Criterion, Measures
     from sphinx_pl.mixing.methods import METHODS
     from sphinx_pl.mixing.mix import (
@@ -28,10 +29,10 @@ with uncollected():
         Plan,
         Recipe,
         check_out,
-        layout_of,
         mix,
         needs_our_names,
         open_models,
+        output_of,
         plan_mixture,
     )
     from sphinx_pl.mixing.rules import complement
@@ -63,13 +64,13 @@ class Measuring:
             that will not be measured.
     """
 
-    def __init__(self, options: MixConfig, first: OurNames, data: DictConfig, steps: Steps) -> None:
+    def __init__(self, options: MixConfig, first: Checkpoint, data: DictConfig, steps: Steps) -> None:
         from sphinx_pl.data.datamodule import DataModule
         from sphinx_pl.data.processor import Processor
 
         if find_spec("matplotlib") is None:
             raise UserError("curve= draws a picture and needs matplotlib: pip install 'sphinx-pl[sample]'")
-        checkpoint = first.checkpoint
+        checkpoint = first
         if not checkpoint.processor:
             raise UserError(
                 f"'{checkpoint.path}' is a decoder without a prompt format: its losses on data cannot be measured"
@@ -243,16 +244,16 @@ def main(cfg: DictConfig) -> float | None:
     layout = options.layout
     own = not needs_our_names(paths, layout, options.shards)
     plan = _plan(options, paths, recipe, own)
-    if options.measures and METHODS[options.method].draws and isinstance(plan.models[0], ParallelFolder):
+    if options.measures and METHODS[options.method].draws and isinstance(plan.models[0], ShardsFolder):
         # What is drawn goes by tensors, of which ranks have parts: they are written from the whole ones that are
         # evaluated.
         own, layout = False, "original"
         plan = _plan(options, paths, recipe, own)
     dtype = DTYPES[options.dtype] if options.dtype else None
     if out is not None:
-        files = layout_of(plan, layout, options.shards, dtype)
-        check_start(out, files)
-        if layout == "huggingface" and (left_out := len(set(plan.models[0]) - files.keys)):
+        files = output_of(plan, layout, options.shards, dtype)
+        CheckpointWriter(out, files).check()
+        if layout == "huggingface" and (left_out := len(set(plan.models[0]) - files.names)):
             console.print(
                 f"Note: layout=huggingface is a language model's: {left_out} tensors of towers and projections are "
                 "left out"
@@ -267,7 +268,7 @@ def main(cfg: DictConfig) -> float | None:
             simplex(len(paths), options.curve or POINTS)
         measured = _plan(options, paths, recipe, own=False)
         first = measured.models[0]
-        assert isinstance(first, OurNames)
+        assert isinstance(first, Checkpoint)
         if options.search is not None:
             groups_of(measured, options.search, options.budget)
             if (samples := cfg.data.val_samples) and samples < FEWEST:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sphinx_pl.checkpoints.training import WEIGHT, Piece, Pieces, write_pieces, write_rest
+from sphinx_pl.checkpoints.training import WEIGHT, Shard, TrainingShards, write_rest, write_shards
 from sphinx_pl.distributed.checkpointing import STEP, group_names, options_of
 from sphinx_pl.runtime.collectives import of_all_ranks
 from sphinx_pl.utils.errors import UserError
@@ -29,7 +29,7 @@ class Sharded(Base):
 
     optimizer_names: list[list[str]]
     """The optimizer's groups, by name of parameter."""
-    _pieces: Pieces | None = None
+    _shards: TrainingShards | None = None
     bf16_masters = False
     """Whether the optimizer works on weights in bf16."""
 
@@ -78,7 +78,7 @@ class Sharded(Base):
             folder.mkdir(parents=True, exist_ok=True)
         self.barrier()
         try:
-            write_pieces(folder, self.global_rank, self.world_size, self._local_pieces())
+            write_shards(folder, self.global_rank, self.world_size, self._local_shards())
         except OSError as failure:
             error = f"rank {self.global_rank} cannot write to '{folder}': {failure}"
         if errors := [found for found in of_all_ranks(error, self.world_size) if found]:
@@ -99,15 +99,15 @@ class Sharded(Base):
     def shape(self, parameter: nn.Parameter) -> torch.Size:
         """Of the whole parameter."""
 
-    def _local_pieces(self) -> Iterator[Piece]:
+    def _local_shards(self) -> Iterator[Shard]:
         for name, parameter in self._sphinx.named_parameters():
             start, stop = self.held(parameter)
             if stop <= start or (start == 0 and not self.is_global_zero):  # of what all ranks hold, the first writes it
                 continue
-            yield Piece(WEIGHT, name, start, self.local_weight(parameter))
+            yield Shard(WEIGHT, name, start, self.local_weight(parameter))
             for kind, values in self.local_states(parameter).items() if parameter.requires_grad else ():
                 if kind != STEP:
-                    yield Piece(kind, name, start, values)
+                    yield Shard(kind, name, start, values)
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
@@ -120,27 +120,27 @@ class Sharded(Base):
         return True
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        self._pieces = Pieces(Path(checkpoint_path))
-        return self._pieces.state() | {"optimizer_states": [{}]}  # which Lightning looks for
+        self._shards = TrainingShards(Path(checkpoint_path))
+        return self._shards.state() | {"optimizer_states": [{}]}  # which Lightning looks for
 
     @torch.no_grad()
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        assert self._pieces is not None
+        assert self._shards is not None
         for name, parameter in self._sphinx.named_parameters():
             start, stop = self.held(parameter)
             if start < stop:
-                self.local_weight(parameter).copy_(self._pieces.read(name, start, stop))
+                self.local_weight(parameter).copy_(self._shards.read(name, start, stop))
         self.restored()
 
     @torch.no_grad()
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        pieces = self._pieces
-        assert pieces is not None
+        shards = self._shards
+        assert shards is not None
         [optimizer] = self.optimizers
         for group, options in zip(optimizer.param_groups, checkpoint["optimizer_groups"], strict=True):
             group.update(options)
         steps = checkpoint["optimizer_steps"]
-        if steps or pieces.kinds():
+        if steps or shards.kinds():
             self.allocate_states()
         for name, parameter in self._sphinx.named_parameters():
             if not parameter.requires_grad:
@@ -150,8 +150,8 @@ class Sharded(Base):
                 if kind == STEP:
                     values.fill_(steps[name])
                 elif start < stop:
-                    values.copy_(pieces.read(name, start, stop, kind))
-        self._pieces = None
+                    values.copy_(shards.read(name, start, stop, kind))
+        self._shards = None
 
     def note_groups(self, optimizer: torch.optim.Optimizer) -> None:
         """Remember the optimizer's groups by name, before the engine puts its own tensors into them."""

@@ -20,21 +20,14 @@ from rich.text import Text
 
 import sphinx_pl
 from sphinx_pl.checkpoints.folder import PROVENANCE, write_json
-from sphinx_pl.checkpoints.format import Checkpoint, SphinxCheckpoint, check_free
-from sphinx_pl.checkpoints.layout import Layout, write_layout
-from sphinx_pl.checkpoints.llama import huggingface_layout
-from sphinx_pl.checkpoints.original import OriginalCheckpoint, original_layout
+from sphinx_pl.checkpoints.format import Checkpoint, ModelFolder, with_common_names
+from sphinx_pl.checkpoints.huggingface import HuggingFaceFolder, huggingface_folder, open_model
+from sphinx_pl.checkpoints.native import SphinxCheckpoint, check_free
+from sphinx_pl.checkpoints.original import OriginalCheckpoint, original_folder
+from sphinx_pl.checkpoints.output import OutputFolder
 from sphinx_pl.checkpoints.provenance import provenance
-from sphinx_pl.checkpoints.stored import (
-    HuggingFaceFolder,
-    OurNames,
-    Stored,
-    hash_of_hashes,
-    open_stored,
-    store,
-    tensor_hash,
-)
-from sphinx_pl.checkpoints.tensors import TensorInfo, compare
+from sphinx_pl.checkpoints.tensors import compare, hash_of_hashes, tensor_hash
+from sphinx_pl.checkpoints.writer import CheckpointWriter
 from sphinx_pl.mixing.methods import METHODS, resolve_options
 from sphinx_pl.mixing.mixer import Facts, Mixer
 from sphinx_pl.mixing.rules import OTHER, Row, part_of, resolve, rules_table
@@ -133,15 +126,15 @@ class Recipe:
 class Plan:
     """A mixture that can be made: its inputs go together, every tensor has its weights."""
 
-    models: list[Stored]
-    base: Stored | None
+    models: list[ModelFolder]
+    base: ModelFolder | None
     recipe: Recipe
     options: dict[str, Any]
     weights: dict[str, list[float]]
     rows: list[Row]
 
     @property
-    def inputs(self) -> list[Stored]:
+    def inputs(self) -> list[ModelFolder]:
         """The models and, behind them, the base."""
         return self.models if self.base is None else [*self.models, self.base]
 
@@ -161,7 +154,7 @@ class Plan:
         first, *others = self.inputs
         notes = [f"'{other.path}' beside '{first.path}': {note}" for other in others if (note := first.note(other))]
         by_parts = any(row.parts for row in self.rows)
-        if unknown := [key for key in self.weights if by_parts and part_of(first.ours(key)) == OTHER]:
+        if unknown := [key for key in self.weights if by_parts and part_of(first.canonical_name(key)) == OTHER]:
             names = ", ".join(f"'{key}'" for key in unknown[:3])
             notes.append(f"{len(unknown)} tensors belong to no part of a model that is known here, such as {names}")
         return notes
@@ -184,19 +177,19 @@ class Plan:
 
 def open_models(
     checkpoints: Sequence[str | Path | Checkpoint], base: str | Path | None = None, own: bool = True
-) -> tuple[list[Stored], Stored | None]:
-    """The checkpoints and the base, in the way that all of them have in common (see `store`).
+) -> tuple[list[ModelFolder], ModelFolder | None]:
+    """The checkpoints and the base, under names that all of them have in common (see `with_common_names`).
 
     Raises:
         UserError: one cannot be opened.
     """
     paths = [*checkpoints, *([] if base is None else [base])]
-    opened = [path if isinstance(path, Checkpoint) else open_stored(path) for path in paths]
-    models = store(opened, own)
+    opened = [path if isinstance(path, Checkpoint) else open_model(path) for path in paths]
+    models = with_common_names(opened, own)
     return (models, None) if base is None else (models[:-1], models[-1])
 
 
-def plan_mixture(models: Sequence[Stored], base: Stored | None, recipe: Recipe, cast: bool = False) -> Plan:
+def plan_mixture(models: Sequence[ModelFolder], base: ModelFolder | None, recipe: Recipe, cast: bool = False) -> Plan:
     """Check that the models can be mixed and which weights each tensor gets.
 
     Args:
@@ -208,13 +201,13 @@ def plan_mixture(models: Sequence[Stored], base: Stored | None, recipe: Recipe, 
     count = len(models)
     options = recipe.check(count, base is not None)
     check_compatible([*models, *([] if base is None else [base])], cast)
-    names = {key: models[0].ours(key) for key in models[0]}
+    names = {key: models[0].canonical_name(key) for key in models[0]}
     rest = recipe.weights_for_the_rest(count, options)
     weights, rows = resolve(recipe.rules, rest, names, lambda given: recipe.checked(given, count))
     return Plan(list(models), base, recipe, options, weights, rows)
 
 
-def check_compatible(models: Sequence[Stored], cast: bool = False) -> None:
+def check_compatible(models: Sequence[ModelFolder], cast: bool = False) -> None:
     """Whether a mixture of these models means anything.
 
     Raises:
@@ -222,7 +215,7 @@ def check_compatible(models: Sequence[Stored], cast: bool = False) -> None:
     """
     first = models[0]
     for model in models:
-        model.check()
+        model.check_numbers()
         for key in model:
             dtype = model.info(key).dtype
             # Masks and counters may have 8 bits, matrices that are multiplied have not.
@@ -256,7 +249,7 @@ def check_compatible(models: Sequence[Stored], cast: bool = False) -> None:
                 )
 
 
-def layout_of(plan: Plan, layout: str | None, shards: int | None, dtype: torch.dtype | None) -> Layout:
+def output_of(plan: Plan, layout: str | None, shards: int | None, dtype: torch.dtype | None) -> OutputFolder:
     """The files of the mixture.
 
     Args:
@@ -271,20 +264,15 @@ def layout_of(plan: Plan, layout: str | None, shards: int | None, dtype: torch.d
     _check_layout(layout)
     if shards is not None and layout != "original":
         raise UserError("shards= is the number of files of the original's layout: give layout=original too")
-    if isinstance(first, OurNames):
+    if isinstance(first, Checkpoint):
         if layout == "original":
-            many = len(first.checkpoint.parallel.files) if isinstance(first.checkpoint, OriginalCheckpoint) else 1
-            return original_layout(first.checkpoint, shards or many, dtype)
+            many = len(first.shards.files) if isinstance(first, OriginalCheckpoint) else 1
+            return original_folder(first, shards or many, dtype)
         if layout == "huggingface":
-            return huggingface_layout(first.checkpoint, dtype)
+            return huggingface_folder(first, dtype)
     elif layout is not None and first.kind.partition("/")[0] != layout:
         raise UserError(f"layout={layout} needs the checkpoints under our names: open_models(checkpoints, own=False)")
-    infos = {key: first.info(key) for key in first}
-    if dtype is not None:
-        infos = {
-            key: TensorInfo(info.shape, dtype) if info.dtype.is_floating_point else info for key, info in infos.items()
-        }
-    return first.layout(infos)
+    return first.output(dtype)
 
 
 def _check_layout(layout: str | None) -> None:
@@ -302,7 +290,7 @@ def needs_our_names(checkpoints: Sequence[str | Path], layout: str | None, shard
     if layout is None:
         return False
     kinds = {HuggingFaceFolder: "huggingface", SphinxCheckpoint: "sphinx_pl", OriginalCheckpoint: "original"}
-    return kinds.get(type(open_stored(checkpoints[0]))) != layout or shards is not None
+    return kinds.get(type(open_model(checkpoints[0]))) != layout or shards is not None
 
 
 def mix(
@@ -322,7 +310,7 @@ def mix(
     """Write the mixture to the folder `out`; returns what its provenance says of the mixing.
 
     Args:
-        layout, shards, dtype: see `layout_of`.
+        layout, shards, dtype: see `output_of`.
         overwrite: replace a checkpoint that is there.
         workers: threads; None: one for each core.
         config: the composed configuration, for the provenance.
@@ -331,13 +319,13 @@ def mix(
         progress: a word for the progress bar; None shows none.
 
     Raises:
-        UserError: `out` exists, or see `layout_of`, `write_layout` and `Mixer.stretches`.
+        UserError: `out` exists, or see `output_of`, `CheckpointWriter.write` and `Mixer.stretches`.
     """
     out = Path(out)
     check_out(out, overwrite, [model.path for model in plan.inputs])
     for note in plan.notes():
         log.warning(note)
-    files = layout_of(plan, layout, shards, dtype)
+    files = output_of(plan, layout, shards, dtype)
     mixer = plan.mixer()
     said: dict[str, Any] = {}
 
@@ -362,7 +350,15 @@ def mix(
 
     with _one_thread_each():
         fingerprint = _fingerprint(plan, files)
-        write_layout(out, files, mixer, fingerprint, workers or _cores(), progress, finish, overwrite)
+        writer = CheckpointWriter(
+            out,
+            files,
+            fingerprint=fingerprint,
+            workers=workers or _cores(),
+            progress=progress,
+            overwrite=overwrite,
+        )
+        writer.write(mixer, mixer.facts, finish)
     return said
 
 
@@ -374,13 +370,13 @@ def check_out(out: Path, overwrite: bool, sources: Iterable[Path]) -> None:
 
 def _is_checkpoint(path: Path) -> bool:
     try:
-        open_stored(path)
+        open_model(path)
     except UserError:
         return False
     return True
 
 
-def _fingerprint(plan: Plan, files: Layout) -> dict[str, Any]:
+def _fingerprint(plan: Plan, files: OutputFolder) -> dict[str, Any]:
     """What decides the content of each file: a run that was killed is gone on with only if it is the same."""
     weights = repr(sorted(plan.weights.items()))
     return {
@@ -431,7 +427,7 @@ def compare_parts(plan: Plan, facts: Mapping[str, Facts]) -> dict[str, Any]:
     first, groups = plan.models[0], defaultdict(list)
     for key in facts:
         if first.info(key).dtype.is_floating_point and key in first.parts(key):
-            groups[part_of(first.ours(key))].append(key)
+            groups[part_of(first.canonical_name(key))].append(key)
     parts = {}
     for part, keys in groups.items():
         squares = [math.fsum(facts[key].squares[i] for key in keys) for i in range(len(facts[keys[0]].squares))]

@@ -203,15 +203,15 @@ class Stage(L.LightningModule):
         key = f"ckpt_path={resume}"
         try:
             checkpoint = TrainingCheckpoint(resume)
-            state = checkpoint.pieces.state()
-            kinds = checkpoint.pieces.kinds()
+            state = checkpoint.shards.state()
+            kinds = checkpoint.shards.kinds()
         except UserError as error:
             raise UserError(f"{key} is not a checkpoint to resume from: {error}") from None
         self._compare(checkpoint, processor, key)
         with torch.device("meta"):
             model = Sphinx(self.config)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        if problem := compare(shapes, checkpoint.pieces.shapes):
+        if problem := compare(shapes, checkpoint.shards.shapes):
             raise UserError(f"{key} is of another model: {problem}")
         instead = f"or start a new run from its weights (stage.init_from={resume})"
         made = state.get("optim", {}).get("kind", "adamw" if kinds else self.optim.kind)

@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw
 from sphinx_pl.apps import web
 from sphinx_pl.apps.masks import MARGIN, Segmenter
 from sphinx_pl.apps.web import PALETTE, Exchange, Page, Picture, Session, WebConfig
-from sphinx_pl.checkpoints.format import write_checkpoint
+from sphinx_pl.checkpoints.native import write_checkpoint
 from sphinx_pl.cli import chat
 from sphinx_pl.data.coordinates import Geometry
 from sphinx_pl.data.processor import Processor

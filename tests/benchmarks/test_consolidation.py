@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks import consolidation
 from benchmarks.consolidation import PREFIX, check, decoder_of
-from sphinx_pl.checkpoints.format import write_checkpoint
+from sphinx_pl.checkpoints.native import write_checkpoint
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.decoder import Decoder
 from sphinx_pl.utils.errors import UserError

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import decoding, hallucination
 from benchmarks.hallucination import KINDS, absent, chair, mentioned, pope
-from sphinx_pl.checkpoints.format import write_checkpoint
+from sphinx_pl.checkpoints.native import write_checkpoint
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.generation.generate import GenerationConfig
 from sphinx_pl.models.config import SphinxConfig

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from benchmarks import mix
 from benchmarks.mix import LLAMA_13B, Random, count, deviations, in_words, rounded_once, tinyllama, ulps, write_random
-from sphinx_pl.checkpoints.format import open_checkpoint, write_checkpoint
+from sphinx_pl.checkpoints.format import open_checkpoint
+from sphinx_pl.checkpoints.native import write_checkpoint
 from sphinx_pl.models.config import DecoderConfig, SphinxConfig
 from sphinx_pl.utils.errors import UserError
 from tests.conftest import REPOSITORY

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from sphinx_pl.checkpoints import tensors as checkpoint_tensors
-from sphinx_pl.checkpoints.format import FORMATS, SphinxCheckpoint, open_checkpoint, write_checkpoint
-from sphinx_pl.checkpoints.tensors import StateDict, same_bits
+from sphinx_pl.checkpoints.format import FORMATS, open_checkpoint
+from sphinx_pl.checkpoints.native import SphinxCheckpoint, write_checkpoint
+from sphinx_pl.checkpoints.tensors import TensorDict, same_bits
 from sphinx_pl.cli.checkpoint import main
 from sphinx_pl.cli.checkpoint import main as command
 from sphinx_pl.models.config import ClipViTConfig, QFormerConfig, SphinxConfig, VisionConfig
@@ -143,7 +144,7 @@ def test_an_existing_path_is_kept_unless_overwrite(write: Write, tmp_path: Path)
 def test_a_failing_source_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"pieces")
 
-    class Broken(StateDict):
+    class Broken(TensorDict):
         def tensor(self, name: str) -> Tensor:
             if name == "u":
                 raise UserError("the source broke")
@@ -158,10 +159,10 @@ def test_a_failing_source_leaves_nothing_behind(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys, torch
 from pathlib import Path
-from sphinx_pl.checkpoints.format import write_checkpoint
-from sphinx_pl.checkpoints.tensors import StateDict
+from sphinx_pl.checkpoints.native import write_checkpoint
+from sphinx_pl.checkpoints.tensors import TensorDict
 folder = Path(sys.argv[1])
-class Killed(StateDict):
+class Killed(TensorDict):
     def tensor(self, name):
         if name == "t7":
             os.kill(os.getpid(), signal.SIGKILL)

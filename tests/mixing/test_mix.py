@@ -19,16 +19,14 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from sphinx_pl.checkpoints import layout
 from sphinx_pl.checkpoints.folder import INDEX, TOKENIZER, write_json
-from sphinx_pl.checkpoints.format import Checkpoint, open_checkpoint
-from sphinx_pl.checkpoints.layout import write_parallel
-from sphinx_pl.checkpoints.llama import HuggingFaceCheckpoint, write_huggingface
+from sphinx_pl.checkpoints.format import Checkpoint, open_checkpoint, with_common_names
+from sphinx_pl.checkpoints.huggingface import HuggingFaceCheckpoint, HuggingFaceFolder, write_huggingface
 from sphinx_pl.checkpoints.original import decoder_sizes
-from sphinx_pl.checkpoints.stored import HuggingFaceFolder, content_hash, store
-from sphinx_pl.checkpoints.tensors import TensorInfo, same_bits
+from sphinx_pl.checkpoints.tensors import TensorDict, content_hash, same_bits
 from sphinx_pl.checkpoints.torch_shards import split
-from sphinx_pl.checkpoints.training import Piece, TrainingCheckpoint, describe, write_pieces, write_rest
+from sphinx_pl.checkpoints.training import Shard, TrainingCheckpoint, describe, write_rest, write_shards
+from sphinx_pl.checkpoints.writer import CheckpointWriter
 from sphinx_pl.cli.checkpoint import main as command
 from sphinx_pl.mixing.methods import mix_tensors
 from sphinx_pl.mixing.mix import Recipe, check_weights, mix, mix_checkpoints, needs_our_names, open_models, plan_mixture
@@ -36,7 +34,7 @@ from sphinx_pl.mixing.show import distances_table
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.decoder import Decoder
 from sphinx_pl.utils.errors import UserError
-from tests.checkpoints.conftest import PROCESSOR, random_tensors, small_config
+from tests.checkpoints.conftest import PROCESSOR, random_tensors, small_config, write_torch
 from tests.checkpoints.conftest import write as write  # a fixture
 from tests.mixing.conftest import huggingface_folder
 
@@ -92,8 +90,7 @@ def as_meta(path: Path, out: Path, shards: int) -> Path:
     names = {name.removeprefix("decoder."): name for name in checkpoint}
     for rank in range(shards):
         parts = {short: split(short, checkpoint.tensor(name), shards)[rank] for short, name in names.items()}
-        infos = {name: TensorInfo(tuple(part.shape), part.dtype) for name, part in parts.items()}
-        write_parallel(out / f"consolidated.{rank:02d}.pth", infos, parts.__getitem__)
+        write_torch(out / f"consolidated.{rank:02d}.pth", TensorDict(parts))
     write_json(out / "params.json", decoder_sizes(checkpoint.model_config.decoder))
     shutil.copyfile(checkpoint.tokenizer_file, out / TOKENIZER)
     return out
@@ -108,9 +105,9 @@ def as_training(path: Path, out: Path, ranks: int) -> Path:
         for name in checkpoint:
             flat = checkpoint.tensor(name).float().flatten()
             cuts = [len(flat) * r // ranks for r in range(ranks + 1)]
-            pieces.append(Piece("weight", name, cuts[rank], flat[cuts[rank] : cuts[rank + 1]]))
-            pieces.append(Piece("exp_avg", name, cuts[rank], flat[cuts[rank] : cuts[rank + 1]] * 0))
-        write_pieces(out, rank, ranks, pieces)
+            pieces.append(Shard("weight", name, cuts[rank], flat[cuts[rank] : cuts[rank + 1]]))
+            pieces.append(Shard("exp_avg", name, cuts[rank], flat[cuts[rank] : cuts[rank + 1]] * 0))
+        write_shards(out, rank, ranks, pieces)
     write_rest(out, ranks, {name: checkpoint.info(name).shape for name in checkpoint}, {})
     config = checkpoint.config
     describe(out, config["model"], config["processor"], checkpoint.tokenizer_file, {"stage": "training"})
@@ -152,7 +149,7 @@ def test_huggingface_folders_keep_files_and_names(two: list[Path], tmp_path: Pat
 def _read(stored: Any, key: str) -> Tensor:
     info = stored.info(key)
     out = torch.empty(info.numel, dtype=info.dtype)
-    with stored.reader(key) as read:
+    with stored.open(key) as read:
         read(out, 0)
     return out.view(info.shape)
 
@@ -300,7 +297,7 @@ def test_the_hash_does_not_depend_on_files(write: Write) -> None:
     tensors = random_tensors(0)
     one, many = write("one", tensors), write("many", tensors, max_shard_bytes=100)
     assert len(list(many.glob("*.safetensors"))) > 2
-    assert len({content_hash(*store([open_checkpoint(path)])) for path in (one, many)}) == 1
+    assert len({content_hash(*with_common_names([open_checkpoint(path)])) for path in (one, many)}) == 1
 
 
 def test_the_hashes_that_a_mixture_names_are_shown(
@@ -533,13 +530,13 @@ def test_a_link_is_followed_and_stays(write: Write, tmp_path: Path) -> None:
 def test_what_somebody_else_makes_meanwhile_stays(
     write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    paths, real = [write("a", 0), write("b", 1)], layout._fill
+    paths, other, real = [write("a", 0), write("b", 1)], write("other", 2), CheckpointWriter._fill
 
     def meanwhile(*arguments: Any) -> None:
         real(*arguments)
-        write("other", 2).rename(tmp_path / "out")
+        other.rename(tmp_path / "out")
 
-    monkeypatch.setattr(layout, "_fill", meanwhile)
+    monkeypatch.setattr(CheckpointWriter, "_fill", meanwhile)
     with pytest.raises(UserError, match=r"was made by somebody else meanwhile.* whole in '.*/\.out\.tmp'"):
         mix_checkpoints(paths, [0.5, 0.5], tmp_path / "out")
     assert_equal(values(tmp_path / "out"), random_tensors(2))
@@ -596,14 +593,14 @@ def test_metas_tokenizer_may_lie_one_level_up(two: list[Path], tmp_path: Path) -
 
 def stop_after_two_files(paths: list[Path], out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mixture with equal weights, interrupted."""
-    real = layout._fill
+    real = CheckpointWriter._fill
 
-    def interrupted(folder: Path, files: list[Any], *rest: Any) -> None:
-        real(folder, files[:2], *rest)
+    def interrupted(writer: CheckpointWriter, files: list[Any], *rest: Any) -> None:
+        real(writer, files[:2], *rest)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(layout, "_fill", interrupted)
+        patch.setattr(CheckpointWriter, "_fill", interrupted)
         with pytest.raises(KeyboardInterrupt):
             mix_checkpoints(paths, [0.5, 0.5], out)
     assert len(list(out.with_name(f".{out.name}.tmp").glob("model-*.safetensors"))) == 2
@@ -704,7 +701,7 @@ def kill_and_repeat(folder: Path, write: Write, kills: int, numel: int, shards: 
         assert all(after[name] == at for name, at in before.items() if name in noted)
         assert not (folder / ".out.tmp").exists()
         assert [parent["xxh3_128"] for parent in open_checkpoint(out).provenance["parents"]] == [
-            content_hash(*store([open_checkpoint(path)])) for path in (a, b)
+            content_hash(*with_common_names([open_checkpoint(path)])) for path in (a, b)
         ]
     return left
 

@@ -10,9 +10,10 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from sphinx_pl.checkpoints.format import with_common_names
+from sphinx_pl.checkpoints.huggingface import open_model
 from sphinx_pl.checkpoints.llama import our_llama_name
 from sphinx_pl.checkpoints.original import shipped_model
-from sphinx_pl.checkpoints.stored import open_stored, store
 from sphinx_pl.mixing.mix import check_weights
 from sphinx_pl.mixing.rules import PARTS, complement, layer_of, part_of, resolve, rules_table
 from sphinx_pl.models.config import SphinxConfig
@@ -138,9 +139,9 @@ HUGGINGFACE = {
 
 def test_parts_of_hugging_faces_names(tmp_path: Path) -> None:
     folder = huggingface_folder(tmp_path / "hf", {name: torch.zeros(2) for name in HUGGINGFACE})
-    (stored,) = store([open_stored(folder)])
+    (stored,) = with_common_names([open_model(folder)])
     for key, (part, layer, parts) in HUGGINGFACE.items():
-        name = stored.ours(key)
+        name = stored.canonical_name(key)
         assert part_of(name) == part, key
         assert layer_of(name) == layer, key
         assert {p for p in PARTS if PARTS[p](name)} == parts | {"all"}, key
@@ -272,10 +273,10 @@ ORIGINAL = {
 @pytest.mark.parametrize("shards", [1, 2])
 def test_parts_of_the_originals_names(tmp_path: Path, shards: int) -> None:
     folder = original_folder(tmp_path / "original", {name: torch.zeros(48, 16) for name in ORIGINAL}, shards)
-    (stored,) = store([open_stored(folder)])
+    (stored,) = with_common_names([open_model(folder)])
     assert len(list(stored)) == shards * len(ORIGINAL)
     for key in stored:
-        name = stored.ours(key)
+        name = stored.canonical_name(key)
         assert (part_of(name), layer_of(name)) == ORIGINAL[key.partition("/")[2].removeprefix("llma.")], key
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from sphinx_pl.checkpoints.stored import OurNames
+from sphinx_pl.checkpoints.format import Checkpoint
 from sphinx_pl.checkpoints.tensors import copy_into
 from sphinx_pl.evaluation.objective import Measures
 from sphinx_pl.mixing.mix import Plan
@@ -43,10 +43,10 @@ class MixtureEvaluator:
         steps: Steps | None = None,
     ) -> None:
         first = plan.models[0]
-        assert isinstance(first, OurNames)
+        assert isinstance(first, Checkpoint)
         with torch.device("meta"):
-            model = Sphinx(first.checkpoint.model_config)
-        first.checkpoint.check(model)
+            model = Sphinx(first.model_config)
+        first.check(model)
         self.plan = plan
         self.model = model.to_empty(device=device).eval()
         self.dtype = dtype

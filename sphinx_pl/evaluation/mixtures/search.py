@@ -49,7 +49,7 @@ def groups_of(plan: Plan, parts: Sequence[str], budget: int) -> dict[str, tuple[
         raise UserError(f"search= is for 2 checkpoints, not {len(plan.models)}")
     if budget < 2:
         raise UserError(f"budget={budget} must be at least 2 evaluations")
-    names = {key: plan.models[0].ours(key) for key in plan.models[0]}
+    names = {key: plan.models[0].canonical_name(key) for key in plan.models[0]}
     _, rows = resolve([{"match": part, "beta": 0.5} for part in parts], [0.5, 0.5], names, list, "search")
     return {part: row.keys for part, row in zip([*parts, REST], rows, strict=False)}
 
