@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,10 @@ from sphinx_pl.checkpoints.output import (
     safetensors_folder,
 )
 from sphinx_pl.checkpoints.tensors import (
-    Read,
     SafetensorsFiles,
     TensorDict,
-    TensorInfo,
     TensorReader,
+    TensorView,
     compare,
     copy_into,
 )
@@ -45,7 +43,7 @@ from sphinx_pl.utils.files import hash_file
 from sphinx_pl.utils.registry import Registry
 
 FORMAT_VERSION = 1
-"""Of our own folder, see `sphinx_pl.checkpoints.native`."""
+"""The version of our own folder, see `sphinx_pl.checkpoints.native`."""
 
 
 class ModelFolder(TensorReader):
@@ -208,35 +206,19 @@ class Checkpoint(ModelFolder):
         return native_folder(self, sections, self.tokenizer(), self.unused(), dtype)
 
 
-class SafetensorsFolder(ModelFolder):
+class SafetensorsFolder(TensorView, ModelFolder):
     """Safetensors files under their own names. A copy has the same tensors in the same files."""
 
-    def __init__(self, path: Path, tensors: SafetensorsFiles) -> None:
-        self.path = path
-        self._tensors = tensors
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def info(self, name: str) -> TensorInfo:
-        return self._tensors.info(name)
-
-    def tensor(self, name: str) -> Tensor:
-        return self._tensors.tensor(name)
-
-    @contextmanager
-    def open(self, name: str) -> Iterator[Read]:
-        with self._tensors.open(name) as read:
-            yield read
+    tensors: SafetensorsFiles
 
     def file(self, name: str) -> Path:
-        return self._tensors.file(name).path
+        return self.tensors.file(name).path
 
     def raw(self) -> ModelFolder:
         return self
 
     def copies(self, dtype: torch.dtype | None) -> list[OutputFile]:
-        return [SafetensorsOutput(name, copies(file, dtype)) for name, file in self._tensors.files.items()]
+        return [SafetensorsOutput(name, copies(file, dtype)) for name, file in self.tensors.files.items()]
 
 
 def native_folder(

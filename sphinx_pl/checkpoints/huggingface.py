@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,7 @@ from sphinx_pl.checkpoints.llama import (
     text_only,
 )
 from sphinx_pl.checkpoints.output import OutputFolder, safetensors_folder, write_index
-from sphinx_pl.checkpoints.tensors import SafetensorsFiles, Source, TensorInfo, TensorReader, same_bits
+from sphinx_pl.checkpoints.tensors import SafetensorsFiles, Source, TensorInfo, same_bits
 from sphinx_pl.checkpoints.tokenizer_json import TOKENIZER_CONFIG, TOKENIZER_JSON, tokenizer_json
 from sphinx_pl.checkpoints.unreadable import check_plain
 from sphinx_pl.checkpoints.vocabulary import uncompared, vocabulary_difference
@@ -182,15 +184,11 @@ class HuggingFaceFolder(SafetensorsFolder):
 
     kind = "huggingface"
 
-    @classmethod
-    def matches(cls, path: Path) -> bool:
-        return is_huggingface(path)
-
     def __init__(self, path: Path) -> None:
-        files = SafetensorsFiles(path, weight_files(path))
-        super().__init__(path, files)
-        if WEIGHTS not in files.files:
-            places = {name: files.file(name).path.name for name in files}
+        self.path = path
+        self.tensors = SafetensorsFiles(path, weight_files(path))
+        if WEIGHTS not in self.tensors.files:
+            places = {name: self.file(name).name for name in self}
             for name, file in read_weight_map(path / INDEX).items():
                 if places.get(name) != file:
                     raise UserError(f"'{path / INDEX}' has '{name}' in {file}, where it is not: copy the folder again")
@@ -243,7 +241,7 @@ class HuggingFaceFolder(SafetensorsFolder):
 def open_model(path: str | Path) -> Checkpoint | HuggingFaceFolder:
     """A folder as `open_checkpoint` opens it, but a Hugging Face folder may hold any kind of model."""
     folder = local_folder(path)
-    return HuggingFaceFolder(folder) if HuggingFaceFolder.matches(folder) else open_checkpoint(folder)
+    return HuggingFaceFolder(folder) if is_huggingface(folder) else open_checkpoint(folder)
 
 
 # -- exporting -------------------------------------------------------------------------------------------------------
@@ -307,29 +305,13 @@ def huggingface_folder(checkpoint: Checkpoint, dtype: torch.dtype | None = None)
     return safetensors_folder(entries, finish)
 
 
-class _LastTensor(TensorReader):
-    """A reader that keeps the last tensor: the experts of one matrix are written one after the other."""
-
-    def __init__(self, reader: TensorReader) -> None:
-        self._reader = reader
-        self._last = "", torch.empty(0)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._reader)
-
-    def info(self, name: str) -> TensorInfo:
-        return self._reader.info(name)
-
-    def tensor(self, name: str) -> Tensor:
-        if name != self._last[0]:
-            self._last = name, self._reader.tensor(name)
-        return self._last[1]
-
-
 def write_huggingface(checkpoint: Checkpoint, out: Path) -> None:
     """Write the decoder of `checkpoint` as a Hugging Face folder.
 
     Raises:
         UserError: `out` exists, or see `huggingface_folder`.
     """
-    CheckpointWriter(out, huggingface_folder(checkpoint), progress="Exporting").write(_LastTensor(checkpoint))
+    reader = copy(checkpoint)
+    # The experts of one matrix are written one after the other.
+    reader.tensor = lru_cache(1)(checkpoint.tensor)  # type: ignore[method-assign]
+    CheckpointWriter(out, huggingface_folder(checkpoint), progress="Exporting").write(reader)

@@ -22,7 +22,7 @@ from sphinx_pl.utils.errors import UserError
 WEIGHTS = "model.safetensors"
 _OF = re.compile(r"-of-0*(\d+)\.")
 # Of a config.json: how a model is trained, cut short, shown or stored. None changes what a weight means; what
-# max_window_layers does is said by layer_types.
+# max_window_layers does is stated by layer_types.
 _HARMLESS = (
     *("_*", "name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "auto_map", "unsloth_*"),
     *("pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id", "use_cache", "max_position_embeddings"),
@@ -68,7 +68,7 @@ def weight_files(folder: Path) -> list[str]:
         return named
     if pickles := sorted(folder.glob("pytorch_model*.bin")):
         raise UserError(
-            f"'{pickles[0]}' is not read: write the model anew as safetensors, with its class's "
+            f"'{pickles[0]}' is not read: write the model again as safetensors, with its class's "
             f"from_pretrained('{folder}').save_pretrained(FOLDER)"
         )
     raise UserError(why_no_weights(folder, WEIGHTS, INDEX))
@@ -130,7 +130,7 @@ def other_files(a: Path, b: Path) -> str:
         f"only in '{a}'": [name for name in names if name not in y],
         f"only in '{b}', and left there": [name for name in names if name not in x],
     }
-    return "; ".join(f"{', '.join(found)} ({said})" for said, found in phrases.items() if found)
+    return "; ".join(f"{', '.join(names)} ({phrase})" for phrase, names in phrases.items() if names)
 
 
 def _alike(a: Path, b: Path) -> bool:
@@ -153,7 +153,7 @@ def _same_json(a: Path, b: Path) -> bool:
 
 
 def _same_lettering(a: Path, b: Path) -> bool:
-    """Of tokenizer_config.json: how BERT's relatives write a text before they cut it. The rest is said elsewhere."""
+    """Whether two tokenizer_config.json let BERT's relatives normalise a text alike; other files say the rest."""
     x, y = read_json(a), read_json(b)
     keys = ("do_lower_case", "do_basic_tokenize", "strip_accents", "tokenize_chinese_chars")
     return not any(None not in (x.get(key), y.get(key)) and x[key] != y[key] for key in keys)

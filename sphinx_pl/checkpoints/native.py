@@ -148,9 +148,8 @@ class SphinxFolder(SafetensorsFolder):
     kind = "sphinx_pl"
 
     def __init__(self, checkpoint: SphinxCheckpoint) -> None:
-        super().__init__(checkpoint.path, checkpoint.shards)
+        self.path, self.tensors, self.provenance = checkpoint.path, checkpoint.shards, checkpoint.provenance
         self.checkpoint = checkpoint
-        self.provenance = checkpoint.provenance
 
     def canonical(self) -> Checkpoint:
         return self.checkpoint

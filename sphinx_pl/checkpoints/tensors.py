@@ -169,6 +169,26 @@ class TensorDict(TensorReader):
         return self._tensors[name]
 
 
+class TensorView(TensorReader):
+    """Another reader's tensors."""
+
+    tensors: TensorReader
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def info(self, name: str) -> TensorInfo:
+        return self.tensors.info(name)
+
+    def tensor(self, name: str) -> Tensor:
+        return self.tensors.tensor(name)
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[Read]:
+        with self.tensors.open(name) as read:
+            yield read
+
+
 MAPPED_BYTES = 2**29
 """What is read through mappings of files before they are dropped: mapped pages count as this process's memory."""
 
@@ -188,7 +208,7 @@ class MappedFile(ABC):
     def _drop(self) -> None:
         """Let go of the mappings and of the pages that were read; the next access maps the files again."""
 
-    def _count(self, nbytes: int) -> None:
+    def count(self, nbytes: int) -> None:
         """Add to the bytes that were read."""
         with MappedFile._lock:
             self._read += nbytes
@@ -243,7 +263,7 @@ class SafetensorsFile(MappedFile, TensorReader):
 
     def tensor(self, name: str) -> Tensor:
         tensor: Tensor = self._file().get_tensor(name)
-        self._count(tensor.nbytes)
+        self.count(tensor.nbytes)
         return tensor
 
     @contextmanager
@@ -335,11 +355,11 @@ def copy_into(target: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]
         target[name].copy_(tensor)
 
 
-def compare(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
+def compare(wanted: Mapping[str, tuple[int, ...]], present: Mapping[str, tuple[int, ...]]) -> str:
     """How the tensors of two models differ, in a phrase that names the first few; "" if they do not."""
-    missing = [name for name in wanted if name not in found]
-    extra = [name for name in found if name not in wanted]
-    misshaped = [name for name in wanted if name in found and wanted[name] != found[name]]
+    missing = [name for name in wanted if name not in present]
+    extra = [name for name in present if name not in wanted]
+    misshaped = [name for name in wanted if name in present and wanted[name] != present[name]]
 
     def near(name: str, candidates: list[str]) -> str:
         matches = difflib.get_close_matches(name, candidates[:1000], n=1, cutoff=0.8)
@@ -351,7 +371,7 @@ def compare(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int
     if extra:
         parts.append(f"{len(extra)} unexpected: " + ", ".join(repr(name) for name in extra[:3]))
     if misshaped:
-        shapes = (f"'{name}' is {list(found[name])} instead of {list(wanted[name])}" for name in misshaped[:3])
+        shapes = (f"'{name}' is {list(present[name])} instead of {list(wanted[name])}" for name in misshaped[:3])
         parts.append(f"{len(misshaped)} of another shape: " + ", ".join(shapes))
     return "; ".join(parts)
 

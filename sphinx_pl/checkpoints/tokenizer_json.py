@@ -115,13 +115,13 @@ def _convert(file: Path) -> tuple[Any, tokenizers.Tokenizer]:
 def _merges(pieces: Sequence[Any]) -> list[tuple[str, str]]:
     """Every two pieces that make up a third one, in the order in which SentencePiece joins them: best score first."""
     ids = {piece.piece: number for number, piece in enumerate(pieces) if piece.type == _NORMAL}
-    found = []
+    merges = []
     for piece in pieces:
         if piece.type == _NORMAL:
             cuts = ((piece.piece[:place], piece.piece[place:]) for place in range(1, len(piece.piece)))
             pairs = [(left, right) for left, right in cuts if left in ids and right in ids]
-            found += [(-piece.score, ids[left], ids[right], left, right) for left, right in pairs]
-    return [(left, right) for *_, left, right in sorted(found)]
+            merges += [(-piece.score, ids[left], ids[right], left, right) for left, right in pairs]
+    return [(left, right) for *_, left, right in sorted(merges)]
 
 
 def _inside_marks(pieces: Sequence[Any]) -> list[Any]:

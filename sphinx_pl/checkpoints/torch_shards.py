@@ -126,13 +126,13 @@ class TorchShards(MappedFile, TensorReader):
             first, *others = (rank[name] for rank in self._ranks())
             if first.nbytes < 2**16 and not all(torch.equal(first, other) for other in others):
                 log.warning("'%s' differs between the ranks in '%s': the first is taken", name, self.files[0].parent)
-            self._count(first.nbytes)
+            self.count(first.nbytes)
             return first
         info = self.info(name)
         whole = torch.empty(info.shape, dtype=info.dtype)
         for rank, view in enumerate(_views(name, whole, len(self.files), self.experts)):
             view.copy_(self.shard(rank, name).view(view.shape))
-            self._count(view.nbytes)
+            self.count(view.nbytes)
         return whole
 
     def shard_info(self, name: str) -> TensorInfo:
@@ -148,10 +148,6 @@ class TorchShards(MappedFile, TensorReader):
     def shard(self, rank: int, name: str) -> Tensor:
         """What the file of one rank has of a tensor, mapped. A caller reports to `count` what it has read of it."""
         return self._ranks()[rank][name]
-
-    def count(self, nbytes: int) -> None:
-        """Count bytes that were read of a `shard`."""
-        self._count(nbytes)
 
     def _drop(self) -> None:
         self._mapped = None

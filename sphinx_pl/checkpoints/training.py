@@ -34,7 +34,7 @@ from sphinx_pl.checkpoints.folder import PROVENANCE, TOKENIZER, check_sections, 
 from sphinx_pl.checkpoints.format import FORMATS, Checkpoint
 from sphinx_pl.checkpoints.native import write_checkpoint
 from sphinx_pl.checkpoints.output import SafetensorsOutput, copies
-from sphinx_pl.checkpoints.tensors import Read, SafetensorsFile, TensorDict, TensorInfo, TensorReader
+from sphinx_pl.checkpoints.tensors import Read, SafetensorsFile, TensorDict, TensorInfo, TensorReader, TensorView
 from sphinx_pl.checkpoints.writer import write_file
 from sphinx_pl.utils.errors import UserError
 from sphinx_pl.utils.files import hash_file
@@ -293,7 +293,7 @@ class TrainingShards(TensorReader):
         return state
 
 
-class TrainingCheckpoint(Checkpoint):
+class TrainingCheckpoint(TensorView, Checkpoint):
     """A training checkpoint as weights, each put together from its shards when it is read."""
 
     @classmethod
@@ -302,25 +302,11 @@ class TrainingCheckpoint(Checkpoint):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.shards = TrainingShards(path)
+        self.tensors = self.shards = TrainingShards(path)
         self.config = {key: self.shards.index.get(key) for key in ("model", "processor")}
         check_sections(path / INDEX, self.config)
         self.provenance = read_json(path / PROVENANCE)
         require(path, TOKENIZER)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shards)
-
-    def info(self, name: str) -> TensorInfo:
-        return self.shards.info(name)
-
-    def tensor(self, name: str) -> Tensor:
-        return self.shards.tensor(name)
-
-    @contextmanager
-    def open(self, name: str) -> Iterator[Read]:
-        with self.shards.open(name) as read:
-            yield read
 
     def files(self) -> Sequence[Path]:
         return [self.path / name for name in (INDEX, TOKENIZER, *self.shards.index["files"])]

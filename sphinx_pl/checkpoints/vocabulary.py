@@ -85,7 +85,7 @@ def _added(name: str, content: Mapping[str, Any]) -> dict[int, str]:
 
 
 def _tokens(file: Path) -> dict[int, str]:
-    """Of a vocabulary file; {} where it cannot be read."""
+    """The tokens of a vocabulary file; {} if it cannot be read."""
     try:
         if file.suffix in (".model", ".spm"):
             model = spm.SentencePieceProcessor(model_proto=file.read_bytes())

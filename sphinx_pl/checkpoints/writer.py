@@ -118,7 +118,7 @@ class CheckpointWriter:
                     written(self.files.nbytes - sum(file.nbytes for file in todo))
                     self._fill(todo, reader, facts, complete, written)
                 self.files.finish(self._folder)
-                finish(self._folder, {name: fact for file in complete.values() for name, fact in file.items()})
+                finish(self._folder, {n: fact for file in self.files.files for n, fact in complete[file.name].items()})
                 shutil.rmtree(self._journal)
                 sync(*self._folder.iterdir(), self._folder)
             except OSError as error:
@@ -138,14 +138,14 @@ class CheckpointWriter:
 
     def _failure(self, error: OSError) -> UserError:
         """One line for an error of a disk."""
-        again = "run the command again"
+        remedy = "run the command again"
         if self.fingerprint is not None:
-            again += ", which continues behind the files that are complete"
+            remedy += ", which continues behind the files that are complete"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return UserError(f"the disk of '{self.out}' is full: free some space and {again}")
+            return UserError(f"the disk of '{self.out}' is full: free some space and {remedy}")
         if error.filename is not None and not Path(error.filename).is_relative_to(self._folder):
-            return UserError(f"'{error.filename}' cannot be read ({error.strerror}): repair it and {again}")
-        return UserError(f"'{self.out}' is not finished ({error}): check the disk and {again}")
+            return UserError(f"'{error.filename}' cannot be read ({error.strerror}): repair it and {remedy}")
+        return UserError(f"'{self.out}' is not finished ({error}): check the disk and {remedy}")
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

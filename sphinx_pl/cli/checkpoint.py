@@ -18,6 +18,7 @@ from sphinx_pl.checkpoints.folder import PROVENANCE, check_room
 from sphinx_pl.checkpoints.format import Checkpoint, open_checkpoint, with_common_names
 from sphinx_pl.checkpoints.hub import local_folder
 from sphinx_pl.checkpoints.huggingface import HuggingFaceFolder, open_model, write_huggingface
+from sphinx_pl.checkpoints.huggingface_files import is_huggingface
 from sphinx_pl.checkpoints.llama import family
 from sphinx_pl.checkpoints.native import check_free, write_checkpoint
 from sphinx_pl.checkpoints.original import Restored, write_original
@@ -66,14 +67,14 @@ def provenance_table(checkpoint: Checkpoint | HuggingFaceFolder) -> Table:
                 stage = f" ({parent['stage']})" if parent["stage"] else ""
                 table.add_row("parent", Text(f"{parent['path']}{stage} {kind} {parent.get(kind, '')[:16]}…"))
         elif key == "mixing":
-            for said, item in value.items():
-                if said == "rules" and len(item) > 1:
+            for entry, item in value.items():
+                if entry == "rules" and len(item) > 1:
                     for rule in item:
                         ends = " → ".join(", ".join(f"{w:g}" for w in point) for point in rule["weights"])
                         table.add_row("mixing", Text(f"{rule['tensors']}: {ends} ({rule['number']} tensors)"))
-                elif said not in ("parts", "rules") and item not in (None, {}, []):
+                elif entry not in ("parts", "rules") and item not in (None, {}, []):
                     pairs = item.items() if isinstance(item, dict) else [("", item)]
-                    table.add_row("mixing", Text(f"{said} " + ", ".join(f"{n} {v}".strip() for n, v in pairs)))
+                    table.add_row("mixing", Text(f"{entry} " + ", ".join(f"{n} {v}".strip() for n, v in pairs)))
         elif key == "command":
             table.add_row(key, Text(" ".join(map(str, value)) if isinstance(value, list) else str(value)))
         elif key != "config":
@@ -139,7 +140,7 @@ def _show(options: argparse.Namespace, console: Console) -> int:
     try:
         checkpoint = open_checkpoint(folder)
     except UserError:
-        if not HuggingFaceFolder.matches(folder):
+        if not is_huggingface(folder):
             raise
         checkpoint = HuggingFaceFolder(folder)  # of a model that this project doesn't have: it can be mixed
     console.print(parts_table(checkpoint))

@@ -104,7 +104,7 @@ class Recipe:
         return options
 
     def weights_for_the_rest(self, count: int, options: Mapping[str, Any]) -> list[float] | None:
-        """Of tensors that no rule fits.
+        """The weights of tensors that no rule fits.
 
         Raises:
             UserError: there are none, and no rules either.
@@ -168,7 +168,7 @@ class Plan:
         # What every rank's file has whole is one tensor.
         numels = {key: first.info(key).numel if key in first.parts(key) else 0 for key in self.weights}
         beyond = [
-            Text(f"Note: weights outside 0 to 1 ({row.said}) go beyond the checkpoints, not between them")
+            Text(f"Note: weights outside 0 to 1 ({row.label}) go beyond the checkpoints, not between them")
             for row in self.rows
             if not METHODS[self.recipe.method].base and any(not 0 <= w <= 1 for point in row.weights for w in point)
         ]
@@ -235,7 +235,7 @@ def check_compatible(models: Sequence[ModelFolder], cast: bool = False) -> None:
             if dtypes[0] != dtypes[1] and not any(dtype.is_floating_point for dtype in dtypes):
                 raise UserError(
                     f"'{key}' is {dtypes[0]} in '{first.path}' but {dtypes[1]} in '{other.path}': integers of two "
-                    "dtypes cannot be mixed, write one of the models anew"
+                    "dtypes cannot be mixed, write one of the models again"
                 )
             if dtypes[0].is_floating_point != dtypes[1].is_floating_point:
                 raise UserError(
@@ -327,24 +327,24 @@ def mix(
         log.warning(note)
     files = output_of(plan, layout, shards, dtype)
     mixer = plan.mixer()
-    said: dict[str, Any] = {}
+    content: dict[str, Any] = {}
 
     def finish(folder: Path, facts: dict[str, Any]) -> None:
-        known = {key: Facts.from_json(fact) for key, fact in facts.items()}
-        said.update(_describe(plan, known) | dict(origin or {}))
+        by_name = {key: Facts.from_json(fact) for key, fact in facts.items()}
+        content.update(_describe(plan, by_name) | dict(origin or {}))
         parents = [
             {
                 "path": str(model.path),
                 "stage": model.provenance.get("stage"),
                 "layout": model.kind,
                 "xxh3_128": hash_of_hashes(
-                    model, {key: known[key].hashes[i] if key in known else tensor_hash(model, key) for key in model}
+                    model, {key: by_name[key].hashes[i] if key in by_name else tensor_hash(model, key) for key in model}
                 ),
             }
             for i, model in enumerate(plan.inputs)
         ]
-        content = provenance("mix", dict(config) if config else None, parents) | {"mixing": said}
-        write_json(folder / PROVENANCE, finite(content))
+        whole = provenance("mix", dict(config) if config else None, parents) | {"mixing": content}
+        write_json(folder / PROVENANCE, finite(whole))
         for file in beside.iterdir() if beside else ():
             shutil.copyfile(file, folder / file.name)
 
@@ -359,7 +359,7 @@ def mix(
             overwrite=overwrite,
         )
         writer.write(mixer, mixer.facts, finish)
-    return said
+    return content
 
 
 def check_out(out: Path, overwrite: bool, sources: Iterable[Path]) -> None:
@@ -377,7 +377,7 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _fingerprint(plan: Plan, files: OutputFolder) -> dict[str, Any]:
-    """What decides the content of each file: a run that was killed is gone on with only if it is the same."""
+    """What decides the content of each file: a killed run is resumed only if it is the same."""
     weights = repr(sorted(plan.weights.items()))
     return {
         "code": sphinx_pl.__version__,
@@ -411,7 +411,7 @@ def _describe(plan: Plan, facts: Mapping[str, Facts]) -> dict[str, Any]:
         "options": plan.options,
         "arithmetic": plan.recipe.arithmetic,
         "base": str(plan.base.path) if plan.base else None,
-        "rules": [{"tensors": row.said, "weights": list(row.weights), "number": len(row.keys)} for row in plan.rows],
+        "rules": [{"tensors": row.label, "weights": list(row.weights), "number": len(row.keys)} for row in plan.rows],
         "parts": compare_parts(plan, facts),
     }
     if len(plan.rows) == 1 and len(plan.rows[0].weights) == 1:
@@ -451,7 +451,7 @@ def compare_parts(plan: Plan, facts: Mapping[str, Facts]) -> dict[str, Any]:
 
 
 def _cosine(a: float, b: float, between: float) -> float:
-    """Of the angle between two sides of squared lengths `a` and `b`, from the third side's; 1 where one has none."""
+    """The cosine between two sides of squared lengths `a` and `b`, from the third side's; 1 if one has no length."""
     return (a + b - between) / (2 * math.sqrt(a * b)) if a * b else 1.0
 
 

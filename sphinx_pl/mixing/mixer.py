@@ -21,7 +21,7 @@ from sphinx_pl.mixing.rules import PARTS
 from sphinx_pl.utils.errors import UserError
 
 FEW = 5
-"""Up to so many models every two are compared; of more, each with the first only."""
+"""Up to this number of models every two are compared; more are compared with the first only."""
 
 
 @dataclass
@@ -218,10 +218,10 @@ class Mixer(TensorReader):
         parts = self.models[0].parts(key)
         name = parts[0]
         if name not in self._measured:
-            found = self.method.measure(lambda: self._passes(parts), weights, self.options)
+            measured = self.method.measure(lambda: self._passes(parts), weights, self.options)
             if len(parts) == 1:
-                return found
-            self._measured[name] = found  # the other parts are mixed with the same
+                return measured
+            self._measured[name] = measured  # the other parts are mixed with the same
         return self._measured[name]
 
     def _passes(self, parts: Sequence[str]) -> Iterable[Stretch]:

@@ -161,17 +161,17 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _layers(said: str | None, where: str) -> Callable[[int | None], bool]:
-    if said is None:
+def _layers(layers: str | None, where: str) -> Callable[[int | None], bool]:
+    if layers is None:
         return lambda layer: True
     ranges = []
-    for part in str(said).split(","):
+    for part in str(layers).split(","):
         if not (match := re.fullmatch(r"\s*(\d+)?\s*(?:(-)\s*(\d+)?\s*)?", part)) or not (match[1] or match[3]):
-            raise UserError(f"{where}.layers='{said}' must be layers of the decoder, such as 0-7,24-31 or 20-")
+            raise UserError(f"{where}.layers='{layers}' must be layers of the decoder, such as 0-7,24-31 or 20-")
         low = int(match[1] or 0)
         high = int(match[3]) if match[3] else (math.inf if match[2] else low)
         if low > high:
-            raise UserError(f"{where}.layers='{said}': {low} is after {high:g}")
+            raise UserError(f"{where}.layers='{layers}': {low} is after {high:g}")
         ranges.append((low, high))
     return lambda layer: layer is not None and any(low <= layer <= high for low, high in ranges)
 
@@ -197,7 +197,7 @@ def _matcher(match: Any, where: str) -> Callable[[str, str], bool]:
 class Row:
     """What one rule, or the weights that hold for the rest, comes to."""
 
-    said: str
+    label: str
     weights: tuple[list[float], ...]  # of a gradient those of the first and the last layer
     keys: tuple[str, ...]
     parts: bool = False  # whether it goes by parts of a model
@@ -236,17 +236,17 @@ def resolve(
             for key, name in names.items()
             if fits(name, key) and layers(layer := layer_of(name)) and not (gradient and layer is None)
         ]
-        found = [key for key in matched if key not in chosen]
-        if not found:
+        keys = [key for key in matched if key not in chosen]
+        if not keys:
             why = "rules before it take all of them" if matched else "no tensor is there"
             raise UserError(f"{where} (match={rule.match}, layers={rule.layers}) fits nothing: {why}")
         depths = [layer for key in matched if (layer := layer_of(names[key])) is not None]
-        for key in found:
+        for key in keys:
             chosen[key] = _between(anchors, layer_of(names[key]), depths) if gradient else anchors[0]
         match = ", ".join(map(str, _listed(rule.match)))
-        said = match if rule.layers is None else f"{match}, layers {rule.layers}"
+        label = match if rule.layers is None else f"{match}, layers {rule.layers}"
         by_parts = rule.layers is not None or bool({*_listed(rule.match)} & (PARTS.keys() - {"all"}))
-        rows.append(Row(said, tuple(anchors if gradient else anchors[:1]), tuple(found), by_parts))
+        rows.append(Row(label, tuple(anchors if gradient else anchors[:1]), tuple(keys), by_parts))
     rest = [key for key in names if key not in chosen]
     if rest and otherwise is None:
         raise UserError(f"no rule fits '{rest[0]}' and {len(rest) - 1} more tensors: give weights or beta for the rest")
@@ -277,5 +277,5 @@ def rules_table(rows: Sequence[Row], parameters: Mapping[str, int], models: int)
     for row in rows:
         cells = [" → ".join(f"{point[i]:.4g}" for point in row.weights) for i in range(models)]
         count = sum(parameters[key] for key in row.keys)
-        table.add_row(Text(row.said), *cells, f"{len(row.keys):,}", f"{count:,}")
+        table.add_row(Text(row.label), *cells, f"{len(row.keys):,}", f"{count:,}")
     return table

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from sphinx_pl.checkpoints import tensors as checkpoint_tensors
 from sphinx_pl.checkpoints import writer
 from sphinx_pl.checkpoints.folder import INDEX
 from sphinx_pl.checkpoints.output import (
@@ -22,6 +25,7 @@ from sphinx_pl.checkpoints.output import (
     OutputFolder,
     SafetensorsOutput,
     TorchOutput,
+    copies,
     safetensors_folder,
 )
 from sphinx_pl.checkpoints.tensors import TensorDict, TensorInfo, TensorReader, same_bits
@@ -118,7 +122,7 @@ def test_shards_have_an_index(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_complete_files_are_taken_over(tmp_path: Path, error: BaseException) -> None:
-    """After Ctrl-C and a full disk, as after a kill: nothing stands under the final name, and a rerun goes on."""
+    """After Ctrl-C and a full disk, as after a kill: nothing stands under the final name, and a rerun continues."""
     failing = Recorded("d", error)
     with pytest.raises((KeyboardInterrupt, UserError)):
         write(tmp_path / "out", two_files(), failing, fingerprint={"x": 1})
@@ -129,6 +133,47 @@ def test_complete_files_are_taken_over(tmp_path: Path, error: BaseException) -> 
     assert facts == {name: f"fact of {name}" for name in "abcde"}
     assert all(same_bits(tensor, TENSORS[name]) for name, tensor in read(tmp_path / "out" / "one.safetensors").items())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device"), OSError(5, "Broken")])
+def test_without_a_fingerprint_nothing_is_kept(tmp_path: Path, error: BaseException) -> None:
+    with pytest.raises((KeyboardInterrupt, UserError)) as failure:
+        write(tmp_path / "out", two_files(), Recorded("d", error))
+    assert "continues" not in str(failure.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_whole_tensors_of_several_threads_have_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that are larger than it together are not in memory at once; smaller ones are."""
+    monkeypatch.setattr(checkpoint_tensors, "AHEAD_BYTES", 4000)
+    held = most = 0
+    lock = threading.Lock()
+
+    class Watched(TensorDict):
+        def stretches(self, key: str, dtype: torch.dtype) -> Generator[Tensor, None, None]:
+            nonlocal held, most
+            for stretch in super().stretches(key, dtype):
+                with lock:
+                    held += stretch.nbytes
+                    most = max(most, held)
+                time.sleep(0.01)
+                yield stretch
+                with lock:
+                    held -= stretch.nbytes
+
+    tensors = Watched({f"t{i}": torch.zeros(size) for i, size in enumerate([300, 2000, 500, 300, 1500, 300, 400])})
+    file = SafetensorsOutput("x.safetensors", copies(tensors))
+    write(tmp_path / "out", OutputFolder([file]), tensors, workers=4)
+    assert most == 8000
+
+
+def test_a_file_system_without_locks_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    write(tmp_path / "out", two_files())
+    assert read(tmp_path / "out" / "one.safetensors").keys() == set("ab")
 
 
 def test_a_disk_without_room_for_the_next_file_keeps_what_was_begun(

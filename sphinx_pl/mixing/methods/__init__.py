@@ -52,9 +52,9 @@ class Method:
 
     Args:
         paper: where it comes from.
-        coefficients: (weights, options, what `measure` said) -> of the sum that is the mixture, one for each checkpoint
+        coefficients: (weights, options, what `measure` gave) -> of the sum that is the mixture, one for each checkpoint
             and, behind them, the base's.
-        mix: (stretch, weights, options, what `measure` said) -> the mixed stretch. Changes no tensor that it is given.
+        mix: (stretch, weights, options, what `measure` gave) -> the mixed stretch. Changes no tensor that it is given.
         measure: (passes over the tensor, weights, options) -> what has to be known of the whole tensor.
         base: whether it starts from a base model; then weights need not sum to 1.
         count: of checkpoints, if only one number will do.
@@ -102,8 +102,8 @@ def resolve_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
         if value is None:
             continue
         if key not in options:
-            known = suggest(key, options) if options else "it has none"
-            raise UserError(f"options.{key}: method={name} has no such option: {known}")
+            advice = suggest(key, options) if options else "it has none"
+            raise UserError(f"options.{key}: method={name} has no such option: {advice}")
         wanted = type(options[key])
         if isinstance(value, int) and not isinstance(value, bool) and wanted is float:
             value = float(value)

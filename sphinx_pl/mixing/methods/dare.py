@@ -15,11 +15,11 @@ DRAWN = 1 << 16
 """Random numbers that are drawn with one seed."""
 
 
-def uniform(said: str, start: int, count: int) -> Tensor:
-    """Numbers `start` to `start + count` of an endless row in [0, 1) that `said` names."""
+def uniform(label: str, start: int, count: int) -> Tensor:
+    """Numbers `start` to `start + count` of an endless row in [0, 1) that `label` names."""
     pieces = []
     for block in range(start // DRAWN, -(-(start + count) // DRAWN)):
-        seed = int.from_bytes(hashlib.sha256(f"{said} {block}".encode()).digest()[:8], "little", signed=True)
+        seed = int.from_bytes(hashlib.sha256(f"{label} {block}".encode()).digest()[:8], "little", signed=True)
         pieces.append(torch.rand(DRAWN, generator=torch.Generator().manual_seed(seed)))
     drawn = torch.cat(pieces) if pieces else torch.empty(0)
     return drawn[start % DRAWN :][:count]

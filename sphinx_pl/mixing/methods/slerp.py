@@ -20,7 +20,7 @@ def slerp_coefficients(cosine: float, weights: Weights) -> list[float]:
 
 
 def cosine(passes: Passes, weights: Weights, options: Options) -> float:
-    """Of the angle between the two tensors as wholes; a right one if one of them is zero."""
+    """The cosine of the angle between the two whole tensors; 0 if one of them is zero."""
     dot, first, second = 0.0, 0.0, 0.0
     for stretch in passes():
         a, b = (tensor.double() for tensor in stretch.tensors)
