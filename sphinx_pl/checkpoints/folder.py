@@ -22,7 +22,7 @@ PROVENANCE = "provenance.json"
 UNUSED = "unused.safetensors"
 
 
-# -- reading ---------------------------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -49,7 +49,8 @@ def read_provenance(folder: Path) -> dict[str, Any]:
 
 
 def read_weight_map(path: Path) -> dict[str, str]:
-    """Tensor name -> shard, from an index. A shard is a file beside the index, never a path to another place.
+    """Tensor name -> shard, from an index. A shard is a file beside the index, never a path to
+    another place.
 
     Raises:
         UserError: the index is damaged.
@@ -94,11 +95,14 @@ def require(folder: Path, name: str) -> None:
         raise UserError(f"'{folder / name}' is missing: copy the checkpoint again, whole")
 
 
-# -- writing ---------------------------------------------------------------------------------------------------------
+# -- writing ---------------------------------------------------------------------------------------
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write readable JSON. Half a character (a lone surrogate), which UTF-8 cannot hold, is escaped."""
+    """Write readable JSON.
+
+    Half a character (a lone surrogate), which UTF-8 cannot hold, is escaped.
+    """
     path.write_bytes((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
 
 
@@ -110,7 +114,7 @@ def check_room(path: Path, nbytes: int) -> None:
 
 
 def linked(path: Path) -> Path:
-    """The target of a link, which is where a folder in its place is to lie; any other path as it is."""
+    """The target of a link, where a folder in its place is to lie; any other path as it is."""
     return path.resolve() if path.is_symlink() else path
 
 

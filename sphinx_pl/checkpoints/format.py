@@ -1,7 +1,9 @@
-"""What every format of a checkpoint offers: a model's tensors, its configuration, and the files of a copy.
+"""What every format of a checkpoint offers: a model's tensors, its configuration, and the files of
+a copy.
 
-A format is a subclass of `Checkpoint` in `FORMATS`. Its tensors go by canonical names, those that `Sphinx` gives them.
-`raw` offers the same tensors under the files' own names, so that two folders of one format are mixed file by file.
+A format is a subclass of `Checkpoint` in `FORMATS`. Its tensors go by canonical names, those that
+`Sphinx` gives them. `raw` offers the same tensors under the files' own names, so that two folders
+of one format are mixed file by file.
 """
 
 from __future__ import annotations
@@ -55,11 +57,13 @@ class ModelFolder(TensorReader):
     provenance: dict[str, Any]
 
     def canonical_name(self, name: str) -> str:
-        """The name that `Sphinx` gives a tensor, as far as that is known: parts and patterns of names go by it."""
+        """The name that `Sphinx` gives a tensor, as far as that is known: parts and patterns of
+        names go by it.
+        """
         return name
 
     def file(self, name: str) -> Path:
-        """The file that a tensor lies in, or the folder if the tensor may be spread over several files."""
+        """The file that a tensor lies in; the folder if it may be spread over several."""
         return self.path
 
     def parts(self, name: str) -> Sequence[str]:
@@ -72,10 +76,14 @@ class ModelFolder(TensorReader):
 
     @abstractmethod
     def compare(self, other: Any) -> str:
-        """In which respect `other`, which is of the same kind, is another model; "" in none. Tensors aside."""
+        """In which respect `other`, which is of the same kind, is another model; "" in none.
+
+        Tensors aside.
+        """
 
     def note(self, other: Any) -> str:
-        """What `other`, which is of the same kind, has beside its weights that differs or was not compared; a phrase.
+        """What `other`, which is of the same kind, has beside its weights that differs or was not
+        compared; a phrase.
 
         A copy has what `self` has.
         """
@@ -98,12 +106,16 @@ class ModelFolder(TensorReader):
         """The tensors under canonical names.
 
         Raises:
-            UserError: they have none: this project does not have the model, or they are differences to a base.
+            UserError: they have none: this project does not have the model, or they are differences
+                to a base.
         """
 
 
 class Checkpoint(ModelFolder):
-    """A model's tensors under canonical names, with what it takes to use them. A copy is in our own format."""
+    """A model's tensors under canonical names, with what it takes to use them.
+
+    A copy is in our own format.
+    """
 
     kind = "our names"
     config: dict[str, Any]
@@ -151,7 +163,7 @@ class Checkpoint(ModelFolder):
         return processor
 
     def identity(self) -> dict[str, Any]:
-        """What a child's provenance keeps of this checkpoint: path, stage and a SHA-256 over its files (reads them)."""
+        """What a child's provenance keeps: path, stage and a SHA-256 over the files."""
         digest = hashlib.sha256()
         for file in sorted(self.files()):
             digest.update(f"{file.name} {hash_file(file)}\n".encode())
@@ -161,7 +173,8 @@ class Checkpoint(ModelFolder):
         """Copy every weight into `module` (a `Sphinx`), keeping the module's dtypes and devices.
 
         Args:
-            part: "decoder.", say: `module` is that part of a `Sphinx`, and only its weights are read.
+            part: "decoder.", say: `module` is that part of a `Sphinx`, and only its weights are
+                read.
 
         Raises:
             UserError: names or shapes differ; nothing is copied then.
@@ -171,7 +184,7 @@ class Checkpoint(ModelFolder):
         copy_into(module.state_dict(prefix=part), ((name, self.tensor(name)) for name in names))
 
     def check(self, module: nn.Module, part: str = "") -> None:
-        """Raises: UserError: the weights of `module` (which may be on the meta device) have other names or shapes."""
+        """Raises: UserError: `module` (perhaps on the meta device) has other names or shapes."""
         self.canonical()
         wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict(prefix=part).items()}
         if problem := compare(wanted, {name: self.info(name).shape for name in self if name.startswith(part)}):
@@ -248,7 +261,7 @@ def native_folder(
     return safetensors_folder(copies(reader, dtype, without), finish, max_shard_bytes)
 
 
-# -- opening ---------------------------------------------------------------------------------------------------------
+# -- opening ---------------------------------------------------------------------------------------
 
 FORMATS: Registry[type[Checkpoint]] = Registry("checkpoint format")
 
@@ -257,8 +270,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open and validate the checkpoint at `path`, in whichever of `FORMATS` it is.
 
     Args:
-        path: a folder, or `hf-hub:OWNER/NAME` or `hf-hub:OWNER/NAME/FOLDER` for one of a repository in the Hugging Face
-            cache, or downloaded to it.
+        path: a folder, or `hf-hub:OWNER/NAME` or `hf-hub:OWNER/NAME/FOLDER` for one of a repository
+            in the Hugging Face cache, or downloaded to it.
 
     Raises:
         UserError: there is none, or it is damaged or of a version that this code does not know.
@@ -279,7 +292,8 @@ def with_common_names(folders: Sequence[ModelFolder], own: bool = True) -> list[
     """The tensors of several models under names that all of them have in common.
 
     Args:
-        own: under the files' own names where the formats agree; else under canonical names in any case.
+        own: under the files' own names where the formats agree; else under canonical names in any
+            case.
 
     Raises:
         UserError: see `ModelFolder.canonical`.
@@ -291,14 +305,18 @@ def with_common_names(folders: Sequence[ModelFolder], own: bool = True) -> list[
     return [folder.canonical() for folder in folders]
 
 
-# -- comparing -------------------------------------------------------------------------------------------------------
+# -- comparing -------------------------------------------------------------------------------------
 
 _IRRELEVANT = ("name", "load", "max_length")
-"""Last parts of configuration keys that may differ: they change neither what a weight means nor the prompt format."""
+"""Last parts of configuration keys that may differ: they change neither what a weight means nor the
+prompt format.
+"""
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], section: str) -> list[str]:
-    """Where two `model` or `processor` sections differ in what weights depend on: "key is x and y" each."""
+    """Where two `model` or `processor` sections differ in what weights depend on: "key is x and y"
+    each.
+    """
     x, y = _flatten(a, section), _flatten(b, section)
     return [f"{key} is {x.get(key)!r} and {y.get(key)!r}" for key in sorted({*x, *y}) if x.get(key) != y.get(key)]
 

@@ -11,12 +11,14 @@ from sphinx_pl.utils.errors import UserError
 
 HUB = "hf-hub:"
 _ON_HUB = re.compile(r"\w[\w.-]*/[\w.-]+")
-# What the formats read in a folder; not in folders inside it, which hold other formats' copies in some repositories.
+# What the formats read in a folder; not in folders inside it, which hold other formats' copies in
+# some repositories.
 _HUB_FILES = ("*.json", TOKENIZER, "model*.safetensors", "consolidated.*.pth")
 
 
 def local_folder(path: str | Path) -> Path:
-    """Where the checkpoint lies that `open_checkpoint` opens: the path itself, or the copy of what the hub has.
+    """Where the checkpoint lies that `open_checkpoint` opens: the path itself, or the copy of what
+    the hub has.
 
     Raises:
         UserError: there is none.
@@ -29,7 +31,8 @@ def local_folder(path: str | Path) -> Path:
 
 
 def hub_snapshot(repository: str, patterns: Sequence[str]) -> Path:
-    """The files of a repository: as the Hugging Face cache has them if it has weights, else downloaded.
+    """The files of a repository: as the Hugging Face cache has them if it has weights, else
+    downloaded.
 
     Raises what the library does.
     """

@@ -1,7 +1,8 @@
 """Folders that `from_pretrained` reads, if their weights are safetensors.
 
-A decoder of a known family is a checkpoint of a text-only model, so it can be shown, imported and named by
-`model.decoder.load`. Any other model can be mixed with its like, under the files' own names.
+A decoder of a known family is a checkpoint of a text-only model, so it can be shown, imported and
+named by `model.decoder.load`. Any other model can be mixed with its like, under the files' own
+names.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def _from_huggingface(values: dict[str, Any], file: Path) -> DecoderConfig:
 
 
 class HuggingFaceCheckpoint(Checkpoint):
-    """A folder of safetensors that `from_pretrained` reads: LLaMA (TinyLlama too), Mixtral or InternLM2."""
+    """A decoder that `from_pretrained` reads: LLaMA (TinyLlama too), Mixtral, InternLM2."""
 
     @classmethod
     def matches(cls, path: Path) -> bool:
@@ -137,7 +138,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         self._extra = [name for name in self._stored if name not in used and not self._is_repeated(name)]
 
     def _is_repeated(self, theirs: str) -> bool:
-        """Whether a tensor says nothing new: angles that are computed, or an output head that is the embedding."""
+        """Whether a tensor says nothing new: computed angles, or a head that is the embedding."""
         if theirs.endswith("rotary_emb.inv_freq"):
             return True
         if theirs != LLAMA_TOP["output.weight"] or not self.model_config.decoder.tie_embeddings:
@@ -239,12 +240,12 @@ class HuggingFaceFolder(SafetensorsFolder):
 
 
 def open_model(path: str | Path) -> Checkpoint | HuggingFaceFolder:
-    """A folder as `open_checkpoint` opens it, but a Hugging Face folder may hold any kind of model."""
+    """As `open_checkpoint`, but a Hugging Face folder may hold any kind of model."""
     folder = local_folder(path)
     return HuggingFaceFolder(folder) if is_huggingface(folder) else open_checkpoint(folder)
 
 
-# -- exporting -------------------------------------------------------------------------------------------------------
+# -- exporting -------------------------------------------------------------------------------------
 
 
 def huggingface_config(config: DecoderConfig, dtype: str) -> dict[str, Any]:
@@ -277,14 +278,15 @@ def huggingface_config(config: DecoderConfig, dtype: str) -> dict[str, Any]:
 
 
 def huggingface_folder(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> OutputFolder:
-    """A folder that `family(config).from_pretrained` loads: the decoder, made of tensors with canonical names.
+    """A folder that `family(config).from_pretrained` loads: the decoder, made of tensors with
+    canonical names.
 
     Args:
         dtype: of all tensors; None: each one's own.
 
     Raises:
-        UserError: no class of transformers computes the decoder, or there is no tokenizer, or none that transformers
-            applies alike.
+        UserError: no class of transformers computes the decoder, or there is no tokenizer, or none
+            that transformers applies alike.
     """
     config = checkpoint.model_config.decoder
     try:

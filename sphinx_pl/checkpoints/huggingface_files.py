@@ -1,8 +1,8 @@
-"""Hugging Face's folders: which files are the model, and whether two hold weights of one: by their configurations, and
-by how they cut text into tokens.
+"""Hugging Face's folders: which files are the model, and whether two hold weights of one: by their
+configurations, and by how they cut text into tokens.
 
-Programs and their versions write the same things differently, and fine-tuning scripts leave traces of their own; what
-is compared is what weights depend on.
+Programs and their versions write the same things differently, and fine-tuning scripts leave traces
+of their own; what is compared is what weights depend on.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from sphinx_pl.utils.errors import UserError
 
 WEIGHTS = "model.safetensors"
 _OF = re.compile(r"-of-0*(\d+)\.")
-# Of a config.json: how a model is trained, cut short, shown or stored. None changes what a weight means; what
-# max_window_layers does is stated by layer_types.
+# Of a config.json: how a model is trained, cut short, shown or stored. None changes what a weight
+# means; what max_window_layers does is stated by layer_types.
 _HARMLESS = (
     *("_*", "name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "auto_map", "unsloth_*"),
     *("pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id", "use_cache", "max_position_embeddings"),
@@ -31,7 +31,8 @@ _HARMLESS = (
     *("finetuning_task", "problem_type", "max_length"),
     *("task_specific_params", "forced_decoder_ids", "*suppress_tokens", "apply_spec_augment", "max_window_layers"),
 )
-# Beside the weights and the card, what a training run or a download left in the folder: files and folders.
+# Beside the weights and the card, what a training run or a download left in the folder: files and
+# folders.
 _LEFTOVERS = (
     *("*.safetensors", "*.bin", "*.pth", "*.pt", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.index.json"),
     *("README*", PROVENANCE, "trainer_state.json", "*_results.json", "*.log", "*.zip", "*.tar", "*.tar.*"),
@@ -53,10 +54,12 @@ def belongs(name: str) -> bool:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """The names of its safetensors: the single file if there is one, as `from_pretrained` takes it, else the shards.
+    """The names of its safetensors: the single file if there is one, as `from_pretrained` takes it,
+    else the shards.
 
     Raises:
-        UserError: its weights are pickles, in another format or missing, or the index does not name all shards.
+        UserError: its weights are pickles, in another format or missing, or the index does not name
+            all shards.
     """
     if (folder / WEIGHTS).is_file():
         return [WEIGHTS]
@@ -80,7 +83,8 @@ def config_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
         return f"{CONFIG}.model_type is {a['model_type']!r} and {b['model_type']!r}"
     differing = differences(_relevant(a), _relevant(b), CONFIG)
     if differing and (complete := _complete(a, b)):
-        # One may leave out, or name as of old, what the other says. What the class doesn't know is off unless it is on.
+        # One may leave out, or name as of old, what the other says. What the class doesn't know is
+        # off unless it is on.
         x, y = ({key: value for key, value in _relevant(config).items() if value} for config in complete)
         differing = differences(x, y, CONFIG)
     return differing[0] if differing else ""
@@ -95,7 +99,7 @@ def _relevant(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _complete(*configs: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    """With the defaults and the key names of the installed transformers; nothing if it does not know the model."""
+    """The installed transformers' version of each; nothing if it does not know the model."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     try:
@@ -105,7 +109,8 @@ def _complete(*configs: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
 
 
 def tokenizer_difference(a: Path, b: Path) -> str:
-    """In which file two folders' tokenizers differ; "" if in none. Files that only one has are not compared.
+    """In which file two folders' tokenizers differ; "" if in none. Files that only one has are not
+    compared.
 
     Raises:
         UserError: a file is damaged.
@@ -119,7 +124,9 @@ def tokenizer_difference(a: Path, b: Path) -> str:
 
 
 def other_files(a: Path, b: Path) -> str:
-    """Which files beside the weights and config.json differ, or only one folder has, in a phrase; "" if none does."""
+    """Which files beside the weights and config.json differ, or only one folder has, in a phrase;
+    "" if none does.
+    """
     x, y = (
         {file.name: file for file in folder.iterdir() if file.is_file() and belongs(file.name)} for folder in (a, b)
     )
@@ -134,7 +141,7 @@ def other_files(a: Path, b: Path) -> str:
 
 
 def _alike(a: Path, b: Path) -> bool:
-    """Whether two files say the same: JSON by its content, without what names a version or a place."""
+    """Whether two files say the same: JSON by its content, but for versions and places."""
     if _same_bytes(a, b):
         return True
     if a.suffix != ".json":
@@ -153,7 +160,7 @@ def _same_json(a: Path, b: Path) -> bool:
 
 
 def _same_lettering(a: Path, b: Path) -> bool:
-    """Whether two tokenizer_config.json let BERT's relatives normalise a text alike; other files say the rest."""
+    """Whether two tokenizer_config.json let BERT's relatives normalise a text alike."""
     x, y = read_json(a), read_json(b)
     keys = ("do_lower_case", "do_basic_tokenize", "strip_accents", "tokenize_chinese_chars")
     return not any(None not in (x.get(key), y.get(key)) and x[key] != y[key] for key in keys)
@@ -193,9 +200,11 @@ _CUTTING = ("normalizer", "pre_tokenizer", "model", "added_tokens")
 
 
 def _cut_alike(a: Path, b: Path) -> bool:
-    """Whether two tokenizer.json of one vocabulary cut text alike: they say so in the same words, or they do it.
+    """Whether two tokenizer.json of one vocabulary cut text alike: they say so in the same words,
+    or they do it.
 
-    What they add to whole texts, decoding, and what follows a special token are left out: programs differ in them.
+    What they add to whole texts, decoding, and what follows a special token are left out: programs
+    differ in them.
     """
     x, y = read_json(a), read_json(b)
     if all(x.get(key) == y.get(key) for key in _CUTTING):

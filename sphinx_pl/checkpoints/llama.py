@@ -1,4 +1,6 @@
-"""Decoders under the names that transformers gives LLaMA and its relatives, and with its order of rotary channels."""
+"""Decoders under the names that transformers gives LLaMA and its relatives, and with its order of
+rotary channels.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ def text_only(name: str, decoder: DecoderConfig) -> dict[str, Any]:
 
 
 def interleave(weight: Tensor, heads: int) -> Tensor:
-    """Rows of a query or key matrix: rotary channels as two halves (Hugging Face) -> as pairs (Meta, and here)."""
+    """Rows of queries or keys: rotary channels as halves (Hugging Face) -> as pairs (here)."""
     return torch.unflatten(weight, 0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
@@ -51,7 +53,8 @@ _LLAMA_LAYER = {
 
 
 def _rotary_heads(part: str, config: DecoderConfig) -> int:
-    """Heads in the first dimension of a layer's tensor if that has rotary channels; 0 if it has none.
+    """Heads in the first dimension of a layer's tensor if that has rotary channels; 0 if it has
+    none.
 
     A norm of queries or keys has the channels of one head.
     """
@@ -60,7 +63,7 @@ def _rotary_heads(part: str, config: DecoderConfig) -> int:
 
 
 def llama_source(name: str, config: DecoderConfig) -> Source:
-    """`LlamaForCausalLM`, `Qwen3ForCausalLM` with its query and key norms, `MixtralForCausalLM` with its experts."""
+    """Names of LLaMA, of Qwen3 with query and key norms, of Mixtral with experts."""
     if name in LLAMA_TOP:
         return Source((LLAMA_TOP[name],))
     match = _LAYER.fullmatch(name)
@@ -81,7 +84,7 @@ def llama_source(name: str, config: DecoderConfig) -> Source:
 
 
 def internlm2_source(name: str, config: DecoderConfig) -> Source:
-    """`InternLM2ForCausalLM`: Meta's names, with queries, keys and values of each key/value head in one matrix."""
+    """Meta's names, with queries, keys and values of each key/value head in one matrix."""
     if not (match := _LAYER.fullmatch(name)):
         return Source(("output.weight" if name == "output.weight" else f"model.{name}",))
     layer, part = match.groups()
@@ -103,7 +106,7 @@ _THEIR_LAYER = re.compile(r"(?:model\.)?(?:language_model\.)?(?:model\.)?layers\
 
 
 def our_llama_name(theirs: str) -> str:
-    """Our name of a tensor of `LlamaForCausalLM` or of a model that names its tensors like it; else theirs."""
+    """The canonical name of a tensor that is named as in `LlamaForCausalLM`; else theirs."""
     ours = {value: key for key, value in (LLAMA_TOP | _LLAMA_LAYER).items()}
     if theirs in LLAMA_TOP.values():
         return f"decoder.{ours[theirs]}"
@@ -112,7 +115,8 @@ def our_llama_name(theirs: str) -> str:
 
 
 def llama_entries(reader: TensorReader, config: DecoderConfig, dtype: torch.dtype | None = None) -> dict[str, Entry]:
-    """The decoder's tensors under the names of `family(config)`, and how each is made of a canonical one.
+    """The decoder's tensors under the names of `family(config)`, and how each is made of a
+    canonical one.
 
     Args:
         dtype: of all tensors; None: each one's own.

@@ -21,7 +21,7 @@ _META_QUERIES = "layers.0.attention.wq.weight"
 
 
 class MetaCheckpoint(Checkpoint):
-    """Meta's own folder of a LLaMA-2: params.json, consolidated.NN.pth; tokenizer.model is there or one folder up."""
+    """params.json, consolidated.NN.pth; tokenizer.model lies there or one folder up."""
 
     @classmethod
     def matches(cls, path: Path) -> bool:

@@ -90,7 +90,7 @@ class SphinxCheckpoint(Checkpoint):
                 str(name): (TensorInfo(tuple(map(int, entry["shape"])), DTYPES[entry["dtype"]]), int(entry["crc32"]))
                 for name, entry in self.config.get(LEFT_OUT, {}).items()
             }
-            """Info and CRC-32 of the tensors that are read from their towers' `load` entries, by name."""
+            """Info and CRC-32 of the tensors that are read from `load` entries, by name."""
         self._released: dict[str, Callable[[str], Tensor]] = {}
         weight_map = read_weight_map(path / INDEX)
         require(path, TOKENIZER)
@@ -169,7 +169,7 @@ class SphinxFolder(SafetensorsFolder):
         return OutputFolder(files, finish)
 
 
-# -- writing ---------------------------------------------------------------------------------------------------------
+# -- writing ---------------------------------------------------------------------------------------
 
 
 def check_free(
@@ -185,8 +185,9 @@ def check_free(
         is_checkpoint: whether a folder holds a checkpoint, which alone may be overwritten.
 
     Raises:
-        UserError: `path` exists and may not be overwritten, is something else than a checkpoint, or holds what nobody
-            asked to delete: one of the sources, or folders, of which a checkpoint has none.
+        UserError: `path` exists and may not be overwritten, is something else than a checkpoint, or
+            holds what nobody asked to delete: one of the sources, or folders, of which a checkpoint
+            has none.
     """
     if not path.exists():
         return
@@ -218,19 +219,21 @@ def write_checkpoint(
     progress: str | None = None,
     leave_out: Iterable[str] = (),
 ) -> Path:
-    """Write a checkpoint folder; a reader sees all of it or none. A tensor is in memory at a time, of small ones two.
+    """Write a checkpoint folder; a reader sees all of it or none. A tensor is in memory at a time,
+    of small ones two.
 
     Args:
         weights: a reader with canonical names, or a state dict.
         model: `SphinxConfig.to_dict()`.
-        provenance: the content, or a function that makes it and is called once the weights are written.
+        provenance: the content, or a function that makes it and is called once the weights are
+            written.
         unused: see `Checkpoint.unused`.
         dtype: of floating-point tensors in the file; None keeps each one's own.
         max_shard_bytes: upper bound of a shard, unless a single tensor is larger.
         overwrite: replace what is at `path`.
         progress: a word for the progress bar; None shows none.
-        leave_out: towers that are not written, but read from their `load` entries. A tower that differs from that
-            entry is written nevertheless.
+        leave_out: towers that are not written, but read from their `load` entries. A tower that
+            differs from that entry is written nevertheless.
 
     Raises:
         UserError: `path` exists, or the tokenizer's file does not.
@@ -252,11 +255,13 @@ def write_checkpoint(
     return path
 
 
-# -- towers that are left out ----------------------------------------------------------------------------------------
+# -- towers that are left out ----------------------------------------------------------------------
 
 
 def released_tensors(reader: TensorReader, config: SphinxConfig, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Shape, dtype and CRC-32 of the tensors of the towers `keys` that equal their released weights, bit for bit."""
+    """Shape, dtype and CRC-32 of the tensors of the towers `keys` that equal their released
+    weights, bit for bit.
+    """
     equal: dict[str, dict[str, Any]] = {}
     for key in keys:
         released = released_values(config, key)
@@ -273,7 +278,8 @@ def released_tensors(reader: TensorReader, config: SphinxConfig, keys: Iterable[
 
 
 def released_values(config: SphinxConfig, key: str) -> Callable[[str], Tensor]:
-    """Name of a tensor of the model -> its value in the released weights that the tower's `load` names.
+    """Name of a tensor of the model -> its value in the released weights that the tower's `load`
+    names.
 
     Raises:
         UserError: see `sphinx_pl.checkpoints.encoders.load_pretrained`.

@@ -37,7 +37,8 @@ log = logging.getLogger(__name__)
 
 _SHARD = re.compile(r"consolidated\.(\d+)-of-(\d+)\.(model|model-diff)\.pth")
 
-# The class names of the original, and the configuration in conf/model that has their towers and views.
+# The class names of the original, and the configuration in conf/model that has their towers and
+# views.
 TYPES: dict[str, str] = {
     "llama_ens": "sphinx_7b",
     "llama_ens5": "sphinx_1k_13b",
@@ -63,7 +64,8 @@ _PREFIXES = (
 )
 # timm's names of the two matrices of DINOv2's SwiGLU.
 _SWIGLU = ((".mlp.w12.", ".mlp.fc1."), (".mlp.w3.", ".mlp.fc2."))
-# Parameters that no forward pass uses but the original's files have: CLIP's text side, DINOv2's mask token.
+# Parameters that no forward pass uses but the original's files have: CLIP's text side, DINOv2's
+# mask token.
 UNUSED: dict[str, tuple[int, ...]] = {
     "llma.clip.positional_embedding": (77, 768),
     "llma.clip.text_projection": (768, 768),
@@ -97,7 +99,7 @@ def _renamed(name: str, old: int, new: int) -> str:
 
 
 def ffn_width(width: int, multiple_of: int, multiplier: float | None) -> int:
-    """LLaMA's rule: two thirds of four times the width, times the multiplier, rounded up to a multiple."""
+    """LLaMA's rule: 8/3 of the width, times the multiplier, rounded up to a multiple."""
     hidden = int(8 * width / 3)
     hidden = int(multiplier * hidden) if multiplier else hidden
     return -(-hidden // multiple_of) * multiple_of
@@ -286,7 +288,7 @@ class Restored(Checkpoint):
         return (self._delta if name in self._changed else self._base).info(name)
 
     def tensor(self, name: str) -> Tensor:
-        """The sum is taken in float32 and has the difference's dtype; the original adds in the model's."""
+        """The float32 sum in the difference's dtype; the original adds in the model's."""
         if name not in self._changed:
             return self._base.tensor(name)
         delta = self._delta.tensor(name)
@@ -309,7 +311,7 @@ class Restored(Checkpoint):
         return self._delta.tokenizer_file
 
 
-# -- the way back ----------------------------------------------------------------------------------------------------
+# -- the way back ----------------------------------------------------------------------------------
 
 
 def original_type(checkpoint: Checkpoint) -> str:
@@ -380,13 +382,15 @@ def their_infos(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
 def original_folder(checkpoint: Checkpoint, shards: int = 1, dtype: torch.dtype | None = None) -> OutputFolder:
     """The original's folder of `shards` files, made of tensors with canonical names.
 
-    Parameters that the original has but no forward pass uses are those the checkpoint was imported with, else zeros.
+    Parameters that the original has but no forward pass uses are those the checkpoint was imported
+    with, else zeros.
 
     Args:
         dtype: of all tensors; None: each one's own.
 
     Raises:
-        UserError: the original has no such model, a tensor cannot be split so often, or there is no tokenizer.
+        UserError: the original has no such model, a tensor cannot be split so often, or there is no
+            tokenizer.
     """
     kind = original_type(checkpoint)
     experts, kv_heads = checkpoint.model_config.decoder.experts, checkpoint.model_config.decoder.kv_heads
@@ -421,7 +425,8 @@ def _part(name: str, rank: int, shards: int, experts: int, whole: Tensor) -> Ten
 
 
 def write_original(checkpoint: Checkpoint, out: Path, shards: int = 1) -> str:
-    """Write `checkpoint` as the original's folder of `shards` files, a tensor at a time; returns its type.
+    """Write `checkpoint` as the original's folder of `shards` files, a tensor at a time; returns
+    its type.
 
     Raises:
         UserError: `out` exists, or see `original_folder`.

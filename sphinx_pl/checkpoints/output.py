@@ -1,6 +1,7 @@
 """The files of a model's folder as they are to be written, apart from the values.
 
-An `OutputFolder` names files. For each tensor in a file, an `Entry` says which of the reader's tensors it is made of.
+An `OutputFolder` names files. For each tensor in a file, an `Entry` says which of the reader's
+tensors it is made of.
 """
 
 from __future__ import annotations
@@ -26,11 +27,14 @@ MAX_SHARD_BYTES = 2**30
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor in a file: its shape and dtype there, the reader's name of its source, and how it is made.
+    """A tensor in a file: its shape and dtype there, the reader's name of its source, and how it is
+    made.
 
     Attributes:
-        name: the reader's; None: the reader has no such tensor, and `make` is called without arguments.
-        make: from the reader's tensor, whole and in `shape`; None: the values are those of the reader's tensor.
+        name: the reader's; None: the reader has no such tensor, and `make` is called without
+            arguments.
+        make: from the reader's tensor, whole and in `shape`; None: the values are those of the
+            reader's tensor.
     """
 
     info: TensorInfo
@@ -52,11 +56,12 @@ class OutputFile(ABC):
 
     @abstractmethod
     def create(self, path: Path) -> dict[str, int]:
-        """Make the file without values, in its full length; returns where each tensor's values begin."""
+        """Make the file in full length; returns where each tensor's values begin."""
 
 
 class SafetensorsOutput(OutputFile):
-    """A safetensors file: 8 bytes with the header's length, the header as JSON, the values without gaps.
+    """A safetensors file: 8 bytes with the header's length, the header as JSON, the values without
+    gaps.
 
     As the library does, larger elements come first, so that every tensor is aligned.
     """
@@ -116,7 +121,7 @@ def _reserve(path: Path, size: int) -> None:
 
 @dataclass(frozen=True)
 class OutputFolder:
-    """A model's folder: the files of its weights, and a function that writes everything else into it."""
+    """The files of a model's weights, and a function that writes everything else."""
 
     files: list[OutputFile]
     finish: Callable[[Path], None] = field(default=lambda folder: None)
@@ -140,7 +145,7 @@ def copies(reader: TensorReader, dtype: torch.dtype | None = None, without: Iter
 def safetensors_folder(
     entries: Mapping[str, Entry], finish: Callable[[Path], None], max_bytes: int = MAX_SHARD_BYTES
 ) -> OutputFolder:
-    """Shards of at most `max_bytes` (unless a single tensor has more) and their index, as Hugging Face's."""
+    """Shards of at most `max_bytes`, unless a single tensor has more, and their index."""
     shards: list[dict[str, Entry]] = []
     room = 0
     for name, entry in entries.items():

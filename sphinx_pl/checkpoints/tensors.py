@@ -56,29 +56,31 @@ class TensorInfo:
         return self.numel * self.dtype.itemsize
 
     def cast(self, dtype: torch.dtype | None) -> TensorInfo:
-        """The same tensor in `dtype`; integers, and all tensors if `dtype` is None, keep their own."""
+        """The same in `dtype`; integers keep their own, and so do all tensors if it is None."""
         return self if dtype is None or not self.dtype.is_floating_point else TensorInfo(self.shape, dtype)
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a canonical tensor comes from: names in a publisher's files, and how their values make it."""
+    """The published tensors that a canonical one is made of, and how."""
 
     names: tuple[str, ...]
     make: Callable[..., Tensor] = lambda tensor: tensor
 
     def shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-        """The shape of what `make` returns, from the shapes of `names`; the first of them if they do not fit."""
+        """The shape that `make` returns; the first of `shapes` if they do not fit."""
         try:
             return tuple(self.make(*(torch.empty(shape, device="meta") for shape in shapes)).shape)
         except (RuntimeError, IndexError):
             return tuple(shapes[0])
 
 
-# -- readers ---------------------------------------------------------------------------------------------------------
+# -- readers ---------------------------------------------------------------------------------------
 
 Read = Callable[[Tensor, int], None]
-"""Fills a tensor (contiguous, [n], of the stored dtype) with elements of a flattened tensor from a place on."""
+"""Fills a tensor (contiguous, [n], of the stored dtype) with elements of a flattened tensor from a
+place on.
+"""
 
 AHEAD_BYTES = 2**29
 """Bytes of the whole tensors that threads hold at once, unless a single tensor is larger."""
@@ -110,8 +112,8 @@ _ROOM = _Room()
 class TensorReader(ABC):
     """Named tensors of a file, a folder or the memory, in the order in which they are best read.
 
-    Names are canonical (those that `Sphinx` gives its tensors) or raw (those of the files); a subclass says which.
-    Several threads may read at once.
+    Names are canonical (those that `Sphinx` gives its tensors) or raw (those of the files); a
+    subclass says which. Several threads may read at once.
     """
 
     @abstractmethod
@@ -135,10 +137,11 @@ class TensorReader(ABC):
         yield read
 
     def stretches(self, name: str, dtype: torch.dtype) -> Generator[Tensor, None, None]:
-        """The flattened tensor in consecutive stretches of `dtype`, each valid until the next is asked for.
+        """The flattened tensor in consecutive stretches of `dtype`, each valid until the next is
+        asked for.
 
-        Unless a subclass does better, the only stretch is the whole tensor. Threads wait for each other when they hold
-        more than `AHEAD_BYTES`.
+        Unless a subclass does better, the only stretch is the whole tensor. Threads wait for each
+        other when they hold more than `AHEAD_BYTES`.
         """
         with _ROOM.take(self.info(name).nbytes):
             yield self.tensor(name).detach().to("cpu", dtype).flatten()
@@ -190,11 +193,16 @@ class TensorView(TensorReader):
 
 
 MAPPED_BYTES = 2**29
-"""What is read through mappings of files before they are dropped: mapped pages count as this process's memory."""
+"""What is read through mappings of files before they are dropped: mapped pages count as this
+process's memory.
+"""
 
 
 class MappedFile(ABC):
-    """Files that are mapped into memory. What is read through all of them together is bounded by `MAPPED_BYTES`."""
+    """Files that are mapped into memory.
+
+    What is read through all of them together is bounded by `MAPPED_BYTES`.
+    """
 
     _lock: ClassVar = Lock()
     _all: ClassVar[WeakSet[MappedFile]] = WeakSet()
@@ -206,7 +214,7 @@ class MappedFile(ABC):
 
     @abstractmethod
     def _drop(self) -> None:
-        """Let go of the mappings and of the pages that were read; the next access maps the files again."""
+        """Let go of the mappings and their pages; the next access maps the files again."""
 
     def count(self, nbytes: int) -> None:
         """Add to the bytes that were read."""
@@ -233,7 +241,7 @@ class SafetensorsFile(MappedFile, TensorReader):
         self._mapped: Any = None  # safetensors ships no types
         self._offsets: dict[str, int] | None = None
         self.keys: list[str] = self._file().offset_keys()
-        """Names in the file's own order, in which a pass over all tensors is one sequential read."""
+        """Names in the file's order, in which a pass over all tensors is one sequential read."""
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.keys)
@@ -268,7 +276,8 @@ class SafetensorsFile(MappedFile, TensorReader):
 
     @contextmanager
     def open(self, name: str) -> Iterator[Read]:
-        """A function that reads stretches, which are not mapped: nothing but its argument takes memory.
+        """A function that reads stretches, which are not mapped: nothing but its argument takes
+        memory.
 
         Raises:
             UserError: the file is gone or has become shorter.
@@ -337,7 +346,7 @@ class SafetensorsFiles(TensorReader):
         return self._file_of[name]
 
 
-# -- whole models ----------------------------------------------------------------------------------------------------
+# -- whole models ----------------------------------------------------------------------------------
 
 TOWERS = "mixer.towers."
 """What the names of the towers' tensors begin with."""
@@ -350,13 +359,15 @@ def tower_of(name: str) -> str:
 
 @torch.no_grad()
 def copy_into(target: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write `tensors` in place over those of the same name in `target` (a state dict), one by one."""
+    """Write `tensors` over those of the same name in `target` (a state dict), one by one."""
     for name, tensor in tensors:
         target[name].copy_(tensor)
 
 
 def compare(wanted: Mapping[str, tuple[int, ...]], present: Mapping[str, tuple[int, ...]]) -> str:
-    """How the tensors of two models differ, in a phrase that names the first few; "" if they do not."""
+    """How the tensors of two models differ, in a phrase that names the first few; "" if they do
+    not.
+    """
     missing = [name for name in wanted if name not in present]
     extra = [name for name in present if name not in wanted]
     misshaped = [name for name in wanted if name in present and wanted[name] != present[name]]
@@ -391,7 +402,8 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def hash_of_hashes(reader: TensorReader, hashes: Mapping[str, str]) -> str:
     """One hash of all tensors, made of theirs: the same however they are spread over files.
 
-    XXH3 with 128 bits is as fast as memory. It tells one model from another, not a forgery from the original.
+    XXH3 with 128 bits is as fast as memory. It tells one model from another, not a forgery from the
+    original.
     """
     digest = xxhash.xxh3_128()
     for name in sorted(reader):

@@ -1,7 +1,8 @@
-"""Files of `torch.save` that model-parallel ranks wrote: tensors split over them, read one at a time.
+"""Files of `torch.save` that model-parallel ranks wrote: tensors split over them, read one at a
+time.
 
-LLaMA2-Accessory splits tensors like this, and for a decoder alone also Meta. Files are memory-mapped pickles: only
-tensors are allowed in them, so opening one executes nothing.
+LLaMA2-Accessory splits tensors like this, and for a decoder alone also Meta. Files are
+memory-mapped pickles: only tensors are allowed in them, so opening one executes nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from sphinx_pl.utils.files import check_pointer
 
 log = logging.getLogger(__name__)
 
-# The dimension along which ranks split a decoder's tensor, by the end of its name; the others are whole in every file.
+# The dimension along which ranks split a decoder's tensor, by the end of its name; the others are
+# whole in every file.
 _SPLITS = (
     (re.compile(r"(layers\.\d+\.(attention\.(w[qkv]|wqkv)|feed_forward\.w[13])|output)\.weight$"), 0),
     (re.compile(r"(layers\.\d+\.(attention\.wo|feed_forward\.w2)|tok_embeddings)\.weight$"), 1),
@@ -86,7 +88,8 @@ class TorchShards(MappedFile, TensorReader):
         experts: how many of them `feed_forward.w1` and so on hold.
 
     Raises:
-        UserError: a file is damaged, holds something else than tensors, or is not of the same model as the first.
+        UserError: a file is damaged, holds something else than tensors, or is not of the same model
+            as the first.
     """
 
     def __init__(self, files: Sequence[Path], unwrap: Callable[[Any], Any], experts: int = 0) -> None:
@@ -121,7 +124,10 @@ class TorchShards(MappedFile, TensorReader):
         return TensorInfo(tuple(shape), shard.dtype)
 
     def tensor(self, name: str) -> Tensor:
-        """The whole tensor; one that ranks do not split is the first's. A warning names small ones that differ."""
+        """The whole tensor; one that ranks do not split is the first's.
+
+        A warning names small ones that differ.
+        """
         if len(self.files) == 1 or not is_split(name):
             first, *others = (rank[name] for rank in self._ranks())
             if first.nbytes < 2**16 and not all(torch.equal(first, other) for other in others):
@@ -146,7 +152,10 @@ class TorchShards(MappedFile, TensorReader):
         return self._infos[name]
 
     def shard(self, rank: int, name: str) -> Tensor:
-        """What the file of one rank has of a tensor, mapped. A caller reports to `count` what it has read of it."""
+        """What the file of one rank has of a tensor, mapped.
+
+        A caller reports to `count` what it has read of it.
+        """
         return self._ranks()[rank][name]
 
     def _drop(self) -> None:
@@ -159,7 +168,8 @@ class TorchShards(MappedFile, TensorReader):
 
 
 class ShardsFolder(ModelFolder):
-    """The shards of a checkpoint under the files' names: `RANK/NAME` is one rank's part of a tensor.
+    """The shards of a checkpoint under the files' names: `RANK/NAME` is one rank's part of a
+    tensor.
 
     Args:
         kind: of the format.
@@ -260,13 +270,15 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 
 def open_tensors(file: Path, unwrap: Callable[[Any], Any]) -> Mapping[str, Tensor]:
-    """The tensors of a file of `torch.save`, mapped into memory rather than read. Executes nothing that is in it.
+    """The tensors of a file of `torch.save`, mapped into memory rather than read. Executes nothing
+    that is in it.
 
     Args:
         unwrap: from the file's content to its tensors by name.
 
     Raises:
-        UserError: the file is damaged, of a kind that cannot be mapped, or holds something else than tensors.
+        UserError: the file is damaged, of a kind that cannot be mapped, or holds something else
+            than tensors.
     """
     check_pointer(file)
     if _starts_with(file, _LEGACY):

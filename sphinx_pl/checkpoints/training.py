@@ -1,17 +1,18 @@
-"""Checkpoints that a run resumes from: what every rank holds, in shards, readable by any number of ranks.
+"""Checkpoints that a run resumes from: what every rank holds, in shards, readable by any number of
+ranks.
 
     training.json                       shapes, files and their sizes, state.pt's SHA-256, model and prompt format
     pieces-00000-of-00002.safetensors   of one rank: shards of weights and of optimizer states
     state.pt                            loops, schedule, callbacks, data position: no pickled code
     tokenizer.model, provenance.json    as beside every model
 
-A shard is a stretch of a flattened tensor: all of it where a process holds whole tensors, a rank's partition under
-ZeRO-3, some rows under FSDP2. A reader does not need to know which engine wrote it. Weights are those that the
-optimizer works on (float32 masters where there are any), so the folder is also a checkpoint like any other:
-`open_checkpoint` reads it a tensor at a time.
+A shard is a stretch of a flattened tensor: all of it where a process holds whole tensors, a rank's
+partition under ZeRO-3, some rows under FSDP2. A reader does not need to know which engine wrote it.
+Weights are those that the optimizer works on (float32 masters where there are any), so the folder
+is also a checkpoint like any other: `open_checkpoint` reads it a tensor at a time.
 
-Damage to what says where a value lies (training.json, a file's header, which holds a sum of itself) is detected. Damage
-to the values is not, as in every other format.
+Damage to what says where a value lies (training.json, a file's header, which holds a sum of itself)
+is detected. Damage to the values is not, as in every other format.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ ANOTHER = "use another checkpoint of the run (ckpt_path=.../step-N overwrite=tru
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """`values` are elements `start`, `start + 1`, ... of the flattened tensor `kind` of the parameter `name`."""
+    """Elements `start`, `start + 1`, ... of the flattened tensor `kind` of a parameter."""
 
     kind: str
     name: str
@@ -76,11 +77,14 @@ def file_name(rank: int, ranks: int) -> str:
     return f"pieces-{rank:05d}-of-{ranks:05d}.safetensors"
 
 
-# -- writing ---------------------------------------------------------------------------------------------------------
+# -- writing ---------------------------------------------------------------------------------------
 
 
 def write_shards(folder: Path, rank: int, ranks: int, shards: Iterable[Shard]) -> None:
-    """Write this rank's file, which is on the disk when this returns. A few shards at a time are copied to the CPU."""
+    """Write this rank's file, which is on the disk when this returns.
+
+    A few shards at a time are copied to the CPU.
+    """
     held = {f"{shard.kind}/{shard.name}": shard for shard in shards}
     reader = TensorDict({key: shard.values for key, shard in held.items()})
     infos = {key: reader.info(key) for key in reader}
@@ -92,7 +96,8 @@ def write_shards(folder: Path, rank: int, ranks: int, shards: Iterable[Shard]) -
 
 
 def write_rest(folder: Path, ranks: int, shapes: Mapping[str, Sequence[int]], state: Mapping[str, Any]) -> None:
-    """Write, on one rank, what is no shard, when all shards are there. `describe` completes the folder.
+    """Write, on one rank, what is no shard, when all shards are there. `describe` completes the
+    folder.
 
     Args:
         shapes: of every tensor of the model.
@@ -115,13 +120,13 @@ def describe(
     tokenizer_file: Path,
     provenance: dict[str, Any],
 ) -> None:
-    """Add what makes the folder a checkpoint of a model: see `write_checkpoint` for the arguments."""
+    """Make the folder a checkpoint of a model: see `write_checkpoint` for the arguments."""
     (folder / TOKENIZER).write_bytes(tokenizer_file.read_bytes())
     write_json(folder / PROVENANCE, provenance)
     write_json(folder / INDEX, read_json(folder / INDEX) | {"model": model, "processor": processor})
 
 
-# -- reading ---------------------------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------
 
 
 def _count(value: Any) -> int:
@@ -148,7 +153,8 @@ def _file_names(sizes: Mapping[str, int], ranks: int) -> list[str]:
 
 
 class TrainingShards(TensorReader):
-    """The tensors of a training checkpoint under canonical names. Any stretch of one is read from few files.
+    """The tensors of a training checkpoint under canonical names. Any stretch of one is read from
+    few files.
 
     Raises:
         UserError: a file is missing, cut short, or of a version that this code does not know.
@@ -249,7 +255,7 @@ class TrainingShards(TensorReader):
         return out
 
     def _near(self, start: int, numel: int) -> Iterator[str]:
-        """All files, those first that should hold this place: a rank that resumes opens little else than its own."""
+        """All files, those first that should hold this place: a rank opens few beside its own."""
         guess = min(len(self._names) - 1, start * len(self._names) // max(numel, 1))
         order = sorted(range(len(self._names)), key=lambda i: (abs(i - guess), i))
         return (self._names[i] for i in order)
@@ -318,7 +324,8 @@ FORMATS.register("training", TrainingCheckpoint)
 def consolidate(
     checkpoint: Path, out: Path, dtype: torch.dtype, extra: dict[str, Any] | None = None, leave_out: Sequence[str] = ()
 ) -> None:
-    """Write a training checkpoint as a model's folder, in place of what is there; see `write_checkpoint`.
+    """Write a training checkpoint as a model's folder, in place of what is there; see
+    `write_checkpoint`.
 
     Args:
         extra: added to the provenance.

@@ -1,7 +1,7 @@
 """The writer of model folders: whole or not there, in several threads, and resumed after a kill.
 
-Each file first gets room for all its values, so that threads write tensors where they belong. Files that are complete
-are kept if the process is killed: the same command continues behind them.
+Each file first gets room for all its values, so that threads write tensors where they belong. Files
+that are complete are kept if the process is killed: the same command continues behind them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ PROGRESS_BYTES = 2**24
 """How often the progress bar is updated, which takes longer than writing a stretch."""
 
 JOURNAL = ".journal"
-"""Folder in the temporary one: the fingerprint of what is being written, and the facts of each complete file."""
+"""Folder in the temporary one: the fingerprint of what is being written, and the facts of each
+complete file.
+"""
 
 Written = Callable[[int], None]
 """Is told how many bytes were written."""
@@ -47,8 +49,8 @@ class CheckpointWriter:
 
     Args:
         files: what the folder holds.
-        fingerprint: identifies the content, as JSON: complete files of a killed run are kept if theirs is the same.
-            None: nothing is kept.
+        fingerprint: identifies the content, as JSON: complete files of a killed run are kept if
+            theirs is the same. None: nothing is kept.
         workers: threads; each writes one tensor at a time.
         progress: a word for the progress bar; None shows none.
         overwrite: replace what is there.
@@ -74,10 +76,12 @@ class CheckpointWriter:
         self._journal = self._folder / JOURNAL
 
     def check(self) -> None:
-        """Whether the folder can be made and the disk has room: asked before what takes long. Makes nothing.
+        """Whether the folder can be made and the disk has room: asked before what takes long. Makes
+        nothing.
 
         Raises:
-            UserError: it cannot, or has not. What a killed run has left may need less, and is not looked at.
+            UserError: it cannot, or has not. What a killed run has left may need less, and is not
+                looked at.
         """
         check_folder(self._folder, "out")
         if not self._folder.exists():
@@ -93,12 +97,13 @@ class CheckpointWriter:
 
         Args:
             facts: what is to be known of a tensor once it was written, as JSON. It outlives a kill.
-            finish: called with the folder and the facts of all tensors by name, when all files are there.
+            finish: called with the folder and the facts of all tensors by name, when all files are
+                there.
 
         Raises:
-            UserError: no folder can be made there or another one is there, another process writes the same one, the
-                disk is too small or full or fails (complete files are kept then), or what `reader` raises (nothing is
-                kept).
+            UserError: no folder can be made there or another one is there, another process writes
+                the same one, the disk is too small or full or fails (complete files are kept then),
+                or what `reader` raises (nothing is kept).
         """
         self.check()
         with self._locked():
@@ -187,8 +192,8 @@ class CheckpointWriter:
     ) -> None:
         """Make the files; `complete` gets the facts of each.
 
-        Threads begin the next file while one of them ends the last tensor of a file. Files of few, large tensors come
-        first, so that no thread is left with one at the very end.
+        Threads begin the next file while one of them ends the last tensor of a file. Files of few,
+        large tensors come first, so that no thread is left with one at the very end.
         """
         filling: deque[_Filling] = deque()
         closing_jobs: list[Future[None]] = []
@@ -251,7 +256,8 @@ class _Filling:
         self._flushing = closer.submit(_flush, self._file.fileno(), self._finished, over)
 
     def end(self) -> None:
-        """Wait for the tensors. The file is synced beside the next ones, since a disk is slower than the page cache.
+        """Wait for the tensors. The file is synced beside the next ones, since a disk is slower
+        than the page cache.
 
         Raises what writing a tensor does, and OSError if the disk did not take all.
         """
@@ -274,7 +280,9 @@ def write_file(path: Path, output: OutputFile, reader: TensorReader) -> None:
 
 @contextmanager
 def progress_bar(description: str | None, total: int) -> Iterator[Written]:
-    """A bar with bytes per second and the time left, and a function that moves it; None shows none."""
+    """A bar with bytes per second and the time left, and a function that moves it;
+    None shows none.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, TimeRemainingColumn(), disable=description is None) as bar:
         task = bar.add_task(description or "", total=total)
@@ -282,7 +290,9 @@ def progress_bar(description: str | None, total: int) -> Iterator[Written]:
 
 
 def _lock(folder: Path) -> int | None:
-    """A descriptor that holds the lock; None if the process that had it took the folder away meanwhile."""
+    """A descriptor that holds the lock;
+    None if the process that had it took the folder away meanwhile.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     try:
         descriptor = os.open(folder, os.O_RDONLY)

@@ -1,4 +1,6 @@
-"""`python -m sphinx_pl.cli.checkpoint COMMAND`: show what a checkpoint holds, import other layouts, export to them."""
+"""`python -m sphinx_pl.cli.checkpoint COMMAND`: show what a checkpoint holds, import other layouts,
+export to them.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,7 @@ PATH = "a checkpoint folder of any layout that this project reads, or hf-hub:OWN
 
 
 def parts_table(checkpoint: Checkpoint | HuggingFaceFolder) -> Table:
-    """Tensors, parameters, dtypes and bytes of each part: a tower, or a module such as `decoder.layers`."""
+    """Tensors, parameters, dtypes and bytes by part, such as `decoder.layers`."""
     infos: dict[str, list[TensorInfo]] = defaultdict(list)
     for name in checkpoint:
         words = name.split(".")
@@ -58,7 +60,7 @@ def parts_table(checkpoint: Checkpoint | HuggingFaceFolder) -> Table:
 
 
 def provenance_table(checkpoint: Checkpoint | HuggingFaceFolder) -> Table:
-    """The provenance without the composed configuration, which is long and lies in `provenance.json`."""
+    """The provenance without the composed configuration, which is long."""
     table = Table("provenance", "", show_header=True)
     for key, value in checkpoint.provenance.items():
         if key == "parents":
@@ -163,7 +165,7 @@ def _show(options: argparse.Namespace, console: Console) -> int:
 
 
 def check_whole(checkpoint: Checkpoint) -> None:
-    """Raises: UserError: its tensors are not those of its model, of which a difference to a base has none."""
+    """Raises: UserError: its tensors are not those of its model, or are differences to a base."""
     with torch.device("meta"):
         checkpoint.check(Sphinx(checkpoint.model_config))
 

@@ -1,4 +1,6 @@
-"""From checkpoints and weights to a mixed checkpoint: a plan that is checked and shown, then carried out."""
+"""From checkpoints and weights to a mixed checkpoint: a plan that is checked and shown, then
+carried out.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,8 @@ def check_weights(weights: Sequence[float], count: int, normalize: bool = False,
     """Coefficients for `count` checkpoints, which sum to 1 unless `any_sum`.
 
     Raises:
-        UserError: another number of them, not finite, or a sum further than 1e-6 from 1 without `normalize`.
+        UserError: another number of them, not finite, or a sum further than 1e-6 from 1 without
+            `normalize`.
     """
     if len(weights) != count:
         raise UserError(f"weights has {len(weights)} numbers for {count} checkpoints: give one per checkpoint")
@@ -150,7 +153,7 @@ class Plan:
         )
 
     def notes(self) -> list[str]:
-        """What differs beside the weights or was not compared, and what no part of a rule fits: a line each."""
+        """A line for each difference beside the weights, and for tensors of no known part."""
         first, *others = self.inputs
         notes = [f"'{other.path}' beside '{first.path}': {note}" for other in others if (note := first.note(other))]
         by_parts = any(row.parts for row in self.rows)
@@ -160,7 +163,7 @@ class Plan:
         return notes
 
     def table(self) -> Group:
-        """The checkpoints by their numbers, and the rules as they were understood, for the terminal."""
+        """The checkpoints by their numbers, and the rules as they were understood."""
         paths = [Text(f"{place}  {model.path}", overflow="fold") for place, model in enumerate(self.models)]
         base = [Text(f"base  {self.base.path}", overflow="fold")] if self.base else []
         method = Text(f"{self.recipe.method}: {METHODS[self.recipe.method].paper}")
@@ -178,7 +181,8 @@ class Plan:
 def open_models(
     checkpoints: Sequence[str | Path | Checkpoint], base: str | Path | None = None, own: bool = True
 ) -> tuple[list[ModelFolder], ModelFolder | None]:
-    """The checkpoints and the base, under names that all of them have in common (see `with_common_names`).
+    """The checkpoints and the base, under names that all of them have in common (see
+    `with_common_names`).
 
     Raises:
         UserError: one cannot be opened.
@@ -211,7 +215,8 @@ def check_compatible(models: Sequence[ModelFolder], cast: bool = False) -> None:
     """Whether a mixture of these models means anything.
 
     Raises:
-        UserError: another model, prompt format, tokenizer, set of tensors, shape or (without `cast`) dtype.
+        UserError: another model, prompt format, tokenizer, set of tensors, shape or (without
+            `cast`) dtype.
     """
     first = models[0]
     for model in models:
@@ -398,7 +403,10 @@ def _fingerprint(plan: Plan, files: OutputFolder) -> dict[str, Any]:
 
 
 def _version(file: Path) -> tuple[int, ...]:
-    """Changes with the content. A file's time of change, unlike that of its content, cannot be set by who copies it."""
+    """Changes with the content.
+
+    A file's time of change, unlike that of its content, cannot be set by who copies it.
+    """
     stat = file.stat()
     return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
@@ -420,9 +428,11 @@ def _describe(plan: Plan, facts: Mapping[str, Facts]) -> dict[str, Any]:
 
 
 def compare_parts(plan: Plan, facts: Mapping[str, Facts]) -> dict[str, Any]:
-    """How far apart the models are, by part of the model: distances and cosines between two, by their places.
+    """How far apart the models are, by part of the model: distances and cosines between two, by
+    their places.
 
-    The last place is the base's, if there is one; then the cosines of what two models have learned since are there too.
+    The last place is the base's, if there is one; then the cosines of what two models have learned
+    since are there too.
     """
     first, groups = plan.models[0], defaultdict(list)
     for key in facts:
@@ -451,7 +461,7 @@ def compare_parts(plan: Plan, facts: Mapping[str, Facts]) -> dict[str, Any]:
 
 
 def _cosine(a: float, b: float, between: float) -> float:
-    """The cosine between two sides of squared lengths `a` and `b`, from the third side's; 1 if one has no length."""
+    """The cosine between two sides, from all three squared lengths; 1 if one side is 0."""
     return (a + b - between) / (2 * math.sqrt(a * b)) if a * b else 1.0
 
 

@@ -59,7 +59,8 @@ class Mixer(TensorReader):
         method: a name in `METHODS`.
         weights: of each tensor, one for each checkpoint.
         options: of the method, complete.
-        arithmetic: dtype in which is computed; that of tensors that are stored in a wider one is theirs.
+        arithmetic: dtype in which is computed; that of tensors that are stored in a wider one is
+            theirs.
         watch: whether to hash and compare what is read.
     """
 
@@ -103,7 +104,7 @@ class Mixer(TensorReader):
         return self._facts[key].to_json()
 
     def _working(self, key: str) -> torch.dtype:
-        """Dtype that the tensor is computed in: the arithmetic's, or a wider one that it is stored in."""
+        """The arithmetic's dtype, or a wider one that the tensor is stored in."""
         dtype = self.arithmetic
         for model in self.models:
             dtype = torch.promote_types(dtype, model.info(key).dtype)
@@ -113,8 +114,9 @@ class Mixer(TensorReader):
         """The flattened mixture of one tensor, each stretch valid until the next is asked for.
 
         Raises:
-            UserError: a value that is no finite number (named with its file), integers that differ, or a mixture that
-                `dtype` cannot hold. Infinite values that all inputs share are copied.
+            UserError: a value that is no finite number (named with its file), integers that differ,
+                or a mixture that `dtype` cannot hold. Infinite values that all inputs share are
+                copied.
         """
         info, infos = self.info(key), [model.info(key) for model in self.models]
         weights, numbers = list(self.weights[key]), info.dtype.is_floating_point
@@ -128,7 +130,8 @@ class Mixer(TensorReader):
         # Convex: no value can lie outside of what the inputs hold.
         convex = coefficients is not None and coefficients.min() >= 0 and coefficients.sum() <= 1 + 1e-12
         convex = convex and all(_fits(other.dtype, dtype) for other in infos)
-        # Equal values stay as they are where the coefficients say so; towers that nobody trained do in any case.
+        # Equal values stay as they are where the coefficients say so; towers that nobody trained do
+        # in any case.
         affine = self.base is not None if coefficients is None else abs(coefficients.sum() - 1) < 1e-6
         alike = affine or (PARTS["towers"](self.models[0].canonical_name(key)) and self._equal_everywhere(key))
         kinds = {other.dtype for other in infos}
@@ -235,7 +238,7 @@ class Mixer(TensorReader):
 
 
 def _raw(reads: Sequence[Read], infos: Sequence[TensorInfo]) -> Iterator[tuple[int, Tensor | list[Tensor]]]:
-    """Stretches as they are stored, each valid until the next is asked for; [models, n] if they have one dtype."""
+    """Stored stretches, valid until the next is asked for; [models, n] if of one dtype."""
     numel = infos[0].numel
     length, dtypes = min(CHUNK, numel), {info.dtype for info in infos}
     together = torch.empty(len(infos), length, dtype=infos[0].dtype)

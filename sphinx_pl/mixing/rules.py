@@ -1,4 +1,7 @@
-"""Which weights a tensor gets: by its part of the model, a pattern of its name, its layer. The first rule wins."""
+"""Which weights a tensor gets: by its part of the model, a pattern of its name, its layer.
+
+The first rule wins.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,12 @@ from sphinx_pl.utils.config import build
 from sphinx_pl.utils.console import Table
 from sphinx_pl.utils.errors import UserError, suggest
 
-# Ours and those of Llama's relatives, GPT-2 and BLOOM (h), GPT-NeoX (layers), MPT (blocks), T5 (block).
+# Ours and those of Llama's relatives, GPT-2 and BLOOM (h), GPT-NeoX (layers), MPT (blocks), T5
+# (block).
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks?)\.(\d+)\.")
 _NORM = re.compile(r"_proj\.1\.|(^|[._])(norm|layernorm|rmsnorm|ln)([._\d]|$)|layernorm|_norm\.", re.IGNORECASE)
-# What a tensor belongs to is what one of its parents is, wherever that lies in the model. Words of one path element:
+# What a tensor belongs to is what one of its parents is, wherever that lies in the model. Words of
+# one path element:
 _TOWER = re.compile(
     r"(vision|visual|image|img|audio|speech|sound|video|acoustic)"
     r"(_?(tower|model|backbone|encoder|transformer|processor|embed_tokens|vit|net|branch|trunk))?(_\d|_aux)?"
@@ -94,7 +99,7 @@ PARTS: dict[str, Callable[[str], bool]] = {
 
 
 def part_of(name: str) -> str:
-    """The part that a tensor is accounted under: a tower by its own name, projections, embeddings, decoder or other."""
+    """The part of a tensor: a tower by its name, projections, embeddings, decoder or other."""
     if tower := tower_of(name):
         return tower
     return next((part for part in ("towers", "projections", "embeddings", "decoder") if PARTS[part](name)), OTHER)
@@ -108,15 +113,19 @@ def layer_of(name: str) -> int | None:
 
 @dataclass
 class Rule:
-    """One entry of `rules`: a part or a glob pattern of names, perhaps some of the decoder's layers, and weights.
+    """One entry of `rules`: a part or a glob pattern of names, perhaps some of the decoder's
+    layers, and weights.
 
     Attributes:
-        match: a part (`PARTS`), a pattern of names, or a list of them. Names are ours where the layout is known
-            (decoder.layers.0.attention.wq.weight), else the file's; patterns fit either.
+        match: a part (`PARTS`), a pattern of names, or a list of them. Names are ours where the
+            layout is known (decoder.layers.0.attention.wq.weight), else the file's; patterns fit
+            either.
         layers: of the decoder, such as "8-15", "0-7,24-31" or "20-"; null: all tensors.
-        weights: one for each checkpoint; or a list of such lists, a gradient over the layers (see `beta`).
-        beta: the first of two weights; or a list: values at layers spread evenly from the first to the last layer that
-            the rule fits, and straight lines between them. A gradient fits tensors of layers only.
+        weights: one for each checkpoint; or a list of such lists, a gradient over the layers (see
+            `beta`).
+        beta: the first of two weights; or a list: values at layers spread evenly from the first to
+            the last layer that the rule fits, and straight lines between them. A gradient fits
+            tensors of layers only.
     """
 
     match: Any = "all"
@@ -151,8 +160,8 @@ class Rule:
 def complement(beta: float) -> float:
     """1 - beta as one would write it: 0.3 of 0.7, where binary numbers have 0.30000000000000004.
 
-    Sums of 16-bit numbers often lie on ties, so the other 0.3 would round elsewhere: a mixture would depend on which of
-    two checkpoints is named first.
+    Sums of 16-bit numbers often lie on ties, so the other 0.3 would round elsewhere: a mixture
+    would depend on which of two checkpoints is named first.
     """
     return float(1 - Decimal(repr(float(beta))))
 
@@ -219,8 +228,8 @@ def resolve(
         said_as: the key that the user gave them as.
 
     Raises:
-        UserError: a rule that cannot be, one that fits nothing (the ones before it take everything), a tensor that no
-            rule fits.
+        UserError: a rule that cannot be, one that fits nothing (the ones before it take
+            everything), a tensor that no rule fits.
     """
     chosen: dict[str, list[float]] = {}
     rows = []
@@ -258,7 +267,7 @@ def resolve(
 
 
 def _between(anchors: list[list[float]], layer: int | None, depths: list[int]) -> list[float]:
-    """On straight lines between the anchors, which lie evenly from the first to the last of `depths`."""
+    """Weights between anchors that lie evenly from the first to the last of `depths`."""
     assert layer is not None
     first, last = min(depths), max(depths)
     place = (layer - first) / (last - first) * (len(anchors) - 1) if last > first else 0.0
@@ -268,7 +277,7 @@ def _between(anchors: list[list[float]], layer: int | None, depths: list[int]) -
 
 
 def rules_table(rows: Sequence[Row], parameters: Mapping[str, int], models: int) -> Table:
-    """The rules as they were understood; a gradient's weights are shown from its first to its last layer."""
+    """The rules as they were understood; a gradient by its first and its last layer."""
     table = Table("tensors", title="Weights", title_justify="left")
     for model in range(models):
         table.add_column(str(model), justify="right")

@@ -11,7 +11,7 @@ from sphinx_pl.utils.console import Table
 
 
 def distances_table(mixing: Mapping[str, Any]) -> Table:
-    """How far apart the mixed models are, by part: distances as a share of the first model's length, and cosines."""
+    """The models' distances as a share of the first one's length, and cosines, by part."""
     parts: Mapping[str, Any] = mixing["parts"]
     if not parts:
         return Table("no tensor holds numbers that can be mixed")

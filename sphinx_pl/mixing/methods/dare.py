@@ -1,4 +1,6 @@
-"""DARE: entries of each model's difference to the base are dropped at random, the rest scaled up in return."""
+"""DARE: entries of each model's difference to the base are dropped at random, the rest scaled up in
+return.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +28,11 @@ def uniform(label: str, start: int, count: int) -> Tensor:
 
 
 def drop(stretch: Stretch, options: Options) -> list[Tensor]:
-    """The differences, of which each entry is kept with the probability `density` and divided by it.
+    """The differences, of which each entry is kept with the probability `density` and divided by
+    it.
 
-    What is drawn follows from the seed, the tensor's name (in its file), the model's place and the entry's: not from
-    threads or the order of work.
+    What is drawn follows from the seed, the tensor's name (in its file), the model's place and the
+    entry's: not from threads or the order of work.
     """
     density, kept = options["density"], []
     for model, delta in enumerate(stretch.deltas()):
