@@ -81,7 +81,7 @@ def sizes_of(file: Path) -> Iterator[None]:
 
 
 def check_sections(file: Path, config: Mapping[str, Any]) -> None:
-    """Raises: UserError: `file` does not say which model and prompt format the weights belong to."""
+    """Raises: UserError: `file` does not say the model and prompt format of the weights."""
     if "${" in json.dumps(config):  # would be resolved, an environment variable for instance
         raise UserError(f"'{file}' holds an interpolation (${{...}}), which no checkpoint needs: remove it")
     for section in ("model", "processor"):

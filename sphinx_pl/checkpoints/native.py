@@ -2,11 +2,11 @@
 
     model-00001-of-00002.safetensors ...   the weights, each tensor once
     model.safetensors.index.json           tensor name -> shard, as Hugging Face writes it
-    config.json                            {"format": 1, "model": SphinxConfig, "processor": prompt format}
-                                           and "left_out": tensors that are read from their towers' `load` entries
+    config.json                            {"format": 1, "model": SphinxConfig, "processor": ...}
+                                           and "left_out": tensors read from `load` entries
     tokenizer.model                        SentencePiece
     provenance.json                        see `sphinx_pl.checkpoints.provenance`
-    unused.safetensors                     of imported checkpoints: what no model here uses, kept for an export
+    unused.safetensors                     what no model here uses, kept for an export
 
 A folder is written under a temporary name and renamed, so whatever has the final name is complete.
 """

@@ -1,6 +1,6 @@
 """The layout of the released SPHINX weights, which LLaMA2-Accessory wrote.
 
-consolidated.00-of-02.model.pth ...   {"model": {"llma.…": tensor}}, see `sphinx_pl.checkpoints.torch_shards`;
+consolidated.00-of-02.model.pth ...   {"model": {"llma.…": tensor}}, see `torch_shards.py`;
                                       .model-diff.pth: differences to a base model, see `Restored`
 config.json                           the decoder's sizes
 meta.json                             {"llama_type": "llama_ens"}, the model's class

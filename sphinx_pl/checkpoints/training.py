@@ -1,7 +1,7 @@
 """Checkpoints that a run resumes from: what every rank holds, in shards, readable by any number of
 ranks.
 
-    training.json                       shapes, files and their sizes, state.pt's SHA-256, model and prompt format
+    training.json                       shapes, files, their sizes, model and prompt format
     pieces-00000-of-00002.safetensors   of one rank: shards of weights and of optimizer states
     state.pt                            loops, schedule, callbacks, data position: no pickled code
     tokenizer.model, provenance.json    as beside every model

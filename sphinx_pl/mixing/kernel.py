@@ -31,7 +31,7 @@ _use_whole_registers()
 
 
 def _compiled(function: Any) -> Any:
-    """Kept for later processes where numba finds a folder that it can write; else compiled by each."""
+    """The compiled function, kept for later processes if numba finds a folder to write."""
     try:
         return njit(nogil=True, cache=True)(function)
     except RuntimeError:
