@@ -49,7 +49,7 @@ ANOTHER = "use another checkpoint of the run (ckpt_path=.../step-N overwrite=tru
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
+class TensorShard:
     """Elements `start`, `start + 1`, ... of the flattened tensor `kind` of a parameter."""
 
     kind: str
@@ -80,7 +80,7 @@ def file_name(rank: int, ranks: int) -> str:
 # -- writing ---------------------------------------------------------------------------------------
 
 
-def write_shards(folder: Path, rank: int, ranks: int, shards: Iterable[Shard]) -> None:
+def write_shards(folder: Path, rank: int, ranks: int, shards: Iterable[TensorShard]) -> None:
     """Write this rank's file, which is on the disk when this returns.
 
     A few shards at a time are copied to the CPU.

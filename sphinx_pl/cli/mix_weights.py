@@ -26,8 +26,8 @@ with uncollected():
     from sphinx_pl.mixing.methods import METHODS
     from sphinx_pl.mixing.mix import (
         DTYPES,
-        Plan,
-        Recipe,
+        MixPlan,
+        MixRecipe,
         check_out,
         mix,
         needs_our_names,
@@ -222,7 +222,7 @@ def _measured_in(folder: Path) -> Path | None:
     return next((file for file in files if file.exists()), None)
 
 
-def _plan(options: MixConfig, paths: Sequence[str], recipe: Recipe, own: bool) -> Plan:
+def _plan(options: MixConfig, paths: Sequence[str], recipe: MixRecipe, own: bool) -> MixPlan:
     models, base = open_models(paths, options.base, own)
     return plan_mixture(models, base, recipe, cast=options.dtype is not None)
 

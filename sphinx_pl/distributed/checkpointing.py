@@ -14,7 +14,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor, nn
 
-from sphinx_pl.checkpoints.training import WEIGHT, Shard, TrainingShards, write_rest, write_shards
+from sphinx_pl.checkpoints.training import WEIGHT, TensorShard, TrainingShards, write_rest, write_shards
 
 PREFIX = "model."
 """Of the model's names in the state dict of the module that trains it."""
@@ -66,13 +66,13 @@ class TrainingCheckpointIO(TorchCheckpointIO):
         write_rest(folder, 1, {name: value.shape for name, value in weights.items()}, rest)
 
     @staticmethod
-    def _shards(weights: Mapping[str, Tensor], states: Mapping[str, Mapping[str, Any]]) -> Iterator[Shard]:
+    def _shards(weights: Mapping[str, Tensor], states: Mapping[str, Mapping[str, Any]]) -> Iterator[TensorShard]:
         for name, value in weights.items():
-            yield Shard(WEIGHT, name, 0, value.detach().flatten())
+            yield TensorShard(WEIGHT, name, 0, value.detach().flatten())
         for name, state in states.items():
             for kind, value in state.items():
                 if kind != STEP and isinstance(value, Tensor):
-                    yield Shard(kind, name, 0, value.flatten())
+                    yield TensorShard(kind, name, 0, value.flatten())
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         if Path(path).is_file():

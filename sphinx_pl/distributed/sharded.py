@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sphinx_pl.checkpoints.training import WEIGHT, Shard, TrainingShards, write_rest, write_shards
+from sphinx_pl.checkpoints.training import WEIGHT, TensorShard, TrainingShards, write_rest, write_shards
 from sphinx_pl.distributed.checkpointing import STEP, group_names, options_of
 from sphinx_pl.runtime.collectives import of_all_ranks
 from sphinx_pl.utils.errors import UserError
@@ -109,15 +109,15 @@ class Sharded(Base):
     def shape(self, parameter: nn.Parameter) -> torch.Size:
         """Of the whole parameter."""
 
-    def _local_shards(self) -> Iterator[Shard]:
+    def _local_shards(self) -> Iterator[TensorShard]:
         for name, parameter in self._sphinx.named_parameters():
             start, stop = self.held(parameter)
             if stop <= start or (start == 0 and not self.is_global_zero):  # of what all ranks hold, the first writes it
                 continue
-            yield Shard(WEIGHT, name, start, self.local_weight(parameter))
+            yield TensorShard(WEIGHT, name, start, self.local_weight(parameter))
             for kind, values in self.local_states(parameter).items() if parameter.requires_grad else ():
                 if kind != STEP:
-                    yield Shard(kind, name, start, values)
+                    yield TensorShard(kind, name, start, values)
 
     # -- reading ----------------------------------------------------------------------------------------------------
 

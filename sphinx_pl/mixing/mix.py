@@ -32,7 +32,7 @@ from sphinx_pl.checkpoints.tensors import compare, hash_of_hashes, tensor_hash
 from sphinx_pl.checkpoints.writer import CheckpointWriter
 from sphinx_pl.mixing.methods import METHODS, resolve_options
 from sphinx_pl.mixing.mixer import Facts, Mixer
-from sphinx_pl.mixing.rules import OTHER, Row, part_of, resolve, rules_table
+from sphinx_pl.mixing.rules import OTHER, RuleRow, part_of, resolve, rules_table
 from sphinx_pl.utils.errors import UserError, suggest
 from sphinx_pl.utils.files import check_folder, finite
 
@@ -72,7 +72,7 @@ def check_weights(weights: Sequence[float], count: int, normalize: bool = False,
 
 
 @dataclass(frozen=True)
-class Recipe:
+class MixRecipe:
     """What is asked for, apart from the checkpoints: see conf/mix_weights.yaml."""
 
     weights: Sequence[float] | None = None
@@ -126,15 +126,15 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MixPlan:
     """A mixture that can be made: its inputs go together, every tensor has its weights."""
 
     models: list[ModelFolder]
     base: ModelFolder | None
-    recipe: Recipe
+    recipe: MixRecipe
     options: dict[str, Any]
     weights: dict[str, list[float]]
-    rows: list[Row]
+    rows: list[RuleRow]
 
     @property
     def inputs(self) -> list[ModelFolder]:
@@ -193,14 +193,16 @@ def open_models(
     return (models, None) if base is None else (models[:-1], models[-1])
 
 
-def plan_mixture(models: Sequence[ModelFolder], base: ModelFolder | None, recipe: Recipe, cast: bool = False) -> Plan:
+def plan_mixture(
+    models: Sequence[ModelFolder], base: ModelFolder | None, recipe: MixRecipe, cast: bool = False
+) -> MixPlan:
     """Check that the models can be mixed and which weights each tensor gets.
 
     Args:
         cast: whether tensors may have other dtypes in other models.
 
     Raises:
-        UserError: see `Recipe.check`, `check_compatible` and `resolve`.
+        UserError: see `MixRecipe.check`, `check_compatible` and `resolve`.
     """
     count = len(models)
     options = recipe.check(count, base is not None)
@@ -208,7 +210,7 @@ def plan_mixture(models: Sequence[ModelFolder], base: ModelFolder | None, recipe
     names = {key: models[0].canonical_name(key) for key in models[0]}
     rest = recipe.weights_for_the_rest(count, options)
     weights, rows = resolve(recipe.rules, rest, names, lambda given: recipe.checked(given, count))
-    return Plan(list(models), base, recipe, options, weights, rows)
+    return MixPlan(list(models), base, recipe, options, weights, rows)
 
 
 def check_compatible(models: Sequence[ModelFolder], cast: bool = False) -> None:
@@ -254,7 +256,7 @@ def check_compatible(models: Sequence[ModelFolder], cast: bool = False) -> None:
                 )
 
 
-def output_of(plan: Plan, layout: str | None, shards: int | None, dtype: torch.dtype | None) -> OutputFolder:
+def output_of(plan: MixPlan, layout: str | None, shards: int | None, dtype: torch.dtype | None) -> OutputFolder:
     """The files of the mixture.
 
     Args:
@@ -299,7 +301,7 @@ def needs_our_names(checkpoints: Sequence[str | Path], layout: str | None, shard
 
 
 def mix(
-    plan: Plan,
+    plan: MixPlan,
     out: str | Path,
     *,
     layout: str | None = None,
@@ -381,7 +383,7 @@ def _is_checkpoint(path: Path) -> bool:
     return True
 
 
-def _fingerprint(plan: Plan, files: OutputFolder) -> dict[str, Any]:
+def _fingerprint(plan: MixPlan, files: OutputFolder) -> dict[str, Any]:
     """What decides the content of each file: a killed run is resumed only if it is the same."""
     weights = repr(sorted(plan.weights.items()))
     return {
@@ -411,7 +413,7 @@ def _version(file: Path) -> tuple[int, ...]:
     return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
 
-def _describe(plan: Plan, facts: Mapping[str, Facts]) -> dict[str, Any]:
+def _describe(plan: MixPlan, facts: Mapping[str, Facts]) -> dict[str, Any]:
     """The section "mixing" of the provenance."""
     content: dict[str, Any] = {
         "method": plan.recipe.method,
@@ -427,7 +429,7 @@ def _describe(plan: Plan, facts: Mapping[str, Facts]) -> dict[str, Any]:
     return content
 
 
-def compare_parts(plan: Plan, facts: Mapping[str, Facts]) -> dict[str, Any]:
+def compare_parts(plan: MixPlan, facts: Mapping[str, Facts]) -> dict[str, Any]:
     """How far apart the models are, by part of the model: distances and cosines between two, by
     their places.
 
@@ -494,5 +496,5 @@ def mix_checkpoints(
 ) -> dict[str, Any]:
     """`mix` for scripts: open, plan and write in one call. `options` are the method's."""
     models, start = open_models(checkpoints, base)
-    recipe = Recipe(weights, method, options, rules, normalize)
+    recipe = MixRecipe(weights, method, options, rules, normalize)
     return mix(plan_mixture(models, start, recipe), out, overwrite=overwrite)

@@ -112,7 +112,7 @@ def layer_of(name: str) -> int | None:
 
 
 @dataclass
-class Rule:
+class MixRule:
     """One entry of `rules`: a part or a glob pattern of names, perhaps some of the decoder's
     layers, and weights.
 
@@ -203,7 +203,7 @@ def _matcher(match: Any, where: str) -> Callable[[str, str], bool]:
 
 
 @dataclass(frozen=True)
-class Row:
+class RuleRow:
     """What one rule, or the weights that hold for the rest, comes to."""
 
     label: str
@@ -218,7 +218,7 @@ def resolve(
     names: Mapping[str, str],
     check: Callable[[Sequence[float]], list[float]],
     said_as: str = "rules",
-) -> tuple[dict[str, list[float]], list[Row]]:
+) -> tuple[dict[str, list[float]], list[RuleRow]]:
     """The weights of every tensor, and the table of where they come from.
 
     Args:
@@ -237,7 +237,7 @@ def resolve(
         where = f"{said_as}[{number}]"
         if not isinstance(values, Mapping):
             raise UserError(f"{where}={values} must be keys and values, such as {{match: norms, beta: 0.2}}")
-        rule = build(Rule, values, where)
+        rule = build(MixRule, values, where)
         anchors, fits, layers = rule.anchors(where, check), _matcher(rule.match, where), _layers(rule.layers, where)
         gradient = len(anchors) > 1
         matched = [
@@ -255,14 +255,14 @@ def resolve(
         match = ", ".join(map(str, _listed(rule.match)))
         label = match if rule.layers is None else f"{match}, layers {rule.layers}"
         by_parts = rule.layers is not None or bool({*_listed(rule.match)} & (PARTS.keys() - {"all"}))
-        rows.append(Row(label, tuple(anchors if gradient else anchors[:1]), tuple(keys), by_parts))
+        rows.append(RuleRow(label, tuple(anchors if gradient else anchors[:1]), tuple(keys), by_parts))
     rest = [key for key in names if key not in chosen]
     if rest and otherwise is None:
         raise UserError(f"no rule fits '{rest[0]}' and {len(rest) - 1} more tensors: give weights or beta for the rest")
     if rest:
         assert otherwise is not None
         chosen |= {key: list(otherwise) for key in rest}
-        rows.append(Row("the rest" if rules else "everything", (list(otherwise),), tuple(rest)))
+        rows.append(RuleRow("the rest" if rules else "everything", (list(otherwise),), tuple(rest)))
     return chosen, rows
 
 
@@ -276,7 +276,7 @@ def _between(anchors: list[list[float]], layer: int | None, depths: list[int]) -
     return [(1 - share) * a + share * b for a, b in zip(anchors[index], anchors[index + 1], strict=True)]
 
 
-def rules_table(rows: Sequence[Row], parameters: Mapping[str, int], models: int) -> Table:
+def rules_table(rows: Sequence[RuleRow], parameters: Mapping[str, int], models: int) -> Table:
     """The rules as they were understood; a gradient by its first and its last layer."""
     table = Table("tensors", title="Weights", title_justify="left")
     for model in range(models):

@@ -24,7 +24,7 @@ from sphinx_pl.callbacks.export import ExportModel
 from sphinx_pl.checkpoints import training
 from sphinx_pl.checkpoints.format import open_checkpoint
 from sphinx_pl.checkpoints.tensors import same_bits
-from sphinx_pl.checkpoints.training import WEIGHT, Shard, describe, write_rest, write_shards
+from sphinx_pl.checkpoints.training import WEIGHT, TensorShard, describe, write_rest, write_shards
 from sphinx_pl.cli.train import finish_export
 from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.processor import Processor
@@ -280,7 +280,7 @@ def write_large(folder: Path, config: SphinxConfig, processor: Processor, ranks:
     size = 2**24 // ranks
     for rank in range(ranks):
         pieces = [
-            Shard(kind, name, rank * size, tensor[rank * size :][:size])
+            TensorShard(kind, name, rank * size, tensor[rank * size :][:size])
             for name, tensor in tensors.items()
             for kind in (WEIGHT, "exp_avg")
         ]

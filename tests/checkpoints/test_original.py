@@ -46,7 +46,7 @@ from sphinx_pl.data.schema import IMAGE_SLOT, ImageRef, Record, Turn
 from sphinx_pl.generation.assistant import Assistant, Dialog
 from sphinx_pl.generation.generate import GenerationConfig, Prompt, generate
 from sphinx_pl.mixing.methods import mix_tensors
-from sphinx_pl.mixing.mix import Recipe, mix, needs_our_names, open_models, plan_mixture
+from sphinx_pl.mixing.mix import MixRecipe, mix, needs_our_names, open_models, plan_mixture
 from sphinx_pl.models.encoders import map_to_tokens
 from sphinx_pl.models.sphinx import Sphinx, packed_mask
 from sphinx_pl.utils.errors import UserError
@@ -467,7 +467,7 @@ def test_our_folders_are_mixed_into_the_originals_files(write: Write, tmp_path: 
     for path, values in zip(paths, tensors, strict=True):
         write_checkpoint(path, values, theirs.config["model"], theirs.config["processor"], theirs.tokenizer_file, {})
     models, _ = open_models(paths, own=not needs_our_names(paths, "original", 2))
-    mix(plan_mixture(models, None, Recipe([0.25, 0.75])), tmp_path / "mixed", layout="original", shards=2)
+    mix(plan_mixture(models, None, MixRecipe([0.25, 0.75])), tmp_path / "mixed", layout="original", shards=2)
 
     names = [f"consolidated.0{rank}-of-02.model.pth" for rank in range(2)]
     assert sorted(path.name for path in (tmp_path / "mixed").glob("*.pth")) == names

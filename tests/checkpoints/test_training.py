@@ -23,7 +23,7 @@ from sphinx_pl.checkpoints.training import (
     INDEX,
     STATE,
     WEIGHT,
-    Shard,
+    TensorShard,
     TrainingCheckpoint,
     TrainingShards,
     describe,
@@ -57,13 +57,13 @@ def cuts(numel: int, ranks: int, rng: random.Random | None) -> list[tuple[int, i
 def write(folder: Path, tensors: dict[str, Tensor], ranks: int = 2, rng: random.Random | None = None) -> Path:
     """A whole training checkpoint; each floating tensor has a state of another dtype."""
     folder.mkdir()
-    of_rank: list[list[Shard]] = [[] for _ in range(ranks)]
+    of_rank: list[list[TensorShard]] = [[] for _ in range(ranks)]
     for name, tensor in tensors.items():
         kinds = {WEIGHT: tensor} | ({"exp_avg": state_of(tensor)} if tensor.is_floating_point() else {})
         for rank, (start, stop) in enumerate(cuts(tensor.numel(), ranks, rng)):
             if stop > start or rng is not None:  # engines leave empty pieces out, but they may be there
                 of_rank[rank] += [
-                    Shard(kind, name, start, value.flatten()[start:stop]) for kind, value in kinds.items()
+                    TensorShard(kind, name, start, value.flatten()[start:stop]) for kind, value in kinds.items()
                 ]
     for rank, pieces in enumerate(of_rank):
         write_shards(folder, rank, ranks, pieces)
@@ -167,8 +167,8 @@ def test_of_what_all_ranks_hold_one_piece_is_enough(opened: dict[str, int], tmp_
     folder = tmp_path / "c"
     folder.mkdir()
     frozen, rows = torch.randn(50), torch.randn(60)
-    write_shards(folder, 0, 2, [Shard(WEIGHT, "frozen", 0, frozen), Shard(WEIGHT, "rows", 0, rows[:30])])
-    write_shards(folder, 1, 2, [Shard(WEIGHT, "rows", 30, rows[30:])])
+    write_shards(folder, 0, 2, [TensorShard(WEIGHT, "frozen", 0, frozen), TensorShard(WEIGHT, "rows", 0, rows[:30])])
+    write_shards(folder, 1, 2, [TensorShard(WEIGHT, "rows", 30, rows[30:])])
     write_rest(folder, 2, {"frozen": [50], "rows": [60]}, {})
     pieces = TrainingShards(folder)
     assert torch.equal(pieces.read("frozen"), frozen)
@@ -190,7 +190,7 @@ def edit_files(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     edit(folder, files=files)
 
 
-def rewrite(folder: Path, rank: int, *pieces: Shard) -> None:
+def rewrite(folder: Path, rank: int, *pieces: TensorShard) -> None:
     """One rank's file anew, with its size in the index."""
     write_shards(folder, rank, 2, pieces)
     name = file_name(rank, 2)
@@ -257,21 +257,24 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "an overlap": (lambda p: rewrite(p, 1, *halves(1, back=1)), [SECOND, "two files"]),
     "a gap": (lambda p: rewrite(p, 1, *halves(1, back=-1)), ["lacks a part of weight of"]),
     "another dtype": (lambda p: rewrite(p, 1, *halves(1, dtype=torch.int32)), [SECOND, "torch.int32"]),
-    "a piece of nothing": (lambda p: rewrite(p, 1, *halves(1), Shard(WEIGHT, "?", 0, torch.ones(1))), [SECOND, "?"]),
+    "a piece of nothing": (
+        lambda p: rewrite(p, 1, *halves(1), TensorShard(WEIGHT, "?", 0, torch.ones(1))),
+        [SECOND, "?"],
+    ),
     "a piece with two dimensions": (
-        lambda p: rewrite(p, 1, Shard(WEIGHT, "decoder.a", 18, torch.ones(17, 1))),
+        lambda p: rewrite(p, 1, TensorShard(WEIGHT, "decoder.a", 18, torch.ones(17, 1))),
         [SECOND, "damaged"],
     ),
 }
 
 
-def halves(rank: int, back: int = 0, dtype: torch.dtype | None = None) -> Iterator[Shard]:
+def halves(rank: int, back: int = 0, dtype: torch.dtype | None = None) -> Iterator[TensorShard]:
     """A rank's half of all tensors, beginning so many elements earlier."""
     for name, tensor in random_tensors(0).items():
         start, stop = cuts(tensor.numel(), 2, None)[rank]
         start = min(max(start - back, 0), stop)
         values = tensor.flatten()[start:stop]
-        yield Shard(WEIGHT, name, start, values if dtype is None else values.to(dtype))
+        yield TensorShard(WEIGHT, name, start, values if dtype is None else values.to(dtype))
 
 
 @pytest.mark.parametrize("case", DAMAGE)

@@ -9,7 +9,7 @@ import torch
 from sphinx_pl.checkpoints.format import Checkpoint
 from sphinx_pl.checkpoints.tensors import copy_into
 from sphinx_pl.evaluation.objective import Measures
-from sphinx_pl.mixing.mix import Plan
+from sphinx_pl.mixing.mix import MixPlan
 from sphinx_pl.mixing.mixer import Facts
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.utils.console import Steps
@@ -36,7 +36,7 @@ class MixtureEvaluator:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: MixPlan,
         measure: Callable[[Sphinx], Measures],
         device: torch.device,
         dtype: torch.dtype | None = None,

@@ -14,7 +14,7 @@ from typing import Any
 from sphinx_pl.evaluation.losses import SourceLoss, interval
 from sphinx_pl.evaluation.mixtures.evaluator import MixtureEvaluator
 from sphinx_pl.evaluation.objective import Criterion, Measures, resampled
-from sphinx_pl.mixing.mix import Plan
+from sphinx_pl.mixing.mix import MixPlan
 from sphinx_pl.mixing.rules import complement, resolve
 from sphinx_pl.utils.errors import UserError
 from sphinx_pl.utils.files import finite, write_whole
@@ -39,7 +39,7 @@ def halves(measures: Measures, odd: bool) -> dict[str, SourceLoss]:
     return {name: SourceLoss(loss.sums[odd::2], loss.tokens[odd::2]) for name, loss in measures.items()}
 
 
-def groups_of(plan: Plan, parts: Sequence[str], budget: int) -> dict[str, tuple[str, ...]]:
+def groups_of(plan: MixPlan, parts: Sequence[str], budget: int) -> dict[str, tuple[str, ...]]:
     """The tensors of each part that a search moves. Asked before what takes long, too.
 
     Raises:
