@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import sphinx_pl
-from sphinx_pl.utils.files import hash_file as hash_file
 
 _SECRET = re.compile(r"(^|_)(api_?key|password|passwd|secret|credentials?|(access|auth|api|hf)_token)$", re.IGNORECASE)
 

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from sphinx_pl.checkpoints.encoders import check_pretrained
 from sphinx_pl.checkpoints.format import Checkpoint, differences, open_checkpoint
-from sphinx_pl.checkpoints.provenance import hash_file
 from sphinx_pl.checkpoints.tensors import compare
 from sphinx_pl.checkpoints.training import TrainingCheckpoint
 from sphinx_pl.data.processor import Processor
@@ -39,6 +38,7 @@ from sphinx_pl.stages.build import build_model
 from sphinx_pl.stages.optim import OptimConfig, build_optimizer, optimizer_groups, warmup_cosine
 from sphinx_pl.utils.config import build
 from sphinx_pl.utils.errors import UserError, suggest
+from sphinx_pl.utils.files import hash_file
 
 log = logging.getLogger(__name__)
 
