@@ -369,7 +369,7 @@ def test_a_gradient_fits_tensors_of_layers_only() -> None:
 def test_without_rules_all_tensors_have_the_same_weights() -> None:
     chosen, rows = resolve([], [0.25, 0.75], {name: name for name in NAMES}, check)
     assert chosen == {name: [0.25, 0.75] for name in NAMES}
-    assert [(row.said, row.weights, row.keys) for row in rows] == [("everything", ([0.25, 0.75],), tuple(NAMES))]
+    assert [(row.label, row.weights, row.keys) for row in rows] == [("everything", ([0.25, 0.75],), tuple(NAMES))]
     chosen["decoder.norm.weight"][0] = 7
     assert chosen["mixer.visual_proj.0.weight"] == [0.25, 0.75]
 
@@ -441,7 +441,7 @@ def test_the_tables_rows() -> None:
         {"match": "attention", "layers": "1-3", "beta": [0.25, 1, 0.75]},
     ]
     chosen, rows = resolve(rules, [0.5, 0.5], {name: name for name in NAMES}, check)
-    assert [row.said for row in rows] == ["norms, projections", "attention, layers 1-3", "the rest"]
+    assert [row.label for row in rows] == ["norms, projections", "attention, layers 1-3", "the rest"]
     assert [len(row.keys) for row in rows] == [3, 3, 5]
     assert sorted(key for row in rows for key in row.keys) == sorted(chosen) == sorted(NAMES)
     table = rules_table(rows, {name: 1000 + i for i, name in enumerate(NAMES)}, 2)
