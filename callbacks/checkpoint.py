@@ -21,7 +21,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from omegaconf import OmegaConf
 
 from sphinx_pl.callbacks.throughput import timed_checkpoint
-from sphinx_pl.checkpoints.format import move_into_place, sync
+from sphinx_pl.checkpoints.folder import move_into_place, sync
 from sphinx_pl.checkpoints.provenance import provenance
 from sphinx_pl.checkpoints.training import INDEX, describe
 from sphinx_pl.data.schema import Batch

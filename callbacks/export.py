@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from sphinx_pl.callbacks.checkpoint import ResumeCheckpoint, count, last_step, more_follows, write_training_checkpoint
-from sphinx_pl.checkpoints.format import check_free
+from sphinx_pl.checkpoints.native import check_free
 from sphinx_pl.checkpoints.training import consolidate
 from sphinx_pl.stages import Stage
 from sphinx_pl.utils.errors import UserError

@@ -99,7 +99,8 @@ def warn_of_changes(cfg: DictConfig, resume: Path) -> None:
     """Log one line that names the differences to the configuration of the run that wrote the
     checkpoint.
     """
-    from sphinx_pl.checkpoints.format import differences, read_provenance
+    from sphinx_pl.checkpoints.folder import read_provenance
+    from sphinx_pl.checkpoints.format import differences
     from sphinx_pl.checkpoints.provenance import provenance
 
     before = read_provenance(resume).get("config")

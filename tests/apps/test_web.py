@@ -31,7 +31,7 @@ from sphinx_pl.apps.web import app, rendering
 from sphinx_pl.apps.web import page as web_page
 from sphinx_pl.apps.web.page import Page, WebConfig, instructions
 from sphinx_pl.apps.web.session import PREVIEW_SIDE, Exchange, Session, UploadedImage
-from sphinx_pl.checkpoints.format import write_checkpoint
+from sphinx_pl.checkpoints.native import write_checkpoint
 from sphinx_pl.cli import chat
 from sphinx_pl.data.coordinates import Geometry
 from sphinx_pl.data.drawing import PALETTE

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from sphinx_pl.checkpoints.format import open_checkpoint, same_bits, write_checkpoint
+from sphinx_pl.checkpoints.format import open_checkpoint
+from sphinx_pl.checkpoints.native import write_checkpoint
+from sphinx_pl.checkpoints.tensors import same_bits
 from sphinx_pl.cli import mix_weights
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.evaluation.mixtures.curve import describe_best

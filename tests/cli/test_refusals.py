@@ -154,7 +154,7 @@ def test_a_disk_that_fills_before_the_first_checkpoint_is_whole(
     def full(folder: Path, *_: Any) -> None:
         raise OSError(28, "No space left on device", str(folder / "pieces"))
 
-    monkeypatch.setattr(checkpointing, "write_pieces", full)
+    monkeypatch.setattr(checkpointing, "write_shards", full)
     for overrides in (NEW, EARLIER):
         code, _ = refused(overrides, finished, sample_data, monkeypatch, capsys)
         assert code == 2

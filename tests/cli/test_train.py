@@ -171,11 +171,11 @@ def check_readable(run_folder: Path) -> None:
     """
     for path in checkpoints(run_folder / "checkpoints"):
         whole = TrainingCheckpoint(path)
-        whole.pieces.state()
+        whole.shards.state()
         for name in whole:
             assert whole.tensor(name).isfinite().all()
-            for kind in whole.pieces.kinds():
-                assert whole.pieces.read(name, kind=kind).isfinite().all()
+            for kind in whole.shards.kinds():
+                assert whole.shards.read(name, kind=kind).isfinite().all()
     for path in run_folder.glob("model*"):
         model = open_checkpoint(path)
         assert all(model.tensor(name).isfinite().all() for name in model)

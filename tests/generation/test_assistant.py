@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sphinx_pl.checkpoints.format import write_checkpoint
+from sphinx_pl.checkpoints.native import write_checkpoint
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.sampling.packing import Collator
 from sphinx_pl.data.schema import ImageRef, Record, Turn

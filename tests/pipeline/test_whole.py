@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from sphinx_pl.callbacks.checkpoint import checkpoints
-from sphinx_pl.checkpoints.format import SafetensorsFile, open_checkpoint
+from sphinx_pl.checkpoints.format import open_checkpoint
+from sphinx_pl.checkpoints.tensors import SafetensorsFile
 from sphinx_pl.checkpoints.training import WEIGHT, file_name
 from sphinx_pl.models.placement import OneDevice
 from sphinx_pl.stages.build import build_model

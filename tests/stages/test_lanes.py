@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sphinx_pl.callbacks.checkpoint import ResumeCheckpoint, checkpoints
-from sphinx_pl.checkpoints.training import Pieces
+from sphinx_pl.checkpoints.training import TrainingShards
 from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.stages import Stage
@@ -53,5 +53,5 @@ def test_two_ranks_then_one_then_two(processor: Processor, sample_data: Path, tm
         resume = checkpoints(tmp_path / "checkpoints")[-1] if used_keys else None
         used_keys += fit(data(processor, sample_data, ranks), tmp_path, ranks, steps, resume)
         assert sorted(used_keys) == whole
-    state = Pieces(checkpoints(tmp_path / "checkpoints")[-1]).state()["DataModule"]
+    state = TrainingShards(checkpoints(tmp_path / "checkpoints")[-1]).state()["DataModule"]
     assert sorted(state["planner"]["lanes"]) == ["0", "1"]

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from sphinx_pl.callbacks.export import ExportModel
-from sphinx_pl.checkpoints.format import open_checkpoint, write_checkpoint
+from sphinx_pl.checkpoints.format import open_checkpoint
+from sphinx_pl.checkpoints.native import write_checkpoint
 from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.readers import build_source
