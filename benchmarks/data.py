@@ -40,15 +40,16 @@ from rich.table import Table
 
 from benchmarks.made import SIZES, Words, photograph, train_tokenizer, write_lines, write_tar
 from sphinx_pl.data import images, processor, readers, tokenizers
-from sphinx_pl.data.datamodule import DataModule, TrainLoader
+from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.images import PAD_COLOUR
 from sphinx_pl.data.processor import Processor, ProcessorConfig
 from sphinx_pl.data.prompt_format import render
 from sphinx_pl.data.readers import image_text, instructions, line_index, text
 from sphinx_pl.data.readers.base import Shard
-from sphinx_pl.data.sampling import packing
+from sphinx_pl.data.sampling import collator, planner
 from sphinx_pl.data.schema import IMAGE_SLOT, Turn
 from sphinx_pl.data.tokenizers import Tokenizer
+from sphinx_pl.data.train_loader import TrainLoader
 from sphinx_pl.runtime.hydra_app import report
 from sphinx_pl.utils.errors import UserError
 
@@ -56,14 +57,14 @@ IMAGE_SIZE, IMAGE_TOKENS, ROW_LENGTH, ROWS = 224, 291, 2048, 4
 """Those of sphinx_7b: one view of 224 pixels, 289 visual tokens with a start and an end."""
 
 PARTS: dict[str, list[tuple[Any, str]]] = {
-    "opening": [(readers.Source, "open")],
+    "opening": [(readers.Reader, "open")],
     "reading": [(image_text, "read"), (instructions, "read"), (text, "read"), (images, "read_bytes")],
     "parsing": [],  # the shards' own records, which are classes of the modules above: see `timed_parts`
     "decoding": [(images, "decode")],
     "transforming": [(images, "padded_resize"), (images, "to_tensor")],
     "tokenizing": [(processor.Processor, "samples"), (tokenizers.Tokenizer, "encode_with_spans")],
-    "packing": [(packing.Planner, "plan")],
-    "collating": [(packing.Collator, "__call__")],
+    "packing": [(planner.Planner, "plan")],
+    "collating": [(collator.Collator, "__call__")],
 }
 """The functions of each part. A part's time is without that of the parts it calls."""
 
@@ -74,7 +75,7 @@ def make_datamodule(
     """Of one source, or of several with equal weights; with the geometry of sphinx_7b."""
     mixture = [source] if isinstance(source, dict) else source
     made = Processor(ProcessorConfig(), Tokenizer(tokenizer_file), IMAGE_TOKENS, IMAGE_SIZE)
-    settings = {"row_length": ROW_LENGTH, "rows": rows}
+    settings = {"row_length": ROW_LENGTH, "micro_batch_rows": rows}
     return DataModule(made, {f"{one['kind']}{n}": one for n, one in enumerate(mixture)}, {}, settings, workers)
 
 
@@ -159,7 +160,7 @@ def make_kinds(folder: Path, count: int) -> tuple[list[Kind], Path]:
         ]
         stem = f"instructions{len(kinds)}"
         file = write_lines(folder / f"{stem}.{'json' if as_list else 'jsonl'}", entries, as_list)
-        source = {"kind": "instructions", "path": str(file), "branches": questions}
+        source = {"kind": "instructions", "path": str(file), "questions_per_sample": questions}
         shards = tars(
             stem,
             [
@@ -193,7 +194,7 @@ def ours(kind: Kind, tokenizer_file: Path) -> Iterator[Done]:
     planner = datamodule.planner()
     for plan in planner:
         batch = datamodule.collator(plan.rows)
-        planner.consumed(plan.window)
+        planner.consumed(plan.step)
         yield int(batch.counters["samples"]), int(batch.counters["images"])
 
 
@@ -452,7 +453,7 @@ def start(source: dict[str, Any], tokenizer_file: Path) -> Start:
         return lambda self, number: opened.append(number) or open_shard(self, number)
 
     with contextlib.ExitStack() as patches:
-        for kind in readers.SOURCES.values():
+        for kind in readers.READERS.values():
             patches.enter_context(patch.object(kind, "open", counted(kind.open)))
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         before, begin = status("VmHWM"), time.perf_counter()
@@ -470,7 +471,7 @@ def status(key: str, process: int | str = "self") -> float:
 
 def shared_index(path: str) -> tuple[float, float]:
     """MB of an index' mapping that are this process' own and shared with others, all of it touched."""
-    table, _ = line_index.entry_spans(path)
+    table, _ = line_index.index_entries(path)
     int(table.sum())
     counted: Counter[str] = Counter()
     name = ""
@@ -533,7 +534,7 @@ def make_cases(folder: Path, shards: int, per_shard: int, lines: int) -> tuple[l
         path = write_many(folder / f"many.{name}", lines, as_list)
         source = {"kind": "instructions", "path": str(path)}
         cases.append(Case(f"{lines:,} lines of {name}", path.stat().st_size / 1e6, source))
-    cases.append(Case("the same, branches: 4", cases[-1].megabytes, cases[-1].source | {"branches": 4}))
+    cases.append(Case("the same, branches: 4", cases[-1].megabytes, cases[-1].source | {"questions_per_sample": 4}))
     return cases, tokenizer_file
 
 
@@ -549,7 +550,7 @@ def startup(console: Console, folder: Path, options: argparse.Namespace) -> None
         table.add_row(case.name, f"{case.megabytes:,.0f}", str(first.shards), *numbers)
     console.print(table)
     path = cases[-1].source["path"]
-    index, _ = line_index.entry_spans(path)  # mapped here too
+    index, _ = line_index.index_entries(path)  # mapped here too
     int(index.sum())
     own, shared = in_new_process(shared_index, path)
     console.print(
@@ -604,7 +605,7 @@ def memory_over(folder: Path, marks: Sequence[int]) -> Iterator[Held]:
     while left:
         while done < left[0]:
             batch = next(batches)
-            planner.consumed(batch.window)
+            planner.consumed(batch.step)
             done += int(batch.counters["samples"])
         left.pop(0)
         yield Held(done, status("VmRSS", worker.pid or 0), status("VmRSS"))

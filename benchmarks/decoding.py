@@ -27,9 +27,9 @@ from benchmarks.generation import seconds
 from sphinx_pl.checkpoints.format import open_checkpoint
 from sphinx_pl.data.images import load_image
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.readers import build_source
+from sphinx_pl.data.readers import build_reader
 from sphinx_pl.data.schema import IMAGE_SLOT, Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.evaluation.runner import select
 from sphinx_pl.generation.generate import GenerationConfig, OperaConfig, Prompt, generate
@@ -66,7 +66,7 @@ def prepared(model: Sphinx, processor: Processor, records: Sequence[Record]) -> 
         pixels = [load_image(image, processor.image_size) for image in prompt.images]
         room = model.config.decoder.max_positions - len(prompt.ids)
         limit = min(TASKS[record.task].max_new_tokens, room)
-        asked.append((Prompt(prompt.ids, torch.stack(pixels) if pixels else None, limit, prompt.seen), record))
+        asked.append((Prompt(prompt.ids, torch.stack(pixels) if pixels else None, limit, prompt.kept_views), record))
     asked.sort(key=lambda item: (item[0].max_new_tokens, len(item[0].ids)))
     return [prompt for prompt, _ in asked], [record for _, record in asked]
 
@@ -90,7 +90,7 @@ def load(path: str, device: str) -> tuple[Sphinx, Processor]:
 
 def records_of(path: Path) -> list[Record]:
     """All records of an instruction file."""
-    source = build_source("instructions", "test", str(path))
+    source = build_reader("instructions", "test", str(path))
     return [source.record(index) for index in range(len(source))]
 
 
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             model = Sphinx(SphinxConfig.from_dict(OmegaConf.load(SAMPLE))).to(o.device).eval()
             prompts, ends = random_prompts(model, o.batch, o.new), {}
-    except (UserError, BadSample) as error:
+    except (UserError, SkipSample) as error:
         return report(error)
     ways = {name: dataclasses.replace(WAYS[name], **ends) for name in o.ways}
     said = {name: answers(model, prompts, config, o.batch) for name, config in ways.items()}

@@ -26,12 +26,12 @@ from rich.table import Table
 
 from benchmarks import decoding
 from benchmarks.decoding import records_of
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.sample_world.drawing import COLORS, SHAPES
 from sphinx_pl.data.sample_world.language import with_article
 from sphinx_pl.data.sample_world.scenes import DIGITS
 from sphinx_pl.data.schema import Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import read_yes_no
 from sphinx_pl.evaluation import choosing
 from sphinx_pl.evaluation.question import question_of
@@ -120,7 +120,7 @@ class Yes:
 
 def pope(said: Sequence[str], truth: Sequence[str]) -> Yes:
     """Answers' texts beside the right ones ("yes" or "no")."""
-    read = [read_yes_no(text, Geometry()) for text in said]
+    read = [read_yes_no(text, Coordinates()) for text in said]
     yes = [parsed.formed and parsed.answer == "yes" for parsed in read]
     right = sum(one == (true == "yes") for one, true in zip(yes, truth, strict=True))
     hits = sum(one and true == "yes" for one, true in zip(yes, truth, strict=True))
@@ -153,7 +153,7 @@ def ask(checkpoint: str, data: Path, limit: int | None, batch_size: int, device:
 
     Raises:
         UserError: no such checkpoint or data.
-        BadSample: a question that cannot be asked.
+        SkipSample: a question that cannot be asked.
     """
     model, processor = decoding.load(checkpoint, device)
     folder = data / "instructions"
@@ -170,7 +170,7 @@ def ask(checkpoint: str, data: Path, limit: int | None, batch_size: int, device:
         said = []
         for start in range(0, len(prompts), batch_size):
             cut = slice(start, start + batch_size)
-            questions = [question_of(record, processor.geometry) for record in records[cut]]
+            questions = [question_of(record, processor.coordinates) for record in records[cut]]
             said += choosing.answer(model, processor, questions, prompts[cut], config, ranking)
         return said
 
@@ -221,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             for table in ask(o.checkpoint, o.data, o.limit, o.batch, o.device):
                 console.print(table)
-    except (UserError, BadSample) as error:
+    except (UserError, SkipSample) as error:
         return report(error)
     return 0
 

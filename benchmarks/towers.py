@@ -22,7 +22,7 @@ from sphinx_pl.checkpoints.format import open_checkpoint
 from sphinx_pl.data.images import load_image
 from sphinx_pl.data.readers import expand_paths, spread
 from sphinx_pl.data.schema import ImageRef
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.models.encoders import Tower
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.runtime.hydra_app import report
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for checkpoint in opened:
             checkpoint.load_into(model)
             rows["/".join(checkpoint.path.absolute().parts[-3:])] = measure(model, pixels)
-    except (UserError, BadSample) as error:
+    except (UserError, SkipSample) as error:
         return report(error)
     table.add_column("weights")
     for name in rows["new weights"]:

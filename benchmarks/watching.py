@@ -35,7 +35,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.step import where
-from sphinx_pl.data.datamodule import DataModule, TrainLoader
+from sphinx_pl.data.datamodule import DataModule
+from sphinx_pl.data.train_loader import TrainLoader
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.runtime.hydra_app import CONFIG_FOLDER, MISTAKES, register_resolvers, report
 from sphinx_pl.stages import Stage

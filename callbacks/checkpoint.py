@@ -183,8 +183,8 @@ class ResumeCheckpoint(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        # Only between two windows: in the midst of one the accumulated gradients would be lost.
-        if batch.window_end and not more_follows(trainer):
+        # Only between two steps: in the midst of one the accumulated gradients would be lost.
+        if batch.ends_step and not more_follows(trainer):
             self._save_if_due(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -26,11 +26,11 @@ from typing import Any, NoReturn
 from PIL import Image
 
 from sphinx_pl.apps.masks import Segmenter
-from sphinx_pl.data.coordinates import COCO_KEYPOINTS, Geometry, Grounded, Piece, Size, point_to_pixels, to_pixels
+from sphinx_pl.data.coordinates import COCO_KEYPOINTS, Coordinates, Grounded, Piece, Size, point_to_pixels, to_pixels
 from sphinx_pl.data.drawing import GIVEN, PALETTE, limbs
 from sphinx_pl.data.images import decode, padded_resize
 from sphinx_pl.data.schema import Turn
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.generation.assistant import Assistant, Dialog, open_picture, typed
 from sphinx_pl.generation.generate import GenerationConfig
@@ -221,9 +221,11 @@ def find_marks(pieces: list[Piece], prefix: str, colour: str | None = None) -> l
     return marks
 
 
-def render_text(geometry: Geometry, text: str, prefix: str, colour: str | None = None, growing: bool = False) -> str:
+def render_text(
+    coordinates: Coordinates, text: str, prefix: str, colour: str | None = None, growing: bool = False
+) -> str:
     """A question or an answer as HTML, its phrases linked to the places on the picture by their marks' keys."""
-    pieces = geometry.pieces(text)
+    pieces = coordinates.pieces(text)
     marks = iter(find_marks(pieces, prefix, colour))
     parts = []
     for piece in pieces:
@@ -245,15 +247,15 @@ def render_text(geometry: Geometry, text: str, prefix: str, colour: str | None =
     return "".join(parts)
 
 
-def render_talk(geometry: Geometry, session: Session) -> str:
+def render_talk(coordinates: Coordinates, session: Session) -> str:
     """The conversation as HTML."""
     if not session.exchanges:
         hint = "Ask anything" if session.picture is None else "Ask about the image"
         return f'<div class="talk empty">{hint}, or start from one of the instructions below.</div>'
     parts = []
     for number, exchange in enumerate(session.exchanges):
-        question = render_text(geometry, exchange.question, f"q{number}-", GIVEN)
-        answer = render_text(geometry, exchange.answer, f"a{number}-", growing=exchange.growing)
+        question = render_text(coordinates, exchange.question, f"q{number}-", GIVEN)
+        answer = render_text(coordinates, exchange.answer, f"a{number}-", growing=exchange.growing)
         state = "answer growing" if exchange.growing else "answer"
         if not exchange.answer:
             answer = "" if exchange.growing else '<span class="none">no answer</span>'
@@ -262,7 +264,7 @@ def render_talk(geometry: Geometry, session: Session) -> str:
     return f'<div class="talk">{"".join(parts)}</div>'
 
 
-def render_picture(geometry: Geometry, session: Session) -> str:
+def render_picture(coordinates: Coordinates, session: Session) -> str:
     """The picture with every turn's places over it, of which the page shows the last turn's, as HTML and SVG."""
     picture = session.picture
     if picture is None:
@@ -274,7 +276,7 @@ def render_picture(geometry: Geometry, session: Session) -> str:
     for number, exchange in enumerate(session.exchanges):
         drawn = []
         for text, prefix, colour in ((exchange.question, "q", GIVEN), (exchange.answer, "a", None)):
-            marks = find_marks(geometry.pieces(text), f"{prefix}{number}-", colour)
+            marks = find_marks(coordinates.pieces(text), f"{prefix}{number}-", colour)
             drawn.append(_limbs_svg(marks, picture.size))
             drawn += [_mark_svg(mark, picture.size, exchange.masks.get(mark.key, ""), prefix) for mark in marks]
             tags += [_tag(mark, picture.size, number, number == last) for mark in marks]
@@ -368,7 +370,7 @@ class Page:
         self.generation = generation
         self.config = config
         self.segmenter = segmenter
-        self.geometry = assistant.processor.geometry
+        self.coordinates = assistant.processor.coordinates
 
     @property
     def sees(self) -> bool:
@@ -388,7 +390,7 @@ class Page:
             return f"{name} is larger than {self.config.max_upload_mb:g} MB."
         try:
             image = decode(data, name, self.config.max_pixels)
-        except BadSample as error:
+        except SkipSample as error:
             if error.reason == "image_too_large":
                 return f"{name} has too many pixels: at most {self.config.max_pixels:,} are accepted."
             return f"{name}: {_REFUSED.get(error.reason, str(error))}"
@@ -469,7 +471,7 @@ class Page:
             yield f"The masks failed ({type(error).__name__}): the terminal says where."
 
     def _masks(self, segmenter: Segmenter, picture: Picture, exchange: Exchange, number: int) -> dict[str, str]:
-        marks = find_marks(self.geometry.pieces(exchange.answer), f"a{number}-")
+        marks = find_marks(self.coordinates.pieces(exchange.answer), f"a{number}-")
         boxes = [(mark, to_pixels(box, picture.shown.size)) for mark in marks for box in mark.piece.boxes]
         if not boxes:
             return {}
@@ -488,7 +490,7 @@ class Page:
         if session.picture is None:
             return template
         width, height = session.picture.size
-        return template.replace("{box}", self.geometry.box((0, 0, width, height), session.picture.size))
+        return template.replace("{box}", self.coordinates.box((0, 0, width, height), session.picture.size))
 
     def point_out(self, session: Session, question: str, box_px: Any) -> str:
         """The question with a box that was dragged on the picture, in place of the last one in it if there is one.
@@ -503,10 +505,10 @@ class Page:
         width, height = session.picture.size
         x1, x2 = sorted(min(max(value, 0), width) for value in box_px[0::2])
         y1, y2 = sorted(min(max(value, 0), height) for value in box_px[1::2])
-        box = self.geometry.box((x1, y1, x2, y2), session.picture.size)
+        box = self.coordinates.box((x1, y1, x2, y2), session.picture.size)
         if "{box}" in question:
             return question.replace("{box}", box)
-        named = [piece for piece in self.geometry.pieces(question) if piece.boxes]
+        named = [piece for piece in self.coordinates.pieces(question) if piece.boxes]
         if named:
             before, _, after = question.rpartition(named[-1].numbers)
             return before + box + after
@@ -516,12 +518,12 @@ class Page:
 def build(page: Page, initial: Session, folder: Path, title: str, question: str = "") -> gr.Blocks:
     """The page. `initial` is what every tab begins with, uploads come through `folder`, `title` names the model."""
     os.environ["GRADIO_TEMP_DIR"] = str(folder)  # gradio's components and its server ask there
-    geometry = page.geometry
+    coordinates = page.coordinates
     room = page.assistant.model.config.decoder.max_positions
 
     def views(session: Session, problem: str = "") -> tuple[Any, Any, Any]:
         notice = f'<div class="notice" role="alert">{html.escape(problem)}</div>' if problem else ""
-        return render_talk(geometry, session), render_picture(geometry, session), notice
+        return render_talk(coordinates, session), render_picture(coordinates, session), notice
 
     def buttons(busy: bool) -> tuple[Any, Any]:
         return gr.update(visible=not busy), gr.update(visible=busy)
@@ -532,10 +534,10 @@ def build(page: Page, initial: Session, folder: Path, title: str, question: str 
         notice = gr.HTML(elem_id="notice")
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=360, visible=page.sees):
-                picture = gr.HTML(render_picture(geometry, initial), elem_id="picture", js_on_load=_SCRIPT)
+                picture = gr.HTML(render_picture(coordinates, initial), elem_id="picture", js_on_load=_SCRIPT)
                 upload = gr.UploadButton("Choose an image", elem_id="upload", file_types=["image"], size="sm")
             with gr.Column(scale=6, min_width=360):
-                talk = gr.HTML(render_talk(geometry, initial), elem_id="talk", autoscroll=True)
+                talk = gr.HTML(render_talk(coordinates, initial), elem_id="talk", autoscroll=True)
                 with gr.Row(elem_id="tasks", visible=page.sees):
                     tasks = [
                         (gr.Button(_LABELS.get(name, name), size="sm", min_width=40), template)
@@ -586,7 +588,7 @@ def build(page: Page, initial: Session, folder: Path, title: str, question: str 
 
         def on_answer(session: Session, *settings: float) -> Iterator[tuple[Any, ...]]:
             taken = session.exchanges[-1] if session.busy else None
-            drawn = render_picture(geometry, session)  # as on_begin has sent it
+            drawn = render_picture(coordinates, session)  # as on_begin has sent it
             for problem in page.answer(session, *settings):
                 texts, places, notices = views(session, problem)
                 # The picture is large: sent again only when something new is on it.

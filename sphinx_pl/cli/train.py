@@ -25,6 +25,7 @@ from sphinx_pl.runtime.run_folder import RunFolder
 from sphinx_pl.settings.train import TrainConfig, check_machine, check_train, stage_keys
 from sphinx_pl.utils.errors import UserError
 from sphinx_pl.utils.files import write_whole
+from sphinx_pl.utils.renamed import with_new_keys
 
 if TYPE_CHECKING:
     import lightning as L
@@ -45,7 +46,7 @@ _MEANS_THE_SAME = (
     "stage.max_nonfinite",
     "stage.val_every",
     "data.max_skipped",
-    "data.packing.rows",
+    "data.packing.micro_batch_rows",
     "data.processor",
     "data.root",
     "data.test",
@@ -109,6 +110,7 @@ def warn_of_changes(cfg: DictConfig, resume: Path) -> None:
     before = read_provenance(resume).get("config")
     if not isinstance(before, dict):
         return
+    before = with_new_keys(before)
     now: Any = provenance("", OmegaConf.to_container(cfg, resolve=True))["config"]  # type: ignore[arg-type]
     found = [
         difference
@@ -354,7 +356,7 @@ def run_stage(cfg: DictConfig, run: RunFolder) -> float | None:
             raise
         raise UserError(
             f"a data worker ended before its work was done ({' '.join(str(error).split())}): it most likely ran out of "
-            "memory; lower data.workers or data.packing.rows, and resume with ckpt_path=last"
+            "memory; lower data.workers or data.packing.micro_batch_rows, and resume with ckpt_path=last"
         ) from None
     except OSError as error:
         if error.errno not in FULL:

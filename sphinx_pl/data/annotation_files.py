@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from sphinx_pl.data.schema import Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.utils.errors import UserError
 
 _T = TypeVar("_T")
@@ -24,7 +24,7 @@ MALFORMED = (KeyError, IndexError, TypeError, ValueError, AttributeError, Overfl
 _UNREADABLE = (ValueError, RecursionError, OSError, EOFError, zlib.error)
 
 
-class OfficialFiles(ABC):
+class AnnotationFiles(ABC):
     """Reads one data set's official files.
 
     Args:
@@ -66,7 +66,7 @@ class OfficialFiles(ABC):
         """The Records of one entry; their keys begin with `key`, image paths are relative to the images' root folder.
 
         Raises:
-            BadSample: the entry is of no use. Any of the errors of a missing or wrong value will do too.
+            SkipSample: the entry is of no use. Any of the errors of a missing or wrong value will do too.
         """
 
     def file(self, *names: str) -> Path:
@@ -119,13 +119,13 @@ class OfficialFiles(ABC):
     def parts(self, parts: Iterable[Any], read: Callable[[Any], _T]) -> Iterator[_T]:
         """What `read` makes of each part of an entry that lists several.
 
-        A part of which it raises BadSample, or an error of a missing or wrong value, is counted in `left_out`. Records
+        A part of which it raises SkipSample, or an error of a missing or wrong value, is counted in `left_out`. Records
         that ask for all parts need `all_parts`.
         """
         for part in parts:
             try:
                 yield read(part)
-            except BadSample as bad:
+            except SkipSample as bad:
                 self.left_out[bad.reason] += 1
             except MALFORMED:
                 self.left_out["part_malformed"] += 1
@@ -134,15 +134,15 @@ class OfficialFiles(ABC):
         """As `parts`, for records that ask for all of them: without one of them the answer is wrong.
 
         Raises:
-            BadSample: part_left_out.
+            SkipSample: part_left_out.
         """
         parts = list(parts)
         found = list(self.parts(parts, read))
         if len(found) < len(parts):
-            raise BadSample("part_left_out", f"{len(parts) - len(found)} of {len(parts)} parts cannot be used")
+            raise SkipSample("part_left_out", f"{len(parts) - len(found)} of {len(parts)} parts cannot be used")
         return found
 
-    def read(self) -> Iterator[tuple[str, list[Record] | BadSample]]:
+    def read(self) -> Iterator[tuple[str, list[Record] | SkipSample]]:
         """(key, its records, or why it has none) of each entry.
 
         Raises:
@@ -152,7 +152,7 @@ class OfficialFiles(ABC):
 
     def guarded(
         self, entries: Iterator[tuple[str, Any]], records: Callable[[str, Any], Iterable[Record]]
-    ) -> Iterator[tuple[str, list[Record] | BadSample]]:
+    ) -> Iterator[tuple[str, list[Record] | SkipSample]]:
         """As `read`, of other entries and with another reader."""
         seen: set[str] = set()
         try:
@@ -165,16 +165,16 @@ class OfficialFiles(ABC):
 
 def _records(
     key: str, entry: Any, seen: set[str], records: Callable[[str, Any], Iterable[Record]]
-) -> list[Record] | BadSample:
+) -> list[Record] | SkipSample:
     if key in seen:
-        return BadSample("duplicate_key", key)
+        return SkipSample("duplicate_key", key)
     seen.add(key)
     try:
         return list(records(key, entry))
-    except BadSample as bad:
+    except SkipSample as bad:
         return bad
     except MALFORMED as error:
-        return BadSample("entry_malformed", f"{key}: {type(error).__name__}: {error}")
+        return SkipSample("entry_malformed", f"{key}: {type(error).__name__}: {error}")
 
 
 def _contents(path: Path) -> bytes:

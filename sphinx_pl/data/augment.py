@@ -13,9 +13,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from sphinx_pl.data.coordinates import COCO_KEYPOINTS, Box4, Geometry, Size, holds_coordinates
+from sphinx_pl.data.coordinates import COCO_KEYPOINTS, Box4, Coordinates, Size, holds_coordinates
 from sphinx_pl.data.schema import Record, Region
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.utils.config import within
 from sphinx_pl.utils.errors import UserError
@@ -58,7 +58,7 @@ _PLACES = re.compile(
 _POSITIONS = re.compile(
     r"\b(?:bbox|bounding|coordinates?|pixels?|per ?cent|degrees?|(?:x|y)-?axis|diagonal\w*|o'?clock)\b", re.IGNORECASE
 )
-_READER = Geometry()
+_READER = Coordinates()
 _SWAPPED = [
     COCO_KEYPOINTS.index(re.sub("left|right", lambda side: {"left": "right", "right": "left"}[side[0]], name))
     for name in COCO_KEYPOINTS
@@ -171,7 +171,7 @@ def _finds_places(record: Record) -> bool | None:
     task = TASKS[record.task]
     try:
         return bool(task.parse(task.turns(record, _READER)[-1].answer, _READER).boxes)
-    except BadSample:
+    except SkipSample:
         return None
 
 

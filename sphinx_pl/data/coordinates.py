@@ -78,7 +78,7 @@ def holds_coordinates(text: str) -> bool:
     return _NOTATION.search(text) is not None
 
 
-def seen_views(size: Size, pixels: int, grid: int) -> tuple[bool, ...]:
+def kept_views(size: Size, pixels: int, grid: int) -> tuple[bool, ...]:
     """Of the whole padded square and its grid x grid sub-images, row by row: does it show any of the image?
 
     Args:
@@ -148,7 +148,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Geometry:
+class Coordinates:
     """Writes pixels as text with `decimals` decimals, and reads text as fractions of the padded square.
 
     Text that this class wrote is unchanged when it is read, converted by `to_pixels` and written again, for any

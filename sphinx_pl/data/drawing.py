@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from sphinx_pl.data.coordinates import Geometry, Grounded, Point2
+from sphinx_pl.data.coordinates import Coordinates, Grounded, Point2
 
 TRUE = "#00a878"
 PREDICTED = "#e6007e"
@@ -52,7 +52,9 @@ def to_picture(pixels: Tensor, scale: int = 1) -> Image.Image:
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
-def draw(picture: Image.Image, answer: str, prediction: str, geometry: Geometry, question: str = "") -> Image.Image:
+def draw(
+    picture: Image.Image, answer: str, prediction: str, coordinates: Coordinates, question: str = ""
+) -> Image.Image:
     """A copy of a square picture with what the three texts name: given below true below predicted.
 
     Text without well-formed boxes or points draws nothing. Labels are left out: they stand in the text beside it.
@@ -61,20 +63,22 @@ def draw(picture: Image.Image, answer: str, prediction: str, geometry: Geometry,
     canvas = ImageDraw.Draw(picture)
     stroke = max(1, round(picture.width / 128))
     for text, colour in ((question, GIVEN), (answer, TRUE), (prediction, PREDICTED)):
-        _draw_text(canvas, text, colour, geometry, picture.width, stroke)
+        _draw_text(canvas, text, colour, coordinates, picture.width, stroke)
     return picture
 
 
-def _draw_text(canvas: ImageDraw.ImageDraw, text: str, colour: str, geometry: Geometry, side: int, stroke: int) -> None:
+def _draw_text(
+    canvas: ImageDraw.ImageDraw, text: str, colour: str, coordinates: Coordinates, side: int, stroke: int
+) -> None:
     # A white rim keeps every colour visible on every ground.
-    for box in geometry.parse_boxes(text):
+    for box in coordinates.parse_boxes(text):
         x1, y1, x2, y2 = (round(value * (side - 1)) for value in box)
         rim = (max(x1 - 1, 0), max(y1 - 1, 0), min(x2 + 1, side - 1), min(y2 + 1, side - 1))
         canvas.rectangle(rim, outline="white", width=stroke + 2)
         canvas.rectangle((x1, y1, x2, y2), outline=colour, width=stroke)
-    for limb in limbs(geometry.parse_grounded(text)):
+    for limb in limbs(coordinates.parse_grounded(text)):
         canvas.line([(x * side, y * side) for x, y in limb], fill=colour, width=stroke)
-    for x, y in geometry.parse_points(text):
+    for x, y in coordinates.parse_points(text):
         radius = 1.5 * stroke
         canvas.circle((x * side, y * side), radius + 1, fill="white")
         canvas.circle((x * side, y * side), radius, fill=colour)

@@ -8,7 +8,7 @@ from typing import Any
 
 from sphinx_pl.data.readers import spread
 from sphinx_pl.data.sampling.config import Group, SourceConfig
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 
 LOOKED_AT = 64
 """Records of a source's first file whose tasks are counted."""
@@ -64,11 +64,11 @@ def _tasks(name: str, config: SourceConfig) -> Counter[str]:
     tasks: Counter[str] = Counter()
     try:
         shard = config.open(name).open(0)
-    except BadSample:
+    except SkipSample:
         return tasks
     for index in spread(len(shard), LOOKED_AT):
         try:
             tasks[shard.record(index).task] += 1
-        except BadSample:
+        except SkipSample:
             continue
     return tasks

@@ -18,7 +18,7 @@ from torch import Tensor
 from sphinx_pl.data.coordinates import Size, holds_coordinates, same_shape
 from sphinx_pl.data.files import read_span
 from sphinx_pl.data.schema import ImageRef, Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 
 PAD_COLOUR = (122, 116, 104)
 """CLIP's mean colour in bytes, what the original pads with."""
@@ -59,7 +59,7 @@ def load_image(ref: ImageRef, size: int, max_pixels: int = MAX_PIXELS) -> Tensor
         uint8 [3, size, size], RGB, the image in the middle of a square of `PAD_COLOUR`.
 
     Raises:
-        BadSample: image_missing, image_empty, image_unreadable, image_truncated, image_dark, crop_outside,
+        SkipSample: image_missing, image_empty, image_unreadable, image_truncated, image_dark, crop_outside,
             size_mismatch, or, before any pixel is decoded, image_too_large and image_aspect.
     """
     image = decode(read_bytes(ref), ref.path, max_pixels, ref.annotated)
@@ -92,7 +92,7 @@ def read_bytes(ref: ImageRef, limit: int | None = None) -> bytes:
     """The encoded bytes of an image, at most the first `limit`: a whole file, or its part of a tar shard."""
     size = ref.size if ref.size >= 0 else MAX_BYTES + 1
     if size > MAX_BYTES + 1:
-        raise BadSample("image_too_large", f"{ref.path} should have {size} bytes")
+        raise SkipSample("image_too_large", f"{ref.path} should have {size} bytes")
     wanted = size if limit is None else min(size, limit)
     try:
         if ref.size >= 0:  # a shard, named by the configuration: it may be a URL, and is read from again
@@ -101,17 +101,17 @@ def read_bytes(ref: ImageRef, limit: int | None = None) -> bytes:
             # An annotation file can name anything: a device or a pipe would never end.
             status = os.stat(ref.path)  # noqa: PTH116 - a path object costs more than the call
             if not stat.S_ISREG(status.st_mode):
-                raise BadSample("image_unreadable", f"{ref.path} is not a file")
+                raise SkipSample("image_unreadable", f"{ref.path} is not a file")
             with open(ref.path, "rb", buffering=0) as file:  # noqa: PTH123
                 data = file.read(min(wanted, status.st_size))  # all of `wanted` would be allocated
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte or half a character
-        raise BadSample("image_missing", f"{ref.path!r}: {getattr(error, 'strerror', error)}") from None
+        raise SkipSample("image_missing", f"{ref.path!r}: {getattr(error, 'strerror', error)}") from None
     if not data:
-        raise BadSample("image_empty", ref.path)
+        raise SkipSample("image_empty", ref.path)
     if len(data) > MAX_BYTES:
-        raise BadSample("image_too_large", f"{ref.path} has more than {MAX_BYTES} bytes")
+        raise SkipSample("image_too_large", f"{ref.path} has more than {MAX_BYTES} bytes")
     if len(data) < (ref.size if limit is None else min(ref.size, limit)):
-        raise BadSample("image_truncated", f"{ref.path} ends inside the image")
+        raise SkipSample("image_truncated", f"{ref.path} ends inside the image")
     return data
 
 
@@ -119,11 +119,11 @@ def image_size(ref: ImageRef) -> Size:
     """(width, height) of an image as `load_image` shows it, from its header; of its crop where `ref` has one.
 
     Raises:
-        BadSample: as `load_image`, where the header shows it.
+        SkipSample: as `load_image`, where the header shows it.
     """
     try:
         size, _ = _shown(_open(read_bytes(ref, _HEADER_BYTES), ref.path, MAX_PIXELS), ref.path, ref.annotated)
-    except BadSample as error:
+    except SkipSample as error:
         if error.reason not in ("image_unreadable", "image_truncated"):
             raise
         # A header that is longer, or a format that is read whole.
@@ -139,7 +139,7 @@ def _checked_crop(ref: ImageRef, size: Size) -> tuple[int, int, int, int]:
     assert ref.crop is not None
     (x1, y1, x2, y2), (width, height) = ref.crop, ref.annotated or size
     if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
-        raise BadSample("crop_outside", f"{ref.path}: {ref.crop} of {width}x{height}")
+        raise SkipSample("crop_outside", f"{ref.path}: {ref.crop} of {width}x{height}")
     return x1 * size[0] // width, y1 * size[1] // height, -(-x2 * size[0] // width), -(-y2 * size[1] // height)
 
 
@@ -147,14 +147,14 @@ def _shown(image: Image.Image, name: str, annotated: Size | None) -> tuple[Size,
     """(width, height) of an opened image as it is shown, and what the upright image has to go through for that.
 
     Raises:
-        BadSample: size_mismatch, or the header is damaged.
+        SkipSample: size_mismatch, or the header is damaged.
     """
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
         tags = getattr(image, "tag_v2", None)  # of TIFF, whose size Pillow gives turned already
         stored = image.size if tags is None else (int(tags[256]), int(tags[257]))
     except Exception as error:  # damaged headers make Pillow raise nearly anything
-        raise BadSample("image_unreadable", f"{name}: {error}") from None
+        raise SkipSample("image_unreadable", f"{name}: {error}") from None
     back = _TURNED_BACK.get(orientation) if isinstance(orientation, int) else None
     upright = stored if back is None else stored[::-1]
     if annotated is None or same_shape(upright, annotated):
@@ -162,14 +162,14 @@ def _shown(image: Image.Image, name: str, annotated: Size | None) -> tuple[Size,
     if back is not None and same_shape(stored, annotated):
         return stored, back
     (width, height), (told_width, told_height) = upright, annotated
-    raise BadSample("size_mismatch", f"{name} is {width}x{height}, its annotation says {told_width}x{told_height}")
+    raise SkipSample("size_mismatch", f"{name} is {width}x{height}, its annotation says {told_width}x{told_height}")
 
 
 def decode(data: bytes, name: str = "", max_pixels: int = MAX_PIXELS, annotated: Size | None = None) -> Image.Image:
     """Encoded bytes -> an RGB image (first frame, transparency on white), upright or as `load_image` says.
 
     Raises:
-        BadSample: as `load_image`; `name` is what its detail calls the image.
+        SkipSample: as `load_image`; `name` is what its detail calls the image.
     """
     image = _open(data, name, max_pixels)
     upper_bits = "RGBL" if any(map(_has_16_bits, image.tile)) else ""  # of these channels Pillow keeps 8
@@ -179,12 +179,12 @@ def decode(data: bytes, name: str = "", max_pixels: int = MAX_PIXELS, annotated:
         upright = upright_rgb(image)
         bands = [image.getchannel(band) for band in image.getbands() if band in upper_bits]
         if bands and max(int(np.asarray(band).max()) for band in bands) < _DARKEST:
-            raise BadSample("image_dark", f"{name} has 16 bits a channel and uses at most 12: convert it to 8 bits")
-    except BadSample:
+            raise SkipSample("image_dark", f"{name} has 16 bits a channel and uses at most 12: convert it to 8 bits")
+    except SkipSample:
         raise
     except Exception as error:  # as above
         reason = "image_truncated" if "truncated" in str(error) else "image_unreadable"
-        raise BadSample(reason, f"{name}: {error}") from None
+        raise SkipSample(reason, f"{name}: {error}") from None
     return upright if back is None else upright.transpose(back)
 
 
@@ -202,17 +202,17 @@ def _open(data: bytes, name: str, max_pixels: int) -> ImageFile.ImageFile:
             image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except Image.DecompressionBombError as error:
         pixels = re.search("[0-9]+", str(error))
-        raise BadSample("image_too_large", f"{name}: {int(pixels[0]) if pixels else 0:,} pixels, {bound}") from None
+        raise SkipSample("image_too_large", f"{name}: {int(pixels[0]) if pixels else 0:,} pixels, {bound}") from None
     except UnidentifiedImageError:
-        raise BadSample("image_unreadable", f"{name}: {_what_instead(data)}") from None
+        raise SkipSample("image_unreadable", f"{name}: {_what_instead(data)}") from None
     except Exception as error:  # damaged headers make Pillow raise nearly anything
-        raise BadSample("image_unreadable", f"{name}: {error}") from None
+        raise SkipSample("image_unreadable", f"{name}: {error}") from None
     width, height = image.size
     # The padded square is what will be allocated: a thin image's is much larger than the image.
     if width * height > max_pixels or max(width, height) ** 2 > 4 * max_pixels:
-        raise BadSample("image_too_large", f"{name}: {width}x{height}, {bound}")
+        raise SkipSample("image_too_large", f"{name}: {width}x{height}, {bound}")
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise BadSample("image_aspect", f"{name}: {width}x{height}, a side may be {MAX_ASPECT} times the other one")
+        raise SkipSample("image_aspect", f"{name}: {width}x{height}, a side may be {MAX_ASPECT} times the other one")
     return image
 
 
@@ -247,7 +247,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     """EXIF orientation applied, transparency on white, RGB; more than 8 bits of grey as `_eight_bits` scales them.
 
     Raises:
-        BadSample: image_unreadable, where no value is a number.
+        SkipSample: image_unreadable, where no value is a number.
     """
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # of an upright one it would return a copy
         image = ImageOps.exif_transpose(image)
@@ -271,7 +271,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     finite = np.isfinite(values)
     if not finite.all():
         if not finite.any():
-            raise BadSample("image_unreadable", "none of its values is a number")
+            raise SkipSample("image_unreadable", "none of its values is a number")
         ends = float(values[finite].min()), float(values[finite].max())
         np.nan_to_num(values, copy=False, nan=ends[0], neginf=ends[0], posinf=ends[1])
     low, high = float(values.min()), float(values.max())

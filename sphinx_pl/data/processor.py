@@ -16,7 +16,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, Optional
 
-from sphinx_pl.data.coordinates import Geometry, Size, seen_views
+from sphinx_pl.data.coordinates import Coordinates, Size, kept_views
 from sphinx_pl.data.images import annotated_images, image_size
 from sphinx_pl.data.prompt_format import (
     END_OF_TURN,
@@ -28,8 +28,8 @@ from sphinx_pl.data.prompt_format import (
     render,
     unescaped,
 )
-from sphinx_pl.data.schema import IMAGE_SLOT, PLACEHOLDER, Branch, ImageRef, Record, Sample, Turn
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.schema import IMAGE_SLOT, PLACEHOLDER, ImageRef, Record, Sample, SampleQuestion, Turn
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.data.tokenizers import Tokenizer
 from sphinx_pl.utils.config import build, within
@@ -71,7 +71,7 @@ class PromptSample:
 
     ids: list[int]
     images: tuple[ImageRef, ...]
-    seen: tuple[tuple[bool, ...], ...] = ()  # see `Sample`
+    kept_views: tuple[tuple[bool, ...], ...] = ()  # see `Sample`
 
 
 @dataclass
@@ -88,10 +88,10 @@ class Processor:
     image_size: int
     image_position: str = "after_bos"
     view_tokens: tuple[int, ...] = ()
-    geometry: Geometry = field(init=False)
+    coordinates: Coordinates = field(init=False)
 
     def __post_init__(self) -> None:
-        self.geometry = Geometry(decimals=self.config.decimals)
+        self.coordinates = Coordinates(decimals=self.config.decimals)
         if self.config.max_length is None:
             length = max(TEXT_LENGTH, self.tokens_per_image + BEHIND_IMAGE)
             self.config = dataclasses.replace(self.config, max_length=length)
@@ -160,7 +160,7 @@ class Processor:
         the answer goes on, and with the event `cut`; `cut_targets` and `cut_turns` count what was lost.
 
         Raises:
-            BadSample: the record lacks what its task needs, or `max_length` tokens hold no answer or not every image.
+            SkipSample: the record lacks what its task needs, or `max_length` tokens hold no answer or not every image.
         """
         return self.samples(record, source, rng)[0]
 
@@ -168,16 +168,16 @@ class Processor:
         """As `sample`; but what is cut off a plain document makes further samples, so that nothing of it is lost.
 
         Raises:
-            BadSample: as `sample`.
+            SkipSample: as `sample`.
         """
         budget = self.max_length
         if len(record.images) > budget:  # before each of them is opened for its size
-            raise BadSample("too_long", f"{len(record.images)} images in {budget} tokens")
-        turns = TASKS[record.task].turns(record, self.geometry, rng)
+            raise SkipSample("too_long", f"{len(record.images)} images in {budget} tokens")
+        turns = TASKS[record.task].turns(record, self.coordinates, rng)
         document = is_document(turns)
         images = annotated_images(record)
-        seen = self._seen(self.sizes(images))
-        slots = self.slots(len(images), seen)
+        kept_views = self._kept_views(self.sizes(images))
+        slots = self.slots(len(images), kept_views)
         rest: list[int] = []
         rendered, events = self._rendered(turns, record)
         if not document:
@@ -203,16 +203,16 @@ class Processor:
             rest = ids[budget:]
             ids, supervised = ids[:budget], supervised[:budget]
         if not any(supervised):
-            raise BadSample("too_long", f"no answer within {budget} tokens")
+            raise SkipSample("too_long", f"no answer within {budget} tokens")
         if ids.count(IMAGE_SLOT) < sum(slots):
-            raise BadSample("too_long", f"an image is not within {budget} tokens")
+            raise SkipSample("too_long", f"an image is not within {budget} tokens")
         # The prefix shared by all branches can reach at most to the first supervised token.
-        branch = Branch(ids, supervised, record.task, record.key)
-        samples = [Sample([], [branch], images, source, seen, +(events + Counter(record.events)))]
+        question = SampleQuestion(ids, supervised, record.task, record.key)
+        samples = [Sample([], [question], images, source, kept_views, +(events + Counter(record.events)))]
         for number, start in enumerate(range(0, len(rest), budget - 1), start=2):
             part = [self.tokenizer.bos_id, *rest[start : start + budget - 1]]
-            branch = Branch(part, [False] + [True] * (len(part) - 1), record.task, f"{record.key}#{number}")
-            samples.append(Sample([], [branch], (), source))
+            question = SampleQuestion(part, [False] + [True] * (len(part) - 1), record.task, f"{record.key}#{number}")
+            samples.append(Sample([], [question], (), source))
         return samples
 
     def prompt(self, record: Record, sizes: Sequence[Size] | None = None) -> PromptSample:
@@ -222,34 +222,34 @@ class Processor:
             sizes: (width, height) of the images that will be shown, if those are not the record's own.
 
         Raises:
-            BadSample: the record lacks what its task needs, or an image whose size is needed cannot be read.
+            SkipSample: the record lacks what its task needs, or an image whose size is needed cannot be read.
         """
-        turns = TASKS[record.task].turns(record, self.geometry, None)
+        turns = TASKS[record.task].turns(record, self.coordinates, None)
         images = annotated_images(record)
-        seen = self._seen(self.sizes(images) if sizes is None else sizes)
+        kept_views = self._kept_views(self.sizes(images) if sizes is None else sizes)
         rendered, _ = self._rendered(turns, record, open_ended=True)
-        ids, _ = self._tokens(rendered, record, self.slots(len(record.images), seen))
-        return PromptSample(ids, images, seen)
+        ids, _ = self._tokens(rendered, record, self.slots(len(record.images), kept_views))
+        return PromptSample(ids, images, kept_views)
 
     def sizes(self, images: Sequence[ImageRef]) -> tuple[Size, ...]:
         """(width, height) of images, from their headers; () where their numbers of tokens do not depend on it.
 
         Raises:
-            BadSample: an image that cannot be read.
+            SkipSample: an image that cannot be read.
         """
         return tuple(image_size(image) for image in images) if self.view_tokens else ()
 
-    def _seen(self, sizes: Sequence[Size]) -> tuple[tuple[bool, ...], ...]:
+    def _kept_views(self, sizes: Sequence[Size]) -> tuple[tuple[bool, ...], ...]:
         if not self.view_tokens:
             return ()
         grid = math.isqrt(len(self.view_tokens) - 1)
-        return tuple(seen_views(size, self.image_size, grid) for size in sizes)
+        return tuple(kept_views(size, self.image_size, grid) for size in sizes)
 
-    def slots(self, images: int, seen: Sequence[Sequence[bool]]) -> list[int]:
+    def slots(self, images: int, kept_views: Sequence[Sequence[bool]]) -> list[int]:
         """How many visual tokens each of so many images has."""
         if not self.view_tokens:
             return [self.tokens_per_image] * images
-        return [sum(n if s else 1 for n, s in zip(self.view_tokens, views, strict=True)) for views in seen]
+        return [sum(n if s else 1 for n, s in zip(self.view_tokens, views, strict=True)) for views in kept_views]
 
     def _rendered(
         self, turns: Sequence[Turn], record: Record, open_ended: bool = False
@@ -268,15 +268,15 @@ class Processor:
         marks = sum(turn.question.count(PLACEHOLDER) for turn in turns)
         images = len(record.images)
         if images == 0 and marks:
-            raise BadSample("image_absent", f"{record.key}: {marks} {PLACEHOLDER} but no image")
+            raise SkipSample("image_absent", f"{record.key}: {marks} {PLACEHOLDER} but no image")
         if marks not in (0, images):
-            raise BadSample("image_count", f"{record.key}: {marks} {PLACEHOLDER} for {images} images")
+            raise SkipSample("image_count", f"{record.key}: {marks} {PLACEHOLDER} for {images} images")
         if PLACEHOLDER in (record.system or ""):
-            raise BadSample("image_in_system", f"{record.key}: {PLACEHOLDER} in the system text")
+            raise SkipSample("image_in_system", f"{record.key}: {PLACEHOLDER} in the system text")
         if self._leading(record):
             return [Turn(turn.question.replace(PLACEHOLDER, "").strip(), turn.answer) for turn in turns]
         if any(PLACEHOLDER in turn.answer for turn in turns):
-            raise BadSample("image_in_answer", f"{record.key}: {PLACEHOLDER} in an answer")
+            raise SkipSample("image_in_answer", f"{record.key}: {PLACEHOLDER} in an answer")
         if marks == 0:
             return [Turn(PLACEHOLDER * images + turns[0].question, turns[0].answer), *turns[1:]]
         return turns
@@ -287,11 +287,11 @@ class Processor:
         What is kept ends with a whole turn, or within an answer behind what `parts` finds as a whole.
 
         Raises:
-            BadSample: too_long, where nothing of an answer would be left or the configuration wants no cut.
+            SkipSample: too_long, where nothing of an answer would be left or the configuration wants no cut.
         """
         budget = self.max_length
         if self.config.on_too_long == "skip":
-            raise BadSample("too_long", f"more than {budget} tokens")
+            raise SkipSample("too_long", f"more than {budget} tokens")
         limit = min(spans[budget - 1][1], spans[budget][0])  # a character can be several tokens
         text, turn = rendered.text, bisect_right(rendered.answers, limit, key=itemgetter(1))
         begin, end = rendered.answers[turn]
@@ -310,7 +310,7 @@ class Processor:
                 break
             limit = reached  # a token goes beyond the part's end
         if not turn:
-            raise BadSample("too_long", f"no whole part of an answer within {budget} tokens")
+            raise SkipSample("too_long", f"no whole part of an answer within {budget} tokens")
         return bisect_right(spans, rendered.answers[turn - 1][1], key=itemgetter(1)), turn
 
     def _leading(self, record: Record) -> bool:
@@ -360,7 +360,7 @@ def _overlaps(spans: Sequence[tuple[int, int]], answers: Sequence[tuple[int, int
     return flags
 
 
-def merge_branches(samples: Sequence[Sample], max_length: int) -> list[Sample]:
+def merge_questions(samples: Sequence[Sample], max_length: int) -> list[Sample]:
     """Samples about the same images, joined into as few as `max_length` tokens allow: a branch for each question.
 
     Samples whose images do not all stand in what they share (inline, after differing text), or are not shown in the
@@ -382,11 +382,11 @@ def _join(first: Sample, second: Sample) -> Sample | None:
     The shared prefix ends before the first supervised token of any branch, so every target keeps its own context.
     """
     images = _shared_images(first.images, second.images)
-    if images is None or first.seen != second.seen:
+    if images is None or first.kept_views != second.kept_views:
         return None
-    branches = [(sample.prefix, branch) for sample in (first, second) for branch in sample.branches]
-    chains = [prefix + branch.ids for prefix, branch in branches]
-    limit = min(len(prefix) + branch.supervised.index(True) for prefix, branch in branches) - 1
+    questions = [(sample.prefix, question) for sample in (first, second) for question in sample.questions]
+    chains = [prefix + question.ids for prefix, question in questions]
+    limit = min(len(prefix) + question.supervised.index(True) for prefix, question in questions) - 1
     shared = limit
     for chain in chains[1:]:
         if chain[:shared] != chains[0][:shared]:  # halve, comparing slices: each pair of ids by itself takes long
@@ -395,11 +395,13 @@ def _join(first: Sample, second: Sample) -> Sample | None:
         return None
     split = [
         # What leaves the prefix for a branch was never supervised.
-        Branch(chain[shared:], ([False] * len(prefix) + branch.supervised)[shared:], branch.task, branch.key)
-        for chain, (prefix, branch) in zip(chains, branches, strict=True)
+        SampleQuestion(
+            chain[shared:], ([False] * len(prefix) + question.supervised)[shared:], question.task, question.key
+        )
+        for chain, (prefix, question) in zip(chains, questions, strict=True)
     ]
     events = Counter(first.events) + Counter(second.events)
-    return Sample(chains[0][:shared], split, images, first.source, first.seen, events)
+    return Sample(chains[0][:shared], split, images, first.source, first.kept_views, events)
 
 
 def _shared_images(first: Sequence[ImageRef], second: Sequence[ImageRef]) -> tuple[ImageRef, ...] | None:

@@ -23,7 +23,7 @@ def read_records(
     """
     from sphinx_pl.data.readers import spread
     from sphinx_pl.data.sampling.config import META, Group, SourceConfig
-    from sphinx_pl.data.skip import BadSample
+    from sphinx_pl.data.skip import SkipSample
 
     for name in names or ():
         if name not in sources:
@@ -43,7 +43,7 @@ def read_records(
             for index in spread(len(source), at_most):
                 try:
                     record = source.record(index)
-                except BadSample as error:
+                except SkipSample as error:
                     lost[error.reason] = lost.get(error.reason, 0) + 1
                     continue
                 records.append(dataclasses.replace(record, key=f"{leaf}/{record.key}"))

@@ -89,7 +89,7 @@ class Record:
 
 
 @dataclass(slots=True)
-class Branch:
+class SampleQuestion:
     """One conversation over a sample's shared prefix (bos, images, system text)."""
 
     ids: list[int]
@@ -108,22 +108,22 @@ class Sample:
     """
 
     prefix: list[int]
-    branches: list[Branch]
+    questions: list[SampleQuestion]
     images: tuple[ImageRef, ...]
     source: str
     # Of each image the views that are not skipped as padding; () where the model skips none.
-    seen: tuple[tuple[bool, ...], ...] = ()
+    kept_views: tuple[tuple[bool, ...], ...] = ()
     # What happened to it that is worth a count although it is used, such as `cut`: counted as `<source>/<event>`.
     events: Mapping[str, int] = field(default_factory=Counter)
     length: int = field(init=False)  # positions it takes in a row
 
     def __post_init__(self) -> None:
-        self.length = len(self.prefix) + sum(len(branch.ids) for branch in self.branches)
+        self.length = len(self.prefix) + sum(len(question.ids) for question in self.questions)
 
     @property
     def targets(self) -> int:
         """How many tokens are supervised."""
-        return sum(sum(branch.supervised) for branch in self.branches)
+        return sum(sum(question.supervised) for question in self.questions)
 
 
 IMAGE_SLOT = -1
@@ -141,12 +141,12 @@ class Batch:
     labels: Tensor  # [B, T] int64: the *next* token where it is supervised, else IGNORE
     weights: Tensor  # [B, T] float32: weight of that target in the loss; 0 where labels is IGNORE
     segment_ids: Tensor  # [B, T] int32: 1, 2, ... within a row; 0 is padding
-    branch_ids: Tensor  # [B, T] int32: 0 in a segment's shared prefix, 1, 2, ... in its branches
+    question_ids: Tensor  # [B, T] int32: 0 in a segment's shared prefix, 1, 2, ... in its branches
     position_ids: Tensor  # [B, T] int64: restarts at each segment; a branch goes on from its prefix
     task_ids: Tensor  # [B, T] int32: index into `tasks`, valid where labels is not IGNORE
     pixels: Tensor  # [N, 3, S, S] uint8, padded square images; N may be 0
     image_slots: Tensor  # [L] int64: flat index b * T + t of every visual token, image by image
-    seen_views: Tensor | None = None  # [N, V] bool where the model skips views that show only padding
+    kept_views: Tensor | None = None  # [N, V] bool where the model skips views that show only padding
     source_ids: Tensor | None = None  # [B, T] int32: index into `sources`, as `task_ids`; None where none are named
     tasks: list[str] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)  # of the run's whole mixture: the same on all ranks
@@ -154,9 +154,9 @@ class Batch:
     counters: dict[str, float] = field(default_factory=dict)  # additive: samples, tokens, images, views, skipped/...
     examples: dict[str, str] = field(default_factory=dict)  # a counter of what is skipped -> its first, in words
     # Of the whole accumulation window on this rank, all micro-batches together, counted after decoding:
-    window_weight: float = 0.0
-    window_end: bool = True  # the last micro-batch of its window
-    window: int = 0  # its number since the start of the run, by which the planner knows where it was
+    step_weight: float = 0.0
+    ends_step: bool = True  # the last micro-batch of its window
+    step: int = 0  # its number since the start of the run, by which the planner knows where it was
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The batch with every tensor on `device`."""
@@ -166,10 +166,10 @@ class Batch:
         """Keys of the samples that these flat positions b * T + t are in."""
         # Keys stand in the order of rows, segments and branches; shared prefixes have branch 0 and no key.
         row = torch.arange(len(self.input_ids), device=self.segment_ids.device)[:, None].expand_as(self.segment_ids)
-        place = torch.stack([row.flatten(), self.segment_ids.flatten(), self.branch_ids.flatten()], dim=1)
-        branches = torch.unique(place[place[:, 2] > 0], dim=0)
+        place = torch.stack([row.flatten(), self.segment_ids.flatten(), self.question_ids.flatten()], dim=1)
+        questions = torch.unique(place[place[:, 2] > 0], dim=0)
         found = torch.unique(place[positions], dim=0)
-        at = (found[:, None] == branches[None]).all(-1).nonzero()[:, 1]
+        at = (found[:, None] == questions[None]).all(-1).nonzero()[:, 1]
         return [self.keys[i] for i in at.tolist()]
 
     def pin_memory(self) -> Batch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class BadSample(Exception):  # noqa: N818 - not an error of the program
+class SkipSample(Exception):  # noqa: N818 - not an error of the program
     """A record, caption or image that is no use.
 
     `reason` is a short slug that names a counter ("box_outside"); `detail` says which and why, for the log.
@@ -23,7 +23,7 @@ class BadSample(Exception):  # noqa: N818 - not an error of the program
         return f"skipped/{self.reason}"
 
 
-class Filtered(BadSample):
+class Filtered(SkipSample):
     """Nothing is wrong with it, but the configuration's filters do not want it."""
 
     @property

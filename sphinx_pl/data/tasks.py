@@ -46,14 +46,14 @@ from sphinx_pl.data.coordinates import (
     BEYOND,
     COCO_KEYPOINTS,
     Box4,
-    Geometry,
+    Coordinates,
     Grounded,
     Size,
     point_to_pixels,
     to_pixels,
 )
 from sphinx_pl.data.schema import PLACEHOLDER, Record, Region, Turn
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.utils.registry import Registry
 
 # Annotation tools disagree on whether the last pixel is inside, so a box may pass the image's edge by this much.
@@ -112,8 +112,8 @@ def _inside(box: Box4, size: Size) -> Box4:
     return min(max(x1, 0.0), width), min(max(y1, 0.0), height), max(min(x2, width), 0.0), max(min(y2, height), 0.0)
 
 
-Writer = Callable[[Record, Geometry], tuple[dict[str, str], str]]
-Reader = Callable[[str, Geometry], Parsed]
+TurnWriter = Callable[[Record, Coordinates], tuple[dict[str, str], str]]
+AnswerReader = Callable[[str, Coordinates], Parsed]
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,8 @@ class Task:
 
     name: str
     templates: tuple[str, ...]
-    write: Writer  # -> (values for the wording's slots, answer)
-    parse: Reader
+    write: TurnWriter  # -> (values for the wording's slots, answer)
+    parse: AnswerReader
     scorer: str
     max_new_tokens: int
     needs_image: bool = True
@@ -136,24 +136,24 @@ class Task:
     given: tuple[str, ...] = ()
     parts: re.Pattern[str] = PARTS
 
-    def turns(self, record: Record, geometry: Geometry, rng: random.Random | None = None) -> tuple[Turn, ...]:
+    def turns(self, record: Record, coordinates: Coordinates, rng: random.Random | None = None) -> tuple[Turn, ...]:
         """The conversation of a record: its own turns where it has them, else one written from its annotations.
 
         Args:
             rng: chooses the wording; None takes the first.
 
         Raises:
-            BadSample: the record lacks what the task needs, or its geometry is impossible.
+            SkipSample: the record lacks what the task needs, or its geometry is impossible.
         """
         if self.needs_image and not record.images:
-            raise BadSample("image_absent", f"{record.key} has no image, its task {self.name} needs one")
-        turns = record.turns or (self._write(record, geometry, rng),)
+            raise SkipSample("image_absent", f"{record.key} has no image, its task {self.name} needs one")
+        turns = record.turns or (self._write(record, coordinates, rng),)
         if any(not turn.answer.strip() for turn in turns):
-            raise BadSample("answer_empty", record.key)
+            raise SkipSample("answer_empty", record.key)
         return turns
 
-    def _write(self, record: Record, geometry: Geometry, rng: random.Random | None) -> Turn:
-        slots, answer = self.write(record, geometry)
+    def _write(self, record: Record, coordinates: Coordinates, rng: random.Random | None) -> Turn:
+        slots, answer = self.write(record, coordinates)
         templates = self.given if self.given_slot in slots else self.templates
         template = rng.choice(templates) if rng else templates[0]
         return Turn(template.format(**slots), answer)
@@ -164,8 +164,8 @@ TASKS: Registry[Task] = Registry("task", "docs/data.md")
 
 def _task(
     name: str,
-    write: Writer,
-    parse: Reader,
+    write: TurnWriter,
+    parse: AnswerReader,
     scorer: str,
     max_new_tokens: int,
     *templates: str,
@@ -182,16 +182,16 @@ def choice_letter(record: Record) -> str:
     """The letter ("A", "B", ...) of a record's answer among its choices.
 
     Raises:
-        BadSample: the answer is not one of the choices, one of these is blank or repeated, or there are more than 26.
+        SkipSample: the answer is not one of the choices, one of these is blank or repeated, or there are more than 26.
     """
     if not 2 <= len(record.choices) <= len(string.ascii_uppercase):
-        raise BadSample("choices_count", f"{record.key} has {len(record.choices)} choices")
+        raise SkipSample("choices_count", f"{record.key} has {len(record.choices)} choices")
     if not all(choice.strip() for choice in record.choices):
-        raise BadSample("choice_empty", f"{record.key}: {record.choices}")
+        raise SkipSample("choice_empty", f"{record.key}: {record.choices}")
     if repeated := repeated_choice(record.choices):
-        raise BadSample("choices_repeated", f"{record.key}: {repeated}")
+        raise SkipSample("choices_repeated", f"{record.key}: {repeated}")
     if record.answer not in record.choices:
-        raise BadSample("answer_not_in_choices", record.key)
+        raise SkipSample("answer_not_in_choices", record.key)
     return string.ascii_uppercase[record.choices.index(record.answer)]
 
 
@@ -218,20 +218,20 @@ def reading_order(regions: Iterable[Region]) -> list[Region]:
 
 def _size(record: Record) -> Size:
     if not record.sizes:
-        raise BadSample("size_unknown", f"{record.key} has geometry but its image has no width and height")
+        raise SkipSample("size_unknown", f"{record.key} has geometry but its image has no width and height")
     _check_unit(record)
     return record.sizes[0]
 
 
 def _check_unit(record: Record) -> None:
-    """Raises: BadSample: all boxes or all keypoints lie within one pixel, so they are fractions of the image."""
+    """Raises: SkipSample: all boxes or all keypoints lie within one pixel, so they are fractions of the image."""
     if record.sizes and max(record.sizes[0]) == 1:
         return
     boxes = [region.box for region in record.regions]
     points = [point[:2] for region in record.regions for point in region.keypoints if point[2]]
     for name, places in (("box", boxes), ("keypoint", points)):
         if places and all(-BEYOND <= number <= 1 + BEYOND for place in places for number in place):
-            raise BadSample(
+            raise SkipSample(
                 f"{name}_below_pixel", f"{record.key}: {places[0]} must be in pixels of the image, not in fractions"
             )
 
@@ -241,18 +241,18 @@ def _checked_box(record: Record, region: Region) -> Box4:
     width, height = _size(record)
     x1, y1, x2, y2 = region.box
     if not (x1 < x2 and y1 < y2):  # also true of NaN
-        raise BadSample("box_inverted", f"{record.key}: {region.box}")
+        raise SkipSample("box_inverted", f"{record.key}: {region.box}")
     if min(x1, y1) < -EDGE_TOLERANCE or x2 > width + EDGE_TOLERANCE or y2 > height + EDGE_TOLERANCE:
-        raise BadSample("box_outside", f"{record.key}: {region.box} in {width}x{height}")
+        raise SkipSample("box_outside", f"{record.key}: {region.box} in {width}x{height}")
     x1, y1, x2, y2 = cut = _inside(region.box, (width, height))
     if not (x1 < x2 and y1 < y2):
-        raise BadSample("box_outside", f"{record.key}: {region.box} in {width}x{height}")
+        raise SkipSample("box_outside", f"{record.key}: {region.box} in {width}x{height}")
     return cut
 
 
 def _regions(record: Record) -> tuple[Region, ...]:
     if not record.regions:
-        raise BadSample("region_missing", record.key)
+        raise SkipSample("region_missing", record.key)
     _check_unit(record)
     return record.regions
 
@@ -260,16 +260,16 @@ def _regions(record: Record) -> tuple[Region, ...]:
 def _label(record: Record, region: Region) -> str:
     label = region.label.strip()
     if not label:
-        raise BadSample("label_empty", record.key)
+        raise SkipSample("label_empty", record.key)
     if any(mark in label for mark in ("<p>", "</p>", PLACEHOLDER)):
-        raise BadSample("label_markup", f"{record.key}: {label}")
+        raise SkipSample("label_markup", f"{record.key}: {label}")
     return label
 
 
 def _question(record: Record) -> str:
     question = record.question.strip()
     if not question:
-        raise BadSample("question_empty", record.key)
+        raise SkipSample("question_empty", record.key)
     return question
 
 
@@ -277,32 +277,32 @@ def _answer(record: Record) -> str:
     return record.answer.strip()  # an empty one is refused by Task.turns, for every task
 
 
-def _grounded(record: Record, geometry: Geometry, *regions: Region) -> str:
+def _grounded(record: Record, coordinates: Coordinates, *regions: Region) -> str:
     """The first region's label with the boxes of all."""
     boxes = [_checked_box(record, region) for region in regions]
-    return geometry.grounded(_label(record, regions[0]), boxes, _size(record))
+    return coordinates.grounded(_label(record, regions[0]), boxes, _size(record))
 
 
-def _grounded_answer(record: Record, geometry: Geometry) -> str:
+def _grounded_answer(record: Record, coordinates: Coordinates) -> str:
     """The record's answer with its placeholders filled."""
 
     def phrase(match: re.Match[str]) -> str:
         indices = [int(index) for index in match[1].split(",")]
         if max(indices) >= len(record.regions):
-            raise BadSample("region_missing", f"{record.key} mentions region {max(indices)} of {len(record.regions)}")
-        return _grounded(record, geometry, *(record.regions[index] for index in indices))
+            raise SkipSample("region_missing", f"{record.key} mentions region {max(indices)} of {len(record.regions)}")
+        return _grounded(record, coordinates, *(record.regions[index] for index in indices))
 
     answer, mentioned = _MENTION.subn(phrase, _answer(record))
     if answer and not mentioned:
-        raise BadSample("region_missing", f"{record.key} mentions no region")
+        raise SkipSample("region_missing", f"{record.key} mentions no region")
     return answer
 
 
-def _write_question(record: Record, geometry: Geometry) -> tuple[dict[str, str], str]:
+def _write_question(record: Record, coordinates: Coordinates) -> tuple[dict[str, str], str]:
     return {"question": _question(record)}, _answer(record)
 
 
-def _write_choice(record: Record, geometry: Geometry) -> tuple[dict[str, str], str]:
+def _write_choice(record: Record, coordinates: Coordinates) -> tuple[dict[str, str], str]:
     answer = choice_letter(record)
     # A line break inside a choice could make two of it.
     choices = (" ".join(choice.split()) for choice in record.choices)
@@ -310,144 +310,146 @@ def _write_choice(record: Record, geometry: Geometry) -> tuple[dict[str, str], s
     return {"question": _question(record), "choices": "\n".join(lines)}, answer
 
 
-def _write_answer(record: Record, geometry: Geometry) -> tuple[dict[str, str], str]:
+def _write_answer(record: Record, coordinates: Coordinates) -> tuple[dict[str, str], str]:
     return {}, _answer(record)
 
 
-def _write_rec(record: Record, geometry: Geometry) -> tuple[dict[str, str], str]:
+def _write_rec(record: Record, coordinates: Coordinates) -> tuple[dict[str, str], str]:
     box = _checked_box(record, _regions(record)[0])
-    return {"phrase": _question(record).rstrip(".")}, geometry.box(box, _size(record))
+    return {"phrase": _question(record).rstrip(".")}, coordinates.box(box, _size(record))
 
 
-def _write_reg(record: Record, geometry: Geometry) -> tuple[dict[str, str], str]:
+def _write_reg(record: Record, coordinates: Coordinates) -> tuple[dict[str, str], str]:
     region = _regions(record)[0]
-    return {"box": geometry.box(_checked_box(record, region), _size(record))}, _label(record, region)
+    return {"box": coordinates.box(_checked_box(record, region), _size(record))}, _label(record, region)
 
 
-def _write_yes_no(record: Record, geometry: Geometry) -> tuple[dict[str, str], str]:
+def _write_yes_no(record: Record, coordinates: Coordinates) -> tuple[dict[str, str], str]:
     answer = normalise(record.answer)
     if answer and answer not in ("yes", "no"):
-        raise BadSample("answer_not_yes_no", f"{record.key}: {record.answer}")
+        raise SkipSample("answer_not_yes_no", f"{record.key}: {record.answer}")
     return {"question": _question(record)}, answer
 
 
-def _write_grounded_caption(record: Record, geometry: Geometry) -> tuple[dict[str, str], str]:
-    return {}, _grounded_answer(record, geometry)
+def _write_grounded_caption(record: Record, coordinates: Coordinates) -> tuple[dict[str, str], str]:
+    return {}, _grounded_answer(record, coordinates)
 
 
-def _write_grounded_vqa(record: Record, geometry: Geometry) -> tuple[dict[str, str], str]:
-    return {"question": _question(record)}, _grounded_answer(record, geometry)
+def _write_grounded_vqa(record: Record, coordinates: Coordinates) -> tuple[dict[str, str], str]:
+    return {"question": _question(record)}, _grounded_answer(record, coordinates)
 
 
-def _write_detection(record: Record, geometry: Geometry) -> tuple[dict[str, str], str]:
+def _write_detection(record: Record, coordinates: Coordinates) -> tuple[dict[str, str], str]:
     label = _question(record)
     # A region without a label could be one of those that are asked for.
     found = reading_order(region for region in record.regions if _label(record, region) == label)
     boxes = [_checked_box(record, region) for region in found]
-    return {"label": label}, geometry.boxes(boxes, _size(record)) if boxes else "None"
+    return {"label": label}, coordinates.boxes(boxes, _size(record)) if boxes else "None"
 
 
-def _write_ocr(record: Record, geometry: Geometry) -> tuple[dict[str, str], str]:
-    return {}, "".join(_grounded(record, geometry, region) for region in reading_order(_regions(record)))
+def _write_ocr(record: Record, coordinates: Coordinates) -> tuple[dict[str, str], str]:
+    return {}, "".join(_grounded(record, coordinates, region) for region in reading_order(_regions(record)))
 
 
-def _write_ocr_text(record: Record, geometry: Geometry) -> tuple[dict[str, str], str]:
+def _write_ocr_text(record: Record, coordinates: Coordinates) -> tuple[dict[str, str], str]:
     # A line break inside a label would make two texts of it.
     return {}, "\n".join(" ".join(_label(record, region).split()) for region in reading_order(_regions(record)))
 
 
-def _write_pose(record: Record, geometry: Geometry) -> tuple[dict[str, str], str]:
+def _write_pose(record: Record, coordinates: Coordinates) -> tuple[dict[str, str], str]:
     person = _regions(record)[0]
     size = _size(record)
     if len(person.keypoints) != len(COCO_KEYPOINTS):
-        raise BadSample("keypoints_count", f"{record.key} has {len(person.keypoints)}, not {len(COCO_KEYPOINTS)}")
+        raise SkipSample("keypoints_count", f"{record.key} has {len(person.keypoints)}, not {len(COCO_KEYPOINTS)}")
     present = [(x, y) for x, y, visibility in person.keypoints if visibility]
     if not present:
-        raise BadSample("keypoints_absent", record.key)
+        raise SkipSample("keypoints_absent", record.key)
     if any(
         not (-EDGE_TOLERANCE <= value <= limit + EDGE_TOLERANCE)
         for point in present
         for value, limit in zip(point, size, strict=True)
     ):
-        raise BadSample("keypoint_outside", record.key)
+        raise SkipSample("keypoint_outside", record.key)
     named = {"person": _question(record).rstrip(".")} if record.question.strip() else {}
-    return {"box": geometry.box(_checked_box(record, person), size)} | named, geometry.keypoints(person.keypoints, size)
+    return {"box": coordinates.box(_checked_box(record, person), size)} | named, coordinates.keypoints(
+        person.keypoints, size
+    )
 
 
-def _write_groups(record: Record, geometry: Geometry) -> tuple[dict[str, str], str]:
+def _write_groups(record: Record, coordinates: Coordinates) -> tuple[dict[str, str], str]:
     groups: dict[str, list[Box4]] = {}
     for region in reading_order(_regions(record)):
         groups.setdefault(_label(record, region), []).append(_checked_box(record, region))
-    return {}, "".join(geometry.grounded(label, boxes, _size(record)) for label, boxes in groups.items())
+    return {}, "".join(coordinates.grounded(label, boxes, _size(record)) for label, boxes in groups.items())
 
 
-def _write_relation(record: Record, geometry: Geometry) -> tuple[dict[str, str], str]:
+def _write_relation(record: Record, coordinates: Coordinates) -> tuple[dict[str, str], str]:
     if len(record.regions) < 2:
-        raise BadSample("region_missing", f"{record.key} has {len(record.regions)} of subject and object")
-    subject, other = (_grounded(record, geometry, region) for region in record.regions[:2])
+        raise SkipSample("region_missing", f"{record.key} has {len(record.regions)} of subject and object")
+    subject, other = (_grounded(record, coordinates, region) for region in record.regions[:2])
     return {"subject": subject, "object": other}, _answer(record)
 
 
-def _write_questions(record: Record, geometry: Geometry) -> tuple[dict[str, str], str]:
+def _write_questions(record: Record, coordinates: Coordinates) -> tuple[dict[str, str], str]:
     return {"answer": answer} if (answer := _answer(record)) else {}, _question(record)
 
 
-def read_text(text: str, geometry: Geometry) -> Parsed:
+def read_text(text: str, coordinates: Coordinates) -> Parsed:
     """The text as it is."""
     return Parsed(text)
 
 
-def read_yes_no(text: str, geometry: Geometry) -> Parsed:
+def read_yes_no(text: str, coordinates: Coordinates) -> Parsed:
     """ "yes" or "no" where the text begins with that word, in any case, and does not say the other one too."""
     word = leading_value(text, {"yes": "yes", "no": "no"})
     return Parsed(word) if word else Parsed(formed=False)
 
 
-def read_choice(text: str, geometry: Geometry) -> Parsed:
+def read_choice(text: str, coordinates: Coordinates) -> Parsed:
     """The letter that the text begins with, if it names no other: "B", "b", "(B)", "B. text"; "Blue" is no letter."""
     letter = read_letter(text)
     return Parsed(letter) if letter else Parsed(formed=False)
 
 
-def read_boxes(text: str, geometry: Geometry) -> Parsed:
+def read_boxes(text: str, coordinates: Coordinates) -> Parsed:
     """All boxes, as one place without a label."""
-    boxes = tuple(geometry.parse_boxes(text))
+    boxes = tuple(coordinates.parse_boxes(text))
     return Parsed(places=(Grounded("", boxes),)) if boxes else Parsed(formed=False)
 
 
-def read_detection(text: str, geometry: Geometry) -> Parsed:
+def read_detection(text: str, coordinates: Coordinates) -> Parsed:
     """All boxes, or none where the text says "None"."""
-    return Parsed() if normalise(text) == "none" else read_boxes(text, geometry)
+    return Parsed() if normalise(text) == "none" else read_boxes(text, coordinates)
 
 
-def read_grounded(text: str, geometry: Geometry) -> Parsed:
+def read_grounded(text: str, coordinates: Coordinates) -> Parsed:
     """All phrases with their boxes."""
-    places = tuple(geometry.parse_grounded(text))
+    places = tuple(coordinates.parse_grounded(text))
     return Parsed(places=places, formed=any(place.boxes for place in places))
 
 
-def read_ocr(text: str, geometry: Geometry) -> Parsed:
+def read_ocr(text: str, coordinates: Coordinates) -> Parsed:
     """All phrases with a place, whether that is a box or a point: what counts is the text."""
-    places = tuple(geometry.parse_grounded(text))
+    places = tuple(coordinates.parse_grounded(text))
     return Parsed(places=places, formed=bool(places))
 
 
-def read_keypoints(text: str, geometry: Geometry) -> Parsed:
+def read_keypoints(text: str, coordinates: Coordinates) -> Parsed:
     """All phrases with their points."""
-    places = tuple(geometry.parse_grounded(text))
+    places = tuple(coordinates.parse_grounded(text))
     return Parsed(places=places, formed=any(place.points for place in places))
 
 
-def read_lines(text: str, geometry: Geometry) -> Parsed:
+def read_lines(text: str, coordinates: Coordinates) -> Parsed:
     """A label without a place for each line that is not blank."""
     places = tuple(Grounded(line.strip()) for line in text.splitlines() if line.strip())
     return Parsed(places=places, formed=bool(places))
 
 
-def read_grounded_answer(text: str, geometry: Geometry) -> Parsed:
+def read_grounded_answer(text: str, coordinates: Coordinates) -> Parsed:
     """All phrases with their boxes, and the text with a placeholder for each: `{0}`, or `{1,2}` where it has two."""
     answer, places, count = "", [], 0
-    for part in geometry.cut_grounded(text):
+    for part in coordinates.cut_grounded(text):
         if isinstance(part, str):
             answer += part
             continue
@@ -578,7 +580,7 @@ _task(
 )
 _task("chat", _write_question, read_text, "vqa_exact", 256, "{question}", needs_image=False)
 # A document of plain text: no instruction, and all of it is supervised.
-_task("text", lambda record, geometry: ({}, record.answer), read_text, "none", 64, "", needs_image=False)
+_task("text", lambda record, coordinates: ({}, record.answer), read_text, "none", 64, "", needs_image=False)
 
 # New tasks come last: a task's number in a batch is its place here.
 _task(

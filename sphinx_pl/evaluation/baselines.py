@@ -7,9 +7,9 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.schema import Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.evaluation.metrics import METRICS, last_turn
 from sphinx_pl.evaluation.question import asked_task
@@ -23,7 +23,11 @@ GroupKey = tuple[str, str]
 
 
 def fit_constants(
-    records: Iterable[Record], geometry: Geometry, candidates: int = CANDIDATES, sample: int = SAMPLE, seed: int = 0
+    records: Iterable[Record],
+    coordinates: Coordinates,
+    candidates: int = CANDIDATES,
+    sample: int = SAMPLE,
+    seed: int = 0,
 ) -> dict[GroupKey, str]:
     """The constant answer with the best mean score in training: of each task and topic, and of each task (topic "").
 
@@ -36,8 +40,8 @@ def fit_constants(
         if TASKS[record.task].scorer == "none":
             continue
         try:
-            turn = last_turn(record, geometry)
-        except BadSample:
+            turn = last_turn(record, coordinates)
+        except SkipSample:
             continue
         written = dataclasses.replace(record, turns=(turn,))  # so that no score writes it again
         for key in {(asked_task(record), topic_of(record)), (asked_task(record), "")}:
@@ -47,20 +51,20 @@ def fit_constants(
         answers = Counter(record.turns[0].answer for record in group)
         if topic and len(answers) == 1:
             continue  # such a topic names the answer, not the question: whoever guesses does not know it
-        mean = mean_geometry(list(answers.elements()), geometry)
+        mean = mean_geometry(list(answers.elements()), coordinates)
         tried = random.Random(seed).sample(group, min(sample, len(group)))
         constants[task, topic] = max(
             dict.fromkeys([*(answer for answer, _ in answers.most_common(candidates)), *([mean] if mean else [])]),
-            key=lambda answer: sum(_score(answer, record, geometry) for record in tried),
+            key=lambda answer: sum(_score(answer, record, coordinates) for record in tried),
         )
     return constants
 
 
-def _score(answer: str, record: Record, geometry: Geometry) -> float:
-    return METRICS[TASKS[record.task].scorer].score(answer, record, geometry)
+def _score(answer: str, record: Record, coordinates: Coordinates) -> float:
+    return METRICS[TASKS[record.task].scorer].score(answer, record, coordinates)
 
 
-def mean_geometry(answers: Sequence[str], geometry: Geometry) -> str:
+def mean_geometry(answers: Sequence[str], coordinates: Coordinates) -> str:
     """The mean box of answers that are boxes; of grounded ones, the phrases of at least half of them, at mean places.
 
     "" where the answers hold no geometry, or share no phrase.
@@ -68,29 +72,29 @@ def mean_geometry(answers: Sequence[str], geometry: Geometry) -> str:
     grounded: dict[str, list[tuple[float, ...]]] = defaultdict(list)
     plain: list[tuple[float, ...]] = []
     for answer in answers:
-        items = geometry.parse_grounded(answer)
+        items = coordinates.parse_grounded(answer)
         for item in {item.phrase: item for item in reversed(items)}.values():
             grounded[item.phrase].append((item.boxes or item.points)[0])
         if not items:
-            plain += geometry.parse_boxes(answer)
+            plain += coordinates.parse_boxes(answer)
     if not grounded:
-        return _mean_text(plain, geometry) if plain else ""
+        return _mean_text(plain, coordinates) if plain else ""
     common = [(phrase, places) for phrase, places in grounded.items() if 2 * len(places) >= len(answers)]
-    return "".join(f"<p>{phrase}</p>{_mean_text(places, geometry)}" for phrase, places in common)
+    return "".join(f"<p>{phrase}</p>{_mean_text(places, coordinates)}" for phrase, places in common)
 
 
-def _mean_text(places: Sequence[tuple[float, ...]], geometry: Geometry) -> str:
+def _mean_text(places: Sequence[tuple[float, ...]], coordinates: Coordinates) -> str:
     # A phrase that is a box in one answer and a point in another has no mean: the first one's kind counts.
     kind = len(places[0])
     same = [place for place in places if len(place) == kind]
-    return geometry.boxes([[sum(values) / len(same) for values in zip(*same, strict=True)]], (1, 1))
+    return coordinates.boxes([[sum(values) / len(same) for values in zip(*same, strict=True)]], (1, 1))
 
 
 def constant_predictions(
     predictions: Sequence[Prediction],
     records: Mapping[str, Record],
     constants: Mapping[GroupKey, str],
-    geometry: Geometry,
+    coordinates: Coordinates,
 ) -> list[Prediction]:
     """What the constants would have answered to the same questions; those of a task without one are left out.
 
@@ -103,5 +107,5 @@ def constant_predictions(
         task = asked_task(record)
         text = constants.get((task, topic_of(record)), constants.get((task, "")))
         if text is not None:
-            answered.append(judge(record, text, geometry))
+            answered.append(judge(record, text, coordinates))
     return answered

@@ -12,7 +12,7 @@ import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.images import annotated_images
 from sphinx_pl.data.processor import Processor, PromptSample
 from sphinx_pl.data.schema import ImageRef, Record, Turn
@@ -45,7 +45,7 @@ class Question:
         """The question's ids, with a slot for each visual token of its images.
 
         Raises:
-            BadSample: an image whose size is needed cannot be read, or `<image>` marks do not fit the images.
+            SkipSample: an image whose size is needed cannot be read, or `<image>` marks do not fit the images.
         """
         turns = (*self.earlier, Turn(self.text, _BLANK))
         return processor.prompt(Record(self.key, "chat", self.images, turns=turns))
@@ -53,7 +53,7 @@ class Question:
 
 def question_of(
     record: Record,
-    geometry: Geometry,
+    coordinates: Coordinates,
     limit: int | None = None,
     closed: Sequence[str] | None = None,
 ) -> Question:
@@ -64,9 +64,9 @@ def question_of(
         closed: the answers that a benchmark's questions allow, () for open ones. None: the question's words tell.
 
     Raises:
-        BadSample: the record lacks what its task needs, so that its answer could not be scored either.
+        SkipSample: the record lacks what its task needs, so that its answer could not be scored either.
     """
-    *earlier, last = TASKS[record.task].turns(record, geometry, None)
+    *earlier, last = TASKS[record.task].turns(record, coordinates, None)
     if record.task == "multiple_choice":
         candidates = tuple(string.ascii_uppercase[: len(record.choices)])
     elif closed is not None:

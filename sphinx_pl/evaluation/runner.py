@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.images import load_image
 from sphinx_pl.data.processor import Processor, PromptSample
 from sphinx_pl.data.readers.instruction_json import to_entry
 from sphinx_pl.data.schema import ImageRef, Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.evaluation.answer_log import Answered, Journal
 from sphinx_pl.evaluation.choosing import answer
@@ -61,7 +61,7 @@ class Prediction:
         return cls(**{**values, "images": tuple(ImageRef.from_dict(image) for image in values["images"])})
 
 
-Judge = Callable[[Record, str, Geometry, tuple[ImageRef, ...]], Prediction]
+Judge = Callable[[Record, str, Coordinates, tuple[ImageRef, ...]], Prediction]
 """(record, answer's text, geometry, images that were shown) -> the scored answer."""
 
 
@@ -174,8 +174,8 @@ def evaluate(
     questions: dict[int, Question] = {}
     for place, record in enumerate(records):
         try:
-            question = question_of(record, processor.geometry, max_new_tokens, closed)
-        except BadSample as error:
+            question = question_of(record, processor.coordinates, max_new_tokens, closed)
+        except SkipSample as error:
             lost[error.reason] += 1
             continue
         # Another record's images are not what this one's coordinates are about.
@@ -197,7 +197,9 @@ def evaluate(
     if skipped is not None:
         skipped.update(lost)
     score = judge or _judge
-    return [score(records[place], text, processor.geometry, questions[place].images) for place, text in answers.items()]
+    return [
+        score(records[place], text, processor.coordinates, questions[place].images) for place, text in answers.items()
+    ]
 
 
 def ask(
@@ -258,7 +260,7 @@ def _prompts(
     for place, question in questions.items():
         try:
             prompt = question.prompt(processor)
-        except BadSample as error:
+        except SkipSample as error:
             lost[error.reason] += 1
             continue
         room = model.config.decoder.max_positions - len(prompt.ids)
@@ -289,19 +291,19 @@ def _decode(batch: Sequence[_Asked], size: int) -> tuple[list[Prompt], list[int]
     for one in batch:
         try:
             pixels = [load_image(image, size) for image in one.question.images]
-        except BadSample as error:
+        except SkipSample as error:
             lost[error.reason] += 1
             continue
         stacked = torch.stack(pixels) if pixels else None
-        prompts.append(Prompt(one.prompt.ids, stacked, one.limit, one.prompt.seen))
+        prompts.append(Prompt(one.prompt.ids, stacked, one.limit, one.prompt.kept_views))
         places.append(one.place)
     return prompts, places, dict(lost)
 
 
-def judge(record: Record, prediction: str, geometry: Geometry, images: tuple[ImageRef, ...] = ()) -> Prediction:
+def judge(record: Record, prediction: str, coordinates: Coordinates, images: tuple[ImageRef, ...] = ()) -> Prediction:
     """Score an answer's text with the metric of the record's task."""
     metric = METRICS[TASKS[record.task].scorer]
-    turn = last_turn(record, geometry)
+    turn = last_turn(record, coordinates)
     return Prediction(
         key=record.key,
         task=record.task,
@@ -311,7 +313,7 @@ def judge(record: Record, prediction: str, geometry: Geometry, images: tuple[Ima
         question=turn.question,
         answer=turn.answer,
         prediction=prediction,
-        score=metric.score(prediction, record, geometry),
+        score=metric.score(prediction, record, coordinates),
         parsed=metric.parsed(prediction, record),
         images=images,
         record=to_entry(record),

@@ -39,7 +39,7 @@ class TrainingFlops:
 
     def __call__(self, batch: Batch) -> float:
         rows, length = batch.input_ids.shape
-        views = int(batch.counters["views"]) if batch.seen_views is not None else None
+        views = int(batch.counters["views"]) if batch.kept_views is not None else None
         return self.of(rows, length, batch.counters.get("targets", 0), len(batch.pixels), views)
 
     def of(self, rows: int, length: int, supervised: float, images: float, views: float | None = None) -> float:

@@ -28,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sphinx_pl.runtime.ranks import count_devices, first_process
 from sphinx_pl.utils.config import CONFIG_FOLDER, all_keys, escaped, unknown_key
 from sphinx_pl.utils.errors import UserError, nearest_key, suggest
+from sphinx_pl.utils.renamed import renamed_key
 
 TYPED = {
     "train": ("output_dir", "ckpt_path", "data.root", "data.tokenizer", "stage.init_from"),
@@ -69,6 +70,8 @@ def one_line(error: BaseException) -> str:
         quoted = shlex.quote(f"{key}={literal(value)}")
         return f"{error.override}: Hydra cannot read this value; as text it is {quoted}"
     said = str(error)
+    if (missing := re.search(r"Interpolation key '(.+?)' not found", said)) and (renamed := renamed_key(missing[1])):
+        return renamed
     if found := re.match(r"Ambiguous value for argument '(.+?)=(.+)'", said):
         key, values = found.groups()
         return f"{key}={values}: for a list write {key}=[{values}], for a run with each value add -m"
@@ -90,21 +93,22 @@ def _validation_interval(every: int, max_steps: int, accumulate: int) -> int:
     return int(every or max_steps) * int(accumulate)
 
 
-def _micro_batches(rows_per_step: int | None, rows: int, devices: Any, num_nodes: int) -> int:
-    """Of an optimizer step on each rank, so that all ranks together have `rows_per_step` rows in it."""
-    if rows_per_step is None:
+def _micro_batches(global_batch_rows: int | None, rows: int, devices: Any, num_nodes: int) -> int:
+    """Micro-batches of a step on each rank, so that all ranks together have `global_batch_rows` rows in it."""
+    if global_batch_rows is None:
         return 1
     if (per_node := count_devices(devices)) is None:  # as many as there are
         import torch
 
         per_node = max(1, torch.cuda.device_count())
     at_once = int(rows) * per_node * int(num_nodes)
-    if rows_per_step % at_once:
+    if global_batch_rows % at_once:
         raise UserError(
-            f"stage.rows_per_step={rows_per_step} is not a multiple of data.packing.rows={rows} * {per_node} * "
-            f"{num_nodes} (trainer.devices, trainer.num_nodes): change one of them, or set stage.accumulate instead"
+            f"stage.global_batch_rows={global_batch_rows} is not a multiple of data.packing.micro_batch_rows={rows} * "
+            f"{per_node} * {num_nodes} (trainer.devices, trainer.num_nodes): change one of them, or set "
+            "stage.accumulate instead"
         )
-    return int(rows_per_step) // at_once
+    return int(global_batch_rows) // at_once
 
 
 def _mixed_precision(accelerator: str) -> str:
@@ -267,6 +271,8 @@ def explain_override(
     if not (found := _NO_SUCH_KEY.search(str(error))):
         return None
     key = found[1]
+    if renamed := renamed_key(key):
+        return UserError(renamed)
     given = [override for override in overrides if override.partition("=")[0] == key]
     others = [override for override in overrides if override not in given]
     try:

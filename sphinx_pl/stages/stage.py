@@ -50,7 +50,7 @@ _FREE = (
 """What a run may choose anew for weights that were trained with another value."""
 
 
-OTHERS_KEYS = ("rows_per_step", "accumulate", "clip", "val_every", "text_required")
+OTHERS_KEYS = ("global_batch_rows", "accumulate", "clip", "val_every", "text_required")
 """Of conf/stage: they are the trainer's and the data's."""
 
 
@@ -123,8 +123,8 @@ class Stage(L.LightningModule):
         """The weights come from a resumable checkpoint, so that neither `init_from` nor towers are read again."""
         self.validated_at = -1
         """Optimizer steps behind the last held-out losses."""
-        # Of the window that is being trained on: what each micro-batch's losses are of.
-        self._window: list[tuple[Batch, Tensor, Tensor]] = []
+        # The micro-batches so far of the step that is being trained on, with their losses.
+        self._micro_batches: list[tuple[Batch, Tensor, Tensor]] = []
         self.nonfinite_steps = 0
         """Steps that were left out since their gradients were not finite."""
         self._nonfinite_in_a_row = 0
@@ -312,15 +312,15 @@ class Stage(L.LightningModule):
         """
         losses = self.sphinx.token_losses(batch)
         weights = batch.weights.flatten()[losses.index]
-        total = batch.input_ids.new_tensor(batch.window_weight, dtype=torch.float32)
+        total = batch.input_ids.new_tensor(batch.step_weight, dtype=torch.float32)
         if self.trainer.world_size > 1:
             torch.distributed.all_reduce(total)
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / total.clamp(min=1e-8)
         nll = losses.nll.detach()
         self._count(batch, nll, losses.index)
-        if self._window and self._window[-1][0].window_end:
-            self._window.clear()
-        self._window.append((dataclasses.replace(batch, pixels=batch.pixels[:0]), nll, losses.index))
+        if self._micro_batches and self._micro_batches[-1][0].ends_step:
+            self._micro_batches.clear()
+        self._micro_batches.append((dataclasses.replace(batch, pixels=batch.pixels[:0]), nll, losses.index))
         loss: Tensor = (losses.nll * weights).sum() * scale + losses.extra
         return loss
 
@@ -368,7 +368,7 @@ class Stage(L.LightningModule):
         Raises:
             NonFiniteError: the gradients were not finite in more than `max_nonfinite` steps in a row.
         """
-        if not self._window[-1][0].window_end:  # DeepSpeed asks after every micro-batch
+        if not self._micro_batches[-1][0].ends_step:  # DeepSpeed asks after every micro-batch
             return
         norm, by_part = gradients.norms(self.sphinx.part_parameters())
         if math.isfinite(norm):
@@ -409,12 +409,12 @@ class Stage(L.LightningModule):
             )
 
     def _suspects(self) -> tuple[list[str], list[str]]:
-        """Keys of this rank's samples of the window: those whose loss is not finite, and all."""
+        """Keys of this rank's samples of the step: those whose loss is not finite, and all."""
         bad = []
-        for batch, nll, index in self._window:
+        for batch, nll, index in self._micro_batches:
             finite = (nll * batch.weights.flatten()[index]).isfinite()
             bad += batch.keys_at(index[~finite])
-        return list(dict.fromkeys(bad)), [key for batch, _, _ in self._window for key in batch.keys]
+        return list(dict.fromkeys(bad)), [key for batch, _, _ in self._micro_batches for key in batch.keys]
 
     def _log_steps(self, norm: float, by_part: dict[str, float], lr: float) -> None:
         """A row for the steps since the last one, under the number of this one: the first step is 1."""

@@ -31,9 +31,9 @@ from sphinx_pl.apps.masks import MARGIN, Segmenter
 from sphinx_pl.apps.web import PALETTE, Exchange, Page, Picture, Session, WebConfig
 from sphinx_pl.checkpoints.format import write_checkpoint
 from sphinx_pl.cli import chat
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.sampling.packing import Collator
+from sphinx_pl.data.sampling.collator import Collator
 from sphinx_pl.data.schema import ImageRef, Record, Turn
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.generation.assistant import Assistant, Dialog
@@ -196,7 +196,7 @@ def test_no_text_becomes_markup(page: Page, session: Session) -> None:
     assert session.picture is not None
     session.picture = Picture(session.picture.square, session.picture.shown, session.picture.size, f'"{HOSTILE}')
     session.exchanges = [Exchange(f"{HOSTILE} {phrase}", f"{HOSTILE} {phrase}")]
-    for shown in (web.render_talk(page.geometry, session), web.render_picture(page.geometry, session)):
+    for shown in (web.render_talk(page.coordinates, session), web.render_picture(page.coordinates, session)):
         tags = set(re.findall(r"<\s*/?\s*([a-z]+)", shown))
         assert tags <= {"div", "span", "figure", "figcaption", "img", "svg", "g", "rect", "title"}
         assert shown.count("<img") == shown.count("<figure")
@@ -206,7 +206,7 @@ def test_no_text_becomes_markup(page: Page, session: Session) -> None:
 
 @pytest.mark.parametrize("cut", range(0, len(ANSWER) + 1))
 def test_a_growing_answer_shows_no_half_of_its_markup(cut: int) -> None:
-    shown = re.sub(r"<[^<>]*>", "", web.render_text(Geometry(2), ANSWER[:cut], "a0-", growing=True))
+    shown = re.sub(r"<[^<>]*>", "", web.render_text(Coordinates(2), ANSWER[:cut], "a0-", growing=True))
     assert "<" not in shown
     assert "&lt;" not in shown
     assert "A red square[0.10,0.20,0.40,0.60] and".startswith(shown[:37])
@@ -217,7 +217,7 @@ def test_a_growing_answer_shows_no_half_of_its_markup(cut: int) -> None:
 
 def test_phrases_and_places_share_a_key_and_a_colour(page: Page, session: Session) -> None:
     session.exchanges = [Exchange("Where?", ANSWER)]
-    talk, drawn = web.render_talk(page.geometry, session), web.render_picture(page.geometry, session)
+    talk, drawn = web.render_talk(page.coordinates, session), web.render_picture(page.coordinates, session)
     for number, phrase in enumerate(["red square", "blue circle"]):
         link = f'data-mark="a0-{number}" style="--mark:{PALETTE[number]}"'
         assert f"{link}>{phrase}</span>" in talk
@@ -229,7 +229,7 @@ def test_phrases_and_places_share_a_key_and_a_colour(page: Page, session: Sessio
 def test_places_are_in_the_frame_of_the_image_not_of_the_padded_square(page: Page) -> None:
     session = Session(Picture.make(Image.new("RGB", (64, 32)), "x", 32))
     session.exchanges = [Exchange("?", "[0.25,0.1,0.75,0.75] [0.1,0.0,0.2,0.2] <p>nose</p>[0.5,0.5]")]
-    drawn = web.render_picture(page.geometry, session)
+    drawn = web.render_picture(page.coordinates, session)
     assert 'viewBox="0 0 64 32"' in drawn
     assert 'x="16.00" y="0.00" width="32.00" height="32.00"' in drawn  # cut at the image's upper edge
     assert drawn.count('class="box"') == 1  # what is in the padding alone is not drawn
@@ -240,9 +240,9 @@ def test_each_person_has_a_colour_and_a_skeleton(page: Page, session: Session) -
     person = "<p>nose</p>[0.5,0.1]<p>left shoulder</p>[0.6,0.3]<p>right shoulder</p>[0.4,0.3]"
     other = person.replace("0.3", "0.4").replace("0.1]", "0.2]")
     session.exchanges = [Exchange("?", f"{person} {other} <p>ball</p>[0.1,0.1,0.2,0.2] <p>nose</p>[0.5,0.1]")]
-    marks = web.find_marks(page.geometry.pieces(session.exchanges[0].answer), "a0-")
+    marks = web.find_marks(page.coordinates.pieces(session.exchanges[0].answer), "a0-")
     assert [mark.colour for mark in marks] == [PALETTE[0]] * 3 + [PALETTE[1]] * 3 + [PALETTE[2]] + [PALETTE[0]]
-    assert web.render_picture(page.geometry, session).count('class="limb"') == 2
+    assert web.render_picture(page.coordinates, session).count('class="limb"') == 2
 
 
 # Turns
@@ -355,7 +355,7 @@ def test_what_the_model_cannot_be_asked_is_said_and_left_out(page: Page, session
 
 def test_a_turn_without_an_answer_does_not_spoil_the_next(page: Page, session: Session) -> None:
     session.exchanges = [Exchange("What?", "")]
-    assert "no answer" in web.render_talk(page.geometry, session)
+    assert "no answer" in web.render_talk(page.coordinates, session)
     assert asked(page, session, "And now?")
 
 
@@ -406,7 +406,7 @@ def test_masks_are_drawn_in_the_colour_of_their_phrase(page: Page, session: Sess
     session.exchanges = [exchange]
     exchange.masks = page._masks(page.segmenter, session.picture, exchange, 0)
     assert exchange.masks.keys() == {"a0-0", "a0-1"}
-    drawn = web.render_picture(page.geometry, session)
+    drawn = web.render_picture(page.coordinates, session)
     assert drawn.count('<image href="data:image/png;base64,') == 2
     mask = Image.open(io.BytesIO(base64.b64decode(exchange.masks["a0-0"].split(",")[1])))
     assert mask.size == (120, 120)

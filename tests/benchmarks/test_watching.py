@@ -14,7 +14,13 @@ def test_all_that_watches_is_timed(
     sample_data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    arguments = [f"data.root={sample_data}", "trainer=cpu", "data.packing.rows=2", "--pairs=1", "--log-every=2"]
+    arguments = [
+        f"data.root={sample_data}",
+        "trainer=cpu",
+        "data.packing.micro_batch_rows=2",
+        "--pairs=1",
+        "--log-every=2",
+    ]
     assert watching.main([*arguments, "--threads=1"]) == 0
     printed = capsys.readouterr().out
     for name in ("Throughput", "Progress", "losses by task and source", "all", "1 pairs of blocks"):
@@ -36,7 +42,9 @@ def test_a_callback_that_works_is_found_by_both_measures(sample_data: Path, tmp_
         def on_train_batch_end(self, *_: Any) -> None:
             sum(range(12_000_000))  # long enough to stand out of a busy machine's noise
 
-    options = watching.parser().parse_args([f"data.root={sample_data}", "data.packing.rows=2", "trainer=cpu"])
+    options = watching.parser().parse_args(
+        [f"data.root={sample_data}", "data.packing.micro_batch_rows=2", "trainer=cpu"]
+    )
     options.log_every = 2
     stage, data, trainer, _ = watching.build(options, tmp_path)
     cost = watching.measure(stage, data, trainer, [Works()], pairs=3)

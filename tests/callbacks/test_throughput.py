@@ -18,7 +18,7 @@ from sphinx_pl.callbacks import throughput
 from sphinx_pl.callbacks.checkpoint import ResumeCheckpoint
 from sphinx_pl.callbacks.throughput import COUNTED, SPANS, RankPart, Throughput, data_metrics, measured_peak, metrics_of
 from sphinx_pl.data.datamodule import DataModule
-from sphinx_pl.data.sampling.packing import Collator
+from sphinx_pl.data.sampling.collator import Collator
 from sphinx_pl.data.schema import Batch
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx
@@ -171,7 +171,7 @@ def test_validation_and_checkpoints_are_no_part_of_a_step(fit: Fit, tmp_path: Pa
 
     class Foreign(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-            if args[2].window_end:
+            if args[2].ends_step:
                 trainer.save_checkpoint(tmp_path / "last.ckpt")
 
     logger = [CSVLogger(tmp_path, name="", version="")]

@@ -12,8 +12,8 @@ import torch
 
 from sphinx_pl.callbacks.checkpoint import ResumeCheckpoint
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.readers import build_source
-from sphinx_pl.data.sampling.packing import Collator
+from sphinx_pl.data.readers import build_reader
+from sphinx_pl.data.sampling.collator import Collator
 from sphinx_pl.data.schema import IGNORE, Batch, Record, Sample
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.stages import Stage
@@ -57,7 +57,7 @@ class Samples:
         self.processor = processor
         self.crop = crop
         self.collator = Collator(row_length, processor.image_size)
-        self._pictures = build_source("image_text", "real", str(folder / "real/train-*.tar"))
+        self._pictures = build_reader("image_text", "real", str(folder / "real/train-*.tar"))
         self._number = 0
 
     def image(self) -> Sample:
@@ -93,9 +93,7 @@ def windows(of_ranks: Sequence[Sequence[Batch]], accumulate: int) -> list[list[B
             window = batches[first : first + accumulate]
             weight = sum(float(batch.weights.sum()) for batch in window)
             told += [
-                dataclasses.replace(
-                    b, window_weight=weight, window_end=i == len(window) - 1, window=first // accumulate
-                )
+                dataclasses.replace(b, step_weight=weight, ends_step=i == len(window) - 1, step=first // accumulate)
                 for i, b in enumerate(window)
             ]
         out.append(told)

@@ -6,14 +6,14 @@ import dataclasses
 
 import pytest
 
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.schema import ImageRef, Record, Region, Turn
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.evaluation.metrics import METRICS, register
 from sphinx_pl.utils.errors import UserError
 from tests.examples import EXAMPLES
 
-GEOMETRY = Geometry(decimals=3)
+GEOMETRY = Coordinates(decimals=3)
 IMAGE = (ImageRef("unused.png"),)
 SQUARE = ((100, 100),)
 
@@ -333,4 +333,4 @@ def test_every_task_has_a_metric_and_every_metric_its_definition() -> None:
     with pytest.raises(UserError, match="did you mean 'vqa_exact'"):
         METRICS["vqa_exakt"]
     with pytest.raises(ValueError, match="docstring"):
-        register("undefined", lambda prediction, record, geometry: 0.0)
+        register("undefined", lambda prediction, record, coordinates: 0.0)

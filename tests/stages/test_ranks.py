@@ -45,7 +45,7 @@ def test_two_ranks_update_as_one_process_does(processor: Processor, sample_data:
         use_distributed_sampler=False,
     )
     alone = datamodule(processor, sample_data, 2, text=2.0)
-    alone.mixing.lanes = 2  # as two ranks have
+    alone.mixing.partitions = 2  # as two ranks have
     one = fit(alone, tmp_path)
     torch.manual_seed(0)
     start = Stage(tiny_model(), "test", ALL, OPTIM, max_steps=STEPS)

@@ -15,7 +15,7 @@ from sphinx_pl.data.converters.common import choice_record, keyed, most_frequent
 from sphinx_pl.data.schema import Record
 
 
-class AOKVQA(Converter):
+class AOKVQAConverter(Converter):
     """Two records of each question: its choices, and its most frequent direct answer.
 
     The official evaluation asks no direct answer of questions with `difficult_direct_answer`; nor does this.

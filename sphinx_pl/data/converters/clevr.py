@@ -15,7 +15,7 @@ from sphinx_pl.data.converters import Converter
 from sphinx_pl.data.schema import ImageRef, Record
 
 
-class Clevr(Converter):
+class ClevrConverter(Converter):
     """Questions that need a spatial relation are `relation`, others `short_vqa`; images as CLEVR_v1.0 unpacks."""
 
     name = "clevr"

@@ -15,7 +15,7 @@ from sphinx_pl.data.converters import Converter, checked, id_of
 from sphinx_pl.data.coordinates import Box4
 from sphinx_pl.data.readers.instruction_json import sizes
 from sphinx_pl.data.schema import Region
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 
 Sizes = tuple[tuple[int, int], ...]
 
@@ -50,10 +50,10 @@ def find(things: Mapping[Any, Any], wanted: Any, kind: str) -> Any:
     """The thing of an id.
 
     Raises:
-        BadSample: there is none.
+        SkipSample: there is none.
     """
     if wanted is None or wanted not in things:
-        raise BadSample(f"{kind}_unknown", f"{kind} {wanted!r}")
+        raise SkipSample(f"{kind}_unknown", f"{kind} {wanted!r}")
     return things[wanted]
 
 
@@ -77,7 +77,7 @@ def by_image(document: Any) -> Iterator[tuple[str, Any]]:
 
 def image_size(image: Any) -> Sizes:
     if image is None:
-        raise BadSample("image_unknown")
+        raise SkipSample("image_unknown")
     return sizes(image["width"], image["height"], str(image["id"]))
 
 
@@ -91,7 +91,7 @@ def region(annotation: Any, categories: Mapping[Any, str], size: Sizes) -> Regio
     """The box of an annotated object, labelled with its category.
 
     Raises:
-        BadSample: it is no use.
+        SkipSample: it is no use.
     """
     return checked(Region(corners(annotation["bbox"]), find(categories, annotation["category_id"], "category")), size)
 

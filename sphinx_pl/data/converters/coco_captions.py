@@ -13,7 +13,7 @@ from sphinx_pl.data.converters import coco
 from sphinx_pl.data.schema import ImageRef, Record
 
 
-class CocoCaptions(coco.CocoConverter):
+class CocoCaptionsConverter(coco.CocoConverter):
     """Each sentence is a record."""
 
     name = "coco_captions"

@@ -13,7 +13,7 @@ from sphinx_pl.data.converters import coco, id_of
 from sphinx_pl.data.schema import ImageRef, Record, Region
 
 
-class CocoDetection(coco.CocoConverter):
+class CocoDetectionConverter(coco.CocoConverter):
     """A record for each class that an image shows, and one with all of its objects.
 
     Not where a crowd is among the objects: a box around many is no answer, and without it the answer is incomplete. Nor

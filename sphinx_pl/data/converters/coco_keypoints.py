@@ -14,7 +14,7 @@ from sphinx_pl.data.converters import coco
 from sphinx_pl.data.schema import ImageRef, Record, Region
 
 
-class CocoKeypoints(coco.CocoConverter):
+class CocoKeypointsConverter(coco.CocoConverter):
     """Each person is a record; not those in a crowd and those without a labelled point."""
 
     name = "coco_keypoints"

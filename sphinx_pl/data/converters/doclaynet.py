@@ -15,7 +15,7 @@ from sphinx_pl.data.converters import Converter, coco
 from sphinx_pl.data.schema import ImageRef, Record
 
 
-class DocLayNet(Converter):
+class DocLayNetConverter(Converter):
     """Each page is a record, if all of its elements can be used: what is asked for are all of them."""
 
     name = "doclaynet"

@@ -18,13 +18,13 @@ from xml.etree import ElementTree
 from sphinx_pl.data.converters import Converter, checked
 from sphinx_pl.data.readers.instruction_json import sizes
 from sphinx_pl.data.schema import ImageRef, Record, Region
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 
 _PHRASE = re.compile(r"\[/EN#([^/\s\]]+)\S* ([^\[\]]+)\]")
 _MARKUP = re.compile(r"[\[\]{}]|</?p>")
 
 
-class Flickr30kEntities(Converter):
+class Flickr30kEntitiesConverter(Converter):
     """Each caption that names a box is a record, if all boxes of what it names can be used.
 
     The images are those of flickr30k-images.tar.gz.
@@ -53,7 +53,7 @@ class Flickr30kEntities(Converter):
             self.skipped["caption_unrelated"] += 1
             return
         if _MARKUP.search(_PHRASE.sub(r"\2", caption)):
-            raise BadSample("caption_markup", f"{key}: {caption}")
+            raise SkipSample("caption_markup", f"{key}: {caption}")
         size, boxes = _annotation(xml, key)
         regions: list[Region] = []
 
@@ -81,11 +81,11 @@ class Flickr30kEntities(Converter):
 def _annotation(xml: str, key: str) -> tuple[tuple[tuple[int, int], ...], dict[str | None, list[Any]]]:
     """The image's size and the boxes of each chain."""
     if "<!" in xml:  # no declarations, so no entities to expand
-        raise BadSample("xml_declaration", key)
+        raise SkipSample("xml_declaration", key)
     try:
         root = ElementTree.fromstring(xml)
     except ElementTree.ParseError as error:
-        raise BadSample("xml_malformed", f"{key}: {error}") from None
+        raise SkipSample("xml_malformed", f"{key}: {error}") from None
     boxes = defaultdict(list)
     for thing in root.iter("object"):
         for chain in thing.findall("name"):

@@ -15,7 +15,7 @@ from sphinx_pl.data.converters.common import question_record, text
 from sphinx_pl.data.schema import Record
 
 
-class GQA(Converter):
+class GQAConverter(Converter):
     """The balanced questions, with their short answers; the full sentence is kept in meta."""
 
     name = "gqa"

@@ -16,7 +16,7 @@ from sphinx_pl.data.readers.instruction_json import sizes
 from sphinx_pl.data.schema import ImageRef, Record, Region
 
 
-class HierText(Converter):
+class HierTextConverter(Converter):
     """Each image is a record of its legible lines with boxes, and one without, if all legible lines can be used."""
 
     name = "hiertext"

@@ -20,7 +20,7 @@ from sphinx_pl.utils.errors import UserError
 KINDS = ("choose_txt", "choose_img", "fill_in_blank")
 
 
-class IconQA(Converter):
+class IconQAConverter(Converter):
     """Where images are to choose from, all of them are images of the record, each behind its letter."""
 
     name = "iconqa"

@@ -20,7 +20,7 @@ from sphinx_pl.data.converters.common import conversation_record, keyed
 from sphinx_pl.data.schema import Record
 
 
-class LLaVAInstruct(Converter):
+class LLaVAInstructConverter(Converter):
     name = "llava_instruct"
     title = "LLaVA-Instruct-150K"
     url = "https://huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K"
@@ -42,7 +42,7 @@ class LLaVAInstruct(Converter):
         yield conversation_record(key, entry, "train2017")
 
 
-class LLaVAR(LLaVAInstruct):
+class LLaVARConverter(LLaVAInstructConverter):
     """Without LLaVA's own entries where they can be told apart: with both converted, they would count twice."""
 
     name = "llavar"

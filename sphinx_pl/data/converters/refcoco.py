@@ -17,7 +17,7 @@ from sphinx_pl.data.schema import ImageRef, Record, Region
 from sphinx_pl.utils.errors import UserError
 
 
-class RefCOCO(Converter):
+class RefCOCOConverter(Converter):
     """Each phrase is a record that asks for its box and one that asks for the phrase.
 
     The splits of `refs(google).p` are google-train and so on.
@@ -64,13 +64,13 @@ class RefCOCO(Converter):
         return refs
 
 
-class RefCOCOPlus(RefCOCO):
+class RefCOCOPlusConverter(RefCOCOConverter):
     name = "refcoco+"
     title = "RefCOCO+"
     splits = ("train", "val", "testA", "testB")
 
 
-class RefCOCOg(RefCOCO):
+class RefCOCOgConverter(RefCOCOConverter):
     """Google's validation images are among its training images; the split of UMD is the one without that."""
 
     name = "refcocog"

@@ -13,12 +13,12 @@ from typing import Any, ClassVar
 from sphinx_pl.data.converters import Converter
 from sphinx_pl.data.converters.common import asked, choice_record, choice_turn, chosen, text
 from sphinx_pl.data.schema import Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 
 _KEPT = ("subject", "grade", "lecture", "solution")
 
 
-class ScienceQA(Converter):
+class ScienceQAConverter(Converter):
     """The hint stands before the question as its context; lecture and solution are kept in meta.
 
     A question without an image is a chat in the same words, as multiple_choice is about an image.
@@ -38,7 +38,7 @@ class ScienceQA(Converter):
 
     def records(self, key: str, entry: Any) -> Iterator[Record]:
         if entry is None:
-            raise BadSample("problem_missing", key)
+            raise SkipSample("problem_missing", key)
         question, choices, index = asked(entry["question"]), entry["choices"], entry["answer"]
         if hint := text(entry.get("hint") or "").strip():
             question = f"Context: {hint}\n{question}"

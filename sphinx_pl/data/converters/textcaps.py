@@ -14,7 +14,7 @@ from sphinx_pl.data.converters.common import keyed, text
 from sphinx_pl.data.schema import ImageRef, Record
 
 
-class TextCaps(Converter):
+class TextCapsConverter(Converter):
     name = "textcaps"
     title = "TextCaps"
     url = "https://textvqa.org/textcaps/dataset"

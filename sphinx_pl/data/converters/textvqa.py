@@ -22,7 +22,7 @@ _REMARKS = (
 )
 
 
-class TextVQA(Converter):
+class TextVQAConverter(Converter):
     """Trains on the most frequent answer; all ten go to meta for the official metric."""
 
     name = "textvqa"

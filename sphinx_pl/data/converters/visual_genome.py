@@ -16,10 +16,10 @@ from typing import Any, ClassVar
 from sphinx_pl.data.converters import Converter, coco, id_of
 from sphinx_pl.data.readers.instruction_json import sizes
 from sphinx_pl.data.schema import ImageRef, Record, Region
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 
 
-class _VisualGenome(Converter):
+class _VisualGenomeConverter(Converter):
     url = "https://homes.cs.washington.edu/~ranjay/visualgenome/"
     licence = "CC BY 4.0"
     splits = ("train",)  # it has no other
@@ -40,12 +40,12 @@ class _VisualGenome(Converter):
 
     def image(self, image: Any) -> tuple[tuple[ImageRef, ...], coco.Sizes]:
         if image is None:
-            raise BadSample("image_unknown")
+            raise SkipSample("image_unknown")
         folder, name = image["url"].split("/")[-2:]
         return (ImageRef(f"{folder}/{name}"),), sizes(image["width"], image["height"], str(image["image_id"]))
 
 
-class VGRegions(_VisualGenome):
+class VGRegions(_VisualGenomeConverter):
     """Each region is a record that asks for its box and one that asks for its phrase."""
 
     name = "vg_regions"
@@ -63,7 +63,7 @@ class VGRegions(_VisualGenome):
         yield Record(f"{key}-reg", "reg", images, size, regions=regions)
 
 
-class VGRelationships(_VisualGenome):
+class VGRelationships(_VisualGenomeConverter):
     """Each relationship is a record; predicates in small letters, as people wrote ON as well as on."""
 
     name = "vg_relationships"
@@ -79,7 +79,7 @@ class VGRelationships(_VisualGenome):
         yield Record(key, "relation_detection", images, size, answer=predicate, regions=regions)
 
 
-class VGQuestions(_VisualGenome):
+class VGQuestions(_VisualGenomeConverter):
     """Each question is a record; without the full stop that ends answers of a word as well."""
 
     name = "vg_questions"

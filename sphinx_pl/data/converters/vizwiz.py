@@ -18,7 +18,7 @@ _HINT = "When the provided information is insufficient, respond with 'Unanswerab
 _NO_ANSWERS = ("unanswerable", "unsuitable", "unsuitable image")
 
 
-class VizWiz(Converter):
+class VizWizConverter(Converter):
     """Trains on the most frequent answer, or "Unanswerable"; all ten go to meta for the official metric."""
 
     name = "vizwiz"
@@ -52,6 +52,6 @@ def hinted(question: Any) -> str:
     """A question with the hint: with the wording of short_vqa, this is what the original evaluates with.
 
     Raises:
-        BadSample: it is blank.
+        SkipSample: it is blank.
     """
     return f"{asked(question)} {_HINT}"

@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 from sphinx_pl.data.converters import Converter
 from sphinx_pl.data.converters.common import keyed, question_record, text
 from sphinx_pl.data.schema import Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 
 
-class VQAv2(Converter):
+class VQAv2Converter(Converter):
     """Trains on the most frequent answer, `multiple_choice_answer`; all ten go to meta for the official metric."""
 
     name = "vqav2"
@@ -37,7 +37,7 @@ class VQAv2(Converter):
     def records(self, key: str, entry: Any) -> Iterator[Record]:
         question, annotation = entry
         if annotation is None:
-            raise BadSample("annotation_missing", key)
+            raise SkipSample("annotation_missing", key)
         answers = [answer["answer"] for answer in annotation["answers"]]
         yield question_record(
             key,

@@ -23,10 +23,11 @@ from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.drawing import GIVEN, TRUE, draw, to_picture
 from sphinx_pl.data.images import load_image
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.sampling.packing import WEIGHTINGS, MicroPlan, Planner
+from sphinx_pl.data.sampling.packing import WEIGHTINGS
+from sphinx_pl.data.sampling.planner import MicroPlan, Planner
 from sphinx_pl.data.sampling.stream import MADE
-from sphinx_pl.data.schema import IGNORE, IMAGE_SLOT, Batch, Branch, ImageRef, Sample
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.schema import IGNORE, IMAGE_SLOT, Batch, ImageRef, Sample, SampleQuestion
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tokenizers import Tokenizer
 from sphinx_pl.utils.html import inline, inline_png, page, table, visible
 
@@ -54,7 +55,7 @@ class Picture:
     """An image as the batch holds it; `problem` says why it could not be read."""
 
     pixels: Tensor
-    seen: tuple[bool, ...]
+    kept_views: tuple[bool, ...]
     problem: str = ""
 
 
@@ -66,7 +67,7 @@ class Shown:
     place: str
     sample: Sample
     shared: list[Token]
-    branches: list[tuple[Branch, list[Token]]]
+    questions: list[tuple[SampleQuestion, list[Token]]]
     pictures: list[Picture]
 
     @property
@@ -75,7 +76,7 @@ class Shown:
 
     @property
     def targets(self) -> int:
-        return sum(token.target for _, tokens in self.branches for token in tokens)
+        return sum(token.target for _, tokens in self.questions for token in tokens)
 
 
 def build_page(
@@ -112,10 +113,10 @@ def build_page(
         ("samples", "Samples", _samples(shown, data.processor, grid, limit, colours)),
     ]
     links = " ".join(f'<a href="#{anchor}">{heading}</a>' for anchor, heading, _ in sections)
-    windows = plans[-1].window if plans else 0
+    windows = plans[-1].step if plans else 0
     lead = (
         f"The first {len(shown)} samples that training would get, as the model gets them: {what}. They come from "
-        f"{_count(windows, 'window')}, each the {_count(accumulate * data.packing.rows, 'row')} of "
+        f"{_count(windows, 'window')}, each the {_count(accumulate * data.packing.micro_batch_rows, 'row')} of "
         f"{data.packing.row_length:,} positions that one process reads for an optimizer step."
     )
     header = f"<h1>The data, seen</h1><p class=lead>{visible(lead)}</p>"
@@ -131,20 +132,20 @@ def unpack(batch: Batch, plan: MicroPlan, processor: Processor, first: int) -> l
     for row, samples in enumerate(plan.rows):
         begin = 0
         for sample in samples:
-            counts = processor.slots(len(sample.images), sample.seen)
+            counts = processor.slots(len(sample.images), sample.kept_views)
             tokens = _tokens(batch, row, begin, sample.length, counts)
-            ends = [0, *running_sums([len(sample.prefix), *(len(branch.ids) for branch in sample.branches)])]
+            ends = [0, *running_sums([len(sample.prefix), *(len(question.ids) for question in sample.questions)])]
             parts = [tokens[a:b] for a, b in pairwise(ends)]
-            branches = list(zip(sample.branches, parts[1:], strict=True))
+            questions = list(zip(sample.questions, parts[1:], strict=True))
             masked = sample.targets > 0 and not any(token.target for token in tokens)
             pictures = []
             for i, ref in enumerate(sample.images):
-                views = batch.seen_views
-                seen = tuple(views[image + i].tolist()) if views is not None and sample.seen else ()
+                views = batch.kept_views
+                kept_views = tuple(views[image + i].tolist()) if views is not None and sample.kept_views else ()
                 problem = _problem(ref, processor.image_size) if masked else ""
-                pictures.append(Picture(batch.pixels[image + i], seen, problem))
-            place = f"window {plan.window}, micro-batch {plan.index + 1}, row {row + 1}"
-            found.append(Shown(first + len(found), place, sample, parts[0], branches, pictures))
+                pictures.append(Picture(batch.pixels[image + i], kept_views, problem))
+            place = f"window {plan.step}, micro-batch {plan.index + 1}, row {row + 1}"
+            found.append(Shown(first + len(found), place, sample, parts[0], questions, pictures))
             image += len(sample.images)
             begin += sample.length
     return found
@@ -171,7 +172,7 @@ def _problem(ref: ImageRef, size: int) -> str:
     """Why an image cannot be read; "" if it can."""
     try:
         load_image(ref, size)
-    except BadSample as bad:
+    except SkipSample as bad:
         return str(bad)
     return ""
 
@@ -205,14 +206,14 @@ def _totals(plans: Sequence[MicroPlan], weighting: str, colours: dict[str, str])
     loss: dict[tuple[str, str], float] = defaultdict(float)
     for sample in (sample for plan in plans for row in plan.rows for sample in row):
         of_source = sums[sample.source]
-        tasks = {branch.task for branch in sample.branches}
+        tasks = {question.task for question in sample.questions}
         whole = of_source[next(iter(tasks)) if len(tasks) == 1 else "shared by several tasks"]
         whole.update(samples=1, tokens=len(sample.prefix), images=len(sample.images))
-        for branch in sample.branches:
-            targets = sum(branch.supervised[1:])
-            of_source[branch.task].update(questions=1, tokens=len(branch.ids), targets=targets)
+        for question in sample.questions:
+            targets = sum(question.supervised[1:])
+            of_source[question.task].update(questions=1, tokens=len(question.ids), targets=targets)
             if targets:
-                loss[sample.source, branch.task] += WEIGHTINGS[weighting](targets) * targets
+                loss[sample.source, question.task] += WEIGHTINGS[weighting](targets) * targets
     whole_loss = sum(loss.values()) or 1.0
 
     def cells(counters: Iterable[Counter[str]], share: float) -> list[str]:
@@ -244,9 +245,9 @@ def _totals(plans: Sequence[MicroPlan], weighting: str, colours: dict[str, str])
 def _counts(planner: Planner) -> Counter[str]:
     """`source/seen`, `source/skipped/reason`, ... of all that was drawn, also of what came to no window."""
     counts: Counter[str] = Counter()
-    for lane in planner.lanes.values():
-        counts.update(lane.mixture.counts)
-        counts.update(lane.mixture.left_out)
+    for partition in planner.partitions.values():
+        counts.update(partition.mixture.counts)
+        counts.update(partition.mixture.left_out)
     return counts
 
 
@@ -254,8 +255,8 @@ def _left_out(planner: Planner, decoded: Counter[str]) -> str:
     """What was seen, what of it was not used, and what happened to the rest, with the first examples of each."""
     counts = _counts(planner)
     examples: dict[str, list[str]] = defaultdict(list)
-    for lane in planner.lanes.values():
-        for name, stream in lane.mixture.streams.items():
+    for partition in planner.partitions.values():
+        for name, stream in partition.mixture.streams.items():
             for counter, details in stream.examples.items():
                 examples[f"{name}/{counter}"] += details
     rows = []
@@ -305,7 +306,7 @@ def _packing(plans: Sequence[MicroPlan], shown: Sequence[Shown], row_length: int
     numbers = {id(item.sample): item.number for item in shown}
     blocks: list[str] = []
     left = DRAWN_ROWS
-    for window, group in groupby(plans, key=lambda plan: plan.window):
+    for window, group in groupby(plans, key=lambda plan: plan.step):
         rows = [(plan, i, row) for plan in group for i, row in enumerate(plan.rows)]
         used = sum(sample.length for _, _, row in rows for sample in row)
         bars = [
@@ -332,14 +333,14 @@ def _packing(plans: Sequence[MicroPlan], shown: Sequence[Shown], row_length: int
 def _bar(name: str, row: Sequence[Sample], length: int, numbers: dict[int, int], colours: dict[str, str]) -> str:
     pieces = []
     for sample in row:
-        ids = [*sample.prefix, *(id for branch in sample.branches for id in branch.ids)]
+        ids = [*sample.prefix, *(id for question in sample.questions for id in question.ids)]
         inner = ""
         for is_image, run in groupby(ids, key=lambda id: id == IMAGE_SLOT):
             inner += f'<i{" class=im" if is_image else ""} style="flex:{sum(1 for _ in run)}"></i>'
         number = numbers.get(id(sample))
         title = (
             f"{sample.source}: {_count(sample.length, 'token')}, {_count(len(sample.images), 'image')}, "
-            f"{_count(len(sample.branches), 'question')}, {_count(sample.targets, 'target')}"
+            f"{_count(len(sample.questions), 'question')}, {_count(sample.targets, 'target')}"
         )
         tag, link = ("a", f' href="#s{number}"') if number else ("span", "")
         pieces.append(
@@ -364,7 +365,7 @@ def _samples(shown: Sequence[Shown], processor: Processor, grid: int, limit: int
         views += "</span>"
     options = {
         "source": sorted({item.sample.source for item in shown}),
-        "task": sorted({branch.task for item in shown for branch, _ in item.branches}),
+        "task": sorted({question.task for item in shown for question, _ in item.questions}),
     }
     filters = "".join(
         f"<label>{name} <select name={name}><option value=''>all</option>"
@@ -387,19 +388,19 @@ def _samples(shown: Sequence[Shown], processor: Processor, grid: int, limit: int
 
 def _card(item: Shown, processor: Processor, grid: int, limit: int, colours: dict[str, str]) -> str:
     sample = item.sample
-    tasks = " ".join(sorted({branch.task for branch in sample.branches}))
+    tasks = " ".join(sorted({question.task for question in sample.questions}))
     figures = "".join(_figure(item, i, processor, grid, limit // len(item.pictures)) for i in range(len(item.pictures)))
     drawn = ""
     if len(item.pictures) > 1 and _mentions(item, processor):
         drawn = "<p class=note>The text does not say which image it means: boxes are drawn on the first.</p>"
     parts = ""
     if item.shared:
-        head = f"shared by {_count(len(item.branches), 'question')} · {_count(len(item.shared), 'token')}"
+        head = f"shared by {_count(len(item.questions), 'question')} · {_count(len(item.shared), 'token')}"
         parts += f"<p class=where>{head}</p><div class=text>{_text(item.shared, processor.tokenizer)}</div>"
-    for branch, tokens in item.branches:
+    for question, tokens in item.questions:
         targets = sum(token.target for token in tokens)
-        head = f"<span><b>{escape(branch.task)}</b> · {visible(branch.key)}</span>"
-        if len(item.branches) > 1:
+        head = f"<span><b>{escape(question.task)}</b> · {visible(question.key)}</span>"
+        if len(item.questions) > 1:
             head += f"<span>{_count(len(tokens), 'token')}, {targets:,} supervised</span>"
         parts += f"<p class=where>{head}</p><div class=text>{_text(tokens, processor.tokenizer)}</div>"
     broken = "<p class=notice>An image cannot be read, so nothing of this sample is learned.</p>" if item.broken else ""
@@ -416,9 +417,9 @@ def _card(item: Shown, processor: Processor, grid: int, limit: int, colours: dic
 
 def _mentions(item: Shown, processor: Processor) -> bool:
     """Whether its text names a place in an image."""
-    geometry = processor.geometry
+    coordinates = processor.coordinates
     said = [text for pair in texts(item, processor.tokenizer) for text in pair]
-    return any(geometry.parse_boxes(text) or geometry.parse_points(text) for text in said)
+    return any(coordinates.parse_boxes(text) or coordinates.parse_points(text) for text in said)
 
 
 def _figure(item: Shown, index: int, processor: Processor, grid: int, limit: int) -> str:
@@ -432,10 +433,10 @@ def _figure(item: Shown, index: int, processor: Processor, grid: int, limit: int
     canvas = to_picture(picture.pixels, scale)
     if index == 0:
         for question, answer in texts(item, processor.tokenizer):
-            canvas = draw(canvas, answer, "", processor.geometry, question)
+            canvas = draw(canvas, answer, "", processor.coordinates, question)
     count = 1 if grid == 1 else 1 + grid * grid
     caption = f"{name}, {side} × {side} pixels{f', shown {scale}×' if scale > 1 else ''}; {_count(count, 'view')}"
-    skipped = picture.seen.count(False)
+    skipped = picture.kept_views.count(False)
     caption += f", {skipped} skipped" if skipped else ""
     alt = f"{name} of sample {item.number}"
     enlarge = (
@@ -445,15 +446,15 @@ def _figure(item: Shown, index: int, processor: Processor, grid: int, limit: int
     return (
         f"<figure><{tag} class=canvas>{enlarge}"
         f'<img alt="{alt}" width={canvas.width} height={canvas.height} src="{encode(canvas, scale > 1, limit)}">'
-        f"{_views(grid, picture.seen)}</{tag}><figcaption>{caption}</figcaption></figure>"
+        f"{_views(grid, picture.kept_views)}</{tag}><figcaption>{caption}</figcaption></figure>"
     )
 
 
-def _views(grid: int, seen: Sequence[bool]) -> str:
+def _views(grid: int, kept_views: Sequence[bool]) -> str:
     """The outlines of the whole and of its grid x grid sub-images, row by row; skipped ones are crossed out."""
     lines = "".join(f"M{i} 0V{grid}M0 {i}H{grid}" for i in range(grid + 1))
     crosses = ""
-    for i, visible_view in enumerate(seen[1:]):
+    for i, visible_view in enumerate(kept_views[1:]):
         if not visible_view:
             y, x = divmod(i, grid)
             crosses += f"M{x} {y}l1 1m0 -1l-1 1"
@@ -481,7 +482,7 @@ def encode(picture: Image.Image, flat: bool, limit: int) -> str:
 
 def texts(item: Shown, tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
     """(what is not supervised, what is) of each branch, with what all branches begin with."""
-    for _, tokens in item.branches:
+    for _, tokens in item.questions:
         said: dict[bool, list[str]] = {False: [], True: []}
         for target, run in groupby([*item.shared, *tokens], key=lambda token: token.target):
             said[target].append(tokenizer.decode([token.id for token in run if not token.image]))

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.images import load_image
-from sphinx_pl.data.readers import SOURCES, expand_paths
+from sphinx_pl.data.readers import READERS, expand_paths
 from sphinx_pl.data.sampling.config import Group, SourceConfig
 from sphinx_pl.data.sampling.mixture import Mixture
 from sphinx_pl.data.sampling.stream import MADE, SourceStream
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.utils.console import Table
 from sphinx_pl.utils.errors import UserError
 
@@ -68,7 +68,7 @@ def _line(name: str, stream: SourceStream, share: float, probe: int) -> Line:
             try:
                 for image in sample.images:
                     load_image(image, stream.processor.image_size)
-            except BadSample as error:
+            except SkipSample as error:
                 stream.leave_out(sample, error)
         draws += 1
     counts = stream.counts
@@ -117,7 +117,7 @@ def missing(configs: Mapping[str, SourceConfig]) -> dict[str, str]:
     found = {}
     for name, config in configs.items():
         try:
-            expand_paths(name, config.path, SOURCES[config.kind].folders)
+            expand_paths(name, config.path, READERS[config.kind].folders)
         except UserError as error:
             found[name] = str(error)
     return found

@@ -23,7 +23,7 @@ import numpy as np
 
 from sphinx_pl.data.files import is_remote, patiently
 from sphinx_pl.data.schema import Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.utils.errors import UserError, suggest
 from sphinx_pl.utils.registry import Registry
 
@@ -60,7 +60,7 @@ class Shard(ABC):
         """The record at `index`, 0 <= index < len(self); no image is decoded.
 
         Raises:
-            BadSample: the record is broken, or not wanted.
+            SkipSample: the record is broken, or not wanted.
         """
 
     @abstractmethod
@@ -68,7 +68,7 @@ class Shard(ABC):
         """What records share if they are about the same images; None: it is alone."""
 
 
-class Source(ABC):
+class Reader(ABC):
     """Files of one kind, and the records in them.
 
     Args:
@@ -94,14 +94,14 @@ class Source(ABC):
         """Shard `number`.
 
         Raises:
-            BadSample: it cannot be read: shard_missing, after several attempts, or what is wrong with it.
+            SkipSample: it cannot be read: shard_missing, after several attempts, or what is wrong with it.
         """
         url = self.urls[number]
         try:
             shard = patiently(url, lambda: self._open(number))
             return Part(shard, self.part) if self.part else shard
         except OSError as error:
-            raise BadSample("shard_missing", f"{url}: {error.strerror}") from None
+            raise SkipSample("shard_missing", f"{url}: {error.strerror}") from None
 
     @abstractmethod
     def _open(self, number: int) -> Shard:
@@ -119,7 +119,7 @@ class Source(ABC):
             if self.part or (count := self.count(number)) is None:
                 try:
                     count = len(self.open(number))
-                except BadSample:
+                except SkipSample:
                     count = 0
             counts.append(count)
         return sum(counts) * len(self.urls) // len(numbers), len(numbers) == len(self.urls)
@@ -134,7 +134,7 @@ class Source(ABC):
             try:
                 shards.append(self.open(number))
                 skipped.update(shards[-1].skipped)
-            except BadSample as bad:
+            except SkipSample as bad:
                 skipped[bad.reason] += 1
         ends = np.cumsum([len(shard) for shard in shards]).tolist()
         if not shards or not ends[-1]:
@@ -172,7 +172,7 @@ class Source(ABC):
         """The record at `index` of all shards one after another.
 
         Raises:
-            BadSample: the record is broken, or not wanted.
+            SkipSample: the record is broken, or not wanted.
         """
         shards, ends, _ = self._all
         number = int(np.searchsorted(ends, index, side="right"))
@@ -214,7 +214,7 @@ class Part(Shard):
         return self.whole.images(self.rows[index])
 
 
-SOURCES: Registry[type[Source]] = Registry("source kind")
+READERS: Registry[type[Reader]] = Registry("source kind")
 
 
 def config_key(name: str, section: str = "sources") -> str:
@@ -233,14 +233,14 @@ def listed(value: Sequence[str], key: str) -> frozenset[str]:
     return frozenset(value)
 
 
-def build_source(kind: str, name: str, path: str | Sequence[str], **options: Any) -> Source:
+def build_reader(kind: str, name: str, path: str | Sequence[str], **options: Any) -> Reader:
     """A source of the registered `kind`.
 
     Raises:
         UserError: an unknown kind or option, or no file is there.
     """
     check_options(kind, f"source '{name}'", options)
-    return SOURCES[kind](name, path, **options)
+    return READERS[kind](name, path, **options)
 
 
 def check_options(kind: str, where: str, options: Iterable[str]) -> None:
@@ -249,7 +249,7 @@ def check_options(kind: str, where: str, options: Iterable[str]) -> None:
     Raises:
         UserError: an unknown kind or option, at the place that `where` names.
     """
-    known = [option for option in inspect.signature(SOURCES[kind]).parameters if option not in ("name", "path")]
+    known = [option for option in inspect.signature(READERS[kind]).parameters if option not in ("name", "path")]
     for option in options:
         if option not in known:
             raise UserError(f"{where} of kind {kind} has no option '{option}': {suggest(option, known)}")

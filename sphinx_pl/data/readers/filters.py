@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from sphinx_pl.data.images import image_size
 from sphinx_pl.data.schema import Record
-from sphinx_pl.data.skip import BadSample, Filtered
+from sphinx_pl.data.skip import Filtered, SkipSample
 from sphinx_pl.utils.errors import UserError
 
 _WORD = re.compile(r"\w+")
@@ -77,7 +77,7 @@ class PairFilters:
 
         Raises:
             Filtered: it is not.
-            BadSample: its image's size is needed and cannot be read.
+            SkipSample: its image's size is needed and cannot be read.
         """
         self._check_caption(record, columns)
         for column, conditions in self.columns.items():
@@ -154,7 +154,7 @@ def _same(value: Any, other: Any) -> bool:
 
 def _size(record: Record) -> tuple[int, int]:
     if not record.images:
-        raise BadSample("image_absent", f"{record.key}: the filters need an image's size")
+        raise SkipSample("image_absent", f"{record.key}: the filters need an image's size")
     return record.sizes[0] if record.sizes else image_size(record.images[0])
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from sphinx_pl.data.readers.annotation import decoded, json_object, read
-from sphinx_pl.data.readers.base import SOURCES, Shard, config_key
+from sphinx_pl.data.readers.base import READERS, Shard, config_key
 from sphinx_pl.data.readers.pairs import IMAGES, Members, PairShard, split_name
-from sphinx_pl.data.readers.table import TableShard, TableSource
+from sphinx_pl.data.readers.table import TableReader, TableShard
 from sphinx_pl.data.schema import ImageRef, Record
 from sphinx_pl.utils.errors import UserError, suggest
 
@@ -19,7 +19,7 @@ TABLES = tuple(f"{stem}.{end}" for stem in ("metadata", "captions") for end in (
 CAPTIONS = ("auto", "files", "names")
 
 
-class FolderSource(TableSource):
+class FolderReader(TableReader):
     """All pictures of a folder and of the folders in it.
 
     Args:
@@ -64,7 +64,7 @@ class FolderSource(TableSource):
 class _ListedShard(TableShard):
     """Rows of a table in the folder. A picture that it does not name is counted."""
 
-    def __init__(self, source: FolderSource, folder: Path, name: str, names: Sequence[str], table: str) -> None:
+    def __init__(self, source: FolderReader, folder: Path, name: str, names: Sequence[str], table: str) -> None:
         super().__init__(source, str(folder / table), f"{name}/{table}", folder)
         listed = set()
         for index in range(len(self)):
@@ -84,7 +84,7 @@ class _ListedShard(TableShard):
 class _FilesShard(PairShard):
     """Pictures with a file of the same name."""
 
-    def __init__(self, source: FolderSource, folder: Path, name: str, names: Sequence[str]) -> None:
+    def __init__(self, source: FolderReader, folder: Path, name: str, names: Sequence[str]) -> None:
         super().__init__()
         self.source = source
         self.folder = folder
@@ -123,7 +123,7 @@ class _FilesShard(PairShard):
 class _NamedShard(PairShard):
     """Pictures whose names say what they show."""
 
-    def __init__(self, source: FolderSource, folder: Path, name: str, names: Sequence[str]) -> None:
+    def __init__(self, source: FolderReader, folder: Path, name: str, names: Sequence[str]) -> None:
         super().__init__()
         self.source = source
         self.folder = folder
@@ -150,4 +150,4 @@ class _NamedShard(PairShard):
         return {}
 
 
-SOURCES.register("folder", FolderSource)
+READERS.register("folder", FolderReader)

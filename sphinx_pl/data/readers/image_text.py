@@ -14,8 +14,8 @@ from typing import IO, Any
 
 from sphinx_pl.data.files import Hold, is_remote, local_file
 from sphinx_pl.data.readers.annotation import decoded, json_object, read
-from sphinx_pl.data.readers.base import SOURCES, Shard
-from sphinx_pl.data.readers.pairs import Members, PairShard, PairSource
+from sphinx_pl.data.readers.base import READERS, Shard
+from sphinx_pl.data.readers.pairs import Members, PairReader, PairShard
 from sphinx_pl.data.schema import ImageRef, Record
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ _OCTAL = re.compile(rb"([0-7]+)[ \0]*")
 _TIMES = re.compile(rb"(?:\d+ [acm]time=[\d.]+\n)+")
 
 
-class ImageTextSource(PairSource):
+class ImageTextReader(PairReader):
     """An image (`.jpg`, `.png`, `.webp`, ...) with a text (`.txt`), a `.json` or both, under one name.
 
     The caption is the text, else the json's "caption"; the json's "width" and "height" are the stored image's size,
@@ -49,7 +49,7 @@ class ImageTextSource(PairSource):
 class _TarShard(PairShard):
     """Keys [n] and, of image, text and json, (offset, size) [n, 3, 2]; size -1: not there."""
 
-    def __init__(self, source: ImageTextSource, url: str, name: str) -> None:
+    def __init__(self, source: ImageTextReader, url: str, name: str) -> None:
         super().__init__()
         self.source = source
         self.url = url
@@ -170,4 +170,4 @@ def _checked_size(block: bytes) -> int:
     return int(size[1], 8)
 
 
-SOURCES.register("image_text", ImageTextSource)
+READERS.register("image_text", ImageTextReader)

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from sphinx_pl.data.schema import PLACEHOLDER, ImageRef, Record, Region, Turn
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.utils.errors import suggest
 
@@ -80,22 +80,22 @@ def to_record(entry: Mapping[str, Any], key: str, root: Path, default_task: str,
         ignore: further keys that are passed over.
 
     Raises:
-        BadSample: the entry does not have the form above, or a key or a mark in its questions that is not understood.
+        SkipSample: the entry does not have the form above, or a key or a mark in its questions that is not understood.
     """
     try:
         task = entry.get("task", default_task)
         if task not in TASKS:
-            raise BadSample("task_unknown", f"{key}: {task!r:.100}")
+            raise SkipSample("task_unknown", f"{key}: {task!r:.100}")
         _check_keys(entry, KEYS, key, ignore)
         messages = [
             _message(message, key, ignore) for message in _either(entry, "conversations", "messages", key) or []
         ]
         system, turns = _turns(messages, key)
         if entry.get("system") and system is not None:
-            raise BadSample("entry_malformed", f"{key}: a system text beside a message of the system")
+            raise SkipSample("entry_malformed", f"{key}: a system text beside a message of the system")
         shown = [name for _, _, names in messages for name in names]
         if shown and (_as_list(entry.get("image")) or _as_list(entry.get("images"))):
-            raise BadSample("entry_malformed", f"{key}: images of its own beside those in its messages")
+            raise SkipSample("entry_malformed", f"{key}: images of its own beside those in its messages")
         record = Record(
             key=key,
             task=task,
@@ -114,7 +114,7 @@ def to_record(entry: Mapping[str, Any], key: str, root: Path, default_task: str,
         return _marked(record)
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         # Whatever the entry holds instead of what it should: the counter is what matters, the message is a help.
-        raise BadSample("entry_malformed", f"{key}: {type(error).__name__}: {error}") from None
+        raise SkipSample("entry_malformed", f"{key}: {type(error).__name__}: {error}") from None
 
 
 def to_entry(record: Record) -> dict[str, Any]:
@@ -153,13 +153,13 @@ def sizes(width: Any, height: Any, key: str) -> tuple[tuple[int, int], ...]:
     """((width, height),), or () where the annotation does not say. Whole numbers may be written as 640.0.
 
     Raises:
-        BadSample: they are no size in pixels.
+        SkipSample: they are no size in pixels.
     """
     if width is None or height is None:
         return ()
     sides = _side(width), _side(height)
     if not all(1 <= side <= MAX_SIDE for side in sides):
-        raise BadSample("size_malformed", f"{key}: {reprlib.repr((width, height))}")
+        raise SkipSample("size_malformed", f"{key}: {reprlib.repr((width, height))}")
     return (sides,)
 
 
@@ -197,23 +197,23 @@ def _string(value: Any) -> str:
 
 
 def _check_keys(found: Mapping[str, Any], known: Sequence[str], key: str, ignore: Container[str]) -> None:
-    """Raises: BadSample: media_unsupported, key_unknown."""
+    """Raises: SkipSample: media_unsupported, key_unknown."""
     for name, value in found.items():
         if name in known or name in ABOUT or name in ignore or value is None or value in ("", [], {}):
             continue
         if _MEDIA.search(name):
-            raise BadSample("media_unsupported", f"{key}: '{name:.100}': the model sees images only")
+            raise SkipSample("media_unsupported", f"{key}: '{name:.100}': the model sees images only")
         hint = suggest(name, known, "docs/data.md")
-        raise BadSample("key_unknown", f"{key}: '{name:.100}': {hint}; the source's ignore_keys=[...] passes over it")
+        raise SkipSample("key_unknown", f"{key}: '{name:.100}': {hint}; the source's ignore_keys=[...] passes over it")
 
 
 def _check_no_picture(entry: Mapping[str, Any], key: str, ignore: Container[str]) -> None:
-    """Raises: BadSample: image_absent, where what is passed over names the picture that an entry is about."""
+    """Raises: SkipSample: image_absent, where what is passed over names the picture that an entry is about."""
     for name in sorted(name for name in ABOUT.intersection(entry) if name not in ignore):
         value = entry[name]
         names = [part for part in _as_list(value) if isinstance(part, str)]
         if (name == "image_id" and value not in (None, "")) or any(map(_MEDIA_FILE.search, names)):
-            raise BadSample(
+            raise SkipSample(
                 "image_absent",
                 f"{key}: '{name}' names a picture ({reprlib.repr(value)}) and there is no 'image'; the source's "
                 f"ignore_keys=[{name}] passes over it",
@@ -224,7 +224,7 @@ def _either(entry: Mapping[str, Any], ours: str, other: str, key: str) -> Any:
     """What one of two keys of the same meaning holds."""
     given = [entry[name] for name in (ours, other) if entry.get(name) not in (None, "", [])]
     if len(given) > 1:
-        raise BadSample("entry_malformed", f"{key}: both '{ours}' and '{other}'")
+        raise SkipSample("entry_malformed", f"{key}: both '{ours}' and '{other}'")
     return given[0] if given else None
 
 
@@ -237,9 +237,9 @@ def _image(name: Any, root: Path, key: str) -> ImageRef:
         _check_keys(name, ("path",), key, ())
         name = name.get("path")
     if not _string(name).strip():
-        raise BadSample("image_absent", f"{key}: the name of an image is blank")
+        raise SkipSample("image_absent", f"{key}: the name of an image is blank")
     if "://" in (path := _string(name).removeprefix("file://")) or path.startswith("data:"):
-        raise BadSample("image_remote", f"{key}: {path:.100}: download it and name its file")
+        raise SkipSample("image_remote", f"{key}: {path:.100}: download it and name its file")
     return ImageRef(str(root / path))
 
 
@@ -248,7 +248,7 @@ def _region(value: Mapping[str, Any], key: str, ignore: Container[str]) -> Regio
     x1, y1, x2, y2 = (float(number) for number in value["box"])
     keypoints = tuple((float(x), float(y), int(visibility)) for x, y, visibility in value.get("keypoints") or [])
     if any(point[2] not in (0, 1, 2) for point in value.get("keypoints") or []):
-        raise BadSample(
+        raise SkipSample(
             "visibility_malformed", f"{key}: a keypoint is [x, y, visibility], of which the last is 0, 1 or 2"
         )
     return Region((x1, y1, x2, y2), _string(value.get("label", "")), keypoints)
@@ -280,7 +280,7 @@ def _part(part: Any, key: str, ignore: Container[str]) -> tuple[str, Any]:
         _check_keys(part, ("type", "text"), key, ignore)
         return _string(part["text"]), None
     if kind not in ("image", "image_url"):
-        raise BadSample("media_unsupported", f"{key}: a message has a part of type {kind!r:.100}")
+        raise SkipSample("media_unsupported", f"{key}: a message has a part of type {kind!r:.100}")
     _check_keys(part, ("type", "image", "path", "image_url"), key, ignore)
     return PLACEHOLDER, _part_image(part)
 
@@ -297,12 +297,12 @@ def _turns(messages: Sequence[tuple[str, Any, list[Any]]], key: str) -> tuple[st
         system, messages = _string(messages[0][1]), messages[1:]
     speakers = [speaker for speaker, _, _ in messages]
     if speakers != ["human", "gpt"] * (len(speakers) // 2):
-        raise BadSample(
+        raise SkipSample(
             "conversation_malformed",
             f"{key}: its speakers are {reprlib.repr(speakers)}: it must go human, gpt, human, gpt and end with gpt",
         )
     if any(names for speaker, _, names in messages if speaker == "gpt"):
-        raise BadSample("image_in_answer", f"{key}: an answer shows an image")
+        raise SkipSample("image_in_answer", f"{key}: an answer shows an image")
     values = [_string(value) for _, value, _ in messages]
     return system, tuple(itertools.starmap(Turn, zip(values[::2], values[1::2], strict=True)))
 
@@ -311,20 +311,20 @@ def _marked(record: Record) -> Record:
     """The record with `<image>` where its questions have numbered marks.
 
     Raises:
-        BadSample: image_marks (numbered in another order), image_mark_unknown, media_unsupported.
+        SkipSample: image_marks (numbered in another order), image_mark_unknown, media_unsupported.
     """
     asked = (record.question, *record.choices, *(turn.question for turn in record.turns))
     for text in asked:
         if mark := _MEDIA_MARK.search(text):
-            raise BadSample("media_unsupported", f"{record.key}: {mark[0]} in a question")
+            raise SkipSample("media_unsupported", f"{record.key}: {mark[0]} in a question")
         plain_text = _NUMBERED_MARK.sub("", text) if record.images else ""
         if mark := _FOREIGN_MARK.search(text) or _ANY_MARK.search(plain_text):
-            raise BadSample("image_mark_unknown", f"{record.key}: {mark[0]:.100}: write {PLACEHOLDER}")
+            raise SkipSample("image_mark_unknown", f"{record.key}: {mark[0]:.100}: write {PLACEHOLDER}")
     numbers = [int(mark[1]) for text in asked for mark in _NUMBERED_MARK.finditer(text)]
     if not numbers:
         return record
     if numbers != list(range(1, len(numbers) + 1)):
-        raise BadSample("image_marks", f"{record.key}: its images are named in the order {reprlib.repr(numbers)}")
+        raise SkipSample("image_marks", f"{record.key}: its images are named in the order {reprlib.repr(numbers)}")
 
     def plain(text: str) -> str:
         return _NUMBERED_MARK.sub(PLACEHOLDER, text)

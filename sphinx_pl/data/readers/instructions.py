@@ -16,11 +16,11 @@ import numpy.typing as npt
 
 from sphinx_pl.data.files import Hold, cached_array, identity, is_remote, local_file
 from sphinx_pl.data.readers.annotation import json_object, read
-from sphinx_pl.data.readers.base import SOURCES, Shard, Source, config_key, listed
+from sphinx_pl.data.readers.base import READERS, Reader, Shard, config_key, listed
 from sphinx_pl.data.readers.instruction_json import image_names, to_record
-from sphinx_pl.data.readers.line_index import entry_spans, is_list
+from sphinx_pl.data.readers.line_index import index_entries, is_list
 from sphinx_pl.data.schema import Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.utils.errors import UserError
 
@@ -28,7 +28,7 @@ Rows = npt.NDArray[np.int64]
 MAX_ID = 200
 
 
-class InstructionSource(Source):
+class InstructionReader(Reader):
     """Entries as `sphinx_pl.data.readers.instruction_json` describes them.
 
     An entry's "task" is by default the option `task`.
@@ -78,7 +78,7 @@ class InstructionSource(Source):
 
 
 class _InstructionShard(Shard):
-    def __init__(self, source: InstructionSource, url: str, name: str) -> None:
+    def __init__(self, source: InstructionReader, url: str, name: str) -> None:
         super().__init__()
         self.source = source
         self.name = name
@@ -87,7 +87,7 @@ class _InstructionShard(Shard):
         if url.endswith((".json", ".json.gz", ".json.zst")) and not is_list(self.path):
             raise UserError(f"source '{source.name}': {url} is not a JSON list of entries: see docs/configuration.md")
         self._identity = identity(self.path)
-        self.spans, problem = entry_spans(self.path)
+        self.spans, problem = index_entries(self.path)
         if not whole or problem:
             self.skip(problem or "shard_truncated", f"{url}: the entries before it are used")
         self.rows = self._rows()
@@ -125,7 +125,7 @@ class _InstructionShard(Shard):
     def _image_hash(self, row: int) -> int:
         try:
             images = image_names(self._entry(row))
-        except BadSample:  # counted when its turn comes
+        except SkipSample:  # counted when its turn comes
             return 0
         # Not the whole record, which takes four times as long; a malformed one has what it has.
         names = str(images[0] if len(images) == 1 else images).encode("utf-8", "surrogatepass")
@@ -145,7 +145,7 @@ class _InstructionShard(Shard):
         for row in rows.tolist():
             try:
                 entry = self._entry(row)
-            except BadSample as bad:
+            except SkipSample as bad:
                 self.skip(bad.reason, bad.detail)
                 continue
             task, meta = entry.get("task", source.task), entry.get("meta")
@@ -161,4 +161,4 @@ class _InstructionShard(Shard):
         return np.asarray(kept, dtype=np.int64)
 
 
-SOURCES.register("instructions", InstructionSource)
+READERS.register("instructions", InstructionReader)

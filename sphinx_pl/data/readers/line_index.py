@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from sphinx_pl.data.files import cached_array, identity
 
-Spans = npt.NDArray[np.int64]
+EntryIndex = npt.NDArray[np.int64]
 """[n, 2]: offset and size in bytes."""
 
 _CHUNK = 1 << 22  # a file of nothing but brackets takes forty times as much
@@ -31,15 +31,15 @@ _MARK = b"\xef\xbb\xbf"
 _PROBLEMS = ("shard_truncated", "", "text_after_list")  # at 1: none, as in indices that were made before there were two
 
 
-def entry_spans(path: str) -> tuple[Spans, str]:
+def index_entries(path: str) -> tuple[EntryIndex, str]:
     """The spans of a file's entries, and what is wrong with it as a whole: "", shard_truncated, text_after_list.
 
     A file that begins with `[` is a JSON list (truncated: it is not closed), any other has an entry in each line that
     is not blank. An item of a list is what stands between two of its commas, valid or not: that shows when it is read.
     """
 
-    def make() -> Spans:
-        found, problem = _list_spans(path) if is_list(path) else (_line_spans(path), "")
+    def make() -> EntryIndex:
+        found, problem = _index_list(path) if is_list(path) else (_index_lines(path), "")
         return np.concatenate([found, [[_PROBLEMS.index(problem), 0]]])  # the last row is no span
 
     table = cached_array(f"{identity(path)}-2", make)
@@ -68,7 +68,7 @@ def _chunks(path: str, offset: int = 0) -> Iterator[tuple[int, bytes]]:
             offset += len(chunk)
 
 
-def _line_spans(path: str) -> Spans:
+def _index_lines(path: str) -> EntryIndex:
     begin = _mark(path)
     edges = [np.array([begin], np.int64)]
     blank = []  # of each line, whether its first byte is
@@ -99,7 +99,7 @@ def _parts(file: IO[bytes], size: int) -> Iterator[bytes]:
         yield part
 
 
-def _list_spans(path: str) -> tuple[Spans, str]:
+def _index_list(path: str) -> tuple[EntryIndex, str]:
     """Entries of a JSON list, and what is wrong with it; an entry that the file's end cuts off is left out."""
     depth, in_string = 0, 0
     cuts = []  # offsets of the list's own bracket, of its commas, and of its end

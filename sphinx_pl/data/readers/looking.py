@@ -9,11 +9,11 @@ from typing import Any
 
 from sphinx_pl.data.files import PACKED, is_remote, local_file
 from sphinx_pl.data.readers.annotation import json_object, read
-from sphinx_pl.data.readers.base import SOURCES, config_key, expand_paths, spread
+from sphinx_pl.data.readers.base import READERS, config_key, expand_paths, spread
 from sphinx_pl.data.readers.instruction_json import image_names
-from sphinx_pl.data.readers.line_index import entry_spans
+from sphinx_pl.data.readers.line_index import index_entries
 from sphinx_pl.data.readers.table import NAMES, asks_without_images, names_picture
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.utils.errors import UserError
 
 LOOKED_AT = 64
@@ -48,7 +48,7 @@ def find_kind(name: str, path: str | Sequence[str], section: str = "sources") ->
         only_text = kind == "text" or (kind == "table" and not is_remote(url) and asks_without_images(url))
         return kind, "text" if only_text else "image"
     if extension not in ("json", "jsonl", "ndjson") or is_remote(url):
-        raise UserError(f"{key}.path={url}: its name does not say what it is: set {key}.kind={'|'.join(SOURCES)}")
+        raise UserError(f"{key}.path={url}: its name does not say what it is: set {key}.kind={'|'.join(READERS)}")
     entries = list(_entries(url))
     keys = {item for entry in entries for item in entry}
     has_images = any(image_names(entry) or any(entry.get(name) for name in _IMAGE) for entry in entries)
@@ -94,9 +94,9 @@ def _columns(url: str) -> list[str]:
 
 def _entries(url: str) -> Iterator[dict[str, Any]]:
     path, _ = local_file(url)
-    spans, _ = entry_spans(path)
+    spans, _ = index_entries(path)
     for offset, size in spans[spread(len(spans), LOOKED_AT)].tolist():
         try:
             yield json_object(read(path, offset, size, url), url)
-        except BadSample:
+        except SkipSample:
             continue

@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from sphinx_pl.data.readers.annotation import check_unicode
-from sphinx_pl.data.readers.base import Part, Shard, Source
+from sphinx_pl.data.readers.base import Part, Reader, Shard
 from sphinx_pl.data.readers.filters import PairFilters
 from sphinx_pl.data.readers.instruction_json import sizes
 from sphinx_pl.data.schema import ImageRef, Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.utils.config import build
 from sphinx_pl.utils.errors import UserError, suggest
@@ -34,7 +34,7 @@ _SLOTS = dict.fromkeys(IMAGES, _IMAGE) | dict.fromkeys(TEXTS, _TEXT) | {"json": 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,15}")
 
 
-class PairSource(Source):
+class PairReader(Reader):
     """Pairs of an image and a text, and which of them are wanted.
 
     Args:
@@ -63,10 +63,10 @@ class PairSource(Source):
             row: what filters look at beside these.
 
         Raises:
-            BadSample: caption_empty, caption_not_utf8, size_malformed, or what the filters say.
+            SkipSample: caption_empty, caption_not_utf8, size_malformed, or what the filters say.
         """
         if not isinstance(caption, str) or not caption.strip():
-            raise BadSample("caption_empty", key)
+            raise SkipSample("caption_empty", key)
         check_unicode(caption, "caption", key)
         record = Record(
             key=key,
@@ -91,7 +91,7 @@ class PairSource(Source):
                 return
             try:
                 columns = shard.columns(index)
-            except BadSample:
+            except SkipSample:
                 continue
             looked_at += 1
             known.update(columns)
@@ -110,7 +110,7 @@ class PairShard(Shard):
         """What the annotation of a pair says.
 
         Raises:
-            BadSample: it cannot be read.
+            SkipSample: it cannot be read.
         """
         raise NotImplementedError
 

@@ -15,11 +15,11 @@ import numpy as np
 
 from sphinx_pl.data.files import CacheFile, Hold, cache_folder, cached_array, identity, in_cache, is_remote, local_file
 from sphinx_pl.data.readers.annotation import MAX_BYTES, check_unicode, json_object, read
-from sphinx_pl.data.readers.base import SOURCES, Shard, config_key, listed, spread
-from sphinx_pl.data.readers.line_index import Spans, entry_spans
-from sphinx_pl.data.readers.pairs import IMAGES, PairShard, PairSource, split_name
+from sphinx_pl.data.readers.base import READERS, Shard, config_key, listed, spread
+from sphinx_pl.data.readers.line_index import EntryIndex, index_entries
+from sphinx_pl.data.readers.pairs import IMAGES, PairReader, PairShard, split_name
 from sphinx_pl.data.schema import ImageRef, Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.utils.errors import UserError, suggest
 
@@ -45,7 +45,7 @@ def names_picture(column: str) -> bool:
     return _PICTURE.search(column) is not None or _UNSEEN.search(column) is not None
 
 
-class TableSource(PairSource):
+class TableReader(PairReader):
     """The first row of a csv or tsv names the columns; a line of a jsonl is an object.
 
     Args:
@@ -101,7 +101,7 @@ class TableShard(PairShard):
         UserError: no columns that make a record.
     """
 
-    def __init__(self, source: TableSource, url: str, name: str, root: Path) -> None:
+    def __init__(self, source: TableReader, url: str, name: str, root: Path) -> None:
         super().__init__()
         self.source = source
         self.name = name
@@ -109,7 +109,7 @@ class TableShard(PairShard):
         self.path, whole = local_file(url)
         self.header: list[str] | None = None
         if is_json(url):
-            self.spans, problem = entry_spans(self.path)
+            self.spans, problem = index_entries(self.path)
             known = self._keys()
         else:
             self.path, spans, problem = _rows(self.path, source.encoding)
@@ -127,7 +127,7 @@ class TableShard(PairShard):
         for index in spread(len(self), 64):
             try:
                 found |= dict.fromkeys(self.columns(index))
-            except BadSample:
+            except SkipSample:
                 continue
         return list(found)
 
@@ -169,7 +169,7 @@ class TableShard(PairShard):
         for index in spread(len(self), 64):
             try:
                 yield self.columns(index).get(name)
-            except BadSample:
+            except SkipSample:
                 continue
 
     def _filled(self, name: str) -> bool:
@@ -190,7 +190,7 @@ class TableShard(PairShard):
             return row
         fields = row["row"]
         if len(fields) != len(self.header):
-            raise BadSample("row_malformed", f"{key}: {len(fields)} fields, the first row has {len(self.header)}")
+            raise SkipSample("row_malformed", f"{key}: {len(fields)} fields, the first row has {len(self.header)}")
         return {name: _value(name, field) for name, field in zip(self.header, fields, strict=True)}
 
     def _object(self, span: Any, key: str) -> dict[str, Any]:
@@ -204,12 +204,12 @@ class TableShard(PairShard):
         rest = {name: row[name] for name in row if name not in self.roles.values()}
         if "question" not in self.roles or "answer" not in self.roles:
             if not images:
-                raise BadSample("image_absent", f"{key}: no image in the column {self.roles['image']}")
+                raise SkipSample("image_absent", f"{key}: no image in the column {self.roles['image']}")
             return self.source.pair(key, images[0], value["caption"], rest | {"caption": value["caption"]}, row)
         texts = {}
         for role in ("question", "answer"):
             if not isinstance(text := value[role], str) or not text.strip():
-                raise BadSample(f"{role}_empty", key)
+                raise SkipSample(f"{role}_empty", key)
             check_unicode(text, role, key)
             texts[role] = text.strip()
         record = Record(
@@ -227,15 +227,15 @@ class TableShard(PairShard):
         if name is None or name == "":
             return ()
         if not isinstance(name, str):
-            raise BadSample("entry_malformed", f"{key}: its image is no path")
+            raise SkipSample("entry_malformed", f"{key}: its image is no path")
         if _URL.match(name):
-            raise BadSample("image_is_url", f"{key}: {name:.200} has to be downloaded first")
+            raise SkipSample("image_is_url", f"{key}: {name:.200} has to be downloaded first")
         return (ImageRef(str(self.root / _path(name))),)
 
     def images(self, index: int) -> object:
         try:
             name = self.columns(index).get(self.roles.get("image", "")) or None
-        except BadSample:
+        except SkipSample:
             return None
         return _path(name) if isinstance(name, str) else name
 
@@ -269,13 +269,13 @@ def is_json(url: str) -> bool:
     return Path(url.lower().removesuffix(".gz").removesuffix(".zst")).suffix in (".json", ".jsonl", ".ndjson")
 
 
-def _rows(path: str, encoding: str) -> tuple[str, Spans, str]:
+def _rows(path: str, encoding: str) -> tuple[str, EntryIndex, str]:
     """A file with each row as JSON, where they lie in it, and what is wrong with the csv as a whole ("": nothing)."""
     name = f"{identity(path)}-rows-{re.sub(r'[^A-Za-z0-9]', '_', encoding)}"
     rows = cache_folder("files") / name
     problems = ("", "quote_unclosed", "table_unreadable")
 
-    def make() -> Spans:
+    def make() -> EntryIndex:
         ends = array("q", [0])
         problem = ""
         with CacheFile(rows) as file, _text(path, encoding) as text:
@@ -339,4 +339,4 @@ def _csv_rows(file: TextIO) -> Iterator[list[str]]:
         yield before
 
 
-SOURCES.register("table", TableSource)
+READERS.register("table", TableReader)

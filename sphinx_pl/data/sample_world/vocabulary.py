@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import sentencepiece as spm
 
-from sphinx_pl.data.coordinates import Geometry
-from sphinx_pl.data.readers import Source
+from sphinx_pl.data.coordinates import Coordinates
+from sphinx_pl.data.readers import Reader
 from sphinx_pl.data.sample_world.drawing import COLORS
 from sphinx_pl.data.sample_world.language import RELATIONS
 from sphinx_pl.data.tasks import TASKS
@@ -32,7 +32,7 @@ WORDS = 124
 PLACES = tuple(f"\u2581{word}" for word in (*RELATIONS, "middle"))
 
 
-def train_tokenizer(texts: list[str], instructions: Source) -> bytes:
+def train_tokenizer(texts: list[str], instructions: Reader) -> bytes:
     """A sentencepiece model (BPE, byte fallback, single digits, unk 0, bos 1, eos 2, no pad) as bytes.
 
     Args:
@@ -65,16 +65,16 @@ def train_tokenizer(texts: list[str], instructions: Source) -> bytes:
     return model.getvalue()
 
 
-def _dialogs(instructions: Source) -> Iterator[str]:
+def _dialogs(instructions: Reader) -> Iterator[str]:
     """Questions and answers as training will see them."""
-    rng, geometry = random.Random(0), Geometry(DECIMALS)
+    rng, coordinates = random.Random(0), Coordinates(DECIMALS)
     read: Counter[str] = Counter()
     for index in range(len(instructions)):
         record = instructions.record(index)
         read[record.task] += 1
         if read[record.task] > RECORDS:
             continue
-        for turn in TASKS[record.task].turns(record, geometry, rng):
+        for turn in TASKS[record.task].turns(record, coordinates, rng):
             yield from (turn.question, turn.answer)
 
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sphinx_pl.data.readers import InstructionSource
+from sphinx_pl.data.readers import InstructionReader
 from sphinx_pl.data.sample_world import figures, language, records
 from sphinx_pl.data.sample_world.assets import Assets, load_assets
 from sphinx_pl.data.sample_world.drawing import DOMAINS, REAL
@@ -152,7 +152,7 @@ def _fill(world: _World, wanted: dict[str, Any]) -> dict[str, Any]:
             texts += captions if split == "train" else []
     texts += _write_documents(world)
     _write_instructions(world)
-    instructions = InstructionSource("sample", str(world.root / "instructions/train-*.json"))
+    instructions = InstructionReader("sample", str(world.root / "instructions/train-*.json"))
     world.write("tokenizer.model", train_tokenizer(texts, instructions))
     world.write("origins.jsonl", "".join(f"{line}\n" for line in world.origins))
     names = sorted(path.relative_to(world.root).as_posix() for path in world.root.rglob("*") if path.is_file())

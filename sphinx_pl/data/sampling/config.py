@@ -13,10 +13,11 @@ from typing import Any, Optional
 import yaml
 
 from sphinx_pl.data.files import is_remote
-from sphinx_pl.data.readers import Source, build_source, check_options, find_kind
+from sphinx_pl.data.readers import Reader, build_reader, check_options, find_kind
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.utils.config import Bounds, build, within
 from sphinx_pl.utils.errors import UserError, suggest
+from sphinx_pl.utils.renamed import renamed_key
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class MixingConfig:
     """Every source is read at most so often; null: for ever. A source's own `epochs` goes before it."""
     temperature: Optional[float] = within(None, above=0)
     """Of the whole tree of sources, as a group's."""
-    lanes: Optional[int] = within(None, at_least=1, at_most=2**16)
+    partitions: Optional[int] = within(None, at_least=1, at_most=2**16)
     """Independent lines of planning, fixed for a run; null: as many as there are ranks when it is first started."""
 
     def __post_init__(self) -> None:
@@ -51,17 +52,19 @@ class MixingConfig:
 class SourceConfig:
     """One entry of a mixture's `sources`; further keys go to the source's constructor.
 
-    `weight` is its share relative to the others' beside it. `branches` > 1 joins up to that many records about one
-    image into one sample. `modality` says what the source counts as where a step must hold text and images. `epochs`
-    bounds how often it is read (upsampling), `caps` how many records of a task an epoch has: {ocr: 10000}. `part` is
-    train (all but a tenth of the records) or held_out (that tenth), for files without a part of their own for it.
-    `shuffle_shards` files are open at a time, their records shuffled together.
+    - `weight` is the source's share relative to the weights beside it.
+    - `questions_per_sample` > 1 joins up to that many records about one image into one sample.
+    - `modality` is what the source counts as, since a step must hold text and images.
+    - `epochs` bounds how often the source is read (upsampling).
+    - `caps` bounds how many records of a task an epoch has: {ocr: 10000}.
+    - `part` is train (all but a tenth of the records) or held_out (that tenth), for files without such parts.
+    - `shuffle_shards` files are open at a time, and their records are shuffled together.
     """
 
     path: Any
     kind: str = AUTO
     weight: float = within(1.0, at_least=0)
-    branches: int = within(1, at_least=1)
+    questions_per_sample: int = within(1, at_least=1)
     modality: str = ""
     epochs: Optional[int] = within(None, at_least=1)
     caps: dict[str, int] = field(default_factory=dict, metadata={"bounds": Bounds(at_least=0)})
@@ -77,6 +80,9 @@ class SourceConfig:
                 raise UserError(
                     f"{prefix}.{key} is missing: every source needs a path; leave kind out to have it found"
                 )
+        for key in values:
+            if renamed := renamed_key(f"data.sources.{name}.{key}"):
+                raise UserError(renamed.replace(f"data.sources.{name}", prefix))
         known = {f for f in cls.__dataclass_fields__ if f != "options"}
         own = {key: value for key, value in values.items() if key in known}
         config = build(cls, own | {"options": {k: v for k, v in values.items() if k not in known}}, prefix)
@@ -94,8 +100,8 @@ class SourceConfig:
         check_options(config.kind, prefix, config.options)
         return config
 
-    def open(self, name: str) -> Source:
-        source = build_source(self.kind, name, self.path, **self.options)
+    def open(self, name: str) -> Reader:
+        source = build_reader(self.kind, name, self.path, **self.options)
         source.part = self.part
         return source
 

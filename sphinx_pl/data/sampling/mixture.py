@@ -36,7 +36,7 @@ class Mixture:
 
     Args:
         sources: the tree, as `Group.from_dict` takes it under "sources".
-        lane, lanes: which part of every source.
+        partition, partitions: which part of every source.
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class Mixture:
         max_length: int = 1 << 30,
         mixing: MixingConfig | None = None,
         augment: AugmentConfig | None = None,
-        lane: int = 0,
-        lanes: int = 1,
+        partition: int = 0,
+        partitions: int = 1,
     ) -> None:
         self.mixing = mixing or MixingConfig()
         self.group = Group.from_dict({"sources": sources, "temperature": self.mixing.temperature})
@@ -68,7 +68,7 @@ class Mixture:
             if config.epochs is None:
                 config.epochs = self.mixing.epochs
             self.streams[name] = SourceStream(
-                name, config, opened[name], processor, seed, max_length, augment, lane, lanes
+                name, config, opened[name], processor, seed, max_length, augment, partition, partitions
             )
         self.drawn = dict.fromkeys(self.shares, 0)
 

@@ -21,12 +21,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar, Optional
 
-from sphinx_pl.data.annotation_files import MALFORMED, OfficialFiles
+from sphinx_pl.data.annotation_files import MALFORMED, AnnotationFiles
 from sphinx_pl.data.converters.common import question_record, text
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.readers.instruction_json import to_entry, to_record
 from sphinx_pl.data.schema import ImageRef, Record, Turn
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.evaluation.measures import Measure, estimate, to_json
 from sphinx_pl.evaluation.runner import Prediction, judge
@@ -59,7 +59,7 @@ class Verdict:
     parsed: bool = True
 
 
-class Benchmark(OfficialFiles):
+class Benchmark(AnnotationFiles):
     """One benchmark's questions and how it counts.
 
     Records carry what scoring needs in `meta`, as JSON: they are written beside the answers and scored anew from there.
@@ -122,7 +122,7 @@ class Benchmark(OfficialFiles):
         return self.measures[:1]
 
     @abstractmethod
-    def verdict(self, record: Record, answer: str, geometry: Geometry) -> Verdict:
+    def verdict(self, record: Record, answer: str, coordinates: Coordinates) -> Verdict:
         """Score an answer's text; never raises."""
 
     def category(self, record: Record) -> str:
@@ -153,12 +153,12 @@ class Benchmark(OfficialFiles):
         """A record without an answer, made to be asked all the same in its task's wording.
 
         Raises:
-            BadSample: the task cannot write it (yes_no never can: short_vqa has the same wording), or it has no id.
+            SkipSample: the task cannot write it (yes_no never can: short_vqa has the same wording), or it has no id.
         """
         if not isinstance(record.meta.get("question_id"), int | str):
-            raise BadSample("question_id_missing", record.key)
+            raise SkipSample("question_id_missing", record.key)
         stand_in = record.choices[0] if record.choices else HIDDEN
-        (turn,) = TASKS[record.task].turns(dataclasses.replace(record, answer=stand_in), Geometry())
+        (turn,) = TASKS[record.task].turns(dataclasses.replace(record, answer=stand_in), Coordinates())
         return dataclasses.replace(record, turns=(Turn(turn.question, HIDDEN),))
 
     def submit(self, predictions: Sequence[Prediction], folder: Path) -> list[str]:
@@ -183,14 +183,14 @@ class Benchmark(OfficialFiles):
 
     def expected(self) -> Sequence[Any]:
         """Ids of all questions that the server wants an answer to."""
-        found = (found for _, found in self.read() if not isinstance(found, BadSample))
+        found = (found for _, found in self.read() if not isinstance(found, SkipSample))
         return [record.meta["question_id"] for records in found for record in records]
 
     def annotation(self, key: str, entry: Mapping[str, Any]) -> Record:
         """The record of an entry of the original's unified annotation.
 
         Raises:
-            BadSample: it is of no use; any of `MALFORMED` will do too.
+            SkipSample: it is of no use; any of `MALFORMED` will do too.
         """
         image, question = text(entry["image_path"]), text(entry["question"])
         meta = {"question_id": entry.get("question_id")}
@@ -200,15 +200,15 @@ class Benchmark(OfficialFiles):
         answers = [text(answer) for answer in (found if isinstance(found, list) else [found])]
         return question_record(key, image, question, answers[0], meta | {"answers": answers})
 
-    def read(self) -> Iterator[tuple[str, list[Record] | BadSample]]:
-        """As `OfficialFiles.read`, also of a unified annotation; what cannot be asked or kept is bad."""
+    def read(self) -> Iterator[tuple[str, list[Record] | SkipSample]]:
+        """As `AnnotationFiles.read`, also of a unified annotation; what cannot be asked or kept is bad."""
         for key, found in self._read():
             try:
-                yield key, found if isinstance(found, BadSample) else [_checked(record) for record in found]
-            except BadSample as bad:
+                yield key, found if isinstance(found, SkipSample) else [_checked(record) for record in found]
+            except SkipSample as bad:
                 yield key, bad
 
-    def _read(self) -> Iterator[tuple[str, list[Record] | BadSample]]:
+    def _read(self) -> Iterator[tuple[str, list[Record] | SkipSample]]:
         if self.unified is None:
             return super().read()
         items = enumerate(self.json_items(self.unified))
@@ -218,11 +218,13 @@ class Benchmark(OfficialFiles):
         )
         return self.guarded(entries, lambda key, entry: [self.annotation(key, entry)])
 
-    def judge(self, record: Record, answer: str, geometry: Geometry, images: tuple[ImageRef, ...] = ()) -> Prediction:
+    def judge(
+        self, record: Record, answer: str, coordinates: Coordinates, images: tuple[ImageRef, ...] = ()
+    ) -> Prediction:
         """Score an answer's text by the benchmark's rule; 0 where the truth is not public."""
-        verdict = Verdict(0.0) if self.is_hidden else self.verdict(record, answer, geometry)
+        verdict = Verdict(0.0) if self.is_hidden else self.verdict(record, answer, coordinates)
         return dataclasses.replace(
-            judge(record, answer, geometry, images),
+            judge(record, answer, coordinates, images),
             benchmark=self.name,
             topic=self.category(record),
             metric=self.measures[0].name if self.measures else "",
@@ -241,16 +243,16 @@ def _checked(record: Record) -> Record:
     """The record, if its task can write it and JSON can hold it.
 
     Raises:
-        BadSample: why not.
+        SkipSample: why not.
     """
     entry = to_entry(record)
     again = to_record(entry, record.key, Path(), record.task)
     if record.sizes or not record.regions:  # sizes that an annotation does not say are read when the image is asked
-        TASKS[record.task].turns(again, Geometry())
+        TASKS[record.task].turns(again, Coordinates())
     try:
         json.dumps(entry, ensure_ascii=False).encode()
     except MALFORMED as error:
-        raise BadSample("entry_malformed", f"{record.key}: {type(error).__name__}: {error}") from None
+        raise SkipSample("entry_malformed", f"{record.key}: {type(error).__name__}: {error}") from None
     return record
 
 
@@ -322,7 +324,7 @@ def load(name: str, benchmark: Benchmark, limit: int | None = None, seed: int = 
     groups: dict[str, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
     lost: Counter[str] = Counter()
     for _, found in benchmark.read():
-        if isinstance(found, BadSample):
+        if isinstance(found, SkipSample):
             lost[found.reason] += 1
             continue
         for record in found:

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sphinx_pl.data.converters.common import asked, choice_turn, chosen, text
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.schema import ImageRef, Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.evaluation.benchmarks import Benchmark, Verdict
 from sphinx_pl.evaluation.measures import Measure, mean
 from sphinx_pl.evaluation.scorers.choices import read_choice
@@ -25,14 +25,14 @@ def letter_record(
     Unlike in training, choices may read the same: there is one letter more to be wrong with.
 
     Raises:
-        BadSample: no choice has the letter, the question is empty, or there are not 2 to 26 choices.
+        SkipSample: no choice has the letter, the question is empty, or there are not 2 to 26 choices.
     """
     if not isinstance(choices, list):
         raise TypeError(f"{choices!r} should be a list")
     choices = [text(choice).strip() for choice in choices]
     letter = letter.strip().upper()
     if len(letter) != 1 or letter not in string.ascii_uppercase:
-        raise BadSample("choice_missing", f"{key}: {letter!r}")
+        raise SkipSample("choice_missing", f"{key}: {letter!r}")
     index = string.ascii_uppercase.index(letter)
     answer = chosen(choices, index)
     return Record(
@@ -59,7 +59,7 @@ class Choices(Benchmark):
         image = ImageRef(text(entry["image_path"]))
         return letter_record(key, image, question, entry["choices"], text(entry["gt_answers"]), meta)
 
-    def verdict(self, record: Record, answer: str, geometry: Geometry) -> Verdict:
+    def verdict(self, record: Record, answer: str, coordinates: Coordinates) -> Verdict:
         letter = read_choice(answer, record.choices)
         return Verdict(float(letter is not None and letter == record.meta["letter"]), letter is not None)
 

@@ -19,9 +19,9 @@ import numpy as np
 
 from sphinx_pl.data.converters import coco, id_of
 from sphinx_pl.data.converters.common import text
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.schema import ImageRef, Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.evaluation.benchmarks import Benchmark, Verdict
 from sphinx_pl.evaluation.measures import Measure, Prepared, Sums, Whole, ratio
 from sphinx_pl.evaluation.metrics import caption_f1
@@ -80,11 +80,12 @@ class CocoCaption(Benchmark, coco.CocoConverter):
         captions = found if isinstance(found, list) else [found]
         return _record(key, text(entry["image_path"]), captions, entry.get("question_id"))
 
-    def verdict(self, record: Record, answer: str, geometry: Geometry) -> Verdict:
+    def verdict(self, record: Record, answer: str, coordinates: Coordinates) -> Verdict:
         """Words in common with the nearest caption: the official figures are of all answers together."""
         return Verdict(
             max(
-                caption_f1(answer, Record("", "caption", record.images, answer=one), geometry) for one in _true(record)
+                caption_f1(answer, Record("", "caption", record.images, answer=one), coordinates)
+                for one in _true(record)
             ),
             bool(answer.strip()),
         )
@@ -134,10 +135,10 @@ class Captions:
 
 
 def _record(key: str, path: str, captions: Sequence[Any], number: Any) -> Record:
-    """Raises: BadSample: no caption."""
+    """Raises: SkipSample: no caption."""
     cleaned = [" ".join(text(caption).split()) for caption in captions]
     if not (kept := [caption for caption in cleaned if caption]):
-        raise BadSample("answers_empty", key)
+        raise SkipSample("answers_empty", key)
     meta = {"captions": kept, "image_id": number}
     return Record(key, "caption", (ImageRef(path),), answer=kept[0], meta=meta)
 

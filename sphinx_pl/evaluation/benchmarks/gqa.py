@@ -17,7 +17,7 @@ from sphinx_pl.evaluation.runner import Prediction
 from sphinx_pl.evaluation.scorers.gqa import gqa_match
 
 
-class GQA(ShortAnswers, gqa.GQA):
+class GQA(ShortAnswers, gqa.GQAConverter):
     """Parts are those of the official script that need no other file: binary and open questions, structural and
     semantic types. Consistency, validity, plausibility and distribution are left out."""
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sphinx_pl.data.converters import iconqa
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.schema import Record
 from sphinx_pl.data.tasks import choice_letter
 from sphinx_pl.evaluation.benchmarks import Benchmark, Verdict
@@ -19,7 +19,7 @@ from sphinx_pl.evaluation.scorers.choices import choice_match, read_choice
 from sphinx_pl.evaluation.scorers.exact import exact_match
 
 
-class IconQA(Benchmark, iconqa.IconQA):
+class IconQA(Benchmark, iconqa.IconQAConverter):
     """Questions with images to choose from are not asked: their answers need several images at once, which the paper's
     models do not take. The two other kinds are the categories."""
 
@@ -34,7 +34,7 @@ class IconQA(Benchmark, iconqa.IconQA):
             else:
                 yield record
 
-    def verdict(self, record: Record, answer: str, geometry: Geometry) -> Verdict:
+    def verdict(self, record: Record, answer: str, coordinates: Coordinates) -> Verdict:
         if record.choices:
             right = choice_match(answer, record.choices, choice_letter(record))
             return Verdict(float(right), read_choice(answer, record.choices) is not None)

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from sphinx_pl.data.converters.common import asked, text
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.schema import ImageRef, Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.evaluation.benchmarks import Verdict, command
 from sphinx_pl.evaluation.benchmarks.choices import letter_record
 from sphinx_pl.evaluation.benchmarks.official_only import OfficialOnly
@@ -55,7 +55,7 @@ class MathVista(OfficialOnly):
         if kind == "multi_choice":
             choices = entry["choices"]
             if answer not in choices:
-                raise BadSample("answer_not_in_choices", key)
+                raise SkipSample("answer_not_in_choices", key)
             yield letter_record(key, image, question, choices, string.ascii_uppercase[choices.index(answer)], meta)
         elif kind == "free_form" and entry["answer_type"] in ANSWER_TYPES:
             _precision(entry)
@@ -63,7 +63,7 @@ class MathVista(OfficialOnly):
         else:
             raise ValueError(f"a question of type {kind}, {entry['answer_type']}")
 
-    def verdict(self, record: Record, answer: str, geometry: Geometry) -> Verdict:
+    def verdict(self, record: Record, answer: str, coordinates: Coordinates) -> Verdict:
         problem = record.meta["problem"]
         choices = problem["choices"] or ()
         said = read_answer(answer, problem["question_type"], problem["answer_type"], choices, _precision(problem))

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from sphinx_pl.data.converters.common import text
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.schema import ImageRef, Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.evaluation.benchmarks import Benchmark, Verdict, command
 from sphinx_pl.evaluation.measures import Additive, Floats, Measure, mean, ratio
 from sphinx_pl.evaluation.runner import Prediction
@@ -48,7 +48,7 @@ class Mme(Benchmark):
     splits = ("test",)
     closed = ("yes", "no")
 
-    def _read(self) -> Iterator[tuple[str, list[Record] | BadSample]]:
+    def _read(self) -> Iterator[tuple[str, list[Record] | SkipSample]]:
         """Also of the unified annotation an entry is an image, not a question."""
         return self.guarded(self.entries(), self.records)
 
@@ -105,16 +105,16 @@ class Mme(Benchmark):
     def records(self, key: str, entry: Any) -> Iterator[Record]:
         subtask, image, lines = entry
         if subtask not in SUBTASKS:
-            raise BadSample("subtask_unknown", key)
+            raise SkipSample("subtask_unknown", key)
         if len(lines) != 2:
-            raise BadSample("questions_count", f"{key} has {len(lines)}, not 2")
+            raise SkipSample("questions_count", f"{key} has {len(lines)}, not 2")
         if image is None:
-            raise BadSample("image_missing", key)
+            raise SkipSample("image_missing", key)
         for number, line in enumerate(lines):
             question, answer = line.decode().rsplit("\t", 1)
             answer = answer.strip().lower()
             if answer not in ("yes", "no"):
-                raise BadSample("answer_not_yes_no", f"{key}: {answer}")
+                raise SkipSample("answer_not_yes_no", f"{key}: {answer}")
             meta = {"category": subtask, "image": PurePosixPath(image).name, "asked": question}
             asked = question.strip().removesuffix(HINT).strip()
             yield Record(f"{key}-{number}", "yes_no", (ImageRef(image),), question=asked, answer=answer, meta=meta)
@@ -122,7 +122,7 @@ class Mme(Benchmark):
     def unit(self, record: Record) -> str:
         return _image_of(record)
 
-    def verdict(self, record: Record, answer: str, geometry: Geometry) -> Verdict:
+    def verdict(self, record: Record, answer: str, coordinates: Coordinates) -> Verdict:
         said = read_mme(answer)
         return Verdict(float(said is not None and said == (record.answer == "yes")), said is not None)
 

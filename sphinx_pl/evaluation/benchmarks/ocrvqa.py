@@ -12,7 +12,7 @@ from sphinx_pl.evaluation.benchmarks.short_answers import ShortAnswers
 from sphinx_pl.evaluation.scorers.exact import exact_match
 
 
-class OCRVQA(ShortAnswers, ocrvqa.OCRVQA):
+class OCRVQA(ShortAnswers, ocrvqa.OCRVQAConverter):
     """Questions with a blank answer (no author is known, say) are not asked. Titles get the room that they need."""
 
     name = "ocrvqa"

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from sphinx_pl.data.converters.common import text
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.schema import ImageRef, Record
 from sphinx_pl.evaluation.benchmarks import Benchmark, Verdict
 from sphinx_pl.evaluation.measures import Additive, Floats, Measure, mean, ratio
@@ -45,7 +45,7 @@ class Pope(Benchmark):
         image = (ImageRef(text(entry["image"])),)
         yield Record(key, "yes_no", image, question=text(entry["text"]), answer=answer, meta=meta)
 
-    def verdict(self, record: Record, answer: str, geometry: Geometry) -> Verdict:
+    def verdict(self, record: Record, answer: str, coordinates: Coordinates) -> Verdict:
         said = read_yes_no(answer)
         return Verdict(float(said is not None and said == (record.answer == "yes")), said is not None)
 

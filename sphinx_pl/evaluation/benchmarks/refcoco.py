@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from sphinx_pl.data.converters import refcoco
 from sphinx_pl.data.converters.common import asked, text
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.readers.instruction_json import sizes
 from sphinx_pl.data.schema import ImageRef, Record, Region
 from sphinx_pl.evaluation.benchmarks import Benchmark, Verdict
@@ -21,7 +21,7 @@ from sphinx_pl.evaluation.measures import Measure, mean
 from sphinx_pl.evaluation.scorers.grounding import read_box, rec_match
 
 
-class RefCOCO(Benchmark, refcoco.RefCOCO):
+class RefCOCO(Benchmark, refcoco.RefCOCOConverter):
     """Each phrase is a question. Of an answer the first box counts, compared in the image without its padding; the
     original's script compares in the padded square, which is the same but for the width of a rounded pixel."""
 
@@ -43,7 +43,7 @@ class RefCOCO(Benchmark, refcoco.RefCOCO):
         size = sizes(int(width[1]), int(height[1]), key)
         return Record(key, "rec", image, size, question=phrase, regions=(Region((x1, y1, x2, y2), phrase),))
 
-    def verdict(self, record: Record, answer: str, geometry: Geometry) -> Verdict:
+    def verdict(self, record: Record, answer: str, coordinates: Coordinates) -> Verdict:
         (region,), (size,) = record.regions, record.sizes
         return Verdict(float(rec_match(answer, region.box, size)), read_box(answer, size) is not None)
 

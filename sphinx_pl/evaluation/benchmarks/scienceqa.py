@@ -12,9 +12,9 @@ from typing import Any
 
 from sphinx_pl.data.converters import scienceqa
 from sphinx_pl.data.converters.common import choice_record, text
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.schema import Record, Turn
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import choice_letter
 from sphinx_pl.evaluation.benchmarks import Benchmark, Verdict
 from sphinx_pl.evaluation.measures import Measure, mean
@@ -26,7 +26,7 @@ _LOWER_GRADES = 6
 _CHOICE = re.compile(r"^([A-Z])\. (.*)$", re.MULTILINE)
 
 
-class ScienceQA(Benchmark, scienceqa.ScienceQA):
+class ScienceQA(Benchmark, scienceqa.ScienceQAConverter):
     """Parts are columns of the paper's table 3: subjects, questions with a hint (TXT), grades.
 
     The original's unified annotation has hint and choices in its question, which is asked as it stands; the words "The
@@ -50,12 +50,12 @@ class ScienceQA(Benchmark, scienceqa.ScienceQA):
         found = _CHOICE.findall(question.partition("Choices:")[2])
         letters = [letter for letter, _ in found]
         if letter not in letters or letters != sorted(set(letters)) or letters[0] != "A":
-            raise BadSample("choice_missing", f"{key}: {letter} of {letters}")
+            raise SkipSample("choice_missing", f"{key}: {letter} of {letters}")
         choices = [choice for _, choice in found]
         record = choice_record(key, text(entry["image_path"]), question, choices, letters.index(letter), {})
         return dataclasses.replace(record, turns=(Turn(question, letter),))
 
-    def verdict(self, record: Record, answer: str, geometry: Geometry) -> Verdict:
+    def verdict(self, record: Record, answer: str, coordinates: Coordinates) -> Verdict:
         right = choice_match(answer, record.choices, choice_letter(record))
         return Verdict(float(right), read_choice(answer, record.choices) is not None)
 

@@ -6,9 +6,9 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.schema import Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.evaluation.benchmarks import Benchmark, Verdict
 from sphinx_pl.evaluation.measures import Measure, mean
 
@@ -23,13 +23,13 @@ class ShortAnswers(Benchmark):
     def score(self, prediction: str, answers: Sequence[str]) -> float:
         """In 0..1."""
 
-    def read(self) -> Iterator[tuple[str, list[Record] | BadSample]]:
+    def read(self) -> Iterator[tuple[str, list[Record] | SkipSample]]:
         """As `Benchmark.read`; answers that are no texts are bad."""
         for key, found in super().read():
-            texts = isinstance(found, BadSample) or all(isinstance(a, str) for r in found for a in _answers(r))
-            yield key, found if texts else BadSample("answers_malformed", key)
+            texts = isinstance(found, SkipSample) or all(isinstance(a, str) for r in found for a in _answers(r))
+            yield key, found if texts else SkipSample("answers_malformed", key)
 
-    def verdict(self, record: Record, answer: str, geometry: Geometry) -> Verdict:
+    def verdict(self, record: Record, answer: str, coordinates: Coordinates) -> Verdict:
         return Verdict(float(self.score(answer, _answers(record))), bool(answer.strip()))
 
     @property

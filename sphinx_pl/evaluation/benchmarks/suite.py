@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from sphinx_pl.data.answer_parsing import normalise
-from sphinx_pl.data.coordinates import Geometry, Size
-from sphinx_pl.data.readers import InstructionSource
+from sphinx_pl.data.coordinates import Coordinates, Size
+from sphinx_pl.data.readers import InstructionReader
 from sphinx_pl.data.readers.instruction_json import to_record
 from sphinx_pl.data.schema import Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import TASKS, Parsed
 from sphinx_pl.evaluation.benchmarks import Benchmark, Verdict
 from sphinx_pl.evaluation.measures import Additive, Counts, Floats, Measure, mean, ratio
@@ -41,7 +41,7 @@ from sphinx_pl.evaluation.scorers.resampled_ap import Matched, average_precision
 from sphinx_pl.utils.errors import UserError
 
 # Reading tolerates any number of decimals.
-_READER = Geometry()
+_READER = Coordinates()
 
 Asked = Sequence[tuple[Record, Prediction]]
 
@@ -59,31 +59,31 @@ class TaskSuite(Benchmark):
         if src is not None and self.unified is None:
             raise UserError(f"{self.name}: '{src}' is a folder: name an instruction file with the task {self.split}")
 
-    def _read(self) -> Iterator[tuple[str, list[Record] | BadSample]]:
+    def _read(self) -> Iterator[tuple[str, list[Record] | SkipSample]]:
         assert self.unified is not None
         # Their images' folder is put before the paths when they are loaded.
-        source = InstructionSource(self.name, str(self.src / self.unified), root=".", tasks=[self.split])
+        source = InstructionReader(self.name, str(self.src / self.unified), root=".", tasks=[self.split])
         for index in range(len(source)):
             try:
                 record = source.record(index)
                 if self.needs_regions and not record.sizes:
-                    raise BadSample("size_unknown", record.key)
+                    raise SkipSample("size_unknown", record.key)
                 # Of finished turns too the annotation is what is scored by.
                 last_turn(dataclasses.replace(record, turns=()) if self.needs_regions else record, _READER)
                 yield record.key, [record]
-            except BadSample as bad:
+            except SkipSample as bad:
                 yield str(index), bad
 
     def entries(self) -> Iterator[tuple[str, Any]]:
-        return ((key, found) for key, found in self._read() if not isinstance(found, BadSample))
+        return ((key, found) for key, found in self._read() if not isinstance(found, SkipSample))
 
     def records(self, key: str, entry: Any) -> Iterator[Record]:
         return iter(entry)
 
-    def verdict(self, record: Record, answer: str, geometry: Geometry) -> Verdict:
+    def verdict(self, record: Record, answer: str, coordinates: Coordinates) -> Verdict:
         """What a single answer scores, by the metric of its task; the official figures are the measures'."""
         metric = METRICS[TASKS[record.task].scorer]
-        return Verdict(metric.score(answer, record, geometry), metric.parsed(answer, record))
+        return Verdict(metric.score(answer, record, coordinates), metric.parsed(answer, record))
 
 
 class _Precision(TaskSuite):
@@ -180,7 +180,7 @@ class OcrSuite(TaskSuite):
     splits = ("ocr_text", "ocr")
     needs_regions = False
 
-    def verdict(self, record: Record, answer: str, geometry: Geometry) -> Verdict:
+    def verdict(self, record: Record, answer: str, coordinates: Coordinates) -> Verdict:
         said, true = _texts(record, answer)
         return Verdict(text_similarity(said, true), METRICS[TASKS[record.task].scorer].parsed(answer, record))
 

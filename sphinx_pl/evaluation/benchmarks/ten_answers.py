@@ -50,7 +50,7 @@ class TenAnswers(ShortAnswers):
         return ""
 
 
-class VQAv2(TenAnswers, vqav2.VQAv2):
+class VQAv2(TenAnswers, vqav2.VQAv2Converter):
     """Categories are the answers' types. Of test-dev the submission has blank answers to the rest of test, as the
     server demands, if the files have its questions."""
 
@@ -85,7 +85,7 @@ def _questions_file(split: str) -> str:
     return f"v2_OpenEnded_mscoco_{split}2015_questions.json"
 
 
-class OKVQA(TenAnswers, okvqa.OKVQA):
+class OKVQA(TenAnswers, okvqa.OKVQAConverter):
     """Compared are the annotation's stemmed answers, as usual. Categories are the kinds of knowledge, by the names that
     the annotation file gives them."""
 
@@ -110,7 +110,7 @@ class OKVQA(TenAnswers, okvqa.OKVQA):
         return kinds if isinstance(kinds, dict) else {}
 
 
-class VizWiz(TenAnswers, vizwiz.VizWiz):
+class VizWiz(TenAnswers, vizwiz.VizWizConverter):
     """Asked with the hint to say "Unanswerable", which is an answer like any other. Categories are the answers' types.
 
     The server knows a question by its image's name.
@@ -135,7 +135,7 @@ class VizWiz(TenAnswers, vizwiz.VizWiz):
         return super().annotation(key, {**entry, "question": vizwiz.hinted(entry["question"]), "question_id": name})
 
 
-class TextVQA(TenAnswers, textvqa.TextVQA):
+class TextVQA(TenAnswers, textvqa.TextVQAConverter):
     """All questions are asked, also those whose answer is a remark ("unanswerable"), which training leaves out."""
 
     name = "textvqa"

@@ -11,15 +11,15 @@ from typing import Any
 
 from sphinx_pl.data.converters import vsr
 from sphinx_pl.data.converters.common import asked
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.schema import Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.evaluation.benchmarks import Benchmark, Verdict
 from sphinx_pl.evaluation.measures import Measure, mean
 from sphinx_pl.evaluation.scorers.exact import read_truth, vsr_match
 
 
-class VSR(Benchmark, vsr.VSR):
+class VSR(Benchmark, vsr.VSRConverter):
     """Asked in the original's words, with nothing after the question; both true and yes, false and no will do."""
 
     name = "vsr"
@@ -37,10 +37,10 @@ class VSR(Benchmark, vsr.VSR):
     def annotation(self, key: str, entry: Mapping[str, Any]) -> Record:
         record = dataclasses.replace(super().annotation(key, entry), task="chat")
         if read_truth(record.answer) is None:
-            raise BadSample("label_unknown", f"{key}: {record.answer}")
+            raise SkipSample("label_unknown", f"{key}: {record.answer}")
         return record
 
-    def verdict(self, record: Record, answer: str, geometry: Geometry) -> Verdict:
+    def verdict(self, record: Record, answer: str, coordinates: Coordinates) -> Verdict:
         right = vsr_match(answer, read_truth(record.answer) is True)
         return Verdict(float(right), read_truth(answer) is not None)
 

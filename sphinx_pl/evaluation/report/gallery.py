@@ -10,12 +10,12 @@ from typing import Any
 
 from PIL import Image
 
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.drawing import GIVEN, PREDICTED, TRUE, draw, to_picture
 from sphinx_pl.data.images import load_image
 from sphinx_pl.data.inspect.samples import encode
 from sphinx_pl.data.schema import ImageRef
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.evaluation.runner import benchmark_label
 from sphinx_pl.utils.html import visible
 
@@ -106,7 +106,9 @@ def _spread(items: list[Mapping[str, Any]], count: int) -> list[Mapping[str, Any
     return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)] if len(items) > count else items
 
 
-def cards(predictions: Sequence[Mapping[str, Any]], size: int, geometry: Geometry, headings: Sequence[str] = ()) -> str:
+def cards(
+    predictions: Sequence[Mapping[str, Any]], size: int, coordinates: Coordinates, headings: Sequence[str] = ()
+) -> str:
     """The cards of predictions (`Prediction.to_dict`) in their order, above them the legend and choices of heading,
     task, category and verdict, which need SCRIPT; with it, 24 are shown at first.
 
@@ -124,7 +126,7 @@ def cards(predictions: Sequence[Mapping[str, Any]], size: int, geometry: Geometr
         assert isinstance(prediction, Mapping)
         topics = categories_of.setdefault(_group(prediction), {})
         category = topics.setdefault(prediction["topic"], sum(map(len, categories_of.values())))
-        pictures, missing = _pictures(prediction, size, geometry, limit)
+        pictures, missing = _pictures(prediction, size, coordinates, limit)
         lost += missing
         articles.append(f"<h3>{visible(heading)}</h3>" if heading != last else "")
         articles.append(_card(prediction, pictures, category, heading))
@@ -155,14 +157,14 @@ def cards(predictions: Sequence[Mapping[str, Any]], size: int, geometry: Geometr
     )
 
 
-def picture(image: ImageRef, prediction: Mapping[str, Any], size: int, geometry: Geometry) -> Image.Image:
+def picture(image: ImageRef, prediction: Mapping[str, Any], size: int, coordinates: Coordinates) -> Image.Image:
     """One image of a prediction as the model saw it, with what its texts name.
 
     Raises:
-        BadSample: it cannot be read.
+        SkipSample: it cannot be read.
     """
     plain = to_picture(load_image(image, size), scale=max(1, PICTURE_SIDE // max(size, 1)))
-    return draw(plain, prediction["answer"], prediction["prediction"], geometry, prediction["question"])
+    return draw(plain, prediction["answer"], prediction["prediction"], coordinates, prediction["question"])
 
 
 def _card(prediction: Mapping[str, Any], pictures: str, category: int, heading: str) -> str:
@@ -182,13 +184,13 @@ def _card(prediction: Mapping[str, Any], pictures: str, category: int, heading: 
     )
 
 
-def _pictures(prediction: Mapping[str, Any], size: int, geometry: Geometry, limit: int) -> tuple[str, int]:
+def _pictures(prediction: Mapping[str, Any], size: int, coordinates: Coordinates, limit: int) -> tuple[str, int]:
     """The images of a prediction as HTML of about `limit` bytes each, and how many of them could not be read."""
     html, lost = "", 0
     for image in prediction["images"]:
         try:
-            drawn = picture(ImageRef.from_dict(image), prediction, size, geometry)
-        except (BadSample, OSError):
+            drawn = picture(ImageRef.from_dict(image), prediction, size, coordinates)
+        except (SkipSample, OSError):
             lost += 1
             continue
         flat = drawn.width > size

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import yaml
 from rich.console import Console
 
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.evaluation.mixtures.reweighting import held_text
 from sphinx_pl.evaluation.report import tables
 from sphinx_pl.evaluation.report.charts import Series, line_chart, smooth
@@ -382,9 +382,9 @@ def _answers(evaluations: Sequence[Evaluation], shown: Shown) -> str:
             f"; {seen['elsewhere']:,} of {total['elsewhere']:,} that are scored elsewhere" if total["elsewhere"] else ""
         )
         heading = f"<h3>{visible(evaluation.name)}</h3>" if len(answered) > 1 else ""
-        geometry = Geometry(decimals=int(evaluation.results.get("decimals", 3)))
+        coordinates = Coordinates(decimals=int(evaluation.results.get("decimals", 3)))
         size = int(evaluation.results.get("image_size", 0))
-        shown_cards = cards([p for _, p in chosen], size, geometry, [how for how, _ in chosen])
+        shown_cards = cards([p for _, p in chosen], size, coordinates, [how for how, _ in chosen])
         blocks.append(
             f"{heading}<p class=note>{wrong_seen:,} of {wrong:,} wrong answers are here, and {seen['right']:,} of "
             f"{total['right']:,} right ones{unknown}.</p>{shown_cards}"

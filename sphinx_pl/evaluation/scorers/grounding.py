@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from sphinx_pl.data.coordinates import Box4, Geometry, Size, iou, to_pixels
+from sphinx_pl.data.coordinates import Box4, Coordinates, Size, iou, to_pixels
 
 IOU_THRESHOLD = 0.5
 
 # Reading tolerates any number of decimals.
-_READER = Geometry()
+_READER = Coordinates()
 
 
 def read_box(text: str, size: Size) -> Box4 | None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torchvision.ops import box_iou
 
-from sphinx_pl.data.coordinates import Box4, Geometry
+from sphinx_pl.data.coordinates import Box4, Coordinates
 from sphinx_pl.evaluation.scorers.grounding import read_box, rec_match
 
 
@@ -23,7 +23,7 @@ def test_it_is_that_of_lmms_eval_on_squares(golden: dict[str, list[Any]]) -> Non
 
 def test_it_is_torchvisions_overlap_in_the_unpadded_image() -> None:
     rng = random.Random(0)
-    geometry, rights = Geometry(decimals=6), 0
+    coordinates, rights = Coordinates(decimals=6), 0
     for _ in range(2000):
         size = rng.randint(20, 900), rng.randint(20, 900)
 
@@ -38,7 +38,7 @@ def test_it_is_torchvisions_overlap_in_the_unpadded_image() -> None:
         overlap = float(box_iou(torch.tensor([given]).double(), torch.tensor([truth]).double()))
         if abs(overlap - 0.5) > 1e-3:  # nearer, the text's six decimals decide
             rights += overlap > 0.5
-            assert rec_match(geometry.box(given, size), truth, size) is (overlap > 0.5), (given, truth)
+            assert rec_match(coordinates.box(given, size), truth, size) is (overlap > 0.5), (given, truth)
     assert 300 < rights < 1700
 
 
