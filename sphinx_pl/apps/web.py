@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 from PIL import Image
 
 from sphinx_pl.apps.masks import Segmenter
-from sphinx_pl.data.coordinates import COCO_KEYPOINTS, Coordinates, Grounded, Piece, Size, point_to_pixels, to_pixels
+from sphinx_pl.data.coordinates import COCO_KEYPOINTS, Coordinates, Grounded, Size, TextPart, point_to_pixels, to_pixels
 from sphinx_pl.data.drawing import GIVEN, PALETTE, limbs
 from sphinx_pl.data.images import decode, padded_resize
 from sphinx_pl.data.schema import Turn
@@ -192,10 +192,10 @@ class Mark:
 
     key: str
     colour: str
-    piece: Piece
+    piece: TextPart
 
 
-def find_marks(pieces: list[Piece], prefix: str, colour: str | None = None) -> list[Mark]:
+def find_marks(pieces: list[TextPart], prefix: str, colour: str | None = None) -> list[Mark]:
     """A mark for each piece that names places. A person's keypoints share a colour, and so does what is named again.
 
     Args:

@@ -114,6 +114,12 @@ def point_to_pixels(point: Point2, size: Size) -> Point2:
     return point[0] * side - dx, point[1] * side - dy
 
 
+def cut_at_edges(box: Box4, size: Size) -> Box4:
+    """The part of a box in pixels that is inside an image (width, height)."""
+    (x1, y1, x2, y2), (width, height) = box, size
+    return min(max(x1, 0.0), width), min(max(y1, 0.0), height), max(min(x2, width), 0.0), max(min(y2, height), 0.0)
+
+
 def iou(a: Box4, b: Box4) -> float:
     """Intersection over union of two boxes in the same frame; 0 when both are empty."""
     width = min(a[2], b[2]) - max(a[0], b[0])
@@ -133,7 +139,7 @@ class Grounded:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TextPart:
     """A part of a text: what stands there, and what it names in fractions of the padded square.
 
     `numbers` is the bracket as it was written, "" where the part names nothing; `phrase` is what the bracket is tied
@@ -217,7 +223,7 @@ class Coordinates:
                 at = match.end()
         return [part for part in (*parts, text[at:]) if part]
 
-    def pieces(self, text: str) -> list[Piece]:
+    def pieces(self, text: str) -> list[TextPart]:
         """A text cut where its places begin and end; the pieces' `text` joined is the text again."""
         pieces = []
         at = 0
@@ -227,10 +233,10 @@ class Coordinates:
             if not boxes and not points:
                 continue
             if match.start() > at:
-                pieces.append(Piece(text[at : match.start()]))
-            pieces.append(Piece(match[0], phrase.strip(), f"[{inside}{closing}", tuple(boxes), tuple(points)))
+                pieces.append(TextPart(text[at : match.start()]))
+            pieces.append(TextPart(match[0], phrase.strip(), f"[{inside}{closing}", tuple(boxes), tuple(points)))
             at = match.end()
-        return [*pieces, Piece(text[at:])] if at < len(text) else pieces
+        return [*pieces, TextPart(text[at:])] if at < len(text) else pieces
 
     def _fraction(self, value: float, offset: int, side: int) -> str:
         # In decimal arithmetic on the number as printed: half a unit rounds up on every machine, and the last bit of

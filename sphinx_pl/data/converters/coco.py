@@ -17,7 +17,7 @@ from sphinx_pl.data.readers.instruction_json import sizes
 from sphinx_pl.data.schema import Region
 from sphinx_pl.data.skip import SkipSample
 
-Sizes = tuple[tuple[int, int], ...]
+ImageSizes = tuple[tuple[int, int], ...]
 
 
 class CocoConverter(Converter):
@@ -36,7 +36,7 @@ class CocoConverter(Converter):
         name = f"{kind}_{self.release}.json"
         return self.json(f"annotations/{name}", name)
 
-    def image(self, image: Any) -> tuple[str, Sizes]:
+    def image(self, image: Any) -> tuple[str, ImageSizes]:
         """The path and size of an image of the file."""
         size = image_size(image)
         return "/".join((self.release, image["file_name"])), size
@@ -75,7 +75,7 @@ def by_image(document: Any) -> Iterator[tuple[str, Any]]:
         yield f"{image_id} of no image", (None, orphans)
 
 
-def image_size(image: Any) -> Sizes:
+def image_size(image: Any) -> ImageSizes:
     if image is None:
         raise SkipSample("image_unknown")
     return sizes(image["width"], image["height"], str(image["id"]))
@@ -87,7 +87,7 @@ def corners(bbox: Iterable[Any]) -> Box4:
     return x, y, x + width, y + height
 
 
-def region(annotation: Any, categories: Mapping[Any, str], size: Sizes) -> Region:
+def region(annotation: Any, categories: Mapping[Any, str], size: ImageSizes) -> Region:
     """The box of an annotated object, labelled with its category.
 
     Raises:

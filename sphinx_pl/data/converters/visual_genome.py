@@ -38,7 +38,7 @@ class _VisualGenomeConverter(Converter):
             for thing in things:
                 yield f"{image_id}-{id_of(thing, id_name)}", (images.get(image_id), thing)
 
-    def image(self, image: Any) -> tuple[tuple[ImageRef, ...], coco.Sizes]:
+    def image(self, image: Any) -> tuple[tuple[ImageRef, ...], coco.ImageSizes]:
         if image is None:
             raise SkipSample("image_unknown")
         folder, name = image["url"].split("/")[-2:]

@@ -51,7 +51,7 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Picture:
+class SampleImage:
     """An image as the batch holds it; `problem` says why it could not be read."""
 
     pixels: Tensor
@@ -60,7 +60,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownSample:
     """A sample of a batch: the tokens of what its branches share, those of each branch, and its images."""
 
     number: int
@@ -68,7 +68,7 @@ class Shown:
     sample: Sample
     shared: list[Token]
     questions: list[tuple[SampleQuestion, list[Token]]]
-    pictures: list[Picture]
+    pictures: list[SampleImage]
 
     @property
     def broken(self) -> bool:
@@ -94,7 +94,7 @@ def build_page(
     """
     planner = data.planner(accumulate)
     plans: list[MicroPlan] = []
-    shown: list[Shown] = []
+    shown: list[ShownSample] = []
     decoded: Counter[str] = Counter()
     while len(shown) < n and (window := planner.plan()):
         plans += window
@@ -125,9 +125,9 @@ def build_page(
     return page("The data, seen", f"{header}<nav>{links}</nav>", body, _STYLE, _SCRIPT), len(shown)
 
 
-def unpack(batch: Batch, plan: MicroPlan, processor: Processor, first: int) -> list[Shown]:
+def unpack(batch: Batch, plan: MicroPlan, processor: Processor, first: int) -> list[ShownSample]:
     """The samples of a batch, numbered from `first`, in the order of its rows."""
-    found: list[Shown] = []
+    found: list[ShownSample] = []
     image = 0
     for row, samples in enumerate(plan.rows):
         begin = 0
@@ -143,9 +143,9 @@ def unpack(batch: Batch, plan: MicroPlan, processor: Processor, first: int) -> l
                 views = batch.kept_views
                 kept_views = tuple(views[image + i].tolist()) if views is not None and sample.kept_views else ()
                 problem = _problem(ref, processor.image_size) if masked else ""
-                pictures.append(Picture(batch.pixels[image + i], kept_views, problem))
+                pictures.append(SampleImage(batch.pixels[image + i], kept_views, problem))
             place = f"window {plan.step}, micro-batch {plan.index + 1}, row {row + 1}"
-            found.append(Shown(first + len(found), place, sample, parts[0], questions, pictures))
+            found.append(ShownSample(first + len(found), place, sample, parts[0], questions, pictures))
             image += len(sample.images)
             begin += sample.length
     return found
@@ -177,7 +177,7 @@ def _problem(ref: ImageRef, size: int) -> str:
     return ""
 
 
-def _problems(planner: Planner, shown: Sequence[Shown], max_skipped: float) -> Iterator[str]:
+def _problems(planner: Planner, shown: Sequence[ShownSample], max_skipped: float) -> Iterator[str]:
     if broken := [item.number for item in shown if item.broken]:
         numbers = ", ".join(f"#{number}" for number in broken[:10]) + (", …" if len(broken) > 10 else "")
         yield (
@@ -302,7 +302,7 @@ def _colours(names: Iterable[str]) -> dict[str, str]:
 # --- packing
 
 
-def _packing(plans: Sequence[MicroPlan], shown: Sequence[Shown], row_length: int, colours: dict[str, str]) -> str:
+def _packing(plans: Sequence[MicroPlan], shown: Sequence[ShownSample], row_length: int, colours: dict[str, str]) -> str:
     numbers = {id(item.sample): item.number for item in shown}
     blocks: list[str] = []
     left = DRAWN_ROWS
@@ -357,7 +357,7 @@ def _bar(name: str, row: Sequence[Sample], length: int, numbers: dict[int, int],
 # --- samples
 
 
-def _samples(shown: Sequence[Shown], processor: Processor, grid: int, limit: int, colours: dict[str, str]) -> str:
+def _samples(shown: Sequence[ShownSample], processor: Processor, grid: int, limit: int, colours: dict[str, str]) -> str:
     views = ""
     if grid > 1 and any(item.pictures for item in shown):
         views = f" <span><span class=cut></span> the {grid} × {grid} sub-images that it sees besides the whole"
@@ -386,7 +386,7 @@ def _samples(shown: Sequence[Shown], processor: Processor, grid: int, limit: int
     )
 
 
-def _card(item: Shown, processor: Processor, grid: int, limit: int, colours: dict[str, str]) -> str:
+def _card(item: ShownSample, processor: Processor, grid: int, limit: int, colours: dict[str, str]) -> str:
     sample = item.sample
     tasks = " ".join(sorted({question.task for question in sample.questions}))
     figures = "".join(_figure(item, i, processor, grid, limit // len(item.pictures)) for i in range(len(item.pictures)))
@@ -415,14 +415,14 @@ def _card(item: Shown, processor: Processor, grid: int, limit: int, colours: dic
     )
 
 
-def _mentions(item: Shown, processor: Processor) -> bool:
+def _mentions(item: ShownSample, processor: Processor) -> bool:
     """Whether its text names a place in an image."""
     coordinates = processor.coordinates
     said = [text for pair in texts(item, processor.tokenizer) for text in pair]
     return any(coordinates.parse_boxes(text) or coordinates.parse_points(text) for text in said)
 
 
-def _figure(item: Shown, index: int, processor: Processor, grid: int, limit: int) -> str:
+def _figure(item: ShownSample, index: int, processor: Processor, grid: int, limit: int) -> str:
     """One image as the model gets it, its views outlined; on the first one also what the text names."""
     picture = item.pictures[index]
     side = int(picture.pixels.shape[-1])
@@ -480,7 +480,7 @@ def encode(picture: Image.Image, flat: bool, limit: int) -> str:
     return inline(data, "image/jpeg")
 
 
-def texts(item: Shown, tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
+def texts(item: ShownSample, tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
     """(what is not supervised, what is) of each branch, with what all branches begin with."""
     for _, tokens in item.questions:
         said: dict[bool, list[str]] = {False: [], True: []}

@@ -20,7 +20,7 @@ PROBE = 64
 
 
 @dataclass(frozen=True)
-class Line:
+class SourceSummary:
     """One source of a mixture. Numbers a draw are means over the probed draws, unusable ones included."""
 
     name: str
@@ -49,7 +49,7 @@ class Line:
         return self.records / self.records_drawn
 
 
-def lines(datamodule: DataModule, probe: int = PROBE) -> list[Line]:
+def lines(datamodule: DataModule, probe: int = PROBE) -> list[SourceSummary]:
     """The sources of the training mixture, each tried with `probe` draws.
 
     Raises:
@@ -60,7 +60,7 @@ def lines(datamodule: DataModule, probe: int = PROBE) -> list[Line]:
     return [_line(name, stream, mixture.shares[name], probe) for name, stream in mixture.streams.items()]
 
 
-def _line(name: str, stream: SourceStream, share: float, probe: int) -> Line:
+def _line(name: str, stream: SourceStream, share: float, probe: int) -> SourceSummary:
     records, certain = stream.source.size()
     draws = 0
     while draws < probe and not stream.exhausted:
@@ -75,7 +75,7 @@ def _line(name: str, stream: SourceStream, share: float, probe: int) -> Line:
     bad = sum(count for key, count in counts.items() if key.startswith(("skipped/", "filtered/")))
     # What could not even be indexed is of all that was opened, of which only some was drawn.
     lost = stream.left_out.total() / max(stream.left_out.total() + stream.indexed, 1)
-    return Line(
+    return SourceSummary(
         name=name,
         kind=stream.config.kind,
         modality=stream.config.modality,
@@ -98,12 +98,12 @@ def _line(name: str, stream: SourceStream, share: float, probe: int) -> Line:
     )
 
 
-def epoch_tokens(found: list[Line]) -> float:
+def epoch_tokens(found: list[SourceSummary]) -> float:
     """Of everything once."""
     return sum(line.draws * line.tokens for line in found)
 
 
-def reasons(found: list[Line]) -> str:
+def reasons(found: list[SourceSummary]) -> str:
     """A line for each reason and event: its source, its name, how many were met, and an example."""
     return "".join(
         f"\n{line.name}  {key}: {number}{f'  ({example:.300})' if example else ''}"
@@ -123,7 +123,7 @@ def missing(configs: Mapping[str, SourceConfig]) -> dict[str, str]:
     return found
 
 
-def expectations(found: list[Line], unit: str, row_length: int, rows: int, steps: int) -> Table:
+def expectations(found: list[SourceSummary], unit: str, row_length: int, rows: int, steps: int) -> Table:
     """The lines with their sums, and what a run of so many steps makes of them.
 
     Args:

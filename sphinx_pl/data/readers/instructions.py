@@ -24,7 +24,7 @@ from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.utils.errors import UserError
 
-Rows = npt.NDArray[np.int64]
+EntryNumbers = npt.NDArray[np.int64]
 MAX_ID = 200
 
 
@@ -113,10 +113,10 @@ class _InstructionShard(Shard):
         return json_object(read(self.path, offset, size, key), key)
 
     @cached_property
-    def _image_hashes(self) -> Rows:
+    def _image_hashes(self) -> EntryNumbers:
         """Of each entry a number for its images, 0 without any; made once, since it means to read everything."""
 
-        def make() -> Rows:
+        def make() -> EntryNumbers:
             found = array("q", (self._image_hash(row) for row in range(len(self.spans))))
             return np.asarray(found, dtype=np.int64)
 
@@ -131,7 +131,7 @@ class _InstructionShard(Shard):
         names = str(images[0] if len(images) == 1 else images).encode("utf-8", "surrogatepass")
         return int.from_bytes(hashlib.blake2b(names, digest_size=8).digest(), signed=True) if images else 0
 
-    def _rows(self) -> Rows:
+    def _rows(self) -> EntryNumbers:
         rows = np.arange(len(self.spans))
         source = self.source
         if source.ratio < 1:

@@ -24,7 +24,7 @@ from sphinx_pl.data.sample_world.drawing import (
     paint_object,
     text_mask,
 )
-from sphinx_pl.data.sample_world.scenes import Picture, picture_size, places
+from sphinx_pl.data.sample_world.scenes import DrawnPicture, picture_size, places
 from sphinx_pl.data.schema import Region
 
 SKIN: tuple[Rgb, ...] = ((236, 190, 160), (200, 142, 104), (140, 92, 66))
@@ -34,7 +34,7 @@ BLOCK_GAP = 6
 
 
 @dataclass(frozen=True)
-class Annotated(Picture):
+class Annotated(DrawnPicture):
     """A picture with labelled regions."""
 
     regions: tuple[Region, ...]

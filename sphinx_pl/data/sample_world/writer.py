@@ -29,8 +29,8 @@ from sphinx_pl.data.readers import InstructionReader
 from sphinx_pl.data.sample_world import figures, language, records
 from sphinx_pl.data.sample_world.assets import Assets, load_assets
 from sphinx_pl.data.sample_world.drawing import DOMAINS, REAL
-from sphinx_pl.data.sample_world.records import Entry
-from sphinx_pl.data.sample_world.scenes import MAX_OBJECTS, Picture, Scene, draw_scene
+from sphinx_pl.data.sample_world.records import JsonEntry
+from sphinx_pl.data.sample_world.scenes import MAX_OBJECTS, DrawnPicture, Scene, draw_scene
 from sphinx_pl.data.sample_world.vocabulary import train_tokenizer
 from sphinx_pl.utils.errors import UserError
 
@@ -84,7 +84,7 @@ class _World:
     def number(self, at_full_scale: int) -> int:
         return max(4, round(at_full_scale * self.scale))
 
-    def note(self, place: str, split: str, picture: Picture) -> None:
+    def note(self, place: str, split: str, picture: DrawnPicture) -> None:
         origin = {"image": place, "split": split, "domain": picture.domain, **picture.origin.to_dict()}
         self.origins.append(json.dumps(origin, sort_keys=True))
 
@@ -269,9 +269,9 @@ class _Instructions:
 
     world: _World
     split: str
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[JsonEntry] = field(default_factory=list)
 
-    def add(self, name: str, entry: Entry, picture: Picture | None = None) -> None:
+    def add(self, name: str, entry: JsonEntry, picture: DrawnPicture | None = None) -> None:
         """Complete the entry with its id, its image and its domain."""
         if picture is not None:
             entry |= {"image": f"images/{name}.jpg", "width": picture.width, "height": picture.height}
@@ -280,17 +280,17 @@ class _Instructions:
         task = entry.get("task", "conversations")
         self.world.counts[f"instructions/{self.split}/{entry['meta']['domain']}/{task}"] += 1
 
-    def files(self) -> dict[str, list[Entry]]:
+    def files(self) -> dict[str, list[JsonEntry]]:
         """File name -> its entries: one for each kind of picture in training, where a mixture weighs them; else one."""
         if self.split != "train":
             return {self.split: self.entries}
-        kinds: dict[str, list[Entry]] = {}
+        kinds: dict[str, list[JsonEntry]] = {}
         for entry in self.entries:
             figure = entry.get("task") if entry.get("task") in FIGURES else "scenes"
             kinds.setdefault(f"train-{figure if 'image' in entry else 'chat'}", []).append(entry)
         return kinds
 
-    def save(self, name: str, picture: Picture) -> None:
+    def save(self, name: str, picture: DrawnPicture) -> None:
         self.world.write(f"instructions/images/{name}.jpg", picture.jpeg)
         self.world.note(f"instructions/images/{name}.jpg", self.split, picture)
         self.world.counts[f"images/{self.split}/{picture.domain}"] += 1
