@@ -21,6 +21,7 @@ from sphinx_pl.data.sampling.packing import Row
 from sphinx_pl.data.sampling.planner import MicroPlan, Planner
 from sphinx_pl.data.sampling.stream import MADE
 from sphinx_pl.data.schema import Batch
+from sphinx_pl.data.skip import split_counter
 from sphinx_pl.runtime import signals
 from sphinx_pl.runtime.collectives import any_rank
 from sphinx_pl.utils.errors import UserError
@@ -226,7 +227,9 @@ class TrainLoader:
         # part of their rows.
         planned = self.planner.drawn(step) - self._start
         decoded = {k: v * self.planner.ranks_of_class for k, v in self.counts.items()}
-        skipped = Counter({k: v for k, v in [*planned.items(), *decoded.items()] if "skipped/" in k})
+        skipped = Counter[str]()
+        for counts in (planned, decoded):  # both may have the same counter
+            skipped.update({key: count for key, count in counts.items() if key.startswith("skipped/")})
         self._warn(skipped)
         records = sum(v for k, v in planned.items() if k.endswith("/seen"))
         if records >= 200:
@@ -276,10 +279,7 @@ class TrainLoader:
         """
         of_source: dict[str, list[str]] = defaultdict(list)
         for counter, count in sorted(counters.items()):
-            source, _, what = counter.partition("/")
-            if source == "skipped":  # while images were decoded: skipped/source/reason
-                source, _, reason = what.partition("/")
-                what = f"skipped/{reason}"
+            source, what = split_counter(counter)
             if count and what and what not in (*MADE, *_EXPECTED):
                 example = self.example(counter)
                 of_source[source].append(f"{what}: {count}{f', such as {example}' if example else ''}")
@@ -292,8 +292,8 @@ class TrainLoader:
     def counters(self) -> dict[str, int]:
         """This rank's part of the counters since the start of the run, to be summed over ranks.
 
-        `source/seen`, `source/tokens`, `source/images`, `source/skipped/reason`, ... count what was drawn.
-        `skipped/source/reason` counts what decoding skipped.
+        `source/seen`, `source/tokens`, `source/images`, ... count what was drawn. `skipped/source/reason` counts what
+        was skipped then or when images were decoded.
         """
         own = self.planner.counts(self._reached) if self.planner.first_of_class else Counter()
         return dict(own + self.counts + self.before)
@@ -301,4 +301,4 @@ class TrainLoader:
     @property
     def skipped(self) -> dict[str, int]:
         """The counters of what could not be used."""
-        return {key: value for key, value in self.counters.items() if "skipped/" in key}
+        return {key: value for key, value in self.counters.items() if key.startswith("skipped/")}

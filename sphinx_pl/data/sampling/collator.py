@@ -14,7 +14,7 @@ from sphinx_pl.data.images import load_image
 from sphinx_pl.data.sampling.packing import WEIGHTINGS, Row
 from sphinx_pl.data.sampling.partition import modality_of
 from sphinx_pl.data.schema import IGNORE, IMAGE_SLOT, Batch, Sample
-from sphinx_pl.data.skip import SkipSample
+from sphinx_pl.data.skip import SkipSample, counter_of
 from sphinx_pl.data.tasks import TASKS
 
 TASK_NAMES = list(TASKS)
@@ -127,7 +127,7 @@ class Collator:
                 pixels[number] = load_image(ref, self.image_size)
             except SkipSample as error:
                 readable = False
-                counters[counter := f"skipped/{sample.source}/{error.reason}"] += len(sample.questions)
+                counters[counter := counter_of(sample.source, error.counter)] += len(sample.questions)
                 examples.setdefault(counter, error.detail)
                 pixels[number] = 0
         return readable

@@ -19,6 +19,7 @@ from sphinx_pl.data.sampling.mixture import Mixture
 from sphinx_pl.data.sampling.packing import PackingConfig, Row, deal
 from sphinx_pl.data.sampling.partition import Partition
 from sphinx_pl.data.sampling.resume_state import sample_from_plain, sample_to_plain
+from sphinx_pl.data.skip import counter_of, split_counter
 from sphinx_pl.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -174,7 +175,7 @@ class Planner:
         return [item for partition in partitions.values() for item in partition["mixture"]["streams"].items()]
 
     def counts(self, number: int | None = None) -> Counter[str]:
-        """`source/seen`, `source/skipped/reason`, ... of this rank's partitions up to a step (None: the last consumed).
+        """`source/seen`, `skipped/source/reason`, ... of this rank's partitions up to a step (None: the last consumed).
 
         `source/samples`, tokens, targets and images count what the steps hold. `source/waiting` counts samples that are
         drawn and come in later steps.
@@ -194,8 +195,8 @@ class Planner:
         """The counters of all that was drawn, whether a step holds it yet or not; see `counts`."""
         total: Counter[str] = Counter()
         for name, stream in self._streams(number):
-            total.update({f"{name}/{key}": value for key, value in stream["counts"].items()})
-            total.update({f"{name}/skipped/{key}": value for key, value in stream["left_out"].items()})
+            total.update({counter_of(name, key): value for key, value in stream["counts"].items()})
+            total.update({counter_of(name, f"skipped/{key}"): value for key, value in stream["left_out"].items()})
         return total
 
     def left_out(self, number: int | None = None) -> tuple[Counter[str], int]:
@@ -203,12 +204,12 @@ class Planner:
         streams = self._streams(number)
         total: Counter[str] = Counter()
         for name, stream in streams:
-            total.update({f"{name}/skipped/{key}": value for key, value in stream["left_out"].items()})
+            total.update({counter_of(name, f"skipped/{key}"): value for key, value in stream["left_out"].items()})
         return total, sum(stream["indexed"] for _, stream in streams)
 
     def example(self, counter: str) -> str:
-        """The first thing that this process counted under `source/skipped/reason`, in words; "" if there is none."""
-        name, _, key = counter.partition("/")
+        """The first thing that this process counted under `skipped/source/reason`, in words; "" if there is none."""
+        name, key = split_counter(counter)
         streams = [p.mixture.streams[name] for p in self.partitions.values() if name in p.mixture.streams]
         return next((stream.examples[key][0] for stream in streams if stream.examples.get(key)), "")
 
