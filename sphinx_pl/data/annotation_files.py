@@ -1,4 +1,5 @@
-"""A data set's official files: where they lie and how they are read, for training (converters) and for benchmarks."""
+"""A data set's official files: where they lie and how they are read, for training (converters) and
+for benchmarks."""
 
 from __future__ import annotations
 
@@ -49,9 +50,11 @@ class AnnotationFiles(ABC):
         self.src = src
         self.split = split
         self.skipped: Counter[str] = Counter()
-        """Entries that are not meant for training as they stand, by reason: nothing is wrong with them."""
+        """Entries that are not meant for training as they stand, by reason: nothing is wrong with
+        them."""
         self.left_out: Counter[str] = Counter()
-        """Parts of entries (a region, a line of text) that are not used although the rest is, by reason."""
+        """Parts of entries (a region, a line of text) that are not used although the rest is, by
+        reason."""
 
     @abstractmethod
     def entries(self) -> Iterator[tuple[str, Any]]:
@@ -63,14 +66,17 @@ class AnnotationFiles(ABC):
 
     @abstractmethod
     def records(self, key: str, entry: Any) -> Iterator[Record]:
-        """The Records of one entry; their keys begin with `key`, image paths are relative to the images' root folder.
+        """The Records of one entry; their keys begin with `key`, image paths are relative to the
+        images' root folder.
 
         Raises:
-            SkipSample: the entry is of no use. Any of the errors of a missing or wrong value will do too.
+            SkipSample: the entry is of no use. Any of the errors of a missing or wrong value will
+                do too.
         """
 
     def file(self, *names: str) -> Path:
-        """The first of these files below `src` that is there (a dataset's releases differ in names)."""
+        """The first of these files below `src` that is there (a dataset's releases differ in
+        names)."""
         for name in names:
             if (self.src / name).is_file():
                 return self.src / name
@@ -85,7 +91,8 @@ class AnnotationFiles(ABC):
             raise UserError(f"{self.name}: {path} is not readable as JSON ({error}): get it anew") from None
 
     def json_items(self, *names: str, of: str = "") -> Iterator[Any]:
-        """The elements of a JSON file that is one long list, or of its list under the key `of`, one at a time.
+        """The elements of a JSON file that is one long list, or of its list under the key `of`, one
+        at a time.
 
         As objects, the largest files would take many times their size.
         """
@@ -119,8 +126,8 @@ class AnnotationFiles(ABC):
     def parts(self, parts: Iterable[Any], read: Callable[[Any], _T]) -> Iterator[_T]:
         """What `read` makes of each part of an entry that lists several.
 
-        A part of which it raises SkipSample, or an error of a missing or wrong value, is counted in `left_out`. Records
-        that ask for all parts need `all_parts`.
+        A part of which it raises SkipSample, or an error of a missing or wrong value, is counted in
+        `left_out`. Records that ask for all parts need `all_parts`.
         """
         for part in parts:
             try:
@@ -131,7 +138,8 @@ class AnnotationFiles(ABC):
                 self.left_out["part_malformed"] += 1
 
     def all_parts(self, parts: Iterable[Any], read: Callable[[Any], _T]) -> list[_T]:
-        """As `parts`, for records that ask for all of them: without one of them the answer is wrong.
+        """As `parts`, for records that ask for all of them: without one of them the answer is
+        wrong.
 
         Raises:
             SkipSample: part_left_out.

@@ -1,6 +1,7 @@
-"""What a short answer says: the words and letters that tasks and official metrics read from a text.
+"""The words and letters that tasks and official metrics read from a short answer.
 
-A text that says two different things says neither: "yes or no", "A or B", a repetition of all options.
+A text that gives two different answers gives none: "yes or no", "A or B", a repetition of all
+options.
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ _T = TypeVar("_T")
 
 _WORD = re.compile(r"\W*(\w+)(?![\w-])")
 _SENTENCE_END = re.compile(r"[.!?]")
-# Another word beside the first: joined to it ("yes or no"), or by itself ("yes, no"); not that of "yes, no dog".
+# Another word beside the first: joined to it ("yes or no") or by itself ("yes, no"), but not in
+# "yes, no dog".
 _ALSO = re.compile(
     r"^\W*(?:[/|]|\b(?:or|and)\b)\W*(\w+)(?![\w-])"
     r"|(?:^|[,;:/|\n]|\b(?:or|and)\b)\W*(\w+)(?![\w-])(?=\s*(?:$|[,;:/|)\n]))",
     re.IGNORECASE,
 )
 _LETTER = re.compile(r"\s*[\[(（]?([A-Za-z])[^\S\n]*(?:[\]).:,!;）。、：，；]|\n|-\s|$)")
-# A letter that is one of several: it begins a line or follows a comma or "or". A mark, the end or another one follows.
+# A letter that is one of several: it begins a line or follows a comma or "or". A mark, the end or
+# another one follows.
 _LISTED = re.compile(
     r"(?:^[-•]?|[,;/|&，；、]|\b(?:or|and)\b|[或和及])\s*(?:(?:option|choice)\s+)?"
     r"(?:[\[(]([A-Za-z])[\])]|([A-Za-z])(?:[).:](?=\s|$)|\s+-\s|(?=\s*(?:$|[,;/|&，；、。]|\b(?:or|and)\b|[或和及]))))",
@@ -40,19 +43,22 @@ _WIDE = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # Ａ is A
 
 
 def normalise(text: str) -> str:
-    """Lower case, single spaces, no blanks around and no full stop at the end."""
+    """The text in lower case with single spaces, without blanks around it and full stops at its
+    end."""
     return " ".join(text.lower().split()).rstrip(".").rstrip()
 
 
 def plain(text: str) -> str:
-    """The text with composed accents, and with wide letters and marks (Ａ．) as plain ones."""
+    """The text with composed accents, and with plain letters and marks instead of wide ones (Ａ．)."""
     return unicodedata.normalize("NFC", text).translate(_WIDE)
 
 
 def leading_value(text: str, values: Mapping[str, _T]) -> _T | None:
-    """The value of the word that a text begins with, in any case: "No.", "yes, it is"; not "no-one".
+    """The value of the word that a text begins with, in any case: "No.", "yes, it is", but not
+    "no-one".
 
-    None where its first sentence has a word of another value beside it: "yes or no", "Yes/No", "no, yes".
+    It is None if the first sentence has a word of another value beside it: "yes or no", "Yes/No",
+    "no, yes".
     """
     first = _WORD.match(text)
     if not first or (word := first[1].lower()) not in values:
@@ -63,16 +69,17 @@ def leading_value(text: str, values: Mapping[str, _T]) -> _T | None:
 
 
 def leading_letter(text: str) -> tuple[str, str] | None:
-    """The letter that a text begins with, as a capital, and what follows: "B", "b", "(B)", "B. text"; not "Blue"."""
+    """The letter that a text begins with, as a capital, and the rest: of "B", "b", "(B)", "B.
+    text", not of "Blue"."""
     match = _LETTER.match(text)
     return (match[1].upper(), text[match.end() :]) if match else None
 
 
 def read_letter(text: str, options: Sequence[str] = ()) -> str | None:
-    """The letter that a text begins with, unless it names another one too.
+    """The letter that a text begins with; None if it names another letter too.
 
     Args:
-        options: texts of the options A, B, ..., where they are known.
+        options: the texts of the options A, B, ..., if they are known.
     """
     found = leading_letter(text)
     if found is None:
@@ -87,8 +94,11 @@ def read_letter(text: str, options: Sequence[str] = ()) -> str | None:
 
 
 def is_taken_back(letter: str, rest: str, options: Sequence[str]) -> bool:
-    """Whether what follows a letter denies it ("A. not a cat", "A: wrong") or lists another option's text ("A. cat,
-    dog"). The letter's own text at the beginning is no denial."""
+    """Whether the text behind a letter denies it ("A. not a cat", "A: wrong") or lists another
+    option ("A. cat, dog").
+
+    The letter's own text at the beginning is no denial.
+    """
     texts = dict(zip(string.ascii_uppercase, (normalise(plain(option)) for option in options), strict=False))
     own = texts.pop(letter, "")
     said = _ARTICLE.sub("", plain(rest).lower().strip(), count=1)
@@ -101,7 +111,7 @@ def is_taken_back(letter: str, rest: str, options: Sequence[str]) -> bool:
 
 
 def first_letters(text: str) -> set[str]:
-    """The letters that stand one after the other at a text's beginning: A and B of "A, B"."""
+    """The letters at the beginning of a text, one after the other: A and B of "A, B"."""
     letters = set()
     while found := leading_letter(text):
         letter, text = found
@@ -110,9 +120,10 @@ def first_letters(text: str) -> set[str]:
 
 
 def listed_letters(text: str, options: Sequence[str] = ()) -> set[str]:
-    """The letters that a text names as one of several, such as C and D of "C. bird or D. fish".
+    """The letters that a text lists, such as C and D of "C. bird or D. fish".
 
-    They begin a line, follow a comma, "or" or "and", or have their own option's text behind them.
+    A listed letter begins a line, follows a comma, "or" or "and", or has its option's text behind
+    it.
     """
     text = plain(text)
     letters = {(match[1] or match[2]).upper() for match in _LISTED.finditer(text)}

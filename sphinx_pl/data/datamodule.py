@@ -1,4 +1,5 @@
-"""Lightning's view of the data: an endless loader of packed micro-batches, and fixed held-out batches."""
+"""The data as Lightning sees it: an endless loader of packed micro-batches, and fixed held-out
+batches."""
 
 from __future__ import annotations
 
@@ -35,10 +36,10 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class DataConfig:
-    """The section `data` of a configuration. Scripts other than train.py need only some of it."""
+    """The section `data` of a configuration. Scripts other than train.py need only a part of it."""
 
     root: Optional[str] = None
-    """A folder that other keys refer to."""
+    """A folder to which other keys refer."""
     tokenizer: Optional[str] = None
     processor: ProcessorConfig = dataclasses.field(default_factory=ProcessorConfig)
     packing: Optional[PackingConfig] = None
@@ -49,7 +50,7 @@ class DataConfig:
     val_samples: int = within(256, at_least=1)
     max_skipped: float = within(0.1, at_least=0, at_most=1)
     sources: Any = None
-    """Name -> `sphinx_pl.data.sampling.mixture.SourceConfig`, or a group of these."""
+    """Name -> `sphinx_pl.data.sampling.config.SourceConfig`, or a group of these."""
     val_sources: Any = None
     test: Any = None
 
@@ -67,17 +68,17 @@ class _HeldOutBatches(Dataset[Batch]):
 
 
 class DataModule(L.LightningDataModule):
-    """Built from `conf/data/*.yaml`.
+    """The data module of a run, built from `conf/data/*.yaml`.
 
     Args:
-        processor: owns tokenizer and prompt format.
-        sources: name -> source configuration of the training mixture.
-        val_sources: the same for held-out losses; each is reported on its own.
-        packing: `PackingConfig`'s keys.
-        mixing: `MixingConfig`'s keys.
-        augment: `AugmentConfig`'s keys.
-        val_samples: at most so many samples of each held-out source.
-        max_skipped: share of bad samples above which a run stops.
+        processor: it owns the tokenizer and the prompt format.
+        sources: name -> configuration of each source of the training mixture.
+        val_sources: the same for held-out losses; each source is reported by itself.
+        packing: the keys of `PackingConfig`.
+        mixing: the keys of `MixingConfig`.
+        augment: the keys of `AugmentConfig`.
+        val_samples: the largest number of samples of each held-out source.
+        max_skipped: share of skipped samples above which a run stops.
     """
 
     def __init__(
@@ -111,7 +112,8 @@ class DataModule(L.LightningDataModule):
 
     @classmethod
     def from_config(cls, values: dict[str, Any], model: Any) -> DataModule:
-        """From the resolved `data` section and a model config, of which `Processor.from_dict` says what is read."""
+        """The data module of a resolved `data` section and a model config (`Processor.from_dict`
+        names what it reads)."""
         processor = Processor.from_dict(values.get("processor") or {}, values["tokenizer"], model)
         numbers = build(DataConfig, {k: v for k, v in values.items() if k in DataConfig.__dataclass_fields__}, "data")
         return cls(
@@ -132,14 +134,16 @@ class DataModule(L.LightningDataModule):
         return list(self.val_sources)
 
     def check(self, text_required: bool = False, accumulate: int = 1, world_size: int = 1) -> None:
-        """Whether the sources can be read, without reading them, and steps of this run be planned.
+        """Check that the sources exist and that steps of this run can be planned. No record is
+        read.
 
         Args:
-            text_required: refuse a mixture without text-only data, which keeps the language ability; the planner puts
-                text in every step where the mixture has it. Off only to measure what the text is good for.
+            text_required: refuse a mixture without text-only data, which keeps the language
+                ability. The planner puts text in every step if the mixture has it. Switch it off
+                only to measure the effect of the text.
 
         Raises:
-            UserError: a wrong key, a missing file, or no text.
+            UserError: a key is wrong, a file is missing, or there is no text.
         """
         rows_of_partitions(
             self.packing.micro_batch_rows * accumulate * world_size, self.mixing.partitions or world_size, world_size
@@ -160,10 +164,11 @@ class DataModule(L.LightningDataModule):
             )
 
     def probe(self) -> None:
-        """Read, tokenize and decode records of the first file of every source, as training and validation will.
+        """Read, tokenize and decode records of every source's first file, as training and
+        validation will.
 
         Raises:
-            UserError: no record of a source can be used, or an option asks for what none has.
+            UserError: no record of a source can be used, or an option asks for what no record has.
         """
         trained = dict(Group.from_dict({"sources": self.sources}).leaves())
         held_out = {n: SourceConfig.from_dict(n, values, "val_sources") for n, values in self.val_sources.items()}
@@ -173,13 +178,14 @@ class DataModule(L.LightningDataModule):
                     probe_source(name, config_key(name, section), config, self.processor, self.packing.row_length)
 
     def check_resume(self, state: Mapping[str, Any], accumulate: int = 1, world_size: int = 1) -> None:
-        """Whether the position in the data of a training checkpoint is one of this run's data. Reads no data.
+        """Check that a training checkpoint's position in the data belongs to this run's data. No
+        data are read.
 
         Args:
-            state: what `state_dict` gave.
+            state: the result of `state_dict`.
 
         Raises:
-            UserError: another seed, other sources, files, partitions, or another order of their records.
+            UserError: the seed, the sources, their files or the number of partitions differ.
         """
         if not state:
             return
@@ -192,7 +198,8 @@ class DataModule(L.LightningDataModule):
         files = {name: len(configs[name].open(name).urls) for name in names}
         for partition in planner["partitions"].values():
             places = partition["mixture"]["streams"]
-            # A source without any record has no share where shares follow from sizes, which only reading shows.
+            # If shares follow from sizes, a source without records has no share. Only reading would
+            # show that.
             check_names(partition["mixture"], names if not group.needs_sizes else {*places} & {*names})
             for name, place in places.items():
                 check_place(place, name, self.seed, files[name])
@@ -209,7 +216,7 @@ class DataModule(L.LightningDataModule):
                     )
 
     def _partitions(self, state: Mapping[str, Any]) -> int:
-        """How many partitions a run has that resumes at this position of a planner."""
+        """The number of partitions of a run that resumes at this position of a planner."""
         check_partitions(state, self.mixing.partitions or state.get("partition_count", 0))
         return int(state["partition_count"])
 
@@ -219,7 +226,8 @@ class DataModule(L.LightningDataModule):
         """A planner at the start of the stream.
 
         Args:
-            partitions: those of the run that goes on; by default the configured number, else one for each rank.
+            partitions: those of a resumed run; by default the configured number, else one for each
+                rank.
         """
         partitions = partitions or self.mixing.partitions or world_size
         row_length = self.packing.row_length
@@ -261,7 +269,7 @@ class DataModule(L.LightningDataModule):
         return list(self.val_loaders(rank, world).values())
 
     def val_loaders(self, rank: int = 0, world_size: int = 1) -> dict[str, DataLoader[Batch]]:
-        """Source name -> its held-out batches, the same ones at every call. All ranks get equally many."""
+        """Source name -> its held-out batches, the same at every call. All ranks get equally many."""
         loaders = {}
         for name, values in self.val_sources.items():
             samples = self._held_out(name, values)
@@ -305,13 +313,14 @@ class DataModule(L.LightningDataModule):
         return batch
 
     def counters(self) -> dict[str, int]:
-        """Those of the training stream so far (`TrainLoader.counters`) of all ranks, which call it together."""
+        """The counters of training so far (`TrainLoader.counters`) over all ranks, which call this
+        together."""
         if self._planner is None or self._train_loader is None:
             return {}
         return dict(sum(of_all_ranks(Counter(self._train_loader.counters), self._planner.world_size), Counter()))
 
     def teardown(self, stage: str) -> None:
-        """Say at the end of training what was not used; all ranks call it together."""
+        """Log at the end of training what was not used. All ranks call this together."""
         if stage != "fit" or self._planner is None or self._train_loader is None:
             return
         counters = self.counters()
@@ -320,7 +329,7 @@ class DataModule(L.LightningDataModule):
                 log.warning(line)
 
     def state_dict(self) -> dict[str, Any]:
-        """Of all ranks, which call it together."""
+        """The position in the data of all ranks, which call this together."""
         if self._planner is None or self._train_loader is None:
             return {}
         states = of_all_ranks(self._planner.state_dict(), self._planner.world_size)

@@ -1,4 +1,5 @@
-"""A look at the first records of a source before a run, so that wrong files and options are found in seconds."""
+"""A look at the first records of a source before a run, so that wrong files and options are found
+in seconds."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ log = logging.getLogger(__name__)
 LOOKED_AT = 64
 """The number of records of a source that are looked at."""
 TRIED = 16
-"""The number of records with images, or of records that cannot be used, after which no more are looked at."""
+"""The number of records with images, or of records that cannot be used, after which no more are
+looked at."""
 
 
 def probe_source(name: str, key: str, config: SourceConfig, processor: Processor, row_length: int) -> None:

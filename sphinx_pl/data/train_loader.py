@@ -1,4 +1,5 @@
-"""The training loader: a plan is made ahead, images are decoded in workers, and what was skipped is counted."""
+"""The training loader: a plan is made ahead, images are decoded in workers, and what was skipped is
+counted."""
 
 from __future__ import annotations
 
@@ -105,9 +106,10 @@ def as_is(batch: Any) -> Any:
 class TrainLoader:
     """Micro-batches; they are endless unless every source has `epochs`.
 
-    The loader counts what was skipped and stops the run when that is too much. A global batch that lost all its images
-    to unreadable files, or all its text, is skipped and counted, since every step must hold both. With several ranks it
-    is trained on as it is and counted, because other ranks' images are part of the step.
+    The loader counts what was skipped and stops the run when that is too much. A global batch that
+    lost all its images to unreadable files, or all its text, is skipped and counted, since every
+    step must hold both. With several ranks it is trained on as it is and counted, because other
+    ranks' images are part of the step.
 
     Args:
         max_skipped: share of samples above which skipping them stops the run.
@@ -126,7 +128,8 @@ class TrainLoader:
         self.planner = planner
         self.at_end = at_end
         self.asked: Callable[[], None] = lambda: None
-        """Called whenever the next micro-batch is asked for; the caller may then have to wait for it."""
+        """Called whenever the next micro-batch is asked for; the caller may then have to wait for
+        it."""
         self.collator = collator
         self.max_skipped = max_skipped
         self.counts: Counter[str] = Counter()
@@ -152,7 +155,8 @@ class TrainLoader:
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        """An iterator that continues after the last step that was handed out; an earlier iterator ends."""
+        """An iterator that continues after the last step that was handed out; an earlier iterator
+        ends."""
         if self._current is not None and (before := self._current()) is not None:
             before.close()
         if self._reached is not None:
@@ -204,8 +208,8 @@ class TrainLoader:
         number = self.planner.number_consumed
         while True:
             micro_batches = list(itertools.islice(batches, self.planner.accumulate))
-            # Ranks reach the end of a finite mixture in different steps. Those that have ended continue with empty
-            # rows.
+            # Ranks reach the end of a finite mixture in different steps. Those that have ended
+            # continue with empty rows.
             if self.planner.finite and not any_rank(bool(micro_batches), self.planner.world_size):
                 self.at_end()
                 return
@@ -223,8 +227,8 @@ class TrainLoader:
 
     def _check_skipped(self, step: int) -> None:
         self._check_files(step)
-        # Counted since this start. The planned numbers are those of the partitions that this rank plans; it decodes a
-        # part of their rows.
+        # Counted since this start. The planned numbers are those of the partitions that this rank
+        # plans; it decodes a part of their rows.
         planned = self.planner.drawn(step) - self._start
         decoded = {k: v * self.planner.ranks_of_class for k, v in self.counts.items()}
         skipped = Counter[str]()
@@ -233,7 +237,8 @@ class TrainLoader:
         self._warn(skipped)
         records = sum(v for k, v in planned.items() if k.endswith("/seen"))
         if records >= 200:
-            # What could not be indexed is a share of all that was opened, and only some of that was drawn.
+            # What could not be indexed is a share of all that was opened, and only some of that was
+            # drawn.
             left_out, indexed = self.planner.left_out(step)
             left_out, indexed = left_out - self._indexed_before[0], indexed - self._indexed_before[1]
             lost = left_out.total() / max(left_out.total() + indexed, 1)
@@ -247,11 +252,13 @@ class TrainLoader:
                 log.warning("data: %s, such as %s; the others are counted", counter, example)
 
     def example(self, counter: str) -> str:
-        """The first thing that this process counted under a counter of what is skipped, in words; "" if none."""
+        """The first thing that this process counted under a counter of what is skipped, in words;
+        "" if none."""
         return self._examples.get(counter) or self.planner.example(counter)
 
     def _check_files(self, step: int) -> None:
-        """Raises: UserError: too many files are lost. A lost file counts once, however many records it had."""
+        """Raises: UserError: too many files are lost. A lost file counts once, however many records
+        it had."""
         opened, lost = self.planner.files(step)
         if opened >= 10 and lost > self.max_skipped * opened:
             raise UserError(
@@ -292,8 +299,8 @@ class TrainLoader:
     def counters(self) -> dict[str, int]:
         """This rank's part of the counters since the start of the run, to be summed over ranks.
 
-        `source/seen`, `source/tokens`, `source/images`, ... count what was drawn. `skipped/source/reason` counts what
-        was skipped then or when images were decoded.
+        `source/seen`, `source/tokens`, `source/images`, ... count what was drawn.
+        `skipped/source/reason` counts what was skipped then or when images were decoded.
         """
         own = self.planner.counts(self._reached) if self.planner.first_of_class else Counter()
         return dict(own + self.counts + self.before)

@@ -1,8 +1,8 @@
 """Finds image-text pairs that say the same as an earlier one, for `filters.duplicates`.
 
-The result is a sorted array of the hashes of their keys (8 bytes each), mapped by every process that filters. It is
-made holding 16 bytes a pair, and belongs to the path setting that it was made from: keys are relative to its common
-folder.
+The result is a sorted array of the hashes of their keys (8 bytes each), mapped by every process
+that filters. It is made holding 16 bytes a pair, and belongs to the path setting that it was made
+from: keys are relative to its common folder.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ def find_duplicates(
 ) -> tuple[int, int, int]:
     """Write the hashes of all pairs whose `by` equals that of an earlier one.
 
-    Earlier is by file and place in it, before any filter: the result does not depend on how the pairs are read later.
-    Pairs that are broken, or have no such column, are equal to none.
+    Earlier is by file and place in it, before any filter: the result does not depend on how the
+    pairs are read later. Pairs that are broken, or have no such column, are equal to none.
 
     Returns:
-        How many pairs there are, how many of them could not be compared, and how many are duplicates.
+        How many pairs there are, how many of them could not be compared, and how many are
+            duplicates.
 
     Args:
         by: "image" (the stored bytes), "caption", or a column of the json.

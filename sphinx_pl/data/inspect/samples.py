@@ -2,8 +2,9 @@
 
     python -m sphinx_pl.cli.data show experiment=demo stage=finetune n=64 out=page.html
 
-Nothing here is a second way to read data: windows come from the planner, micro-batches from the collator, and what is
-a target is what `Batch.labels` says. Everything from data is untrusted and reaches the page escaped.
+Nothing here is a second way to read data: windows come from the planner, micro-batches from the
+collator, and what is a target is what `Batch.labels` says. Everything from data is untrusted and
+reaches the page escaped.
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ from sphinx_pl.data.tokenizers import Tokenizer
 from sphinx_pl.utils.html import inline, inline_png, page, table, visible
 
 TINY = 128
-"""Images of at most so many pixels a side are shown four times as large, each pixel a flat square."""
+"""Images of at most so many pixels a side are shown four times as large, each pixel a flat square.
+"""
 PICTURE_BYTES = 7_500_000
-"""Of all pictures together, before base64; a sample's pictures get an equal part of it, and at least 16 kB."""
+"""Of all pictures together, before base64; a sample's pictures get an equal part of it, and at
+least 16 kB."""
 DRAWN_ROWS = 128
 COLUMN = 384
 """Width of the pictures' column; larger ones can be enlarged."""
@@ -42,7 +45,8 @@ COLUMN = 384
 
 @dataclass(frozen=True)
 class Token:
-    """One position. `image` is the number of the image that it shows a part of, from 1; 0 where it is text."""
+    """One position. `image` is the number of the image that it shows a part of, from 1; 0 where it
+    is text."""
 
     id: int
     target: bool
@@ -61,7 +65,8 @@ class SampleImage:
 
 @dataclass(frozen=True)
 class ShownSample:
-    """A sample of a batch: the tokens of what its branches share, those of each branch, and its images."""
+    """A sample of a batch: the tokens of what its branches share, those of each branch, and its
+    images."""
 
     number: int
     place: str
@@ -200,7 +205,8 @@ def _problems(planner: Planner, shown: Sequence[ShownSample], max_skipped: float
 
 
 def _totals(plans: Sequence[MicroPlan], weighting: str, colours: dict[str, str]) -> str:
-    """Of every source and of its tasks. What questions of several tasks share is in a line of its own."""
+    """Of every source and of its tasks. What questions of several tasks share is in a line of its
+    own."""
     columns = ("samples", "questions", "tokens", "targets", "images")
     sums: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
     loss: dict[tuple[str, str], float] = defaultdict(float)
@@ -243,7 +249,8 @@ def _totals(plans: Sequence[MicroPlan], weighting: str, colours: dict[str, str])
 
 
 def _counts(planner: Planner) -> Counter[str]:
-    """`source/seen`, `skipped/source/reason`, ... of all that was drawn, also of what came to no window."""
+    """`source/seen`, `skipped/source/reason`, ... of all that was drawn, also of what came to no
+    window."""
     counts: Counter[str] = Counter()
     for partition in planner.partitions.values():
         counts.update(partition.mixture.counts)
@@ -252,7 +259,8 @@ def _counts(planner: Planner) -> Counter[str]:
 
 
 def _left_out(planner: Planner, decoded: Counter[str]) -> str:
-    """What was seen, what of it was not used, and what happened to the rest, with the first examples of each."""
+    """What was seen, what of it was not used, and what happened to the rest, with the first
+    examples of each."""
     counts = _counts(planner)
     examples: dict[str, list[str]] = defaultdict(list)
     for partition in planner.partitions.values():
@@ -424,7 +432,8 @@ def _mentions(item: ShownSample, processor: Processor) -> bool:
 
 
 def _figure(item: ShownSample, index: int, processor: Processor, grid: int, limit: int) -> str:
-    """One image as the model gets it, its views outlined; on the first one also what the text names."""
+    """One image as the model gets it, its views outlined; on the first one also what the text
+    names."""
     picture = item.pictures[index]
     side = int(picture.pixels.shape[-1])
     name = f"image {index + 1}" if len(item.pictures) > 1 else "image"
@@ -452,7 +461,8 @@ def _figure(item: ShownSample, index: int, processor: Processor, grid: int, limi
 
 
 def _views(grid: int, kept_views: Sequence[bool]) -> str:
-    """The outlines of the whole and of its grid x grid sub-images, row by row; skipped ones are crossed out."""
+    """The outlines of the whole and of its grid x grid sub-images, row by row; skipped ones are
+    crossed out."""
     lines = "".join(f"M{i} 0V{grid}M0 {i}H{grid}" for i in range(grid + 1))
     crosses = ""
     for i, visible_view in enumerate(kept_views[1:]):
@@ -467,7 +477,8 @@ def _views(grid: int, kept_views: Sequence[bool]) -> str:
 
 
 def encode(picture: Image.Image, flat: bool, limit: int) -> str:
-    """A picture's address of about `limit` bytes at most, exact where `flat` colours keep that small."""
+    """A picture's address of about `limit` bytes at most, exact where `flat` colours keep that
+    small."""
     if flat and len(address := inline_png(picture)) * 3 / 4 <= limit:
         return address
     data = b""
@@ -491,7 +502,8 @@ def texts(item: ShownSample, tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
 
 
 def _text(tokens: Sequence[Token], tokenizer: Tokenizer) -> str:
-    """Every token as an element of its own: <b> is supervised, <i> is not; a chip stands for an image's tokens."""
+    """Every token as an element of its own: <b> is supervised, <i> is not; a chip stands for an
+    image's tokens."""
     html = ""
     held: list[Token] = []  # the bytes of a character, which is shown as one
     data = b""

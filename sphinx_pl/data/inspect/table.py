@@ -1,4 +1,5 @@
-"""What a mixture is made of, before anything is trained: sizes, shares, and what to expect of each source."""
+"""What a mixture is made of, before anything is trained: sizes, shares, and what to expect of each
+source."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ PROBE = 64
 
 @dataclass(frozen=True)
 class SourceSummary:
-    """One source of a mixture. Numbers a draw are means over the probed draws, unusable ones included."""
+    """One source of a mixture. Numbers a draw are means over the probed draws, unusable ones
+    included."""
 
     name: str
     kind: str
@@ -38,10 +40,11 @@ class SourceSummary:
     targets: float
     images: float
     unusable: float
-    """Share of the records that are skipped or filtered, images that cannot be decoded among them."""
+    """Share of the records that are skipped or filtered, images that cannot be decoded among them.
+    """
     why: Mapping[str, tuple[int, str]]
-    """skipped/<reason>, filtered/<reason>, capped/<task>, unused/<name> and events of samples that are used (such as
-    `cut`, see `Sample`) -> how many were met, and the first in words."""
+    """skipped/<reason>, filtered/<reason>, capped/<task>, unused/<name> and events of samples that
+    are used (such as `cut`, see `Sample`) -> how many were met, and the first in words."""
 
     @property
     def draws(self) -> float:
@@ -129,7 +132,8 @@ def expectations(found: list[SourceSummary], unit: str, row_length: int, rows: i
     Args:
         rows: of an optimizer step, on all ranks.
     """
-    # A source's share is of draws, or of supervised tokens; what a step holds follows from its tokens.
+    # A source's share is of draws, or of supervised tokens; what a step holds follows from its
+    # tokens.
     draws = {line.name: line.share / (max(line.targets, 1e-9) if unit == "token" else 1) for line in found}
     total = sum(draws.values())
     mean_tokens = sum(draws[line.name] / total * line.tokens for line in found)

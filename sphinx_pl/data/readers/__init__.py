@@ -1,4 +1,4 @@
-"""Where records come from. A kind of source is a module here, registered in `READERS`."""
+"""Readers of sources. Each kind of source is a module here that registers its reader in `READERS`."""
 
 from sphinx_pl.data.readers.base import (
     READERS,

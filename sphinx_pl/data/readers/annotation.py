@@ -1,4 +1,4 @@
-"""Bytes of annotations -> text and objects, with a reason where that fails."""
+"""Bytes of annotations -> text and objects; a failure has a reason."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sphinx_pl.data.files import read_span
 from sphinx_pl.data.skip import SkipSample
 
 MAX_BYTES = 1 << 23
-"""Longer annotations are not read: as objects, or in tokens, they take fifty times as much memory."""
+"""The largest annotation in bytes. Objects and tokens take fifty times as much memory."""
 
 
 def read(path: str, offset: int, size: int, key: str) -> bytes:
@@ -53,7 +53,8 @@ def json_object(data: bytes, key: str) -> dict[str, Any]:
 
 
 def check_unicode(text: str, what: str, key: str) -> None:
-    """JSON can spell halves of a character ("\\ud83d", where a text was cut), which no tokenizer takes.
+    """Check that a text holds no half characters. JSON can spell them ("\\ud83d" in a text that was
+    cut).
 
     Raises:
         SkipSample: <what>_not_utf8.

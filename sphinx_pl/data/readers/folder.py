@@ -1,4 +1,4 @@
-"""A folder of pictures, with captions in files beside them, in a table, or in their names."""
+"""Folders of pictures with captions in files beside them, in a table, or in their names."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from sphinx_pl.data.schema import ImageRef, Record
 from sphinx_pl.utils.errors import UserError, suggest
 
 TABLES = tuple(f"{stem}.{end}" for stem in ("metadata", "captions") for end in ("csv", "tsv", "jsonl"))
-"""Files at the top of the folder that name its pictures, as Hugging Face's imagefolder has them."""
+"""Files at the top of the folder that name its pictures, as in Hugging Face's imagefolder."""
 CAPTIONS = ("auto", "files", "names")
 
 
 class FolderReader(TableReader):
-    """All pictures of a folder and of the folders in it.
+    """Reads all pictures of a folder and of the folders in it.
 
     Args:
-        captions: files: of each picture, `NAME.txt` (or `.json` with "caption") beside it; names: the file's name, with
-            spaces for `_`; auto: one of `TABLES` at the top of the folder, else files.
+        captions: files takes `NAME.txt` (or `.json` with "caption") beside each picture. names
+            takes the file's name with spaces for `_`. auto takes one of `TABLES` at the top of the
+            folder, else files.
     """
 
     folders = True
@@ -62,7 +63,7 @@ class FolderReader(TableReader):
 
 
 class _ListedShard(TableShard):
-    """Rows of a table in the folder. A picture that it does not name is counted."""
+    """The rows of a table in the folder. A picture that the table does not name is counted."""
 
     def __init__(self, source: FolderReader, folder: Path, name: str, names: Sequence[str], table: str) -> None:
         super().__init__(source, str(folder / table), f"{name}/{table}", folder)

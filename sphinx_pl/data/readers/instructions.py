@@ -1,4 +1,4 @@
-"""Instruction data: LLaVA's format and what is like it, as JSON lists or jsonl (also .gz, .zst)."""
+"""Instruction data: LLaVA's format and similar ones, as JSON lists or jsonl (also .gz, .zst)."""
 
 from __future__ import annotations
 
@@ -29,16 +29,17 @@ MAX_ID = 200
 
 
 class InstructionReader(Reader):
-    """Entries as `sphinx_pl.data.readers.instruction_json` describes them.
+    """Reads entries as `sphinx_pl.data.readers.instruction_json` describes them.
 
-    An entry's "task" is by default the option `task`.
+    An entry without "task" has the task of the option `task`.
 
     Args:
-        root: folder that image paths are relative to; by default that of the (first) instruction file.
+        root: folder that image paths are relative to; by default that of the (first) instruction
+            file.
         tasks: only entries of these tasks.
         where: only entries whose meta has these values.
-        ratio: only this share of each file's entries, chosen at random and always the same.
-        ignore_keys: keys of entries that are passed over, where an unknown one is refused.
+        ratio: only this share of each file's entries; the random choice is always the same.
+        ignore_keys: unknown keys of entries to ignore; other unknown keys skip their entry.
     """
 
     def __init__(
@@ -100,7 +101,8 @@ class _InstructionShard(Shard):
         key = f"{self.name}:{row}"
         entry = self._entry(row)
         if isinstance(entry.get("id"), str | int):
-            # For people: it need not be unique, may be a book, and JSON can spell what is no Unicode.
+            # The id is for people: it need not be unique, may be very long, and JSON can spell what
+            # is no Unicode.
             key = f"{key}:{str(entry['id'])[:MAX_ID]}".encode("utf-8", "replace").decode()
         return to_record(entry, key, self.source.root, self.source.task, self.source.ignore_keys)
 
@@ -114,7 +116,8 @@ class _InstructionShard(Shard):
 
     @cached_property
     def _image_hashes(self) -> EntryNumbers:
-        """Of each entry a number for its images, 0 without any; made once, since it means to read everything."""
+        """A number for the images of each entry, 0 without images. It is cached, since it takes
+        reading everything."""
 
         def make() -> EntryNumbers:
             found = array("q", (self._image_hash(row) for row in range(len(self.spans))))
@@ -125,9 +128,9 @@ class _InstructionShard(Shard):
     def _image_hash(self, row: int) -> int:
         try:
             images = image_names(self._entry(row))
-        except SkipSample:  # counted when its turn comes
+        except SkipSample:  # it is counted when it is drawn
             return 0
-        # Not the whole record, which takes four times as long; a malformed one has what it has.
+        # Making the whole record would take four times as long. A malformed entry is skipped later.
         names = str(images[0] if len(images) == 1 else images).encode("utf-8", "surrogatepass")
         return int.from_bytes(hashlib.blake2b(names, digest_size=8).digest(), signed=True) if images else 0
 

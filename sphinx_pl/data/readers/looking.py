@@ -1,4 +1,4 @@
-"""Which kind of source a path is, found by looking at it."""
+"""The kind of a source, found by looking at its files."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ _IMAGE = {"img"}
 
 
 def find_kind(name: str, path: str | Sequence[str], section: str = "sources") -> tuple[str, str]:
-    """The kind of a source and its modality, of its first file: by its extension and, of json, its first entries.
+    """The kind and the modality of a source, by the extension of its first file and, for json, its
+    first entries.
 
     Raises:
-        UserError: there is no such file, or nothing says what it is.
+        UserError: there is no such file, or its kind is unknown.
     """
     first = path if isinstance(path, str) else next(iter(path), "")
     if isinstance(first, str) and Path(first).expanduser().is_dir():
@@ -74,7 +75,7 @@ def _extension(url: str) -> str:
 
 
 def _check_only_text(where: str, columns: Iterable[str], key: str) -> None:
-    """Raises: UserError: a column that would not be read may hold pictures."""
+    """Raises: UserError: a column that is not read may hold pictures."""
     if pictures := sorted(filter(names_picture, columns)):
         raise UserError(
             f"{where}: its column '{pictures[0]}' may hold pictures, of which a file like this gives none: write them "
@@ -83,7 +84,7 @@ def _check_only_text(where: str, columns: Iterable[str], key: str) -> None:
 
 
 def _columns(url: str) -> list[str]:
-    """Those of a parquet file; none where it is damaged, which shows when it is read."""
+    """The columns of a parquet file; none if the file is damaged, which shows when it is read."""
     import pyarrow.parquet
 
     try:

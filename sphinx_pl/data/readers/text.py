@@ -1,4 +1,4 @@
-"""Documents of plain text, for co-training: jsonl (also .gz, .zst), parquet, or a .txt each."""
+"""Documents of plain text for co-training: jsonl (also .gz, .zst), parquet, or one .txt a document."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ from sphinx_pl.data.tasks import TASKS
 
 
 class TextReader(Reader):
-    """A document is a line's object, a table's row or a whole `.txt` or `.md`. Task "text": all of it is supervised.
+    """Reads documents: the object of a line, the row of a table, or a whole `.txt` or `.md`. All
+    text is supervised.
 
     Args:
         column: the key or column that holds the text ("content" in RefinedWeb's parquet files).
@@ -94,7 +95,7 @@ class _TextShard(Shard):
 
 
 def is_document(url: str) -> bool:
-    """Whether a file is one document, and no list of them."""
+    """Whether a file is one document, not a list of documents."""
     name = url.lower()
     for packing in PACKED:
         name = name.removesuffix(packing)
@@ -107,7 +108,8 @@ def _is_parquet(path: str) -> bool:
 
 
 def _column(path: str, column: str) -> tuple[str, EntryIndex]:
-    """A table's text column as a file of its own with the rows' spans: a row can then be read without its row group.
+    """A file with a table's text column, and the rows' offsets and sizes in it. So a row is read
+    without its row group.
 
     Raises:
         SkipSample: shard_unreadable, column_absent.
@@ -125,7 +127,7 @@ def _column(path: str, column: str) -> tuple[str, EntryIndex]:
         return np.asarray(ends, dtype=np.int64)
 
     ends = cached_array(name, make)
-    if not in_cache(texts):  # deleted from the cache; the index was not
+    if not in_cache(texts):  # it was deleted from the cache, but the index was not
         make()
     prune(keep=texts)
     return str(texts), np.stack([ends[:-1], np.diff(ends)], axis=1)

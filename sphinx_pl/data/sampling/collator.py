@@ -22,13 +22,15 @@ TASK_NAMES = list(TASKS)
 
 @dataclass
 class Collator:
-    """Makes a `Batch` of rows: decodes images, and removes the targets of samples whose images cannot be read.
+    """Makes a `Batch` of rows: decodes images, and removes the targets of samples whose images
+    cannot be read.
 
     Args:
         row_length: T, positions of a row.
         image_size: S, pixels a side.
         weighting: a key of `WEIGHTINGS`.
-        sources: names of all sources, so that a batch says where every target comes from; [] leaves that out.
+        sources: names of all sources, so that a batch says where every target comes from; [] leaves
+            that out.
     """
 
     row_length: int
@@ -37,7 +39,8 @@ class Collator:
     sources: list[str] = field(default_factory=list)
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
-        # The arrays are filled in NumPy: torch takes several times as long for pieces as short as a question.
+        # The arrays are filled in NumPy: torch takes several times as long for pieces as short as a
+        # question.
         b, t, size = len(rows), self.row_length, self.image_size
         ids = np.zeros((b, t), np.int64)
         labels = np.full((b, t), IGNORE, np.int64)
@@ -119,7 +122,8 @@ class Collator:
     def _decode(self, sample: Sample, counters: Counter[str], pixels: torch.Tensor, examples: dict[str, str]) -> bool:
         """Whether all images of the sample could be read.
 
-        They are written to the first of `pixels`, [N, 3, S, S] uint8; one that cannot be read is black.
+        They are written to the first of `pixels`, [N, 3, S, S] uint8; one that cannot be read is
+        black.
         """
         readable = True
         for number, ref in enumerate(sample.images):

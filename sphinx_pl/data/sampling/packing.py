@@ -1,4 +1,5 @@
-"""Samples -> rows -> micro-batches: how many samples fit into a row, and which micro-batch gets which row."""
+"""Samples -> rows -> micro-batches: how many samples fit into a row, and which micro-batch gets
+which row."""
 
 from __future__ import annotations
 
@@ -24,16 +25,16 @@ Row = list[Sample]
 class PackingConfig:
     """The section `data.packing`.
 
-    A micro-batch has `micro_batch_rows` rows of `row_length` tokens. A row holds at most `images_per_row` images; 0
-    sets no bound.
+    A micro-batch has `micro_batch_rows` rows of `row_length` tokens. A row holds at most
+    `images_per_row` images; 0 sets no bound.
     """
 
     row_length: int = within(at_least=1, at_most=2**24)
     micro_batch_rows: int = within(at_least=1, at_most=2**16)
     images_per_row: int = within(0, at_least=0, at_most=2**16)
     weighting: str = "token"
-    # What is drawn beyond a global batch's capacity, as a share of it. More gives the packer more choice, and changes
-    # the order of the data more.
+    # What is drawn beyond a global batch's capacity, as a share of it. More gives the packer more
+    # choice, and changes the order of the data more.
     look_ahead: float = within(0.5, at_least=0, at_most=1000)
 
     def __post_init__(self) -> None:
@@ -69,7 +70,8 @@ def first_fit_decreasing(
 
 
 _CANDIDATES = 256
-"""Samples that may fill the rest of a row. A row is full long before so many were tried, but the time is bounded."""
+"""Samples that may fill the rest of a row. A row is full long before so many were tried, but the
+time is bounded."""
 
 
 def fullest_rows(
@@ -77,9 +79,10 @@ def fullest_rows(
 ) -> tuple[list[Row], list[Sample]]:
     """At most `rows` rows, and the samples that are left over, in order.
 
-    Each row begins with the next sample in order, so none waits for long; the first row begins with the first `first`
-    samples. The rest of a row is the choice of samples that fills it best, earlier ones rather than later ones. This
-    fills more than first-fit decreasing does (docs/benchmarks.md), and it takes a stream in its order.
+    Each row begins with the next sample in order, so none waits for long; the first row begins with
+    the first `first` samples. The rest of a row is the choice of samples that fills it best,
+    earlier ones rather than later ones. This fills more than first-fit decreasing does
+    (docs/benchmarks.md), and it takes a stream in its order.
     """
     left = list(samples)
     packed: list[Row] = []
@@ -96,8 +99,10 @@ def fullest_rows(
 
 
 def _fullest(samples: Sequence[Sample], room: int, images: int | None) -> list[int]:
-    """The samples that come nearest to `room` tokens together and have at most `images` images (None: any number)."""
-    # Bit n of reach[i][k]: some of the first i samples have n tokens together, and k images where these are bounded.
+    """The samples that come nearest to `room` tokens together and have at most `images` images
+    (None: any number)."""
+    # Bit n of reach[i][k]: some of the first i samples have n tokens together, and k images where
+    # these are bounded.
     inside = (1 << (room + 1)) - 1
     reach = [[1] + [0] * max(images or 0, 0)]
     weights = [len(sample.images) if images is not None else 0 for sample in samples]

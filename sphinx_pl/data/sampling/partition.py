@@ -1,7 +1,7 @@
 """A canonical partition: its own part of every source and its own packer.
 
-A run has a fixed number of partitions, whatever the number of ranks and workers that serve them. So the order of the
-data does not depend on the hardware.
+A run has a fixed number of partitions, whatever the number of ranks and workers that serve them. So
+the order of the data does not depend on the hardware.
 """
 
 from __future__ import annotations
@@ -21,15 +21,18 @@ from sphinx_pl.utils.errors import UserError
 log = logging.getLogger(__name__)
 
 _SETTLED = 100
-"""Steps after which the shares of sources have settled, and are compared with the configured ones."""
+"""Steps after which the shares of sources have settled, and are compared with the configured ones.
+"""
 DRAWS_IN_VAIN = 1000
 """Draws in a row without a usable sample that stop a run."""
 MAX_WAITING = 8
-"""Global batches of samples that may wait for their turn. Where a modality is rarer than that, steps lack it."""
+"""Global batches of samples that may wait for their turn. Where a modality is rarer than that,
+steps lack it."""
 
 
 class Partition:
-    """A mixture and its packer: this partition's rows of every global batch, independent of other partitions.
+    """A mixture and its packer: this partition's rows of every global batch, independent of other
+    partitions.
 
     Its state is that of the mixture, and the samples that were drawn but not placed yet.
     """
@@ -57,7 +60,8 @@ class Partition:
             modalities: those that the rows must hold as long as the mixture has them.
 
         Raises:
-            UserError: a single row cannot hold one sample of each modality, or too many draws give nothing usable.
+            UserError: a single row cannot hold one sample of each modality, or too many draws give
+                nothing usable.
         """
         config = self.config
         capacity = rows * config.row_length
@@ -68,8 +72,9 @@ class Partition:
             before = len(pool)
             drawn_in_vain = self._draw(pool, None, drawn_in_vain)
             missing -= sum(sample.length for sample in pool[before:])
-        # A small global batch could lack a modality with a small share, so it is asked for by name. Samples drawn on
-        # the way have to wait. More would wait after every step if their number had no bound.
+        # A small global batch could lack a modality with a small share, so it is asked for by name.
+        # Samples drawn on the way have to wait. More would wait after every step if their number
+        # had no bound.
         musts = []
         waiting = sum(sample.length for sample in pool)
         for modality in modalities:
@@ -81,7 +86,8 @@ class Partition:
                 candidates = [sample for sample in pool[before:] if modality_of(sample) == modality]
             self.without[modality] += not candidates and modality in self.mixture.modalities
             if candidates:
-                # A single row has to hold both modalities, so it takes the shortest. Else the oldest sample is taken.
+                # A single row has to hold both modalities, so it takes the shortest. Else the
+                # oldest sample is taken.
                 musts.append(min(candidates, key=lambda sample: sample.length) if rows == 1 else candidates[0])
         if rows == 1 and sum(sample.length for sample in musts) > config.row_length:
             raise UserError(
@@ -104,7 +110,8 @@ class Partition:
         return packed + [[] for _ in range(rows - len(packed))]
 
     def _draw(self, pool: list[Sample], modality: str | None, in_vain: int) -> int:
-        """Add a draw's samples to the pool; the result counts the draws in a row that gave none (of `modality`)."""
+        """Add a draw's samples to the pool; the result counts the draws in a row that gave none (of
+        `modality`)."""
         for sample in self.mixture.draw(modality):
             if sample.length > self.config.row_length:
                 self._leave_out(sample)

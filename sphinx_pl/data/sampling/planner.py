@@ -1,7 +1,9 @@
-"""The plan of a run's data: which rows each rank gets in each optimizer step, before any image is decoded.
+"""The plan of a run's data: which rows each rank gets in each optimizer step, before any image is
+decoded.
 
-A *global batch* is what one optimizer step consumes: the rows of all ranks and micro-batches. It is planned as a whole,
-so that it holds both text and images. Each partition (`sphinx_pl.data.sampling.partition`) plans its own rows of it.
+A *global batch* is what one optimizer step consumes: the rows of all ranks and micro-batches. It is
+planned as a whole, so that it holds both text and images. Each partition
+(`sphinx_pl.data.sampling.partition`) plans its own rows of it.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ log = logging.getLogger(__name__)
 
 
 def rows_of_partitions(rows: int, partitions: int, world_size: int) -> list[int]:
-    """The number of rows of a global batch that each partition plans, so that all ranks get equally many.
+    """The number of rows of a global batch that each partition plans, so that all ranks get equally
+    many.
 
     Raises:
         UserError: the rows do not divide so.
@@ -73,13 +76,13 @@ class MicroPlan:
 class Planner:
     """An endless iterator over this rank's micro-batches: the sampler of the training loader.
 
-    The rows of a global batch come from all partitions alike, so they do not depend on the number of ranks. Ranks and
-    partitions are put in gcd(partitions, ranks) classes. The ranks of a class plan all of its partitions and share
-    their rows. With as many partitions as ranks, each rank plans its own. With one partition, all ranks plan the same
-    rows and take their part.
+    The rows of a global batch come from all partitions alike, so they do not depend on the number
+    of ranks. Ranks and partitions are put in gcd(partitions, ranks) classes. The ranks of a class
+    plan all of its partitions and share their rows. With as many partitions as ranks, each rank
+    plans its own. With one partition, all ranks plan the same rows and take their part.
 
-    Loaders run ahead of training. So the state after every planned step is kept until `consumed` says that the step
-    has been trained on.
+    Loaders run ahead of training. So the state after every planned step is kept until `consumed`
+    says that the step has been trained on.
 
     Args:
         partition: makes the partition of a number.
@@ -101,7 +104,8 @@ class Planner:
         classes = math.gcd(partitions, world_size)
         self.ranks_of_class = world_size // classes
         self.first_of_class = rank < classes
-        """Whether this rank reports the counters of its partitions when counters are summed over ranks."""
+        """Whether this rank reports the counters of its partitions when counters are summed over
+        ranks."""
         self._bins = accumulate * (world_size // classes)
         self._first_bin = accumulate * (rank // classes)
         self._rows = rows_of_partitions(config.micro_batch_rows * accumulate * world_size, partitions, world_size)
@@ -146,9 +150,9 @@ class Planner:
     def _musts(self, number: int) -> list[str]:
         """The modalities that a partition must place in the next step.
 
-        Partitions take turns. If each had to place a text in every step, a step of few rows a partition would hold more
-        text than the mixture wants. Where sources end, they end in different steps on different partitions. Then every
-        partition places what it still has.
+        Partitions take turns. If each had to place a text in every step, a step of few rows a
+        partition would hold more text than the mixture wants. Where sources end, they end in
+        different steps on different partitions. Then every partition places what it still has.
         """
         if any(stream.config.epochs is not None for stream in self.mixture.streams.values()):
             return list(MODALITIES)
@@ -169,16 +173,18 @@ class Planner:
             return min(self._states)
 
     def _streams(self, number: int | None) -> list[tuple[str, dict[str, Any]]]:
-        """Name and state of each stream of this rank's partitions after a step (None: the last consumed)."""
+        """Name and state of each stream of this rank's partitions after a step (None: the last
+        consumed)."""
         with self._lock:
             partitions = self._states[min(self._states) if number is None else number]
         return [item for partition in partitions.values() for item in partition["mixture"]["streams"].items()]
 
     def counts(self, number: int | None = None) -> Counter[str]:
-        """`source/seen`, `skipped/source/reason`, ... of this rank's partitions up to a step (None: the last consumed).
+        """`source/seen`, `skipped/source/reason`, ... of this rank's partitions up to a step (None:
+        the last consumed).
 
-        `source/samples`, tokens, targets and images count what the steps hold. `source/waiting` counts samples that are
-        drawn and come in later steps.
+        `source/samples`, tokens, targets and images count what the steps hold. `source/waiting`
+        counts samples that are drawn and come in later steps.
         """
         total = self.drawn(number)
         with self._lock:
@@ -200,7 +206,8 @@ class Planner:
         return total
 
     def left_out(self, number: int | None = None) -> tuple[Counter[str], int]:
-        """The `counts` of what could not even be indexed, and the number of records that were indexed."""
+        """The `counts` of what could not even be indexed, and the number of records that were
+        indexed."""
         streams = self._streams(number)
         total: Counter[str] = Counter()
         for name, stream in streams:
@@ -208,13 +215,15 @@ class Planner:
         return total, sum(stream["indexed"] for _, stream in streams)
 
     def example(self, counter: str) -> str:
-        """The first thing that this process counted under `skipped/source/reason`, in words; "" if there is none."""
+        """The first thing that this process counted under `skipped/source/reason`, in words; "" if
+        there is none."""
         name, key = split_counter(counter)
         streams = [p.mixture.streams[name] for p in self.partitions.values() if name in p.mixture.streams]
         return next((stream.examples[key][0] for stream in streams if stream.examples.get(key)), "")
 
     def files(self, number: int | None = None) -> tuple[int, int]:
-        """The number of files that this rank's partitions have opened, and how many of these were lost."""
+        """The number of files that this rank's partitions have opened, and how many of these were
+        lost."""
         files = [stream["files"] for _, stream in self._streams(number)]
         return sum(of.get("opened", 0) for of in files), sum(of.get("lost", 0) for of in files)
 

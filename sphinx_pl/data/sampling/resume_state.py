@@ -1,4 +1,5 @@
-"""The position of a run in its data, as a checkpoint holds it: lists, dicts, strings and numbers alone."""
+"""The position of a run in its data, as a checkpoint holds it: lists, dicts, strings and numbers
+alone."""
 
 from __future__ import annotations
 

@@ -1,11 +1,14 @@
-"""One partition's part of a source, in a new order every epoch, and the position that was reached in it.
+"""One partition's part of a source, in a new order every epoch, and the position that was reached
+in it.
 
-A canonical *partition* is an independent line of planning: it has its own part of every source and its own packer. A
-run has a fixed number of partitions. So the order of the data does not depend on the number of ranks or workers. Shards
-are dealt to the partitions. All partitions open a source with few shards, and each takes every `partitions`-th record.
+A canonical *partition* is an independent line of planning: it has its own part of every source and
+its own packer. A run has a fixed number of partitions. So the order of the data does not depend on
+the number of ranks or workers. Shards are dealt to the partitions. All partitions open a source
+with few shards, and each takes every `partitions`-th record.
 
-Shards are opened `shuffle_shards` at a time (a *block*), and the records of a block are shuffled together. The order is
-a function of (seed, source, epoch, block), so the position is a few integers.
+Shards are opened `shuffle_shards` at a time (a *block*), and the records of a block are shuffled
+together. The order is a function of (seed, source, epoch, block), so the position is a few
+integers.
 """
 
 from __future__ import annotations
@@ -33,17 +36,20 @@ if TYPE_CHECKING:
     from sphinx_pl.data.sampling.config import SourceConfig
 
 _SHARDS_PER_PARTITION = 8
-"""With at least so many shards a partition, shards are dealt. With fewer, the parts would differ too much in size."""
+"""With at least so many shards a partition, shards are dealt. With fewer, the parts would differ
+too much in size."""
 
 EXAMPLES = 3
 """Examples of skipped records and of events that are kept for each reason."""
 MADE = ("seen", "samples", "parts", "tokens", "targets", "images")
-"""The counters of what was drawn and what became of it. Every other counter names what was left out, or an event."""
+"""The counters of what was drawn and what became of it. Every other counter names what was left
+out, or an event."""
 
 
 @dataclass
 class _OpenShard:
-    """One shard of a block, None if it cannot be opened, with the counters of what is left out of it."""
+    """One shard of a block, None if it cannot be opened, with the counters of what is left out of
+    it."""
 
     shard: Shard | None
     skipped: Counter[str]
@@ -78,7 +84,8 @@ def check_place(state: Mapping[str, Any], name: str, seed: int, files: int) -> N
         files: how many the source has.
 
     Raises:
-        UserError: it does not, so that a run which resumes there would repeat some records and skip others.
+        UserError: it does not, so that a run which resumes there would repeat some records and skip
+            others.
     """
     if state["shards"] != files:
         raise UserError(
@@ -132,10 +139,12 @@ class SourceStream:
         self.partition = partition
         self.partitions = partitions
         self.counts: Counter[str] = Counter()
-        """seen, samples, parts, tokens, targets, images, skipped/<reason>, filtered/<reason>, capped/<task>.
+        """seen, samples, parts, tokens, targets, images, skipped/<reason>, filtered/<reason>,
+        capped/<task>.
 
-        `parts` counts the parts of long documents beyond their first. So seen + parts = samples + skipped + filtered +
-        capped. The samples' own events are counted too, and unused/<name>: what files hold beside records.
+        `parts` counts the parts of long documents beyond their first. So seen + parts = samples +
+        skipped + filtered + capped. The samples' own events are counted too, and unused/<name>:
+        what files hold beside records.
         """
         self.left_out: Counter[str] = Counter()
         """Reason -> count of what was unreadable when shards were opened."""
@@ -286,7 +295,8 @@ class SourceStream:
     # --- the records
 
     def next(self) -> list[Sample]:
-        """The samples of the next unit: usually one, and none if all its records were skipped (`counts` has them)."""
+        """The samples of the next unit: usually one, and none if all its records were skipped
+        (`counts` has them)."""
         epoch, only_capped = self.epoch, True
         samples: list[Sample] = []
         # A cap may skip a long rest of an epoch, which is no sign of bad data.

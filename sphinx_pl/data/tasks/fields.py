@@ -12,7 +12,8 @@ from sphinx_pl.data.schema import PLACEHOLDER, Record, Region
 from sphinx_pl.data.skip import SkipSample
 
 EDGE_TOLERANCE = 1.0
-"""Pixels by which a box may pass the image's edge: annotation tools disagree on whether the last pixel is inside."""
+"""Pixels by which a box may pass the image's edge: annotation tools disagree on whether the last
+pixel is inside."""
 _MENTION = re.compile(r"\{([0-9]{1,4}(?:, ?[0-9]{1,4})*)\}")
 
 
@@ -20,7 +21,8 @@ def choice_letter(record: Record) -> str:
     """The letter ("A", "B", ...) of a record's answer among its choices.
 
     Raises:
-        SkipSample: the answer is not one of the choices, one of these is blank or repeated, or there are more than 26.
+        SkipSample: the answer is not one of the choices, one of these is blank or repeated, or
+            there are more than 26.
     """
     if not 2 <= len(record.choices) <= len(string.ascii_uppercase):
         raise SkipSample("choices_count", f"{record.key} has {len(record.choices)} choices")
@@ -42,7 +44,8 @@ def repeated_choice(choices: Iterable[str]) -> str:
 def reading_order(regions: Iterable[Region]) -> list[Region]:
     """Regions line by line from the top, each line from the left.
 
-    A region is on the line that an earlier (higher) one opened if its vertical middle is above that one's lower edge.
+    A region is on the line that an earlier (higher) one opened if its vertical middle is above that
+    one's lower edge.
     """
     ordered: list[Region] = []
     line: list[Region] = []
@@ -62,7 +65,8 @@ def size_of(record: Record) -> Size:
 
 
 def _check_unit(record: Record) -> None:
-    """Raises: SkipSample: all boxes or all keypoints lie within one pixel, so they are fractions of the image."""
+    """Raises: SkipSample: all boxes or all keypoints lie within one pixel, so they are fractions of
+    the image."""
     if record.sizes and max(record.sizes[0]) == 1:
         return
     boxes = [region.box for region in record.regions]

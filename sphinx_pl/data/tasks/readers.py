@@ -13,13 +13,15 @@ def read_text(text: str, coordinates: Coordinates) -> Parsed:
 
 
 def read_yes_no(text: str, coordinates: Coordinates) -> Parsed:
-    """ "yes" or "no" where the text begins with that word, in any case, and does not say the other one too."""
+    """ "yes" or "no" where the text begins with that word, in any case, and does not say the other
+    one too."""
     word = leading_value(text, {"yes": "yes", "no": "no"})
     return Parsed(word) if word else Parsed(formed=False)
 
 
 def read_choice(text: str, coordinates: Coordinates) -> Parsed:
-    """The letter that the text begins with, if it names no other: "B", "b", "(B)", "B. text"; "Blue" is no letter."""
+    """The letter that the text begins with, if it names no other: "B", "b", "(B)", "B. text";
+    "Blue" is no letter."""
     letter = read_letter(text)
     return Parsed(letter) if letter else Parsed(formed=False)
 
@@ -60,7 +62,8 @@ def read_lines(text: str, coordinates: Coordinates) -> Parsed:
 
 
 def read_grounded_answer(text: str, coordinates: Coordinates) -> Parsed:
-    """All phrases with their boxes, and the text with a placeholder for each: `{0}`, or `{1,2}` where it has two."""
+    """All phrases with their boxes, and the text with a placeholder for each: `{0}`, or `{1,2}`
+    where it has two."""
     answer, places, count = "", [], 0
     for part in coordinates.cut_grounded(text):
         if isinstance(part, str):

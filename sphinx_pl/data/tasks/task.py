@@ -28,7 +28,8 @@ for _ in range(2):  # so deep are brackets in brackets
 _BRACKETS = rf"{_BRACKET}(?:[\s,;]*{_BRACKET})*"
 _TAGGED = r"(?:<p>(?:(?!</?p>).)*</p>|<(\w{1,16})>[^<>]*</\1>)"
 PARTS = re.compile(rf"{_TAGGED}(?:\s*{_BRACKETS})?|{_BRACKETS}|\w+(?:[.,:/'’-]\w+)*", re.DOTALL)
-"""What stands in an answer as a whole: a phrase with its places, places alone (in any brackets), a number, a word."""
+"""What stands in an answer as a whole: a phrase with its places, places alone (in any brackets), a
+number, a word."""
 LINES = re.compile(r"[^\n]+")
 WHOLE = re.compile(r".+", re.DOTALL)
 
@@ -37,9 +38,10 @@ WHOLE = re.compile(r".+", re.DOTALL)
 class Parsed:
     """What an answer's text says: a record's annotations again, as far as the text holds them.
 
-    `answer` is as in a record, with a placeholder for each phrase that has boxes (they number the regions in the order
-    of the text); of multiple choice it is the letter. `places` are labels with boxes or points in fractions of the
-    padded square, since a text does not tell the image's size. `formed`: whether the text has the form asked for.
+    `answer` is as in a record, with a placeholder for each phrase that has boxes (they number the
+    regions in the order of the text); of multiple choice it is the letter. `places` are labels with
+    boxes or points in fractions of the padded square, since a text does not tell the image's size.
+    `formed`: whether the text has the form asked for.
     """
 
     answer: str = ""
@@ -60,9 +62,11 @@ class Parsed:
         )
 
     def keypoints(self, size: Size) -> tuple[tuple[float, float, int], ...]:
-        """COCO's 17 keypoints in pixels of an image (width, height), as in a `Region`; of a name the first point.
+        """COCO's 17 keypoints in pixels of an image (width, height), as in a `Region`; of a name
+        the first point.
 
-        Text does not tell hidden points from seen ones: those that it names have visibility 2, the others 0.
+        Text does not tell hidden points from seen ones: those that it names have visibility 2, the
+        others 0.
         """
         named = {normalise(place.phrase): place.points[0] for place in reversed(self.places) if place.points}
         return tuple(
@@ -76,11 +80,13 @@ AnswerReader = Callable[[str, Coordinates], Parsed]
 
 @dataclass(frozen=True)
 class Task:
-    """One kind of question. `scorer` names an entry of the metric registry, `max_new_tokens` bounds the answer.
+    """One kind of question. `scorer` names an entry of the metric registry, `max_new_tokens` bounds
+    the answer.
 
-    `parse` is the other direction of `write`: it takes any text, and never raises. `given` are the wordings in place
-    of `templates` for records that fill the optional slot `given_slot`. `parts` finds what of an answer is whole or is
-    not there at all, where an answer that is too long is cut.
+    `parse` is the other direction of `write`: it takes any text, and never raises. `given` are the
+    wordings in place of `templates` for records that fill the optional slot `given_slot`. `parts`
+    finds what of an answer is whole or is not there at all, where an answer that is too long is
+    cut.
     """
 
     name: str
@@ -95,7 +101,8 @@ class Task:
     parts: re.Pattern[str] = PARTS
 
     def turns(self, record: Record, coordinates: Coordinates, rng: random.Random | None = None) -> tuple[Turn, ...]:
-        """The conversation of a record: its own turns where it has them, else one written from its annotations.
+        """The conversation of a record: its own turns where it has them, else one written from its
+        annotations.
 
         Args:
             rng: chooses the wording; None takes the first.

@@ -1,7 +1,7 @@
 """The registered tasks, each with its wordings.
 
-The first wording of a task is the one of evaluation. Where the original's demo or evaluation has a prompt, the first
-wording is that prompt, or ours in its style; the others are ours.
+The first wording of a task is the one of evaluation. Where the original's demo or evaluation has a
+prompt, the first wording is that prompt, or ours in its style; the others are ours.
 """
 
 from __future__ import annotations
