@@ -1,7 +1,7 @@
 """Official annotation files -> Records, as the instruction files that `kind: instructions` reads.
 
-One module here for each data set or family of them. Its `Converter` says where its files are and turns one of their
-entries into Records; checking, counting and writing are this module's.
+One module here for each data set or family of them. Its `Converter` says where its files are and
+turns one of their entries into Records; checking, counting and writing are this module's.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ class Report:
 def convert(
     converter: Converter, out: Path, limit: int | None = None, progress: Callable[[int], None] = lambda done: None
 ) -> Report:
-    """Write all records to the jsonl file `out`, and what became of the entries to `out`.report.json beside it.
+    """Write all records to the jsonl file `out`, and what became of the entries to
+    `out`.report.json beside it.
 
     What the records' tasks cannot use is dropped and counted here, not when a run meets it.
 
@@ -135,7 +136,8 @@ def checked(region: Region, image_size: tuple[tuple[int, int], ...]) -> Region:
 
 
 def check(record: Record) -> None:
-    """Whether the record's task can write it, its images lie below their root and a run will read it as it is.
+    """Whether the record's task can write it, its images lie below their root and a run will read
+    it as it is.
 
     Raises:
         SkipSample: why not.

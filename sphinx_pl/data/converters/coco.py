@@ -1,8 +1,9 @@
 """What the converters of COCO's format share (https://cocodataset.org/#format-data).
 
-A file is {"images": [{"id", "file_name", "width", "height"}], "annotations": [{"id", "image_id", ...}], "categories":
-[{"id", "name"}]}; an annotation of an object has "category_id", "bbox" [x, y, width, height] in pixels from the upper
-left corner, and "iscrowd": 1 where it stands for a group that was not told apart.
+A file is {"images": [{"id", "file_name", "width", "height"}], "annotations": [{"id", "image_id",
+...}], "categories": [{"id", "name"}]}; an annotation of an object has "category_id", "bbox" [x, y,
+width, height] in pixels from the upper left corner, and "iscrowd": 1 where it stands for a group
+that was not told apart.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ ImageSizes = tuple[tuple[int, int], ...]
 
 
 class CocoConverter(Converter):
-    """One of COCO's own: `train` and `val` are those of the 2017 release, which is the 2014 one divided anew."""
+    """One of COCO's own: `train` and `val` are those of the 2017 release, which is the 2014 one
+    divided anew."""
 
     url = "https://cocodataset.org/#download"
     licence = "CC BY 4.0 (annotations), the images' own: https://cocodataset.org/#termsofuse"
@@ -58,14 +60,16 @@ def find(things: Mapping[Any, Any], wanted: Any, kind: str) -> Any:
 
 
 def by_annotation(document: Any) -> Iterator[tuple[str, Any]]:
-    """(id, (annotation, its image)) of each annotation; the image is None where the file has none of that id."""
+    """(id, (annotation, its image)) of each annotation; the image is None where the file has none
+    of that id."""
     images = by_id(document["images"])
     for annotation in document["annotations"]:
         yield str(id_of(annotation)), (annotation, images.get(id_of(annotation, "image_id")))
 
 
 def by_image(document: Any) -> Iterator[tuple[str, Any]]:
-    """(id, (image, its annotations)) of each image; the image is None for annotations of one that the file lacks."""
+    """(id, (image, its annotations)) of each image; the image is None for annotations of one that
+    the file lacks."""
     of_image: dict[Any, list[Any]] = defaultdict(list)
     for annotation in document["annotations"]:
         of_image[id_of(annotation, "image_id")].append(annotation)

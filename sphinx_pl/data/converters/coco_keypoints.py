@@ -1,8 +1,9 @@
 """COCO keypoints: 17 points of each person.
 
-Files (https://cocodataset.org/#format-data, "Keypoint Detection"): `annotations/person_keypoints_{train,val}{2014,
-2017}.json` in COCO's format (see `coco`), an annotation also has "keypoints": [x1, y1, v1, x2, ...] with v 0 not
-labelled, 1 hidden, 2 seen, "num_keypoints": how many are labelled, and "area": of the person in square pixels.
+Files (https://cocodataset.org/#format-data, "Keypoint Detection"):
+`annotations/person_keypoints_{train,val}{2014, 2017}.json` in COCO's format (see `coco`), an
+annotation also has "keypoints": [x1, y1, v1, x2, ...] with v 0 not labelled, 1 hidden, 2 seen,
+"num_keypoints": how many are labelled, and "area": of the person in square pixels.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What several converters do in the same way: keys, most frequent answers, the usual kinds of records."""
+"""What several converters do in the same way: keys, most frequent answers, the usual kinds of
+records."""
 
 from __future__ import annotations
 
@@ -16,9 +17,11 @@ from sphinx_pl.data.tasks import TASKS, repeated_choice
 
 
 def keyed(entries: Iterable[Any], name: str, unique: bool = True) -> Iterator[tuple[str, Any]]:
-    """(key, entry) with what the entry has at `name` as key; with its number too where that is not unique.
+    """(key, entry) with what the entry has at `name` as key; with its number too where that is not
+    unique.
 
-    What has none is yielded all the same, with its number: `records` refuses it, so that it is counted.
+    What has none is yielded all the same, with its number: `records` refuses it, so that it is
+    counted.
     """
     for number, entry in enumerate(entries):
         found = entry.get(name) if isinstance(entry, Mapping) else None
@@ -27,14 +30,16 @@ def keyed(entries: Iterable[Any], name: str, unique: bool = True) -> Iterator[tu
 
 
 def text(value: Any) -> str:
-    """A value that must be text, where writing it into a path or a question would hide that it is not."""
+    """A value that must be text, where writing it into a path or a question would hide that it is
+    not."""
     if not isinstance(value, str):
         raise TypeError(f"{value!r} should be text")
     return value
 
 
 def asked(value: Any) -> str:
-    """A question that is there: for converters that write more around it, which would hide that it is empty.
+    """A question that is there: for converters that write more around it, which would hide that it
+    is empty.
 
     Raises:
         SkipSample: it is blank.
@@ -108,7 +113,8 @@ def choice_turn(question: str, choices: Sequence[str], index: int) -> Turn:
 
 
 def conversation_record(key: str, entry: Mapping[str, Any], folder: str = "") -> Record:
-    """An entry of LLaVA's about an image: task chat, or detailed_answer where there is a single question.
+    """An entry of LLaVA's about an image: task chat, or detailed_answer where there is a single
+    question.
 
     Raises:
         SkipSample: the speakers do not take turns.

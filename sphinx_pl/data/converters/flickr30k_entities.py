@@ -1,10 +1,11 @@
 """Flickr30k Entities: captions whose phrases are tied to boxes.
 
-Files (https://github.com/BryanPlummer/flickr30k_entities, annotations.zip unpacked beside the repository's lists):
-`{train,val,test}.txt` with an image id a line; `Sentences/<id>.txt` with a caption a line, its phrases written
-[/EN#<chain>/<type> words], chain 0 where a phrase names nothing visible; `Annotations/<id>.xml` with <size><width/>
-<height/></size> and <object>s, each with the chains that it is as <name>s and a <bndbox> (xmin, ymin, xmax, ymax
-counted from 1) or none for a whole scene or what is not seen; `UNRELATED_CAPTIONS` with "<id> <number of the caption>".
+Files (https://github.com/BryanPlummer/flickr30k_entities, annotations.zip unpacked beside the
+repository's lists): `{train,val,test}.txt` with an image id a line; `Sentences/<id>.txt` with a
+caption a line, its phrases written [/EN#<chain>/<type> words], chain 0 where a phrase names nothing
+visible; `Annotations/<id>.xml` with <size><width/> <height/></size> and <object>s, each with the
+chains that it is as <name>s and a <bndbox> (xmin, ymin, xmax, ymax counted from 1) or none for a
+whole scene or what is not seen; `UNRELATED_CAPTIONS` with "<id> <number of the caption>".
 """
 
 from __future__ import annotations

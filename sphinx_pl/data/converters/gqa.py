@@ -1,8 +1,9 @@
 """GQA: compositional questions about Visual Genome's images.
 
 File (https://cs.stanford.edu/people/dorarad/gqa/download.html, structure in about.html there):
-`{split}_balanced_questions.json`, {question id: {"imageId", "question", "answer", "fullAnswer", "types":
-{"structural", "semantic", "detailed"}, ...}}. Images are those of images.zip: images/{imageId}.jpg.
+`{split}_balanced_questions.json`, {question id: {"imageId", "question", "answer", "fullAnswer",
+"types": {"structural", "semantic", "detailed"}, ...}}. Images are those of images.zip:
+images/{imageId}.jpg.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """OCR-VQA: questions about book covers.
 
-File (https://ocr-vqa.github.io): `dataset.json`, {id: {"imageURL", "questions": [...], "answers": [...], "title",
-"authorName", "genre", "split": 1 train, 2 validation, 3 test}}. The script beside it downloads the images to
-images/{id}{extension of imageURL}.
+File (https://ocr-vqa.github.io): `dataset.json`, {id: {"imageURL", "questions": [...], "answers":
+[...], "title", "authorName", "genre", "split": 1 train, 2 validation, 3 test}}. The script beside
+it downloads the images to images/{id}{extension of imageURL}.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """ScienceQA: multiple-choice questions from school science, about half of them with an image.
 
-Files (https://github.com/lupantech/ScienceQA, data/scienceqa): `problems.json`, {id: {"question", "choices", "answer":
-index, "hint", "image": "image.png" or null, "split", "lecture", "solution", "subject", "grade", ...}}, and
-`pid_splits.json`, {split: [ids]}. Images are those of train.zip, val.zip and test.zip: {split}/{id}/image.png.
+Files (https://github.com/lupantech/ScienceQA, data/scienceqa): `problems.json`, {id: {"question",
+"choices", "answer": index, "hint", "image": "image.png" or null, "split", "lecture", "solution",
+"subject", "grade", ...}}, and `pid_splits.json`, {split: [ids]}. Images are those of train.zip,
+val.zip and test.zip: {split}/{id}/image.png.
 """
 
 from __future__ import annotations

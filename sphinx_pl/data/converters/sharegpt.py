@@ -20,7 +20,8 @@ _ROLES = {"human": "human", "user": "human"} | dict.fromkeys(("gpt", "chatgpt", 
 
 
 class ShareGPTConverter(Converter):
-    """Long conversations are split in the file, so that parts begin with an answer: those are dropped.
+    """Long conversations are split in the file, so that parts begin with an answer: those are
+    dropped.
 
     A question at the end that has no answer is left out.
     """

@@ -1,7 +1,8 @@
 """TextCaps: captions that read the text in an image, five for each.
 
-File (https://textvqa.org/textcaps/dataset): `TextCaps_0.1_{split}.json` with {"data": [{"image_id", "caption_id",
-"caption_str", "reference_strs": [all of the image's], ...}]}, one entry for each caption. Images are TextVQA's.
+File (https://textvqa.org/textcaps/dataset): `TextCaps_0.1_{split}.json` with {"data": [{"image_id",
+"caption_id", "caption_str", "reference_strs": [all of the image's], ...}]}, one entry for each
+caption. Images are TextVQA's.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """Visual Genome: regions, relationships and questions, a converter for each.
 
-Files (https://homes.cs.washington.edu/~ranjay/visualgenome/api_readme.html), lists of an object for each image:
-`image_data.json`: {"image_id", "url", "width", "height"}, the url ends as the image's path does where images.zip and
-images2.zip are unpacked, in VG_100K_2/2.jpg. `region_descriptions.json`: {"id" or "image_id", "regions": [{"region_id",
-"phrase", "x", "y", "width", "height"}]}. `relationships.json`: {"image_id", "relationships": [{"relationship_id",
-"predicate", "subject", "object"}]}, the last two {"name" or "names", "x", "y", "w", "h"}. `question_answers.json`:
-{"id" or "image_id", "qas": [{"qa_id", "question", "answer"}]}.
+Files (https://homes.cs.washington.edu/~ranjay/visualgenome/api_readme.html), lists of an object for
+each image: `image_data.json`: {"image_id", "url", "width", "height"}, the url ends as the image's
+path does where images.zip and images2.zip are unpacked, in VG_100K_2/2.jpg.
+`region_descriptions.json`: {"id" or "image_id", "regions": [{"region_id", "phrase", "x", "y",
+"width", "height"}]}. `relationships.json`: {"image_id", "relationships": [{"relationship_id",
+"predicate", "subject", "object"}]}, the last two {"name" or "names", "x", "y", "w", "h"}.
+`question_answers.json`: {"id" or "image_id", "qas": [{"qa_id", "question", "answer"}]}.
 """
 
 from __future__ import annotations

@@ -41,7 +41,8 @@ class Annotated(DrawnPicture):
 
 
 def draw_numbers(rng: random.Random, domain: str, assets: Assets | None) -> Annotated:
-    """One or two different numbers of one or two digits; two stand one below the other, so their order is clear."""
+    """One or two different numbers of one or two digits; two stand one below the other, so their
+    order is clear."""
     texts = [_number(rng)]
     if rng.random() < 0.25:
         texts.append(_number(rng))
@@ -93,7 +94,8 @@ def draw_people(rng: random.Random, domain: str, assets: Assets | None, people: 
 
 
 def _bones(rng: random.Random, room: float, height: int) -> dict[str, tuple[float, float]]:
-    """Joint positions of a figure that fits into `room` x `height` pixels. Eyes and ears are too small to draw."""
+    """Joint positions of a figure that fits into `room` x `height` pixels. Eyes and ears are too
+    small to draw."""
     while True:
         tall = rng.uniform(44, 54)
         points = {"nose": (0.0, 0.12)}

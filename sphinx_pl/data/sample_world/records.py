@@ -1,7 +1,8 @@
-"""Scenes and figures -> instruction entries: LLaVA's file format, with our keys where a task writes its own text.
+"""Scenes and figures -> instruction entries: LLaVA's file format, with our keys where a task writes
+its own text.
 
-An entry has `id`, `image`, `width`, `height`, `task`, `meta` and what its task needs of `question`, `answer`,
-`choices` and `regions` (boxes in pixels); or, as in LLaVA's files, `conversations` alone.
+An entry has `id`, `image`, `width`, `height`, `task`, `meta` and what its task needs of `question`,
+`answer`, `choices` and `regions` (boxes in pixels); or, as in LLaVA's files, `conversations` alone.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def color_entry(thing: Thing) -> JsonEntry:
 
 
 def shape_entry(thing: Thing) -> JsonEntry:
-    """A circle, square, triangle, star, or "digit" whichever digit it is: that is a question of its own."""
+    """A circle, square, triangle, star, or "digit" whichever digit it is: that is a question of its
+    own."""
     return _vqa("shape", f"What is the {thing.color} object?", "digit" if thing.kind in DIGITS else thing.kind)
 
 
@@ -61,7 +63,8 @@ def _vqa(topic: str, question: str, answer: str) -> JsonEntry:
 
 
 def object_choice(scene: Scene, thing: Thing, rng: random.Random) -> JsonEntry:
-    """Which phrase is in the image: two colours crossed with two kinds, so that the choices themselves tell nothing."""
+    """Which phrase is in the image: two colours crossed with two kinds, so that the choices
+    themselves tell nothing."""
     present = {other.phrase for other in scene.things}
     while True:
         color = rng.choice([color for color in COLORS if color != thing.color])
@@ -126,14 +129,16 @@ def relations(scene: Scene) -> list[tuple[str, str, str]]:
 
 
 def relations_to_middle(scene: Scene) -> list[tuple[str, str, str]]:
-    """As `relations`, but one thing has to be found, not two, which is learned first; the test does not ask for it."""
+    """As `relations`, but one thing has to be found, not two, which is learned first; the test does
+    not ask for it."""
     middle = scene.width / 2, scene.height / 2
     found = [(thing.phrase, relation(thing.center, middle, least=6)) for thing in scene.things]
     return [(phrase, MIDDLE, place) for phrase, place in found if place]
 
 
 def scene_entries(scene: Scene, rng: random.Random) -> list[JsonEntry]:
-    """All kinds of questions about one training scene, those that need it only where the answer is unambiguous."""
+    """All kinds of questions about one training scene, those that need it only where the answer is
+    unambiguous."""
     things = list(scene.things)
     rng.shuffle(things)
     kinds, colors, pairs = unique_kinds(scene), unique_colors(scene), relations(scene)
@@ -153,7 +158,8 @@ def scene_entries(scene: Scene, rng: random.Random) -> list[JsonEntry]:
 
 
 def conversation_entry(scene: Scene, rng: random.Random) -> JsonEntry:
-    """Two or three questions about one scene in LLaVA's own form, without any of our keys but the meta data."""
+    """Two or three questions about one scene in LLaVA's own form, without any of our keys but the
+    meta data."""
     turns = [(COUNT_QUESTION, str(len(scene.things)))]
     turns += [(entry["question"], entry["answer"]) for entry in map(color_entry, unique_kinds(scene)[:1])]
     turns += [(entry["question"], entry["answer"]) for entry in map(shape_entry, unique_colors(scene)[-1:])]
@@ -192,7 +198,8 @@ def _colors_differ(plan: ScenePlan) -> bool:
 
 
 def held_out_entry(task: str, topic: str, index: int, draw: DrawScene, rng: random.Random) -> tuple[Scene, JsonEntry]:
-    """A fresh scene and one question about it; `index` cycles through object counts and, where few, answers.
+    """A fresh scene and one question about it; `index` cycles through object counts and, where few,
+    answers.
 
     `draw(count, wanted)` draws a scene.
     """

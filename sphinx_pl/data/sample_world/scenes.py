@@ -1,4 +1,5 @@
-"""Scenes: one to three coloured shapes and digits that do not overlap. Both domains share the plan, not the look."""
+"""Scenes: one to three coloured shapes and digits that do not overlap. Both domains share the plan,
+not the look."""
 
 from __future__ import annotations
 
@@ -82,7 +83,8 @@ def picture_size(rng: random.Random) -> tuple[int, int]:
 
 
 def draw_plan(rng: random.Random, count: int) -> ScenePlan:
-    """`count` different (colour, kind) pairs, a third of them digits; now and then a colour or a kind is repeated."""
+    """`count` different (colour, kind) pairs, a third of them digits; now and then a colour or a
+    kind is repeated."""
     plan: ScenePlan = []
     while len(plan) < count:
         color = rng.choice(tuple(COLORS))
@@ -126,7 +128,8 @@ def draw_scene(
 def _mask(
     kind: str, rng: random.Random, width: int, height: int, count: int, assets: Assets | None, origin: Origin
 ) -> Array:
-    # The model sees the padded square at one size, so objects of larger pictures are drawn larger: 20 to 32 pixels.
+    # The model sees the padded square at one size, so objects of larger pictures are drawn larger:
+    # 20 to 32 pixels.
     smallest = min(28, 20 * max(width, height) // 64)
     size = rng.randint(smallest, min(32, smallest + (8 if count < MAX_OBJECTS else 5)))
     if kind not in DIGITS:

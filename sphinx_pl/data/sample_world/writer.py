@@ -78,7 +78,8 @@ class _World:
     origins: list[str] = field(default_factory=list)
 
     def rng(self, *stream: object) -> random.Random:
-        """A generator of its own for every item, so that no item depends on how many came before it."""
+        """A generator of its own for every item, so that no item depends on how many came before
+        it."""
         return random.Random("/".join(map(str, (self.seed, *stream))))
 
     def number(self, at_full_scale: int) -> int:
@@ -95,7 +96,8 @@ class _World:
 
 
 def build(out: str | Path, seed: int = 0, scale: float = 1.0) -> dict[str, Any]:
-    """Make the sample data in the folder `out` and return its manifest; do nothing where it is already there, whole.
+    """Make the sample data in the folder `out` and return its manifest; do nothing where it is
+    already there, whole.
 
     Args:
         seed: of everything drawn; the split of scans and photographs does not depend on it.
@@ -281,7 +283,8 @@ class _Instructions:
         self.world.counts[f"instructions/{self.split}/{entry['meta']['domain']}/{task}"] += 1
 
     def files(self) -> dict[str, list[JsonEntry]]:
-        """File name -> its entries: one for each kind of picture in training, where a mixture weighs them; else one."""
+        """File name -> its entries: one for each kind of picture in training, where a mixture
+        weighs them; else one."""
         if self.split != "train":
             return {self.split: self.entries}
         kinds: dict[str, list[JsonEntry]] = {}
@@ -311,7 +314,8 @@ class _Instructions:
                 self.add(name, entry, scene)
 
     def figures(self, domain: str, task: str) -> None:
-        """Pictures of one kind; a pose picture with two people gives two entries, in the test only one is asked for."""
+        """Pictures of one kind; a pose picture with two people gives two entries, in the test only
+        one is asked for."""
         for index in range(self.world.number(FIGURES[task][self.split])):
             rng = self.world.rng(task, domain, self.split, index)
             assets = _assets(domain, self.split)
