@@ -1,10 +1,10 @@
-"""One page with the samples as the model will see them: the first thing to do with a new data set.
+"""A page with the samples as the model sees them: the first thing to look at in a new data set.
 
     python -m sphinx_pl.cli.data show experiment=demo stage=finetune n=64 out=page.html
 
-Nothing here is a second way to read data: windows come from the planner, micro-batches from the
-collator, and what is a target is what `Batch.labels` says. Everything from data is untrusted and
-reaches the page escaped.
+Nothing here is a second way to read data: steps come from the planner, micro-batches from the
+collator, and targets from `Batch.labels`. Everything from data is untrusted and is escaped on the
+page.
 """
 
 from __future__ import annotations
@@ -12,98 +12,54 @@ from __future__ import annotations
 import io
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from html import escape
-from itertools import accumulate as running_sums
-from itertools import groupby, pairwise
+from itertools import groupby
 
 from PIL import Image
-from torch import Tensor
 
 from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.drawing import GIVEN, TRUE, draw, to_picture
-from sphinx_pl.data.images import load_image
+from sphinx_pl.data.inspect.unpack import ShownSample, Token, texts, unpack
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.sampling.packing import WEIGHTINGS
 from sphinx_pl.data.sampling.planner import MicroPlan, Planner
 from sphinx_pl.data.sampling.stream import MADE
-from sphinx_pl.data.schema import IGNORE, IMAGE_SLOT, Batch, ImageRef, Sample, SampleQuestion
-from sphinx_pl.data.skip import SkipSample, counter_of, split_counter
+from sphinx_pl.data.schema import IMAGE_SLOT, Sample
+from sphinx_pl.data.skip import counter_of, split_counter
 from sphinx_pl.data.tokenizers import Tokenizer
 from sphinx_pl.utils.html import inline, inline_png, page, table, visible
 
 TINY = 128
-"""Images of at most so many pixels a side are shown four times as large, each pixel a flat square.
+"""Images with at most so many pixels a side are enlarged four times, each pixel as a flat square.
 """
 PICTURE_BYTES = 7_500_000
-"""Of all pictures together, before base64; a sample's pictures get an equal part of it, and at
+"""Bytes of all pictures together, before base64. Each sample's pictures get an equal part, and at
 least 16 kB."""
 DRAWN_ROWS = 128
 COLUMN = 384
-"""Width of the pictures' column; larger ones can be enlarged."""
-
-
-@dataclass(frozen=True)
-class Token:
-    """One position. `image` is the number of the image that it shows a part of, from 1; 0 where it
-    is text."""
-
-    id: int
-    target: bool
-    weight: float
-    image: int
-
-
-@dataclass(frozen=True)
-class SampleImage:
-    """An image as the batch holds it; `problem` says why it could not be read."""
-
-    pixels: Tensor
-    kept_views: tuple[bool, ...]
-    problem: str = ""
-
-
-@dataclass(frozen=True)
-class ShownSample:
-    """A sample of a batch: the tokens of what its branches share, those of each branch, and its
-    images."""
-
-    number: int
-    place: str
-    sample: Sample
-    shared: list[Token]
-    questions: list[tuple[SampleQuestion, list[Token]]]
-    pictures: list[SampleImage]
-
-    @property
-    def broken(self) -> bool:
-        return any(picture.problem for picture in self.pictures)
-
-    @property
-    def targets(self) -> int:
-        return sum(token.target for _, tokens in self.questions for token in tokens)
+"""Width of the pictures' column in pixels; larger pictures can be enlarged."""
 
 
 def build_page(
     data: DataModule, n: int, accumulate: int, grid: int, what: str, notices: Sequence[str] = ()
 ) -> tuple[str, int]:
-    """The page, and how many samples are on it: the first `n`, fewer where the mixture ends before.
+    """The page, and the number of samples on it: the first `n`, fewer if the mixture ends before.
 
     Args:
         accumulate: micro-batches of an optimizer step.
         grid: sub-images a side that the model cuts an image into.
-        what: the configuration in words. notices: sentences to begin with.
+        what: the configuration in words. notices: sentences at the beginning of the page.
 
     Raises:
-        UserError: nothing can be read, as in training.
+        UserError: nothing can be read.
     """
     planner = data.planner(accumulate)
     plans: list[MicroPlan] = []
     shown: list[ShownSample] = []
     decoded: Counter[str] = Counter()
-    while len(shown) < n and (window := planner.plan()):
-        plans += window
-        for plan in window:
+    while len(shown) < n and (micro_batches := planner.plan()):
+        plans += micro_batches
+        for plan in micro_batches:
             if len(shown) < n:
                 batch = data.collator(plan.rows)
                 decoded.update({key: int(v) for key, v in batch.counters.items() if key.startswith("skipped/")})
@@ -118,68 +74,16 @@ def build_page(
         ("samples", "Samples", _samples(shown, data.processor, grid, limit, colours)),
     ]
     links = " ".join(f'<a href="#{anchor}">{heading}</a>' for anchor, heading, _ in sections)
-    windows = plans[-1].step if plans else 0
+    steps = plans[-1].step if plans else 0
     lead = (
         f"The first {len(shown)} samples that training would get, as the model gets them: {what}. They come from "
-        f"{_count(windows, 'window')}, each the {_count(accumulate * data.packing.micro_batch_rows, 'row')} of "
-        f"{data.packing.row_length:,} positions that one process reads for an optimizer step."
+        f"{_count(steps, 'step')}, each with the {_count(accumulate * data.packing.micro_batch_rows, 'row')} of "
+        f"{data.packing.row_length:,} positions that one process reads for it."
     )
     header = f"<h1>The data, seen</h1><p class=lead>{visible(lead)}</p>"
     header += "".join(f"<p class=notice>{visible(notice)}</p>" for notice in notices)
     body = "".join(f'<section id="{anchor}"><h2>{heading}</h2>{text}</section>' for anchor, heading, text in sections)
     return page("The data, seen", f"{header}<nav>{links}</nav>", body, _STYLE, _SCRIPT), len(shown)
-
-
-def unpack(batch: Batch, plan: MicroPlan, processor: Processor, first: int) -> list[ShownSample]:
-    """The samples of a batch, numbered from `first`, in the order of its rows."""
-    found: list[ShownSample] = []
-    image = 0
-    for row, samples in enumerate(plan.rows):
-        begin = 0
-        for sample in samples:
-            counts = processor.slots(len(sample.images), sample.kept_views)
-            tokens = _tokens(batch, row, begin, sample.length, counts)
-            ends = [0, *running_sums([len(sample.prefix), *(len(question.ids) for question in sample.questions)])]
-            parts = [tokens[a:b] for a, b in pairwise(ends)]
-            questions = list(zip(sample.questions, parts[1:], strict=True))
-            masked = sample.targets > 0 and not any(token.target for token in tokens)
-            pictures = []
-            for i, ref in enumerate(sample.images):
-                views = batch.kept_views
-                kept_views = tuple(views[image + i].tolist()) if views is not None and sample.kept_views else ()
-                problem = _problem(ref, processor.image_size) if masked else ""
-                pictures.append(SampleImage(batch.pixels[image + i], kept_views, problem))
-            place = f"window {plan.step}, micro-batch {plan.index + 1}, row {row + 1}"
-            found.append(ShownSample(first + len(found), place, sample, parts[0], questions, pictures))
-            image += len(sample.images)
-            begin += sample.length
-    return found
-
-
-def _tokens(batch: Batch, row: int, begin: int, length: int, slots: Sequence[int]) -> list[Token]:
-    """The positions of one sample; its images have so many `slots`, one image after another."""
-    width = batch.input_ids.shape[1]
-    offset = row * width + begin
-    at_slot = set((batch.image_slots - offset).tolist())
-    numbers = [number for number, count in enumerate(slots, start=1) for _ in range(count)]
-    ids = batch.input_ids[row, begin : begin + length].tolist()
-    # A label stands where the model predicts it: one position before the token.
-    labels = [IGNORE, *batch.labels[row, begin : begin + length - 1].tolist()]
-    weights = [0.0, *batch.weights[row, begin : begin + length - 1].tolist()]
-    taken = iter(numbers)
-    return [
-        Token(id, label != IGNORE, weight, next(taken) if i in at_slot else 0)
-        for i, (id, label, weight) in enumerate(zip(ids, labels, weights, strict=True))
-    ]
-
-
-def _problem(ref: ImageRef, size: int) -> str:
-    """Why an image cannot be read; "" if it can."""
-    try:
-        load_image(ref, size)
-    except SkipSample as bad:
-        return str(bad)
-    return ""
 
 
 def _problems(planner: Planner, shown: Sequence[ShownSample], max_skipped: float) -> Iterator[str]:
@@ -242,15 +146,15 @@ def _totals(plans: Sequence[MicroPlan], weighting: str, colours: dict[str, str])
             ]
     head = ["source", "task", "samples", "questions", "tokens", "targets", "images", "of the loss"]
     return (
-        f"<p>All rows of the planned windows. A sample may ask several questions about the same image, whose tokens "
+        f"<p>All rows of the planned steps. A sample may ask several questions about the same image, whose tokens "
         f"it pays once. Targets are the tokens that are learned; the last column is their share of the loss with "
         f"weighting “{escape(weighting)}”.</p>" + table(head, rows, set(range(2, 8)))
     )
 
 
 def _counts(planner: Planner) -> Counter[str]:
-    """`source/seen`, `skipped/source/reason`, ... of all that was drawn, also of what came to no
-    window."""
+    """`source/seen`, `skipped/source/reason`, ... of all that was drawn, also of samples that no
+    step holds yet."""
     counts: Counter[str] = Counter()
     for partition in planner.partitions.values():
         counts.update(partition.mixture.counts)
@@ -259,8 +163,8 @@ def _counts(planner: Planner) -> Counter[str]:
 
 
 def _left_out(planner: Planner, decoded: Counter[str]) -> str:
-    """What was seen, what of it was not used, and what happened to the rest, with the first
-    examples of each."""
+    """A table of what was drawn, what of it was skipped, and what happened to the rest, with
+    examples."""
     counts = _counts(planner)
     examples: dict[str, list[str]] = defaultdict(list)
     for partition in planner.partitions.values():
@@ -315,7 +219,7 @@ def _packing(plans: Sequence[MicroPlan], shown: Sequence[ShownSample], row_lengt
     numbers = {id(item.sample): item.number for item in shown}
     blocks: list[str] = []
     left = DRAWN_ROWS
-    for window, group in groupby(plans, key=lambda plan: plan.step):
+    for step, group in groupby(plans, key=lambda plan: plan.step):
         rows = [(plan, i, row) for plan in group for i, row in enumerate(plan.rows)]
         used = sum(sample.length for _, _, row in rows for sample in row)
         bars = [
@@ -325,14 +229,14 @@ def _packing(plans: Sequence[MicroPlan], shown: Sequence[ShownSample], row_lengt
         left -= len(rows)
         more = f"<p class=note>{_count(len(rows) - len(bars), 'more row')}.</p>" if len(rows) > len(bars) else ""
         positions = len(rows) * row_length
-        share = f"window {window}: {used / positions:.1%} of {positions:,} positions hold tokens"
+        share = f"step {step}: {used / positions:.1%} of {positions:,} positions hold tokens"
         opened = " open" if not blocks else ""
         blocks.append(f"<details{opened}><summary>{share}</summary>{''.join(bars)}{more}</details>")
     legend = "".join(
         f'<span class="key full" style="--k:{colour}">{visible(name)}</span>' for name, colour in colours.items()
     )
     return (
-        "<p>Each bar is a row of a window, named micro-batch.row, with the share of its positions that hold tokens. "
+        "<p>Each bar is a row of a step, named micro-batch.row, with the share of its positions that hold tokens. "
         "A piece is a sample: its width is its number of tokens, the hatched parts are image tokens. What is blank "
         "at the end is padding. Numbers are those of the samples below.</p>"
         f"<p class=legend>{legend}</p>{''.join(blocks)}"
@@ -425,15 +329,15 @@ def _card(item: ShownSample, processor: Processor, grid: int, limit: int, colour
 
 
 def _mentions(item: ShownSample, processor: Processor) -> bool:
-    """Whether its text names a place in an image."""
+    """Whether the sample's text names a place in an image."""
     coordinates = processor.coordinates
     said = [text for pair in texts(item, processor.tokenizer) for text in pair]
     return any(coordinates.parse_boxes(text) or coordinates.parse_points(text) for text in said)
 
 
 def _figure(item: ShownSample, index: int, processor: Processor, grid: int, limit: int) -> str:
-    """One image as the model gets it, its views outlined; on the first one also what the text
-    names."""
+    """One image as the model gets it, with outlined views; on the first image also the places that
+    the text names."""
     picture = item.pictures[index]
     side = int(picture.pixels.shape[-1])
     name = f"image {index + 1}" if len(item.pictures) > 1 else "image"
@@ -477,7 +381,7 @@ def _views(grid: int, kept_views: Sequence[bool]) -> str:
 
 
 def encode(picture: Image.Image, flat: bool, limit: int) -> str:
-    """A picture's address of about `limit` bytes at most, exact where `flat` colours keep that
+    """A data URL of a picture, at most about `limit` bytes. It is exact if `flat` colours keep it
     small."""
     if flat and len(address := inline_png(picture)) * 3 / 4 <= limit:
         return address
@@ -492,18 +396,9 @@ def encode(picture: Image.Image, flat: bool, limit: int) -> str:
     return inline(data, "image/jpeg")
 
 
-def texts(item: ShownSample, tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
-    """(what is not supervised, what is) of each branch, with what all branches begin with."""
-    for _, tokens in item.questions:
-        said: dict[bool, list[str]] = {False: [], True: []}
-        for target, run in groupby([*item.shared, *tokens], key=lambda token: token.target):
-            said[target].append(tokenizer.decode([token.id for token in run if not token.image]))
-        yield "\n".join(said[False]), "\n".join(said[True])
-
-
 def _text(tokens: Sequence[Token], tokenizer: Tokenizer) -> str:
-    """Every token as an element of its own: <b> is supervised, <i> is not; a chip stands for an
-    image's tokens."""
+    """Every token as an HTML element: <b> is supervised, <i> is not. A chip stands for an image's
+    tokens."""
     html = ""
     held: list[Token] = []  # the bytes of a character, which is shown as one
     data = b""

@@ -17,13 +17,13 @@ from sphinx_pl.utils.console import Table
 from sphinx_pl.utils.errors import UserError
 
 PROBE = 64
-"""Draws from each source that the expectations rest on."""
+"""The number of draws from each source for the expectations."""
 
 
 @dataclass(frozen=True)
 class SourceSummary:
-    """One source of a mixture. Numbers a draw are means over the probed draws, unusable ones
-    included."""
+    """One source of a mixture. Numbers per draw are means over the probed draws, with unusable
+    records."""
 
     name: str
     kind: str
@@ -31,16 +31,16 @@ class SourceSummary:
     files: int
     records: int
     certain: bool
-    """Whether `records` was counted, not extrapolated from some of the files."""
+    """Whether `records` was counted. Otherwise it is extrapolated from some of the files."""
     share: float
-    """Of the draws (or of the supervised tokens, see `MixingConfig.unit`)."""
+    """The share of the draws (or of the supervised tokens, see `MixingConfig.unit`)."""
     records_drawn: float
-    """Records that a draw takes: more than one where questions about one image share it."""
+    """Records that a draw takes: more than one if questions about one image share it."""
     tokens: float
     targets: float
     images: float
     unusable: float
-    """Share of the records that are skipped or filtered, images that cannot be decoded among them.
+    """Share of the records that are skipped or filtered, also because of their images.
     """
     why: Mapping[str, tuple[int, str]]
     """skipped/<reason>, filtered/<reason>, capped/<task>, unused/<name> and events of samples that
@@ -48,7 +48,7 @@ class SourceSummary:
 
     @property
     def draws(self) -> float:
-        """In an epoch."""
+        """Draws in an epoch."""
         return self.records / self.records_drawn
 
 

@@ -36,13 +36,13 @@ def choice_letter(record: Record) -> str:
 
 
 def repeated_choice(choices: Iterable[str]) -> str:
-    """The choice that stands there more than once but for white space; "" if none does."""
+    """The choice that is repeated but for white space; "" if none is."""
     ((choice, count),) = Counter(" ".join(choice.split()) for choice in choices).most_common(1)
     return choice if count > 1 else ""
 
 
 def reading_order(regions: Iterable[Region]) -> list[Region]:
-    """Regions line by line from the top, each line from the left.
+    """The regions line by line from the top, each line from the left.
 
     A region is on the line that an earlier (higher) one opened if its vertical middle is above that
     one's lower edge.
@@ -59,7 +59,7 @@ def reading_order(regions: Iterable[Region]) -> list[Region]:
 
 def size_of(record: Record) -> Size:
     if not record.sizes:
-        raise SkipSample("size_unknown", f"{record.key} has geometry but its image has no width and height")
+        raise SkipSample("size_unknown", f"{record.key} has coordinates but its image has no width and height")
     _check_unit(record)
     return record.sizes[0]
 
@@ -79,7 +79,7 @@ def _check_unit(record: Record) -> None:
 
 
 def checked_box(record: Record, region: Region) -> Box4:
-    """The region's box, cut at the image's edges."""
+    """The box of a region, cut at the image's edges."""
     width, height = size_of(record)
     x1, y1, x2, y2 = region.box
     if not (x1 < x2 and y1 < y2):  # also true of NaN

@@ -13,8 +13,8 @@ def read_text(text: str, coordinates: Coordinates) -> Parsed:
 
 
 def read_yes_no(text: str, coordinates: Coordinates) -> Parsed:
-    """ "yes" or "no" where the text begins with that word, in any case, and does not say the other
-    one too."""
+    """ "yes" or "no" if the text begins with that word, in any case, and does not say the other one
+    too."""
     word = leading_value(text, {"yes": "yes", "no": "no"})
     return Parsed(word) if word else Parsed(formed=False)
 
@@ -33,7 +33,7 @@ def read_boxes(text: str, coordinates: Coordinates) -> Parsed:
 
 
 def read_detection(text: str, coordinates: Coordinates) -> Parsed:
-    """All boxes, or none where the text says "None"."""
+    """All boxes, or none if the text says "None"."""
     return Parsed() if normalise(text) == "none" else read_boxes(text, coordinates)
 
 
@@ -44,7 +44,7 @@ def read_grounded(text: str, coordinates: Coordinates) -> Parsed:
 
 
 def read_ocr(text: str, coordinates: Coordinates) -> Parsed:
-    """All phrases with a place, whether that is a box or a point: what counts is the text."""
+    """All phrases with a place, a box or a point: only the text counts."""
     places = tuple(coordinates.parse_grounded(text))
     return Parsed(places=places, formed=bool(places))
 
@@ -62,8 +62,8 @@ def read_lines(text: str, coordinates: Coordinates) -> Parsed:
 
 
 def read_grounded_answer(text: str, coordinates: Coordinates) -> Parsed:
-    """All phrases with their boxes, and the text with a placeholder for each: `{0}`, or `{1,2}`
-    where it has two."""
+    """All phrases with their boxes, and the text with a placeholder for each phrase: `{0}`, or
+    `{1,2}` for two boxes."""
     answer, places, count = "", [], 0
     for part in coordinates.cut_grounded(text):
         if isinstance(part, str):

@@ -28,15 +28,15 @@ for _ in range(2):  # so deep are brackets in brackets
 _BRACKETS = rf"{_BRACKET}(?:[\s,;]*{_BRACKET})*"
 _TAGGED = r"(?:<p>(?:(?!</?p>).)*</p>|<(\w{1,16})>[^<>]*</\1>)"
 PARTS = re.compile(rf"{_TAGGED}(?:\s*{_BRACKETS})?|{_BRACKETS}|\w+(?:[.,:/'’-]\w+)*", re.DOTALL)
-"""What stands in an answer as a whole: a phrase with its places, places alone (in any brackets), a
-number, a word."""
+"""What is kept or cut as a whole in an answer: a phrase with its places, places alone (in any
+brackets), a number, a word."""
 LINES = re.compile(r"[^\n]+")
 WHOLE = re.compile(r".+", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
 class Parsed:
-    """What an answer's text says: a record's annotations again, as far as the text holds them.
+    """A parsed answer: the annotations of a record, as far as the text holds them.
 
     `answer` is as in a record, with a placeholder for each phrase that has boxes (they number the
     regions in the order of the text); of multiple choice it is the letter. `places` are labels with
@@ -62,10 +62,10 @@ class Parsed:
         )
 
     def keypoints(self, size: Size) -> tuple[tuple[float, float, int], ...]:
-        """COCO's 17 keypoints in pixels of an image (width, height), as in a `Region`; of a name
-        the first point.
+        """COCO's 17 keypoints in pixels of an image (width, height), as in a `Region`. A repeated
+        name counts once.
 
-        Text does not tell hidden points from seen ones: those that it names have visibility 2, the
+        Text does not tell hidden points from visible ones: named points have visibility 2, the
         others 0.
         """
         named = {normalise(place.phrase): place.points[0] for place in reversed(self.places) if place.points}
@@ -101,14 +101,14 @@ class Task:
     parts: re.Pattern[str] = PARTS
 
     def turns(self, record: Record, coordinates: Coordinates, rng: random.Random | None = None) -> tuple[Turn, ...]:
-        """The conversation of a record: its own turns where it has them, else one written from its
+        """The conversation of a record: its own turns if it has them, else a turn written from its
         annotations.
 
         Args:
             rng: chooses the wording; None takes the first.
 
         Raises:
-            SkipSample: the record lacks what the task needs, or its geometry is impossible.
+            SkipSample: the record lacks what the task needs, or its coordinates are impossible.
         """
         if self.needs_image and not record.images:
             raise SkipSample("image_absent", f"{record.key} has no image, its task {self.name} needs one")
