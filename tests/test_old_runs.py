@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from sphinx_pl.checkpoints.format import open_checkpoint
+from sphinx_pl.utils.renamed import with_new_keys
 from tests.conftest import REPOSITORY
 from tests.golden.make_house import DATA, MODEL, RUN
 from tests.scripts import run_script
@@ -47,3 +49,10 @@ def test_a_run_of_then_resumes_as_if_it_had_never_stopped(house: Path) -> None:
     straight, resumed = losses(house / "losses.csv"), losses(house / "run" / "metrics.csv")
     assert set(straight) == set(range(1, 9))
     assert resumed == pytest.approx(straight, rel=1e-5)
+
+
+def test_a_model_of_then_loads(house: Path) -> None:
+    checkpoint = open_checkpoint(house / "model")
+    assert checkpoint.model_config.decoder.width == 8
+    stage = checkpoint.provenance["config"]["stage"]
+    assert with_new_keys({"stage": stage})["stage"]["global_batch_rows"] == 4

@@ -37,7 +37,7 @@ class TokenLosses:
 def packed_mask(segment_ids_BT: Tensor, question_ids_BT: Tensor) -> Tensor:
     """Who may attend to whom in packed rows, bool [B, 1, T, T].
 
-    A position sees what is before it in its own segment, as far as it is shared prefix or its own branch. Padding
+    A position sees what is before it in its own segment, as far as it is shared prefix or its own question. Padding
     (segment 0) sees itself only: a row of nothing but -inf would be NaN.
     """
     length = segment_ids_BT.shape[1]

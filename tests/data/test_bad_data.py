@@ -74,7 +74,7 @@ def left_out(loader: TrainLoader) -> dict[str, int]:
 
 
 def used(batches: list[Batch]) -> set[str]:
-    """Keys of the branches that have targets."""
+    """Keys of the questions that have targets."""
     found = set()
     for batch in batches:
         places = [

@@ -247,11 +247,11 @@ def test_a_source_without_one_usable_record_does_not_hang(processor: Processor, 
         next(iter(train))
 
 
-# --- windows
+# --- steps
 
 
 def few_images(processor: Processor, sample_data: Path, tmp_path: Path) -> DataModule:
-    """One readable image in six, so that some windows of one row have none."""
+    """One readable image in six, so that some steps of one row have none."""
     return datamodule(
         processor,
         {
@@ -263,11 +263,11 @@ def few_images(processor: Processor, sample_data: Path, tmp_path: Path) -> DataM
     )
 
 
-def test_a_window_that_lost_all_its_images_is_left_out(processor: Processor, sample_data: Path, tmp_path: Path) -> None:
+def test_a_step_that_lost_all_its_images_is_left_out(processor: Processor, sample_data: Path, tmp_path: Path) -> None:
     train = loader(few_images(processor, sample_data, tmp_path))
     batches = list(itertools.islice(train, 12))
     assert all(batch.counters["modality/image"] > 0 and batch.counters["modality/text"] > 0 for batch in batches)
-    left_out = batches[-1].step - len(batches)  # windows are numbered from 1
+    left_out = batches[-1].step - len(batches)  # steps are numbered from 1
     assert train.counts["skipped/steps/without_image"] == left_out > 0
 
 
@@ -279,7 +279,7 @@ def test_with_several_ranks_it_is_trained_on_as_it_is(processor: Processor, samp
     assert train.counts["skipped/steps/without_image"] == without > 0
 
 
-def test_a_window_is_as_many_batches_as_are_accumulated(processor: Processor, damaged: dict[str, Any]) -> None:
+def test_a_step_is_as_many_batches_as_are_accumulated(processor: Processor, damaged: dict[str, Any]) -> None:
     batches = list(itertools.islice(loader(datamodule(processor, damaged, rows=2), accumulate=3), 12))
     assert [batch.step for batch in batches] == [1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
     assert [batch.ends_step for batch in batches] == [False, False, True] * 4
@@ -396,7 +396,7 @@ def rank_loader(data: DataModule, rank: int, world_size: int, partitions: int) -
 
 
 @pytest.mark.parametrize(("partitions", "ranks"), [(1, 2), (2, 2), (4, 2), (2, 4)])
-def test_counters_of_ranks_that_share_lanes_are_not_doubled(
+def test_counters_of_ranks_that_share_partitions_are_not_doubled(
     processor: Processor, damaged: dict[str, Any], partitions: int, ranks: int
 ) -> None:
     data = datamodule(processor, damaged, max_skipped=0.5)

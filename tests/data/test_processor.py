@@ -407,11 +407,11 @@ def test_wordings_vary_with_the_random_numbers_only(make, sample_data: Path) -> 
     assert len({tuple(i) for i in ids}) == len(TASKS["caption"].templates)
 
 
-# --- branches
+# --- questions of a shared prefix
 
 
 def chains(sample: Sample) -> list[tuple[list[int], list[bool], str]]:
-    """Each branch as it would be alone."""
+    """Each question as it would be alone."""
     return [(sample.prefix + b.ids, [False] * len(sample.prefix) + b.supervised, b.key) for b in sample.questions]
 
 
@@ -424,7 +424,7 @@ def questions(processor: Processor, *questions: str, images: int = 1) -> list[Sa
     return [processor.sample(record, "s") for record in records]
 
 
-def test_joined_samples_keep_every_branch_and_share_what_they_begin_with(make) -> None:  # type: ignore[no-untyped-def]
+def test_joined_samples_keep_every_question_and_share_what_they_begin_with(make) -> None:  # type: ignore[no-untyped-def]
     processor = make()
     samples = questions(processor, "What colour?", "What shape?", "What colour?")
     [merged] = merge_questions(samples, 4096)
@@ -435,7 +435,7 @@ def test_joined_samples_keep_every_branch_and_share_what_they_begin_with(make) -
     assert (merged.images, merged.source) == (samples[0].images, "s")
 
 
-def test_equal_questions_leave_the_token_before_the_first_target_to_each_branch(make) -> None:  # type: ignore[no-untyped-def]
+def test_equal_questions_leave_the_token_before_the_first_target_to_each_question(make) -> None:  # type: ignore[no-untyped-def]
     samples = questions(make(), "What?", "What?")
     [merged] = merge_questions(samples, 4096)
     first = question(samples[0]).supervised.index(True)

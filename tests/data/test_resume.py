@@ -1,6 +1,6 @@
 """Stopping and going on, with other numbers of workers and ranks: no record is lost and none comes twice.
 
-The state is taken as a run does it: after a window has been trained on, while loader and workers are ahead of it.
+The state is taken as a run does it: after a step has been trained on, while loader and workers are ahead of it.
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ def datamodule(processor: Processor, sources: Sources, rows: int = 4, **mixing: 
     return DataModule(processor, copy.deepcopy(sources), {}, packing, max_skipped=1.0, mixing=mixing, seed=5)
 
 
-def train(loader: TrainLoader, windows: int | None) -> list[str]:
-    """Keys of so many windows, consumed as a run consumes them; None: to the end."""
+def train(loader: TrainLoader, steps: int | None) -> list[str]:
+    """Keys of so many steps, consumed as a run consumes them; None: to the end."""
     keys = []
-    for batch in itertools.islice(loader, windows):
+    for batch in itertools.islice(loader, steps):
         keys += batch.keys
         loader.planner.consumed(batch.step)
     return keys
@@ -130,19 +130,19 @@ def test_stopped_and_continued_with_other_numbers_of_workers(
     straight = train(loaders(data, 0, 1, partitions)[0], None)
     found: list[str] = []
     state = None
-    for workers, windows in ((1, 3), (2, 4), (3, None)):
+    for workers, steps in ((1, 3), (2, 4), (3, None)):
         part = loaders(data, workers, 1, partitions, state)
-        found += train(part[0], windows)
+        found += train(part[0], steps)
         state = merged(part)
     assert found == straight  # not only the same, but in the same order
     assert len(found) == len(set(found)) == RECORDS
 
 
-def step(parts: Sequence[TrainLoader], windows: int) -> list[str]:
-    """Ranks in step: so many windows of each."""
+def step(parts: Sequence[TrainLoader], steps: int) -> list[str]:
+    """Ranks in step: so many steps of each."""
     keys = []
     for part in parts:
-        for _ in range(windows):
+        for _ in range(steps):
             plans = part.planner.plan()
             batches = [part.collator(plan.rows) for plan in plans]
             keys += [key for batch in batches for key in batch.keys]
@@ -195,7 +195,7 @@ def test_several_blocks_epochs_and_caps_go_on_as_if_nothing_had_been(
 
 @pytest.mark.parametrize("partitions", [1, 2])
 @pytest.mark.parametrize("many", [4, 30])
-def test_shards_are_shared_by_lanes_or_dealt_to_them(
+def test_shards_are_shared_by_partitions_or_dealt_to_them(
     processor: Processor, tmp_path: Path, partitions: int, many: int
 ) -> None:
     """Shards of very different lengths, some empty, some shorter than the number of partitions."""
@@ -207,14 +207,14 @@ def test_shards_are_shared_by_lanes_or_dealt_to_them(
     assert len(straight) == 2 * sum(lengths)
     found: list[str] = []
     state = None
-    for windows in (1, 2, 3, None):
+    for steps in (1, 2, 3, None):
         part = loaders(data, 0, 1, partitions, state)
-        found += train(part[0], windows)
+        found += train(part[0], steps)
         state = merged(part)
     assert found == straight
 
 
-def test_fewer_records_than_lanes(processor: Processor, tmp_path: Path) -> None:
+def test_fewer_records_than_partitions(processor: Processor, tmp_path: Path) -> None:
     sources = {
         "few": {"kind": "text", "path": text_shards(tmp_path, "few", [2])},
         "many": {"kind": "text", "path": text_shards(tmp_path, "many", [50])},

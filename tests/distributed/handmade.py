@@ -84,17 +84,19 @@ def without_targets(batch: Batch) -> Batch:
     )
 
 
-def windows(of_ranks: Sequence[Sequence[Batch]], accumulate: int) -> list[list[Batch]]:
-    """The same with what a batch says of its window."""
+def by_step(of_ranks: Sequence[Sequence[Batch]], accumulate: int) -> list[list[Batch]]:
+    """The same with what a batch says of its step."""
     out = []
     for batches in of_ranks:
         told = []
         for first in range(0, len(batches), accumulate):
-            window = batches[first : first + accumulate]
-            weight = sum(float(batch.weights.sum()) for batch in window)
+            micro_batches = batches[first : first + accumulate]
+            weight = sum(float(batch.weights.sum()) for batch in micro_batches)
             told += [
-                dataclasses.replace(b, step_weight=weight, ends_step=i == len(window) - 1, step=first // accumulate)
-                for i, b in enumerate(window)
+                dataclasses.replace(
+                    b, step_weight=weight, ends_step=i == len(micro_batches) - 1, step=first // accumulate
+                )
+                for i, b in enumerate(micro_batches)
             ]
         out.append(told)
     return out
@@ -122,7 +124,7 @@ def fit_written(
 ) -> tuple[Stage, L.Trainer]:
     """Train on all of it and leave a checkpoint in `out`. Without a strategy: in this process alone."""
     torch.manual_seed(0)
-    data = Written(processor, windows(of_ranks, accumulate))
+    data = Written(processor, by_step(of_ranks, accumulate))
     steps = len(of_ranks[0]) // accumulate
     stage_options = {key: options.pop(key) for key in ("checkpointing", "max_nonfinite") if key in options}
     stage = Stage(

@@ -16,7 +16,7 @@ L = 27  # tokens per image of the sample model
 
 
 def make_batch(rows: list[list[tuple[bool, int, list[int]]]], length: int, seed: int = 0) -> Batch:
-    """Rows of samples (with image?, prefix text length, branch lengths); random ids, every branch id but its last
+    """Rows of samples (with image?, prefix text length, question lengths); random ids, every question id but its last
     position is supervised. Each sample's content depends on its description alone."""
     shape = (len(rows), length)
     ids, position = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
@@ -62,7 +62,7 @@ def losses_and_gradients(model: Sphinx, batches: list[Batch]) -> tuple[Tensor, d
 def test_packed_rows_equal_samples_alone(sample: Sphinx) -> None:
     one, two, three = (True, 3, [6, 4]), (False, 5, [9]), (True, 2, [5])
     packed = make_batch([[one, two], [three]], length=80)
-    # Every branch on its own: the same prefix and ids, cut out of the packed row.
+    # Every question on its own: the same prefix and ids, cut out of the packed row.
     alone = [make_batch([[x]], length=1 + x[0] * L + x[1] + sum(x[2])) for x in (one, two, three)]
     nll, gradients = losses_and_gradients(sample, [packed])
     expected, expected_gradients = losses_and_gradients(sample, alone)
@@ -76,7 +76,7 @@ def test_packed_rows_equal_samples_alone(sample: Sphinx) -> None:
         torch.testing.assert_close(gradient, expected_gradients[name], atol=1e-4 * scale, rtol=1e-4)
 
 
-def test_branches_do_not_see_each_other(sample: Sphinx) -> None:
+def test_questions_do_not_see_each_other(sample: Sphinx) -> None:
     batch = make_batch([[(True, 3, [6, 4])]], length=41)
     both = sample.token_losses(batch).nll
     first = 1 + L + 3

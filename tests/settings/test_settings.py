@@ -91,7 +91,7 @@ def test_other_scripts_read_what_is_shipped(script: str) -> None:
         ("data: {workerz: 2}", "data.workerz", "data.workers"),
         ("data: {val_sample: 4}", "data.val_sample", "data.val_samples"),
         ("data: {batch_size: 4}", "data.batch_size", "data.packing.micro_batch_rows"),
-        ("data: {packing: {row: 4}}", "data.packing.row", "data.packing.micro_batch_rows"),
+        ("data: {packing: {row: 4}}", "data.packing.row", "data.packing.row_length"),
         ("data: {processor: {decimal: 4}}", "data.processor.decimal", "data.processor.decimals"),
         ("data: {mixing: {unti: token}}", "data.mixing.unti", "data.mixing.unit"),
         ("data: {augment: {filp: 0.1}}", "data.augment.filp", "data.augment.flip"),

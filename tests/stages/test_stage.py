@@ -1,4 +1,4 @@
-"""A stage's loss, its windows and what it trains; on the real model, made tiny."""
+"""A stage's loss, its steps and what it trains; on the real model, made tiny."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_the_held_out_loss_is_weighted(
 
 
 @pytest.mark.parametrize("weighting", ["token", "sqrt"])
-def test_an_accumulated_window_updates_as_one_batch_does(
+def test_an_accumulated_step_updates_as_one_batch_does(
     processor: Processor, sample_data: Path, tmp_path: Path, weighting: str
 ) -> None:
     whole = fit(processor, sample_data, tmp_path, rows=8, accumulate=1, weighting=weighting)

@@ -139,7 +139,7 @@ def test_a_page_shows_what_the_batches_hold(processor: Processor, sample_data: P
     assert len(page.cards) == 20
     assert page.scripts == 1
 
-    # The same windows again, read here by hand.
+    # The same steps again, read here by hand.
     planner = data.planner(2)
     plans = [plan for _ in range(len(page.bars) // 8) for plan in planner.plan()]
     batches = [data.collator(plan.rows) for plan in plans]
@@ -164,7 +164,7 @@ def test_a_page_shows_what_the_batches_hold(processor: Processor, sample_data: P
         assert card["chips"] == [f"image 1 × {processor.tokens_per_image}"] * len(sample.images)
         assert len(card["images"]) == len(sample.images)
 
-    # Bars: every row of every window, each as long as it is.
+    # Bars: every row of every step, each as long as it is.
     assert len(page.bars) == 4 * len(plans)
     assert all(sum(bar) == 192 for bar in page.bars)
     used = [sum(sample.length for sample in row) for plan in plans for row in plan.rows]
@@ -197,7 +197,7 @@ def test_boxes_of_question_and_answer_are_drawn_on_the_picture(processor: Proces
     assert picture(src).getpixel((13, 20)) == tuple(bytes.fromhex(GIVEN[1:]))
 
 
-def test_a_box_that_branches_share_a_part_of_is_drawn_for_each(processor: Processor, tmp_path: Path) -> None:
+def test_a_box_that_questions_share_a_part_of_is_drawn_for_each(processor: Processor, tmp_path: Path) -> None:
     name = image(tmp_path, "a.png")
     asked = ["[0.11,0.12,0.30,0.30]", "[0.15,0.12,0.60,0.70]"]
     data = module(
@@ -205,7 +205,7 @@ def test_a_box_that_branches_share_a_part_of_is_drawn_for_each(processor: Proces
         entries(
             tmp_path,
             [{"id": str(i), "image": name, "conversations": talk(f"In {box}?", "x")} for i, box in enumerate(asked)],
-            questions=2,
+            questions_per_sample=2,
         ),
     )
     page = shown(data, 1)

@@ -339,7 +339,7 @@ def test_a_list_of_files_that_was_downloaded_runs_and_fetches_nothing(
     assert not mark.exists()
 
 
-def test_a_cap_that_not_every_lane_could_have_a_part_of(processor: Processor, tmp_path: Path) -> None:
+def test_a_cap_that_not_every_partition_could_have_a_part_of(processor: Processor, tmp_path: Path) -> None:
     source = text_source(tmp_path / "a.jsonl", 20, caps={"text": 2})
     with pytest.raises(UserError, match=r"data\.sources\.a\.caps\.text=2 is less than data\.mixing\.partitions=3"):
         Mixture({"a": source}, processor, seed=0, partitions=3)

@@ -93,9 +93,9 @@ def test_no_choice_would_fill_a_row_better(lengths: list[tuple[int, int]], image
 def test_nothing_waits_longer_than_its_turn() -> None:
     """A stream of lengths that fill rows without it does not keep one out that fits nowhere well."""
     waiting = [text_sample(17, -1)]
-    for window in range(3):
+    for step in range(3):
         drawn = [text_sample(16, number) for number in range(2 * 4)]
-        packed, waiting = fullest_rows([*drawn, *waiting] if window == 0 else [*waiting, *drawn], 4, 32)
+        packed, waiting = fullest_rows([*drawn, *waiting] if step == 0 else [*waiting, *drawn], 4, 32)
         if any(sample.questions[0].key == "k-1" for row in packed for sample in row):
             return
     raise AssertionError("it was never placed")
@@ -167,7 +167,7 @@ def test_packed_rows_give_the_losses_and_gradients_of_samples_alone(
             assert (parameter.grad - expected[name]).abs().max() < 1e-4 * scale, name
 
 
-def test_branches_over_one_image_give_the_losses_of_samples_alone(processor: Processor, sample_data) -> None:  # type: ignore[no-untyped-def]
+def test_questions_about_one_image_give_the_losses_of_samples_alone(processor: Processor, sample_data) -> None:  # type: ignore[no-untyped-def]
     source = build_reader("instructions", "tasks", str(sample_data / "instructions/train-scenes.json"))
     by_image: dict[object, list[Sample]] = {}
     for i in range(len(source)):
@@ -225,7 +225,7 @@ def planner(make: Callable[[int, int], Mixture], config: PackingConfig, partitio
 
 
 def questions(plans: Iterable[MicroPlan], images: bool | None = None) -> list[str]:
-    """Keys of all placed branches, of samples with images or without where asked for."""
+    """Keys of all placed questions, of samples with images or without where asked for."""
     samples = [sample for plan in plans for row in plan.rows for sample in row]
     return [
         f"{s.source}/{question.key}" for s in samples if images in (None, bool(s.images)) for question in s.questions
@@ -234,7 +234,7 @@ def questions(plans: Iterable[MicroPlan], images: bool | None = None) -> list[st
 
 @pytest.mark.parametrize(("partitions", "ranks"), [(1, 1), (1, 2), (2, 2), (4, 2), (4, 4)])
 @pytest.mark.parametrize("text", [0.01, 30.0])
-def test_every_window_holds_text_and_images(
+def test_every_step_holds_text_and_images(
     processor: Processor, sample_data: Path, partitions: int, ranks: int, text: float
 ) -> None:
     """Of all ranks together, however rare one of them is."""
@@ -243,8 +243,8 @@ def test_every_window_holds_text_and_images(
     planners = [planner(make, config, partitions, rank=rank, world_size=ranks) for rank in range(ranks)]
     rare = []
     for _ in range(40):
-        window = [plan for one in planners for plan in one.plan()]
-        images, texts = questions(window, images=True), questions(window, images=False)
+        plans = [plan for one in planners for plan in one.plan()]
+        images, texts = questions(plans, images=True), questions(plans, images=False)
         assert images
         assert texts
         rare.append(min(len(images), len(texts)))
@@ -254,7 +254,7 @@ def test_every_window_holds_text_and_images(
 
 @pytest.mark.parametrize("partitions", [1, 2, 4])
 def test_the_order_does_not_depend_on_the_ranks(processor: Processor, sample_data: Path, partitions: int) -> None:
-    def windows(world_size: int, accumulate: int = 1, count: int = 12) -> list[list[str]]:
+    def planned(world_size: int, accumulate: int = 1, count: int = 12) -> list[list[str]]:
         config = PackingConfig(row_length=96, micro_batch_rows=8 // world_size // accumulate)
         make = partial(mixture, processor, sample_data, 0.05)
         planners = [
@@ -266,10 +266,10 @@ def test_the_order_does_not_depend_on_the_ranks(processor: Processor, sample_dat
         assert all(len(plan.rows) == config.micro_batch_rows for ranks in found for plans in ranks for plan in plans)
         return [sorted(questions(plan for plans in ranks for plan in plans)) for ranks in found]
 
-    one = windows(1)
-    assert windows(2) == one
-    assert windows(4) == one
-    assert windows(2, accumulate=2) == one
+    one = planned(1)
+    assert planned(2) == one
+    assert planned(4) == one
+    assert planned(2, accumulate=2) == one
 
 
 @pytest.mark.parametrize("partitions", [1, 3])
@@ -288,18 +288,18 @@ def test_a_planner_continues_from_its_state(processor: Processor, sample_data: P
     config = PackingConfig(row_length=96, micro_batch_rows=4)
     make = partial(mixture, processor, sample_data, 0.05)
 
-    def windows(planner: Planner, count: int) -> list[list[str]]:
+    def planned(planner: Planner, count: int) -> list[list[str]]:
         return [questions(planner.plan()) for _ in range(count)]
 
     whole = planner(make, config, 2)
-    first = windows(whole, 7)
+    first = planned(whole, 7)
     whole.consumed(7)
-    windows(whole, 3)  # a loader that ran ahead does not move the place
+    planned(whole, 3)  # a loader that ran ahead does not move the place
     state = whole.state_dict()
     assert json.loads(json.dumps(state)) == state
     resumed = planner(make, config, 2)
     resumed.load_state_dict(state)
-    assert first + windows(resumed, 8) == windows(planner(make, config, 2), 15)
+    assert first + planned(resumed, 8) == planned(planner(make, config, 2), 15)
 
 
 def test_the_states_of_all_ranks_together_serve_any_number_of_ranks(processor: Processor, sample_data: Path) -> None:
@@ -309,24 +309,24 @@ def test_the_states_of_all_ranks_together_serve_any_number_of_ranks(processor: P
         config = PackingConfig(row_length=96, micro_batch_rows=8 // world_size)
         return [planner(make, config, 4, rank=rank, world_size=world_size) for rank in range(world_size)]
 
-    def windows(planners: list[Planner], count: int) -> list[list[str]]:
+    def planned(planners: list[Planner], count: int) -> list[list[str]]:
         return [sorted(questions(plan for p in planners for plan in p.plan())) for _ in range(count)]
 
-    straight = windows(planners(1), 9)
+    straight = planned(planners(1), 9)
     four = planners(4)
-    assert windows(four, 3) == straight[:3]
+    assert planned(four, 3) == straight[:3]
     for one in four:
         one.consumed(3)
     two = planners(2)
     state = merge_states([one.state_dict() for one in four])
     for one in two:
         one.load_state_dict(state)
-    assert windows(two, 3) == straight[3:6]
+    assert planned(two, 3) == straight[3:6]
     for one in two:
         one.consumed(6)
     [single] = planners(1)
     single.load_state_dict(merge_states([one.state_dict() for one in two]))
-    assert windows([single], 3) == straight[6:]
+    assert planned([single], 3) == straight[6:]
     with pytest.raises(UserError, match=r"data\.mixing\.partitions=2: the checkpoint was made with 4"):
         planner(make, PackingConfig(row_length=96, micro_batch_rows=8), 2).load_state_dict(state)
 

@@ -40,7 +40,7 @@ def drawn(stream: SourceStream, count: int) -> list[str]:
 @pytest.mark.parametrize("count", [1, 3, 12, 40])
 @pytest.mark.parametrize("partitions", [1, 2, 3])
 @pytest.mark.parametrize("shuffle_shards", [1, 4])
-def test_the_lanes_of_an_epoch_are_the_source(
+def test_the_partitions_of_an_epoch_are_the_source(
     processor: Processor, tmp_path: Path, count: int, partitions: int, shuffle_shards: int
 ) -> None:
     path = shards(tmp_path, count)
@@ -91,7 +91,7 @@ def test_it_goes_on_from_any_place(processor: Processor, tmp_path: Path, count: 
         assert resumed.state_dict() == whole.state_dict()
 
 
-def test_fewer_records_than_lanes_are_refused(processor: Processor, tmp_path: Path) -> None:
+def test_fewer_records_than_partitions_are_refused(processor: Processor, tmp_path: Path) -> None:
     path = shards(tmp_path, 1, records=2)
     with pytest.raises(
         UserError, match=r"source 's': nothing to read .* partition 2 of 3 .*fewer records than partitions"
