@@ -91,12 +91,12 @@ def test_a_signal_goes_on_to_the_point(tmp_path: Path) -> None:
     code = f"""
 import sys, time
 from pathlib import Path
-from sphinx_pl import stop
-stop.watch()
+from sphinx_pl.runtime import signals
+signals.watch()
 Path({str(ready)!r}).touch()
-while not stop.received():
+while not signals.received():
     time.sleep(0.02)
-sys.exit(128 + stop.received())
+sys.exit(128 + signals.received())
 """
     before = signal.getsignal(signal.SIGTERM)
 
