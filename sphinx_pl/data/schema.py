@@ -131,6 +131,15 @@ class Sample:
         """The number of supervised tokens."""
         return sum(sum(question.supervised) for question in self.questions)
 
+    @property
+    def pairs(self) -> int:
+        """The number of pairs of positions that attention has to compare.
+
+        A position attends to itself and to earlier positions of the prefix and of its own question.
+        """
+        prefix, questions = len(self.prefix), [len(question.ids) for question in self.questions]
+        return sum(n * (n + 1) // 2 for n in (prefix, *questions)) + prefix * sum(questions)
+
 
 IMAGE_SLOT = -1
 """The token id, in a `Sample`, of a position that a visual token will take."""
@@ -158,7 +167,7 @@ class Batch:
     tasks: list[str] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)  # those of the run's whole mixture: the same on all ranks
     keys: list[str] = field(default_factory=list)  # "source/key" of every sample in the batch
-    counters: dict[str, float] = field(default_factory=dict)  # additive: samples, tokens, images, views, skipped/...
+    counters: dict[str, float] = field(default_factory=dict)  # additive: samples, tokens, pairs, images, views, ...
     examples: dict[str, str] = field(default_factory=dict)  # a counter of what is skipped -> its first example
     step_weight: float = 0.0  # sum of `weights` over this rank's micro-batches of the step, counted after decoding
     ends_step: bool = True  # whether this is the last micro-batch of its step

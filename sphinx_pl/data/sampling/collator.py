@@ -68,6 +68,7 @@ class Collator:
                 kept_views += sample.kept_views
                 counters["samples"] += len(sample.questions)
                 counters["images"] += len(sample.images)
+                counters["pairs"] += sample.pairs
                 counters[f"modality/{modality_of(sample)}"] += int(readable)
                 begin, end = at, at + sample.length
                 flat = list(sample.prefix)

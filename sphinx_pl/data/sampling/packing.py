@@ -81,8 +81,8 @@ def fullest_rows(
 
     Each row begins with the next sample in order, so none waits for long; the first row begins with
     the first `first` samples. The rest of a row is the choice of samples that fills it best,
-    earlier ones rather than later ones. This fills more than first-fit decreasing does
-    (docs/benchmarks.md), and it takes a stream in its order.
+    earlier ones rather than later ones. This fills more than first-fit decreasing does, and it
+    takes a stream in its order.
     """
     left = list(samples)
     packed: list[Row] = []
