@@ -195,7 +195,7 @@ def apart(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def shared_rows(window: list[Row], collator: Collator, rows: int) -> Iterator[tuple[list[Row], Collator]]:
-    """As training has it: packed rows, questions about one image are branches of one prefix."""
+    """As training has it: packed rows, questions about one image share one prefix."""
     yield window, collator
 
 

@@ -113,7 +113,7 @@ def test_training_flops_are_those_that_torch_counts(datamodule: DataModule, mode
 
 
 def test_attention_counts_the_pairs_that_its_mask_lets_through(model_config: SphinxConfig) -> None:
-    """Counted by hand: 3 + 2 + 4 positions of a prefix and two branches, and 5 of a sample of one."""
+    """Counted by hand: 3 + 2 + 4 positions of a prefix and two questions, and 5 of a sample of one."""
 
     def question(count: int) -> SampleQuestion:
         return SampleQuestion([5] * count, [False] + [True] * (count - 1), "chat", "key")
