@@ -222,7 +222,7 @@ class ResumeCheckpoint(L.Callback):
     ) -> None:
         # A checkpoint is saved only between two steps, since accumulated gradients are not part of
         # it.
-        if batch.window_end and not more_follows(trainer):
+        if batch.ends_step and not more_follows(trainer):
             self._save_if_due(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

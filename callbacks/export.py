@@ -121,7 +121,7 @@ class ExportModel(L.Callback):
         return 1 + (min(intermediate, self.keep + self.keep_best + 1) if self.keep else intermediate)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        if args[1].window_end and self._due(trainer) and not more_follows(trainer):
+        if args[1].ends_step and self._due(trainer) and not more_follows(trainer):
             self.export(trainer, self._path_at(trainer.global_step))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

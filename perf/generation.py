@@ -138,7 +138,7 @@ def prepared(processor: Processor, records: Sequence[Record], batch_size: int) -
         prompt = processor.prompt(record)
         pixels = [load_image(image, processor.image_size) for image in prompt.images]
         limit = TASKS[record.task].max_new_tokens
-        prompts.append(Prompt(prompt.ids, torch.stack(pixels) if pixels else None, limit, prompt.seen))
+        prompts.append(Prompt(prompt.ids, torch.stack(pixels) if pixels else None, limit, prompt.kept_views))
     prompts.sort(key=lambda prompt: (prompt.max_new_tokens or 0, len(prompt.ids)))
     return [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
 

@@ -259,7 +259,7 @@ def run_stage(cfg: DictConfig, run: RunFolder) -> float | None:
             raise
         raise UserError(
             f"a data worker ended before its work was done ({' '.join(str(error).split())}): it most likely ran out of "
-            f"memory; {kept_checkpoint(folder)}. Lower data.workers or data.packing.rows first"
+            f"memory; {kept_checkpoint(folder)}. Lower data.workers or data.packing.micro_batch_rows first"
         ) from None
     except OSError as error:
         if error.errno not in FULL:

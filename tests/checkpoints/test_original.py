@@ -41,7 +41,7 @@ from sphinx_pl.checkpoints.torch_shards import TorchShards, split
 from sphinx_pl.cli.checkpoint import main as command
 from sphinx_pl.data.images import load_image
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.sampling.packing import Collator
+from sphinx_pl.data.sampling.collator import Collator
 from sphinx_pl.data.schema import IMAGE_SLOT, ImageRef, Record, Turn
 from sphinx_pl.generation.assistant import Assistant, Dialog
 from sphinx_pl.generation.generate import GenerationConfig, Prompt, generate
@@ -229,9 +229,9 @@ def test_image_tokens(sphinx: Sphinx, golden: dict[str, Tensor]) -> None:
 
 def test_ids_labels_and_pixels(processor: Processor, golden: dict[str, Tensor]) -> None:
     for number, record in enumerate(DIALOGS):
-        (branch,) = processor.sample(record, "golden").branches
-        text = [(token, label) for token, label in zip(branch.ids, branch.supervised, strict=True) if token >= 0]
-        assert len(branch.ids) - len(text) == IMAGE_WORDS
+        (question,) = processor.sample(record, "golden").questions
+        text = [(token, label) for token, label in zip(question.ids, question.supervised, strict=True) if token >= 0]
+        assert len(question.ids) - len(text) == IMAGE_WORDS
         examples, labels = golden["examples"][number], golden["labels"][number]
         assert [token for token, _ in text] == examples[: len(text)].tolist()
         assert [token if label else 0 for token, label in text] == labels[
@@ -419,7 +419,7 @@ def test_an_image_and_a_question_fit_into_every_types_own_limits(kind: str, tmp_
     assert positions == sizes["max_seq_len"]
     assert length == min(positions, processor.tokens_per_image + 2048)
     sample = processor.sample(DIALOGS[0], "s")
-    assert sample.branches[0].ids.count(IMAGE_SLOT) == checkpoint.model_config.tokens_per_image
+    assert sample.questions[0].ids.count(IMAGE_SLOT) == checkpoint.model_config.tokens_per_image
     prompt = processor.prompt(DIALOGS[0])
     assert len(prompt.ids) + 512 <= positions
 
@@ -619,7 +619,7 @@ def test_whole_path_with_full_size_towers(tmp_path: Path, capsys: pytest.Capture
     batch = collate([[sample] for sample in samples])
     x, _ = model._embed(batch)
     logits = model.decoder.logits(
-        model.decoder(x, batch.position_ids, packed_mask(batch.segment_ids, batch.branch_ids))
+        model.decoder(x, batch.position_ids, packed_mask(batch.segment_ids, batch.question_ids))
     )
     for row, sample in enumerate(samples):
         length = sample.length - IMAGE_WORDS
@@ -660,7 +660,7 @@ def test_whole_path_with_full_size_towers(tmp_path: Path, capsys: pytest.Capture
         check("image tokens, float32 resizing", tokens[:, 1:-1], measured["nohalf/image_tokens_a"][0])
         batch = collate([[samples[0]]])
         x, _ = plain._embed(batch)
-        mask = packed_mask(batch.segment_ids, batch.branch_ids)
+        mask = packed_mask(batch.segment_ids, batch.question_ids)
         logits = plain.decoder.logits(plain.decoder(x, batch.position_ids, mask))[0]
         length = samples[0].length
         check(
