@@ -82,9 +82,9 @@ def configuration(overrides: Sequence[str], folder: Path, steps: int) -> DictCon
         cfg: DictConfig = compose("train", [*overrides, *fixed])
     OmegaConf.set_struct(cfg, False)  # not every model names weights to start from
     cfg.model.decoder.load = None
-    for tower in ("clip", "convnext", "dinov2", "qformer"):
-        if cfg.model.get("vision") and cfg.model.vision.get(tower):
-            cfg.model.vision[tower].load = None
+    for encoder in (cfg.model.vision.encoders if cfg.model.get("vision") else {}).values():
+        if encoder:
+            encoder.load = None
     cfg.stage.init_from = None
     return cfg
 

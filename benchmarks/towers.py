@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from rich.console import Console
@@ -23,7 +22,6 @@ from sphinx_pl.data.images import load_image
 from sphinx_pl.data.readers import expand_paths, spread
 from sphinx_pl.data.schema import ImageRef
 from sphinx_pl.data.skip import BadSample
-from sphinx_pl.models.encoders import Tower
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.runtime.hydra_app import report
 from sphinx_pl.utils.errors import UserError
@@ -39,14 +37,11 @@ def dependence(tokens: Tensor) -> float:
 
 @torch.inference_mode()
 def measure(model: Sphinx, pixels: Tensor) -> dict[str, float]:
-    """Tower, and "embeddings" for the decoder's input -> `dependence`; `pixels` are uint8 [N, 3, S, S]."""
-    assert model.mixer is not None
+    """Encoder, and "embeddings" for the decoder's input -> `dependence`; `pixels` are uint8 [N, 3, S, S]."""
+    assert model.vision is not None
     model.eval()
-    seen = {
-        name: dependence(model.mixer.encode(cast(Tower, tower), model.normalise(pixels)))
-        for name, tower in model.mixer.towers.items()
-    }
-    return seen | {"embeddings": dependence(model.embed_images(pixels))}
+    shares = {kind: dependence(model.vision.encode(encoder, pixels)) for kind, encoder in model.vision.encoders.items()}
+    return shares | {"embeddings": dependence(model.embed_images(pixels))}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

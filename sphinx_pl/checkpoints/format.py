@@ -100,21 +100,6 @@ class TensorInfo:
         return self.numel * self.dtype.itemsize
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a tensor of ours comes from: names in their files, and how their values make it."""
-
-    names: tuple[str, ...]
-    make: Callable[..., Tensor] = lambda tensor: tensor
-
-    def shape(self, found: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-        """Of what `make` gives, from the shapes of `names`; the first of them where they do not fit together."""
-        try:
-            return tuple(self.make(*(torch.empty(shape, device="meta") for shape in found)).shape)
-        except (RuntimeError, IndexError):
-            return tuple(found[0])
-
-
 MAX_SHARD_BYTES = 2**30
 AHEAD_BYTES = 2**29
 """Of a tensor that is being written and the next one, which is read meanwhile; larger ones wait for each other."""
@@ -567,10 +552,11 @@ class SphinxCheckpoint(Checkpoint):
         info, crc = self._left_out[name]
         value = self._sources[key](name).to(info.dtype)
         if _crc32(value) != crc:
-            load = getattr(self.model_config.vision, key).load
+            assert self.model_config.vision is not None
+            section = self.model_config.vision.encoders[key]
             raise UserError(
-                f"'{self.path}' leaves '{name}' to model.vision.{key}.load={load}, which holds another value now: "
-                "restore that file, or write the checkpoint again without leaving towers out"
+                f"'{self.path}' leaves '{name}' to {section.section}.load={section.load}, which holds another value "
+                "now: restore that file, or write the checkpoint again without leaving encoders out"
             )
         return value
 
@@ -614,12 +600,12 @@ def released_values(config: SphinxConfig, key: str) -> Callable[[str], Tensor]:
         UserError: see `sphinx_pl.checkpoints.encoders.load_pretrained`.
     """
     from sphinx_pl.checkpoints.encoders import pretrained_values  # which imports this module
-    from sphinx_pl.models.encoders import build_tower
+    from sphinx_pl.models.vision import build_encoder
 
     assert config.vision is not None
     with torch.device("meta"):
-        tower = build_tower(config.vision, key)
-    value = pretrained_values(tower, getattr(config.vision, key).load)
+        encoder = build_encoder(config.vision, key)
+    value = pretrained_values(encoder, config.vision.encoders[key].load)
     return lambda name: value(name.removeprefix(f"{TOWERS}{key}."))
 
 

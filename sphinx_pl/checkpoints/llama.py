@@ -21,7 +21,6 @@ from sphinx_pl.checkpoints.format import (
     TOKENIZER,
     Checkpoint,
     SafetensorsFile,
-    Source,
     TensorInfo,
     Weights,
     read_json,
@@ -38,6 +37,7 @@ from sphinx_pl.checkpoints.torch_shards import ParallelFiles
 from sphinx_pl.checkpoints.unreadable import check_plain
 from sphinx_pl.models.config import DecoderConfig, SphinxConfig
 from sphinx_pl.models.decoder import Decoder
+from sphinx_pl.models.published import Source
 from sphinx_pl.utils.errors import UserError, suggest
 from sphinx_pl.utils.files import write_whole
 

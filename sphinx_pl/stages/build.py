@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from sphinx_pl.checkpoints.format import TOWERS, Checkpoint, open_checkpoint, released_values, tower_of
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.decoder import new_weight
-from sphinx_pl.models.encoders import build_tower
 from sphinx_pl.models.placement import Placement
 from sphinx_pl.models.sphinx import Sphinx
+from sphinx_pl.models.vision import build_encoder
 
 
 def build_model(
@@ -26,7 +26,7 @@ def build_model(
 
     Args:
         frozen: parts without gradients.
-        weights: to start from; None reads the `load` entries of decoder and towers and draws the rest, from torch's
+        weights: to start from; None reads the `load` entries of decoder and encoders and draws the rest, from torch's
             generator on the CPU, so that the numbers do not depend on the device or on the ranks.
         resumed: values come later, from a training checkpoint; none is read or drawn.
 
@@ -54,7 +54,7 @@ def build_model(
 class Fresh:
     """Values of a model that starts anew, by name: released weights where the configuration names them, else drawn.
 
-    Asked in the model's own order it holds one decoder matrix at a time, and one tower that is drawn.
+    Asked in the model's own order it holds one decoder matrix at a time, and one encoder that is drawn.
     """
 
     def __init__(self, config: SphinxConfig) -> None:
@@ -73,7 +73,7 @@ class Fresh:
         if name.startswith(TOWERS):
             key = tower_of(name)
             module = TOWERS + key
-            make: Callable[[], Callable[[str], Tensor]] = lambda: self._tower(key)  # noqa: E731
+            make: Callable[[], Callable[[str], Tensor]] = lambda: self._encoder(key)  # noqa: E731
         else:
             module = name.rpartition(".")[0]
             if module == "mixer":  # the start, end and skip embeddings
@@ -84,12 +84,12 @@ class Fresh:
             self._module = module
         return self._values(name.removeprefix(f"{module}."))
 
-    def _tower(self, key: str) -> Callable[[str], Tensor]:
+    def _encoder(self, key: str) -> Callable[[str], Tensor]:
         assert self.config.vision is not None
-        if getattr(self.config.vision, key).load:
+        if self.config.vision.encoders[key].load:
             value = released_values(self.config, key)
             return lambda name: value(f"{TOWERS}{key}.{name}")
-        return build_tower(self.config.vision, key).get_parameter
+        return build_encoder(self.config.vision, key).get_parameter
 
 
 def _reset(module: nn.Module) -> Callable[[str], Tensor]:

@@ -46,7 +46,8 @@ from sphinx_pl.generation.assistant import Assistant, Dialog
 from sphinx_pl.generation.generate import GenerationConfig, Prompt, generate
 from sphinx_pl.mixing.methods import mix_tensors
 from sphinx_pl.mixing.mix import Recipe, mix, needs_our_names, open_models, plan_mixture
-from sphinx_pl.models.encoders import map_to_tokens
+from sphinx_pl.models.encoders.clip import ClipViT
+from sphinx_pl.models.encoders.convnext import map_to_tokens
 from sphinx_pl.models.sphinx import Sphinx, packed_mask
 from sphinx_pl.utils.errors import UserError
 
@@ -114,11 +115,14 @@ def write(tmp_path: Path) -> Write:
 
 
 class Given(nn.Module):
-    """A tower that has seen the image already."""
+    """An encoder that has seen the image already."""
 
     def __init__(self, tokens: Tensor) -> None:
         super().__init__()
-        self.tokens, self.view_size = tokens, 224
+        self.tokens = tokens
+
+    def views(self, pixels: Tensor) -> Tensor:
+        return torch.empty(len(pixels), 1, 0)
 
     def forward(self, views: Tensor) -> Tensor:
         return self.tokens.expand(len(views), -1, -1)
@@ -132,13 +136,13 @@ def golden() -> dict[str, Tensor]:
 
 @pytest.fixture
 def sphinx(write: Write, golden: dict[str, Tensor]) -> Sphinx:
-    """The golden model behind its towers, whose outputs for image a are given."""
+    """The golden model behind its encoders, whose outputs for image a are given."""
     checkpoint = open_checkpoint(write())
     with torch.device("meta"):
         model = Sphinx(checkpoint.model_config)
     assert model.mixer is not None
     towers = {key: golden[f"tower_{key}"] for key in ("clip", "dinov2", "qformer")}
-    towers["convnext"] = map_to_tokens(golden["tower_convnext"], repeats=2)
+    towers["convnext"] = map_to_tokens(golden["tower_convnext"], times=2)
     model.mixer.towers = nn.ModuleDict({key: Given(towers[key]) for key in model.mixer.towers})
     model.to_empty(device="cpu")
     copy_into(model.state_dict(), ((name, checkpoint.tensor(name)) for name in checkpoint))
@@ -380,8 +384,7 @@ def test_differences_are_added_to_their_base(write: Write, tmp_path: Path) -> No
 def test_it_says_which_of_the_originals_defects_it_reproduces(write: Write, caplog: pytest.LogCaptureFixture) -> None:
     checkpoint = open_checkpoint(write())
     assert checkpoint.model_config.vision is not None
-    assert checkpoint.model_config.vision.clip is not None
-    assert not checkpoint.model_config.vision.clip.quick_gelu
+    assert not checkpoint.model_config.vision.encoders["clip"].quick_gelu
     assert checkpoint.model_config.vision.half_resize
     with torch.device("meta"):
         model = Sphinx(checkpoint.model_config)
@@ -604,12 +607,14 @@ def test_whole_path_with_full_size_towers(tmp_path: Path, capsys: pytest.Capture
         assert_near(found.detach(), expected)
 
     pixels = torch.stack([load_image(record.images[0], 224) for record in DIALOGS])
-    check("pixels", model.normalise(pixels), measured["pixel_values"])
+    clip = model.mixer.encoders["clip"]
+    check("pixels", clip.views(pixels).flatten(0, 1), measured["pixel_values"])
     with torch.inference_mode():
-        view = model.normalise(pixels[:1])
-        for key, tower in model.mixer.towers.items():
+        view = clip.views(pixels[:1]).flatten(0, 1)
+        for key, encoder in model.mixer.encoders.items():
             expected = measured[f"tower_{key}"]
-            check(f"tower {key}", tower(view), map_to_tokens(expected, 2) if key == "convnext" else expected)
+            tokens = model.mixer.encode(encoder, pixels[:1])
+            check(f"tower {key}", tokens, map_to_tokens(expected, 2) if key == "convnext" else expected)
         check("image tokens", model.embed_images(pixels)[:, 1:-1], measured["image_tokens_ab"][:, 0])
 
     samples = [processor.sample(record, "reference") for record in DIALOGS]
@@ -668,7 +673,7 @@ def test_whole_path_with_full_size_towers(tmp_path: Path, capsys: pytest.Capture
         )
         moved = (measured["nohalf/logits_a"] - measured["logits_a"])[0, : length - IMAGE_WORDS].abs().max()
         figures.append(f"float16 resizing moves logits by {float(moved):.1e} at most")
-        clip = model.mixer.towers["clip"]
+        assert isinstance(clip, ClipViT)
         exact = clip(view)
         for block in clip.model.transformer.resblocks:
             block.mlp.gelu = QuickGELU()

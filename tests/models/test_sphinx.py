@@ -201,9 +201,9 @@ def test_real_sizes(name: str) -> None:
     width, light = model.config.decoder.width, "qformer" not in counts
     inputs, projections = (4608, 1) if light else (5632 + 768, 2)
     assert counts.pop("projections") == (inputs + 3 * projections + 2) * width
-    towers = {"clip": 303, "convnext": 843, "dinov2": 1136, "qformer": 1091}
-    left_out = ("clip", "qformer") if light else ()
+    encoders = {"clip": 303, "convnext": 843, "dinov2": 1136, "qformer": 1091}
+    absent = ("clip", "qformer") if light else ()
     assert {part: round(count / 1e6) for part, count in counts.items()} == {
-        part: count for part, count in towers.items() if part not in left_out
+        part: count for part, count in encoders.items() if part not in absent
     }
     assert model.config.name == name
