@@ -103,7 +103,7 @@ class Repository:
 
     Args:
         files: in the order in which they are looked for.
-        declared: what open_clip's table says about the weights: `quick_gelu`, `mean`, `std`.
+        declared: the entry of open_clip's table about the weights: `mean`, `std` and more.
     """
 
     id: str

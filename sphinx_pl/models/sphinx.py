@@ -65,6 +65,7 @@ class Sphinx(nn.Module):
 
     @property
     def vision(self) -> MixedVisionEncoder | None:
+        """The encoders and their projections; None for a text-only model."""
         return self.mixer
 
     def embed_images(self, pixels: Tensor, kept_NV: Tensor | None = None) -> Tensor:

@@ -11,9 +11,12 @@ from torch.nn import functional as F
 
 def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 [..., 3, S, S] -> float32, by the mean and deviation of each channel in 0..1."""
-    means = torch.tensor(mean, device=pixels.device)[:, None, None]
-    deviations = torch.tensor(std, device=pixels.device)[:, None, None]
-    return (pixels.float() / 255 - means) / deviations
+    return (pixels.float() / 255 - by_channel(mean, pixels)) / by_channel(std, pixels)
+
+
+def by_channel(values: Sequence[float], like: Tensor) -> Tensor:
+    """float32 [3, 1, 1] on the device of `like`. The host does not wait for the device."""
+    return torch.tensor(values).to(like.device, non_blocking=True)[:, None, None]
 
 
 def resize(pixels: Tensor, size: int, mode: str = "bicubic", half: bool = False) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from sphinx_pl.planning.flops import TrainingFlops
 from sphinx_pl.planning.memory import Run, Shape, micro_batches
 from sphinx_pl.stages import Stage
 from sphinx_pl.utils.errors import UserError
-from tests.conftest import tiny_model
+from tests.conftest import REPOSITORY, tiny_model
 
 # docs/extending.md quotes the lines between the marks.
 # [example
@@ -178,3 +179,18 @@ def test_its_keys_are_checked_like_those_of_the_others() -> None:
     values["vision"]["encoders"]["siglip"] = SIZES | {"patch_size": 16}
     with pytest.raises(UserError, match=r"clip has a 4x4 grid but siglip 2x2"):
         SphinxConfig.from_dict(values)
+
+
+def test_no_other_file_names_a_kind() -> None:
+    """`stage.clip` is about gradients, and mixing's rules recognise other people's models by these words."""
+    words = re.compile(r"convnext|dinov2|q-?former|(vision|encoders|towers)\W+clip\b", re.IGNORECASE)
+    named = {
+        f"{path.relative_to(REPOSITORY)}:{number}"
+        for folder in ("sphinx_pl", "callbacks")
+        for path in (REPOSITORY / folder).rglob("*.py")
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if words.search(line)
+    }
+    assert {
+        place for place in named if not place.startswith(("sphinx_pl/models/encoders/", "sphinx_pl/mixing/rules"))
+    } == set()

@@ -139,7 +139,7 @@ class Encoder(nn.Module, ABC):
     def views(self, pixels: Tensor) -> Tensor:
         """uint8 [N, 3, S, S] -> float32 [N, V, 3, view_size, view_size]: overview, then sub-images.
 
-        They are normalised before they are resized, both in float32.
+        They are normalised in float32 before they are resized.
         """
         images = normalise(pixels, self.mean, self.std)
         return split_views(images, self.view_size, self.scheme.grid, self.scheme.half_resize)
@@ -184,6 +184,7 @@ class Encoder(nn.Module, ABC):
 ENCODERS: Registry[type[Encoder]] = Registry("vision encoder")
 
 Kind = TypeVar("Kind", bound=type[Encoder])
+_TAKEN = ("decoder", "projections", "visual")
 
 
 def register(kind: str, config: type[EncoderConfig]) -> Callable[[Kind], Kind]:
@@ -191,8 +192,12 @@ def register(kind: str, config: type[EncoderConfig]) -> Callable[[Kind], Kind]:
 
     Args:
         kind: also the name of a part of the model, in `train_parts` for instance.
-        config: the dataclass of its keys.
+        config: the dataclass of its keys, of this kind alone.
     """
+    if kind in _TAKEN:
+        raise ValueError(f"an encoder cannot be called '{kind}': a part of the model has this name")
+    if "kind" in vars(config):
+        raise ValueError(f"{config.__name__} is the configuration of '{config.kind}': make a subclass of it")
 
     def add(encoder: Kind) -> Kind:
         encoder.kind = config.kind = kind

@@ -23,7 +23,7 @@ from sphinx_pl.models.encoders.base import (
     vit_flops,
 )
 from sphinx_pl.models.published import OURS, Names, OriginalNames, PublishedLayout, Source, joined, same
-from sphinx_pl.models.views import normalise, split_views
+from sphinx_pl.models.views import by_channel, normalise, split_views
 
 
 def _positions(encoder: Dinov2) -> Callable[[Tensor], Tensor]:
@@ -133,9 +133,9 @@ class Dinov2(Encoder):
         # The original resizes images that have CLIP's normalisation, and exchanges it afterwards.
         views = split_views(normalise(pixels, CLIP_MEAN, CLIP_STD), self.view_size, self.scheme.grid, half=True)
         # (x * clip_std + clip_mean - mean) / std as one multiplication and addition
-        scale = views.new_tensor([a / b for a, b in zip(CLIP_STD, self.std, strict=True)])
-        shift = views.new_tensor([(a - b) / c for a, b, c in zip(CLIP_MEAN, self.mean, self.std, strict=True)])
-        return views * scale[:, None, None] + shift[:, None, None]
+        scale = [a / b for a, b in zip(CLIP_STD, self.std, strict=True)]
+        shift = [(a - b) / c for a, b, c in zip(CLIP_MEAN, self.mean, self.std, strict=True)]
+        return views * by_channel(scale, views) + by_channel(shift, views)
 
     def encode(self, views: Tensor) -> Tensor:
         patches = self.model.patch_embed(views)
