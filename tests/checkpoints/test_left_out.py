@@ -1,4 +1,4 @@
-"""Towers that are not written since a file that the configuration names has them."""
+"""Encoders that are not written since a file that the configuration names has them."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def weight(name: str, shape: list[int]) -> Tensor:
 
 
 def shapes() -> dict[str, list[int]]:
-    """Everything but the towers of the golden model."""
+    """Everything but the encoders of the golden model."""
     width, ffn, found = 256, 704, {"llma.start_img": [1, 1, 256], "llma.end_img": [1, 1, 256]}
     for name in ("tok_embeddings", "output"):
         found[f"llma.{name}.weight"] = [512, width]
@@ -95,7 +95,7 @@ def shapes() -> dict[str, list[int]]:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """A folder in the original's layout with the golden model's decoder and projections, without towers."""
+    """A folder in the original's layout with the golden model's decoder and projections, without encoders."""
 
     def write(shards: int = 1, extra: dict[str, Tensor] | None = None, kind: str = "llama_ens") -> Path:
         folder = tmp_path / f"original-{shards}"
@@ -311,7 +311,7 @@ with gzip.open(GOLDEN / "names.json.gz") as file:
 
 
 def unwritten(file: Path, content: Any) -> None:
-    """A file of torch.save with holes instead of values: full-size towers without their bytes."""
+    """A file of torch.save with holes instead of values: full-size encoders without their bytes."""
     with skip_data(materialize_fake_tensors=True):
         torch.save(content, file)
 
@@ -473,7 +473,7 @@ def test_our_folders_are_mixed_into_the_originals_files(write: Write, tmp_path: 
     names = [f"consolidated.0{rank}-of-02.model.pth" for rank in range(2)]
     assert sorted(path.name for path in (tmp_path / "mixed").glob("*.pth")) == names
     parts = [torch.load(tmp_path / "mixed" / name, mmap=True)["model"] for name in names]
-    assert parts[0].keys() == parts[1].keys() >= shapes().keys()  # and what of the towers no model here uses
+    assert parts[0].keys() == parts[1].keys() >= shapes().keys()  # and what of the encoders no model here uses
     assert [part["llma.layers.0.attention.wq.weight"].shape[0] for part in parts] == [128, 128]
     mixed = open_checkpoint(tmp_path / "mixed")
     assert set(mixed) == set(theirs)
@@ -586,7 +586,7 @@ def test_full_size_round_trip_is_bit_for_bit(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.long
-def test_whole_path_with_full_size_towers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_whole_path_with_full_size_encoders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reference = reference_folder()
     checkpoint = open_checkpoint(make_released(reference, "llama_ens", tmp_path / "released", shards=2))
     model = Sphinx(checkpoint.model_config)
@@ -614,7 +614,7 @@ def test_whole_path_with_full_size_towers(tmp_path: Path, capsys: pytest.Capture
         for key, encoder in model.mixer.encoders.items():
             expected = measured[f"tower_{key}"]
             tokens = model.mixer.encode(encoder, pixels[:1])
-            check(f"tower {key}", tokens, map_to_tokens(expected, 2) if key == "convnext" else expected)
+            check(f"encoder {key}", tokens, map_to_tokens(expected, 2) if key == "convnext" else expected)
         check("image tokens", model.embed_images(pixels)[:, 1:-1], measured["image_tokens_ab"][:, 0])
 
     samples = [processor.sample(record, "reference") for record in DIALOGS]
