@@ -39,7 +39,7 @@ class ExportModel(L.Callback):
         every_n_steps: 0: only at the end.
         keep: so many of the newest `folder-step-N` stay; 0: all.
         keep_best: so many with the best `metric` stay too.
-        leave_out_frozen: encoders that don't train and whose `load` entry names their weights are not written, and come
+        leave_out_frozen: towers that don't train and whose `load` entry names their weights are not written, and come
             back from there.
         metric: a logged value, as it was last when the model was written. One that is no number is never the best.
         mode: min if a lower `metric` is better, as of losses; max for scores.

@@ -373,7 +373,7 @@ class Page:
     @property
     def sees(self) -> bool:
         """Whether the model has a vision part."""
-        return self.assistant.model.vision is not None
+        return self.assistant.model.mixer is not None
 
     def show(self, session: Session, data: bytes, name: str) -> str:
         """Talk about this uploaded image from now on. Returns what is wrong with it, "" if nothing.

@@ -40,7 +40,7 @@ PATH = "a checkpoint folder of any layout that this project reads, or hf-hub:OWN
 
 
 def parts_table(checkpoint: Checkpoint | HuggingFaceFolder) -> Table:
-    """Tensors, parameters, dtypes and bytes of each part: an encoder, or a module such as `decoder.layers`."""
+    """Tensors, parameters, dtypes and bytes of each part: a tower, or a module such as `decoder.layers`."""
     infos: dict[str, list[TensorInfo]] = defaultdict(list)
     for name in checkpoint:
         words = name.split(".")

@@ -21,7 +21,7 @@ from sphinx_pl.data.schema import ImageRef, Record
 from sphinx_pl.data.skip import BadSample
 
 PAD_COLOUR = (122, 116, 104)
-"""The mean colour that the original normalises images with, in bytes: it pads with it."""
+"""CLIP's mean colour in bytes, what the original pads with."""
 
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 1 << 28

@@ -119,7 +119,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 class Rows:
-    """Blocks of the decoder and of encoders that train are sharded one by one, and what is left together."""
+    """Blocks of the decoder and of towers that train are sharded one by one, and what is left together."""
 
     def __init__(self, strategy: Fsdp2) -> None:
         self.strategy = strategy

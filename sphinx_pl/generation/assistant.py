@@ -155,7 +155,7 @@ class Assistant:
             BadDialog: an image that cannot be read, marks that do not agree with the images, or too long a dialog.
             UserError: an image for a model without vision.
         """
-        if dialog.images and self.model.vision is None:
+        if dialog.images and self.model.mixer is None:
             raise UserError("this model has no vision part (model.vision=null): ask it without an image")
         pictures = [open_picture(picture) for picture in dialog.images]
         # The records' images are only counted here: pixels are given beside them.

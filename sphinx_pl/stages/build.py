@@ -26,7 +26,7 @@ def build_model(
 
     Args:
         frozen: parts without gradients.
-        weights: to start from; None reads the `load` entries of decoder and encoders and draws the rest, from torch's
+        weights: to start from; None reads the `load` entries of decoder and towers and draws the rest, from torch's
             generator on the CPU, so that the numbers do not depend on the device or on the ranks.
         resumed: values come later, from a training checkpoint; none is read or drawn.
 
@@ -54,7 +54,7 @@ def build_model(
 class Fresh:
     """Values of a model that starts anew, by name: released weights where the configuration names them, else drawn.
 
-    Asked in the model's own order it holds one decoder matrix at a time, and one encoder that is drawn.
+    Asked in the model's own order it holds one decoder matrix at a time, and one tower that is drawn.
     """
 
     def __init__(self, config: SphinxConfig) -> None:

@@ -23,8 +23,8 @@ MOMENTS = ("fp32", "bf16")
 class OptimConfig:
     """An optimizer and a warm-up + cosine schedule. `warmup` counts steps, or is a share of all steps if below 1.
 
-    `lr_scale`: factors on the whole schedule of some of the model's parts (1 for the rest), such as `{KIND: 0.1}` for a
-    pretrained encoder that is to change slowly.
+    `lr_scale`: factors on the whole schedule of some of the model's parts (1 for the rest), such as `{clip: 0.1}` for a
+    pretrained tower that is to change slowly.
 
     `kind`: adamw, or sgd (without momentum), which shows what Adam hides: gradients that are off by a factor.
 

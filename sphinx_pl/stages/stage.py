@@ -82,7 +82,7 @@ class Stage(L.LightningModule):
         optim: see `OptimConfig`.
         max_steps: optimizer steps of the whole stage, which the learning rate falls over; a trainer may stop earlier.
         init_from: checkpoint folder whose weights this stage starts from; null starts from random weights and the
-            encoders' own `load` entries.
+            towers' own `load` entries.
         val_names: names of the held-out sources, in the order of the validation loaders.
         checkpointing: of the decoder's activations, see `Decoder`: less memory for more work.
         max_nonfinite: steps in a row whose gradients may be infinite or not a number before the run stops.
@@ -121,7 +121,7 @@ class Stage(L.LightningModule):
         self._options: list[dict[str, Any]] = []
         """Of the optimizer's groups, as they are configured."""
         self.resumed = False
-        """The weights come from a resumable checkpoint, so that neither `init_from` nor encoders are read again."""
+        """The weights come from a resumable checkpoint, so that neither `init_from` nor towers are read again."""
         self.validated_at = -1
         """Optimizer steps behind the last held-out losses."""
         # Of the window that is being trained on: what each micro-batch's losses are of.
