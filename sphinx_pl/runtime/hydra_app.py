@@ -28,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sphinx_pl.runtime.ranks import count_devices, first_process
 from sphinx_pl.utils.config import CONFIG_FOLDER, all_keys, escaped, unknown_key
 from sphinx_pl.utils.errors import UserError, nearest_key, suggest
+from sphinx_pl.utils.renamed import renamed_key
 
 TYPED = {
     "train": ("output_dir", "ckpt_path", "data.root", "data.tokenizer", "stage.init_from"),
@@ -69,6 +70,8 @@ def one_line(error: BaseException) -> str:
         quoted = shlex.quote(f"{key}={literal(value)}")
         return f"{error.override}: Hydra cannot read this value; as text it is {quoted}"
     said = str(error)
+    if (missing := re.search(r"Interpolation key '(.+?)' not found", said)) and (renamed := renamed_key(missing[1])):
+        return renamed
     if found := re.match(r"Ambiguous value for argument '(.+?)=(.+)'", said):
         key, values = found.groups()
         return f"{key}={values}: for a list write {key}=[{values}], for a run with each value add -m"
@@ -267,6 +270,8 @@ def explain_override(
     if not (found := _NO_SUCH_KEY.search(str(error))):
         return None
     key = found[1]
+    if renamed := renamed_key(key):
+        return UserError(renamed)
     given = [override for override in overrides if override.partition("=")[0] == key]
     others = [override for override in overrides if override not in given]
     try:

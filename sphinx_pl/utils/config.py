@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from sphinx_pl.utils.errors import UserError, nearest_key
+from sphinx_pl.utils.renamed import renamed_key
 
 T = TypeVar("T")
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "conf"
@@ -118,7 +119,12 @@ LISTED = 240
 
 
 def unknown_key(key: str, known: Iterable[str], also: Iterable[str] = ()) -> str:
-    """The sentence that refuses `key`: it names the nearest key among `known` and `also`, else all that are `known`."""
+    """The sentence that refuses `key`.
+
+    It names the key's new name if it was renamed, else the nearest key among `known` and `also`, else all `known`.
+    """
+    if renamed := renamed_key(key):
+        return renamed
     known = sorted(set(known))
     if near := nearest_key(key, [*known, *also]):
         return f"there is no key {key}: did you mean {near}?"

@@ -436,7 +436,7 @@ WRONG = {
     "nothing to train": (["stage.train_parts=[]"], "train_parts is empty"),
     "a kind of source that does not exist": (["data.sources.real.kind=image_txt"], "image_text"),
     "no heads": (["model.vision.encoders.clip.heads=0"], "model.vision.encoders.clip.heads must be positive"),
-    "an encoder's key of before": (["model.vision.clip.load=x"], "did you mean model.vision.encoders.clip.load"),
+    "an encoder's key of before": (["model.vision.clip.load=x"], "is called model.vision.encoders.clip.load now"),
     "an encoder of before": (["model.vision.clip=null"], "did you mean model.vision.encoders.clip"),
     "no decimals": (["data.processor.decimals=0"], "data.processor.decimals=0"),
     "a wrong type": (["model.decoder.layers=two"], "model.decoder.layers"),

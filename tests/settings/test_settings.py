@@ -104,7 +104,7 @@ def test_other_scripts_read_what_is_shipped(script: str) -> None:
             "model.vision.encoders.clip.layers",
         ),
         ("model: {vision: {encoders: {clpi: {}}}}", "model.vision.encoders.clpi", "model.vision.encoders.clip"),
-        ("model: {vision: {clip: {load: x}}}", "model.vision.clip.load", "model.vision.encoders.clip.load"),
+        ("model: {vision: {clip: null}}", "model.vision.clip", "model.vision.encoders.clip"),
         ("trainer: {max_tim: 5}", "trainer.max_tim", "trainer.max_time"),
         ("callbacks: {checkpoint: {every: 5}}", "callbacks.checkpoint.every", "callbacks.checkpoint.keep_every"),
         ("logger: {csv: {savedir: x}}", "logger.csv.savedir", "logger.csv.save_dir"),
