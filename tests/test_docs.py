@@ -22,7 +22,7 @@ from tests.conftest import REPOSITORY
 
 PAGES = (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))
 SCRIPTS = ("train", "evaluate", "mix_weights", "chat")
-BEGIN = re.compile(rf"(?:\b(?:{'|'.join(SCRIPTS)})\.py|-m (?:sphinx_pl|benchmarks)[\w.]*)(?= |$)")
+BEGIN = re.compile(rf"(?:\b(?:{'|'.join(SCRIPTS)})\.py|-m (?:sphinx_pl|perf)[\w.]*)(?= |$)")
 STANDS_FOR = {"…": "", "$1": "vqav2", "$2": "x", "$3": "val", "$ROOT": "/data", "data/mixture=leaned": ""}
 """What a reader replaces or an earlier command makes, and something that it can be."""
 
@@ -87,7 +87,7 @@ class AcceptedError(Exception):
 
 
 def check_module(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    if name == "sphinx_pl.data":
+    if name == "sphinx_pl.cli.data":
         from sphinx_pl.cli.data import COMMANDS, composed, split
         from sphinx_pl.utils.config import build
 
@@ -95,7 +95,7 @@ def check_module(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatc
         values, overrides = split(arguments[1:], command.options)
         build(command.options, values, "")
         composed(overrides)
-    elif name == "sphinx_pl.pipeline":
+    elif name == "sphinx_pl.cli.pipeline":
         from sphinx_pl.pipeline.recipe import load
 
         load([argument for argument in arguments if argument not in ("run", "status", "cancel")])
@@ -143,9 +143,9 @@ def test_every_page_with_commands_is_read() -> None:
     named = {command[0] for command in commands()}
     assert {
         *(f"{name}.py" for name in SCRIPTS),
-        "sphinx_pl.data",
-        "sphinx_pl.pipeline",
-        "sphinx_pl.checkpoints",
+        "sphinx_pl.cli.data",
+        "sphinx_pl.cli.pipeline",
+        "sphinx_pl.cli.checkpoint",
     } <= named
     assert len(commands()) > 40
 
