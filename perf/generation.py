@@ -31,15 +31,16 @@ import torch
 from omegaconf import OmegaConf
 
 from perf.harness import configuration, console, parser, ratios, run_command, seconds, spread, table, turns, where
-from sphinx_pl.checkpoints.format import StateDict
-from sphinx_pl.checkpoints.llama import LlamaWeights, huggingface_config
+from sphinx_pl.checkpoints.huggingface import huggingface_config
+from sphinx_pl.checkpoints.llama import llama_entries
+from sphinx_pl.checkpoints.tensors import TensorDict
 from sphinx_pl.data.images import load_image
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.readers import spread as spread_over
 from sphinx_pl.data.records import read_records
 from sphinx_pl.data.schema import IMAGE_SLOT, Record
 from sphinx_pl.data.tasks import TASKS
-from sphinx_pl.evaluation.answer_log import Journal
+from sphinx_pl.evaluation.answer_log import AnswerLog
 from sphinx_pl.evaluation.runner import evaluate, select
 from sphinx_pl.generation.assistant import Assistant
 from sphinx_pl.generation.generate import GenerationConfig, OperaConfig, Prompt, generate
@@ -64,8 +65,8 @@ def theirs(model: Sphinx) -> Any:
     values = {key: value for key, value in huggingface_config(config, "float32").items() if key != "architectures"}
     llama = LlamaForCausalLM(LlamaConfig(**values))
     decoder = {f"decoder.{name}": value for name, value in model.decoder.state_dict().items()}
-    weights = LlamaWeights(StateDict(decoder), config)
-    llama.load_state_dict({name: weights.tensor(name) for name in weights})
+    entries = llama_entries(TensorDict(decoder), config)
+    llama.load_state_dict({name: e.make(decoder[e.name]) if e.make else decoder[e.name] for name, e in entries.items()})
     return llama.to(model.decoder.tok_embeddings.weight).eval()
 
 
@@ -165,8 +166,8 @@ def evaluation(o: argparse.Namespace) -> None:
 
     def whole() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            journal = Journal(Path(folder), "tasks", {})
-            evaluate(model, processor, records, batch_size=o.batch, journal=journal, progress=False)
+            answer_log = AnswerLog(Path(folder), "tasks", {})
+            evaluate(model, processor, records, batch_size=o.batch, answer_log=answer_log, progress=False)
 
     runs: dict[str, Callable[[], None]] = {"bare generation": bare, "evaluation": whole}
     with autocast(device, o.precision):

@@ -1,4 +1,6 @@
-"""The commands and files that README and docs name exist: configurations compose, and parsers accept the rest."""
+"""The commands and files that README and docs name exist: configurations compose, and parsers
+accept the rest.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import sphinx_pl.runtime.hydra_app
 from sphinx_pl.cli.chat import ChatConfig
+from sphinx_pl.runtime.command_line import as_typed, take_rest
 from sphinx_pl.runtime.hydra_app import CONFIG_FOLDER
 from tests.conftest import REPOSITORY
 
@@ -62,8 +65,8 @@ def one_point(overrides: list[str]) -> list[str]:
 def check_script(name: str, overrides: list[str]) -> None:
     sphinx_pl.runtime.hydra_app.register_resolvers()
     if name == "chat":
-        overrides = sphinx_pl.runtime.hydra_app.take_rest(overrides, "question", ChatConfig.__dataclass_fields__)
-    overrides = sphinx_pl.runtime.hydra_app.as_typed(name, overrides)
+        overrides = take_rest(overrides, "question", ChatConfig.__dataclass_fields__)
+    overrides = as_typed(name, overrides)
     with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
         cfg = compose(name, overrides=one_point(overrides), return_hydra_config=True)
     if name == "train":

@@ -1,4 +1,4 @@
-"""What strategies have in common under which a rank holds only a part of the model."""
+"""The common part of strategies under which a rank holds only a part of the model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sphinx_pl.checkpoints.training import WEIGHT, Piece, Pieces, write_pieces, write_rest
+from sphinx_pl.checkpoints.training import WEIGHT, TensorShard, TrainingShards, write_rest, write_shards
 from sphinx_pl.distributed.checkpointing import STEP, group_names, options_of
 from sphinx_pl.runtime.collectives import of_all_ranks
 from sphinx_pl.utils.errors import UserError
@@ -25,44 +25,48 @@ else:
 
 
 class Sharded(Base):
-    """Mixed into a Lightning strategy: training checkpoints are written and read by all ranks, each its own part."""
+    """A mixin for Lightning strategies: every rank writes and reads its own part of a training
+    checkpoint.
+    """
 
     optimizer_names: list[list[str]]
-    """The optimizer's groups, by name of parameter."""
-    _pieces: Pieces | None = None
+    """The optimizer's groups, as names of parameters."""
+    _shards: TrainingShards | None = None
     bf16_masters = False
     """Whether the optimizer works on weights in bf16."""
 
     @abstractmethod
     def placement(self) -> Placement:
-        """Where the parameters of the model that is being built go."""
+        """Return the placement of the parameters of a model that is being built."""
 
     @abstractmethod
     def held(self, parameter: nn.Parameter) -> tuple[int, int]:
-        """This rank's elements [start, stop) of the flattened parameter."""
+        """Return this rank's elements [start, stop) of the flattened parameter."""
 
     @abstractmethod
     def local_weight(self, parameter: nn.Parameter) -> Tensor:
-        """Those elements, as the optimizer works on them (flat, writable)."""
+        """Return those elements as the optimizer works on them (flat, writable)."""
 
     @abstractmethod
     def local_states(self, parameter: nn.Parameter) -> dict[str, Any]:
-        """The optimizer's states of them (flat, writable), and its `step`."""
+        """Return the optimizer's states of those elements (flat, writable), and its `step`."""
 
     @abstractmethod
     def restored(self) -> None:
-        """After all local weights and states were written: bring what follows from them up to date."""
+        """Update what depends on local weights and states, after all of them were written."""
 
     @abstractmethod
     def allocate_states(self) -> None:
-        """Make the optimizer's states exist, which it does itself only in its first step."""
+        """Create the optimizer's states, which the optimizer itself creates only in its first
+        step.
+        """
 
     @property
     def _sphinx(self) -> Sphinx:
         module: Any = self.lightning_module
         return module.sphinx  # type: ignore[no-any-return]
 
-    # -- writing ----------------------------------------------------------------------------------------------------
+    # -- writing -----------------------------------------------------------------------------------
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         return {}
@@ -71,12 +75,16 @@ class Sharded(Base):
         return {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Raises: UserError: on all ranks, if one of them could not write."""
+        """Write a training checkpoint from all ranks.
+
+        Raises:
+            UserError: one of the ranks could not write. All ranks raise it.
+        """
         folder = Path(self.broadcast(str(filepath)))
         if self.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
         self.barrier()
-        self._on_all(folder, lambda: write_pieces(folder, self.global_rank, self.world_size, self._local_pieces()))
+        self._on_all(folder, lambda: write_shards(folder, self.global_rank, self.world_size, self._local_shards()))
         # The index names the size of every rank's file.
         self._on_all(folder, lambda: self._write_rest(checkpoint, folder) if self.is_global_zero else None)
 
@@ -107,19 +115,20 @@ class Sharded(Base):
 
     @abstractmethod
     def shape(self, parameter: nn.Parameter) -> torch.Size:
-        """Of the whole parameter."""
+        """Return the shape of the whole parameter."""
 
-    def _local_pieces(self) -> Iterator[Piece]:
+    def _local_shards(self) -> Iterator[TensorShard]:
         for name, parameter in self._sphinx.named_parameters():
             start, stop = self.held(parameter)
-            if stop <= start or (start == 0 and not self.is_global_zero):  # of what all ranks hold, the first writes it
+            # the first rank writes what all ranks hold
+            if stop <= start or (start == 0 and not self.is_global_zero):
                 continue
-            yield Piece(WEIGHT, name, start, self.local_weight(parameter))
+            yield TensorShard(WEIGHT, name, start, self.local_weight(parameter))
             for kind, values in self.local_states(parameter).items() if parameter.requires_grad else ():
                 if kind != STEP:
-                    yield Piece(kind, name, start, values)
+                    yield TensorShard(kind, name, start, values)
 
-    # -- reading ----------------------------------------------------------------------------------------------------
+    # -- reading -----------------------------------------------------------------------------------
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -130,27 +139,27 @@ class Sharded(Base):
         return True
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        self._pieces = Pieces(Path(checkpoint_path))
-        return self._pieces.state() | {"optimizer_states": [{}]}  # which Lightning looks for
+        self._shards = TrainingShards(Path(checkpoint_path))
+        return self._shards.state() | {"optimizer_states": [{}]}  # Lightning expects this key
 
     @torch.no_grad()
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        assert self._pieces is not None
+        assert self._shards is not None
         for name, parameter in self._sphinx.named_parameters():
             start, stop = self.held(parameter)
             if start < stop:
-                self.local_weight(parameter).copy_(self._pieces.read(name, start, stop))
+                self.local_weight(parameter).copy_(self._shards.read(name, start, stop))
         self.restored()
 
     @torch.no_grad()
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        pieces = self._pieces
-        assert pieces is not None
+        shards = self._shards
+        assert shards is not None
         [optimizer] = self.optimizers
         for group, options in zip(optimizer.param_groups, checkpoint["optimizer_groups"], strict=True):
             group.update(options)
         steps = checkpoint["optimizer_steps"]
-        if steps or pieces.kinds():
+        if steps or shards.kinds():
             self.allocate_states()
         for name, parameter in self._sphinx.named_parameters():
             if not parameter.requires_grad:
@@ -160,9 +169,11 @@ class Sharded(Base):
                 if kind == STEP:
                     values.fill_(steps[name])
                 elif start < stop:
-                    values.copy_(pieces.read(name, start, stop, kind))
-        self._pieces = None
+                    values.copy_(shards.read(name, start, stop, kind))
+        self._shards = None
 
     def note_groups(self, optimizer: torch.optim.Optimizer) -> None:
-        """Remember the optimizer's groups by name, before the engine puts its own tensors into them."""
+        """Remember the names in the optimizer's groups, before the engine puts its own tensors into
+        them.
+        """
         self.optimizer_names = group_names(self._sphinx, [optimizer])

@@ -578,10 +578,10 @@ def test_damaged_files_load_or_are_refused(tmp_path: Path) -> None:
 
 MEASURE = """
 import re, sys, torch
-from sphinx_pl.checkpoints import format, torch_shards
+from sphinx_pl.checkpoints import tensors
 from sphinx_pl.checkpoints.encoders import load_pretrained
 from sphinx_pl.models.encoders.dinov2 import Dinov2, Dinov2Config
-format.MAPPED_BYTES = torch_shards.MAPPED_BYTES = 2**25
+tensors.MAPPED_BYTES = 2**25
 with torch.device("meta"):
     encoder = Dinov2(Dinov2Config(image_size=28, width=1024, layers=6, heads=8, mlp_ratio=6.0))
 def peak():  # not ru_maxrss, which begins with the parent's

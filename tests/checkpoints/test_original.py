@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import skip_data
 
-from sphinx_pl.checkpoints.format import TensorInfo, copy_into, open_checkpoint, same_bits, write_checkpoint
-from sphinx_pl.checkpoints.layout import write_parallel
+from sphinx_pl.checkpoints.format import open_checkpoint
+from sphinx_pl.checkpoints.native import write_checkpoint
 from sphinx_pl.checkpoints.original import (
     TYPES,
     Restored,
@@ -36,7 +36,8 @@ from sphinx_pl.checkpoints.original import (
     their_infos,
     write_original,
 )
-from sphinx_pl.checkpoints.torch_shards import ParallelFiles, split
+from sphinx_pl.checkpoints.tensors import TensorDict, TensorInfo, copy_into, same_bits
+from sphinx_pl.checkpoints.torch_shards import TorchShards, split
 from sphinx_pl.cli.checkpoint import main as command
 from sphinx_pl.data.images import load_image
 from sphinx_pl.data.processor import Processor
@@ -45,11 +46,12 @@ from sphinx_pl.data.schema import IMAGE_SLOT, ImageRef, Record, Turn
 from sphinx_pl.generation.assistant import Assistant, Dialog
 from sphinx_pl.generation.generate import GenerationConfig, Prompt, generate
 from sphinx_pl.mixing.methods import mix_tensors
-from sphinx_pl.mixing.mix import Recipe, mix, needs_our_names, open_models, plan_mixture
+from sphinx_pl.mixing.mix import MixRecipe, mix, needs_our_names, open_models, plan_mixture
 from sphinx_pl.models.encoders.clip import ClipViT
 from sphinx_pl.models.encoders.convnext import map_to_tokens
 from sphinx_pl.models.sphinx import Sphinx, packed_mask
 from sphinx_pl.utils.errors import UserError
+from tests.checkpoints.conftest import write_torch
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 IMAGE_WORDS = 291
@@ -468,7 +470,7 @@ def test_our_folders_are_mixed_into_the_originals_files(write: Write, tmp_path: 
     for path, values in zip(paths, tensors, strict=True):
         write_checkpoint(path, values, theirs.config["model"], theirs.config["processor"], theirs.tokenizer_file, {})
     models, _ = open_models(paths, own=not needs_our_names(paths, "original", 2))
-    mix(plan_mixture(models, None, Recipe([0.25, 0.75])), tmp_path / "mixed", layout="original", shards=2)
+    mix(plan_mixture(models, None, MixRecipe([0.25, 0.75])), tmp_path / "mixed", layout="original", shards=2)
 
     names = [f"consolidated.0{rank}-of-02.model.pth" for rank in range(2)]
     assert sorted(path.name for path in (tmp_path / "mixed").glob("*.pth")) == names
@@ -507,11 +509,12 @@ def test_mistakes(write: Write) -> None:
 EXPERTS_MEMORY = """
 import sys
 from pathlib import Path
-from sphinx_pl.checkpoints.format import TensorInfo, write_safetensors
-from sphinx_pl.checkpoints.torch_shards import ParallelFiles
-files = ParallelFiles(sorted(Path(sys.argv[1]).glob("*.pth")), lambda content: content, experts=8)
-infos = {name: TensorInfo(files.shape(name), files.dtype(name)) for name in files}
-write_safetensors(Path(sys.argv[1]) / "out.safetensors", infos, files.tensor)
+from sphinx_pl.checkpoints.output import SafetensorsOutput, copies
+from sphinx_pl.checkpoints.torch_shards import TorchShards
+from sphinx_pl.checkpoints.writer import write_file
+files = TorchShards(sorted(Path(sys.argv[1]).glob("*.pth")), lambda content: content, experts=8)
+out = Path(sys.argv[1]) / "out.safetensors"
+write_file(out, SafetensorsOutput(out.name, copies(files)), files)
 status = Path("/proc/self/status").read_text().splitlines()
 print(next(line.split()[1] for line in status if line.startswith("VmHWM")))
 """
@@ -524,9 +527,8 @@ def test_memory_of_mixtrals_experts(tmp_path: Path, capsys: pytest.CaptureFixtur
         f"layers.0.feed_forward.{w}": TensorInfo((shape[0] // 2, shape[1]), torch.bfloat16) for w in ("w1", "w2", "w3")
     }
     for rank in range(2):
-        write_parallel(
-            tmp_path / f"{rank}.pth", infos, lambda name: torch.ones(infos[name].shape, dtype=torch.bfloat16)
-        )
+        ones = {name: torch.ones(1, dtype=info.dtype).expand(info.shape) for name, info in infos.items()}
+        write_torch(tmp_path / f"{rank}.pth", TensorDict(ones))
     script = [sys.executable, "-c", EXPERTS_MEMORY, str(tmp_path)]
     peak = 1024 * int(subprocess.check_output(script, text=True))
     largest = TensorInfo(shape, torch.bfloat16).nbytes
@@ -559,8 +561,8 @@ def test_full_size_round_trip_is_bit_for_bit(tmp_path: Path, kind: str) -> None:
     assert command(["import", str(theirs), str(tmp_path / "ours")]) == 0
     experts = NAMES["types"][kind]["config"].get("moe", {}).get("num_experts", 0)
 
-    def files(folder: Path) -> ParallelFiles:
-        return ParallelFiles(sorted(folder.glob("*.pth")), lambda content: content["model"], experts)
+    def files(folder: Path) -> TorchShards:
+        return TorchShards(sorted(folder.glob("*.pth")), lambda content: content["model"], experts)
 
     before = files(theirs)
     for shards in ("2", "1"):
