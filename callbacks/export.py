@@ -182,8 +182,9 @@ class ExportModel(L.Callback):
 
     def _omitted(self, stage: Stage) -> list[str]:
         vision = stage.config.vision
-        frozen = [key for key in vision.towers if key not in stage.train_parts] if vision else []
-        return [key for key in frozen if getattr(vision, key).load] if self.leave_out_frozen else []
+        if vision is None or not self.leave_out_frozen:
+            return []
+        return [kind for kind, config in vision.encoders.items() if config.load and kind not in stage.train_parts]
 
     def model_bytes(self, stage: Stage) -> int:
         """Return the bytes of the weights in a model."""

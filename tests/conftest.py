@@ -37,12 +37,14 @@ def tiny_model(**overrides: Any) -> SphinxConfig:
             | {"qk_norm": True, "tie_embeddings": True, "max_positions": 512},
             "vision": {
                 "image_size": 32,
-                "clip": vit,
-                "convnext": {"image_size": 32, "stem": 4, "depths": [1, 1], "dims": [16, 32]},
-                "dinov2": vit,
-                "qformer": {"image_size": 32, "patch_size": 8, "vision_width": 32, "vision_layers": 1}
-                | {"vision_heads": 2, "vision_ffn_width": 64, "queries": 2, "width": 32, "layers": 2, "heads": 2}
-                | {"ffn_width": 64},
+                "encoders": {
+                    "clip": vit,
+                    "convnext": {"image_size": 32, "stem": 4, "depths": [1, 1], "dims": [16, 32]},
+                    "dinov2": vit,
+                    "qformer": {"image_size": 32, "patch_size": 8, "vision_width": 32, "vision_layers": 1}
+                    | {"vision_heads": 2, "vision_ffn_width": 64, "queries": 2, "width": 32, "layers": 2, "heads": 2}
+                    | {"ffn_width": 64},
+                },
                 "merge": "shuffle",
                 "merge_factor": 2,
             },

@@ -49,13 +49,14 @@ from sphinx_pl.checkpoints.llama import (
     text_only,
 )
 from sphinx_pl.checkpoints.output import OutputFolder, safetensors_folder, write_index
-from sphinx_pl.checkpoints.tensors import SafetensorsFiles, Source, TensorInfo, same_bits
+from sphinx_pl.checkpoints.tensors import SafetensorsFiles, TensorInfo, same_bits
 from sphinx_pl.checkpoints.tokenizer_json import TOKENIZER_CONFIG, TOKENIZER_JSON, tokenizer_json
 from sphinx_pl.checkpoints.unreadable import check_plain
 from sphinx_pl.checkpoints.vocabulary import uncompared, vocabulary_difference
 from sphinx_pl.checkpoints.writer import CheckpointWriter
 from sphinx_pl.models.config import DecoderConfig
 from sphinx_pl.models.decoder import Decoder
+from sphinx_pl.models.published import Source
 from sphinx_pl.utils.errors import UserError, suggest
 from sphinx_pl.utils.files import write_whole
 

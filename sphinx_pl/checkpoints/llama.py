@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from sphinx_pl.checkpoints.output import Entry
-from sphinx_pl.checkpoints.tensors import Source, TensorInfo, TensorReader
+from sphinx_pl.checkpoints.tensors import TensorInfo, TensorReader
 from sphinx_pl.models.config import DecoderConfig, SphinxConfig
+from sphinx_pl.models.published import Source
 
 
 def text_only(name: str, decoder: DecoderConfig) -> dict[str, Any]:

@@ -59,7 +59,7 @@ from sphinx_pl.checkpoints.tensors import (
 )
 from sphinx_pl.checkpoints.writer import CheckpointWriter
 from sphinx_pl.models.config import SphinxConfig
-from sphinx_pl.models.encoders import build_tower
+from sphinx_pl.models.vision import build_encoder
 from sphinx_pl.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -118,10 +118,11 @@ class SphinxCheckpoint(Checkpoint):
         info, crc = self.left_out[name]
         value = self._released[key](name).to(info.dtype)
         if _crc32(value) != crc:
-            load = getattr(self.model_config.vision, key).load
+            assert self.model_config.vision is not None
+            section = self.model_config.vision.encoders[key]
             raise UserError(
-                f"'{self.path}' leaves '{name}' to model.vision.{key}.load={load}, which holds another value now: "
-                "restore that file, or write the checkpoint again without leaving towers out"
+                f"'{self.path}' leaves '{name}' to {section.section}.load={section.load}, which holds another value "
+                "now: restore that file, or write the checkpoint again without leaving encoders out"
             )
         return value
 
@@ -286,8 +287,8 @@ def released_values(config: SphinxConfig, key: str) -> Callable[[str], Tensor]:
     """
     assert config.vision is not None
     with torch.device("meta"):
-        tower = build_tower(config.vision, key)
-    value = pretrained_values(tower, getattr(config.vision, key).load)
+        encoder = build_encoder(config.vision, key)
+    value = pretrained_values(encoder, config.vision.encoders[key].load)
     return lambda name: value(name.removeprefix(f"{TOWERS}{key}."))
 
 

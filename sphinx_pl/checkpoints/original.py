@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from sphinx_pl.checkpoints.folder import CONFIG, TOKENIZER, read_json, read_provenance, sizes_of, write_json
 from sphinx_pl.checkpoints.format import FORMATS, Checkpoint, ModelFolder, differences
 from sphinx_pl.checkpoints.output import Entry, OutputFolder, TorchOutput
-from sphinx_pl.checkpoints.tensors import TensorInfo
+from sphinx_pl.checkpoints.tensors import TOWERS, TensorInfo
 from sphinx_pl.checkpoints.torch_shards import META, ShardsFolder, TorchShards, split
 from sphinx_pl.checkpoints.writer import CheckpointWriter
 from sphinx_pl.data.processor import TEXT_LENGTH, ProcessorConfig
 from sphinx_pl.models.config import DecoderConfig, SphinxConfig
+from sphinx_pl.models.encoders.base import ENCODERS
 from sphinx_pl.utils.config import CONFIG_FOLDER
 from sphinx_pl.utils.errors import UserError, suggest
 
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 
 _SHARD = re.compile(r"consolidated\.(\d+)-of-(\d+)\.(model|model-diff)\.pth")
 
-# The class names of the original, and the configuration in conf/model that has their towers and
+# The class names of the original, and the configuration in conf/model that has their encoders and
 # views.
 TYPES: dict[str, str] = {
     "llama_ens": "sphinx_7b",
@@ -50,31 +51,19 @@ TYPES: dict[str, str] = {
     "mixtral_sparse_ens5": "sphinx_moe_1k",
 }
 
-# The original's prefix and ours.
-_PREFIXES = (
-    ("llma.clip.visual.", "mixer.towers.clip.model."),
-    ("llma.openclip_convnext_xxl.", "mixer.towers.convnext.model."),
-    ("llma.dinov2_vitg14.", "mixer.towers.dinov2.model."),
-    ("llma.qformer.", "mixer.towers.qformer."),
-    ("llma.qformer_proj.", "mixer.qformer_proj."),
-    ("llma.visual_proj.", "mixer.visual_proj."),
-    ("llma.start_img", "mixer.start_img"),
-    ("llma.end_img", "mixer.end_img"),
-    ("llma.", "decoder."),
+_ENCODERS = {kind: encoder.original for kind, encoder in ENCODERS.items() if encoder.original is not None}
+# The original's prefix, ours, and what is renamed behind it.
+_PREFIXES: tuple[tuple[tuple[str, str], tuple[tuple[str, str], ...]], ...] = (
+    *(((names.theirs, f"{TOWERS}{kind}.{names.ours}"), names.renamed) for kind, names in _ENCODERS.items()),
+    *(((f"llma.{kind}_proj.", f"mixer.{kind}_proj."), ()) for kind in _ENCODERS if ENCODERS[kind].join == "sequence"),
+    (("llma.visual_proj.", "mixer.visual_proj."), ()),
+    (("llma.start_img", "mixer.start_img"), ()),
+    (("llma.end_img", "mixer.end_img"), ()),
+    (("llma.", "decoder."), ()),
 )
-# timm's names of the two matrices of DINOv2's SwiGLU.
-_SWIGLU = ((".mlp.w12.", ".mlp.fc1."), (".mlp.w3.", ".mlp.fc2."))
-# Parameters that no forward pass uses but the original's files have: CLIP's text side, DINOv2's
-# mask token.
+# Parameters that no forward pass uses but the original's files have.
 UNUSED: dict[str, tuple[int, ...]] = {
-    "llma.clip.positional_embedding": (77, 768),
-    "llma.clip.text_projection": (768, 768),
-    "llma.clip.logit_scale": (),
-    "llma.clip.token_embedding.weight": (49408, 768),
-    "llma.clip.ln_final.weight": (768,),
-    "llma.clip.ln_final.bias": (768,),
-    "llma.clip.visual.proj": (1024, 768),
-    "llma.dinov2_vitg14.mask_token": (1, 1536),
+    name: shape for names in _ENCODERS.values() for name, shape in names.unused.items()
 }
 _FLAT = ("mixer.start_img", "mixer.end_img")  # [1, 1, D] there, [D] here
 
@@ -90,11 +79,10 @@ def their_name(name: str) -> str:
 
 
 def _renamed(name: str, old: int, new: int) -> str:
-    prefix = next(pair for pair in _PREFIXES if name.startswith(pair[old]))
+    prefix, parts = next((prefix, parts) for prefix, parts in _PREFIXES if name.startswith(prefix[old]))
     name = prefix[new] + name[len(prefix[old]) :]
-    if "dinov2" in prefix[0]:
-        for part in _SWIGLU:
-            name = name.replace(part[old], part[new])
+    for part in parts:
+        name = name.replace(part[old], part[new])
     return name
 
 
@@ -194,18 +182,18 @@ class OriginalCheckpoint(Checkpoint):
             decoder = decoder_config(sizes, vocab, kind)
         model = shipped_model(TYPES[kind]) | {"name": kind, "decoder": vars(decoder)}
         # What the original's own inference computes with these weights; see docs/original.md.
-        if model["vision"]["clip"]:
-            model["vision"]["clip"]["quick_gelu"] = False
+        notes = []
+        for encoder, names in _ENCODERS.items():
+            if model["vision"]["encoders"].get(encoder):
+                model["vision"]["encoders"][encoder] |= names.config
+                notes += [names.note] if names.note else []
         config = SphinxConfig.from_dict(model)
         # The usual length of a text behind one image, as far as the decoder's positions reach.
         length = min(decoder.max_positions, config.tokens_per_image + TEXT_LENGTH)
         self.config = {"model": config.to_dict(), "processor": asdict(ProcessorConfig(max_length=length))}
         self.provenance = {"original": kind} | read_provenance(path)
-        if model["vision"]["clip"]:
-            self.provenance["note"] = (
-                "CLIP gets exact GELU as in the original's own inference; its weights were trained with QuickGELU: "
-                "model.vision.clip.quick_gelu=true (docs/original.md has the difference)"
-            )
+        if notes:
+            self.provenance["note"] = "; ".join(notes)
 
     def _shard_files(self) -> list[Path]:
         present = {file: match for file in self.path.iterdir() if (match := _SHARD.fullmatch(file.name))}
@@ -327,17 +315,20 @@ def original_type(checkpoint: Checkpoint) -> str:
         raise UserError(f"'{checkpoint.path}': the original puts images after BOS, this model {model.image_position}")
     for kind, name in TYPES.items():
         shipped = SphinxConfig.from_dict(shipped_model(name))
-        same_view = not differences({"v": model.to_dict()["vision"]}, {"v": _any_gelu(shipped, model)}, "")
+        same_view = not differences({"v": model.to_dict()["vision"]}, {"v": _as_configured(shipped, model)}, "")
         if same_view and bool(shipped.decoder.experts) == bool(model.decoder.experts):
             return kind
-    raise UserError(f"'{checkpoint.path}': none of the original's types has these towers and views: {', '.join(TYPES)}")
+    raise UserError(
+        f"'{checkpoint.path}': none of the original's types has these encoders and views: {', '.join(TYPES)}"
+    )
 
 
-def _any_gelu(shipped: SphinxConfig, model: SphinxConfig) -> Any:
-    """The shipped vision part with the model's GELU, which is no part of the original's files."""
+def _as_configured(shipped: SphinxConfig, model: SphinxConfig) -> Any:
+    """The shipped vision part with those values of the model's that the original's files do not hold."""
     vision = shipped.to_dict()["vision"]
-    if vision["clip"] and model.vision and model.vision.clip:
-        vision["clip"]["quick_gelu"] = model.vision.clip.quick_gelu
+    for kind, section in (model.vision.encoders if model.vision else {}).items():
+        if kind in vision["encoders"]:
+            vision["encoders"][kind] |= {key: getattr(section, key) for key in section.free}
     return vision
 
 
@@ -373,8 +364,8 @@ def their_infos(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
     for name in map(their_name, _FLAT):
         infos[name] = TensorInfo((1, 1, *infos[name].shape), infos[name].dtype)
     kept = {name: tensor.dtype for name, tensor in checkpoint.unused()}
-    for name, shape in UNUSED.items():
-        if vision and (vision.clip if name.startswith("llma.clip.") else vision.dinov2):
+    for kind in vision.encoders if vision else ():
+        for name, shape in _ENCODERS[kind].unused.items():
             infos[name] = TensorInfo(shape, kept.get(name, some))
     return infos
 

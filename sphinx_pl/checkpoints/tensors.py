@@ -6,7 +6,7 @@ import difflib
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,21 +58,6 @@ class TensorInfo:
     def cast(self, dtype: torch.dtype | None) -> TensorInfo:
         """The same in `dtype`; integers keep their own, and so do all tensors if it is None."""
         return self if dtype is None or not self.dtype.is_floating_point else TensorInfo(self.shape, dtype)
-
-
-@dataclass(frozen=True)
-class Source:
-    """The published tensors that a canonical one is made of, and how."""
-
-    names: tuple[str, ...]
-    make: Callable[..., Tensor] = lambda tensor: tensor
-
-    def shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-        """The shape that `make` returns; the first of `shapes` if they do not fit."""
-        try:
-            return tuple(self.make(*(torch.empty(shape, device="meta") for shape in shapes)).shape)
-        except (RuntimeError, IndexError):
-            return tuple(shapes[0])
 
 
 # -- readers ---------------------------------------------------------------------------------------

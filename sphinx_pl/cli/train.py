@@ -50,8 +50,10 @@ def check_inputs(cfg: DictConfig, run: RunFolder, resume: Path | None, tokenizer
     Raises:
         UserError: it does.
     """
-    towers = [key for key, value in (cfg.model.vision or {}).items() if isinstance(value, DictConfig)]
-    read = {f"model.vision.{key}.load": cfg.model.vision[key].get("load") for key in towers}
+    from sphinx_pl.models.config import SphinxConfig
+
+    vision = SphinxConfig.from_dict(cfg.model).vision
+    read = {f"{encoder.section}.load": encoder.load for encoder in (vision.encoders.values() if vision else ())}
     read |= {"model.decoder.load": cfg.model.decoder.get("load"), "stage.init_from": cfg.stage.init_from}
     read = {"data.tokenizer": str(tokenizer)} | (read if resume is None else {})
     replaced = run.replaced_by(reached_by(run, resume))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sphinx_pl.distributed.checkpointing import STEP
 from sphinx_pl.distributed.sharded import Sharded
-from sphinx_pl.models.encoders import Tower
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.utils.errors import UserError, suggest
 
@@ -165,11 +164,11 @@ class RowPlacement:
 
 def _units(model: Sphinx) -> Iterable[nn.Module]:
     """Return the modules that are gathered one at a time, in the order of the forward pass."""
-    if model.mixer is not None:
-        for tower in model.mixer.towers.children():
-            yield from cast(Tower, tower).blocks()
-            yield tower
-        yield model.mixer
+    if model.vision is not None:
+        for encoder in model.vision.encoders.values():
+            yield from encoder.blocks()
+            yield encoder
+        yield model.vision
     yield model.decoder.tok_embeddings
     yield from model.decoder.layers
     yield model.decoder.norm

@@ -15,8 +15,7 @@ from torch.nn import functional as F
 from sphinx_pl.data.schema import IGNORE, Batch
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.decoder import Decoder
-from sphinx_pl.models.views import normalise
-from sphinx_pl.models.vision import VisionMixer
+from sphinx_pl.models.vision import MixedVisionEncoder
 from sphinx_pl.utils.errors import UserError, suggest
 
 
@@ -54,29 +53,30 @@ def whole_shape(parameter: nn.Parameter) -> torch.Size:
 
 
 class Sphinx(nn.Module):
-    """The vision mixer in front of the decoder; `mixer` is None for a text-only model."""
+    """Mixed visual embeddings in front of the decoder; `vision` is None for a text-only model."""
 
     def __init__(self, config: SphinxConfig) -> None:
         super().__init__()
         self.config = config
         self.decoder = Decoder(config.decoder)
-        self.mixer = VisionMixer(config.vision, config.decoder.width) if config.vision else None
+        # The names of modules are names of tensors on disk, which stay `mixer.…`.
+        self.mixer = MixedVisionEncoder(config.vision, config.decoder.width) if config.vision else None
         self.frozen: frozenset[str] = frozenset()
 
-    @staticmethod
-    def normalise(pixels: Tensor) -> Tensor:
-        """uint8 [N, 3, S, S] -> float32, as the towers want it."""
-        return normalise(pixels)
+    @property
+    def vision(self) -> MixedVisionEncoder | None:
+        """The encoders and their projections; None for a text-only model."""
+        return self.mixer
 
-    def embed_images(self, pixels: Tensor, seen_NV: Tensor | None = None) -> Tensor:
-        """uint8 [N, 3, S, S] -> [N, L, D], or [L, D] of all images where `seen_NV` says which views are not skipped.
+    def embed_images(self, pixels: Tensor, kept_NV: Tensor | None = None) -> Tensor:
+        """uint8 [N, 3, S, S] -> [N, L, D]; [L, D] of all images if `kept_NV` says which views are kept.
 
         Raises:
             UserError: the model has no vision part.
         """
-        if self.mixer is None:
+        if self.vision is None:
             raise UserError("this model has no vision part (model.vision=null) but was given an image")
-        return torch.as_tensor(self.mixer(self.normalise(pixels), seen_NV))
+        return torch.as_tensor(self.vision(pixels, kept_NV))
 
     def token_losses(self, batch: Batch) -> TokenLosses:
         """Negative log likelihood of each supervised target of packed rows."""
@@ -98,27 +98,26 @@ class Sphinx(nn.Module):
         """Embeddings [B, T, D] with the image tokens in their slots, and a zero that depends on them."""
         x_BTD = self.decoder.embed(batch.input_ids)
         zero = x_BTD.new_zeros((), dtype=torch.float32)
-        if self.mixer is None and len(batch.pixels) == 0:
+        if self.vision is None and len(batch.pixels) == 0:
             return x_BTD, zero
-        if len(batch.pixels) == 0:  # the towers still run, on one blank image
+        if len(batch.pixels) == 0:  # the encoders still run, on one blank image
             assert self.config.vision is not None
             size, views = self.config.vision.image_size, self.config.vision.views
             blank = batch.pixels.new_zeros(1, 3, size, size)
-            seen_NV = torch.arange(views, device=blank.device)[None] == 0 if self.config.vision.skip_padding else None
-            return x_BTD, zero + 0.0 * self.embed_images(blank, seen_NV).float().sum()
+            kept_NV = torch.arange(views, device=blank.device)[None] == 0 if self.config.vision.skip_padding else None
+            return x_BTD, zero + 0.0 * self.embed_images(blank, kept_NV).float().sum()
         tokens = self.embed_images(batch.pixels, batch.kept_views).flatten(0, -2)
         flat = x_BTD.flatten(0, 1).index_copy(0, batch.image_slots, tokens.to(x_BTD.dtype))
         return flat.view_as(x_BTD), zero
 
     def parts(self) -> dict[str, list[nn.Module | nn.Parameter]]:
-        """The model in the pieces that can be frozen: decoder, projections and the towers it has."""
+        """The pieces that can be frozen: decoder, projections, and each encoder under its kind."""
         parts: dict[str, list[nn.Module | nn.Parameter]] = {"decoder": [self.decoder]}
-        if self.mixer is not None:
-            projections = [p for p in (self.mixer.visual_proj, self.mixer.qformer_proj) if p is not None]
-            parts["projections"] = [*projections, self.mixer.start_img, self.mixer.end_img]
-            if self.mixer.config.skip_padding:
-                parts["projections"].append(self.mixer.skip_token)
-            parts |= {key: [tower] for key, tower in self.mixer.towers.items()}
+        if (vision := self.vision) is not None:
+            parts["projections"] = [*vision.projections, vision.start_img, vision.end_img]
+            if vision.config.skip_padding:
+                parts["projections"].append(vision.skip_token)
+            parts |= {kind: [encoder] for kind, encoder in vision.encoders.items()}
         return parts
 
     def part_parameters(self) -> dict[str, list[nn.Parameter]]:

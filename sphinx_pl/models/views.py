@@ -1,20 +1,22 @@
-"""An image and the views of it that the towers see (SPHINX, section 3.3)."""
+"""An image and the views of it that an encoder sees (SPHINX, section 3.3)."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 [..., 3, S, S] -> float32, by the mean and deviation of each channel in 0..1."""
+    return (pixels.float() / 255 - by_channel(mean, pixels)) / by_channel(std, pixels)
 
 
-def normalise(pixels: Tensor) -> Tensor:
-    """uint8 [..., 3, S, S] -> float32 with CLIP's mean and deviation, the input of every tower."""
-    mean = torch.tensor(CLIP_MEAN, device=pixels.device)[:, None, None]
-    std = torch.tensor(CLIP_STD, device=pixels.device)[:, None, None]
-    return (pixels.float() / 255 - mean) / std
+def by_channel(values: Sequence[float], like: Tensor) -> Tensor:
+    """float32 [3, 1, 1] on the device of `like`. The host does not wait for the device."""
+    return torch.tensor(values).to(like.device, non_blocking=True)[:, None, None]
 
 
 def resize(pixels: Tensor, size: int, mode: str = "bicubic", half: bool = False) -> Tensor:

@@ -10,7 +10,7 @@ class TrainingFlops:
     """FLOPs of forward and backward, from what the host knows about a batch (nothing waits for the device).
 
     A part that trains costs three times its forward pass: the gradients of inputs and of weights cost one each. A
-    frozen tower runs without gradients and costs one; a frozen decoder still passes gradients on and costs two.
+    frozen encoder runs without gradients and costs one; a frozen decoder still passes gradients on and costs two.
     Views that are skipped as padding cost nothing. The decoder's attention costs what its mask lets through: pairs
     within a sample, a shared prefix once. Its matrices also cost what they do for padding.
     """
@@ -19,12 +19,9 @@ class TrainingFlops:
         frozen = {name for name, trainable, _ in model.trainable_table() if not trainable}
         self.decoder = model.decoder
         self.decoder_factor = 2.0 if "decoder" in frozen else 3.0
-        self.mixer = model.mixer
-        self.frozen_per_view = sum(
-            tower.flops()  # type: ignore[operator]
-            for name, tower in (model.mixer.towers.items() if model.mixer is not None else ())
-            if name in frozen
-        )
+        self.encoders = model.vision
+        encoders = model.vision.encoders if model.vision is not None else {}
+        self.frozen_per_view = sum(encoder.flops() for kind, encoder in encoders.items() if kind in frozen)
 
     @property
     def per_image(self) -> float:
@@ -33,10 +30,10 @@ class TrainingFlops:
 
     def vision(self, images: float, views: float | None = None) -> float:
         """Of so many images, with `views` that are not skipped in all of them (None: none is skipped)."""
-        if self.mixer is None:
+        if self.encoders is None:
             return 0.0
-        views = images * self.mixer.config.views if views is None else views
-        return 3 * self.mixer.flops(images, views) - 2 * views * self.frozen_per_view
+        views = images * self.encoders.config.views if views is None else views
+        return 3 * self.encoders.flops(images, views) - 2 * views * self.frozen_per_view
 
     def __call__(self, batch: Batch) -> float:
         rows, length = batch.input_ids.shape
@@ -47,12 +44,12 @@ class TrainingFlops:
     def of(self, positions: int, pairs: float, supervised: float, images: float, views: float | None = None) -> float:
         """FLOPs of a micro-batch.
 
-        The towers run on a blank image where it has none, on one view if they skip any.
+        The encoders run on a blank image where it has none, on one view if they skip any.
 
         Args:
             pairs: how many pairs of positions may attend (`Sample.pairs`).
         """
         decoder = self.decoder.flops(positions, pairs, max(1, int(supervised)))
-        if images == 0 and self.mixer is not None and self.mixer.config.skip_padding:
+        if images == 0 and self.encoders is not None and self.encoders.config.skip_padding:
             views = 1
         return self.decoder_factor * decoder + self.vision(max(1, images), views)

@@ -282,7 +282,7 @@ class _Simulation:
         """Of a step of so many blocks.
 
         Args:
-            vision: the peak of the phase `vision` where it is known: frozen towers then don't run.
+            vision: the peak of the phase `vision` where it is known: frozen encoders then don't run.
         """
         model, run = self.model, self.run
         model.decoder.layers = nn.ModuleList(self.layers[:layers])
@@ -301,7 +301,7 @@ class _Simulation:
             if run.gpu:
                 stack.enter_context(gpu_kernels())
             if vision is not None:
-                stack.enter_context(self._without_frozen_towers())
+                stack.enter_context(self._without_frozen_encoders())
             batch = self._batch(shape)
             if run.gradients == "kept":
                 for parameter in trainable:
@@ -334,27 +334,24 @@ class _Simulation:
             return (losses.nll * weights).sum() + losses.extra
 
     @contextlib.contextmanager
-    def _without_frozen_towers(self) -> Iterator[None]:
-        mixer = self.model.mixer
-        towers = mixer.towers.items() if mixer is not None else ()
-        frozen = [tower for name, tower in towers if name not in self.run.train_parts]
-        config = self.model.config.vision
-        for tower in frozen:
-            assert config is not None
-            tokens = config.qformer.queries if tower.key == "qformer" and config.qformer else 1 + config.patch_grid**2
+    def _without_frozen_encoders(self) -> Iterator[None]:
+        vision = self.model.vision
+        encoders = vision.encoders if vision is not None else {}
+        frozen = [encoder for kind, encoder in encoders.items() if kind not in self.run.train_parts]
+        dtype = torch.float32 if self.run.precision == "32-true" else torch.bfloat16
+        for encoder in frozen:
+            assert vision is not None
+            tokens = encoder.config.tokens if encoder.join == "sequence" else 1 + vision.config.patch_grid**2
 
-            def stub(pixels: Tensor, tokens: int = tokens, width: int = cast(int, tower.width)) -> Tensor:
-                return torch.empty(len(pixels), tokens, width, dtype=self._towers_dtype())
+            def stub(views: Tensor, tokens: int = tokens, width: int = encoder.width) -> Tensor:
+                return torch.empty(len(views), tokens, width, dtype=dtype)
 
-            tower.forward = stub
+            encoder.forward = stub  # type: ignore[method-assign]
         try:
             yield
         finally:
-            for tower in frozen:
-                del tower.forward
-
-    def _towers_dtype(self) -> torch.dtype:
-        return torch.float32 if self.run.precision == "32-true" else torch.bfloat16
+            for encoder in frozen:
+                del encoder.forward
 
     def _batch(self, shape: Shape) -> Batch:
         rows, length, config = shape.rows, shape.length, self.model.config.vision

@@ -250,7 +250,7 @@ class Sizes:
 
     trained: int
     frozen: int
-    towers: dict[str, int]
+    encoders: dict[str, int]
     """Frozen ones."""
     inputs: tuple[tuple[int, ...], ...]
     """Numbers of elements of each module's own parameters: projections and the embedding."""
@@ -271,13 +271,12 @@ class Sizes:
             found = (tuple(p.numel() for p in m.parameters(recurse=False)) for root in modules for m in root.modules())
             return tuple(numbers for numbers in found if numbers)
 
-        mixer = model.mixer
-        projections = [m for m in (mixer.visual_proj, mixer.qformer_proj) if m is not None] if mixer else []
+        projections = model.vision.projections if model.vision is not None else []
         decoder = model.decoder
         return cls(
             trained=sum(count for name, count in counts.items() if name not in frozen_parts),
             frozen=sum(count for name, count in counts.items() if name in frozen_parts),
-            towers={name: count for name, count in counts.items() if name in frozen_parts},
+            encoders={name: count for name, count in counts.items() if name in frozen_parts},
             inputs=own(*projections, decoder.tok_embeddings),
             block=own(decoder.layers[0]),
             ends=own(decoder.norm, *([decoder.output] if decoder.output is not None else [])),
@@ -290,7 +289,7 @@ class Sizes:
 
     @property
     def root_numel(self) -> int:
-        """Outside of the blocks, frozen towers left out."""
+        """Parameters outside of the blocks and of frozen encoders."""
         return sum(sum(numbers) for numbers in (*self.inputs, *self.ends))
 
 
@@ -357,8 +356,8 @@ def _zero3_trace(engine: Engine, sizes: Sizes, checkpointing: Checkpointing) -> 
     blocks = [named(f"block {i}", sizes.block) for i in range(sizes.layers)]
     inputs, ends = named("inputs", sizes.inputs), named("ends", sizes.ends)
     if engine.frozen == "sharded":
-        # Module by module; no part of a tower is larger than a few of a block's matrices.
-        yield from (("vision", [((name, 0, 0), min(total, engine.prefetch))]) for name, total in sizes.towers.items())
+        # Module by module; no part of an encoder is larger than a few of a block's matrices.
+        yield from (("vision", [((name, 0, 0), min(total, engine.prefetch))]) for name, total in sizes.encoders.items())
     yield from (("vision", module) for module in inputs)
     for i, block in enumerate(blocks):
         yield from ((f"forward {place[i]}", module) for module in block)
@@ -436,9 +435,9 @@ def extras(engine: Engine, sizes: Sizes, checkpointing: Checkpointing) -> dict[s
     if engine.kind == "fsdp2":
         compute = 2 if engine.compute_precision == "bf16-true" else 4
         block, root = compute * sizes.block_numel, compute * sizes.root_numel
-        tower = max(sizes.towers.values(), default=0) * compute if engine.frozen == "sharded" else 0
+        encoder = max(sizes.encoders.values(), default=0) * compute if engine.frozen == "sharded" else 0
         ahead = 2 if engine.gpu else 1  # on a GPU the next block's buffer is filled meanwhile
-        add("vision", "gathered weights", root + 2 * tower)
+        add("vision", "gathered weights", root + 2 * encoder)
         add("head", "gathered weights", root + ahead * block)
         for place in ("first", "middle", "last"):
             add(f"forward {place}", "gathered weights", root + (1 + ahead) * block)
@@ -819,7 +818,7 @@ def tables(plan: Plan) -> list[Table]:
         ("tokens per step", f"{plan.tokens_per_step:,.0f}", measured),
         ("images per step", f"{plan.images_per_step:,.0f}", measured),
         ("steps", f"{plan.steps:,}", f"an epoch has {'an unknown number' if epoch is None else f'{epoch:,.0f}'}"),
-        ("FLOPs per step", f"{plan.flops_per_step / 1e15:,.1f} * 10^15", "forward and backward, towers counted"),
+        ("FLOPs per step", f"{plan.flops_per_step / 1e15:,.1f} * 10^15", "forward and backward, encoders counted"),
     ]
     if engine.gpu:
         days = f" ({plan.hours / 24:,.1f} days)" if plan.hours > 48 else ""

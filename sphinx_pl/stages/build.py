@@ -19,9 +19,9 @@ from sphinx_pl.checkpoints.native import released_values
 from sphinx_pl.checkpoints.tensors import TOWERS, tower_of
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.decoder import new_weight
-from sphinx_pl.models.encoders import build_tower
 from sphinx_pl.models.placement import Placement
 from sphinx_pl.models.sphinx import Sphinx
+from sphinx_pl.models.vision import build_encoder
 
 
 def build_model(
@@ -82,7 +82,7 @@ class Fresh:
         if name.startswith(TOWERS):
             key = tower_of(name)
             module = TOWERS + key
-            make: Callable[[], Callable[[str], Tensor]] = lambda: self._tower(key)  # noqa: E731
+            make: Callable[[], Callable[[str], Tensor]] = lambda: self._encoder(key)  # noqa: E731
         else:
             module = name.rpartition(".")[0]
             if module == "mixer":  # the start, end and skip embeddings
@@ -93,12 +93,12 @@ class Fresh:
             self._module = module
         return self._values(name.removeprefix(f"{module}."))
 
-    def _tower(self, key: str) -> Callable[[str], Tensor]:
+    def _encoder(self, key: str) -> Callable[[str], Tensor]:
         assert self.config.vision is not None
-        if getattr(self.config.vision, key).load:
+        if self.config.vision.encoders[key].load:
             value = released_values(self.config, key)
             return lambda name: value(f"{TOWERS}{key}.{name}")
-        return build_tower(self.config.vision, key).get_parameter
+        return build_encoder(self.config.vision, key).get_parameter
 
 
 def _reset(module: nn.Module) -> Callable[[str], Tensor]:

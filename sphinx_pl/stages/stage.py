@@ -13,7 +13,7 @@ import logging
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import torch
@@ -29,9 +29,10 @@ from sphinx_pl.distributed.checkpointing import TrainingCheckpointIO, group_name
 from sphinx_pl.distributed.sharded import Sharded
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.decoder import CHECKPOINTING, Decoder
-from sphinx_pl.models.encoders import Tower, build_towers
+from sphinx_pl.models.encoders.base import ENCODERS
 from sphinx_pl.models.placement import OneDevice, Placement
 from sphinx_pl.models.sphinx import Sphinx
+from sphinx_pl.models.vision import build_encoders
 from sphinx_pl.runtime.collectives import of_all_ranks
 from sphinx_pl.stages import gradients
 from sphinx_pl.stages.build import build_model
@@ -45,8 +46,8 @@ log = logging.getLogger(__name__)
 _FREE = (
     "model.decoder.max_positions",
     "model.decoder.balance_weight",
-    "model.vision.clip.quick_gelu",
     "model.vision.half_resize",
+    *(f"model.vision.encoders.{kind}.{key}" for kind, encoder in ENCODERS.items() for key in encoder.config_class.free),
 )
 """Model keys that a run may set differently from the run that trained the initial weights."""
 
@@ -70,7 +71,7 @@ class NonFiniteError(UserError):
 
 def parts_of(config: SphinxConfig) -> list[str]:
     """Return the names of the parts that a model of this configuration has."""
-    return ["decoder", *(["projections", *config.vision.towers] if config.vision else [])]
+    return ["decoder", *(["projections", *config.vision.encoders] if config.vision else [])]
 
 
 class Stage(L.LightningModule):
@@ -198,10 +199,10 @@ class Stage(L.LightningModule):
                 differing = differences(asdict(checkpoint.model_config.decoder), asdict(decoder), "model.decoder")
                 if differing := [difference for difference in differing if not difference.startswith(_FREE)]:
                     raise UserError(f"model.decoder.load={decoder.load} holds another decoder: {differing[0]} here")
-            if vision and any(getattr(vision, key).load for key in vision.towers):
-                for key, tower in build_towers(vision).items():
-                    if source := getattr(vision, key).load:
-                        check_pretrained(cast(Tower, tower), source)
+            if vision and any(config.load for config in vision.encoders.values()):
+                for encoder in build_encoders(vision).values():
+                    if encoder.config.load:
+                        check_pretrained(encoder, encoder.config.load)
 
     def setup(self, stage: str) -> None:
         strategy = self.trainer.strategy

@@ -14,6 +14,7 @@ _RENAMED = {
     r"data\.packing\.rows": "data.packing.micro_batch_rows",
     r"data\.mixing\.lanes": "data.mixing.partitions",
     r"(data\.(?:val_)?sources\..+|data\.test\..+)\.branches": r"\1.questions_per_sample",
+    r"model\.vision\.(?!encoders\.)(\w+)\.(\w+)": r"model.vision.encoders.\1.\2",
 }
 """The full name of an old key, as a regular expression -> the key's new name."""
 

@@ -1,4 +1,4 @@
-"""Released weights of the towers: the libraries' own models, saved in their layouts, compute the same in ours."""
+"""Released weights of the encoders: the libraries' own models, saved in their layouts, compute the same in ours."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sphinx_pl.checkpoints.encoders import LAYOUTS, find_files, load_pretrained, match, recognise
-from sphinx_pl.models.config import ClipViTConfig, ConvNextConfig, Dinov2Config, QFormerConfig
-from sphinx_pl.models.encoders import ClipViT, ConvNext, Dinov2, QFormer, Tower, map_to_tokens, resample_positions
-from sphinx_pl.models.views import CLIP_MEAN, CLIP_STD
+from sphinx_pl.checkpoints.encoders import find_files, load_pretrained, match, recognise
+from sphinx_pl.models.encoders.base import Encoder, ViewScheme
+from sphinx_pl.models.encoders.clip import ClipViT, ClipViTConfig
+from sphinx_pl.models.encoders.convnext import ConvNext, ConvNextConfig, map_to_tokens
+from sphinx_pl.models.encoders.dinov2 import Dinov2, Dinov2Config, resample_positions
+from sphinx_pl.models.encoders.qformer import QFormer, QFormerConfig
 from sphinx_pl.utils.errors import UserError
 from tests.checkpoints.conftest import cached
 from tests.conftest import REPOSITORY
@@ -39,7 +41,7 @@ def clip(**changes: Any) -> ClipViT:
 
 
 def convnext(**changes: Any) -> ConvNext:
-    return ConvNext(ConvNextConfig(**(CONVNEXT | changes)), patch_grid=4).eval()
+    return ConvNext(ConvNextConfig(**(CONVNEXT | changes)), ViewScheme(patch_grid=4)).eval()
 
 
 def dinov2(**changes: Any) -> Dinov2:
@@ -119,14 +121,14 @@ def images(size: int = 32) -> Tensor:
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
-def same(tower: Tower, source: Path, expected: Tensor, pixels: Tensor) -> None:
-    """`source` gives `expected`, in a tower that has weights and in one on the meta device."""
-    load_pretrained(tower, str(source))
-    torch.testing.assert_close(tower(pixels), expected, atol=1e-5, rtol=1e-5)
-    wanted = {name: value.clone() for name, value in tower.state_dict().items()}
-    tower.to("meta")
-    load_pretrained(tower, str(source))
-    assert all(torch.equal(value, wanted[name]) for name, value in tower.state_dict().items())
+def same(encoder: Encoder, source: Path, expected: Tensor, pixels: Tensor) -> None:
+    """`source` gives `expected`, in an encoder that has weights and in one on the meta device."""
+    load_pretrained(encoder, str(source))
+    torch.testing.assert_close(encoder(pixels), expected, atol=1e-5, rtol=1e-5)
+    wanted = {name: value.clone() for name, value in encoder.state_dict().items()}
+    encoder.to("meta")
+    load_pretrained(encoder, str(source))
+    assert all(torch.equal(value, wanted[name]) for name, value in encoder.state_dict().items())
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -192,19 +194,19 @@ def test_timms_clip(tmp_path: Path) -> None:
 def test_weights_of_another_gelu_are_refused(tmp_path: Path, file: str, config: dict[str, Any]) -> None:
     torch.save(open_clip_vit().state_dict(), tmp_path / "open_clip_pytorch_model.bin")
     (tmp_path / file).write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"set model\.vision\.clip\.quick_gelu=false"):
+    with pytest.raises(UserError, match=r"set model\.vision\.encoders\.clip\.quick_gelu=false"):
         load_pretrained(clip(), str(tmp_path))
     load_pretrained(clip(quick_gelu=False), str(tmp_path))
-    with pytest.raises(UserError, match=r"set model\.vision\.clip\.quick_gelu=false"):
+    with pytest.raises(UserError, match=r"set model\.vision\.encoders\.clip\.quick_gelu=false"):
         load_pretrained(clip(), "laion400m_e32")
 
 
 @pytest.mark.parametrize("key", ["clip", "convnext", "dinov2", "qformer"])
 def test_our_own_names(tmp_path: Path, key: str) -> None:
-    tower = shuffled(TOWERS[key]())
-    save_file(tower.state_dict(), tmp_path / "own.safetensors")
+    encoder = shuffled(ENCODERS[key]())
+    save_file(encoder.state_dict(), tmp_path / "own.safetensors")
     pixels = images(64 if key == "convnext" else 32)
-    same(TOWERS[key](), tmp_path / "own.safetensors", tower(pixels), pixels)
+    same(ENCODERS[key](), tmp_path / "own.safetensors", encoder(pixels), pixels)
 
 
 # -- ConvNeXt --------------------------------------------------------------------------------------------------------
@@ -229,20 +231,13 @@ def as_meta_names(state: State) -> State:
     return {**renamed, "mask_token": torch.zeros(1, 24)}
 
 
-def imagenet(pixels: Tensor) -> Tensor:
-    """Pixels normalised as for CLIP -> as DINOv2 was trained."""
-    values = (CLIP_STD, CLIP_MEAN, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    scale, shift, mean, deviation = (torch.tensor(v)[:, None, None] for v in values)
-    return (pixels * scale + shift - mean) / deviation
-
-
 @pytest.mark.parametrize("layout", ["timm", "Meta"])
 def test_dinov2(tmp_path: Path, layout: str) -> None:
     model = timm_dinov2()
     state = model.state_dict()
     torch.save(as_meta_names(state) if layout == "Meta" else state, tmp_path / "dinov2.pth")
     pixels = images()
-    same(dinov2(), tmp_path / "dinov2.pth", model.forward_features(imagenet(pixels)), pixels)
+    same(dinov2(), tmp_path / "dinov2.pth", model.forward_features(pixels), pixels)
 
 
 def test_transformers_dinov2(tmp_path: Path) -> None:
@@ -253,15 +248,15 @@ def test_transformers_dinov2(tmp_path: Path) -> None:
     model = shuffled(Dinov2Model(Config(use_swiglu_ffn=True, **sizes)))
     model.save_pretrained(tmp_path / "hf")
     pixels = images()
-    same(dinov2(), tmp_path / "hf", model(pixel_values=imagenet(pixels)).last_hidden_state, pixels)
+    same(dinov2(), tmp_path / "hf", model(pixel_values=pixels).last_hidden_state, pixels)
 
 
 def test_dinov2s_positions_follow_the_configuration(tmp_path: Path) -> None:
     state = timm_dinov2(40).state_dict()
     torch.save(as_meta_names(state), tmp_path / "dinov2.pth")
     resampled, kept = dinov2(), dinov2(position_grid=5)
-    for tower in (resampled, kept):
-        load_pretrained(tower, str(tmp_path / "dinov2.pth"))
+    for encoder in (resampled, kept):
+        load_pretrained(encoder, str(tmp_path / "dinov2.pth"))
     assert torch.equal(kept.model.pos_embed, state["pos_embed"])
     assert torch.equal(resampled.model.pos_embed, resample_positions(state["pos_embed"], 4))
     torch.testing.assert_close(kept(images()), resampled(images()))
@@ -346,7 +341,7 @@ def test_lavis_blip2(tmp_path: Path, files: str) -> None:
 
 
 def full_size() -> dict[str, tuple[str, Callable[[], nn.Module]]]:
-    """Published models on the meta device: the tower that each is for, and how to build it."""
+    """Published models on the meta device: the encoder that each is for, and how to build it."""
     import open_clip
     import timm
     from transformers import Blip2Config, Blip2ForConditionalGeneration, CLIPConfig, CLIPModel
@@ -370,16 +365,16 @@ def test_every_key_of_a_published_model_has_its_place(name: str) -> None:
     key, build = full_size()[name]
     with torch.device("meta"):
         model = build()
-        towers: dict[str, Tower] = {
+        encoders: dict[str, Encoder] = {
             "clip": ClipViT(ClipViTConfig()),
-            "convnext": ConvNext(ConvNextConfig(), patch_grid=16),
+            "convnext": ConvNext(ConvNextConfig(), ViewScheme(patch_grid=16)),
             "dinov2": Dinov2(Dinov2Config()),
             "qformer": QFormer(QFormerConfig()),
         }
     shapes = {n: tuple(value.shape) for n, value in model.state_dict().items()}
-    sources = match(towers[key], shapes)
+    sources = match(encoders[key], shapes)
     used = [theirs for source in sources.values() for theirs in source.names]
-    layout = recognise(towers[key], shapes)
+    layout = recognise(encoders[key], shapes)
     assert layout.name in name
     assert len(used) == len(set(used))
     assert all(layout.leaves_out(n) for n in shapes if n not in set(used))
@@ -401,12 +396,12 @@ def test_every_key_of_a_published_model_has_its_place(name: str) -> None:
 def test_names_lead_to_the_cache(cache: Path, source: str, repo: str) -> None:
     file = cached(cache, repo, "open_clip_model.safetensors")
     save_file(open_clip_vit().state_dict(), file)
-    tower = clip()
-    load_pretrained(tower, source)
-    assert torch.equal(tower.model.conv1.weight, load_file(file)["visual.conv1.weight"])
+    encoder = clip()
+    load_pretrained(encoder, source)
+    assert torch.equal(encoder.model.conv1.weight, load_file(file)["visual.conv1.weight"])
     cached(cache, repo, "open_clip_config.json").write_text('{"model_cfg": {"quick_gelu": false}}')
-    with pytest.raises(UserError, match="trained with exact GELU"):
-        load_pretrained(tower, source)
+    with pytest.raises(UserError, match="trained with quick_gelu=false"):
+        load_pretrained(encoder, source)
 
 
 def test_timms_and_blip2s_names_lead_to_the_cache(cache: Path) -> None:
@@ -431,7 +426,7 @@ def test_offline_the_message_says_what_to_put_where(cache: Path) -> None:
         load_pretrained(dinov2(), "vit_giant_patch14_dinov2.lvd142m")
     message = str(caught.value)
     assert "\n" not in message
-    assert message.startswith("model.vision.dinov2.load=vit_giant_patch14_dinov2.lvd142m: looked for model.safetensors")
+    assert message.startswith("model.vision.encoders.dinov2.load=vit_giant_patch14_dinov2.lvd142m: looked for ")
     assert "of timm/vit_giant_patch14_dinov2.lvd142m: neither in the cache" in message
     assert str(cache / "models--timm--vit_giant_patch14_dinov2.lvd142m") in message
     assert "HF_HUB_OFFLINE" in message
@@ -440,7 +435,7 @@ def test_offline_the_message_says_what_to_put_where(cache: Path) -> None:
 def test_a_name_that_is_none(cache: Path) -> None:
     with pytest.raises(UserError, match=r"neither a file nor a model's name, did you mean 'openai'"):
         load_pretrained(clip(), "openaii")
-    with pytest.raises(UserError, match=r"model\.vision\.dinov2\.load=no_such_model: neither a file nor a model's"):
+    with pytest.raises(UserError, match=r"model\.vision\.encoders\.dinov2\.load=no_such_model: neither a file nor"):
         load_pretrained(dinov2(), "no_such_model")
     with pytest.raises(UserError, match=r"did you mean 'laion400m_e32'"):
         load_pretrained(clip(), "ViT-L-14/laion400m_e33")
@@ -467,13 +462,13 @@ def test_a_folder_goes_before_a_repository_of_its_name(
 # -- mistakes --------------------------------------------------------------------------------------------------------
 
 
-def refused(tower: Tower, path: Path, match: str) -> None:
-    before = {name: value.clone() for name, value in tower.state_dict().items()}
+def refused(encoder: Encoder, path: Path, match: str) -> None:
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
     with pytest.raises(UserError, match=match) as caught:
-        load_pretrained(tower, str(path))
+        load_pretrained(encoder, str(path))
     assert "\n" not in str(caught.value)
-    assert str(caught.value).startswith(f"model.vision.{tower.key}.load={path}: ")
-    assert all(torch.equal(value, before[name]) for name, value in tower.state_dict().items())
+    assert str(caught.value).startswith(f"{encoder.config.section}.load={path}: ")
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
 
 
 def test_missing_extra_and_misshapen_keys_are_named(tmp_path: Path) -> None:
@@ -494,11 +489,11 @@ def test_missing_extra_and_misshapen_keys_are_named(tmp_path: Path) -> None:
     refused(clip(layers=1), changed(), r"unexpected: 'visual\.transformer\.resblocks\.1\.ln_1\.weight'")
 
 
-def test_weights_of_another_tower_are_refused(tmp_path: Path) -> None:
+def test_weights_of_another_encoder_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     torch.save(as_meta_names(timm_dinov2().state_dict()), path)
     refused(clip(), path, r"timm's layout.*missing: 'norm_pre\.weight'")
-    refused(convnext(), path, r"no key of these weights is this tower's: one is 'blocks\.0\.attn\.proj\.bias'")
+    refused(convnext(), path, r"no key of these weights is this encoder's: one is 'blocks\.0\.attn\.proj\.bias'")
     save_file(blip2().vision_model.state_dict(), tmp_path / "vision.safetensors")
     refused(dinov2(), tmp_path / "vision.safetensors", "no key of these weights")
     torch.save({}, path)
@@ -526,26 +521,28 @@ class Hostile:
         return os.system, (f"touch {os.environ['HOSTILE']}",)
 
 
-TOWERS: dict[str, Callable[[], Tower]] = {"clip": clip, "convnext": convnext, "dinov2": dinov2, "qformer": qformer}
+ENCODERS: dict[str, Callable[[], Encoder]] = {"clip": clip, "convnext": convnext, "dinov2": dinov2, "qformer": qformer}
 
 
-@pytest.mark.parametrize("key", TOWERS)
+@pytest.mark.parametrize("key", ENCODERS)
 def test_a_hostile_pickle_is_refused_and_executes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
     monkeypatch.setenv("HOSTILE", str(tmp_path / "executed"))
-    tower, path = TOWERS[key](), tmp_path / "weights.pth"
-    for layout in LAYOUTS[key]:
-        state = {theirs: torch.zeros(1) for name in tower.state_dict() for theirs in layout.source(name, tower).names}
+    encoder, path = ENCODERS[key](), tmp_path / "weights.pth"
+    for layout in encoder.published:
+        state = {
+            theirs: torch.zeros(1) for name in encoder.state_dict() for theirs in layout.source(name, encoder).names
+        }
         for content in (state | {"extra": Hostile()}, {"model": state, "optimizer": Hostile()}, Hostile()):
             torch.save(content, path)
-            refused(tower, path, "something else than tensors")
+            refused(encoder, path, "something else than tensors")
     torch.save(Hostile(), path, _use_new_zipfile_serialization=False)
-    refused(tower, path, "before 1.6")
+    refused(encoder, path, "before 1.6")
     path.write_bytes(pickle.dumps(Hostile()))
-    refused(tower, path, "damaged")
+    refused(encoder, path, "damaged")
     path.rename(tmp_path / "weights.safetensors")
-    refused(tower, tmp_path / "weights.safetensors", "damaged")
+    refused(encoder, tmp_path / "weights.safetensors", "damaged")
     assert not (tmp_path / "executed").exists()
 
 
@@ -562,7 +559,7 @@ def test_damaged_files_load_or_are_refused(tmp_path: Path) -> None:
     whole = path.read_bytes()
     with zipfile.ZipFile(path) as archive:
         parts = {name: archive.read(name) for name in archive.namelist()}
-    tower = clip()
+    encoder = clip()
     for seed in range(60):
         rng = random.Random(seed)
         if seed % 3:
@@ -572,7 +569,7 @@ def test_damaged_files_load_or_are_refused(tmp_path: Path) -> None:
         else:
             path.write_bytes(damaged(whole[:4096], rng) + whole[4096:])
         try:
-            load_pretrained(tower, str(path))
+            load_pretrained(encoder, str(path))
             counted["read"] += 1
         except UserError:
             counted["refused"] += 1
@@ -583,25 +580,24 @@ MEASURE = """
 import re, sys, torch
 from sphinx_pl.checkpoints import tensors
 from sphinx_pl.checkpoints.encoders import load_pretrained
-from sphinx_pl.models.config import Dinov2Config
-from sphinx_pl.models.encoders import Dinov2
+from sphinx_pl.models.encoders.dinov2 import Dinov2, Dinov2Config
 tensors.MAPPED_BYTES = 2**25
 with torch.device("meta"):
-    tower = Dinov2(Dinov2Config(image_size=28, width=1024, layers=6, heads=8, mlp_ratio=6.0))
+    encoder = Dinov2(Dinov2Config(image_size=28, width=1024, layers=6, heads=8, mlp_ratio=6.0))
 def peak():  # not ru_maxrss, which begins with the parent's
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 before = peak()
-load_pretrained(tower, sys.argv[1])
-print(peak() - before - sum(value.nbytes for value in tower.state_dict().values()))
+load_pretrained(encoder, sys.argv[1])
+print(peak() - before - sum(value.nbytes for value in encoder.state_dict().values()))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("kind", ["pth", "safetensors"])
-def test_memory_beyond_the_towers_is_that_of_one_mapping(tmp_path: Path, kind: str) -> None:
-    """A tower of 314 MiB, in a file with 128 MiB of something else; mappings are renewed every 32 MiB, not 512."""
-    tower = Dinov2(Dinov2Config(image_size=28, width=1024, layers=6, heads=8, mlp_ratio=6.0))
-    state = {n.removeprefix("model."): value for n, value in tower.state_dict().items()}
+def test_memory_beyond_the_encoders_is_that_of_one_mapping(tmp_path: Path, kind: str) -> None:
+    """An encoder of 314 MiB, in a file with 128 MiB of something else; mappings are renewed every 32 MiB, not 512."""
+    encoder = Dinov2(Dinov2Config(image_size=28, width=1024, layers=6, heads=8, mlp_ratio=6.0))
+    state = {n.removeprefix("model."): value for n, value in encoder.state_dict().items()}
     state["mask_token"] = torch.zeros(2**25)
     path = tmp_path / f"weights.{kind}"
     if kind == "pth":

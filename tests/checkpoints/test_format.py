@@ -19,7 +19,9 @@ from sphinx_pl.checkpoints.native import SphinxCheckpoint, write_checkpoint
 from sphinx_pl.checkpoints.tensors import TensorDict, same_bits
 from sphinx_pl.cli.checkpoint import main
 from sphinx_pl.cli.checkpoint import main as command
-from sphinx_pl.models.config import ClipViTConfig, QFormerConfig, SphinxConfig, VisionConfig
+from sphinx_pl.models.config import SphinxConfig, VisionConfig
+from sphinx_pl.models.encoders.clip import ClipViTConfig
+from sphinx_pl.models.encoders.qformer import QFormerConfig
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.utils.errors import UserError
 from tests.checkpoints.conftest import PROCESSOR, cached, random_tensors, small_config
@@ -76,10 +78,10 @@ def test_dtype_converts_floating_tensors_only(write: Write) -> None:
 
 VISION = VisionConfig(
     image_size=28,
-    clip=ClipViTConfig(image_size=28, patch_size=14, width=16, layers=1, heads=2),
-    convnext=None,
-    dinov2=None,
-    qformer=QFormerConfig(28, 14, 16, 1, 2, 32, 2, 16, 2, 2, 32, 2),
+    encoders={
+        "clip": ClipViTConfig(image_size=28, patch_size=14, width=16, layers=1, heads=2),
+        "qformer": QFormerConfig(28, 14, 16, 1, 2, 32, 2, 16, 2, 2, 32, 2),
+    },
 )
 
 

@@ -1,4 +1,4 @@
-"""Towers that are not written since a file that the configuration names has them."""
+"""Encoders that are not written since a file that the configuration names has them."""
 
 from __future__ import annotations
 
@@ -23,22 +23,20 @@ CLIP = "mixer.towers.clip."
 
 @pytest.fixture
 def model(tmp_path: Path) -> Sphinx:
-    """Its CLIP tower has a file of its own, which the configuration names."""
+    """Its CLIP has a file of its own, which the configuration names."""
     torch.manual_seed(0)
     config = tiny_model()
     assert config.vision is not None
-    assert config.vision.clip is not None
-    config.vision.clip.load = str(tmp_path / "clip.safetensors")
+    config.vision.encoders["clip"].load = str(tmp_path / "clip.safetensors")
     model = Sphinx(config)
     assert model.mixer is not None
-    save_file(model.mixer.towers["clip"].state_dict(), config.vision.clip.load)
+    save_file(model.mixer.towers["clip"].state_dict(), config.vision.encoders["clip"].load)
     return model
 
 
 def source(config: SphinxConfig) -> Path:
     assert config.vision is not None
-    assert config.vision.clip is not None
-    return Path(str(config.vision.clip.load))
+    return Path(str(config.vision.encoders["clip"].load))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -79,7 +77,7 @@ def test_a_source_that_is_gone_or_holds_something_else_is_noticed(write: Write, 
     with pytest.raises(UserError, match=r"leaves 'mixer.towers.clip.model.ln_pre.bias' to .* another value now"):
         checkpoint.tensor(f"{CLIP}model.ln_pre.bias")
     file.unlink()
-    with pytest.raises(UserError, match=r"model\.vision\.clip\.load=.*clip\.safetensors"):
+    with pytest.raises(UserError, match=r"model\.vision\.encoders\.clip\.load=.*clip\.safetensors"):
         open_checkpoint(folder).tensor(f"{CLIP}model.ln_pre.bias")
 
 

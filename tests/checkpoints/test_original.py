@@ -47,7 +47,8 @@ from sphinx_pl.generation.assistant import Assistant, Dialog
 from sphinx_pl.generation.generate import GenerationConfig, Prompt, generate
 from sphinx_pl.mixing.methods import mix_tensors
 from sphinx_pl.mixing.mix import MixRecipe, mix, needs_our_names, open_models, plan_mixture
-from sphinx_pl.models.encoders import map_to_tokens
+from sphinx_pl.models.encoders.clip import ClipViT
+from sphinx_pl.models.encoders.convnext import map_to_tokens
 from sphinx_pl.models.sphinx import Sphinx, packed_mask
 from sphinx_pl.utils.errors import UserError
 from tests.checkpoints.conftest import write_torch
@@ -79,7 +80,7 @@ def weight(name: str, shape: list[int]) -> Tensor:
 
 
 def shapes() -> dict[str, list[int]]:
-    """Everything but the towers of the golden model."""
+    """Everything but the encoders of the golden model."""
     width, ffn, found = 256, 704, {"llma.start_img": [1, 1, 256], "llma.end_img": [1, 1, 256]}
     for name in ("tok_embeddings", "output"):
         found[f"llma.{name}.weight"] = [512, width]
@@ -96,7 +97,7 @@ def shapes() -> dict[str, list[int]]:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """A folder in the original's layout with the golden model's decoder and projections, without towers."""
+    """A folder in the original's layout with the golden model's decoder and projections, without encoders."""
 
     def write(shards: int = 1, extra: dict[str, Tensor] | None = None, kind: str = "llama_ens") -> Path:
         folder = tmp_path / f"original-{shards}"
@@ -116,11 +117,14 @@ def write(tmp_path: Path) -> Write:
 
 
 class Given(nn.Module):
-    """A tower that has seen the image already."""
+    """An encoder that has seen the image already."""
 
     def __init__(self, tokens: Tensor) -> None:
         super().__init__()
-        self.tokens, self.view_size = tokens, 224
+        self.tokens = tokens
+
+    def views(self, pixels: Tensor) -> Tensor:
+        return torch.empty(len(pixels), 1, 0)
 
     def forward(self, views: Tensor) -> Tensor:
         return self.tokens.expand(len(views), -1, -1)
@@ -134,13 +138,13 @@ def golden() -> dict[str, Tensor]:
 
 @pytest.fixture
 def sphinx(write: Write, golden: dict[str, Tensor]) -> Sphinx:
-    """The golden model behind its towers, whose outputs for image a are given."""
+    """The golden model behind its encoders, whose outputs for image a are given."""
     checkpoint = open_checkpoint(write())
     with torch.device("meta"):
         model = Sphinx(checkpoint.model_config)
     assert model.mixer is not None
     towers = {key: golden[f"tower_{key}"] for key in ("clip", "dinov2", "qformer")}
-    towers["convnext"] = map_to_tokens(golden["tower_convnext"], repeats=2)
+    towers["convnext"] = map_to_tokens(golden["tower_convnext"], times=2)
     model.mixer.towers = nn.ModuleDict({key: Given(towers[key]) for key in model.mixer.towers})
     model.to_empty(device="cpu")
     copy_into(model.state_dict(), ((name, checkpoint.tensor(name)) for name in checkpoint))
@@ -309,7 +313,7 @@ with gzip.open(GOLDEN / "names.json.gz") as file:
 
 
 def unwritten(file: Path, content: Any) -> None:
-    """A file of torch.save with holes instead of values: full-size towers without their bytes."""
+    """A file of torch.save with holes instead of values: full-size encoders without their bytes."""
     with skip_data(materialize_fake_tensors=True):
         torch.save(content, file)
 
@@ -382,8 +386,7 @@ def test_differences_are_added_to_their_base(write: Write, tmp_path: Path) -> No
 def test_it_says_which_of_the_originals_defects_it_reproduces(write: Write, caplog: pytest.LogCaptureFixture) -> None:
     checkpoint = open_checkpoint(write())
     assert checkpoint.model_config.vision is not None
-    assert checkpoint.model_config.vision.clip is not None
-    assert not checkpoint.model_config.vision.clip.quick_gelu
+    assert not checkpoint.model_config.vision.encoders["clip"].quick_gelu
     assert checkpoint.model_config.vision.half_resize
     with torch.device("meta"):
         model = Sphinx(checkpoint.model_config)
@@ -472,7 +475,7 @@ def test_our_folders_are_mixed_into_the_originals_files(write: Write, tmp_path: 
     names = [f"consolidated.0{rank}-of-02.model.pth" for rank in range(2)]
     assert sorted(path.name for path in (tmp_path / "mixed").glob("*.pth")) == names
     parts = [torch.load(tmp_path / "mixed" / name, mmap=True)["model"] for name in names]
-    assert parts[0].keys() == parts[1].keys() >= shapes().keys()  # and what of the towers no model here uses
+    assert parts[0].keys() == parts[1].keys() >= shapes().keys()  # and what of the encoders no model here uses
     assert [part["llma.layers.0.attention.wq.weight"].shape[0] for part in parts] == [128, 128]
     mixed = open_checkpoint(tmp_path / "mixed")
     assert set(mixed) == set(theirs)
@@ -585,7 +588,7 @@ def test_full_size_round_trip_is_bit_for_bit(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.long
-def test_whole_path_with_full_size_towers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_whole_path_with_full_size_encoders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reference = reference_folder()
     checkpoint = open_checkpoint(make_released(reference, "llama_ens", tmp_path / "released", shards=2))
     model = Sphinx(checkpoint.model_config)
@@ -606,12 +609,14 @@ def test_whole_path_with_full_size_towers(tmp_path: Path, capsys: pytest.Capture
         assert_near(found.detach(), expected)
 
     pixels = torch.stack([load_image(record.images[0], 224) for record in DIALOGS])
-    check("pixels", model.normalise(pixels), measured["pixel_values"])
+    clip = model.mixer.encoders["clip"]
+    check("pixels", clip.views(pixels).flatten(0, 1), measured["pixel_values"])
     with torch.inference_mode():
-        view = model.normalise(pixels[:1])
-        for key, tower in model.mixer.towers.items():
+        view = clip.views(pixels[:1]).flatten(0, 1)
+        for key, encoder in model.mixer.encoders.items():
             expected = measured[f"tower_{key}"]
-            check(f"tower {key}", tower(view), map_to_tokens(expected, 2) if key == "convnext" else expected)
+            tokens = model.mixer.encode(encoder, pixels[:1])
+            check(f"encoder {key}", tokens, map_to_tokens(expected, 2) if key == "convnext" else expected)
         check("image tokens", model.embed_images(pixels)[:, 1:-1], measured["image_tokens_ab"][:, 0])
 
     samples = [processor.sample(record, "reference") for record in DIALOGS]
@@ -670,7 +675,7 @@ def test_whole_path_with_full_size_towers(tmp_path: Path, capsys: pytest.Capture
         )
         moved = (measured["nohalf/logits_a"] - measured["logits_a"])[0, : length - IMAGE_WORDS].abs().max()
         figures.append(f"float16 resizing moves logits by {float(moved):.1e} at most")
-        clip = model.mixer.towers["clip"]
+        assert isinstance(clip, ClipViT)
         exact = clip(view)
         for block in clip.model.transformer.resblocks:
             block.mlp.gelu = QuickGELU()

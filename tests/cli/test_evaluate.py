@@ -34,7 +34,8 @@ from sphinx_pl.evaluation.report.page import check_page
 from sphinx_pl.evaluation.rescore import rescore
 from sphinx_pl.evaluation.results import read_predictions
 from sphinx_pl.evaluation.runner import Prediction, evaluate
-from sphinx_pl.models.config import ClipViTConfig, DecoderConfig, SphinxConfig, VisionConfig
+from sphinx_pl.models.config import DecoderConfig, SphinxConfig, VisionConfig
+from sphinx_pl.models.encoders.clip import ClipViTConfig
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.settings.evaluate import EvaluateConfig
 from sphinx_pl.utils.config import pick
@@ -52,7 +53,7 @@ PROCESSOR = {"system": "", "decimals": 2, "max_length": 256}
 
 def tiny_config() -> SphinxConfig:
     clip = ClipViTConfig(image_size=32, patch_size=16, width=16, layers=1, heads=2)
-    vision = VisionConfig(image_size=32, clip=clip, convnext=None, dinov2=None, qformer=None)
+    vision = VisionConfig(image_size=32, encoders={"clip": clip})
     decoder = DecoderConfig(
         vocab_size=320, width=32, layers=2, heads=2, kv_heads=1, ffn_width=64, max_positions=512, tie_embeddings=True
     )

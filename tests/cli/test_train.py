@@ -30,9 +30,9 @@ from tests.scripts import Script, run_script
 # The sample model with every encoder and one layer each runs the same code in less time.
 SMALL = [
     "model.decoder.layers=1",
-    "model.vision.clip.layers=1",
-    "model.vision.dinov2.layers=1",
-    "model.vision.qformer.vision_layers=1",
+    "model.vision.encoders.clip.layers=1",
+    "model.vision.encoders.dinov2.layers=1",
+    "model.vision.encoders.qformer.vision_layers=1",
     "data.packing.micro_batch_rows=2",
     "data.val_samples=8",
     "trainer.accelerator=cpu",
@@ -457,7 +457,9 @@ WRONG = {
     "a folder to resume from": (["ckpt_path=conf", "overwrite=true"], "stage.init_from"),
     "nothing to train": (["stage.train_parts=[]"], "train_parts is empty"),
     "a kind of source that does not exist": (["data.sources.real.kind=image_txt"], "image_text"),
-    "no heads": (["model.vision.clip.heads=0"], "model.vision.clip.heads must be positive"),
+    "no heads": (["model.vision.encoders.clip.heads=0"], "model.vision.encoders.clip.heads must be positive"),
+    "an encoder's key of before": (["model.vision.clip.load=x"], "is called model.vision.encoders.clip.load now"),
+    "an encoder of before": (["model.vision.clip=null"], "did you mean model.vision.encoders.clip"),
     "no decimals": (["data.processor.decimals=0"], "data.processor.decimals=0"),
     "a wrong type": (["model.decoder.layers=two"], "model.decoder.layers"),
     "frozen parts kept in a way there is none": (["trainer=zero3_cpu", "trainer.strategy.frozen=half"], "frozen=half"),

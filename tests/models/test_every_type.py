@@ -39,9 +39,9 @@ def narrowed(name: str) -> SphinxConfig:
         values: Any = OmegaConf.to_container(compose("train", [f"model={name}"]).model, resolve=True)
     decoder = values["decoder"]
     decoder |= {"vocab_size": 512, "width": 16, "layers": 1, "heads": 2, "kv_heads": 2, "ffn_width": 16, "load": None}
-    for key, narrow in NARROW.items():
-        if values["vision"].get(key):
-            values["vision"][key] |= narrow | {"load": None}
+    for kind, sizes in values["vision"]["encoders"].items():
+        if sizes:
+            sizes |= NARROW[kind] | {"load": None}
     return SphinxConfig.from_dict(values)
 
 

@@ -7,7 +7,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from sphinx_pl.models.config import SphinxConfig
-from sphinx_pl.models.encoders import ClipViT, ConvNext, Dinov2, QFormer, Tower
+from sphinx_pl.models.vision import build_encoder
 from sphinx_pl.runtime.hydra_app import CONFIG_FOLDER
 
 pytestmark = pytest.mark.long
@@ -16,25 +16,12 @@ TOKENS = {"clip": (257, 1024), "convnext": (257, 3072), "dinov2": (257, 1536), "
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("key", TOKENS)
-def test_a_full_size_tower_encodes_an_image(key: str) -> None:
+@pytest.mark.parametrize("kind", TOKENS)
+def test_a_full_size_encoder_encodes_an_image(kind: str) -> None:
     with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
         vision = SphinxConfig.from_dict(compose("train", ["model=sphinx_13b"]).model).vision
     assert vision is not None
-    assert vision.clip
-    assert vision.convnext
-    assert vision.dinov2
-    assert vision.qformer
-    tower: Tower
-    match key:
-        case "clip":
-            tower = ClipViT(vision.clip)
-        case "convnext":
-            tower = ConvNext(vision.convnext, vision.patch_grid)
-        case "dinov2":
-            tower = Dinov2(vision.dinov2)
-        case _:
-            tower = QFormer(vision.qformer)
-    tokens = tower.eval()(torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0)))
-    assert tokens.shape == (1, *TOKENS[key])
+    encoder = build_encoder(vision, kind).eval()
+    tokens = encoder(torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0)))
+    assert tokens.shape == (1, *TOKENS[kind])
     assert torch.isfinite(tokens).all()

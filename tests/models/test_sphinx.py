@@ -163,7 +163,8 @@ def test_parts_hold_every_parameter_once(sample: Sphinx) -> None:
 
 def test_flops_agree_with_the_counter(sample: Sphinx) -> None:
     batch = make_batch([[(True, 40, [60, 20])], [(True, 90, [30])]], length=256)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    sample.requires_grad_(False)
+    with FlopCounterMode(display=False) as counter:
         sample.token_losses(batch)
     # Torch counts all pairs of a row's positions, of which the mask hides most.
     flops = TrainingFlops(sample).of(2 * 256, 2 * 256**2, int((batch.labels != IGNORE).sum()), 2) / 3
@@ -204,9 +205,9 @@ def test_real_sizes(name: str) -> None:
     width, light = model.config.decoder.width, "qformer" not in counts
     inputs, projections = (4608, 1) if light else (5632 + 768, 2)
     assert counts.pop("projections") == (inputs + 3 * projections + 2) * width
-    towers = {"clip": 303, "convnext": 843, "dinov2": 1136, "qformer": 1091}
-    left_out = ("clip", "qformer") if light else ()
+    encoders = {"clip": 303, "convnext": 843, "dinov2": 1136, "qformer": 1091}
+    absent = ("clip", "qformer") if light else ()
     assert {part: round(count / 1e6) for part, count in counts.items()} == {
-        part: count for part, count in towers.items() if part not in left_out
+        part: count for part, count in encoders.items() if part not in absent
     }
     assert model.config.name == name

@@ -29,7 +29,9 @@ FROZEN = "stage.train_parts=[decoder,projections]"
 # Not tiny: 30 million parameters, of which activations are the smaller half.
 SIZES = [f"model.decoder.{key}" for key in ("width=512", "heads=8", "kv_heads=8", "layers=8", "ffn_width=1408")]
 ROWS = ["data.packing.micro_batch_rows=2", "data.packing.row_length=256"]
-SHALLOW_TOWERS = [f"model.vision.{key}=1" for key in ("clip.layers", "dinov2.layers", "qformer.vision_layers")]
+SHALLOW_ENCODERS = [
+    f"model.vision.encoders.{key}=1" for key in ("clip.layers", "dinov2.layers", "qformer.vision_layers")
+]
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -111,7 +113,7 @@ def test_13b_on_512_gpus_from_the_command_line(tmp_path: Path) -> None:
     assert plan["largest_rows"] >= 1
     assert plan["steps_per_epoch"] is None
     assert plan["engine"]["kind"] == "zero3"
-    # 6 FLOPs a parameter and position, and attention and towers on top.
+    # 6 FLOPs a parameter and position, and attention and encoders on top.
     tokens = 512 * 4096
     assert 6 * 13.0e9 * tokens < plan["flops_per_step"] < 1.4 * 6 * 13.0e9 * tokens
     assert plan["hours"] == pytest.approx(180000 * plan["flops_per_step"] / (512 * 989e12 * 0.4) / 3600)
@@ -119,8 +121,8 @@ def test_13b_on_512_gpus_from_the_command_line(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_says_what_would() -> None:
-    towers = [*SHALLOW_TOWERS, "model.vision.convnext.depths=[1,1,1,1]"]  # the decoder alone is too large
-    cfg = composed(*PAPER, *towers, "trainer=zero3", "trainer.devices=8", "plan_for.gpu=A100-40GB")
+    encoders = [*SHALLOW_ENCODERS, "model.vision.encoders.convnext.depths=[1,1,1,1]"]  # the decoder alone is too large
+    cfg = composed(*PAPER, *encoders, "trainer=zero3", "trainer.devices=8", "plan_for.gpu=A100-40GB")
     plan = make_plan(cfg)
     assert not plan.fits
     assert plan.largest_rows == 0
@@ -130,7 +132,7 @@ def test_what_does_not_fit_says_what_would() -> None:
 
 
 def test_data_that_is_there_is_looked_at(sample_data: Path) -> None:
-    model = ["model=sphinx_sample", *SHALLOW_TOWERS, "model.vision.convnext.depths=[1,1]"]
+    model = ["model=sphinx_sample", *SHALLOW_ENCODERS, "model.vision.encoders.convnext.depths=[1,1]"]
     plan = make_plan(composed(*model, "trainer=cpu", f"data.root={sample_data}"))
     assert plan.content.source == "measured"
     assert 0.5 * plan.row_length < plan.content.tokens <= plan.row_length

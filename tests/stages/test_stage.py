@@ -145,17 +145,16 @@ def test_released_weights_are_checked_before_anything_is_built(
 
     config = tiny_model()
     assert config.vision is not None
-    assert config.vision.clip is not None
-    assert config.vision.dinov2 is not None
-    config.decoder.load, config.vision.clip.load = str(weights), str(tower)
+    encoders = config.vision.encoders
+    config.decoder.load, encoders["clip"].load = str(weights), str(tower)
     stage = Stage(config, "second", ALL, OPTIM, max_steps=1)
     stage.configure_model()
     for name, value in first.state_dict().items():
         if name.startswith(("decoder.", "mixer.towers.clip.")):
             assert torch.equal(stage.sphinx.state_dict()[name], value), name
 
-    config.vision.dinov2.load = str(tower)
-    with pytest.raises(UserError, match=r"model\.vision\.dinov2\.load=.*clip\.safetensors"):
+    encoders["dinov2"].load = str(tower)
+    with pytest.raises(UserError, match=r"model\.vision\.encoders\.dinov2\.load=.*clip\.safetensors"):
         stage.check()
     config.decoder.rope_theta = 500.0  # which no shape shows
     with pytest.raises(UserError, match=r"another decoder: model\.decoder\.rope_theta is 10000\.0 and 500\.0"):
@@ -163,10 +162,10 @@ def test_released_weights_are_checked_before_anything_is_built(
 
     config = tiny_model()
     assert config.vision is not None
-    assert config.vision.clip is not None
-    config.vision.clip.quick_gelu = not config.vision.clip.quick_gelu
+    clip = config.vision.encoders["clip"]
+    clip.quick_gelu = not clip.quick_gelu
     Stage(config, "third", ALL, OPTIM, max_steps=1, init_from=str(weights)).check(processor)
-    assert "model.vision.clip.quick_gelu" in caplog.text
+    assert "model.vision.encoders.clip.quick_gelu" in caplog.text
 
 
 def records_of_every_task(folder: Path) -> dict[str, list[Record]]:
