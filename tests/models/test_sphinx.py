@@ -163,11 +163,12 @@ def test_parts_hold_every_parameter_once(sample: Sphinx) -> None:
 
 def test_flops_agree_with_the_counter(sample: Sphinx) -> None:
     batch = make_batch([[(True, 40, [60, 20])], [(True, 90, [30])]], length=256)
+    training = TrainingFlops(sample)
     sample.requires_grad_(False)
     with FlopCounterMode(display=False) as counter:
         sample.token_losses(batch)
     # Torch counts all pairs of a row's positions, of which the mask hides most.
-    flops = TrainingFlops(sample).of(2 * 256, 2 * 256**2, int((batch.labels != IGNORE).sum()), 2) / 3
+    flops = training.of(2 * 256, 2 * 256**2, int((batch.labels != IGNORE).sum()), 2) / 3
     assert flops == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
