@@ -9,20 +9,23 @@ import random
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from sphinx_pl.checkpoints.layout import write_parallel
 from torch import Tensor
 
 from perf.harness import TOKENIZER, Process, run_process
-from sphinx_pl.checkpoints.format import TensorInfo, open_checkpoint, same_bits
+from sphinx_pl.checkpoints.format import open_checkpoint
 from sphinx_pl.checkpoints.original import decoder_sizes, shipped_model
+from sphinx_pl.checkpoints.output import Entry, TorchOutput
+from sphinx_pl.checkpoints.tensors import TensorDict, TensorInfo, same_bits
 from sphinx_pl.checkpoints.torch_shards import split
 from sphinx_pl.checkpoints.training import consolidate
+from sphinx_pl.checkpoints.writer import write_file
 from sphinx_pl.distributed.checkpointing import PREFIX
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.decoder import Decoder
@@ -43,11 +46,13 @@ def import_13b(folder: Path, layers: int) -> tuple[int, Process]:
         meta = {name: torch.empty(shape, device="meta", dtype=torch.bfloat16) for name, shape in shapes.items()}
         infos = {n: TensorInfo(tuple(split(n, tensor, 2)[rank].shape), tensor.dtype) for n, tensor in meta.items()}
 
-        def value(name: str, infos: dict[str, TensorInfo] = infos) -> Tensor:
-            start = generator.randrange(POOL - infos[name].numel)
-            return pool[start : start + infos[name].numel].view(infos[name].shape)
+        def value(info: TensorInfo) -> Tensor:
+            start = generator.randrange(POOL - info.numel)
+            return pool[start : start + info.numel].view(info.shape)
 
-        write_parallel(released / f"consolidated.{rank:02d}.pth", infos, value)
+        name = f"consolidated.{rank:02d}.pth"
+        entries = {n: Entry(info, None, partial(value, info)) for n, info in infos.items()}
+        write_file(released / name, TorchOutput(name, entries), TensorDict({}))
     (released / "params.json").write_text(json.dumps(decoder_sizes(config)))
     shutil.copyfile(TOKENIZER, released / "tokenizer.model")
     out = folder / "imported"
