@@ -238,7 +238,7 @@ class OriginalCheckpoint(Checkpoint):
         if self.is_delta:
             raise UserError(
                 f"'{self.path}' holds differences to a base model: add them to it first, with "
-                "`python -m sphinx_pl.cli.checkpoint import … --base FOLDER`"
+                "`sphinx-checkpoint import … --base FOLDER`"
             )
         super().check(module, part)
 

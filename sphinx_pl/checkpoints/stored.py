@@ -322,7 +322,7 @@ class OurNames(Stored):
         if _is_delta(checkpoint):
             raise UserError(
                 f"'{checkpoint.path}' holds differences to a base model: add them to it first, with "
-                "`python -m sphinx_pl.cli.checkpoint import … --base FOLDER`"
+                "`sphinx-checkpoint import … --base FOLDER`"
             )
         self.checkpoint = checkpoint
         self.path, self.provenance = checkpoint.path, checkpoint.provenance

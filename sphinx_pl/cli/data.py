@@ -1,4 +1,4 @@
-"""`python -m sphinx_pl.cli.data COMMAND [option=value ...] [override ...]`: look at data before training on it.
+"""`sphinx-data COMMAND [option=value ...] [override ...]`: look at data before training on it.
 
 What is not an option of the command overrides conf/train.yaml, so a command sees the data that train.py with the same
 overrides would train on.
@@ -245,7 +245,7 @@ def _usage() -> str:
         own = " ".join(f"{field.name}={field.default}" for field in dataclasses.fields(command.options))
         lines += [f"    {name:12s}{command.help} ({own})"]
     return "\n".join(
-        [*lines, "", "    python -m sphinx_pl.cli.data show experiment=demo stage=finetune n=64 out=page.html"]
+        [*lines, "", "    sphinx-data show experiment=demo stage=finetune n=64 out=page.html"]
     )
 
 

@@ -1,4 +1,4 @@
-"""`python -m sphinx_pl.cli.pipeline [COMMAND] [override ...] [STEP:override ...]`: a whole recipe, step after step.
+"""`sphinx-pipeline [COMMAND] [override ...] [STEP:override ...]`: a whole recipe, step after step.
 
     run      (or no command) run what is not done; with launcher=slurm submit it
     status   where it is; exit code 1 if something failed
@@ -45,7 +45,7 @@ def run(arguments: Sequence[str]) -> int:
         return slurm.submit(recipe)
     slurm.check_none_queued(State(recipe.folder))
     again = [argument for argument in arguments if not argument.startswith(("redo=", "keep="))]
-    return local.run(recipe, shlex.join(["python", "-m", "sphinx_pl.cli.pipeline", *again]))
+    return local.run(recipe, shlex.join(["sphinx-pipeline", *again]))
 
 
 def show(arguments: Sequence[str]) -> int:

@@ -390,7 +390,7 @@ def check_init_from(cfg: DictConfig) -> None:
     earlier = start.with_name(run_folder.BEFORE)
     instead = f"; the model of an earlier run is in {earlier}" if earlier.exists() else ""
     raise UserError(
-        f"stage.init_from={start} does not exist: '{command}' makes it, `python -m sphinx_pl.cli.pipeline` runs all "
+        f"stage.init_from={start} does not exist: '{command}' makes it, `sphinx-pipeline` runs all "
         f"steps, and stage.init_from=null starts from new weights{instead}"
     )
 

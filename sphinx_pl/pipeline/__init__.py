@@ -1,1 +1,1 @@
-"""A whole recipe as a chain of steps: `python -m sphinx_pl.cli.pipeline`. docs/pipeline.md explains its use."""
+"""A whole recipe as a chain of steps: `sphinx-pipeline`. docs/pipeline.md explains its use."""

@@ -96,7 +96,7 @@ def script(step: Step, state: State, name: str) -> str:
         + header
         + textwrap.dedent(
             f"""\
-            # Step {step.name} of {name}, written by `python -m sphinx_pl.cli.pipeline`.
+            # Step {step.name} of {name}, written by `sphinx-pipeline`.
             # By hand: sbatch {log.with_suffix(".sh")}
             # The shell outlives signals that are meant for the step, to write down how it ended.
             trap : TERM INT USR1 USR2
@@ -187,7 +187,7 @@ def submit(recipe: Recipe) -> int:
             after = f" after {', '.join(depends[step.name])}" if depends[step.name] else ""
             print(f"{step.name}: job {job}{after} ({to_submit[step.name]}): {shown(step.command)}", flush=True)
     print(
-        f"logs: {state.folder}/STEP.log; `python -m sphinx_pl.cli.pipeline status` with the same overrides: where it is"
+        f"logs: {state.folder}/STEP.log; `sphinx-pipeline status` with the same overrides: where it is"
     )
     return 0
 
@@ -244,7 +244,7 @@ def check_none_queued(state: State) -> None:
     if mine := [job for job in jobs if job in queued]:
         raise UserError(
             f"{state.folder.parent}: this pipeline has jobs in SLURM's queue ({', '.join(mine)}): launcher=slurm goes "
-            "on with them, `python -m sphinx_pl.cli.pipeline cancel` with the same overrides cancels them"
+            "on with them, `sphinx-pipeline cancel` with the same overrides cancels them"
         )
 
 

@@ -1,4 +1,4 @@
-"""`python -m sphinx_pl.cli.data`: the mixture's table and the search for duplicates, as a user calls them."""
+"""`sphinx-data`: the mixture's table and the search for duplicates, as a user calls them."""
 
 from __future__ import annotations
 

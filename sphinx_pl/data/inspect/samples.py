@@ -1,6 +1,6 @@
 """One page with the samples as the model will see them: the first thing to do with a new data set.
 
-    python -m sphinx_pl.cli.data show experiment=demo stage=finetune n=64 out=page.html
+    sphinx-data show experiment=demo stage=finetune n=64 out=page.html
 
 Nothing here is a second way to read data: windows come from the planner, micro-batches from the collator, and what is
 a target is what `Batch.labels` says. Everything from data is untrusted and reaches the page escaped.

@@ -49,7 +49,7 @@ class PairFilters:
     parrot_share: float = 0.5
     """Share of the caption's words, in the OCR column too, from which on it is left out."""
     duplicates: Optional[str] = None
-    """A file of `python -m sphinx_pl.cli.data duplicates`: all but the first of equal pairs."""
+    """A file of `sphinx-data duplicates`: all but the first of equal pairs."""
 
     def __post_init__(self) -> None:
         for column, conditions in self.columns.items():
@@ -118,7 +118,7 @@ class PairFilters:
         except (OSError, ValueError) as error:
             raise UserError(
                 f"filters.duplicates={self.duplicates} cannot be read ({error}): make it with "
-                "`python -m sphinx_pl.cli.data duplicates`"
+                "`sphinx-data duplicates`"
             ) from None
         return found
 
