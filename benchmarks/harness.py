@@ -219,7 +219,14 @@ def run_evaluate(out: Path, checkpoint: Path, sample: Path) -> dict[str, float]:
     """evaluate.py's score for the same questions."""
     folder = out / "evaluate"
     source = f"{{kind: instructions, path: {out.resolve() / 'questions.json'}}}"
-    command = [sys.executable, "-m", "evaluate", f"checkpoint={checkpoint}", f"out={folder}", f"data.root={sample}"]
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx_pl.cli.evaluate",
+        f"checkpoint={checkpoint}",
+        f"out={folder}",
+        f"data.root={sample}",
+    ]
     command += [f"data.test.tasks={source}", "shuffled=false", "constant=0", "device=cpu"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -244,9 +244,7 @@ def _usage() -> str:
     for name, command in sorted(COMMANDS.items()):
         own = " ".join(f"{field.name}={field.default}" for field in dataclasses.fields(command.options))
         lines += [f"    {name:12s}{command.help} ({own})"]
-    return "\n".join(
-        [*lines, "", "    sphinx-data show experiment=demo stage=finetune n=64 out=page.html"]
-    )
+    return "\n".join([*lines, "", "    sphinx-data show experiment=demo stage=finetune n=64 out=page.html"])
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from sphinx_pl.runtime import run_folder, signals, slurm
-from sphinx_pl.runtime.hydra_app import entry_point
+from sphinx_pl.runtime.hydra_app import command_of, entry_point
 from sphinx_pl.runtime.run_folder import RunFolder
 from sphinx_pl.settings.train import TrainConfig, check_machine, check_train, stage_keys
 from sphinx_pl.utils.errors import UserError
@@ -381,10 +381,10 @@ def check_init_from(cfg: DictConfig) -> None:
         return
     step, *rest = start.relative_to(output).parts
     if rest == ["model"]:
-        command = f"python train.py stage={step}"
+        command = f"{command_of('train')} stage={step}"
     elif not rest and step == "mixed":
         models = f"{output}/pretrain_real/model,{output}/pretrain_synthetic/model"
-        command = f"python mix_weights.py checkpoints=[{models}] beta=0.5 out={start}"
+        command = f"{command_of('mix_weights')} checkpoints=[{models}] beta=0.5 out={start}"
     else:
         return
     earlier = start.with_name(run_folder.BEFORE)
@@ -417,8 +417,8 @@ def say_where(model: Path | None, folder: Path) -> str:
         return f"training has ended; {shown(folder)} holds no model, since callbacks.export writes none"
     path = shown(model)
     return (
-        f"the model is in {path}: score it with `python evaluate.py checkpoint={path}`, "
-        f"talk to it with `python chat.py checkpoint={path}`"
+        f"the model is in {path}: score it with `{command_of('evaluate')} checkpoint={path}`, "
+        f"talk to it with `{command_of('chat')} checkpoint={path}`"
     )
 
 

@@ -19,7 +19,15 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from sphinx_pl.runtime.hydra_app import MISTAKES, as_typed, check_packages, compose_config, explain_override, one_line
+from sphinx_pl.runtime.hydra_app import (
+    MISTAKES,
+    as_typed,
+    check_packages,
+    compose_config,
+    explain_override,
+    is_here,
+    one_line,
+)
 from sphinx_pl.runtime.ranks import count_devices
 from sphinx_pl.utils.config import CONFIG_FOLDER, build, refuse_unread
 from sphinx_pl.utils.errors import UserError, suggest
@@ -356,9 +364,7 @@ def _module_step(
 
 def interpreter(script: str) -> list[str]:
     """`python train.py` in the repository, `python -m sphinx_pl.cli.train` elsewhere."""
-    file = Path(f"{script}.py")
-    here = file.is_file() and file.resolve() == CONFIG_FOLDER.parent.parent / file
-    return [sys.executable, str(file)] if here else [sys.executable, "-m", f"sphinx_pl.cli.{script}"]
+    return [sys.executable, *([f"{script}.py"] if is_here(script) else ["-m", f"sphinx_pl.cli.{script}"])]
 
 
 def _made_by_training(cfg: dict[str, Any], folder: Path) -> Path:

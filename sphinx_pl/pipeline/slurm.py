@@ -186,9 +186,7 @@ def submit(recipe: Recipe) -> int:
             call("scontrol", "release", job)
             after = f" after {', '.join(depends[step.name])}" if depends[step.name] else ""
             print(f"{step.name}: job {job}{after} ({to_submit[step.name]}): {shown(step.command)}", flush=True)
-    print(
-        f"logs: {state.folder}/STEP.log; `sphinx-pipeline status` with the same overrides: where it is"
-    )
+    print(f"logs: {state.folder}/STEP.log; `sphinx-pipeline status` with the same overrides: where it is")
     return 0
 
 

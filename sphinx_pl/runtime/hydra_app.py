@@ -45,6 +45,21 @@ INTERRUPTED = 128 + signal.SIGINT
 """Exit code, as a shell's."""
 
 
+INSTALLED = {"train": "sphinx-train", "mix_weights": "sphinx-mix", "evaluate": "sphinx-evaluate", "chat": "sphinx-chat"}
+"""The command that an installation has for each script of the repository."""
+
+
+def is_here(script: str) -> bool:
+    """Whether the working folder is the repository, so that `python train.py` runs this code."""
+    file = Path(f"{script}.py")
+    return file.is_file() and file.resolve() == CONFIG_FOLDER.parent.parent / file
+
+
+def command_of(script: str) -> str:
+    """`python train.py` in the repository, the installed command `sphinx-train` elsewhere."""
+    return f"python {script}.py" if is_here(script) else INSTALLED[script]
+
+
 def one_line(error: BaseException) -> str:
     """The sentence to print. Hydra wraps errors of what it instantiates; the cause is what the user did."""
     cause: BaseException | None = error

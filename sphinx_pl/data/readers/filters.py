@@ -117,8 +117,7 @@ class PairFilters:
             found: npt.NDArray[np.uint64] = np.load(self.duplicates, mmap_mode="r")
         except (OSError, ValueError) as error:
             raise UserError(
-                f"filters.duplicates={self.duplicates} cannot be read ({error}): make it with "
-                "`sphinx-data duplicates`"
+                f"filters.duplicates={self.duplicates} cannot be read ({error}): make it with `sphinx-data duplicates`"
             ) from None
         return found
 

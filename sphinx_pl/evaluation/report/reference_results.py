@@ -1,4 +1,4 @@
-"""Numbers of other models that somebody published, each with its source: published.yaml."""
+"""Numbers of other models that somebody published, each with its source: reference_results.yaml."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import yaml
 from sphinx_pl.utils.config import build
 from sphinx_pl.utils.errors import UserError
 
-FILE = Path(__file__).with_name("published.yaml")
+FILE = Path(__file__).with_name("reference_results.yaml")
 
 
 @dataclass(frozen=True)
