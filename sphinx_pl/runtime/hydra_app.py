@@ -390,7 +390,10 @@ def entry_point(
                 return run()
             except BaseException as error:
                 note_failure(error)
-                given = get_args_parser().parse_known_args(sys.argv[1:])[0].overrides
+                parsed = get_args_parser().parse_known_args(sys.argv[1:])[0]
+                given = list(parsed.overrides)
+                if parsed.config_dir:  # what explains a mistake composes without the command line's options
+                    given.append(f"hydra.searchpath=[file://{Path(parsed.config_dir).absolute()}]")
                 if isinstance(error, HydraException) and os.environ.get(TRACEBACK) != "1":
                     try:
                         error = explain_override(error, CONFIG_FOLDER, config_name, given, check) or error
