@@ -102,6 +102,16 @@ def test_an_editable_installation_has_the_same_names(tmp_path: Path) -> None:
     assert specs == ["None"] * 4
 
 
+def test_our_script_does_not_hide_the_package_evaluate(tmp_path: Path) -> None:
+    code = "import sys; sys.path.append('packages'); import evaluate; print(evaluate.LOADED)"
+    shutil.copy(REPOSITORY / "evaluate.py", tmp_path)
+    error = run(sys.executable, "-c", code, cwd=tmp_path, code=1)
+    assert "No module named" in error or "no package 'evaluate' is installed" in error
+    (tmp_path / "packages" / "evaluate").mkdir(parents=True)
+    (tmp_path / "packages" / "evaluate" / "__init__.py").write_text("LOADED = 'theirs'\n")
+    assert run(sys.executable, "-c", code, cwd=tmp_path) == "theirs\n"
+
+
 @pytest.mark.parametrize("script", ["train", "mix_weights", "evaluate"])
 def test_an_installed_script_explains_itself_from_any_folder(installed: Path, tmp_path: Path, script: str) -> None:
     help_text = run(sys.executable, "-m", f"sphinx_pl.cli.{script}", "--help", cwd=tmp_path, PYTHONPATH=str(installed))
@@ -161,6 +171,9 @@ def test_it_works_beside_evaluate_and_lmms_eval(environment: str, tmp_path: Path
     assert {name for name in top if name != ".." and not name.endswith(".dist-info")} == PACKAGES
     theirs = call("python", "-c", "import evaluate; print(evaluate.__file__, hasattr(evaluate, 'load'))").split()
     assert theirs == [str(site / "evaluate" / "__init__.py"), "True"]
+
+    here = run(binaries / "python", "-c", "import evaluate; print(evaluate.__file__)", cwd=REPOSITORY).strip()
+    assert here == theirs[0]  # and not our script
 
     call("python", "-m", "sphinx_pl.cli.sample", "--out", "data/sample", "--scale", "0.02")
     for stage in ("pretrain_real", "pretrain_synthetic"):

@@ -23,13 +23,13 @@ def commands(*arguments: str) -> dict[str, str]:
     return {name: " ".join(step.command[1:]) for name, step in load(arguments).steps.items()}
 
 
-def test_the_demo_is_what_the_readme_lists() -> None:
+def test_the_demo_is_what_the_quickstart_lists() -> None:
     found = commands("experiment=demo")
     assert list(found) == [
         *("data", "pretrain_real", "pretrain_synthetic", "mix", "finetune", "pretrain_synthetic_notext", "evaluate")
     ]
-    readme = (REPOSITORY / "README.md").read_text().replace(" \\\n    ", " ")
-    listed = [line.partition("#")[0].split() for line in readme.splitlines() if line.startswith("python ")]
+    page = (REPOSITORY / "docs" / "quickstart.md").read_text().replace(" \\\n    ", " ")
+    listed = [line.partition("#")[0].split() for line in page.splitlines() if line.startswith("python ")]
     # What the pipeline says though it is the default: the recipe, its folders, and how a step goes on.
     said = {"experiment=demo", "output_dir=outputs/demo", "data.root=data/sample", "--scale", "1"}
     said |= {"ckpt_path=last", "overwrite=true", "++data.sources.chat=null"}
