@@ -1,8 +1,8 @@
 """README and docs: every command is run, links lead somewhere, and lines of prose are short.
 
-`test_a_command_of_the_docs_is_accepted` composes or parses each command. What runs it is one of: `make demo`, whose
-steps tests/pipeline/test_recipe.py compares with the quickstart; the long test here, in the order of the pages; a test that `ELSEWHERE` names.
-Only commands that `NEEDS` names need what is not here, and are composed and no more.
+`test_a_command_of_the_docs_is_accepted` composes or parses each command. One of these runs it: `make demo`, whose steps
+tests/pipeline/test_recipe.py compares with the quickstart; the long test here, in the order of the pages; a test that
+`ELSEWHERE` names. Only commands that `NEEDS` names need what is not here, and are composed and no more.
 """
 
 from __future__ import annotations
