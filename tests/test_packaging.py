@@ -93,13 +93,13 @@ def test_an_editable_installation_has_the_same_names(tmp_path: Path) -> None:
         shutil.copy(REPOSITORY / name, clone / name, follow_symlinks=False)
     options = ["--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check"]
     run(sys.executable, "-m", "pip", "install", *options, "--target", target, "-e", clone, cwd=tmp_path)
-    imports = "import sphinx_pl.callbacks.export as export, sphinx_pl.conf, hydra_plugins.sphinx_pl_slurm"
     # A finder maps the two packages, so the scripts in the clone are not importable by their plain names.
-    code = f"import site; site.addsitedir({str(target)!r}); {imports}; import importlib.util as u; "
-    code += "print(export.__file__, *[u.find_spec(name) for name in ('train', 'mix_weights', 'chat', 'callbacks')])"
-    place, *specs = run(sys.executable, "-I", "-c", code, cwd=tmp_path).split()
-    assert place == str(clone / "sphinx_pl" / "callbacks" / "export.py")
-    assert specs == ["None"] * 4
+    names = ("sphinx_pl.callbacks.export", "hydra_plugins.sphinx_pl_slurm", "train", "mix_weights", "callbacks", "conf")
+    code = f"import site; site.addsitedir({str(target)!r}); from importlib.util import find_spec; "
+    code += f"specs = [find_spec(name) for name in {names}]; print(*(spec and spec.origin for spec in specs))"
+    places = run(sys.executable, "-I", "-S", "-c", code, cwd=tmp_path).split()  # -S: nor what is installed here
+    callback, plugin = ("sphinx_pl/callbacks/export.py", "hydra_plugins/sphinx_pl_slurm.py")
+    assert places == [str(clone / callback), str(clone / plugin), *["None"] * 4]
 
 
 def test_our_script_does_not_hide_the_package_evaluate(tmp_path: Path) -> None:
