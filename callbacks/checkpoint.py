@@ -105,20 +105,31 @@ def write_training_checkpoint(trainer: L.Trainer, path: Path, config: Path | Non
         if trainer.is_global_zero:
             shutil.rmtree(partial, ignore_errors=True)  # what is written next, such as a log, needs the room
         raise
-    trainer.strategy.barrier()
 
 
 def _write(trainer: L.Trainer, partial: Path, path: Path, config: Path | None) -> None:
+    trainer.save_checkpoint(partial)
+    failure: OSError | None = getattr(trainer.strategy.checkpoint_io, "failure", None)
+    if trainer.is_global_zero and failure is None:
+        try:
+            _describe(trainer, partial, config)
+            move_into_place(partial, path)
+        except OSError as error:
+            failure = error
+    # The others raise it too: alone, the first one would leave them waiting for it.
+    reason = (failure.errno, failure.strerror, failure.filename) if failure is not None else None
+    if reasons := [one for one in of_all_ranks(reason, trainer.world_size) if one is not None]:
+        raise OSError(*reasons[0]) from failure
+
+
+def _describe(trainer: L.Trainer, partial: Path, config: Path | None) -> None:
     stage: Any = trainer.lightning_module
     assert isinstance(stage, Stage)
-    trainer.save_checkpoint(partial)
-    if trainer.is_global_zero:
-        processor = trainer.datamodule.processor
-        composed: Any = OmegaConf.to_container(OmegaConf.load(config)) if config else None
-        origin = provenance(stage=stage.name, config=composed, parents=stage.parents) | {"steps": trainer.global_step}
-        describe(partial, stage.config.to_dict(), processor.to_dict(), processor.tokenizer.path, origin)
-        sync(*partial.iterdir(), partial)
-        move_into_place(partial, path)
+    processor = trainer.datamodule.processor
+    composed: Any = OmegaConf.to_container(OmegaConf.load(config)) if config else None
+    origin = provenance(stage=stage.name, config=composed, parents=stage.parents) | {"steps": trainer.global_step}
+    describe(partial, stage.config.to_dict(), processor.to_dict(), processor.tokenizer.path, origin)
+    sync(*partial.iterdir(), partial)
 
 
 def training_bytes(stage: Stage, strategy: Any) -> int:

@@ -17,6 +17,7 @@ import torch
 
 from sphinx_pl.data.datamodule import TrainLoader
 from sphinx_pl.data.schema import Batch
+from sphinx_pl.data.skip import split_counter
 from sphinx_pl.planning.flops import TrainingFlops
 from sphinx_pl.planning.gpus import flops_of_device
 from sphinx_pl.runtime.collectives import of_all_ranks
@@ -268,13 +269,12 @@ def peak_memory(device: torch.device) -> int:
 
 def data_metrics(counters: dict[str, int]) -> dict[str, float]:
     """`data/<what>/<source>` (an event's too) and `data/skipped/<source>/<reason>` from counters named
-    `source/what[/reason]` (while samples are drawn) or `skipped/source/reason` (while images are decoded)."""
+    `source/what[/reason]` and `skipped/source/reason`."""
     metrics: Counter[str] = Counter()
     for key, count in counters.items():
         if "/" not in key:
             continue
-        source, what, *reason = key.split("/", 2)
-        if source == "skipped":
-            source, what = what, source
+        source, kind = split_counter(key)
+        what, *reason = kind.split("/", 1)
         metrics["/".join(("data", what, source, *reason))] += count
     return {key: float(count) for key, count in metrics.items()}

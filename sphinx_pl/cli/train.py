@@ -101,6 +101,13 @@ def checkpoint_to_resume(cfg: DictConfig, folder: Path) -> Path | None:
     return resume
 
 
+def steps_passed(cfg: DictConfig, run: RunFolder, resume: Path | None) -> int:
+    """The optimizer steps of this folder's run where they are all that are asked for, or more; else 0. Only reads."""
+    reached = reached_by(run, resume)
+    newer = any(path.parent.name == "checkpoints" for path in run.replaced_by(reached))
+    return reached if 0 < cfg.trainer.max_steps <= reached and not newer else 0
+
+
 def warn_of_changes(cfg: DictConfig, resume: Path) -> None:
     """One line that names what was configured otherwise in the run that wrote the checkpoint."""
     from sphinx_pl.checkpoints.format import differences, read_provenance
@@ -175,9 +182,8 @@ def prepare_run_folder(cfg: DictConfig, run: RunFolder, resume: Path | None) -> 
     folder, reached = run.path, reached_by(run, resume)
     for file in run_folder.run_logs():
         file.start()
-    newer = any(path.parent.name == "checkpoints" for path in run.replaced_by(reached))
-    if 0 < cfg.trainer.max_steps <= reached and not newer:
-        return  # nothing is left to train; at most the export
+    if steps_passed(cfg, run, resume):
+        return  # nothing is left to train but the model is to be written
     same = cfg.ckpt_path == "last" or run.came_back  # else it is another run, so another one in W&B
     # The model too: else the next stage would start from the old weights if this run died.
     run.replace(reached, keep=[wandb_logger.FILE] if same else [])
@@ -272,7 +278,7 @@ def run_stage(cfg: DictConfig, run: RunFolder) -> float | None:
     from sphinx_pl.data.datamodule import DataModule
     from sphinx_pl.data.held_out import held_out_weights
     from sphinx_pl.models.config import SphinxConfig
-    from sphinx_pl.runtime import ranks, sweeps
+    from sphinx_pl.runtime import ranks
     from sphinx_pl.stages.stage import OTHERS_KEYS, NonFiniteError
 
     folder = run.path
@@ -309,12 +315,25 @@ def run_stage(cfg: DictConfig, run: RunFolder) -> float | None:
     stage.check(datamodule.processor, trainer.strategy, resume)
     datamodule.check(cfg.stage.text_required, cfg.stage.accumulate, trainer.world_size)
     stage.val_weights = held_out_weights(values["sources"], datamodule.val_sources, datamodule.mixing.temperature)
+    saved: dict[str, Any] = {} if resume is None else Pieces(resume).state()
     if resume is not None:
-        state = Pieces(resume).state().get("DataModule", {})
-        datamodule.check_resume(state, cfg.stage.accumulate, trainer.world_size)
+        datamodule.check_resume(saved.get("DataModule", {}), cfg.stage.accumulate, trainer.world_size)
     exports = [c for c in trainer.callbacks if isinstance(c, ExportModel)]
     for callback in exports:
         callback.check()
+
+    def look() -> tuple[int, bool]:
+        if not ranks.first_process():
+            return 0, False  # started by the first, which trains or writes the model then
+        return steps_passed(cfg, run, resume), all(callback.folder.exists() for callback in exports)
+
+    passed, whole = ranks.on_first(trainer, look)
+    if passed and whole:  # the file of messages isn't begun either: the folder stays as it is
+        if ranks.first_process():
+            log.info(say_passed(passed, cfg.trainer.max_steps, folder))
+        return report_value(cfg, folder, saved.get("logged", {}).get(cfg.metric))
+    if passed:
+        trainer.loggers = []  # they would describe this command as the run that made the checkpoint
     threads = ranks.share_cores(trainer.num_devices)
     ranks.only_first(trainer, datamodule.probe)
     if ranks.first_process():
@@ -354,7 +373,7 @@ def run_stage(cfg: DictConfig, run: RunFolder) -> float | None:
             raise
         raise UserError(
             f"a data worker ended before its work was done ({' '.join(str(error).split())}): it most likely ran out of "
-            "memory; lower data.workers or data.packing.rows, and resume with ckpt_path=last"
+            f"memory; {what_was_kept(folder)}. Lower data.workers or data.packing.rows first"
         ) from None
     except OSError as error:
         if error.errno not in FULL:
@@ -367,7 +386,13 @@ def run_stage(cfg: DictConfig, run: RunFolder) -> float | None:
     if run.held:
         run.saved()
         log.info(say_where(exports[0].folder if exports else None, folder))
-    number: float | None = stage.last_value(cfg.metric)
+    return report_value(cfg, folder, stage.last_value(cfg.metric))
+
+
+def report_value(cfg: DictConfig, folder: Path, number: float | None) -> float | None:
+    """Give the value of `metric` to a sweep, and say so where there is none under the name that was asked for."""
+    from sphinx_pl.runtime import sweeps
+
     if number is None and cfg.metric != TrainConfig.metric:
         log.warning("metric=%s was not logged: %s has the names of what was", cfg.metric, shown(folder / "metrics.csv"))
     sweeps.leave_value(number)
@@ -400,15 +425,27 @@ def shown(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def disk_failed(error: OSError, folder: Path) -> str:
-    """What could not be written, and what was kept."""
+def what_was_kept(folder: Path) -> str:
+    """The checkpoint that a run resumes from after it ended early."""
     from sphinx_pl.callbacks.checkpoint import checkpoints
 
     saved = checkpoints(folder / "checkpoints")
-    kept = f"{shown(saved[-1])} is whole: ckpt_path=last resumes from it" if saved else "no checkpoint was saved before"
+    return f"{shown(saved[-1])} is whole: ckpt_path=last resumes from it" if saved else "no checkpoint was saved before"
+
+
+def disk_failed(error: OSError, folder: Path) -> str:
+    """What could not be written, and what was kept."""
     what = f" '{shown(Path(os.fsdecode(error.filename)))}'" if error.filename else ""
     first = "Choose another output_dir" if error.errno in (errno.EROFS, errno.EACCES) else "Free some space first"
-    return f"the run cannot write{what} ({error.strerror}), so it ends; {kept}. {first}"
+    return f"the run cannot write{what} ({error.strerror}), so it ends; {what_was_kept(folder)}. {first}"
+
+
+def say_passed(steps: int, asked: int, folder: Path) -> str:
+    """Why a resume trains nothing, and what trains more."""
+    return (
+        f"nothing was trained: the run in {shown(folder)} has already passed step {asked}, its newest checkpoint is of "
+        f"step {steps}. Nothing in the folder has changed; stage.max_steps above {steps} trains on"
+    )
 
 
 def say_where(model: Path | None, folder: Path) -> str:
@@ -422,8 +459,14 @@ def say_where(model: Path | None, folder: Path) -> str:
     )
 
 
-main = entry_point("train", check_train)(train)
+_run = entry_point("train", check_train)(train)
+
+
+def main() -> None:
+    """The script. Signals are noted from the start, while libraries are still imported."""
+    signals.watch()
+    _run()
+
 
 if __name__ == "__main__":
-    signals.watch()
     main()

@@ -37,7 +37,7 @@ from sphinx_pl.data.sampling.packing import (
 )
 from sphinx_pl.data.sampling.stream import MADE, check_place
 from sphinx_pl.data.schema import Batch, Sample
-from sphinx_pl.data.skip import BadSample, Filtered
+from sphinx_pl.data.skip import BadSample, Filtered, split_counter
 from sphinx_pl.runtime import signals
 from sphinx_pl.runtime.collectives import any_rank, of_all_ranks
 from sphinx_pl.utils.config import build, within
@@ -273,7 +273,9 @@ class TrainLoader:
         # Since this start, and of the lanes that this rank plans, of whose rows it decodes its part.
         planned = self.planner.drawn(window) - self._start
         decoded = {k: v * self.planner.ranks_of_class for k, v in self.counts.items()}
-        skipped = Counter({k: v for k, v in [*planned.items(), *decoded.items()] if "skipped/" in k})
+        skipped = Counter[str]()
+        for counts in (planned, decoded):  # one counter may be of both
+            skipped.update({key: count for key, count in counts.items() if key.startswith("skipped/")})
         self._tell(skipped)
         seen = sum(v for k, v in planned.items() if k.endswith("/seen"))
         if seen >= 200:
@@ -322,10 +324,7 @@ class TrainLoader:
         """
         of_source: dict[str, list[str]] = defaultdict(list)
         for counter, count in sorted(counters.items()):
-            source, _, what = counter.partition("/")
-            if source == "skipped":  # while images were decoded: skipped/source/reason
-                source, _, reason = what.partition("/")
-                what = f"skipped/{reason}"
+            source, what = split_counter(counter)
             if count and what and what not in (*MADE, *_EXPECTED):
                 example = self.example(counter)
                 of_source[source].append(f"{what}: {count}{f', such as {example}' if example else ''}")
@@ -337,15 +336,14 @@ class TrainLoader:
     @property
     def counters(self) -> dict[str, int]:
         """This rank's part since the start of the run, to be summed over ranks: `source/seen`, `source/tokens`,
-        `source/images`, `source/skipped/reason`, ... when samples were drawn, `skipped/source/reason` when images were
-        decoded."""
+        `source/images`, ... when samples were drawn, `skipped/source/reason` then and when images were decoded."""
         own = self.planner.counts(self._reached) if self.planner.first_of_class else Counter()
         return dict(own + self.counts + self.before)
 
     @property
     def skipped(self) -> dict[str, int]:
         """Those of the counters that say what could not be used."""
-        return {key: value for key, value in self.counters.items() if "skipped/" in key}
+        return {key: value for key, value in self.counters.items() if key.startswith("skipped/")}
 
 
 class DataModule(L.LightningDataModule):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import logging
 import math
 import random
 import re
@@ -34,8 +33,6 @@ from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.data.tokenizers import Tokenizer
 from sphinx_pl.utils.config import build, within
 from sphinx_pl.utils.errors import UserError, suggest
-
-log = logging.getLogger(__name__)
 
 TEXT_LENGTH = 2048
 """Tokens of a text in the recipe, and of a sample unless its image takes nearly all of them."""
@@ -110,7 +107,8 @@ class Processor:
         """From `to_dict()`'s mapping, a tokenizer file and a model config (read for its image geometry only).
 
         Raises:
-            UserError: the tokenizer has more pieces than the model's vocabulary.
+            UserError: the tokenizer has more pieces than the model's vocabulary, or does not tell the line break that
+                ends a turn from a space.
         """
         tokenizer = Tokenizer(tokenizer_file)
         if tokenizer.vocab_size > model.decoder.vocab_size:
@@ -119,11 +117,10 @@ class Processor:
                 f"{model.decoder.vocab_size}: use the tokenizer that the model was made for, or enlarge the vocabulary"
             )
         if tokenizer.encode(f"a{END_OF_TURN}") == tokenizer.encode(f"a {SEPARATOR}"):
-            log.warning(
-                "tokenizer %s writes a line break as a space, so any text that holds ' %s' ends a turn: train it with "
-                "normalization_rule_name=identity, as LLaMA's is",
-                tokenizer.path,
-                SEPARATOR,
+            raise UserError(
+                f"tokenizer {tokenizer.path} writes a line break as a space, so that ' {SEPARATOR}' in a text has the "
+                f"ids of a turn's end and answers keep a '{SEPARATOR}' at their end: use the tokenizer that the model "
+                "was made for, or train one with normalization_rule_name=identity, as LLaMA's is"
             )
         return cls(
             build(ProcessorConfig, values, "data.processor"),

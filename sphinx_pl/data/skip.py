@@ -29,3 +29,20 @@ class Filtered(BadSample):
     @property
     def counter(self) -> str:
         return f"filtered/{self.reason}"
+
+
+_SKIPPED = "skipped/"
+
+
+def counter_of(source: str, what: str) -> str:
+    """The name of a source's counter in a mixture: `skipped/source/reason` of what could not be used, found when it was
+    drawn or when its images were decoded; else `source/what`."""
+    if what.startswith(_SKIPPED):
+        return f"{_SKIPPED}{source}/{what.removeprefix(_SKIPPED)}"
+    return f"{source}/{what}"
+
+
+def split_counter(counter: str) -> tuple[str, str]:
+    """The source and what is counted, of a name by `counter_of`."""
+    source, _, what = counter.removeprefix(_SKIPPED).partition("/")
+    return source, f"{_SKIPPED}{what}" if counter.startswith(_SKIPPED) else what

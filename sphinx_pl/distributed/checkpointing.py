@@ -39,11 +39,21 @@ class TrainingCheckpointIO(TorchCheckpointIO):
     A file of the base class is what Lightning's forked ranks hand back their weights in.
     """
 
+    failure: OSError | None = None
+    """Why the last checkpoint could not be written."""
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint. What the disk refuses is noted as `failure`: the other ranks wait for this one."""
+        self.failure = None
         if "loops" not in checkpoint:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        folder = Path(path)
+        try:
+            self._save(checkpoint, Path(path))
+        except OSError as error:
+            self.failure = error
+
+    def _save(self, checkpoint: dict[str, Any], folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         rest = dict(checkpoint)
         weights = {name.removeprefix(PREFIX): value for name, value in rest.pop("state_dict").items()}

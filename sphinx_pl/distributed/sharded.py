@@ -79,21 +79,23 @@ class Sharded(Base):
         self.barrier()
         try:
             write_pieces(folder, self.global_rank, self.world_size, self._local_pieces())
+            if self.is_global_zero:
+                self._write_rest(checkpoint, folder)
         except OSError as failure:
             error = f"rank {self.global_rank} cannot write to '{folder}': {failure}"
-        if errors := [found for found in of_all_ranks(error, self.world_size) if found]:
+        if errors := [message for message in of_all_ranks(error, self.world_size) if message]:
             raise UserError(f"{errors[0]}: free some space, or repair the disk; earlier checkpoints are untouched")
-        if self.is_global_zero:
-            rest = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
-            rest["optimizer_groups"] = options_of(self.optimizers[0].param_groups)
-            rest["optimizer_steps"] = {
-                name: float(states[STEP])
-                for name, parameter in self._sphinx.named_parameters()
-                if parameter.requires_grad and STEP in (states := self.local_states(parameter))
-            }
-            shapes = {name: self.shape(parameter) for name, parameter in self._sphinx.named_parameters()}
-            write_rest(folder, self.world_size, shapes, rest)
-        self.barrier()
+
+    def _write_rest(self, checkpoint: dict[str, Any], folder: Path) -> None:
+        rest = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
+        rest["optimizer_groups"] = options_of(self.optimizers[0].param_groups)
+        rest["optimizer_steps"] = {
+            name: float(states[STEP])
+            for name, parameter in self._sphinx.named_parameters()
+            if parameter.requires_grad and STEP in (states := self.local_states(parameter))
+        }
+        shapes = {name: self.shape(parameter) for name, parameter in self._sphinx.named_parameters()}
+        write_rest(folder, self.world_size, shapes, rest)
 
     @abstractmethod
     def shape(self, parameter: nn.Parameter) -> torch.Size:

@@ -316,8 +316,10 @@ def _without_hydra(cfg: DictConfig) -> DictConfig:
 
 
 def _refuse_options(arguments: Sequence[str]) -> None:
-    """Raises: UserError: an option that Hydra does not have; argparse would print its usage."""
+    """Raises: UserError: an option that is none, or one amid the overrides; argparse would print its usage."""
     if unknown := get_args_parser().parse_known_args(arguments)[1]:
+        if not unknown[0].startswith("-"):  # argparse takes those in one row only
+            raise UserError(f"{unknown[0]} stands behind an option: write options such as -m before all KEY=VALUE")
         key, _, value = unknown[0].lstrip("-").partition("=")
         following = unknown[1] if len(unknown) > 1 and not unknown[1].startswith("-") else "VALUE"
         raise UserError(f"{unknown[0]} is no option: write {key}={value or following}, without dashes")

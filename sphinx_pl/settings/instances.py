@@ -110,7 +110,9 @@ def check_instance(values: Any, key: str, siblings: Iterable[str] = ()) -> None:
             raise UserError(unknown_key(f"{key}.{name}", [f"{key}.{one}" for one in known]))
         choices = _choices(typed.get(name, Any))
         if choices is not None and "${" not in str(value) and not _fits(value, choices):
-            must = ", ".join(dict.fromkeys(_NAMES.get(choice, str(choice)) for choice in choices))
+            # A union's order is that in which the first module of the process wrote it down.
+            ordered = sorted(choices, key=lambda choice: [*_NAMES].index(choice) if choice in _NAMES else len(_NAMES))
+            must = ", ".join(dict.fromkeys(_NAMES.get(choice, str(choice)) for choice in ordered))
             raise UserError(f"{key}.{name}={'null' if value is None else value} must be one of: {must}")
         for number, one in enumerate(value if isinstance(value, list) else [value]):
             if isinstance(one, Mapping) and "_target_" in one:

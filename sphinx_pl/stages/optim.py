@@ -28,6 +28,8 @@ class OptimConfig:
 
     `kind`: adamw, or sgd (without momentum), which shows what Adam hides: gradients that are off by a factor.
 
+    `weight_decay` is AdamW's, apart from the gradient: a step takes the share `lr * weight_decay` of a weight.
+
     `moments`: AdamW's, fp32 (the weights' dtype, to be exact) or bf16, see `AdamWBf16`.
     """
 
@@ -38,7 +40,7 @@ class OptimConfig:
     warmup: float = within(0.0, at_least=0)
     betas: tuple[float, float] = within((0.9, 0.95), at_least=0, below=1)
     eps: float = within(1e-8, above=0)
-    weight_decay: float = within(0.1, at_least=0)
+    weight_decay: float = within(0.1, at_least=0, at_most=10)
     lr_scale: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

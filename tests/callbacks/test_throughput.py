@@ -208,7 +208,7 @@ def test_skipped_samples_are_logged_by_source_and_reason(
 
 
 def test_events_are_metrics_as_what_is_skipped() -> None:
-    counters = {"a/seen": 9, "a/cut": 2, "a/skipped/key_unknown": 1, "skipped/a/image_missing": 3, "samples": 12}
+    counters = {"a/seen": 9, "a/cut": 2, "skipped/a/key_unknown": 1, "skipped/a/image_missing": 3, "samples": 12}
     metrics = {"data/seen/a": 9, "data/cut/a": 2, "data/skipped/a/key_unknown": 1, "data/skipped/a/image_missing": 3}
     assert data_metrics(counters) == metrics
 
@@ -276,11 +276,6 @@ def test_skipped_views_cost_nothing(model_config: SphinxConfig) -> None:
         computed.append(TrainingFlops(model).vision(1, seen) / 3)
     assert computed == pytest.approx(counted, rel=0.03)
     assert computed[1] == pytest.approx(4 * computed[0])
-
-
-def test_counters_of_planner_and_collator_are_added() -> None:
-    counters = {"web/skipped/too_long": 2, "skipped/web/too_long": 1, "skipped/web/image_unreadable": 3}
-    assert data_metrics(counters) == {"data/skipped/web/too_long": 3.0, "data/skipped/web/image_unreadable": 3.0}
 
 
 @pytest.mark.parametrize(

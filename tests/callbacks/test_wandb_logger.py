@@ -15,9 +15,9 @@ from tests.conftest import REPOSITORY
 LOG = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
-from callbacks.wandb_logger import RunLogger
-from sphinx_pl import stop
-stop.watch()
+from sphinx_pl.callbacks.wandb_logger import RunLogger
+from sphinx_pl.runtime import signals
+signals.watch()
 logger = RunLogger(save_dir=sys.argv[1], name="finetune", point=sys.argv[2], project="tests", mode="offline")
 run = logger.experiment
 print("name", run.name, "id", run.id)

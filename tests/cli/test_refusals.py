@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import signal
 import sys
 from collections import namedtuple
@@ -180,6 +181,46 @@ def test_a_run_that_is_told_to_go_before_its_first_step_replaces_nothing(
     assert code == 128 + signal.SIGTERM
 
 
+def continued(
+    folder: Path, data: Path, patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *overrides: str
+) -> str:
+    """What train.py prints that goes on with the run in a folder, in one line."""
+    patch.chdir(REPOSITORY)
+    patch.setattr(sys, "argv", [*command(folder.parent, data)[1:], "ckpt_path=last", *overrides])
+    GlobalHydra.instance().clear()
+    train.main()
+    printed = capsys.readouterr()
+    return " ".join((printed.out + printed.err).split())
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_run_that_has_no_step_left_leaves_every_byte(
+    steps: int, finished: Path, sample_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = hashes(finished)
+    said = continued(finished, sample_data, monkeypatch, capsys, f"stage.max_steps={steps}")
+    assert hashes(finished) == before
+    assert f"has already passed step {steps}, its newest checkpoint is of step 2" in said
+    assert "stage.max_steps above 2 trains on" in said
+
+
+def test_a_model_that_is_missing_is_written_without_a_new_description_of_the_run(
+    finished: Path,
+    sample_data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "pretrain_real"
+    shutil.copytree(finished, folder)
+    before = hashes(folder)
+    shutil.rmtree(folder / "model")
+    continued(folder, sample_data, monkeypatch, capsys, "stage.max_steps=1")
+    after = hashes(folder)
+    assert {name for name in before if before[name] != after[name]} <= {"train.log", "model/provenance.json"}
+    assert (folder / "train.log").read_bytes().startswith((finished / "train.log").read_bytes())
+
+
 # --- what is said
 
 
@@ -198,6 +239,19 @@ def test_weights_that_a_step_of_the_recipe_makes_are_named_with_its_command(tmp_
     (tmp_path / "pretrain_real/model").mkdir()
     for fine in (model, None, "elsewhere", "hf-hub:a/b"):  # the last two are the stage's to check
         train.check_init_from(cfg(fine))
+
+
+def test_where_the_model_is_comes_with_what_to_do_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tmp_path / "run" / "model"
+    for missing in (None, model):
+        assert "run holds no model, since callbacks.export writes none" in train.say_where(missing, tmp_path / "run")
+    model.mkdir(parents=True)
+    assert train.say_where(model, tmp_path / "run").startswith(f"the model is in {model}: ")
+    monkeypatch.chdir(tmp_path)  # as a person would type it there
+    assert train.say_where(model, tmp_path / "run") == (
+        "the model is in run/model: score it with `python evaluate.py checkpoint=run/model`, "
+        "talk to it with `python chat.py checkpoint=run/model`"
+    )
 
 
 def test_a_full_disk_is_told_with_what_was_kept(tmp_path: Path) -> None:

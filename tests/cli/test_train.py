@@ -6,6 +6,7 @@ import csv
 import os
 import random
 import re
+import resource
 import signal
 import statistics
 import subprocess
@@ -271,8 +272,8 @@ def test_a_run_that_is_killed_twenty_times_continues_with_the_same_losses(
 def test_a_run_that_blows_up_ends_in_one_line_with_the_last_good_checkpoint(
     engine: list[str], tmp_path: Path, sample_data: Path
 ) -> None:
-    # So much decay that matrices grow a hundred thousand times in each step, until there are no such numbers.
-    options = ["stage.optim.lr=1", "stage.optim.min_lr=1", "stage.optim.weight_decay=1e5", "stage.optim.warmup=0"]
+    # Each step takes twenty times what a matrix holds from it, until there are no such numbers.
+    options = ["stage.optim.lr=2", "stage.optim.min_lr=2", "stage.optim.weight_decay=10", "stage.optim.warmup=0"]
     options += ["stage.max_steps=30", "stage.max_nonfinite=2", "stage.val_every=0"]
     options += ["callbacks.checkpoint.every_n_steps=1", "callbacks.checkpoint.keep=30"]
     done = run(tmp_path, sample_data, *options, *engine)
@@ -313,6 +314,74 @@ def test_a_signal_while_it_starts_ends_it_before_training(tmp_path: Path, sample
     assert process.returncode == 128 + signal.SIGTERM
     assert "SIGTERM: nothing new to save; ckpt_path=last goes on from there" in " ".join(said.split())
     assert not checkpoints(tmp_path / "pretrain_real" / "checkpoints")
+
+
+def test_a_data_worker_that_is_killed_ends_the_run_in_one_line(tmp_path: Path, sample_data: Path) -> None:
+    folder, killed = tmp_path / "pretrain_real", False
+    options = ["stage.max_steps=900", "stage.val_every=0", "callbacks.checkpoint.every_n_steps=1", "data.workers=1"]
+    with (tmp_path / "said").open("w") as said:
+        process = Script(command(tmp_path, sample_data, *options)[1:], said, said)
+    try:
+        while process.poll() is None:
+            if not killed and checkpoints(folder / "checkpoints"):
+                [worker] = [pid for pid, (parent, _) in alive(process.pid).items() if parent == process.pid]
+                os.kill(worker, signal.SIGKILL)
+                killed = True
+            time.sleep(0.02)
+    finally:
+        process.kill()
+    assert process.poll() == 2
+    output = (tmp_path / "said").read_text()
+    assert "Traceback" not in output
+    error = output.strip().splitlines()[-1]
+    newest = checkpoints(folder / "checkpoints")[-1]
+    assert error.startswith("error: a data worker ended before its work was done")
+    assert f"{newest} is whole: ckpt_path=last resumes from it. Lower data.workers" in error
+    check_readable(folder)
+
+
+@pytest.mark.long
+def test_ctrl_c_at_two_ranks_saves_once_and_ends_both(tmp_path: Path, sample_data: Path) -> None:
+    folder = tmp_path / "pretrain_real"
+    options = ["stage.max_steps=900", "stage.val_every=0", "trainer.devices=2", "data.workers=1"]
+    with (tmp_path / "said").open("w") as said:
+        process = Script(command(tmp_path, sample_data, *options)[1:], said, said)
+    try:
+        while not ((folder / "metrics.csv").is_file() and len(losses(tmp_path)) > 1):
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        code = process.wait(120)
+        while alive(process.pid):
+            time.sleep(0.05)
+    finally:
+        process.kill()
+    output = (tmp_path / "said").read_text()
+    assert code == 128 + signal.SIGINT, output
+    assert "Traceback" not in output
+    [saved] = checkpoints(folder / "checkpoints")
+    assert output.count(f"SIGINT: step {step_of(saved)} is saved; ckpt_path=last goes on from there") == 1
+    check_readable(folder)
+
+
+@pytest.mark.long
+def test_a_disk_that_is_full_ends_two_ranks_in_one_line(tmp_path: Path, sample_data: Path) -> None:
+    options = ["stage.max_steps=4", "stage.val_every=0", "trainer.devices=2", "callbacks.checkpoint.every_n_steps=1"]
+    limit = 8 * 2**20  # bytes of a file: too few for a checkpoint's
+    done = subprocess.run(
+        command(tmp_path, sample_data, *options),
+        cwd=REPOSITORY,
+        env={key: value for key, value in os.environ.items() if not key.startswith("SLURM_")},
+        capture_output=True,
+        text=True,
+        timeout=290,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    [error] = {line for line in done.stderr.splitlines() if line.startswith("error: ")}  # each rank may say it
+    assert "so it ends; no checkpoint was saved before. Free some space first" in error
+    assert not list((tmp_path / "pretrain_real").glob("checkpoints/.step*"))
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path, sample_data: Path) -> None:

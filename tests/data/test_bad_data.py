@@ -67,7 +67,9 @@ def read(processor: Processor, sources: dict[str, Any], **options: Any) -> Found
 
 def left_out(loader: TrainLoader) -> dict[str, int]:
     marks = ("skipped/", "filtered/", "capped/")
-    return {key: value for key, value in loader.counters.items() if any(mark in key for mark in marks)}
+    found = {key: value for key, value in loader.counters.items() if any(mark in key for mark in marks)}
+    assert all(key.startswith("skipped/") for key in found if "skipped/" in key), found
+    return found
 
 
 def used(batches: list[Batch]) -> set[str]:
@@ -153,30 +155,30 @@ BAD: dict[str, tuple[Callable[[Path], dict[str, Any]], dict[str, int]]] = {
         for name, (data, reason) in bad_images().items()
     },
     # pairs
-    "caption_latin1": (one_pair(*pair("b", caption=b"caf\xe9")), {"bad/skipped/caption_not_utf8": 1}),
-    "caption_blank": (one_pair(*pair("b", caption=b" \n")), {"bad/skipped/caption_empty": 1}),
+    "caption_latin1": (one_pair(*pair("b", caption=b"caf\xe9")), {"skipped/bad/caption_not_utf8": 1}),
+    "caption_blank": (one_pair(*pair("b", caption=b" \n")), {"skipped/bad/caption_empty": 1}),
     "caption_million": (one_pair(*pair("b", caption=b"word " * 200_000)), {"bad/filtered/caption_chars": 1}),
-    "caption_absent": (one_pair(("b.jpg", JPEG)), {"bad/skipped/caption_absent": 1}),
-    "caption_no_string": (one_pair(("b.jpg", JPEG), ("b.json", b'{"caption": 3}')), {"bad/skipped/caption_empty": 1}),
-    "json_broken": (one_pair(("b.jpg", JPEG), ("b.json", b'{"caption": "cut')), {"bad/skipped/json_unreadable": 1}),
-    "json_deep": (one_pair(("b.jpg", JPEG), ("b.json", b"[" * 99_999)), {"bad/skipped/json_unreadable": 1}),
-    "image_absent": (one_pair(("b.txt", b"a caption")), {"bad/skipped/image_absent": 1}),
-    "key_of_a_megabyte": (one_pair(*pair("k" * 1_000_000)), {"bad/skipped/key_too_long": 1}),
+    "caption_absent": (one_pair(("b.jpg", JPEG)), {"skipped/bad/caption_absent": 1}),
+    "caption_no_string": (one_pair(("b.jpg", JPEG), ("b.json", b'{"caption": 3}')), {"skipped/bad/caption_empty": 1}),
+    "json_broken": (one_pair(("b.jpg", JPEG), ("b.json", b'{"caption": "cut')), {"skipped/bad/json_unreadable": 1}),
+    "json_deep": (one_pair(("b.jpg", JPEG), ("b.json", b"[" * 99_999)), {"skipped/bad/json_unreadable": 1}),
+    "image_absent": (one_pair(("b.txt", b"a caption")), {"skipped/bad/image_absent": 1}),
+    "key_of_a_megabyte": (one_pair(*pair("k" * 1_000_000)), {"skipped/bad/key_too_long": 1}),
     # shards
-    "tar_cut": (tar_bytes(lambda data: data[:600]), {"bad/skipped/shard_truncated": 1}),
-    "tar_of_zero_bytes": (tar_bytes(lambda data: b""), {"bad/skipped/shard_unreadable": 1}),
-    "tar_is_a_page": (tar_bytes(lambda data: b"<html>" * 999), {"bad/skipped/shard_unreadable": 1}),
+    "tar_cut": (tar_bytes(lambda data: data[:600]), {"skipped/bad/shard_truncated": 1}),
+    "tar_of_zero_bytes": (tar_bytes(lambda data: b""), {"skipped/bad/shard_unreadable": 1}),
+    "tar_is_a_page": (tar_bytes(lambda data: b"<html>" * 999), {"skipped/bad/shard_unreadable": 1}),
     # entries
-    "entry_is_a_number": (entry(7), {"bad/skipped/entry_malformed": 1}),
-    "entry_without_anything": (entry({}), {"bad/skipped/question_empty": 1}),
-    "task_unknown": (entry({"task": "recc", "question": "a", "answer": "b"}), {"bad/skipped/task_unknown": 1}),
-    "answer_empty": (entry({"question": "why?", "answer": " "}), {"bad/skipped/answer_empty": 1}),
+    "entry_is_a_number": (entry(7), {"skipped/bad/entry_malformed": 1}),
+    "entry_without_anything": (entry({}), {"skipped/bad/question_empty": 1}),
+    "task_unknown": (entry({"task": "recc", "question": "a", "answer": "b"}), {"skipped/bad/task_unknown": 1}),
+    "answer_empty": (entry({"question": "why?", "answer": " "}), {"skipped/bad/answer_empty": 1}),
     "answer_absent": (
         entry({"image": "a.jpg", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": ""}]}),
-        {"bad/skipped/answer_empty": 1},
+        {"skipped/bad/answer_empty": 1},
     ),
-    "mark_without_image": (entry({"question": "<image> what?", "answer": "b"}), {"bad/skipped/image_absent": 1}),
-    "task_without_image": (entry(REC | {"image": None}), {"bad/skipped/image_absent": 1}),
+    "mark_without_image": (entry({"question": "<image> what?", "answer": "b"}), {"skipped/bad/image_absent": 1}),
+    "task_without_image": (entry(REC | {"image": None}), {"skipped/bad/image_absent": 1}),
     "image_nowhere": (
         entry({"image": "no.jpg", "question": "a", "answer": "b"}),
         {"skipped/bad/image_missing": 1},
@@ -185,13 +187,13 @@ BAD: dict[str, tuple[Callable[[Path], dict[str, Any]], dict[str, int]]] = {
         entry({"image": ".", "question": "a", "answer": "b"}),
         {"skipped/bad/image_unreadable": 1},
     ),
-    "box_outside": (entry(REC | {"regions": [{"box": [1, 2, 90, 9]}]}), {"bad/skipped/box_outside": 1}),
-    "box_inverted": (entry(REC | {"regions": [{"box": [9, 2, 3, 9]}]}), {"bad/skipped/box_inverted": 1}),
-    "box_nan": (entry(REC | {"regions": [{"box": [1, 2, float("nan"), 9]}]}), {"bad/skipped/box_inverted": 1}),
-    "box_huge": (entry(REC | {"regions": [{"box": [1, 2, 10**400, 9]}]}), {"bad/skipped/entry_malformed": 1}),
-    "box_in_fractions": (entry(REC | {"regions": [{"box": [0.1, 0.2, 0.5, 1]}]}), {"bad/skipped/box_below_pixel": 1}),
-    "box_in_thousandths": (entry(REC | {"regions": [{"box": [1, 200, 500, 999]}]}), {"bad/skipped/box_outside": 1}),
-    "box_as_corner_and_size": (entry(REC | {"regions": [{"box": [20, 20, 9, 8]}]}), {"bad/skipped/box_inverted": 1}),
+    "box_outside": (entry(REC | {"regions": [{"box": [1, 2, 90, 9]}]}), {"skipped/bad/box_outside": 1}),
+    "box_inverted": (entry(REC | {"regions": [{"box": [9, 2, 3, 9]}]}), {"skipped/bad/box_inverted": 1}),
+    "box_nan": (entry(REC | {"regions": [{"box": [1, 2, float("nan"), 9]}]}), {"skipped/bad/box_inverted": 1}),
+    "box_huge": (entry(REC | {"regions": [{"box": [1, 2, 10**400, 9]}]}), {"skipped/bad/entry_malformed": 1}),
+    "box_in_fractions": (entry(REC | {"regions": [{"box": [0.1, 0.2, 0.5, 1]}]}), {"skipped/bad/box_below_pixel": 1}),
+    "box_in_thousandths": (entry(REC | {"regions": [{"box": [1, 200, 500, 999]}]}), {"skipped/bad/box_outside": 1}),
+    "box_as_corner_and_size": (entry(REC | {"regions": [{"box": [20, 20, 9, 8]}]}), {"skipped/bad/box_inverted": 1}),
     "sides_swapped": (
         entry(REC | {"width": 30, "height": 40, "regions": [{"box": [1, 2, 9, 9]}]}),
         {"skipped/bad/size_mismatch": 1},
@@ -203,20 +205,20 @@ BAD: dict[str, tuple[Callable[[Path], dict[str, Any]], dict[str, int]]] = {
         ),
         {"skipped/bad/size_mismatch": 1},
     ),
-    "region_absent": (entry(REC), {"bad/skipped/region_missing": 1}),
-    "size_absent": (entry(REC | {"width": None, "regions": [{"box": [1, 2, 3, 9]}]}), {"bad/skipped/size_unknown": 1}),
-    "half_a_character": (entry({"question": "\ud83d", "answer": "b"}), {"bad/skipped/entry_malformed": 1}),
-    "deep": (entry({"question": json.loads("[" * 900 + "]" * 900), "answer": "b"}), {"bad/skipped/entry_malformed": 1}),
-    "question_of_a_million": (entry({"question": "word " * 200_000, "answer": "b"}), {"bad/skipped/too_long": 1}),
+    "region_absent": (entry(REC), {"skipped/bad/region_missing": 1}),
+    "size_absent": (entry(REC | {"width": None, "regions": [{"box": [1, 2, 3, 9]}]}), {"skipped/bad/size_unknown": 1}),
+    "half_a_character": (entry({"question": "\ud83d", "answer": "b"}), {"skipped/bad/entry_malformed": 1}),
+    "deep": (entry({"question": json.loads("[" * 900 + "]" * 900), "answer": "b"}), {"skipped/bad/entry_malformed": 1}),
+    "question_of_a_million": (entry({"question": "word " * 200_000, "answer": "b"}), {"skipped/bad/too_long": 1}),
     "many_images": (
         entry({"image": ["a.jpg"] * 9999, "question": "a", "answer": "b"}),
-        {"bad/skipped/too_long": 1},
+        {"skipped/bad/too_long": 1},
     ),
     # documents
-    "line_broken": (line(b'{"text": "cut'), {"bad/skipped/json_unreadable": 1}),
-    "line_latin1": (line(b'{"text": "caf\xe9"}'), {"bad/skipped/json_not_utf8": 1}),
-    "line_without_text": (line(b'{"txet": "a"}'), {"bad/skipped/text_empty": 1}),
-    "line_of_ten_megabytes": (line(b'{"text": "%s"}' % (b"x" * 10_000_000)), {"bad/skipped/annotation_too_long": 1}),
+    "line_broken": (line(b'{"text": "cut'), {"skipped/bad/json_unreadable": 1}),
+    "line_latin1": (line(b'{"text": "caf\xe9"}'), {"skipped/bad/json_not_utf8": 1}),
+    "line_without_text": (line(b'{"txet": "a"}'), {"skipped/bad/text_empty": 1}),
+    "line_of_ten_megabytes": (line(b'{"text": "%s"}' % (b"x" * 10_000_000)), {"skipped/bad/annotation_too_long": 1}),
 }
 
 
@@ -280,9 +282,9 @@ def test_what_is_longer_than_a_row_is_counted_as_that_and_as_nothing_else(proces
     loader = train(processor, {"text": {"kind": "text", "path": str(tmp_path / "t.jsonl")}}, row_length=32)
     keys = [key for batch in loader for key in batch.keys]
     counts = Counter(loader.counters)
-    assert counts["text/skipped/longer_than_row"] > 0
+    assert counts["skipped/text/longer_than_row"] > 0
     assert counts["text/samples"] == len(keys)
-    assert counts["text/seen"] + counts["text/parts"] == len(keys) + counts["text/skipped/longer_than_row"]
+    assert counts["text/seen"] + counts["text/parts"] == len(keys) + counts["skipped/text/longer_than_row"]
 
 
 def test_a_cap_counts_what_is_used_and_what_it_leaves_is_no_bad_data(processor: Processor, tmp_path: Path) -> None:
@@ -295,7 +297,7 @@ def test_a_cap_counts_what_is_used_and_what_it_leaves_is_no_bad_data(processor: 
     assert len(keys) == 3 * 40  # after them thousands of records in a row give nothing
     counts = loader.counters
     assert counts["chat/seen"] == 3 * 3050
-    assert counts["chat/capped/chat"] + counts["chat/skipped/answer_empty"] == 3 * 3050 - len(keys)
+    assert counts["chat/capped/chat"] + counts["skipped/chat/answer_empty"] == 3 * 3050 - len(keys)
 
 
 @pytest.mark.parametrize("lanes", [1, 2])
@@ -313,7 +315,7 @@ def test_what_could_not_be_indexed_is_held_against_all_that_was(
     ):
         list(itertools.islice(loader, 60))
         assert loader.counters["web/seen"] >= 200
-        assert loader.counters["web/skipped/caption_absent"] == 100
+        assert loader.counters["skipped/web/caption_absent"] == 100
     with pytest.raises(UserError, match=r"3\.2% of 3100 samples"):
         next(iter(TrainLoader(data.planner(), data.collator, 0, 0.02, False)))
 
@@ -349,7 +351,7 @@ def test_a_shard_that_is_gone_before_it_is_opened(processor: Processor, tmp_path
         loader = TrainLoader(data.planner(), data.collator, 0, 1.0, False)
     keys = used(list(loader))
     assert keys == {f"text/{name}.jsonl:{i}" for name in (0, 2) for i in range(5)}
-    assert left_out(loader) == {"text/skipped/shard_missing": 1}
+    assert left_out(loader) == {"skipped/text/shard_missing": 1}
     assert no_waits == [0.5, 1.0, 2.0]
 
 
@@ -363,7 +365,7 @@ def test_a_shard_that_is_gone_after_it_was_indexed(processor: Processor, tmp_pat
     paths[0].unlink()
     keys, counted = used(list(loader)), left_out(loader)
     assert keys == {f"web/1.tar/{i}" for i in range(6)}
-    assert counted == {"web/skipped/file_unreadable": 6}
+    assert counted == {"skipped/web/file_unreadable": 6}
     assert no_waits == [0.5, 1.0, 2.0]  # for the first of its records, not for each
 
 
@@ -407,7 +409,7 @@ def test_a_shard_that_is_cut_while_it_is_read(processor: Processor, tmp_path: Pa
         file.truncate(third)
     keys, counted = used(list(loader)), left_out(loader)
     assert keys == {f"web/0.tar/{i}" for i in range(3)} | {f"web/1.tar/{i}" for i in range(6)}
-    assert counted == {"web/skipped/annotation_truncated": 3}
+    assert counted == {"skipped/web/annotation_truncated": 3}
     assert no_waits == []
 
 
@@ -426,7 +428,7 @@ def test_a_missing_shard_that_comes_back_is_read_in_the_next_epoch(
         loader = train(processor, {"text": {"kind": "text", "path": [str(path) for path in paths]}}, epochs=2)
     keys = Counter(key for batch in loader for key in batch.keys)
     assert keys == {f"text/0.jsonl:{i}": 2 for i in range(4)} | {f"text/1.jsonl:{i}": 1 for i in range(4)}
-    assert left_out(loader) == {"text/skipped/shard_missing": 1}
+    assert left_out(loader) == {"skipped/text/shard_missing": 1}
 
 
 # --- commands and URLs
@@ -457,7 +459,7 @@ def test_a_command_that_fails(
         assert (len(keys), counted, calls) == (11, {}, 3)
         assert no_waits == [0.5, 1.0]
     else:  # half of a command's output is not used
-        assert (len(keys), counted, calls) == (3, {"text/skipped/shard_missing": 1}, 4)
+        assert (len(keys), counted, calls) == (3, {"skipped/text/shard_missing": 1}, 4)
         read(processor, sources)  # less than a minute later it is not even tried
         assert len((tmp_path / "calls").read_text().split()) == 4
     assert not [path for path in own_cache.iterdir() if path.name.startswith(".")]
@@ -500,7 +502,7 @@ def test_a_file_behind_fsspec(
         assert counted == {}
     else:
         assert keys == {f"text/1.jsonl.gz:{i}" for i in range(4)}
-        assert counted == {"text/skipped/shard_missing": 1}
+        assert counted == {"skipped/text/shard_missing": 1}
     assert len(no_waits) == min(failures, 3)
 
 
@@ -572,9 +574,9 @@ def test_tables_that_are_damaged_or_lack_the_column(processor: Processor, tmp_pa
         keys, counted, _ = read(processor, sources)
         assert keys == {"table/good.parquet:0", "table/good.parquet:3"}
         assert counted == {
-            "table/skipped/text_empty": 2,
-            "table/skipped/column_absent": 1,
-            "table/skipped/shard_unreadable": 3,
+            "skipped/table/text_empty": 2,
+            "skipped/table/column_absent": 1,
+            "skipped/table/shard_unreadable": 3,
         }
 
 

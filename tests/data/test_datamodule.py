@@ -22,6 +22,7 @@ from sphinx_pl.data.datamodule import DataModule, TrainLoader
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.sampling.packing import merge_states
 from sphinx_pl.data.schema import IGNORE, Batch
+from sphinx_pl.data.skip import counter_of, split_counter
 from sphinx_pl.utils.errors import UserError
 
 Member = tuple[str, bytes]
@@ -119,11 +120,11 @@ def test_damaged_files_are_skipped_and_counted_and_the_run_goes_on(
     assert not any(f"captions/captions.tar/{i:04d}" in used for i in (17, 18, 19))
 
     skipped = train.skipped
-    reasons = {"captions/skipped/caption_not_utf8", "skipped/images/image_unreadable", "cut/skipped/shard_truncated"}
+    reasons = {"skipped/captions/caption_not_utf8", "skipped/images/image_unreadable", "skipped/cut/shard_truncated"}
     assert set(skipped) == reasons
-    assert skipped["cut/skipped/shard_truncated"] == 1
+    assert skipped["skipped/cut/shard_truncated"] == 1
     epochs = streams["captions"].epoch
-    assert 3 * epochs <= skipped["captions/skipped/caption_not_utf8"] <= 3 * (epochs + 1)
+    assert 3 * epochs <= skipped["skipped/captions/caption_not_utf8"] <= 3 * (epochs + 1)
     broken = [key for key in used if key in ("images/images.tar/0000", "images/images.tar/0001")]
     assert skipped["skipped/images/image_unreadable"] == len(broken) > 0
 
@@ -156,7 +157,7 @@ def test_what_cannot_even_be_indexed_stops_the_run_at_its_start(
         for kind, data in (("jpg", pair[0]), ("txt", pair[1].encode()))
     ]
     data = datamodule(processor, {"web": web(write_tar(tmp_path / "a.tar", members))}, max_skipped=0.3)
-    with pytest.raises(UserError, match=r"33\.3% of 30 .*web/skipped/image_absent: 10"):
+    with pytest.raises(UserError, match=r"33\.3% of 30 .*skipped/web/image_absent: 10"):
         next(iter(loader(data)))
 
 
@@ -203,18 +204,43 @@ def test_too_much_that_is_bad_stops_the_run_and_names_the_worst(
     message = str(caught.value)
     assert "\n" not in message
     assert "data.max_skipped=10.0%" in message
-    assert 0 < message.index("skipped/awful/image_unreadable") < message.index("good/skipped/caption_not_utf8")
+    assert 0 < message.index("skipped/awful/image_unreadable") < message.index("skipped/good/caption_not_utf8")
     seen = train.planner.mixture.counts["good/seen"] + train.planner.mixture.counts["awful/seen"]
     assert 200 <= seen < 300  # not before the share means something, not long after
     # The same files pass where the limit allows for them.
     assert len(list(itertools.islice(loader(datamodule(processor, sources, max_skipped=0.4)), 80))) == 80
 
 
+def test_what_is_skipped_has_one_spelling_whenever_it_is_found(
+    processor: Processor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """When a file is opened, when a record is drawn and when its image is decoded."""
+    for source, what in (("boxes", "seen"), ("boxes", "skipped/box_outside"), ("boxes", "filtered/caption_words")):
+        assert split_counter(counter_of(source, what)) == (source, what)
+    assert counter_of("boxes", "skipped/box_outside") == "skipped/boxes/box_outside"
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"<html>")
+    data = datamodule(
+        processor, {"x": instructions(tmp_path, ["a.png", "b.png"])}, max_skipped=1.0, mixing={"epochs": 1}
+    )
+    path = Path(str(data.sources["x"]["path"]))
+    path.write_text(json.dumps([*json.loads(path.read_text()), 7, {"question": "why?", "answer": ""}]))
+    train = loader(data)
+    list(train)
+    own = {"skipped/x/entry_malformed": 1, "skipped/x/answer_empty": 1, "skipped/x/image_unreadable": 1}
+    assert train.skipped == own
+    told = re.findall(r"data: (\S+), such as", caplog.text)
+    assert sorted(told) == sorted(own)
+    assert re.search(r"data: x, of \d+ records: skipped/answer_empty: 1", train.summary(train.counters)[0])
+    train.before.update(own)  # the reasons of both places are added
+    assert train.skipped == dict.fromkeys(own, 2)
+
+
 def test_a_source_without_one_usable_record_does_not_hang(processor: Processor, tmp_path: Path) -> None:
     path = tmp_path / "empty.jsonl"
     path.write_text('{"text": ""}\n' * 3)
     train = loader(datamodule(processor, {"text": {"kind": "text", "path": str(path)}}))
-    with pytest.raises(UserError, match=r"1000 draws in a row .*'text/skipped/text_empty'"):
+    with pytest.raises(UserError, match=r"1000 draws in a row .*'skipped/text/text_empty'"):
         next(iter(train))
 
 

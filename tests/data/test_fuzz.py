@@ -182,7 +182,7 @@ def fuzz_path(
     assert found["refused"] * 10 < seed
     for name in ("web", "chosen", "list.image_text-list", "lines", "limited", "text", "packed", "table"):
         assert found[f"{name}/samples"] > found[f"{name}/seen"] / 5, name
-        assert any(key.startswith((f"{name}/skipped/", f"{name}/filtered/")) for key in found), name
+        assert any(key.startswith((f"skipped/{name}/", f"{name}/filtered/")) for key in found), name
     return found
 
 

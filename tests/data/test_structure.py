@@ -14,6 +14,7 @@ from sphinx_pl.data.processor import Processor, ProcessorConfig
 from sphinx_pl.data.prompt_format import escaped, render, unescaped
 from sphinx_pl.data.schema import Record, Turn
 from sphinx_pl.data.tokenizers import Tokenizer
+from sphinx_pl.utils.errors import UserError
 
 PARTS = (
     *("\n", "\r\n", "\r", " ", "\u2581", "\u2028", "\x85", "\x0b", "\0", "a", "é", "1", "."),
@@ -109,16 +110,24 @@ def test_a_plain_document_has_no_structure_and_keeps_its_text(plain: Processor) 
     assert sample.events == {}
 
 
-def test_a_tokenizer_for_which_lines_are_spaces_is_named(
-    tmp_path: Path,
-    model_config: Any,
-    caplog: pytest.LogCaptureFixture,
+@pytest.mark.parametrize("options", [{}, {"remove_extra_whitespaces": False}])
+def test_a_tokenizer_for_which_lines_are_spaces_is_refused(
+    options: dict[str, Any], tmp_path: Path, model_config: Any
 ) -> None:
     """sentencepiece's default normalization: a question with " ###" would have the ids of a turn's end."""
     (tmp_path / "words.txt").write_text("### Human: a red circle ### Assistant: yes\n" * 20)
     spm.SentencePieceTrainer.train(
         input=str(tmp_path / "words.txt"), model_prefix=str(tmp_path / "t"), vocab_size=40, model_type="bpe",
-        hard_vocab_limit=False, minloglevel=2,
+        hard_vocab_limit=False, minloglevel=2, **options,
     )  # fmt: skip
-    Processor.from_dict({}, tmp_path / "t.model", model_config)
-    assert "writes a line break as a space" in caplog.text
+    with pytest.raises(UserError, match="writes a line break as a space"):
+        Processor.from_dict({}, tmp_path / "t.model", model_config)
+    # What would be lost: escaped or not, a text has the ids of a turn's end, and what is generated keeps its end.
+    lost = Processor(ProcessorConfig(system=""), Tokenizer(tmp_path / "t.model"), tokens_per_image=3, image_size=32)
+    ends = [
+        count(lost.sample(Record("k", "chat", turns=(Turn("a", answer),)), "s").branches[0].ids, stop)
+        for answer in ("yes", "yes ### a")
+        for stop in lost.stop_sequences[:1]
+    ]
+    assert ends[1] == ends[0] + 1
+    assert lost.decode(lost.tokenizer.encode("yes\n###")) == "yes ###"

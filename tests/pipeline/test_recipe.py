@@ -187,7 +187,7 @@ def test_a_dry_run_prints_commands_and_writes_nothing(tmp_path: Path, capsys: py
 
 def test_away_from_the_repository_scripts_are_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert load(["experiment=demo"]).steps["finetune"].command[1:3] == ("-m", "train")
+    assert load(["experiment=demo"]).steps["finetune"].command[1:3] == ("-m", "sphinx_pl.cli.train")
 
 
 def test_help_says_what_there_is() -> None:

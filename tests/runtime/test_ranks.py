@@ -165,11 +165,30 @@ def threads(per_node: str = "", **environment: str) -> list[str]:
 def test_threads_that_wait_sleep_soon_unless_the_user_says_otherwise() -> None:
     cores = usable_cores()
     said, count = threads(per_node=str(2 * cores))  # more processes than cores
-    assert said == f"1 CPU thread on {cores} core{'' if cores == 1 else 's'} (GOMP_SPINCOUNT={sphinx_pl.SPINS})"
+    start, _, spins = said.rstrip(")").partition("=")
+    assert start == f"1 CPU thread on {cores} core{'' if cores == 1 else 's'} (GOMP_SPINCOUNT"
+    assert int(spins) in {sphinx_pl.SPINS_ALONE, sphinx_pl.SPINS_BESIDE}
     assert count == "1"
     said, count = threads(str(2 * cores), OMP_NUM_THREADS=str(cores), OMP_WAIT_POLICY="ACTIVE")
     assert said.endswith(f"(OMP_NUM_THREADS={cores}, OMP_WAIT_POLICY=ACTIVE)")
     assert count == str(cores)
+
+
+@pytest.mark.parametrize(
+    ("later", "spins"),
+    [
+        ((90, 100), sphinx_pl.SPINS_ALONE),  # idle but for this process
+        ((70, 100), sphinx_pl.SPINS_BESIDE),
+        ((0, 100), sphinx_pl.SPINS_BESIDE),
+        ((0, 0), sphinx_pl.SPINS_BESIDE),  # /proc/stat cannot be read, or no tick has passed
+    ],
+)
+def test_threads_spin_longer_where_cores_are_idle(
+    later: tuple[int, int], spins: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = iter([(0, 0), later])
+    monkeypatch.setattr(sphinx_pl, "cpu_times", lambda: next(times))
+    assert sphinx_pl.choose_spins() == spins
 
 
 def test_a_control_group_s_quota_bounds_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -16,8 +17,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from sphinx_pl.runtime import sweeps
-from sphinx_pl.runtime.hydra_app import CONFIG_FOLDER
+from sphinx_pl.runtime.hydra_app import CONFIG_FOLDER, _refuse_options
 from sphinx_pl.utils.errors import UserError
+from tests.conftest import REPOSITORY
 
 
 def hydra(*task: str, sweeping: bool = True, folder: Path = Path("nowhere")) -> DictConfig:
@@ -89,12 +91,12 @@ def test_a_signal_goes_on_to_the_point(tmp_path: Path) -> None:
     code = f"""
 import sys, time
 from pathlib import Path
-from sphinx_pl import stop
-stop.watch()
+from sphinx_pl.runtime import signals
+signals.watch()
 Path({str(ready)!r}).touch()
-while not stop.received():
+while not signals.received():
     time.sleep(0.02)
-sys.exit(128 + stop.received())
+sys.exit(128 + signals.received())
 """
     before = signal.getsignal(signal.SIGTERM)
 
@@ -110,3 +112,23 @@ sys.exit(128 + stop.received())
     assert code_of_point == 128 + signal.SIGTERM
     assert sweeps.stopped(code_of_point)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_machine_without_slurm_is_named_in_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "train.py", "-m", "hydra/launcher=slurm", "stage.optim.lr=1e-4,2e-4"]
+    done = subprocess.run(
+        [*command, f"output_dir={tmp_path}"],
+        cwd=REPOSITORY,
+        env={**os.environ, "PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    [line] = (done.stdout + done.stderr).splitlines()
+    assert line.startswith("error: hydra/launcher=slurm: this machine has no sbatch or no srun; start the sweep on a")
+
+
+def test_overrides_on_both_sides_of_an_option_are_named() -> None:
+    with pytest.raises(UserError, match="hydra/launcher=slurm stands behind an option: write options such as -m"):
+        _refuse_options(["stage=finetune", "-m", "hydra/launcher=slurm"])
+    _refuse_options(["-m", "stage=finetune", "hydra/launcher=slurm"])

@@ -172,6 +172,10 @@ def test_keys_of_ones_own_are_read_by_interpolations() -> None:
         ("stage: {optim: {betas: [0.9, 1.0]}}", "each at least 0 and below 1"),
         ("stage: {optim: {warmup: -1}}", "stage.optim.warmup=-1.0 must be a number of at least 0"),
         ("stage: {optim: {lr: .inf}}", "stage.optim.lr=inf must be a number above 0"),
+        (
+            "stage: {optim: {weight_decay: 11}}",
+            "stage.optim.weight_decay=11.0 must be a number of at least 0 and at most 10",
+        ),
         ("stage: {optim: {lr_scale: {clip: .nan}}}", "stage.optim.lr_scale={'clip': nan"),
         ("stage: {optim: {min_lr: 1}}", "min_lr=1.0 must be between 0 and lr"),
         ("data: {packing: {rows: 0}}", "data.packing.rows=0 must be"),

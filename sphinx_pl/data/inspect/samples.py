@@ -26,7 +26,7 @@ from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.sampling.packing import WEIGHTINGS, MicroPlan, Planner
 from sphinx_pl.data.sampling.stream import MADE
 from sphinx_pl.data.schema import IGNORE, IMAGE_SLOT, Batch, Branch, ImageRef, Sample
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import BadSample, counter_of, split_counter
 from sphinx_pl.data.tokenizers import Tokenizer
 from sphinx_pl.utils.html import inline, inline_png, page, table, visible
 
@@ -185,7 +185,7 @@ def _problems(planner: Planner, shown: Sequence[Shown], max_skipped: float) -> I
         )
     counts = _counts(planner)
     seen = sum(value for key, value in counts.items() if key.endswith("/seen"))
-    skipped = sum(value for key, value in counts.items() if "/skipped/" in key)
+    skipped = sum(value for key, value in counts.items() if key.startswith("skipped/"))
     if skipped > max_skipped * max(seen, 1):
         yield (
             f"{skipped / max(seen, 1):.0%} of {seen:,} records could not be used: training stops above "
@@ -242,7 +242,7 @@ def _totals(plans: Sequence[MicroPlan], weighting: str, colours: dict[str, str])
 
 
 def _counts(planner: Planner) -> Counter[str]:
-    """`source/seen`, `source/skipped/reason`, ... of all that was drawn, also of what came to no window."""
+    """`source/seen`, `skipped/source/reason`, ... of all that was drawn, also of what came to no window."""
     counts: Counter[str] = Counter()
     for lane in planner.lanes.values():
         counts.update(lane.mixture.counts)
@@ -257,12 +257,13 @@ def _left_out(planner: Planner, decoded: Counter[str]) -> str:
     for lane in planner.lanes.values():
         for name, stream in lane.mixture.streams.items():
             for counter, details in stream.examples.items():
-                examples[f"{name}/{counter}"] += details
+                examples[counter_of(name, counter)] += details
     rows = []
     for name in sorted(planner.mixture.streams):
         found = []
         for key, number in sorted(counts.items()):
-            source, how, reason = [*key.split("/", 2), ""][:3]
+            source, what = split_counter(key)
+            how, _, reason = what.partition("/")
             if source == name and reason and number:
                 found.append((f"{how}: {reason}", number, _short("; ".join(filter(None, examples[key][:2])))))
             elif source == name and how not in MADE and number:

@@ -15,6 +15,7 @@ from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.sampling.config import MODALITIES, Group, MixingConfig
 from sphinx_pl.data.sampling.stream import SourceStream
 from sphinx_pl.data.schema import Sample
+from sphinx_pl.data.skip import counter_of
 from sphinx_pl.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -103,14 +104,15 @@ class Mixture:
 
     @property
     def counts(self) -> dict[str, int]:
-        """`source/seen`, `source/skipped/reason` and the like: since the start of the run."""
-        return {f"{name}/{key}": value for name, stream in self.streams.items() for key, value in stream.counts.items()}
+        """`source/seen`, `skipped/source/reason` and the like: since the start of the run."""
+        streams = self.streams.items()
+        return {counter_of(name, key): value for name, stream in streams for key, value in stream.counts.items()}
 
     @property
     def left_out(self) -> dict[str, int]:
-        """`source/skipped/reason`: what was already unreadable when shards were opened."""
+        """`skipped/source/reason`: what was already unreadable when shards were opened."""
         return {
-            f"{name}/skipped/{reason}": count
+            counter_of(name, f"skipped/{reason}"): count
             for name, stream in self.streams.items()
             for reason, count in stream.left_out.items()
         }

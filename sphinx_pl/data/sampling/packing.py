@@ -23,7 +23,7 @@ from sphinx_pl.data.images import load_image
 from sphinx_pl.data.sampling.config import MODALITIES
 from sphinx_pl.data.sampling.mixture import Mixture
 from sphinx_pl.data.schema import IGNORE, IMAGE_SLOT, Batch, Branch, ImageRef, Sample
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import BadSample, counter_of, split_counter
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.utils.config import within
 from sphinx_pl.utils.errors import UserError
@@ -420,7 +420,7 @@ class Planner:
         return [item for lane in lanes.values() for item in lane["mixture"]["streams"].items()]
 
     def counts(self, number: int | None = None) -> Counter[str]:
-        """`source/seen`, `source/skipped/reason`, ... of this rank's lanes up to a window (the last consumed).
+        """`source/seen`, `skipped/source/reason`, ... of this rank's lanes up to a window (the last consumed).
 
         `source/samples`, tokens, targets and images are those in the windows; `source/waiting` samples are drawn and
         come in later ones.
@@ -440,8 +440,8 @@ class Planner:
         """As `counts`, of what was drawn, whether it is in the windows yet or not."""
         total: Counter[str] = Counter()
         for name, stream in self._streams(number):
-            total.update({f"{name}/{key}": value for key, value in stream["counts"].items()})
-            total.update({f"{name}/skipped/{key}": value for key, value in stream["left_out"].items()})
+            total.update({counter_of(name, key): value for key, value in stream["counts"].items()})
+            total.update({counter_of(name, f"skipped/{key}"): value for key, value in stream["left_out"].items()})
         return total
 
     def left_out(self, number: int | None = None) -> tuple[Counter[str], int]:
@@ -449,12 +449,12 @@ class Planner:
         streams = self._streams(number)
         total: Counter[str] = Counter()
         for name, stream in streams:
-            total.update({f"{name}/skipped/{key}": value for key, value in stream["left_out"].items()})
+            total.update({counter_of(name, f"skipped/{key}"): value for key, value in stream["left_out"].items()})
         return total, sum(stream["indexed"] for _, stream in streams)
 
     def example(self, counter: str) -> str:
-        """The first that this process met of `source/skipped/reason`, in words; "" where it met none."""
-        name, _, key = counter.partition("/")
+        """The first that this process met of `skipped/source/reason`, in words; "" where it met none."""
+        name, key = split_counter(counter)
         streams = [lane.mixture.streams[name] for lane in self.lanes.values() if name in lane.mixture.streams]
         return next((stream.examples[key][0] for stream in streams if stream.examples.get(key)), "")
 
@@ -645,7 +645,7 @@ class Collator:
                 pixels[number] = load_image(ref, self.image_size)
             except BadSample as error:
                 readable = False
-                counters[counter := f"skipped/{sample.source}/{error.reason}"] += len(sample.branches)
+                counters[counter := counter_of(sample.source, error.counter)] += len(sample.branches)
                 examples.setdefault(counter, error.detail)
                 pixels[number] = 0
         return readable

@@ -130,10 +130,10 @@ def test_bad_records_are_counted_and_not_raised(processor: Processor, tmp_path: 
         "mixed/images": 0,
         "mixed/tokens": sum(sample.length for sample in samples),
         "mixed/targets": sum(sample.length - 1 for sample in samples),
-        "mixed/skipped/text_empty": 4,
-        "mixed/skipped/json_not_utf8": 2,
-        "mixed/skipped/json_unreadable": 2,
-        "mixed/skipped/entry_malformed": 2,
+        "skipped/mixed/text_empty": 4,
+        "skipped/mixed/json_not_utf8": 2,
+        "skipped/mixed/json_unreadable": 2,
+        "skipped/mixed/entry_malformed": 2,
     }
 
 
