@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
@@ -28,10 +29,11 @@ from sphinx_pl.evaluation.metrics import METRICS
 from sphinx_pl.mixing.methods import METHODS, mix_tensors
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.decoder import Decoder
+from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.runtime.hydra_app import CONFIG_FOLDER, compose_config
 from sphinx_pl.utils.errors import UserError
 from tests.cli.test_train import SMALL, losses
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, tiny_model
 from tests.scripts import run_script
 
 PAGE = REPOSITORY / "docs" / "extending.md"
@@ -139,6 +141,23 @@ def test_a_benchmark(load: Load, tmp_path: Path) -> None:
     predictions = [questions.benchmark.judge(record, "Red.", Geometry()) for record in questions.records]
     assert [(p.score, p.parsed) for p in predictions] == [(1.0, True), (0.0, True)]
     assert not questions.benchmark.judge(questions.records[0], "mauve", Geometry()).parsed
+
+
+@pytest.mark.skipif(not (REPOSITORY / "sphinx_pl/models/encoders").is_dir(), reason="encoders have no registry yet")
+def test_an_encoder(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = import_module("sphinx_pl.models.encoders.base")
+    monkeypatch.setattr(base.ENCODERS, "_entries", dict(base.ENCODERS._entries))
+    load("sphinx_pl/models/encoders/siglip.py")
+    values = tiny_model().to_dict()
+    values["vision"]["encoders"]["siglip"] = {"image_size": 32, "patch_size": 8, "width": 24, "layers": 2, "heads": 2}
+    model = Sphinx(SphinxConfig.from_dict(values))
+    assert "siglip" in model.parts()
+    assert model.vision is not None
+    tokens = model.vision(torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8))
+    assert tokens.shape[1] == model.config.tokens_per_image
+    tokens.sum().backward()
+    parameters = [parameter for parameter in model.part_parameters()["siglip"] if parameter.grad is not None]
+    assert any(parameter.grad.abs().sum() > 0 for parameter in parameters)
 
 
 def test_a_language_model(load: Load, tmp_path: Path) -> None:
