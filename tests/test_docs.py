@@ -27,7 +27,7 @@ import sphinx_pl.runtime.hydra_app
 from sphinx_pl.cli.chat import ChatConfig
 from sphinx_pl.runtime.hydra_app import CONFIG_FOLDER, INSTALLED
 from tests.cli.test_train import SMALL
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, tracked
 from tests.scripts import run_script
 
 PAGES = (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))
@@ -371,6 +371,15 @@ def test_lines_of_prose_are_short(page: Path) -> None:
         if len(line) > WIDTH and not line.lstrip().startswith("|") and len(line.lstrip("- ").split()) > 1
     ]
     assert not long, "\n".join(long)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_are_named_exist(page: Path) -> None:
+    """Names of Python files in the text, with their folder or without, but those that the page adds."""
+    text = re.sub(r"^ *```python\n.*?^ *```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    names = set(re.findall(r"`((?:[a-z_]+/)*[a-z_0-9]+\.py)\b", text))
+    files = [f"/{name}" for name in tracked()]
+    assert not [name for name in names if not any(file.endswith(f"/{name}") for file in files)]
 
 
 def test_readme_is_short() -> None:
