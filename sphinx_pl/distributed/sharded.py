@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,14 +73,22 @@ class Sharded(Base):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Raises: UserError: on all ranks, if one of them could not write."""
         folder = Path(self.broadcast(str(filepath)))
-        error = ""
         if self.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
         self.barrier()
+        self._on_all(folder, lambda: write_pieces(folder, self.global_rank, self.world_size, self._local_pieces()))
+        # The index names the size of every rank's file.
+        self._on_all(folder, lambda: self._write_rest(checkpoint, folder) if self.is_global_zero else None)
+
+    def _on_all(self, folder: Path, write: Callable[[], None]) -> None:
+        """Let every rank write.
+
+        Raises:
+            UserError: on all ranks, if one of them could not.
+        """
+        error = ""
         try:
-            write_pieces(folder, self.global_rank, self.world_size, self._local_pieces())
-            if self.is_global_zero:
-                self._write_rest(checkpoint, folder)
+            write()
         except OSError as failure:
             error = f"rank {self.global_rank} cannot write to '{folder}': {failure}"
         if errors := [message for message in of_all_ranks(error, self.world_size) if message]:

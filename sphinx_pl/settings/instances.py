@@ -64,6 +64,8 @@ def hints(target: str) -> dict[str, Any]:
 
 
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+_ORDER = {int: 0, float: 1, bool: 2}
+"""Plain types in a message; literal values and then null follow them."""
 
 
 def _choices(hint: Any) -> list[Any] | None:
@@ -111,7 +113,7 @@ def check_instance(values: Any, key: str, siblings: Iterable[str] = ()) -> None:
         choices = _choices(typed.get(name, Any))
         if choices is not None and "${" not in str(value) and not _fits(value, choices):
             # A union's order is that in which the first module of the process wrote it down.
-            ordered = sorted(choices, key=lambda choice: [*_NAMES].index(choice) if choice in _NAMES else len(_NAMES))
+            ordered = sorted(choices, key=lambda choice: _ORDER.get(choice, len(_ORDER)) + (choice is type(None)))
             must = ", ".join(dict.fromkeys(_NAMES.get(choice, str(choice)) for choice in ordered))
             raise UserError(f"{key}.{name}={'null' if value is None else value} must be one of: {must}")
         for number, one in enumerate(value if isinstance(value, list) else [value]):

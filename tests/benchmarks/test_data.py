@@ -48,7 +48,7 @@ def test_only_the_first_block_is_opened_at_the_start(tmp_path: Path) -> None:
 
 def test_an_index_is_shared_between_processes(tmp_path: Path) -> None:
     path = data.write_many(tmp_path / "many.jsonl", 100_000, as_list=False)
-    index, _ = data.spans.entry_spans(str(path))
+    index, _ = data.line_index.entry_spans(str(path))
     assert len(index) == 100_000
     assert int(index.sum()) > 0  # all of it is mapped here
     own, shared = data.in_new_process(data.shared_index, str(path))
@@ -57,7 +57,7 @@ def test_an_index_is_shared_between_processes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("as_list", "name"), [(True, "a.json"), (False, "a.jsonl")])
 def test_many_entries_are_what_they_say(tmp_path: Path, as_list: bool, name: str) -> None:
-    index, problem = data.spans.entry_spans(str(data.write_many(tmp_path / name, 2500, as_list)))
+    index, problem = data.line_index.entry_spans(str(data.write_many(tmp_path / name, 2500, as_list)))
     assert not problem
     assert len(index) == 2500
 

@@ -37,8 +37,8 @@ def test_commit_and_dirt_are_those_of_the_checkout(tmp_path: Path) -> None:
     package.mkdir()
     (package / "__init__.py").write_text('__version__ = "9"\n')
     source = Path(provenance.__code__.co_filename)
-    (package / "checkpoint").mkdir()
-    (package / "checkpoint" / "provenance.py").write_bytes(source.read_bytes())
+    (package / "checkpoints").mkdir()
+    (package / "checkpoints" / "provenance.py").write_bytes(source.read_bytes())
 
     def code() -> dict[str, object]:
         program = "import json, sphinx_pl.checkpoints.provenance as p; print(json.dumps(p.provenance('x')['code']))"

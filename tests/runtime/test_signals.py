@@ -24,7 +24,8 @@ def test_the_first_signal_says_why() -> None:
 
 
 def test_helpers_ignore_what_the_run_acts_on() -> None:
-    code = "import time; from sphinx_pl.runtime import signals; signals.ignore(); print('ready', flush=True); time.sleep(60)"
+    code = "import time; from sphinx_pl.runtime import signals\n"
+    code += "signals.ignore(); print('ready', flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=REPOSITORY)
     assert process.stdout is not None
     process.stdout.readline()
@@ -37,7 +38,8 @@ def test_helpers_ignore_what_the_run_acts_on() -> None:
 
 
 def test_the_second_ctrl_c_ends_it_at_once() -> None:
-    code = "import time; from sphinx_pl.runtime import signals; signals.watch(interrupt=True); print('ready', flush=True)\n"
+    code = "import time; from sphinx_pl.runtime import signals\n"
+    code += "signals.watch(interrupt=True); print('ready', flush=True)\n"
     code += "while not signals.received(): time.sleep(0.01)\nprint('noted', flush=True); time.sleep(60)"
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=REPOSITORY, text=True
@@ -60,6 +62,7 @@ def test_what_ignores_ctrl_c_goes_on_ignoring_it() -> None:
 
 
 def test_it_is_there_before_anything_slow_is_imported() -> None:
-    code = "import sys; from sphinx_pl.runtime import signals; print(sorted({'torch', 'lightning', 'hydra'} & set(sys.modules)))"
+    code = "import sys; from sphinx_pl.runtime import signals\n"
+    code += "print(sorted({'torch', 'lightning', 'hydra'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
     assert done.stdout.strip() == "[]"
