@@ -134,7 +134,7 @@ def test_a_benchmark(load: Load, tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
     lines = [{"image": "a.jpg", "question": "What colour is it?", "colour": colour} for colour in ("red", "blue")]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"image": "a.jpg"}]))
-    [line] = re.findall(r"`(colours: \{.*?\})`", PAGE.read_text())
+    line = FILES["conf/benchmark/paper.yaml (at its end)"]
     values = yaml.safe_load(line.replace("${benchmark.root}/colours", str(tmp_path)))
     [questions], _ = choose(["colours"], values)
     assert questions.lost == {"entry_malformed": 1}
