@@ -67,6 +67,12 @@ ELSEWHERE = {
     ),
     "*experiment=own*": "tests/test_own_data.py::test_the_pages_commands_train_a_model_that_answers",
     "*outputs/own/*": "tests/test_own_data.py::test_the_pages_commands_train_a_model_that_answers",
+    "sphinx-pipeline experiment=demo": (
+        "tests/pipeline/test_whole.py::test_the_recipe_killed_in_its_finetune_goes_on_from_the_checkpoint"
+    ),
+    "sphinx-pipeline status *": (
+        "tests/pipeline/test_whole.py::test_the_recipe_killed_in_its_finetune_goes_on_from_the_checkpoint"
+    ),
     "*plan=true*": "tests/planning/test_plan.py::test_",
 }
 """Patterns of commands, and the test that runs them."""
@@ -242,11 +248,7 @@ def _of_quickstart() -> list[str]:
 
 
 DEMO = _of_quickstart()
-HERE = [
-    line
-    for line in lines()
-    if line not in MAKE and not needs(line) and not elsewhere(line) and "sphinx-pipeline experiment" not in line
-]
+HERE = [line for line in lines() if line not in MAKE and not needs(line) and not elsewhere(line)]
 """The commands that the long test runs."""
 
 

@@ -153,7 +153,9 @@ def write_vsr(folder: Path) -> None:
     kinds = {"image": {"_type": "Image"}, "caption": {"_type": "Value", "dtype": "string"}}
     note = {"info": {"features": kinds | {"label": {"_type": "Value", "dtype": "int64"}}}}
     (folder / "vsr" / "data").mkdir(parents=True)
-    table = pa.Table.from_pylist(rows).replace_schema_metadata({"huggingface": json.dumps(note)})
+    picture = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    columns = [("image", picture), ("caption", pa.string()), ("label", pa.int64())]
+    table = pa.Table.from_pylist(rows, schema=pa.schema(columns, metadata={"huggingface": json.dumps(note)}))
     pq.write_table(table, folder / "vsr" / "data" / "test-00000-of-00001.parquet")
     (folder / "tasks").mkdir()
 
