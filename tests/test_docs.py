@@ -358,7 +358,7 @@ def anchors(page: Path) -> set[str]:
 
 
 WIDTH = 100
-NOT_WRAPPED = ("benchmarks.md", "configuration.md", "data.md", "evaluation.md", "own_data.md")
+NOT_WRAPPED = ("configuration.md", "data.md", "evaluation.md", "own_data.md")
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name not in NOT_WRAPPED], ids=lambda page: page.name)
