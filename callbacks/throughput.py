@@ -135,8 +135,8 @@ class Throughput(L.Callback):
     `perf/memory_gb` is the highest of the ranks' peaks so far: allocated on the GPU, or resident of a process on a CPU.
     Of all ranks since the start of the run: `data/seen/<source>` records, the `samples`, `tokens`, `targets` and
     `images` made of them, and what was `skipped`, `filtered` or `capped` (`data/skipped/<source>/<reason>`).
-    `perf/mfu` is model FLOPs (Chowdhery et al. 2022, appendix B; vision towers counted, views that are skipped not) per
-    second over the peak.
+    `perf/mfu` is model FLOPs (Chowdhery et al. 2022, appendix B) per second over the peak. They include vision towers,
+    without views that are skipped, and attention within samples, without what its mask hides (`TrainingFlops`).
 
     Put it first among the callbacks: those before it count as `optimizer`.
 

@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 SPINS_ALONE, SPINS_BESIDE = 3000, 300
 """How often a thread of OpenMP looks for work before it sleeps, on a machine with idle cores and beside other programs.
 
-docs/benchmarks.md says how both are measured.
+docs/performance.md says how both are measured.
 """
 LOOK_S = 0.05
 """How long the cores are watched before the choice, in seconds."""

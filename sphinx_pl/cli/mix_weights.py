@@ -13,35 +13,32 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sphinx_pl.utils.collector import leave, uncollected
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 
-with uncollected():
-    from omegaconf import DictConfig, OmegaConf
-    from rich.console import Console
-
-    from sphinx_pl.checkpoints.layout import check_start
-    from sphinx_pl.checkpoints.stored import OurNames, ParallelFolder
-    from sphinx_pl.evaluation.objective import LOSS, SCORE, Criterion, Measures
-    from sphinx_pl.mixing.methods import METHODS
-    from sphinx_pl.mixing.mix import (
-        DTYPES,
-        Plan,
-        Recipe,
-        check_out,
-        layout_of,
-        mix,
-        needs_our_names,
-        open_models,
-        plan_mixture,
-    )
-    from sphinx_pl.mixing.rules import complement
-    from sphinx_pl.runtime.device import autocast, choose_device
-    from sphinx_pl.runtime.hydra_app import entry_point
-    from sphinx_pl.settings.mix_weights import AUTO, GREEDY, MixConfig, check_mix
-    from sphinx_pl.utils.config import pick
-    from sphinx_pl.utils.console import Steps
-    from sphinx_pl.utils.errors import UserError, suggest
-    from sphinx_pl.utils.files import check_folder, finite, write_whole
+from sphinx_pl.checkpoints.layout import check_start
+from sphinx_pl.checkpoints.stored import OurNames, ParallelFolder
+from sphinx_pl.evaluation.objective import LOSS, SCORE, Criterion, Measures
+from sphinx_pl.mixing.methods import METHODS
+from sphinx_pl.mixing.mix import (
+    DTYPES,
+    Plan,
+    Recipe,
+    check_out,
+    layout_of,
+    mix,
+    needs_our_names,
+    open_models,
+    plan_mixture,
+)
+from sphinx_pl.mixing.rules import complement
+from sphinx_pl.runtime.device import autocast, choose_device
+from sphinx_pl.runtime.hydra_app import entry_point
+from sphinx_pl.settings.mix_weights import AUTO, GREEDY, MixConfig, check_mix
+from sphinx_pl.utils.config import pick
+from sphinx_pl.utils.console import Steps
+from sphinx_pl.utils.errors import UserError, suggest
+from sphinx_pl.utils.files import check_folder, finite, write_whole
 
 if TYPE_CHECKING:
     from sphinx_pl.data.schema import Batch
@@ -308,4 +305,3 @@ def main(cfg: DictConfig) -> float | None:
 
 if __name__ == "__main__":
     main()
-    leave()

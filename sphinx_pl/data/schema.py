@@ -125,6 +125,15 @@ class Sample:
         """How many tokens are supervised."""
         return sum(sum(branch.supervised) for branch in self.branches)
 
+    @property
+    def pairs(self) -> int:
+        """How many pairs of positions attention has to compare.
+
+        A position attends to itself and to what is before it in the prefix or in its own branch.
+        """
+        prefix, branches = len(self.prefix), [len(branch.ids) for branch in self.branches]
+        return sum(n * (n + 1) // 2 for n in (prefix, *branches)) + prefix * sum(branches)
+
 
 IMAGE_SLOT = -1
 """Token id, in a `Sample`, of a position that a visual token will take."""
@@ -151,7 +160,7 @@ class Batch:
     tasks: list[str] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)  # of the run's whole mixture: the same on all ranks
     keys: list[str] = field(default_factory=list)  # "source/key" of every sample in the batch
-    counters: dict[str, float] = field(default_factory=dict)  # additive: samples, tokens, images, views, skipped/...
+    counters: dict[str, float] = field(default_factory=dict)  # additive: samples, tokens, pairs, images, views, ...
     examples: dict[str, str] = field(default_factory=dict)  # a counter of what is skipped -> its first, in words
     # Of the whole accumulation window on this rank, all micro-batches together, counted after decoding:
     window_weight: float = 0.0

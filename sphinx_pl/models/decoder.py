@@ -306,10 +306,14 @@ class Decoder(nn.Module):
         """[..., D] hidden states -> [..., vocab]."""
         return torch.as_tensor((self.tok_embeddings if self.output is None else self.output)(hidden))
 
-    def flops(self, tokens: int, context: int, supervised: int) -> float:
-        """Of a forward pass: `tokens` positions that each attend over rows of `context`, `supervised` logits."""
+    def flops(self, tokens: int, pairs: float, supervised: int) -> float:
+        """FLOPs of a forward pass over `tokens` positions, of which `supervised` have logits.
+
+        Args:
+            pairs: how many pairs of positions attention compares.
+        """
         c = self.config
         attention = c.width * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
         feed_forward = 3 * c.width * c.ffn_width * (c.experts_per_token if c.experts else 1) + c.width * c.experts
-        per_token = 2 * (attention + feed_forward) + 4 * context * c.width
-        return float(tokens * c.layers * per_token + 2 * supervised * c.width * c.vocab_size)
+        layer = 2 * tokens * (attention + feed_forward) + 4 * pairs * c.width
+        return float(c.layers * layer + 2 * supervised * c.width * c.vocab_size)

@@ -158,15 +158,3 @@ class Sphinx(nn.Module):
             trainable = sum(whole_shape(p).numel() for p in parameters if p.requires_grad)
             table.append((name, trainable, sum(whole_shape(p).numel() for p in parameters) - trainable))
         return table
-
-    def flops(self, batch: Batch) -> float:
-        """Forward FLOPs of `token_losses`: matrix multiplications and convolutions, attention over whole rows."""
-        rows, length = batch.input_ids.shape
-        supervised = max(1, int((batch.labels != IGNORE).sum()))
-        decoder = self.decoder.flops(rows * length, length, supervised)
-        if self.mixer is None:
-            return decoder
-        if batch.seen_views is not None:
-            return decoder + self.mixer.flops(len(batch.pixels), int(batch.seen_views.sum()))
-        blank = 1 if not len(batch.pixels) and self.mixer.config.skip_padding else None  # its views, as in `_embed`
-        return decoder + self.mixer.flops(max(1, len(batch.pixels)), blank)

@@ -11,7 +11,8 @@ class TrainingFlops:
 
     A part that trains costs three times its forward pass: the gradients of inputs and of weights cost one each. A
     frozen tower runs without gradients and costs one; a frozen decoder still passes gradients on and costs two.
-    Views that are skipped as padding cost nothing.
+    Views that are skipped as padding cost nothing. The decoder's attention costs what its mask lets through: pairs
+    within a sample, a shared prefix once. Its matrices also cost what they do for padding.
     """
 
     def __init__(self, model: Sphinx) -> None:
@@ -40,11 +41,18 @@ class TrainingFlops:
     def __call__(self, batch: Batch) -> float:
         rows, length = batch.input_ids.shape
         views = int(batch.counters["views"]) if batch.seen_views is not None else None
-        return self.of(rows, length, batch.counters.get("targets", 0), len(batch.pixels), views)
+        counters = batch.counters
+        return self.of(rows * length, counters["pairs"], counters["targets"], len(batch.pixels), views)
 
-    def of(self, rows: int, length: int, supervised: float, images: float, views: float | None = None) -> float:
-        """Of a micro-batch; the towers run on a blank image where it has none, on one view if they skip any."""
-        decoder = self.decoder.flops(rows * length, length, max(1, int(supervised)))
+    def of(self, positions: int, pairs: float, supervised: float, images: float, views: float | None = None) -> float:
+        """FLOPs of a micro-batch.
+
+        The towers run on a blank image where it has none, on one view if they skip any.
+
+        Args:
+            pairs: how many pairs of positions may attend (`Sample.pairs`).
+        """
+        decoder = self.decoder.flops(positions, pairs, max(1, int(supervised)))
         if images == 0 and self.mixer is not None and self.mixer.config.skip_padding:
             views = 1
         return self.decoder_factor * decoder + self.vision(max(1, images), views)

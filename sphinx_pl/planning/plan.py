@@ -508,6 +508,8 @@ class Rows:
     """What rows hold, on average; the most images of a micro-batch decide its memory."""
 
     tokens: float
+    pairs: float
+    """Pairs of positions that attention compares."""
     supervised: float
     images: float
     most_images: float
@@ -522,7 +524,8 @@ def rows_of(cfg: DictConfig, model: SphinxConfig, assumed: PlanConfig) -> Rows:
     """From the training mixture if it can be read, else assumptions; keys of `plan_for` go first.
 
     Without data the rows are full, hold as many images as fit with 80 tokens of text each, and half of the other
-    positions are supervised; an encoded image has 50 kB. That is on the safe side for memory.
+    positions are supervised; an encoded image has 50 kB. That is on the safe side for memory. Attention then compares
+    what lies within samples of equal length, one for each image.
     """
     length = int(cfg.data.packing.row_length)
     try:
@@ -534,7 +537,9 @@ def rows_of(cfg: DictConfig, model: SphinxConfig, assumed: PlanConfig) -> Rows:
         images = min(images, cap) if cap else images
         supervised = max(1.0, (length - images * model.tokens_per_image) / 2)
         reason = " ".join(str(error).split())
-        found = Rows(length, supervised, images, images, 50e3, None, f"assumed: {reason}")
+        images = images if assumed.images_per_row is None else assumed.images_per_row
+        pairs = length * (length / max(1.0, images) + 1) / 2
+        found = Rows(length, pairs, supervised, images, images, 50e3, None, f"assumed: {reason}")
     if assumed.images_per_row is not None:
         found = replace(found, images=assumed.images_per_row, most_images=assumed.images_per_row)
     if assumed.supervised is not None:
@@ -563,6 +568,7 @@ def _probe(cfg: DictConfig, model: SphinxConfig) -> Rows:
     sizes = [image.size if image.size > 0 else Path(image.path).stat().st_size for batch in images for image in batch]
     return Rows(
         tokens=sum(sample.length for batch in samples for sample in batch) / count,
+        pairs=sum(sample.pairs for batch in samples for sample in batch) / count,
         supervised=sum(sample.targets for batch in samples for sample in batch) / count,
         images=sum(map(len, images)) / count,
         most_images=max(map(len, images)) / rows,
@@ -672,7 +678,8 @@ def make_plan(cfg: DictConfig, choice: str = "") -> Plan:
         largest = largest_rows(engine, sizes, near, checkpointing, room)
     model.decoder.config = config.decoder  # FLOPs follow the configuration's depth
     images = content.images * rows if config.vision else 0.0
-    flops = TrainingFlops(model).of(rows, length, content.supervised * rows, images) * accumulate * engine.ranks
+    work = TrainingFlops(model).of(rows * length, content.pairs * rows, content.supervised * rows, images)
+    flops = work * accumulate * engine.ranks
     plan = Plan(
         model=config.name,
         engine=engine,

@@ -439,7 +439,7 @@ class Stage(L.LightningModule):
 
         `step` is the number of optimizer steps made.
 
-        Lightning's `log` would take up to a millisecond for each of them (docs/benchmarks.md), and hand them on only
+        Lightning's `log` would take up to a millisecond for each of them, and hand them on only
         after the checkpoint of this step is written, so that a run that is killed then would miss the row.
         """
         for logger in self.loggers:

@@ -19,9 +19,9 @@ from sphinx_pl.callbacks.checkpoint import ResumeCheckpoint
 from sphinx_pl.callbacks.throughput import COUNTED, SPANS, RankPart, Throughput, data_metrics, measured_peak, metrics_of
 from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.sampling.packing import Collator
-from sphinx_pl.data.schema import Batch
+from sphinx_pl.data.schema import Batch, Branch, Sample
 from sphinx_pl.models.config import SphinxConfig
-from sphinx_pl.models.sphinx import Sphinx
+from sphinx_pl.models.sphinx import Sphinx, packed_mask
 from sphinx_pl.planning.flops import TrainingFlops
 from sphinx_pl.stages import Stage
 
@@ -81,7 +81,7 @@ def test_rates_are_those_of_the_batches_trained_on(fit: Fit, tmp_path: Path) -> 
             "perf/images_per_s": sum(len(batch.pixels) for batch in window) / seconds,
             "perf/samples_per_s": sum(len(batch.keys) for batch in window) / seconds,
             "perf/padding": sum(padding) / len(padding),
-            "perf/mfu": sum(3 * stage.sphinx.flops(batch) for batch in window) / seconds / 1e12,
+            "perf/mfu": sum(map(TrainingFlops(stage.sphinx), window)) / seconds / 1e12,
         }
         assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-4)
         parts = [row[f"perf/time_{name}"] for name in SPANS]
@@ -103,11 +103,34 @@ def test_training_flops_are_those_that_torch_counts(datamodule: DataModule, mode
         with FlopCounterMode(display=False) as counter:
             model.token_losses(batch).nll.sum().backward()
         counted.append(counter.get_total_flops())
-        computed.append(TrainingFlops(model)(batch))
+        rows, length = batch.input_ids.shape
+        # Torch counts all pairs of a row's positions, whatever the mask hides.
+        flops = TrainingFlops(model).of(rows * length, rows * length**2, batch.counters["targets"], len(batch.pixels))
+        computed.append(flops)
     assert computed == pytest.approx(counted, rel=0.05)
     # The patch embeddings compute no gradient of the pixels, which is a share of towers as small as these.
     assert computed[0] - computed[1] == pytest.approx(counted[0] - counted[1], rel=0.15)
-    assert computed[0] == pytest.approx(3 * model.flops(batch), rel=1e-9)
+
+
+def test_attention_counts_the_pairs_that_its_mask_lets_through(model_config: SphinxConfig) -> None:
+    """Counted by hand: 3 + 2 + 4 positions of a prefix and two branches, and 5 of a sample of one."""
+
+    def branch(count: int) -> Branch:
+        return Branch([5] * count, [False] + [True] * (count - 1), "chat", "key")
+
+    shared = Sample([1, 5, 5], [branch(2), branch(4)], (), "a")
+    alone = Sample([1], [branch(4)], (), "a")
+    assert shared.pairs == (1 + 2 + 3) + (4 + 5) + (4 + 5 + 6 + 7)
+    assert alone.pairs == 1 + 2 + 3 + 4 + 5
+    batch = Collator(row_length=20, image_size=64)([[shared, alone], [alone]])
+    mask = packed_mask(batch.segment_ids, batch.branch_ids)
+    padding = int((batch.segment_ids == 0).sum())  # sees itself
+    assert batch.counters["pairs"] == int(mask.sum()) - padding == 37 + 2 * 15
+    model = Sphinx(dataclasses.replace(model_config, vision=None))
+    c = model_config.decoder
+    whole = TrainingFlops(model).of(40, 2 * 20**2, batch.counters["targets"], 0)
+    hidden = 3 * c.layers * 4 * c.width * (2 * 20**2 - 67)
+    assert TrainingFlops(model)(batch) == pytest.approx(whole - hidden, rel=1e-12)
 
 
 def test_waiting_for_data_is_told_from_computing(

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from benchmarks.generation import theirs
+from perf.generation import theirs
 from sphinx_pl.data.schema import IMAGE_SLOT
 from sphinx_pl.generation.generate import GenerationConfig, Prompt, generate, stream
 from sphinx_pl.models.config import DecoderConfig, SphinxConfig

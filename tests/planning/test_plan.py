@@ -13,8 +13,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from benchmarks import memory
-from benchmarks.gpu import LEAN
+from perf import memory
+from perf.gpu import LEAN
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.planning.gpus import GPUS, find_gpu, flops_of_device
 from sphinx_pl.planning.memory import built
@@ -131,6 +131,8 @@ def test_data_that_is_there_is_looked_at(sample_data: Path) -> None:
     assert plan.content.source == "measured"
     assert 0.5 * plan.row_length < plan.content.tokens <= plan.row_length
     assert 0 < plan.content.supervised < plan.content.tokens
+    # Each row holds several samples, and no position attends beyond its own.
+    assert plan.content.tokens < plan.content.pairs < 0.9 * plan.row_length * (plan.row_length + 1) / 2
     assert plan.content.images > 0.5
     assert plan.content.image_bytes > 100
     assert plan.steps_per_epoch is not None

@@ -98,7 +98,7 @@ def fullest_rows(
 
     Each row begins with the next sample in order (the first row with `first` of them), so that none waits for long; the
     rest of a row are those that fill it best together, earlier ones rather than later ones. It fills more than
-    first-fit decreasing does (docs/benchmarks.md), and takes a stream as it comes.
+    first-fit decreasing does, and takes a stream as it comes.
     """
     left = list(samples)
     packed: list[Row] = []
@@ -586,6 +586,7 @@ class Collator:
                 seen += sample.seen
                 counters["samples"] += len(sample.branches)
                 counters["images"] += len(sample.images)
+                counters["pairs"] += sample.pairs
                 counters[f"modality/{_modality(sample)}"] += int(readable)
                 begin, end = at, at + sample.length
                 flat = list(sample.prefix)

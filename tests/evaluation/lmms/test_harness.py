@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from benchmarks import harness
 from sphinx_pl.data.converters.vsr import STATEMENT
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.readers.instruction_json import to_record
@@ -19,6 +18,7 @@ from sphinx_pl.data.sampling.packing import Collator
 from sphinx_pl.generation.assistant import Assistant, Dialog
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx
+from tests.evaluation.lmms import sample_tasks as harness
 from tests.generation.test_assistant import saved
 
 LIMIT = 24

@@ -4,13 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import step
+from perf import step
 
 
-def test_all_parts_and_layouts_are_timed(
-    sample_data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+def test_all_parts_and_layouts_are_timed(sample_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert step.main([f"data.root={sample_data}", "--steps=1", "--rows=2", "--threads=1", "--device=cpu"]) == 0
     printed = capsys.readouterr().out
     for name in (*step.PARTS, *step.LAYOUTS):

@@ -5,13 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import threads
+from perf import threads
 from sphinx_pl.utils.errors import UserError
-
-
-@pytest.fixture(autouse=True)
-def wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
 
 
 def test_settings_are_compared_in_every_situation(sample_data: Path, capfd: pytest.CaptureFixture[str]) -> None:

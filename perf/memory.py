@@ -1,7 +1,7 @@
 """How much memory a step takes, measured, beside what `plan=true` says of it.
 
-    python -m benchmarks.memory model=sphinx_sample trainer=cpu data.packing.rows=8
-    python -m benchmarks.memory model=sphinx_sample trainer=zero3_cpu trainer.devices=2 --threads 1
+    python -m perf.memory model=sphinx_sample trainer=cpu data.packing.rows=8
+    python -m perf.memory model=sphinx_sample trainer=zero3_cpu trainer.devices=2 --threads 1
 
 Overrides are those of train.py, whose stage and trainer run on random batches (no data is needed); several devices are
 as many processes. Measured are bytes that PyTorch's allocator has handed out since before the model was built: on a CPU
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,21 +29,17 @@ from unittest import mock
 
 import lightning as L
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.autograd.profiler import profile, record_function
 from torch.utils.data import DataLoader
 
+from perf.harness import configuration, console, parser, run_command, table
 from sphinx_pl.data.schema import IGNORE, Batch
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.planning.memory import LiveBytes, Shape
 from sphinx_pl.planning.plan import Plan, make_plan
-from sphinx_pl.runtime.hydra_app import CONFIG_FOLDER, register_resolvers, report
 from sphinx_pl.stages import build
 from sphinx_pl.stages.stage import OTHERS_KEYS, Stage
 from sphinx_pl.utils.errors import UserError
@@ -53,12 +49,12 @@ MARK = "from here on"
 
 @dataclass(frozen=True)
 class Measured:
-    """Of a run of some steps, and its plan."""
+    """What a run of some steps took, and its plan."""
 
     peak: int
     """Bytes of the rank that took most."""
     seconds: list[float]
-    """Of each step, of the first rank."""
+    """Time of each step on the first rank."""
     losses: list[float]
     plan: Plan
 
@@ -74,19 +70,20 @@ class Measured:
         return self.estimate / self.peak
 
 
-def configuration(overrides: Sequence[str], folder: Path, steps: int) -> DictConfig:
-    """train.py's, with new weights."""
-    register_resolvers()
-    fixed = [f"trainer.default_root_dir={folder}", f"trainer.max_steps={steps}"]
-    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        cfg: DictConfig = compose("train", [*overrides, *fixed])
-    OmegaConf.set_struct(cfg, False)  # not every model names weights to start from
-    cfg.model.decoder.load = None
-    for tower in ("clip", "convnext", "dinov2", "qformer"):
-        if cfg.model.get("vision") and cfg.model.vision.get(tower):
-            cfg.model.vision[tower].load = None
+def untrained(overrides: Sequence[str], folder: Path, steps: int) -> DictConfig:
+    """The configuration of train.py with new weights."""
+    cfg: DictConfig = configuration(*overrides, f"trainer.default_root_dir={folder}", f"trainer.max_steps={steps}")
     cfg.stage.init_from = None
+    _start_from_nothing(cfg.model)
     return cfg
+
+
+def _start_from_nothing(model: DictConfig) -> None:
+    for key, value in model.items():
+        if key == "load":
+            model.load = None
+        elif OmegaConf.is_dict(value):
+            _start_from_nothing(value)
 
 
 class Drawn(build.Fresh):
@@ -108,22 +105,23 @@ class Drawn(build.Fresh):
 
 
 def random_batch(config: SphinxConfig, shape: Shape) -> Batch:
-    """A micro-batch of that shape: rows that are one segment each."""
+    """A random micro-batch of that shape, with rows of equal samples, one for each image, as a plan assumes."""
     rows, length = shape.rows, shape.length
+    segment_ids = 1 + torch.arange(length, dtype=torch.int32) * max(1, round(shape.images)) // length
     images = max(1, round(rows * shape.images)) if config.vision else 0
     supervised = max(1, round(rows * shape.supervised))
     labels = torch.full((rows * length,), IGNORE)
     labels[torch.randperm(rows * length)[:supervised]] = 1
-    ones = torch.ones(rows, length, dtype=torch.int32)
+    zeros = torch.zeros(rows, length, dtype=torch.int32)
     size = config.vision.image_size if config.vision else 0
     return Batch(
         input_ids=torch.randint(config.decoder.vocab_size, (rows, length)),
         labels=labels.view(rows, length),
         weights=torch.ones(rows, length),
-        segment_ids=ones,
-        branch_ids=torch.zeros_like(ones),
+        segment_ids=segment_ids.expand(rows, -1).contiguous(),
+        branch_ids=zeros,
         position_ids=torch.arange(length).expand(rows, -1).contiguous(),
-        task_ids=torch.zeros_like(ones),
+        task_ids=zeros.clone(),
         pixels=torch.randint(256, (images, 3, size, size), dtype=torch.uint8),
         image_slots=torch.arange(images * config.tokens_per_image),
         tasks=["text"],
@@ -163,7 +161,7 @@ class _Watch(L.Callback):
 
 
 def stage_and_trainer(cfg: DictConfig, callbacks: Sequence[L.Callback]) -> tuple[Stage, L.Trainer]:
-    """Of the configuration, as train.py makes them, but no logger is there and nothing held out."""
+    """The stage and trainer that train.py makes, without loggers and validation."""
     options: dict[str, Any] = OmegaConf.to_container(cfg.stage, resolve=True)  # type: ignore[assignment]
     kind = get_class(options.pop("_target_"))
     for key in OTHERS_KEYS:
@@ -215,7 +213,7 @@ def _peak(events: Any) -> int:
 
 def plan_of(overrides: Sequence[str], images: float | None = None, supervised: float | None = None) -> Plan:
     """Args: images, supervised: what rows hold; None: what a plan without data assumes."""
-    cfg = configuration(overrides, Path(), steps=3)
+    cfg = untrained(overrides, Path(), steps=3)
     cfg.plan_for.images_per_row, cfg.plan_for.supervised = images, supervised
     return make_plan(cfg, next((o.partition("=")[2] for o in overrides if o.startswith("trainer=")), ""))
 
@@ -243,54 +241,39 @@ def measure(
         command, ranks = [sys.executable], plan.engine.ranks
         if ranks > 1:
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        command += ["-m", "benchmarks.memory", *overrides, f"--rank-out={folder}", f"--steps={steps}"]
+        command += ["-m", "perf.memory", *overrides, f"--rank-out={folder}", f"--steps={steps}"]
         command += [f"--images={plan.content.images}", f"--supervised={plan.content.supervised / plan.row_length}"]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         result = subprocess.run(command, env=environment, capture_output=True, text=True)
         if result.returncode:
             raise UserError(f"a rank failed: {result.stderr.strip()[-2000:]}")
-        found = [json.loads((folder / f"rank-{rank}").read_text()) for rank in range(ranks)]
-        return Measured(max(rank["peak"] for rank in found), found[0]["seconds"], found[0]["losses"], plan)
+        reports = [json.loads((folder / f"rank-{rank}").read_text()) for rank in range(ranks)]
+        return Measured(max(rank["peak"] for rank in reports), reports[0]["seconds"], reports[0]["losses"], plan)
 
 
-def results(found: Measured) -> Iterator[Table]:
-    plan = found.plan
-    table = Table(title=f"{plan.model}, {plan.engine.kind} on {plan.engine.ranks}, {plan.engine.precision}")
-    for column in ("rows", "checkpointing", "estimated MB", "measured MB", "estimate / measured"):
-        table.add_column(column, justify="right")
-    table.add_row(
-        str(plan.rows),
-        plan.checkpointing,
-        f"{found.estimate / 1e6:,.1f}",
-        f"{found.peak / 1e6:,.1f}",
-        f"{found.ratio:.3f}",
-    )
-    yield table
+def print_table(options: argparse.Namespace) -> None:
+    """Trains and prints what was planned and what was measured; a rank writes its part to a file instead."""
+    if options.rank_out:
+        cfg = untrained(options.overrides, options.rank_out, options.steps)
+        length = int(cfg.data.packing.row_length)
+        shape = Shape(int(cfg.data.packing.rows), length, options.supervised * length, options.images)
+        (options.rank_out / f"rank-{os.environ.get('RANK', 0)}").write_text(json.dumps(train(cfg, shape)))
+        return
+    run = measure(options.overrides, options.images, options.supervised, options.threads or 1, options.steps)
+    plan = run.plan
+    sizes = (f"{run.estimate / 1e6:,.1f}", f"{run.peak / 1e6:,.1f}", f"{run.ratio:.3f}")
+    title = f"{plan.model}, {plan.engine.kind} on {plan.engine.ranks}, {plan.engine.precision}"
+    columns = ("checkpointing", "rows", "estimated MB", "measured MB", "estimate / measured")
+    console().print(table(title, columns, [[plan.checkpointing, str(plan.rows), *sizes]]))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="of train.py's configuration: model=..., trainer=...")
-    parser.add_argument("--images", type=float, default=1.0, help="of a row")
-    parser.add_argument("--supervised", type=float, default=0.5, help="share of positions with a target")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU, for each process")
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--rank-out", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    try:
-        if options.rank_out:
-            cfg = configuration(options.overrides, options.rank_out, options.steps)
-            length = int(cfg.data.packing.row_length)
-            shape = Shape(int(cfg.data.packing.rows), length, options.supervised * length, options.images)
-            (options.rank_out / f"rank-{os.environ.get('RANK', 0)}").write_text(json.dumps(train(cfg, shape)))
-            return 0
-        for table in results(
-            measure(options.overrides, options.images, options.supervised, options.threads, options.steps)
-        ):
-            Console().print(table)
-    except (UserError, HydraException) as error:
-        return report(error)
-    return 0
+    command = parser(__doc__, "model=..., trainer=...")
+    command.add_argument("--images", type=float, default=1.0, help="of a row")
+    command.add_argument("--supervised", type=float, default=0.5, help="share of positions with a target")
+    command.add_argument("--steps", type=int, default=3)
+    command.add_argument("--rank-out", type=Path, help=argparse.SUPPRESS)
+    return run_command(command, print_table, arguments)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How full packed rows are, beside padding, and how evenly the work of a step falls on the ranks.
 
-    python -m benchmarks.packing
-    python -m benchmarks.packing --rows 4 --windows 100
+    python -m perf.packing
+    python -m perf.packing --rows 4 --windows 100
 
 Nothing is trained and no image is decoded: the planner knows lengths without. The sample mixtures are the real ones,
 made for this run; the paper's are simulated by the histograms below. Every lane is a rank of its own here.
@@ -17,17 +17,15 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 from unittest.mock import patch
 
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from rich.console import Console
-from rich.table import Table
 
+from perf.harness import configuration, console, parser, run_command, table
 from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.sample_world.writer import build as build_sample
@@ -37,11 +35,9 @@ from sphinx_pl.data.schema import Branch, ImageRef, Sample
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.planning.flops import TrainingFlops
-from sphinx_pl.runtime.hydra_app import CONFIG_FOLDER, report
-from sphinx_pl.utils.errors import UserError
 
 IMAGE_TOKENS = 291
-"""Of sphinx_7b: 289 visual tokens with a start and an end (measured)."""
+"""An image of sphinx_7b has 289 visual tokens with a start and an end (measured)."""
 
 
 @dataclass(frozen=True)
@@ -116,26 +112,12 @@ MakeMixture = Callable[[int, int], Mixture]
 """The mixture of (lane, lanes)."""
 
 
-@dataclass(frozen=True)
-class Costs:
-    """FLOPs of forward and backward."""
-
-    position: float
-    image: float
-
-
-def costs(cfg: Any) -> Costs:
-    """Of a configuration's model in its stage: frozen towers run forward only."""
+def flops_of(cfg: Any) -> TrainingFlops:
+    """FLOPs of a configuration's model in its stage: frozen towers run forward only."""
     with torch.device("meta"):
         model = Sphinx(SphinxConfig.from_dict(cfg.model))
     model.freeze(part for part in model.parts() if part not in cfg.stage.train_parts)
-    flops, length = TrainingFlops(model), cfg.data.packing.row_length
-    return Costs(flops.decoder_factor * model.decoder.flops(1, length, 0), flops.per_image)
-
-
-def configuration(*overrides: str) -> Any:
-    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        return compose("train", list(overrides))
+    return TrainingFlops(model)
 
 
 @dataclass
@@ -145,20 +127,20 @@ class Case:
     name: str
     mixture: MakeMixture
     packing: PackingConfig
-    cost: Costs
+    flops: TrainingFlops
 
 
 def simulated_cases(rows: int) -> Iterator[Case]:
+    flops = flops_of(configuration("experiment=none", "model=sphinx_7b"))
     for name, sources in SIMULATED.items():
         for row_length in (2048, 4096):
-            cost = costs(configuration("experiment=none", "model=sphinx_7b", f"data.packing.row_length={row_length}"))
 
             def mixture(
                 lane: int, lanes: int, sources: dict[str, Simulated] = sources, row_length: int = row_length
             ) -> Mixture:
                 return cast(Mixture, SimulatedMixture(sources, lane, row_length))
 
-            yield Case(name, mixture, PackingConfig(row_length, rows), cost)
+            yield Case(name, mixture, PackingConfig(row_length, rows), flops)
 
 
 def sample_cases(root: Path, rows: int) -> Iterator[Case]:
@@ -174,7 +156,7 @@ def sample_cases(root: Path, rows: int) -> Iterator[Case]:
             length = module.packing.row_length
             return Mixture(module.sources, module.processor, module.seed, length, module.mixing, lane=lane, lanes=lanes)
 
-        yield Case(f"sample, {stage}", mixture, module.packing, costs(cfg))
+        yield Case(f"sample, {stage}", mixture, module.packing, flops_of(cfg))
 
 
 # -- padding ---------------------------------------------------------------------------------------------------------
@@ -207,7 +189,7 @@ def padded(case: Case, windows: int, by_length: bool) -> float:
 
 @dataclass
 class Packed:
-    """Of all windows and ranks together; work is relative to the mean of its step."""
+    """What all windows and ranks hold; work is relative to the mean of its step."""
 
     useful: float
     slowest: float
@@ -218,7 +200,6 @@ class Packed:
     """Images of the rank that has most, relative to the mean."""
     without: int
     """Ranks in steps that lacked a modality of the mixture."""
-    lengths: list[int] = field(default_factory=list)
 
 
 def packed(case: Case, windows: int, lanes: int) -> Packed:
@@ -229,83 +210,55 @@ def packed(case: Case, windows: int, lanes: int) -> Packed:
 
     planners = [Planner(lane, lanes, case.packing, rank=rank, world_size=lanes) for rank in range(lanes)]
     positions = case.packing.rows * case.packing.row_length
-    lengths: list[int] = []
+    tokens = 0
     slowest: list[float] = []
     most: list[float] = []
     without = 0
     for _ in range(windows):
-        images = []
+        images, pairs = [], []
         for planner in planners:
             samples = [sample for plan in planner.plan() for row in plan.rows for sample in row]
             planner.consumed(planner.number)
-            lengths += [sample.length for sample in samples]
+            tokens += sum(sample.length for sample in samples)
             images.append(sum(len(sample.images) for sample in samples))
+            pairs.append(sum(sample.pairs for sample in samples))
             without += {bool(sample.images) for sample in samples} != {True, False}
-        work = [positions * case.cost.position + count * case.cost.image for count in images]
+        work = [case.flops.of(positions, *content) for content in zip(pairs, itertools.repeat(0), images)]
         slowest.append(max(work) * lanes / sum(work) - 1)
         most.append(max(images) * lanes / sum(images) - 1)
-    useful = sum(lengths) / (windows * lanes * positions)
-    return Packed(useful, sum(slowest) / windows, max(slowest), sum(most) / windows, without, lengths)
+    useful = tokens / (windows * lanes * positions)
+    return Packed(useful, sum(slowest) / windows, max(slowest), sum(most) / windows, without)
 
 
-def histogram(lengths: Sequence[int], edges: Sequence[int]) -> list[tuple[str, float, float]]:
-    """(from-to, share of the samples, share of the tokens) of each bin."""
-    found = []
-    for low, high in itertools.pairwise((0, *edges)):
-        inside = [length for length in lengths if low < length <= high]
-        found.append((f"{low + 1}–{high}", len(inside) / len(lengths), sum(inside) / sum(lengths)))
-    return found
+def print_table(options: argparse.Namespace) -> None:
+    """Prints a row for every mixture, row length and number of ranks."""
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, SPHINX_CACHE=f"{folder}/cache"):
+        root = options.root or Path(folder) / "sample"
+        if not options.root:
+            build_sample(root, scale=0.2)
+        rows = []
+        for case in [*sample_cases(root, options.rows), *simulated_cases(options.rows)]:
+            plain, by_length = (padded(case, options.windows, way) for way in (False, True))
+            for lanes in options.lanes:
+                result = packed(case, max(1, options.windows // (4 if lanes > 8 else 1)), lanes)
+                shares = [f"{share:.1%}" for share in (plain, by_length)]
+                balance = (result.slowest, result.worst, result.images) if lanes > 1 else ()
+                above = [f"+{share:.1%}" for share in balance] or [""] * 3
+                rows.append(
+                    [case.name, f"{case.packing.row_length:,}", *shares, str(lanes), f"{result.useful:.1%}", *above]
+                )
+    columns = ("mixture", "row", "padded", "sorted, padded", "ranks", "packed", "work", "worst", "images")
+    caption = "work, worst step, images: the slowest rank above the mean"
+    console().print(table(f"Useful tokens, {options.rows} rows a rank", columns, rows, caption))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=8, help="of every rank in a step")
-    parser.add_argument("--windows", type=int, default=64, help="optimizer steps to plan, a quarter of them with 64")
-    parser.add_argument("--lanes", type=int, nargs="*", default=[1, 8, 64], help="numbers of lanes, one a rank")
-    parser.add_argument("--root", type=Path, help="sample data (default: made for the run, at a fifth of its size)")
-    options = parser.parse_args(arguments)
-    console = Console()
-    try:
-        with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, SPHINX_CACHE=f"{folder}/cache"):
-            root = options.root or Path(folder) / "sample"
-            if not options.root:
-                with console.status("sample data"):
-                    build_sample(root, scale=0.2)
-            table = Table(
-                title=f"Useful tokens, {options.rows} rows a rank",
-                caption="work, worst step, images: the slowest rank above the mean",
-            )
-            for name in ("mixture", "row", "padded", "sorted, padded", "lanes", "packed", "work", "worst", "images"):
-                table.add_column(name, justify="left" if name == "mixture" else "right")
-            lengths: dict[str, list[int]] = {}
-            for case in [*sample_cases(root, options.rows), *simulated_cases(options.rows)]:
-                plain, by_length = (padded(case, options.windows, way) for way in (False, True))
-                for lanes in options.lanes:
-                    with console.status(f"{case.name}, {lanes} lanes"):
-                        found = packed(case, max(1, options.windows // (4 if lanes > 8 else 1)), lanes)
-                    lengths.setdefault(case.name, found.lengths)
-                    balance = (found.slowest, found.worst, found.images) if lanes > 1 else ()
-                    table.add_row(
-                        case.name,
-                        f"{case.packing.row_length:,}",
-                        f"{plain:.1%}",
-                        f"{by_length:.1%}",
-                        str(lanes),
-                        f"{found.useful:.1%}",
-                        *(f"+{share:.1%}" for share in balance),
-                    )
-            console.print(table)
-    except UserError as error:
-        return report(error)
-    for name, numbers in lengths.items():
-        edges = (16, 32, 64, 96, 128, 192) if max(numbers) <= 192 else (128, 300, 320, 400, 500, 700, 1000, 2047, 2048)
-        table = Table(title=f"Lengths: {name}")
-        for column in ("tokens", "samples", "share of tokens"):
-            table.add_column(column, justify="right")
-        for label, samples, tokens in histogram(numbers, edges):
-            table.add_row(label, f"{samples:.1%}", f"{tokens:.1%}")
-        console.print(table)
-    return 0
+    command = parser(__doc__)
+    command.add_argument("--rows", type=int, default=8, help="of every rank in a step")
+    command.add_argument("--windows", type=int, default=64, help="optimizer steps to plan, a quarter of them with 64")
+    command.add_argument("--lanes", type=int, nargs="*", default=[1, 8, 64], help="numbers of lanes, one a rank")
+    command.add_argument("--root", type=Path, help="sample data (default: made for the run, at a fifth of its size)")
+    return run_command(command, print_table, arguments)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How long an optimizer step takes, part by part, and what packing is worth.
 
-    python -m benchmarks.step
-    python -m benchmarks.step model=sphinx_sample_1k stage=pretrain_real --rows 8 --threads 2 --precision bf16
+    python -m perf.step
+    python -m perf.step model=sphinx_sample_1k stage=pretrain_real --rows 8 --threads 2 --precision bf16
 
 Overrides are those of train.py; the mixture is the stage's (default: finetune). Weights are random: time does not
 depend on them. Everything runs one after the other in this process; in training, data workers run beside the model.
@@ -20,12 +20,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from rich.console import Console
 from rich.table import Table
 
+from perf.harness import configuration, console, parser, run_command, table, where
 from sphinx_pl.callbacks.throughput import peak_flops
 from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.processor import Processor
@@ -34,9 +32,7 @@ from sphinx_pl.data.schema import Batch, Branch, Sample
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.planning.flops import TrainingFlops
-from sphinx_pl.runtime.hydra_app import CONFIG_FOLDER, report
 from sphinx_pl.stages.optim import OptimConfig, build_optimizer
-from sphinx_pl.utils.errors import UserError
 
 PARTS = (
     "data: planning",
@@ -98,8 +94,7 @@ class Bench:
 
 
 def build(arguments: argparse.Namespace) -> Bench:
-    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        cfg = compose("train", ["stage=finetune", *arguments.overrides])
+    cfg = configuration("stage=finetune", *arguments.overrides)
     if arguments.rows:
         cfg.data.packing.rows = arguments.rows
     model_config = SphinxConfig.from_dict(cfg.model)
@@ -154,39 +149,24 @@ def time_steps(bench: Bench, steps: int, warmup: int = 2) -> tuple[dict[str, flo
     return seconds, {name: value / steps for name, value in content.items()}
 
 
-def print_parts(console: Console, seconds: dict[str, float], content: dict[str, float], bench: Bench) -> None:
+def parts_table(seconds: dict[str, float], content: dict[str, float], bench: Bench) -> Table:
     """Milliseconds and share of each part; rates and MFU below."""
     total = sum(seconds.values())
     peak = peak_flops(bench.device, torch.bfloat16 if bench.precision == "bf16" else torch.float32)
     compute = total - sum(value for name, value in seconds.items() if name.startswith("data"))
-    table = Table(title="An optimizer step")
-    table.add_column("part")
-    table.add_column("ms", justify="right")
-    table.add_column("share", justify="right")
-    for name in PARTS:
-        if name in seconds:
-            table.add_row(name, f"{1000 * seconds[name]:.1f}", f"{seconds[name] / total:.1%}")
-    table.add_section()
-    table.add_row("step", f"{1000 * total:.1f}", "100.0%")
-    console.print(
+    named = {name: seconds[name] for name in PARTS if name in seconds} | {"step": total}
+    rows = [[name, f"{1000 * value:.1f}", f"{value / total:.1%}"] for name, value in named.items()]
+    title = (
         f"{bench.model.config.name}, {bench.precision}, {where(bench.device)}: a step of {content['positions']:,.0f} "
         f"positions ({1 - content['tokens'] / content['positions']:.1%} padding), {content['images']:.1f} images, "
-        f"{content['samples']:.1f} questions",
-        highlight=False,
-        soft_wrap=True,
+        f"{content['samples']:.1f} questions"
     )
-    console.print(table)
-    console.print(
+    rates = (
         f"{content['tokens'] / total:,.0f} tokens/s, {content['targets'] / total:,.0f} targets/s, "
         f"{content['images'] / total:,.1f} images/s; without data {content['tokens'] / compute:,.0f} tokens/s, "
-        f"MFU {content['flops'] / compute / peak:.1%} of {peak / 1e12:.3g} TFLOP/s",
-        highlight=False,
-        soft_wrap=True,
+        f"MFU {content['flops'] / compute / peak:.1%} of {peak / 1e12:.3g} TFLOP/s"
     )
-
-
-def where(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return table(title, ("part", "ms", "share"), rows, rates)
 
 
 # -- packing against padding -----------------------------------------------------------------------------------------
@@ -302,15 +282,9 @@ def compare_layouts(bench: Bench, windows: int) -> tuple[dict[str, Cost], int]:
 
 def layouts_table(costs: dict[str, Cost], useful: int) -> Table:
     """One row a layout, the padded one as the measure of speed."""
-    table = Table(
-        title="The same samples, forward and backward",
-        caption="useful: tokens of the samples, every shared prefix once. Data: decoding and collating in one process.",
-    )
-    for name in ("layout", "batches", "positions", "padding", "images", "data ms", "compute ms", "useful tokens/s", ""):
-        table.add_column(name, justify="left" if name == "layout" else "right")
     slowest = costs["one sample a row, padded"].compute
-    for name, cost in costs.items():
-        table.add_row(
+    rows = [
+        [
             name,
             str(cost.batches),
             f"{cost.positions:,.0f}",
@@ -320,33 +294,30 @@ def layouts_table(costs: dict[str, Cost], useful: int) -> Table:
             f"{1000 * cost.compute:,.0f}",
             f"{useful / cost.compute:,.0f}",
             f"{slowest / cost.compute:.2f}x",
-        )
-    return table
+        ]
+        for name, cost in costs.items()
+    ]
+    columns = ("layout", "batches", "positions", "padding", "images", "data ms", "compute ms", "useful tokens/s", "")
+    caption = "useful: tokens of the samples, every shared prefix once. Data: decoding and collating in one process."
+    return table("The same samples, forward and backward", columns, rows, caption)
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Prints both tables."""
+    bench = build(options)
+    costs, useful = compare_layouts(bench, max(1, options.steps // 2))
+    seconds, content = time_steps(bench, options.steps)
+    console().print(parts_table(seconds, content, bench))
+    console().print(layouts_table(costs, useful))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="of train.py's configuration: model=..., stage=..., data....=...")
-    parser.add_argument("--rows", type=int, help="rows of a batch (default: the configuration's)")
-    parser.add_argument("--steps", type=int, default=10, help="steps to measure; half as many windows for the layouts")
-    parser.add_argument("--threads", type=int, help="of the CPU (default: torch's)")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    console = Console()
-    try:
-        bench = build(options)
-        with console.status("layouts"):
-            costs, useful = compare_layouts(bench, max(1, options.steps // 2))
-        with console.status("steps"):
-            seconds, content = time_steps(bench, options.steps)
-    except (UserError, HydraException) as error:
-        return report(error)
-    print_parts(console, seconds, content, bench)
-    console.print(layouts_table(costs, useful))
-    return 0
+    command = parser(__doc__, "model=..., stage=..., data....=...")
+    command.add_argument("--rows", type=int, help="rows of a batch (default: the configuration's)")
+    command.add_argument("--steps", type=int, default=10, help="steps to measure; half as many windows for the layouts")
+    command.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return run_command(command, measure, arguments)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Data for the benchmarks of loading and packing, made on the spot: words, photographs and the files that hold them."""
+"""Data for the benchmarks of loading and packing: words, photographs and the files that hold them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from PIL import Image
 
 VOCAB_SIZE = 16_000
 SIZES = ((640, 480), (480, 640), (512, 384), (640, 427))
-"""Of COCO's kind: three of four are wider than high."""
+"""Width and height as in COCO: three of four are wider than high."""
 
 
 class Words:

@@ -1,7 +1,7 @@
 """What the waiting of OpenMP's threads costs on a CPU: training alone, beside a second run, beside other busy programs.
 
-    python -m benchmarks.threads
-    python -m benchmarks.threads experiment=demo stage=finetune --settings passive "one thread" --rounds 7 --limit 1200
+    python -m perf.threads
+    python -m perf.threads experiment=demo stage=finetune --settings passive "one thread" --rounds 7 --limit 1200
 
 Overrides are those of train.py. Each setting has two processes that train on the same micro-batches, with random
 weights, whenever they are asked to; the settings take turns in every round, and medians of rounds are printed. After
@@ -22,10 +22,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
-from rich.console import Console
-
-from sphinx_pl.runtime.hydra_app import MISTAKES, report
-from sphinx_pl.utils.console import Table
+from perf.harness import console, parser, run_command, table
 from sphinx_pl.utils.errors import UserError
 
 OURS = "as the scripts choose"
@@ -39,20 +36,20 @@ SETTINGS: dict[str, dict[str, str]] = {
     "one thread": {"OMP_NUM_THREADS": "1"},
     OURS: {},
 }
-"""Environment of each setting. 300,000 is what libgomp takes where nothing is said."""
+"""Environment of each setting. 300,000 is libgomp's own."""
 FEW = ("libgomp's own", "passive", OURS)
-"""Those that are compared if nothing is said: a process of each setting has to start, on cores that are shared."""
+"""The settings that are compared by default: each starts processes, on cores that are shared."""
 SITUATIONS = ("alone", "beside a second run", "beside a busy program for each core")
 BUSY = "while True: pass"
 ROWS = 2
-"""Of a micro-batch: small ones, so that a slow setting ends soon after its time."""
+"""Rows of a micro-batch: few, so that a slow setting ends soon after its time."""
 
 
 def work(overrides: Sequence[str]) -> None:
     """Train for as many seconds as each line of standard input says, and print tokens/s."""
     import torch
 
-    from benchmarks import step
+    from perf import step
     from sphinx_pl.runtime.ranks import share_cores
     from sphinx_pl.stages.optim import build_optimizer
 
@@ -85,7 +82,7 @@ class Worker:
     def __init__(self, setting: dict[str, str], overrides: Sequence[str]) -> None:
         others = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
         environment = {key: value for key, value in os.environ.items() if key not in others} | setting
-        command = [sys.executable, "-m", "benchmarks.threads", "--work", *overrides]
+        command = [sys.executable, "-m", "perf.threads", "--work", *overrides]
         self.process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -130,7 +127,7 @@ def measure(
     Raises:
         UserError: a process does not train, for instance since its data is not there.
     """
-    found: dict[tuple[str, str], list[float]] = defaultdict(list)
+    rates: dict[tuple[str, str], list[float]] = defaultdict(list)
     until = time.monotonic() + limit
     with suppress(TimeoutError), ExitStack() as stack:
         pairs = {
@@ -141,14 +138,14 @@ def measure(
         for _ in range(rounds):
             for name, (one, two) in pairs.items():
                 one.begin(seconds)
-                found[name, SITUATIONS[0]].append(one.read(until))
+                rates[name, SITUATIONS[0]].append(one.read(until))
                 one.begin(seconds)
                 two.begin(seconds)
-                found[name, SITUATIONS[1]].append((one.read(until) + two.read(until)) / 2)
+                rates[name, SITUATIONS[1]].append((one.read(until) + two.read(until)) / 2)
                 with busy():
                     one.begin(seconds)
-                    found[name, SITUATIONS[2]].append(one.read(until))
-    return found
+                    rates[name, SITUATIONS[2]].append(one.read(until))
+    return rates
 
 
 @contextmanager
@@ -163,43 +160,33 @@ def busy() -> Iterator[None]:
             program.wait()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="of train.py's configuration")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of training in each situation")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=FEW)
-    parser.add_argument("--limit", type=float, default=300.0, help="seconds, after which it ends")
-    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+def print_table(options: argparse.Namespace) -> None:
+    """Prints tokens/s of every setting in every situation."""
     if options.work:
-        try:
-            work(options.overrides)
-        except MISTAKES as error:
-            return report(error)
-        return 0
+        return work(options.overrides)
     before = os.getloadavg()[0]
     chosen = {name: SETTINGS[name] for name in options.settings}
-    try:
-        found = measure(chosen, options.overrides, options.rounds, options.seconds, options.limit)
-    except UserError as error:
-        return report(error)
-    rounds = min((len(found[name, SITUATIONS[-1]]) for name in chosen), default=0)
-    table = Table(
-        title=f"Tokens/s, medians of {rounds} rounds; {len(os.sched_getaffinity(0))} cores",
-        caption=f"Processes that ran before the first round, by the load average: {before:.1f}",
-    )
-    table.add_column("threads that wait")
-    for situation in SITUATIONS:
-        table.add_column(situation, justify="right")
+    rates = measure(chosen, options.overrides, options.rounds, options.seconds, options.limit)
+    rounds = min((len(rates[name, SITUATIONS[-1]]) for name in chosen), default=0)
+    rows = []
     for name in chosen:
-        measured = (found[name, situation] for situation in SITUATIONS)
-        table.add_row(name, *(f"{statistics.median(rates):,.0f}" if rates else "–" for rates in measured))
-    console = Console()
-    console.print(table)
+        measured = (rates[name, situation] for situation in SITUATIONS)
+        rows.append([name, *(f"{statistics.median(values):,.0f}" if values else "–" for values in measured)])
+    title = f"Tokens/s, medians of {rounds} rounds; {len(os.sched_getaffinity(0))} cores"
+    caption = f"Processes that ran before the first round, by the load average: {before:.1f}"
+    console().print(table(title, ("threads that wait", *SITUATIONS), rows, caption))
     if rounds < options.rounds:
         print(f"ended after {options.limit:g} s: --limit takes more")
-    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    command = parser(__doc__, "model=..., stage=...")
+    command.add_argument("--rounds", type=int, default=3)
+    command.add_argument("--seconds", type=float, default=2.0, help="of training in each situation")
+    command.add_argument("--settings", nargs="+", choices=SETTINGS, default=FEW)
+    command.add_argument("--limit", type=float, default=300.0, help="seconds, after which it ends")
+    command.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
+    return run_command(command, print_table, arguments)
 
 
 if __name__ == "__main__":

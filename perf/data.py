@@ -1,9 +1,9 @@
 """What loading data costs: speed per core beside two yardsticks, start-up on large indices, memory over many samples.
 
-    python -m benchmarks.data                    # all three
-    python -m benchmarks.data speed --rounds 9
-    python -m benchmarks.data startup --lines 1000000
-    python -m benchmarks.data memory --samples 20000
+    python -m perf.data                    # all three
+    python -m perf.data speed --rounds 9
+    python -m perf.data startup --lines 1000000
+    python -m perf.data memory --samples 20000
 
 It makes its own data in a temporary folder and runs what training runs: a planner, its micro-batches, the collator.
 Speed is samples a second of processor time on one core, everything in one process (in training, planning and each data
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import itertools
 import json
 import multiprocessing
@@ -23,11 +22,10 @@ import random
 import statistics
 import sys
 import tempfile
-import threading
 import time
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -35,47 +33,32 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.made import SIZES, Words, photograph, train_tokenizer, write_lines, write_tar
-from sphinx_pl.data import images, processor, readers, tokenizers
+from perf.harness import console, parser, ratios, run_command, spread, status, table, turns
+from perf.synthetic_files import SIZES, Words, photograph, train_tokenizer, write_lines, write_tar
+from sphinx_pl.data import readers
 from sphinx_pl.data.datamodule import DataModule, TrainLoader
 from sphinx_pl.data.images import PAD_COLOUR
 from sphinx_pl.data.processor import Processor, ProcessorConfig
 from sphinx_pl.data.prompt_format import render
-from sphinx_pl.data.readers import image_text, instructions, line_index, text
 from sphinx_pl.data.readers.base import Shard
-from sphinx_pl.data.sampling import packing
 from sphinx_pl.data.schema import IMAGE_SLOT, Turn
 from sphinx_pl.data.tokenizers import Tokenizer
-from sphinx_pl.runtime.hydra_app import report
 from sphinx_pl.utils.errors import UserError
 
 IMAGE_SIZE, IMAGE_TOKENS, ROW_LENGTH, ROWS = 224, 291, 2048, 4
 """Those of sphinx_7b: one view of 224 pixels, 289 visual tokens with a start and an end."""
 
-PARTS: dict[str, list[tuple[Any, str]]] = {
-    "opening": [(readers.Source, "open")],
-    "reading": [(image_text, "read"), (instructions, "read"), (text, "read"), (images, "read_bytes")],
-    "parsing": [],  # the shards' own records, which are classes of the modules above: see `timed_parts`
-    "decoding": [(images, "decode")],
-    "transforming": [(images, "padded_resize"), (images, "to_tensor")],
-    "tokenizing": [(processor.Processor, "samples"), (tokenizers.Tokenizer, "encode_with_spans")],
-    "packing": [(packing.Planner, "plan")],
-    "collating": [(packing.Collator, "__call__")],
-}
-"""The functions of each part. A part's time is without that of the parts it calls."""
-
 
 def make_datamodule(
     source: dict[str, Any] | Sequence[dict[str, Any]], tokenizer_file: Path, rows: int = ROWS, workers: int = 0
 ) -> DataModule:
-    """Of one source, or of several with equal weights; with the geometry of sphinx_7b."""
+    """The data of one source, or of several with equal weights, with the geometry of sphinx_7b."""
     mixture = [source] if isinstance(source, dict) else source
-    made = Processor(ProcessorConfig(), Tokenizer(tokenizer_file), IMAGE_TOKENS, IMAGE_SIZE)
+    processor = Processor(ProcessorConfig(), Tokenizer(tokenizer_file), IMAGE_TOKENS, IMAGE_SIZE)
     settings = {"row_length": ROW_LENGTH, "rows": rows}
-    return DataModule(made, {f"{one['kind']}{n}": one for n, one in enumerate(mixture)}, {}, settings, workers)
+    return DataModule(processor, {f"{one['kind']}{n}": one for n, one in enumerate(mixture)}, {}, settings, workers)
 
 
 # -- data ------------------------------------------------------------------------------------------------------------
@@ -88,7 +71,7 @@ class Kind:
     name: str
     source: dict[str, Any]
     photographs: list[Path]
-    """Of its images, one for each; empty: text only."""
+    """A file for each of its images; empty: text only."""
     texts: list[str]
     shards: list[Path]
     """The same samples as WebDataset has them."""
@@ -143,7 +126,7 @@ def make_kinds(folder: Path, count: int) -> tuple[list[Kind], Path]:
             "pairs (tar)", {"kind": "image_text", "path": list(map(str, pairs)), "shuffle_shards": 2}, paths, [], pairs
         )
     ]
-    for name, as_list, questions, turns, answer in (
+    for name, as_list, questions, exchanges, answer in (
         ("chats (jsonl)", False, 1, 3, 40),
         ("questions (json list)", True, 1, 1, 2),
         ("4 questions an image (jsonl)", False, 4, 1, 2),
@@ -152,7 +135,7 @@ def make_kinds(folder: Path, count: int) -> tuple[list[Kind], Path]:
             {
                 "id": f"{number}-{question}",
                 "image": f"images/{path.name}",
-                "conversations": conversation(words, rng, turns, answer),
+                "conversations": conversation(words, rng, exchanges, answer),
             }
             for number, path in enumerate(paths)
             for question in range(questions)
@@ -216,14 +199,6 @@ def bare(kind: Kind, tokenizer_file: Path) -> Iterator[Done]:
         yield 1, 1
 
 
-def unpadded(kind: Kind, tokenizer_file: Path) -> Iterator[Done]:
-    """As `bare`, but stretched to the square instead of padded: a third to a quarter of the pixels less."""
-    for path in itertools.cycle(kind.photographs):
-        image = Image.open(path).convert("RGB")
-        np.asarray(image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
-        yield 1, 1
-
-
 def plain_webdataset(kind: Kind, tokenizer_file: Path, batch_size: int = 24) -> Iterator[Done]:
     """The pipeline of WebDataset's manual: shuffle, decode, map, batch; the same transforms and tokenizer, padding."""
     import webdataset
@@ -262,16 +237,19 @@ def plain_webdataset(kind: Kind, tokenizer_file: Path, batch_size: int = 24) -> 
     yield from pipeline
 
 
+CONTENDERS = {"ours": ours, "bare": bare, "webdataset": plain_webdataset}
+
+
 @dataclass
 class Rate:
-    """Per second of processor time, of all threads together."""
+    """Samples and images a second of processor time, of all threads together."""
 
     samples: float
     images: float
 
 
 def rate(work: Iterator[Done], seconds: float) -> Rate:
-    """Of at least so many seconds of work."""
+    """The rate of at least so many seconds of work."""
     start = time.process_time()
     samples = pictures = 0
     while (took := time.process_time() - start) < seconds:
@@ -280,155 +258,36 @@ def rate(work: Iterator[Done], seconds: float) -> Rate:
     return Rate(samples / took, pictures / took)
 
 
-@dataclass
-class Speed:
-    """What was measured of a kind of source. Ratios are above 1 where ours is the faster."""
-
-    ours: Rate
-    megabytes: float
-    """A second."""
-    bare: Rate
-    webdataset: Rate
-    to_bare: float
-    to_unpadded: float
-    """NaN of text."""
-    to_webdataset: float
-    parts: dict[str, float]
-    """Microseconds a sample."""
-
-
-def measure(kind: Kind, tokenizer_file: Path, rounds: int, seconds: float) -> Speed:
-    """All contenders in turns."""
-    contenders = {"ours": ours, "bare": bare, "webdataset": plain_webdataset}
-    if kind.photographs:
-        contenders["unpadded"] = unpadded
-    works = {name: work(kind, tokenizer_file) for name, work in contenders.items()}
+def compare(kind: Kind, tokenizer_file: Path, rounds: int, seconds: float) -> list[str]:
+    """A row of the table: all contenders in turns, ratios above 1 where ours is the faster."""
+    works = {name: work(kind, tokenizer_file) for name, work in CONTENDERS.items()}
     for work in works.values():  # opens files, fills caches and the planner's look-ahead
         rate(work, seconds / 2)
-    found: dict[str, list[Rate]] = defaultdict(list)
-    for number in range(rounds):
-        for name in list(works)[:: 1 if number % 2 else -1]:
-            found[name].append(rate(works[name], seconds))
+    rates = turns({name: partial(rate, work, seconds) for name, work in works.items()}, rounds)
     unit = "images" if kind.photographs else "samples"
 
-    def ratio(name: str, unit: str) -> float:
-        pairs = zip(found["ours"], found[name], strict=True)
-        return statistics.median(getattr(mine, unit) / getattr(other, unit) for mine, other in pairs)
+    def of(name: str, unit: str) -> list[float]:
+        return [getattr(one, unit) for one in rates[name]]
 
-    def median(name: str) -> Rate:
-        return Rate(*(statistics.median(getattr(one, key) for one in found[name]) for key in ("samples", "images")))
-
-    parts, size = split(kind, tokenizer_file, seconds)
-    return Speed(
-        median("ours"),
-        median("ours").samples * size / 1e6,
-        median("bare"),
-        median("webdataset"),
-        ratio("bare", unit),
-        ratio("unpadded", unit) if kind.photographs else float("nan"),
-        ratio("webdataset", "samples"),
-        parts,
-    )
+    medians = [statistics.median(of("ours", key)) for key in ("samples", "images")]
+    medians += [statistics.median(of("bare", unit)), statistics.median(of("webdataset", "samples"))]
+    against = (ratios(of("ours", unit), of("bare", unit)), ratios(of("ours", "samples"), of("webdataset", "samples")))
+    return [kind.name, *(f"{number:,.0f}" for number in medians), *map(spread, against)]
 
 
-class Timers:
-    """Processor time of functions by part, each without what it calls of other parts."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.read = 0
-        self._thread = threading.local()
-
-    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def run(*arguments: Any, **named: Any) -> Any:
-            # Of every timed function that is running in this thread: its part, and what inner ones took.
-            running: list[tuple[str, list[float]]] = self._thread.__dict__.setdefault("running", [])
-            running.append((part, [0.0]))
-            start = time.thread_time()
-            try:
-                result = function(*arguments, **named)
-            finally:
-                took = time.thread_time() - start
-                self.seconds[part] += took - running.pop()[1][0]
-                if running:
-                    running[-1][1][0] += took
-            if part == "reading" and not (running and running[-1][0] == part):
-                self.read += len(result)
-            return result
-
-        return run
-
-
-def _kinds_of(kind: type) -> list[type]:
-    """The classes below a class, on all levels."""
-    return [one for below in kind.__subclasses__() for one in (below, *_kinds_of(below))]
-
-
-@contextlib.contextmanager
-def timed_parts() -> Iterator[Timers]:
-    """Timers around the functions of `PARTS`, and the records of every kind of shard."""
-    timers = Timers()
-    places = [(owner, name, part) for part, targets in PARTS.items() for owner, name in targets]
-    places += [(shard, "record", "parsing") for shard in _kinds_of(Shard) if "record" in shard.__dict__]
-    old = [(owner, name, owner.__dict__[name]) for owner, name, _ in places]
-    for owner, name, part in places:
-        setattr(owner, name, timers.timed(part, getattr(owner, name)))
-    try:
-        yield timers
-    finally:
-        for owner, name, function in old:
-            setattr(owner, name, function)
-
-
-def split(kind: Kind, tokenizer_file: Path, seconds: float) -> tuple[dict[str, float], float]:
-    """Microseconds a sample of each part, and the bytes read for a sample."""
-    with timed_parts() as timers:
-        work = ours(kind, tokenizer_file)
-        rate(work, seconds / 2)
-        timers.seconds.clear()
-        timers.read = samples = 0
-        start = time.process_time()
-        while time.process_time() - start < seconds:
-            samples += next(work)[0]
-    return {part: 1e6 * timers.seconds[part] / samples for part in PARTS}, timers.read / samples
-
-
-def speed(console: Console, folder: Path, options: argparse.Namespace) -> None:
+def speed(folder: Path, options: argparse.Namespace) -> Table:
+    """Samples a second of processor time on one core."""
     kinds, tokenizer_file = make_kinds(folder, options.images)
-    found = {}
-    for kind in kinds:
-        with console.status(kind.name):
-            found[kind.name] = measure(kind, tokenizer_file, options.rounds, options.seconds)
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        rows = [compare(kind, tokenizer_file, options.rounds, options.seconds) for kind in kinds]
+    finally:
+        os.sched_setaffinity(0, cores)
     size = statistics.mean(path.stat().st_size for path in kinds[0].photographs)
-    console.print(
-        f"{options.images} photographs of {size / 1000:.0f} kB, {IMAGE_SIZE} pixels, one core", highlight=False
-    )
-    rates = Table(
-        title="Loading: a second of processor time", caption="bare: Pillow alone, of text the tokenizer alone"
-    )
-    names = ("source", "samples", "MB", "images", "bare", "ratio", "to unpadded", "webdataset", "ratio")
-    for name in names:
-        rates.add_column(name, justify="left" if name == "source" else "right")
-    for name, one in found.items():
-        rates.add_row(
-            name,
-            f"{one.ours.samples:,.0f}",
-            f"{one.megabytes:.1f}",
-            f"{one.ours.images:,.0f}",
-            f"{one.bare.images or one.bare.samples:,.0f}",
-            f"{one.to_bare:.2f}",
-            f"{one.to_unpadded:.2f}",
-            f"{one.webdataset.samples:,.0f}",
-            f"{one.to_webdataset:.2f}",
-        )
-    console.print(rates)
-    parts = Table(title="Microseconds a sample")
-    for name in ("source", *PARTS):
-        parts.add_column(name, justify="left" if name == "source" else "right")
-    for name, one in found.items():
-        parts.add_row(name, *(f"{one.parts[part]:,.0f}" for part in PARTS))
-    console.print(parts)
+    title = f"Loading: a second of processor time; {options.images} photographs of {size / 1000:.0f} kB"
+    columns = ("source", "samples", "images", "bare", "webdataset", "to bare", "to webdataset")
+    return table(title, columns, rows, "bare: Pillow alone, of text the tokenizer alone")
 
 
 # -- start-up --------------------------------------------------------------------------------------------------------
@@ -460,27 +319,6 @@ def start(source: dict[str, Any], tokenizer_file: Path) -> Start:
         for plan in itertools.islice(datamodule.planner(), 1):
             datamodule.collator(plan.rows)
         return Start(time.perf_counter() - begin, status("VmHWM") - before, len(opened))
-
-
-def status(key: str, process: int | str = "self") -> float:
-    """MB of a process: VmRSS, VmHWM, ..."""
-    lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) / 1000
-
-
-def shared_index(path: str) -> tuple[float, float]:
-    """MB of an index' mapping that are this process' own and shared with others, all of it touched."""
-    table, _ = line_index.entry_spans(path)
-    int(table.sum())
-    counted: Counter[str] = Counter()
-    name = ""
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        key, *rest = line.split()
-        if not key.endswith(":"):
-            name = line
-        elif "/spans/" in name and key.startswith(("Private_", "Shared_")):
-            counted[key.partition("_")[0]] += int(rest[0])
-    return counted["Private"] / 1000, counted["Shared"] / 1000
 
 
 def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -537,24 +375,16 @@ def make_cases(folder: Path, shards: int, per_shard: int, lines: int) -> tuple[l
     return cases, tokenizer_file
 
 
-def startup(console: Console, folder: Path, options: argparse.Namespace) -> None:
+def startup(folder: Path, options: argparse.Namespace) -> Table:
+    """Seconds and memory of the first micro-batch, for the first time and with what that left in the cache."""
     cases, tokenizer_file = make_cases(folder, options.shards, options.pairs, options.lines)
-    table = Table(title="From nothing to the first micro-batch")
-    for name in ("source", "MB", "shards opened", "first time, s", "peak, MB", "again, s", "peak, MB"):
-        table.add_column(name, justify="left" if name == "source" else "right")
+    rows = []
     for case in cases:
-        with console.status(case.name):
-            first, again = (in_new_process(start, case.source, tokenizer_file) for _ in range(2))
+        first, again = (in_new_process(start, case.source, tokenizer_file) for _ in range(2))
         numbers = (f"{first.seconds:.2f}", f"{first.peak:,.0f}", f"{again.seconds:.2f}", f"{again.peak:,.0f}")
-        table.add_row(case.name, f"{case.megabytes:,.0f}", str(first.shards), *numbers)
-    console.print(table)
-    path = cases[-1].source["path"]
-    index, _ = line_index.entry_spans(path)  # mapped here too
-    int(index.sum())
-    own, shared = in_new_process(shared_index, path)
-    console.print(
-        f"index of {path.rpartition('.')[2]} in a second process: {own:.1f} MB its own, {shared:.1f} MB shared"
-    )
+        rows.append([case.name, f"{case.megabytes:,.0f}", str(first.shards), *numbers])
+    columns = ("source", "MB", "shards opened", "first time, s", "peak, MB", "again, s", "peak, MB")
+    return table("From nothing to the first micro-batch", columns, rows)
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------
@@ -570,7 +400,7 @@ class Held:
 
 
 def memory_over(folder: Path, marks: Sequence[int]) -> Iterator[Held]:
-    """Of a data worker and of the process that plans, at each of `marks` samples."""
+    """Resident memory of a data worker and of the process that plans, at each of `marks` samples."""
     words, rng = Words(), random.Random(0)
     tokenizer_file = train_tokenizer(words, folder / "tokenizer.model")
     pixels = np.random.default_rng(0)
@@ -610,58 +440,41 @@ def memory_over(folder: Path, marks: Sequence[int]) -> Iterator[Held]:
         yield Held(done, status("VmRSS", worker.pid or 0), status("VmRSS"))
 
 
-def memory(console: Console, folder: Path, options: argparse.Namespace) -> None:
+def memory(folder: Path, options: argparse.Namespace) -> Table:
+    """Resident memory over many samples."""
     marks = [round(options.samples * share) for share in (0.01, 0.1, 0.25, 0.5, 0.75, 1)]
-    table = Table(title="Resident memory, MB")
-    for name in ("samples", "data worker", "planning process"):
-        table.add_column(name, justify="right")
-    for held in memory_over(folder, marks):
-        table.add_row(f"{held.samples:,}", f"{held.worker:,.1f}", f"{held.planning:,.1f}")
-    console.print(table)
+    rows = [[f"{h.samples:,}", f"{h.worker:,.1f}", f"{h.planning:,.1f}"] for h in memory_over(folder, marks)]
+    return table("Resident memory, MB", ("samples", "data worker", "planning process"), rows)
 
 
 BENCHMARKS = {"speed": speed, "startup": startup, "memory": memory}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", nargs="*", help=f"of {', '.join(BENCHMARKS)} (default: all)")
-    parser.add_argument("--folder", type=Path, help="where to make the data (default: the system's temporary folder)")
-    parser.add_argument("--images", type=int, default=256, help="speed: photographs and documents")
-    parser.add_argument("--rounds", type=int, default=7, help="speed: turns of each contender")
-    parser.add_argument("--seconds", type=float, default=1.0, help="speed: of a turn")
-    parser.add_argument("--shards", type=int, default=1000, help="startup: tars")
-    parser.add_argument("--pairs", type=int, default=10_000, help="startup: pairs in a tar")
-    parser.add_argument("--lines", type=int, default=5_000_000, help="startup: entries of the instruction files")
-    parser.add_argument("--samples", type=int, default=100_000, help="memory: samples to load")
-    options = parser.parse_args(arguments)
+def measure(options: argparse.Namespace) -> None:
+    """Prints a table for each of the benchmarks."""
     torch.set_num_threads(1)
-    console = Console()
-    try:
-        for name in options.which or BENCHMARKS:
-            if name not in BENCHMARKS:
-                raise UserError(f"'{name}' is not one of {', '.join(BENCHMARKS)}")
-            with (
-                tempfile.TemporaryDirectory(dir=options.folder) as folder,
-                patch.dict(os.environ, SPHINX_CACHE=f"{folder}/cache"),
-                one_core(name == "speed"),
-            ):
-                BENCHMARKS[name](console, Path(folder), options)
-    except UserError as error:
-        return report(error)
-    return 0
+    for name in options.which or BENCHMARKS:
+        if name not in BENCHMARKS:
+            raise UserError(f"'{name}' is not one of {', '.join(BENCHMARKS)}")
+        with (
+            tempfile.TemporaryDirectory(dir=options.folder) as folder,
+            patch.dict(os.environ, SPHINX_CACHE=f"{folder}/cache"),
+        ):
+            console().print(BENCHMARKS[name](Path(folder), options))
 
 
-@contextlib.contextmanager
-def one_core(wanted: bool) -> Iterator[None]:
-    """Keep this process on the first of its cores."""
-    cores = os.sched_getaffinity(0)
-    if wanted:
-        os.sched_setaffinity(0, {min(cores)})
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, cores)
+def main(arguments: Sequence[str] | None = None) -> int:
+    command = parser(__doc__)
+    command.add_argument("which", nargs="*", help=f"of {', '.join(BENCHMARKS)} (default: all)")
+    command.add_argument("--folder", type=Path, help="where to make the data (default: the system's temporary folder)")
+    command.add_argument("--images", type=int, default=256, help="speed: photographs and documents")
+    command.add_argument("--rounds", type=int, default=7, help="speed: turns of each contender")
+    command.add_argument("--seconds", type=float, default=1.0, help="speed: of a turn")
+    command.add_argument("--shards", type=int, default=1000, help="startup: tars")
+    command.add_argument("--pairs", type=int, default=10_000, help="startup: pairs in a tar")
+    command.add_argument("--lines", type=int, default=5_000_000, help="startup: entries of the instruction files")
+    command.add_argument("--samples", type=int, default=100_000, help="memory: samples to load")
+    return run_command(command, measure, arguments)
 
 
 if __name__ == "__main__":

@@ -1,32 +1,26 @@
 """lmms-eval beside evaluate.py: a checkpoint asked the same questions by both, and the scores of both.
 
-    python -m benchmarks.harness --data data/sample --checkpoint FOLDER --python ENVIRONMENT/bin/python --out FOLDER
-    python -m benchmarks.harness --data data/sample --out FOLDER        # only the data sets, and questions to train on
-
-`--python` is the interpreter of an environment with lmms-eval and this package. The data sets are made from the sample
-data in the formats of the real ones, and asked by lmms-eval's own task files, which are included with another
-`dataset_path`: POPE, SEED-Bench (an answer's letter, and the likelihood of each choice), RefCOCO's boxes, and our VSR
-and OCR-VQA. `OUT/train.json` has questions of the same kinds about the training scenes.
+The data sets are made from the sample data in the formats of the real ones, and asked by lmms-eval's own task files,
+which are included with another `dataset_path`: POPE, SEED-Bench (an answer's letter, and the likelihood of each
+choice), RefCOCO's boxes, and our VSR and OCR-VQA. `OUT/train.json` has questions of the
+same kinds about the training scenes.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from rich.console import Console
-from rich.table import Table
 
 from sphinx_pl.data.converters.vsr import STATEMENT
 from sphinx_pl.data.sample_world.drawing import COLORS
@@ -235,31 +229,3 @@ def run_evaluate(out: Path, checkpoint: Path, sample: Path) -> dict[str, float]:
     for prediction in read_predictions(folder):
         scores[prediction.topic].append(prediction.score)
     return {task: sum(values) / len(values) for task, values in scores.items()}
-
-
-def table(theirs: Mapping[str, float], ours: Mapping[str, float]) -> Table:
-    shown = Table("task", "metric", "lmms-eval", "evaluate.py")
-    for task, metric in METRICS.items():
-        shown.add_row(task, metric, f"{theirs[task]:.4f}", f"{ours[task]:.4f}" if task in ours else "–")
-    return shown
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("data/sample"), help="the sample data")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--limit", type=int, default=100, help="documents of each data set")
-    parser.add_argument("--checkpoint", type=Path)
-    parser.add_argument("--python", default=sys.executable, help="of the environment with lmms-eval")
-    parser.add_argument("--processes", type=int, default=1)
-    o = parser.parse_args(arguments)
-    make(o.data, o.out, o.limit)
-    if o.checkpoint is not None:
-        write_tasks(o.out, o.python)
-        theirs = run_lmms(o.out, o.python, o.checkpoint, o.processes)
-        Console().print(table(theirs, run_evaluate(o.out, o.checkpoint, o.data)))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

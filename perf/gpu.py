@@ -1,8 +1,8 @@
 """Trains real models at real shapes on one GPU under ZeRO-3: tokens/s, MFU, memory beside the plan's.
 
-    python -m benchmarks.gpu
-    python -m benchmarks.gpu --models sphinx_7b --steps 50 data.packing.rows=2
-    python -m benchmarks.gpu --models sphinx_sample --steps 5 trainer=zero3_cpu trainer.devices=1    # without a GPU
+    python -m perf.gpu
+    python -m perf.gpu --models sphinx_7b --steps 50 data.packing.rows=2
+    python -m perf.gpu --models sphinx_sample --steps 5 trainer=zero3_cpu trainer.devices=1    # without a GPU
 
 Weights are new, and every step has the same random batch, in which a model can only learn which tokens there are: time
 and memory depend on neither. A model that does not fit with float32 masters and moments trains with both in bf16,
@@ -17,15 +17,12 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from hydra.errors import HydraException
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.memory import Measured, measure, plan_of
+from perf.harness import console, parser, run_command, table, where
+from perf.memory import Measured, measure, plan_of
 from sphinx_pl.callbacks.throughput import peak_flops
 from sphinx_pl.planning.gpus import name_of_device
 from sphinx_pl.planning.plan import Plan
-from sphinx_pl.runtime.hydra_app import report
 from sphinx_pl.utils.errors import UserError
 
 MODELS = "sphinx_7b,sphinx_13b"
@@ -57,7 +54,7 @@ def choose(model: str, more: Sequence[str]) -> tuple[list[str], str, Plan]:
         return overrides, "fp32", plan_of(overrides)
     if not torch.cuda.is_available():
         raise UserError(
-            "no GPU is here; to try the command without one: python -m benchmarks.gpu --models sphinx_sample --steps 5 "
+            "no GPU is here; to try the command without one: python -m perf.gpu --models sphinx_sample --steps 5 "
             "trainer=zero3_cpu trainer.devices=1"
         )
     device = torch.cuda.get_device_name()
@@ -74,23 +71,23 @@ def choose(model: str, more: Sequence[str]) -> tuple[list[str], str, Plan]:
     )
 
 
-def row(found: Measured, states: str, peak: float) -> list[str]:
-    """Of the table. The first steps warm up: times are medians of the second half."""
-    plan = found.plan
-    seconds = statistics.median(found.seconds[len(found.seconds) // 2 :])
+def row(run: Measured, states: str, peak: float) -> list[str]:
+    """The table's row of a run. The first steps warm up: times are medians of the second half."""
+    plan = run.plan
+    seconds = statistics.median(run.seconds[len(run.seconds) // 2 :])
     return [
         plan.model,
         states,
         plan.checkpointing,
         f"{plan.rows} * {plan.row_length}",
         f"{plan.images_per_step:.0f}",
-        f"{len(found.seconds)}",
+        f"{len(run.seconds)}",
         f"{seconds:.3f}",
         f"{plan.rows * plan.row_length * plan.accumulate / seconds:,.0f}",
         f"{plan.flops_per_step / seconds / peak:.1%}",
-        f"{found.peak / 2**30:.2f}",
-        f"{found.ratio:.3f}",
-        f"{found.losses[0]:.3f} to {found.losses[-1]:.3f}",
+        f"{run.peak / 2**30:.2f}",
+        f"{run.ratio:.3f}",
+        f"{run.losses[0]:.3f} to {run.losses[-1]:.3f}",
     ]
 
 
@@ -110,29 +107,22 @@ COLUMNS = (
 )
 
 
+def print_tables(options: argparse.Namespace) -> None:
+    """Trains every model and prints its table at once: the next may fail, or the machine's time be over."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for model in options.models.split(","):
+        overrides, states, plan = choose(model, options.overrides)
+        run = measure(overrides, steps=options.steps, plan=plan)
+        bf16 = plan.engine.precision.startswith("bf16")
+        peak = peak_flops(device, torch.bfloat16 if bf16 else torch.float32)
+        console().print(table(where(device), COLUMNS, [row(run, states, peak)]))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="of train.py's configuration")
-    parser.add_argument("--models", default=MODELS, metavar="MODEL,...", help="of conf/model")
-    parser.add_argument("--steps", type=int, default=20)
-    options = parser.parse_intermixed_args(arguments)
-    try:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        console = Console()
-        console = console if console.is_terminal else Console(width=200)
-        for model in options.models.split(","):
-            overrides, states, plan = choose(model, options.overrides)
-            found = measure(overrides, steps=options.steps, plan=plan)
-            bf16 = plan.engine.precision.startswith("bf16")
-            # A table for each, at once: the next model may fail, or the machine's time be over.
-            table = Table(title=torch.cuda.get_device_name() if device.type == "cuda" else "CPU, one thread")
-            for column in COLUMNS:
-                table.add_column(column, justify="right")
-            table.add_row(*row(found, states, peak_flops(device, torch.bfloat16 if bf16 else torch.float32)))
-            console.print(table)
-    except (UserError, HydraException) as error:
-        return report(error)
-    return 0
+    command = parser(__doc__, "what differs from a step of the paper's pretraining")
+    command.add_argument("--models", default=MODELS, metavar="MODEL,...", help="of conf/model")
+    command.add_argument("--steps", type=int, default=20)
+    return run_command(command, print_tables, arguments)
 
 
 if __name__ == "__main__":
