@@ -1,4 +1,8 @@
-"""Checkpoints to go on from: folders that all ranks write under a temporary name, then renamed, the oldest pruned."""
+"""Checkpoints that a run can resume from.
+
+All ranks write a folder under a temporary name, which is then renamed; the oldest folders are
+deleted.
+"""
 
 from __future__ import annotations
 
@@ -32,12 +36,15 @@ _NAME = re.compile(r"step-(\d+)")
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first. One that was being written has another name."""
+    """Return the complete checkpoints of a run, oldest first.
+
+    An unfinished one has another name.
+    """
     return sorted((path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)), key=step_of)
 
 
 def step_of(path: Path) -> int:
-    """Optimizer steps that a `step-N` has behind it."""
+    """Return the number of optimizer steps before a `step-N`."""
     match = _NAME.fullmatch(path.name)
     if match is None:
         raise ValueError(f"{path.name} is not step-N")
@@ -45,36 +52,39 @@ def step_of(path: Path) -> int:
 
 
 def resolve_resume(ckpt_path: str | None, folder: Path) -> Path | None:
-    """The checkpoint to go on from: None starts anew, `last` takes the newest of the run folder (if none, anew).
+    """Return the checkpoint to resume from, or None for a new run.
+
+    `last` takes the newest of the run folder, if any.
 
     Raises:
-        UserError: no such checkpoint.
+        UserError: there is no such checkpoint.
     """
     if ckpt_path is None:
         return None
     if ckpt_path == "last":
-        found = checkpoints(folder)
-        return found[-1] if found else None
+        saved = checkpoints(folder)
+        return saved[-1] if saved else None
     path = Path(ckpt_path)
     foreign = path.parent.resolve() == folder.resolve() and not _NAME.fullmatch(path.name)
     if not (path / INDEX).is_file() or foreign:
         raise UserError(
             f"ckpt_path={ckpt_path} is not a checkpoint to resume from (a folder with {INDEX}); 'last' takes the "
-            f"newest in {folder}. To start from the weights of a model folder, use stage.init_from"
+            f"newest in {folder}. To start from the weights of a model folder, set stage.init_from"
         )
     return path
 
 
 def last_step(trainer: L.Trainer) -> bool:
-    """Whether no step follows, where that is known before the data ends."""
+    """Return whether no step follows, if that is known before the data ends."""
     return bool(0 < trainer.max_steps <= trainer.global_step)
 
 
 def more_follows(trainer: L.Trainer) -> bool:
-    """Whether a validation, or what is done at the end of a run, comes after `on_train_batch_end` of this step.
+    """Return whether a validation, or the end of the run, comes after `on_train_batch_end` of this
+    step.
 
-    Both have their own places in Lightning's loop: a run that resumes from a checkpoint that was written before them
-    would go on without them.
+    Both have their own places in Lightning's loop. A run that resumed from a checkpoint written
+    before them would skip them.
     """
     if last_step(trainer):
         return True
@@ -86,14 +96,18 @@ def more_follows(trainer: L.Trainer) -> bool:
 
 @timed_checkpoint
 def write_training_checkpoint(trainer: L.Trainer, path: Path, config: Path | None) -> None:
-    """Everything that `trainer.fit` needs to go on, and what makes it a checkpoint of a model; all ranks call it.
+    """Write everything that `trainer.fit` needs to resume, and what makes it a checkpoint of a
+    model.
+
+    All ranks call it.
 
     Args:
         path: the folder, which appears when it is complete.
-        config: the file with the composed configuration that train.py keeps in the run folder, for the provenance.
+        config: the file with the composed configuration that train.py keeps in the run folder, for
+            the provenance.
 
     Raises:
-        OSError, UserError: it could not be written; nothing of it is left.
+        OSError, UserError: it could not be written. None of it remains.
     """
     partial = path.with_name(f".{path.name}.tmp")
     if trainer.is_global_zero:
@@ -103,7 +117,8 @@ def write_training_checkpoint(trainer: L.Trainer, path: Path, config: Path | Non
         _write(trainer, partial, path, config)
     except (OSError, UserError):
         if trainer.is_global_zero:
-            shutil.rmtree(partial, ignore_errors=True)  # what is written next, such as a log, needs the room
+            # The next file, such as a log, needs the space.
+            shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
@@ -116,7 +131,7 @@ def _write(trainer: L.Trainer, partial: Path, path: Path, config: Path | None) -
             move_into_place(partial, path)
         except OSError as error:
             failure = error
-    # The others raise it too: alone, the first one would leave them waiting for it.
+    # All ranks raise the error. Alone, the first rank would leave the others waiting.
     reason = (failure.errno, failure.strerror, failure.filename) if failure is not None else None
     if reasons := [one for one in of_all_ranks(reason, trainer.world_size) if one is not None]:
         raise OSError(*reasons[0]) from failure
@@ -133,34 +148,43 @@ def _describe(trainer: L.Trainer, partial: Path, config: Path | None) -> None:
 
 
 def training_bytes(stage: Stage, strategy: Any) -> int:
-    """Bytes of a training checkpoint: weights, moments of what trains."""
-    trained, frozen = count(stage)
+    """Return the bytes of a training checkpoint: the weights, and the moments of the parts that
+    train.
+    """
+    trainable, frozen = count(stage)
     sharded = isinstance(strategy, Sharded)
     weight = 2 if sharded and strategy.bf16_masters else 4
     moments = 0 if stage.optim.kind == "sgd" else 2 * (2 if stage.optim.moments == "bf16" else 4)
-    return trained * (weight + moments) + frozen * (2 if sharded else 4)  # sharded, they may be in bf16
+    # sharded weights may be in bf16
+    return trainable * (weight + moments) + frozen * (2 if sharded else 4)
 
 
 def count(stage: Stage) -> tuple[int, int]:
-    """Parameters of a stage's model that train, and those that do not. Builds nothing."""
+    """Return the numbers of parameters of a stage's model that train and that do not.
+
+    Nothing is built.
+    """
     with torch.device("meta"):
         model = Sphinx(stage.config)
     sizes = {part: sum(p.numel() for p in parameters) for part, parameters in model.part_parameters().items()}
-    trained = sum(size for part, size in sizes.items() if part in stage.train_parts)
-    return trained, sum(sizes.values()) - trained
+    trainable = sum(size for part, size in sizes.items() if part in stage.train_parts)
+    return trainable, sum(sizes.values()) - trainable
 
 
 class ResumeCheckpoint(L.Callback):
-    """Every `every_n_steps` optimizer steps and at the end: weights, optimizer, schedule, random states, data position.
+    """Saves a run every `every_n_steps` optimizer steps and at its end.
 
-    `trainer.fit` on the newest one goes on with exactly the losses of a run that was not stopped. Put it behind the
-    other callbacks, but before the export, which reads its last one: where a validation is due at the same step, and at
-    the end of the run, it saves after everything else, so that a run that continues from here leaves nothing out.
+    A checkpoint holds weights, optimizer, schedule, random states and the position in the data.
+    `trainer.fit` resumes from the newest one with exactly the losses of an uninterrupted run.
+
+    Put it after the other callbacks, but before the export, which reads its last checkpoint. If a
+    validation is due at the same step, and at the end of the run, it saves after everything else.
+    So a run that resumes from it skips nothing.
 
     Args:
-        folder: of the checkpoints, `step-00001000` and so on.
-        keep: so many of the newest stay.
-        keep_every: those of every so many steps stay too; 0: none.
+        folder: the folder of the checkpoints `step-00001000` and so on.
+        keep: the number of newest checkpoints that are kept.
+        keep_every: checkpoints at multiples of this step are kept too; 0 keeps none of them.
         config: see `write_training_checkpoint`.
     """
 
@@ -170,7 +194,7 @@ class ResumeCheckpoint(L.Callback):
         if every_n_steps < 1 or keep < 1 or keep_every < 0:
             raise UserError(
                 f"callbacks.checkpoint: every_n_steps={every_n_steps} and keep={keep} must be at least 1 and "
-                f"keep_every={keep_every} not negative; ~callbacks.checkpoint writes none"
+                f"keep_every={keep_every} not negative; ~callbacks.checkpoint writes no checkpoints"
             )
         self.folder = Path(folder)
         self.every_n_steps = every_n_steps
@@ -180,12 +204,14 @@ class ResumeCheckpoint(L.Callback):
         self.held: set[Path] = set()
         """Checkpoints that are being read and must stay."""
         self.written: Callable[[], None] = lambda: None
-        """Called in the first process when a checkpoint is whole."""
+        """The first process calls it when a checkpoint is complete."""
         self._saved = -1
         self._restore: dict[str, Any] | None = None
 
     def most(self, max_steps: int) -> int:
-        """How many there are at once, at most, in a run of so many steps (-1: of unknown length)."""
+        """Return the largest number of checkpoints at a time, in a run of this many steps (-1:
+        unknown).
+        """
         if max_steps < 0:
             return self.keep + 1
         for_good = max_steps // self.keep_every if self.keep_every else 0
@@ -194,7 +220,8 @@ class ResumeCheckpoint(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        # Only between two windows: in the midst of one the accumulated gradients would be lost.
+        # A checkpoint is saved only between two steps, since accumulated gradients are not part of
+        # it.
         if batch.window_end and not more_follows(trainer):
             self._save_if_due(trainer)
 
@@ -210,14 +237,17 @@ class ResumeCheckpoint(L.Callback):
             self.save(trainer)
 
     def save(self, trainer: L.Trainer) -> Path:
-        """The checkpoint of this step, written unless it was; all ranks call it together."""
+        """Return the checkpoint of this step, which is written unless it exists.
+
+        All ranks call it together.
+        """
         path = self.folder / f"step-{trainer.global_step:08d}"
         self._note_resumed(trainer, path)
         if self._saved == trainer.global_step:
             return path
         self._saved = trainer.global_step
         for logger in trainer.loggers:
-            logger.save()  # what happened before this checkpoint will not happen again
+            logger.save()  # a resumed run does not repeat what they logged before
         write_training_checkpoint(trainer, path, self.config)
         if trainer.is_global_zero:
             self.written()
@@ -225,7 +255,7 @@ class ResumeCheckpoint(L.Callback):
         return path
 
     def _note_resumed(self, trainer: L.Trainer, path: Path) -> None:
-        """Nothing was trained since this run was read from the disk: the step is saved, if it was read from here."""
+        """Note that this step is already saved, if the run was just resumed from this folder."""
         if self._restore is not None and trainer.strategy.broadcast(path.exists()):
             self._saved = trainer.global_step
 
@@ -234,8 +264,8 @@ class ResumeCheckpoint(L.Callback):
             if old not in self.held and not (self.keep_every and step_of(old) % self.keep_every == 0):
                 discard(old)
 
-    # Random states are part of the checkpoint. (Those of data workers are not used: order and wording are functions of
-    # the seed and the position.)
+    # Random states are part of the checkpoint. Those of data workers are not used, since order and
+    # wording are functions of the seed and the position.
     def state_dict(self) -> dict[str, Any]:
         if self._restore is not None:
             return self._restore
@@ -254,14 +284,15 @@ class ResumeCheckpoint(L.Callback):
         self._restore = state_dict
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Restored as late as can be: whatever was drawn while the run was set up does not count."""
+        """Restore the random states as late as possible, so that set-up cannot change them."""
         self._note_resumed(trainer, self.folder / f"step-{trainer.global_step:08d}")
         if trainer.is_global_zero:
-            for partial in self.folder.glob(".step-*.tmp"):  # what a killed run was writing or deleting
+            # a killed run was writing or deleting them
+            for partial in self.folder.glob(".step-*.tmp"):
                 shutil.rmtree(partial)
         states = self._restore["ranks"] if self._restore else []
         self._restore = None
-        if trainer.global_rank >= len(states):  # a new run, or one that goes on with more ranks
+        if trainer.global_rank >= len(states):  # a new run, or more ranks than before
             return
         state = states[trainer.global_rank]
         version, internal, gauss = state["python"]

@@ -1,4 +1,7 @@
-"""`metrics.csv` in the run folder: a row for each logged step. A resumed run goes on with the file."""
+"""`metrics.csv` in the run folder, with a row for each logged step.
+
+A resumed run continues the file.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +20,20 @@ from sphinx_pl.utils.metrics_csv import METRICS, as_text, read_metrics
 
 
 class RowWriter(ExperimentWriter):
-    """Collects what is logged of one step, at whatever times, in one row.
+    """Collects all values that are logged for a step, at different times, in one row.
 
-    The last row stays open: what is logged of its step later replaces it in the file, in one write. Whenever a column
-    is new the file is replaced, in one move. So a kill leaves whole rows and at most one half one, at the end.
+    The last row stays open: later values of its step replace it in the file, in a single write. A
+    new column replaces the whole file by a rename. So a kill leaves complete rows, and at most one
+    incomplete row at the end.
     """
 
     def _check_log_dir_exists(self) -> None:
-        """Called by the base class, which would delete the file here: read its columns instead."""
+        """Read the columns of the file, where the base class would delete it."""
         self._path = Path(self.log_dir) / METRICS
         self._columns, rows = read_metrics(self._path)
         self._open: dict[int, dict[str, Any]] = {step: dict(rows[step]) for step in list(rows)[-1:]}
-        self._begin: int | None = None  # of the open rows in the file; None: it is to be written as a whole
+        # The offset of the open rows in the file; None means that the whole file must be written.
+        self._begin: int | None = None
 
     def log_metrics(self, metrics_dict: Mapping[str, Tensor | float], step: int | None = None) -> None:
         assert step is not None
@@ -56,10 +61,11 @@ class RowWriter(ExperimentWriter):
 
 
 class MetricsCSV(CSVLogger):
-    """`metrics.csv` in `save_dir`: `step`, the optimizer steps made, and the metrics in alphabetical order.
+    """`metrics.csv` in `save_dir`: `step`, the number of optimizer steps, and the metrics in
+    alphabetical order.
 
     Args:
-        flush_every_n_steps: the file is written whenever the step is a multiple of this.
+        flush_every_n_steps: the file is written when the step is a multiple of this.
     """
 
     def __init__(self, save_dir: str, flush_every_n_steps: int = 10) -> None:
@@ -82,8 +88,11 @@ class MetricsCSV(CSVLogger):
 
 
 def forget_after(path: Path, step: int) -> None:
-    """Drop the rows of the steps after `step`, which a resumed run makes again. The file is replaced in one move."""
+    """Remove the rows of steps after `step`, which a resumed run repeats.
+
+    The file is replaced by a rename.
+    """
     if path.is_file():
         columns, rows = read_metrics(path)
-        kept = [(made, row) for made, row in rows.items() if made <= step]
-        write_whole(path, as_text(columns, kept, header=True))
+        remaining = [(number, row) for number, row in rows.items() if number <= step]
+        write_whole(path, as_text(columns, remaining, header=True))

@@ -1,4 +1,4 @@
-"""Scores on a fixed part of the test questions and benchmarks while a model trains."""
+"""Scores on a fixed part of the test questions and benchmarks during training."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from sphinx_pl.callbacks.checkpoint import ResumeCheckpoint
 from sphinx_pl.callbacks.predictions import ask, warn_of_lost
 from sphinx_pl.data.schema import Batch, Record
 from sphinx_pl.evaluation.benchmarks import Questions, choose
-from sphinx_pl.evaluation.measures import estimate
-from sphinx_pl.evaluation.runner import Judge, select
+from sphinx_pl.evaluation.metrics import estimate
+from sphinx_pl.evaluation.runner import ScoreAnswer, select
 from sphinx_pl.stages import Stage
 from sphinx_pl.utils.errors import UserError
 
@@ -22,21 +22,20 @@ log = logging.getLogger(__name__)
 
 
 class Evaluation(L.Callback):
-    """Logs `eval/TASK`, `eval/NAME/MEASURE` and `eval/mean` every `every_n_steps` optimizer steps, with every resumable
-    checkpoint and at the end of training: scores from 0 to 1, sums of points as they are. The mean is over tasks and
-    each benchmark's first measure.
+    """Logs `eval/TASK`, `eval/NAME/METRIC` and `eval/mean` during training, and at its end.
 
-    The questions are the same each time. Put it before the callbacks that write checkpoints: those of the same step
-    come after it, and may have one of these values as their `metric`.
+    Scores are from 0 to 1, sums of points keep their unit. The mean is over tasks and each
+    benchmark's first metric. The questions are the same each time. Put this callback before those
+    that write checkpoints, so that they can choose by one of these values as their `metric`.
 
     Args:
         sources: name -> source configuration, such as `data.test`.
         benchmarks: names or patterns among those of `benchmark`.
         benchmark: the configured benchmarks (conf/benchmark).
         limit: questions of each task, domain and topic, and of each category of a benchmark.
-        every_n_steps: optimizer steps; 0: not by their number.
-        on_checkpoints: evaluate also when callbacks.checkpoint is about to write one, and at the end. With neither
-            nothing is read, nor asked.
+        every_n_steps: optimizer steps between evaluations; 0 for none.
+        on_checkpoints: also evaluate before callbacks.checkpoint writes a checkpoint, and at the
+            end. If both are off, no question is read.
         batch_size: prompts generated at once.
         seed: draws the questions.
     """
@@ -68,7 +67,7 @@ class Evaluation(L.Callback):
             if benchmarks:
                 self.questions, left_out = choose(benchmarks, benchmark or {}, limit, seed)
                 for name, why in left_out.items():
-                    log.warning("callbacks.evaluation leaves %s out: %s", name, why)
+                    log.warning("callbacks.evaluation skips %s: %s", name, why)
                 for asked in self.questions:
                     warn_of_lost(f"callbacks.evaluation: entries of {asked.name} that cannot be used", asked.lost)
             self.records = self._test(sources, limit, seed) if sources else []
@@ -78,9 +77,9 @@ class Evaluation(L.Callback):
     def _test(sources: Mapping[str, Any], limit: int, seed: int) -> list[Record]:
         from sphinx_pl.data.records import read_records
 
-        found, lost = read_records(sources, "test")
+        available, lost = read_records(sources, "test")
         warn_of_lost("callbacks.evaluation: records that cannot be used", lost)
-        records = select(found, limit, seed)
+        records = select(available, limit, seed)
         if not records:
             raise UserError("callbacks.evaluation.sources has no record of a task with a score: give it test sources")
         return records
@@ -89,7 +88,7 @@ class Evaluation(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         every = [self.every_n_steps]
-        if self.on_checkpoints:  # before they are written, by their own interval
+        if self.on_checkpoints:  # before they are written, at their own interval
             every += [c.every_n_steps for c in trainer.callbacks if isinstance(c, ResumeCheckpoint)]
         if batch.window_end and any(n and trainer.global_step % n == 0 for n in every):
             self._evaluate(trainer, pl_module)
@@ -107,27 +106,27 @@ class Evaluation(L.Callback):
         by_task: dict[str, list[float]] = {}
         for prediction in self._ask(trainer, stage, self.records):
             by_task.setdefault(prediction.task, []).append(prediction.score)
-        found = {f"eval/{task}": sum(scores) / len(scores) for task, scores in by_task.items()}
-        main = list(found.values())
+        values = {f"eval/{task}": sum(scores) / len(scores) for task, scores in by_task.items()}
+        main = list(values.values())
         for asked in self.questions:
             benchmark = asked.benchmark
-            answers = self._ask(trainer, stage, asked.records, benchmark.judge, benchmark.max_new_tokens)
-            for place, measure in enumerate(benchmark.measures if answers else ()):
-                value = estimate(measure.prepare(answers), resamples=1).value
+            answers = self._ask(trainer, stage, asked.records, benchmark.score_answer, benchmark.max_new_tokens)
+            for place, metric in enumerate(benchmark.metrics if answers else ()):
+                value = estimate(metric.prepare(answers), resamples=1).value
                 if not math.isnan(value):  # no answer was yes, so of such answers no share is right
-                    found[f"eval/{asked.name}/{measure.name}"] = value
-                    main += [value] if measure.percent and place == 0 else []
+                    values[f"eval/{asked.name}/{metric.name}"] = value
+                    main += [value] if metric.percent and place == 0 else []
         if main:
-            found["eval/mean"] = sum(main) / len(main)
-        if found:
-            stage.log_now(found, step)
+            values["eval/mean"] = sum(main) / len(main)
+        if values:
+            stage.log_now(values, step)
 
     def _ask(
         self,
         trainer: L.Trainer,
         stage: Stage,
         records: Sequence[Record],
-        judge: Judge | None = None,
+        score_answer: ScoreAnswer | None = None,
         max_new_tokens: int | None = None,
     ) -> list[Any]:
         if not records:
@@ -138,7 +137,7 @@ class Evaluation(L.Callback):
             stage,
             records,
             batch_size=self.batch_size,
-            judge=judge,
+            score_answer=score_answer,
             max_new_tokens=max_new_tokens,
             skipped=lost,
         )

@@ -1,4 +1,6 @@
-"""The run's result, and models on the way there: weights-only checkpoints that every other script loads."""
+"""The run's result, and models during training: weights-only checkpoints that every other script
+can load.
+"""
 
 from __future__ import annotations
 
@@ -26,27 +28,32 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class ExportModel(L.Callback):
-    """Writes `folder` when training ends, and while it goes on, every `every_n_steps`, `folder-step-N`.
+    """Writes `folder` when training ends, and `folder-step-N` every `every_n_steps` during
+    training.
 
-    Where a validation is due at the same step it comes first, so that the model has its value of `metric`.
+    A validation at the same step comes first, so that the model has its value of `metric`.
 
-    All ranks write a training checkpoint (that of callbacks.checkpoint if it is of this step), then one of them makes a
-    model of it in a thread, while training goes on. Put it behind callbacks.checkpoint.
+    All ranks write a training checkpoint, unless callbacks.checkpoint has written it. Then a thread
+    of one rank makes a model of it while training continues. Put this callback after
+    callbacks.checkpoint.
 
     Args:
-        folder: of the model: safetensors, config, tokenizer, provenance.
-        dtype: of the stored weights.
-        every_n_steps: 0: only at the end.
-        keep: so many of the newest `folder-step-N` stay; 0: all.
-        keep_best: so many with the best `metric` stay too.
-        leave_out_frozen: towers that don't train and whose `load` entry names their weights are not written, and come
-            back from there.
-        metric: a logged value, as it was last when the model was written. One that is no number is never the best.
-        mode: min if a lower `metric` is better, as of losses; max for scores.
-        config: the file with the composed configuration that train.py keeps in the run folder, for the provenance.
+        folder: the folder of the model: safetensors, config, tokenizer, provenance.
+        dtype: the dtype of the stored weights.
+        every_n_steps: 0 writes a model only at the end.
+        keep: the number of newest `folder-step-N` that are kept; 0 keeps all.
+        keep_best: the number of models with the best `metric` that are kept too.
+        leave_out_frozen: do not write frozen encoders whose `load` entry names their weights.
+            Readers load them from there.
+        metric: a logged value; its last value counts when the model is written. A value that is not
+            finite is never the best.
+        mode: min if a lower `metric` is better, as for losses; max for scores.
+        config: the file with the composed configuration that train.py keeps in the run folder, for
+            the provenance.
 
     Raises:
-        UserError: before training, if `folder` holds something else than a checkpoint.
+        UserError: `folder` holds something other than a checkpoint. This is checked before
+            training.
     """
 
     def __init__(
@@ -78,47 +85,55 @@ class ExportModel(L.Callback):
         self.mode = mode
         self.config = Path(config) if config else None
         self.written: Callable[[], None] = lambda: None
-        """Called in the first process when a model is whole."""
+        """The first process calls it when a model is complete."""
         self._writer = ThreadPoolExecutor(1, "export")
         self._writing: Future[None] | None = None
 
     def check(self) -> None:
-        """Raises: UserError: `folder` holds something else than a checkpoint."""
+        """Check that `folder` is free or holds a checkpoint.
+
+        Raises:
+            UserError: it holds something else.
+        """
         check_free(self.folder, overwrite=True)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.check()  # now, not when all the training is done
+        self.check()  # before training, not after it
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """What a kill has left: half a model goes, one that was not finished is written from its checkpoint."""
+        """Clean up after a kill: delete half a model, and write an unfinished one from its
+        checkpoint.
+        """
         if trainer.is_global_zero:
             name = self.folder.name
             for pattern in (f".{name}-step-*.tmp", f".{name}.tmp", f".{name}-training", f"..{name}-training.tmp"):
-                for left in self.folder.parent.glob(pattern):
-                    shutil.rmtree(left)
-        own, out = self._own(trainer), self._on_the_way(trainer.global_step)
+                for partial in self.folder.parent.glob(pattern):
+                    shutil.rmtree(partial)
+        own, out = self._own(trainer), self._path_at(trainer.global_step)
         if own is not None and self._due(trainer) and trainer.strategy.broadcast(not out.exists()):
             self.export(trainer, out)
 
     def most(self, max_steps: int) -> int:
-        """How many models there are at once, at most, in a run of so many steps (-1: of unknown length)."""
-        on_the_way = max(0, max_steps - 1) // self.every_n_steps if self.every_n_steps else 0
-        return 1 + (min(on_the_way, self.keep + self.keep_best + 1) if self.keep else on_the_way)
+        """Return the largest number of models at a time, in a run of this many steps (-1:
+        unknown).
+        """
+        intermediate = max(0, max_steps - 1) // self.every_n_steps if self.every_n_steps else 0
+        return 1 + (min(intermediate, self.keep + self.keep_best + 1) if self.keep else intermediate)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         if args[1].window_end and self._due(trainer) and not more_follows(trainer):
-            self.export(trainer, self._on_the_way(trainer.global_step))
+            self.export(trainer, self._path_at(trainer.global_step))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING and self._due(trainer):
-            self.export(trainer, self._on_the_way(trainer.global_step))
+            self.export(trainer, self._path_at(trainer.global_step))
 
     def _due(self, trainer: L.Trainer) -> bool:
-        """Not at the last step, whose model is the run's result."""
+        """Return whether a model is due. The model of the last step is the run's result."""
         step, every = trainer.global_step, self.every_n_steps
         return bool(every and step and step % every == 0) and not last_step(trainer)
 
-    def _on_the_way(self, step: int) -> Path:
+    def _path_at(self, step: int) -> Path:
         return self.folder.with_name(f"{self.folder.name}-step-{step}")
 
     @staticmethod
@@ -130,13 +145,13 @@ class ExportModel(L.Callback):
         self._wait(trainer)
 
     def on_exception(self, trainer: L.Trainer, *args: Any) -> None:
-        self._writer.shutdown()  # finishes what it is writing
+        self._writer.shutdown()  # it finishes the model that it is writing
 
     def export(self, trainer: L.Trainer, out: Path) -> None:
-        """Begin to write `out`; all ranks call it together.
+        """Begin to write `out`. All ranks call it together.
 
         Raises:
-            UserError: the one before could not be written.
+            UserError: the previous model could not be written.
         """
         self._wait(trainer)
         own = self._own(trainer)
@@ -150,7 +165,7 @@ class ExportModel(L.Callback):
             return
         stage = trainer.lightning_module
         assert isinstance(stage, Stage)
-        leave_out = self._left_out(stage)
+        leave_out = self._omitted(stage)
         value = stage.last_value(self.metric)
         extra = {"metric": {"name": self.metric, "value": value}} if value is not None else {}
 
@@ -165,18 +180,18 @@ class ExportModel(L.Callback):
 
         self._writing = self._writer.submit(write)
 
-    def _left_out(self, stage: Stage) -> list[str]:
+    def _omitted(self, stage: Stage) -> list[str]:
         vision = stage.config.vision
         frozen = [key for key in vision.towers if key not in stage.train_parts] if vision else []
         return [key for key in frozen if getattr(vision, key).load] if self.leave_out_frozen else []
 
     def model_bytes(self, stage: Stage) -> int:
-        """Bytes of the weights in a model that it writes."""
-        trained, frozen = count(stage)
-        return (trained + (0 if self._left_out(stage) else frozen)) * self.dtype.itemsize
+        """Return the bytes of the weights in a model."""
+        trainable, frozen = count(stage)
+        return (trainable + (0 if self._omitted(stage) else frozen)) * self.dtype.itemsize
 
     def _wait(self, trainer: L.Trainer) -> None:
-        """Until the one before is written; its error ends the run on all ranks."""
+        """Wait until the previous model is written. Its error ends the run on all ranks."""
         error = None
         if self._writing is not None:
             writing, self._writing = self._writing, None
@@ -185,7 +200,7 @@ class ExportModel(L.Callback):
             except (UserError, OSError) as failure:
                 error = f"a model could not be written: {failure}"
                 if self._own(trainer) is not None:
-                    error += "; its checkpoint is whole, so ckpt_path=last writes it without training again"
+                    error += "; its checkpoint is complete, so ckpt_path=last writes the model without training again"
         if (error := trainer.strategy.broadcast(error)) is not None:
             raise UserError(error)
 
@@ -194,14 +209,16 @@ class ExportModel(L.Callback):
             return
         name = re.compile(re.escape(self.folder.name) + r"-step-(\d+)")
         steps = {path: int(match[1]) for path in self.folder.parent.iterdir() if (match := name.fullmatch(path.name))}
-        found = sorted(steps, key=lambda path: steps[path])
-        best = sorted(found, key=self._cost)[: self.keep_best]
-        for path in found[: -self.keep]:
+        models = sorted(steps, key=lambda path: steps[path])
+        best = sorted(models, key=self._cost)[: self.keep_best]
+        for path in models[: -self.keep]:
             if path not in best or self._cost(path) == math.inf:
                 discard(path)
 
     def _cost(self, folder: Path) -> float:
-        """What `extra` says of a model, lower is better; of one without, infinity."""
+        """Return the metric of a model, so that lower is better, or infinity for a model without
+        it.
+        """
         content = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
         value = float(content.get("metric", {}).get("value", math.inf))
         return math.inf if not math.isfinite(value) else value if self.mode == "min" else -value

@@ -1,4 +1,4 @@
-"""The same held-out questions asked again and again while a model trains: answers that a person can look at."""
+"""Answers to the same held-out questions during training, for a person to read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import lightning as L
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.seed import isolate_rng
+from markupsafe import Markup
 
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.sampling.config import SourceConfig
@@ -32,15 +32,17 @@ from sphinx_pl.utils.html import page
 log = logging.getLogger(__name__)
 
 TABLE = "predictions"
+HEADER = Markup("<h1>{}</h1><p class=lead>{} test questions, the same after every validation. Mean score {:.2f}.</p>")
 
 
 def first_of_each_task(sources: Mapping[str, Mapping[str, Any] | None], per_task: int) -> list[Record]:
-    """The first `per_task` records of every task (`asked_task`) that has a score, in the order of the sources.
+    """The first `per_task` records of every task (`asked_task`) that has a score, in the order of
+    the sources.
 
     Raises:
         UserError: there is none.
     """
-    found: list[Record] = []
+    records: list[Record] = []
     counts: Counter[str] = Counter()
     lost: Counter[str] = Counter()
     for name, values in sources.items():
@@ -55,26 +57,27 @@ def first_of_each_task(sources: Mapping[str, Mapping[str, Any] | None], per_task
                 continue
             if TASKS[record.task].scorer != "none" and counts[task := asked_task(record)] < per_task:
                 counts[task] += 1
-                found.append(dataclasses.replace(record, key=f"{name}/{record.key}"))
+                records.append(dataclasses.replace(record, key=f"{name}/{record.key}"))
     warn_of_lost("callbacks.predictions: records that cannot be used", lost)
-    if not found:
+    if not records:
         raise UserError("callbacks.predictions.sources has no record of a task with a score: give it test sources")
-    return found
+    return records
 
 
 def warn_of_lost(what: str, lost: Mapping[str, int]) -> None:
-    """Say how many there are of what was left out, by reason; nothing where there is none."""
+    """Log a warning with the number of skipped items by reason; nothing if there are none."""
     if lost:
         log.warning("%s: %s", what, ", ".join(f"{reason} {count}" for reason, count in sorted(lost.items())))
 
 
 def ask(trainer: L.Trainer, stage: Stage, records: Sequence[Record], **how: Any) -> list[Prediction]:
-    """Greedy answers of a model that is being trained; all ranks call it, since a sharded model needs them all.
+    """Greedy answers of a model in training. All ranks call it, since a sharded model needs them
+    all.
 
-    Random states and the modules' modes are afterwards what they were before.
+    Random states and the modules' modes are restored.
 
     Args:
-        how: goes to `sphinx_pl.evaluation.runner.evaluate`.
+        how: arguments of `sphinx_pl.evaluation.runner.evaluate`.
     """
     model, processor = stage.sphinx, trainer.datamodule.processor
     modes = [(module, module.training) for module in model.modules()]
@@ -88,18 +91,19 @@ def ask(trainer: L.Trainer, stage: Stage, records: Sequence[Record], **how: Any)
 
 
 class Predictions(L.Callback):
-    """After every `every`-th validation: greedy answers to fixed questions. `folder`/step-N.html shows them with what
-    they name drawn on the pictures, step-N.jsonl is for programs; W&B gets a table.
+    """Writes greedy answers to fixed questions after every `every`-th validation.
 
-    All ranks generate (see `ask`), the first one writes.
+    `folder`/step-N.html shows them with their boxes and points drawn on the pictures, step-N.jsonl
+    is for programs, and W&B gets a table. All ranks generate (see `ask`), and the first one writes.
 
     Args:
         sources: name -> source configuration, such as `data.test`.
-        folder: where the files go.
-        per_task: questions of each task.
-        every: 1 is after each validation.
+        folder: the folder of the files.
+        per_task: the number of questions of each task.
+        every: 1 writes after each validation.
         batch_size: prompts generated at once.
-        only_for_tables: do nothing unless a logger shows tables (Weights & Biases) and there are sources.
+        only_for_tables: write only if a logger shows tables (Weights & Biases) and there are
+            sources.
     """
 
     def __init__(
@@ -148,10 +152,7 @@ class Predictions(L.Callback):
         write_whole(self.folder / f"step-{step}.jsonl", "\n".join(lines) + "\n")
         title = f"{stage}, step {step:,}"
         mean = sum(p.score for p in predictions) / max(len(predictions), 1)
-        header = (
-            f"<h1>{escape(title)}</h1><p class=lead>{len(predictions)} test questions, the same after every "
-            f"validation. Mean score {mean:.2f}.</p>"
-        )
+        header = HEADER.format(title, len(predictions), mean)
         body = cards(rows, processor.image_size, processor.geometry)
         write_whole(self.folder / f"step-{step}.html", page(title, header, body, STYLE, SCRIPT))
         for logger in trainer.loggers:
@@ -160,13 +161,13 @@ class Predictions(L.Callback):
 
 
 def log_table(logger: WandbLogger, predictions: Sequence[Prediction], processor: Processor, step: int) -> None:
-    """One row per question in the W&B table `predictions`."""
+    """Log a row for each question to the W&B table `predictions`."""
     import wandb
 
     columns = ["task", "key", "image", "question", "answer", "prediction", "score"]
     rows: list[list[Any]] = []
     for p in predictions:
-        drawn = picture(p.images[0], p.to_dict(), processor.image_size, processor.geometry) if p.images else None
-        image = wandb.Image(drawn) if drawn is not None else None
+        drawing = picture(p.images[0], p.to_dict(), processor.image_size, processor.geometry) if p.images else None
+        image = wandb.Image(drawing) if drawing is not None else None
         rows.append([p.task, p.key, image, p.question, p.answer, p.prediction, p.score])
     logger.log_table(TABLE, columns=columns, data=rows, step=step)

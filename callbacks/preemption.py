@@ -1,4 +1,4 @@
-"""A run that is told to go saves, puts its job back into the queue, and ends."""
+"""A run that is asked to stop saves, requeues its job, and ends."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ log = logging.getLogger(__name__)
 
 
 class Preempted(SystemExit):
-    """Ends the process: 128 + the signal in the first one; 0 in the others, since who started them would take another
-    code for a failure and kill the first one while it closes its logs.
+    """Ends the process with exit code 128 + the signal in the first process, and 0 in the others.
+
+    The program that started them would take another code for a failure, and kill the first process
+    while it closes its logs.
 
     Args:
         requeued: whether the job will resume by itself.
@@ -32,14 +34,19 @@ class Preempted(SystemExit):
 
 
 class _Vote:
-    """The largest of all ranks' numbers, asked for now and read later, so that neither ranks nor GPUs wait for it."""
+    """The largest of all ranks' numbers.
+
+    It is requested now and read later, so neither ranks nor GPUs wait for it.
+    """
 
     def __init__(self, number: int, device: torch.device) -> None:
         self.number = torch.tensor(number, dtype=torch.int32, device=device)
         self.work = dist.all_reduce(self.number, dist.ReduceOp.MAX, async_op=True)
 
     def copy(self) -> None:
-        """After the collective, on its stream's order: to the host without waiting for what the GPU does next."""
+        """Copy the number to the host after the collective, in the order of its stream, without
+        waiting for the GPU.
+        """
         self.work.wait()  # on a GPU this only orders streams
         self.event: torch.cuda.Event | None = None
         if self.number.is_cuda:
@@ -57,20 +64,24 @@ class _Vote:
 
 
 class Preemption(L.Callback):
-    """On SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C on any rank: save at the next end of an optimizer step, requeue, exit.
+    """On SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C on any rank: save at the next end of an optimizer
+    step, requeue, exit.
 
-    The signal is only noted (`sphinx_pl.runtime.signals`), so it can come at any time: while a checkpoint is being
-    written (it is finished; the next step's is written too), during a validation of the training loop (which is
-    finished before), before the first step (nothing is saved then, there is nothing yet), and more than once.
+    The signal is only noted (`sphinx_pl.runtime.signals`), so it may come at any time, and more
+    than once. During the writing of a checkpoint: the checkpoint is finished, and the next step is
+    saved too. During a validation of the training loop: the validation is finished first. Before
+    the first step: nothing is saved, because there is nothing yet.
 
-    All ranks must leave after the same step. They vote once per optimizer step: asked for before the last micro-batch,
-    read after it. A signal that comes during the last micro-batch is acted on one step later.
+    All ranks must stop after the same step. They vote once per optimizer step: the vote is
+    requested before the last micro-batch and read after it. A signal during the last micro-batch
+    takes effect one step later.
 
-    Put it before the checkpoint callback, whose `save` it calls: else a step could be saved twice.
+    Put it before the checkpoint callback, whose `save` it calls. Otherwise a step could be saved
+    twice.
 
     Args:
-        requeue: put the SLURM job back into the queue, where it is one. A job that was cancelled is not requeued, nor
-            one that a person has interrupted by Ctrl-C.
+        requeue: requeue the SLURM job, if there is one. A cancelled job is not requeued, nor one
+            that was stopped by Ctrl-C.
     """
 
     def __init__(self, requeue: bool = True) -> None:
@@ -80,9 +91,9 @@ class Preemption(L.Callback):
         self._handlers: dict[int, Any] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        # Lightning's handlers talk to other ranks, or save, in the midst of whatever there is, end the run with exit
-        # code 0 after a SIGTERM, and make all ranks and GPUs wait for each other before every micro-batch. There is no
-        # public switch.
+        # Lightning's handlers communicate or save at an arbitrary moment, and exit with code 0
+        # after a SIGTERM. They also make all ranks and GPUs wait for each other before every
+        # micro-batch. There is no public switch.
         trainer._signal_connector.register_signal_handlers = lambda: None
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
         if not self._handlers:
@@ -91,17 +102,17 @@ class Preemption(L.Callback):
         self._leave_before_training(trainer)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._hand_back()
+        self._restore_handlers()
 
     def on_exception(self, *_: Any) -> None:
-        self._hand_back()
+        self._restore_handlers()
 
-    def _hand_back(self) -> None:
+    def _restore_handlers(self) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
 
-    # -- before, between and after training: no step to save ----------------------------------------------------------
+    # -- before, between and after training: no step to save ---------------------------------------
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._vote, self._due = None, 0
@@ -115,7 +126,7 @@ class Preemption(L.Callback):
         if number := self._ask(trainer):
             self._leave(trainer, number, "nothing new to save")
 
-    # -- in training --------------------------------------------------------------------------------------------------
+    # -- in training -------------------------------------------------------------------------------
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
@@ -130,7 +141,8 @@ class Preemption(L.Callback):
         if not batch.window_end:
             return
         self._due = signals.received() if self._vote is None else self._vote.result()
-        # Where a validation or the end of the run is due it comes first: a run that goes on from here would skip it.
+        # A validation or the end of the run comes first, since a run that resumes from here would
+        # skip it.
         checkpoint = self._checkpoint(trainer)
         if self._due and not (checkpoint is not None and more_follows(trainer)):
             self._save_and_leave(trainer, self._due)
@@ -150,19 +162,19 @@ class Preemption(L.Callback):
         checkpoint.save(trainer)  # type: ignore[union-attr]  # _leave does not return
         self._leave(trainer, number, f"step {trainer.global_step} is saved")
 
-    def _leave(self, trainer: L.Trainer, number: int, done: str) -> None:
-        """Does not return."""
+    def _leave(self, trainer: L.Trainer, number: int, outcome: str) -> None:
+        """Log the outcome, requeue the job and end the process."""
         if not trainer.is_global_zero:
             raise Preempted(0)
         name, job = signal.Signals(number).name, slurm.job()
         if job is None or not self.requeue or number == signals.INTERRUPT:
-            log.warning("%s: %s; ckpt_path=last goes on from there", name, done)
+            log.warning("%s: %s; ckpt_path=last resumes from there", name, outcome)
         elif problem := slurm.requeue():
             log.warning(
-                "%s: %s; job %s is not requeued (%s): ckpt_path=last goes on from there", name, done, job, problem
+                "%s: %s; job %s is not requeued (%s): ckpt_path=last resumes from there", name, outcome, job, problem
             )
         else:
-            log.warning("%s: %s; job %s is requeued and will go on from there", name, done, job)
+            log.warning("%s: %s; job %s is requeued and will resume from there", name, outcome, job)
             raise Preempted(128 + number, requeued=True)
         raise Preempted(128 + number)
 
@@ -172,7 +184,7 @@ class Preemption(L.Callback):
 
     @staticmethod
     def _ask(trainer: L.Trainer) -> int:
-        """Whether any rank was told to go, and by which signal; waits for all of them."""
+        """Return the largest signal that any rank received, or 0. It waits for all ranks."""
         if trainer.world_size == 1:
             return signals.received()
         vote = _Vote(signals.received(), trainer.strategy.root_device)

@@ -1,4 +1,4 @@
-"""What a person who watches a run wants to see: one bar, or a few plain lines where no one watches."""
+"""Shows the progress of a run: a bar on a terminal, or a few plain lines in a log."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ from sphinx_pl.utils.console import StepBar, Table, clock
 
 
 class Progress(L.Callback):
-    """A bar in optimizer steps with loss, tokens/s and held-out losses; without a terminal a few lines.
+    """A bar in optimizer steps with loss, tokens/s and held-out losses.
 
-    The loss is the mean since the last log, tokens/s are those since the last log, and held-out losses come with the
-    step that they were measured after. The time left is that of the steps to come, at the mean speed so far.
-    Steps that were left out because their loss or gradients were not finite (`train/nonfinite_steps`) are counted once
-    there are any. The table of what trains comes first, and the last line has the held-out losses of the end. Only the
+    Without a terminal it prints a few lines.
+
+    The loss is the mean since the last log, and so is tokens/s. Held-out losses name the step after
+    which they were measured. The remaining time assumes the mean speed so far. Skipped steps, whose
+    loss or gradients were not finite (`train/nonfinite_steps`), are counted once there are any. The
+    table of trainable parts comes first. The last line has the final held-out losses. Only the
     first rank prints.
 
     Args:
-        lines: how many progress lines a log file gets, beside the last one with the held-out losses of the end.
-        console: where to print; standard output by default.
+        lines: the number of progress lines in a log file, beside the last one with the final
+            held-out losses.
+        console: the console to print on; standard output by default.
     """
 
     def __init__(self, lines: int = 10, console: Console | None = None) -> None:
@@ -89,7 +92,7 @@ class Progress(L.Callback):
     def _tell(self, trainer: L.Trainer, pl_module: L.LightningModule, when: str) -> None:
         total = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
         parts = (str(pl_module.name), f"{trainer.global_step}{total}", *self._metrics(trainer), when)
-        # One line for one fact, however narrow a log's console claims to be.
+        # Each fact stays on one line, however narrow a log's console claims to be.
         self.console.print("  ".join(parts), highlight=False, markup=False, soft_wrap=True)
         self._told = self._validated
 
@@ -100,8 +103,8 @@ class Progress(L.Callback):
             parts.append(f"loss {float(metrics['train/loss']):.3f}")
         if "perf/tokens_per_s" in metrics:
             parts.append(f"{_short(float(metrics['perf/tokens_per_s']))} tokens/s")
-        if left_out := float(metrics.get("train/nonfinite_steps", 0)):
-            parts.append(f"{left_out:.0f} not finite")
+        if skipped := float(metrics.get("train/nonfinite_steps", 0)):
+            parts.append(f"{skipped:.0f} not finite")
         if self._held_out:
             parts.append(f"held out after step {self._validated}:")
             parts += [f"{name} {loss:.3f}" for name, loss in self._held_out.items()]
@@ -117,7 +120,9 @@ class Progress(L.Callback):
 
 
 def trainable_table(stage: str, parts: list[tuple[str, int, int]]) -> Table:
-    """Parameters that train and that do not, by part of the model; `parts` as `Sphinx.trainable_table` gives them."""
+    """Return a table of trainable and frozen parameters by part of the model, from
+    `Sphinx.trainable_table`.
+    """
     table = Table(title=f"What trains in {stage}")
     table.add_column("part")
     table.add_column("trainable", justify="right")
@@ -131,7 +136,7 @@ def trainable_table(stage: str, parts: list[tuple[str, int, int]]) -> Table:
 
 
 def _short(value: float) -> str:
-    """Three digits: 945, 12.3k, 4.56M."""
+    """Return the value with three digits: 945, 12.3k, 4.56M."""
     for unit, size in (("M", 1e6), ("k", 1e3)):
         if value >= size:
             return f"{value / size:.3g}{unit}"

@@ -1,4 +1,4 @@
-"""Tells every logger what run it is looking at."""
+"""Tells every logger which run it records."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from sphinx_pl.utils.errors import UserError
 
 
 def run_info(stage: str, config: dict[str, Any]) -> dict[str, Any]:
-    """What a logger keeps beside the curves: the stage, the composed configuration (secrets blanked), the code."""
+    """Return what a logger keeps beside the curves: the stage, the composed configuration (without
+    secrets), the code.
+    """
     origin = provenance(stage=stage, config=config)
     code = origin["code"]
     return {
         "stage": stage,
         "config": origin["config"],
-        # Empty for an installed package, whose version says enough.
+        # It is empty for an installed package, whose version identifies the code.
         "git_commit": code.get("commit", ""),
         "git_dirty": code.get("dirty", False),
         "code_version": code["version"],
@@ -46,7 +48,9 @@ class RunInfo(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, Stage)
         if not self.config.is_file():
-            raise UserError(f"callbacks.provenance.config: there is no file {self.config}; train.py writes it on start")
+            raise UserError(
+                f"callbacks.provenance.config: there is no file {self.config}; train.py writes it when it starts"
+            )
         config = OmegaConf.to_container(OmegaConf.load(self.config), resolve=True)
         assert isinstance(config, dict)
         info = run_info(pl_module.name, {str(key): value for key, value in config.items()})

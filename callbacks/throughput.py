@@ -1,4 +1,4 @@
-"""How fast a run is, what its steps spend their time on, and how much of the device it uses."""
+"""Measures the speed of a run, the time of each part of a step, and the use of the device."""
 
 from __future__ import annotations
 
@@ -25,13 +25,20 @@ from sphinx_pl.stages import Stage
 
 COUNTED = ("tokens", "targets", "images", "samples", "positions")
 SPANS = ("data", "forward", "backward", "optimizer", "other")
-"""What an optimizer step consists of. A checkpoint is timed beside it."""
+"""The parts of an optimizer step. A checkpoint is timed separately."""
 PROBE = {"cuda": (3072, 4), "cpu": (512, 4)}
-"""Side and number of the matrix products that tell ranks' speeds apart: about a millisecond."""
+"""Side and number of the matrix products that compare the speeds of ranks.
+
+They take about a millisecond.
+"""
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype, size: int = 1024, repeats: int = 5) -> float:
-    """FLOP/s of the fastest of a few square matrix products: what this device can really do. Draws no random number."""
+    """Return the FLOP/s of the fastest of a few square matrix products, which is what this device
+    really reaches.
+
+    It draws no random number.
+    """
     a = torch.ones(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(repeats + 1):  # the first one also warms up
@@ -42,17 +49,22 @@ def measured_peak(device: torch.device, dtype: torch.dtype, size: int = 1024, re
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s that MFU is measured against: the data sheet's bf16 number of a known GPU, else `measured_peak`."""
+    """Return the FLOP/s that MFU refers to: a known GPU's bf16 number from its data sheet, else
+    `measured_peak`.
+    """
     if device.type == "cuda":
-        known = flops_of_device(torch.cuda.get_device_name(device))
-        return known or measured_peak(device, dtype, size=8192)
+        listed = flops_of_device(torch.cuda.get_device_name(device))
+        return listed or measured_peak(device, dtype, size=8192)
     return measured_peak(device, dtype)
 
 
 class _Spans:
-    """Named stretches of time, end to end. On a GPU they are read from its own clock, so that nothing is stopped.
+    """Named, consecutive spans of time.
 
-    `interrupt` drops the running stretch: validation is not part of a step. `apart` puts one in between.
+    On a GPU they are read from its own clock, so that nothing waits.
+
+    `interrupt` drops the running span, since a validation is not part of a step. `apart` inserts a
+    separate span.
     """
 
     def __init__(self, cuda: bool) -> None:
@@ -80,7 +92,7 @@ class _Spans:
 
     @contextlib.contextmanager
     def apart(self, name: str) -> Iterator[None]:
-        """What runs inside is a stretch of this name."""
+        """Time the code in this context as a span of this name."""
         running = self.since is not None
         self.close("other")
         self._apart = True
@@ -92,7 +104,7 @@ class _Spans:
             self.since = self.since if running else None
 
     def take(self) -> dict[str, float]:
-        """Seconds by name since the last call."""
+        """Return the seconds by name since the last call."""
         if self.cuda and self.closed:
             self.closed[-1][2].synchronize()
         seconds = dict.fromkeys((*SPANS, "checkpoint"), 0.0)
@@ -106,37 +118,44 @@ class _Spans:
 class RankPart:
     """What one rank did since the last log."""
 
-    seconds: dict[str, float]  # of SPANS and "checkpoint"
-    counts: dict[str, int]  # of COUNTED
+    seconds: dict[str, float]  # keys: SPANS and "checkpoint"
+    counts: dict[str, int]  # keys: COUNTED
     flops: float
     memory: int  # bytes, the peak so far
-    speed: float = 1.0  # FLOP/s of a piece of work that every rank does alone
+    speed: float = 1.0  # FLOP/s of a task that every rank does alone
 
 
 class Throughput(L.Callback):
-    """Logs `perf/*` and `data/*` with every `trainer.log_every_n_steps`-th step. docs/watching.md says what they mean.
+    """Logs `perf/*` and `data/*` with every `trainer.log_every_n_steps`-th step. docs/watching.md
+    explains them.
 
-    Rates are of all ranks together, over the steps since the last log, without validation and checkpoints.
-    `perf/tokens_per_s` counts every position that is not padding, `perf/targets_per_s` the supervised ones;
-    `perf/padding` is the share of positions that are padding. `perf/time_*` are seconds per optimizer step, the mean of
-    the ranks: `data` (from asking for a micro-batch until it is on the device), `forward`, `backward`, `optimizer`
-    (with clipping), `other` (callbacks, loggers), and their sum `step`; `checkpoint` is beside it, in the first row
+    Rates are totals of all ranks over the steps since the last log, without validation and
+    checkpoints. `perf/tokens_per_s` counts all positions other than padding, and
+    `perf/targets_per_s` the supervised ones. `perf/padding` is the share of padding. `perf/time_*`
+    are seconds per optimizer step, the mean over ranks. Their parts are `data` (from asking for a
+    micro-batch until it is on the device), `forward`, `backward`, `optimizer` (with clipping) and
+    `other` (callbacks, loggers). Their sum is `step`. `checkpoint` is separate, in the first row
     after it was written.
 
-    On a GPU these are times between events on its own clock: `data` is how long it had nothing to do, not how long the
-    host waited, and the one wait for it is at a log. They contain the waiting for other ranks: gradients are summed in
-    `backward`, every micro-batch's weight in `forward`, and with ZeRO-3 or FSDP each layer's parameters are gathered in
-    both. Ranks that work in step therefore all show the times of the slowest, and which one that is cannot be read from
-    them. What can be told, under every strategy, is what makes a rank slow: `data` has no collective in it
-    (`perf/time_data_max`, unless every source has `epochs`); the FLOPs of the micro-batches that it got
-    (`perf/work_max`, over the mean); and the speed of a matrix product that every rank does alone at a log
-    (`perf/speed_min`, over the mean: a GPU that is hot, a CPU that others use). Each comes with its `_rank`.
+    On a GPU these are times between events on its own clock. `data` is the time in which the GPU
+    was idle, not the time in which the host waited. The host waits for the GPU only at a log.
 
-    `perf/memory_gb` is the highest of the ranks' peaks so far: allocated on the GPU, or resident of a process on a CPU.
-    Of all ranks since the start of the run: `data/seen/<source>` records, the `samples`, `tokens`, `targets` and
-    `images` made of them, and what was `skipped`, `filtered` or `capped` (`data/skipped/<source>/<reason>`).
-    `perf/mfu` is model FLOPs (Chowdhery et al. 2022, appendix B) per second over the peak. They include vision towers,
-    without views that are skipped, and attention within samples, without what its mask hides (`TrainingFlops`).
+    The times include waiting for other ranks. Gradients are summed in `backward`, the weight of
+    every micro-batch in `forward`. With ZeRO-3 or FSDP the parameters of each layer are gathered in
+    both. So all ranks show the times of the slowest rank, and the times do not tell which one it
+    is. Other numbers tell what makes a rank slow, under every strategy. `data` contains no
+    collective (`perf/time_data_max`, unless every source has `epochs`). `perf/work_max` compares
+    the FLOPs of a rank's micro-batches with the mean. `perf/speed_min` compares the speed of a
+    matrix product that every rank does alone at a log with the mean. It reveals a hot GPU or a
+    busy CPU. Each comes with its `_rank`.
+
+    `perf/memory_gb` is the largest peak of all ranks so far: allocated on the GPU, or resident in a
+    process on a CPU. These count all ranks since the start of the run: `data/seen/<source>`
+    records, the `samples`, `tokens`, `targets` and `images` made from them, and the `skipped`,
+    `filtered` or `capped` ones (`data/skipped/<source>/<reason>`). `perf/mfu` is model FLOPs
+    (Chowdhery et al. 2022, appendix B) per second over the peak. It counts visual encoders
+    without skipped views, and attention within samples without what the mask hides
+    (`TrainingFlops`).
 
     Put it first among the callbacks: those before it count as `optimizer`.
 
@@ -173,11 +192,11 @@ class Throughput(L.Callback):
 
     @contextlib.contextmanager
     def checkpoint(self) -> Iterator[None]:
-        """What runs inside counts as `perf/time_checkpoint` and not as part of a step."""
+        """Count the code in this context as `perf/time_checkpoint` and not as part of a step."""
         with self._spans.apart("checkpoint") if self._spans is not None else contextlib.nullcontext():
             yield
 
-    # Both are called under every strategy: by Lightning's precision plugins, DeepSpeed's among them.
+    # Lightning's precision plugins, including DeepSpeed's, call both under every strategy.
     def on_before_backward(self, *_: Any) -> None:
         self._close("forward")
 
@@ -197,8 +216,8 @@ class Throughput(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, Stage)
-        # Not told by on_before_optimizer_step, which DeepSpeed's plugin calls after every micro-batch, nor by a hook of
-        # the optimizer, which DeepSpeed's has not.
+        # on_before_optimizer_step does not tell the end of a step, since DeepSpeed's plugin calls
+        # it after every micro-batch. DeepSpeed's optimizer has no hooks either.
         self._close("optimizer" if batch.window_end else "other")
         self._counts.update({key: int(batch.counters.get(key, 0)) for key in COUNTED})
         self._flops += self._flops_of(batch)
@@ -216,14 +235,17 @@ class Throughput(L.Callback):
     def _metrics(self, trainer: L.Trainer, device: torch.device) -> dict[str, float]:
         assert self._spans is not None
         assert self.peak is not None
-        # Alone among several ranks: one is as fast as itself.
+        # A single rank needs no comparison.
         speed = measured_peak(device, self._dtype, *PROBE[device.type]) if trainer.world_size > 1 else 1.0
         own = RankPart(self._spans.take(), dict(self._counts), self._flops, peak_memory(device), speed)
         return metrics_of(of_all_ranks(own, trainer.world_size), self._steps, self.peak)
 
 
 def metrics_of(ranks: Sequence[RankPart], steps: int, peak: float) -> dict[str, float]:
-    """`perf/*` from what all ranks did in the same `steps` optimizer steps; `peak` FLOP/s of one device."""
+    """Return `perf/*` from the work of all ranks in the same `steps` optimizer steps.
+
+    `peak` is the FLOP/s of one device.
+    """
     spans = {name: sum(rank.seconds[name] for rank in ranks) / len(ranks) for name in (*SPANS, "checkpoint")}
     seconds = max(sum(spans[name] for name in SPANS), 1e-9)
     totals = {key: sum(rank.counts.get(key, 0) for rank in ranks) for key in COUNTED}
@@ -248,7 +270,9 @@ def metrics_of(ranks: Sequence[RankPart], steps: int, peak: float) -> dict[str, 
 
 
 def timed_checkpoint(write: Callable[..., None]) -> Callable[..., None]:
-    """For what writes a checkpoint: its time is told apart from that of steps, where a `Throughput` watches."""
+    """Decorate a function that writes a checkpoint: a `Throughput` callback then times it apart
+    from the steps.
+    """
 
     @functools.wraps(write)
     def timed(trainer: L.Trainer, *args: Any, **options: Any) -> None:
@@ -260,7 +284,9 @@ def timed_checkpoint(write: Callable[..., None]) -> Callable[..., None]:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that was allocated on this GPU, or resident of this process on a CPU."""
+    """Return the peak bytes that were allocated on this GPU, or resident in this process on a
+    CPU.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -268,8 +294,10 @@ def peak_memory(device: torch.device) -> int:
 
 
 def data_metrics(counters: dict[str, int]) -> dict[str, float]:
-    """`data/<what>/<source>` (an event's too) and `data/skipped/<source>/<reason>` from counters named
-    `source/what[/reason]` and `skipped/source/reason`."""
+    """Return `data/<what>/<source>`, or `data/skipped/<source>/<reason>`, for each counter.
+
+    Counters are named `source/what[/reason]` or `skipped/source/reason`.
+    """
     metrics: Counter[str] = Counter()
     for key, count in counters.items():
         if "/" not in key:

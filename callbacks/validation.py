@@ -10,10 +10,10 @@ from sphinx_pl.stages import Stage
 
 
 class ValidateAtEnds(L.Callback):
-    """Validates when a new run starts, and when training ends where the interval does not end with it.
+    """Validates when a new run starts, and when training ends between two regular validations.
 
-    Inside of `trainer.fit`, since a model that is sharded for training is not set up again for `trainer.validate`. Put
-    it before the callbacks that write checkpoints.
+    It runs inside `trainer.fit`, since a model sharded for training cannot be set up again for
+    `trainer.validate`. Put it before the callbacks that write checkpoints.
     """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -27,7 +27,7 @@ class ValidateAtEnds(L.Callback):
 
     @staticmethod
     def _validate(trainer: Any) -> None:
-        """As Lightning does between two training steps."""
+        """Validate as Lightning does between two training steps."""
         if not trainer.enable_validation:
             return
         trainer.validating = True

@@ -22,13 +22,16 @@ FILE = "wandb_id"
 
 
 class RunLogger(WandbLogger):
-    """The W&B run of the run folder `save_dir`: its id is made once and kept there, so a run that is continued goes
-    on in the same one. train.py forgets it where another run takes the folder.
+    """The W&B run of the run folder `save_dir`.
+
+    Its id is stored in the folder, so a resumed run continues the same W&B run.
+
+    train.py deletes the id when another run takes the folder.
 
     Args:
-        name: of the run.
-        point: of a sweep, part of the name; empty for none.
-        id: instead of the folder's.
+        name: the name of the run.
+        point: the point of a sweep, which is added to the name; empty for none.
+        id: replaces the folder's id.
     """
 
     def __init__(
@@ -54,23 +57,25 @@ class RunLogger(WandbLogger):
 
     @contextmanager
     def _tolerant(self) -> Iterator[None]:
-        """W&B's own process ends at a SIGTERM, which a scheduler sends to all: a run that has yet to save goes on."""
+        """Ignore errors after a SIGTERM, which a scheduler sends to all processes: W&B's ends, and
+        the run must still save.
+        """
         try:
             yield
         except Exception as error:
             if not signals.received():
                 raise
             if not self._lost:
-                log.warning("W&B's process has ended (%s): what follows is not logged there", error)
+                log.warning("W&B's process has ended (%s): later values are not logged there", error)
             self._lost = True
 
 
 def run_id(folder: Path) -> str:
-    """The id that is kept in a run folder, made if there is none."""
+    """Return the id stored in a run folder. It is made if there is none."""
     path = folder / FILE
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         alphabet = string.ascii_lowercase + string.digits
-        # Not from `random`, whose state belongs to the run.
+        # The id does not use `random`, whose state belongs to the run.
         write_whole(path, "".join(secrets.choice(alphabet) for _ in range(8)) + "\n")
     return path.read_text().strip()

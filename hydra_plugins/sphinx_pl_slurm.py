@@ -1,8 +1,10 @@
-"""`hydra/launcher=slurm`: every point of a sweep is a job, every task of which runs the point's command.
+"""`hydra/launcher=slurm`: every point of a sweep is a job, and every task of the job runs the
+point's command.
 
-hydra-submitit-launcher runs Hydra's job in each task instead: all of them write .hydra and the log, and configuration
-and code are those that were pickled. With the command a task does what `srun python train.py ...` does, and finds the
-same folder when its job is requeued. Lies here since Hydra takes launchers from this package only.
+hydra-submitit-launcher would run Hydra's job in each task. All tasks would then write .hydra and
+the log, with pickled configuration and code. With the command, a task does what `srun python
+train.py ...` does, and finds the same folder when its job is requeued. This module lies here
+because Hydra takes launchers only from this package.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ except ImportError:
     from hydra.plugins.launcher import Launcher
 
     class SlurmLauncher(Launcher):
-        """In place of the real one, to say what is missing."""
+        """The launcher of hydra-submitit-launcher, except for the work of a task."""
 
         def __init__(self, **params: Any) -> None:
             raise UserError("hydra/launcher=slurm needs the extra 'slurm': pip install 'sphinx-pl[slurm]'")
@@ -43,11 +45,11 @@ except ImportError:
 else:
 
     class SlurmLauncher(_SlurmLauncher):  # type: ignore[no-redef]
-        """hydra-submitit-launcher's, except for what a task does."""
+        """A stand-in for the real launcher, which reports what is missing."""
 
         def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-            signals.unwatch()  # here nothing is trained: who waits for the jobs can be ended
-            # What the tasks are given: commands; nothing of Hydra's state.
+            signals.unwatch()  # nothing is trained here, so waiting may be interrupted
+            # The tasks get commands, and nothing of Hydra's state.
             commands, names, sweep_config = [], [], self.config
             assert self.hydra_context is not None
             assert sweep_config is not None
@@ -59,7 +61,7 @@ else:
                 name = sweeps.swept(overrides, sweep_config.hydra.overrides.task)
                 names.append(name)
                 commands.append(sweeps.command(sweep_config.hydra, overrides, str(folder), name))
-            # Tasks unpickle this class, from wherever the sweep was started.
+            # Tasks unpickle this class, wherever the sweep was started.
             repository = str(Path(__file__).resolve().parent.parent)
             self.params["setup"] = [
                 *(self.params.get("setup") or []),
@@ -71,17 +73,17 @@ else:
                 jobs = self._submit(job_overrides, initial_job_idx)
                 for number, (job, name) in enumerate(zip(jobs, names, strict=True), start=initial_job_idx):
                     print(f"job {job.job_id}: point {number} ({name}); log: {job.paths.stdout}", flush=True)
-                print("waiting for them; Ctrl-C ends the waiting, not the jobs", flush=True)
+                print("waiting for the jobs; Ctrl-C stops waiting, but not the jobs", flush=True)
                 return _wait(jobs, names, initial_job_idx)
             except KeyboardInterrupt:
-                raise UserError(
-                    "not waiting any longer; the jobs go on (squeue shows them, scancel ends them)"
-                ) from None
+                raise UserError("stopped waiting; the jobs continue (squeue shows them, scancel ends them)") from None
             finally:
                 self.hydra_context = state
 
         def _submit(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[Any]:
-            """The jobs. As the original does it, which says nothing and waits for one after the other.
+            """Return the submitted jobs.
+
+            The original does the same, but prints nothing and waits for one job after another.
 
             Raises:
                 UserError: SLURM refuses them.
@@ -92,7 +94,7 @@ else:
             if shutil.which("sbatch") is None or shutil.which("srun") is None:
                 raise UserError(
                     "hydra/launcher=slurm: this machine has no sbatch or no srun; start the sweep on a login node, or "
-                    "without hydra/launcher=slurm to run its points here one after the other"
+                    "without hydra/launcher=slurm to run its points here in turn"
                 )
             ours = {"submitit_folder", "max_num_timeout"}
             executor = submitit.AutoExecutor(
@@ -107,50 +109,52 @@ else:
             try:
                 return list(executor.map_array(self, *zip(*points, strict=True)))
             except FailedJobError as error:
-                said = "; ".join(line.removeprefix("sbatch: error: ") for line in str(error).splitlines())
-                raise UserError(f"SLURM refuses the jobs: {said} (hydra.launcher.* says what they ask for)") from None
+                message = "; ".join(line.removeprefix("sbatch: error: ") for line in str(error).splitlines())
+                raise UserError(f"SLURM refuses the jobs: {message} (hydra.launcher.* sets their resources)") from None
 
         def __call__(
             self, sweep_overrides: list[str], job_dir_key: str, job_num: int, job_id: str, singleton_state: Any
         ) -> JobReturn:
-            """In every task of the job."""
-            done = JobReturn()
+            """Run the command of the point in each task of the job."""
+            result = JobReturn()
             command = self.commands[job_num - self.first]
             print(shlex.join(command), flush=True)
             with sweeps.value_file() as path:
-                # Signals go to it; submitit's own handler would requeue the job before it has saved.
+                # Signals are passed on to the command. submitit's own handler would requeue the job
+                # before it has saved.
                 code = sweeps.run(command, path)
                 if code < 0 and -code in signals.SIGNALS and os.environ.get("SLURM_PROCID") == "0":
-                    # It had not come so far that it could note the signal.
+                    # The command was killed before it could note the signal.
                     print(f"stopped before it began; requeue: {slurm.requeue() or 'done'}", flush=True)
                 if sweeps.stopped(code):
-                    sys.exit(code % 256)  # no result yet
-                if code:  # as an exception, so that the job has failed to SLURM too
+                    sys.exit(code % 256)  # there is no result yet
+                if code:  # an exception, so that SLURM counts the job as failed
                     raise UserError(
                         f"point {job_num} ({self.names[job_num - self.first]}) failed with exit code {code}"
                     )
-                done.status, done.return_value = JobStatus.COMPLETED, sweeps.read_value(path)
-            return done
+                result.status, result.return_value = JobStatus.COMPLETED, sweeps.read_value(path)
+            return result
 
     def _wait(jobs: list[Any], names: list[str], first: int) -> list[JobReturn]:
-        """What each job returned, when all have ended; what failed is said at once."""
+        """Return the results of all jobs when all have ended. Failures are printed at once."""
         from submitit.core.utils import FailedJobError, UncompletedJobError
 
-        found: dict[int, JobReturn] = {}
-        while len(found) < len(jobs):
+        results: dict[int, JobReturn] = {}
+        while len(results) < len(jobs):
             for number, job in enumerate(jobs):
-                if number in found or not job.done():
+                if number in results or not job.done():
                     continue
                 point = f"point {first + number} ({names[number]})"
                 try:
-                    found[number] = job.results()[0]
+                    results[number] = job.results()[0]
                     print(f"{point} is done", flush=True)
                 except UncompletedJobError as error:
-                    failed = isinstance(error, FailedJobError)  # its task said so; else SLURM may know why
+                    # its task printed the reason; otherwise SLURM may know it
+                    failed = isinstance(error, FailedJobError)
                     state = "" if failed else f" ({job.watcher.get_state(job.job_id, mode='force').lower()})"
                     problem = f"{point} failed{state}: see the log of job {job.job_id}: {job.paths.stdout}"
                     print(problem, file=sys.stderr, flush=True)
-                    found[number] = JobReturn(overrides=[names[number]], status=JobStatus.FAILED)
-                    found[number].return_value = UserError(problem)
+                    results[number] = JobReturn(overrides=[names[number]], status=JobStatus.FAILED)
+                    results[number].return_value = UserError(problem)
             time.sleep(1)
-        return [found[number] for number in range(len(jobs))]
+        return [results[number] for number in range(len(jobs))]

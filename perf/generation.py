@@ -39,7 +39,7 @@ from sphinx_pl.data.readers import spread as spread_over
 from sphinx_pl.data.records import read_records
 from sphinx_pl.data.schema import IMAGE_SLOT, Record
 from sphinx_pl.data.tasks import TASKS
-from sphinx_pl.evaluation.answer_log import Journal
+from sphinx_pl.evaluation.answer_log import AnswerLog
 from sphinx_pl.evaluation.runner import evaluate, select
 from sphinx_pl.generation.assistant import Assistant
 from sphinx_pl.generation.generate import GenerationConfig, OperaConfig, Prompt, generate
@@ -165,8 +165,8 @@ def evaluation(o: argparse.Namespace) -> None:
 
     def whole() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            journal = Journal(Path(folder), "tasks", {})
-            evaluate(model, processor, records, batch_size=o.batch, journal=journal, progress=False)
+            answer_log = AnswerLog(Path(folder), "tasks", {})
+            evaluate(model, processor, records, batch_size=o.batch, answer_log=answer_log, progress=False)
 
     runs: dict[str, Callable[[], None]] = {"bare generation": bare, "evaluation": whole}
     with autocast(device, o.precision):

@@ -1,4 +1,6 @@
-"""What the tests share: tiny configurations of the real model and a small sample world made once."""
+"""Fixtures for all tests: tiny configurations of the real model, and a small sample world made
+once.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,11 @@ REPOSITORY = Path(__file__).parent.parent
 
 
 def tiny_model(**overrides: Any) -> SphinxConfig:
-    """All four towers, smaller than the sample model: a step takes milliseconds. 512 pieces, 32 pixels."""
+    """Return a model with all four encoders that is smaller than the sample model, so a step takes
+    milliseconds.
+
+    It has 512 pieces and images of 32 pixels.
+    """
     vit = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 1, "heads": 2}
     return SphinxConfig.from_dict(
         {
@@ -52,13 +58,13 @@ LONGEST = ("test_train", "test_engines", "test_zero3", "test_plan", "test_preemp
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes long comes first, so that at the end no process has one of these tests left and the others none."""
+    """Run slow tests first, so that at the end no process has one left while the others wait."""
     items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 @pytest.fixture(scope="session")
 def sample_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sample world at a fiftieth of its size, in the formats of the real thing."""
+    """Return the sample world at a fiftieth of its size, in the formats of the real one."""
     from sphinx_pl.data.sample_world.writer import build
 
     folder = tmp_path_factory.mktemp("data") / "sample"
@@ -68,13 +74,15 @@ def sample_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Copies and indices go to a folder of this run."""
+    """Copies and indices go to a folder of this test run."""
     os.environ["SPHINX_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(autouse=True)
 def no_composed_configuration() -> Iterator[None]:
-    """What a test composes is not what a script finds that a later test calls."""
+    """Forget the configuration that a test composed, so that a script in a later test does not find
+    it.
+    """
     yield
     if hydra := sys.modules.get("hydra.core.hydra_config"):
         hydra.HydraConfig.instance().cfg = None
@@ -82,7 +90,7 @@ def no_composed_configuration() -> Iterator[None]:
 
 @pytest.fixture
 def signals_as_before() -> Iterator[None]:
-    """Signals are handled afterwards as they were, and none is noted."""
+    """Restore the signal handlers after a test, and forget noted signals."""
     handlers = {number: signal.getsignal(number) for number in (*signals.SIGNALS, signals.INTERRUPT)}
     yield
     for number, handler in handlers.items():
@@ -108,7 +116,7 @@ def processor(sample_data: Path, model_config: SphinxConfig) -> Processor:
 
 
 def transformers_decoder(config: DecoderConfig) -> Any:
-    """transformers' LLaMA or, with experts, Mixtral of these sizes with new weights."""
+    """Return transformers' LLaMA or, with experts, Mixtral of these sizes with new weights."""
     from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
     sizes = {
@@ -130,7 +138,7 @@ def transformers_decoder(config: DecoderConfig) -> Any:
 
 @pytest.fixture
 def models(tmp_path: Path, model_config: SphinxConfig, processor: Processor) -> Callable[..., list[Path]]:
-    """Writes tiny models `model_0`, ... with different weights."""
+    """Return a function that writes tiny models `model_0`, ... with different weights."""
     from sphinx_pl.checkpoints.format import write_checkpoint
     from sphinx_pl.models.sphinx import Sphinx
 
@@ -152,7 +160,7 @@ def models(tmp_path: Path, model_config: SphinxConfig, processor: Processor) -> 
             torch.manual_seed(number)
             tensors = {name: tensor.to(dtype) for name, tensor in Sphinx(model_config).state_dict().items()}
             tensors |= {name: torch.full_like(tensors[name], value[number]) for name, value in (values or {}).items()}
-            # A new norm is all ones.
+            # A new norm consists of ones.
             tensors = {
                 name: tensor + 0.01 * (number + 1) if tensor.dim() == 1 and name not in (values or {}) else tensor
                 for name, tensor in tensors.items()

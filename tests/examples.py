@@ -1,4 +1,6 @@
-"""One record of every task, on an image of 100 x 50 pixels: in a square of 100, moved down by 25."""
+"""One record of every task, on an image of 100 x 50 pixels: in a square of 100, moved down by
+25.
+"""
 
 from __future__ import annotations
 

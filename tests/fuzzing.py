@@ -21,7 +21,9 @@ from PIL import Image
 
 
 def damaged(data: bytes, rng: random.Random) -> bytes:
-    """One to four of: flipped bits, a cut, noise put in, a part doubled, a part lost, another number or word."""
+    """One to four of: flipped bits, a cut, noise put in, a part doubled, a part lost, another
+    number or word.
+    """
     for _ in range(rng.randint(1, 4)):
         at = rng.randrange(len(data) or 1)
         end = at + rng.choice((1, 8, 64, 600))
@@ -92,7 +94,9 @@ ODD: tuple[Any, ...] = (
 
 
 def mangled(value: Any, rng: random.Random) -> Any:
-    """One place of a JSON value changed: another value, a key lost, an item doubled, lost or wrapped."""
+    """One place of a JSON value changed: another value, a key lost, an item doubled, lost or
+    wrapped.
+    """
     if isinstance(value, dict) and value and rng.random() < 0.85:
         key = rng.choice(list(value))
         if rng.random() < 0.15:
@@ -282,7 +286,8 @@ class World:
         for number in range(25):
             (self.folder / "images" / str(number)).write_bytes(self.image())
         entries = [self.entry() for _ in range(5 * few)]
-        # A list that does not begin with its bracket is refused as a whole, which is not what is looked for here.
+        # A list that does not begin with its bracket is refused as a whole, which is not what is
+        # looked for here.
         listed = b"[" + b",".join(spelt(value, rng).encode("utf-8", "surrogatepass") for value in entries[: 2 * few])
         yaml_list = [{"path": str(self.folder / "list.json"), "type": "image_text"}]
         listed = b"[" + damaged(listed, rng) + b"]" if rng.random() < 0.5 else listed + b"]"

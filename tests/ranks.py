@@ -1,4 +1,4 @@
-"""Several ranks on this machine, as a launcher would start them."""
+"""Runs several ranks on this machine, as a launcher would start them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ import torch
 from sphinx_pl.models.sphinx import Sphinx
 from tests.conftest import tiny_model
 
-# The first backward pass decides whether autograd has threads, which no fork survives: none where it sees CPUs only.
+# The first backward pass decides whether autograd has threads, which no fork survives. It has none
+# if it sees only CPUs.
 torch.ones(1, requires_grad=True).backward()  # type: ignore[no-untyped-call]
 
 
 @functools.cache
 def import_for_forks() -> None:
-    """What each of them would import again, for seconds: the towers' libraries, and what DeepSpeed imports late."""
+    """Import the libraries that each fork would otherwise import for seconds: the encoders', and
+    DeepSpeed's late imports.
+    """
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
     with torch.device("meta"):
@@ -32,16 +35,18 @@ def import_for_forks() -> None:
 
 
 def on_ranks(ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
-    """What `function(*args)` returns in each of `ranks` processes, which see themselves as torchrun's.
+    """Return what `function(*args)` returns in each of `ranks` processes, which see themselves as
+    torchrun's.
 
-    Forked, so that nothing is imported again. A rank that waits for the others for ever is an AssertionError.
+    The processes are forked, so that nothing is imported again. A rank that waits for the others
+    for ever is an AssertionError.
     """
     import_for_forks()
     context = multiprocessing.get_context("fork")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    results: Any = context.Queue()
+    outcomes: Any = context.Queue()
 
     def run(rank: int) -> None:
         environment = {
@@ -54,32 +59,33 @@ def on_ranks(ranks: int, function: Callable[..., Any], *args: Any, timeout: floa
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
         os.environ |= {key: str(value) for key, value in environment.items()}
         gc.freeze()  # else each collection looks through all that the parent holds
-        # Replaces the parent's thread pool here, once: autograd's threads would each try to, and race.
+        # This replaces the parent's thread pool once. Otherwise each of autograd's threads would
+        # try to, and race.
         torch.set_num_threads(1)
         try:
-            results.put((rank, True, function(*args)))
+            outcomes.put((rank, True, function(*args)))
         except BaseException:
-            results.put((rank, False, traceback.format_exc()))
+            outcomes.put((rank, False, traceback.format_exc()))
 
     processes = [context.Process(target=run, args=(rank,)) for rank in range(ranks)]
     for process in processes:
         process.start()
-    found: dict[int, Any] = {}
+    results: dict[int, Any] = {}
     deadline = time.monotonic() + timeout
     try:
-        while len(found) < ranks:
+        while len(results) < ranks:
             try:
-                rank, good, value = results.get(timeout=1)
+                rank, good, value = outcomes.get(timeout=1)
             except queue.Empty:
-                assert time.monotonic() < deadline, f"ranks {sorted(set(range(ranks)) - set(found))} hang"
-                dead = [r for r, p in enumerate(processes) if not p.is_alive() and r not in found]
-                assert not dead or results.qsize(), f"ranks {dead} died"
+                assert time.monotonic() < deadline, f"ranks {sorted(set(range(ranks)) - set(results))} hang"
+                dead = [r for r, p in enumerate(processes) if not p.is_alive() and r not in results]
+                assert not dead or outcomes.qsize(), f"ranks {dead} died"
                 continue
             assert good, f"rank {rank}:\n{value}"
-            found[rank] = value
+            results[rank] = value
     finally:
         for process in processes:
-            process.join(5 if len(found) == ranks else 0.1)
+            process.join(5 if len(results) == ranks else 0.1)
             process.kill()
             process.join()
-    return [found[rank] for rank in range(ranks)]
+    return [results[rank] for rank in range(ranks)]

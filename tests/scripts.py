@@ -1,4 +1,6 @@
-"""This repository's scripts as a user runs them, but in forks of this process, which has imported what they import."""
+"""This repository's scripts as a user runs them, in forks of this process, which has already
+imported their libraries.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,7 @@ class Script:
         return code
 
     def kill(self) -> None:
-        """With all that it has started."""
+        """Kill the process and all processes that it started."""
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self._process.kill()

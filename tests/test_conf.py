@@ -1,4 +1,4 @@
-"""Every shipped YAML composes, and what a CPU can instantiate is instantiated."""
+"""Every shipped YAML composes, and everything that a CPU can instantiate is instantiated."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_stages_resolve(name: str) -> None:
 
 
 def is_paper(experiment: str) -> bool:
-    """Those bring their stage and are tested in tests/data/test_paper.py."""
+    """Return whether the experiment brings its own stage, which tests/data/test_paper.py tests."""
     return experiment.startswith("paper_")
 
 
@@ -131,11 +131,11 @@ def test_the_samples_benchmarks_lie_with_the_sample() -> None:
     assert files("evaluate") == {"data/sample/instructions/test.json"}
     assert files("evaluate", "data.root=elsewhere") == {"elsewhere/instructions/test.json"}
     assert files("train", "+benchmark=paper", "data.root=elsewhere") == {"elsewhere/instructions/test.json"}
-    # Data of one's own may have no such key.
+    # The user's own data may lack such a key.
     assert files("evaluate", "~data.tokenizer", "~data.test", "~data.root") == {"data/sample/instructions/test.json"}
 
 
-def test_the_slurm_launcher_submits_what_it_says(tmp_path: Path) -> None:
+def test_the_slurm_launcher_submits_its_options(tmp_path: Path) -> None:
     from hydra.core.plugins import Plugins
     from submitit.slurm.slurm import _make_sbatch_string
 
@@ -147,7 +147,7 @@ def test_the_slurm_launcher_submits_what_it_says(tmp_path: Path) -> None:
     assert values["name"] == "demo-finetune"
     launcher = Plugins.instance()._instantiate(cfg.hydra.launcher)
     assert type(launcher).__name__ == "SlurmLauncher"
-    # Every key is one that submitit knows: an unknown one is an error here, not after the submission.
+    # submitit knows every key; an unknown one fails here, not after the submission.
     renamed = {"name": "job_name", "timeout_min": "time", "mem_gb": "mem", "tasks_per_node": "ntasks_per_node"}
     options = {renamed.get(key, key): value for key, value in values.items()}
     for key in ("_target_", "submitit_folder", "max_num_timeout"):

@@ -73,7 +73,7 @@ ELSEWHERE = {
     "sphinx-pipeline status *": (
         "tests/pipeline/test_whole.py::test_the_recipe_killed_in_its_finetune_goes_on_from_the_checkpoint"
     ),
-    "*plan=true*": "tests/planning/test_plan.py::test_the_plan_of_the_13b_model",
+    "*plan=true*": "tests/planning/test_plan.py::test_13b_on_512_gpus_from_the_command_line",
 }
 """Patterns of commands, and the test that runs them."""
 MAKE = {"make demo": "demo", "make venv": "", "make test": "", "source .venv/bin/activate": ""}

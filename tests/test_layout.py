@@ -1,5 +1,7 @@
-"""Where things may be imported from: a lower layer never imports a higher one, and no modules import each other in a
-circle. Imports inside functions and those for type checkers count."""
+"""A lower layer never imports a higher one, and no modules import each other in a circle.
+
+Imports inside functions and those for type checkers count.
+"""
 
 from __future__ import annotations
 
@@ -14,25 +16,25 @@ LAYERS = (
     *("cli", "apps", "pipeline", "settings", "callbacks", "planning", "stages", "distributed", "evaluation", "mixing"),
     *("generation", "checkpoints", "models", "data", "runtime", "utils"),
 )
-"""From the highest to the lowest."""
+"""The layers from the highest to the lowest."""
 
 
 def modules() -> dict[str, Path]:
-    """The package's modules by name."""
+    """Return the package's modules by name."""
     folders = {PACKAGE: REPOSITORY / PACKAGE, f"{PACKAGE}.callbacks": REPOSITORY / "callbacks"}
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for package, folder in folders.items():
         for path in folder.rglob("*.py"):
             parts = path.relative_to(folder).with_suffix("").parts
-            found[".".join([package, *parts[: -1 if parts[-1] == "__init__" else None]])] = path
-    return found
+            paths[".".join([package, *parts[: -1 if parts[-1] == "__init__" else None]])] = path
+    return paths
 
 
 MODULES = modules()
 
 
 def imports(path: Path) -> Iterator[str]:
-    """The package's modules that a file imports, anywhere in it."""
+    """Yield the package's modules that a file imports, anywhere in it."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
             for name in node.names:

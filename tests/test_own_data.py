@@ -1,4 +1,6 @@
-"""docs/own_data.md: from 200 pictures and 50 conversations to a model and a chat, by the page's own commands."""
+"""docs/own_data.md leads from 200 pictures and 50 conversations to a model and a chat, by its own
+commands.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,14 @@ PAGE = (REPOSITORY / "docs" / "own_data.md").read_text()
 
 
 def commands() -> list[list[str]]:
-    """Those of the page's blocks that begin with python."""
+    """Return the commands of the page's blocks that begin with python."""
     blocks = re.findall(r"```\n(python .*?)```", PAGE, re.DOTALL)
     return [shlex.split(line) for block in blocks for line in block.splitlines()]
 
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
-    """The page's files, of its own examples and more of them."""
+    """Return the page's files: its own examples and more like them."""
     table = re.search(r"```\n(image,caption\n.*?)```", PAGE, re.DOTALL)
     chats = re.search(r"```json\n(.*?)```", PAGE, re.DOTALL)
     assert table
@@ -42,7 +44,7 @@ def files(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("there", [["photos.csv"], ["chats.json"], ["photos.csv", "chats.json"]])
-def test_what_you_do_not_have_is_left_out(files: Path, there: list[str]) -> None:
+def test_sources_that_you_do_not_have_are_skipped(files: Path, there: list[str]) -> None:
     from sphinx_pl.cli.data import composed
 
     composed(["experiment=own", *(f"data.sources.{name.partition('.')[0]}.path={files / name}" for name in there)])
@@ -50,7 +52,7 @@ def test_what_you_do_not_have_is_left_out(files: Path, there: list[str]) -> None
 
 def test_the_pages_commands_train_a_model_that_answers(files: Path, sample_data: Path) -> None:
     table, train, chat = commands()
-    there = [argument.replace("path=", f"path={files}/") for argument in train]
+    train_arguments = [argument.replace("path=", f"path={files}/") for argument in train]
     small = [
         *(item for item in SMALL if not item.startswith("data.packing")),
         "stage.max_steps=2",
@@ -61,15 +63,15 @@ def test_the_pages_commands_train_a_model_that_answers(files: Path, sample_data:
         f"data.tokenizer={sample_data}/tokenizer.model",
         f"output_dir={files}/outputs/own",
     ]
-    result = run_script([*there[1:], *small])
+    result = run_script([*train_arguments[1:], *small])
     assert result.returncode == 0, result.stderr
     for name in ("photos", "chats"):
         assert re.search(rf"held out .*{name} \d", result.stdout)
     assert "skipped/" not in result.stdout
-    asked = [argument.replace("=", f"={files}/", 1) for argument in chat[2:]]
-    result = run_script([chat[1], *asked, "question='What is in the picture?'", "generation.max_new_tokens=4"])
+    chat_arguments = [argument.replace("=", f"={files}/", 1) for argument in chat[2:]]
+    result = run_script([chat[1], *chat_arguments, "question='What is in the picture?'", "generation.max_new_tokens=4"])
     assert result.returncode == 0, result.stderr
-    # The table has the same files, a tenth of which is held out.
+    # The table lists the same files, and a tenth of each is held out.
     from omegaconf import OmegaConf
 
     from sphinx_pl.cli.data import composed
@@ -82,6 +84,6 @@ def test_the_pages_commands_train_a_model_that_answers(files: Path, sample_data:
     cfg = composed([*overrides, f"data.tokenizer={sample_data}/tokenizer.model"])
     values = OmegaConf.to_container(cfg.data, resolve=True)
     assert isinstance(values, dict)
-    found = lines(DataModule.from_config(values, SphinxConfig.from_dict(cfg.model)), probe=8)  # type: ignore[arg-type]
-    assert {line.name: line.records for line in found} == {"photos": 180, "chats": 45}
-    assert reasons(found) == ""
+    rows = lines(DataModule.from_config(values, SphinxConfig.from_dict(cfg.model)), probe=8)  # type: ignore[arg-type]
+    assert {line.name: line.records for line in rows} == {"photos": 180, "chats": 45}
+    assert reasons(rows) == ""

@@ -1,4 +1,4 @@
-"""Masks of boxes from Segment Anything (SAM), in the Hugging Face library's format."""
+"""Masks of boxes from Segment Anything (SAM), in the format of the Hugging Face library."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from sphinx_pl.data.coordinates import Box4
 from sphinx_pl.utils.errors import UserError
 
 MARGIN = 0.1
-"""How far a mask may reach past its box, in parts of the box's sides: boxes are rarely exact."""
+"""How far a mask may extend beyond its box, as a share of the box's sides.
+
+Boxes are rarely exact.
+"""
 
 _BATCH = 16
 _FILES = ["*.json", "*.safetensors"]
@@ -32,7 +35,9 @@ class Segmenter:
 
     @classmethod
     def load(cls, name: str, device: torch.device | str = "cpu") -> Segmenter:
-        """From a local folder, or a name on the Hugging Face hub. Only safetensors: a pickle could run anything.
+        """Load a model from a local folder, or by its name on the Hugging Face hub.
+
+        Only safetensors files are read, since a pickle can run any code.
 
         Raises:
             UserError: there is no such model, or it cannot be read.
@@ -45,27 +50,28 @@ class Segmenter:
             model, info = SamModel.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, output_loading_info=True
             )
-        except Exception as error:  # the library raises nearly anything on a damaged or missing file
+        except Exception as error:  # the library raises many kinds
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            raise UserError(f"sam={name}: {folder} is no {_MODEL} ({reason})") from None
+            raise UserError(f"sam={name}: {folder} is not a {_MODEL} ({reason})") from None
         if info["missing_keys"] or info["mismatched_keys"]:
-            raise UserError(f"sam={name} lacks weights: {folder} is no {_MODEL}")
+            raise UserError(f"sam={name} lacks weights: {folder} is not a {_MODEL}")
         return cls(model.to(device), processor)
 
     @torch.no_grad()
     def segment(self, picture: Image.Image, boxes_px: Sequence[Box4]) -> NDArray[np.bool_]:
-        """One mask for each box, [N, height, width] of the picture, within its box and a margin around it.
+        """Return a mask for each box, [N, height, width] of the picture, within the box and a
+        margin around it.
 
-        A box that is not in the picture has an empty mask.
+        A box outside of the picture has an empty mask.
         """
         width, height = picture.size
         masks = np.zeros((len(boxes_px), height, width), dtype=bool)
         clipped = [_clip(box, width, height) for box in boxes_px]
         real = [index for index, (x1, y1, x2, y2) in enumerate(clipped) if x1 < x2 and y1 < y2]
         for start in range(0, len(real), _BATCH):
-            chosen = real[start : start + _BATCH]
-            found = self._predict(picture, [clipped[index] for index in chosen])
-            for index, mask in zip(chosen, found, strict=True):
+            batch = real[start : start + _BATCH]
+            masks_of_batch = self._predict(picture, [clipped[index] for index in batch])
+            for index, mask in zip(batch, masks_of_batch, strict=True):
                 x1, y1, x2, y2 = clipped[index]
                 dx, dy = MARGIN * (x2 - x1), MARGIN * (y2 - y1)
                 left, top, right, bottom = _clip((x1 - dx, y1 - dy, x2 + dx, y2 + dy), width, height)
@@ -94,7 +100,9 @@ def _clip(box: Box4, width: int, height: int) -> Box4:
 
 
 def _folder(name: str) -> Path:
-    """Where the model lies: the folder `name`, or the hub's model in the local cache, downloaded if it is not there."""
+    """Return the folder `name`, or the hub's model in the local cache, downloaded if it is
+    missing.
+    """
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -103,7 +111,7 @@ def _folder(name: str) -> Path:
     model = name.removeprefix(HUB)
     try:
         return hub_snapshot(model, _FILES)
-    except Exception as error:  # of two HTTP libraries, and the hub's own
+    except Exception as error:  # two HTTP libraries and the hub raise their own
         raise UserError(
             f"sam={name}: there is no folder {folder}, and the model {model} is neither in {HF_HUB_CACHE} nor could it "
             f"be downloaded ({type(error).__name__}): get its files where there is internet and give their folder"

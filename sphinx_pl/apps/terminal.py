@@ -1,4 +1,6 @@
-"""A conversation in the terminal: streamed answers, and pictures of what they name."""
+"""A conversation in the terminal, with streamed answers and pictures of the places that they
+name.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +23,14 @@ from sphinx_pl.utils.errors import UserError
 from sphinx_pl.utils.files import write_whole
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-HELP = "/image PATH: another image   /new: start over   /quit"
+HELP = "/image PATH: talk about another image   /new: start a new conversation   /quit"
 
 
 class Terminal:
-    """One user's dialog with an assistant; `folder` gets a PNG for each answer that names places."""
+    """One user's dialog with an assistant.
+
+    `folder` gets a PNG for each answer that names places.
+    """
 
     def __init__(self, assistant: Assistant, generation: GenerationConfig, folder: Path, console: Console) -> None:
         self.assistant = assistant
@@ -40,13 +45,16 @@ class Terminal:
         """Talk about this image from now on.
 
         Raises:
-            UserError: it cannot be read.
+            UserError: the image cannot be read.
         """
         self.image = open_picture(path)
         self.dialog = Dialog("", images=[self.image])
 
     def talk(self, lines: Iterable[str]) -> None:
-        """Answer line after line until /quit or the end. What goes wrong is said, and the dialog goes on."""
+        """Answer line after line until /quit or the end.
+
+        Errors are printed, and the dialog continues.
+        """
         self.console.print(HELP)
         self.console.print("> ", end="")
         for line in lines:
@@ -59,7 +67,7 @@ class Terminal:
                 elif command == "/image":
                     self.show(argument.strip())
                 elif command.startswith("/"):
-                    self.console.print(f"There is no {command}. {HELP}", markup=False)
+                    self.console.print(f"There is no command {command}. {HELP}", markup=False)
                 elif line.strip():
                     self.ask(line.strip())
             except UserError as error:
@@ -67,17 +75,17 @@ class Terminal:
             self.console.print("> ", end="")
 
     def ask(self, question: str) -> str:
-        """The answer, printed as it grows; what it names is drawn."""
-        asked = Dialog(typed(question), self.dialog.images, self.dialog.history)
+        """Print the answer as it grows, draw the places that it names, and return it."""
+        dialog = Dialog(typed(question), self.dialog.images, self.dialog.history)
         answer = ""
-        for (text,) in self.assistant.stream([asked], self.generation):
+        for (text,) in self.assistant.stream([dialog], self.generation):
             more = text[len(answer) :] if text.startswith(answer) else f"\n{text}"
-            # The model's words are no commands to the terminal, and no emoji codes.
+            # The model's text must not control the terminal, nor become emoji.
             self.console.print(_CONTROL.sub("", more), end="", markup=False, emoji=False, soft_wrap=True)
             answer = text
         self.console.print()
-        if answer:  # a turn without an answer is no turn
-            self.dialog = asked.answered(typed(answer), "")
+        if answer:  # A turn without an answer is not kept.
+            self.dialog = dialog.answered(typed(answer), "")
         if self.image is not None:
             self._draw(self.image, question, answer)
         return answer
@@ -87,10 +95,10 @@ class Terminal:
         if not geometry.parse_boxes(answer) and not geometry.parse_points(answer):
             return
         side, dx, dy = padded_frame(image.size)
-        drawn = draw(padded_resize(image, side), "", answer, geometry, question)
-        drawn = drawn.crop((dx, dy, dx + image.width, dy + image.height))
+        picture = draw(padded_resize(image, side), "", answer, geometry, question)
+        picture = picture.crop((dx, dy, dx + image.width, dy + image.height))
         encoded = io.BytesIO()
-        drawn.save(encoded, format="PNG")
+        picture.save(encoded, format="PNG")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._drawn += 1
         file = self.folder / f"{self._drawn:03d}.png"
@@ -101,7 +109,7 @@ class Terminal:
 
 
 def inline_image(png: bytes, environment: Mapping[str, str]) -> str | None:
-    """What makes the terminal show a picture: iTerm2's or kitty's protocol; None where neither is understood."""
+    """Return the sequence that shows a picture in iTerm2 or kitty, or None in other terminals."""
     data = base64.b64encode(png).decode()
     if environment.get("TERM_PROGRAM") in ("iTerm.app", "WezTerm"):
         return f"\033]1337;File=inline=1;size={len(png)}:{data}\a"

@@ -1,4 +1,7 @@
-"""Talk to a model in the terminal or on a local web page. Keys: conf/chat.yaml."""
+"""Talk to a model in the terminal or on a local web page.
+
+The file conf/chat.yaml explains the keys.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from sphinx_pl.generation.decoding import Decoding
-from sphinx_pl.runtime.hydra_app import entry_point, take_rest
+from sphinx_pl.runtime.command_line import take_rest
+from sphinx_pl.runtime.hydra_app import entry_point
 from sphinx_pl.utils.config import pick
 from sphinx_pl.utils.errors import UserError, suggest
 
@@ -25,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Generation(Decoding):
-    """As conf/chat.yaml's `generation`."""
+    """The keys of `generation` in conf/chat.yaml."""
 
     max_new_tokens: int = 512
 
@@ -35,7 +39,7 @@ UIS = ("terminal", "web")
 
 @dataclass
 class ChatConfig:
-    """The keys of conf/chat.yaml, which explains them, with their types."""
+    """The keys of conf/chat.yaml with their types. That file explains them."""
 
     checkpoint: Optional[str] = None
     ui: str = "terminal"
@@ -59,17 +63,21 @@ class ChatConfig:
             such = f"checkpoint={folder}" if folder else "checkpoint=FOLDER, such as one that train.py wrote"
             raise UserError(f"which checkpoint? Give {such}")
         if self.ui == "terminal" and self.question is not None and not self.question.strip():
-            raise UserError("question= is empty: write what to ask, or leave it out and type the questions")
+            raise UserError("question= is empty: write a question, or omit it and type the questions")
 
 
 def check(cfg: DictConfig) -> None:
-    """Raises: UserError: a key that nothing reads, or a value that does not fit."""
+    """Check the configuration of chat.py.
+
+    Raises:
+        UserError: nothing reads a key, or a value is wrong.
+    """
     pick(ChatConfig, cfg)
 
 
 @entry_point("chat", check, partial(take_rest, key="question", known=ChatConfig.__dataclass_fields__))
 def main(cfg: DictConfig) -> None:
-    """Reads questions from the terminal until /quit, or serves the page until it is interrupted."""
+    """Read questions from the terminal until /quit, or serve the page until it is interrupted."""
     options = pick(ChatConfig, cfg)
     assert options.checkpoint is not None
 
@@ -79,7 +87,7 @@ def main(cfg: DictConfig) -> None:
 
     generation = GenerationConfig(**vars(options.generation))
     if options.image:
-        open_picture(options.image)  # a mistake is answered before the model is loaded
+        open_picture(options.image)  # a mistake is reported before the model is loaded
     if options.ui == "web":
         _serve(options, generation)
         return
@@ -98,7 +106,8 @@ def main(cfg: DictConfig) -> None:
 
 def _serve(options: ChatConfig, generation: GenerationConfig) -> None:
     from sphinx_pl.apps.masks import Segmenter
-    from sphinx_pl.apps.web import Page, WebConfig, check_address, serve
+    from sphinx_pl.apps.web.app import check_address, serve
+    from sphinx_pl.apps.web.page import Page, WebConfig
     from sphinx_pl.generation.assistant import Assistant
     from sphinx_pl.runtime.device import choose_device
 

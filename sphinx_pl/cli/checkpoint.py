@@ -1,4 +1,6 @@
-"""`sphinx-checkpoint COMMAND`: show what a checkpoint holds, import other layouts, export to them."""
+"""`sphinx-checkpoint COMMAND`: show a checkpoint, import other layouts, export to
+them.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ PATH = "a checkpoint folder of any layout that this project reads, or hf-hub:OWN
 
 
 def parts_table(checkpoint: Checkpoint | HuggingFaceFolder) -> Table:
-    """Tensors, parameters, dtypes and bytes of each part: a tower, or a module such as `decoder.layers`."""
+    """Return a table of tensors, parameters, dtypes and bytes of each part: an encoder, or a module
+    such as `decoder.layers`.
+    """
     infos: dict[str, list[TensorInfo]] = defaultdict(list)
     for name in checkpoint:
         words = name.split(".")
@@ -62,7 +66,9 @@ def parts_table(checkpoint: Checkpoint | HuggingFaceFolder) -> Table:
 
 
 def provenance_table(checkpoint: Checkpoint | HuggingFaceFolder) -> Table:
-    """The provenance without the composed configuration, which is long and lies in `provenance.json`."""
+    """Return a table of the provenance without the composed configuration, which `provenance.json`
+    holds.
+    """
     table = Table("provenance", "", show_header=True)
     for key, value in checkpoint.provenance.items():
         if key == "parents":
@@ -71,14 +77,14 @@ def provenance_table(checkpoint: Checkpoint | HuggingFaceFolder) -> Table:
                 stage = f" ({parent['stage']})" if parent["stage"] else ""
                 table.add_row("parent", Text(f"{parent['path']}{stage} {kind} {parent.get(kind, '')[:16]}…"))
         elif key == "mixing":
-            for said, item in value.items():
-                if said == "rules" and len(item) > 1:
+            for name, item in value.items():
+                if name == "rules" and len(item) > 1:
                     for rule in item:
                         ends = " → ".join(", ".join(f"{w:g}" for w in point) for point in rule["weights"])
                         table.add_row("mixing", Text(f"{rule['tensors']}: {ends} ({rule['number']} tensors)"))
-                elif said not in ("parts", "rules") and item not in (None, {}, []):
+                elif name not in ("parts", "rules") and item not in (None, {}, []):
                     pairs = item.items() if isinstance(item, dict) else [("", item)]
-                    table.add_row("mixing", Text(f"{said} " + ", ".join(f"{n} {v}".strip() for n, v in pairs)))
+                    table.add_row("mixing", Text(f"{name} " + ", ".join(f"{n} {v}".strip() for n, v in pairs)))
         elif key == "command":
             table.add_row(key, Text(" ".join(map(str, value)) if isinstance(value, list) else str(value)))
         elif key != "config":
@@ -88,7 +94,7 @@ def provenance_table(checkpoint: Checkpoint | HuggingFaceFolder) -> Table:
 
 
 def _text(value: Any) -> Text:
-    """Never as markup: names and paths can hold brackets."""
+    """Return plain text. Names and paths may hold brackets, which are not markup."""
     return Text(f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" if isinstance(value, float) else str(value))
 
 
@@ -106,13 +112,15 @@ def main(arguments: list[str] | None = None) -> int:
     show = commands.add_parser("show", help="parts, dtypes, parameter counts and provenance")
     show.add_argument("path", help=PATH)
     show.add_argument(
-        "--hash", action="store_true", help="also the hash that a mixture made of it names (reads all of it)"
+        "--hash",
+        action="store_true",
+        help="also print the hash that a mixture of it names (reads it all)",
     )
     importer = commands.add_parser("import", help="write a checkpoint of another layout in ours")
     importer.add_argument("path", help=PATH)
     importer.add_argument("out", help="the folder to write")
-    importer.add_argument("--base", help="what the differences in .model-diff.pth files are added to, such as LLaMA-2")
-    importer.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
+    importer.add_argument("--base", help="the weights to which .model-diff.pth files add, such as LLaMA-2")
+    importer.add_argument("--overwrite", action="store_true", help="overwrite an existing checkpoint")
     exporter = commands.add_parser("export", help="write a checkpoint in the original's layout, or its decoder in HF's")
     exporter.add_argument("path", help=PATH)
     exporter.add_argument("out", help="the folder to write")
@@ -146,7 +154,7 @@ def _show(options: argparse.Namespace, console: Console) -> int:
     except UserError:
         if not HuggingFaceFolder.matches(folder):
             raise
-        checkpoint = HuggingFaceFolder(folder)  # of a model that this project doesn't have: it can be mixed
+        checkpoint = HuggingFaceFolder(folder)  # a model that this project lacks can still be mixed
     console.print(parts_table(checkpoint))
     try:
         tables = [provenance_table(checkpoint)]
@@ -157,8 +165,8 @@ def _show(options: argparse.Namespace, console: Console) -> int:
         console.print(f"'{folder / PROVENANCE}' was not written by this project, and is not shown", markup=False)
     if options.hash:
         hashes: dict[str, str] = {}
-        for own in (True, False):  # among checkpoints of one layout, and of several
-            with suppress(UserError):  # some can be mixed with their like only
+        for own in (True, False):  # hashes among one layout, and among several
+            with suppress(UserError):  # some layouts only mix with themselves
                 (stored,) = store([open_stored(options.path)], own)
                 hashes.setdefault(content_hash(stored), stored.kind)
         for digest, kind in hashes.items():
@@ -167,7 +175,11 @@ def _show(options: argparse.Namespace, console: Console) -> int:
 
 
 def check_whole(checkpoint: Checkpoint) -> None:
-    """Raises: UserError: its tensors are not those of its model, of which a difference to a base has none."""
+    """Check that a checkpoint holds all tensors of its model. A difference to a base does not.
+
+    Raises:
+        UserError: its tensors are not those of its model.
+    """
     with torch.device("meta"):
         checkpoint.check(Sphinx(checkpoint.model_config))
 
@@ -186,23 +198,23 @@ def _export(checkpoint: Checkpoint, options: argparse.Namespace, console: Consol
         console.print(f"{out}: {kind} in {options.shards} shards", markup=False)
         if checkpoint.processor.get("system", SYSTEM) != SYSTEM:
             console.print(
-                "Note: it was trained with another system text than the original's, which always gives its own"
+                "Note: it was trained with another system text than the original's, which cannot be changed there"
             )
     return 0
 
 
 def import_checkpoint(checkpoint: Checkpoint, out: str, overwrite: bool) -> None:
-    """Write `checkpoint` in our layout, a tensor at a time.
+    """Write `checkpoint` in our layout, one tensor at a time.
 
     Raises:
-        UserError: its tensors are not those of its model, or `out` exists; nothing is written then.
+        UserError: its tensors are not those of its model, or `out` exists. Nothing is written then.
     """
     check_folder(Path(out), "out")
     check_free(Path(out), overwrite, [checkpoint.path])
     check_whole(checkpoint)
     tokenizer = checkpoint.tokenizer()
     check_room(Path(out), sum(checkpoint.info(name).nbytes for name in checkpoint))
-    with ThreadPoolExecutor(1) as hashing:  # beside the copying, so that a byte is read from the disk once
+    with ThreadPoolExecutor(1) as hashing:  # during the copy, so each byte is read once
         identity = hashing.submit(checkpoint.identity)
         write_checkpoint(
             out,

@@ -1,4 +1,6 @@
-"""`python -m sphinx_pl.cli.convert NAME --src FOLDER --out FILE.jsonl`: official annotation files -> instructions."""
+"""`python -m sphinx_pl.cli.convert NAME --src FOLDER --out FILE.jsonl` turns official annotation
+files into instructions.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,13 @@ from sphinx_pl.utils.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status 0, or 2 with one line that says what is wrong."""
+    """Return exit code 0, or 2 after a line that names the mistake."""
     parser = argparse.ArgumentParser(prog="python -m sphinx_pl.cli.convert", description=__doc__)
-    parser.add_argument("name", nargs="?", help="the data set; without one, all are listed")
+    parser.add_argument("name", nargs="?", help="the data set; without it, all are listed")
     parser.add_argument("--src", type=Path, help="folder with the official files, under their official names")
     parser.add_argument("--out", type=Path, help="file to write, .jsonl; a report is written beside it")
     parser.add_argument("--split", default="train", help="default: train")
-    parser.add_argument("--limit", type=int, help="stop after so many entries, for a first look")
+    parser.add_argument("--limit", type=int, help="stop after this number of entries, for a first look")
     options = parser.parse_args(arguments)
     console = Console()
     try:

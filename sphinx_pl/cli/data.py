@@ -1,7 +1,8 @@
-"""`sphinx-data COMMAND [option=value ...] [override ...]`: look at data before training on it.
+"""`sphinx-data COMMAND [option=value ...] [override ...]`: look at data before
+training on it.
 
-What is not an option of the command overrides conf/train.yaml, so a command sees the data that train.py with the same
-overrides would train on.
+Arguments that are not options of the command override conf/train.yaml. So a command sees the data
+that train.py would train on with the same overrides.
 """
 
 from __future__ import annotations
@@ -19,15 +20,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 from rich.progress import Progress
 
-from sphinx_pl.runtime.hydra_app import (
-    MISTAKES,
-    TRACEBACK,
-    as_typed,
-    check_packages,
-    compose_config,
-    explain_override,
-    report,
-)
+from sphinx_pl.runtime.command_line import as_typed
+from sphinx_pl.runtime.hydra_app import TRACEBACK, report
+from sphinx_pl.runtime.overrides import MISTAKES, check_packages, compose_config, explain_override
 from sphinx_pl.settings.train import check_train
 from sphinx_pl.utils.config import CONFIG_FOLDER, build
 from sphinx_pl.utils.console import Table
@@ -39,7 +34,9 @@ Options = TypeVar("Options")
 
 @dataclass(frozen=True)
 class Command(Generic[Options]):
-    """`run` gets the options that were given and the composed configuration; what it returns is printed."""
+    """A command. `run` gets the given options and the composed configuration, and its result is
+    printed.
+    """
 
     help: str
     options: type[Options]
@@ -51,7 +48,7 @@ COMMANDS: Registry[Command[Any]] = Registry("command")
 
 @dataclass
 class ShowOptions:
-    """How many samples, and the file to write."""
+    """The number of samples, and the file to write."""
 
     n: int = 64
     out: str = "page.html"
@@ -61,14 +58,14 @@ class ShowOptions:
             raise UserError(f"n={self.n} must be 1 to 1000")
         if Path(self.out).is_dir():
             raise UserError(
-                f"out={self.out} is a folder: name a file in it, such as out={Path(self.out) / 'page.html'}"
+                f"out={self.out} is a folder: give a file in it, such as out={Path(self.out) / 'page.html'}"
             )
         if not Path(self.out).parent.is_dir():
             raise UserError(f"out={self.out}: there is no folder {Path(self.out).parent}: make it first")
 
 
 def show(options: ShowOptions, cfg: DictConfig) -> str:
-    """Write the page; see `sphinx_pl.data.inspect.samples`."""
+    """Write a page with samples; see `sphinx_pl.data.inspect.samples`."""
     from sphinx_pl.data.datamodule import DataModule
     from sphinx_pl.data.inspect.samples import build_page
     from sphinx_pl.models.config import SphinxConfig
@@ -81,21 +78,23 @@ def show(options: ShowOptions, cfg: DictConfig) -> str:
     notices = []
     try:
         data.check(cfg.stage.text_required, int(cfg.stage.accumulate))
-    except UserError as error:  # it can be looked at all the same
+    except UserError as error:  # the data can still be shown
         notices.append(f"train.py would refuse this: {error}")
     what = f"stage {cfg.stage.name}, model {model.name}"
     grid = model.vision.grid if model.vision else 1
-    page, shown = build_page(data, options.n, int(cfg.stage.accumulate), grid, what, notices)
+    page, count = build_page(data, options.n, int(cfg.stage.accumulate), grid, what, notices)
     try:
         write_whole(Path(options.out), page)
     except OSError as error:
         raise UserError(f"out={options.out} cannot be written ({error.strerror})") from None
-    return f"{options.out}: {shown} samples, {len(page) / 1e6:.1f} MB"
+    return f"{options.out}: {count} samples, {len(page) / 1e6:.1f} MB"
 
 
 @dataclass
 class TableOptions:
-    """Draws from each source that the expectations rest on, ranks of the run, and whether files may be missing."""
+    """The draws from each source for the expectations, the ranks of the run, and whether files may
+    be missing.
+    """
 
     probe: int = 64
     ranks: int = 1
@@ -109,7 +108,10 @@ class TableOptions:
 
 
 def table(options: TableOptions, cfg: DictConfig) -> str:
-    """What the mixture is made of; where files are missing, what the configuration alone says of it."""
+    """Return the table of the mixture.
+
+    With missing files it shows only what the configuration tells.
+    """
     from sphinx_pl.data.datamodule import DataModule
     from sphinx_pl.data.inspect.table import expectations, lines, missing, plan, reasons
     from sphinx_pl.data.sampling.config import Group, SourceConfig, is_absent
@@ -134,16 +136,16 @@ def table(options: TableOptions, cfg: DictConfig) -> str:
             return text
         print(text)
         first = next(iter(absent.values()))
-        raise UserError(f"files are missing for {', '.join(absent)} ({first}); missing=ok only looks at the plan")
+        raise UserError(f"files are missing for {', '.join(absent)} ({first}); missing=ok shows only the plan")
     data = DataModule.from_config(values, model)
     data.check(accumulate=micro_batches)
-    found = lines(data, options.probe)
-    table = expectations(found, data.mixing.unit, data.packing.row_length, rows, int(cfg.stage.max_steps))
-    return rendered(table) + reasons(found)
+    rows_of_sources = lines(data, options.probe)
+    table = expectations(rows_of_sources, data.mixing.unit, data.packing.row_length, rows, int(cfg.stage.max_steps))
+    return rendered(table) + reasons(rows_of_sources)
 
 
 def rendered(table: Table) -> str:
-    """As text, as wide as it needs where nobody's terminal says otherwise."""
+    """Return the table as text, as wide as it needs if there is no terminal."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
@@ -154,7 +156,9 @@ def rendered(table: Table) -> str:
 
 @dataclass
 class DuplicatesOptions:
-    """Shards as a source's `path` names them, what to compare (image, caption or a column of the json), the result."""
+    """The shards, as a source's `path` names them; what to compare (image, caption or a column of
+    the json); the result.
+    """
 
     path: str = ""
     by: str = "image"
@@ -162,40 +166,42 @@ class DuplicatesOptions:
 
     def __post_init__(self) -> None:
         if not self.path:
-            raise UserError("path=SHARDS is needed: as in the source that the result is for")
+            raise UserError("path=SHARDS is needed: give the path of the source that the result is for")
 
 
 def duplicates(options: DuplicatesOptions, cfg: DictConfig) -> str:
-    """Find image-text pairs that say the same as an earlier one, for a source's `filters.duplicates`."""
+    """Find image-text pairs that repeat an earlier one, for a source's `filters.duplicates`."""
     from sphinx_pl.data.inspect.duplicates import find_duplicates
 
     with Progress(*Progress.get_default_columns(), transient=True) as bar:
         task = bar.add_task("shards")
-        pairs, unread, found = find_duplicates(
+        pairs, unreadable, repeated = find_duplicates(
             options.path,
             options.by,
             Path(options.out),
             lambda done, total: bar.update(task, completed=done, total=total),
         )
-    return f"{options.out}: {found} of {pairs} pairs are duplicates by {options.by}, {unread} could not be compared"
+    return (
+        f"{options.out}: {repeated} of {pairs} pairs are duplicates by {options.by}, {unreadable} could not be compared"
+    )
 
 
-COMMANDS.register("show", Command("a page with samples as the model will get them", ShowOptions, show))
-COMMANDS.register("table", Command("the mixture: sizes, shares, what to expect of an epoch", TableOptions, table))
+COMMANDS.register("show", Command("a page with samples as the model gets them", ShowOptions, show))
+COMMANDS.register("table", Command("the mixture: sizes, shares and expectations of an epoch", TableOptions, table))
 COMMANDS.register(
-    "duplicates", Command("image-text pairs that say the same, to be filtered", DuplicatesOptions, duplicates)
+    "duplicates", Command("image-text pairs that repeat others, to be filtered", DuplicatesOptions, duplicates)
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0, or 2 with one line that says what is wrong."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given or given[0] in ("-h", "--help"):
-        print(_usage(), file=sys.stdout if given else sys.stderr)
-        return 0 if given else 2
+    """Return exit code 0, or 2 after a line that names the mistake."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(_usage(), file=sys.stdout if words else sys.stderr)
+        return 0 if words else 2
     try:
-        command = COMMANDS[given[0]]
-        values, overrides = split(given[1:], command.options)
+        command = COMMANDS[words[0]]
+        values, overrides = split(words[1:], command.options)
         options = build(command.options, values, "")
         print(command.run(options, composed(overrides)))
     except MISTAKES as error:
@@ -206,15 +212,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def split(arguments: Sequence[str], options: type[Any]) -> tuple[dict[str, str], list[str]]:
-    """Arguments -> values of a command's own options, and overrides of the configuration."""
-    known = {field.name for field in dataclasses.fields(options)}
+    """Split arguments into values of a command's own options and overrides of the configuration."""
+    names = {field.name for field in dataclasses.fields(options)}
     values: dict[str, str] = {}
     overrides = []
     for argument in arguments:
         name, equals, value = argument.partition("=")
         if not equals and not argument.startswith("~"):
             raise UserError(f"'{argument}' is neither name=value nor ~name")
-        if equals and name in known:
+        if equals and name in names:
             values[name] = value
         else:
             overrides.append(argument)
@@ -222,16 +228,16 @@ def split(arguments: Sequence[str], options: type[Any]) -> tuple[dict[str, str],
 
 
 def composed(overrides: Sequence[str]) -> DictConfig:
-    """conf/train.yaml as train.py gets it.
+    """Return conf/train.yaml as train.py gets it.
 
     Raises:
-        UserError, HydraException: an override or a key that does not fit.
+        UserError, HydraException: an override or a key is wrong.
     """
-    given = as_typed("train", overrides)
+    arguments = as_typed("train", overrides)
     try:
-        cfg = compose_config(CONFIG_FOLDER, "train", given)
+        cfg = compose_config(CONFIG_FOLDER, "train", arguments)
     except HydraException as error:
-        raise explain_override(error, CONFIG_FOLDER, "train", given, check_train) or error from None
+        raise explain_override(error, CONFIG_FOLDER, "train", arguments, check_train) or error from None
     check_packages(cfg.hydra)
     with open_dict(cfg):
         del cfg["hydra"]

@@ -1,4 +1,7 @@
-"""Ask a checkpoint the questions of test sources and benchmarks, and score the answers. Keys: conf/evaluate.yaml."""
+"""Ask a checkpoint the questions of test sources and benchmarks, and score the answers.
+
+The file conf/evaluate.yaml explains the keys.
+"""
 
 from __future__ import annotations
 
@@ -27,19 +30,22 @@ from sphinx_pl.utils.errors import UserError
 from sphinx_pl.utils.files import make_folder
 
 TASKS_NAME = "tasks"
-"""What the test sources are called beside the benchmarks' names."""
+"""The name of the test sources beside the names of the benchmarks."""
 
 if TYPE_CHECKING:
     from sphinx_pl.data.schema import Record
-    from sphinx_pl.evaluation.answer_log import Journal
-    from sphinx_pl.evaluation.mixtures.reweighting import Lean, Training
-    from sphinx_pl.evaluation.report.summary import Row
+    from sphinx_pl.evaluation.answer_log import AnswerLog
+    from sphinx_pl.evaluation.mixtures.reweighting import Reweighting, TrainingMixture
+    from sphinx_pl.evaluation.report.summary import ScoreRow
     from sphinx_pl.evaluation.runner import Prediction
     from sphinx_pl.models.sphinx import Sphinx
 
 
-def results_table(rows: Iterable[Row]) -> Table:
-    """The results as a terminal shows them; a green triangle where the whole interval is above the baseline."""
+def results_table(rows: Iterable[ScoreRow]) -> Table:
+    """Return the results as a terminal shows them.
+
+    A green triangle marks an interval that is wholly above the baseline.
+    """
     table = Table(
         title="Results",
         caption="▲: the whole 95 % interval is above the baseline",
@@ -64,16 +70,16 @@ def results_table(rows: Iterable[Row]) -> Table:
     return table
 
 
-def benchmarks_table(found: Iterable[Mapping[str, Any]]) -> Table:
-    """The benchmarks' numbers as a terminal shows them."""
-    from sphinx_pl.evaluation.measures import number_text
+def benchmarks_table(results: Iterable[Mapping[str, Any]]) -> Table:
+    """Return the benchmarks' numbers as a terminal shows them."""
+    from sphinx_pl.evaluation.metrics import number_text
 
     table = Table(title="Benchmarks", caption="with 95 % intervals", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("benchmark", "measure"):
+    for name in ("benchmark", "metric"):
         table.add_column(name)
     for name in ("value", "95 %", "n", "unparsed"):
         table.add_column(name, justify="right", no_wrap=True)
-    for result in found:
+    for result in results:
         counts = str(result["n"]), str(result["unparsed"] or "")
         for place, value in enumerate(v for v in result["values"] if not v["category"]):
             texts = [number_text(value[key], value["percent"]) for key in ("value", "low", "high")]
@@ -86,21 +92,23 @@ def benchmarks_table(found: Iterable[Mapping[str, Any]]) -> Table:
 
 
 def flat(results: Mapping[str, Any]) -> dict[str, float]:
-    """Every task's score and every benchmark's measures by name, such as `pope_random/f1`."""
-    found = {row["task"]: row["score"] for row in results["rows"] if not row["topic"] and not row["domain"]}
+    """Return every task's score and every benchmark's metrics by name, such as
+    `pope_random/f1`.
+    """
+    numbers = {row["task"]: row["score"] for row in results["rows"] if not row["topic"] and not row["domain"]}
     for result in results["benchmarks"]:
         for value in result["values"]:
             if value["value"] is not None:
                 parts = result["name"], value["measure"], value["category"]
-                found["/".join(part for part in parts if part)] = value["value"]
-    return found
+                numbers["/".join(part for part in parts if part)] = value["value"]
+    return numbers
 
 
 def log_to_wandb(arguments: Mapping[str, Any], results: Mapping[str, Any]) -> None:
-    """A W&B run with the results as its summary and as a table.
+    """Log a W&B run with the results as its summary and as a table.
 
     Args:
-        arguments: of wandb.init.
+        arguments: the arguments of wandb.init.
     """
     import wandb
 
@@ -111,7 +119,7 @@ def log_to_wandb(arguments: Mapping[str, Any], results: Mapping[str, Any]) -> No
 
 
 class Asking:
-    """A loaded model that answers lists of questions, each with a journal of its own."""
+    """A loaded model that answers lists of questions. Each list has its own answer log."""
 
     def __init__(self, options: EvaluateConfig, folder: Path) -> None:
         from sphinx_pl.data.processor import Processor
@@ -129,7 +137,7 @@ class Asking:
 
     @property
     def model(self) -> Sphinx:
-        """Loaded when it is first needed: after all that can be wrong with the questions."""
+        """The model, which is loaded on first use, after all checks of the questions."""
         if self._model is None:
             from sphinx_pl.generation.assistant import Assistant
 
@@ -140,11 +148,11 @@ class Asking:
     def __call__(
         self, name: str, records: Sequence[Record], lost: dict[str, int] | None = None, **how: Any
     ) -> list[Prediction]:
-        """Answers to the records; `how` goes to `sphinx_pl.evaluation.runner.evaluate`.
+        """Return answers to the records. `how` is passed to `sphinx_pl.evaluation.runner.evaluate`.
 
         Args:
-            name: of this list of questions.
-            lost: filled with what could not be asked.
+            name: the name of this list of questions.
+            lost: filled with the reasons why questions could not be asked.
         """
         from sphinx_pl.evaluation.runner import evaluate
 
@@ -156,7 +164,7 @@ class Asking:
                 generation=self.generation,
                 batch_size=self.options.batch_size,
                 ranking=self.options.ranking,
-                journal=self._journal(name),
+                answer_log=self._answer_log(name),
                 rank=self.processes.rank,
                 world_size=self.processes.world_size,
                 title=name,
@@ -165,45 +173,49 @@ class Asking:
             )
 
     def check_out(self, names: Collection[str]) -> None:
-        """Whether the folder can take answers to these lists of questions; nothing in it is replaced unasked.
+        """Check that the folder can hold answers to these lists of questions.
+
+        Nothing in it is replaced by default.
 
         Raises:
-            UserError: it holds results of others, or answers with other settings.
+            UserError: it holds results of other questions, or answers with other settings.
         """
         from sphinx_pl.evaluation.results import RESULTS, read_results
 
         if self.options.overwrite:
             return
         if (self.folder / RESULTS).is_file():
-            held = read_results(self.folder)
-            there = [TASKS_NAME] * bool(held["rows"]) + [result["name"] for result in held["benchmarks"]]
-            if others := [name for name in there if name not in names]:
+            results = read_results(self.folder)
+            lists = [TASKS_NAME] * bool(results["rows"]) + [result["name"] for result in results["benchmarks"]]
+            if others := [name for name in lists if name not in names]:
                 raise UserError(
                     f"out={self.folder} holds results of {', '.join(others)}, which are not asked now: choose another "
                     "out=, or overwrite=true to replace them"
                 )
         for name in names:
-            self._journal(name).check()
+            self._answer_log(name).check()
 
-    def _journal(self, name: str) -> Journal:
-        from sphinx_pl.evaluation.answer_log import Journal
+    def _answer_log(self, name: str) -> AnswerLog:
+        from sphinx_pl.evaluation.answer_log import AnswerLog
 
-        return Journal(self.folder / "answers", name, self.options.settings(), self.options.overwrite)
+        return AnswerLog(self.folder / "answers", name, self.options.settings(), self.options.overwrite)
 
 
 def _ask_tasks(
-    options: EvaluateConfig, data: Mapping[str, Any], asking: Asking, leaning: Training | None = None
+    options: EvaluateConfig, data: Mapping[str, Any], asking: Asking, mixture: TrainingMixture | None = None
 ) -> tuple[list[Prediction], dict[str, list[Prediction]], dict[str, int]]:
-    """The test sources' questions: predictions, those of baselines, and what could not be asked."""
+    """Return the predictions for the test sources, those of baselines, and the reasons why
+    questions could not be asked.
+    """
     from sphinx_pl.evaluation.baselines import constant_predictions, fit_constants
     from sphinx_pl.evaluation.runner import select, shuffle_images
 
-    found, lost = read_records(data["test"], "test", options.test)
-    records = select(found, options.limit, options.seed)
+    candidates, lost = read_records(data["test"], "test", options.test)
+    records = select(candidates, options.limit, options.seed)
     if not records:
         raise UserError("data.test has no record of a task with a score: check its sources")
-    if leaning:
-        leaning.check({record.task for record in records})
+    if mixture:
+        mixture.check({record.task for record in records})
     baselines = {}
     predictions = asking(TASKS_NAME, records, lost)
     if not predictions:
@@ -221,19 +233,24 @@ def _ask_tasks(
     return predictions, baselines, lost
 
 
-def _training(options: EvaluateConfig, data: Mapping[str, Any], mixture: Path) -> Training | None:
-    """What `then` leans on, read before anything is asked."""
+def _training(options: EvaluateConfig, data: Mapping[str, Any], mixture: Path) -> TrainingMixture | None:
+    """Return the training sources that `then` reweights.
+
+    They are read before any question is asked.
+    """
     if not options.then:
         return None
-    from sphinx_pl.evaluation.mixtures.reweighting import Training, check_out
+    from sphinx_pl.evaluation.mixtures.reweighting import TrainingMixture, check_out
 
     check_out(mixture, _mixture_name())
     temperature = (data.get("mixing") or {}).get("temperature")
-    return Training(data.get("sources") or {}, temperature, options.lean.at_most)
+    return TrainingMixture(data.get("sources") or {}, temperature, options.reweighting.at_most)
 
 
 def _mixture_name() -> str | None:
-    """The configured mixture; None where the command line has other sources than it."""
+    """Return the name of the configured mixture, or None if the command line changes its
+    sources.
+    """
     hydra = HydraConfig.get()
     keys = (override.split("=")[0].lstrip("+~") for override in hydra.overrides.task)
     if any(key.startswith(("data.sources", "data.val_sources")) for key in keys):
@@ -242,69 +259,71 @@ def _mixture_name() -> str | None:
     return str(name) if name else None
 
 
-def _write_mixture(options: EvaluateConfig, cfg: DictConfig, lean: Lean, path: Path) -> None:
+def _write_mixture(options: EvaluateConfig, cfg: DictConfig, reweighting: Reweighting, path: Path) -> None:
     from sphinx_pl.evaluation.mixtures.reweighting import write_mixture
 
     base = _mixture_name()
     entries: Any = None
-    if base is None:  # the file stands for itself
+    if base is None:  # the file does not depend on another mixture
         entries = {key: OmegaConf.to_container(cfg.data[key]) for key in ("sources", "val_sources") if key in cfg.data}
-    said = [f"{key}: {value}" for key, value in dataclasses.asdict(options.lean).items()]
-    comments = [f"checkpoint: {options.checkpoint}", f"test: {options.test or 'all of data.test'}", *said]
-    write_mixture(path, lean.yaml(comments, base, entries), base)
+    settings = [f"{key}: {value}" for key, value in dataclasses.asdict(options.reweighting).items()]
+    comments = [f"checkpoint: {options.checkpoint}", f"test: {options.test or 'all of data.test'}", *settings]
+    write_mixture(path, reweighting.yaml(comments, base, entries), base)
 
 
 @entry_point(config_name="evaluate", check=check_evaluate)
 def main(cfg: DictConfig) -> float:
-    """Writes answers, predictions, results.json and, if asked for, a report.
+    """Write answers, predictions, results.json and, if requested, a report.
 
     Returns:
-        The mean score over tasks; over the benchmarks' main shares if only benchmarks were asked.
+        The mean score over tasks, or over the benchmarks' main shares if only benchmarks were
+            asked.
     """
     options = pick(EvaluateConfig, cfg, ["data", "benchmark"])
     console = Console()
-    # Paths and commands are there to be copied: the terminal may break their lines, we do not.
+    # Users copy paths and commands, so only the terminal may break their lines.
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     data: Any = OmegaConf.to_container(cfg.data, resolve=True)
     if options.asks_tasks and not data.get("test"):
         raise UserError("data.test is missing: choose a data= that has test sources, such as data=sample")
 
     from sphinx_pl.evaluation.benchmarks import choose
-    from sphinx_pl.evaluation.metrics import METRICS
-    from sphinx_pl.evaluation.report.page import check_page, find_inputs, write_report
+    from sphinx_pl.evaluation.report.inputs import find_inputs
+    from sphinx_pl.evaluation.report.page import check_page, write_report
     from sphinx_pl.evaluation.report.summary import summarise
     from sphinx_pl.evaluation.results import BASELINES, PREDICTIONS, write_predictions, write_results
+    from sphinx_pl.evaluation.scorers.tasks import SCORERS
     from sphinx_pl.runtime.collectives import of_all_ranks
 
     join_plainly()
-    # The run folder's name has the time, which differs between processes.
+    # The run folder's name contains the time, which differs between processes.
     folder = of_all_ranks(Path(options.out or HydraConfig.get().runtime.output_dir), this_process().world_size)[0]
     mixture = Path(options.mixture_out or folder / "mixture.yaml")
     training = _training(options, data, mixture)
     asking = Asking(options, folder)
 
     configured: Any = OmegaConf.to_container(cfg.benchmark, resolve=True)
-    questions, left_out = choose(options.benchmarks or (), configured, options.limit, options.seed)
+    questions, skipped = choose(options.benchmarks or (), configured, options.limit, options.seed)
     if asking.processes.rank == 0:
-        for name, why in left_out.items():
-            say(f"Left out: {name}: {why}")
+        for name, why in skipped.items():
+            say(f"Skipped: {name}: {why}")
 
-    asking.check_out([TASKS_NAME] * options.asks_tasks + [asked.name for asked in questions])
+    asking.check_out([TASKS_NAME] * options.asks_tasks + [question.name for question in questions])
     make_folder(folder, "out")
     if options.report and asking.processes.rank == 0:
         check_page(Path(options.report), "report")
     predictions: list[Prediction] = []
     baselines: dict[str, list[Prediction]] = {}
-    rows: list[Row] = []
+    rows: list[ScoreRow] = []
     lost: dict[str, int] = {}
     if options.asks_tasks:
         predictions, baselines, lost = _ask_tasks(options, data, asking, training)
         rows = summarise(predictions, baselines, options.seed)
-    lean = None
+    reweighting = None
     if training:
-        how = options.lean
-        lean = training.lean(predictions, how.strength, how.prior, how.bound)
-    found, said = [], []
+        how = options.reweighting
+        reweighting = training.reweight(predictions, how.strength, how.prior, how.bound)
+    measured, notes = [], []
     for asked in questions:
         missing: dict[str, int] = {}
         benchmark = asked.benchmark
@@ -312,7 +331,7 @@ def main(cfg: DictConfig) -> float:
             asked.name,
             asked.records,
             missing,
-            judge=benchmark.judge,
+            score_answer=benchmark.score_answer,
             max_new_tokens=benchmark.max_new_tokens,
             closed=benchmark.closed,
         )
@@ -321,11 +340,13 @@ def main(cfg: DictConfig) -> float:
                 f"{asked.name}: none of {len(asked.records)} questions could be asked ({missing}): check "
                 f"benchmark.{asked.name}.images, now '{benchmark.images}'"
             )
-        found.append(asked.result(answers, missing, options.seed))
+        measured.append(asked.result(answers, missing, options.seed))
         predictions += answers
         if asking.processes.rank == 0:
-            said += benchmark.submit(answers, folder)
-    shares = [v["value"] for result in found for v in result["values"][:1] if v["percent"] and v["value"] is not None]
+            notes += benchmark.submit(answers, folder)
+    shares = [
+        v["value"] for result in measured for v in result["values"][:1] if v["percent"] and v["value"] is not None
+    ]
     scores = [row.score for row in rows if not row.domain and not row.topic] or shares
     mean = float(sum(scores) / len(scores)) if scores else math.nan
     if asking.processes.rank > 0:
@@ -337,15 +358,15 @@ def main(cfg: DictConfig) -> float:
         "image_size": asking.processor.image_size,
         "options": dataclasses.asdict(options),
         "skipped": lost,
-        "metrics": {row.metric: METRICS[row.metric].description for row in rows},
+        "metrics": {row.metric: SCORERS[row.metric].description for row in rows},
         "rows": [row.to_dict() for row in rows],
-        "benchmarks": found,
-        "left_out": left_out,
+        "benchmarks": measured,
+        "left_out": skipped,
     }
-    if lean:
-        _write_mixture(options, cfg, lean, mixture)
-        results["mixture"] = {"file": str(mixture)} | lean.to_dict()
-    for name in BASELINES:  # of an evaluation that this one replaces
+    if reweighting:
+        _write_mixture(options, cfg, reweighting, mixture)
+        results["mixture"] = {"file": str(mixture)} | reweighting.to_dict()
+    for name in BASELINES:  # an evaluation that this one replaces may have written them
         (folder / f"{name}.jsonl").unlink(missing_ok=True)
     for name, those in {PREDICTIONS: predictions, **baselines}.items():
         write_predictions(folder, name, those)
@@ -354,21 +375,21 @@ def main(cfg: DictConfig) -> float:
         log_to_wandb(options.wandb, results)
     if rows:
         console.print(results_table(rows))
-    if found:
-        console.print(benchmarks_table(found))
-    for name, reasons in {"tasks": lost, **{result["name"]: result["lost"] for result in found}}.items():
+    if measured:
+        console.print(benchmarks_table(measured))
+    for name, reasons in {"tasks": lost, **{result["name"]: result["lost"] for result in measured}}.items():
         if reasons:
             counts = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
-            say(f"Not asked of {name}: {counts}")
-    if lean:
+            say(f"Skipped questions of {name}: {counts}")
+    if reweighting:
         from sphinx_pl.evaluation.mixtures.reweighting import how_to_train
 
-        for table in lean.tables():
+        for table in reweighting.tables():
             console.print(table)
-        said.append(f"Leaned mixture: {mixture}; to train on it: {how_to_train(mixture)}")
-    if left_out:
-        say(f"Left out, for the reasons above: {', '.join(left_out)}")
-    for sentence in said:
+        notes.append(f"Reweighted mixture: {mixture}; to train on it: {how_to_train(mixture)}")
+    if skipped:
+        say(f"Skipped, for the reasons above: {', '.join(skipped)}")
+    for sentence in notes:
         say(sentence)
     say(f"Results: {folder / 'results.json'}")
     if options.report:

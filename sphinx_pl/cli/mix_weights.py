@@ -1,4 +1,7 @@
-"""Mix the weights of several checkpoints into one, and see whether it helps. Keys: conf/mix_weights.yaml."""
+"""Mix the weights of several checkpoints into one, and measure whether it helps.
+
+The file conf/mix_weights.yaml explains the keys.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from rich.console import Console
 
 from sphinx_pl.checkpoints.layout import check_start
 from sphinx_pl.checkpoints.stored import OurNames, ParallelFolder
-from sphinx_pl.evaluation.objective import LOSS, SCORE, Criterion, Measures
+from sphinx_pl.evaluation.objective import LOSS, SCORE, Measurements, Objective
 from sphinx_pl.mixing.methods import METHODS
 from sphinx_pl.mixing.mix import (
     DTYPES,
@@ -46,18 +49,18 @@ if TYPE_CHECKING:
     from sphinx_pl.models.sphinx import Sphinx
 
 POINTS = 11
-"""Of a curve that beta=auto needs and nobody asked for."""
+"""The number of points of a curve that beta=auto needs, if curve= does not set it."""
 ASKED_AT_ONCE = 32
 
 
 class Measuring:
-    """What mixtures are measured by: held-out losses, and scores of test questions if tasks are named.
+    """Measures mixtures: held-out losses, and scores of test questions if tasks are named.
 
-    `steps` is told how far it is.
+    `steps` shows the progress.
 
     Raises:
-        UserError: a source that is not there, no tokenizer or prompt format, no matplotlib to draw with, or a criterion
-            that will not be measured.
+        UserError: a source does not exist, the tokenizer or prompt format or matplotlib is missing,
+            or the objective is not measured.
     """
 
     def __init__(self, options: MixConfig, first: OurNames, data: DictConfig, steps: Steps) -> None:
@@ -77,20 +80,20 @@ class Measuring:
             key: OmegaConf.to_container(data[key], resolve=True) for key in ("val_sources", "packing") if data.get(key)
         }
         if len(values) < 2:
-            raise UserError("data has no val_sources or no packing, which mixtures are measured on: choose data=")
+            raise UserError("data has no val_sources or no packing, which measure mixtures: choose data=")
         sources: Any = values["val_sources"]
         for name in options.curve_sources or ():
             if name not in sources:
-                raise UserError(f"curve_sources: no held-out source '{name}': {suggest(name, sources)}")
+                raise UserError(f"curve_sources: there is no held-out source '{name}': {suggest(name, sources)}")
         values["val_sources"] = {name: sources[name] for name in options.curve_sources or sources}
         measured = [f"{LOSS}/{name}" for name in values["val_sources"]]
-        Criterion(options.criterion).names([*measured, *(f"{SCORE}/{task}" for task in options.curve_tasks or ())])
+        Objective(options.objective).names([*measured, *(f"{SCORE}/{task}" for task in options.curve_tasks or ())])
         self.data = DataModule(self.processor, sources={}, val_samples=data.val_samples, **values)
         self.data.check()
         self.records = self._records(data) if options.curve_tasks else []
-        said = f"Reading the held-out samples of {', '.join(values['val_sources'])}"
-        steps.console.print(said, markup=False, highlight=False, soft_wrap=True)
-        # Decoded once for all points; val_samples bounds the memory.
+        message = f"Reading the held-out samples of {', '.join(values['val_sources'])}"
+        steps.console.print(message, markup=False, highlight=False, soft_wrap=True)
+        # The samples are decoded once for all points; val_samples bounds the memory.
         self.loaders = {name: list(batches) for name, batches in self.data.val_loaders().items()}
 
     def _records(self, data: DictConfig) -> list[Any]:
@@ -98,29 +101,29 @@ class Measuring:
         from sphinx_pl.evaluation.runner import select
 
         test: Any = OmegaConf.to_container(data.get("test") or {}, resolve=True)
-        found, _ = read_records(test, "test")
-        tasks = {record.task for record in found}
+        records, _ = read_records(test, "test")
+        tasks = {record.task for record in records}
         for task in self.options.curve_tasks or ():
             if task not in tasks:
                 raise UserError(f"curve_tasks: data.test has no task '{task}': {suggest(task, tasks)}")
-        return select([r for r in found if r.task in (self.options.curve_tasks or ())], self.options.curve_limit)
+        return select([r for r in records if r.task in (self.options.curve_tasks or ())], self.options.curve_limit)
 
-    def __call__(self, model: Sphinx) -> Measures:
+    def __call__(self, model: Sphinx) -> Measurements:
         import torch
 
         from sphinx_pl.evaluation.losses import SourceLoss, held_out_losses
         from sphinx_pl.evaluation.runner import evaluate
 
         batches = sum(map(len, self.loaders.values()))
-        units, done = batches + math.ceil(len(self.records) / ASKED_AT_ONCE), itertools.count()
+        units, counter = batches + math.ceil(len(self.records) / ASKED_AT_ONCE), itertools.count()
 
         def watched(name: str) -> Iterator[Batch]:
             for batch in self.loaders[name]:
-                self.steps.within(next(done) / units, f"held-out loss of {name}")
+                self.steps.within(next(counter) / units, f"held-out loss of {name}")
                 yield batch
 
         losses = held_out_losses(model, {name: watched(name) for name in self.loaders}, self.options.precision)
-        measures = {f"{LOSS}/{name}": loss for name, loss in losses.items()}
+        measurements: dict[str, SourceLoss] = {f"{LOSS}/{name}": loss for name, loss in losses.items()}
         if self.records:
             device = next(model.parameters()).device
             self.steps.within(batches / units, f"answers to {len(self.records)} questions")
@@ -128,92 +131,92 @@ class Measuring:
                 predictions = evaluate(model, self.processor, self.records, batch_size=ASKED_AT_ONCE, progress=False)
             for task in dict.fromkeys(prediction.task for prediction in predictions):
                 scores = torch.tensor([p.score for p in predictions if p.task == task], dtype=torch.float64)
-                measures[f"{SCORE}/{task}"] = SourceLoss(scores, torch.ones_like(scores))
-        return measures
+                measurements[f"{SCORE}/{task}"] = SourceLoss(scores, torch.ones_like(scores))
+        return measurements
 
 
 def _find(
-    options: MixConfig, evaluate: MixtureEvaluator, folder: Path, shown: Path, steps: Steps
+    options: MixConfig, evaluate: MixtureEvaluator, folder: Path, final: Path, steps: Steps
 ) -> tuple[dict[str, Any], dict[str, Any] | None, float]:
-    """Evaluate what was asked for, and write what was found to `folder`.
+    """Evaluate the requested mixtures, and write the results to `folder`.
 
     Args:
-        shown: the folder that it will be in.
+        final: the folder that the results will finally be in.
 
     Returns:
-        Keys of the recipe that were found, what the provenance says of it, and the best value.
+        The recipe's keys that were found, their origin for the provenance, and the best value.
     """
     from sphinx_pl.evaluation.mixtures import search
     from sphinx_pl.evaluation.mixtures.curve import describe_best, measure_curve, simplex, write_curve
 
-    criterion, count, console = Criterion(options.criterion), len(evaluate.plan.models), steps.console
-    found: dict[str, Any] = {}
+    objective, count, console = Objective(options.objective), len(evaluate.plan.models), steps.console
+    keys: dict[str, Any] = {}
     origin: dict[str, Any] | None = None
     value, start = float("nan"), 0.5
     if options.curve is not None or options.beta == AUTO:
         points_per_edge = options.curve or POINTS
         with steps.of("Mixing curve", len(simplex(count, points_per_edge))):
             points = measure_curve(evaluate, points_per_edge)
-        content = write_curve(points, folder, criterion, options.method)
+        content = write_curve(points, folder, objective, options.method)
         value, why = content["best"]["value"], describe_best(content)
-        console.print(f"Curve: {shown / 'curve.csv'}. {why}", markup=False, highlight=False)
+        console.print(f"Curve: {final / 'curve.csv'}. {why}", markup=False, highlight=False)
         start = content["best"].get("beta", start)
         if options.beta == AUTO:
-            found = {"weights": content["best"]["weights"]}
-            origin = {"chosen_by": {"criterion": options.criterion, "curve": len(points), "why": why}}
+            keys = {"weights": content["best"]["weights"]}
+            origin = {"chosen_by": {"objective": options.objective, "curve": len(points), "why": why}}
     if options.search is not None:
         with steps.of("Search", options.budget):
             trials, best = search.search_parts(
                 evaluate,
                 options.search,
                 options.budget,
-                criterion,
+                objective,
                 start,
                 lambda trial: console.print(
                     "  ".join(f"{part} {beta:.3g}" for part, beta in trial.betas.items())
-                    + f": {criterion.value(trial.measures):.4f}",
+                    + f": {objective.value(trial.measurements):.4f}",
                     markup=False,
                     highlight=False,
                 ),
             )
-        content = search.write_search(trials, best, criterion, folder)
+        content = search.write_search(trials, best, objective, folder)
         value, betas, why = content["value"], dict(content["betas"]), search.describe_search(content)
-        console.print(f"Search: {shown / 'search.csv'}, {len(trials)} mixtures. {why}.", markup=False, highlight=False)
+        console.print(f"Search: {final / 'search.csv'}, {len(trials)} mixtures. {why}.", markup=False, highlight=False)
         rest = betas.pop(search.REST, start)
         rules = [{"match": part, "beta": beta} for part, beta in betas.items()]
-        found = {"weights": [rest, complement(rest)], "rules": rules}
-        origin = {"chosen_by": {"criterion": options.criterion, "search": len(trials), "why": why}}
+        keys = {"weights": [rest, complement(rest)], "rules": rules}
+        origin = {"chosen_by": {"objective": options.objective, "search": len(trials), "why": why}}
     if options.method == GREEDY:
-        tried: list[dict[str, Any]] = []
+        soup_trials: list[dict[str, Any]] = []
 
         def tell(models: list[int], at: float, kept: bool) -> None:
-            tried.append({"checkpoints": models, "value": at, "kept": kept})
+            soup_trials.append({"checkpoints": models, "value": at, "kept": kept})
             names = ", ".join(str(evaluate.plan.models[model].path) for model in models)
-            said = f"{names}: {options.criterion} {at:.4f}" + (" (kept)" if kept else "")
-            console.print(said, markup=False, highlight=False)
+            line = f"{names}: {options.objective} {at:.4f}" + (" (kept)" if kept else "")
+            console.print(line, markup=False, highlight=False)
 
         with steps.of("Greedy soup", 2 * count - 1):
-            chosen = search.greedy_soup(evaluate, criterion, tell)
+            soup = search.greedy_soup(evaluate, objective, tell)
         folder.mkdir(parents=True, exist_ok=True)
-        content = {"criterion": options.criterion, "soup": chosen, "tried": tried}
+        content = {"objective": options.objective, "soup": soup, "tried": soup_trials}
         write_whole(folder / "soup.json", json.dumps(finite(content), indent=2) + "\n")
-        value = next(trial["value"] for trial in reversed(tried) if trial["kept"])
-        found = {"weights": search.soup_weights(chosen, count)}
-        origin = {"chosen_by": {"criterion": options.criterion, "soup": chosen}}
-    return found, origin, value
+        value = next(trial["value"] for trial in reversed(soup_trials) if trial["kept"])
+        keys = {"weights": search.soup_weights(soup, count)}
+        origin = {"chosen_by": {"objective": options.objective, "soup": soup}}
+    return keys, origin, value
 
 
-def summarise(said: dict[str, Any], out: Path, seconds: float, console: Console) -> None:
-    """What was mixed: how far apart the models are, part by part."""
+def summarise(mixing: dict[str, Any], out: Path, seconds: float, console: Console) -> None:
+    """Print how far apart the mixed models are, part by part."""
     from sphinx_pl.mixing.show import distances_table
 
-    console.print(distances_table(said))
-    weights = f" (weights {', '.join(f'{weight:g}' for weight in said['weights'])})" if "weights" in said else ""
+    console.print(distances_table(mixing))
+    weights = f" (weights {', '.join(f'{weight:g}' for weight in mixing['weights'])})" if "weights" in mixing else ""
     console.print(f"Mixed checkpoint: {out}{weights}, in {seconds:.1f} s", markup=False, highlight=False)
 
 
 def _measured_in(folder: Path) -> Path | None:
-    """What an earlier evaluation has left there."""
+    """Return the file of an earlier evaluation in this folder, or None."""
     files = (folder / name for name in ("curve.json", "search.json", "soup.json"))
     return next((file for file in files if file.exists()), None)
 
@@ -225,7 +228,7 @@ def _plan(options: MixConfig, paths: Sequence[str], recipe: Recipe, own: bool) -
 
 @entry_point(config_name="mix_weights", check=check_mix)
 def main(cfg: DictConfig) -> float | None:
-    """Returns the criterion's best value, if mixtures were evaluated."""
+    """Return the objective's best value, if mixtures were evaluated."""
     options, console = pick(MixConfig, cfg, ["data"]), Console()
     device = choose_device(options.device)
     out = Path(options.out) if options.out else None
@@ -235,24 +238,24 @@ def main(cfg: DictConfig) -> float | None:
         check_out(out, options.overwrite, [Path(path) for path in (*paths, options.base) if path is not None])
     if options.curve_dir is not None:
         check_folder(Path(options.curve_dir), "curve_dir")
-        if not options.overwrite and (there := _measured_in(Path(options.curve_dir))):
-            raise UserError(f"'{there}' exists: choose another curve_dir, or overwrite=true")
+        if not options.overwrite and (earlier := _measured_in(Path(options.curve_dir))):
+            raise UserError(f"'{earlier}' exists: choose another curve_dir, or overwrite=true")
     layout = options.layout
     own = not needs_our_names(paths, layout, options.shards)
     plan = _plan(options, paths, recipe, own)
     if options.measures and METHODS[options.method].draws and isinstance(plan.models[0], ParallelFolder):
-        # What is drawn goes by tensors, of which ranks have parts: they are written from the whole ones that are
-        # evaluated.
+        # Random methods draw per tensor, and ranks hold parts of tensors. So the mixture is written
+        # from the whole tensors that are evaluated.
         own, layout = False, "original"
         plan = _plan(options, paths, recipe, own)
     dtype = DTYPES[options.dtype] if options.dtype else None
     if out is not None:
         files = layout_of(plan, layout, options.shards, dtype)
         check_start(out, files)
-        if layout == "huggingface" and (left_out := len(set(plan.models[0]) - files.keys)):
+        if layout == "huggingface" and (omitted := len(set(plan.models[0]) - files.keys)):
             console.print(
-                f"Note: layout=huggingface is a language model's: {left_out} tensors of towers and projections are "
-                "left out"
+                f"Note: layout=huggingface holds a language model: {omitted} tensors of encoders and projections are "
+                "omitted"
             )
     value, origin, beside = None, None, None
     if options.measures:
@@ -262,18 +265,18 @@ def main(cfg: DictConfig) -> float | None:
 
         if options.curve is not None or options.beta == AUTO:
             simplex(len(paths), options.curve or POINTS)
-        measured = _plan(options, paths, recipe, own=False)
-        first = measured.models[0]
+        renamed_plan = _plan(options, paths, recipe, own=False)
+        first = renamed_plan.models[0]
         assert isinstance(first, OurNames)
         if options.search is not None:
-            groups_of(measured, options.search, options.budget)
+            groups_of(renamed_plan, options.search, options.budget)
             if (samples := cfg.data.val_samples) and samples < FEWEST:
                 raise UserError(f"search= needs data.val_samples={FEWEST} at least, and it is {samples}")
         steps = Steps(console)
-        evaluate = MixtureEvaluator(measured, Measuring(options, first, cfg.data, steps), device, dtype, steps)
+        evaluate = MixtureEvaluator(renamed_plan, Measuring(options, first, cfg.data, steps), device, dtype, steps)
         if options.curve_dir or out is None:
             folder = Path(options.curve_dir or ".")
-        else:  # kept if the rest fails: it may have taken long
+        else:  # kept if a later step fails, since it may have taken long
             folder = beside = out.with_name(f".{out.name}.curve")
             shutil.rmtree(folder, ignore_errors=True)
         found, origin, value = _find(options, evaluate, folder, out if beside and out else folder, steps)
@@ -284,7 +287,7 @@ def main(cfg: DictConfig) -> float | None:
         return value
     console.print(plan.table())
     begin = time.monotonic()
-    said = mix(
+    mixing = mix(
         plan,
         out,
         layout=layout,
@@ -299,7 +302,7 @@ def main(cfg: DictConfig) -> float | None:
     )
     if beside is not None:
         shutil.rmtree(beside)
-    summarise(said, out, time.monotonic() - begin, console)
+    summarise(mixing, out, time.monotonic() - begin, console)
     return value
 
 

@@ -1,18 +1,19 @@
-"""`sphinx-pipeline [COMMAND] [override ...] [STEP:override ...]`: a whole recipe, step after step.
+"""`sphinx-pipeline [COMMAND] [override ...] [STEP:override ...]` runs a whole
+recipe, step by step.
 
-    run      (or no command) run what is not done; with launcher=slurm submit it
-    status   where it is; exit code 1 if something failed
-    cancel   cancel its jobs in SLURM's queue
+    run      (or no command) run the steps that are not done; with launcher=slurm submit them
+    status   show the state; exit code 1 if something failed
+    cancel   cancel the pipeline's jobs in SLURM's queue
 
     experiment=demo                 the recipe: conf/pipeline/experiment/
     launcher=slurm                  conf/pipeline/launcher/; its keys too: launcher.partition=gpu
     finetune:stage.optim.lr=1e-5    an override for one step
     train:trainer.devices=8         for all steps of a script (train, mix_weights, evaluate); all:... for every script
     finetune:launcher.time=8:00:00  the launcher's keys for one step
-    redo=finetune keep=mix          make anew although done; take as it is although changed
-    dry=true                        print the commands only
+    redo=finetune keep=mix          repeat a step that is done; keep a step whose configuration changed
+    dry=true                        only print the commands
 
-docs/pipeline.md says more.
+docs/pipeline.md explains more.
 """
 
 from __future__ import annotations
@@ -28,15 +29,18 @@ from rich.console import Console
 from sphinx_pl.pipeline import local, slurm, status
 from sphinx_pl.pipeline.recipe import check_closely, compose_pipeline, load, split
 from sphinx_pl.pipeline.state import State
-from sphinx_pl.runtime.hydra_app import MISTAKES, TRACEBACK, report
+from sphinx_pl.runtime.hydra_app import TRACEBACK, report
+from sphinx_pl.runtime.overrides import MISTAKES
 from sphinx_pl.utils.errors import UserError, suggest
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run or submit what is not done."""
-    with Console(stderr=True).status("composing and checking the configuration of every step"):  # on a terminal only
+    """Run or submit the steps that are not done."""
+    # The status line appears only on a terminal.
+    with Console(stderr=True).status("composing and checking the configuration of every step"):
         recipe = load(arguments)
-        # The shipped recipes are tested; what a user changed, and what will run for days, is worth the seconds.
+        # The shipped recipes are tested. A changed recipe, or one that runs for days, deserves a
+        # closer check.
         if arguments or recipe.launcher != "local":
             check_closely(recipe)
     if recipe.dry:
@@ -44,12 +48,12 @@ def run(arguments: Sequence[str]) -> int:
     if recipe.launcher == "slurm":
         return slurm.submit(recipe)
     slurm.check_none_queued(State(recipe.folder))
-    again = [argument for argument in arguments if not argument.startswith(("redo=", "keep="))]
-    return local.run(recipe, shlex.join(["sphinx-pipeline", *again]))
+    command = [argument for argument in arguments if not argument.startswith(("redo=", "keep="))]
+    return local.run(recipe, shlex.join(["sphinx-pipeline", *command]))
 
 
 def show(arguments: Sequence[str]) -> int:
-    """Print the table; 1 if something failed."""
+    """Print the table of steps. Return 1 if something failed."""
     state = _state(arguments)
     lines = status.look(state)
     console = Console()
@@ -60,20 +64,20 @@ def show(arguments: Sequence[str]) -> int:
 
 
 def cancel(arguments: Sequence[str]) -> int:
-    """Cancel jobs."""
+    """Cancel the pipeline's jobs."""
     print(f"{slurm.cancel(_state(arguments))} jobs cancelled")
     return 0
 
 
 def begin(arguments: Sequence[str]) -> int:
-    """In a job: FOLDER STEP. The step begins, if what it needs is done."""
+    """Begin a step inside its job (FOLDER STEP), if the steps that it needs are done."""
     folder, name = arguments
     slurm.begin(State(Path(folder)), name)
     return 0
 
 
 def end(arguments: Sequence[str]) -> int:
-    """In a job: FOLDER STEP CODE. The step has ended."""
+    """Record the end of a step inside its job (FOLDER STEP CODE)."""
     folder, name, code = arguments
     record = State(Path(folder)).end(name, int(code))
     if record.state != "done" and int(code) == 0:
@@ -95,16 +99,16 @@ def _state(arguments: Sequence[str]) -> State:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status of the command, or 2 with one line that says what is wrong."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if given and given[0] in ("-h", "--help"):
+    """Return the exit code of the command, or 2 after a line that names the mistake."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0] in ("-h", "--help"):
         print(__doc__)
         return 0
-    command = COMMANDS[given.pop(0) if given and given[0] in COMMANDS else "run"]
+    command = COMMANDS[words.pop(0) if words and words[0] in COMMANDS else "run"]
     try:
-        if words := [word for word in given[:1] if "=" not in word and command is run]:
-            raise UserError(f"unknown command '{words[0]}': {suggest(words[0], ('run', 'status', 'cancel'))}")
-        return command(given)
+        if unknown := [word for word in words[:1] if "=" not in word and command is run]:
+            raise UserError(f"unknown command '{unknown[0]}': {suggest(unknown[0], ('run', 'status', 'cancel'))}")
+        return command(words)
     except MISTAKES as error:
         if os.environ.get(TRACEBACK) == "1":
             raise

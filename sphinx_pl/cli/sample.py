@@ -1,4 +1,4 @@
-"""`python -m sphinx_pl.cli.sample --out data/sample`: make the sample data."""
+"""`python -m sphinx_pl.cli.sample --out data/sample` makes the sample data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sphinx_pl.utils.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status 0, or 2 with one line that says what is wrong."""
+    """Return exit code 0, or 2 after a line that names the mistake."""
     parser = argparse.ArgumentParser(prog="python -m sphinx_pl.cli.sample", description="Make the sample data.")
     parser.add_argument("--out", default="data/sample", help="folder to fill (default: data/sample)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes (default: 0)")

@@ -6,10 +6,8 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
-import platform
 import signal
 import sys
 import threading
@@ -19,12 +17,20 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from sphinx_pl.runtime import run_folder, signals, slurm
+from sphinx_pl.cli.run_setup import (
+    checkpoint_to_resume,
+    enter,
+    prepare_run_folder,
+    reached_by,
+    steps_passed,
+    warn_of_changes,
+)
+from sphinx_pl.runtime import run_folder, signals
 from sphinx_pl.runtime.hydra_app import command_of, entry_point
 from sphinx_pl.runtime.run_folder import RunFolder
+from sphinx_pl.runtime.run_log import run_logs
 from sphinx_pl.settings.train import TrainConfig, check_machine, check_train, stage_keys
 from sphinx_pl.utils.errors import UserError
-from sphinx_pl.utils.files import write_whole
 
 if TYPE_CHECKING:
     import lightning as L
@@ -35,124 +41,33 @@ log = logging.getLogger(__name__)
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS)
-"""What a disk answers that cannot hold what is written to it."""
-
-_MEANS_THE_SAME = (
-    "_target_",
-    "stage.accumulate",
-    "stage.checkpointing",
-    "stage.init_from",
-    "stage.max_nonfinite",
-    "stage.val_every",
-    "data.max_skipped",
-    "data.packing.rows",
-    "data.processor",
-    "data.root",
-    "data.test",
-    "data.tokenizer",
-    "data.val_",
-    "data.workers",
-)
-"""Keys that another value of changes nothing in what a resumed run learns, or that are compared elsewhere."""
-
-
-def enter(run: RunFolder) -> None:
-    """Take the run folder, and put it in order after a run that was killed.
-
-    Raises:
-        UserError: another run works in it.
-    """
-    from sphinx_pl.callbacks import wandb_logger
-
-    run.enter()
-    run.came_back = slurm.came_back(run.path)
-    run.settle(keep=[wandb_logger.FILE] if run.came_back else [])
-
-
-def checkpoint_to_resume(cfg: DictConfig, folder: Path) -> Path | None:
-    """The checkpoint that this run goes on from, or None for a new run. Only reads.
-
-    Raises:
-        UserError: there is none at `ckpt_path`, or two runs would mix in one folder.
-    """
-    from sphinx_pl.callbacks.checkpoint import checkpoints, resolve_resume, step_of
-
-    own = folder / "checkpoints"
-    if (folder / run_folder.AGAIN).exists():
-        cfg.ckpt_path, cfg.overwrite = None, True
-    elif slurm.came_back(folder) and checkpoints(own):  # else it begins as it did the first time
-        log.info("job %s was requeued: going on with the run in %s", slurm.job(), folder)
-        cfg.ckpt_path, cfg.overwrite = "last", False
-    resume = resolve_resume(cfg.ckpt_path, own)
-    ours = resume is not None and resume.parent.resolve() == own.resolve()
-    used = [path for path in (*checkpoints(own), folder / "model") if path.exists()]
-    if used and not ours and not cfg.overwrite:
-        raise UserError(
-            f"{folder} already holds a run: ckpt_path=last continues it, name=... or run=... starts another, "
-            "overwrite=true replaces it"
-        )
-    if resume is not None and ours and not cfg.overwrite:
-        newer = [path.name for path in checkpoints(own) if step_of(path) > step_of(resume)]
-        if newer:
-            raise UserError(
-                f"ckpt_path={cfg.ckpt_path}: {own} holds newer ones ({', '.join(newer)}): ckpt_path=last goes on "
-                "from the newest, overwrite=true drops what came after this one"
-            )
-    return resume
-
-
-def steps_passed(cfg: DictConfig, run: RunFolder, resume: Path | None) -> int:
-    """The optimizer steps of this folder's run where they are all that are asked for, or more; else 0. Only reads."""
-    reached = reached_by(run, resume)
-    newer = any(path.parent.name == "checkpoints" for path in run.replaced_by(reached))
-    return reached if 0 < cfg.trainer.max_steps <= reached and not newer else 0
-
-
-def warn_of_changes(cfg: DictConfig, resume: Path) -> None:
-    """One line that names what was configured otherwise in the run that wrote the checkpoint."""
-    from sphinx_pl.checkpoints.format import differences, read_provenance
-    from sphinx_pl.checkpoints.provenance import provenance
-
-    before = read_provenance(resume).get("config")
-    if not isinstance(before, dict):
-        return
-    now: Any = provenance("", OmegaConf.to_container(cfg, resolve=True))["config"]  # type: ignore[arg-type]
-    found = [
-        difference
-        for key in ("stage", "data")
-        for difference in differences(before.get(key) or {}, now.get(key) or {}, key)
-        if not difference.removeprefix("stage.").startswith(_MEANS_THE_SAME)
-        and not difference.startswith(_MEANS_THE_SAME)
-    ]
-    if found:
-        more = f", and {len(found) - 8} more" if len(found) > 8 else ""
-        log.warning("in the checkpoint and in this run: %s%s", ", ".join(found[:8]), more)
-
-
-def reached_by(run: RunFolder, resume: Path | None) -> int:
-    """Optimizer steps of this folder's run that a run which resumes there continues; -1 if it is a new run."""
-    from sphinx_pl.callbacks.checkpoint import step_of
-
-    own = run.path / "checkpoints"
-    return step_of(resume) if resume is not None and resume.parent.resolve() == own.resolve() else -1
+"""Errors of a disk that cannot hold the data written to it."""
 
 
 def check_inputs(cfg: DictConfig, run: RunFolder, resume: Path | None, tokenizer: Path) -> None:
-    """Raises: UserError: what the run reads is what it would replace."""
+    """Check that the run does not read files that it would replace.
+
+    Raises:
+        UserError: it does.
+    """
     towers = [key for key, value in (cfg.model.vision or {}).items() if isinstance(value, DictConfig)]
     read = {f"model.vision.{key}.load": cfg.model.vision[key].get("load") for key in towers}
     read |= {"model.decoder.load": cfg.model.decoder.get("load"), "stage.init_from": cfg.stage.init_from}
     read = {"data.tokenizer": str(tokenizer)} | (read if resume is None else {})
     replaced = run.replaced_by(reached_by(run, resume))
     for key, path in read.items():
-        if found := run_folder.inside(path, replaced):
+        if folder := run_folder.inside(path, replaced):
             raise UserError(
-                f"{key}={path} lies in {found}, which this run replaces: choose another folder for it with run=NAME"
+                f"{key}={path} lies in {folder}, which this run replaces: choose another folder for it with run=NAME"
             )
 
 
 def check_disk(trainer: L.Trainer, stage: Stage, run: RunFolder) -> None:
-    """Raises: UserError: the disk has no room for the checkpoints and models of this run."""
+    """Check that the disk has room for the checkpoints and models of this run.
+
+    Raises:
+        UserError: it has not.
+    """
     from sphinx_pl.callbacks.checkpoint import ResumeCheckpoint, training_bytes
     from sphinx_pl.callbacks.export import ExportModel
     from sphinx_pl.utils.files import check_disks
@@ -164,47 +79,14 @@ def check_disk(trainer: L.Trainer, stage: Stage, run: RunFolder) -> None:
         elif isinstance(callback, ExportModel):
             model = callback.model_bytes(stage)
             needs.append((callback.folder, callback.most(trainer.max_steps) * model, 0))
-    there = [path for path in run.replaced_by(-1) if path.parent.name != "predictions"]
-    check_disks(needs, there, "lower callbacks.checkpoint.keep or callbacks.export.keep, or choose another output_dir")
-
-
-def prepare_run_folder(cfg: DictConfig, run: RunFolder, resume: Path | None) -> None:
-    """Move aside what an earlier run left, and write down what runs. Called when everything else has been found right.
-
-    Nothing is deleted: that is `RunFolder.saved`, when this run has saved something.
-    """
-    from hydra.core.hydra_config import HydraConfig
-
-    from sphinx_pl.callbacks import wandb_logger
-    from sphinx_pl.callbacks.csv_logger import forget_after
-    from sphinx_pl.checkpoints.provenance import provenance
-
-    folder, reached = run.path, reached_by(run, resume)
-    for file in run_folder.run_logs():
-        file.start()
-    if steps_passed(cfg, run, resume):
-        return  # nothing is left to train but the model is to be written
-    same = cfg.ckpt_path == "last" or run.came_back  # else it is another run, so another one in W&B
-    # The model too: else the next stage would start from the old weights if this run died.
-    run.replace(reached, keep=[wandb_logger.FILE] if same else [])
-    if reached >= 0:
-        forget_after(folder / "metrics.csv", reached)
-    folder.mkdir(parents=True, exist_ok=True)
-    slurm.mark(folder)
-    write_whole(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-    environment = provenance(stage=cfg.stage.name, config=None, parents=[])
-    environment |= {"platform": platform.platform(), "cpus": os.cpu_count()}
-    write_whole(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
-    if HydraConfig.initialized():  # Hydra itself would write these before anything is checked
-        hydra = HydraConfig.get()
-        (folder / ".hydra").mkdir(exist_ok=True)
-        parts = {"config": cfg, "hydra": OmegaConf.create({"hydra": hydra}), "overrides": hydra.overrides.task}
-        for name, part in parts.items():
-            write_whole(folder / ".hydra" / f"{name}.yaml", OmegaConf.to_yaml(part))
+    replaced = [path for path in run.replaced_by(-1) if path.parent.name != "predictions"]
+    check_disks(
+        needs, replaced, "lower callbacks.checkpoint.keep or callbacks.export.keep, or choose another output_dir"
+    )
 
 
 def finish_export(trainer: L.Trainer) -> None:
-    """The model of a run that was killed between its last checkpoint and its export: nothing is left to train then."""
+    """Write the model of a run that was killed between its last checkpoint and its export."""
     from sphinx_pl.callbacks.export import ExportModel
 
     for callback in trainer.callbacks:
@@ -213,14 +95,17 @@ def finish_export(trainer: L.Trainer) -> None:
 
 
 def quiet_known_warnings() -> None:
-    """What Lightning warns of and this project does on purpose, or what only Lightning can mend."""
+    """Silence Lightning's warnings of things that are intended here, or that only Lightning can
+    fix.
+    """
     for message in (
         r".*isinstance\(treespec, LeafSpec\).*",
         r"Found \d+ module\(s\) in eval mode.*",  # frozen towers
         r".*does not have many workers.*",  # workers only decode; one is usually enough
-        r"It is recommended to use .*sync_dist=True.*",  # they are summed over ranks before
+        r"It is recommended to use .*sync_dist=True.*",  # Values are summed over ranks before.
         r"Since DeepSpeed handles gradient clipping internally.*",
-        r"The `srun` command is available.*",  # sphinx_pl/runtime/ranks.py knows what started this process
+        # sphinx_pl/runtime/ranks.py knows what started this process.
+        r"The `srun` command is available.*",
         r"The number of training batches .* is smaller than the logging interval.*",
     ):
         warnings.filterwarnings("ignore", message=message)
@@ -253,14 +138,14 @@ def train(cfg: DictConfig) -> float | None:
     try:
         return run_stage(cfg, run)
     except BaseException as error:
-        # A requeued job goes on; whatever else ends before it has saved anything leaves the run that was there.
-        if run.held and not getattr(error, "requeued", False) and run.settle():
-            for file in run_folder.run_logs():
+        # A requeued job resumes. Any other end before the run has saved restores the earlier run.
+        if run.lock.held and not getattr(error, "requeued", False) and run.settle():
+            for file in run_logs():
                 file.undo()
-            print(f"{run.path} is what it was before: this run had saved nothing", file=sys.stderr)
+            print(f"{run.path} is restored, since this run had saved nothing", file=sys.stderr)
         raise
     finally:
-        run.leave()
+        run.lock.release()
         if threading.current_thread() is threading.main_thread():
             signal.signal(signals.INTERRUPT, handler)
 
@@ -295,7 +180,7 @@ def run_stage(cfg: DictConfig, run: RunFolder) -> float | None:
     )
     stoppable = any(isinstance(callback, Preemption) for callback in trainer.callbacks)
     if not stoppable:
-        signals.unwatch()  # no one would act on it
+        signals.unwatch()  # no callback would act on a signal
     ranks.join(trainer)
 
     def resume_from() -> Path | None:
@@ -309,7 +194,7 @@ def run_stage(cfg: DictConfig, run: RunFolder) -> float | None:
     kind = get_class(options["_target_"])
     stage = kind(model, val_names=datamodule.val_names, **{key: options[key] for key in options if key in own})
     stage.resumed = resume is not None
-    # Whatever can be found wrong is found before an older run is replaced.
+    # All mistakes are reported before an older run is replaced.
     if resume is None:
         check_init_from(cfg)
     stage.check(datamodule.processor, trainer.strategy, resume)
@@ -324,16 +209,17 @@ def run_stage(cfg: DictConfig, run: RunFolder) -> float | None:
 
     def look() -> tuple[int, bool]:
         if not ranks.first_process():
-            return 0, False  # started by the first, which trains or writes the model then
+            return 0, False  # the first process starts this one only to train or write
         return steps_passed(cfg, run, resume), all(callback.folder.exists() for callback in exports)
 
-    passed, whole = ranks.on_first(trainer, look)
-    if passed and whole:  # the file of messages isn't begun either: the folder stays as it is
+    passed, exported = ranks.on_first(trainer, look)
+    if passed and exported:  # not even the log is opened, so the folder stays unchanged
         if ranks.first_process():
             log.info(say_passed(passed, cfg.trainer.max_steps, folder))
         return report_value(cfg, folder, saved.get("logged", {}).get(cfg.metric))
     if passed:
-        trainer.loggers = []  # they would describe this command as the run that made the checkpoint
+        # loggers would describe this command as the run that made the checkpoint
+        trainer.loggers = []
     threads = ranks.share_cores(trainer.num_devices)
     ranks.only_first(trainer, datamodule.probe)
     if ranks.first_process():
@@ -354,7 +240,7 @@ def run_stage(cfg: DictConfig, run: RunFolder) -> float | None:
         signals.watch(interrupt=True) if stoppable else None
         try:
             prepare_run_folder(cfg, run, resume)
-        except OSError as error:  # whatever it is: the other processes wait for a word
+        except OSError as error:  # the other processes wait for an answer
             raise UserError(disk_failed(error, folder)) from error
 
     ranks.only_first(trainer, begin)
@@ -364,43 +250,51 @@ def run_stage(cfg: DictConfig, run: RunFolder) -> float | None:
         trainer.fit(stage, datamodule, ckpt_path=resume, weights_only=True)
         finish_export(trainer)
     except NonFiniteError as error:
-        # Of weights that a step was made from; what was saved later may hold those that no step can be made from.
+        # The good checkpoints were saved before the first bad step. Later weights may be the cause.
         good = [path for path in checkpoints(folder / "checkpoints") if step_of(path) < error.first]
-        last = f"the last good checkpoint is {good[-1]}" if good else "no checkpoint is from before them"
+        last = f"the last good checkpoint is {good[-1]}" if good else "there is no earlier checkpoint"
         raise UserError(f"{error}; {last}") from None
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
         raise UserError(
             f"a data worker ended before its work was done ({' '.join(str(error).split())}): it most likely ran out of "
-            f"memory; {what_was_kept(folder)}. Lower data.workers or data.packing.rows first"
+            f"memory; {kept_checkpoint(folder)}. Lower data.workers or data.packing.rows first"
         ) from None
     except OSError as error:
         if error.errno not in FULL:
             raise
         raise UserError(disk_failed(error, folder)) from error
     except SystemExit as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning makes exit code 1 of it
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning turns it into exit code 1
             raise KeyboardInterrupt from None
         raise
-    if run.held:
+    if run.lock.held:
         run.saved()
         log.info(say_where(exports[0].folder if exports else None, folder))
     return report_value(cfg, folder, stage.last_value(cfg.metric))
 
 
 def report_value(cfg: DictConfig, folder: Path, number: float | None) -> float | None:
-    """Give the value of `metric` to a sweep, and say so where there is none under the name that was asked for."""
+    """Give the value of `metric` to a sweep, and warn if no value has that name."""
     from sphinx_pl.runtime import sweeps
 
     if number is None and cfg.metric != TrainConfig.metric:
-        log.warning("metric=%s was not logged: %s has the names of what was", cfg.metric, shown(folder / "metrics.csv"))
+        log.warning(
+            "metric=%s was not logged: %s has the names of the logged values",
+            cfg.metric,
+            as_typed(folder / "metrics.csv"),
+        )
     sweeps.leave_value(number)
     return number
 
 
 def check_init_from(cfg: DictConfig) -> None:
-    """Raises: UserError: the recipe's step that makes the weights to start from has not run; it says which."""
+    """Check that the recipe's step that makes the initial weights has run.
+
+    Raises:
+        UserError: it has not. The message names the step.
+    """
     start, output = Path(str(cfg.stage.init_from or "")), Path(str(cfg.output_dir))
     if not cfg.stage.init_from or start.exists() or not start.is_relative_to(output):
         return
@@ -420,41 +314,44 @@ def check_init_from(cfg: DictConfig) -> None:
     )
 
 
-def shown(path: Path) -> Path:
-    """As a person would type it."""
+def as_typed(path: Path) -> Path:
+    """Return the path as a user would type it."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def what_was_kept(folder: Path) -> str:
-    """The checkpoint that a run resumes from after it ended early."""
+def kept_checkpoint(folder: Path) -> str:
+    """Return a sentence that names the checkpoint from which an interrupted run resumes."""
     from sphinx_pl.callbacks.checkpoint import checkpoints
 
     saved = checkpoints(folder / "checkpoints")
-    return f"{shown(saved[-1])} is whole: ckpt_path=last resumes from it" if saved else "no checkpoint was saved before"
+    if not saved:
+        return "no checkpoint was saved"
+    return f"{as_typed(saved[-1])} is complete: ckpt_path=last resumes from it"
 
 
 def disk_failed(error: OSError, folder: Path) -> str:
-    """What could not be written, and what was kept."""
-    what = f" '{shown(Path(os.fsdecode(error.filename)))}'" if error.filename else ""
+    """Return a sentence that names the file that could not be written, and the kept checkpoint."""
+    what = f" '{as_typed(Path(os.fsdecode(error.filename)))}'" if error.filename else ""
     first = "Choose another output_dir" if error.errno in (errno.EROFS, errno.EACCES) else "Free some space first"
-    return f"the run cannot write{what} ({error.strerror}), so it ends; {what_was_kept(folder)}. {first}"
+    return f"the run cannot write{what} ({error.strerror}), so it ends; {kept_checkpoint(folder)}. {first}"
 
 
-def say_passed(steps: int, asked: int, folder: Path) -> str:
-    """Why a resume trains nothing, and what trains more."""
+def say_passed(steps: int, max_steps: int, folder: Path) -> str:
+    """Return a sentence that tells why a resume trains nothing, and how to train further."""
     return (
-        f"nothing was trained: the run in {shown(folder)} has already passed step {asked}, its newest checkpoint is of "
-        f"step {steps}. Nothing in the folder has changed; stage.max_steps above {steps} trains on"
+        f"nothing was trained: the run in {as_typed(folder)} has already passed step {max_steps}, and its newest "
+        f"checkpoint is from step {steps}. Nothing in the folder has changed; set stage.max_steps above {steps} to "
+        "train further"
     )
 
 
 def say_where(model: Path | None, folder: Path) -> str:
-    """What a person does with what the run has made."""
+    """Return a sentence that tells the user how to use the result of the run."""
     if model is None or not model.exists():
-        return f"training has ended; {shown(folder)} holds no model, since callbacks.export writes none"
-    path = shown(model)
+        return f"training has ended; {as_typed(folder)} holds no model, since callbacks.export writes none"
+    path = as_typed(model)
     return (
-        f"the model is in {path}: score it with `{command_of('evaluate')} checkpoint={path}`, "
+        f"the model is in {path}: evaluate it with `{command_of('evaluate')} checkpoint={path}`, "
         f"talk to it with `{command_of('chat')} checkpoint={path}`"
     )
 

@@ -41,7 +41,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from sphinx_pl.data.answer_parsing import leading_value, normalise, read_letter
+from sphinx_pl.data.answer_parsing import normalise, read_letter, read_yes_or_no
 from sphinx_pl.data.coordinates import (
     BEYOND,
     COCO_KEYPOINTS,
@@ -399,8 +399,8 @@ def read_text(text: str, geometry: Geometry) -> Parsed:
 
 def read_yes_no(text: str, geometry: Geometry) -> Parsed:
     """ "yes" or "no" where the text begins with that word, in any case, and does not say the other one too."""
-    word = leading_value(text, {"yes": "yes", "no": "no"})
-    return Parsed(word) if word else Parsed(formed=False)
+    yes = read_yes_or_no(text)
+    return Parsed(formed=False) if yes is None else Parsed("yes" if yes else "no")
 
 
 def read_choice(text: str, geometry: Geometry) -> Parsed:

@@ -1,1 +1,3 @@
-"""Training on many devices: how a model is sharded, and how its training checkpoints are written and read."""
+"""Training on many devices: how a model is sharded, and how training checkpoints are written and
+read.
+"""

@@ -1,7 +1,8 @@
-"""Lightning's checkpoints as training checkpoints of ours (`sphinx_pl.checkpoints.training`), for every engine.
+"""Writes and reads Lightning's checkpoints as our training checkpoints
+(`sphinx_pl.checkpoints.training`).
 
-Where a process holds the whole model, `TrainingCheckpointIO` stands between Lightning and the disk; a `Sharded`
-strategy writes and reads its ranks' parts.
+If a process holds the whole model, `TrainingCheckpointIO` does this. A `Sharded` strategy writes
+and reads the parts of its ranks.
 """
 
 from __future__ import annotations
@@ -17,33 +18,38 @@ from torch import Tensor, nn
 from sphinx_pl.checkpoints.training import WEIGHT, Piece, Pieces, write_pieces, write_rest
 
 PREFIX = "model."
-"""Of the model's names in the state dict of the module that trains it."""
+"""The prefix of the model's names in the state dict of the module that trains it."""
 STEP = "step"
-"""The optimizer's name of its counter, which is a number and no piece."""
+"""The optimizer's name for its counter, which is a number and not a tensor."""
 
 
 def group_names(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> list[list[str]]:
-    """The parameters of each of the optimizer's groups, by name."""
+    """Return the names of the parameters in each of the optimizer's groups."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [[names[id(p)] for p in group["params"]] for optimizer in optimizers for group in optimizer.param_groups]
 
 
 def options_of(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What an optimizer's groups hold beside their parameters."""
+    """Return the options of an optimizer's groups, without their parameters."""
     return [{key: value for key, value in group.items() if key != "params"} for group in groups]
 
 
 class TrainingCheckpointIO(TorchCheckpointIO):
-    """One process writes the whole model as one rank's pieces; each one reads all of it, whoever wrote it.
+    """One process writes the whole model as the pieces of one rank.
 
-    A file of the base class is what Lightning's forked ranks hand back their weights in.
+    Each process reads all of it, whoever wrote it.
+
+    Files of the base class carry the weights back from ranks that Lightning forked.
     """
 
     failure: OSError | None = None
-    """Why the last checkpoint could not be written."""
+    """The error of the last checkpoint, if it could not be written."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint. What the disk refuses is noted as `failure`: the other ranks wait for this one."""
+        """Write a checkpoint.
+
+        An error of the disk is stored as `failure`, since the other ranks wait for this one.
+        """
         self.failure = None
         if "loops" not in checkpoint:
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -76,8 +82,8 @@ class TrainingCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         if Path(path).is_file():
-            loaded: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only)
-            return loaded
+            content: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only)
+            return content
         pieces = Pieces(Path(path))
         checkpoint = pieces.state()
         shapes = pieces.shapes

@@ -1,8 +1,8 @@
-"""FSDP2 (Zhao et al. 2023; PyTorch's `fully_shard`): a rank holds some rows of every matrix in float32, and gathers a
-block while it computes, in bf16.
+"""FSDP2 (Zhao et al. 2023; PyTorch's `fully_shard`) as a Lightning strategy.
 
-Lightning's ModelParallelStrategy with one dimension, data parallelism, and the checkpoints of
-`sphinx_pl.checkpoints.training`.
+A rank holds some rows of every matrix in float32, and gathers a block in bf16 while it computes.
+The strategy is Lightning's ModelParallelStrategy with one dimension (data parallelism), and with
+the checkpoints of `sphinx_pl.checkpoints.training`.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class Fsdp2(Sharded, ModelParallelStrategy):
-    """See the module's description.
+    """FSDP2 with bf16 computation. See the module's docstring.
 
     Args:
-        compute_dtype: of weights and activations while they compute: bf16 or fp32.
-        reduce_dtype: of gradients on the wire.
-        frozen: "whole" keeps frozen parts on every rank, in `compute_dtype`; "sharded" gathers them whenever they run.
-        timeout_minutes: after which a collective call without all ranks is an error.
+        compute_dtype: the dtype of weights and activations during computation: bf16 or fp32.
+        reduce_dtype: the dtype in which gradients are communicated.
+        frozen: "whole" keeps frozen parts on every rank, in `compute_dtype`. "sharded" gathers them
+            whenever they run.
+        timeout_minutes: the time after which a collective call without all ranks is an error.
     """
 
     def __init__(
@@ -46,13 +47,13 @@ class Fsdp2(Sharded, ModelParallelStrategy):
         timeout_minutes: float = 30,
         **options: Any,
     ) -> None:
-        for key, value, known in (
+        for key, value, names in (
             ("compute_dtype", compute_dtype, DTYPES),
             ("reduce_dtype", reduce_dtype, DTYPES),
             ("frozen", frozen, ("whole", "sharded")),
         ):
-            if value not in known:
-                raise UserError(f"trainer.strategy.{key}={value}: {suggest(value, list(known))}")
+            if value not in names:
+                raise UserError(f"trainer.strategy.{key}={value}: {suggest(value, list(names))}")
         super().__init__(
             data_parallel_size="auto",
             tensor_parallel_size=1,
@@ -65,13 +66,14 @@ class Fsdp2(Sharded, ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
-        if self.lightning_module is None:  # `processes.join`: Lightning's needs a model, which is not there yet
+        # `ranks.join` runs before the model exists, which Lightning needs
+        if self.lightning_module is None:
             self._setup_distributed()
         else:
             super().setup_environment()
 
-    def placement(self) -> Rows:
-        return Rows(self)
+    def placement(self) -> RowPlacement:
+        return RowPlacement(self)
 
     def setup_optimizers(self, trainer: Any) -> None:
         super().setup_optimizers(trainer)
@@ -80,13 +82,14 @@ class Fsdp2(Sharded, ModelParallelStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         return {}
 
-    # -- what this rank holds ---------------------------------------------------------------------------------------
+    # -- what this rank holds ----------------------------------------------------------------------
 
     def shape(self, parameter: nn.Parameter) -> torch.Size:
         return parameter.shape
 
     def held(self, parameter: nn.Parameter) -> tuple[int, int]:
-        if not isinstance(parameter, DTensor):  # whole on every rank: the first one writes it, all read it
+        # every rank holds all of it: the first rank writes it, all read it
+        if not isinstance(parameter, DTensor):
             return 0, parameter.numel()
         rows = -(-parameter.shape[0] // self.world_size)
         row = parameter.numel() // max(parameter.shape[0], 1)
@@ -101,15 +104,15 @@ class Fsdp2(Sharded, ModelParallelStrategy):
         return {k: v if k == STEP else _local(v).view(-1) for k, v in states.items() if isinstance(v, Tensor)}
 
     def allocate_states(self) -> None:
-        """By a step without gradient, whose effect on the weights is undone."""
+        """Run a step without gradients, and undo its effect on the weights."""
         for parameter in self._sphinx.parameters():
             if not parameter.requires_grad:
                 continue
-            kept = self.local_weight(parameter).clone()
+            weights = self.local_weight(parameter).clone()
             parameter.grad = torch.zeros_like(parameter)
             self.optimizers[0].step()
             parameter.grad = None
-            self.local_weight(parameter).copy_(kept)
+            self.local_weight(parameter).copy_(weights)
 
     def restored(self) -> None:
         pass
@@ -119,8 +122,10 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-class Rows:
-    """Blocks of the decoder and of towers that train are sharded one by one, and what is left together."""
+class RowPlacement:
+    """Shards blocks of the decoder and of trained encoders one by one, and the remaining modules
+    together.
+    """
 
     def __init__(self, strategy: Fsdp2) -> None:
         self.strategy = strategy
@@ -138,7 +143,8 @@ class Rows:
             if not all(p in whole for p in module.parameters()):
                 fully_shard(module, mesh=self.mesh, mp_policy=policy, ignored_params=whole)
         fully_shard(model, mesh=self.mesh, mp_policy=policy, ignored_params=whole)
-        # What a stage calls; calls of other methods don't reach the hooks that gather parameters.
+        # A stage calls these methods. Calls of other methods do not run the hooks that gather
+        # parameters.
         for method in ("token_losses", "embed_images"):
             register_fsdp_forward_method(model, method)
 
@@ -150,7 +156,7 @@ class Rows:
         data = torch.empty(like.shape, dtype=dtype, device=device)
         if value is not None:
             data.copy_(value)
-        if isinstance(like, DTensor):  # sends each rank its rows
+        if isinstance(like, DTensor):  # it sends each rank its rows
             data = distribute_tensor(data, like.device_mesh, like.placements)
         else:
             dist.broadcast(data, 0)
@@ -158,7 +164,7 @@ class Rows:
 
 
 def _units(model: Sphinx) -> Iterable[nn.Module]:
-    """Modules that are gathered one at a time, in the order of the forward pass."""
+    """Return the modules that are gathered one at a time, in the order of the forward pass."""
     if model.mixer is not None:
         for tower in model.mixer.towers.children():
             yield from cast(Tower, tower).blocks()

@@ -1,4 +1,4 @@
-"""What strategies have in common under which a rank holds only a part of the model."""
+"""The common part of strategies under which a rank holds only a part of the model."""
 
 from __future__ import annotations
 
@@ -25,44 +25,48 @@ else:
 
 
 class Sharded(Base):
-    """Mixed into a Lightning strategy: training checkpoints are written and read by all ranks, each its own part."""
+    """A mixin for Lightning strategies: every rank writes and reads its own part of a training
+    checkpoint.
+    """
 
     optimizer_names: list[list[str]]
-    """The optimizer's groups, by name of parameter."""
+    """The optimizer's groups, as names of parameters."""
     _pieces: Pieces | None = None
     bf16_masters = False
     """Whether the optimizer works on weights in bf16."""
 
     @abstractmethod
     def placement(self) -> Placement:
-        """Where the parameters of the model that is being built go."""
+        """Return the placement of the parameters of a model that is being built."""
 
     @abstractmethod
     def held(self, parameter: nn.Parameter) -> tuple[int, int]:
-        """This rank's elements [start, stop) of the flattened parameter."""
+        """Return this rank's elements [start, stop) of the flattened parameter."""
 
     @abstractmethod
     def local_weight(self, parameter: nn.Parameter) -> Tensor:
-        """Those elements, as the optimizer works on them (flat, writable)."""
+        """Return those elements as the optimizer works on them (flat, writable)."""
 
     @abstractmethod
     def local_states(self, parameter: nn.Parameter) -> dict[str, Any]:
-        """The optimizer's states of them (flat, writable), and its `step`."""
+        """Return the optimizer's states of those elements (flat, writable), and its `step`."""
 
     @abstractmethod
     def restored(self) -> None:
-        """After all local weights and states were written: bring what follows from them up to date."""
+        """Update what depends on local weights and states, after all of them were written."""
 
     @abstractmethod
     def allocate_states(self) -> None:
-        """Make the optimizer's states exist, which it does itself only in its first step."""
+        """Create the optimizer's states, which the optimizer itself creates only in its first
+        step.
+        """
 
     @property
     def _sphinx(self) -> Sphinx:
         module: Any = self.lightning_module
         return module.sphinx  # type: ignore[no-any-return]
 
-    # -- writing ----------------------------------------------------------------------------------------------------
+    # -- writing -----------------------------------------------------------------------------------
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         return {}
@@ -71,7 +75,11 @@ class Sharded(Base):
         return {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Raises: UserError: on all ranks, if one of them could not write."""
+        """Write a training checkpoint from all ranks.
+
+        Raises:
+            UserError: one of the ranks could not write. All ranks raise it.
+        """
         folder = Path(self.broadcast(str(filepath)))
         if self.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
@@ -107,19 +115,20 @@ class Sharded(Base):
 
     @abstractmethod
     def shape(self, parameter: nn.Parameter) -> torch.Size:
-        """Of the whole parameter."""
+        """Return the shape of the whole parameter."""
 
     def _local_pieces(self) -> Iterator[Piece]:
         for name, parameter in self._sphinx.named_parameters():
             start, stop = self.held(parameter)
-            if stop <= start or (start == 0 and not self.is_global_zero):  # of what all ranks hold, the first writes it
+            # the first rank writes what all ranks hold
+            if stop <= start or (start == 0 and not self.is_global_zero):
                 continue
             yield Piece(WEIGHT, name, start, self.local_weight(parameter))
             for kind, values in self.local_states(parameter).items() if parameter.requires_grad else ():
                 if kind != STEP:
                     yield Piece(kind, name, start, values)
 
-    # -- reading ----------------------------------------------------------------------------------------------------
+    # -- reading -----------------------------------------------------------------------------------
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -131,7 +140,7 @@ class Sharded(Base):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         self._pieces = Pieces(Path(checkpoint_path))
-        return self._pieces.state() | {"optimizer_states": [{}]}  # which Lightning looks for
+        return self._pieces.state() | {"optimizer_states": [{}]}  # Lightning expects this key
 
     @torch.no_grad()
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -164,5 +173,7 @@ class Sharded(Base):
         self._pieces = None
 
     def note_groups(self, optimizer: torch.optim.Optimizer) -> None:
-        """Remember the optimizer's groups by name, before the engine puts its own tensors into them."""
+        """Remember the names in the optimizer's groups, before the engine puts its own tensors into
+        them.
+        """
         self.optimizer_names = group_names(self._sphinx, [optimizer])

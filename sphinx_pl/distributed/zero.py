@@ -1,8 +1,11 @@
-"""ZeRO-3 (Rajbhandari et al. 2020) by DeepSpeed: weights, gradients and optimizer states in parts, one on each rank.
+"""ZeRO-3 (Rajbhandari et al.
 
-Lightning's strategy with what this project needs beyond it: it also runs on CPU processes (the same code path, for
-tests and small machines), the model is born in parts, losses are divided once (Lightning and DeepSpeed both divide by
-the number of micro-batches), and checkpoints are those of `sphinx_pl.checkpoints.training`.
+2020) by DeepSpeed: each rank holds a part of weights, gradients and optimizer states.
+
+This is Lightning's strategy with additions. It also runs on CPU processes (the same code path, for
+tests and small machines), and it builds the model in parts. It divides losses once, although both
+Lightning and DeepSpeed divide by the number of micro-batches. Its checkpoints are those of
+`sphinx_pl.checkpoints.training`.
 """
 
 from __future__ import annotations
@@ -29,40 +32,44 @@ from sphinx_pl.utils.errors import UserError
 
 
 def import_deepspeed() -> None:
-    """Without what it prints while it looks for compilers and libraries that nothing here uses."""
+    """Import DeepSpeed without its output about compilers and libraries that are not used here."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     sys.stdout.flush()
     sys.stderr.flush()
-    kept = os.dup(1), os.dup(2)
+    descriptors = os.dup(1), os.dup(2)
     with Path(os.devnull).open("wb") as nowhere:
         for number in (1, 2):
             os.dup2(nowhere.fileno(), number)
         try:
             operations: Any = importlib.import_module("deepspeed.ops")
             if not torch.cuda.is_available():
-                # Compiles for 40 seconds, and gloo does without it.
+                # This operation compiles for 40 seconds, and gloo does not need it.
                 operations.__compatible_ops__["deepspeed_shm_comm"] = False
         finally:
-            for number, descriptor in zip((1, 2), kept, strict=True):
+            for number, descriptor in zip((1, 2), descriptors, strict=True):
                 os.dup2(descriptor, number)
                 os.close(descriptor)
 
 
 import_deepspeed()
-# It knows a few optimizers by name and warns of all others; that torch's train rightly is tested here.
+# DeepSpeed warns of all optimizers that it does not know. Tests here show that torch's train
+# correctly.
 logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not in record.getMessage())
 
 LIVE = 1_000_000_000
-"""Gathered parameters of sharded layers at a time: DeepSpeed's default."""
+"""Gathered parameters of sharded layers at a time. This is DeepSpeed's default."""
 
 
 PRECISIONS = ("bf16-true", "32-true")
-"""bf16 weights with float32 masters; float32."""
+"""bf16 weights with float32 masters, and float32."""
 
 
 class ZeroPrecision(DeepSpeedPrecision):
-    """Batches keep their dtypes (a target's weight is float32 whatever the model is); Lightning scales the loss."""
+    """Keeps the dtypes of batches (a target's weight is always float32).
+
+    Lightning scales the loss.
+    """
 
     def convert_input(self, data: Any) -> Any:
         return data
@@ -75,13 +82,15 @@ class Zero3(Sharded, DeepSpeedStrategy):
     """ZeRO-3 on GPUs or CPU processes.
 
     Args:
-        frozen: "whole" keeps frozen parts on every rank, gathered once; "sharded" gathers them whenever they run.
+        frozen: "whole" keeps frozen parts on every rank, gathered once. "sharded" gathers them
+            whenever they run.
         offload_optimizer, offload_parameters: null, "cpu" or "nvme" (with `nvme_path`).
-        reduce_dtype: of gradients on the wire, and of their sums over micro-batches.
-        masters: of the weights that the optimizer works on: fp32; bf16 does without these and has the optimizer write
-            the model's own weights, which only `stage.optim.moments=bf16` does without losing small updates.
+        reduce_dtype: the dtype in which gradients are communicated and summed over micro-batches.
+        masters: the dtype of the weights that the optimizer works on. With bf16 the optimizer
+            writes the model's own weights. Only `stage.optim.moments=bf16` does so without losing
+            small updates.
         zero: further keys of DeepSpeed's `zero_optimization` section.
-        timeout_minutes: after which a collective call without all ranks is an error.
+        timeout_minutes: the time after which a collective call without all ranks is an error.
     """
 
     def __init__(
@@ -111,13 +120,14 @@ class Zero3(Sharded, DeepSpeedStrategy):
             raise UserError(f"trainer.strategy.masters={masters} must be fp32 or bf16")
         if masters == "bf16" and (reduce_dtype != "bf16" or offload_optimizer):
             raise UserError(
-                "trainer.strategy.masters=bf16 takes gradients in bf16, on the GPU: set trainer.strategy.reduce_dtype="
-                "bf16 and no trainer.strategy.offload_optimizer"
+                "trainer.strategy.masters=bf16 needs gradients in bf16 on the GPU: set "
+                "trainer.strategy.reduce_dtype=bf16 and no trainer.strategy.offload_optimizer"
             )
         self.frozen = frozen
         self.bf16_masters = masters == "bf16"
         self.masters: dict[str, Tensor] = {}
-        """This rank's part of what weights were before they were rounded, until the engine has masters to put it in."""
+        """This rank's part of the unrounded weights, until the engine has masters that can hold it.
+        """
         section: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 10_000} | (zero or {})
         for key, device in (("offload_optimizer", offload_optimizer), ("offload_param", offload_parameters)):
             if device:
@@ -129,13 +139,13 @@ class Zero3(Sharded, DeepSpeedStrategy):
             "train_micro_batch_size_per_gpu": 1,  # DeepSpeed's own throughput figures are not used
             "communication_data_type": reduce_dtype,
             "data_types": {"grad_accum_dtype": reduce_dtype},
-            "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps offloaded states: nothing is compiled
+            "zero_force_ds_cpu_optimizer": False,  # torch's AdamW needs no compilation
         }
         if self.bf16_masters:
             config["bf16"] = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
         super().__init__(config=config, timeout=timedelta(minutes=timeout_minutes), **options)
 
-    # -- on CPU processes -------------------------------------------------------------------------------------------
+    # -- on CPU processes --------------------------------------------------------------------------
 
     @property
     def on_cpu(self) -> bool:
@@ -143,7 +153,7 @@ class Zero3(Sharded, DeepSpeedStrategy):
 
     @property
     def root_device(self) -> torch.device:
-        # With an index, which Lightning hands to DeepSpeed.
+        # Lightning passes the index on to DeepSpeed.
         return torch.device("cpu", 0) if self.on_cpu else super().root_device
 
     def setup_environment(self) -> None:
@@ -160,7 +170,7 @@ class Zero3(Sharded, DeepSpeedStrategy):
         else:
             super().setup_distributed()
 
-    # -- precision --------------------------------------------------------------------------------------------------
+    # -- precision ---------------------------------------------------------------------------------
 
     @property
     def precision_plugin(self) -> Any:
@@ -177,10 +187,10 @@ class Zero3(Sharded, DeepSpeedStrategy):
             )
         self._precision_plugin = ZeroPrecision(plugin.precision) if isinstance(plugin, DeepSpeedPrecision) else plugin
 
-    # -- building ---------------------------------------------------------------------------------------------------
+    # -- building ----------------------------------------------------------------------------------
 
     def model_sharded_context(self) -> AbstractContextManager[None]:
-        return nullcontext()  # `placement` shards each parameter as soon as it exists
+        return nullcontext()  # `placement` shards each parameter at once
 
     def placement(self) -> Partitioned:
         self._init_config_if_needed()
@@ -189,7 +199,7 @@ class Zero3(Sharded, DeepSpeedStrategy):
 
     @property
     def resumes(self) -> bool:
-        """Whether a training checkpoint will bring the masters."""
+        """Whether a training checkpoint will provide the masters."""
         module: Any = self.lightning_module
         return bool(module.resumed)
 
@@ -202,14 +212,15 @@ class Zero3(Sharded, DeepSpeedStrategy):
             for weights, masters in zip(
                 zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True
             ):
-                # One copy is enough. DeepSpeed means to do so, but compares a device with its name.
+                # One copy is enough. DeepSpeed intends this too, but compares a device with its
+                # name.
                 if masters.dtype == weights.dtype:
                     masters.data = weights.data
         if not self.masters:
             return
         for name, parameter in self._sphinx.named_parameters():
             if name in self.masters:
-                # DeepSpeed made them from rounded weights.
+                # DeepSpeed made the masters from rounded weights.
                 self.local_weight(parameter).copy_(self.masters.pop(name))
 
     def _setup_model_and_optimizer(self, model: Any, optimizer: Any, lr_scheduler: Any = None) -> Any:
@@ -217,13 +228,14 @@ class Zero3(Sharded, DeepSpeedStrategy):
             self.note_groups(optimizer)
         engine, zero = super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
         if self.frozen == "whole" and hasattr(zero, "parameter_offload"):
-            # Before an optimizer step DeepSpeed gives up all that is gathered, frozen parts too, which no step changes.
+            # Before an optimizer step DeepSpeed releases all gathered parameters, even frozen ones,
+            # which no step changes.
             changing = Changing([p for p in self._sphinx.parameters() if p.requires_grad])
             coordinator = zero.parameter_offload.get_param_coordinator()
             zero._partition_all_parameters = lambda: coordinator.release_and_reset_all(changing)
         return engine, zero
 
-    # -- what this rank holds ---------------------------------------------------------------------------------------
+    # -- what this rank holds ----------------------------------------------------------------------
 
     def shape(self, parameter: nn.Parameter) -> torch.Size:
         return whole_shape(parameter)
@@ -234,7 +246,9 @@ class Zero3(Sharded, DeepSpeedStrategy):
         return min(start, parameter.ds_numel), min(start + part, parameter.ds_numel)
 
     def _in_flat(self, parameter: Any) -> tuple[int, slice]:
-        """Which of DeepSpeed's flat buffers has this rank's part, and where; without the padding at its end."""
+        """Return the index of DeepSpeed's flat buffer with this rank's part, and the part's place
+        without padding.
+        """
         buffer, offset, _ = self.optimizers[0].grad_position[self.optimizers[0].get_param_id(parameter)]
         start, stop = self.held(parameter)
         return buffer, slice(offset, offset + stop - start)
@@ -253,18 +267,21 @@ class Zero3(Sharded, DeepSpeedStrategy):
         return {k: v if k == STEP else v[part] for k, v in states.items() if isinstance(v, Tensor)}
 
     def allocate_states(self) -> None:
-        """By a step without gradient, whose effect on the weights is undone."""
+        """Run a step without gradients, and undo its effect on the weights."""
         zero: Any = self.optimizers[0]
         for number, buffer in enumerate(zero.fp32_partitioned_groups_flat):
-            # Offloaded masters have a gradient of their own, which DeepSpeed writes to in each step.
-            own, kept = buffer.grad, buffer.data.clone()
+            # Offloaded masters have their own gradient, which DeepSpeed writes to in each step.
+            gradient, weights = buffer.grad, buffer.data.clone()
             buffer.grad = torch.zeros_like(buffer)
             zero._optimizer_step(number)
-            buffer.data.copy_(kept)
-            buffer.grad = own
+            buffer.data.copy_(weights)
+            buffer.grad = gradient
 
     def restored(self) -> None:
-        """The weights that modules compute with are the rounded masters; what was gathered is out of date."""
+        """Round the masters into the weights that modules compute with.
+
+        Gathered weights are outdated.
+        """
         zero: Any = self.optimizers[0]
         for buffer in range(len(zero.fp32_partitioned_groups_flat)):
             zero.fp16_partitioned_groups_flat[buffer].data.copy_(zero.fp32_partitioned_groups_flat[buffer].data)
@@ -274,16 +291,16 @@ class Zero3(Sharded, DeepSpeedStrategy):
 
 
 class Changing(nn.ParameterList):
-    """What an optimizer step changes, as a module in DeepSpeed's eyes."""
+    """The parameters that an optimizer step changes, as a module for DeepSpeed."""
 
     def ds_external_parameters(self) -> tuple[()]:
         return ()
 
 
 class Partitioned:
-    """Each parameter is partitioned as soon as it exists; the first rank knows its values.
+    """Partitions each parameter as soon as it exists. The first rank knows its values.
 
-    Under bf16 a rank keeps its part of the values as they were, which its masters begin with.
+    Under bf16 a rank keeps its part of the exact values, which its masters start from.
     """
 
     def __init__(self, strategy: Zero3, dtype: torch.dtype) -> None:
@@ -299,10 +316,11 @@ class Partitioned:
     def prepare(self, model: Sphinx) -> None:
         self.names = {parameter: name for name, parameter in model.named_parameters()}
         if self.strategy.frozen == "whole":
-            # They count as live, and would leave no room for those that are gathered in turn.
-            kept = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+            # Frozen parameters count as live, and would leave no room for those that are gathered
+            # in turn.
+            frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
             section = self.strategy.config["zero_optimization"]
-            section.setdefault("stage3_max_live_parameters", LIVE + kept)
+            section.setdefault("stage3_max_live_parameters", LIVE + frozen)
 
     def put(self, owner: nn.Module, name: str, value: Tensor | None) -> None:
         like = owner.get_parameter(name)
@@ -316,10 +334,11 @@ class Partitioned:
             whole, data = data, data.to(self.dtype)
         parameter = nn.Parameter(data, requires_grad=like.requires_grad)
         setattr(owner, name, parameter)
-        self._init._convert_to_zero_parameters([parameter])  # sends the first rank's values, keeps this rank's part
+        # it sends the first rank's values and keeps this rank's part
+        self._init._convert_to_zero_parameters([parameter])
         if keeps:
             start, stop = self.strategy.held(parameter)
             where = "cpu" if "offload_optimizer" in self.strategy.config["zero_optimization"] else device
             self.strategy.masters[self.names[like]] = whole.view(-1)[start:stop].to(where, copy=True)
         if not like.requires_grad and self.strategy.frozen == "whole":
-            parameter.ds_persist = True  # type: ignore[attr-defined]  # stays gathered from its first use on
+            parameter.ds_persist = True  # type: ignore[attr-defined]  # it stays gathered after its first use

@@ -1,4 +1,5 @@
-"""Answers on the disk while a model is being asked: what was killed goes on, by the same or another number of ranks."""
+"""Answers on the disk while a model answers: a killed evaluation resumes, with the same or another
+number of ranks."""
 
 from __future__ import annotations
 
@@ -13,21 +14,23 @@ from sphinx_pl.utils.errors import UserError
 
 
 @dataclass(frozen=True)
-class Answered:
-    """A batch: place of each record -> answer, and how many could not be asked, by reason."""
+class AnsweredBatch:
+    """The answers of a batch by their records' places, and the number of questions that could not
+    be asked, by reason."""
 
     texts: Mapping[int, str]
     lost: Mapping[str, int]
 
 
-class Journal:
-    """A file for each rank, to which every answered batch is a line; a line that a kill cut off does not count.
+class AnswerLog:
+    """A file for each rank with a line for every answered batch. A line that a kill cut off does
+    not count.
 
     Args:
         folder: where the files go.
-        name: of this list of questions.
+        name: the name of this list of questions.
         settings: what answers depend on besides the questions, as JSON.
-        overwrite: forget what is there instead of going on.
+        overwrite: discard existing answers instead of resuming.
     """
 
     def __init__(self, folder: Path, name: str, settings: Mapping[str, Any], overwrite: bool = False) -> None:
@@ -38,32 +41,33 @@ class Journal:
         self._file: IO[bytes] | None = None
 
     def check(self) -> None:
-        """Whether answers that are there were made with these settings; called before anything is loaded.
+        """Check that existing answers were made with these settings, before anything is loaded.
 
         Raises:
             UserError: they were not.
         """
         for path in [] if self.overwrite else sorted(self.folder.glob(f"{self.name}.rank*.jsonl")):
-            if there := next(_lines(path), None):
-                self._compare(there, self.settings | {"questions": there.get("questions")})
+            if existing := next(_lines(path), None):
+                self._compare(existing, self.settings | {"questions": existing.get("questions")})
 
-    def open(self, questions: str, rank: int = 0, world_size: int = 1) -> dict[int, Answered]:
-        """The answered batches by their numbers; new ones go to this rank's file.
+    def open(self, questions: str, rank: int = 0, world_size: int = 1) -> dict[int, AnsweredBatch]:
+        """The answered batches by their numbers. New ones go to this rank's file.
 
         Args:
-            questions: a hash of them.
-            rank: of this process among `world_size` that answer; there may have been more of them before.
+            questions: a hash of the questions.
+            rank: this process among `world_size`; an earlier evaluation may have had more.
 
         Raises:
-            UserError: the folder's answers are to other questions, or were made with other settings.
+            UserError: the folder's answers are to other questions, or were made with other
+                settings.
         """
         head = self.settings | {"questions": questions}
         self.folder.mkdir(parents=True, exist_ok=True)
         own = self.folder / f"{self.name}.rank{rank}.jsonl"
-        done: dict[int, Answered] = {}
+        done: dict[int, AnsweredBatch] = {}
         if self.overwrite:
             own.unlink(missing_ok=True)
-            if rank == 0:  # those of ranks that are no more, which a later start would go on with
+            if rank == 0:  # a later start would resume the files of ranks that no longer exist
                 for path in self.folder.glob(f"{self.name}.rank*.jsonl"):
                     if int(path.name.removesuffix(".jsonl").rpartition(".rank")[2]) >= world_size:
                         path.unlink()
@@ -78,28 +82,28 @@ class Journal:
             self._write(head)
         return done
 
-    def _read(self, path: Path, head: Mapping[str, Any]) -> dict[int, Answered]:
+    def _read(self, path: Path, head: Mapping[str, Any]) -> dict[int, AnsweredBatch]:
         lines = _lines(path)
-        there = next(lines, None)
-        if there is None:
+        existing = next(lines, None)
+        if existing is None:
             return {}
-        self._compare(there, head)
+        self._compare(existing, head)
         return {
-            int(line["batch"]): Answered({int(place): text for place, text in line["answers"]}, line["lost"])
+            int(line["batch"]): AnsweredBatch({int(place): text for place, text in line["answers"]}, line["lost"])
             for line in lines
         }
 
-    def _compare(self, there: Mapping[str, Any], head: Mapping[str, Any]) -> None:
-        if there != head:
-            different = sorted(key for key in {*there, *head} if there.get(key) != head.get(key))
+    def _compare(self, existing: Mapping[str, Any], head: Mapping[str, Any]) -> None:
+        if existing != head:
+            different = sorted(key for key in {*existing, *head} if existing.get(key) != head.get(key))
             raise UserError(
                 f"'{self.folder}' holds answers with other settings ({', '.join(different)}): choose another out=, or "
-                "overwrite=true to ask anew"
+                "overwrite=true to repeat the evaluation"
             )
 
-    def note(self, batch: int, answered: Answered) -> None:
-        """Keep a batch, whatever happens from now on."""
-        self._write({"batch": batch, "answers": list(answered.texts.items()), "lost": dict(answered.lost)})
+    def append(self, number: int, batch: AnsweredBatch) -> None:
+        """Write a batch to the disk; it survives a kill."""
+        self._write({"batch": number, "answers": list(batch.texts.items()), "lost": dict(batch.lost)})
 
     def close(self) -> None:
         if self._file is not None:
@@ -118,4 +122,6 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 yield json.loads(line)
             except ValueError:
-                raise UserError(f"'{path}' is damaged: delete it, or ask anew with overwrite=true") from None
+                raise UserError(
+                    f"'{path}' is damaged: delete it, or repeat the evaluation with overwrite=true"
+                ) from None

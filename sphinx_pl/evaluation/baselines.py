@@ -1,4 +1,4 @@
-"""What guessing reaches: the best constant answer of each group, chosen on training records."""
+"""The constant baseline: the best constant answer of each group, chosen on training records."""
 
 from __future__ import annotations
 
@@ -11,25 +11,27 @@ from sphinx_pl.data.coordinates import Geometry
 from sphinx_pl.data.schema import Record
 from sphinx_pl.data.skip import BadSample
 from sphinx_pl.data.tasks import TASKS
-from sphinx_pl.evaluation.metrics import METRICS, last_turn
 from sphinx_pl.evaluation.question import asked_task
-from sphinx_pl.evaluation.runner import Prediction, judge, topic_of
+from sphinx_pl.evaluation.runner import Prediction, score_answer, topic_of
+from sphinx_pl.evaluation.scorers.tasks import last_turn, scorer_of
 
 CANDIDATES = 50
 SAMPLE = 500
 
 GroupKey = tuple[str, str]
-"""Task (`asked_task`) and topic: what a constant answer may depend on, since the question tells both."""
+"""Task (`asked_task`) and topic. A constant answer may depend on them, since the question tells
+both."""
 
 
 def fit_constants(
     records: Iterable[Record], geometry: Geometry, candidates: int = CANDIDATES, sample: int = SAMPLE, seed: int = 0
 ) -> dict[GroupKey, str]:
-    """The constant answer with the best mean score in training: of each task and topic, and of each task (topic "").
+    """The constant answer with the best mean score in training: of each task and topic, and of each
+    task (topic "").
 
-    Candidates are the `candidates` most frequent answers and, where answers have geometry, the mean one. Each is scored
-    on at most `sample` records, drawn with `seed`. Records that their task cannot use are passed over, and so are
-    topics with a single answer.
+    Candidates are the `candidates` most frequent answers and, where answers have geometry, the mean
+    one. Each is scored on at most `sample` records, drawn with `seed`. Records that their task
+    cannot use are skipped, and so are topics with a single answer.
     """
     groups: dict[GroupKey, list[Record]] = defaultdict(list)
     for record in records:
@@ -39,31 +41,28 @@ def fit_constants(
             turn = last_turn(record, geometry)
         except BadSample:
             continue
-        written = dataclasses.replace(record, turns=(turn,))  # so that no score writes it again
+        written = dataclasses.replace(record, turns=(turn,))  # the truth is written once, not for each score
         for key in {(asked_task(record), topic_of(record)), (asked_task(record), "")}:
             groups[key].append(written)
     constants = {}
     for (task, topic), group in groups.items():
         answers = Counter(record.turns[0].answer for record in group)
         if topic and len(answers) == 1:
-            continue  # such a topic names the answer, not the question: whoever guesses does not know it
+            continue  # such a topic follows from the answer, which a guess does not know
         mean = mean_geometry(list(answers.elements()), geometry)
-        tried = random.Random(seed).sample(group, min(sample, len(group)))
+        tests = random.Random(seed).sample(group, min(sample, len(group)))
         constants[task, topic] = max(
             dict.fromkeys([*(answer for answer, _ in answers.most_common(candidates)), *([mean] if mean else [])]),
-            key=lambda answer: sum(_score(answer, record, geometry) for record in tried),
+            key=lambda answer: sum(scorer_of(record).value(answer, record, geometry) for record in tests),
         )
     return constants
 
 
-def _score(answer: str, record: Record, geometry: Geometry) -> float:
-    return METRICS[TASKS[record.task].scorer].score(answer, record, geometry)
-
-
 def mean_geometry(answers: Sequence[str], geometry: Geometry) -> str:
-    """The mean box of answers that are boxes; of grounded ones, the phrases of at least half of them, at mean places.
+    """The mean box of answers that are boxes, or the phrases of at least half of the grounded
+    answers, at mean places.
 
-    "" where the answers hold no geometry, or share no phrase.
+    It is "" where the answers have no geometry, or share no phrase.
     """
     grounded: dict[str, list[tuple[float, ...]]] = defaultdict(list)
     plain: list[tuple[float, ...]] = []
@@ -80,7 +79,7 @@ def mean_geometry(answers: Sequence[str], geometry: Geometry) -> str:
 
 
 def _mean_text(places: Sequence[tuple[float, ...]], geometry: Geometry) -> str:
-    # A phrase that is a box in one answer and a point in another has no mean: the first one's kind counts.
+    # A box and a point have no mean: where a phrase has both, the kind of the first one counts.
     kind = len(places[0])
     same = [place for place in places if len(place) == kind]
     return geometry.boxes([[sum(values) / len(same) for values in zip(*same, strict=True)]], (1, 1))
@@ -92,16 +91,17 @@ def constant_predictions(
     constants: Mapping[GroupKey, str],
     geometry: Geometry,
 ) -> list[Prediction]:
-    """What the constants would have answered to the same questions; those of a task without one are left out.
+    """The constants' answers to the same questions. Questions of a task without a constant are
+    skipped.
 
     Args:
         records: by key.
     """
-    answered = []
+    answers = []
     for prediction in predictions:
         record = records[prediction.key]
         task = asked_task(record)
         text = constants.get((task, topic_of(record)), constants.get((task, "")))
         if text is not None:
-            answered.append(judge(record, text, geometry))
-    return answered
+            answers.append(score_answer(record, text, geometry))
+    return answers

@@ -1,9 +1,10 @@
-"""Which differences between evaluated checkpoints are real.
+"""The differences between evaluated checkpoints, and which of them are significant.
 
     python -m sphinx_pl.evaluation.compare FOLDER_A FOLDER_B [FOLDER_C ...] [--out comparison.json]
 
-The folders are those that evaluate.py wrote to (out=). Later ones are compared with the first, question by question:
-what is hard for both cancels, so a difference can be sure though the two intervals overlap.
+The folders are those that evaluate.py wrote to (out=). Each later one is compared with the first,
+question by question. Questions hard for both cancel, so a difference can be significant even if the
+two intervals overlap.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 from rich import box
 from rich.console import Console
 
-from sphinx_pl.evaluation.measures import Difference, Measure, defined, difference, holm, mean, number_text
+from sphinx_pl.evaluation.metrics import Difference, Metric, defined, difference, holm, mean, number_text
 from sphinx_pl.evaluation.results import benchmark_of, read_predictions, read_results
 from sphinx_pl.evaluation.runner import Prediction, benchmark_label
 from sphinx_pl.runtime.hydra_app import report as report_error
@@ -32,16 +33,16 @@ ALPHA = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
-class Compared:
-    """A measure of two evaluations on what both were asked.
+class Comparison:
+    """A metric of two evaluations on the questions that both answered.
 
     Attributes:
-        p: of the difference, corrected for the number of measures that are compared (Holm 1979).
-        left_out: predictions that only one of them has.
+        p: the difference's p-value, corrected for the number of compared metrics (Holm 1979).
+        left_out: the number of predictions that only one of them has.
     """
 
     name: str
-    measure: str
+    metric: str
     percent: bool
     difference: Difference
     p: float
@@ -52,56 +53,60 @@ class Compared:
         return self.p < ALPHA
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON, which lacks NaN: None stands for what is not defined."""
+        """The comparison as JSON, which lacks NaN: None stands for it. The metric's name is under
+        "measure"."""
         values = dataclasses.asdict(self) | {"real": self.real, "p": defined(self.p)}
+        values["measure"] = values.pop("metric")
         return values | {"difference": {name: defined(number) for name, number in values["difference"].items()}}
 
 
 def compare(
     first: Sequence[Prediction],
     second: Sequence[Prediction],
-    measures: Mapping[str, Sequence[Measure]],
+    metrics: Mapping[str, Sequence[Metric]],
     seed: int = 0,
-) -> list[Compared]:
-    """Every task's mean score and every benchmark's measures, second minus first.
+) -> list[Comparison]:
+    """The differences of every task's mean score and every benchmark's metrics, second minus first.
 
     Args:
-        measures: of each benchmark by its name; of one that is missing here, and of tasks, the mean score.
+        metrics: each benchmark's metrics by its name. A benchmark without any, and a task, has the
+            mean score.
 
     Raises:
-        UserError: they have no question in common.
+        UserError: the evaluations have no question in common.
     """
-    found: list[tuple[str, Measure, Difference, int]] = []
-    asked = False
+    differences: list[tuple[str, Metric, Difference, int]] = []
+    common_question = False
     sides = [_groups(first), _groups(second)]
-    labelled = {benchmark_label(name): of_benchmark for name, of_benchmark in measures.items()}
+    labelled = {benchmark_label(name): of_benchmark for name, of_benchmark in metrics.items()}
     for name in [name for name in sides[0] if name in sides[1]]:
         keyed = [{prediction.key: prediction for prediction in side[name]} for side in sides]
         common = [key for key in keyed[0] if key in keyed[1]]
         if not common:
             continue
-        asked = True
+        common_question = True
         left_out = len(keyed[0].keys() ^ keyed[1].keys())
-        for measure in labelled.get(name, [mean("score", "")]):
-            before, after = (measure.prepare([side[key] for key in common]) for side in keyed)
-            found.append((name, measure, difference(before, after, seed), left_out))
-    if not asked:
+        for metric in labelled.get(name, [mean("score", "")]):
+            before, after = (metric.prepare([side[key] for key in common]) for side in keyed)
+            differences.append((name, metric, difference(before, after, seed), left_out))
+    if not common_question:
         raise UserError(
             "the evaluations have no question in common: ask both the same (test=, benchmarks=, limit, seed)"
         )
-    # A difference that is not defined, such as of the precision of a model that never says yes, is not tested.
-    tested = [place for place, (_, _, one, _) in enumerate(found) if not math.isnan(one.p)]
-    of_tested = holm([found[place][2].p for place in tested])
+    # An undefined difference is not tested, such as that of the precision of a model that never
+    # says yes.
+    tested = [place for place, (_, _, one, _) in enumerate(differences) if not math.isnan(one.p)]
+    of_tested = holm([differences[place][2].p for place in tested])
     corrected = dict(zip(tested, of_tested, strict=True))
     return [
-        Compared(name, measure.name, measure.percent, one, p, left_out)
-        for place, (name, measure, one, left_out) in enumerate(found)
+        Comparison(name, metric.name, metric.percent, one, p, left_out)
+        for place, (name, metric, one, left_out) in enumerate(differences)
         for p in [corrected.get(place, math.nan)]
     ]
 
 
 def _groups(predictions: Sequence[Prediction]) -> dict[str, list[Prediction]]:
-    """By benchmark; those of test sources by task."""
+    """The predictions by benchmark, or by task for test sources."""
     groups: dict[str, list[Prediction]] = {}
     for prediction in predictions:
         name = benchmark_label(prediction.key) if prediction.benchmark else prediction.task
@@ -109,18 +114,18 @@ def _groups(predictions: Sequence[Prediction]) -> dict[str, list[Prediction]]:
     return groups
 
 
-def table(title: str, compared: Sequence[Compared]) -> Table:
-    """The differences as a terminal shows them."""
-    shown = Table(
+def table(title: str, compared: Sequence[Comparison]) -> Table:
+    """The table of differences for a terminal."""
+    rows = Table(
         title=title,
-        caption="▲ ▼: real, with p < 0.05 corrected for the number of rows; intervals are of each row alone, 95 %",
+        caption="▲ ▼: p < 0.05, corrected for the number of rows; 95 % intervals are not corrected",
         box=box.SIMPLE_HEAD,
-        padding=0,  # beside the box's own blanks: names stay whole in eighty columns
+        padding=0,  # the box has blanks of its own: names stay whole in eighty columns
     )
-    for name in ("", "measure"):
-        shown.add_column(name, overflow="fold")  # a name that is cut off may be another's
+    for name in ("", "metric"):
+        rows.add_column(name, overflow="fold")  # two cut-off names could be equal
     for name in ("first", "second", "change", "95 %", "", "p", "units"):
-        shown.add_column(name, justify="right", no_wrap=True)
+        rows.add_column(name, justify="right", no_wrap=True)
     last = None
     for row in compared:
         one = row.difference
@@ -134,18 +139,18 @@ def table(title: str, compared: Sequence[Compared]) -> Table:
         mark = ("[green]▲[/]" if one.value > 0 else "[red]▼[/]") if row.real else ""
         name = "" if row.name == last else f"[bold]{row.name}[/]"
         last = row.name
-        shown.add_row(name, row.measure, *texts, apart, interval, mark, p, str(one.units))
-    return shown
+        rows.add_row(name, row.metric, *texts, apart, interval, mark, p, str(one.units))
+    return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0, or 2 with one line that says what is wrong."""
+    """The exit status: 0, or 2 after one line that names the mistake."""
     parser = argparse.ArgumentParser(
         prog="python -m sphinx_pl.evaluation.compare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folders", nargs="+", type=Path, help="what evaluate.py wrote to")
+    parser.add_argument("folders", nargs="+", type=Path, help="folders that evaluate.py wrote to")
     parser.add_argument("--out", type=Path, help="also write the comparison to this JSON file")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
@@ -157,15 +162,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError("give at least two folders that evaluate.py wrote to")
         first, *others = options.folders
         results, before = read_results(first), read_predictions(first)
-        measures = {result["name"]: benchmark_of(result).measures for result in results["benchmarks"]}
+        metrics = {result["name"]: benchmark_of(result).metrics for result in results["benchmarks"]}
         written = {}
         for other in others:
-            read_results(other)  # an evaluation that did not end has none
+            read_results(other)  # an unfinished evaluation has none
             after = read_predictions(other)
-            compared = compare(before, after, measures, options.seed)
+            compared = compare(before, after, metrics, options.seed)
             console.print(table(f"{first} → {other}", compared))
             if left_out := sum({row.name: row.left_out for row in compared}.values()):
-                console.print(f"{left_out} answers that only one of the two has are left out.", highlight=False)
+                console.print(f"{left_out} answers are skipped: only one of the two folders has them.", highlight=False)
             written[str(other)] = [row.to_dict() for row in compared]
         if options.out:
             content = {"first": str(first), "others": written}

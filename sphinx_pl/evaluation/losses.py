@@ -1,4 +1,4 @@
-"""Held-out losses: how well a model predicts the answers of sources that it was not trained on."""
+"""Held-out losses: how well a model predicts answers that it was not trained on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sphinx_pl.utils.errors import UserError
 
 
 def interval(values: Tensor, level: float = 0.95) -> tuple[float, float]:
-    """The middle `level` of resampled values [resamples]."""
+    """The ends of the middle `level` of resampled values [resamples]."""
     ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=values.dtype)
     low, high = torch.quantile(values, ends).tolist()
     return low, high
@@ -23,9 +23,12 @@ def interval(values: Tensor, level: float = 0.95) -> tuple[float, float]:
 
 @dataclass(frozen=True, slots=True)
 class SourceLoss:
-    """Negative log-likelihood over one source, in nats, kept per sample so that its uncertainty can be told.
+    """Negative log-likelihood over one source, in nats. It is stored per sample, so that it has an
+    interval.
 
-    `sums[i]` is the sum over the supervised tokens of sample i, `tokens[i]` their number; both are [samples] float64.
+    Attributes:
+        sums: [samples] float64, the sum over the supervised tokens of each sample.
+        tokens: [samples] float64, their number.
     """
 
     sums: Tensor
@@ -33,16 +36,17 @@ class SourceLoss:
 
     @property
     def mean(self) -> float:
-        """Per supervised token, every token counting alike."""
+        """The loss per supervised token; all tokens count alike."""
         return float(self.sums.sum() / self.tokens.sum())
 
     @property
     def count(self) -> int:
-        """Supervised tokens."""
+        """The number of supervised tokens."""
         return int(self.tokens.sum())
 
     def interval(self, level: float = 0.95, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
-        """Percentile bootstrap of `mean` over samples: the tokens of one answer are not independent of each other."""
+        """The percentile bootstrap interval of `mean` over samples, since the tokens of one answer
+        are not independent."""
         generator = torch.Generator().manual_seed(seed)
         draws = torch.randint(len(self.sums), (resamples, len(self.sums)), generator=generator)
         return interval(self.sums[draws].sum(1) / self.tokens[draws].sum(1), level)
@@ -54,7 +58,8 @@ def held_out_losses(
 ) -> dict[str, SourceLoss]:
     """The loss of `model` on each source, in eval mode and on the model's device.
 
-    Unlike the training loss, every supervised token counts alike, so that numbers of different recipes compare.
+    Unlike in the training loss, all supervised tokens count alike, so that different recipes
+    compare.
 
     Args:
         loaders: source name -> its batches.
@@ -73,7 +78,7 @@ def held_out_losses(
                 parts.append(_per_segment(batch, result.nll, result.index))
             loss = SourceLoss(torch.cat([sums for sums, _ in parts]), torch.cat([counts for _, counts in parts]))
             if not len(loss.sums):
-                raise UserError(f"held-out source '{name}' has no target left: check the paths of its images")
+                raise UserError(f"held-out source '{name}' has no usable target: check the paths of its images")
             losses[name] = loss
         return losses
     finally:
@@ -81,7 +86,8 @@ def held_out_losses(
 
 
 def _per_segment(batch: Batch, nll: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum and number of `nll` [M], at flat positions `index` [M], of each segment that has a supervised token."""
+    """The sum and number of `nll` [M], at flat positions `index` [M], for each segment that has a
+    supervised token."""
     rows = len(batch.segment_ids)
     most = int(batch.segment_ids.max()) + 1
     segments = batch.segment_ids + most * torch.arange(rows).unsqueeze(1)  # unique over rows

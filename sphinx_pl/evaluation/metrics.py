@@ -1,267 +1,275 @@
-"""Metrics by name: one number in 0..1 for one prediction against one record.
+"""Metrics: numbers of many scores, with bootstrap intervals, and the differences between two
+models.
 
-The truth is the answer that the record's task writes in its evaluation wording, read back by the task's own parser, as
-the prediction is. So a record scores the same whether it came with regions in pixels or with finished turns, and a
-task's own answer always scores 1. A benchmark's official metric is one more `register` call.
+Most metrics are a function of sums over independent units: a question, an image with its two
+questions, a question in all its rotations. Accuracy is right / all, F1 follows from true and false
+positives. A resample of such a metric is a product of counts and the units' addends.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-from sphinx_pl.data.answer_parsing import normalise, read_letter
-from sphinx_pl.data.coordinates import Box4, Geometry, Grounded, Point2, iou, to_square
-from sphinx_pl.data.schema import Record, Turn
-from sphinx_pl.data.tasks import (
-    TASKS,
-    Parsed,
-    Reader,
-    read_boxes,
-    read_detection,
-    read_grounded,
-    read_keypoints,
-    read_lines,
-    read_ocr,
-    read_yes_no,
-)
-from sphinx_pl.evaluation.scorers.edits import similarity
-from sphinx_pl.utils.registry import Registry
+import numpy as np
+from numpy.typing import NDArray
 
-IOU_THRESHOLD = 0.5
-_OPTION = re.compile(r"^[A-Z]\. (.*)$", re.MULTILINE)
-PCK_ALPHA = 0.1
+from sphinx_pl.evaluation.runner import Prediction
 
-Score = Callable[[str, Record, Geometry], float]
+RESAMPLES = 2000
+LEVEL = 0.95
+_ROUNDING = 1e-12
+
+Floats = NDArray[np.float64]
+Counts = NDArray[np.int64]
 
 
-class IsParsed(Protocol):
-    """Whether an answer to a record has the form asked for."""
+class Prepared(Protocol):
+    """A metric's view of predictions. `units` are names, which two models on the same questions
+    share."""
 
-    def __call__(self, prediction: str, record: Record | None = None) -> bool: ...
+    @property
+    def units(self) -> Sequence[str]: ...
+
+    def values(self, counts: Counts) -> Floats:
+        """[resamples, units], how often each unit counts -> [resamples]; NaN where the metric is
+        undefined."""
+        ...
 
 
-# Reading tolerates any number of decimals, so whether a text parses does not depend on them.
-_READER = Geometry()
+class Metric(Protocol):
+    """A number of many predictions.
 
+    `description` is its definition. `percent` says whether values are shares, shown as per cent, or
+    points.
+    """
 
-def _always(prediction: str, record: Record | None = None) -> bool:
-    return True
+    @property
+    def name(self) -> str: ...
 
+    @property
+    def description(self) -> str: ...
 
-def _formed(read: Reader) -> IsParsed:
-    return lambda prediction, record=None: read(prediction, _READER).formed
+    @property
+    def percent(self) -> bool: ...
+
+    def prepare(self, predictions: Sequence[Prediction]) -> Prepared: ...
 
 
 @dataclass(frozen=True)
-class Metric:
-    """`score(prediction, record, geometry)` is in 0..1; `parsed(prediction, record)`: whether it has the form asked
-    for, as far as that can be told where the record is not given."""
+class Sums:
+    """A function of sums: `rows` [units, k] are added up, and `finish` turns [..., k] sums into
+    [...] values.
+
+    For a mean (`finish` is `ratio`), `most` is the highest score; the lowest is 0.
+    """
+
+    units: Sequence[str]
+    rows: Floats
+    finish: Callable[[Floats], Floats]
+    most: float = 1.0
+
+    def values(self, counts: Counts) -> Floats:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.asarray(self.finish(counts @ self.rows), dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Unsplittable:
+    """A value of all units together, which cannot be resampled."""
+
+    units: Sequence[str]
+    value: float
+
+    def values(self, counts: Counts) -> Floats:
+        return np.where((counts == 1).all(axis=1), self.value, np.nan)
+
+
+@dataclass(frozen=True)
+class Additive:
+    """A metric that is a function of sums.
+
+    Args:
+        addends: the predictions of one unit, in their order -> k numbers.
+        finish: [..., k] sums -> [...].
+        unit: a name that predictions share which belong together; by default each stands alone.
+    """
 
     name: str
-    score: Score
     description: str
-    parsed: IsParsed = _always
+    addends: Callable[[Sequence[Prediction]], Sequence[float]]
+    finish: Callable[[Floats], Floats]
+    unit: Callable[[Prediction], str] = lambda prediction: prediction.key
+    percent: bool = True
+
+    def prepare(self, predictions: Sequence[Prediction]) -> Sums:
+        groups: dict[str, list[Prediction]] = {}
+        for prediction in predictions:
+            groups.setdefault(self.unit(prediction), []).append(prediction)
+        rows = np.array([self.addends(group) for group in groups.values()], dtype=np.float64)
+        return Sums(list(groups), rows, self.finish)
 
 
-METRICS: Registry[Metric] = Registry("metric")
+def ratio(sums: Floats) -> Floats:
+    """The ratio of the first of two sums to the second."""
+    return np.asarray(sums[..., 0] / sums[..., 1])
 
 
-def register(name: str, score: Score, parsed: IsParsed = _always) -> Metric:
-    """Add a metric; its description is the docstring of `score`, which must define it."""
-    description = " ".join((score.__doc__ or "").split())
-    if not description:
-        raise ValueError(f"metric '{name}': its score function needs a docstring that defines it")
-    return METRICS.register(name, Metric(name, score, description, parsed))
+def mean(name: str, description: str, score: Callable[[Prediction], float] = lambda p: p.score) -> Additive:
+    """The metric that is the mean of the predictions' scores, each of them a unit."""
+    return Additive(name, description, lambda group: (sum(map(score, group)), len(group)), ratio)
 
 
-def last_turn(record: Record, geometry: Geometry) -> Turn:
-    """The question that an evaluation asks of a record, and its true answer.
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95 % bootstrap interval, which is NaN where there is none."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The difference of two models' values on the same units, second minus first.
+
+    Attributes:
+        p: two-sided, by the bootstrap: twice the smaller share of resamples on one side of 0. If
+            that side has none, p is below 0.001, and a normal distribution with the resamples'
+            spread gives its value. p is at least 2 / 2^units, the least of any test of paired
+            units. It is NaN where the difference is undefined.
+    """
+
+    first: float
+    second: float
+    value: float
+    low: float
+    high: float
+    p: float
+    units: int
+
+
+def bootstrap(scores: Sequence[float], seed: int = 0, resamples: int = RESAMPLES) -> tuple[float, float]:
+    """95 % percentile bootstrap interval (Efron 1979) of the mean of `scores`."""
+    rows = np.stack([np.asarray(scores, dtype=np.float64), np.ones(len(scores))], axis=1)
+    interval = estimate(Sums([str(i) for i in range(len(scores))], rows, ratio), seed, resamples)
+    return interval.low, interval.high
+
+
+def estimate(prepared: Prepared, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
+    """The value and its percentile interval over resampled units.
+
+    Where all units are alike, all resamples are too, and tell nothing about other units. There the
+    interval is that of `_alike` for a mean of scores, and NaN for other metrics.
+    """
+    value = float(prepared.values(np.ones((1, len(prepared.units)), dtype=np.int64))[0])
+    if (alike := _alike(prepared)) is not None:
+        return Estimate(value, *alike)
+    values = _resampled([prepared], seed, resamples)[0]
+    if len(values) and np.nanmax(values, initial=-math.inf) - np.nanmin(values, initial=math.inf) < _ROUNDING:
+        return Estimate(value, math.nan, math.nan)
+    return Estimate(value, *_interval(values))
+
+
+def _alike(prepared: Prepared) -> tuple[float, float] | None:
+    """The interval of a mean of scores that are all the same; None for others.
+
+    With a confidence of 97.5 %, at least the share 0.025 ** (1 / n) of all units is like the n
+    drawn ones. The others have 0 at worst and `most` at best. For shares of right answers this is
+    Clopper and Pearson's interval (1934).
+    """
+    if not isinstance(prepared, Sums) or prepared.finish is not ratio or not len(prepared.rows):
+        return None
+    scores, weights = prepared.rows.T
+    if (weights != 1).any() or (scores != scores[0]).any() or not 0 <= scores[0] <= prepared.most:
+        return None
+    least = ((1 - LEVEL) / 2) ** (1 / len(scores))
+    low = float(scores[0]) * least
+    return low, low + prepared.most * (1 - least)
+
+
+def difference(first: Prepared, second: Prepared, seed: int = 0, resamples: int = RESAMPLES) -> Difference:
+    """The paired difference: both values come from the same resampled units, so units hard for both
+    cancel.
 
     Raises:
-        BadSample: the record lacks what its task needs.
+        ValueError: the units differ.
     """
-    return TASKS[record.task].turns(record, geometry, None)[-1]
+    if list(first.units) != list(second.units):
+        raise ValueError("the two models did not answer the same questions")
+    ones = np.ones((1, len(first.units)), dtype=np.int64)
+    before, after = float(first.values(ones)[0]), float(second.values(ones)[0])
+    resampled = _resampled([first, second], seed, resamples)
+    changes = resampled[1] - resampled[0]
+    changes = changes[~np.isnan(changes)]
+    low, high = _interval(changes)
+    # With 1 added to both, p is never 0 (Davison and Hinkley 1997, section 4.2).
+    units, p = len(first.units), math.nan
+    if len(changes) and not math.isnan(after - before):
+        beyond = min(np.count_nonzero(side) for side in (changes <= 0, changes >= 0))
+        p = min(1.0, 2 * (1 + beyond) / (1 + len(changes)))
+        if not beyond:
+            spread = float(changes.std())
+            p = min(p, math.erfc(abs(after - before) / spread / math.sqrt(2)) if spread else 0.0)
+        p = max(p, 2.0 ** (1 - units))
+    return Difference(before, after, after - before, low, high, p, units)
 
 
-def _both(prediction: str, record: Record, geometry: Geometry) -> tuple[Parsed, Parsed]:
-    """The prediction and the record's own answer as its task reads them."""
-    parse = TASKS[record.task].parse
-    return parse(prediction, geometry), parse(last_turn(record, geometry).answer, geometry)
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values, corrected for their number (Holm 1979)."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    corrected, least = [0.0] * len(p_values), 0.0
+    for place, i in enumerate(order):
+        least = max(least, min(1.0, (len(order) - place) * p_values[i]))
+        corrected[i] = least
+    return corrected
 
 
-def vqa_exact(prediction: str, record: Record, geometry: Geometry) -> float:
-    """1 if the prediction equals the answer, both in lower case, with single spaces and without a final full stop."""
-    return float(normalise(prediction) == normalise(last_turn(record, geometry).answer))
+def _interval(values: Floats) -> tuple[float, float]:
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return math.nan, math.nan
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
 
 
-def text_exact(prediction: str, record: Record, geometry: Geometry) -> float:
-    """1 if the prediction equals the answer but for white space; case and punctuation count."""
-    return float(prediction.split() == last_turn(record, geometry).answer.split())
+def _resampled(prepared: Sequence[Prepared], seed: int, resamples: int) -> list[Floats]:
+    """The values of each on the same resamples."""
+    if any(isinstance(one, Unsplittable) for one in prepared):
+        return [np.full(resamples, np.nan) for _ in prepared]
+    sums = [one for one in prepared if isinstance(one, Sums)]
+    if len(sums) == len(prepared):
+        # Units with equal addends are counted together. A resample is then one multinomial draw
+        # over the kinds of units, which has the same distribution and is cheap.
+        rows, counts = np.unique(np.concatenate([one.rows for one in sums], axis=1), axis=0, return_counts=True)
+        widths = np.cumsum([one.rows.shape[1] for one in sums])[:-1]
+        parts = np.split(rows, widths, axis=1)
+        prepared = [Sums([""] * len(rows), part, one.finish) for part, one in zip(parts, sums, strict=True)]
+    else:
+        counts = np.ones(len(prepared[0].units), dtype=np.int64)
+    generator, total = np.random.default_rng(seed), int(counts.sum())
+    at_once = max(1, 2**22 // len(counts))
+    chunks: list[list[Floats]] = [[] for _ in prepared]
+    for start in range(0, resamples, at_once):
+        draws = generator.multinomial(total, counts / total, size=min(at_once, resamples - start))
+        for values, one in zip(chunks, prepared, strict=True):
+            values.append(one.values(draws))
+    return [np.concatenate(values) for values in chunks]
 
 
-def yes_no(prediction: str, record: Record, geometry: Geometry) -> float:
-    """1 if the prediction begins with the right one of the words yes and no, in any case: "No.", "yes, it is"."""
-    predicted, true = _both(prediction, record, geometry)
-    return float(predicted.formed and predicted.answer == true.answer)
+def to_json(value: Estimate, metric: Metric) -> dict[str, Any]:
+    """An estimate with the metric's name and unit. JSON lacks NaN, so None stands for it."""
+    numbers = {"value": value.value, "low": value.low, "high": value.high}
+    return {"measure": metric.name, "percent": metric.percent, **{key: defined(n) for key, n in numbers.items()}}
 
 
-def choice(prediction: str, record: Record, geometry: Geometry) -> float:
-    """1 if the prediction begins with the right choice's letter and names no other: "B", "b", "(B)", "B. text"; "Blue"
-    is no letter, and "A. cat B. dog" names two."""
-    true = TASKS[record.task].parse(last_turn(record, geometry).answer, geometry)
-    return float(true.formed and read_letter(prediction, _options(record)) == true.answer)
+def defined(number: float) -> float | None:
+    """The number, or None for NaN, which JSON lacks."""
+    return None if math.isnan(number) else number
 
 
-def _options(record: Record) -> Sequence[str]:
-    """The texts of the choices; of finished turns those that the question lists."""
-    return record.choices or _OPTION.findall(record.turns[-1].question if record.turns else "")
-
-
-def _names_letter(prediction: str, record: Record | None = None) -> bool:
-    return read_letter(prediction, _options(record) if record else ()) is not None
-
-
-def caption_f1(prediction: str, record: Record, geometry: Geometry) -> float:
-    """Harmonic mean of precision and recall of words (letters and digits, lower case), counted as often as they occur
-    in both: the token F1 of SQuAD (Rajpurkar et al. 2016), articles kept."""
-    return _words_f1(prediction, last_turn(record, geometry).answer)
-
-
-def box_iou50(prediction: str, record: Record, geometry: Geometry) -> float:
-    """1 if the first box of the prediction and the true box have an intersection over union of at least 0.5, in the
-    padded square: the accuracy of referring expression comprehension (Mao et al. 2016)."""
-    predicted, true = (parsed.boxes for parsed in _both(prediction, record, geometry))
-    return float(bool(predicted and true) and iou(predicted[0], true[0]) >= IOU_THRESHOLD)
-
-
-def detection_f1(prediction: str, record: Record, geometry: Geometry) -> float:
-    """F1 of boxes, matched one to one, best overlap first, at an intersection over union of at least 0.5. Where there
-    is nothing to find, 1 for the answer "None", else 0."""
-    predicted, true = _both(prediction, record, geometry)
-    if not true.boxes:
-        return float(predicted.formed and not predicted.boxes)
-    return _matched_f1([("", box) for box in predicted.boxes], [("", box) for box in true.boxes])
-
-
-def grounded_f1(prediction: str, record: Record, geometry: Geometry) -> float:
-    """F1 of pairs of a phrase and a box: matched one to one where the phrases are equal but for case and white space
-    and the boxes' intersection over union is at least 0.5, best overlap first."""
-    predicted, true = _both(prediction, record, geometry)
-    return _matched_f1(_pairs(predicted), _pairs(true))
-
-
-def grounded_answer(prediction: str, record: Record, geometry: Geometry) -> float:
-    """Mean of two scores: the F1 of the words without the boxes, as in caption_f1, and the F1 of the pairs of a phrase
-    and a box, as in grounded_f1."""
-    words = (_without_boxes(text, geometry) for text in (prediction, last_turn(record, geometry).answer))
-    return (_words_f1(*words) + grounded_f1(prediction, record, geometry)) / 2
-
-
-def ocr_exact(prediction: str, record: Record, geometry: Geometry) -> float:
-    """1 if the texts given with a box are the true ones in the same order; where the boxes lie is not judged."""
-    predicted, true = ([place.phrase for place in parsed.places] for parsed in _both(prediction, record, geometry))
-    return float(bool(true) and predicted == true)
-
-
-def edit_similarity(prediction: str, record: Record, geometry: Geometry) -> float:
-    """1 minus the edit distance (Levenshtein 1966) of the prediction to the true text, divided by the length of the
-    longer; each line's white space counts as single blanks, case counts."""
-    predicted, true = (
-        "\n".join(" ".join(place.phrase.split()) for place in parsed.places)
-        for parsed in _both(prediction, record, geometry)
-    )
-    return similarity(predicted, true) if predicted or true else 0.0
-
-
-def keypoint_pck(prediction: str, record: Record, geometry: Geometry) -> float:
-    """Share of the labelled keypoints whose predicted point of the same name lies within 0.1 of the diagonal of the
-    person's box: the percentage of correct keypoints (Yang and Ramanan 2013), there with the box's longer side."""
-    predicted, true = (_named_points(parsed.places) for parsed in _both(prediction, record, geometry))
-    if not true:
-        return 0.0
-    x1, y1, x2, y2 = _persons_box(record, geometry, list(true.values()))
-    reach = PCK_ALPHA * math.hypot(x2 - x1, y2 - y1)
-    hits = sum(name in predicted and math.dist(predicted[name], point) <= reach for name, point in true.items())
-    return hits / len(true)
-
-
-def none(prediction: str, record: Record, geometry: Geometry) -> float:
-    """Always 0: for tasks whose answers have no score of their own, such as plain text; results leave them out."""
-    return 0.0
-
-
-def _words(text: str) -> Counter[str]:
-    return Counter(re.findall(r"\w+", text.lower()))
-
-
-def _words_f1(text: str, truth: str) -> float:
-    predicted, true = _words(text), _words(truth)
-    return _f1((predicted & true).total(), predicted.total(), true.total())
-
-
-def _without_boxes(text: str, geometry: Geometry) -> str:
-    return "".join(part if isinstance(part, str) else part.phrase for part in geometry.cut_grounded(text))
-
-
-def _pairs(parsed: Parsed) -> list[tuple[str, Box4]]:
-    return [(normalise(place.phrase), box) for place in parsed.places for box in place.boxes]
-
-
-def _named_points(places: Sequence[Grounded]) -> dict[str, Point2]:
-    """The first point of each name: a second one does not give a second chance."""
-    return {normalise(place.phrase): place.points[0] for place in reversed(places) if place.points}
-
-
-def _persons_box(record: Record, geometry: Geometry, points: Sequence[Point2]) -> Box4:
-    """In fractions: the question's, or the record's where the question names the person by a phrase; at last the
-    keypoints' own extent."""
-    if boxes := geometry.parse_boxes(last_turn(record, geometry).question):
-        return boxes[0]
-    if record.regions and record.sizes:
-        return to_square(record.regions[0].box, record.sizes[0])
-    xs, ys = zip(*points, strict=True)
-    return min(xs), min(ys), max(xs), max(ys)
-
-
-def _f1(hits: int, predicted: int, true: int) -> float:
-    return 2 * hits / (predicted + true) if hits else 0.0
-
-
-def _matched_f1(predicted: Sequence[tuple[str, Box4]], true: Sequence[tuple[str, Box4]]) -> float:
-    """F1 of a greedy one-to-one matching, best overlap first, between labelled boxes with equal labels."""
-    overlaps = sorted(
-        (
-            (iou(box, truth), i, j)
-            for i, (label, box) in enumerate(predicted)
-            for j, (true_label, truth) in enumerate(true)
-            if label == true_label
-        ),
-        key=lambda overlap: (-overlap[0], overlap[1:]),
-    )
-    used_predicted: set[int] = set()
-    used_true: set[int] = set()
-    for overlap, i, j in overlaps:
-        if overlap >= IOU_THRESHOLD and i not in used_predicted and j not in used_true:
-            used_predicted.add(i)
-            used_true.add(j)
-    return _f1(len(used_true), len(predicted), len(true))
-
-
-register("vqa_exact", vqa_exact)
-register("text_exact", text_exact)
-register("yes_no", yes_no, _formed(read_yes_no))
-register("choice", choice, _names_letter)
-register("caption_f1", caption_f1)
-register("box_iou50", box_iou50, _formed(read_boxes))
-register("detection_f1", detection_f1, _formed(read_detection))
-register("grounded_f1", grounded_f1, _formed(read_grounded))
-register("grounded_answer", grounded_answer, _formed(read_grounded))
-register("ocr_exact", ocr_exact, _formed(read_ocr))
-register("edit_similarity", edit_similarity, _formed(read_lines))
-register("keypoint_pck", keypoint_pck, _formed(read_keypoints))
-register("none", none)
+def number_text(value: float | None, percent: bool) -> str:
+    """A metric's value with one decimal; shares are in per cent."""
+    return "–" if value is None else f"{100 * value if percent else value:.1f}"

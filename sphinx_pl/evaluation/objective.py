@@ -1,4 +1,5 @@
-"""What makes one model better than another: a mean of held-out losses or of scores, with its uncertainty."""
+"""The objective of a choice between models: a mean of held-out losses or of scores, with its
+uncertainty."""
 
 from __future__ import annotations
 
@@ -12,63 +13,69 @@ from torch import Tensor
 from sphinx_pl.evaluation.losses import SourceLoss
 from sphinx_pl.utils.errors import UserError, suggest
 
-Measures = Mapping[str, SourceLoss]
-"""By name: `loss/SOURCE` in nats a token, lower is better; `score/TASK` from 0 to 1, higher is better."""
+Measurements = Mapping[str, SourceLoss]
+"""Losses and scores by name: `loss/SOURCE` in nats a token, `score/TASK` from 0 to 1."""
 
 LOSS, SCORE = "loss", "score"
 
 
 @dataclass(frozen=True)
-class Criterion:
+class Objective:
     """`loss` or `score`: the mean of all of that kind, each counting alike; or one of them by name."""
 
-    said: str = LOSS
+    name: str = LOSS
 
     def __post_init__(self) -> None:
-        kind = self.said.partition("/")[0]
+        kind = self.name.partition("/")[0]
         if kind not in (LOSS, SCORE):
-            raise UserError(f"criterion={self.said} must be loss, score, loss/SOURCE or score/TASK")
+            raise UserError(f"objective={self.name} must be loss, score, loss/SOURCE or score/TASK")
 
     @property
     def lower(self) -> bool:
         """Whether lower is better."""
-        return self.said.startswith(LOSS)
+        return self.name.startswith(LOSS)
 
-    def names(self, measures: Iterable[str]) -> list[str]:
-        """Of those measures that it is made of.
+    def names(self, measurements: Iterable[str]) -> list[str]:
+        """The names among `measurements` that the objective is the mean of.
 
         Raises:
             UserError: there are none.
         """
-        known = list(measures)
-        found = [name for name in known if self.said in (name, name.partition("/")[0])]
-        if not found:
-            raise UserError(f"criterion={self.said} is not measured: {suggest(self.said, known)}")
-        return found
+        available = list(measurements)
+        names = [name for name in available if self.name in (name, name.partition("/")[0])]
+        if not names:
+            raise UserError(f"objective={self.name} is not measured: {suggest(self.name, available)}")
+        return names
 
-    def value(self, measures: Measures) -> float:
-        names = self.names(measures)
-        return math.fsum(measures[name].mean for name in names) / len(names)
+    def value(self, measurements: Measurements) -> float:
+        names = self.names(measurements)
+        return math.fsum(measurements[name].mean for name in names) / len(names)
 
-    def cost(self, measures: Measures) -> float:
-        """Lower is better. Infinite where the value is no number: a model that computes NaN is never the best."""
-        value = self.value(measures)
+    def cost(self, measurements: Measurements) -> float:
+        """The value with its sign such that lower is better. It is infinite for NaN, so a broken
+        model is never best."""
+        value = self.value(measurements)
         return (value if self.lower else -value) if math.isfinite(value) else math.inf
 
     def check(self, best: float) -> None:
-        """Raises: UserError: the lowest cost that was found is no number."""
+        """Check the lowest cost of all evaluated models.
+
+        Raises:
+            UserError: it is no number.
+        """
         if not math.isfinite(best):
             raise UserError(
-                f"no model or mixture that was evaluated has a {self.said} that is a number: their weights are too "
-                "large to compute with, or broken"
+                f"no evaluated model or mixture has a finite {self.name}: their weights are too large to compute "
+                "with, or broken"
             )
 
 
-def resampled(points: Sequence[Measures], names: Sequence[str], resamples: int = 1000, seed: int = 0) -> Tensor:
-    """The mean of the measures `names` at every point [resamples, points], under a bootstrap over samples.
+def resampled(points: Sequence[Measurements], names: Sequence[str], resamples: int = 1000, seed: int = 0) -> Tensor:
+    """The mean of the measurements `names` at every point [resamples, points], under a bootstrap
+    over samples.
 
-    All points are given the same samples each time: what makes a sample hard is common to them, so their differences
-    are much surer than they themselves (Efron & Tibshirani 1993, paired).
+    All points get the same samples each time (paired, Efron & Tibshirani 1993). A hard sample is
+    hard for all of them, so their differences are more certain than their values.
     """
     generator = torch.Generator().manual_seed(seed)
     means = torch.zeros(resamples, len(points), dtype=torch.float64)
@@ -76,8 +83,8 @@ def resampled(points: Sequence[Measures], names: Sequence[str], resamples: int =
         sums = torch.stack([point[name].sums for point in points])  # [points, samples]
         counts = torch.stack([point[name].tokens for point in points])
         samples = sums.shape[1]
-        for row in means:  # a resample at a time: all at once would be points times as much memory
-            drawn = torch.randint(samples, (samples,), generator=generator)
-            times = torch.bincount(drawn, minlength=samples).double()
+        for row in means:  # one resample at a time: all at once would take `points` times the memory
+            draws = torch.randint(samples, (samples,), generator=generator)
+            times = torch.bincount(draws, minlength=samples).double()
             row += (sums @ times) / (counts @ times) / len(names)
     return means

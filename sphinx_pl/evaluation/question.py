@@ -1,7 +1,8 @@
-"""What a model is asked: a record without its answer.
+"""The question of a record, without its answer.
 
-A record becomes a `Question` before anything is asked. Prompts, batches, candidates and answers are made of questions
-alone, so the part that asks cannot see the truth. The record comes back when the answer is final, to score it.
+A record becomes a `Question` before anything is asked. Prompts, batches, candidates and answers
+depend on questions alone, so the part that asks cannot see the truth. The record returns when the
+answer is final, to score it.
 """
 
 from __future__ import annotations
@@ -28,10 +29,13 @@ _ALTERNATIVE = re.compile(r"\bor\b", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """All that the asking part gets.
+    """All that the part that asks gets.
 
-    `earlier`: the turns of a conversation before this one, with their answers. `text`: the question in the evaluation
-    wording. `limit`: tokens of the answer. `candidates`: every answer that the question allows, () where it is open.
+    Attributes:
+        earlier: the turns of a conversation before this one, with their answers.
+        text: the question in the evaluation wording.
+        limit: the longest answer in tokens.
+        candidates: every answer that the question allows, () where it is open.
     """
 
     key: str
@@ -45,7 +49,8 @@ class Question:
         """The question's ids, with a slot for each visual token of its images.
 
         Raises:
-            BadSample: an image whose size is needed cannot be read, or `<image>` marks do not fit the images.
+            BadSample: an image whose size is needed cannot be read, or `<image>` marks do not fit
+                the images.
         """
         turns = (*self.earlier, Turn(self.text, _BLANK))
         return processor.prompt(Record(self.key, "chat", self.images, turns=turns))
@@ -60,11 +65,12 @@ def question_of(
     """The question of a record's last turn.
 
     Args:
-        limit: tokens of the answer, instead of the task's own.
-        closed: the answers that a benchmark's questions allow, () for open ones. None: the question's words tell.
+        limit: the longest answer in tokens, instead of the task's own.
+        closed: the answers that a benchmark's questions allow, () for open ones. None: the
+            question's words decide.
 
     Raises:
-        BadSample: the record lacks what its task needs, so that its answer could not be scored either.
+        BadSample: the record lacks what its task needs, so its answer could not be scored either.
     """
     *earlier, last = TASKS[record.task].turns(record, geometry, None)
     if record.task == "multiple_choice":
@@ -74,15 +80,16 @@ def question_of(
     else:
         candidates = ("yes", "no") if _short(record.task) and asks_yes_no(last.question) else ()
     limit = limit or TASKS[record.task].max_new_tokens
-    # Whether coordinates are about an image follows from the task and the question, not from the answer.
-    asked = dataclasses.replace(record, turns=(*earlier, Turn(last.question, "")))
-    return Question(record.key, annotated_images(asked), tuple(earlier), last.question, limit, candidates)
+    # Whether an image has coordinates follows from the task and the question, not from the answer.
+    without_answer = dataclasses.replace(record, turns=(*earlier, Turn(last.question, "")))
+    return Question(record.key, annotated_images(without_answer), tuple(earlier), last.question, limit, candidates)
 
 
 def asked_task(record: Record) -> str:
-    """The record's task as far as its question tells it: of yes_no and short_vqa the one that the words ask for.
+    """The record's task as its question tells it: for yes_no and short_vqa, the one that the words
+    ask for.
 
-    Questions are drawn, shown and grouped by this name. It stays the same whatever the true answer is.
+    Questions are drawn, shown and grouped by this name. It does not depend on the true answer.
     """
     if record.task not in ("yes_no", "short_vqa"):
         return record.task
@@ -90,9 +97,10 @@ def asked_task(record: Record) -> str:
 
 
 def asks_yes_no(question: str) -> bool:
-    """Whether a question begins with a verb that asks for yes or no ("Is", "Does") and offers no alternative ("or").
+    """Whether a question begins with a verb that asks for yes or no ("Is", "Does") and offers no
+    alternative ("or").
 
-    The task does not tell: converters call a question yes_no where its answer is yes or no.
+    The task does not decide: converters call a question yes_no where its answer is yes or no.
     """
     line = question.strip().partition("\n")[0]
     return _POLAR.match(line) is not None and not _ALTERNATIVE.search(line)

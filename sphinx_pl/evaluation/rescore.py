@@ -1,4 +1,5 @@
-"""Score an evaluation's answers again, without the model: after a metric was changed, or to see that it was not.
+"""Score an evaluation's answers again, without the model: after a scorer changed, or to check that
+none did.
 
 python -m sphinx_pl.evaluation.rescore FOLDER
 """
@@ -27,19 +28,19 @@ from sphinx_pl.evaluation.results import (
     write_predictions,
     write_results,
 )
-from sphinx_pl.evaluation.runner import Prediction, judge
+from sphinx_pl.evaluation.runner import Prediction, score_answer
 from sphinx_pl.runtime.hydra_app import report as report_error
 from sphinx_pl.utils.errors import UserError
 
 
 def rescore(folder: Path, seed: int | None = None) -> int:
-    """Rewrites the folder's predictions, baselines and results.
+    """Rewrite the folder's predictions, baselines and results.
 
     Args:
-        seed: of the bootstrap; None is the evaluation's.
+        seed: the bootstrap's seed; None is the evaluation's.
 
     Returns:
-        How many predictions have another score than before.
+        The number of predictions whose score changed.
 
     Raises:
         UserError: the folder holds no evaluation, or a damaged one.
@@ -47,49 +48,50 @@ def rescore(folder: Path, seed: int | None = None) -> int:
     results = read_results(folder)
     geometry = Geometry(decimals=int(results["decimals"]))
     seed = int(results.get("options", {}).get("seed", 0)) if seed is None else seed
-    judges = {result["name"]: benchmark_of(result).judge for result in results["benchmarks"]}
+    scorers = {result["name"]: benchmark_of(result).score_answer for result in results["benchmarks"]}
     changed = 0
 
-    def anew(prediction: Prediction) -> Prediction:
+    def again(prediction: Prediction) -> Prediction:
         nonlocal changed
         try:
             record = to_record(prediction.record, prediction.key, Path(), prediction.task)
         except BadSample as error:
             raise UserError(f"'{folder}': {prediction.key} cannot be read ({error}): evaluate again") from None
         name = prediction.key.partition("/")[0] if prediction.benchmark else ""
-        found = judges.get(name, judge)(record, prediction.prediction, geometry, prediction.images)
-        changed += found.score != prediction.score
-        return found
+        scored = scorers.get(name, score_answer)(record, prediction.prediction, geometry, prediction.images)
+        changed += scored.score != prediction.score
+        return scored
 
-    predictions = [anew(prediction) for prediction in read_predictions(folder)]
-    baselines = {name: [anew(one) for one in found] for name in BASELINES if (found := read_predictions(folder, name))}
+    predictions = [again(prediction) for prediction in read_predictions(folder)]
+    baselines = {name: [again(one) for one in read_predictions(folder, name)] for name in BASELINES}
+    baselines = {name: answers for name, answers in baselines.items() if answers}
     groups = by_benchmark(predictions)
     results["rows"] = [row.to_dict() for row in summarise(groups.get("", []), baselines, seed)]
     results["benchmarks"] = [
         Questions(result["name"], benchmark_of(result), (), result["lost"]).result(groups[result["name"]], {}, seed)
         for result in results["benchmarks"]
     ]
-    for name, found in {PREDICTIONS: predictions, **baselines}.items():
-        write_predictions(folder, name, found)
+    for name, answers in {PREDICTIONS: predictions, **baselines}.items():
+        write_predictions(folder, name, answers)
     write_results(folder, results)
     return changed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0, or 2 with one line that says what is wrong."""
+    """The exit status: 0, or 2 after one line that names the mistake."""
     parser = argparse.ArgumentParser(
         prog="python -m sphinx_pl.evaluation.rescore",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", type=Path, help="what evaluate.py wrote to")
+    parser.add_argument("folder", type=Path, help="the folder that evaluate.py wrote to")
     options = parser.parse_args(arguments)
     try:
         changed = rescore(options.folder)
     except UserError as error:
         return report_error(error)
-    said = f"{changed} scores changed" if changed else "No score changed"
-    Console().print(f"{said}: {options.folder / 'results.json'}", highlight=False, markup=False, soft_wrap=True)
+    outcome = f"{changed} scores changed" if changed else "No score changed"
+    Console().print(f"{outcome}: {options.folder / 'results.json'}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

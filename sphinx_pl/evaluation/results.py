@@ -1,4 +1,5 @@
-"""The files of an evaluation: predictions, from which everything else can be made again, and the results."""
+"""The files of an evaluation: the predictions, from which the rest can be computed again, and the
+results."""
 
 from __future__ import annotations
 
@@ -18,13 +19,13 @@ BASELINES = ("shuffled", "constant")
 
 
 def write_predictions(folder: Path, name: str, predictions: Sequence[Prediction]) -> None:
-    """To `name`.jsonl, a line each."""
+    """Write `name`.jsonl with a line for each prediction."""
     lines = (json.dumps(prediction.to_dict(), ensure_ascii=False) for prediction in predictions)
     write_whole(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
 
 
 def read_predictions(folder: Path, name: str = PREDICTIONS) -> list[Prediction]:
-    """What `write_predictions` wrote; nothing of a baseline that was not asked.
+    """The predictions that `write_predictions` wrote; none for a baseline that was not asked.
 
     Raises:
         UserError: no such file, or it is damaged.
@@ -35,7 +36,7 @@ def read_predictions(folder: Path, name: str = PREDICTIONS) -> list[Prediction]:
             return []
         raise UserError(f"'{folder}' has no {path.name}: give the folder that evaluate.py wrote to (out=)")
     try:
-        # Bytes: a text would be divided at U+2028 and its like too, which answers may have.
+        # Bytes, since lines of a text would also end at U+2028, which answers may have.
         return [Prediction.from_dict(json.loads(line)) for line in path.read_bytes().splitlines()]
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"'{path}' is damaged ({type(error).__name__}: {error}): evaluate again") from None
@@ -46,17 +47,16 @@ def write_results(folder: Path, results: Mapping[str, Any]) -> None:
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """results.json.
+    """The content of results.json.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: it does not exist, or it is damaged.
     """
     path = folder / RESULTS
     if not path.is_file():
         raise UserError(f"'{folder}' has no {RESULTS}: give the folder that evaluate.py wrote to (out=)")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return {"rows": [], "benchmarks": [], **found}
+        return {"rows": [], "benchmarks": [], **json.loads(path.read_text(encoding="utf-8"))}
     except (ValueError, TypeError) as error:
         raise UserError(f"'{path}' is damaged ({error}): evaluate again") from None
 
@@ -65,13 +65,13 @@ def benchmark_of(result: Mapping[str, Any]) -> Benchmark:
     """The benchmark of an entry of results.json, without its files.
 
     Raises:
-        UserError: there is no such kind (any more).
+        UserError: this version has no such kind.
     """
     return BENCHMARKS[result["kind"]](None, result["split"])
 
 
 def by_benchmark(predictions: Sequence[Prediction]) -> dict[str, list[Prediction]]:
-    """Predictions by the name that the benchmark has in the configuration; "" are those of test sources."""
+    """The predictions by the configured name of their benchmark; "" stands for test sources."""
     groups: dict[str, list[Prediction]] = {}
     for prediction in predictions:
         name = prediction.key.partition("/")[0] if prediction.benchmark else ""

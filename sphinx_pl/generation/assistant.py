@@ -1,4 +1,4 @@
-"""A trained model for scripts: load once, then ask.
+"""A trained model for scripts: load it once, then ask it questions.
 
 assistant = Assistant.load("outputs/demo/finetune/model")
 assistant.generate([Dialog("What is in the image?", images=["docs/shapes.jpg"])])
@@ -21,7 +21,7 @@ from sphinx_pl.data.prompt_format import END_OF_TURN, escaped, unescaped
 from sphinx_pl.data.schema import PLACEHOLDER, ImageRef, Record, Turn
 from sphinx_pl.data.skip import BadSample
 from sphinx_pl.generation.generate import GenerationConfig, Prompt, generate, place_images, stream
-from sphinx_pl.generation.likelihood import answer_logprobs
+from sphinx_pl.generation.loglikelihood import answer_loglikelihoods
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.runtime.device import autocast, check_precision, choose_device
 from sphinx_pl.utils.errors import UserError
@@ -30,33 +30,35 @@ Picture = str | Path | bytes | Image.Image
 
 
 class BadDialog(UserError):  # noqa: N818
-    """One dialog that cannot be asked; others can."""
+    """One dialog cannot be asked. Other dialogs can."""
 
 
 @dataclass(frozen=True)
 class Dialog:
-    """A question, the turns before it, and the images it is about (before the text, or where `<image>` stands)."""
+    """A question, the turns before it, and its images (before the text, or where `<image>`
+    stands).
+    """
 
     question: str
     images: Sequence[Picture] = ()
     history: Sequence[Turn] = field(default=())
 
     def answered(self, answer: str, question: str) -> Dialog:
-        """This dialog with its answer, and the next question."""
+        """Return this dialog with its answer, and the next question."""
         return replace(self, question=question, history=(*self.history, Turn(self.question, answer)))
 
 
 def typed(text: str) -> str:
-    """What a person typed or a model wrote, where the images are given: a mark for one is text like any other.
+    """Return text of a person or a model in which the mark of an image is ordinary text.
 
-    Half characters, as bytes become that are no UTF-8, are question marks.
+    Lone surrogates, which stand for bytes that are not UTF-8, become question marks.
     """
     text = text.encode(errors="replace").decode()
     return text.replace(PLACEHOLDER, f"{PLACEHOLDER[:-1]} >")
 
 
 class Assistant:
-    """A model, its prompt format and where it runs."""
+    """A model, its prompt format and its device."""
 
     def __init__(self, model: Sphinx, processor: Processor, precision: str = "fp32") -> None:
         self.model = model.eval()
@@ -66,71 +68,79 @@ class Assistant:
 
     @classmethod
     def load(cls, path: str | Path, device: str = "auto", precision: str = "fp32") -> Assistant:
-        """From a checkpoint of any layout, the original's folders included.
+        """Load a checkpoint of any layout, including the folders of the original.
 
         Args:
             device: auto, cpu, cuda or cuda:N.
-            precision: fp32 or bf16 (the weights' own dtype then, and autocast).
+            precision: fp32 or bf16 (bf16 weights, and autocast).
 
         Raises:
-            UserError: no such checkpoint or device, or the checkpoint is damaged.
+            UserError: there is no such checkpoint or device, or the checkpoint is damaged.
         """
         check_precision(precision)
-        where = choose_device(device)
+        target = choose_device(device)
         checkpoint = open_checkpoint(path)
         processor = Processor.from_dict(checkpoint.processor, checkpoint.tokenizer_file, checkpoint.model_config)
         with torch.device("meta"):
             model = Sphinx(checkpoint.model_config)
         checkpoint.check(model)
-        model = model.to(torch.bfloat16 if precision == "bf16" else torch.float32).to_empty(device=where)
+        model = model.to(torch.bfloat16 if precision == "bf16" else torch.float32).to_empty(device=target)
         checkpoint.load_into(model)
         return cls(model, processor, precision)
 
     def generate(self, dialogs: Sequence[Dialog], config: GenerationConfig | None = None) -> list[str]:
-        """The answers, generated in one batch. They end at the decoder's last position if not before.
+        """Return the answers, generated in one batch.
+
+        They end at the decoder's last position at the latest.
 
         Raises:
-            UserError: an image that cannot be read, or a dialog that leaves no room for an answer.
+            UserError: an image cannot be read, or a dialog leaves no room for an answer.
         """
         return self.answer(self._prompts(dialogs, config), config)
 
     def answer(self, prompts: Sequence[Prompt], config: GenerationConfig | None = None) -> list[str]:
-        """The answers to what `prompt` made, generated in one batch."""
+        """Return the answers to prompts of `prompt`, generated in one batch."""
         with autocast(self.device, self.precision):
             return [self.processor.decode(ids) for ids in generate(self.model, prompts, self._end(config))]
 
     def likelihoods(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[tuple[float, bool]]:
-        """Of each answer to what `prompt` made, in one batch: the sum of its tokens' log-probabilities (nats), and
-        whether it is the greedy one. The end of the answer is not part of it.
+        """Return the log-probability of each answer (nats), and whether it is the greedy answer.
+
+        All prompts, made by `prompt`, are read in one batch. The sum does not include the end of
+        the answer.
 
         Raises:
-            UserError: an answer that is blank or longer than its prompt leaves room for.
+            UserError: an answer is blank, or longer than its prompt leaves room for.
         """
         with autocast(self.device, self.precision):
-            return answer_logprobs(self.model, prompts, [self.encode_answer(answer) for answer in answers])
+            return answer_loglikelihoods(self.model, prompts, [self.encode_answer(answer) for answer in answers])
 
     def encode_answer(self, answer: str) -> list[int]:
-        """An answer's tokens, those of training."""
+        """Return an answer's tokens as in training."""
         return self.processor.encode_answer(answer)
 
     def stream(self, dialogs: Sequence[Dialog], config: GenerationConfig | None = None) -> Iterator[list[str]]:
-        """As `generate`, but yields what there is of every answer after each token; the last are the answers."""
+        """Yield every answer so far after each token. The last texts are those of `generate`."""
         steps = stream(self.model, self._prompts(dialogs, config), self._end(config))
         ids: list[list[int]] = []
-        shown: list[str] = []
+        texts: list[str] = []
         while True:
-            with autocast(self.device, self.precision):  # not while the caller's code runs
-                grown = next(steps, None)
-            if grown is None:
+            # only while this code runs, not the caller's
+            with autocast(self.device, self.precision):
+                next_ids = next(steps, None)
+            if next_ids is None:
                 break
-            ids, shown = grown, [_certain(self.processor.tokenizer.decode(answer)) for answer in grown]
-            yield shown
-        if (answers := [self.processor.decode(answer) for answer in ids]) != shown:  # what began was not an end
+            ids, texts = next_ids, [_certain(self.processor.tokenizer.decode(answer)) for answer in next_ids]
+            yield texts
+        # an apparent end was none
+        if (answers := [self.processor.decode(answer) for answer in ids]) != texts:
             yield answers
 
     @torch.no_grad()
     def compute_logits(self, dialog: Dialog, answer: str = "") -> Tensor:
-        """Logits [T, vocab] in float32 at every position of the prompt and, if given, the answer behind it."""
+        """Return float32 logits [T, vocab] at every position of the prompt and of the answer, if
+        one is given.
+        """
         (prompt,) = self._prompts([dialog], None)
         if answer:
             prompt.ids = prompt.ids + self.encode_answer(answer)
@@ -149,16 +159,17 @@ class Assistant:
         return [self.prompt(dialog, limit) for dialog in dialogs]
 
     def prompt(self, dialog: Dialog, limit: int) -> Prompt:
-        """What the model is given of a dialog, with room for an answer of at most `limit` tokens.
+        """Return the model's input for a dialog, with room for an answer of at most `limit` tokens.
 
         Raises:
-            BadDialog: an image that cannot be read, marks that do not agree with the images, or too long a dialog.
-            UserError: an image for a model without vision.
+            BadDialog: an image cannot be read, marks do not match the images, or the dialog is too
+                long.
+            UserError: the dialog has an image, but the model has no vision part.
         """
         if dialog.images and self.model.mixer is None:
             raise UserError("this model has no vision part (model.vision=null): ask it without an image")
         pictures = [open_picture(picture) for picture in dialog.images]
-        # The records' images are only counted here: pixels are given beside them.
+        # The record's images are only counted; the pixels are given beside them.
         refs = tuple(ImageRef(str(number)) for number in range(len(pictures)))
         turns = (*dialog.history, Turn(dialog.question, "-"))
         try:
@@ -171,13 +182,13 @@ class Assistant:
         if room < 1:
             raise BadDialog(
                 f"this dialog has {len(prompt.ids)} tokens, which leaves no room for an answer in the decoder's "
-                f"{self.model.config.decoder.max_positions} positions: begin a new one, or ask less"
+                f"{self.model.config.decoder.max_positions} positions: begin a new dialog, or ask a shorter question"
             )
         return Prompt(prompt.ids, torch.stack(pixels) if pixels else None, min(limit, room), prompt.seen)
 
 
 def open_picture(picture: Picture) -> Image.Image:
-    """A path, encoded bytes or a picture -> an RGB picture.
+    """Return an RGB picture of a path, encoded bytes or a picture.
 
     Raises:
         BadDialog: it cannot be read, or is too large.
@@ -192,7 +203,9 @@ def open_picture(picture: Picture) -> Image.Image:
 
 
 def _certain(text: str) -> str:
-    """What of a growing answer can be shown: not a character or an end of turn that has only begun."""
+    """Return the part of a growing answer that is certain, without an incomplete character or end
+    of turn.
+    """
     text = text.split(END_OF_TURN)[0].rstrip("\ufffd")
     for mark in (END_OF_TURN, escaped(END_OF_TURN)):
         for length in range(len(mark) - 1, 0, -1):

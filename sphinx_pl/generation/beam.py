@@ -1,7 +1,8 @@
-"""Beam search: of many answers that grow side by side, the most probable one.
+"""Beam search: several answers grow side by side, and the most probable one wins.
 
-Which ones go on, when a search ends and how answers of different length are compared is as in transformers' `generate`
-with `num_beams` and its default `early_stopping=False`. Shapes: B prompts, N beams, V pieces.
+The choice of beams, the end of a search and the comparison of lengths follow transformers'
+`generate` with `num_beams` and its default `early_stopping=False`. Shapes: B prompts, N beams, V
+pieces.
 """
 
 from __future__ import annotations
@@ -19,14 +20,20 @@ from sphinx_pl.models.sphinx import Sphinx
 
 @dataclass(frozen=True, slots=True)
 class Hypothesis:
-    """Tokens of an answer, and its score: the sum of their log-probabilities; of a finished one, by its length."""
+    """The tokens of an answer and its score, the sum of their log-probabilities.
+
+    The score of a finished answer is divided by its length.
+    """
 
     tokens: tuple[int, ...] = ()
     score: float = 0.0
 
 
 class Search:
-    """The beams of one prompt. `running` are at most `num_beams`, best first; `finished` as well."""
+    """The beams of one prompt.
+
+    `running` and `finished` hold at most `num_beams` each, best first.
+    """
 
     def __init__(self, limit: int, config: GenerationConfig) -> None:
         self.limit = limit
@@ -37,7 +44,9 @@ class Search:
 
     @property
     def candidates(self) -> int:
-        """How many `advance` needs so that every beam can go on, whichever of them end an answer."""
+        """The number of candidates that `advance` needs, so that every beam can continue although
+        others end.
+        """
         config = self.config
         ends = (config.eos_id is not None) + len(config.stop)
         return config.num_beams * max(2, 1 + ends)
@@ -48,7 +57,8 @@ class Search:
         return list(self.finished[0].tokens)
 
     def advance(self, candidates: Sequence[tuple[float, int, int]]) -> list[tuple[int, int]]:
-        """Let the best candidates go on; (beam, token) of each, which is the new order of the beams.
+        """Continue with the best candidates, and return the (beam, token) of each, which is the new
+        order of the beams.
 
         Args:
             candidates: (sum of log-probabilities with this token, beam, token), best first.
@@ -57,27 +67,30 @@ class Search:
         length = len(self.running[0].tokens) + 1
         running: list[Hypothesis] = []
         finished = list(self.finished)
-        chosen: list[tuple[int, int]] = []
+        choices: list[tuple[int, int]] = []
         for rank, (score, beam, token) in enumerate(candidates):
             answer = list(self.running[beam].tokens)
             if append(answer, token, self.limit, self.config):
-                if rank < beams:  # the others are there to fill the beams
+                if rank < beams:  # Lower ranks only fill the beams.
                     finished.append(Hypothesis(tuple(answer), score / length**power))
             elif len(running) < beams:
                 running.append(Hypothesis(tuple(answer), score))
-                chosen.append((beam, token))
+                choices.append((beam, token))
         self.finished = sorted(finished, key=lambda answer: answer.score, reverse=True)[:beams]
         full = len(self.finished) == beams
         self.done = not running or (full and running[0].score / length**power <= self.finished[-1].score)
         self.running = running
-        return chosen
+        return choices
 
 
 @torch.no_grad()
 def beam_search(
     model: Sphinx, prompts: Sequence[Prompt], limits: Sequence[int], config: GenerationConfig
 ) -> list[list[int]]:
-    """The new token ids of each prompt, all searched in one batch of B * N rows. The model is in eval mode."""
+    """Return the new token ids of each prompt, all searched in one batch of B * N rows.
+
+    The model is in eval mode.
+    """
     beams = config.num_beams
     searches = [Search(limit, config) for limit in limits]
     prefix = Prefix(model, prompts, max(limits))
@@ -96,13 +109,13 @@ def beam_search(
         for number, (search, scores, places) in enumerate(
             zip(searches, best.values.tolist(), best.indices.tolist(), strict=True)
         ):
-            chosen: list[tuple[int, int]] = []
+            choices: list[tuple[int, int]] = []
             if not search.done:
-                found = zip(scores, places, strict=True)
-                chosen = search.advance([(s, p // pieces, p % pieces) for s, p in found if s > -math.inf])
-            chosen += [(0, 0)] * (beams - len(chosen))  # rows that lead nowhere
-            rows += [number * beams + beam for beam, _ in chosen]
-            tokens += [token for _, token in chosen]
+                candidates = zip(scores, places, strict=True)
+                choices = search.advance([(s, p // pieces, p % pieces) for s, p in candidates if s > -math.inf])
+            choices += [(0, 0)] * (beams - len(choices))  # unused rows
+            rows += [number * beams + beam for beam, _ in choices]
+            tokens += [token for _, token in choices]
         if all(search.done for search in searches):
             return [search.best for search in searches]
         prefix.cache.reorder(torch.tensor(rows, device=device), prefix.length)

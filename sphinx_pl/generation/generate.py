@@ -1,4 +1,6 @@
-"""Batched generation with a key/value cache: greedy, sampled or searched with beams, with stop sequences."""
+"""Batched generation with a key/value cache and stop sequences: greedy, sampled or with beam
+search.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,12 @@ __all__ = ["GenerationConfig", "OperaConfig", "Prompt", "check_prompts", "genera
 
 
 def generate(model: Sphinx, prompts: Sequence[Prompt], config: GenerationConfig) -> list[list[int]]:
-    """The new token ids of each prompt, without eos or stop sequence. The model's mode is left as it was.
+    """Return the new token ids of each prompt, without eos or stop sequence.
+
+    The model's mode is restored.
 
     Raises:
-        UserError: slots that do not match the images, or a prompt too long for the decoder.
+        UserError: the slots do not match the images, or a prompt is too long for the decoder.
     """
     answers: list[list[int]] = []
     for answers in stream(model, prompts, config):  # noqa: B007
@@ -29,10 +33,10 @@ def generate(model: Sphinx, prompts: Sequence[Prompt], config: GenerationConfig)
 
 
 def stream(model: Sphinx, prompts: Sequence[Prompt], config: GenerationConfig) -> Iterator[list[list[int]]]:
-    """As `generate`, but yields what there is of every answer after each token.
+    """Yield all answers so far after each token. See `generate`.
 
-    The lists grow in place; the end of one that is not finished may be the beginning of a stop sequence. A search with
-    beams yields once, at its end: until then another beam may win.
+    The lists grow in place. The end of an unfinished answer may be the beginning of a stop
+    sequence. A beam search yields once, at its end, since another beam may win until then.
     """
     if not prompts:
         return
@@ -42,9 +46,9 @@ def stream(model: Sphinx, prompts: Sequence[Prompt], config: GenerationConfig) -
     model.eval()
     try:
         if config.opera is not None:
-            # One after the other: each goes back to another place.
-            each = zip(prompts, limits, strict=True)
-            yield [opera_search(model, prompt, limit, config, config.opera) for prompt, limit in each]
+            # Each prompt has its own search, since each goes back to another place.
+            pairs = zip(prompts, limits, strict=True)
+            yield [opera_search(model, prompt, limit, config, config.opera) for prompt, limit in pairs]
         elif config.num_beams > 1:
             yield beam_search(model, prompts, limits, config)
         else:
@@ -53,7 +57,7 @@ def stream(model: Sphinx, prompts: Sequence[Prompt], config: GenerationConfig) -
         model.train(was_training)
 
 
-@torch.no_grad()  # on a generator it holds while this runs, not while the caller does
+@torch.no_grad()  # on a generator it applies only while this code runs
 def _steps(
     model: Sphinx, prompts: Sequence[Prompt], limits: list[int], config: GenerationConfig
 ) -> Iterator[list[list[int]]]:
@@ -63,18 +67,21 @@ def _steps(
     answers: list[list[int]] = [[] for _ in prompts]
     done = [False] * len(prompts)
     while True:
-        chosen = _choose(model.decoder.logits(hidden_BD).float().cpu(), config, generator)
-        for row, token in enumerate(chosen.tolist()):
+        tokens = _choose(model.decoder.logits(hidden_BD).float().cpu(), config, generator)
+        for row, token in enumerate(tokens.tolist()):
             if not done[row]:
                 done[row] = append(answers[row], token, limits[row], config)
         yield answers
         if all(done):
             return
-        hidden_BD = prefix.follow(chosen.to(prefix.device)[:, None])[:, -1]
+        hidden_BD = prefix.follow(tokens.to(prefix.device)[:, None])[:, -1]
 
 
 def _choose(logits_BV: Tensor, config: GenerationConfig, generator: torch.Generator) -> Tensor:
-    """One token of each row, [B]. On the CPU in float32, so that a seed means the same on every device."""
+    """Return one token of each row, [B].
+
+    It runs on the CPU in float32, so a seed means the same on every device.
+    """
     if config.temperature == 0:
         return logits_BV.argmax(dim=-1)
     probabilities, order = (logits_BV / config.temperature).softmax(dim=-1).sort(dim=-1, descending=True)

@@ -1,10 +1,13 @@
-"""OPERA (Huang et al., CVPR 2024, arXiv 2311.17911): beam search that distrusts answers which lean on one of their own
-tokens ("summary tokens") instead of the image.
+"""OPERA (Huang et al., CVPR 2024, arXiv 2311.17911): a beam search against hallucinated answers.
 
-Every step asks the decoder for the best tokens of each beam as alternatives (`Prefix.fork`) and reads in its last layer
-how each of them attends to the tokens of the answer. A column of these weights that stays high is a summary token:
-what it multiplies to lowers the candidate's logit (section 3.3); where it stays the same token for long, the search
-goes back to it and takes another way (section 3.4). Shapes: R beams, C candidates of each, n tokens of the answer.
+It distrusts answers that attend to one of their own tokens (a "summary token") instead of the
+image. Every step takes the best tokens of each beam as alternatives (`Prefix.fork`). In the
+decoder's last layer it reads how each attends to the tokens of the answer. A column of these
+weights that stays high is a summary token, and the product of the column lowers the candidate's
+logit (section 3.3). If the same token stays the largest for long, the search goes back to it and
+takes another way (section 3.4).
+
+Shapes: R beams, C candidates of each beam, n tokens of the answer.
 """
 
 from __future__ import annotations
@@ -22,26 +25,28 @@ from sphinx_pl.generation.decoding import GenerationConfig, OperaConfig
 from sphinx_pl.generation.prompt import Prefix, Prompt
 from sphinx_pl.models.sphinx import Sphinx
 
-# Of a logit: more makes no difference, and infinite ones would make NaN.
+# The largest penalty of a logit. A larger one changes nothing, and an infinite one would make NaN.
 _MOST = math.log(1e4)
 
 
 def grow_columns(logs_RCn: Tensor, weights_RCm: Tensor, scale: float) -> Tensor:
-    """Logarithms of the products down each column of the (lower triangular) attention weights, with one more row.
+    """Return the logarithms of the column products of the (lower triangular) attention weights,
+    with one more row.
 
     Args:
-        logs_RCn: those of n columns so far, [R, 1, n] or [R, C, n].
-        weights_RCm: the weights that a token gives to the n before it and to itself, [R, C, n + 1].
-        scale: that all weights are multiplied by.
+        logs_RCn: the logarithms of n columns so far, [R, 1, n] or [R, C, n].
+        weights_RCm: a token's weights on the n tokens before it and on itself, [R, C, n + 1].
+        scale: the factor of all weights.
     """
     logs_RCn = logs_RCn.expand(*weights_RCm.shape[:-1], -1)
     return torch.cat([logs_RCn, torch.zeros_like(weights_RCm[..., :1])], dim=-1) + (scale * weights_RCm).log()
 
 
 def over_trust(logs_RCm: Tensor, window: int, damping: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The largest product of the last `window` columns times `damping`, and the place of its column, both [R, C].
+    """Return the largest product of the last `window` columns times `damping`, and its column, both
+    [R, C].
 
-    Since a column begins at the diagonal, products of the last columns hold nothing outside of the local window.
+    A column begins at the diagonal, so products of the last columns stay inside the local window.
     """
     first = max(0, logs_RCm.shape[-1] - window)
     largest, place = logs_RCm[..., first:].max(dim=-1)
@@ -49,23 +54,25 @@ def over_trust(logs_RCm: Tensor, window: int, damping: float = 1.0) -> tuple[Ten
 
 
 class Retrospection:
-    """Whether to go back, and how far: the bookkeeping of section 3.4 for one search."""
+    """Decides for one search whether to go back, and how far (section 3.4)."""
 
     def __init__(self, config: OperaConfig) -> None:
         self.config = config
         self.times: Counter[int] = Counter()
-        """How often the search went back to answers of so many tokens."""
+        """Length of an answer -> how often the search went back to answers of that length."""
         self.last = 0
 
     def target(self, histories: Sequence[Sequence[int]]) -> int | None:
-        """How many tokens of the answer to go back to; None: go on.
+        """Return the number of tokens of the answer to go back to, or None to continue.
 
-        The place that most beams' largest column has now must have been that of every beam in `threshold` of its last
-        `window_size` steps. It is kept and what comes after it is chosen anew; where that has been done `max_rollbacks`
-        times, it is chosen anew itself. Places never decrease.
+        The search looks at the place where most beams have their largest column now. Every beam
+        must have had its largest column there in `threshold` of its last `window_size` steps. The
+        token at that place is kept, and the tokens after it are chosen again. After `max_rollbacks`
+        such returns the token itself is chosen again. Places never decrease.
 
         Args:
-            histories: of each beam, the place of the largest column in each step so far, this one included.
+            histories: for each beam, the place of the largest column in each step so far, including
+                this one.
         """
         config = self.config
         place = most_common([history[-1] for history in histories])
@@ -82,14 +89,17 @@ class Retrospection:
 
 
 def most_common(places: Sequence[int]) -> int:
-    """The mode; of several, the smallest."""
+    """Return the mode. Of several modes, it is the smallest."""
     counts = Counter(places)
     return min(counts, key=lambda place: (-counts[place], place))
 
 
 @dataclass
 class _State:
-    """A search where all beams have equally many tokens: what is needed to come back to it, but for the cache."""
+    """A search in which all beams have the same number of tokens.
+
+    It holds what a return needs, except the cache.
+    """
 
     running: Sequence[Hypothesis]
     finished: Sequence[Hypothesis]
@@ -97,18 +107,18 @@ class _State:
     logs: Tensor  # [R, n], see `grow_columns`
     histories: list[list[int]]
     chosen: list[tuple[int, int]] = field(default_factory=list)
-    """(beam, token) that the search went on with."""
+    """The (beam, token) pairs that the search continued with."""
     rejected: set[tuple[int, int]] = field(default_factory=set)
-    """Those of them that it came back from."""
+    """The pairs among them that the search came back from."""
 
 
 @torch.no_grad()
 def opera_search(model: Sphinx, prompt: Prompt, limit: int, config: GenerationConfig, opera: OperaConfig) -> list[int]:
-    """The new token ids of a prompt. The model is in eval mode.
+    """Return the new token ids of a prompt. The model is in eval mode.
 
-    A candidate's score is the log-softmax over all pieces of the logits, those of the candidates lowered. With
-    `penalty_weights` and `max_rollbacks` 0 this is beam search, but that a beam has only `num_attn_candidates` ways to
-    go on.
+    A candidate's score is the log-softmax over all logits, after the logits of the candidates were
+    lowered. With `penalty_weights` and `max_rollbacks` 0 this is a beam search in which a beam has
+    only `num_attn_candidates` continuations.
     """
     decoder, search = model.decoder, Search(limit, config)
     pieces = model.config.decoder.vocab_size
@@ -129,8 +139,8 @@ def opera_search(model: Sphinx, prompt: Prompt, limit: int, config: GenerationCo
         tokens_RC = allowed_RV.topk(count).indices
         hidden_RCD = prefix.fork(tokens_RC)
         assert cache.weights is not None
-        seen_RCm, image_RC = _attention(cache.weights, prefix.length, image_S)
-        logs_RCm = grow_columns(state.logs[:, None], seen_RCm, opera.scale_factor)
+        weights_RCm, image_RC = _attention(cache.weights, prefix.length, image_S)
+        logs_RCm = grow_columns(state.logs[:, None], weights_RCm, opera.scale_factor)
         penalty_RC, place_RC = over_trust(logs_RCm, opera.window_size, opera.damping)
         if logs_RCm.shape[-1] <= opera.early_tokens:
             penalty_RC = -image_RC
@@ -138,7 +148,7 @@ def opera_search(model: Sphinx, prompt: Prompt, limit: int, config: GenerationCo
         histories = [[*history, place] for history, place in zip(state.histories, places, strict=True)]
 
         length = retrospection.target(histories)
-        # Enough pieces are left for every beam, which only a tiny vocabulary may not have.
+        # Every beam needs enough remaining pieces, which only a tiny vocabulary may lack.
         if length is not None and len(states[length].rejected) + config.num_beams + count <= pieces:
             del states[length + 1 :]
             state = states[length]
@@ -151,8 +161,8 @@ def opera_search(model: Sphinx, prompt: Prompt, limit: int, config: GenerationCo
         scores_RC += torch.tensor([each.score for each in state.running], device=device)[:, None]
         order = scores_RC.flatten().sort(descending=True, stable=True)
         tokens = tokens_RC.flatten().tolist()
-        found = zip(order.values.tolist(), order.indices.tolist(), strict=True)
-        ranked = [(score, place // count, tokens[place]) for score, place in found]
+        candidates = zip(order.values.tolist(), order.indices.tolist(), strict=True)
+        ranked = [(score, place // count, tokens[place]) for score, place in candidates]
         state.chosen = search.advance(ranked[: search.candidates])
         if search.done:
             return search.best
@@ -171,9 +181,10 @@ def opera_search(model: Sphinx, prompt: Prompt, limit: int, config: GenerationCo
 
 
 def _attention(weights_RHCS: Tensor, start: int, image_S: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each alternative's weights: those of the answer's tokens and itself [R, C, n + 1], and the image's sum [R, C].
+    """Return each alternative's weights on the answer's tokens and itself [R, C, n + 1], and on the
+    image [R, C].
 
-    The largest of all heads, then normalised, as the official code has it.
+    As in the official code, the weights are the maximum over all heads, then normalised.
     """
     weights_RCS = weights_RHCS.amax(dim=1).double()
     weights_RCS = weights_RCS / weights_RCS.sum(dim=-1, keepdim=True)
@@ -184,13 +195,13 @@ def _attention(weights_RHCS: Tensor, start: int, image_S: Tensor) -> tuple[Tenso
 
 
 def _lowered(logits_RV: Tensor, tokens_RC: Tensor, penalty_RC: Tensor) -> Tensor:
-    """Log-probabilities [R, C] of the tokens once their logits are lowered by the penalty."""
+    """Return the log-probabilities [R, C] of the tokens after the penalty lowered their logits."""
     lowered_RC = logits_RV.gather(1, tokens_RC) - penalty_RC
     return logits_RV.scatter(1, tokens_RC, lowered_RC).log_softmax(dim=-1).gather(1, tokens_RC)
 
 
 def _restore(prefix: Prefix, running: Sequence[Hypothesis]) -> None:
-    """The cache as it was when the beams were these, computed again."""
+    """Restore the cache to the state with these beams, by computing it again."""
     prefix.cache.rewind(prefix.length)
     prefix.select(torch.zeros(len(running), dtype=torch.long, device=prefix.device))
     tokens_Rn = torch.tensor([hypothesis.tokens for hypothesis in running], device=prefix.device)

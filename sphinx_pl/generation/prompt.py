@@ -1,7 +1,7 @@
-"""What a model is asked, and what is left of it once the decoder has read it.
+"""The model's input, and the decoder's state after reading it.
 
-Shapes: B rows, S positions of the cache, T new positions, D width. Prompts of different length are padded on the left,
-so that all rows grow at the same end.
+Shapes: B rows, S positions of the cache, T new positions, D width. Prompts of different lengths are
+padded on the left, so that all rows grow at the same end.
 """
 
 from __future__ import annotations
@@ -22,25 +22,28 @@ from sphinx_pl.utils.errors import UserError
 
 @dataclass(slots=True)
 class Prompt:
-    """Token ids with `IMAGE_SLOT` where visual tokens stand, and the images in the order of their slots."""
+    """Token ids with `IMAGE_SLOT` in place of visual tokens, and the images in the order of their
+    slots.
+    """
 
     ids: list[int]
     pixels: Optional[Tensor] = None  # [n, 3, S, S] uint8
-    max_new_tokens: Optional[int] = None  # instead of the configuration's
-    seen: Sequence[Sequence[bool]] = ()  # of each image the views that are not skipped, where the model skips any
+    max_new_tokens: Optional[int] = None  # It overrides the configuration.
+    # For each image, the views that are not skipped, if the model skips any.
+    seen: Sequence[Sequence[bool]] = ()
 
     def slots(self, view_tokens: Sequence[int]) -> int:
-        """Visual tokens of all images, from those of each view."""
+        """Return the number of visual tokens of all images, from the numbers for each view."""
         if self.seen:
             return sum(n if s else 1 for views in self.seen for n, s in zip(view_tokens, views, strict=True))
         return 0 if self.pixels is None else len(self.pixels) * sum(view_tokens)
 
 
 def check_prompts(model: Sphinx, prompts: Sequence[Prompt], limits: Sequence[int]) -> None:
-    """Refuse what cannot be answered with `limits` new tokens each.
+    """Check that each prompt can be answered with `limits` new tokens.
 
     Raises:
-        UserError: slots that do not match the images, or a prompt too long for the decoder.
+        UserError: the slots do not match the images, or a prompt is too long for the decoder.
     """
     vision, room = model.config.vision, model.config.decoder.max_positions
     for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
@@ -57,7 +60,7 @@ def check_prompts(model: Sphinx, prompts: Sequence[Prompt], limits: Sequence[int
 
 
 def place_images(model: Sphinx, x_BTD: Tensor, ids_BT: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    """Embeddings with the visual tokens of all prompts in their slots."""
+    """Return the embeddings with the visual tokens of all prompts in their slots."""
     images = [prompt.pixels for prompt in prompts if prompt.pixels is not None and len(prompt.pixels)]
     if not images:
         return x_BTD
@@ -69,10 +72,12 @@ def place_images(model: Sphinx, x_BTD: Tensor, ids_BT: Tensor, prompts: Sequence
 
 
 class Prefix:
-    """Prompts that the decoder has read, with room for what follows. To be used without gradients.
+    """Prompts that the decoder has read, with room for further tokens.
 
-    `last_BD` are the hidden states behind each prompt, `length` is that of the longest, `images_BS` says which
-    positions are visual tokens.
+    It is used without gradients.
+
+    `last_BD` are the hidden states after each prompt, `length` is the length of the longest, and
+    `images_BS` marks the positions of visual tokens.
     """
 
     def __init__(self, model: Sphinx, prompts: Sequence[Prompt], room: int) -> None:
@@ -97,13 +102,16 @@ class Prefix:
         self.last_BD = decoder(x_BTD, positions_BT, mask, self.cache)[:, -1]
 
     def select(self, rows: Tensor) -> None:
-        """Row i becomes what row `rows[i]` was; there may be more of them than before."""
+        """Replace row i by row `rows[i]`. There may be more rows than before."""
         self.cache.select(rows)
         self._starts_B, self._real_BS = self._starts_B[rows], self._real_BS[rows]
         self.images_BS, self.last_BD = self.images_BS[rows], self.last_BD[rows]
 
     def follow(self, ids_BT: Tensor) -> Tensor:
-        """Hidden states [B, T, D] of further tokens, each of which sees those before it."""
+        """Return the hidden states [B, T, D] of further tokens.
+
+        Each token sees the tokens before it.
+        """
         start, count = self.cache.length, ids_BT.shape[1]
         positions_BT = self._columns[start : start + count] - self._starts_B[:, None]
         mask = None
@@ -114,9 +122,11 @@ class Prefix:
         return torch.as_tensor(self.decoder(self.decoder.embed(ids_BT), positions_BT, mask, self.cache))
 
     def fork(self, ids_BT: Tensor) -> Tensor:
-        """As `follow` for T alternatives to one token: each sees all that is before them, and itself.
+        """Return the hidden states of T alternatives for one token.
 
-        All of them are in the cache afterwards; `KVCache.keep` leaves one.
+        Each sees only the prefix and itself.
+
+        All of them are in the cache afterwards; `KVCache.keep` keeps one.
         """
         start, count = self.cache.length, ids_BT.shape[1]
         past = self._real_BS[:, None, None, :start].expand(-1, -1, count, -1)

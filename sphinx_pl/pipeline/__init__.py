@@ -1,1 +1,3 @@
-"""A whole recipe as a chain of steps: `sphinx-pipeline`. docs/pipeline.md explains its use."""
+"""Runs a whole recipe as a chain of steps: `sphinx-pipeline`. docs/pipeline.md
+explains its use.
+"""

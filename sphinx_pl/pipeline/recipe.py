@@ -1,4 +1,6 @@
-"""conf/pipeline/ and a command line -> the steps of a recipe, each with its command and its composed configuration."""
+"""Turns conf/pipeline/ and a command line into the steps of a recipe, with their composed
+configurations.
+"""
 
 from __future__ import annotations
 
@@ -19,32 +21,30 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from sphinx_pl.runtime.hydra_app import (
-    MISTAKES,
-    as_typed,
-    check_packages,
-    compose_config,
-    explain_override,
-    is_here,
-    one_line,
-)
+from sphinx_pl.runtime.command_line import as_typed
+from sphinx_pl.runtime.hydra_app import is_here
+from sphinx_pl.runtime.overrides import MISTAKES, check_packages, compose_config, explain_override, one_line
 from sphinx_pl.runtime.ranks import count_devices
 from sphinx_pl.utils.config import CONFIG_FOLDER, build, refuse_unread
 from sphinx_pl.utils.errors import UserError, suggest
 
 SCRIPTS = {"train": "check_train", "mix_weights": "check_mix", "evaluate": "check_evaluate"}
-"""What a step can run besides a module: they share Hydra's configuration, so theirs is composed beforehand."""
+"""Scripts that a step can run besides modules.
+
+They use Hydra, so their configuration is composed in advance.
+"""
 
 LAUNCHER = "launcher."
-"""A step's override that begins so is for the launcher, not for the script."""
+"""A step's override with this prefix is for the launcher, not for the script."""
 
 _FOR_STEPS = re.compile(r"([A-Za-z_]\w*):(.+)", re.DOTALL)
 
-# Forms of SLURM's that can be meant in one way only.
+# SLURM's time formats that are unambiguous.
 _TIME = re.compile(r"\d+-\d+(:\d\d){0,2}|\d+:\d\d(:\d\d)?|UNLIMITED|INFINITE", re.IGNORECASE)
 
-# What the pipeline decides itself, so that a command is the same for a new, a continued and a requeued attempt.
-_OURS = {"train": ["ckpt_path=last"], "mix_weights": ["overwrite=true"], "evaluate": []}
+# The pipeline sets these itself, so a command is the same for a new, a resumed and a requeued
+# attempt.
+_FIXED = {"train": ["ckpt_path=last"], "mix_weights": ["overwrite=true"], "evaluate": []}
 
 
 @dataclass
@@ -63,16 +63,18 @@ class Step:
     """One job of the chain.
 
     Attributes:
-        command: what runs, its interpreter first.
-        needs: steps that have to be done before.
-        product: the file that is there when the step has done its work; its content tells one making from another.
-        config: what the step does, as YAML. Another text is another step.
-        folder: of a training run, whose checkpoints it goes on from; None for other steps.
+        command: the command, beginning with the interpreter.
+        needs: steps that must be done before.
+        product: the file that exists when the step is done. Its content distinguishes two attempts.
+        config: the step's configuration as YAML. A step with another text is another step.
+        folder: the folder of a training run, from whose checkpoints it resumes; None for other
+            steps.
         launcher: the launcher's options for this step.
-        nodes: and `tasks` on each, from the trainer's configuration.
-        gpus: of each node.
-        script: of SCRIPTS, or "".
-        written: its configuration before interpolations are resolved, as YAML.
+        nodes: number of nodes, from the trainer's configuration.
+        tasks: number of tasks on each node.
+        gpus: number of GPUs of each node.
+        script: a name in SCRIPTS, or "".
+        written: the configuration before interpolations are resolved, as YAML.
     """
 
     name: str
@@ -91,13 +93,13 @@ class Step:
 
     @property
     def identity(self) -> str:
-        """SHA-256 of `config`."""
+        """The SHA-256 of `config`."""
         return hashlib.sha256(self.config.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Steps in an order in which they can run, and where the pipeline keeps its own files."""
+    """The steps in an order in which they can run, and the folder for the pipeline's own files."""
 
     name: str
     steps: dict[str, Step]
@@ -109,21 +111,25 @@ class Recipe:
 
 
 def split(arguments: Iterable[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """A command line -> overrides of conf/pipeline/main.yaml, and (step, script or `all`; override) pairs for steps."""
+    """Split a command line into overrides of conf/pipeline/main.yaml and overrides of steps.
+
+    Returns:
+        The first kind, and pairs of (step, script or `all`; override).
+    """
     own, theirs = [], []
     for argument in arguments:
-        if found := _FOR_STEPS.fullmatch(argument):
-            theirs.append((found[1], found[2]))
+        if match := _FOR_STEPS.fullmatch(argument):
+            theirs.append((match[1], match[2]))
         else:
             own.append(argument)
     return own, theirs
 
 
 def compose_pipeline(overrides: Sequence[str]) -> DictConfig:
-    """conf/pipeline/main.yaml with the overrides.
+    """Return conf/pipeline/main.yaml with the overrides.
 
     Raises:
-        HydraException, UserError: an override that does not fit.
+        HydraException, UserError: an override does not fit.
     """
     cfg = _compose(CONFIG_FOLDER / "pipeline", "main", overrides, _check_pipeline)
     check_packages(cfg.hydra)
@@ -132,9 +138,13 @@ def compose_pipeline(overrides: Sequence[str]) -> DictConfig:
 
 
 def _check_pipeline(cfg: DictConfig) -> None:
-    """Raises: UserError: a key that neither the pipeline nor an interpolation reads."""
-    known = ("name", "output_dir", "steps", "redo", "keep", "dry", "launcher", "hydra")
-    refuse_unread(cfg, "", known, CONFIG_FOLDER / "pipeline")
+    """Check the keys of the pipeline's configuration.
+
+    Raises:
+        UserError: neither the pipeline nor an interpolation reads a key.
+    """
+    keys = ("name", "output_dir", "steps", "redo", "keep", "dry", "launcher", "hydra")
+    refuse_unread(cfg, "", keys, CONFIG_FOLDER / "pipeline")
     launchers = {path.stem: path for path in (CONFIG_FOLDER / "pipeline" / "launcher").glob("*.yaml")}
     kind = str(cfg.launcher.get("kind"))
     if kind not in launchers:
@@ -143,10 +153,13 @@ def _check_pipeline(cfg: DictConfig) -> None:
 
 
 def load(arguments: Sequence[str]) -> Recipe:
-    """The recipe that a command line asks for, with every step's configuration composed and checked.
+    """Return the recipe that a command line asks for.
+
+    Every step's configuration is composed and checked.
 
     Raises:
-        UserError, HydraException: anything that is wrong with the recipe or with one of its steps, the step named.
+        UserError, HydraException: the recipe or one of its steps is wrong. The message names the
+            step.
     """
     own, theirs = split(arguments)
     cfg = compose_pipeline(own)
@@ -154,28 +167,30 @@ def load(arguments: Sequence[str]) -> Recipe:
     configs = {name: build(StepConfig, value, f"steps.{name}") for name, value in written.items() if value is not None}
     if not configs:
         raise UserError("this experiment has no steps")
-    left_out = [name for name, value in written.items() if value is None]
-    order = _order({name: _needs(name, config, configs, left_out) for name, config in configs.items()})
+    omitted = [name for name, value in written.items() if value is None]
+    order = _order({name: _needs(name, config, configs, omitted) for name, config in configs.items()})
     used = {config.run for config in configs.values()}
     scripts = {name for name, config in configs.items() if config.run in SCRIPTS}
     for target, override in theirs:
-        if target in left_out:
-            raise UserError(f"{target}:{override} is for a step that is left out (steps.{target}=null)")
+        if target in omitted:
+            raise UserError(f"{target}:{override} is for a step that is omitted (steps.{target}=null)")
         if target not in configs and target not in used & set(SCRIPTS) and target != "all":
-            raise UserError(f"{target}: is no step, nor a script of one; {suggest(target, [*configs, *used, 'all'])}")
+            raise UserError(f"{target}: is neither a step nor a script; {suggest(target, [*configs, *used, 'all'])}")
     launcher: Any = OmegaConf.to_container(cfg.launcher, resolve=True)
     steps = {}
     for name in order:
-        levels = dict.fromkeys(("all", configs[name].run, name))  # a step may be called like its script
+        # A step may have the name of its script.
+        levels = dict.fromkeys(("all", configs[name].run, name))
         extra = [override for level in levels for to, override in theirs if to == level]
-        needs = _needs(name, configs[name], configs, left_out)
+        needs = _needs(name, configs[name], configs, omitted)
         try:
             steps[name] = _step(name, configs[name], needs, extra, launcher)
         except MISTAKES as error:
             raise UserError(f"step {name}: {one_line(error)}") from error
     _check_products(steps)
     if any(step.gpus for step in steps.values()):
-        # Scripts of one process want one where there are some, if nothing else was said.
+        # Scripts of one process get one GPU if other steps use GPUs, unless the launcher sets a
+        # number.
         for step in [step for step in steps.values() if step.name in scripts and step.folder is None]:
             if step.launcher["gpus_per_node"] is None:
                 steps[step.name] = dataclasses.replace(step, gpus=1)
@@ -187,12 +202,12 @@ def load(arguments: Sequence[str]) -> Recipe:
 
 
 def check_closely(recipe: Recipe) -> None:
-    """What the scripts themselves refuse before they read any file: values that no choice of group or key shows.
+    """Check the values that the scripts refuse before they read any file.
 
-    Takes seconds, since the scripts' libraries are imported.
+    This takes seconds, since it imports the scripts' libraries.
 
     Raises:
-        UserError: the step is named.
+        UserError: a value is refused. The message names the step.
     """
     from sphinx_pl.models.config import SphinxConfig
     from sphinx_pl.settings.evaluate import EvaluateConfig
@@ -212,11 +227,13 @@ def check_closely(recipe: Recipe) -> None:
                 options: Any = OmegaConf.to_container(cfg.stage)
                 keys = ("name", "train_parts", "optim", "max_steps")
                 stage = Stage(SphinxConfig.from_dict(cfg.model), **{key: options[key] for key in keys})
-                stage.resumed = True  # the weights to start from are another step's, and not there yet
+                # Another step makes the initial weights, which do not exist yet.
+                stage.resumed = True
                 stage.check()
             elif "beta" in cfg:
                 mixing = pick(MixConfig, cfg, ["data"])
-                if not any(set(path) & set("*?[") for path in mixing.checkpoints):  # their number is known
+                # Without a pattern the number of checkpoints is known.
+                if not any(set(path) & set("*?[") for path in mixing.checkpoints):
                     mixing.recipe(len(mixing.checkpoints))
             elif "checkpoint" in cfg:
                 pick(EvaluateConfig, cfg, ["data", "benchmark"])
@@ -229,15 +246,17 @@ def check_closely(recipe: Recipe) -> None:
 def _compose(
     folder: Path, name: str, overrides: Sequence[str], check: Callable[[DictConfig], Any] | None = None
 ) -> DictConfig:
-    given = as_typed(name, overrides)
+    arguments = as_typed(name, overrides)
     try:
-        return compose_config(folder, name, given)
+        return compose_config(folder, name, arguments)
     except HydraException as error:
-        raise explain_override(error, folder, name, given, check) or error from None
+        raise explain_override(error, folder, name, arguments, check) or error from None
 
 
 def _check_step(script: str) -> Callable[[DictConfig], Any] | None:
-    """What raises a `UserError` for a configuration that a script does not take."""
+    """Return a function that raises a `UserError` for a configuration that the script does not
+    accept.
+    """
 
     def check(cfg: DictConfig) -> None:
         getattr(import_module(f"sphinx_pl.settings.{script}"), SCRIPTS[script])(cfg)
@@ -246,38 +265,38 @@ def _check_step(script: str) -> Callable[[DictConfig], Any] | None:
 
 
 def _needs(name: str, config: StepConfig, known: Mapping[str, Any], left_out: Sequence[str]) -> tuple[str, ...]:
-    """`after` without steps that were left out (set to null)."""
+    """Return `after` without the omitted steps (set to null)."""
     for need in config.after:
         if need not in known and need not in left_out:
-            raise UserError(f"steps.{name}.after: no step '{need}'; {suggest(need, known)}")
+            raise UserError(f"steps.{name}.after: there is no step '{need}'; {suggest(need, known)}")
     return tuple(need for need in config.after if need in known)
 
 
 def _order(needs: Mapping[str, Sequence[str]]) -> list[str]:
-    """Every step after those that it needs, otherwise as they are written."""
+    """Return every step after the steps that it needs, otherwise in the order of the file."""
     sorter = TopologicalSorter(needs)
     try:
         sorter.prepare()
     except CycleError as error:
         raise UserError(f"steps wait for each other: {' -> '.join(error.args[1])}") from None
-    written = list(needs)
+    names = list(needs)
     ready: list[str] = []
     order = []
     while sorter.is_active():
-        ready = sorted([*ready, *sorter.get_ready()], key=written.index)
+        ready = sorted([*ready, *sorter.get_ready()], key=names.index)
         order.append(ready.pop(0))
         sorter.done(order[-1])
     return order
 
 
 def _named(value: Any, key: str, steps: Mapping[str, Step]) -> frozenset[str]:
-    """`redo` and `keep`: a name, a list of names, or all."""
+    """Return the steps of `redo` or `keep`: a name, a list of names, or all."""
     names = [value] if isinstance(value, str) else [str(name) for name in value or ()]
     if names == ["all"]:
         return frozenset(steps)
     for name in names:
         if name not in steps:
-            raise UserError(f"{key}={name}: no such step; {suggest(name, [*steps, 'all'])}")
+            raise UserError(f"{key}={name}: there is no such step; {suggest(name, [*steps, 'all'])}")
     return frozenset(names)
 
 
@@ -305,15 +324,15 @@ def _step(
     with open_dict(cfg):
         del cfg["hydra"]
         written = OmegaConf.to_yaml(cfg)
-        for key in {"ckpt_path", "overwrite"} & set(cfg):  # not what the step does
+        for key in {"ckpt_path", "overwrite"} & set(cfg):  # they do not change what the step does
             cfg[key] = None if key == "ckpt_path" else False
-        if config.run == "mix_weights":  # it reads no more of the data
-            read = ("val_sources", "packing") if cfg.curve else ()
-            cfg.data = {key: OmegaConf.to_container(cfg.data[key], resolve=True) for key in read}
+        if config.run == "mix_weights":  # it reads only these keys of the data
+            keys = ("val_sources", "packing") if cfg.curve else ()
+            cfg.data = {key: OmegaConf.to_container(cfg.data[key], resolve=True) for key in keys}
     values: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    made = {"train": _made_by_training, "mix_weights": _made_by_mixing, "evaluate": _made_by_evaluating}
-    product = made[config.run](values, runs_in)
-    command = [*interpreter(config.run), *arguments, *_OURS[config.run]]
+    products = {"train": _product_of_training, "mix_weights": _product_of_mixing, "evaluate": _product_of_evaluation}
+    product = products[config.run](values, runs_in)
+    command = [*interpreter(config.run), *arguments, *_FIXED[config.run]]
     nodes, tasks, gpus = 1, 1, min(1, launcher.get("gpus_per_node") or 0)
     if config.run == "train":
         nodes, tasks, gpus = _size(values, launcher)
@@ -335,14 +354,16 @@ def _step(
 
 
 def _check_time(launcher: Mapping[str, Any]) -> None:
-    """
+    """Check the launcher's `time`.
+
     Raises:
-        UserError: SLURM would read another time than is meant. YAML makes 28800 of 8:00:00, which are minutes to SLURM.
+        UserError: SLURM would read another time than the user meant. YAML turns 8:00:00 into 28800,
+            which SLURM reads as minutes.
     """
     time = launcher.get("time")
     if time is not None and not (isinstance(time, str) and _TIME.fullmatch(time)):
         raise UserError(
-            f"launcher.time={time} must be hours or days, such as 8:00:00 or 2-00:00:00; in a YAML file in quotes"
+            f"launcher.time={time} must be hours or days, such as 8:00:00 or 2-00:00:00; quote it in a YAML file"
         )
 
 
@@ -350,30 +371,30 @@ def _module_step(
     name: str, config: StepConfig, needs: tuple[str, ...], extra: Sequence[str], launcher: dict[str, Any]
 ) -> Step:
     try:
-        found = find_spec(config.run)
+        spec = find_spec(config.run)
     except ModuleNotFoundError:
-        found = None
-    if found is None:
-        raise UserError(f"run={config.run} is no module, nor one of {', '.join(SCRIPTS)}")
+        spec = None
+    if spec is None:
+        raise UserError(f"run={config.run} is neither a module nor one of {', '.join(SCRIPTS)}")
     if not config.makes:
-        raise UserError(f"steps.{name}.makes is missing: the file that is there when {config.run} has done its work")
+        raise UserError(f"steps.{name}.makes is missing: name the file that {config.run} writes at its end")
     command = [sys.executable, "-m", config.run, *config.arguments]
     text = OmegaConf.to_yaml({"run": config.run, "arguments": list(config.arguments)})
     return Step(name, tuple(command), needs, Path(config.makes), text, config.always, launcher=launcher)
 
 
 def interpreter(script: str) -> list[str]:
-    """`python train.py` in the repository, `python -m sphinx_pl.cli.train` elsewhere."""
+    """Return `python train.py` in the repository, and `python -m sphinx_pl.cli.train` elsewhere."""
     return [sys.executable, *([f"{script}.py"] if is_here(script) else ["-m", f"sphinx_pl.cli.{script}"])]
 
 
-def _made_by_training(cfg: dict[str, Any], folder: Path) -> Path:
+def _product_of_training(cfg: dict[str, Any], folder: Path) -> Path:
     if not (cfg["callbacks"] or {}).get("export"):
         raise UserError("callbacks.export is missing: without it the next step finds no model")
     return folder / "model" / "provenance.json"
 
 
-def _made_by_mixing(cfg: dict[str, Any], folder: Path) -> Path:
+def _product_of_mixing(cfg: dict[str, Any], folder: Path) -> Path:
     if cfg["out"]:
         return Path(cfg["out"]) / "provenance.json"
     if not cfg["curve_dir"]:
@@ -381,24 +402,26 @@ def _made_by_mixing(cfg: dict[str, Any], folder: Path) -> Path:
     return Path(cfg["curve_dir"]) / "curve.json"
 
 
-def _made_by_evaluating(cfg: dict[str, Any], folder: Path) -> Path:
+def _product_of_evaluation(cfg: dict[str, Any], folder: Path) -> Path:
     if not cfg["out"]:
-        raise UserError("evaluate.py needs out=FOLDER, where the pipeline looks for its results")
+        raise UserError("evaluate.py needs out=FOLDER, since the pipeline reads its results there")
     return Path(cfg["out"]) / "results.json"
 
 
 def _size(cfg: Mapping[str, Any], launcher: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Nodes, tasks and GPUs of each node, from the trainer: said once, so that both cannot differ.
+    """Return the nodes, and the tasks and GPUs of each node.
+
+    They follow from the trainer's configuration.
 
     Raises:
-        UserError: a launcher that asks for machines is to start as many processes as there are devices.
+        UserError: the number of devices depends on the machine, but SLURM must know it.
     """
     trainer = cfg["trainer"]
     devices = trainer.get("devices", 1)
     if launcher["kind"] == "local":
         return 1, 1, 0
     if (tasks := count_devices(devices)) is None:
-        raise UserError(f"trainer.devices={devices}: SLURM has to know how many, such as train:trainer.devices=8")
+        raise UserError(f"trainer.devices={devices}: SLURM needs a number, such as train:trainer.devices=8")
     gpus = launcher.get("gpus_per_node")
     if gpus is None:
         gpus = tasks if trainer.get("accelerator") in ("gpu", "cuda") else 0
@@ -406,10 +429,10 @@ def _size(cfg: Mapping[str, Any], launcher: Mapping[str, Any]) -> tuple[int, int
 
 
 def _check_products(steps: Mapping[str, Step]) -> None:
-    """No two steps write the same place.
+    """Check that no two steps write to the same place.
 
     Raises:
-        UserError: two do.
+        UserError: two steps do.
     """
     owner: dict[Path, str] = {}
     for step in steps.values():

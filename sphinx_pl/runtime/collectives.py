@@ -1,4 +1,4 @@
-"""What ranks tell each other, on the host."""
+"""Exchanges Python values between ranks, on the host."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def of_all_ranks(value: T, world_size: int) -> list[T]:
-    """This value of every rank; all call it together."""
+    """Return this value of every rank. All ranks call it together."""
     if world_size == 1:
         return [value]
     values: list[Any] = [None] * world_size
@@ -20,7 +20,7 @@ def of_all_ranks(value: T, world_size: int) -> list[T]:
 
 
 def any_rank(value: bool, world_size: int) -> bool:
-    """Whether it is true on any rank."""
+    """Return whether the value is true on any rank."""
     if world_size == 1:
         return value
     flag = torch.tensor(int(value), device="cuda" if dist.get_backend() == "nccl" else "cpu")

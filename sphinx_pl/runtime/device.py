@@ -1,4 +1,6 @@
-"""Where and how precisely models are evaluated: the keys `device` and `precision` of the entry scripts."""
+"""The device and the precision of an evaluation: the keys `device` and `precision` of the entry
+scripts.
+"""
 
 from __future__ import annotations
 
@@ -15,41 +17,46 @@ PRECISIONS = ("fp32", "bf16")
 
 
 def check_precision(precision: str) -> None:
-    """Refuse what is neither fp32 nor bf16.
+    """Check that the precision is fp32 or bf16.
 
     Raises:
-        UserError: it is something else.
+        UserError: it is anything else.
     """
     if precision not in PRECISIONS:
         raise UserError(f"precision='{precision}': {suggest(precision, PRECISIONS)}")
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """`auto`: a GPU if there is one (of several processes each its own), else the CPU, whose threads are set and said.
+    """Return the device that the key `device` names.
+
+    `auto` takes a GPU if there is one; each of several processes takes its own. Otherwise it takes
+    the CPU, sets its number of threads and logs it.
 
     Raises:
-        UserError: no such device here.
+        UserError: this machine has no such device.
     """
-    found = torch.cuda.device_count()
+    gpus = torch.cuda.device_count()
     if name == "auto":
-        name = f"cuda:{local_rank % found}" if found else "cpu"
+        name = f"cuda:{local_rank % gpus}" if gpus else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"device={name} is no device: give auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= found:
-        raise UserError(f"device={name}: PyTorch finds {found} GPUs here; device=auto takes what there is")
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise UserError(f"device={name}: PyTorch finds {gpus} GPUs here; device=auto takes a GPU if there is one")
     if device.type == "cpu":
-        _tell(share_cores())
+        _log_once(share_cores())
     return device
 
 
 @functools.cache
-def _tell(message: str) -> None:
-    """Log it once: a script asks for its device more than once."""
+def _log_once(message: str) -> None:
+    """Log the message once, although a script asks for its device several times."""
     log.info(message)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """bf16: matrix multiplications in bfloat16; fp32: no change."""
+    """Return an autocast context. bf16 runs matrix multiplications in bfloat16; fp32 changes
+    nothing.
+    """
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

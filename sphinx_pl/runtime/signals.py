@@ -1,6 +1,8 @@
-"""A request to stop, as a signal brings it: only noted here, acted on where a run can be left and gone on with.
+"""Notes signals that ask the process to stop.
 
-Imports nothing that takes time, so that it can be called first.
+A run acts on them where it can stop and later resume.
+
+The module imports nothing slow, so that a script can call it first.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ import threading
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""What schedulers send before they kill: SIGTERM, and one that a job asks for (submitit: SIGUSR2)."""
+"""Signals that schedulers send before they kill: SIGTERM, and one that a job asks for (submitit:
+SIGUSR2).
+"""
 
 INTERRUPT = signal.SIGINT
 """Ctrl-C."""
@@ -21,20 +25,23 @@ _interrupted = False
 
 
 def watch(interrupt: bool = False) -> None:
-    """From now on these signals are noted instead of ending the process. Only the first thread can say so.
+    """Note these signals from now on instead of ending the process.
+
+    Only the main thread can do this.
 
     Args:
-        interrupt: note the first Ctrl-C as well; the second one ends the process at once.
+        interrupt: note the first Ctrl-C as well. The second one ends the process at once.
     """
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
             signal.signal(number, _note)
-        if interrupt and signal.getsignal(INTERRUPT) is not signal.SIG_IGN:  # as nohup and a shell's `&` have it
+        # under nohup or a shell's `&`
+        if interrupt and signal.getsignal(INTERRUPT) is not signal.SIG_IGN:
             signal.signal(INTERRUPT, _note_interrupt)
 
 
 def unwatch() -> None:
-    """They end the process again."""
+    """Let these signals end the process."""
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
@@ -42,7 +49,8 @@ def unwatch() -> None:
 
 def _note(number: int, frame: FrameType | None) -> None:
     global _received
-    _received = _received or number  # the first one says why; a scheduler's SIGTERM follows its requeue
+    # The first signal tells the reason. After a requeue a scheduler sends SIGTERM as well.
+    _received = _received or number
 
 
 def _note_interrupt(number: int, frame: FrameType | None) -> None:
@@ -51,12 +59,12 @@ def _note_interrupt(number: int, frame: FrameType | None) -> None:
         os._exit(128 + number)
     _interrupted = True
     _note(number, frame)
-    # Not by print, which may be in the midst of another one.
-    os.write(2, b"\nCtrl-C: the run saves its step and ends; Ctrl-C again ends it at once, without saving\n")
+    # print would not be safe, since the signal may interrupt another print.
+    os.write(2, b"\nCtrl-C: the run saves its step and ends; a second Ctrl-C ends it at once, without saving\n")
 
 
 def received() -> int:
-    """The first signal that came, 0 if none did."""
+    """Return the first signal that came, or 0."""
     return _received
 
 
@@ -66,9 +74,11 @@ def forget() -> None:
 
 
 def ignore() -> None:
-    """In a helper process: a scheduler signals all processes of a job, and who helps must not go before who saves.
+    """Ignore these signals in a helper process.
 
-    It still ends when its parent tells it to, as Python does with those that are left over.
+    A scheduler signals all processes of a job, and a helper must not end before the process that
+    saves. It still ends when its parent terminates it, as Python does with child processes that are
+    left at exit.
     """
     for number in (signal.SIGUSR1, signal.SIGUSR2, INTERRUPT):
         signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,6 @@
-"""The SLURM job that this process runs in: which one, whether it was here before, putting it back into the queue."""
+"""The SLURM job of this process: its name, whether it was restarted in a run folder, and how to
+requeue it.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,10 @@ _MARK = "slurm_job"
 
 
 def job() -> str | None:
-    """`ID`, or `ARRAY_INDEX` in an array, where every job has an ID of its own too; None outside of SLURM."""
+    """Return the job's name, or None outside of SLURM.
+
+    It is `ID`, or `ARRAY_INDEX` in an array, where each job also has its own ID.
+    """
     env = os.environ
     if "SLURM_ARRAY_JOB_ID" in env:
         return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
@@ -20,7 +25,7 @@ def job() -> str | None:
 
 
 def restarts() -> int:
-    """How often SLURM has started this job again."""
+    """Return how often SLURM has restarted this job."""
     return int(os.environ.get("SLURM_RESTART_COUNT", 0))
 
 
@@ -33,9 +38,10 @@ def mark(folder: Path) -> None:
 
 
 def came_back(folder: Path) -> bool:
-    """Whether this job was requeued after it had begun to work in this run folder.
+    """Return whether this job was requeued after it had begun to work in this run folder.
 
-    The number of restarts alone would not do: a job that was requeued before it came so far finds someone else's run.
+    The number of restarts alone does not tell: a job requeued before that point finds the folder of
+    another run.
     """
     mark = folder / _MARK
     return restarts() > 0 and mark.is_file() and mark.read_text().strip() == job()
@@ -48,21 +54,23 @@ _NOT_RUNNING = {
 
 
 def ended(name: str) -> bool | None:
-    """Whether no process of this job runs any more, or None if the scheduler does not answer."""
+    """Return whether no process of this job is running, or None if the scheduler does not
+    answer.
+    """
     try:
         states = _output("squeue", "--noheader", "--jobs", name, "--format", "%T").split()
     except subprocess.CalledProcessError as error:
-        return True if "Invalid job id" in str(error.stderr) else None  # it ended minutes ago
+        return True if "Invalid job id" in str(error.stderr) else None  # SLURM forgets ended jobs
     except (OSError, subprocess.SubprocessError):
         return None
     return all(state in _NOT_RUNNING for state in states)
 
 
 def requeue() -> str:
-    """Put this job back into the queue, after which SLURM ends it. Returns why that was not possible, or "".
+    """Requeue this job, after which SLURM ends it. Return the reason if that is impossible, or "".
 
-    Only of a running job: one that was cancelled would come back to life, and one that SLURM requeues itself needs no
-    help.
+    Only a running job is requeued. A cancelled job would come back to life, and a job that SLURM
+    requeues itself needs no help.
     """
     name = job()
     if name is None:
@@ -73,11 +81,11 @@ def requeue() -> str:
             return f"its state is {state or 'unknown'}"
         _output("scontrol", "requeue", name)
     except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        return " ".join(str(said).split())
+        reason = getattr(error, "stderr", None) or str(error)
+        return " ".join(str(reason).split())
     return ""
 
 
 def _output(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    return done.stdout.strip()
+    process = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    return process.stdout.strip()

@@ -1,5 +1,8 @@
-"""What each script reads of its configuration. A key that nothing reads is refused, with the nearest one that is.
+"""The keys that each script reads of its configuration.
 
-Two kinds of things read keys: dataclasses (`sphinx_pl.utils.config.build`) and what Hydra instantiates, whose signature
-says which keys it has. Imports of what is large happen inside the functions.
+Other keys are refused, with the nearest known key.
+
+Two kinds of objects read keys: dataclasses (`sphinx_pl.utils.config.build`), and objects that Hydra
+instantiates, whose signatures define their keys. Functions import large libraries only when they
+need them.
 """

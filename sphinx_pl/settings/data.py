@@ -1,4 +1,4 @@
-"""The sections `data` and `benchmark`, which several scripts read."""
+"""Checks the sections `data` and `benchmark`, which several scripts read."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ from sphinx_pl.utils.errors import UserError, suggest
 
 
 def check_data(cfg: DictConfig) -> None:
-    """The section `data`: keys, types and bounds, also of sources, whose files are not looked at.
+    """Check the keys, types and bounds of the section `data`, including its sources.
+
+    No file of a source is read.
 
     Raises:
-        UserError: what does not fit.
+        UserError: a key or value is wrong.
     """
     from sphinx_pl.data.datamodule import DataConfig
     from sphinx_pl.data.sampling.config import META, Group, SourceConfig, is_absent
 
-    known = list(DataConfig.__dataclass_fields__)
-    refuse_unread(cfg, "data", known)
+    keys = list(DataConfig.__dataclass_fields__)
+    refuse_unread(cfg, "data", keys)
     values: dict[str, Any] = {}
-    for key in [key for key in known if key in cfg.data]:
-        with contextlib.suppress(InterpolationKeyError):  # of a key that only other scripts have, such as `seed`
+    for key in [key for key in keys if key in cfg.data]:
+        # Only other scripts have the key, such as `seed`.
+        with contextlib.suppress(InterpolationKeyError):
             value = cfg.data[key]
             values[key] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
     build(DataConfig, values, "data")
@@ -44,7 +47,8 @@ def check_data(cfg: DictConfig) -> None:
                 )
             grouped = isinstance(source, Mapping) and ("sources" in source or source.get("kind") == META)
             if section == "sources" or grouped:
-                if not (isinstance(source, Mapping) and source.get("kind") == META):  # it reads a file
+                # a meta source reads a file
+                if not (isinstance(source, Mapping) and source.get("kind") == META):
                     Group.from_dict({"sources": {name: source}})
             elif not is_absent(source):
                 if not isinstance(source, Mapping):
@@ -53,10 +57,10 @@ def check_data(cfg: DictConfig) -> None:
 
 
 def check_benchmark(cfg: DictConfig) -> None:
-    """The section `benchmark`.
+    """Check the section `benchmark`.
 
     Raises:
-        UserError: an unknown key of an entry.
+        UserError: an entry has an unknown key.
     """
     from sphinx_pl.evaluation.benchmarks import ROOT, BenchmarkConfig
 
@@ -66,6 +70,6 @@ def check_benchmark(cfg: DictConfig) -> None:
 
 
 def names_section(overrides: Iterable[str], section: str) -> bool:
-    """Whether overrides choose or change a section."""
+    """Return whether overrides choose or change a section."""
     keys = (override.lstrip("+~").partition("=")[0] for override in overrides)
     return any(key == section or key.startswith((f"{section}.", f"{section}/", f"{section}@")) for key in keys)

@@ -19,8 +19,11 @@ from sphinx_pl.utils.errors import UserError
 
 
 @dataclass
-class LeanOptions:
-    """How a mixture leans towards what fails; see `sphinx_pl.evaluation.mixtures.reweighting`."""
+class ReweightingOptions:
+    """How strongly a new mixture favours failures.
+
+    See `sphinx_pl.evaluation.mixtures.reweighting`.
+    """
 
     strength: float = 0.5
     prior: float = 20.0
@@ -29,16 +32,17 @@ class LeanOptions:
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength <= 1:
-            raise UserError(f"lean.strength={self.strength} must be 0 to 1")
+            raise UserError(f"reweighting.strength={self.strength} must be 0 to 1")
         if self.prior <= 0 or self.bound < 1 or self.at_most < 1:
             raise UserError(
-                f"lean: prior={self.prior} must be above 0, bound={self.bound} and at_most={self.at_most} at least 1"
+                f"reweighting: prior={self.prior} must be above 0, bound={self.bound} and at_most={self.at_most} "
+                "at least 1"
             )
 
 
 @dataclass
 class EvaluateConfig:
-    """The keys of conf/evaluate.yaml, which explains them, with their types."""
+    """The keys of conf/evaluate.yaml with their types. That file explains them."""
 
     checkpoint: Optional[str] = None
     test: Optional[list[str]] = None
@@ -57,7 +61,7 @@ class EvaluateConfig:
     report: Optional[str] = None
     then: Optional[str] = None
     mixture_out: Optional[str] = None
-    lean: LeanOptions = field(default_factory=LeanOptions)
+    reweighting: ReweightingOptions = field(default_factory=ReweightingOptions)
     wandb: Optional[dict[str, Any]] = None
 
     def __post_init__(self) -> None:
@@ -73,15 +77,15 @@ class EvaluateConfig:
         if self.then and not self.asks_tasks:
             raise UserError("then=mixture needs test sources, not only benchmarks: name them, such as test=[tasks]")
         if self.mixture_out and not self.then:
-            raise UserError("mixture_out is where then=mixture writes: give both")
+            raise UserError("mixture_out is the file that then=mixture writes: set both keys")
 
     @property
     def asks_tasks(self) -> bool:
-        """Whether the test sources are asked: if they are named, or no benchmark is."""
+        """Whether the test sources are asked: they are named, or no benchmark is."""
         return self.test is not None or not self.benchmarks
 
     def settings(self) -> dict[str, Any]:
-        """What answers depend on besides the questions, for the journal."""
+        """Return the settings that answers depend on besides the questions, for the answer log."""
         assert self.checkpoint is not None
         files = sorted(path for path in Path(self.checkpoint).glob("*") if path.is_file())
         return {
@@ -93,9 +97,13 @@ class EvaluateConfig:
 
 
 def check_evaluate(cfg: DictConfig) -> None:
-    """Raises: UserError: a key that nothing reads, or a value of data or benchmarks that does not fit."""
+    """Check the configuration of evaluate.py.
+
+    Raises:
+        UserError: nothing reads a key, or a value of the data or the benchmarks is wrong.
+    """
     refuse_unread(cfg, "", [*EvaluateConfig.__dataclass_fields__, "data", "benchmark"])
     build(Decoding, cfg.get("generation") or {}, "generation")
-    build(LeanOptions, cfg.get("lean") or {}, "lean")
+    build(ReweightingOptions, cfg.get("reweighting") or {}, "reweighting")
     check_data(cfg)
     check_benchmark(cfg)

@@ -14,12 +14,12 @@ from sphinx_pl.utils.config import build, pick, refuse_unread, within
 from sphinx_pl.utils.errors import UserError
 
 SEEDS = 2**32 - 1
-"""The largest seed that NumPy takes."""
+"""The largest seed that NumPy accepts."""
 
 
 @dataclass
 class TrainConfig:
-    """The keys of conf/train.yaml that are in no group, with their types; that file explains them."""
+    """The keys of conf/train.yaml outside of groups, with their types. That file explains them."""
 
     name: str = "run"
     run: str = ""
@@ -34,7 +34,10 @@ class TrainConfig:
 
 @dataclass
 class StageConfig:
-    """The keys of conf/stage/*.yaml with their types and bounds. A stage of one's own may have further ones."""
+    """The keys of conf/stage/*.yaml with their types and bounds.
+
+    A stage class of your own may add keys.
+    """
 
     name: str
     train_parts: list[str]
@@ -52,7 +55,7 @@ class StageConfig:
 
 @dataclass
 class TrainerConfig:
-    """Numbers of the trainer that Lightning does not check itself before training."""
+    """Numbers of the trainer that Lightning itself does not check before training."""
 
     max_steps: int = within(1, at_least=1)
     num_nodes: int = within(1, at_least=1)
@@ -66,7 +69,7 @@ TRAINER_WORKS = frozenset(
         *("deterministic", "benchmark", "inference_mode", "profiler", "detect_anomaly", "plugins"),
     }
 )
-"""Arguments of Lightning's Trainer that do here what Lightning says."""
+"""Arguments of Lightning's Trainer that have their usual effect here."""
 
 TRAINER_OURS: dict[str, tuple[Any, str]] = {
     "logger": (None, "choose loggers with logger="),
@@ -88,39 +91,40 @@ TRAINER_OURS: dict[str, tuple[Any, str]] = {
     "gradient_clip_val": ("${stage.clip}", "set stage.clip"),
     "gradient_clip_algorithm": (None, "gradients are clipped by their global norm; stage.clip sets it"),
     "use_distributed_sampler": (False, "the data module gives each rank its own part"),
-    "barebones": (False, "leave out loggers and callbacks with logger= and callbacks="),
+    "barebones": (False, "choose fewer loggers and callbacks with logger= and callbacks="),
     "sync_batchnorm": (False, "the model has no batch normalization"),
     "default_root_dir": ("${hydra:runtime.output_dir}", "set output_dir, name or run"),
     "enable_autolog_hparams": (True, "callbacks.provenance logs the configuration"),
     "model_registry": (None, "callbacks.export writes the model"),
 }
-"""Arguments that the data, the stage or callbacks take the place of: the only value that they may have, and what to do
-instead."""
+"""Arguments that the data, the stage or callbacks replace: their only allowed value, and what to
+use instead.
+"""
 
 
 def check_trainer(cfg: DictConfig) -> None:
-    """Whether all that the trainer is given has an effect.
+    """Check that all of the trainer's arguments have an effect.
 
     Raises:
-        UserError: it names what to do instead.
+        UserError: an argument has none. The message tells what to use instead.
     """
-    trainer, written = cfg.trainer, _written(cfg, "trainer")
-    # debug=overfit: a loader that begins at the start again makes every epoch of one step the same.
+    trainer, arguments = cfg.trainer, _written(cfg, "trainer")
+    # With debug=overfit a new loader for every epoch of one step repeats the same step.
     repeating = ("limit_train_batches", "reload_dataloaders_every_n_epochs")
     repeats = bool(trainer.get(repeating[0])) and trainer.get(repeating[1]) == 1
     for key, (allowed, instead) in TRAINER_OURS.items():
-        if key not in written or written[key] == allowed or (repeats and key in repeating):
+        if key not in arguments or arguments[key] == allowed or (repeats and key in repeating):
             continue
         if str(allowed).startswith("${stage.") and trainer[key] == OmegaConf.select(cfg, allowed[2:-1]):
             continue
         raise UserError(f"trainer.{key}={trainer[key]} has no effect here: {instead}")
-    check_instance(written, "trainer")
-    numbers = {key: trainer[key] for key in TrainerConfig.__dataclass_fields__ if key in written}
+    check_instance(arguments, "trainer")
+    numbers = {key: trainer[key] for key in TrainerConfig.__dataclass_fields__ if key in arguments}
     build(TrainerConfig, numbers, "trainer")
 
 
 def check_machine(trainer: DictConfig) -> None:
-    """Whether this machine has the GPUs that the trainer asks for.
+    """Check that this machine has the GPUs that the trainer asks for.
 
     Raises:
         UserError: it does not.
@@ -129,28 +133,30 @@ def check_machine(trainer: DictConfig) -> None:
         return
     import torch
 
-    there = torch.cuda.device_count()
-    if not there:
+    available = torch.cuda.device_count()
+    if not available:
         raise UserError(
             f"trainer.accelerator={trainer.accelerator}: PyTorch finds no GPU on this machine; trainer=cpu trains on "
             "the CPU"
         )
-    wanted = count_devices(trainer.get("devices", 1)) or 1
-    if wanted > there:
-        raise UserError(f"trainer.devices={trainer.devices}: PyTorch finds {there} GPUs on this machine")
+    count = count_devices(trainer.get("devices", 1)) or 1
+    if count > available:
+        raise UserError(f"trainer.devices={trainer.devices}: PyTorch finds {available} GPUs on this machine")
 
 
 def check_train(cfg: DictConfig) -> None:
-    """The whole of conf/train.yaml: keys, types and bounds. No file of data or weights is looked at.
+    """Check the keys, types and bounds of the whole conf/train.yaml.
+
+    No file of data or weights is read.
 
     Raises:
-        UserError: the first thing that does not fit.
+        UserError: the first key or value that is wrong.
     """
     sections = ("stage", "model", "data", "trainer", "callbacks", "logger", "plan_for", "benchmark")
-    options = pick(TrainConfig, cfg, sections)  # before what takes seconds to import
+    options = pick(TrainConfig, cfg, sections)  # before imports that take seconds
     with open_dict(cfg):
         for name, value in vars(options).items():
-            if name not in cfg:  # left out by ~NAME
+            if name not in cfg:  # removed by ~NAME
                 cfg[name] = value
 
     from sphinx_pl.models.config import SphinxConfig
@@ -161,7 +167,7 @@ def check_train(cfg: DictConfig) -> None:
     check_data(cfg)
     for key in ("tokenizer", "packing", "sources"):
         if cfg.data.get(key) is None:
-            raise UserError(f"data.{key} is missing: conf/data and conf/data/mixture have one in each of their files")
+            raise UserError(f"data.{key} is missing: each file of conf/data and conf/data/mixture has one")
     check_benchmark(cfg)
     _check_stage(cfg)
     check_trainer(cfg)
@@ -174,7 +180,10 @@ def check_train(cfg: DictConfig) -> None:
 
 
 def _written(cfg: DictConfig, section: str) -> dict[str, Any]:
-    """A section with its interpolations: some can be resolved only where a run starts."""
+    """Return a section with its interpolations.
+
+    Some of them can be resolved only when a run starts.
+    """
     values: Any = (
         OmegaConf.to_container(cfg[section]) if OmegaConf.is_config(cfg.get(section)) else cfg.get(section, {})
     )
@@ -189,19 +198,19 @@ def _check_stage(cfg: DictConfig) -> None:
     section = cfg.get("stage")
     if not isinstance(section, DictConfig) or "_target_" not in section:
         raise UserError("stage has no _target_: choose one with stage=, such as stage=finetune")
-    known = stage_keys(str(section["_target_"]))
-    refuse_unread(cfg, "stage", known)
-    # What follows from others comes last: they may be what is wrong.
+    keys = stage_keys(str(section["_target_"]))
+    refuse_unread(cfg, "stage", keys)
+    # Keys that follow from others come last, since the others may be the mistake.
     follows = ("accumulate",)
-    given = {key: section[key] for key in StageConfig.__dataclass_fields__ if key in section and key not in follows}
-    build(StageConfig, given, "stage")
+    values = {key: section[key] for key in StageConfig.__dataclass_fields__ if key in section and key not in follows}
+    build(StageConfig, values, "stage")
     build(OptimConfig, section.get("optim") or {}, "stage.optim")
-    build(StageConfig, {key: section[key] for key in (*given, *follows) if key in section}, "stage")
+    build(StageConfig, {key: section[key] for key in (*values, *follows) if key in section}, "stage")
 
 
 def stage_keys(target: str) -> set[str]:
-    """The keys of conf/stage/*.yaml for a class of stages."""
+    """Return the keys of conf/stage/*.yaml for a class of stages."""
     from sphinx_pl.stages.stage import OTHERS_KEYS
 
-    given = parameters(target) or set()
-    return (given - {"model", "val_names"}) | {*OTHERS_KEYS, "_target_"}
+    arguments = parameters(target) or set()
+    return (arguments - {"model", "val_names"}) | {*OTHERS_KEYS, "_target_"}

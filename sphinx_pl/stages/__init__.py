@@ -1,4 +1,4 @@
-"""Training: one LightningModule; what tells the stages of the recipe apart is their YAML."""
+"""Training: one LightningModule. The stages of the recipe differ only in their YAML."""
 
 from sphinx_pl.stages.stage import Stage
 

@@ -1,8 +1,10 @@
-"""AdamW (Loshchilov & Hutter 2019) whose moments are bf16: 4 bytes a parameter less than with float32 moments.
+"""AdamW (Loshchilov & Hutter 2019) with bf16 moments, which take 4 bytes less per parameter than
+float32 moments.
 
-A bf16 number has 8 bits. An update below half a unit of the last one would be lost if it were rounded to the nearest
-number, always; rounded stochastically (up with the probability that the value is above the lower neighbour; Gupta et
-al. 2015, section 3) it is right in the mean. That goes for the moments, and for weights that are bf16 themselves.
+A bf16 number has 8 bits. Rounding to the nearest number would always lose an update below half a
+unit of the last bit. Stochastic rounding (up with the probability that the value lies above the
+lower neighbour; Gupta et al. 2015, section 3) is right on average. This holds for the moments, and
+for weights that are bf16 themselves.
 """
 
 from __future__ import annotations
@@ -15,18 +17,24 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 CHUNK = 2**24
-"""Elements that are in float32 at a time: it bounds what a step takes beside weights, gradients and moments."""
+"""Elements in float32 at a time.
+
+It limits the memory of a step beside weights, gradients and moments.
+"""
 
 
 def round_stochastically(values: Tensor, out: Tensor, generator: torch.Generator) -> None:
-    """Write float32 `values` to `out`: a bf16 neighbour each, whose mean is the value; float32 as it is.
+    """Write float32 `values` to `out` as bf16 neighbours whose mean is the value.
+
+    A float32 `out` gets exact values.
 
     Infinity and not-a-number stay what they are.
     """
     if out.dtype != torch.bfloat16:
         out.copy_(values)
         return
-    # bf16 is the upper half of float32: noise in the lower half carries over as often as that half is large.
+    # bf16 is the upper half of float32. Noise in the lower half carries over with the right
+    # probability.
     noise = torch.randint(2**16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
     out.copy_(noise.add_(values.view(torch.int32)).bitwise_and_(-(2**16)).view(torch.float32))
 
@@ -34,8 +42,8 @@ def round_stochastically(values: Tensor, out: Tensor, generator: torch.Generator
 class AdamWBf16(torch.optim.Optimizer):
     """`torch.optim.AdamW` with moments in bf16; arithmetic is float32.
 
-    The noise of a step follows from the step's number, so that a run that is resumed goes on as if nothing had been,
-    and ranks that hold the same weights (DDP) keep them the same.
+    The noise of a step follows from the step's number. So a resumed run continues exactly, and
+    ranks with the same weights (DDP) keep them the same.
     """
 
     def __init__(
@@ -91,5 +99,5 @@ def _update(parameter: Tensor, state: dict[str, Any], group: dict[str, Any], num
 
 
 def _flat(tensor: Any) -> Tensor:
-    """What this process holds of it."""
+    """Return the part of the tensor that this process holds, flattened."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).view(-1)

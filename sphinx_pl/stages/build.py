@@ -1,7 +1,10 @@
-"""A model comes into being a tensor at a time, where it will live: it never exists whole in one process.
+"""Builds a model one tensor at a time, where the tensor will live.
 
-Every rank makes the same modules without memory (on the meta device). Then, for each parameter in turn, one process has
-its value (read, or drawn) and a `Placement` puts it where it belongs: whole on this device, or a part on each rank.
+No process ever holds the whole model.
+
+Every rank makes the same modules without memory (on the meta device). Then one process after
+another gets the value of each parameter (it reads or draws it). A `Placement` puts the value where
+it belongs: whole on this device, or a part on each rank.
 """
 
 from __future__ import annotations
@@ -22,13 +25,15 @@ from sphinx_pl.models.sphinx import Sphinx
 def build_model(
     config: SphinxConfig, frozen: Iterable[str], placement: Placement, weights: Checkpoint | None, resumed: bool = False
 ) -> Sphinx:
-    """A model of which each process holds what `placement` leaves to it.
+    """Return a model of which each process holds the part that `placement` assigns to it.
 
     Args:
         frozen: parts without gradients.
-        weights: to start from; None reads the `load` entries of decoder and towers and draws the rest, from torch's
-            generator on the CPU, so that the numbers do not depend on the device or on the ranks.
-        resumed: values come later, from a training checkpoint; none is read or drawn.
+        weights: the initial weights. None reads the `load` entries of the decoder and the encoders
+            and draws the rest from torch's CPU generator. So the numbers do not depend on the
+            device or on the ranks.
+        resumed: whether a training checkpoint brings the values later, so that none is read or
+            drawn.
 
     Raises:
         UserError: `weights` has other names or shapes.
@@ -52,9 +57,11 @@ def build_model(
 
 
 class Fresh:
-    """Values of a model that starts anew, by name: released weights where the configuration names them, else drawn.
+    """The values of a new model by name: released weights where the configuration names them, else
+    drawn ones.
 
-    Asked in the model's own order it holds one decoder matrix at a time, and one tower that is drawn.
+    If the values are asked for in the model's own order, it holds one decoder matrix or one encoder
+    at a time.
     """
 
     def __init__(self, config: SphinxConfig) -> None:
@@ -93,7 +100,7 @@ class Fresh:
 
 
 def _reset(module: nn.Module) -> Callable[[str], Tensor]:
-    """The parameters of a small module of PyTorch's, as it draws them itself."""
+    """Return the parameters of a small PyTorch module, as the module itself draws them."""
     module.to_empty(device="cpu")
     module.reset_parameters()  # type: ignore[operator]
     return module.get_parameter

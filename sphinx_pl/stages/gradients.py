@@ -1,4 +1,6 @@
-"""Gradients as this process holds them, whole or in part: their norms by part of the model, and clipping."""
+"""The gradients that this process holds, whole or in part: their norms by part of the model, and
+clipping.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from torch.distributed.tensor import DTensor
 
 
 def local_gradient(parameter: nn.Parameter) -> Tensor | None:
-    """What this process holds of a gradient: all of it, its rows under FSDP2, its flat partition under ZeRO-3."""
+    """Return this process's part of a gradient: all of it, its rows under FSDP2, or its flat
+    partition under ZeRO-3.
+    """
     if hasattr(parameter, "ds_id"):
         from deepspeed.utils import safe_get_local_grad
 
@@ -22,12 +26,12 @@ def local_gradient(parameter: nn.Parameter) -> Tensor | None:
 
 
 def is_sharded(parameter: nn.Parameter) -> bool:
-    """Whether other ranks hold other parts of it."""
+    """Return whether other ranks hold other parts of the parameter."""
     return hasattr(parameter, "ds_id") or isinstance(parameter, DTensor)
 
 
 def _norm(gradient: Tensor | None) -> Tensor | None:
-    """Summed in float32, whatever the gradient's dtype."""
+    """Return the norm, summed in float32 whatever the gradient's dtype."""
     if gradient is None or not gradient.numel():
         return None
     norm: Tensor = torch.linalg.vector_norm(gradient, dtype=torch.float32)
@@ -35,15 +39,18 @@ def _norm(gradient: Tensor | None) -> Tensor | None:
 
 
 def norms(parts: Mapping[str, Sequence[nn.Parameter]]) -> tuple[float, dict[str, float]]:
-    """The global norm of all gradients and those of the parts that train; all ranks call it together.
+    """Return the global norm of all gradients, and the norms of the parts that train.
 
-    One number after another is read from the device at the end, once for each step.
+    All ranks call it together.
+
+    The numbers are read from the device once per step, at the end.
     """
     training = {part: [p for p in parameters if p.requires_grad] for part, parameters in parts.items()}
     training = {part: parameters for part, parameters in training.items() if parameters}
     squares, sharded = [], False
     for parameters in training.values():
-        # One at a time: DeepSpeed gives bf16 gradients as float32 copies, which together take 4 bytes a parameter.
+        # DeepSpeed returns bf16 gradients as float32 copies, which together would take 4 bytes per
+        # parameter. So they are handled one at a time.
         local = [norm for p in parameters if (norm := _norm(local_gradient(p))) is not None]
         sharded |= any(is_sharded(p) for p in parameters)
         total = torch.linalg.vector_norm(torch.stack(local)) if local else torch.zeros(())
@@ -57,7 +64,7 @@ def norms(parts: Mapping[str, Sequence[nn.Parameter]]) -> tuple[float, dict[str,
 
 @torch.no_grad()
 def scale(parameters: Sequence[nn.Parameter], factor: float) -> None:
-    """Multiply the gradients in place. (ZeRO-3 clips by itself.)"""
+    """Multiply the gradients in place. ZeRO-3 does its own clipping."""
     local = [gradient for p in parameters if p.grad is not None and (gradient := local_gradient(p)) is not None]
     if local:
         torch._foreach_mul_(local, factor)

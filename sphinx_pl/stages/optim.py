@@ -21,16 +21,21 @@ MOMENTS = ("fp32", "bf16")
 
 @dataclass
 class OptimConfig:
-    """An optimizer and a warm-up + cosine schedule. `warmup` counts steps, or is a share of all steps if below 1.
+    """An optimizer, and a schedule of linear warm-up and cosine decay.
 
-    `lr_scale`: factors on the whole schedule of some of the model's parts (1 for the rest), such as `{clip: 0.1}` for a
-    pretrained tower that is to change slowly.
+    `warmup` counts steps, or is a share of all steps if it is below 1.
 
-    `kind`: adamw, or sgd (without momentum), which shows what Adam hides: gradients that are off by a factor.
+    `lr_scale`: factors of the whole schedule for some parts of the model (1 for the rest). `{clip:
+    0.1}` lets a pretrained encoder change slowly.
 
-    `weight_decay` is AdamW's, apart from the gradient: a step takes the share `lr * weight_decay` of a weight.
+    `kind`: adamw, or sgd (without momentum). sgd reveals gradients that are wrong by a factor,
+    which Adam hides.
 
-    `moments`: AdamW's, fp32 (the weights' dtype, to be exact) or bf16, see `AdamWBf16`.
+    `weight_decay` is AdamW's, separate from the gradient: a step removes the share
+    `lr * weight_decay` of a weight.
+
+    `moments`: the dtype of AdamW's moments: fp32 (more exactly, the dtype of the weights) or bf16
+    (`AdamWBf16`).
     """
 
     kind: str = "adamw"
@@ -53,16 +58,18 @@ class OptimConfig:
         for part, factor in self.lr_scale.items():
             if factor <= 0:
                 raise UserError(
-                    f"stage.optim.lr_scale.{part}={factor} must be positive: to freeze it, leave it out of train_parts"
+                    f"stage.optim.lr_scale.{part}={factor} must be positive: to freeze it, remove it from train_parts"
                 )
         if self.min_lr > self.lr:
             raise UserError(f"stage.optim.min_lr={self.min_lr} must be between 0 and lr={self.lr}")
 
 
 def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, object]]:
-    """Matrices and embeddings decay; vectors (norms, biases, the start and end embeddings) do not.
+    """Return the groups of decayed matrices and embeddings, and of vectors (norms, biases, start
+    and end embeddings) without decay.
 
-    The original excludes by name and so decays the projections' LayerNorm weights; going by shape does not.
+    The original excludes parameters by name, so it decays the LayerNorm weights of the projections.
+    Here the shape decides.
     """
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
@@ -74,7 +81,9 @@ def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> lis
 
 
 def warmup_cosine(config: OptimConfig, max_steps: int) -> Callable[[int], float]:
-    """Factor of `lr` at a step: linear from 0 over the warm-up, then half a cosine down to `min_lr` at `max_steps`."""
+    """Return the factor of `lr` at a step: linear warm-up from 0, then half a cosine down to
+    `min_lr` at `max_steps`.
+    """
     warmup = config.warmup * max_steps if config.warmup < 1 else config.warmup
     floor = config.min_lr / config.lr
 
@@ -88,9 +97,10 @@ def warmup_cosine(config: OptimConfig, max_steps: int) -> Callable[[int], float]
 
 
 def optimizer_groups(parts: Mapping[str, Iterable[nn.Parameter]], config: OptimConfig) -> list[dict[str, Any]]:
-    """The parameters of a model's `parts` that train: two groups for each learning rate, see `decay_groups`.
+    """Return the parameters of a model's `parts` that train, as two groups per learning rate (see
+    `decay_groups`).
 
-    A group keeps its factor as "lr_scale".
+    A group stores its factor as "lr_scale".
     """
     rates: dict[float, list[nn.Parameter]] = {}
     for part, parameters in parts.items():
@@ -103,11 +113,12 @@ def optimizer_groups(parts: Mapping[str, Iterable[nn.Parameter]], config: OptimC
 
 
 def build_optimizer(parts: Mapping[str, Iterable[nn.Parameter]], config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimizer over `optimizer_groups`."""
+    """Return the optimizer over `optimizer_groups`."""
     groups = optimizer_groups(parts, config)
     if config.kind == "sgd":
         return torch.optim.SGD(groups)
     betas = (config.betas[0], config.betas[1])
     if config.moments == "bf16":
         return AdamWBf16(groups, betas=betas, eps=config.eps)
-    return torch.optim.AdamW(groups, betas=betas, eps=config.eps, fused=True)  # one pass over them, on CPUs too
+    # one pass over the parameters, on CPUs too
+    return torch.optim.AdamW(groups, betas=betas, eps=config.eps, fused=True)

@@ -1,7 +1,9 @@
-"""A stage of the recipe: builds the model where it will live, takes packed batches, one loss for the global batch.
+"""A stage of the recipe: it builds the model in place, takes packed batches, and has one loss for
+the global batch.
 
-Pretraining on real pairs, on synthetic captions and finetuning (SPHINX, section 3.1) differ in what trains, on which
-mixture, from which weights and how long: all of it configuration, so there is one class.
+Pretraining on real pairs, on synthetic captions, and finetuning (SPHINX, section 3.1) differ in the
+parts that train, the mixture, the initial weights and the length. All of these are configuration,
+so one class is enough.
 """
 
 from __future__ import annotations
@@ -20,9 +22,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from sphinx_pl.checkpoints.encoders import check_pretrained
-from sphinx_pl.checkpoints.format import Checkpoint, compare, differences, open_checkpoint
-from sphinx_pl.checkpoints.provenance import hash_file
-from sphinx_pl.checkpoints.training import TrainingCheckpoint
+from sphinx_pl.checkpoints.format import differences, open_checkpoint
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.schema import Batch
 from sphinx_pl.distributed.checkpointing import TrainingCheckpointIO, group_names, options_of
@@ -35,7 +35,8 @@ from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.runtime.collectives import of_all_ranks
 from sphinx_pl.stages import gradients
 from sphinx_pl.stages.build import build_model
-from sphinx_pl.stages.optim import OptimConfig, build_optimizer, optimizer_groups, warmup_cosine
+from sphinx_pl.stages.checks import check_resume, check_same_model
+from sphinx_pl.stages.optim import OptimConfig, build_optimizer, warmup_cosine
 from sphinx_pl.utils.config import build
 from sphinx_pl.utils.errors import UserError, suggest
 
@@ -47,18 +48,19 @@ _FREE = (
     "model.vision.clip.quick_gelu",
     "model.vision.half_resize",
 )
-"""What a run may choose anew for weights that were trained with another value."""
+"""Model keys that a run may set differently from the run that trained the initial weights."""
 
 
 OTHERS_KEYS = ("rows_per_step", "accumulate", "clip", "val_every", "text_required")
-"""Of conf/stage: they are the trainer's and the data's."""
+"""Keys of conf/stage that belong to the trainer and the data."""
 
 
 class NonFiniteError(UserError):
-    """Training came to nothing: too many steps in a row without finite gradients.
+    """Training failed: too many consecutive steps had gradients that were not finite.
 
     Args:
-        first: optimizer steps behind the weights that the first of them found: they may be what is wrong.
+        first: optimizer steps before the first of them. The weights after these steps may be the
+            cause.
     """
 
     def __init__(self, message: str, first: int) -> None:
@@ -67,7 +69,7 @@ class NonFiniteError(UserError):
 
 
 def parts_of(config: SphinxConfig) -> list[str]:
-    """Names of the parts that a model of this configuration has."""
+    """Return the names of the parts that a model of this configuration has."""
     return ["decoder", *(["projections", *config.vision.towers] if config.vision else [])]
 
 
@@ -76,15 +78,17 @@ class Stage(L.LightningModule):
 
     Args:
         model: the architecture.
-        name: of the stage, in logs and provenance.
-        train_parts: parts that train (`Sphinx.parts()`); every other part is frozen, in eval mode, without gradients.
+        name: the name of the stage, in logs and provenance.
+        train_parts: parts that train (`Sphinx.parts()`). All other parts are frozen, in eval mode,
+            without gradients.
         optim: see `OptimConfig`.
-        max_steps: optimizer steps of the whole stage, which the learning rate falls over; a trainer may stop earlier.
-        init_from: checkpoint folder whose weights this stage starts from; null starts from random weights and the
-            towers' own `load` entries.
+        max_steps: optimizer steps of the whole stage, over which the learning rate falls. A trainer
+            may stop earlier.
+        init_from: the checkpoint folder with the initial weights. null starts from random weights
+            and the encoders' own `load` entries.
         val_names: names of the held-out sources, in the order of the validation loaders.
-        checkpointing: of the decoder's activations, see `Decoder`: less memory for more work.
-        max_nonfinite: steps in a row whose gradients may be infinite or not a number before the run stops.
+        checkpointing: recomputes activations of the decoder, which saves memory; see `Decoder`.
+        max_nonfinite: consecutive steps with gradients that are not finite, before the run stops.
     """
 
     def __init__(
@@ -108,7 +112,9 @@ class Stage(L.LightningModule):
         self.init_from = init_from
         self.val_names = val_names or []
         self.val_weights: dict[str, float] = {}
-        """Of each held-out source its weight in `val/loss` (`sphinx_pl.data.held_out`); {}: all weigh alike."""
+        """The weight of each held-out source in `val/loss` (`sphinx_pl.data.held_out`). {} weighs
+        all alike.
+        """
         self.checkpointing = checkpointing
         self.max_nonfinite = max_nonfinite
         self.model: Sphinx | None = None
@@ -118,35 +124,38 @@ class Stage(L.LightningModule):
         self._sums: Tensor | None = None
         self._val_sums: Tensor | None = None
         self._options: list[dict[str, Any]] = []
-        """Of the optimizer's groups, as they are configured."""
+        """The configured options of the optimizer's groups."""
         self.resumed = False
-        """The weights come from a resumable checkpoint, so that neither `init_from` nor towers are read again."""
+        """Whether the weights come from a training checkpoint, so that neither `init_from` nor the
+        encoders are read again.
+        """
         self.validated_at = -1
-        """Optimizer steps behind the last held-out losses."""
-        # Of the window that is being trained on: what each micro-batch's losses are of.
+        """Optimizer steps before the last held-out losses."""
+        # The micro-batches of the current step, with their losses and the positions of these.
         self._window: list[tuple[Batch, Tensor, Tensor]] = []
         self.nonfinite_steps = 0
-        """Steps that were left out since their gradients were not finite."""
+        """Skipped steps, whose gradients were not finite."""
         self._nonfinite_in_a_row = 0
         self._logged: dict[str, float] = {}
-        """What was logged last before the checkpoint that this run goes on from."""
+        """Values that were last logged before the checkpoint that this run resumes from."""
         self._counted: list[str] = []
-        """What the sums are of: task/<name>, then source/<name>."""
+        """Names of the sums: task/<name>, then source/<name>."""
 
-    # -- building ---------------------------------------------------------------------------------------------------
+    # -- building ----------------------------------------------------------------------------------
 
     def check(self, processor: Processor | None = None, strategy: Any = None, resume: Path | None = None) -> None:
-        """Whether this stage can start, without building anything.
+        """Check that this stage can start, without building anything.
 
         Args:
-            processor: of this run, to compare with the one that the weights were trained with.
-            strategy: the trainer's.
-            resume: the training checkpoint to resume from, whose optimizer state has to fit as well.
+            processor: the processor of this run, which is compared with the one that the weights
+                were trained with.
+            strategy: the trainer's strategy.
+            resume: the training checkpoint to resume from, whose optimizer state must match as
+                well.
 
         Raises:
-            UserError: an unknown part, no checkpoint at `init_from` or one of another model or tokenizer, weights to
-                start from that are not there or not this model's, or an optimizer that `resume` or `strategy` does not
-                fit.
+            UserError: a part is unknown. Or initial weights are missing, or belong to another model
+                or tokenizer. Or the optimizer does not match `resume` or `strategy`.
         """
         parts = parts_of(self.config)
         if self.checkpointing not in CHECKPOINTING:
@@ -163,11 +172,11 @@ class Stage(L.LightningModule):
                 raise UserError(f"stage.optim.lr_scale: no part '{part}' in this model; {suggest(part, parts)}")
         if isinstance(strategy, Sharded) and strategy.bf16_masters and self.optim.moments != "bf16":
             raise UserError(
-                "trainer.strategy.masters=bf16 would lose the updates that are small beside a weight: set "
-                "stage.optim.moments=bf16 too, whose optimizer rounds stochastically"
+                "trainer.strategy.masters=bf16 would lose updates that are small beside a weight: also set "
+                "stage.optim.moments=bf16, whose optimizer rounds stochastically"
             )
         if resume is not None:
-            self._check_resume(resume, processor)
+            check_resume(resume, self.config, self.optim, self.train_parts, parts, processor, _FREE)
         elif self.resumed:
             return
         elif self.init_from:
@@ -175,68 +184,9 @@ class Stage(L.LightningModule):
                 checkpoint = open_checkpoint(self.init_from)
             except UserError as error:
                 raise UserError(f"stage.init_from={self.init_from}: {error}") from None
-            self._compare(checkpoint, processor, f"stage.init_from={self.init_from}")
+            check_same_model(checkpoint, self.config, processor, f"stage.init_from={self.init_from}", _FREE)
         else:
             self._check_pretrained()
-
-    def _compare(self, checkpoint: Checkpoint, processor: Processor | None, key: str) -> None:
-        """Raises: UserError: the weights that `key` names are of another model or tokenizer."""
-        differing = differences(checkpoint.model_config.to_dict(), self.config.to_dict(), "model")
-        for difference in differing:
-            if difference.startswith(_FREE):
-                log.warning("%s in %s and in this run", difference, key)
-            else:
-                raise UserError(f"{key} holds another model, {difference}: compose the model that it was made with")
-        if processor is None:
-            return
-        if hash_file(checkpoint.tokenizer_file) != hash_file(processor.tokenizer.path):
-            raise UserError(
-                f"{key} was trained with another tokenizer than {processor.tokenizer.path}: "
-                f"set data.tokenizer={checkpoint.tokenizer_file}"
-            )
-        for difference in differences(checkpoint.processor, processor.to_dict(), "data.processor"):
-            log.warning("%s in %s and in this run", difference, key)
-
-    def _check_resume(self, resume: Path, processor: Processor | None) -> None:
-        """Raises: UserError: the checkpoint is damaged, or its weights or optimizer states do not fit this stage."""
-        key = f"ckpt_path={resume}"
-        try:
-            checkpoint = TrainingCheckpoint(resume)
-            state = checkpoint.pieces.state()
-            kinds = checkpoint.pieces.kinds()
-        except UserError as error:
-            raise UserError(f"{key} is not a checkpoint to resume from: {error}") from None
-        self._compare(checkpoint, processor, key)
-        with torch.device("meta"):
-            model = Sphinx(self.config)
-        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        if problem := compare(shapes, checkpoint.pieces.shapes):
-            raise UserError(f"{key} is of another model: {problem}")
-        instead = f"or start a new run from its weights (stage.init_from={resume})"
-        made = state.get("optim", {}).get("kind", "adamw" if kinds else self.optim.kind)
-        if made != self.optim.kind:
-            raise UserError(
-                f"stage.optim.kind={self.optim.kind}: the states in {key} are those of {made}: set "
-                f"stage.optim.kind={made}, {instead}"
-            )
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
-        parts = {names[id(p)]: part for part, parameters in model.part_parameters().items() for p in parameters}
-        model.freeze(part for part in parts_of(self.config) if part not in self.train_parts)
-        groups = optimizer_groups(model.part_parameters(), self.optim)
-        wanted = [[names[id(parameter)] for parameter in group["params"]] for group in groups]
-        found: list[list[str]] = state["optimizer_names"]
-        before, now = ({name for group in of for name in group} for of in (found, wanted))
-        if before != now:
-            trained = [part for part in parts_of(self.config) if part in {parts[name] for name in before}]
-            raise UserError(
-                f"stage.train_parts=[{','.join(self.train_parts)}]: in {key} other parts train: set "
-                f"stage.train_parts=[{','.join(trained)}], {instead}"
-            )
-        if found != wanted:
-            raise UserError(
-                f"stage.optim.lr_scale={self.optim.lr_scale}: in {key} other parts have learning rates of their own: "
-                f"set the factors that it was made with, {instead}"
-            )
 
     def _check_pretrained(self) -> None:
         vision, decoder = self.config.vision, self.config.decoder
@@ -244,7 +194,7 @@ class Stage(L.LightningModule):
             if decoder.load:
                 checkpoint = open_checkpoint(decoder.load)
                 checkpoint.check(Decoder(decoder), "decoder.")
-                # Shapes don't show these: one matrix is 32 heads of 128 or 64 of 64.
+                # Shapes do not reveal these values: one matrix has 32 heads of 128 or 64 of 64.
                 differing = differences(asdict(checkpoint.model_config.decoder), asdict(decoder), "model.decoder")
                 if differing := [difference for difference in differing if not difference.startswith(_FREE)]:
                     raise UserError(f"model.decoder.load={decoder.load} holds another decoder: {differing[0]} here")
@@ -273,7 +223,10 @@ class Stage(L.LightningModule):
 
     @staticmethod
     def _one_device(strategy: Any) -> OneDevice:
-        """DDP gives all ranks the first one's weights, so that they are read once."""
+        """Return a placement on one device.
+
+        DDP copies the first rank's weights, so they are read only once.
+        """
         if strategy is None:
             return OneDevice()
         return OneDevice(strategy.root_device, reads=strategy.is_global_zero or not isinstance(strategy, DDPStrategy))
@@ -290,11 +243,14 @@ class Stage(L.LightningModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    # -- training ---------------------------------------------------------------------------------------------------
+    # -- training ----------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
-        """A run that goes on does so with the learning rate, the decay and the like of its own configuration: what was
-        read from the checkpoint is how far it was."""
+        """Apply the learning rate, decay and other options of this run's configuration to a resumed
+        run.
+
+        The checkpoint only tells how far the run is.
+        """
         if not self.resumed:
             return
         [optimizer], [config] = self.trainer.optimizers, self.trainer.lr_scheduler_configs
@@ -305,10 +261,10 @@ class Stage(L.LightningModule):
             group.update(options | {"initial_lr": options["lr"], "lr": options["lr"] * factor})
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The micro-batch's part of the mean over all targets of the step.
+        """Return this micro-batch's part of the mean over all targets of the step.
 
-        Lightning divides by the number of micro-batches and DDP by the number of ranks; both are undone here, so
-        that every target of the global batch weighs the same, however the targets fell into micro-batches.
+        Lightning divides by the number of micro-batches and DDP by the number of ranks. Both are
+        undone here, so that every target of the global batch has the same weight.
         """
         losses = self.sphinx.token_losses(batch)
         weights = batch.weights.flatten()[losses.index]
@@ -325,11 +281,11 @@ class Stage(L.LightningModule):
         return loss
 
     def _count(self, batch: Batch, nll: Tensor, index: Tensor) -> None:
-        counted = [*(f"task/{name}" for name in batch.tasks), *(f"source/{name}" for name in batch.sources)]
-        if self._sums is None or self._counted != counted:  # a run may go on with other sources
-            self._counted, self._sums = counted, torch.zeros(2, len(counted), dtype=torch.float64)
+        names = [*(f"task/{name}" for name in batch.tasks), *(f"source/{name}" for name in batch.sources)]
+        if self._sums is None or self._counted != names:  # a run may resume with other sources
+            self._counted, self._sums = names, torch.zeros(2, len(names), dtype=torch.float64)
         sums = self._sums = self._sums.to(nll.device)
-        finite = nll.isfinite()  # the others are counted as steps that are left out
+        finite = nll.isfinite()  # the others are counted as skipped steps
         values = torch.stack([nll.where(finite, 0), finite]).double()
         sums.index_add_(1, batch.task_ids.flatten()[index].long(), values)
         if batch.source_ids is not None:
@@ -352,7 +308,7 @@ class Stage(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._counted, self._sums = checkpoint["sums"]["counted"], checkpoint["sums"]["values"]
         self.parents = checkpoint["parents"]
-        # Lightning counts micro-batches, of which a step has others on other ranks.
+        # Lightning counts micro-batches, and a step may have had another number of them.
         before, now = checkpoint["accumulate"], self.trainer.accumulate_grad_batches
         for counts in checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"].values():
             if isinstance(counts, dict):
@@ -363,12 +319,15 @@ class Stage(L.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip by the global norm, and log the step: here its loss, gradients and learning rate are all known.
+        """Clip by the global norm and log the step.
+
+        Here its loss, gradients and learning rate are all known.
 
         Raises:
-            NonFiniteError: the gradients were not finite in more than `max_nonfinite` steps in a row.
+            NonFiniteError: the gradients were not finite in more than `max_nonfinite` consecutive
+                steps.
         """
-        if not self._window[-1][0].window_end:  # DeepSpeed asks after every micro-batch
+        if not self._window[-1][0].window_end:  # DeepSpeed calls it after every micro-batch
             return
         norm, by_part = gradients.norms(self.sphinx.part_parameters())
         if math.isfinite(norm):
@@ -377,39 +336,41 @@ class Stage(L.LightningModule):
             if factor < 1:
                 gradients.scale(list(self.parameters()), factor)
         else:
-            self._leave_out(norm)
+            self._skip(norm)
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
             group = optimizer.param_groups[0]
             self._log_steps(norm, by_part, float(group["lr"] / group.get("lr_scale", 1.0)))
 
-    def _leave_out(self, norm: float) -> None:
-        """Make this step one that changes nothing, and say whose samples it had."""
+    def _skip(self, norm: float) -> None:
+        """Make this step change nothing, and log the keys of its samples."""
         for parameter in self.parameters():
-            parameter.grad = None  # optimizers pass over these; ZeRO-3 sees the norm and skips the step by itself
+            parameter.grad = None  # ZeRO-3 sees the norm and skips the step itself
         self.nonfinite_steps += 1
         self._nonfinite_in_a_row += 1
-        found = of_all_ranks(self._suspects(), self.trainer.world_size)
-        bad, all_keys = [key for keys, _ in found for key in keys], [key for _, keys in found for key in keys]
-        named = bad or all_keys
+        ranks = of_all_ranks(self._suspects(), self.trainer.world_size)
+        bad, all_keys = [key for keys, _ in ranks for key in keys], [key for _, keys in ranks for key in keys]
+        suspects = bad or all_keys
         what = "samples with such a loss" if bad else "all losses are finite; its samples"
         log.warning(
-            "step %d is left out, its gradient norm is %s; %s: %s%s",
+            "step %d is skipped because its gradient norm is %s; %s: %s%s",
             self.global_step + 1,
             norm,
             what,
-            ", ".join(named[:20]),
-            f" and {len(named) - 20} more" if len(named) > 20 else "",
+            ", ".join(suspects[:20]),
+            f" and {len(suspects) - 20} more" if len(suspects) > 20 else "",
         )
         if self._nonfinite_in_a_row > self.max_nonfinite:
             raise NonFiniteError(
                 f"{self._nonfinite_in_a_row} steps in a row up to step {self.global_step + 1} had infinite gradients "
-                "or gradients that are not a number (stage.max_nonfinite): lower stage.optim.lr, or leave out the "
+                "or gradients that are not a number (stage.max_nonfinite): lower stage.optim.lr, or remove the "
                 "samples that the log names",
                 first=self.global_step + 1 - self._nonfinite_in_a_row,
             )
 
     def _suspects(self) -> tuple[list[str], list[str]]:
-        """Keys of this rank's samples of the window: those whose loss is not finite, and all."""
+        """Return the keys of this rank's samples of the step: those whose loss is not finite, and
+        all.
+        """
         bad = []
         for batch, nll, index in self._window:
             finite = (nll * batch.weights.flatten()[index]).isfinite()
@@ -417,12 +378,16 @@ class Stage(L.LightningModule):
         return list(dict.fromkeys(bad)), [key for batch, _, _ in self._window for key in batch.keys]
 
     def _log_steps(self, norm: float, by_part: dict[str, float], lr: float) -> None:
-        """A row for the steps since the last one, under the number of this one: the first step is 1."""
+        """Log a row for the steps since the last log, under the number of this step.
+
+        The first step is 1.
+        """
         assert self._sums is not None
         nll, count = self._reduced(self._sums).tolist()
         self._sums = None
         rows = list(zip(self._counted, nll, count, strict=True))
-        of_tasks = [row for row in rows if row[0].startswith("task/")]  # every target is of one task
+        # every target belongs to one task
+        of_tasks = [row for row in rows if row[0].startswith("task/")]
         loss = sum(row[1] for row in of_tasks) / max(sum(row[2] for row in of_tasks), 1)
         metrics = {"train/loss": loss, "train/grad_norm": norm, "train/lr": lr}
         metrics |= {f"train/grad_norm/{part}": value for part, value in by_part.items()}
@@ -435,19 +400,22 @@ class Stage(L.LightningModule):
         self.log_now(metrics, self.global_step + 1)
 
     def log_now(self, metrics: dict[str, float], step: int) -> None:
-        """Numbers that are the same on all ranks: to the loggers, and to `trainer.callback_metrics` for callbacks.
+        """Send numbers that are the same on all ranks to the loggers and to
+        `trainer.callback_metrics`.
 
-        `step` is the number of optimizer steps made.
+        Lightning's `log` takes up to a millisecond for each number. It also
+        forwards them only after the step's checkpoint is written, so a run killed then would miss
+        the row.
 
-        Lightning's `log` would take up to a millisecond for each of them, and hand them on only
-        after the checkpoint of this step is written, so that a run that is killed then would miss the row.
+        Args:
+            step: the number of optimizer steps made.
         """
         for logger in self.loggers:
             logger.log_metrics(metrics, step=step)
         self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
 
     def last_value(self, name: str) -> float | None:
-        """What was logged last under this name, also before the run was stopped and resumed."""
+        """Return the value that was last logged under this name, including before a resume."""
         value = self.trainer.callback_metrics.get(name)
         return self._logged.get(name) if value is None else float(value)
 
@@ -456,7 +424,7 @@ class Stage(L.LightningModule):
             torch.distributed.all_reduce(sums)
         return sums
 
-    # -- held-out losses --------------------------------------------------------------------------------------------
+    # -- held-out losses ---------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
         self._val_sums = torch.zeros(3, max(1, len(self.val_names)), device=self.device, dtype=torch.float64)
@@ -475,7 +443,7 @@ class Stage(L.LightningModule):
         for i, name in enumerate(self.val_names):
             if not count[i]:
                 raise UserError(
-                    f"data.val_sources.{name}: no target is left to measure ({unreadable[i]:.0f} images could not be "
+                    f"data.val_sources.{name}: there is no target to measure ({unreadable[i]:.0f} images could not be "
                     "read): check the paths of its images"
                 )
             metrics[f"val/loss/{name}"] = nll[i] / count[i]

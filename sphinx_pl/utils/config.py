@@ -1,7 +1,9 @@
-"""Mappings -> validated dataclasses, with the key's full name where something does not fit.
+"""Builds validated dataclasses from mappings.
 
-Every key of a configuration is either read or refused. What is read follows from dataclasses here, and from the
-signatures of classes in `sphinx_pl/settings/`.
+An error names the full key of the value that is wrong.
+
+Every key of a configuration is either read or refused. The dataclasses in `sphinx_pl/settings/`,
+and the signatures of the classes named there, define what is read.
 """
 
 from __future__ import annotations
@@ -28,7 +30,10 @@ CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "conf"
 
 @dataclass(frozen=True)
 class Bounds:
-    """The numbers that a field may hold; of a list or a mapping, each of its numbers."""
+    """The numbers that a field may hold.
+
+    For a list or a mapping they apply to each number in it.
+    """
 
     at_least: float | None = None
     above: float | None = None
@@ -49,28 +54,28 @@ class Bounds:
 
 
 BIGGEST = 2**53
-"""Whole numbers beyond it are no longer exact as floats."""
+"""Larger integers are not exact as floats."""
 
 
 def within(default: Any = dataclasses.MISSING, **bounds: float) -> Any:
-    """A dataclass field with `Bounds`; without a default the key is required."""
+    """Return a dataclass field with `Bounds`. Without a default the key is required."""
     return field(default=default, metadata={"bounds": Bounds(**bounds)})
 
 
 def build(cls: type[T], values: Any, prefix: str) -> T:
-    """An instance of the dataclass `cls` from a mapping (a DictConfig too).
+    """Return an instance of the dataclass `cls`, built from a mapping or a DictConfig.
 
     Numbers must be finite and within the bounds of their fields (`within`).
 
     Args:
-        prefix: what the mapping is called in the configuration, for messages.
+        prefix: the mapping's name in the configuration, for messages.
 
     Raises:
-        UserError: an unknown key, a wrong type, a number out of bounds or what `cls` itself refuses, with the key's
-            full name.
+        UserError: a key is unknown, a value has a wrong type or is out of bounds, or `cls` refuses
+            it. The message names the full key.
     """
     if not isinstance(values, Mapping | DictConfig):
-        raise UserError(f"{prefix}={_shown(values)} must be a mapping of keys to values")
+        raise UserError(f"{prefix}={_text(values)} must be a mapping of keys to values")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(cls), {key: _plain(values[key]) for key in values})
         _check(cls, OmegaConf.to_container(merged, resolve=True), prefix)
@@ -78,17 +83,19 @@ def build(cls: type[T], values: Any, prefix: str) -> T:
     except OmegaConfBaseException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
-        raise UserError(_explained(cls, values, prefix, error)) from None
+        raise UserError(_explanation(cls, values, prefix, error)) from None
     assert isinstance(config, cls)
     return config
 
 
 def _plain(value: Any) -> Any:
-    """Without interpolations, which can only be resolved where a section belongs."""
+    """Return the value without interpolations, which can only be resolved inside the section they
+    belong to.
+    """
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
-def _explained(cls: type[Any], values: Any, prefix: str, error: OmegaConfBaseException) -> str:
+def _explanation(cls: type[Any], values: Any, prefix: str, error: OmegaConfBaseException) -> str:
     key = _joined(prefix, str(error.full_key or ""))
     parts = [part for part in re.split(r"[.\[\]]", str(error.full_key or "")) if part]
     if isinstance(error, ConfigKeyError):
@@ -102,31 +109,38 @@ def _explained(cls: type[Any], values: Any, prefix: str, error: OmegaConfBaseExc
         return f"{key if parts[-1:] == [missing] else _joined(key, missing)} is missing"
     if hint is None:
         return f"{key}: {reason}"
-    found = values
+    value = values
     for part in parts:
         try:
-            found = found[int(part) if isinstance(found, Sequence) else part]
+            value = value[int(part) if isinstance(value, Sequence) else part]
         except (KeyError, IndexError, TypeError, ValueError, OmegaConfBaseException):
             return f"{key}: {reason}"
     if "is not a ListConfig" in reason or "Invalid value assigned" in reason:
-        return f"{key}: it takes a list: write [a,b], and [a] for one"
-    return f"{key}={_shown(found)} must be {_described(hint, bounds)}"
+        return f"{key}: it takes a list: write [a,b], or [a] for a single value"
+    return f"{key}={_text(value)} must be {_description(hint, bounds)}"
 
 
 LISTED = 240
-"""So many characters of names are listed in a message, and then no more."""
+"""A message lists names up to this many characters."""
 
 
 def unknown_key(key: str, known: Iterable[str], also: Iterable[str] = ()) -> str:
-    """The sentence that refuses `key`: it names the nearest key among `known` and `also`, else all that are `known`."""
-    known = sorted(set(known))
-    if near := nearest_key(key, [*known, *also]):
+    """Return the sentence that refuses `key`.
+
+    It suggests the nearest key, or lists all `known` keys.
+
+    Args:
+        known: the keys that are listed if no key is similar.
+        also: further keys that may be suggested.
+    """
+    siblings = sorted(set(known))
+    if near := nearest_key(key, [*siblings, *also]):
         return f"there is no key {key}: did you mean {near}?"
-    if not known:
-        return f"there is no key {key}, nor any beside it"
-    parents = {name.rpartition(".")[0] for name in known}
+    if not siblings:
+        return f"there is no key {key}, and its section has no keys"
+    parents = {name.rpartition(".")[0] for name in siblings}
     parent = parents.pop() if len(parents) == 1 else ""
-    names = ", ".join(name.removeprefix(f"{parent}.") for name in known)
+    names = ", ".join(name.removeprefix(f"{parent}.") for name in siblings)
     names = names if len(names) <= LISTED else f"{names[:LISTED].rpartition(', ')[0]}, ..."
     return f"there is no key {key}; known{f' in {parent}' if parent else ''}: {names}"
 
@@ -135,7 +149,7 @@ def _joined(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
-def _shown(value: Any) -> str:
+def _text(value: Any) -> str:
     if OmegaConf.is_config(value):
         value = OmegaConf.to_container(value)
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
@@ -143,7 +157,7 @@ def _shown(value: Any) -> str:
 
 
 def _optional(hint: Any) -> tuple[Any, bool]:
-    """A type hint without None, and whether None was part of it."""
+    """Return a type hint without None, and whether None was part of it."""
     if get_origin(hint) in (Union, types.UnionType):
         others = [arg for arg in get_args(hint) if arg is not type(None)]
         return (others[0] if len(others) == 1 else Any), len(others) < len(get_args(hint))
@@ -151,7 +165,9 @@ def _optional(hint: Any) -> tuple[Any, bool]:
 
 
 def _hint(cls: Any, parts: Sequence[str]) -> tuple[Any, Bounds | None]:
-    """The type hint and the bounds of the value at a path below the dataclass `cls`; None: there is none."""
+    """Return the type hint and the bounds of the value at a path below `cls`, or None if there is
+    no such value.
+    """
     hint, bounds = cls, None
     for part in parts:
         hint = _optional(hint)[0]
@@ -170,7 +186,7 @@ def _hint(cls: Any, parts: Sequence[str]) -> tuple[Any, Bounds | None]:
 _NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
-def _described(hint: Any, bounds: Bounds | None) -> str:
+def _description(hint: Any, bounds: Bounds | None) -> str:
     hint, optional = _optional(hint)
     name = _NAMES.get(hint)
     if name is None:
@@ -186,7 +202,12 @@ def _described(hint: Any, bounds: Bounds | None) -> str:
 
 
 def _check(cls: type[Any], values: Any, prefix: str) -> None:
-    """Raises: UserError: a number that is not finite or out of its field's bounds, or a list of another length."""
+    """Check the numbers of a mapping.
+
+    Raises:
+        UserError: a number is not finite or out of its field's bounds, or a list has a wrong
+            length.
+    """
     hints = get_type_hints(cls)
     for each in dataclasses.fields(cls):
         value = values.get(each.name)
@@ -204,19 +225,19 @@ def _check(cls: type[Any], values: Any, prefix: str) -> None:
         numbers = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
         fits = all(n is not None and math.isfinite(n) and n in bounds for n in numbers)
         if not fits or (get_origin(hint) is tuple and len(numbers) != len(get_args(hint))):
-            raise UserError(f"{key}={_shown(value)} must be {_described(hints[each.name], bounds)}")
+            raise UserError(f"{key}={_text(value)} must be {_description(hints[each.name], bounds)}")
         if any(abs(n) > BIGGEST for n in numbers):
-            raise UserError(f"{key}={_shown(value)} must be at most 2^53")
+            raise UserError(f"{key}={_text(value)} must be at most 2^53")
 
 
 def pick(cls: type[T], cfg: DictConfig, sections: Iterable[str] = ()) -> T:
-    """An entry script's options: the keys of `cfg` that the dataclass `cls` has.
+    """Return an entry script's options: the keys of `cfg` that the dataclass `cls` has.
 
     Args:
         sections: other keys that the script reads.
 
     Raises:
-        UserError: a key that nothing reads, or as `build`.
+        UserError: nothing reads a key, or `build` refuses a value.
     """
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     refuse_unread(cfg, "", [*names, *sections])
@@ -225,25 +246,27 @@ def pick(cls: type[T], cfg: DictConfig, sections: Iterable[str] = ()) -> T:
 
 
 def escaped(text: str) -> str:
-    """As a value of OmegaConf that means exactly this text."""
-    return re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + r"\${", text)
+    """Return an OmegaConf value that means exactly this text."""
+    return re.sub(r"(\\*)\$\{", lambda match: 2 * match[1] + r"\${", text)
 
 
 def refuse_unread(cfg: DictConfig, section: str, known: Iterable[str], folder: Path = CONFIG_FOLDER) -> None:
-    """Refuse keys of a section ("": the top level) that are not `known` and that no interpolation reads.
+    """Refuse keys of a section ("": the top level) that are not `known` and that no interpolation
+    reads.
 
-    So a configuration may have keys of its own, as long as some value names them: `${recipe.finetune.lr}`. A value in
-    an experiment or in a file of `data` counts even where the command line replaces it. An interpolation of the whole
-    section reads none of its keys.
+    So a configuration may have keys of its own, as long as a value refers to them:
+    `${recipe.finetune.lr}`. A value in an experiment or in a file of `data` counts even if the
+    command line replaces it. An interpolation of the whole section reads none of its keys.
 
     Args:
-        folder: where these files are.
+        folder: the folder of the configuration files.
 
     Raises:
-        UserError: a key that nothing reads; it names the nearest key that is read.
+        UserError: nothing reads a key. The message suggests the nearest key that is read.
     """
     values = OmegaConf.select(cfg, section) if section else cfg
-    unknown = [str(key) for key in values if str(key) not in (known := list(known))]
+    keys = list(known)
+    unknown = [str(key) for key in values if str(key) not in keys]
     if not unknown:
         return
     depth = len(section.split(".")) if section else 0
@@ -256,11 +279,11 @@ def refuse_unread(cfg: DictConfig, section: str, known: Iterable[str], folder: P
         if unread := [leaf for leaf in below if not _is_read(leaf, read)]:
             wrong = unread[0] if len(unread) < len(below) else key
             others = [leaf for leaf in every if leaf not in below or leaf not in unread]
-            raise UserError(unknown_key(wrong, [_joined(section, name) for name in known], others))
+            raise UserError(unknown_key(wrong, [_joined(section, name) for name in keys], others))
 
 
 def leaves(raw: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """(full key, value) of everything in a plain container that holds no further keys."""
+    """Yield (full key, value) of every value in a plain container that holds no further keys."""
     if isinstance(raw, dict) and raw:
         for name, value in raw.items():
             yield from leaves(value, _joined(key, str(name)))
@@ -269,7 +292,7 @@ def leaves(raw: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def all_keys(raw: dict[str, Any]) -> list[str]:
-    """The full keys of a plain container, those that hold further keys too."""
+    """Return the full keys of a plain container, including those of its sections."""
     parts = [key.split(".") for key, _ in leaves(raw)]
     return list(dict.fromkeys(".".join(key[:n]) for key in parts for n in range(1, len(key) + 1)))
 
@@ -280,16 +303,19 @@ _BY_NAME = ("oc.select:", "oc.dict.keys:", "oc.dict.values:")
 
 
 def interpolated(cfg: DictConfig) -> set[str]:
-    """The keys that interpolations in a configuration read, as patterns: `*` stands for what is interpolated itself."""
-    found: set[str] = set()
+    """Return the keys that interpolations in a configuration read.
+
+    They are patterns: `*` stands for a part that is interpolated itself.
+    """
+    patterns: set[str] = set()
     configs: list[Any] = [OmegaConf.to_container(cfg, resolve=False)]
     if HydraConfig.initialized():
         configs.append({"hydra": OmegaConf.to_container(HydraConfig.instance().cfg.hydra, resolve=False)})
     for raw in configs:
         for key, value in leaves(raw):
             if "${" in (text := str(value)):  # of a list too
-                found.update(_keys_in(text, key.split(".")[:-1]))
-    return found
+                patterns.update(_keys_in(text, key.split(".")[:-1]))
+    return patterns
 
 
 def _interpolated_in_files(folder: Path) -> set[str]:
@@ -316,6 +342,6 @@ def _keys_in(text: str, parent: Sequence[str]) -> Iterator[str]:
 
 
 def _is_read(key: str, patterns: Iterable[str]) -> bool:
-    """Whether a pattern names the key, or something that holds it."""
+    """Return whether a pattern names the key or a section around it."""
     parts = key.split(".")
     return any(fnmatchcase(".".join(parts[:n]), pattern) for pattern in patterns for n in range(1, len(parts) + 1))

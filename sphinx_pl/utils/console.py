@@ -1,4 +1,4 @@
-"""Tables and progress for terminals of any width, and for logs."""
+"""Tables and progress bars for terminals of any width and for logs."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 NARROWEST = 16
-"""Columns of text are folded to this before others go to a further table."""
+"""Text columns are folded down to this width before further columns move to another table."""
 UNBOUNDED = 10_000
 SHORTEST_BAR = 8
 
 
 class Table(RichTable):
-    """A table that never cuts a number, which is what columns flush right hold.
+    """A table that never cuts a number. Right-aligned columns hold numbers.
 
-    Where the console is too narrow, headings are broken between words and columns of text are folded. Columns that
-    still have no room follow in further tables, each of which begins with the first column.
+    On a narrow console, headings are broken between words and text columns are folded. Columns that
+    still do not fit follow in further tables, each of which begins with the first column.
     """
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -36,9 +36,9 @@ class Table(RichTable):
         columns = [_unbroken(console, wide, column) for column in self.columns]
 
         def part(places: list[int]) -> RichTable:
-            chosen = copy.copy(self)
-            chosen.columns = [replace(columns[place], _index=at) for at, place in enumerate(places)]
-            return chosen
+            table = copy.copy(self)
+            table.columns = [replace(columns[place], _index=at) for at, place in enumerate(places)]
+            return table
 
         def least(places: list[int]) -> int:
             natural = [_width(console, wide, columns[place]) for place in places]
@@ -52,14 +52,17 @@ class Table(RichTable):
                 parts.append([0])
             parts[-1].append(place)
         for number, places in enumerate(parts):
-            shown = part(places)
-            shown.title = self.title if number == 0 else None
-            shown.caption = self.caption if number == len(parts) - 1 else None
-            yield from RichTable.__rich_console__(shown, console, options)
+            table = part(places)
+            table.title = self.title if number == 0 else None
+            table.caption = self.caption if number == len(parts) - 1 else None
+            yield from RichTable.__rich_console__(table, console, options)
 
 
 def _unbroken(console: Console, wide: ConsoleOptions, column: Column) -> Column:
-    """The column, kept in one line if it holds numbers; its heading is then broken to be no wider than it must."""
+    """Return the column without line breaks if it holds numbers.
+
+    Its heading is then broken into lines no wider than necessary.
+    """
     if column.justify != "right":
         return replace(column, overflow="fold")
     widest = max((Measurement.get(console, wide, cell).maximum for cell in column.cells), default=1)
@@ -74,10 +77,10 @@ def _width(console: Console, wide: ConsoleOptions, column: Column) -> int:
 
 
 class StepBar(Bar):
-    """Name, bar, step and time left in one line of any width, with notes below.
+    """A name, a bar, the step and the remaining time on one line of any width, with notes below.
 
-    Where it is narrow the elapsed time goes first, then the end of the name. The fields of a task are `notes`, which
-    are never cut, and `left` in seconds, None while it is not known.
+    If the line is narrow, the elapsed time is dropped first, then the end of the name. The fields
+    of a task are `notes`, which are never cut, and `left` in seconds, None if it is unknown.
     """
 
     def get_renderables(self) -> Iterable[RenderableType]:
@@ -100,7 +103,7 @@ class StepBar(Bar):
 
 
 def _lines(parts: Sequence[str], width: int) -> list[str]:
-    """The parts, as many to a line as fit."""
+    """Return lines that hold as many parts as fit."""
     lines: list[str] = []
     for part in parts:
         if lines and cell_len(f"{lines[-1]}  {part}") <= width:
@@ -111,9 +114,9 @@ def _lines(parts: Sequence[str], width: int) -> list[str]:
 
 
 class Steps:
-    """Tells from its first second what a job of several steps does, and how much is left.
+    """Shows the current step of a job, from its first second, and the remaining time.
 
-    On a terminal it is a `StepBar`, in a log one line for each step, when it begins.
+    On a terminal it draws a `StepBar`. In a log it writes one line when a step begins.
     """
 
     def __init__(self, console: Console) -> None:
@@ -123,7 +126,7 @@ class Steps:
 
     @contextmanager
     def of(self, name: str, total: int) -> Iterator[None]:
-        """What runs inside makes `total` steps, at most."""
+        """The code in this context takes at most `total` steps."""
         self._name, self._total, self._done, self._start = name, total, -1, time.monotonic()
         if self.console.is_terminal:
             self._bar = StepBar(console=self.console, refresh_per_second=4)
@@ -137,7 +140,7 @@ class Steps:
                 self._bar = None
 
     def begin(self, doing: str) -> None:
-        """The next step begins."""
+        """Begin the next step."""
         self._done += 1
         self.within(0.0, doing)
         if self._bar is None and self._name:
@@ -147,18 +150,18 @@ class Steps:
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def within(self, share: float, doing: str) -> None:
-        """So much of the step is done."""
+        """Update the share of the current step that is done."""
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done + share, notes=[doing], left=self._left(share))
 
     def _left(self, share: float) -> float | None:
-        """Seconds, at the mean speed so far."""
+        """Return the remaining seconds, estimated from the mean speed so far."""
         done = self._done + share
         return (time.monotonic() - self._start) / done * (self._total - done) if done > 0 else None
 
 
 def clock(seconds: float) -> str:
-    """1:02:03, or 2:03."""
+    """Return seconds as 1:02:03, or as 2:03."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

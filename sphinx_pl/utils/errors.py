@@ -1,8 +1,8 @@
 """The one exception that a user is meant to read.
 
-Anything a user can get wrong (a key, a file, a size) raises `UserError` with a single sentence that
-names the key or the file and the way out. The entry scripts print that sentence and exit with 2;
-a traceback appears only with the environment variable SPHINX_TRACEBACK=1.
+A mistake of the user (in a key, a file, a size) raises `UserError` with a single sentence. It names
+the key or the file and the way out. The entry scripts print that sentence and exit with 2. A
+traceback appears only with the environment variable SPHINX_TRACEBACK=1.
 """
 
 from __future__ import annotations
@@ -12,30 +12,32 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """What was wrong, where, and what to do, in one line."""
+    """One line that tells what is wrong, where, and what to do."""
 
 
 SHORT = 12
-"""So many names are read at a glance."""
+"""The number of names that a reader takes in at a glance."""
 
 
 def suggest(name: str, known: Iterable[str], listed: str = "") -> str:
-    """`did you mean 'x'?` for a near miss, then what exists: all names, or, where they are many, who lists them.
+    """Return `did you mean 'x'?` for a similar name, followed by the known names.
 
     Args:
-        listed: what lists the names when there are more than `SHORT`, such as a file; "": they are listed here all the
-            same.
+        listed: a file or command that lists the names. If it is given, a message names it instead
+            of listing more than `SHORT` names.
     """
     choices = sorted(set(known))
     near = difflib.get_close_matches(name, choices, n=1)
-    there = f"known: {', '.join(choices)}" if not listed or len(choices) <= SHORT else f"{listed} lists them"
-    return f"did you mean '{near[0]}'? {there}" if near else there
+    known_names = f"known: {', '.join(choices)}" if not listed or len(choices) <= SHORT else f"{listed} lists them"
+    return f"did you mean '{near[0]}'? {known_names}" if near else known_names
 
 
 SYNONYMS = {
     "batch_size": "data.packing.rows",
+    "criterion": "objective",
     "epochs": "data.mixing.epochs",
     "gradient_accumulation_steps": "stage.accumulate",
+    "lean": "reweighting",
     "max_epochs": "data.mixing.epochs",
     "num_train_epochs": "data.mixing.epochs",
     "num_workers": "data.workers",
@@ -43,19 +45,19 @@ SYNONYMS = {
     "shuffle": "data.sources.NAME.shuffle_shards",
     "warmup_steps": "stage.optim.warmup",
 }
-"""What other programs call a key -> the key here."""
+"""Keys of other programs or of earlier versions, and the keys with the same meaning here."""
 
 
 def nearest_key(key: str, known: Iterable[str]) -> str | None:
-    """The full key that was most likely meant by `key`, or None.
+    """Return the full key that the user most likely meant by `key`, or None.
 
-    The last parts of keys count as much as the whole keys, so `lr` finds `stage.optim.lr`. An abbreviation by initials
-    counts as equal: `learning_rate` and `lr`.
+    The last parts of keys count as much as the whole keys, so `lr` finds `stage.optim.lr`. An
+    abbreviation by initials counts as equal: `learning_rate` and `lr`.
     """
     leaf = key.rpartition(".")[2]
     choices = [choice for choice in known if choice != key]
-    if (meant := SYNONYMS.get(leaf)) and ("NAME" in meant or meant in choices):
-        return meant
+    if (synonym := SYNONYMS.get(leaf)) and ("NAME" in synonym or synonym in choices):
+        return synonym
 
     def likeness(choice: str) -> float:
         other = choice.rpartition(".")[2]

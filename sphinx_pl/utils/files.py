@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and what tells one from another."""
+"""Writes files atomically and checks paths, disks and hashes."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from sphinx_pl.utils.errors import UserError
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to, renamed to it at the end: a kill leaves the old file, or none.
+    """Yield a temporary path beside `path`, and rename it to `path` at the end.
 
-    After an exception the temporary file is deleted.
+    A kill leaves the old file or none. After an exception the temporary file is deleted.
     """
-    # A name of its own, since ranks and threads may write the same file at once: the last one stays.
+    # Each rank and thread has its own temporary name, since several may write the same file. The
+    # last one wins.
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident():x}.tmp")
     try:
         yield temporary
@@ -34,28 +35,34 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a whole file. Text is UTF-8."""
+    """Write a file atomically. Text is encoded as UTF-8."""
     with whole_file(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def replaced(path: Path) -> Path:
-    """What a folder is called from when another one takes its place until it is deleted."""
+    """Return the name of a folder that is being deleted because another one takes its place."""
     return path.with_name(f".{path.name}.replaced.tmp")
 
 
 def discard(path: Path) -> None:
-    """Delete a folder. It loses its name first: what is half deleted when a run is killed is no checkpoint."""
+    """Delete a folder.
+
+    It is renamed first, so a kill never leaves half a checkpoint under its name.
+    """
     if not path.exists():
         return
-    gone = replaced(path)
-    shutil.rmtree(gone, ignore_errors=True)
-    path.rename(gone)
-    shutil.rmtree(gone)
+    trash = replaced(path)
+    shutil.rmtree(trash, ignore_errors=True)
+    path.rename(trash)
+    shutil.rmtree(trash)
 
 
 def finite(content: Any) -> Any:
-    """With null for every number that is NaN or infinite: JSON has no word for them, and other programs refuse ours."""
+    """Return the content with null for every number that is NaN or infinite.
+
+    JSON cannot express such numbers, and other programs refuse them.
+    """
     if isinstance(content, Mapping):
         return {key: finite(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
@@ -64,7 +71,14 @@ def finite(content: Any) -> Any:
 
 
 def make_folder(path: Path, key: str) -> None:
-    """Raises: UserError: there can be none; `key` is what the user gave it as."""
+    """Make a folder.
+
+    Args:
+        key: the key that the user gave the path with.
+
+    Raises:
+        UserError: the folder cannot be made.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -74,14 +88,17 @@ def make_folder(path: Path, key: str) -> None:
 
 
 def check_folder(path: Path, key: str) -> None:
-    """Whether a folder can be made there: asked before what takes long. Makes nothing.
+    """Check that a folder can be made, before a long computation. Nothing is made.
+
+    Args:
+        key: the key that the user gave the path with.
 
     Raises:
-        UserError: it cannot; `key` is what the user gave it as.
+        UserError: the folder cannot be made.
     """
     try:
-        there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-        with TemporaryDirectory(prefix=".", dir=there):
+        parent = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+        with TemporaryDirectory(prefix=".", dir=parent):
             pass
     except OSError as error:
         raise UserError(
@@ -90,14 +107,17 @@ def check_folder(path: Path, key: str) -> None:
 
 
 def check_writable(path: Path, key: str) -> None:
-    """Whether a file can be written there: asked before what takes long. Makes its folder.
+    """Check that a file can be written, before a long computation. Its folder is made.
+
+    Args:
+        key: the key that the user gave the path with.
 
     Raises:
-        UserError: it cannot; `key` is what the user gave it as.
+        UserError: the file cannot be written.
     """
     make_folder(path.absolute().parent, key)
     if path.is_dir():
-        raise UserError(f"{key}: '{path}' is a folder: name a file in it")
+        raise UserError(f"{key}: '{path}' is a folder: give the path of a file")
     if not os.access(path.absolute().parent, os.W_OK):
         raise UserError(f"{key}: '{path}' cannot be written: choose another path")
 
@@ -106,7 +126,11 @@ _POINTER = b"version https://git-lfs"
 
 
 def check_pointer(path: Path) -> None:
-    """Raises: UserError: the file is a Git LFS pointer, which names a file that was not fetched."""
+    """Check that a file is not a Git LFS pointer, which stands for a file that was not fetched.
+
+    Raises:
+        UserError: it is a pointer.
+    """
     if not path.is_file() or path.stat().st_size > 1024:
         return
     with path.open("rb") as file:
@@ -117,21 +141,22 @@ def check_pointer(path: Path) -> None:
 
 
 def check_disks(needs: Iterable[tuple[Path, int, int]], freed: Iterable[Path], instead: str) -> None:
-    """Whether disks have room for what a run is going to write.
+    """Check that the disks have room for the files that a run will write.
 
     Args:
-        needs: of each folder, the bytes that it holds at most, and those that are written before anything is deleted.
+        needs: for each folder, the largest number of bytes it will hold, and the bytes written
+            before anything is deleted.
         freed: files and folders that are deleted while the run writes.
         instead: what helps besides free space.
 
     Raises:
-        UserError: a disk has less.
+        UserError: a disk has too little space.
     """
     most: dict[int, list[int]] = {}
     for path, total, first in needs:
-        there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-        device = there.stat().st_dev
-        so_far = most.setdefault(device, [0, 0, shutil.disk_usage(there).free])
+        parent = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+        device = parent.stat().st_dev
+        so_far = most.setdefault(device, [0, 0, shutil.disk_usage(parent).free])
         so_far[0], so_far[1] = so_far[0] + total, so_far[1] + first
         if len(so_far) == 3:
             so_far.append(sum(_size(old) for old in freed if old.stat().st_dev == device))
@@ -149,6 +174,6 @@ def _size(path: Path) -> int:
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal, read in pieces."""
+    """Return the SHA-256 of a file's bytes in hexadecimal. The file is read in chunks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

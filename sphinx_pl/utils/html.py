@@ -1,4 +1,7 @@
-"""Pages that are one file: styles and pictures are inline, nothing is loaded from elsewhere."""
+"""HTML pages in a single file.
+
+Styles and pictures are inline, and nothing is loaded from elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,12 @@ from PIL import Image
 
 
 def page(title: str, header: str, body: str, style: str = "", script: str = "") -> str:
-    """A whole HTML document. `title` is text; the other parts are HTML, CSS and JavaScript already.
+    """Return a whole HTML document.
 
-    What stands in data never runs, even where someone forgot to escape it: the browser is told to run no script but
-    this one, and to load nothing.
+    `title` is text; the other parts are already HTML, CSS or JavaScript.
+
+    Text from data never runs as a script, even if it was not escaped. A content security policy
+    allows only this script and forbids loading anything.
     """
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'"
@@ -29,7 +34,10 @@ def page(title: str, header: str, body: str, style: str = "", script: str = "") 
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: set[int]) -> str:
-    """A table of cells that are HTML already; the columns in `numbers` are set flush right."""
+    """Return a table whose cells are already HTML.
+
+    The columns in `numbers` are aligned to the right.
+    """
 
     def line(cells: Sequence[str], tag: str) -> str:
         return "".join(f"<{tag}{' class=n' if i in numbers else ''}>{cell}</{tag}>" for i, cell in enumerate(cells))
@@ -38,24 +46,33 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: set[int])
     return f"<div class=scroll><table><thead><tr>{line(head, 'th')}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
-# What does not show, or would turn the text around it (bidirectional controls), and halves of characters.
-_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
+# Invisible characters, bidirectional controls, which reorder the text around them, and lone
+# surrogates.
+_INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
+
+
+def mark_unseen(text: str) -> str:
+    """The text with its invisible characters written as their code points."""
+    return _INVISIBLE.sub(lambda match: f"\u27e8U+{ord(match[0]):04X}\u27e9", text)
 
 
 def visible(text: str) -> str:
-    """Text from data as HTML: escaped, and with what would not show written as its code point."""
-    return escape(_UNSEEN.sub(lambda match: f"\u27e8U+{ord(match[0]):04X}\u27e9", text))
+    """Return text from data as HTML.
+
+    It is escaped, and invisible characters become their code points.
+    """
+    return escape(mark_unseen(text))
 
 
 def inline_png(picture: Image.Image) -> str:
-    """The address of a picture that is in the page itself."""
+    """Return a data URL of a picture."""
     stream = io.BytesIO()
     picture.save(stream, "PNG", optimize=True)
     return inline(stream.getvalue(), "image/png")
 
 
 def inline(data: bytes, kind: str) -> str:
-    """The address of what is in the page itself; `kind` is its MIME type."""
+    """Return a data URL of the bytes. `kind` is their MIME type."""
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
@@ -91,4 +108,4 @@ article{background:var(--card);border:1px solid var(--line);border-radius:6px;ov
 article[hidden]{display:none}
 .where{color:var(--soft);font-size:.8rem;display:flex;justify-content:space-between;gap:1rem}
 """
-"""Colours for light and dark, headings, tables, navigation."""
+"""Colours for light and dark pages, headings, tables and navigation."""

@@ -1,4 +1,4 @@
-"""`metrics.csv`, what a run logged: a row for each logged step, which counts the optimizer steps made."""
+"""Reads and writes `metrics.csv`, the log of a run. It has a row for each logged optimizer step."""
 
 from __future__ import annotations
 
@@ -11,21 +11,24 @@ from typing import Any
 METRICS = "metrics.csv"
 STEP = "step"
 TRAINING = ("train/", "perf/", "data/", "eval/")
-"""Columns of a training step: in files of older versions its row has the number of steps made before it."""
+"""Columns of a training step. Older versions wrote them with the number of the steps before it."""
 
 
 def read_metrics(path: Path) -> tuple[list[str], dict[int, dict[str, str]]]:
-    """The columns but `step`, and step -> column -> text; of a value that was logged twice the last one counts.
+    """Return the columns other than `step`, and step -> column -> text.
 
-    Files of older versions are read as if they had been written today. Their `step`, which is not their first column,
-    is one less in the rows of a training step and of a validation right after one, and they have several rows for a
-    step. A last line without an end is what a kill left of a row, and is not read.
+    The last of several values counts.
+
+    Files of older versions are read as if they were written today. Their `step` is not the first
+    column. It is one too low in rows of a training step and of a validation right after one. They
+    have several rows for one step. A last line without an end is the rest of a killed write, and is
+    skipped.
     """
     if not path.is_file():
         return [], {}
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        written = file.read()
-    reader = csv.DictReader(io.StringIO(written[: written.rfind("\n") + 1], newline=""))
+        content = file.read()
+    reader = csv.DictReader(io.StringIO(content[: content.rfind("\n") + 1], newline=""))
     columns = [name for name in reader.fieldnames or [] if name != STEP]
     old = (reader.fieldnames or [STEP])[0] != STEP
     rows: dict[int, dict[str, str]] = {}
@@ -43,7 +46,7 @@ def read_metrics(path: Path) -> tuple[list[str], dict[int, dict[str, str]]]:
 
 
 def as_text(columns: Sequence[str], rows: Iterable[tuple[int, Mapping[str, Any]]], header: bool = False) -> str:
-    """Lines of the file."""
+    """Return the lines of the file that hold these rows."""
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, fieldnames=[STEP, *columns], restval="")
     if header:

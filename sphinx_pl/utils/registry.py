@@ -1,4 +1,4 @@
-"""Name -> object, with an error that helps: used for tasks, metrics, sources and checkpoint formats."""
+"""A mapping from names to objects, with a helpful error for unknown names."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """A mapping filled by `register`; an unknown name raises `UserError` with the nearest known one and what there is.
+    """A mapping that `register` fills.
+
+    An unknown name raises `UserError`, which suggests the nearest name.
 
     Args:
-        kind: what the entries are, in the singular.
-        listed: what lists them all, where they are too many for an error (`suggest`).
+        kind: the singular noun for an entry.
+        listed: a file or command that lists the entries if they are too many for an error
+            (`suggest`).
     """
 
     def __init__(self, kind: str, listed: str = "") -> None:
@@ -40,5 +43,5 @@ class Registry(Mapping[str, T], Generic[T]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __contains__(self, name: object) -> bool:  # Mapping's own would call __getitem__ and want a KeyError
+    def __contains__(self, name: object) -> bool:  # Mapping's version expects a KeyError
         return name in self._entries

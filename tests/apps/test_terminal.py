@@ -41,7 +41,7 @@ def test_a_dialog_keeps_its_turns_and_survives_mistakes(terminal: Terminal, imag
         ["", "hello", "/image no/such.png", "/what", f"/image {image}", "what is it?", "and now?", "/quit", "x"]
     )
     assert "error: image cannot be used (image_missing" in printed(terminal)
-    assert "There is no /what" in printed(terminal)
+    assert "There is no command /what" in printed(terminal)
     assert [turn.question for turn in terminal.dialog.history] == ["what is it?", "and now?"]
     terminal.talk(["/new"])
     assert terminal.dialog.history == ()
@@ -54,12 +54,12 @@ def test_typed_marks_and_turns_are_text(terminal: Terminal, image: Path) -> None
     assert terminal.dialog.history[0].question == "<image > or <image >?"
 
 
-def test_bytes_that_are_no_text_are_question_marks(terminal: Terminal) -> None:
+def test_bytes_that_are_not_text_become_question_marks(terminal: Terminal) -> None:
     terminal.talk(["caf\udce9 \ud83d?"])
     assert terminal.dialog.history[0].question == "caf? ??"
 
 
-def test_what_an_answer_names_is_drawn_on_the_image(
+def test_places_that_an_answer_names_are_drawn_on_the_image(
     terminal: Terminal, image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer = "A <p>dog</p>[0.25,0.25,0.75,0.75]"
@@ -67,11 +67,12 @@ def test_what_an_answer_names_is_drawn_on_the_image(
     terminal.show(str(image))
     assert terminal.ask("What is it?") == answer
     (file,) = (terminal.folder).iterdir()
-    drawn = Image.open(file)
-    assert drawn.size == (64, 32)
-    # The square is 64 x 64 with 16 rows of padding above: the box reaches from the image's top to its end.
-    assert drawn.getpixel((16, 16)) != (255, 255, 255)
-    assert drawn.getpixel((32, 16)) == (255, 255, 255)
+    picture = Image.open(file)
+    assert picture.size == (64, 32)
+    # The square is 64 x 64 with 16 rows of padding above: the box reaches from the image's top to
+    # its end.
+    assert picture.getpixel((16, 16)) != (255, 255, 255)
+    assert picture.getpixel((32, 16)) == (255, 255, 255)
     assert answer in printed(terminal)
     assert str(file) in printed(terminal)
 
@@ -90,7 +91,7 @@ def test_pictures_in_terminals_that_show_them() -> None:
     assert kitty.count("m=1") == len(chunks) - 1
 
 
-def test_a_models_words_are_no_commands(terminal: Terminal, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_models_text_is_no_terminal_command(terminal: Terminal, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hostile = ":cat: [bold]x[/bold] \x1b]0;title\x07 <p>a</p>[0.10,0.10,0.50,0.50]"
     monkeypatch.setattr(Assistant, "stream", lambda self, dialogs, config: iter([[hostile]]))
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""The web page: what it refuses, what it escapes, who sees what; and driven in a real browser."""
+"""The web page: uploads, escaping, sessions, masks, and a real browser that drives it."""
 
 from __future__ import annotations
 
@@ -26,12 +26,15 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image, ImageDraw
 
-from sphinx_pl.apps import web
 from sphinx_pl.apps.masks import MARGIN, Segmenter
-from sphinx_pl.apps.web import PALETTE, Exchange, Page, Picture, Session, WebConfig
+from sphinx_pl.apps.web import app, rendering
+from sphinx_pl.apps.web import page as web_page
+from sphinx_pl.apps.web.page import Page, WebConfig, instructions
+from sphinx_pl.apps.web.session import PREVIEW_SIDE, Exchange, Session, UploadedImage
 from sphinx_pl.checkpoints.format import write_checkpoint
 from sphinx_pl.cli import chat
 from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.drawing import PALETTE
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.sampling.packing import Collator
 from sphinx_pl.data.schema import ImageRef, Record, Turn
@@ -64,7 +67,7 @@ def scene() -> Image.Image:
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A PNG of a hundred bytes whose header promises many pixels."""
+    """Return a PNG of a hundred bytes whose header promises many pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -83,7 +86,8 @@ def free_port() -> int:
 def page(model_config: SphinxConfig, processor: Processor) -> Page:
     torch.manual_seed(0)
     model = Sphinx(model_config)
-    for parameter in model.decoder.layers.parameters():  # the initial weights would repeat one token
+    # the initial weights would repeat one token
+    for parameter in model.decoder.layers.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.3)
     config = WebConfig(port=free_port(), max_upload_mb=0.1, max_pixels=40_000)
@@ -106,7 +110,7 @@ def asked(page: Page, session: Session, question: str) -> str:
 # Keys
 
 
-def test_it_is_this_machine_alone_unless_told_otherwise() -> None:
+def test_it_serves_this_machine_alone_by_default() -> None:
     assert OmegaConf.load(CONFIG_FOLDER / "chat.yaml").host == "127.0.0.1"
     assert chat.ChatConfig("model").host == WebConfig().host == "127.0.0.1"
 
@@ -135,18 +139,18 @@ def test_wrong_values_are_refused_before_a_model_is_loaded(values: dict[str, Any
 
 
 def test_a_port_in_use_is_refused() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
         with pytest.raises(UserError, match=f"port={port} of host=127.0.0.1 cannot be used"):
-            web.check_address("127.0.0.1", port)
+            app.check_address("127.0.0.1", port)
 
 
 def test_without_gradio_the_message_says_what_to_install() -> None:
-    code = "import sys; sys.modules['gradio'] = None\nimport sphinx_pl.apps.web"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    assert "UserError: ui=web needs gradio, which is not installed: pip install 'sphinx-pl[web]'" in done.stderr
+    code = "import sys; sys.modules['gradio'] = None\nimport sphinx_pl.apps.web.app"
+    process = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert "UserError: ui=web needs gradio, which is not installed: pip install 'sphinx-pl[web]'" in process.stderr
 
 
 # Uploads
@@ -165,7 +169,7 @@ def test_without_gradio_the_message_says_what_to_install() -> None:
         (bytes(100_001), "larger than 0.1 MB"),
     ],
 )
-def test_what_cannot_be_used_is_said_and_changes_nothing(
+def test_an_unusable_upload_is_reported_and_changes_nothing(
     page: Page, session: Session, data: bytes, message: str
 ) -> None:
     before = session.picture
@@ -181,8 +185,8 @@ def test_another_image_begins_another_conversation(page: Page, session: Session)
 
 def test_the_model_sees_the_whole_image_and_the_page_a_small_one(page: Page) -> None:
     large = Image.effect_mandelbrot((2600, 1300), (-2, -1.5, 1, 1.5), 20).convert("RGB")
-    picture = Picture.make(large, "large", 32)
-    assert picture.shown.size == (web.SHOWN_SIDE, web.SHOWN_SIDE // 2)
+    picture = UploadedImage.make(large, "large", 32)
+    assert picture.preview.size == (PREVIEW_SIDE, PREVIEW_SIDE // 2)
     assert picture.size == (2600, 1300)
     logits = [page.assistant.compute_logits(Dialog("What?", [image])) for image in (large, picture.square)]
     assert torch.equal(*logits)
@@ -194,22 +198,24 @@ def test_the_model_sees_the_whole_image_and_the_page_a_small_one(page: Page) -> 
 def test_no_text_becomes_markup(page: Page, session: Session) -> None:
     phrase = f"<p>{HOSTILE}</p>[0.1,0.1,0.5,0.5]"
     assert session.picture is not None
-    session.picture = Picture(session.picture.square, session.picture.shown, session.picture.size, f'"{HOSTILE}')
+    session.picture = UploadedImage(
+        session.picture.square, session.picture.preview, session.picture.size, f'"{HOSTILE}'
+    )
     session.exchanges = [Exchange(f"{HOSTILE} {phrase}", f"{HOSTILE} {phrase}")]
-    for shown in (web.render_talk(page.geometry, session), web.render_picture(page.geometry, session)):
-        tags = set(re.findall(r"<\s*/?\s*([a-z]+)", shown))
+    for output in (rendering.render_talk(page.geometry, session), rendering.render_picture(page.geometry, session)):
+        tags = set(re.findall(r"<\s*/?\s*([a-z]+)", output))
         assert tags <= {"div", "span", "figure", "figcaption", "img", "svg", "g", "rect", "title"}
-        assert shown.count("<img") == shown.count("<figure")
-        assert "onerror=&quot;" in shown
-        assert "<script" not in shown
+        assert output.count("<img") == output.count("<figure")
+        assert "onerror=&quot;" in output
+        assert "<script" not in output
 
 
 @pytest.mark.parametrize("cut", range(0, len(ANSWER) + 1))
 def test_a_growing_answer_shows_no_half_of_its_markup(cut: int) -> None:
-    shown = re.sub(r"<[^<>]*>", "", web.render_text(Geometry(2), ANSWER[:cut], "a0-", growing=True))
-    assert "<" not in shown
-    assert "&lt;" not in shown
-    assert "A red square[0.10,0.20,0.40,0.60] and".startswith(shown[:37])
+    text = re.sub(r"<[^<>]*>", "", rendering.render_text(Geometry(2), ANSWER[:cut], "a0-", growing=True))
+    assert "<" not in text
+    assert "&lt;" not in text
+    assert "A red square[0.10,0.20,0.40,0.60] and".startswith(text[:37])
 
 
 # Places
@@ -217,42 +223,43 @@ def test_a_growing_answer_shows_no_half_of_its_markup(cut: int) -> None:
 
 def test_phrases_and_places_share_a_key_and_a_colour(page: Page, session: Session) -> None:
     session.exchanges = [Exchange("Where?", ANSWER)]
-    talk, drawn = web.render_talk(page.geometry, session), web.render_picture(page.geometry, session)
+    talk, svg = rendering.render_talk(page.geometry, session), rendering.render_picture(page.geometry, session)
     for number, phrase in enumerate(["red square", "blue circle"]):
         link = f'data-mark="a0-{number}" style="--mark:{PALETTE[number]}"'
         assert f"{link}>{phrase}</span>" in talk
-        assert f'<g class="mark a" {link}>' in drawn
-    assert '<rect class="box" x="12.00" y="24.00" width="36.00" height="48.00"/>' in drawn
+        assert f'<g class="mark a" {link}>' in svg
+    assert '<rect class="box" x="12.00" y="24.00" width="36.00" height="48.00"/>' in svg
     assert "[0.10,0.20,0.40,0.60]</span>" in talk
 
 
 def test_places_are_in_the_frame_of_the_image_not_of_the_padded_square(page: Page) -> None:
-    session = Session(Picture.make(Image.new("RGB", (64, 32)), "x", 32))
+    session = Session(UploadedImage.make(Image.new("RGB", (64, 32)), "x", 32))
     session.exchanges = [Exchange("?", "[0.25,0.1,0.75,0.75] [0.1,0.0,0.2,0.2] <p>nose</p>[0.5,0.5]")]
-    drawn = web.render_picture(page.geometry, session)
-    assert 'viewBox="0 0 64 32"' in drawn
-    assert 'x="16.00" y="0.00" width="32.00" height="32.00"' in drawn  # cut at the image's upper edge
-    assert drawn.count('class="box"') == 1  # what is in the padding alone is not drawn
-    assert 'x1="32.00" y1="16.00"' in drawn
+    svg = rendering.render_picture(page.geometry, session)
+    assert 'viewBox="0 0 64 32"' in svg
+    # cut at the image's upper edge
+    assert 'x="16.00" y="0.00" width="32.00" height="32.00"' in svg
+    assert svg.count('class="box"') == 1  # a box inside the padding is not drawn
+    assert 'x1="32.00" y1="16.00"' in svg
 
 
 def test_each_person_has_a_colour_and_a_skeleton(page: Page, session: Session) -> None:
     person = "<p>nose</p>[0.5,0.1]<p>left shoulder</p>[0.6,0.3]<p>right shoulder</p>[0.4,0.3]"
     other = person.replace("0.3", "0.4").replace("0.1]", "0.2]")
     session.exchanges = [Exchange("?", f"{person} {other} <p>ball</p>[0.1,0.1,0.2,0.2] <p>nose</p>[0.5,0.1]")]
-    marks = web.find_marks(page.geometry.pieces(session.exchanges[0].answer), "a0-")
+    marks = rendering.find_marks(page.geometry.pieces(session.exchanges[0].answer), "a0-")
     assert [mark.colour for mark in marks] == [PALETTE[0]] * 3 + [PALETTE[1]] * 3 + [PALETTE[2]] + [PALETTE[0]]
-    assert web.render_picture(page.geometry, session).count('class="limb"') == 2
+    assert rendering.render_picture(page.geometry, session).count('class="limb"') == 2
 
 
 # Turns
 
 
 def test_instructions_are_the_registrys_and_their_slots_must_be_filled(page: Page, session: Session) -> None:
-    texts = web.instructions()
+    texts = instructions()
     assert {"caption", "rec", "detection", "ocr", "pose"} <= texts.keys()
     assert all(TASKS[name].templates[0] == text for name, text in texts.items())
-    assert page.begin(session, page.fill(session, texts["rec"])) == "Replace {phrase} by what you mean."
+    assert page.begin(session, page.fill(session, texts["rec"])) == "Replace {phrase} with your own words."
     assert (
         page.fill(session, texts["pose"]) == "Detect the key points of the person in the region [0.00,0.00,1.00,1.00]."
     )
@@ -271,7 +278,7 @@ def test_a_box_dragged_on_the_image_goes_into_the_question(page: Page, session: 
 def test_an_answer_grows_in_order_to_what_generation_gives(
     page: Page, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(web, "_INTERVAL", 0.0)
+    monkeypatch.setattr(web_page, "_INTERVAL", 0.0)
     page.begin(session, "What is it?")
     states = [(session.exchanges[0].answer, session.busy) for _ in page.answer(session, *SETTINGS)]
     texts = [text for text, _ in states]
@@ -286,10 +293,10 @@ def test_an_answer_grows_in_order_to_what_generation_gives(
     assert second == page.assistant.generate([dialog], config)[0]
 
 
-def test_stop_keeps_what_there_is_and_new_forgets(
+def test_stop_keeps_the_answer_so_far_and_new_forgets_it(
     page: Page, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(web, "_INTERVAL", 0.0)
+    monkeypatch.setattr(web_page, "_INTERVAL", 0.0)
     page.begin(session, "What is it?")
     steps = page.answer(session, *SETTINGS)
     for _ in range(4):
@@ -313,13 +320,13 @@ def test_stop_reaches_an_answer_that_waits_for_its_turn(page: Page, session: Ses
     assert asked(page, session, "And now?")
 
 
-def test_what_fails_inside_is_said_and_the_session_goes_on(
+def test_an_internal_failure_is_reported_and_the_session_continues(
     page: Page, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as broken:
-        broken.setattr(page.assistant.model, "embed_images", None)
+    with monkeypatch.context() as patch:
+        patch.setattr(page.assistant.model, "embed_images", None)
         page.begin(session, "What is it?")
-        assert list(page.answer(session, *SETTINGS)) == ["The answer failed (TypeError): the terminal says where."]
+        assert list(page.answer(session, *SETTINGS)) == ["The answer failed (TypeError): see the terminal for details."]
     assert session.exchanges == []
     assert asked(page, session, "What is it?")
 
@@ -327,10 +334,10 @@ def test_what_fails_inside_is_said_and_the_session_goes_on(
 def test_a_model_of_text_alone_has_no_upload(processor: Processor, tmp_path: Path) -> None:
     assistant = Assistant(Sphinx(tiny_model(vision=None)), processor)
     page = Page(assistant, GenerationConfig(max_new_tokens=8), WebConfig())
-    assert page.show(Session(), encoded(scene()), "x.png") == "This model reads text alone."
+    assert page.show(Session(), encoded(scene()), "x.png") == "This model reads only text."
     with pytest.raises(UserError, match=r"image=x\.png: this model has no vision part"):
         page.start("x.png")
-    blocks = web.build(page, Session(), tmp_path, "a model")
+    blocks = app.build(page, Session(), tmp_path, "a model")
     hidden = [block for block in blocks.blocks.values() if getattr(block, "visible", True) is False]
     inside = {child.elem_id for block in hidden for child in getattr(block, "children", [])}
     assert {"picture", "upload"} <= inside
@@ -344,7 +351,7 @@ def test_a_tab_closed_in_the_middle_leaves_the_session_usable(page: Page, sessio
     assert not session.busy
 
 
-def test_what_the_model_cannot_be_asked_is_said_and_left_out(page: Page, session: Session) -> None:
+def test_a_refused_question_is_reported_and_not_kept(page: Page, session: Session) -> None:
     page.begin(session, "long " * 600)
     assert "leaves no room for an answer" in list(page.answer(session, *SETTINGS))[-1]
     assert session.exchanges == []
@@ -355,7 +362,7 @@ def test_what_the_model_cannot_be_asked_is_said_and_left_out(page: Page, session
 
 def test_a_turn_without_an_answer_does_not_spoil_the_next(page: Page, session: Session) -> None:
     session.exchanges = [Exchange("What?", "")]
-    assert "no answer" in web.render_talk(page.geometry, session)
+    assert "no answer" in rendering.render_talk(page.geometry, session)
     assert asked(page, session, "And now?")
 
 
@@ -406,8 +413,8 @@ def test_masks_are_drawn_in_the_colour_of_their_phrase(page: Page, session: Sess
     session.exchanges = [exchange]
     exchange.masks = page._masks(page.segmenter, session.picture, exchange, 0)
     assert exchange.masks.keys() == {"a0-0", "a0-1"}
-    drawn = web.render_picture(page.geometry, session)
-    assert drawn.count('<image href="data:image/png;base64,') == 2
+    svg = rendering.render_picture(page.geometry, session)
+    assert svg.count('<image href="data:image/png;base64,') == 2
     mask = Image.open(io.BytesIO(base64.b64decode(exchange.masks["a0-0"].split(",")[1])))
     assert mask.size == (120, 120)
     assert set(np.unique(np.array(mask).reshape(-1, 4), axis=0)[-1]) == {0xE6, 0x00, 0x7E, 0x80}
@@ -424,11 +431,11 @@ def test_a_sam_that_is_not_there_is_one_line(tmp_path: Path, monkeypatch: pytest
         UserError, match=r"there is no folder some/sam, and the model some/sam is neither in .* get its"
     ):
         Segmenter.load("some/sam")
-    with pytest.raises(UserError, match=r"is no SAM model with config\.json"):
+    with pytest.raises(UserError, match=r"is not a SAM model with config\.json"):
         Segmenter.load(str(tmp_path))
     (sam / "model.safetensors").unlink()
     torch.save({"x": torch.zeros(1)}, sam / "pytorch_model.bin")  # a pickle is not read
-    with pytest.raises(UserError, match="is no SAM model"):
+    with pytest.raises(UserError, match="is not a SAM model"):
         Segmenter.load(str(sam))
 
 
@@ -444,7 +451,10 @@ class Tab:
         self.events = {fn.fn.__name__: index for index, fn in blocks.fns.items() if hasattr(fn.fn, "__name__")}
 
     def call(self, event: str, *data: Any) -> list[dict[str, Any]]:
-        """The messages that an event is answered with; a session's state is the server's, None from here."""
+        """Return the messages that answer an event.
+
+        The server holds the session's state, so it is None here.
+        """
         body = {"data": data, "fn_index": self.events[event], "session_hash": self.name}
         self.client.post("/gradio_api/queue/join", json=body).raise_for_status()
         messages = []
@@ -468,8 +478,8 @@ class Tab:
 def served(page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Tab]]:
     folder = tmp_path / "uploads"
     folder.mkdir()
-    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # set by the page: put back after the test
-    blocks = web.launch(page, web.build(page, Session(), folder, "a model"))
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # the page sets it; it is restored after the test
+    blocks = app.launch(page, app.build(page, Session(), folder, "a model"))
     try:
         yield lambda name: Tab(f"http://127.0.0.1:{page.config.port}", blocks, name)
     finally:
@@ -502,19 +512,19 @@ def test_uploads_over_http_are_bounded_and_the_disk_stays_closed(
         assert "<img" not in output[3]
     [path] = tab.upload(encoded(scene()), "scene.png").json()
     assert "data:image/png;base64," in tab.show(path)["output"]["data"][2]
-    # gradio leaves an empty file of its own.
+    # gradio itself leaves an empty file.
     assert [file for file in (tmp_path / "uploads").rglob("*") if file.is_file() and file.stat().st_size] == []
     page.begin(Session(), "still there?")
     assert tab.client.get("/").status_code == 200
 
 
 def test_every_tab_has_its_own_conversation(served: Callable[[str], Tab], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(web, "_INTERVAL", 0.0)
+    monkeypatch.setattr(web_page, "_INTERVAL", 0.0)
     one, two = served("one"), served("two")
     [path] = one.upload(encoded(scene()), "scene.png").json()
     one.show(path)
-    shown = one.call("on_begin", None, "first question")[-1]["output"]["data"]
-    assert "first question" in shown[1]
+    outputs = one.call("on_begin", None, "first question")[-1]["output"]["data"]
+    assert "first question" in outputs[1]
     messages = one.call("on_answer", None, *SETTINGS)
     assert sum(message["msg"] == "process_generating" for message in messages) > 3
     other = two.call("on_begin", None, "second question")[-1]["output"]["data"]
@@ -543,8 +553,8 @@ def test_the_model_answers_one_tab_at_a_time(
     for tab in tabs:
         tab.call("on_begin", None, "What is it?")
     with ThreadPoolExecutor() as pool:
-        done = list(pool.map(lambda tab: tab.call("on_answer", None, *SETTINGS)[-1]["success"], tabs))
-    assert done == [True] * 3
+        successes = list(pool.map(lambda tab: tab.call("on_answer", None, *SETTINGS)[-1]["success"], tabs))
+    assert successes == [True] * 3
     assert most == [1] * 3
 
 
@@ -559,7 +569,9 @@ LONG = f"{ANSWER} The <p>red square</p>[0.10,0.20,0.40,0.60] is on the left of t
 
 
 def taught(folder: Path, processor: Processor, question: str) -> Path:
-    """A checkpoint of a tiny model that learnt to give LONG to one question about `scene()`."""
+    """Return a checkpoint of a tiny model that learnt to give LONG to one question about
+    `scene()`.
+    """
     image = folder / "scene.png"
     scene().save(image)
     turns = (Turn(question, LONG),)
@@ -587,10 +599,10 @@ def taught(folder: Path, processor: Processor, question: str) -> Path:
 
 @pytest.fixture
 def site(tmp_path: Path, processor: Processor, sam: Path) -> Iterator[str]:
-    """The address of `python chat.py ui=web` with a model that answers with boxes."""
+    """Return the address of `python chat.py ui=web` with a model that answers with boxes."""
     if not CHROMIUM.exists():
         pytest.fail(f"{CHROMIUM} is missing, which drives the page: apt-get install chromium")
-    checkpoint = taught(tmp_path, processor, web.instructions()["grounded_caption"])
+    checkpoint = taught(tmp_path, processor, instructions()["grounded_caption"])
     port = free_port()
     keys = [f"checkpoint={checkpoint}", f"port={port}", f"sam={sam}", "max_upload_mb=0.1", "max_pixels=40000"]
     keys += ["ui=web", "device=cpu", f"hydra.run.dir={tmp_path / 'run'}"]
@@ -627,9 +639,9 @@ def test_a_browser_uploads_asks_and_sees_boxes(site: str, tmp_path: Path) -> Non
         browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
         page = browser.new_page(viewport={"width": 1280, "height": 800})
         hosts: set[str] = set()
-        broken: list[str] = []
+        failures: list[str] = []
         page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
-        page.on("pageerror", lambda error: broken.append(str(error)))
+        page.on("pageerror", lambda error: failures.append(str(error)))
         page.goto(site)
         page.wait_for_selector("#picture .drop")
 
@@ -644,7 +656,7 @@ def test_a_browser_uploads_asks_and_sees_boxes(site: str, tmp_path: Path) -> Non
         page.set_input_files("input[type=file]", tmp_path / "scene.png")
         expect(page.locator("#picture img")).to_be_visible()
         page.click("text=Caption with boxes")
-        expect(page.locator("#question textarea")).to_have_value(web.instructions()["grounded_caption"])
+        expect(page.locator("#question textarea")).to_have_value(instructions()["grounded_caption"])
         page.evaluate(
             """() => { window.states = []; new MutationObserver(() => {
               const answer = document.querySelector('#talk .answer');
@@ -695,8 +707,9 @@ def test_a_browser_uploads_asks_and_sees_boxes(site: str, tmp_path: Path) -> Non
         expect(page.locator("#talk .question")).to_have_count(0)
         expect(page.locator("#picture img")).to_be_visible()
 
-        # The small model may be done before Stop arrives; that it ends the answer is tested above.
-        page.fill("#question textarea", web.instructions()["grounded_caption"])
+        # The small model may finish before Stop arrives. Another test shows that Stop ends an
+        # answer.
+        page.fill("#question textarea", instructions()["grounded_caption"])
         page.evaluate(
             """() => { const wait = setInterval(() => {
               if (!document.querySelector('#talk .answer')?.textContent) return;
@@ -721,5 +734,5 @@ def test_a_browser_uploads_asks_and_sees_boxes(site: str, tmp_path: Path) -> Non
         expect(page.locator("#picture figcaption")).to_contain_text("dropped.png, 40 x 20 pixels")
         expect(page.locator("#talk .answer")).to_have_count(0)
         assert hosts <= {urlsplit(site).netloc, ""}, "nothing may be fetched from elsewhere"
-        assert broken == []
+        assert failures == []
         browser.close()

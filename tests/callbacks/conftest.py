@@ -1,4 +1,6 @@
-"""A real run, tiny: all four towers, the sample data, a few optimizer steps of two micro-batches on the CPU."""
+"""A real but tiny run: all four encoders, the sample data, and a few optimizer steps of two
+micro-batches on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def test_sources(sample_data: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture
 def fit(datamodule: DataModule, model_config: SphinxConfig) -> Fit:
-    """`fit(callbacks, loggers, steps=4, train_parts=PARTS, resume=checkpoint, **trainer options)`."""
+    """Return a function: `fit(callbacks, loggers, steps=4, train_parts=PARTS, resume=checkpoint,
+    **trainer options)`.
+    """
 
     def fit(
         callbacks: Sequence[L.Callback],

@@ -1,4 +1,4 @@
-"""Checkpoints to resume from: whole or not there, the newest few, random states included."""
+"""Checkpoints to resume from: complete or absent, the newest few, with random states."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def test_what_ckpt_path_means(tmp_path: Path) -> None:
     (other / INDEX).touch()
     run = tmp_path / "run"
     assert resolve_resume(None, run) is None
-    assert resolve_resume("last", run) is None  # nothing yet: a job that restarts itself begins anew
+    # nothing yet: a job that restarts itself starts a new run
+    assert resolve_resume("last", run) is None
     assert resolve_resume(str(other), run) == other
     (run / "best").mkdir(parents=True)
     (run / "best" / INDEX).touch()
@@ -60,12 +61,12 @@ def test_the_newest_k_are_kept_and_load_without_unpickling(fit: Fit, tmp_path: P
     _, stage = fit([ResumeCheckpoint(str(folder), every_n_steps=1, keep=2)], steps=4)
     assert names(folder) == ["step-00000003", "step-00000004"]
 
-    written = Pieces(folder / "step-00000004")
-    state = written.state()
+    pieces = Pieces(folder / "step-00000004")
+    state = pieces.state()
     assert state["global_step"] == 4
     for name, value in stage.sphinx.state_dict().items():
-        assert torch.equal(written.read(name).view(value.shape), value), name
-        assert written.has(name, "exp_avg")
+        assert torch.equal(pieces.read(name).view(value.shape), value), name
+        assert pieces.has(name, "exp_avg")
     assert set(state["optimizer_steps"].values()) == {4}
     [schedule] = state["lr_schedulers"]
     assert schedule["last_epoch"] == 4
@@ -87,11 +88,12 @@ def test_every_n_steps_and_at_the_end(fit: Fit, tmp_path: Path) -> None:
 
 
 def test_a_validation_of_the_same_step_comes_before_its_checkpoint(fit: Fit, tmp_path: Path) -> None:
-    """Else a run that resumes from there would go on without it."""
-    found: list[list[str]] = []
-    seen = LambdaCallback(on_validation_end=lambda *_: found.append(names(tmp_path)))
-    fit([seen, ResumeCheckpoint(str(tmp_path), every_n_steps=1, keep=9)], steps=4)  # validates after steps 2 and 4
-    assert found == [["step-00000001"], [f"step-0000000{step}" for step in (1, 2, 3)]]
+    """Otherwise a run that resumes from the checkpoint would skip the validation."""
+    listings: list[list[str]] = []
+    callback = LambdaCallback(on_validation_end=lambda *_: listings.append(names(tmp_path)))
+    # validates after steps 2 and 4
+    fit([callback, ResumeCheckpoint(str(tmp_path), every_n_steps=1, keep=9)], steps=4)
+    assert listings == [["step-00000001"], [f"step-0000000{step}" for step in (1, 2, 3)]]
     assert len(names(tmp_path)) == 4
 
 
@@ -110,21 +112,22 @@ class FullDisk(TrainingCheckpointIO):
             raise OSError(28, "No space left on device")
 
 
-def test_what_was_being_written_is_never_taken_for_a_checkpoint(fit: Fit, tmp_path: Path) -> None:
+def test_a_half_written_folder_is_never_taken_for_a_checkpoint(fit: Fit, tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space left"):
         fit([ResumeCheckpoint(str(tmp_path), every_n_steps=1, keep=1)], plugins=[FullDisk()])
     whole = tmp_path / "step-00000001"
-    assert names(tmp_path) == [whole.name]  # the half is gone: what follows, such as logs, needs the room
-    assert resolve_resume("last", tmp_path) == whole  # the older one is pruned only when the newer one is whole
+    assert names(tmp_path) == [whole.name]  # the half is deleted: later files need the room
+    # the older one stays until the newer one is complete
+    assert resolve_resume("last", tmp_path) == whole
     assert Pieces(whole).state()["global_step"] == 1
 
 
-def test_it_says_when_a_checkpoint_is_whole_before_it_prunes(fit: Fit, tmp_path: Path) -> None:
+def test_it_reports_a_complete_checkpoint_before_it_prunes(fit: Fit, tmp_path: Path) -> None:
     callback = ResumeCheckpoint(str(tmp_path), every_n_steps=1, keep=1)
-    found: list[list[str]] = []
-    callback.written = lambda: found.append(names(tmp_path))
+    listings: list[list[str]] = []
+    callback.written = lambda: listings.append(names(tmp_path))
     fit([callback], steps=2)
-    assert found == [["step-00000001"], ["step-00000001", "step-00000002"]]
+    assert listings == [["step-00000001"], ["step-00000001", "step-00000002"]]
 
 
 def test_how_many_there_are_at_once() -> None:
@@ -151,7 +154,7 @@ def numbers() -> list[float]:
 
 def test_random_numbers_go_on_where_they_were(fit: Fit, tmp_path: Path) -> None:
     trainer, stage = fit([], steps=1)
-    numbers()  # so that gauss and randn have a number in store, which is part of the state too
+    numbers()  # gauss and randn then have a stored number, which is part of the state
     path = tmp_path / "state.pt"
     torch.save(ResumeCheckpoint("unused").state_dict(), path)
     expected = numbers()
@@ -159,7 +162,7 @@ def test_random_numbers_go_on_where_they_were(fit: Fit, tmp_path: Path) -> None:
     random.seed(5), np.random.seed(5), torch.manual_seed(5)
     resumed = ResumeCheckpoint("unused")
     resumed.load_state_dict(torch.load(path, weights_only=True))
-    assert numbers() != expected  # not before training starts: what set-up draws does not count
+    assert numbers() != expected  # only when training starts: set-up may draw numbers
     resumed.on_train_start(trainer, stage)
     assert numbers() == expected
     resumed.on_train_start(trainer, stage)

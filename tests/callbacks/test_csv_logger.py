@@ -16,7 +16,7 @@ from sphinx_pl.utils.metrics_csv import read_metrics
 
 
 def log(folder: Path, *rows: tuple[int, dict[str, float]], every: int = 1) -> None:
-    """A process of its own, as far as the logger knows."""
+    """Return the rows after a separate process, as far as the logger knows."""
     logger = MetricsCSV(str(folder), flush_every_n_steps=every)
     for step, metrics in rows:
         logger.log_metrics(metrics, step)
@@ -27,7 +27,7 @@ def read(folder: Path) -> list[tuple[int, dict[str, str]]]:
     return list(read_metrics(folder / "metrics.csv")[1].items())
 
 
-def test_what_a_run_logs_of_a_step_is_one_row_that_counts_the_steps_made(
+def test_all_values_of_a_step_are_one_row_that_counts_the_steps_made(
     fit: Callable[..., Any], test_sources: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
     evaluation = Evaluation(test_sources, limit=1, every_n_steps=3)
@@ -42,7 +42,7 @@ def test_what_a_run_logs_of_a_step_is_one_row_that_counts_the_steps_made(
         assert ("eval/mean" in row) == (step == 3)
 
 
-def test_a_resumed_run_goes_on_with_the_file(tmp_path: Path) -> None:
+def test_a_resumed_run_continues_the_file(tmp_path: Path) -> None:
     log(tmp_path, (1, {"b": 1.5}), (2, {"b": 2.5}))
     log(tmp_path, (2, {"b": 2.25}), (3, {"b": 3.5}))
     assert (tmp_path / "metrics.csv").read_bytes() == b"step,b\r\n1,1.5\r\n2,2.25\r\n3,3.5\r\n"
@@ -55,7 +55,7 @@ def test_new_columns_join_the_old_ones_in_alphabetical_order(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("every", [1, 2, 10])
-def test_what_is_logged_of_a_step_later_joins_its_row(every: int, tmp_path: Path) -> None:
+def test_a_later_value_of_a_step_joins_its_row(every: int, tmp_path: Path) -> None:
     wide = {f"m{n}": n / 7 for n in range(40)}
     log(tmp_path, *((step, part) for step in range(1, 5) for part in (wide, {"val": step + 0.5})), every=every)
     lines = (tmp_path / "metrics.csv").read_text().splitlines()
@@ -85,10 +85,12 @@ OLD = b"""epoch,perf/mfu,step,train/loss,val/loss\r
 ,0.75,2,,\r
 0,,3,,1.5\r
 """
-"""As older versions wrote it: three steps, validated before the first, after the second and at the end."""
+"""A file of an older version: three steps, validated before the first, after the second and at the
+end.
+"""
 
 
-def test_a_file_of_an_older_version_is_read_and_gone_on_with(tmp_path: Path) -> None:
+def test_a_file_of_an_older_version_is_read_and_continued(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     path.write_bytes(OLD)
     columns, rows = read_metrics(path)
@@ -103,7 +105,7 @@ def test_a_file_of_an_older_version_is_read_and_gone_on_with(tmp_path: Path) -> 
     assert [step for step, _ in read(tmp_path)] == [0, 1, 2]
     assert path.read_text().startswith("step,epoch,")
     path.write_bytes(OLD)
-    log(tmp_path, (4, {"train/loss": 1.0}))  # a finished run that is made longer
+    log(tmp_path, (4, {"train/loss": 1.0}))  # a finished run that continues with more steps
     assert [(step, row.get("train/loss")) for step, row in read(tmp_path)][1:] == [
         (1, "3.5"),
         (2, "3.0"),
@@ -122,7 +124,7 @@ def test_half_a_row_is_dropped_wherever_the_kill_came(tmp_path: Path, written: i
 
 
 @pytest.mark.parametrize("content", [b"", b"loss,st", b"loss,step\r\n", b"step,loss\r\n"])
-def test_a_file_without_rows_can_be_gone_on_with(tmp_path: Path, content: bytes) -> None:
+def test_a_file_without_rows_can_be_continued(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "metrics.csv").write_bytes(content)
     forget_after(tmp_path / "metrics.csv", 3)
     log(tmp_path, (4, {"loss": 1.0}))

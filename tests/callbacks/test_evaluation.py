@@ -1,4 +1,4 @@
-"""Scores while a model trains: logged when they should be, with a run that does not notice."""
+"""Scores during training are logged at the right steps, and the run does not change."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ Sources = dict[str, dict[str, Any]]
 
 
 def rows(folder: Path) -> dict[int, dict[str, float]]:
-    """Step -> what was evaluated."""
-    found: dict[int, dict[str, float]] = {}
+    """Return step -> what was evaluated."""
+    steps: dict[int, dict[str, float]] = {}
     with (folder / "metrics.csv").open(newline="") as file:
         for row in csv.DictReader(file):
             values = {key: float(value) for key, value in row.items() if key.startswith("eval/") and value}
             if values:
-                found.setdefault(int(row["step"]), {}).update(values)
-    return found
+                steps.setdefault(int(row["step"]), {}).update(values)
+    return steps
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def pope(tmp_path: Path) -> dict[str, Any]:
     return {"root": str(tmp_path), "pope_random": {"kind": "pope", "split": "random", "src": str(folder)}}
 
 
-def test_scores_are_logged_and_the_run_does_not_notice(
+def test_scores_are_logged_and_the_run_does_not_change(
     fit: Fit, test_sources: Sources, pope: dict[str, Any], tmp_path: Path
 ) -> None:
     watched, plain = Watch(), Watch()
@@ -55,19 +55,19 @@ def test_scores_are_logged_and_the_run_does_not_notice(
     assert watched.losses == plain.losses
     assert watched.states == plain.states
     assert watched.modes == plain.modes
-    found = rows(tmp_path)
-    assert set(found) == {2, 4}
+    scores = rows(tmp_path)
+    assert set(scores) == {2, 4}
     tasks = {record.task for record in callback.records}
-    assert {f"eval/{task}" for task in tasks} < found[4].keys()
-    assert all(0 <= value <= 1 for value in found[4].values())
-    main = [found[4][f"eval/{task}"] for task in tasks] + [found[4]["eval/pope_random/accuracy"]]
-    assert found[4]["eval/mean"] == pytest.approx(sum(main) / len(main))
+    assert {f"eval/{task}" for task in tasks} < scores[4].keys()
+    assert all(0 <= value <= 1 for value in scores[4].values())
+    main = [scores[4][f"eval/{task}"] for task in tasks] + [scores[4]["eval/pope_random/accuracy"]]
+    assert scores[4]["eval/mean"] == pytest.approx(sum(main) / len(main))
 
 
 def test_checkpoints_bring_an_evaluation_before_them(fit: Fit, test_sources: Sources, tmp_path: Path) -> None:
     evaluation = Evaluation(test_sources, limit=1, on_checkpoints=True)
     fit([evaluation, ResumeCheckpoint(str(tmp_path / "c"), every_n_steps=3)], [MetricsCSV(str(tmp_path))], steps=5)
-    assert set(rows(tmp_path)) == {3, 5}  # with that of step 3, and at the end
+    assert set(rows(tmp_path)) == {3, 5}  # with the checkpoint of step 3, and at the end
     quiet = Evaluation({"gone": {"kind": "instructions", "path": "gone.json"}})  # not even read
     (tmp_path / "metrics.csv").unlink()
     fit([quiet, ResumeCheckpoint(str(tmp_path / "d"), every_n_steps=3)], [MetricsCSV(str(tmp_path))], steps=4)

@@ -1,4 +1,4 @@
-"""The run's result: what every other script loads."""
+"""The run's result, which every other script loads."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_export_is_the_trained_model_with_its_prompt_format(
     config = tmp_path / "config.yaml"
     config.write_text("seed: 0\nstage: {name: finetune}\n")
     _, stage = fit([ExportModel(str(folder), config=str(config))], steps=2)
-    assert not (folder / "leftover.txt").exists()  # the run before is replaced as a whole
+    assert not (folder / "leftover.txt").exists()  # the earlier run is replaced completely
 
     checkpoint = open_checkpoint(folder)
     assert checkpoint.model_config == model_config
@@ -67,16 +67,16 @@ def test_the_export_is_the_trained_model_with_its_prompt_format(
 def test_every_n_steps_and_in_the_dtype_that_was_asked_for(fit: Fit, tmp_path: Path) -> None:
     _, stage = fit([ExportModel(str(tmp_path / "model"), dtype="bfloat16", every_n_steps=2)], steps=5)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model-step-2", "model-step-4"]
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for shard in (tmp_path / "model").glob("*.safetensors"):
         with safe_open(shard, "pt") as file:
-            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     for name, value in stage.sphinx.state_dict().items():
-        if name in found:
-            assert torch.equal(found[name], value.bfloat16()), name
-    assert len(found) > 50
+        if name in tensors:
+            assert torch.equal(tensors[name], value.bfloat16()), name
+    assert len(tensors) > 50
     assert open_checkpoint(tmp_path / "model-step-4").provenance["steps"] == 4
-    # Written while training went on: the steps differ from each other and from the end.
+    # Models written during training: the steps differ from each other and from the end.
     weights = []
     for name in ("model-step-2", "model-step-4", "model"):
         model = Sphinx(open_checkpoint(tmp_path / name).model_config)
@@ -114,7 +114,7 @@ def check_same(model: Path, checkpoint: Path) -> None:
 
 
 def logged(values: dict[int, float]) -> L.Callback:
-    """Sets a metric after each of these steps."""
+    """Return a callback that sets a metric after each of these steps."""
 
     def log(trainer: L.Trainer, *_: Any) -> None:
         if trainer.global_step in values:
@@ -147,14 +147,17 @@ def test_the_newest_and_the_best_stay(
 
 
 def test_a_validation_of_the_same_step_comes_first(fit: Fit, tmp_path: Path) -> None:
-    """Else the model would have the value of the one before, and a run that goes on from its checkpoint none."""
-    found: list[list[str]] = []
-    seen = LambdaCallback(on_validation_start=lambda *_: found.append(names(tmp_path / "checkpoints")))
+    """Otherwise the model would have the previous value, and a run that resumes from its checkpoint
+    none.
+    """
+    listings: list[list[str]] = []
+    callback = LambdaCallback(on_validation_start=lambda *_: listings.append(names(tmp_path / "checkpoints")))
     (tmp_path / "checkpoints").mkdir()
     checkpoint = ResumeCheckpoint(str(tmp_path / "checkpoints"), every_n_steps=100, keep=9)
     export = ExportModel(str(tmp_path / "model"), every_n_steps=1)
-    fit([seen, checkpoint, export], [MetricsCSV(str(tmp_path), 1)], steps=5)  # validates after steps 2 and 4
-    assert found == [["step-00000001"], [f"step-0000000{step}" for step in (1, 2, 3)]]
+    # validates after steps 2 and 4
+    fit([callback, checkpoint, export], [MetricsCSV(str(tmp_path), 1)], steps=5)
+    assert listings == [["step-00000001"], [f"step-0000000{step}" for step in (1, 2, 3)]]
     rows = (tmp_path / "metrics.csv").read_text().splitlines()
     column = rows[0].split(",").index("val/loss")
     losses = [float(value) for row in rows[1:] if (value := row.split(",")[column])]
@@ -164,16 +167,16 @@ def test_a_validation_of_the_same_step_comes_first(fit: Fit, tmp_path: Path) -> 
         assert metric["value"] == pytest.approx(loss, rel=1e-6)
 
 
-def test_what_is_being_read_is_not_pruned(fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_being_read_is_not_pruned(fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own, later = tmp_path / "checkpoints", tmp_path / "checkpoints" / "step-00000005"
-    there: list[bool] = []
+    presences: list[bool] = []
 
     def slow(checkpoint: Path, *args: Any) -> None:
         if checkpoint.name == "step-00000003":
             deadline = time.monotonic() + 60
             while not later.exists() and time.monotonic() < deadline:
                 time.sleep(0.01)
-            there.extend((later.exists(), checkpoint.exists()))
+            presences.extend((later.exists(), checkpoint.exists()))
         consolidate(checkpoint, *args)
 
     consolidate = training.consolidate
@@ -183,12 +186,12 @@ def test_what_is_being_read_is_not_pruned(fit: Fit, tmp_path: Path, monkeypatch:
         steps=7,
         val_check_interval=100,
     )
-    assert there == [True, True]
+    assert presences == [True, True]
     assert open_checkpoint(tmp_path / "model-step-3").provenance["steps"] == 3
     assert names(own) == ["step-00000007"]
 
 
-# --- what goes wrong
+# --- errors
 
 
 def test_a_full_disk_ends_the_run_and_the_training_checkpoint_stays(
@@ -201,13 +204,13 @@ def test_a_full_disk_ends_the_run_and_the_training_checkpoint_stays(
     checkpoint = ResumeCheckpoint(str(tmp_path / "checkpoints"), keep=9)
     with pytest.raises(UserError, match=r"a model could not be written: .* free some space"):
         fit([counter, checkpoint, ExportModel(str(tmp_path / "model"), every_n_steps=1)])
-    assert max(steps) == 2  # found when the next one is due
+    assert max(steps) == 2  # reported when the next one is due
     assert names(tmp_path) == ["checkpoints"]
     assert open_checkpoint(tmp_path / "checkpoints" / "step-00000001").provenance["steps"] == 1
 
 
 def test_an_error_of_the_writer_ends_all_ranks(fit: Fit, tmp_path: Path) -> None:
-    """Those that write nothing would wait for the first one for ever."""
+    """Ranks that write nothing would otherwise wait for the first one for ever."""
 
     def run() -> str:
         usage = shutil.disk_usage(tmp_path)._replace(free=1000)
@@ -231,22 +234,23 @@ def test_a_run_that_was_killed_before_its_export_only_exports(fit: Fit, tmp_path
     finish_export(trainer)
     assert {path.name: path.stat().st_mtime_ns for path in last.iterdir()} == before
     check_same(tmp_path / "model", last)
-    assert open_checkpoint(tmp_path / "model").provenance["metric"]["name"] == "val/loss"  # from before the kill
+    # from before the kill
+    assert open_checkpoint(tmp_path / "model").provenance["metric"]["name"] == "val/loss"
     assert names(tmp_path) == ["checkpoints", "model"]
     finish_export(trainer)  # nothing more
-    # Into another run's folder, where there is no such checkpoint yet.
+    # The model goes into another run's folder, which lacks such a checkpoint so far.
     callbacks_ = [ResumeCheckpoint(str(tmp_path / "b/checkpoints")), ExportModel(str(tmp_path / "b/model"))]
     trainer, _ = fit(callbacks_, steps=3, resume=last)
     finish_export(trainer)
     check_same(tmp_path / "b/model", last)
 
 
-def test_a_model_on_the_way_that_a_kill_prevented_is_written_when_the_run_goes_on(fit: Fit, tmp_path: Path) -> None:
+def test_an_intermediate_model_that_a_kill_prevented_is_written_on_resume(fit: Fit, tmp_path: Path) -> None:
     own = tmp_path / "checkpoints"
     fit([ResumeCheckpoint(str(own), every_n_steps=1, keep=9)], steps=3)
-    for left in (".model-step-2.tmp", ".model-step-1.replaced.tmp", ".model.tmp"):
-        (tmp_path / left).mkdir()
-        (tmp_path / left / "config.json").touch()
+    for partial in (".model-step-2.tmp", ".model-step-1.replaced.tmp", ".model.tmp"):
+        (tmp_path / partial).mkdir()
+        (tmp_path / partial / "config.json").touch()
     export = ExportModel(str(tmp_path / "model"), every_n_steps=2)
     fit([ResumeCheckpoint(str(own), keep=9), export], steps=4, resume=own / "step-00000002")
     assert names(tmp_path) == ["checkpoints", "model", "model-step-2"]
@@ -272,7 +276,9 @@ print(of("VmHWM") - before)
 
 
 def write_large(folder: Path, config: SphinxConfig, processor: Processor, ranks: int) -> dict[str, torch.Tensor]:
-    """1.6 GB of weights in 24 tensors, views of the same random numbers, and as much of an optimizer's state."""
+    """Write 1.6 GB of weights in 24 tensors (views of the same random numbers) and as much
+    optimizer state.
+    """
     pool = torch.randn(2**24 + 1000)
     tensors = {f"t{number}": pool[number : number + 2**24] for number in range(24)}
     folder.mkdir()
@@ -295,7 +301,7 @@ def test_consolidating_holds_a_tensor_at_a_time(
     model_config: SphinxConfig, processor: Processor, tmp_path: Path
 ) -> None:
     tensors = write_large(tmp_path / "step-1", model_config, processor, ranks=8)
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", CONSOLIDATE, str(tmp_path / "step-1"), str(tmp_path / "model")],
         cwd=REPOSITORY,
         capture_output=True,
@@ -303,10 +309,10 @@ def test_consolidating_holds_a_tensor_at_a_time(
         check=True,
         timeout=300,
     )
-    peak = int(done.stdout)
+    peak = int(process.stdout)
     whole, largest = 4 * 24 * 2**24, 4 * 2**24
     print(f"model {whole / 1e9:.2f} GB, largest tensor {largest / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB")
-    # Of two tensors what is read and what is written; no page of a file.
+    # The limit allows for two tensors that are read and written, but for no page of a file.
     assert peak < 4 * largest
     assert peak < whole / 2
     model = open_checkpoint(tmp_path / "model")

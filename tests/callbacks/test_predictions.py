@@ -26,7 +26,7 @@ Sources = dict[str, dict[str, Any]]
 
 
 class Watch(L.Callback):
-    """Losses, and what must not change around a validation: random states and modes of modules."""
+    """Records losses, and what a validation must not change: random states and modes of modules."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -49,14 +49,15 @@ def test_answers_are_written_and_the_run_does_not_notice(fit: Fit, test_sources:
     assert watched.losses == plain.losses
     assert watched.states == plain.states
     assert watched.modes == plain.modes
-    assert {len(set(modes)) for modes in plain.modes} == {2}  # frozen towers in eval mode, the rest training
+    # frozen towers in eval mode, the rest training
+    assert {len(set(modes)) for modes in plain.modes} == {2}
 
     files = [f"step-{step}.{kind}" for step in (2, 4) for kind in ("html", "jsonl")]
     assert sorted(path.name for path in tmp_path.iterdir()) == files
     lines = [json.loads(line) for line in (tmp_path / "step-4.jsonl").read_text().splitlines()]
-    asked = json.loads(Path(test_sources["tasks"]["path"]).read_text())
-    by_key = {f"tasks/val.json:{number}:{entry['id']}": entry for number, entry in enumerate(asked)}
-    first = Counter(entry.get("task", "chat") for entry in asked)
+    questions = json.loads(Path(test_sources["tasks"]["path"]).read_text())
+    by_key = {f"tasks/val.json:{number}:{entry['id']}": entry for number, entry in enumerate(questions)}
+    first = Counter(entry.get("task", "chat") for entry in questions)
     counts = Counter(line["task"] for line in lines)
     assert all(count == min(2, first[task]) for task, count in counts.items())
     assert {"short_vqa", "rec", "ocr", "pose"} <= set(counts)
@@ -65,7 +66,7 @@ def test_answers_are_written_and_the_run_does_not_notice(fit: Fit, test_sources:
         assert 0 <= line["score"] <= 1
         if line["task"] == "short_vqa":
             assert line["answer"] == by_key[line["key"]]["answer"]
-    vqa = [entry["id"] for entry in asked if entry.get("task") == "short_vqa"][:2]
+    vqa = [entry["id"] for entry in questions if entry.get("task") == "short_vqa"][:2]
     assert [line["key"].rpartition(":")[2] for line in lines if line["task"] == "short_vqa"] == vqa
 
 
@@ -79,14 +80,14 @@ def test_the_page_shows_every_question_with_its_places_drawn(fit: Fit, test_sour
     lines = [json.loads(line) for line in (tmp_path / "step-2.jsonl").read_text().splitlines()]
     html = (tmp_path / "step-2.html").read_text()
     assert "<h1>finetune, step 2</h1>" in html
-    shown = re.findall(r'<article data-task="(\w+)".*?</article>', html, re.DOTALL)
-    assert shown == [line["task"] for line in lines]
+    tasks = re.findall(r'<article data-task="(\w+)".*?</article>', html, re.DOTALL)
+    assert tasks == [line["task"] for line in lines]
     (rec,) = [line for line in lines if line["task"] == "rec"]
     assert visible(rec["answer"]) in html
     assert visible(rec["prediction"]) in html
-    found = re.search(r'data-task="rec".*?src="data:image/png;base64,([^"]*)"', html, re.DOTALL)
-    assert found is not None
-    picture = Image.open(io.BytesIO(base64.b64decode(found[1]))).convert("RGB")
+    match = re.search(r'data-task="rec".*?src="data:image/png;base64,([^"]*)"', html, re.DOTALL)
+    assert match is not None
+    picture = Image.open(io.BytesIO(base64.b64decode(match[1]))).convert("RGB")
     colours = {colour for _, colour in picture.getcolors(1 << 20) or []}
     assert ImageColor.getrgb(TRUE) in colours  # the true box of the phrase
 

@@ -1,4 +1,4 @@
-"""A run that is told to go: saved at that step, requeued where it is a job, and continued as if nothing had been."""
+"""A run that is asked to stop saves its step, requeues its job, and later resumes exactly."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def tell(number: int = signal.SIGTERM) -> None:
 
 
 def at_step(step: int, *numbers: int) -> L.Callback:
-    """Signals in the midst of the first micro-batch of the step after `step` others."""
+    """Return a callback that signals during the first micro-batch after `step` steps."""
 
     def send(trainer: L.Trainer, *_: Any) -> None:
         if trainer.global_step == step and not signals.received():
@@ -50,10 +50,12 @@ def saved(folder: Path) -> list[int]:
 
 
 def leaves(fit: Fit, folder: Path, *callbacks: L.Callback, **options: Any) -> int:
-    """The exit code of a fit of four steps, with validations after the second and the fourth."""
-    with pytest.raises(Preempted) as stopped:
+    """Return the exit code of a fit of four steps, with validations after the second and the
+    fourth.
+    """
+    with pytest.raises(Preempted) as exit_info:
         fit([*callbacks, Preemption(), ResumeCheckpoint(str(folder), **options)])
-    return int(stopped.value.code)  # type: ignore[arg-type]
+    return int(exit_info.value.code)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("number", [*signals.SIGNALS, signals.INTERRUPT])
@@ -63,22 +65,23 @@ def test_the_step_that_runs_is_finished_and_saved(fit: Fit, tmp_path: Path, numb
 
 
 def test_a_validation_that_is_due_comes_before(fit: Fit, tmp_path: Path) -> None:
-    """Else a run that goes on from here would go on without it."""
+    """Otherwise a run that resumes from here would skip it."""
     validated: list[int] = []
-    seen = LambdaCallback(on_validation_end=lambda trainer, _: validated.append(trainer.global_step))
-    leaves(fit, tmp_path, at_step(1, signal.SIGTERM), seen)
+    callback = LambdaCallback(on_validation_end=lambda trainer, _: validated.append(trainer.global_step))
+    leaves(fit, tmp_path, at_step(1, signal.SIGTERM), callback)
     assert (saved(tmp_path), validated) == ([2], [2])
 
 
 def test_a_signal_during_validation_is_acted_on_after_it(fit: Fit, tmp_path: Path) -> None:
-    told = LambdaCallback(on_validation_start=lambda *_: tell())
-    leaves(fit, tmp_path, told)
+    callback = LambdaCallback(on_validation_start=lambda *_: tell())
+    leaves(fit, tmp_path, callback)
     assert saved(tmp_path) == [2]
 
 
 def test_a_signal_while_a_checkpoint_is_written_lets_it_finish(fit: Fit, tmp_path: Path) -> None:
-    told = LambdaCallback(on_save_checkpoint=lambda *_: tell())  # the second time too, which must not matter
-    leaves(fit, tmp_path, told, every_n_steps=1, keep=9)
+    # it also signals the second time, without effect
+    callback = LambdaCallback(on_save_checkpoint=lambda *_: tell())
+    leaves(fit, tmp_path, callback, every_n_steps=1, keep=9)
     assert saved(tmp_path) == [1, 2]
     assert not list(tmp_path.glob(".*"))
 
@@ -96,10 +99,10 @@ def test_ctrl_c_says_how_to_resume_and_never_requeues(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")  # a job that a person watches
-    with pytest.raises(Preempted) as stopped:
+    with pytest.raises(Preempted) as exit_info:
         fit([at_step(1, signal.SIGINT), Preemption(), ResumeCheckpoint(str(tmp_path))])
-    assert (stopped.value.code, stopped.value.requeued) == (130, False)
-    assert "SIGINT: step 2 is saved; ckpt_path=last goes on from there" in caplog.text
+    assert (exit_info.value.code, exit_info.value.requeued) == (130, False)
+    assert "SIGINT: step 2 is saved; ckpt_path=last resumes from there" in caplog.text
     assert saved(tmp_path) == [2]
 
 
@@ -109,37 +112,37 @@ def test_without_the_checkpoint_callback_the_log_says_so(fit: Fit, caplog: pytes
     assert "SIGTERM: nothing is saved without callbacks.checkpoint; ckpt_path=last" in caplog.text
 
 
-def test_lightning_s_own_handlers_stay_out_of_it(fit: Fit) -> None:
-    found: list[Any] = []
+def test_lightning_s_own_handlers_are_off(fit: Fit) -> None:
+    observations: list[Any] = []
 
     def look(trainer: L.Trainer, *_: Any) -> None:
-        found.append([signal.getsignal(number) for number in signals.SIGNALS])
+        observations.append([signal.getsignal(number) for number in signals.SIGNALS])
         assert not trainer.received_sigterm
 
     during = dict.fromkeys(("on_train_batch_start", "on_validation_start"), look)
     before = [signal.getsignal(number) for number in signals.SIGNALS]
     fit([LambdaCallback(**during), Preemption()])
     assert [signal.getsignal(number) for number in signals.SIGNALS] == before
-    assert found
-    assert all(handler is signals._note for handlers in found for handler in handlers)
+    assert observations
+    assert all(handler is signals._note for handlers in observations for handler in handlers)
 
 
 def test_a_job_is_requeued_once_everything_is_saved(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "bin").mkdir()
-    found = f"ls {tmp_path}/checkpoints >> {tmp_path}/bin/asked"
-    asked = commands(tmp_path / "bin", "RUNNING", found)
+    listing = f"ls {tmp_path}/checkpoints >> {tmp_path}/bin/asked"
+    requests = commands(tmp_path / "bin", "RUNNING", listing)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "40")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     # SLURM's SIGTERM follows at once.
     assert leaves(fit, tmp_path / "checkpoints", at_step(0, signal.SIGUSR2, signal.SIGTERM)) == 128 + signal.SIGUSR2
-    assert asked.read_text() == "requeue 40_3\nstep-00000001\n"
-    assert "SIGUSR2: step 1 is saved; job 40_3 is requeued and will go on from there" in caplog.text
+    assert requests.read_text() == "requeue 40_3\nstep-00000001\n"
+    assert "SIGUSR2: step 1 is saved; job 40_3 is requeued and will resume from there" in caplog.text
 
 
-def test_a_job_that_can_not_be_requeued_says_how_to_go_on(
+def test_a_job_that_can_not_be_requeued_says_how_to_resume(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "bin").mkdir()
@@ -148,7 +151,7 @@ def test_a_job_that_can_not_be_requeued_says_how_to_go_on(
     monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
     monkeypatch.setenv("SLURM_JOB_ID", "41")
     leaves(fit, tmp_path / "checkpoints", at_step(0, signal.SIGTERM))
-    assert "job 41 is not requeued (its state is COMPLETING): ckpt_path=last goes on from there" in caplog.text
+    assert "job 41 is not requeued (its state is COMPLETING): ckpt_path=last resumes from there" in caplog.text
 
 
 # --- real processes
@@ -164,7 +167,7 @@ def test_a_job_that_can_not_be_requeued_says_how_to_go_on(
     ],
 )
 @pytest.mark.timeout(600)
-def test_a_run_that_was_told_to_go_continues_with_the_same_losses(
+def test_a_preempted_run_resumes_with_the_same_losses(
     trainer: str, ranks: int, steps: int, tmp_path: Path, sample_data: Path
 ) -> None:
     options = [f"stage.max_steps={steps}", f"stage.val_every={steps * 2 // 3}", "data.workers=1"]
@@ -182,14 +185,14 @@ def test_a_run_that_was_told_to_go_continues_with_the_same_losses(
         assert process.poll() is None, "the run ended before it could be told"
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    # To all of its processes, the data workers too, as a scheduler does; then once more.
+    # A scheduler signals all processes, data workers included; then it signals once more.
     os.killpg(process.pid, signal.SIGTERM)
     os.killpg(process.pid, signal.SIGTERM)
     code, output = process.wait(120), log.read_text()
     assert code == 128 + signal.SIGTERM, output
     [step] = saved(folder / "pretrain_real" / "checkpoints")
     assert 2 < step < steps
-    assert f"SIGTERM: step {step} is saved; ckpt_path=last goes on from there" in output
+    assert f"SIGTERM: step {step} is saved; ckpt_path=last resumes from there" in output
     assert max(losses(folder)) == step
     resumed = run(folder, sample_data, *options, "ckpt_path=last")
     assert resumed.returncode == 0, resumed.stderr
@@ -199,12 +202,12 @@ def test_a_run_that_was_told_to_go_continues_with_the_same_losses(
 
 def vote(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    found = []
-    for told in ([0, 0], [0, signal.SIGTERM], [signal.SIGUSR1, signal.SIGTERM]):
-        asked = _Vote(told[rank], torch.device("cpu"))
-        asked.copy()
-        found.append(asked.result())
-    assert found == [0, signal.SIGTERM, signal.SIGTERM]
+    results = []
+    for numbers in ([0, 0], [0, signal.SIGTERM], [signal.SIGUSR1, signal.SIGTERM]):
+        ballot = _Vote(numbers[rank], torch.device("cpu"))
+        ballot.copy()
+        results.append(ballot.result())
+    assert results == [0, signal.SIGTERM, signal.SIGTERM]
     (folder / f"{rank}").touch()
     dist.destroy_process_group()
 

@@ -40,11 +40,11 @@ def test_a_log_file_gets_the_table_and_a_few_lines(fit: Fit) -> None:
         assert re.search(rf"loss \d+\.\d{{3}}  [\d.]+k? tokens/s  {held_out}  \d:\d\d {end}$", line), line
 
 
-def test_a_terminal_gets_a_bar_that_goes_on_to_the_end(fit: Fit) -> None:
+def test_a_terminal_gets_a_bar_until_the_end(fit: Fit) -> None:
     screen = console(terminal=True)
     fit([Throughput(peak=1e12), Progress(console=screen)])
-    shown = text(screen).splitlines()
-    line, metrics = ([line for line in shown if word in line][-1] for word in ("left", "loss"))
+    lines = text(screen).splitlines()
+    line, metrics = ([line for line in lines if word in line][-1] for word in ("left", "loss"))
     assert re.search(r"finetune ━+ 4/4  \d:\d\d elapsed  0:00 left$", line)
     assert re.search(r"loss \d+\.\d{3}  [\d.]+k? tokens/s  held out after step 4:  text \d+\.\d{3}$", metrics)
 
@@ -67,7 +67,7 @@ def test_bar_step_and_time_left_stay_however_narrow_the_terminal_is(width: int) 
     assert [part for line in rest for part in line.split("  ") if part] == metrics  # none is cut
 
 
-def test_steps_that_were_not_finite_are_told_once_there_are_any(fit: Fit) -> None:
+def test_steps_that_were_not_finite_are_shown_once_there_are_any(fit: Fit) -> None:
     class Counts(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
             pl_module.log("train/nonfinite_steps", 3.0 if trainer.global_step > 2 else 0.0)
@@ -78,7 +78,7 @@ def test_steps_that_were_not_finite_are_told_once_there_are_any(fit: Fit) -> Non
     assert ["3 not finite" in line for line in lines] == [False, False, True, True, True]
 
 
-def test_the_bar_is_gone_after_a_failure(fit: Fit) -> None:
+def test_a_failure_removes_the_bar(fit: Fit) -> None:
     class Fails(L.Callback):
         def on_train_batch_end(self, *_: Any) -> None:
             raise RuntimeError("as planned")
@@ -87,7 +87,7 @@ def test_the_bar_is_gone_after_a_failure(fit: Fit) -> None:
     with pytest.raises(RuntimeError, match="as planned"):
         fit([Progress(console=screen), Fails()])
     screen.file = io.StringIO()
-    with Console.status(screen, "free again"):  # rich allows one live display: a bar left behind would be in the way
+    with Console.status(screen, "free again"):  # rich allows only one live display
         pass
 
 

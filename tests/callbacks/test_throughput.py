@@ -29,19 +29,19 @@ Fit = Callable[..., Any]
 
 
 class Batches(L.Callback):
-    """Keeps what was trained on."""
+    """Keeps the batches that were trained on."""
 
     def __init__(self) -> None:
-        self.seen: list[Batch] = []
+        self.batches: list[Batch] = []
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, i: int
     ) -> None:
-        self.seen.append(batch)
+        self.batches.append(batch)
 
 
 class Clock:
-    """Stands still, but for those who sleep: times come out exact, however busy the machine is."""
+    """A clock that advances only by sleeping. So times are exact, however busy the machine is."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -61,7 +61,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def logged(folder: Path) -> list[dict[str, float]]:
-    """The rows of metrics.csv that have throughput in them."""
+    """Return the rows of metrics.csv with throughput."""
     with (folder / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     return [{key: float(value) for key, value in row.items() if value} for row in rows if row["perf/time_step"]]
@@ -72,7 +72,8 @@ def test_rates_are_those_of_the_batches_trained_on(fit: Fit, tmp_path: Path) -> 
     _, stage = fit([batches, Throughput(peak=1e12)], [CSVLogger(tmp_path, name="", version="")])
     rows = logged(tmp_path)
     assert len(rows) == 2  # four steps, logged every second
-    for row, window in zip(rows, (batches.seen[:4], batches.seen[4:]), strict=True):  # two micro-batches a step
+    # two micro-batches a step
+    for row, window in zip(rows, (batches.batches[:4], batches.batches[4:]), strict=True):
         seconds = 2 * row["perf/time_step"]
         padding = [(batch.segment_ids == 0).float().mean().item() for batch in window]
         expected = {
@@ -96,7 +97,8 @@ def test_training_flops_are_those_that_torch_counts(datamodule: DataModule, mode
     batch = datamodule.collator(datamodule.planner().plan()[0].rows)
     assert len(batch.pixels) > 1
     counted, computed = [], []
-    # Without ConvNeXt, since torch counts the backward pass of its depthwise convolutions as if they were dense.
+    # ConvNeXt is off, since torch counts the backward pass of its depthwise convolutions as if they
+    # were dense.
     for frozen in ([], ["clip", "dinov2", "qformer"]):
         model = Sphinx(model_config)
         model.freeze(frozen)
@@ -108,7 +110,8 @@ def test_training_flops_are_those_that_torch_counts(datamodule: DataModule, mode
         flops = TrainingFlops(model).of(rows * length, rows * length**2, batch.counters["targets"], len(batch.pixels))
         computed.append(flops)
     assert computed == pytest.approx(counted, rel=0.05)
-    # The patch embeddings compute no gradient of the pixels, which is a share of towers as small as these.
+    # The patch embeddings compute no gradient of the pixels, which matters in encoders as small as
+    # these.
     assert computed[0] - computed[1] == pytest.approx(counted[0] - counted[1], rel=0.15)
 
 
@@ -145,7 +148,8 @@ def test_waiting_for_data_is_told_from_computing(
     monkeypatch.setattr(Collator, "__call__", slow)
     fit([Throughput(peak=1e12)], [CSVLogger(tmp_path, name="", version="")], val_check_interval=1000)
     row = logged(tmp_path)[-1]
-    assert row["perf/time_data"] == row["perf/time_step"] == pytest.approx(2 * 0.5)  # two micro-batches a step
+    # two micro-batches a step
+    assert row["perf/time_data"] == row["perf/time_step"] == pytest.approx(2 * 0.5)
 
 
 def test_forward_and_backward_are_told_apart(
@@ -160,15 +164,16 @@ def test_forward_and_backward_are_told_apart(
         return loss
 
     def slow_optimizer(self: Any, *args: Any, **options: Any) -> Any:
-        found = optimize(self, *args, **options)
+        result = optimize(self, *args, **options)
         clock.sleep(0.6)
-        return found
+        return result
 
     monkeypatch.setattr(Stage, "training_step", slow_step)
     monkeypatch.setattr(torch.optim.AdamW, "step", slow_optimizer)
     fit([Throughput(peak=1e12)], [CSVLogger(tmp_path, name="", version="")], steps=2, val_check_interval=1000)
     (row,) = logged(tmp_path)
-    for name, seconds in (("forward", 2 * 0.2), ("backward", 2 * 0.4), ("optimizer", 0.6)):  # two micro-batches a step
+    # two micro-batches a step
+    for name, seconds in (("forward", 2 * 0.2), ("backward", 2 * 0.4), ("optimizer", 0.6)):
         assert row[f"perf/time_{name}"] == pytest.approx(seconds), name
 
 
@@ -179,7 +184,8 @@ def test_callbacks_and_loggers_are_not_taken_for_waiting_for_data(fit: Fit, tmp_
 
     fit([Throughput(peak=1e12), Slow()], [CSVLogger(tmp_path, name="", version="")], val_check_interval=1000)
     row = logged(tmp_path)[-1]
-    # Two steps of two micro-batches; it works after the row is written, so the last one is in the next row.
+    # There are two steps of two micro-batches. The work follows the row, so the last part is in the
+    # next row.
     assert row["perf/time_other"] == pytest.approx(2 * 0.2)
     assert row["perf/time_data"] == 0
 
@@ -202,7 +208,8 @@ def test_validation_and_checkpoints_are_no_part_of_a_step(fit: Fit, tmp_path: Pa
     assert [row["perf/time_step"] for row in logged(tmp_path)] == pytest.approx([0, 0], abs=1e-6)
 
 
-@pytest.mark.parametrize("validation", [1000, 2 * 2])  # saved at a batch's end, or after a validation
+# saved at a batch's end, or after a validation
+@pytest.mark.parametrize("validation", [1000, 2 * 2])
 def test_checkpoints_have_a_time_of_their_own(validation: int, fit: Fit, tmp_path: Path, clock: Clock) -> None:
     class Slow(L.Callback):
         def on_save_checkpoint(self, *_: Any) -> None:
@@ -243,7 +250,7 @@ def part(data: float, memory: int, flops: float, speed: float) -> RankPart:
 
 def test_what_makes_a_rank_slow_is_named_with_its_rank() -> None:
     ranks = [part(2.0, 10**9, 4e12, 9e9), part(6.0, 2 * 10**9, 2e12, 9e9), part(1.0, 10**9, 3e12, 6e9)]
-    found = metrics_of(ranks, steps=2, peak=1e12)
+    metrics = metrics_of(ranks, steps=2, peak=1e12)
     expected = {
         "perf/time_data": 1.5,
         "perf/time_forward": 0.5,
@@ -261,7 +268,7 @@ def test_what_makes_a_rank_slow_is_named_with_its_rank() -> None:
         "perf/speed_min": 0.75,
         "perf/speed_min_rank": 2,
     }
-    assert {key: found[key] for key in expected} == pytest.approx(expected)
+    assert {key: metrics[key] for key in expected} == pytest.approx(expected)
 
 
 @pytest.mark.timeout(120)
@@ -281,7 +288,8 @@ def test_two_ranks_find_the_one_that_waits_for_its_data(
     row = logged(tmp_path)[-1]
     assert row["perf/time_data_max_rank"] == 1
     assert row["perf/time_data_max"] > 2 * 0.3
-    assert row["perf/time_data"] < row["perf/time_data_max"] - 0.2  # the other one waits in a collective
+    # the other one waits in a collective
+    assert row["perf/time_data"] < row["perf/time_data_max"] - 0.2
     assert row["perf/work_max"] >= 1 >= row["perf/speed_min"]
 
 
@@ -290,13 +298,13 @@ def test_skipped_views_cost_nothing(model_config: SphinxConfig) -> None:
     model = Sphinx(dataclasses.replace(model_config, vision=vision, decoder=model_config.decoder))
     rng = torch.Generator().manual_seed(0)
     counted, computed = [], []
-    for seen in (1, 4, 10):
-        seen_NV = torch.arange(10)[None] < seen
+    for count in (1, 4, 10):
+        seen_NV = torch.arange(10)[None] < count
         pixels = torch.randint(0, 255, (1, 3, 96, 96), dtype=torch.uint8, generator=rng)
         with FlopCounterMode(display=False) as counter:
             model.embed_images(pixels, seen_NV)
         counted.append(counter.get_total_flops())
-        computed.append(TrainingFlops(model).vision(1, seen) / 3)
+        computed.append(TrainingFlops(model).vision(1, count) / 3)
     assert computed == pytest.approx(counted, rel=0.03)
     assert computed[1] == pytest.approx(4 * computed[0])
 

@@ -1,4 +1,4 @@
-"""What Weights & Biases is given, read back from the file that an offline run leaves."""
+"""The data that Weights & Biases gets, read back from the file of an offline run."""
 
 from __future__ import annotations
 
@@ -26,14 +26,17 @@ Fit = Callable[..., Any]
 
 
 def records(file: Path) -> Iterator[bytes]:
-    """The records of a .wandb file, a LevelDB log: 7 bytes of header; blocks of 32 KiB; chunks of crc, length, type."""
+    """Yield the records of a .wandb file.
+
+    It is a LevelDB log: 7 bytes of header; blocks of 32 KiB; chunks of crc, length, type.
+    """
     data = file.read_bytes()
     assert data[:4] == b":W&B"
     position, whole = 7, b""
     while position + 7 <= len(data):
-        left = 32768 - position % 32768
-        if left < 7:
-            position += left
+        space = 32768 - position % 32768
+        if space < 7:
+            position += space
             continue
         _, length, kind = struct.unpack("<IHB", data[position : position + 7])
         whole += data[position + 7 : position + 7 + length]
@@ -44,7 +47,9 @@ def records(file: Path) -> Iterator[bytes]:
 
 
 class Run:
-    """The configuration, of every logged key its (step, value)s, and of every artifact its files: name -> place."""
+    """The configuration, the (step, value) pairs of every logged key, and name -> place of every
+    artifact's files.
+    """
 
     def __init__(self, file: Path) -> None:
         from wandb.proto import wandb_internal_pb2
@@ -68,7 +73,10 @@ class Run:
 
 
 def finished_run(file: Path) -> Run:
-    """The run once its last record is in the file: another process writes it, and may be behind on a busy machine."""
+    """Return the run once its last record is in the file.
+
+    Another process writes it, and may lag on a busy machine.
+    """
     deadline = time.monotonic() + 60
     while not (run := Run(file)).finished:
         assert time.monotonic() < deadline, f"{file} never got its last record; it has {sorted(run.config)}"
@@ -85,7 +93,7 @@ def test_an_offline_run_holds_everything(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    for folder in ("DATA", "CACHE", "CONFIG"):  # else tables are kept in the home folder until they are uploaded
+    for folder in ("DATA", "CACHE", "CONFIG"):  # else tables stay in the home folder until upload
         monkeypatch.setenv(f"WANDB_{folder}_DIR", str(tmp_path / folder))
     composed = {
         "seed": 7,

@@ -1,4 +1,4 @@
-"""One W&B run for each run folder; offline, with W&B's own process."""
+"""Each run folder has one W&B run, offline, with W&B's own process."""
 
 from __future__ import annotations
 
@@ -39,23 +39,23 @@ print("done")
 
 
 def log(folder: Path, point: str, then: str) -> str:
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", LOG, str(folder), point, then],
         cwd=REPOSITORY,
-        # Without the process that another test may have left to those that it starts.
+        # The environment lacks the W&B process that another test may have left to its children.
         env={k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"WANDB_SILENT": "true"},
         capture_output=True,
         text=True,
         timeout=200,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    name, last = done.stdout.strip().splitlines()
+    assert process.returncode == 0, process.stdout + process.stderr
+    name, last = process.stdout.strip().splitlines()
     assert last == "done"
     return name
 
 
 @pytest.mark.timeout(400)
-def test_a_folder_s_run_goes_on_and_loggers_outlive_w_and_b_s_process(tmp_path: Path) -> None:
+def test_a_folder_s_run_continues_and_loggers_outlive_w_and_b_s_process(tmp_path: Path) -> None:
     first = log(tmp_path, "stage.optim.lr=0.001", "end")
     identity = (tmp_path / FILE).read_text().strip()
     assert first == f"name finetune stage.optim.lr=0.001 id {identity}"

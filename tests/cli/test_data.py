@@ -1,4 +1,6 @@
-"""`sphinx-data`: the mixture's table and the search for duplicates, as a user calls them."""
+"""`sphinx-data`: the mixture's table and the search for duplicates, as a user runs
+them.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +27,11 @@ def test_missing_files_are_shown_and_an_error_unless_they_may_be(
 ) -> None:
     arguments = ["table", *MIXTURE, f"data.root={tmp_path}"]
     assert main(arguments) == 2
-    shown = capsys.readouterr()
-    assert shown.out.count("MISSING") == 8
-    assert "files are missing for text, answers, " in shown.err
-    assert "val_sources.tasks, tokenizer (source 'text': there is no file" in shown.err
-    assert shown.err.count("\n") == 1
+    output = capsys.readouterr()
+    assert output.out.count("MISSING") == 8
+    assert "files are missing for text, answers, " in output.err
+    assert "val_sources.tasks, tokenizer (source 'text': there is no file" in output.err
+    assert output.err.count("\n") == 1
     assert main([*arguments, "missing=ok"]) == 0
     assert capsys.readouterr().out.count("MISSING") == 8
 
@@ -46,7 +48,7 @@ def test_duplicates_are_found_and_filtered(
     source = f"+data.sources.synthetic.filters={{duplicates: {out}}}"
     assert main(["table", "stage=pretrain_synthetic", f"data.root={sample_data}", "probe=500", source]) == 0
     [row] = [line for line in capsys.readouterr().out.splitlines() if " synthetic " in line]
-    assert " 0.0% " not in row  # some are left out
+    assert " 0.0% " not in row  # some are filtered
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""evaluate.py from end to end, on a random model and a hand-made test set."""
+"""evaluate.py from end to end, with a random model and a handmade test set."""
 
 from __future__ import annotations
 
@@ -26,15 +26,14 @@ from sphinx_pl.data.answer_parsing import normalise
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.records import read_records
 from sphinx_pl.data.schema import ImageRef, Record
+from sphinx_pl.evaluation.benchmarks.detection_ocr_pose import DetectionBenchmark
 from sphinx_pl.evaluation.benchmarks.mme import SUBTASKS
-from sphinx_pl.evaluation.benchmarks.suite import DetectionSuite
 from sphinx_pl.evaluation.compare import compare
-from sphinx_pl.evaluation.measures import estimate
+from sphinx_pl.evaluation.metrics import estimate
 from sphinx_pl.evaluation.report.page import check_page
 from sphinx_pl.evaluation.rescore import rescore
 from sphinx_pl.evaluation.results import read_predictions
 from sphinx_pl.evaluation.runner import Prediction, evaluate
-from sphinx_pl.evaluation.scorers.yes_no import mme_scores
 from sphinx_pl.models.config import ClipViTConfig, DecoderConfig, SphinxConfig, VisionConfig
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.settings.evaluate import EvaluateConfig
@@ -42,6 +41,7 @@ from sphinx_pl.utils.config import pick
 from sphinx_pl.utils.errors import UserError
 from tests.callbacks.test_wandb import finished_run
 from tests.evaluation.benchmarks.vqa_files import CHART, FILES, write
+from tests.evaluation.official import mme_scores
 from tests.scripts import Script, run_script
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +61,9 @@ def tiny_config() -> SphinxConfig:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer, a checkpoint of random weights, six questions about three images, and one without an image file."""
+    """Return a tokenizer, a checkpoint of random weights, six questions about three images, and one
+    without an image file.
+    """
     import sentencepiece
 
     folder = tmp_path_factory.mktemp("world")
@@ -93,7 +95,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(world: Path, *overrides: str) -> list[str]:
     source = f"{{kind: instructions, path: {world / 'test.json'}}}"
-    # Deleted first: a dictionary given for an existing key is merged into it.
+    # The key is deleted first, since a dictionary given for an existing key is merged into it.
     arguments = [
         "~data.sources",
         f"+data.sources={{tasks: {source}}}",
@@ -109,17 +111,17 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "80"}
 
 
 def run(world: Path, *overrides: str, launcher: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
-    asked = [*launcher, *command(world, *overrides)]
-    # Not in the repository, which may have sample data that a benchmark's files are in.
+    words = [*launcher, *command(world, *overrides)]
+    # The working folder is not the repository, whose sample data may hold a benchmark's files.
     if not launcher:
-        return run_script(asked, world, ENVIRONMENT)
-    return subprocess.run(asked, capture_output=True, text=True, cwd=world, env=ENVIRONMENT, check=False, timeout=240)
+        return run_script(words, world, ENVIRONMENT)
+    return subprocess.run(words, capture_output=True, text=True, cwd=world, env=ENVIRONMENT, check=False, timeout=240)
 
 
 def test_evaluate_writes_predictions_and_results(world: Path) -> None:
     out = world / "out" / "a folder whose name alone is longer than the eighty columns of a narrow terminal"
-    done = run(world, f"checkpoint={world / 'checkpoint'}", f"out={out}", f"report={world / 'r.html'}")
-    assert done.returncode == 0, done.stderr
+    process = run(world, f"checkpoint={world / 'checkpoint'}", f"out={out}", f"report={world / 'r.html'}")
+    assert process.returncode == 0, process.stderr
     predictions = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
     assert sorted(p["key"] for p in predictions) == sorted({p["key"] for p in predictions})
     assert {(p["task"], p["domain"]) for p in predictions} == {
@@ -130,14 +132,15 @@ def test_evaluate_writes_predictions_and_results(world: Path) -> None:
     rows = {(row["task"], row["domain"]): row for row in results["rows"]}
     assert rows["short_vqa", ""]["n"] == 3
     assert rows["short_vqa", "real"]["n"] == 2
-    # One constant gets one of the three different counts; a random model gets nothing.
+    # One constant is right for one of the three counts; a random model is never right.
     assert rows["short_vqa", ""]["baselines"]["constant"] == pytest.approx(1 / 3)
     assert rows["short_vqa", ""]["baseline_kind"] == "constant"
     assert set(rows["rec", ""]["baselines"]) == {"constant", "shuffled"}
-    assert "short_vqa" in done.stdout
-    assert f"Results: {out / 'results.json'}\nReport: {world / 'r.html'}\n" in done.stdout  # in one piece
+    assert "short_vqa" in process.stdout
+    # in one piece
+    assert f"Results: {out / 'results.json'}\nReport: {world / 'r.html'}\n" in process.stdout
     assert (world / "r.html").read_text().count("<article") == 6
-    assert "image_missing 1" in done.stdout
+    assert "image_missing 1" in process.stdout
 
 
 def test_benchmarks_are_scored_or_written_for_their_server(world: Path) -> None:
@@ -151,8 +154,8 @@ def test_benchmarks_are_scored_or_written_for_their_server(world: Path) -> None:
         Image.new("RGB", (30, 40), (0, 80, 0)).save(image)
     out = world / "asked"
     options = f"checkpoint={world / 'checkpoint'}", f"out={out}", f"benchmark.root={root}"
-    done = run(world, *options, "benchmarks=[chartqa,vizwiz_test]")
-    assert done.returncode == 0, done.stderr
+    process = run(world, *options, "benchmarks=[chartqa,vizwiz_test]")
+    assert process.returncode == 0, process.stderr
     results = json.loads((out / "results.json").read_text())
     chart, hidden = results["benchmarks"]
     assert (chart["name"], chart["n"], chart["lost"]) == ("chartqa", 2, {"entry_malformed": 1, "image_missing": 1})
@@ -161,16 +164,16 @@ def test_benchmarks_are_scored_or_written_for_their_server(world: Path) -> None:
     ]
     assert (hidden["name"], hidden["n"], hidden["values"]) == ("vizwiz_test", 1, [])
     predictions = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
-    said = {prediction["key"]: prediction["prediction"] for prediction in predictions}
-    assert set(said) == {"chartqa/human-0", "chartqa/augmented-0", "vizwiz_test/VizWiz_test_1.jpg"}
+    predictions_by_key = {prediction["key"]: prediction["prediction"] for prediction in predictions}
+    assert set(predictions_by_key) == {"chartqa/human-0", "chartqa/augmented-0", "vizwiz_test/VizWiz_test_1.jpg"}
     submission = json.loads((out / "submission_vizwiz_test.json").read_text())
     assert [row["image"] for row in submission] == ["VizWiz_test_1.jpg"]
-    assert submission[0]["answer"] == normalise(said["vizwiz_test/VizWiz_test_1.jpg"])
-    assert "submission_vizwiz_test.json: 1 answers" in done.stdout
+    assert submission[0]["answer"] == normalise(predictions_by_key["vizwiz_test/VizWiz_test_1.jpg"])
+    assert "submission_vizwiz_test.json: 1 answers" in process.stdout
 
 
 def test_points_average_precision_and_images_in_a_table(world: Path) -> None:
-    """MME, detection and MMBench: a random model is asked, and what it said is scored anew."""
+    """A random model answers MME, detection and MMBench, and its answers are scored again."""
     root, out = world / "more", world / "more_asked"
     picture = io.BytesIO()
     Image.new("RGB", (40, 30), (0, 0, 90)).save(picture, "png")
@@ -192,54 +195,54 @@ def test_points_average_precision_and_images_in_a_table(world: Path) -> None:
     (root / "mmbench" / "mmbench_test_en_20231003.tsv").write_text(table.format(image))
     options = f"checkpoint={world / 'checkpoint'}", f"out={out}", f"benchmark.root={root}"
     detection = f"benchmark.detection.src={world / 'scenes.json'}", f"benchmark.detection.images={world}"
-    done = run(world, *options, *detection, "benchmarks=[mme,detection,mmbench_test]")
-    assert done.returncode == 0, done.stderr
+    process = run(world, *options, *detection, "benchmarks=[mme,detection,mmbench_test]")
+    assert process.returncode == 0, process.stderr
     results = json.loads((out / "results.json").read_text())
     mme, boxes, hidden = results["benchmarks"]
     assert (mme["n"], boxes["n"], hidden["n"]) == (28, 3, 2)
     assert boxes["lost"] == {"image_missing": 1}
     lines = (out / "predictions.jsonl").read_text().splitlines()
     predictions = [Prediction.from_dict(json.loads(line)) for line in lines]
-    said = [(p.topic, p.key.rpartition("-")[0], p.score == 1) for p in predictions if p.benchmark == "mme"]
+    points = [(p.topic, p.key.rpartition("-")[0], p.score == 1) for p in predictions if p.benchmark == "mme"]
     values = {(v["measure"], v["category"]): v["value"] for v in mme["values"]}
-    assert values["perception", ""] == pytest.approx(mme_scores(said).perception)
+    assert values["perception", ""] == pytest.approx(mme_scores(points).perception)
     assert {category for _, category in values} == {"", *SUBTASKS}
-    asked = [p for p in predictions if p.benchmark == "detection"]
-    suite = DetectionSuite(world / "scenes.json")
-    assert [v["value"] for v in boxes["values"]] == [estimate(m.prepare(asked)).value for m in suite.measures]
+    detections = [p for p in predictions if p.benchmark == "detection"]
+    suite = DetectionBenchmark(world / "scenes.json")
+    assert [v["value"] for v in boxes["values"]] == [estimate(m.prepare(detections)).value for m in suite.metrics]
     assert len((out / "mme" / "OCR.txt").read_text().splitlines()) == 2
     sheet = openpyxl.load_workbook(out / "submission_mmbench_test_en.xlsx").active
     assert [row[0] for row in sheet.iter_rows(min_row=2, values_only=True)] == [3, 1_000_003]
     assert hidden["values"] == []
 
 
-def test_a_mixture_leans_towards_what_fails(world: Path) -> None:
+def test_a_mixture_is_reweighted_by_bad_cases(world: Path) -> None:
     arguments = [f"checkpoint={world / 'checkpoint'}", f"out={world / 'lean'}", "then=mixture", "shuffled=false"]
-    done = run(world, *arguments, f"report={world / 'lean.html'}")
-    assert done.returncode == 0, done.stderr
+    process = run(world, *arguments, f"report={world / 'lean.html'}")
+    assert process.returncode == 0, process.stderr
     text = (world / "lean" / "mixture.yaml").read_text()
     sources = yaml.safe_load(text)["sources"]
-    # The command line has other sources than the mixture's file, so they are all here.
+    # The command line changes the sources of the mixture's file, so all of them are here.
     assert sources == {"tasks": {"kind": "instructions", "path": str(world / "test.json"), "weight": 1.0}}
     lean = json.loads((world / "lean" / "results.json").read_text())["mixture"]
     assert {rate["task"]: rate["n"] for rate in lean["rates"]} == {"short_vqa": 3, "rec": 3}
-    holds = {held["task"]: held["share"] for held in lean["sources"][0]["holds"]}
+    holds = {item["task"]: item["share"] for item in lean["sources"][0]["holds"]}
     assert holds == pytest.approx({"short_vqa": 3 / 7, "rec": 3 / 7, "caption": 1 / 7})
     assert "What to train on next" in (world / "lean.html").read_text()
-    assert "Leaned mixture" in done.stdout
+    assert "Reweighted mixture" in process.stdout
     (world / "lean" / "mixture.yaml").write_text("sources: {}\n")
-    again = run(world, *arguments, "overwrite=true")
-    assert again.returncode == 2  # before anything is asked: the answers are still there
-    assert "was not written by evaluate.py" in again.stderr
+    second = run(world, *arguments, "overwrite=true")
+    assert second.returncode == 2  # before any question: the answers still exist
+    assert "evaluate.py did not write it" in second.stderr
     assert list((world / "lean" / "answers").iterdir())
 
 
 def test_a_mistake_is_answered_in_one_line(world: Path) -> None:
-    done = run(world, f"checkpoint={world / 'checkpoint'}", "test=[task]")
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
+    process = run(world, f"checkpoint={world / 'checkpoint'}", "test=[task]")
+    assert process.returncode == 2
+    assert "Traceback" not in process.stderr
     assert (
-        done.stderr.strip().splitlines()[-1]
+        process.stderr.strip().splitlines()[-1]
         == "error: data.test has no source 'task': did you mean 'tasks'? known: tasks"
     )
 
@@ -253,9 +256,9 @@ def test_a_mistake_is_answered_in_one_line(world: Path) -> None:
         ({"checkpoint": "x", "precision": "fp16"}, "precision='fp16'"),
         ({"checkpoint": "x", "then": "sleep"}, "then=sleep must be null or mixture"),
         ({"checkpoint": "x", "then": "mixture", "benchmarks": ["pope"]}, "then=mixture needs test sources"),
-        ({"checkpoint": "x", "mixture_out": "a.yaml"}, "give both"),
-        ({"checkpoint": "x", "lean": {"strength": 2}}, "lean.strength=2.0 must be 0 to 1"),
-        ({"checkpoint": "x", "lean": {"bound": 0.5}}, "bound=0.5"),
+        ({"checkpoint": "x", "mixture_out": "a.yaml"}, "set both keys"),
+        ({"checkpoint": "x", "reweighting": {"strength": 2}}, "reweighting.strength=2.0 must be 0 to 1"),
+        ({"checkpoint": "x", "reweighting": {"bound": 0.5}}, "bound=0.5"),
     ],
 )
 def test_keys_are_checked_before_anything_is_read(keys: dict[str, object], message: str) -> None:
@@ -283,16 +286,16 @@ def test_order_batches_and_shown_images(world: Path) -> None:
     one = evaluate(model, processor, records, batch_size=1, progress=False)
     several = evaluate(model, processor, records, batch_size=3, progress=False)
     assert [p.key for p in one] == ["0", "1", "2"]
-    assert one == several  # the padding of a batch changes no answer
+    assert one == several  # The padding of a batch changes no answer.
     swapped = {record.key: refs[1 - i % 2] for i, record in enumerate(records)}
-    shown = evaluate(model, processor, records, images=swapped, progress=False)
-    assert [p.images for p in shown] == [refs[1], refs[0], refs[1]]
-    assert [p.question for p in shown] == [p.question for p in one]
+    predictions = evaluate(model, processor, records, images=swapped, progress=False)
+    assert [p.images for p in predictions] == [refs[1], refs[0], refs[1]]
+    assert [p.question for p in predictions] == [p.question for p in one]
 
 
 @pytest.fixture(scope="module")
 def pope(world: Path) -> list[str]:
-    """Forty questions in the format of a benchmark, and the overrides that ask them."""
+    """Return forty questions in the format of a benchmark, and the overrides that ask them."""
     entries = [
         {
             "question_id": i,
@@ -309,11 +312,11 @@ def pope(world: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(world: Path, pope: list[str]) -> Path:
-    """The folder of an evaluation that nothing interrupted."""
-    done = run(world, *pope, f"out={world / 'whole'}")
-    assert done.returncode == 0, done.stderr
-    assert "dogs" in done.stdout
-    assert "Not asked of dogs: entry_malformed 1" in done.stdout
+    """Return the folder of an evaluation without interruption."""
+    process = run(world, *pope, f"out={world / 'whole'}")
+    assert process.returncode == 0, process.stderr
+    assert "dogs" in process.stdout
+    assert "Skipped questions of dogs: entry_malformed 1" in process.stdout
     return world / "whole"
 
 
@@ -324,28 +327,28 @@ def same(one: Path, other: Path) -> bool:
 def test_a_benchmark_is_asked_alone_and_summed_up(whole: Path) -> None:
     results = json.loads((whole / "results.json").read_text())
     assert not results["rows"]
-    (found,) = results["benchmarks"]
-    assert (found["kind"], found["n"], found["lost"]) == ("pope", 40, {"entry_malformed": 1})
-    assert [value["measure"] for value in found["values"]] == ["accuracy", "precision", "recall", "f1", "yes"]
+    (result,) = results["benchmarks"]
+    assert (result["kind"], result["n"], result["lost"]) == ("pope", 40, {"entry_malformed": 1})
+    assert [value["measure"] for value in result["values"]] == ["accuracy", "precision", "recall", "f1", "yes"]
     lines = [json.loads(line) for line in (whole / "predictions.jsonl").read_text().splitlines()]
     assert [line["key"] for line in lines] == [f"dogs/{i}" for i in range(40)]
     assert all(line["record"]["answer"] in ("yes", "no") for line in lines)
     assert rescore(whole) == 0
 
 
-def test_a_pattern_asks_what_is_there_and_says_what_is_not(world: Path, pope: list[str]) -> None:
+def test_a_pattern_skips_benchmarks_without_files_and_says_so(world: Path, pope: list[str]) -> None:
     (world / "pope").mkdir()
     (world / "pope" / "coco_pope_random.json").write_bytes((world / "coco_pope_random.json").read_bytes())
     out, report = world / "all", world / "all.html"
     where = [f"benchmark.root={world}", f"benchmark.pope_random.images={world}"]
     arguments = ['benchmarks=["*"]', *where, "limit=2", f"out={out}", f"checkpoint={world / 'checkpoint'}"]
-    done = run(world, *arguments, f"benchmark.pope_popular.images={world}", f"report={report}")
-    assert done.returncode == 0, done.stderr
+    process = run(world, *arguments, f"benchmark.pope_popular.images={world}", f"report={report}")
+    assert process.returncode == 0, process.stderr
     results = json.loads((out / "results.json").read_text())
     assert [result["name"] for result in results["benchmarks"]] == ["pope_random"]
     assert "coco_pope_popular.json" in results["left_out"]["pope_popular"]
     assert "root" not in results["left_out"]
-    assert "Left out: mme: " in done.stdout
+    assert "Skipped: mme: " in process.stdout
     named = run(
         world, "benchmarks=[pope_random,mme]", *where, f"out={world / 'x'}", f"checkpoint={world / 'checkpoint'}"
     )
@@ -356,51 +359,54 @@ def test_a_pattern_asks_what_is_there_and_says_what_is_not(world: Path, pope: li
     assert f"report: '{world}' is a folder" in folder.stderr
 
 
-def test_baselines_of_an_evaluation_that_was_replaced_are_gone(world: Path) -> None:
+def test_baselines_of_a_replaced_evaluation_are_deleted(world: Path) -> None:
     arguments = [f"checkpoint={world / 'checkpoint'}", f"out={world / 'again'}", "overwrite=true"]
     for more, baselines in (([], {"constant.jsonl", "shuffled.jsonl"}), (["shuffled=false", "constant=0"], set())):
         assert run(world, *arguments, *more).returncode == 0
         assert {file.name for file in (world / "again").glob("*.jsonl")} == baselines | {"predictions.jsonl"}
 
 
-def test_a_killed_evaluation_goes_on_with_the_same_result(world: Path, pope: list[str], whole: Path) -> None:
+def test_a_killed_evaluation_resumes_with_the_same_result(world: Path, pope: list[str], whole: Path) -> None:
     out = world / "killed"
-    journal = out / "answers" / "dogs.rank0.jsonl"
+    answer_log = out / "answers" / "dogs.rank0.jsonl"
     with Path(os.devnull).open("w") as nowhere:
         process = Script(command(world, *pope, f"out={out}"), nowhere, nowhere, environment=ENVIRONMENT)
-    while process.poll() is None and (not journal.exists() or journal.read_bytes().count(b"\n") < 4):
+    while process.poll() is None and (not answer_log.exists() or answer_log.read_bytes().count(b"\n") < 4):
         time.sleep(0.002)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert not (out / "results.json").exists()
-    answered = journal.read_bytes().count(b"\n")
+    answered = answer_log.read_bytes().count(b"\n")
     assert 4 <= answered < 21  # a line for the settings, one for each of 20 batches
-    done = run(world, *pope, f"out={out}")
-    assert done.returncode == 0, done.stderr
+    resumed = run(world, *pope, f"out={out}")
+    assert resumed.returncode == 0, resumed.stderr
     assert same(out, whole)
-    assert journal.read_bytes().count(b"\n") == 21  # none was answered twice
+    assert answer_log.read_bytes().count(b"\n") == 21  # none was answered twice
     assert not compare(read_predictions(out), read_predictions(whole), {})[0].real
 
 
 def test_two_processes_answer_the_same(world: Path, pope: list[str], whole: Path) -> None:
     out = world / "both"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    done = run(world, *pope, f"out={out}", launcher=launcher)
-    assert done.returncode == 0, done.stderr
+    process = run(world, *pope, f"out={out}", launcher=launcher)
+    assert process.returncode == 0, process.stderr
     assert same(out, whole)
-    assert done.stdout.count("Results:") == 1
+    assert process.stdout.count("Results:") == 1
     lines = {path.name: path.read_bytes().count(b"\n") for path in (out / "answers").iterdir()}
     assert lines == {"dogs.rank0.jsonl": 11, "dogs.rank1.jsonl": 11}
 
 
-def test_answers_with_other_settings_are_not_gone_on_with(world: Path, pope: list[str], whole: Path) -> None:
-    done = run(world, *pope, f"out={whole}", "precision=bf16")
-    assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith(f"error: '{whole / 'answers'}' holds answers with other")
+def test_answers_with_other_settings_are_not_continued(world: Path, pope: list[str], whole: Path) -> None:
+    process = run(world, *pope, f"out={whole}", "precision=bf16")
+    assert process.returncode == 2
+    assert process.stderr.strip().splitlines()[-1].startswith(f"error: '{whole / 'answers'}' holds answers with other")
 
 
-def test_nothing_in_a_folder_is_replaced_unasked(world: Path, whole: Path) -> None:
-    """Neither results of other questions nor answers with other settings, and both before a model is loaded."""
+def test_nothing_in_a_folder_is_replaced_by_default(world: Path, whole: Path) -> None:
+    """Neither results of other questions nor answers with other settings are replaced.
+
+    Both are refused before a model is loaded.
+    """
     before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
 
     def asking(**keys: object) -> Asking:
@@ -425,7 +431,7 @@ def test_a_report_replaces_only_a_page(tmp_path: Path) -> None:
     check_page(tmp_path / "page.html", "report")
     check_page(tmp_path / "empty.html", "report")
     check_page(tmp_path / "new.html", "report")
-    with pytest.raises(UserError, match=r"report: '.*notes.md' is there and is no page"):
+    with pytest.raises(UserError, match=r"report: '.*notes.md' exists and is not a page"):
         check_page(tmp_path / "notes.md", "report")
 
 
@@ -442,10 +448,10 @@ def test_weights_and_biases_get_every_number(whole: Path, tmp_path: Path) -> Non
     assert dict(json.loads(table.read_text())["data"]) == flat(results)
 
 
-def test_a_benchmark_that_is_not_there(world: Path) -> None:
+def test_a_benchmark_without_files(world: Path) -> None:
     wrong = [f"checkpoint={world / 'checkpoint'}", "benchmarks=[pope_random]", f"benchmark.root={world / 'gone'}"]
-    done = run(world, *wrong)
-    assert done.returncode == 2
-    message = done.stderr.strip().splitlines()[-1]
-    assert message.startswith(f"error: pope: '{world / 'gone' / 'pope'}' is not there")
+    process = run(world, *wrong)
+    assert process.returncode == 2
+    message = process.stderr.strip().splitlines()[-1]
+    assert message.startswith(f"error: pope: '{world / 'gone' / 'pope'}' does not exist")
     assert "https://github.com/AoiDragon/POPE" in message

@@ -31,7 +31,9 @@ SCRIPT = Path(mix_weights.__file__)
 
 @pytest.fixture
 def parents(tmp_path: Path, model_config: SphinxConfig, processor: Processor) -> str:
-    """Two checkpoints of the tiny model with different weights, `real` and `synthetic`, as an override."""
+    """Return an override with two checkpoints of the tiny model with different weights, `real` and
+    `synthetic`.
+    """
     for seed, name in enumerate(("real", "synthetic")):
         torch.manual_seed(seed)
         write_checkpoint(
@@ -47,7 +49,7 @@ def parents(tmp_path: Path, model_config: SphinxConfig, processor: Processor) ->
 
 @pytest.fixture
 def plain(tmp_path: Path, processor: Processor) -> list[Path]:
-    """Two checkpoints of a model as Hugging Face's LLaMA can be, with towers."""
+    """Return two checkpoints of a model with encoders whose decoder fits Hugging Face's LLaMA."""
     config = tiny_model()
     config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, qk_norm=False))
     paths = []
@@ -62,7 +64,7 @@ def plain(tmp_path: Path, processor: Processor) -> list[Path]:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """The script's main in this process, with these overrides."""
+    """Run the script's main in this process, with these overrides."""
 
     def run(*overrides: str) -> None:
         monkeypatch.chdir(tmp_path)
@@ -72,16 +74,16 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return run
 
 
-def test_which_checkpoint_beta_is_of_does_not_matter(
+def test_swapping_checkpoints_and_beta_changes_nothing(
     run: Callable[..., None], models: Callable[..., list[Path]], tmp_path: Path
 ) -> None:
     first, second = models(2, torch.bfloat16)
-    for out, given in {
+    for out, overrides in {
         "one": [f"checkpoints=[{first},{second}]", "beta=0.3"],
         "other": [f"checkpoints=[{second},{first}]", "beta=0.7"],
         "rules": [f"checkpoints=[{second},{first}]", "beta=0.5", "rules=[{beta: 0.7}]"],
     }.items():
-        run(*given, f"out={out}")
+        run(*overrides, f"out={out}")
     one, *others = (open_checkpoint(tmp_path / name) for name in ("one", "other", "rules"))
     for name in one:
         assert all(same_bits(one.tensor(name), other.tensor(name)) for other in others), name
@@ -112,7 +114,7 @@ def test_the_curve_is_that_of_mixed_checkpoints(
     curve = json.loads((tmp_path / "mixed" / "curve.json").read_text())
     assert curve["betas"] == [0, 0.5, 1]
     assert set(curve["losses"]) == {"real", "synthetic"}
-    # The mixed checkpoint, evaluated by itself as the end of another curve, has the loss of the middle.
+    # The mixed checkpoint, evaluated as the end of another curve, has the loss of the middle.
     run(parents.replace("real", "mixed"), "curve=2", "curve_dir=check", "curve_sources=[synthetic]", *data)
     check = json.loads((tmp_path / "check" / "curve.json").read_text())
     assert list(check["losses"]) == ["synthetic"]
@@ -123,7 +125,7 @@ def test_the_curve_is_that_of_mixed_checkpoints(
 
 @pytest.fixture
 def data(sample_data: Path) -> list[str]:
-    """Overrides: a few short samples of the sample world."""
+    """Return overrides for a few short samples of the sample world."""
     small = ["data.val_samples=8", "data.packing.row_length=256", "data.packing.rows=2"]
     return [f"data.root={sample_data}", "curve_sources=[real,synthetic]", *small]
 
@@ -133,18 +135,18 @@ def test_beta_auto_takes_the_best_point_and_says_why(
 ) -> None:
     run(parents, "beta=auto", "curve=3", "out=mixed", *data)
     curve = json.loads((tmp_path / "mixed" / "curve.json").read_text())
-    said = open_checkpoint(tmp_path / "mixed").provenance["mixing"]
-    assert said["weights"] == curve["best"]["weights"]
-    assert said["chosen_by"]["criterion"] == "loss"
-    assert said["chosen_by"]["why"].startswith(f"beta={curve['best']['beta']:g} has the lowest loss of 3 points")
+    mixing = open_checkpoint(tmp_path / "mixed").provenance["mixing"]
+    assert mixing["weights"] == curve["best"]["weights"]
+    assert mixing["chosen_by"]["objective"] == "loss"
+    assert mixing["chosen_by"]["why"].startswith(f"beta={curve['best']['beta']:g} has the lowest loss of 3 points")
     printed = capsys.readouterr().out
-    first, *told = printed.splitlines()[:4]
+    first, *lines = printed.splitlines()[:4]
     assert first == "Reading the held-out samples of real, synthetic"
-    for number, (line, weights) in enumerate(zip(told, ("0, 1", "0.5, 0.5", "1, 0"), strict=True), 1):
+    for number, (line, weights) in enumerate(zip(lines, ("0, 1", "0.5, 0.5", "1, 0"), strict=True), 1):
         assert line.startswith(f"Mixing curve  {number}/3  mixing with weights {weights}, then measuring")
         assert line.endswith(" left") == (number > 1)
-    shown = " ".join(printed.split())
-    assert said["chosen_by"]["why"] in shown
+    text = " ".join(printed.split())
+    assert mixing["chosen_by"]["why"] in text
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
 
 
@@ -152,7 +154,7 @@ def test_a_curve_of_three_models_with_scores(
     run: Callable[..., None], models: Callable[..., list[Path]], tmp_path: Path, data: list[str]
 ) -> None:
     paths = ",".join(str(path) for path in models(3))
-    tasks = ["curve_tasks=[short_vqa]", "curve_limit=2", "criterion=score/short_vqa"]
+    tasks = ["curve_tasks=[short_vqa]", "curve_limit=2", "objective=score/short_vqa"]
     run(f"checkpoints=[{paths}]", "curve=2", "curve_dir=curve", *tasks, *data)
     curve = json.loads((tmp_path / "curve" / "curve.json").read_text())
     assert curve["models"] == 3
@@ -174,25 +176,25 @@ def test_a_search_by_part_ends_in_rules(
     run: Callable[..., None], parents: str, tmp_path: Path, data: list[str]
 ) -> None:
     run(parents, "search=[decoder,projections]", "budget=4", "out=mixed", *data)
-    found = json.loads((tmp_path / "mixed" / "search.json").read_text())
-    assert found["evaluations"] == 4
+    search = json.loads((tmp_path / "mixed" / "search.json").read_text())
+    assert search["evaluations"] == 4
     mixed = open_checkpoint(tmp_path / "mixed")
     rules = {rule["tensors"]: rule["weights"][0][0] for rule in mixed.provenance["mixing"]["rules"]}
-    assert rules == found["betas"]
+    assert rules == search["betas"]
     real, synthetic = (open_checkpoint(tmp_path / name) for name in ("real", "synthetic"))
-    name, beta = "mixer.visual_proj.0.weight", found["betas"]["projections"]
+    name, beta = "mixer.visual_proj.0.weight", search["betas"]["projections"]
     expected = mix_tensors("linear", [real.tensor(name), synthetic.tensor(name)], [beta, 1 - beta])
     assert same_bits(mixed.tensor(name), expected)
 
 
-def test_a_greedy_soup_is_mixed_of_those_that_it_keeps(
+def test_a_greedy_soup_mixes_the_checkpoints_that_it_keeps(
     run: Callable[..., None], models: Callable[..., list[Path]], tmp_path: Path, data: list[str]
 ) -> None:
     paths = models(3)
     run(f"checkpoints=[{tmp_path}/model_*]", "method=greedy_soup", "out=soup", *data)
-    said = open_checkpoint(tmp_path / "soup").provenance["mixing"]
-    soup = said["chosen_by"]["soup"]
-    assert said["weights"] == [1 / len(soup) if place in soup else 0.0 for place in range(3)]
+    mixing = open_checkpoint(tmp_path / "soup").provenance["mixing"]
+    soup = mixing["chosen_by"]["soup"]
+    assert mixing["weights"] == [1 / len(soup) if place in soup else 0.0 for place in range(3)]
     assert len(json.loads((tmp_path / "soup" / "soup.json").read_text())["tried"]) == len(paths) + 2
 
 
@@ -213,9 +215,9 @@ def test_rules_and_options_from_the_command_line(
     paths = models(3)
     rules = "rules=[{match: projections, beta: 1}, {match: decoder, layers: 0-1, beta: [0.25, 0.75]}]"
     run(f"checkpoints=[{paths[0]},{paths[1]}]", "beta=0.5", rules, "out=mixed")
-    shown = capsys.readouterr().out
-    assert "decoder, layers 0-1" in shown
-    assert "0.25 → 0.75" in shown
+    output = capsys.readouterr().out
+    assert "decoder, layers 0-1" in output
+    assert "0.25 → 0.75" in output
     mixed, first, second = (open_checkpoint(path) for path in (tmp_path / "mixed", *paths[:2]))
     for name, beta in (
         ("mixer.visual_proj.0.weight", 1.0),
@@ -227,9 +229,9 @@ def test_rules_and_options_from_the_command_line(
         assert same_bits(mixed.tensor(name), expected), name
     ties = ["method=ties", "weights=[1,0.6]", "options.density=0.4", f"base={paths[2]}"]
     run(f"checkpoints=[{paths[0]},{paths[1]}]", *ties, "out=ties", "workers=1")
-    said = open_checkpoint(tmp_path / "ties").provenance["mixing"]
-    assert said["options"] == {"density": 0.4, "average": True, "scale": 1.0}
-    assert "task_cosines" in said["parts"]["decoder"]
+    mixing = open_checkpoint(tmp_path / "ties").provenance["mixing"]
+    assert mixing["options"] == {"density": 0.4, "average": True, "scale": 1.0}
+    assert "task_cosines" in mixing["parts"]["decoder"]
 
 
 @pytest.mark.parametrize(
@@ -257,17 +259,17 @@ def test_rules_and_options_from_the_command_line(
         (["out=mixed", "beta=0.5", "layout=safetensors"], "layout=safetensors"),
         (["out=mixed", "beta=0.5", "shards=2"], "layout=original"),
         (["out=mixed", "beta=auto", "rules=[{match: decoder, beta: 0.5}]"], "rules"),
-        (["out=mixed", "search=[decoder]", "beta=0.5"], "leave out weights, beta and rules"),
+        (["out=mixed", "search=[decoder]", "beta=0.5"], "remove weights, beta and rules"),
         (["out=mixed", "method=greedy_soup", "beta=0.5"], "finds the weights"),
         (["out=mixed", "method=ties", "weights=[1,1]"], "base=FOLDER"),
         (["out=mixed", "beta=0.5", "options.density=0.5"], "method=linear has no such option"),
-        (["out=mixed", "beta=0.5", "criterion=bleu"], "criterion=bleu"),
+        (["out=mixed", "beta=0.5", "objective=bleu"], "objective=bleu"),
         (["out=mixed", "weights=[1e308,1e308]", "any_sum=true"], "weights=[1e+308, 1e+308] must be at most 2^53"),
         (["out=mixed", "beta=auto", "curve_dir=mixed/curve"], "curve_dir=mixed/curve is in out=mixed"),
         (["out=real", "beta=0.5", "overwrite=true", "checkpoints=[real,synthetic]"], "would delete 'real'"),
         (["curve=3", "curve_dir=kept"], "'kept/curve.json' exists"),
         (["out=mixed", "beta=0.5", "rules=[{mach: decoder, beta: 0.5}]"], "mach"),
-        (["out=mixed", "beta=0.5", "checkpoints=[step-*]"], "nothing fits 'step-*'"),
+        (["out=mixed", "beta=0.5", "checkpoints=[step-*]"], "nothing matches 'step-*'"),
         (["out=mixed", "beta=0.5", "checkpoints=[real,'']"], "has an empty name"),
         (["out=mixed", "beta=0.5", "checkpoints=[real,synthetic]", "base="], "base= is empty"),
         (
@@ -286,8 +288,8 @@ def test_rules_and_options_from_the_command_line(
         ([f"out={300 * 'x'}", "beta=0.5"], "(File name too long)"),
         (["curve=3", "curve_dir=real/config.json"], "curve_dir: 'real/config.json' cannot be a folder"),
         (["curve=3", "curve_dir=c", "curve_sources=[]"], "curve_sources= is an empty list"),
-        (["curve=3", "curve_dir=c", "criterion=loss/reel"], "criterion=loss/reel is not measured"),
-        (["beta=auto", "out=mixed", "criterion=score/short_vqa"], "criterion=score/short_vqa is not measured"),
+        (["curve=3", "curve_dir=c", "objective=loss/reel"], "objective=loss/reel is not measured"),
+        (["beta=auto", "out=mixed", "objective=score/short_vqa"], "objective=score/short_vqa is not measured"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(
@@ -310,11 +312,11 @@ def test_mistakes_are_answered_in_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
-    # Before anything is evaluated or made.
+    # These are refused before anything is evaluated or written.
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "outputs") == ["kept", "real", "synthetic"]
 
 
-def test_a_small_disk_is_said_before_the_evaluation(
+def test_a_small_disk_is_reported_before_the_evaluation(
     run: Callable[..., None],
     parents: str,
     tmp_path: Path,
@@ -330,7 +332,7 @@ def test_a_small_disk_is_said_before_the_evaluation(
     assert not (tmp_path / "new").exists()
 
 
-def test_what_an_earlier_curve_left_is_not_the_mixtures(
+def test_files_of_an_earlier_curve_are_not_the_mixtures(
     run: Callable[..., None], parents: str, tmp_path: Path, data: list[str]
 ) -> None:
     stale = tmp_path / ".mixed.curve"
@@ -345,7 +347,7 @@ def test_the_curve_is_that_of_the_dtype_that_is_written(
     run: Callable[..., None], parents: str, tmp_path: Path, data: list[str]
 ) -> None:
     run(parents, "beta=0.5", "dtype=bf16", "curve=3", "out=mixed", *data)
-    # The written mixture, evaluated at the end of a curve of its own: bf16 again.
+    # The written mixture is evaluated at the end of its own curve, in bf16 again.
     run(parents.replace("/real", "/mixed"), "dtype=bf16", "curve=2", "curve_dir=check", *data)
     curve, check = (json.loads((tmp_path / name / "curve.json").read_text()) for name in ("mixed", "check"))
     for source in ("real", "synthetic"):
@@ -357,7 +359,7 @@ def test_the_curve_is_that_of_the_dtype_that_is_written(
 
 BROKEN = {
     f"decoder.layers.0.feed_forward.{name}.weight": (1.0, 1e30, 1.0) for name in ("w1", "w2", "w3")
-}  # finite, but what they compute is not
+}  # finite weights with results that are not
 
 
 def test_a_model_that_computes_nan_is_never_chosen(
@@ -367,21 +369,23 @@ def test_a_model_that_computes_nan_is_never_chosen(
     data: list[str],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    good, broken, other = models(3, values=BROKEN)
-    run(f"checkpoints=[{broken},{good}]", "beta=auto", "curve=3", "out=auto", *data)
+    good, bad, other = models(3, values=BROKEN)
+    run(f"checkpoints=[{bad},{good}]", "beta=auto", "curve=3", "out=auto", *data)
     assert open_checkpoint(tmp_path / "auto").provenance["mixing"]["weights"] == [0, 1]
-    assert "none that is a number" in " ".join(capsys.readouterr().out.split())
-    run(f"checkpoints=[{broken},{good},{other}]", "method=greedy_soup", "out=soup", *data)
+    assert "no finite one" in " ".join(capsys.readouterr().out.split())
+    run(f"checkpoints=[{bad},{good},{other}]", "method=greedy_soup", "out=soup", *data)
     assert 0 not in open_checkpoint(tmp_path / "soup").provenance["mixing"]["chosen_by"]["soup"]
     with pytest.raises(SystemExit):
-        run(f"checkpoints=[{broken},{broken}]", "search=[decoder]", "out=search", *data)
-    assert "no model or mixture" in capsys.readouterr().err
+        run(f"checkpoints=[{bad},{bad}]", "search=[decoder]", "out=search", *data)
+    assert "no evaluated model or mixture" in capsys.readouterr().err
 
 
-def test_what_dare_draws_goes_by_whole_tensors_when_mixtures_are_evaluated(
+def test_dare_draws_for_whole_tensors_when_mixtures_are_evaluated(
     run: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The original's files hold parts of tensors, for which other entries would be drawn than in the evaluation."""
+    """The original's files hold parts of tensors, which would draw other entries than the
+    evaluation does.
+    """
     tensors = dict.fromkeys(ORIGINAL, torch.ones(48, 16))
     paths = [original_folder(tmp_path / name, tensors, 2) for name in "abc"]
     own: list[bool] = []
@@ -395,11 +399,11 @@ def test_what_dare_draws_goes_by_whole_tensors_when_mixtures_are_evaluated(
 
     monkeypatch.setattr(mix_weights, "_plan", plan)
     mixture = [f"checkpoints=[{paths[0]},{paths[1]}]", f"base={paths[2]}", "out=out"]
-    for overrides, asked in ((["method=dare", "beta=auto"], [True, False]), (["method=dare", "weights=[1,1]"], [True])):
+    for overrides, flags in ((["method=dare", "beta=auto"], [True, False]), (["method=dare", "weights=[1,1]"], [True])):
         own.clear()
         with suppress(SystemExit):
             run(*mixture, *overrides)
-        assert own == asked, capsys.readouterr().err
+        assert own == flags, capsys.readouterr().err
 
 
 def test_names_that_look_like_patterns(
@@ -411,12 +415,12 @@ def test_names_that_look_like_patterns(
     assert open_checkpoint(tmp_path / "out").provenance["parents"][0]["path"] == "step-1[a]"
 
 
-def test_a_language_models_layout_says_what_it_leaves_out(
+def test_a_language_models_layout_says_what_it_omits(
     run: Callable[..., None], plain: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     a, b = plain
     run(f"checkpoints=[{a},{b}]", "beta=0.5", "layout=huggingface", "out=hf")
-    assert "of towers and projections are left out" in " ".join(capsys.readouterr().out.split())
+    assert "of encoders and projections are omitted" in " ".join(capsys.readouterr().out.split())
     run(f"checkpoints=[{a},{b}]", "beta=0.5", "out=ours")
     hf, ours = (json.loads((tmp_path / name / "provenance.json").read_text())["parents"] for name in ("hf", "ours"))
     assert [parent["xxh3_128"] for parent in hf] == [parent["xxh3_128"] for parent in ours]
@@ -431,7 +435,7 @@ def test_weights_beyond_the_checkpoints_are_noted(
     assert "outside" not in capsys.readouterr().out
 
 
-def test_a_curve_of_a_method_with_a_base_calls_its_ends_what_they_are(
+def test_a_curve_of_a_method_with_a_base_names_its_ends(
     run: Callable[..., None], models: Callable[..., list[Path]], tmp_path: Path, data: list[str]
 ) -> None:
     a, b, base = models(3)
@@ -443,8 +447,8 @@ def test_a_curve_of_a_method_with_a_base_calls_its_ends_what_they_are(
 
 def test_the_command_line_sweeps_beta(parents: str, tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "-m", parents, "beta=0,1", "out=mixed_${beta}"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=200)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=200)
+    assert process.returncode == 0, process.stderr
     for name, parent in (("mixed_1", "real"), ("mixed_0", "synthetic")):
         mixed, original = open_checkpoint(tmp_path / name), open_checkpoint(tmp_path / parent)
         assert all(same_bits(mixed.tensor(key), original.tensor(key)) for key in original)

@@ -1,4 +1,4 @@
-"""A command that is refused, at whatever moment, changes no byte of the finished run in its folder."""
+"""A refused command, at whatever moment, changes no byte of the finished run in its folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from sphinx_pl.cli import train
 from sphinx_pl.distributed import checkpointing
 from sphinx_pl.runtime import signals
-from sphinx_pl.runtime.run_folder import LOCK, Holder
+from sphinx_pl.runtime.run_lock import LOCK, Holder
 from sphinx_pl.stages.build import build_model
 from sphinx_pl.utils.errors import UserError
 from tests.cli.test_train import command, run
@@ -33,15 +33,15 @@ FIRST = "checkpoints/step-00000001"
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, sample_data: Path) -> Path:
-    """The folder of a run of two steps, both of which it keeps."""
+    """Return the folder of a run of two steps, which keeps both checkpoints."""
     folder = tmp_path_factory.mktemp("finished")
-    done = run(folder, sample_data, "stage.max_steps=2", "callbacks.checkpoint.every_n_steps=1")
-    assert done.returncode == 0, done.stderr
+    process = run(folder, sample_data, "stage.max_steps=2", "callbacks.checkpoint.every_n_steps=1")
+    assert process.returncode == 0, process.stderr
     return folder / "pretrain_real"
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Every file's name and content."""
+    """Return every file's name and hash."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
         for path in folder.rglob("*")
@@ -89,16 +89,16 @@ LATE = {
 def refused(
     overrides: list[str], folder: Path, data: Path, patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> tuple[int, str]:
-    """The exit code of train.py and the last line that it printed; the folder has to be the same then."""
+    """Return the exit code of train.py and its last line. The folder must be unchanged."""
     before = hashes(folder)
     options = [override.replace("RUN", str(folder)) for override in overrides]
     patch.chdir(REPOSITORY)
     patch.setattr(sys, "argv", [*command(folder.parent, data)[1:], "stage.max_steps=2", *options])
     GlobalHydra.instance().clear()
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as exit_info:
         train.main()
     assert hashes(folder) == before
-    return int(str(stopped.value.code)), capsys.readouterr().err.strip().splitlines()[-1]
+    return int(str(exit_info.value.code)), capsys.readouterr().err.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize("case", [*EARLY, *LATE])
@@ -173,7 +173,7 @@ def test_a_disk_that_fills_while_the_folder_is_prepared_is_one_line(
     assert "Free some space first" in error
 
 
-def test_a_run_that_is_told_to_go_before_its_first_step_replaces_nothing(
+def test_a_run_that_is_stopped_before_its_first_step_replaces_nothing(
     finished: Path, sample_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     signals._note(signal.SIGTERM, None)
@@ -184,7 +184,7 @@ def test_a_run_that_is_told_to_go_before_its_first_step_replaces_nothing(
 def continued(
     folder: Path, data: Path, patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *overrides: str
 ) -> str:
-    """What train.py prints that goes on with the run in a folder, in one line."""
+    """Return the output of a train.py that resumes the run in a folder, in one line."""
     patch.chdir(REPOSITORY)
     patch.setattr(sys, "argv", [*command(folder.parent, data)[1:], "ckpt_path=last", *overrides])
     GlobalHydra.instance().clear()
@@ -198,10 +198,10 @@ def test_a_run_that_has_no_step_left_leaves_every_byte(
     steps: int, finished: Path, sample_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = hashes(finished)
-    said = continued(finished, sample_data, monkeypatch, capsys, f"stage.max_steps={steps}")
+    output = continued(finished, sample_data, monkeypatch, capsys, f"stage.max_steps={steps}")
     assert hashes(finished) == before
-    assert f"has already passed step {steps}, its newest checkpoint is of step 2" in said
-    assert "stage.max_steps above 2 trains on" in said
+    assert f"has already passed step {steps}, and its newest checkpoint is from step 2" in output
+    assert "set stage.max_steps above 2 to train further" in output
 
 
 def test_a_model_that_is_missing_is_written_without_a_new_description_of_the_run(
@@ -221,7 +221,7 @@ def test_a_model_that_is_missing_is_written_without_a_new_description_of_the_run
     assert (folder / "train.log").read_bytes().startswith((finished / "train.log").read_bytes())
 
 
-# --- what is said
+# --- messages
 
 
 def test_weights_that_a_step_of_the_recipe_makes_are_named_with_its_command(
@@ -241,38 +241,38 @@ def test_weights_that_a_step_of_the_recipe_makes_are_named_with_its_command(
     with pytest.raises(UserError, match=r"the model of an earlier run is in .*model-before"):
         train.check_init_from(cfg(model))
     (tmp_path / "pretrain_real/model").mkdir()
-    for fine in (model, None, "elsewhere", "hf-hub:a/b"):  # the last two are the stage's to check
+    for fine in (model, None, "elsewhere", "hf-hub:a/b"):  # the stage checks the last two
         train.check_init_from(cfg(fine))
 
 
-def test_where_the_model_is_comes_with_what_to_do_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_place_of_the_model_comes_with_commands_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tmp_path / "run" / "model"
     for missing in (None, model):
         assert "run holds no model, since callbacks.export writes none" in train.say_where(missing, tmp_path / "run")
     model.mkdir(parents=True)
     monkeypatch.chdir(REPOSITORY)
     assert train.say_where(model, tmp_path / "run") == (
-        f"the model is in {model}: score it with `python evaluate.py checkpoint={model}`, "
+        f"the model is in {model}: evaluate it with `python evaluate.py checkpoint={model}`, "
         f"talk to it with `python chat.py checkpoint={model}`"
     )
     monkeypatch.chdir(tmp_path)  # as a person would type it there
     assert train.say_where(model, tmp_path / "run") == (
-        "the model is in run/model: score it with `sphinx-evaluate checkpoint=run/model`, "
+        "the model is in run/model: evaluate it with `sphinx-evaluate checkpoint=run/model`, "
         "talk to it with `sphinx-chat checkpoint=run/model`"
     )
 
 
-def test_a_full_disk_is_told_with_what_was_kept(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_with_the_checkpoint_that_is_kept(tmp_path: Path) -> None:
     error = OSError(28, "No space left on device", str(tmp_path / "metrics.csv"))
-    assert "no checkpoint was saved before" in train.disk_failed(error, tmp_path)
+    assert "no checkpoint was saved" in train.disk_failed(error, tmp_path)
     (tmp_path / "checkpoints/step-00000003").mkdir(parents=True)
-    said = train.disk_failed(error, tmp_path)
-    assert f"cannot write '{tmp_path}/metrics.csv' (No space left on device)" in said
-    assert f"{tmp_path}/checkpoints/step-00000003 is whole: ckpt_path=last" in said
-    assert "\n" not in said
+    message = train.disk_failed(error, tmp_path)
+    assert f"cannot write '{tmp_path}/metrics.csv' (No space left on device)" in message
+    assert f"{tmp_path}/checkpoints/step-00000003 is complete: ckpt_path=last" in message
+    assert "\n" not in message
 
 
-def test_what_a_resumed_run_has_otherwise_is_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_differences_of_a_resumed_run_are_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     before = {"stage": {"max_steps": 2, "optim": {"lr": 1.0}, "val_every": 1}, "data": {"workers": 1, "seed": 0}}
     (tmp_path / "provenance.json").write_text(json.dumps({"config": before}))
     now = {"stage": {"max_steps": 4, "optim": {"lr": 2.0}, "val_every": 2}, "data": {"workers": 2, "seed": 0}}

@@ -1,4 +1,4 @@
-"""What train.py makes of a run folder when its job starts again, and when it is a new one."""
+"""What train.py does with a run folder when its job restarts, and when the job is new."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.test_conf import _fresh_hydra, composed  # noqa: F401  (a fixture)
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Of a run of job 7 that has saved step 5 and has a W&B run."""
+    """Return the folder of a run of job 7 that has saved step 5 and has a W&B run."""
     for name in ("SLURM_ARRAY_JOB_ID", "SLURM_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
@@ -31,7 +31,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def start(folder: Path, monkeypatch: pytest.MonkeyPatch, job: str, restarts: int, *overrides: str) -> Path | None:
-    """As train.py does: the checkpoint that the job goes on from; then the folder is prepared."""
+    """Return the checkpoint to resume from, as train.py finds it, and then prepare the folder."""
     monkeypatch.setenv("SLURM_JOB_ID", job)
     monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
     cfg: DictConfig = composed("train", *overrides, folder=str(folder))
@@ -43,12 +43,12 @@ def start(folder: Path, monkeypatch: pytest.MonkeyPatch, job: str, restarts: int
         del cfg["hydra"]
         train.prepare_run_folder(cfg, run, resume)
     finally:
-        run.leave()
+        run.lock.release()
     return resume
 
 
 def save(folder: Path, step: int) -> None:
-    """As a run does that writes a checkpoint."""
+    """Write a checkpoint, as a run does."""
     (folder / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
     RunFolder(folder).saved()
 
@@ -65,10 +65,8 @@ def test_a_requeued_job_continues_its_run_though_it_was_to_replace_another(
         assert run_id(folder) == identity
 
 
-def test_a_job_that_was_requeued_before_it_began_does_what_it_was_to_do(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What lies there is another job's: to continue it would be a surprise."""
+def test_a_job_requeued_before_it_began_runs_as_requested(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder holds another job's run, which must not be resumed by surprise."""
     with pytest.raises(UserError, match="already holds a run"):
         start(folder, monkeypatch, "8", 1)
     identity = run_id(folder)
@@ -76,7 +74,7 @@ def test_a_job_that_was_requeued_before_it_began_does_what_it_was_to_do(
     assert not checkpoints(folder / "checkpoints")
     assert run_id(folder) != identity
     assert (folder / "slurm_job").read_text() == "8\n"
-    # Stopped before its first checkpoint: it begins again, in the same W&B run.
+    # The job stopped before its first checkpoint. It starts again, in the same W&B run.
     identity = run_id(folder)
     assert start(folder, monkeypatch, "8", 2, "overwrite=true") is None
     assert run_id(folder) == identity
@@ -99,7 +97,7 @@ def test_a_run_that_is_continued_by_hand_keeps_its_w_and_b_run(folder: Path, mon
 
 
 @pytest.mark.parametrize(("steps", "kept"), [(9, [4, 5]), (5, [4, 5, 6])])
-def test_rows_that_will_be_made_again_go_and_those_of_a_finished_run_stay(
+def test_rows_that_will_be_repeated_are_removed_and_those_of_a_finished_run_stay(
     steps: int, kept: list[int], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "metrics.csv").write_text("step,val/loss\n4,\n5,1.5\n6,\n")
@@ -110,5 +108,5 @@ def test_rows_that_will_be_made_again_go_and_those_of_a_finished_run_stay(
     assert [int(row.split(",")[0]) for row in rows] == kept
     assert (folder / "model").exists() == (steps == 5)
     assert (folder / "model-step-4").exists()
-    # What came after a checkpoint that was gone back to is replaced; a run that trains nothing replaces nothing.
+    # Files after the resumed checkpoint are replaced. A run that trains nothing replaces nothing.
     assert (folder / "model-step-8").exists() == (steps == 5)

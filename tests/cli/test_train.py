@@ -1,4 +1,6 @@
-"""train.py as a user runs it: a killed run that continues exactly, and wrong input answered in one line."""
+"""train.py as a user runs it: a killed run that resumes exactly, and one-line answers to wrong
+input.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ from sphinx_pl.checkpoints.training import TrainingCheckpoint
 from tests.conftest import REPOSITORY
 from tests.scripts import Script, run_script
 
-# The sample model with every tower, one layer each: the same code in less time.
+# The sample model with every encoder and one layer each runs the same code in less time.
 SMALL = [
     "model.decoder.layers=1",
     "model.vision.clip.layers=1",
@@ -59,39 +61,44 @@ def run(folder: Path, data: Path, *overrides: str) -> subprocess.CompletedProces
 
 
 def losses(folder: Path, column: str = "train/loss") -> dict[int, str]:
-    """Step -> training loss (or another column) as it was written: equal strings are equal bits."""
+    """Return step -> training loss (or another column) as it was written.
+
+    Equal strings are equal bits.
+    """
     with (folder / "pretrain_real" / "metrics.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row.get(column)]
-    found = {int(row["step"]): row[column] for row in rows}
-    assert len(found) == len(rows), "a step was logged twice"
-    return found
+    values = {int(row["step"]): row[column] for row in rows}
+    assert len(values) == len(rows), "a step was logged twice"
+    return values
 
 
 # --- killed again and again
 
 
 def alive(group: int) -> dict[int, tuple[int, str]]:
-    """The processes of a process group that run: PID -> parent's PID, command line."""
-    found = {}
+    """Return the running processes of a process group: PID -> parent's PID, command line."""
+    processes = {}
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             state, parent, of_group, *_ = (path / "stat").read_text().rpartition(")")[2].split()
             if int(of_group) == group and state not in "ZX":
-                found[int(path.name)] = int(parent), (path / "cmdline").read_text().replace("\0", " ")
-    return found
+                processes[int(path.name)] = int(parent), (path / "cmdline").read_text().replace("\0", " ")
+    return processes
 
 
 class Killer:
-    """An outside process that kills runs of train.py, at moments that only its seed and its clock decide."""
+    """An outside process that kills runs of train.py at moments set only by its seed and its
+    clock.
+    """
 
     def __init__(self, run_folder: Path, seed: int) -> None:
         self.checkpoints = run_folder / "checkpoints"
         self.random = random.Random(seed)
         self.written_in: list[float] = [0.1]
-        """Seconds that checkpoints were seen to be written in."""
+        """The durations in seconds of the observed checkpoint writes."""
 
     def writing(self) -> bool:
-        """Whether a checkpoint is being written, or was when the run was killed."""
+        """Return whether a checkpoint is being written, or was when the run was killed."""
         return any(not path.name.endswith(".replaced.tmp") for path in self.checkpoints.glob(".step-*.tmp"))
 
     def newest(self) -> int:
@@ -105,14 +112,14 @@ class Killer:
             time.sleep(0.002)
 
     def await_moment(self, process: Process, kind: str) -> None:
-        if kind == "start":  # imports, a new run's folder or the clearing of an old one, building, loading
+        if kind == "start":  # imports, making or clearing the run folder, building, loading
             self.wait(process, self._in(self.random.uniform(0, 20)))
         elif kind == "training":
             before = self.newest()
             self.wait(process, lambda: self.newest() > before)
             self.wait(process, self._in(self.random.uniform(0, 1)))
         else:
-            self.wait(process, lambda: not self.writing())  # what the run before has left
+            self.wait(process, lambda: not self.writing())  # files that the previous run has left
             for number in range(self.random.randint(1, 3)):
                 if number:
                     began = time.monotonic()
@@ -127,7 +134,10 @@ class Killer:
         return lambda: time.monotonic() >= end
 
     def kill(self, process: Process, one_rank: bool) -> str:
-        """SIGKILL to all processes of the run at once, or to one rank. What happened, in words."""
+        """Send SIGKILL to all processes of the run at once, or to one rank.
+
+        Return a description.
+        """
         group = process.pid
         others = [pid for pid, (parent, line) in alive(group).items() if parent == group and "train_ddp" in line]
         if not (one_rank and others):
@@ -138,12 +148,12 @@ class Killer:
         os.kill(victim, signal.SIGKILL)
         began = time.monotonic()
         ended = self._ended(process, 60)
-        said = f"{'the first' if victim == group else 'another'} rank alone, the rest "
+        target = f"{'the first' if victim == group else 'another'} rank alone, the rest "
         if ended:
-            return said + f"ended by itself after {time.monotonic() - began:.1f} s"
+            return target + f"ended by itself after {time.monotonic() - began:.1f} s"
         os.killpg(group, signal.SIGKILL)
         self._ended(process, 20)
-        return said + "hung"
+        return target + "hung"
 
     @staticmethod
     def _ended(process: Process, seconds: float) -> bool:
@@ -156,7 +166,9 @@ class Killer:
 
 
 def check_readable(run_folder: Path) -> None:
-    """Whatever stands under the name of a checkpoint or of a model is one, to its last tensor."""
+    """Check that every checkpoint and model under its final name is complete, to its last
+    tensor.
+    """
     for path in checkpoints(run_folder / "checkpoints"):
         whole = TrainingCheckpoint(path)
         whole.pieces.state()
@@ -180,13 +192,14 @@ def check_same_models(one: Path, two: Path) -> None:
 def check_kill_and_resume(
     tmp_path: Path, data: Path, kinds: Sequence[str], steps: int, ranks: int = 1, seed: int = 0, forked: bool = False
 ) -> None:
-    """A run that is killed at moments of these kinds and continued each time, beside one that is not.
+    """Kill a run at moments of these kinds and resume it each time, and compare it with an
+    uninterrupted run.
 
-    Of the kind "writing" there are as many kills as it takes for so many to have hit a checkpoint that is being
-    written. Forked runs do not import anything.
+    For the kind "writing" there are as many kills as it takes to hit this number of checkpoints
+    during their writing. Forked runs import nothing.
     """
     options = [f"stage.max_steps={steps}", "callbacks.checkpoint.every_n_steps=2", "data.workers=1"]
-    # Windows of two micro-batches, and validations at every third checkpoint: both have gone wrong on the way.
+    # The run has steps of two micro-batches and a validation at every third checkpoint.
     options += ["stage.accumulate=2", "data.packing.rows=1", "data.packing.row_length=256", "stage.val_every=6"]
     options += ["callbacks.export.every_n_steps=4", "callbacks.export.keep=2"]
     options += ["trainer=zero3_cpu", f"trainer.devices={ranks}"] if ranks > 1 else []
@@ -215,10 +228,10 @@ def check_kill_and_resume(
     finish(straight)
     run_folder = killed / "pretrain_real"
     killer = Killer(run_folder, seed)
-    left, kills, hits = list(kinds), 0, 0
-    killer.random.shuffle(left)
-    while left:
-        kind = left.pop()
+    remaining, kills, hits = list(kinds), 0, 0
+    killer.random.shuffle(remaining)
+    while remaining:
+        kind = remaining.pop()
         process = start(killed)
         try:
             killer.await_moment(process, kind)
@@ -226,7 +239,7 @@ def check_kill_and_resume(
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-        # Early in a start it may be what the kill before has left.
+        # Early in a start the previous kill may have left it.
         kills, hit = kills + 1, kind != "start" and killer.writing()
         hits += hit
         print(f"kill {kills} ({kind}, seed {seed}) at step {killer.newest()}: {what}{', while writing' if hit else ''}")
@@ -234,7 +247,7 @@ def check_kill_and_resume(
         assert not (run_folder / "model").exists(), "killed too late to test anything"
         if kind == "writing" and not hit:
             assert kills < 2 * len(kinds), "most kills miss the writing"
-            left.insert(killer.random.randint(0, len(left)), kind)
+            remaining.insert(killer.random.randint(0, len(remaining)), kind)
     assert kills >= len(kinds)
     assert hits >= list(kinds).count("writing")
     finish(killed)
@@ -259,7 +272,7 @@ def test_a_run_that_is_killed_twenty_times_continues_with_the_same_losses(
     check_kill_and_resume(tmp_path, sample_data, kinds, steps=100 if ranks > 1 else 300, ranks=ranks)
 
 
-# --- steps that come to nothing
+# --- failed steps
 
 
 @pytest.mark.parametrize(
@@ -272,22 +285,22 @@ def test_a_run_that_is_killed_twenty_times_continues_with_the_same_losses(
 def test_a_run_that_blows_up_ends_in_one_line_with_the_last_good_checkpoint(
     engine: list[str], tmp_path: Path, sample_data: Path
 ) -> None:
-    # Each step takes twenty times what a matrix holds from it, until there are no such numbers.
+    # Each step takes away twenty times the value of a matrix, until its numbers overflow.
     options = ["stage.optim.lr=2", "stage.optim.min_lr=2", "stage.optim.weight_decay=10", "stage.optim.warmup=0"]
     options += ["stage.max_steps=30", "stage.max_nonfinite=2", "stage.val_every=0"]
     options += ["callbacks.checkpoint.every_n_steps=1", "callbacks.checkpoint.keep=30"]
-    done = run(tmp_path, sample_data, *options, *engine)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stdout + done.stderr
+    process = run(tmp_path, sample_data, *options, *engine)
+    assert process.returncode == 2
+    assert "Traceback" not in process.stdout + process.stderr
     folder = tmp_path / "pretrain_real"
-    left_out = [int(n) for n in re.findall(r"step (\d+) is left out", (folder / "train.log").read_text())]
-    assert left_out == [left_out[0], left_out[0] + 1, left_out[0] + 2]
-    assert left_out[0] >= 3, "no step was good: nothing is tested"
-    # The first of them found the weights of the step before it, so that those are no good.
-    good = folder / "checkpoints" / f"step-{left_out[0] - 2:08d}"
+    skipped = [int(n) for n in re.findall(r"step (\d+) is skipped", (folder / "train.log").read_text())]
+    assert skipped == [skipped[0], skipped[0] + 1, skipped[0] + 2]
+    assert skipped[0] >= 3, "no step was good: nothing is tested"
+    # The first bad step used the weights of the step before it, so those are bad too.
+    good = folder / "checkpoints" / f"step-{skipped[0] - 2:08d}"
     newest = checkpoints(folder / "checkpoints")[-1]
-    assert step_of(newest) == left_out[-1] - 1
-    error = done.stderr.strip().splitlines()[-1]
+    assert step_of(newest) == skipped[-1] - 1
+    error = process.stderr.strip().splitlines()[-1]
     assert error.startswith("error: 3 steps in a row")
     assert "stage.max_nonfinite" in error
     assert f"the last good checkpoint is {good}" in error
@@ -295,11 +308,14 @@ def test_a_run_that_blows_up_ends_in_one_line_with_the_last_good_checkpoint(
     check_readable(folder)
 
 
-# --- what is refused
+# --- refusals
 
 
 def test_a_signal_while_it_starts_ends_it_before_training(tmp_path: Path, sample_data: Path) -> None:
-    """Most of a start is imports and the model; an unnoted SIGTERM would end it without a word or a requeue."""
+    """Most of a start is imports and the model.
+
+    An unnoticed SIGTERM would end it without a message or a requeue.
+    """
     process = subprocess.Popen(
         command(tmp_path, sample_data), cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -308,11 +324,11 @@ def test_a_signal_while_it_starts_ends_it_before_training(tmp_path: Path, sample
             assert process.poll() is None
             time.sleep(0.01)
         process.terminate()
-        said = process.communicate(timeout=240)[0]
+        output = process.communicate(timeout=240)[0]
     finally:
         process.kill()
     assert process.returncode == 128 + signal.SIGTERM
-    assert "SIGTERM: nothing new to save; ckpt_path=last goes on from there" in " ".join(said.split())
+    assert "SIGTERM: nothing new to save; ckpt_path=last resumes from there" in " ".join(output.split())
     assert not checkpoints(tmp_path / "pretrain_real" / "checkpoints")
 
 
@@ -336,7 +352,7 @@ def test_a_data_worker_that_is_killed_ends_the_run_in_one_line(tmp_path: Path, s
     error = output.strip().splitlines()[-1]
     newest = checkpoints(folder / "checkpoints")[-1]
     assert error.startswith("error: a data worker ended before its work was done")
-    assert f"{newest} is whole: ckpt_path=last resumes from it. Lower data.workers" in error
+    assert f"{newest} is complete: ckpt_path=last resumes from it. Lower data.workers" in error
     check_readable(folder)
 
 
@@ -360,15 +376,15 @@ def test_ctrl_c_at_two_ranks_saves_once_and_ends_both(tmp_path: Path, sample_dat
     assert code == 128 + signal.SIGINT, output
     assert "Traceback" not in output
     [saved] = checkpoints(folder / "checkpoints")
-    assert output.count(f"SIGINT: step {step_of(saved)} is saved; ckpt_path=last goes on from there") == 1
+    assert output.count(f"SIGINT: step {step_of(saved)} is saved; ckpt_path=last resumes from there") == 1
     check_readable(folder)
 
 
 @pytest.mark.long
 def test_a_disk_that_is_full_ends_two_ranks_in_one_line(tmp_path: Path, sample_data: Path) -> None:
     options = ["stage.max_steps=4", "stage.val_every=0", "trainer.devices=2", "callbacks.checkpoint.every_n_steps=1"]
-    limit = 8 * 2**20  # bytes of a file: too few for a checkpoint's
-    done = subprocess.run(
+    limit = 8 * 2**20  # bytes of a file, too few for a checkpoint
+    process = subprocess.run(
         command(tmp_path, sample_data, *options),
         cwd=REPOSITORY,
         env={key: value for key, value in os.environ.items() if not key.startswith("SLURM_")},
@@ -377,19 +393,20 @@ def test_a_disk_that_is_full_ends_two_ranks_in_one_line(tmp_path: Path, sample_d
         timeout=290,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
-    [error] = {line for line in done.stderr.splitlines() if line.startswith("error: ")}  # each rank may say it
-    assert "so it ends; no checkpoint was saved before. Free some space first" in error
+    assert process.returncode == 2, process.stderr
+    assert "Traceback" not in process.stdout + process.stderr
+    # each rank may print it
+    [error] = {line for line in process.stderr.splitlines() if line.startswith("error: ")}
+    assert "so it ends; no checkpoint was saved. Free some space first" in error
     assert not list((tmp_path / "pretrain_real").glob("checkpoints/.step*"))
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path, sample_data: Path) -> None:
     assert run(tmp_path, sample_data, "stage.max_steps=2").returncode == 0
-    again = run(tmp_path, sample_data, "stage.max_steps=2")
-    assert again.returncode == 2
-    assert again.stderr.strip().splitlines()[-1].startswith("error: ")
-    assert "ckpt_path=last" in again.stderr
+    second = run(tmp_path, sample_data, "stage.max_steps=2")
+    assert second.returncode == 2
+    assert second.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "ckpt_path=last" in second.stderr
     assert run(tmp_path, sample_data, "stage.max_steps=3", "overwrite=true").returncode == 0
 
 
@@ -398,17 +415,17 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path, sample_data:
 )
 def test_debug_presets_run(preset: str, tmp_path: Path, sample_data: Path) -> None:
     steps = ["stage.max_steps=3"] if preset == "overfit" else []
-    done = run(tmp_path, sample_data, f"debug={preset}", *steps)
-    assert done.returncode == 0, done.stderr
+    process = run(tmp_path, sample_data, f"debug={preset}", *steps)
+    assert process.returncode == 0, process.stderr
     folder = tmp_path / f"pretrain_real-{preset}"
     assert (folder / "model" / "config.json").is_file()
     assert list(folder.glob("*profile*")) or preset != "profiler"
 
 
 def test_a_sweep_runs_each_point_in_a_folder_of_its_own(tmp_path: Path, sample_data: Path) -> None:
-    # As a user would: without output_dir, which other tests give.
+    # A user gives no output_dir, unlike other tests.
     script = [sys.executable, str(REPOSITORY / "train.py"), "-m", "stage=pretrain_real", f"data.root={sample_data}"]
-    done = subprocess.run(
+    process = subprocess.run(
         [*script, *SMALL, "stage.max_steps=1", "stage.optim.lr=1e-4,3e-4"],
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -416,7 +433,7 @@ def test_a_sweep_runs_each_point_in_a_folder_of_its_own(tmp_path: Path, sample_d
         text=True,
         timeout=240,
     )
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
     folders = sorted((tmp_path / "outputs" / "demo" / "sweeps" / "pretrain_real").glob("[01]"))
     assert len(folders) == 2
     assert all((folder / "model" / "config.json").is_file() for folder in folders)
@@ -466,9 +483,9 @@ def test_wrong_input_is_answered_in_one_line(
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setattr(sys, "argv", [*command(tmp_path, sample_data, "stage.max_steps=1")[1:], *overrides])
     GlobalHydra.instance().clear()
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as exit_info:
         train.main()
-    assert stopped.value.code == 2
+    assert exit_info.value.code == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert error[-1].startswith("error: ")
     assert needle in error[-1]
@@ -478,10 +495,13 @@ def test_wrong_input_is_answered_in_one_line(
 @pytest.mark.long
 @pytest.mark.timeout(500)
 def test_a_sweep_whose_points_need_two_processes_is_swept_once(tmp_path: Path, sample_data: Path) -> None:
-    """Lightning starts the second process with the command line of the first: with `-m` it would sweep as well."""
+    """Lightning starts the second process with the command line of the first.
+
+    With `-m` it would sweep as well.
+    """
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
     options = ["stage.max_steps=2", "stage.optim.lr=1e-4,3e-4", "trainer.devices=2"]
-    done = subprocess.run(
+    process = subprocess.run(
         [*command(tmp_path, sample_data, *options), "-m"],
         cwd=REPOSITORY,
         env={**environment, "OMP_NUM_THREADS": "1"},
@@ -489,7 +509,7 @@ def test_a_sweep_whose_points_need_two_processes_is_swept_once(tmp_path: Path, s
         text=True,
         timeout=480,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert process.returncode == 0, process.stdout + process.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["sweeps"]
     folders = sorted((tmp_path / "sweeps" / "pretrain_real").glob("[0-9]*"))
     assert [folder.name for folder in folders] == ["0", "1"]

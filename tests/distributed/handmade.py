@@ -1,4 +1,4 @@
-"""Micro-batches that are written down, so that a test knows what each rank has in each of them."""
+"""Handmade micro-batches, so that a test knows what each rank has in each of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from tests.stages.test_stage import trainer
 
 
 class Stream:
-    """Without a length, like the project's own: of one with a length, Lightning takes a run's earlier batches off."""
+    """A stream without a length, like the project's own.
+
+    For one with a length, Lightning subtracts the batches of an earlier run.
+    """
 
     def __init__(self, batches: Sequence[Batch]) -> None:
         self.batches = batches
@@ -32,7 +35,7 @@ class Stream:
 
 
 class Written(L.LightningDataModule):
-    """`of_ranks[r]`: what rank r trains on, in this order."""
+    """The batches of each rank: rank r trains on `of_ranks[r]`, in this order."""
 
     def __init__(self, processor: Processor, of_ranks: Sequence[Sequence[Batch]]) -> None:
         super().__init__()
@@ -45,7 +48,7 @@ class Written(L.LightningDataModule):
 
 
 class Samples:
-    """Samples of the sample world, one after another."""
+    """Consecutive samples of the sample world."""
 
     def __init__(
         self,
@@ -74,7 +77,7 @@ class Samples:
         return self.processor.sample(record, "text")
 
     def batch(self, *rows: Sample) -> Batch:
-        """A sample in each row."""
+        """Return a batch with a sample in each row."""
         return self.collator([[sample] for sample in rows])
 
 
@@ -85,25 +88,27 @@ def without_targets(batch: Batch) -> Batch:
 
 
 def windows(of_ranks: Sequence[Sequence[Batch]], accumulate: int) -> list[list[Batch]]:
-    """The same with what a batch says of its window."""
+    """Return the batches with the fields that describe their step."""
     out = []
     for batches in of_ranks:
-        told = []
+        described: list[Batch] = []
         for first in range(0, len(batches), accumulate):
             window = batches[first : first + accumulate]
             weight = sum(float(batch.weights.sum()) for batch in window)
-            told += [
+            described += [
                 dataclasses.replace(
                     b, window_weight=weight, window_end=i == len(window) - 1, window=first // accumulate
                 )
                 for i, b in enumerate(window)
             ]
-        out.append(told)
+        out.append(described)
     return out
 
 
 def one_after_another(of_ranks: Sequence[Sequence[Batch]]) -> list[Batch]:
-    """What one process trains on in place of these ranks, as so many more micro-batches."""
+    """Return the batches that one process trains on in place of these ranks, as additional
+    micro-batches.
+    """
     return [batch for together in zip(*of_ranks, strict=True) for batch in together]
 
 
@@ -122,7 +127,10 @@ def fit_written(
     init_from: Path | None = None,
     **options: Any,
 ) -> tuple[Stage, L.Trainer]:
-    """Train on all of it and leave a checkpoint in `out`. Without a strategy: in this process alone."""
+    """Train on all batches and leave a checkpoint in `out`.
+
+    Without a strategy it trains in this process alone.
+    """
     torch.manual_seed(0)
     data = Written(processor, windows(of_ranks, accumulate))
     steps = len(of_ranks[0]) // accumulate

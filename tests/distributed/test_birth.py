@@ -1,4 +1,4 @@
-"""A model never exists whole in one process, and its weights are read once, by one rank."""
+"""No process ever holds a whole model, and one rank reads its weights once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sphinx_pl.models.sphinx import Sphinx
 from tests.conftest import REPOSITORY
 
 DECODER = {"vocab_size": 16000, "width": 2048, "layers": 12, "heads": 16, "kv_heads": 16, "ffn_width": 5504}
-"""670 million parameters: 2.7 GB in float32."""
+"""670 million parameters, which take 2.7 GB in float32."""
 
 BUILD = """
 import json, resource, sys
@@ -61,11 +61,11 @@ def build(engine: str, source: str, folder: Path, decoder: dict[str, Any]) -> li
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     script = folder / "build.py"
     script.write_text(BUILD)
-    done = subprocess.run(
+    process = subprocess.run(
         [*command, str(script), engine, source, json.dumps(decoder), str(folder)],
         cwd=REPOSITORY,
-        # The C library gives freed memory back at once, as it does of real models' matrices (above 32 MB): else the
-        # holes that it keeps differ by a gigabyte from run to run.
+        # The C library must return freed memory at once, as it does for matrices of real models
+        # (above 32 MB). Otherwise its unused memory differs by a gigabyte from run to run.
         env={
             **os.environ,
             "OMP_NUM_THREADS": "1",
@@ -76,7 +76,7 @@ def build(engine: str, source: str, folder: Path, decoder: dict[str, Any]) -> li
         text=True,
         timeout=400,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert process.returncode == 0, process.stderr[-3000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
@@ -98,10 +98,12 @@ def test_no_process_holds_it_whole(engine: str, tmp_path: Path) -> None:
     del model
     for name, path, mapped in (("drawn", "", 0), ("read", str(source), MAPPED_BYTES)):
         ranks = build(engine, path, tmp_path / name, DECODER)
-        # The first one reads through mappings, which are not counted, and then once for the hash of what it has read.
+        # The first rank reads through mappings, which do not count, and then once to hash what it
+        # has read.
         assert ranks[0]["read"] < (1.01 * whole if path else 1e6), (name, ranks)
         assert ranks[1]["read"] < 1e6, (name, ranks)
         for rank in ranks:
-            # Its half, and what the largest parameter takes on its way: drawn or read, copied, sent and cut.
+            # The limit is a rank's half, plus the copies of the largest parameter: drawn or read,
+            # copied, sent and cut.
             assert rank["peak"] < whole / 2 + 6 * largest + mapped + 2e8, (name, ranks)
             assert rank["peak"] < 0.9 * whole, (name, ranks)

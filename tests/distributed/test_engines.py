@@ -1,4 +1,6 @@
-"""Every engine trains as one process does, and goes on with what another one has left."""
+"""Every engine trains as one process does, and resumes from the checkpoints of every other
+engine.
+"""
 
 from __future__ import annotations
 
@@ -41,24 +43,24 @@ ENGINES: dict[str, Any] = {
 
 
 def resident(parameter: Any) -> int:
-    """Elements of it that this process holds between two micro-batches."""
-    if hasattr(parameter, "ds_id"):  # small ones stay gathered, if the engine is told so
+    """Return the number of elements that this process holds between two micro-batches."""
+    if hasattr(parameter, "ds_id"):  # small parameters may stay gathered
         return parameter.ds_tensor.numel() + (0 if parameter.ds_persist else parameter.numel())
     return parameter.to_local().numel() if isinstance(parameter, DTensor) else parameter.numel()
 
 
 @dataclass
 class Seen:
-    """What one rank saw."""
+    """The observations of one rank."""
 
     norms: list[dict[str, float]] = field(default_factory=list)
-    """Of each step's gradients before they were clipped: of all, and of each part."""
+    """The gradient norms of each step before clipping: of all parameters, and of each part."""
     clipped: list[float] = field(default_factory=list)
-    """The norm of all gradients that the optimizer got. (Those of ZeRO-3 are gone by then.)"""
+    """The norm of all gradients that the optimizer got. (ZeRO-3 has dropped them by then.)"""
     rates: list[tuple[float, float]] = field(default_factory=list)
     """The learning rate of each step, and its weight decay."""
     shares: set[float] = field(default_factory=set)
-    """The share of the training parameters that it held after each micro-batch."""
+    """The share of the training parameters that the rank held after each micro-batch."""
 
 
 class Watch(L.Callback):
@@ -76,8 +78,8 @@ class Watch(L.Callback):
                 self.seen.clipped.append(gradients.norms(pl_module.sphinx.part_parameters())[0])
             decay = trainer.optimizers[0].param_groups[0]["weight_decay"]
             self.seen.rates.append((float(trainer.callback_metrics["train/lr"]), decay))
-            found = trainer.callback_metrics.items()
-            self.seen.norms.append({k: float(v) for k, v in found if k.startswith("train/grad_norm")})
+            items = trainer.callback_metrics.items()
+            self.seen.norms.append({k: float(v) for k, v in items if k.startswith("train/grad_norm")})
 
 
 def data(processor: Processor, folder: Path, rows: int, lanes: int | None = 4) -> DataModule:
@@ -104,16 +106,17 @@ def fit(
     seed: int = 0,
     **others: float,
 ) -> Seen:
-    """Trains to `steps` and leaves a checkpoint in `out`. `others`: of the optimizer."""
+    """Train to `steps` and leave a checkpoint in `out`. `others` are options of the optimizer."""
     torch.manual_seed(seed)
-    # An eps above the noise of gradients that are zero but for rounding (keys' biases), which Adam would blow up.
+    # The eps is above the noise of gradients that are zero but for rounding (biases of keys), which
+    # Adam would amplify.
     optim = {"lr": 0.05 if kind == "sgd" else 1e-3, "kind": kind, "weight_decay": 0.1, "eps": 1e-6} | others
     stage = Stage(tiny_model(), "test", parts, optim, max_steps=20, checkpointing=checkpointing)
     stage.resumed = resume is not None
     keys = out / f"keys-{steps}"
     keys.mkdir(parents=True, exist_ok=True)
     watch = Watch()
-    found = trainer(
+    lightning = trainer(
         out,
         max_steps=steps,
         accumulate_grad_batches=accumulate,
@@ -122,8 +125,8 @@ def fit(
         use_distributed_sampler=False,
         **({"strategy": ENGINES[engine](), "devices": ranks} if engine else {}),
     )
-    join(found)  # as train.py does, before Lightning does it again
-    found.fit(stage, data(processor, folder, ROWS // ranks // accumulate), ckpt_path=resume, weights_only=True)
+    join(lightning)  # as train.py does, before Lightning does it again
+    lightning.fit(stage, data(processor, folder, ROWS // ranks // accumulate), ckpt_path=resume, weights_only=True)
     return watch.seen
 
 
@@ -150,7 +153,7 @@ def new_weights(parts: list[str]) -> dict[str, Tensor]:
 
 
 def check_same(one: dict[str, Tensor], two: dict[str, Tensor], start: dict[str, Tensor], share: float = 1e-3) -> None:
-    """The changes that training made differ by at most this share of theirs."""
+    """Check that the changes made by training differ by at most this share."""
     assert one.keys() == two.keys() == start.keys()
     moved = 0.0
     for name, value in start.items():
@@ -167,7 +170,7 @@ CASES: dict[str, tuple[str, int, list[str]]] = {
     "adamw, four micro-batches, frozen towers": ("adamw", 4, SOME),
 }
 QUICK = {engine: list(CASES)[: 1 if " " in engine else 2] for engine in ENGINES}
-"""The others are long: variants of an engine take the first case only."""
+"""The other cases are long. Variants of an engine only take the first case."""
 
 
 @pytest.mark.timeout(180)
@@ -187,13 +190,14 @@ def test_two_ranks_end_with_the_weights_of_one(
     [alone] = run(None, 1, processor, sample_data, tmp_path / "one", 3, **options)
     both = run(engine, 2, processor, sample_data, tmp_path / "two", 3, accumulate=accumulate, **options)
     check_same(weights(tmp_path / "one", 3), weights(tmp_path / "two", 3), new_weights(parts))
-    # Clipped gradients hide a loss that is off by a factor, and so does Adam: these numbers are from before.
+    # Clipped gradients hide a loss that is wrong by a factor, and so does Adam. These norms precede
+    # both.
     assert min(step["train/grad_norm"] for step in alone.norms) > CLIP, "not every step is clipped"
     assert alone.clipped == pytest.approx([CLIP] * 3, rel=1e-4)
     assert set(alone.norms[0]) == {"train/grad_norm", *(f"train/grad_norm/{part}" for part in parts)}
     for rank in both:
         assert rank.norms == [pytest.approx(step, rel=1e-3) for step in alone.norms]
-    # Rounded up to whole elements or rows.
+    # The share is rounded up to whole elements or rows.
     assert all(share == pytest.approx(1 if engine == "ddp" else 0.5, abs=0.01) for r in both for share in r.shares)
 
 
@@ -202,7 +206,7 @@ def test_two_ranks_end_with_the_weights_of_one(
 def test_the_same_ranks_go_on_bit_for_bit(engine: str, processor: Processor, sample_data: Path, tmp_path: Path) -> None:
     run(engine, 2, processor, sample_data, tmp_path / "straight", 6)
     run(engine, 2, processor, sample_data, tmp_path / "halted", 3)
-    # Another seed: whatever is not restored differs, frozen towers included.
+    # Another seed changes everything that is not restored, including frozen encoders.
     resume = tmp_path / "halted/step-00000003"
     run(engine, 2, processor, sample_data, tmp_path / "halted", 6, resume=resume, seed=1)
     straight, halted = weights(tmp_path / "straight", 6), weights(tmp_path / "halted", 6)
@@ -215,15 +219,15 @@ def test_the_same_ranks_go_on_bit_for_bit(engine: str, processor: Processor, sam
     ("engine", "ranks"),
     [(None, 1), *(pytest.param(engine, 2, marks=pytest.mark.long) for engine in ("zero3", "fsdp2"))],
 )
-def test_a_run_goes_on_with_the_rates_that_it_is_given(
+def test_a_resumed_run_uses_its_own_learning_rates(
     engine: str | None, ranks: int, processor: Processor, sample_data: Path, tmp_path: Path
 ) -> None:
-    """Which is the way out of a run that has blown up."""
-    given = {"lr": 1e-4, "min_lr": 1e-5, "weight_decay": 0.01}
-    [straight, *_] = run(engine, ranks, processor, sample_data, tmp_path / "straight", 4, **given)
+    """A lower rate is the way out of a diverged run."""
+    options = {"lr": 1e-4, "min_lr": 1e-5, "weight_decay": 0.01}
+    [straight, *_] = run(engine, ranks, processor, sample_data, tmp_path / "straight", 4, **options)
     run(engine, ranks, processor, sample_data, tmp_path / "halted", 2)
     resume = tmp_path / "halted/step-00000002"
-    [halted, *_] = run(engine, ranks, processor, sample_data, tmp_path / "halted", 4, resume=resume, **given)
+    [halted, *_] = run(engine, ranks, processor, sample_data, tmp_path / "halted", 4, resume=resume, **options)
     assert halted.rates == straight.rates[2:]
 
 
@@ -240,7 +244,7 @@ def test_a_run_goes_on_with_the_rates_that_it_is_given(
     ],
     ids=str,
 )
-def test_other_ranks_and_engines_go_on(
+def test_other_ranks_and_engines_resume(
     before: tuple[str | None, int],
     after: tuple[str | None, int],
     processor: Processor,
@@ -250,10 +254,11 @@ def test_other_ranks_and_engines_go_on(
     run(None, 1, processor, sample_data, tmp_path / "straight", 6)
     run(*before, processor, sample_data, tmp_path / "halted", 3)
     resume = tmp_path / "halted/step-00000003"
-    # With twice the micro-batches, which Lightning counts, and after an odd number of steps.
+    # The resumed run has twice the micro-batches, which Lightning counts, and starts after an odd
+    # number of steps.
     run(*after, processor, sample_data, tmp_path / "halted", 6, resume=resume, seed=1, accumulate=2)
-    seen = keys(tmp_path / "halted/keys-3") + keys(tmp_path / "halted/keys-6")
-    assert sorted(seen) == keys(tmp_path / "straight/keys-6")
+    used_keys = keys(tmp_path / "halted/keys-3") + keys(tmp_path / "halted/keys-6")
+    assert sorted(used_keys) == keys(tmp_path / "straight/keys-6")
     check_same(weights(tmp_path / "straight", 6), weights(tmp_path / "halted", 6), new_weights(SOME))
 
 
@@ -284,6 +289,7 @@ def test_fsdp2_keeps_float32_and_computes_in_bf16(processor: Processor, sample_d
         else:
             assert value.dtype == torch.float32
             assert not torch.equal(value, exact[name]), name
-            # AdamW takes steps of the size of the learning rate, whatever the gradient: most have the same direction.
+            # AdamW takes steps of the size of the learning rate, whatever the gradient, and most
+            # have the same direction.
             a, b = (exact[name] - start[name]).flatten(), (value - start[name]).flatten()
             assert float(torch.nn.functional.cosine_similarity(a, b, dim=0)) > 0.8, name

@@ -1,4 +1,4 @@
-"""A step whose gradients are not finite changes nothing, on any rank, and is accounted for."""
+"""A step whose gradients are not finite changes nothing on any rank, and is counted."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ADAMW = {"kind": "adamw", "lr": 1e-3, "eps": 1e-6}
 
 
 def spoiled(batch: Batch) -> Batch:
-    """With an infinite weight on the first target of its last sample."""
+    """Return the batch with an infinite weight on the first target of its last sample."""
     weights = batch.weights.clone()
     row, column = (batch.weights > 0).nonzero()[-1].tolist()
     weights[row, column] = math.inf
@@ -42,15 +42,15 @@ def spoiled(batch: Batch) -> Batch:
 
 
 def batches(processor: Processor, folder: Path, ranks: int, bad: list[int]) -> list[list[Batch]]:
-    """Four micro-batches; those of the last rank at `bad` are spoiled."""
+    """Return four micro-batches. Those of the last rank at `bad` are spoiled."""
     s = Samples(processor, folder)
-    made = [[s.batch(s.image(), s.text()) for _ in range(4)] for _ in range(ranks)]
-    made[-1] = [spoiled(batch) if i in bad else batch for i, batch in enumerate(made[-1])]
-    return made
+    rows = [[s.batch(s.image(), s.text()) for _ in range(4)] for _ in range(ranks)]
+    rows[-1] = [spoiled(batch) if i in bad else batch for i, batch in enumerate(rows[-1])]
+    return rows
 
 
 class Noted(L.Callback):
-    """What the log says, which metrics there are, and what ZeRO-3 did."""
+    """The log, the metrics, and the actions of ZeRO-3."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -70,12 +70,12 @@ class Noted(L.Callback):
 
 
 def state(folder: Path, step: int) -> dict[str, Any]:
-    """Weights, moments and counters."""
+    """Return weights, moments and counters."""
     pieces = Pieces(folder / f"step-{step:08d}")
-    found: dict[str, Any] = {name: pieces.read(name) for name in pieces.shapes}
+    tensors: dict[str, Any] = {name: pieces.read(name) for name in pieces.shapes}
     for kind in pieces.kinds():
-        found |= {f"{kind}/{name}": pieces.read(name, kind=kind) for name in pieces.shapes if pieces.has(name, kind)}
-    return found | {"steps": pieces.state()["optimizer_steps"]}
+        tensors |= {f"{kind}/{name}": pieces.read(name, kind=kind) for name in pieces.shapes if pieces.has(name, kind)}
+    return tensors | {"steps": pieces.state()["optimizer_steps"]}
 
 
 def same(one: dict[str, Any], two: dict[str, Any]) -> bool:
@@ -84,7 +84,7 @@ def same(one: dict[str, Any], two: dict[str, Any]) -> bool:
 
 
 def run(engine: str, of_ranks: list[list[Batch]], *args: Any, **options: Any) -> list[SimpleNamespace]:
-    """What each rank noted."""
+    """Return what each rank noted."""
 
     def fit() -> SimpleNamespace:
         noted = Noted()
@@ -100,7 +100,7 @@ def run(engine: str, of_ranks: list[list[Batch]], *args: Any, **options: Any) ->
     "engine",
     [pytest.param(name, marks=pytest.mark.long) if name == "zero3 offloaded" else name for name in ENGINES],
 )
-def test_the_step_is_left_out_on_all_ranks_and_counted(
+def test_the_step_is_skipped_on_all_ranks_and_counted(
     engine: str, processor: Processor, sample_data: Path, tmp_path: Path
 ) -> None:
     of_ranks = batches(processor, sample_data, 2 if ENGINES[engine] else 1, bad=[1])
@@ -109,18 +109,18 @@ def test_the_step_is_left_out_on_all_ranks_and_counted(
     for rank in noted:
         assert rank.counts == [0, 1, 1, 1]
         assert rank.rates[1] != rank.rates[2], "the schedule stands still"
-        [line] = [line for line in rank.lines if "left out" in line]
+        [line] = [line for line in rank.lines if "is skipped" in line]
         assert line.endswith(f": {bad_key}"), line
         assert rank.skipped == (1 if engine.startswith("zero3") else -1)
     states = {step: state(tmp_path / "run", step) for step in (1, 2, 3)}
     assert same(states[1], states[2])
     assert not same(states[2], states[3])
     assert all(torch.isfinite(value).all() for name, value in states[3].items() if name != "steps")
-    # A run that goes on from the checkpoint behind the bad step is the same run.
+    # A run that resumes from the checkpoint after the bad step is the same run.
     rest = [batches[2:] for batches in of_ranks]
     resume = tmp_path / "run/step-00000002"
-    again = run(engine, rest, processor, tmp_path / "again", resume=resume, max_steps=4)
-    assert again[0].counts == [1, 1]
+    resumed = run(engine, rest, processor, tmp_path / "again", resume=resume, max_steps=4)
+    assert resumed[0].counts == [1, 1]
     assert same(state(tmp_path / "run", 4), state(tmp_path / "again", 4))
 
 
@@ -131,12 +131,12 @@ def test_too_many_in_a_row_stop_the_run(engine: str, processor: Processor, sampl
 
     def fit() -> str:
         strategy = ENGINES[engine]() if ENGINES[engine] else None
-        with pytest.raises(NonFiniteError, match="3 steps in a row up to step 4") as stopped:
+        with pytest.raises(NonFiniteError, match="3 steps in a row up to step 4") as error_info:
             fit_written(strategy, of_ranks, processor, tmp_path, parts=ALL, optim=ADAMW, max_nonfinite=2)
-        return str(stopped.value)
+        return str(error_info.value)
 
-    found = on_ranks(2, fit) if ENGINES[engine] else [fit()]
-    assert len(set(found)) == 1
-    assert len(found[0].splitlines()) == 1
-    # What the last checkpoint holds is as good as what was there before the bad steps.
+    messages = on_ranks(2, fit) if ENGINES[engine] else [fit()]
+    assert len(set(messages)) == 1
+    assert len(messages[0].splitlines()) == 1
+    # The last checkpoint holds the state before the bad steps.
     assert same(state(tmp_path, 1), state(tmp_path, 3))

@@ -1,4 +1,6 @@
-"""Ranks whose micro-batches need different modules: no one waits for a module that another rank leaves out."""
+"""Ranks whose micro-batches need different modules: no rank waits for a module that another rank
+skips.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ from tests.distributed.test_engines import SOME, check_same, weights
 from tests.ranks import on_ranks
 from tests.stages.test_stage import ALL
 
-# Nothing stays gathered by itself, so that whatever runs on one rank only is a collective call that others miss.
+# Nothing stays gathered. So a module that runs on one rank only is a collective call that the
+# others miss.
 ENGINES: dict[str, Any] = {
     "ddp": lambda: "ddp",
     "zero3": lambda: Zero3(zero={"stage3_param_persistence_threshold": 0}),
@@ -43,7 +46,7 @@ def model(kind: str) -> SphinxConfig:
 
 
 def samples_of(config: SphinxConfig, processor: Processor, folder: Path) -> Samples:
-    """In the form that this model reads."""
+    """Return samples in the form that this model reads."""
     assert config.vision is not None
     skips = config.vision.skip_padding
     fitting = Processor(
@@ -57,7 +60,7 @@ def samples_of(config: SphinxConfig, processor: Processor, folder: Path) -> Samp
 
 
 def micro_batches(s: Samples) -> list[list[Batch]]:
-    """Of two ranks, four each, of which two make a step."""
+    """Return four micro-batches for each of two ranks; two of them make a step."""
     first = [s.batch(s.image()), s.batch(s.text()), s.batch(s.text()), without_targets(s.batch(s.text()))]
     second = [s.batch(s.text()), s.batch(s.image()), s.batch(s.text()), s.batch(s.image())]
     return [first, second]
@@ -65,14 +68,15 @@ def micro_batches(s: Samples) -> list[list[Batch]]:
 
 def check_cases(of_ranks: list[list[Batch]]) -> None:
     images = [[len(batch.pixels) for batch in batches] for batches in of_ranks]
-    assert images == [[1, 0, 0, 0], [0, 1, 0, 1]]  # on one rank, on the other one, on none, beside none of anything
+    # images on one rank, on the other one, on none, beside none of anything
+    assert images == [[1, 0, 0, 0], [0, 1, 0, 1]]
     targets = [[int((batch.labels != IGNORE).sum()) for batch in batches] for batches in of_ranks]
     assert [count == 0 for count in targets[0]] == [False, False, False, True]
     assert all(targets[1])
 
 
 class Experts(L.Callback):
-    """Those that each forward pass used in the first layer."""
+    """The experts that each forward pass used in the first layer."""
 
     def __init__(self) -> None:
         self.used: list[set[int]] = []
@@ -87,7 +91,7 @@ class Experts(L.Callback):
 
 
 def both(engine: str, of_ranks: list[list[Batch]], *args: Any, timeout: float = 120, **options: Any) -> list[Any]:
-    """What the first layer's experts were, by rank."""
+    """Return the experts of the first layer by rank."""
 
     def fit() -> list[set[int]]:
         experts = Experts()
@@ -130,7 +134,7 @@ def test_ranks_with_and_without_images_update_as_one_process(
 
 
 def naive(self: Sphinx, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Without images no tower runs, as in most published code."""
+    """Run no encoder without images, as most published code does."""
     if len(batch.pixels):
         return EMBED(self, batch)
     x_BTD = self.decoder.embed(batch.input_ids)
@@ -145,7 +149,9 @@ EMBED = Sphinx._embed
 def test_it_ends_in_an_error_or_never_without_the_blank_image(
     engine: str, processor: Processor, sample_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That the test above can fail. (gloo tells some collective calls that don't fit together from others.)"""
+    """This shows that the test above can fail. (gloo notices some collective calls that do not
+    match.)
+    """
     samples = Samples(processor, sample_data)
     of_ranks = [[samples.batch(samples.image())] * 2, [samples.batch(samples.text())] * 2]
     monkeypatch.setattr(Sphinx, "_embed", naive)

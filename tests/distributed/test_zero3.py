@@ -1,4 +1,6 @@
-"""What is special to ZeRO-3: bf16 with float32 masters, offloading, frozen parts, and what a rank holds."""
+"""Features of ZeRO-3: bf16 with float32 masters, offloading, frozen parts, and the memory of a
+rank.
+"""
 
 from __future__ import annotations
 
@@ -28,18 +30,18 @@ ADAMW = {"kind": "adamw", "lr": 1e-3, "eps": 1e-6}
 
 @pytest.fixture
 def of_ranks(processor: Processor, sample_data: Path) -> list[list[Batch]]:
-    """Four micro-batches of two ranks."""
+    """Return four micro-batches for each of two ranks."""
     s = Samples(processor, sample_data)
     return [[s.batch(s.image(), s.text()) for _ in range(4)] for _ in range(2)]
 
 
 class Losses(L.Callback):
     def __init__(self) -> None:
-        self.found: list[float] = []
+        self.values: list[float] = []
         self.norms: list[float] = []
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
-        self.found.append(float(trainer.callback_metrics["train/loss"]))
+        self.values.append(float(trainer.callback_metrics["train/loss"]))
         self.norms.append(float(trainer.callback_metrics["train/grad_norm"]))
 
 
@@ -82,7 +84,7 @@ def test_masters_are_float32_and_begin_with_the_values_that_were_read(
 
 
 @pytest.mark.timeout(180)
-def test_bf16_trains_as_float32_does_and_goes_on_bit_for_bit(
+def test_bf16_trains_as_float32_does_and_resumes_bit_for_bit(
     processor: Processor, of_ranks: list[list[Batch]], tmp_path: Path
 ) -> None:
     def fit(name: str, precision: str, steps: int, resume: Path | None = None) -> list[float]:
@@ -92,7 +94,7 @@ def test_bf16_trains_as_float32_does_and_goes_on_bit_for_bit(
         fit_written(
             Zero3(), batches, processor, tmp_path / name, parts=SOME, optim=ADAMW, callbacks=[losses], **options
         )
-        return losses.found
+        return losses.values
 
     exact, rounded = on_ranks(2, fit, "fp32", "32-true", 4)[0], on_ranks(2, fit, "bf16", "bf16-true", 4)[0]
     assert rounded == pytest.approx(exact, rel=0.02)
@@ -106,7 +108,7 @@ def test_bf16_trains_as_float32_does_and_goes_on_bit_for_bit(
 
 
 @pytest.mark.timeout(180)
-def test_without_masters_it_trains_nearly_as_well_and_goes_on_bit_for_bit(
+def test_without_masters_it_trains_nearly_as_well_and_resumes_bit_for_bit(
     processor: Processor, of_ranks: list[list[Batch]], tmp_path: Path
 ) -> None:
     lean = {"optim": ADAMW | {"moments": "bf16"}}
@@ -120,10 +122,10 @@ def test_without_masters_it_trains_nearly_as_well_and_goes_on_bit_for_bit(
         _, run = fit_written(engine, batches, processor, tmp_path / name, parts=SOME, callbacks=[losses], **options)
         strategy: Any = run.strategy
         zero = strategy.optimizers[0]
-        kept = [*zero.fp32_partitioned_groups_flat, *(v for s in zero.optimizer.state.values() for v in s.values())]
+        tensors = [*zero.fp32_partitioned_groups_flat, *(v for s in zero.optimizer.state.values() for v in s.values())]
         flat = zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True)
         shared = all(a.data_ptr() == b.data_ptr() for a, b in flat)
-        return losses.found, {tensor.dtype for tensor in kept if tensor.dim()}, shared
+        return losses.values, {tensor.dtype for tensor in tensors if tensor.dim()}, shared
 
     exact, dtypes, shared = on_ranks(2, fit, "masters", True, 4)[0]
     assert (dtypes, shared) == ({torch.float32}, False)
@@ -140,7 +142,7 @@ def test_without_masters_it_trains_nearly_as_well_and_goes_on_bit_for_bit(
         assert torch.equal(value, halted[name]), name
 
 
-def test_what_goes_without_masters_is_said(processor: Processor, of_ranks: list[list[Batch]], tmp_path: Path) -> None:
+def test_options_without_masters_are_named(processor: Processor, of_ranks: list[list[Batch]], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"masters=fp8 must be"):
         Zero3(masters="fp8")
     with pytest.raises(UserError, match=r"reduce_dtype=bf16"):
@@ -158,7 +160,7 @@ def test_what_goes_without_masters_is_said(processor: Processor, of_ranks: list[
 
 
 class Scaled(L.Callback):
-    """The loss that was trained on: of targets that each have a weight, unlike the one that is logged."""
+    """Records the loss that was trained on, whose targets have weights, unlike the logged loss."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -171,7 +173,9 @@ class Scaled(L.Callback):
 def test_weights_of_targets_are_not_rounded_to_bf16(
     processor: Processor, of_ranks: list[list[Batch]], tmp_path: Path
 ) -> None:
-    """A loss is the mean over targets, so that all weights may be divided by three; bf16 knows a third to 0.2 %."""
+    """A loss is the mean over targets, so all weights may be divided by three. bf16 represents a
+    third to 0.2 %.
+    """
 
     def fit(name: str, weight: float) -> float:
         weighed = [
@@ -215,13 +219,15 @@ def test_offloading_changes_nothing(processor: Processor, of_ranks: list[list[Ba
     for name, value in one.items():
         assert (value - two[name]).abs().max() < 1e-5, name
     on_ranks(2, fit, "again", "cpu", tmp_path / "cpu/step-00000002")
-    again = weights(tmp_path / "again", 4)
+    resumed = weights(tmp_path / "again", 4)
     for name, value in two.items():
-        assert torch.equal(value, again[name]), name
+        assert torch.equal(value, resumed[name]), name
 
 
 class Gathered(L.Callback):
-    """How often frozen parameters were gathered in each step, and how many are there behind it."""
+    """How often frozen parameters were gathered in each step, and how many are gathered after
+    it.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.steps: list[tuple[int, int]] = []
@@ -237,8 +243,8 @@ class Gathered(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
         frozen: list[Any] = [p for p in pl_module.parameters() if not p.requires_grad]
-        there = sum(p.ds_status == ZeroParamStatus.AVAILABLE for p in frozen)
-        self.steps.append((sum(not p.requires_grad for p in self._now), there))
+        available = sum(p.ds_status == ZeroParamStatus.AVAILABLE for p in frozen)
+        self.steps.append((sum(not p.requires_grad for p in self._now), available))
         self._now = []
 
 

@@ -10,11 +10,10 @@ from PIL import Image
 from sphinx_pl.data.images import padded_resize, to_tensor
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.schema import ImageRef
-from sphinx_pl.evaluation.choosing import answer
 from sphinx_pl.evaluation.question import question_of
-from sphinx_pl.evaluation.runner import evaluate
+from sphinx_pl.evaluation.runner import answer, evaluate
 from sphinx_pl.generation.generate import GenerationConfig, Prompt, generate
-from sphinx_pl.generation.ranking import rank
+from sphinx_pl.generation.loglikelihood import choice_loglikelihoods
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx
 from tests.examples import EXAMPLES
@@ -42,7 +41,7 @@ def test_closed_questions_get_their_likeliest_answer_and_open_ones_a_generated_o
     assert answer(model, processor, questions, prompts, config) == said
     chosen = answer(model, processor, questions, prompts, config, ranking=True)
     tokens = [[processor.tokenizer.encode(word) for word in words] for words in (("A", "B", "C"), ("yes", "no"))]
-    scores = rank(model, prompts[1:], tokens)
+    scores = choice_loglikelihoods(model, prompts[1:], tokens)
     assert chosen == [said[0], "ABC"[scores[0].index(max(scores[0]))], ("yes", "no")[scores[1].index(max(scores[1]))]]
 
 

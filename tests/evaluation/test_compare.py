@@ -11,13 +11,13 @@ import pytest
 from sphinx_pl.data.coordinates import Geometry
 from sphinx_pl.data.schema import ImageRef, Record
 from sphinx_pl.evaluation.benchmarks import Questions
-from sphinx_pl.evaluation.benchmarks.pope import Pope
+from sphinx_pl.evaluation.benchmarks.pope import POPEBenchmark
 from sphinx_pl.evaluation.compare import compare, main
-from sphinx_pl.evaluation.measures import mean
+from sphinx_pl.evaluation.metrics import mean
 from sphinx_pl.evaluation.report.summary import summarise
 from sphinx_pl.evaluation.rescore import rescore
 from sphinx_pl.evaluation.results import read_predictions, read_results, write_predictions, write_results
-from sphinx_pl.evaluation.runner import Prediction, judge
+from sphinx_pl.evaluation.runner import Prediction, score_answer
 from sphinx_pl.utils.errors import UserError
 
 GEOMETRY = Geometry(decimals=2)
@@ -29,17 +29,17 @@ def vqa(right: int, total: int = 60) -> list[Prediction]:
         Record(f"tasks/{i}", "short_vqa", (ImageRef("a.png"),), ((9, 9),), question="How many?", answer=str(i))
         for i in range(total)
     ]
-    return [judge(record, record.answer if i < right else "x", GEOMETRY) for i, record in enumerate(records)]
+    return [score_answer(record, record.answer if i < right else "x", GEOMETRY) for i, record in enumerate(records)]
 
 
 def pope(right: int, total: int = 40) -> list[Prediction]:
-    benchmark = Pope(None, "random")
+    benchmark = POPEBenchmark(None, "random")
     found = []
     for i in range(total):
         truth = "yes" if i % 2 else "no"
         record = Record(f"pope_random/{i}", "yes_no", (ImageRef("a.png"),), question="Is it?", answer=truth)
         said = truth if i < right else {"yes": "no", "no": "yes"}[truth]
-        found.append(benchmark.judge(record, said, GEOMETRY))
+        found.append(benchmark.score_answer(record, said, GEOMETRY))
     return found
 
 
@@ -47,7 +47,7 @@ def write(folder: Path, predictions: list[Prediction]) -> Path:
     folder.mkdir()
     tasks = [p for p in predictions if not p.benchmark]
     asked = [p for p in predictions if p.benchmark]
-    result = Questions("pope_random", Pope(None, "random"), (), {}).result(asked, {})
+    result = Questions("pope_random", POPEBenchmark(None, "random"), (), {}).result(asked, {})
     write_predictions(folder, "predictions", predictions)
     constant = [dataclasses.replace(p, score=0.0, prediction="x") for p in tasks]
     write_predictions(folder, "constant", constant)
@@ -72,8 +72,8 @@ def test_what_is_real_and_what_is_not(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_many_rows_can_be_real_together() -> None:
     """The bootstrap alone never gives less than 0.001, which Holm makes 0.06 of 60 rows."""
-    measures = {"pope_random": [dataclasses.replace(mean("accuracy", ""), name=str(i)) for i in range(60)]}
-    rows = compare(pope(0), pope(40), measures)
+    metrics = {"pope_random": [dataclasses.replace(mean("accuracy", ""), name=str(i)) for i in range(60)]}
+    rows = compare(pope(0), pope(40), metrics)
     assert len(rows) == 60
     assert all(row.real for row in rows)
     few = compare(pope(0, total=4), pope(4, total=4), {"pope_random": [mean("accuracy", "")]})
@@ -95,7 +95,9 @@ def test_a_benchmark_that_is_called_as_a_task_stays_apart() -> None:
 def test_what_is_not_defined_is_not_tested_and_is_null_in_json() -> None:
     """Nobody who never says yes has a precision."""
     silent = [dataclasses.replace(p, prediction="no", score=float(p.answer == "no")) for p in pope(40)]
-    rows = {row.measure: row for row in compare(silent, pope(40), {"pope_random": Pope(None, "random").measures})}
+    rows = {
+        row.metric: row for row in compare(silent, pope(40), {"pope_random": POPEBenchmark(None, "random").metrics})
+    }
     assert json.loads(json.dumps(rows["precision"].to_dict(), allow_nan=False))["difference"]["value"] is None
     assert rows["precision"].to_dict()["p"] is None
     assert not rows["precision"].real

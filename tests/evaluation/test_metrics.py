@@ -1,336 +1,124 @@
-"""Every metric against cases worked by hand; the working stands beside the number."""
+"""Measures, their intervals and paired differences, against scipy and by hand."""
 
 from __future__ import annotations
 
-import dataclasses
-
+import numpy as np
 import pytest
+import scipy.stats
+
+from sphinx_pl.evaluation.metrics import Additive, Sums, Unsplittable, difference, estimate, holm, mean, ratio
+from sphinx_pl.evaluation.runner import Prediction
+
+
+def prediction(key: str, score: float, topic: str = "") -> Prediction:
+    return Prediction(key, "yes_no", "", topic, "m", "?", "yes", "yes", score, True)
+
+
+def test_a_mean_and_a_ratio_of_sums_worked_by_hand() -> None:
+    found = [prediction("a", 1), prediction("b", 0), prediction("c", 1), prediction("d", 1)]
+    assert estimate(mean("accuracy", "").prepare(found)).value == 0.75
+    # Right only if both of a unit are: (a, b) is not, (c, d) is.
+    both = Additive("both", "", lambda g: (min(p.score for p in g), 1), ratio, unit=lambda p: str(p.key in "ab"))
+    assert both.prepare(found).units == ["True", "False"]
+    assert estimate(both.prepare(found)).value == 0.5
+
+
+@pytest.mark.parametrize("count", [1, 7, 200])
+def test_where_all_are_right_or_wrong_the_interval_is_the_binomial_one(count: int) -> None:
+    for score in (0.0, 1.0):
+        found = estimate(mean("accuracy", "").prepare([prediction(str(i), score) for i in range(count)]))
+        exact = scipy.stats.binomtest(int(score) * count, count).proportion_ci(0.95, "exact")
+        assert (found.value, found.low, found.high) == pytest.approx((score, exact.low, exact.high))
+
+
+@pytest.mark.parametrize(("score", "count"), [(0.3, 1), (0.6, 8)])
+def test_where_all_scores_are_the_same_the_others_may_be_anything(score: float, count: int) -> None:
+    found = estimate(mean("F1", "").prepare([prediction(str(i), score) for i in range(count)]))
+    # Worked by hand: 97.5 % of the samples of `count` would have shown one of the others if these were more.
+    like = 0.025 ** (1 / count)
+    assert (found.value, found.low, found.high) == pytest.approx((score, score * like, score * like + 1 - like))
+
+
+def test_another_metric_of_units_that_are_all_alike_has_no_interval() -> None:
+    points = Additive("points", "", lambda group: (len(group), 1), lambda sums: 100 * sums[..., 0] / sums[..., 1])
+    found = estimate(points.prepare([prediction(str(i), 1.0) for i in range(9)]))
+    assert found.value == 100
+    assert np.isnan([found.low, found.high]).all()
+    lengths = estimate(Sums(["a", "b"], np.array([[3.0, 3.0], [8.0, 8.0]]), ratio))
+    assert (lengths.value, np.isnan(lengths.low)) == (1, True)
+
+
+def test_a_value_of_all_units_together_has_no_interval() -> None:
+    found = estimate(Unsplittable(["a", "b"], 0.3))
+    assert found.value == 0.3
+    assert np.isnan([found.low, found.high]).all()
+    assert np.isnan(difference(Unsplittable(["a", "b"], 0.3), Unsplittable(["a", "b"], 0.5)).p)
+
+
+def test_intervals_agree_with_scipy_for_a_ratio() -> None:
+    rng = np.random.default_rng(3)
+    rows = np.stack([rng.integers(0, 4, 80), rng.integers(4, 8, 80)], axis=1).astype(float)
+    found = estimate(Sums([str(i) for i in range(80)], rows, ratio), resamples=20000)
+    expected = scipy.stats.bootstrap(
+        (rows[:, 0], rows[:, 1]),
+        lambda a, b, axis: a.sum(axis) / b.sum(axis),
+        paired=True,
+        n_resamples=20000,
+        method="percentile",
+        rng=2,
+    ).confidence_interval
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=3e-3)
+
+
+def test_equal_rows_counted_together_have_the_distribution_of_separate_ones() -> None:
+    rows = np.stack([np.repeat([0.0, 1.0], 30), np.ones(60)], axis=1)
+    together = Sums([str(i) for i in range(60)], rows, ratio)
+
+    class Apart:  # not a Sums: goes the general way
+        units = together.units
+        values = together.values
+
+    first, second = estimate(together, resamples=20000), estimate(Apart(), resamples=20000)
+    assert (first.low, first.high) == pytest.approx((second.low, second.high), abs=0.02)
+
+
+def test_a_paired_difference_is_narrower_than_the_intervals() -> None:
+    rng = np.random.default_rng(0)
+    hard = rng.random(400)  # the same questions are hard for both
+    a = [prediction(str(i), float(h < 0.6)) for i, h in enumerate(hard)]
+    b = [prediction(str(i), float(h < 0.65)) for i, h in enumerate(hard)]
+    metric = mean("accuracy", "")
+    found = difference(metric.prepare(a), metric.prepare(b))
+    assert found.value == pytest.approx(found.second - found.first)
+    assert found.low > 0
+    assert found.p < 0.01
+    first, second = estimate(metric.prepare(a)), estimate(metric.prepare(b))
+    assert first.high > second.low  # each alone would not tell
+    same = difference(metric.prepare(a), metric.prepare(a))
+    assert (same.value, same.low, same.high, same.p) == (0, 0, 0, 1)
+
+
+def test_two_equally_good_models_are_rarely_called_different() -> None:
+    rng = np.random.default_rng(5)
+    metric, called = mean("accuracy", ""), 0
+    for trial in range(200):
+        a, b = ([prediction(str(i), float(s)) for i, s in enumerate(rng.random(150) < 0.5)] for _ in range(2))
+        called += difference(metric.prepare(a), metric.prepare(b), seed=trial, resamples=500).p < 0.05
+    assert called <= 20  # 10 expected; more than 20 has a probability of 0.1 %
 
-from sphinx_pl.data.coordinates import Geometry
-from sphinx_pl.data.schema import ImageRef, Record, Region, Turn
-from sphinx_pl.data.tasks import TASKS
-from sphinx_pl.evaluation.metrics import METRICS, register
-from sphinx_pl.utils.errors import UserError
-from tests.examples import EXAMPLES
 
-GEOMETRY = Geometry(decimals=3)
-IMAGE = (ImageRef("unused.png"),)
-SQUARE = ((100, 100),)
+def test_other_questions_are_not_compared() -> None:
+    metric = mean("accuracy", "")
+    with pytest.raises(ValueError, match="did not answer the same questions"):
+        difference(metric.prepare([prediction("a", 1)]), metric.prepare([prediction("b", 1)]))
 
 
-def record(task: str, **fields: object) -> Record:
-    return Record(key="k", task=task, images=IMAGE, sizes=SQUARE, **fields)  # type: ignore[arg-type]
+def test_holm_worked_by_hand() -> None:
+    # 3 * 0.01, then 2 * 0.02 and 1 * 0.03, none below the one before it.
+    assert holm([0.03, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04])
+    assert holm([]) == []
 
 
-def score(name: str, prediction: str, item: Record) -> float:
-    return METRICS[name].score(prediction, item, GEOMETRY)
-
-
-VQA = record("short_vqa", question="What colour?", answer="Red")
-
-
-@pytest.mark.parametrize(
-    ("prediction", "expected"),
-    [("Red", 1), (" red. ", 1), ("red\n", 1), ("", 0), ("reddish", 0), ("red circle", 0), ("r.e.d", 0)],
-)
-def test_vqa_exact(prediction: str, expected: float) -> None:
-    assert score("vqa_exact", prediction, VQA) == expected
-
-
-REG = record("reg", regions=(Region((10, 10, 50, 50), "Red square"),))
-
-
-@pytest.mark.parametrize(
-    ("prediction", "expected"),
-    [("Red square", 1), ("  Red  square ", 1), ("red square", 0), ("Red square.", 0), ("", 0)],
-)
-def test_text_exact(prediction: str, expected: float) -> None:
-    assert score("text_exact", prediction, REG) == expected
-
-
-CHOICE = record("multiple_choice", question="Which?", choices=("blue", "red", "green"), answer="red")
-
-
-@pytest.mark.parametrize(
-    ("prediction", "expected", "parsed"),
-    [
-        ("B", 1, True),
-        ("b", 1, True),
-        ("(B)", 1, True),
-        ("B. red", 1, True),
-        ("A", 0, True),
-        ("Blue", 0, False),  # begins with the right letter, but is a word
-        ("A red one", 0, False),
-        ("", 0, False),
-        ("A. blue\nB. red\nC. green", 0, False),
-        ("B. red or C. green", 0, False),
-        ("b) or c)", 0, False),
-    ],
-)
-def test_choice(prediction: str, expected: float, parsed: bool) -> None:
-    assert score("choice", prediction, CHOICE) == expected
-    assert METRICS["choice"].parsed(prediction) is parsed
-
-
-def test_letters_of_a_repetition_are_known_by_their_options() -> None:
-    """Also where the record has only a finished conversation."""
-    question = TASKS["multiple_choice"].turns(CHOICE, GEOMETRY)[-1]
-    for item in (CHOICE, record("multiple_choice", turns=(question,))):
-        for text, said in (("B) red A) blue C) green", 0), ("B. C. Red", 0), ("B. red", 1), ("B. It is D. Trump", 1)):
-            assert METRICS["choice"].score(text, item, GEOMETRY) == said
-            assert METRICS["choice"].parsed(text, item) is bool(said)
-
-
-CAPTION = record("caption", answer="A red circle and a blue square.")  # 7 words, "a" twice
-
-
-@pytest.mark.parametrize(
-    ("prediction", "expected"),
-    [
-        ("a blue square and a red circle", 1.0),  # order does not count: 7 of 7 both ways
-        ("a a a", 0.4),  # "a" counts twice: precision 2/3, recall 2/7 -> 2 * 2 / (3 + 7)
-        ("red", 2 / 8),  # 1 of 1 and 1 of 7 -> 2 * 1 / (1 + 7)
-        ("green", 0.0),
-        ("", 0.0),
-    ],
-)
-def test_caption_f1(prediction: str, expected: float) -> None:
-    assert score("caption_f1", prediction, CAPTION) == pytest.approx(expected)
-
-
-REC = record("rec", question="the red one", regions=(Region((10, 20, 50, 60), "red"),))  # truth [.1,.2,.5,.6]
-
-
-@pytest.mark.parametrize(
-    ("prediction", "expected", "parsed"),
-    [
-        ("[0.100,0.200,0.500,0.600]", 1, True),
-        ("[0.5,0.6,0.1,0.2]", 1, True),  # corners swapped
-        ("[0.1,0.2,0.5,0.4]", 1, True),  # the upper half of the truth: IoU .08 / .16 = 0.5 exactly
-        ("[0.1,0.2,0.5,0.39]", 0, True),  # IoU .19 / .4 = 0.475
-        ("[0.3,0.2,0.7,0.6]", 0, True),  # half beside it: .08 / (.16 + .16 - .08) = 1/3
-        ("[0,0,0.1,0.1;0.1,0.2,0.5,0.6]", 0, True),  # only the first box counts
-        ("It is at [0.1,0.2,0.5,0.6], I think", 1, True),
-        ("[0.1,0.2,0.5]", 0, False),
-        ("[0.1,0.2,0.5,0.6", 0, False),  # cut off: the last number may lack digits
-        ("", 0, False),
-    ],
-)
-def test_box_iou50(prediction: str, expected: float, parsed: bool) -> None:
-    assert score("box_iou50", prediction, REC) == expected
-    assert METRICS["box_iou50"].parsed(prediction) is parsed
-
-
-def test_boxes_are_compared_in_the_padded_square() -> None:
-    # 200 x 100 is padded by 50 above and below: rows 0..100 become 0.25..0.75.
-    item = Record("k", "rec", IMAGE, ((200, 100),), question="it", regions=(Region((0, 0, 100, 100), "it"),))
-    assert score("box_iou50", "[0,0.25,0.5,0.75]", item) == 1
-    assert score("box_iou50", "[0,0,0.5,1]", item) == 1  # IoU .25 / .5 = 0.5
-    assert score("box_iou50", "[0,0,0.5,0.5]", item) == 0  # overlap .125 of .375 = 1/3
-
-
-TWO = record("detection", question="dot", regions=(Region((0, 0, 20, 20), "dot"), Region((50, 50, 90, 90), "dot")))
-NOTHING = record("detection", question="dot", regions=(Region((0, 0, 20, 20), "cube"),))
-
-
-@pytest.mark.parametrize(
-    ("prediction", "expected"),
-    [
-        ("[0,0,0.2,0.2;0.5,0.5,0.9,0.9]", 1.0),
-        ("[0.5,0.5,0.9,0.9;0,0,0.2,0.2]", 1.0),  # order does not count
-        ("[0,0,0.2,0.2]", 2 / 3),  # 1 hit: 2 * 1 / (1 + 2)
-        ("[0,0,0.2,0.2;0,0,0.2,0.2]", 0.5),  # a double counts once: 2 * 1 / (2 + 2)
-        ("[0,0,0.2,0.2;0.5,0.5,0.9,0.9;0.3,0,0.4,0.1]", 0.8),  # one too many: 2 * 2 / (3 + 2)
-        ("None", 0.0),
-        ("", 0.0),
-    ],
-)
-def test_detection_f1(prediction: str, expected: float) -> None:
-    assert score("detection_f1", prediction, TWO) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(("prediction", "expected"), [("None", 1), ("none.", 1), ("[0,0,0.2,0.2]", 0), ("", 0)])
-def test_detection_of_nothing(prediction: str, expected: float) -> None:
-    assert score("detection_f1", prediction, NOTHING) == expected
-
-
-def test_matching_takes_the_best_overlap_first() -> None:
-    # Truths A = [0,0,.4,.4] and B = [.1,0,.5,.4], with an IoU of .12/.2 = .6. The first prediction is B and reaches A
-    # too; the second is a part of A (.12/.16 = .75 with A, .08/.2 = .4 with B). Taken in order of prediction and truth
-    # the first would use up A, and the second would be left without any.
-    item = record("detection", question="dot", regions=(Region((0, 0, 40, 40), "dot"), Region((10, 0, 50, 40), "dot")))
-    assert score("detection_f1", "[0.1,0,0.5,0.4;0,0,0.3,0.4]", item) == 1.0
-
-
-GROUNDED = record(
-    "grounded_caption",
-    answer="{0} left of {1}.",
-    regions=(Region((0, 0, 20, 20), "a dot"), Region((50, 50, 90, 90), "a cube")),
-)
-
-
-@pytest.mark.parametrize(
-    ("prediction", "expected"),
-    [
-        ("<p>a dot</p>[0,0,0.2,0.2] left of <p>a cube</p>[0.5,0.5,0.9,0.9].", 1.0),
-        ("<p>A Dot</p>[0,0,0.2,0.2]", 2 / 3),  # 2 * 1 / (1 + 2)
-        ("<p>a cube</p>[0,0,0.2,0.2]<p>a dot</p>[0.5,0.5,0.9,0.9]", 0.0),  # right boxes, wrong phrases
-        ("[0,0,0.2,0.2;0.5,0.5,0.9,0.9]", 0.0),  # no phrases
-        ("<p>a dot</p>", 0.0),
-        ("", 0.0),
-    ],
-)
-def test_grounded_f1(prediction: str, expected: float) -> None:
-    assert score("grounded_f1", prediction, GROUNDED) == pytest.approx(expected)
-
-
-OCR = record("ocr", regions=(Region((60, 0, 80, 20), "7"), Region((0, 0, 20, 20), "4")))  # read from the left: 4, 7
-
-
-@pytest.mark.parametrize(
-    ("prediction", "expected"),
-    [
-        ("<p>4</p>[0,0,0.2,0.2]<p>7</p>[0.6,0,0.8,0.2]", 1),
-        ("<p>4</p>[0.5,0.5,0.6,0.6]<p>7</p>[0,0,0.1,0.1]", 1),  # places do not count
-        ("<p>7</p>[0.6,0,0.8,0.2]<p>4</p>[0,0,0.2,0.2]", 0),
-        ("<p>4</p>[0,0,0.2,0.2]", 0),
-        ("47", 0),
-        ("", 0),
-    ],
-)
-def test_ocr_exact(prediction: str, expected: float) -> None:
-    assert score("ocr_exact", prediction, OCR) == expected
-
-
-# Box 30 x 40 pixels of 100: diagonal 0.5, so points may be off by 0.05. Two keypoints are labelled.
-POSE = record(
-    "pose",
-    regions=(Region((10, 10, 40, 50), "person", ((20, 20, 2), (30, 20, 1), *[(0, 0, 0)] * 15)),),
-)
-
-
-@pytest.mark.parametrize(
-    ("prediction", "expected"),
-    [
-        ("<p>nose</p>[0.2,0.2]<p>left eye</p>[0.3,0.2]", 1.0),
-        ("<p>nose</p>[0.23,0.239]<p>left eye</p>[0.33,0.241]", 0.5),  # off by .0492 and .0508
-        ("<p>nose</p>[0.3,0.2]<p>left eye</p>[0.2,0.2]", 0.0),  # swapped names
-        ("<p>nose</p>[0.9,0.9]<p>nose</p>[0.2,0.2]", 0.0),  # no second chance
-        ("<p>nose</p>[0.2,0.2]<p>left ankle</p>[0.2,0.2]", 0.5),  # an unlabelled one neither helps nor harms
-        ("[0.2,0.2;0.3,0.2]", 0.0),  # no names
-        ("", 0.0),
-    ],
-)
-def test_keypoint_pck(prediction: str, expected: float) -> None:
-    assert score("keypoint_pck", prediction, POSE) == expected
-
-
-# The same person by name: the box is the record's then, and without one the keypoints' own extent.
-@pytest.mark.parametrize(("prediction", "expected"), [("<p>nose</p>[0.23,0.239]", 0.5), ("<p>nose</p>[0.23,0.241]", 0)])
-def test_keypoint_pck_of_a_named_person(prediction: str, expected: float) -> None:
-    named = dataclasses.replace(POSE, question="the man in red")
-    assert score("keypoint_pck", prediction, named) == expected
-    # From [.2,.2] to [.5,.6]: diagonal 0.5 again.
-    turns = (Turn("Where is he?", "<p>nose</p>[0.2,0.2]<p>left ankle</p>[0.5,0.6]"),)
-    assert score("keypoint_pck", prediction, record("pose", turns=turns)) == expected
-    assert score("keypoint_pck", turns[0].answer, record("pose", turns=turns)) == 1
-
-
-YES_NO = record("yes_no", question="Is it?", answer="No")
-
-
-@pytest.mark.parametrize(
-    ("prediction", "expected", "parsed"),
-    [("no", 1, True), ("No, it is not.", 1, True), ("Yes", 0, True), ("not", 0, False), ("I say no", 0, False)],
-)
-def test_yes_no(prediction: str, expected: float, parsed: bool) -> None:
-    assert score("yes_no", prediction, YES_NO) == expected
-    assert METRICS["yes_no"].parsed(prediction) is parsed
-
-
-GROUNDED_VQA = dataclasses.replace(GROUNDED, task="grounded_vqa", question="What is where?")  # a dot left of a cube
-
-
-@pytest.mark.parametrize(
-    ("prediction", "expected"),
-    [
-        ("<p>a dot</p>[0,0,0.2,0.2] left of <p>a cube</p>[0.5,0.5,0.9,0.9].", 1.0),
-        ("a dot left of a cube", 0.5),  # all words, no boxes
-        ("<p>a dot</p>[0,0,0.2,0.2]", (2 * 2 / (2 + 6) + 2 / 3) / 2),  # 2 of 6 words, 1 of 2 pairs
-        ("<p>a dot</p>[0.5,0.5,0.9,0.9]", (2 * 2 / (2 + 6) + 0) / 2),
-        ("", 0.0),
-    ],
-)
-def test_grounded_answer(prediction: str, expected: float) -> None:
-    assert score("grounded_answer", prediction, GROUNDED_VQA) == pytest.approx(expected)
-
-
-OCR_TEXT = record("ocr_text", regions=(Region((0, 40, 20, 60), "Exit 7"), Region((0, 0, 20, 20), "STOP")))
-
-
-@pytest.mark.parametrize(
-    ("prediction", "expected", "parsed"),
-    [
-        ("STOP\nExit 7", 1, True),  # 11 characters
-        (" STOP \n\nExit  7\n", 1, True),  # white space is not judged
-        ("STOP\nExit 1", 1 - 1 / 11, True),  # one replaced
-        ("STOP", 1 - 7 / 11, True),  # seven left out, the line break too
-        ("STOP Exit 7", 1 - 1 / 11, True),  # a blank for the line break
-        ("stop\nExit 7", 1 - 4 / 11, True),
-        ("STOP\nExit 7\nSTOP\nExit 7", 1 - 12 / 23, True),  # twelve too many of 23
-        ("z", 0, True),
-        ("", 0, False),
-    ],
-)
-def test_edit_similarity(prediction: str, expected: float, parsed: bool) -> None:
-    assert score("edit_similarity", prediction, OCR_TEXT) == pytest.approx(expected)
-    assert METRICS["edit_similarity"].parsed(prediction) is parsed
-
-
-def test_long_answers_and_questions_are_scored_by_their_words() -> None:
-    asked = record("question_generation", question="Is it red?", answer="yes")
-    assert score("caption_f1", "Is it blue?", asked) == pytest.approx(2 / 3)
-    assert score("caption_f1", "because", record("detailed_answer", question="Why?", answer="Just because.")) == 2 / 3
-
-
-def test_relations_are_judged_by_the_predicate() -> None:
-    regions = (Region((0, 0, 20, 20), "man"), Region((50, 50, 90, 90), "horse"))
-    item = record("relation_detection", answer="riding", regions=regions)
-    assert score("vqa_exact", "Riding.", item) == 1
-    assert score("vqa_exact", "<p>man</p>[0,0,0.2,0.2] riding", item) == 0
-
-
-@pytest.mark.parametrize("item", EXAMPLES.values(), ids=lambda item: item.task)
-def test_an_example_of_every_task_answers_itself_perfectly(item: Record) -> None:
-    task = TASKS[item.task]
-    answer = task.turns(item, GEOMETRY)[-1].answer
-    assert task.parse(answer, GEOMETRY).formed
-    assert METRICS[task.scorer].parsed(answer)
-    assert METRICS[task.scorer].score(answer, item, GEOMETRY) == (0 if item.task == "text" else 1)
-    finished = dataclasses.replace(item, turns=task.turns(item, GEOMETRY), regions=())
-    assert METRICS[task.scorer].score(answer, finished, GEOMETRY) == (0 if item.task == "text" else 1)
-
-
-@pytest.mark.parametrize(
-    "item", [VQA, REG, CHOICE, CAPTION, REC, TWO, NOTHING, GROUNDED, OCR, POSE], ids=lambda r: r.task
-)
-def test_a_tasks_own_answer_is_perfect_and_parsed(item: Record) -> None:
-    task = TASKS[item.task]
-    answer = task.turns(item, GEOMETRY)[-1].answer
-    assert METRICS[task.scorer].score(answer, item, GEOMETRY) == 1
-    assert METRICS[task.scorer].parsed(answer)
-
-
-def test_finished_turns_score_like_regions() -> None:
-    item = record("rec", turns=(Turn("Where is it?", "[0.100,0.200,0.500,0.600]"),))
-    assert score("box_iou50", "[0.1,0.2,0.5,0.6]", item) == 1
-
-
-def test_every_task_has_a_metric_and_every_metric_its_definition() -> None:
-    for task in TASKS.values():
-        assert task.scorer in METRICS, task.name
-    assert all(metric.description for metric in METRICS.values())
-    with pytest.raises(UserError, match="did you mean 'vqa_exact'"):
-        METRICS["vqa_exakt"]
-    with pytest.raises(ValueError, match="docstring"):
-        register("undefined", lambda prediction, record, geometry: 0.0)
+def test_an_undefined_value_is_nan_and_leaves_no_interval() -> None:
+    found = estimate(Sums(["a"], np.zeros((1, 2)), ratio))
+    assert np.isnan([found.value, found.low, found.high]).all()

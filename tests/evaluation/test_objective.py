@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sphinx_pl.evaluation.losses import SourceLoss, interval
-from sphinx_pl.evaluation.objective import Criterion, resampled
+from sphinx_pl.evaluation.objective import Objective, resampled
 from sphinx_pl.utils.errors import UserError
 
 
@@ -23,21 +23,21 @@ MEASURES = {
     ("said", "value", "cost"),
     [("loss", 1.5, 1.5), ("loss/synthetic", 2, 2), ("score", 0.5, -0.5), ("score/vqa", 0.5, -0.5)],
 )
-def test_a_criterion_is_the_mean_of_its_measures_each_counting_alike(said: str, value: float, cost: float) -> None:
-    criterion = Criterion(said)
-    assert criterion.value(MEASURES) == value
-    assert criterion.cost(MEASURES) == cost
+def test_an_objective_is_the_mean_of_its_values_each_counting_alike(said: str, value: float, cost: float) -> None:
+    objective = Objective(said)
+    assert objective.value(MEASURES) == value
+    assert objective.cost(MEASURES) == cost
 
 
 @pytest.mark.parametrize("said", ["los", "cider/vqa", ""])
 def test_what_is_neither_loss_nor_score_is_refused(said: str) -> None:
     with pytest.raises(UserError, match="must be loss, score"):
-        Criterion(said)
+        Objective(said)
 
 
 def test_a_measure_that_was_not_taken_is_named() -> None:
-    with pytest.raises(UserError, match=r"criterion=loss/reel is not measured: did you mean 'loss/real'\?"):
-        Criterion("loss/reel").value(MEASURES)
+    with pytest.raises(UserError, match=r"objective=loss/reel is not measured: did you mean 'loss/real'\?"):
+        Objective("loss/reel").value(MEASURES)
 
 
 def test_points_are_resampled_together() -> None:

@@ -21,12 +21,12 @@ from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.schema import ImageRef, Record, Region, Turn
 from sphinx_pl.data.skip import BadSample
 from sphinx_pl.data.tasks import TASKS
-from sphinx_pl.evaluation.answer_log import Journal
+from sphinx_pl.evaluation.answer_log import AnswerLog
 from sphinx_pl.evaluation.baselines import constant_predictions, fit_constants
 from sphinx_pl.evaluation.benchmarks import BENCHMARKS, Questions, load
 from sphinx_pl.evaluation.benchmarks.mme import SUBTASKS
 from sphinx_pl.evaluation.question import Question, asks_yes_no, question_of
-from sphinx_pl.evaluation.runner import ask, evaluate, judge, select, shuffle_images
+from sphinx_pl.evaluation.runner import ask, evaluate, score_answer, select, shuffle_images
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx
 from tests.examples import EXAMPLES, LEFT, LOW, PERSON, RIGHT
@@ -118,7 +118,7 @@ def test_what_is_drawn_shuffled_and_guessed_is_the_same_for_every_truth() -> Non
     assert constants["yes_no", ""] == "blue"
     guessed = []
     for records in several:
-        answers = [judge(record, "", GEOMETRY) for record in records]
+        answers = [score_answer(record, "", GEOMETRY) for record in records]
         guesses = constant_predictions(answers, {r.key: r for r in records}, constants, GEOMETRY)
         guessed.append([guess.prediction for guess in guesses])
     for found in (drawn, shown, guessed):
@@ -306,7 +306,7 @@ def test_every_benchmark_is_looked_at() -> None:
 
 
 @pytest.mark.parametrize("ranking", [False, True])
-def test_answers_and_the_journal_are_the_same_for_every_truth(
+def test_answers_and_the_answer_log_are_the_same_for_every_truth(
     ranking: bool, model_config: SphinxConfig, processor: Processor, tmp_path: Path
 ) -> None:
     Image.new("RGB", (100, 50), (200, 30, 30)).save(tmp_path / "a.png")
@@ -315,15 +315,22 @@ def test_answers_and_the_journal_are_the_same_for_every_truth(
     records = [dataclasses.replace(EXAMPLES[task], key=task, images=images) for task in names]
     torch.manual_seed(0)
     model = Sphinx(model_config).eval()
-    said, journals, scores = [], [], []
+    said, logs, scores = [], [], []
     for name, asked_of in (("a", records), ("b", [other(record) for record in records])):
-        journal = Journal(tmp_path / name, "q", {})
+        answer_log = AnswerLog(tmp_path / name, "q", {})
         found = evaluate(
-            model, processor, asked_of, ranking=ranking, max_new_tokens=4, batch_size=3, journal=journal, progress=False
+            model,
+            processor,
+            asked_of,
+            ranking=ranking,
+            max_new_tokens=4,
+            batch_size=3,
+            answer_log=answer_log,
+            progress=False,
         )
         said.append([(prediction.key, prediction.prediction) for prediction in found])
-        journals.append((tmp_path / name / "q.rank0.jsonl").read_bytes())
+        logs.append((tmp_path / name / "q.rank0.jsonl").read_bytes())
         scores.append([prediction.answer for prediction in found])
     assert said[0] == said[1]
-    assert journals[0] == journals[1]
+    assert logs[0] == logs[1]
     assert all(a != b for a, b in zip(*scores, strict=True))  # the truths did differ

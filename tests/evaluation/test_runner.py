@@ -17,9 +17,9 @@ from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.schema import ImageRef, Record, Region
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.evaluation.baselines import constant_predictions, fit_constants, mean_geometry
-from sphinx_pl.evaluation.measures import bootstrap
+from sphinx_pl.evaluation.metrics import bootstrap
 from sphinx_pl.evaluation.report.summary import summarise
-from sphinx_pl.evaluation.runner import Prediction, derangement, evaluate, judge, select, shuffle_images
+from sphinx_pl.evaluation.runner import Prediction, derangement, evaluate, score_answer, select, shuffle_images
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx
 from tests.examples import EXAMPLES
@@ -98,9 +98,11 @@ def test_summary_worked_by_hand() -> None:
         question("1", "blue", topic="colour", domain="synthetic"),
         question("2", "3", topic="count", domain="real"),
     ]
-    predictions = [judge(record, text, GEOMETRY) for record, text in zip(records, ["red", "red", "3"], strict=True)]
-    constant = [judge(record, "red", GEOMETRY) for record in records[:2]]
-    shuffled = [judge(record, "3", GEOMETRY) for record in records]
+    predictions = [
+        score_answer(record, text, GEOMETRY) for record, text in zip(records, ["red", "red", "3"], strict=True)
+    ]
+    constant = [score_answer(record, "red", GEOMETRY) for record in records[:2]]
+    shuffled = [score_answer(record, "3", GEOMETRY) for record in records]
     rows = summarise(predictions, {"constant": constant, "shuffled": shuffled})
     assert [(row.topic, row.domain, row.score, row.n) for row in rows] == [
         ("", "", pytest.approx(2 / 3), 3),
@@ -121,9 +123,9 @@ def test_summary_worked_by_hand() -> None:
 
 def test_above_means_the_whole_interval() -> None:
     records = [question(str(i), "red") for i in range(20)]
-    right = [judge(record, "red", GEOMETRY) for record in records]
-    half = [judge(record, "red" if i % 2 else "blue", GEOMETRY) for i, record in enumerate(records)]
-    wrong = [judge(record, "blue", GEOMETRY) for record in records]
+    right = [score_answer(record, "red", GEOMETRY) for record in records]
+    half = [score_answer(record, "red" if i % 2 else "blue", GEOMETRY) for i, record in enumerate(records)]
+    wrong = [score_answer(record, "blue", GEOMETRY) for record in records]
     assert summarise(right, {"constant": half})[0].above
     assert summarise(half, {"constant": wrong})[0].above
     assert not summarise(half, {"constant": half})[0].above
@@ -131,7 +133,7 @@ def test_above_means_the_whole_interval() -> None:
 
 def test_unparsed_answers_are_counted() -> None:
     record = Record("0", "rec", (ImageRef("a"),), ((10, 10),), question="it", regions=(Region((0, 0, 5, 5), "it"),))
-    predictions = [judge(record, text, GEOMETRY) for text in ("[0,0,0.5,0.5]", "over there")]
+    predictions = [score_answer(record, text, GEOMETRY) for text in ("[0,0,0.5,0.5]", "over there")]
     row = summarise(predictions)[0]
     assert (row.score, row.n, row.unparsed) == (0.5, 2, 1)
 
@@ -148,7 +150,7 @@ def test_constants_are_the_best_of_each_topic() -> None:
         question("t1", "blue", topic="colour"),
         question("t2", "2", topic="new"),
     ]
-    asked = [judge(record, "", GEOMETRY) for record in tests]
+    asked = [score_answer(record, "", GEOMETRY) for record in tests]
     answered = constant_predictions(asked, {r.key: r for r in tests}, constants, GEOMETRY)
     assert [(p.prediction, p.score) for p in answered[:2]] == [("2", 1), ("red", 0)]
     assert answered[2].prediction == constants["short_vqa", ""]  # a topic that training lacks
@@ -199,7 +201,7 @@ def test_every_task_is_asked_guessed_and_summed_up() -> None:
     assert {task for task, _ in constants} == set(TASKS) - {"text"}
     asked = select(records, 1)
     assert [record.task for record in asked] == [task for task in TASKS if task != "text"]
-    answers = [judge(record, "", GEOMETRY) for record in asked]
+    answers = [score_answer(record, "", GEOMETRY) for record in asked]
     guessed = constant_predictions(answers, {record.key: record for record in records}, constants, GEOMETRY)
     assert [prediction.score for prediction in guessed] == [1] * len(asked)
     rows = summarise(answers, {"constant": guessed})

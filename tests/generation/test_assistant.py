@@ -34,7 +34,8 @@ def saved(path: Path, model: Sphinx, processor: Processor) -> Path:
 def model(model_config: SphinxConfig) -> Sphinx:
     torch.manual_seed(0)
     model = Sphinx(model_config)
-    for parameter in model.decoder.layers.parameters():  # the initial weights would repeat one token
+    # the initial weights would repeat one token
+    for parameter in model.decoder.layers.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.3)
     return model
@@ -51,11 +52,11 @@ def picture() -> Image.Image:
 
 
 def test_every_weight_and_buffer_is_loaded(assistant: Assistant, model: Sphinx) -> None:
-    ours = dict(assistant.model.named_parameters()) | dict(assistant.model.named_buffers())
+    tensors = dict(assistant.model.named_parameters()) | dict(assistant.model.named_buffers())
     theirs = dict(model.named_parameters()) | dict(model.named_buffers())
-    assert ours.keys() == theirs.keys()
+    assert tensors.keys() == theirs.keys()
     for name, value in theirs.items():
-        assert torch.equal(ours[name], value), name
+        assert torch.equal(tensors[name], value), name
 
 
 def test_a_batch_answers_as_each_alone(assistant: Assistant, picture: Image.Image) -> None:
@@ -72,12 +73,12 @@ def test_a_batch_answers_as_each_alone(assistant: Assistant, picture: Image.Imag
 
 def test_streaming_ends_at_the_answer_and_leaves_gradients_on(assistant: Assistant, picture: Image.Image) -> None:
     dialog = Dialog("What is it?", images=[picture])
-    seen = []
+    texts = []
     for (text,) in assistant.stream([dialog], SHORT):
         assert torch.is_grad_enabled()
-        seen.append(text)
-    assert len(seen) > 3
-    assert seen[-1] == assistant.generate([dialog], SHORT)[0]
+        texts.append(text)
+    assert len(texts) > 3
+    assert texts[-1] == assistant.generate([dialog], SHORT)[0]
 
 
 def test_logits_are_those_of_generation(assistant: Assistant, picture: Image.Image) -> None:
@@ -96,8 +97,8 @@ def test_an_image_may_be_a_path_bytes_or_a_picture(assistant: Assistant, picture
     encoded = io.BytesIO()
     picture.save(encoded, format="PNG")
     (tmp_path / "image.png").write_bytes(encoded.getvalue())
-    given = [picture, encoded.getvalue(), tmp_path / "image.png", str(tmp_path / "image.png")]
-    logits = [assistant.compute_logits(Dialog("What is it?", images=[one])) for one in given]
+    pictures = [picture, encoded.getvalue(), tmp_path / "image.png", str(tmp_path / "image.png")]
+    logits = [assistant.compute_logits(Dialog("What is it?", images=[one])) for one in pictures]
     assert all(torch.equal(other, logits[0]) for other in logits[1:])
 
 
@@ -105,7 +106,7 @@ def test_an_image_may_be_a_path_bytes_or_a_picture(assistant: Assistant, picture
     ("image", "message"),
     [("no/such.png", "image_missing"), (b"not one", "image_unreadable"), (b"", "image_unreadable")],
 )
-def test_what_is_no_image_is_refused(assistant: Assistant, image: str | bytes, message: str) -> None:
+def test_other_files_are_refused_as_images(assistant: Assistant, image: str | bytes, message: str) -> None:
     with pytest.raises(UserError, match=message):
         assistant.generate([Dialog("What is it?", images=[image])])
 
@@ -139,7 +140,7 @@ def test_an_answer_that_grows_shows_only_what_is_certain(text: str, shown: str) 
 
 @pytest.fixture
 def skipping(model_config: SphinxConfig) -> Sphinx:
-    """A model with 3 x 3 sub-images that skips those which are padding."""
+    """Return a model with 3 x 3 sub-images that skips sub-images of padding."""
     assert model_config.vision is not None
     size = 3 * model_config.vision.image_size
     vision = dataclasses.replace(model_config.vision, image_size=size, grid=3, skip_padding=True)
@@ -164,12 +165,13 @@ def test_padding_is_skipped_in_training_and_in_answers(
     assert samples[1].length - samples[0].length == 6 * (vision.view_tokens[1] - 1)
 
     collate = Collator(max(sample.length for sample in samples), vision.image_size)
-    for chosen, moves in ((samples, True), (samples[1:], False)):
+    for subset, moves in ((samples, True), (samples[1:], False)):
         skipping.zero_grad()
-        losses = skipping.token_losses(collate([[sample] for sample in chosen]))
+        losses = skipping.token_losses(collate([[sample] for sample in subset]))
         (losses.nll.mean() + losses.extra).backward()
         assert losses.nll.isfinite().all()
-        gradient = skipping.mixer.skip_token.grad  # there in any case, so that all ranks reduce the same
+        # there in any case, so that all ranks reduce the same
+        gradient = skipping.mixer.skip_token.grad
         assert bool(gradient.any()) == moves
     together = skipping.token_losses(collate([[sample] for sample in samples])).nll
     alone = [skipping.token_losses(collate([[sample]])).nll for sample in samples]
@@ -197,7 +199,7 @@ def test_a_picture_is_what_its_file_is(tmp_path: Path) -> None:
             assert open_picture(image).tobytes() == from_file.tobytes()
 
 
-def test_what_is_wrong_with_a_picture_is_said(tmp_path: Path) -> None:
+def test_the_problem_of_a_picture_is_named(tmp_path: Path) -> None:
     huge, page = tmp_path / "huge.png", tmp_path / "page.jpg"
     huge.write_bytes(png_header(9000, 9000))
     page.write_bytes(b"<html>404</html>")

@@ -1,4 +1,4 @@
-"""Beam search beside an exhaustive one, beside transformers', batched as alone."""
+"""Beam search agrees with an exhaustive search and with transformers, and batches do not matter."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def text_model(vocab: int, seed: int) -> Sphinx:
     torch.manual_seed(seed)
     decoder = DecoderConfig(vocab, width=16, layers=2, heads=4, kv_heads=2, ffn_width=32, max_positions=32)
     model = Sphinx(SphinxConfig(decoder=decoder, vision=None)).eval()
-    for parameter in model.parameters():  # sharper than the initial weights, which say nearly the same of every token
+    # sharper than the initial weights, which say nearly the same of every token
+    for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.6)
     return model
@@ -29,7 +30,7 @@ def text_model(vocab: int, seed: int) -> Sphinx:
 
 @torch.no_grad()
 def exhaustive(model: Sphinx, prompt: list[int], limit: int, power: float) -> list[int]:
-    """The best of all answers that end with eos or at the limit."""
+    """Return the best of all answers that end with eos or at the limit."""
     vocab = model.config.decoder.vocab_size
     best: tuple[float, list[int]] = (-float("inf"), [])
     for length in range(1, limit + 1):
@@ -69,7 +70,7 @@ def test_answers_are_those_of_transformers(seed: int, power: float) -> None:
     pytest.importorskip("transformers")
     model = text_model(24, seed)
     ids = torch.randint(3, 24, (3, 5))
-    ours = generate(
+    answers = generate(
         model,
         [Prompt(row) for row in ids.tolist()],
         GenerationConfig(max_new_tokens=10, num_beams=4, length_penalty=power, eos_id=EOS),
@@ -85,7 +86,7 @@ def test_answers_are_those_of_transformers(seed: int, power: float) -> None:
         pad_token_id=0,
     )
     ends = [row.index(EOS) if EOS in row else len(row) for row in out[:, 5:].tolist()]
-    assert ours == [row[:end] for row, end in zip(out[:, 5:].tolist(), ends, strict=True)]
+    assert answers == [row[:end] for row, end in zip(out[:, 5:].tolist(), ends, strict=True)]
 
 
 @pytest.fixture
@@ -109,7 +110,7 @@ def test_one_beam_is_greedy(model: Sphinx, prompts: list[Prompt]) -> None:
 
 def test_a_stop_sequence_ends_an_answer_as_eos_does(model: Sphinx, prompts: list[Prompt]) -> None:
     full = generate(model, prompts[:1], GenerationConfig(max_new_tokens=8, num_beams=3))[0]
-    # With a high power for short answers the first that ends is the best: the same beams, cut.
+    # With a high power for short answers the first one that ends is the best: the same beams, cut.
     config = GenerationConfig(max_new_tokens=8, num_beams=3, length_penalty=-20.0, stop=[full[2:4], [511, 511]])
     assert generate(model, prompts[:1], config)[0] == full[:2]
     ends, stops = (

@@ -1,4 +1,4 @@
-"""Generation: batched as alone, stops, limits, seeds."""
+"""Generation: batches, stop sequences, limits, seeds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""OPERA: penalty and bookkeeping worked by hand; whole answers beside a slow one that reads everything anew."""
+"""OPERA: penalty and bookkeeping by hand, and whole answers beside a slow version that reads
+everything again.
+"""
 
 from __future__ import annotations
 
@@ -54,14 +56,14 @@ def test_the_penalty_is_finite_and_nothing_where_no_token_is_attended_to() -> No
     assert float(over_trust(columns([[0.0]], 50.0), 512)[0]) == 0
 
 
-def test_a_summary_token_is_gone_back_to_once_it_was_one_often_enough() -> None:
+def test_the_search_goes_back_to_a_token_that_was_a_summary_often_enough() -> None:
     search = Retrospection(OperaConfig(threshold=3, max_rollbacks=2, early_tokens=0))
     assert search.target([[0, 1, 1]]) is None
     assert search.target([[0, 1, 1, 2]]) is None  # two of them were 1, but the last one is 2
     history = [0, 1, 1, 0, 1]
     assert search.target([history]) == 2  # the answer's tokens 0 and 1 are kept
     assert search.target([history]) == 2
-    assert search.target([history]) == 1  # after two times, 1 itself is chosen anew
+    assert search.target([history]) == 1  # after two times, 1 itself is chosen again
     assert search.target([history]) == 1
     assert search.target([history]) is None
     assert search.times == {2: 2, 1: 2}
@@ -82,7 +84,7 @@ def test_retrospection_looks_at_its_window_and_not_at_early_tokens() -> None:
     assert Retrospection(OperaConfig(threshold=3, early_tokens=0, window_size=3)).target([history]) is None
     assert Retrospection(OperaConfig(threshold=3, early_tokens=2)).target([history]) is None
     assert Retrospection(OperaConfig(threshold=3, early_tokens=0, max_rollbacks=0)).target([history]) is None
-    # There must be something behind the place to choose anew.
+    # There must be something behind the place to choose again.
     assert Retrospection(OperaConfig(threshold=1, early_tokens=0)).target([[0, 1]]) is None
     assert most_common([3, 1, 3, 1, 2]) == 1
 
@@ -114,7 +116,9 @@ def test_without_penalty_and_retrospection_it_is_beam_search(model: Sphinx, prom
 
 @torch.no_grad()
 def read(model: Sphinx, prompt_1PD: Tensor, answer: list[int]) -> tuple[Tensor, Tensor]:
-    """Logits behind the answer, and the last layer's weights of all positions: the largest of all heads."""
+    """Return the logits after the answer, and the last layer's weights of all positions: the
+    maximum over heads.
+    """
     x = torch.cat([prompt_1PD, model.decoder.embed(torch.tensor([answer], dtype=torch.long))], dim=1)
     length = x.shape[1]
     cache = KVCache(model.config.decoder.layers, length)
@@ -122,13 +126,13 @@ def read(model: Sphinx, prompt_1PD: Tensor, answer: list[int]) -> tuple[Tensor, 
     causal = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
     hidden = model.decoder(x, torch.arange(length)[None], causal, cache)
     assert cache.weights is not None
-    seen = cache.weights[0].amax(0).double()
-    return model.decoder.logits(hidden)[0, -1], seen / seen.sum(-1, keepdim=True)
+    weights = cache.weights[0].amax(0).double()
+    return model.decoder.logits(hidden)[0, -1], weights / weights.sum(-1, keepdim=True)
 
 
 @torch.no_grad()
 def slow(model: Sphinx, prompt: Prompt, given: GenerationConfig) -> tuple[list[int], int]:
-    """OPERA without a cache: the answer, and how often the search went back."""
+    """Run OPERA without a cache. Return the answer, and how often the search went back."""
     opera = given.opera
     assert opera is not None
     search, back = Search(given.max_new_tokens, given), Retrospection(opera)
@@ -136,11 +140,11 @@ def slow(model: Sphinx, prompt: Prompt, given: GenerationConfig) -> tuple[list[i
     ids = torch.tensor([prompt.ids])
     images = ids[0] == IMAGE_SLOT
     x = place_images(model, model.decoder.embed(ids.clamp(min=0)), ids, [prompt])
-    # By length: beams, finished answers, histories, what was chosen and what is not to be chosen again.
+    # By length: beams, finished answers, histories, choices, and choices that are excluded.
     states = [(search.running, search.finished, [[]], [], set())]  # type: ignore[var-annotated]
     while True:
         running, _, histories, chosen, rejected = states[-1]
-        found, grown = [], []
+        answers, grown = [], []
         for beam, hypothesis in enumerate(running):
             logits, _ = read(model, x, list(hypothesis.tokens))
             allowed = logits.clone()
@@ -159,7 +163,7 @@ def slow(model: Sphinx, prompt: Prompt, given: GenerationConfig) -> tuple[list[i
                 if length <= opera.early_tokens:
                     penalty = -float(weights[-1, :start][images].sum())
                 lowered[token] -= opera.penalty_weights * penalty
-            found += [(hypothesis.score + float(lowered.log_softmax(-1)[token]), beam, token) for token in tokens]
+            answers += [(hypothesis.score + float(lowered.log_softmax(-1)[token]), beam, token) for token in tokens]
             grown.append([*histories[beam], most_common(places)])
         target = back.target(grown)
         if target is not None:
@@ -167,31 +171,33 @@ def slow(model: Sphinx, prompt: Prompt, given: GenerationConfig) -> tuple[list[i
             states[target][4].update(states[target][3])
             search.running, search.finished = states[target][:2]
             continue
-        chosen[:] = search.advance(sorted(found, reverse=True)[: search.candidates])
+        chosen[:] = search.advance(sorted(answers, reverse=True)[: search.candidates])
         if search.done:
             return search.best, sum(back.times.values())
         states.append((search.running, search.finished, [grown[beam] for beam, _ in chosen], [], set()))
 
 
 def test_penalties_are_those_of_whole_forward_passes(model: Sphinx, prompts: list[Prompt]) -> None:
-    given = config(4, penalty_weights=5.0, num_attn_candidates=3, max_rollbacks=0, early_tokens=2, damping=0.01)
-    assert generate(model, prompts[:1], given) == [slow(model, prompts[0], given)[0]]
+    options = config(4, penalty_weights=5.0, num_attn_candidates=3, max_rollbacks=0, early_tokens=2, damping=0.01)
+    assert generate(model, prompts[:1], options) == [slow(model, prompts[0], options)[0]]
 
 
 @pytest.mark.parametrize("seed", range(2))
 def test_going_back_takes_another_way_as_without_a_cache(seed: int) -> None:
     model, prompt = text_model(40, seed), Prompt([1, 30, 31])
-    given = config(8, num_attn_candidates=3, early_tokens=0, threshold=3, max_rollbacks=2, damping=1e-3, window_size=5)
-    answer, times = slow(model, prompt, given)
+    options = config(
+        8, num_attn_candidates=3, early_tokens=0, threshold=3, max_rollbacks=2, damping=1e-3, window_size=5
+    )
+    answer, times = slow(model, prompt, options)
     assert times > 1
-    assert generate(model, [prompt], given) == [answer]
+    assert generate(model, [prompt], options) == [answer]
     never = config(8, num_attn_candidates=3, early_tokens=0, max_rollbacks=0, damping=1e-3, window_size=5)
     assert generate(model, [prompt], never) == [slow(model, prompt, never)[0]] != [answer]
 
 
 def test_a_vocabulary_that_is_all_candidates_is_never_used_up() -> None:
-    given = config(6, num_attn_candidates=10, early_tokens=0, threshold=1, max_rollbacks=5)
-    assert len(generate(text_model(8, 0), [Prompt([1])], given)[0]) == 6
+    options = config(6, num_attn_candidates=10, early_tokens=0, threshold=1, max_rollbacks=5)
+    assert len(generate(text_model(8, 0), [Prompt([1])], options)[0]) == 6
 
 
 def test_settings_that_cannot_be_are_one_line() -> None:

@@ -1,4 +1,6 @@
-"""A prefix in the cache: alternatives, rows in another order, and going back, beside passes without a cache."""
+"""A cached prefix with alternatives, reordered rows and rewinding agrees with passes without a
+cache.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,8 @@ def test_alternatives_do_not_see_each_other_and_one_is_kept(sample: Sphinx, pref
     assert close(hidden[0, 2], last(sample, [1, 40, 41, 9]))
     assert close(hidden[1, 1], last(sample, [1, 50, 11]))
     assert prefix.cache.weights is not None
-    weights = prefix.cache.weights[1, :, 1]  # of 11, padded by one position, with 10 and 12 beside it
+    # of 11, padded by one position, with 10 and 12 beside it
+    weights = prefix.cache.weights[1, :, 1]
     assert torch.allclose(weights.sum(-1), torch.ones(6))
     assert float(weights[:, [0, 3, 5]].abs().max()) == 0
     prefix.cache.keep(torch.tensor([2, 1]), 3)

@@ -1,7 +1,8 @@
-"""A chain of small programs instead of trainings: `python -m tests.pipeline.chain FOLDER [redo=NAME] [keep=NAME] ...`.
+"""A chain of small programs that stand in for trainings.
 
-A step adds a line to FOLDER/NAME.runs, does what FOLDER/NAME.does says (fail, wait), and writes what it makes: its
-value and what the steps before it had made.
+`python -m tests.pipeline.chain FOLDER [redo=NAME] [keep=NAME] ...` runs it. A step adds a line to
+FOLDER/NAME.runs and obeys FOLDER/NAME.does (fail, wait). Its product is its value and the products
+of the steps before it.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ NEEDS = {"a": (), "b": ("a",), "side": ("a",), "c": ("b",)}
 
 
 def recipe(folder: Path, values: dict[str, str], redo: str = "", keep: str = "") -> Recipe:
-    """a -> b -> c, and `side` after a."""
+    """Return the chain a -> b -> c, and `side` after a."""
     steps = {}
     for name, needs in NEEDS.items():
         value = values.get(name, "1")

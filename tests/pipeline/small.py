@@ -8,7 +8,9 @@ from tests.cli.test_train import SMALL
 
 
 def small_demo(folder: Path, data: Path) -> list[str]:
-    """Five steps: two trainings, their mixture, a finetune and its evaluation, on sample data that is there."""
+    """Return five steps on existing sample data: two trainings, their mixture, a finetune and its
+    evaluation.
+    """
     return [
         "experiment=demo",
         f"output_dir={folder}",

@@ -1,4 +1,6 @@
-"""What runs, what does not run again, and what is said: chains of small processes, started, broken and killed."""
+"""Chains of small processes are started, broken and killed: which steps run, which are skipped, and
+what is printed.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,7 @@ def run(tmp_path: Path) -> Callable[..., Done]:
 
 
 def runs(folder: Path) -> dict[str, int]:
-    """How often each step has run."""
+    """Return how often each step ran."""
     return {
         name: len((folder / f"{name}.runs").read_text()) if (folder / f"{name}.runs").exists() else 0 for name in NEEDS
     }
@@ -63,17 +65,17 @@ def wait_for(path: Path, seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-def test_a_chain_runs_once_and_says_so(tmp_path: Path, run: Callable[..., Done]) -> None:
+def test_a_chain_runs_once_and_says_that_it_is_done(tmp_path: Path, run: Callable[..., Done]) -> None:
     first = run()
     assert first.returncode == 0, first.stderr
     assert runs(tmp_path) == {"a": 1, "b": 1, "side": 1, "c": 1}
     assert "this is c" in first.stdout
     assert "this is c" in (tmp_path / "pipeline" / "c.log").read_text()
-    again = run()
-    assert again.returncode == 0
+    second = run()
+    assert second.returncode == 0
     assert runs(tmp_path) == {"a": 1, "b": 1, "side": 1, "c": 1}
-    assert "everything is done already" in again.stdout
-    assert again.stdout.rstrip().endswith("this is c")  # what the last step said
+    assert "everything is done already" in second.stdout
+    assert second.stdout.rstrip().endswith("this is c")  # the output of the last step
     assert set(states(tmp_path).values()) == {"done"}
 
 
@@ -99,7 +101,7 @@ def test_a_step_that_writes_nothing_has_failed(tmp_path: Path, run: Callable[...
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_the_step_and_the_next_start_goes_on(
+def test_a_signal_stops_the_step_and_the_next_start_resumes(
     number: signal.Signals, tmp_path: Path, run: Callable[..., Done]
 ) -> None:
     does(tmp_path, "b", "wait")
@@ -116,14 +118,14 @@ def test_a_signal_stops_the_step_and_the_next_start_goes_on(
     assert runs(tmp_path) == {"a": 1, "b": 2, "side": 1, "c": 1}
 
 
-def test_a_killed_pipeline_takes_its_step_along_and_goes_on(tmp_path: Path, run: Callable[..., Done]) -> None:
+def test_a_killed_pipeline_ends_its_step_and_resumes(tmp_path: Path, run: Callable[..., Done]) -> None:
     does(tmp_path, "b", "wait")
     process = start(tmp_path)
     wait_for(tmp_path / "b.runs")
     process.kill()
     process.communicate(timeout=60)
     deadline = time.monotonic() + 30
-    while State(tmp_path / "pipeline").is_locked():  # as long as the step lives
+    while State(tmp_path / "pipeline").is_locked():  # while the step lives
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert states(tmp_path) == {"a": "done", "b": "interrupted"}
@@ -149,27 +151,27 @@ def test_two_pipelines_in_one_folder_are_refused(tmp_path: Path, run: Callable[.
 
 def test_another_configuration_of_a_finished_step_is_refused(tmp_path: Path, run: Callable[..., Done]) -> None:
     assert run().returncode == 0
-    refused = run("b=2")
-    assert refused.returncode == 2
-    assert "step b" in refused.stderr
-    assert "value: 1 -> 2" in refused.stderr
-    assert "redo=b" in refused.stderr
-    assert "keep=b" in refused.stderr
+    refusal = run("b=2")
+    assert refusal.returncode == 2
+    assert "step b" in refusal.stderr
+    assert "value: 1 -> 2" in refusal.stderr
+    assert "redo=b" in refusal.stderr
+    assert "keep=b" in refusal.stderr
     assert runs(tmp_path) == {"a": 1, "b": 1, "side": 1, "c": 1}
-    kept = run("b=2", "keep=b")
-    assert kept.returncode == 0, kept.stderr
+    result = run("b=2", "keep=b")
+    assert result.returncode == 0, result.stderr
     assert runs(tmp_path) == {"a": 1, "b": 1, "side": 1, "c": 1}
-    assert run("b=2").returncode == 0  # it is remembered
+    assert run("b=2").returncode == 0  # the decision is remembered
 
 
-def test_what_needs_a_step_that_was_made_anew_is_made_anew(tmp_path: Path, run: Callable[..., Done]) -> None:
+def test_steps_that_need_a_repeated_step_are_repeated(tmp_path: Path, run: Callable[..., Done]) -> None:
     assert run().returncode == 0
-    redone = run("b=2", "redo=b")
-    assert redone.returncode == 0, redone.stderr
+    repeat = run("b=2", "redo=b")
+    assert repeat.returncode == 0, repeat.stderr
     assert runs(tmp_path) == {"a": 1, "b": 2, "side": 1, "c": 2}
-    assert "stale" in redone.stdout
+    assert "stale" in repeat.stdout
     assert (tmp_path / "c" / "product").read_text().startswith('1 b"2 ')
-    # Made anew, but it came out the same: what was made from it stands.
+    # The step was repeated with the same result, so steps made from it stay.
     assert run("b=2", "redo=side").returncode == 0
     assert runs(tmp_path) == {"a": 1, "b": 2, "side": 2, "c": 2}
 
@@ -184,26 +186,26 @@ def test_a_redo_that_was_interrupted_is_not_forgotten(tmp_path: Path, run: Calla
     assert runs(tmp_path) == {"a": 3, "b": 2, "side": 2, "c": 2}
 
 
-def test_what_others_made_is_neither_used_nor_replaced_unasked(tmp_path: Path, run: Callable[..., Done]) -> None:
+def test_products_of_others_are_neither_used_nor_replaced_by_default(tmp_path: Path, run: Callable[..., Done]) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "product").write_text("by hand")
-    refused = run()
-    assert refused.returncode == 2
-    assert "keep=a" in refused.stderr
+    refusal = run()
+    assert refusal.returncode == 2
+    assert "keep=a" in refusal.stderr
     assert run("keep=a").returncode == 0
     assert runs(tmp_path) == {"a": 0, "b": 1, "side": 1, "c": 1}
     (tmp_path / "a" / "product").write_text("by another hand")
     assert "keep=a" in run().stderr
-    assert run("keep=a").returncode == 0  # what was made from it is stale
+    assert run("keep=a").returncode == 0  # steps made from it are stale
     assert runs(tmp_path) == {"a": 0, "b": 2, "side": 2, "c": 2}
 
 
-def test_what_is_gone_is_made_again(tmp_path: Path, run: Callable[..., Done]) -> None:
+def test_a_missing_product_is_made_again(tmp_path: Path, run: Callable[..., Done]) -> None:
     assert run().returncode == 0
     (tmp_path / "b" / "product").unlink()
     assert states(tmp_path)["b"] == "not started"
     assert run().returncode == 0
-    assert runs(tmp_path) == {"a": 1, "b": 2, "side": 1, "c": 1}  # it came out the same
+    assert runs(tmp_path) == {"a": 1, "b": 2, "side": 1, "c": 1}  # the result is the same
 
 
 def test_on_a_terminal_the_step_has_one_and_its_log_has_none(tmp_path: Path) -> None:
@@ -219,7 +221,7 @@ def test_on_a_terminal_the_step_has_one_and_its_log_has_none(tmp_path: Path) -> 
             "sys.exit(local.run(dataclasses.replace(all, steps={'a': step}), ''))"
         )
         os.execv(sys.executable, [sys.executable, "-c", program])
-    shown = b""
+    output = b""
     while True:
         try:
             block = os.read(ours, 4096)
@@ -227,11 +229,11 @@ def test_on_a_terminal_the_step_has_one_and_its_log_has_none(tmp_path: Path) -> 
             break
         if not block:
             break
-        shown += block
+        output += block
     os.waitpid(pid, 0)
     os.close(ours)
-    assert b"True" in shown
-    assert b"\x1b[31m100 %" in shown
+    assert b"True" in output
+    assert b"\x1b[31m100 %" in output
     log = (tmp_path / "pipeline" / "a.log").read_text()
     assert log.splitlines()[-2:] == ["True", "100 %"]
 
@@ -240,11 +242,14 @@ def test_on_a_terminal_the_step_has_one_and_its_log_has_none(tmp_path: Path) -> 
 def test_a_step_of_several_tasks_of_which_one_failed_has_failed(
     failed: bool, state: str, tmp_path: Path, run: Callable[..., Done]
 ) -> None:
-    """srun ends the other tasks by SIGTERM and says that; what was told to go has noted no failure."""
+    """srun ends the other tasks by SIGTERM and reports that.
+
+    A task that was asked to stop notes no failure.
+    """
     assert run().returncode == 0
-    known = State(tmp_path / "pipeline")
-    known.failure("a").touch()  # of an attempt before
-    known.begin("a")
+    pipeline = State(tmp_path / "pipeline")
+    pipeline.failure("a").touch()  # an earlier attempt failed
+    pipeline.begin("a")
     if failed:
-        known.failure("a").touch()
-    assert known.end("a", 128 + signal.SIGTERM).state == state
+        pipeline.failure("a").touch()
+    assert pipeline.end("a", 128 + signal.SIGTERM).state == state

@@ -1,4 +1,7 @@
-"""What a command line makes of conf/pipeline/: steps, commands, refusals. Nothing runs here."""
+"""The steps, commands and refusals that conf/pipeline/ and a command line give.
+
+No step runs here.
+"""
 
 from __future__ import annotations
 
@@ -24,19 +27,20 @@ def commands(*arguments: str) -> dict[str, str]:
 
 
 def test_the_demo_is_what_the_quickstart_lists() -> None:
-    found = commands("experiment=demo")
-    assert list(found) == [
+    steps = commands("experiment=demo")
+    assert list(steps) == [
         *("data", "pretrain_real", "pretrain_synthetic", "mix", "finetune", "pretrain_synthetic_notext", "evaluate")
     ]
     page = (REPOSITORY / "docs" / "quickstart.md").read_text().replace(" \\\n    ", " ")
-    listed = [line.partition("#")[0].split() for line in page.splitlines() if line.startswith("python ")]
-    # What the pipeline says though it is the default: the recipe, its folders, and how a step goes on.
-    said = {"experiment=demo", "output_dir=outputs/demo", "data.root=data/sample", "--scale", "1"}
-    said |= {"ckpt_path=last", "overwrite=true", "++data.sources.chat=null"}
-    for name, command in found.items():
-        wanted = [word for word in command.split() if word not in said]
-        shown = [[word.strip("'") for word in line[1:]] for line in listed]
-        assert wanted in shown, f"{name}: {wanted}"
+    listings = [line.partition("#")[0].split() for line in page.splitlines() if line.startswith("python ")]
+    # The pipeline writes these although they are defaults: the recipe, its folders, and how a step
+    # resumes.
+    defaults = {"experiment=demo", "output_dir=outputs/demo", "data.root=data/sample", "--scale", "1"}
+    defaults |= {"ckpt_path=last", "overwrite=true", "++data.sources.chat=null"}
+    for name, command in steps.items():
+        words = [word for word in command.split() if word not in defaults]
+        lines = [[word.strip("'") for word in line[1:]] for line in listings]
+        assert words in lines, f"{name}: {words}"
 
 
 def test_sample_full_has_every_stage_without_text_and_asks_after_all() -> None:
@@ -76,7 +80,7 @@ def test_overrides_reach_the_steps_that_they_name_and_the_nearer_one_wins() -> N
     assert not any("clip" in word for word in steps["mix"].command)
 
 
-def test_a_step_that_is_null_is_left_out_and_not_waited_for() -> None:
+def test_a_step_that_is_null_is_omitted() -> None:
     steps = load(["experiment=demo", "steps.data=null", "steps.pretrain_synthetic_notext=null"]).steps
     assert steps["pretrain_real"].needs == ()
     assert steps["evaluate"].needs == ("finetune",)
@@ -122,7 +126,7 @@ def test_an_override_is_given_once_to_a_step_that_is_called_like_its_script() ->
     assert command.count("constant=20") == 1
 
 
-def test_what_is_for_a_step_is_told_by_its_colon() -> None:
+def test_an_override_with_a_colon_is_for_a_step() -> None:
     assert split(["a=b:c", "finetune:~x.y", "train:a=b:c", "launcher.time=1:00:00"]) == (
         ["a=b:c", "launcher.time=1:00:00"],
         [("finetune", "~x.y"), ("train", "a=b:c")],
@@ -134,7 +138,7 @@ WRONG = {
     "an unknown option in a later step": (["finetune:model=sphinx_9b"], "step finetune: "),
     "a value that only the script refuses": (["evaluate:limit=0"], "step evaluate: limit=0"),
     "a part that does not exist": (["finetune:stage.train_parts=[decodr]"], "did you mean 'decoder'"),
-    "weights said twice": (["mix:weights=[0.5,0.5]"], "step mix: weights and beta are both given"),
+    "weights given twice": (["mix:weights=[0.5,0.5]"], "step mix: weights and beta are both given"),
     "no such step": (["fintune:seed=1"], "did you mean 'finetune'"),
     "no such step to redo": (["redo=fintune"], "did you mean 'finetune'"),
     "no such experiment": (["experiment=dmo"], "dmo"),
@@ -143,13 +147,13 @@ WRONG = {
         ["launcher.partition=gpu"],
         "there is no key launcher.partition; known in launcher: grace, kind",
     ),
-    "a time that YAML has made minutes of": (["launcher=slurm", "launcher.time=28800"], "such as 8:00:00"),
+    "a time that YAML turned into minutes": (["launcher=slurm", "launcher.time=28800"], "such as 8:00:00"),
     "a time in words": (["launcher=slurm", "mix:launcher.time=2days"], "step mix: launcher.time=2days"),
-    "an override of a step that is left out": (["steps.mix=null", "mix:beta=0.3"], "left out (steps.mix=null)"),
-    "a step that nothing needs any more": (["steps.finetune.after=[mxi]"], "did you mean 'mix'"),
+    "an override of a step that is left out": (["steps.mix=null", "mix:beta=0.3"], "omitted (steps.mix=null)"),
+    "a need that does not exist": (["steps.finetune.after=[mxi]"], "did you mean 'mix'"),
     "steps in a circle": (["steps.pretrain_real.after=[evaluate]"], "wait for each other"),
     "two steps in one folder": (["pretrain_synthetic_notext:run=pretrain_synthetic"], "both make"),
-    "no model to go on with": (["train:~callbacks.export"], "callbacks.export is missing"),
+    "no model for the next step": (["train:~callbacks.export"], "callbacks.export is missing"),
     "redo and keep": (["redo=mix", "keep=all"], "both name mix"),
     "no number of devices": (["launcher=slurm", "train:trainer.devices=auto"], "trainer.devices=auto"),
 }
@@ -190,7 +194,7 @@ def test_away_from_the_repository_scripts_are_modules(tmp_path: Path, monkeypatc
     assert load(["experiment=demo"]).steps["finetune"].command[1:3] == ("-m", "sphinx_pl.cli.train")
 
 
-def test_help_says_what_there_is() -> None:
+def test_help_names_the_commands() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "sphinx_pl.cli.pipeline", "--help"],
         cwd=REPOSITORY,

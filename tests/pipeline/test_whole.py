@@ -1,4 +1,6 @@
-"""The recipe with real steps: trained, killed in the middle, gone on with, mixed, evaluated; and under ZeRO-3."""
+"""The recipe with real steps, which are trained, killed, resumed, mixed and evaluated; and the
+recipe under ZeRO-3.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,7 @@ def run(*arguments: str) -> tuple[int, str]:
     return process.returncode, out
 
 
-def test_the_recipe_killed_in_its_finetune_goes_on_from_the_checkpoint(tmp_path: Path, sample_data: Path) -> None:
+def test_a_recipe_killed_in_its_finetune_resumes_from_the_checkpoint(tmp_path: Path, sample_data: Path) -> None:
     folder = tmp_path / "out"
     arguments = [*small_demo(folder, sample_data), "finetune:stage.max_steps=300"]
     arguments += ["finetune:callbacks.checkpoint.every_n_steps=3", "finetune:stage.val_every=0"]
@@ -62,7 +64,7 @@ def test_the_recipe_killed_in_its_finetune_goes_on_from_the_checkpoint(tmp_path:
     before = open_checkpoint(folder / "pretrain_real" / "model").identity()
     code, out = run(*arguments)
     assert code == 0, out
-    assert "finetune (running before: goes on from what is there)" in out
+    assert "finetune (running before: resumes)" in out
     assert "resuming from" in out
     assert (folder / "report.html").is_file()
     assert "Results:" in out
@@ -77,7 +79,10 @@ def test_the_recipe_killed_in_its_finetune_goes_on_from_the_checkpoint(tmp_path:
 STEPS = 5
 CLIP = 1.0
 SHARE = 2e-4
-"""Of a tensor's change that may differ; 3e-5 was measured, which is a unit in the last place of a weight near 1."""
+"""The share of a tensor's change that may differ.
+
+The measured share is 3e-5, a unit in the last place of a weight near 1.
+"""
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -91,7 +96,7 @@ def column(folder: Path, name: str) -> list[float]:
 
 
 def shares_of_ranks(checkpoint: Path) -> list[float]:
-    """Of all weights, the share that each of two ranks held."""
+    """Return the share of all weights that each of two ranks holds."""
     files = [SafetensorsFile(checkpoint / file_name(rank, 2)) for rank in range(2)]
     counts = [sum(file.info(key).numel for key in file.keys if key.startswith(f"{WEIGHT}/")) for file in files]
     return [count / sum(counts) for count in counts]
@@ -101,14 +106,17 @@ def shares_of_ranks(checkpoint: Path) -> list[float]:
 def test_the_recipe_on_two_ranks_of_zero3_ends_with_the_weights_of_one_process(
     tmp_path: Path, sample_data: Path
 ) -> None:
-    """Three trainings and a mixture, each from what the one before has made: whatever differs adds up."""
+    """Three trainings and a mixture each start from the result of the one before, so differences
+    add up.
+    """
     engines = {
         "one": ["train:trainer=cpu", "train:trainer.precision=32-true", "steps.evaluate=null"],
         "two": ["train:trainer=zero3_cpu", "train:trainer.devices=2"],
     }
     for name, engine in engines.items():
         options = [f"train:stage.max_steps={STEPS}", "train:stage.rows_per_step=8", f"train:stage.clip={CLIP}"]
-        # The order of the data that two ranks have; an eps above the noise of gradients that are zero but for rounding.
+        # Both runs use the data order of two ranks, and an eps above the noise of gradients that
+        # are zero but for rounding.
         options += ["train:data.mixing.lanes=2", "train:stage.optim.eps=1e-6"]
         demo = small_demo(tmp_path / name, sample_data)
         if "steps.evaluate=null" in engine:
@@ -131,6 +139,6 @@ def test_the_recipe_on_two_ranks_of_zero3_ends_with_the_weights_of_one_process(
     for folder in ("pretrain_real/model", "pretrain_synthetic/model", "mixed", "finetune/model"):
         a, b = weights(one / folder), weights(two / folder)
         changes = {name: float((a[name] - value).norm()) for name, value in start.items()}
-        found = {n: float((a[n] - b[n]).norm()) / change for n, change in changes.items() if change > 1e-6}
-        print(f"{folder}: {max(found.values()):.1e} of a tensor's change differs at most")
+        shares = {n: float((a[n] - b[n]).norm()) / change for n, change in changes.items() if change > 1e-6}
+        print(f"{folder}: {max(shares.values()):.1e} of a tensor's change differs at most")
         check_same(a, b, start, share=SHARE)

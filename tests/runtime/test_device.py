@@ -1,4 +1,4 @@
-"""The keys that say where and how precisely models are evaluated."""
+"""The keys for the device and the precision of evaluation."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from sphinx_pl.runtime.device import autocast, check_precision, choose_device
 from sphinx_pl.utils.errors import UserError
 
 
-def test_auto_takes_what_there_is() -> None:
+def test_auto_takes_a_gpu_if_there_is_one() -> None:
     assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert choose_device("cpu") == torch.device("cpu")
 
 
-def test_the_threads_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    device._tell.cache_clear()
+def test_the_threads_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    device._log_once.cache_clear()
     caplog.set_level("INFO")
     for _ in range(3):
         choose_device("cpu")

@@ -1,4 +1,4 @@
-"""A mistake ends in one line on stderr and exit code 2; anything else in a traceback."""
+"""A mistake ends in one line on stderr and exit code 2. Any other error ends in a traceback."""
 
 from __future__ import annotations
 
@@ -18,19 +18,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from sphinx_pl.cli.chat import ChatConfig
-from sphinx_pl.runtime.hydra_app import (
-    CONFIG_FOLDER,
-    FAILED,
-    TRACEBACK,
-    as_typed,
-    compose_config,
-    entry_point,
-    note_failure,
-    one_line,
-    register_resolvers,
-    take_rest,
-)
-from sphinx_pl.utils.config import escaped, pick
+from sphinx_pl.runtime.command_line import as_typed, take_rest
+from sphinx_pl.runtime.hydra_app import FAILED, TRACEBACK, entry_point, note_failure
+from sphinx_pl.runtime.overrides import compose_config, one_line
+from sphinx_pl.runtime.resolvers import register_resolvers
+from sphinx_pl.utils.config import CONFIG_FOLDER, escaped, pick
 from sphinx_pl.utils.errors import UserError
 from tests.conftest import REPOSITORY
 
@@ -45,20 +37,21 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
         monkeypatch.setattr(sys, "argv", ["script.py", f"hydra.run.dir={tmp_path}", *overrides])
 
     monkeypatch.delenv(TRACEBACK, raising=False)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # set by the entry point: put back after the test
+    # the entry point sets it; it is restored after the test
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     monkeypatch.delenv("HYDRA_FULL_ERROR")
     return arguments
 
 
 @pytest.fixture
 def failure(arguments: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> Run:
-    """The one line with which a main ends."""
+    """The line that a main ends with."""
 
     def failure(main: Callable[[], Any], *overrides: str) -> str:
         arguments(*overrides)
-        with pytest.raises(SystemExit) as stopped:
+        with pytest.raises(SystemExit) as exit_info:
             main()
-        assert stopped.value.code == 2
+        assert exit_info.value.code == 2
         out, err = capsys.readouterr()
         assert out == ""
         [line] = err.splitlines()
@@ -73,10 +66,10 @@ def main_that(does: Callable[[DictConfig], Any]) -> Callable[[], Any]:
 
 
 def test_what_main_gets_is_the_composed_configuration(arguments: Callable[..., None]) -> None:
-    seen: list[DictConfig] = []
+    configs: list[DictConfig] = []
     arguments("beta=0.25", "out=mixed")
-    main_that(seen.append)()
-    [cfg] = seen
+    main_that(configs.append)()
+    [cfg] = configs
     assert (cfg.beta, cfg.out, cfg.method) == (0.25, "mixed", "linear")
 
 
@@ -133,9 +126,9 @@ def test_wrong_overrides_are_answered_by_every_script(failure: Run, script: str,
         ("callbacks=[defalt]", "callbacks=defalt: there is no file callbacks/defalt.yaml; did you mean 'default'?"),
         ("model=null", "model=null: model takes the name of a file in conf/model ("),
         ("seed=1,2", "seed=1,2: for a list write seed=[1,2], for a run with each value add -m"),
-        ("stage", "'stage' is no override: write key=value, without spaces around ="),
-        ("--seed=3", "--seed=3 is no option: write seed=3, without dashes"),
-        ("--seed", "--seed is no option: write seed=VALUE, without dashes"),
+        ("stage", "'stage' is not an override: write key=value, without spaces around ="),
+        ("--seed=3", "--seed=3 is not an option: write seed=3, without dashes"),
+        ("--seed", "--seed is not an option: write seed=VALUE, without dashes"),
         ("name=me (1)", "name=me (1): Hydra cannot read this value; as text it is"),
     ],
 )
@@ -144,18 +137,18 @@ def test_what_hydra_cannot_read_is_answered_with_what_to_write(failure: Run, ove
 
 
 def test_what_is_advised_for_a_text_is_that_text() -> None:
-    with pytest.raises(OverrideParseException) as refused:
+    with pytest.raises(OverrideParseException) as error_info:
         compose_config(CONFIG_FOLDER, "train", [f"name={(text := 'it`s (1) #2')}"])
-    advice = one_line(refused.value).partition("as text it is ")[2]
+    advice = one_line(error_info.value).partition("as text it is ")[2]
     assert compose_config(CONFIG_FOLDER, "train", shlex.split(advice)).name == text
 
 
 @pytest.mark.parametrize(("script", "key"), [("train", "output_dir"), ("evaluate", "hydra.run.dir")])
 def test_a_folder_that_cannot_be_made_is_one_line(failure: Run, script: str, key: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    said = failure(importlib.import_module(f"sphinx_pl.cli.{script}").main, f"hydra.run.dir={tmp_path}/file/run")
+    message = failure(importlib.import_module(f"sphinx_pl.cli.{script}").main, f"hydra.run.dir={tmp_path}/file/run")
     assert (
-        said
+        message
         == f"the folder '{tmp_path}/file/run' cannot be made (Not a directory): choose another one with {key}=FOLDER"
     )
 
@@ -179,9 +172,9 @@ def test_ctrl_c_is_one_word_and_the_exit_code_of_a_shell(
         raise KeyboardInterrupt
 
     arguments()
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as exit_info:
         main_that(main)()
-    assert stopped.value.code == 130
+    assert exit_info.value.code == 130
     assert capsys.readouterr().err == "interrupted\n"
 
 
@@ -210,7 +203,8 @@ def test_micro_batches_follow_from_the_rows_of_a_step_and_the_ranks() -> None:
 
 
 def test_a_cpu_computes_in_bf16_where_it_has_the_instructions() -> None:
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # PyTorch's own question
+    # PyTorch's own test
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     assert composed("trainer=cpu").trainer.precision == ("bf16-mixed" if native else "32-true")
     assert composed("trainer=ddp").trainer.precision == composed("trainer=gpu").trainer.precision == "bf16-mixed"
     assert composed("trainer=cpu", "trainer.precision=bf16-mixed").trainer.precision == "bf16-mixed"
@@ -276,8 +270,8 @@ def test_what_people_type_is_taken_as_it_is(key: str, text: str) -> None:
 
 
 def test_paths_may_be_interpolations_and_lists_stay_lists() -> None:
-    given = ["checkpoints=[a,b]", "out=mixed, ${beta} (1)", "beta=0.5", "base=null", "curve_dir='a b'"]
-    cfg = compose_config(CONFIG_FOLDER, "mix_weights", as_typed("mix_weights", [*given[:1], *given[2:]]))
+    overrides = ["checkpoints=[a,b]", "out=mixed, ${beta} (1)", "beta=0.5", "base=null", "curve_dir='a b'"]
+    cfg = compose_config(CONFIG_FOLDER, "mix_weights", as_typed("mix_weights", [*overrides[:1], *overrides[2:]]))
     assert (list(cfg.checkpoints), cfg.base, cfg.curve_dir) == (["a", "b"], None, "a b")
     assert as_typed("mix_weights", ["out=mixed_${beta}"]) == ["out=mixed_${beta}"]
     assert as_typed("evaluate", sweep := ["-m", "checkpoint=a,b"]) == sweep
@@ -299,16 +293,16 @@ def test_paths_may_be_interpolations_and_lists_stay_lists() -> None:
     ],
 )
 def test_the_rest_of_the_command_line_is_the_question(words: list[str], question: str) -> None:
-    given = take_rest(["checkpoint=x", "generation.seed=1", *words], "question", ["checkpoint", "image"])
-    assert given == ["checkpoint=x", "generation.seed=1", f"question={question}"]
+    line = take_rest(["checkpoint=x", "generation.seed=1", *words], "question", ["checkpoint", "image"])
+    assert line == ["checkpoint=x", "generation.seed=1", f"question={question}"]
 
 
 def test_options_and_misspelt_keys_are_no_question() -> None:
-    for given in (["--cfg", "job"], ["checkpoint=x", "imge=cat.jpg"], ["checkpoint=x"], ["+generation.x=1", "--help"]):
-        assert take_rest(given, "question", ["image"]) == given
-    with pytest.raises(UserError, match=r"image=cat\.jpg stands behind the question"):
+    for line in (["--cfg", "job"], ["checkpoint=x", "imge=cat.jpg"], ["checkpoint=x"], ["+generation.x=1", "--help"]):
+        assert take_rest(line, "question", ["image"]) == line
+    with pytest.raises(UserError, match=r"image=cat\.jpg follows the question"):
         take_rest(["What", "is", "this?", "image=cat.jpg"], "question", ["image"])
-    with pytest.raises(UserError, match="give one of them"):
+    with pytest.raises(UserError, match="give only one of them"):
         take_rest(["question=a", "b?"], "question", ["image"])
 
 

@@ -1,4 +1,6 @@
-"""Ranks as each starter's environment tells them, and what else has such variables without being several processes."""
+"""Ranks as each starter's environment describes them, and similar environments of single
+processes.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,7 @@ def _bare(monkeypatch: pytest.MonkeyPatch) -> None:
             "MASTER_PORT",
         ):
             monkeypatch.delenv(name)
-    for name in ("MASTER_ADDR", "MASTER_PORT"):  # what a test sets is gone after it
+    for name in ("MASTER_ADDR", "MASTER_PORT"):  # so that what a test sets is removed after it
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
 
@@ -64,11 +66,16 @@ def test_a_task_of_srun(monkeypatch: pytest.MonkeyPatch) -> None:
     assert this_process() == Processes("srun", rank=4, world_size=6, local_rank=1, per_node=3)
     assert this_process().nodes == 2
     assert not first_process()
-    found = cluster_environment()
-    assert found.creates_processes_externally
-    assert (found.global_rank(), found.world_size(), found.local_rank(), found.node_rank()) == (4, 6, 1, 1)
-    assert found.main_address == "gpu07"
-    assert not found.auto_requeue  # type: ignore[attr-defined]
+    cluster = cluster_environment()
+    assert cluster.creates_processes_externally
+    assert (
+        cluster.global_rank(),
+        cluster.world_size(),
+        cluster.local_rank(),
+        cluster.node_rank(),
+    ) == (4, 6, 1, 1)
+    assert cluster.main_address == "gpu07"
+    assert not cluster.auto_requeue  # type: ignore[attr-defined]
 
 
 def test_steps_of_one_job_and_neighbouring_jobs_use_different_ports(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +90,9 @@ def test_steps_of_one_job_and_neighbouring_jobs_use_different_ports(monkeypatch:
 
 
 def test_an_interactive_job_s_step_counts_whatever_the_job_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`salloc` and then `srun -n 6 python train.py`: Lightning would take each task for a run of its own."""
+    """After `salloc` and `srun -n 6 python train.py`, Lightning alone would take each task for a
+    run of its own.
+    """
     environment(monkeypatch, STEP | {"SLURM_JOB_NAME": "interactive"})
     assert this_process().world_size == 6
     assert cluster_environment().world_size() == 6
@@ -95,7 +104,8 @@ def test_an_interactive_job_s_step_counts_whatever_the_job_is_called(monkeypatch
         # A shell in an allocation, and a batch script that does not use srun.
         {"SLURM_NTASKS": "6", "SLURM_JOB_ID": "812", "SLURM_JOB_NAME": "train"},
         {"SLURM_NTASKS": "6", "SLURM_JOB_ID": "812", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"},
-        STEP | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},  # one task, which may start others itself
+        # one task, which may start others itself
+        STEP | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},
         STEP | {"SLURM_PTY_PORT": "4711", "SLURM_PROCID": "0"},  # a shell of `srun --pty`
     ],
 )
@@ -117,7 +127,7 @@ def test_torchrun_counts_in_a_slurm_task_too(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(("local", "node", "first"), [("0", "0", True), ("1", "0", False), ("0", "1", False)])
-def test_those_that_lightning_starts(monkeypatch: pytest.MonkeyPatch, local: str, node: str, first: bool) -> None:
+def test_processes_that_lightning_starts(monkeypatch: pytest.MonkeyPatch, local: str, node: str, first: bool) -> None:
     environment(monkeypatch, {"LOCAL_RANK": local, "NODE_RANK": node})
     assert first_process() is first
     assert this_process().starter == ""
@@ -129,7 +139,7 @@ def test_nodes_with_different_numbers_of_tasks_are_refused(monkeypatch: pytest.M
         this_process()
 
 
-def test_the_trainer_follows_what_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_trainer_follows_the_started_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     environment(monkeypatch, STEP)
     trainer = OmegaConf.create({"devices": 1})
     OmegaConf.set_struct(trainer, True)
@@ -153,24 +163,24 @@ PRINT_THREADS = "import sphinx_pl.runtime.ranks as p, torch; print(p.share_cores
 
 
 def threads(per_node: str = "", **environment: str) -> list[str]:
-    """What a process of its own says and does: OpenMP reads its environment once."""
-    ours = {"OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
-    inherited = {key: value for key, value in os.environ.items() if key not in ours and not key.startswith("SLURM_")}
+    """Return the output of a separate process, since OpenMP reads its environment only once."""
+    names = {"OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
+    inherited = {key: value for key, value in os.environ.items() if key not in names and not key.startswith("SLURM_")}
     command = [sys.executable, "-c", PRINT_THREADS.format(per_node)]
-    done = subprocess.run(command, cwd=REPOSITORY, env=inherited | environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    process = subprocess.run(command, cwd=REPOSITORY, env=inherited | environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return process.stdout.splitlines()
 
 
-def test_threads_that_wait_sleep_soon_unless_the_user_says_otherwise() -> None:
+def test_waiting_threads_sleep_soon_unless_the_user_sets_another_policy() -> None:
     cores = usable_cores()
-    said, count = threads(per_node=str(2 * cores))  # more processes than cores
-    start, _, spins = said.rstrip(")").partition("=")
+    line, count = threads(per_node=str(2 * cores))  # more processes than cores
+    start, _, spins = line.rstrip(")").partition("=")
     assert start == f"1 CPU thread on {cores} core{'' if cores == 1 else 's'} (GOMP_SPINCOUNT"
     assert int(spins) in {sphinx_pl.SPINS_ALONE, sphinx_pl.SPINS_BESIDE}
     assert count == "1"
-    said, count = threads(str(2 * cores), OMP_NUM_THREADS=str(cores), OMP_WAIT_POLICY="ACTIVE")
-    assert said.endswith(f"(OMP_NUM_THREADS={cores}, OMP_WAIT_POLICY=ACTIVE)")
+    line, count = threads(str(2 * cores), OMP_NUM_THREADS=str(cores), OMP_WAIT_POLICY="ACTIVE")
+    assert line.endswith(f"(OMP_NUM_THREADS={cores}, OMP_WAIT_POLICY=ACTIVE)")
     assert count == str(cores)
 
 

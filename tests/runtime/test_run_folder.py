@@ -1,4 +1,6 @@
-"""The folder of a run: one run at a time, and nothing lost, wherever a run that replaces another ends."""
+"""A run folder holds one run at a time, and loses no file whenever a run that replaces another one
+ends.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from typing import Any
 import pytest
 
 from sphinx_pl.runtime import run_folder
-from sphinx_pl.runtime.run_folder import AGAIN, BEFORE, LOCK, Holder, RunFolder, RunLog
+from sphinx_pl.runtime.run_folder import AGAIN, BEFORE, RunFolder
+from sphinx_pl.runtime.run_lock import LOCK, Holder, RunLock
+from sphinx_pl.runtime.run_log import RunLog
 from sphinx_pl.utils.errors import UserError
 from tests.conftest import REPOSITORY
 from tests.runtime.test_slurm import commands
@@ -44,7 +48,7 @@ def write(folder: Path, files: dict[str, str]) -> None:
 
 
 def content(folder: Path) -> dict[str, str]:
-    """All files, and their text."""
+    """Return the text of all files by name."""
     return {str(path.relative_to(folder)): path.read_text() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
@@ -55,19 +59,19 @@ def run(tmp_path: Path) -> RunFolder:
 
 
 def begin(run: RunFolder, after: int) -> None:
-    """As train.py does, up to the first step."""
+    """Prepare a run as train.py does before its first step."""
     run.replace(after)
     write(run.path, {"config.yaml": "new", "metrics.csv": "new", ".hydra/config.yaml": "new", "hparams.yaml": "new"})
     write(run.path, {f"predictions/step-{max(after, 0)}.html": "new"} if after < 0 else {})
 
 
-# --- what is replaced
+# --- replaced files
 
 
 @pytest.mark.parametrize("after", [-1, 2, 4])
 def test_a_run_that_saves_nothing_leaves_what_was_there(run: RunFolder, after: int) -> None:
     begin(run, after)
-    assert not (run.path / "model").exists()  # the next stage would start from it while a newer run trains
+    assert not (run.path / "model").exists()  # else the next stage would start from it
     assert run.settle()
     assert content(run.path) == FILES
     assert not run.settle()
@@ -103,7 +107,10 @@ def test_a_resumed_run_replaces_what_is_newer(run: RunFolder) -> None:
 def test_a_kill_at_any_moment_loses_nothing(
     run: RunFolder, after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every rename, copy and deletion in turn is the last thing that a run does; then another one settles."""
+    """Each rename, copy and deletion in turn is the last action of a run.
+
+    Then another run settles the folder.
+    """
     original = tmp_path / "original"
     shutil.copytree(run.path, original)
     calls = 0
@@ -120,14 +127,14 @@ def test_a_kill_at_any_moment_loses_nothing(
         return call
 
     def whole() -> None:
-        """Begins, saves a checkpoint, saves a model."""
+        """Begin a run, save a checkpoint, save a model."""
         begin(run, after)
         for name in ("checkpoints/step-00000003/state.pt", "model/config.json"):
             write(run.path, {name: "new"})
             run.saved()
 
     ended = False
-    seen = set()
+    outcomes = set()
     while not ended:
         last += 1
         shutil.rmtree(run.path)
@@ -143,7 +150,7 @@ def test_a_kill_at_any_moment_loses_nothing(
                 ended = True
             except KeyboardInterrupt:
                 pass
-            # The one that settles is killed as well, at each of its steps.
+            # The settling run is killed as well, at each of its steps.
             for step in range(1, 40):
                 calls, last_before, last = 0, last, step
                 try:
@@ -153,18 +160,18 @@ def test_a_kill_at_any_moment_loses_nothing(
                     continue
                 finally:
                     last = last_before
-        found = content(run.path)
-        saved = found.get("checkpoints/step-00000003/state.pt") == "new"
-        seen.add(saved)
+        files = content(run.path)
+        saved = files.get("checkpoints/step-00000003/state.pt") == "new"
+        outcomes.add(saved)
         if saved:
-            model = [name for name in ("model", BEFORE) if f"{name}/config.json" in found]
-            assert len(model) == 1, found
-            assert found["config.yaml"] == "new"
-            assert "checkpoints/step-00000004/state.pt" not in found
-            assert not any(run_folder.ASIDE in name for name in found)
+            model = [name for name in ("model", BEFORE) if f"{name}/config.json" in files]
+            assert len(model) == 1, files
+            assert files["config.yaml"] == "new"
+            assert "checkpoints/step-00000004/state.pt" not in files
+            assert not any(run_folder.ASIDE in name for name in files)
         else:
-            assert found == FILES
-    assert seen == {True, False}
+            assert files == FILES
+    assert outcomes == {True, False}
 
 
 def test_a_full_disk_while_things_are_moved_puts_them_back(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,14 +188,14 @@ def test_the_log_of_a_refused_command_is_not_written(tmp_path: Path) -> None:
     path = tmp_path / "train.log"
     path.write_text("old\n")
     log = RunLog(str(path))
-    say = lambda text: log.handle(logging.LogRecord("a", logging.INFO, "", 0, text, None, None))  # noqa: E731
-    say("one")
+    write_message = lambda text: log.handle(logging.LogRecord("a", logging.INFO, "", 0, text, None, None))  # noqa: E731
+    write_message("one")
     assert path.read_text() == "old\n"
     log.start()
-    say("two")
+    write_message("two")
     assert path.read_text() == "old\none\ntwo\n"
     log.undo()
-    say("three")
+    write_message("three")
     assert path.read_text() == "old\n"
 
 
@@ -203,7 +210,7 @@ def test_what_a_run_reads_is_found_in_what_it_replaces(run: RunFolder) -> None:
 
 
 def hold(folder: Path, **changes: Any) -> None:
-    """The lock of a process that differs from this one in `changes`."""
+    """Write the lock of a process that differs from this one in `changes`."""
     (folder / LOCK).write_text(json.dumps(asdict(replace(Holder.this(), **changes))))
 
 
@@ -215,74 +222,72 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_second_run_is_told_of_the_first_one_s_process_and_host(folder: Path) -> None:
-    first = RunFolder(folder / "run")
-    first.enter()
-    held = (folder / "run" / LOCK).read_text()
+    first = RunLock(folder / "run")
+    first.acquire()
+    content = (folder / "run" / LOCK).read_text()
     with pytest.raises(UserError, match=rf"in use by process {os.getpid()} on {os.uname().nodename}.*run=NAME"):
-        RunFolder(folder / "run").enter()
-    assert (folder / "run" / LOCK).read_text() == held
-    first.leave()
-    assert not (folder / "run").exists()  # nothing was written to it
-    RunFolder(folder / "run").enter()
+        RunLock(folder / "run").acquire()
+    assert (folder / "run" / LOCK).read_text() == content
+    first.release()
+    assert not (folder / "run").exists()  # the run wrote nothing to it
+    RunLock(folder / "run").acquire()
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "file").touch()
     with pytest.raises(UserError, match=r"cannot write to this folder .*choose another output_dir"):
-        RunFolder(folder / "file" / "run").enter()
+        RunLock(folder / "file" / "run").acquire()
 
-    def refuse(path: Path, *_: Any, **__: Any) -> None:  # of a read-only disk even where there is nothing to delete
+    # a read-only disk even refuses to delete nothing
+    def refuse(path: Path, *_: Any, **__: Any) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
     monkeypatch.setattr(Path, "write_text", refuse)
     monkeypatch.setattr(Path, "unlink", refuse)
     with pytest.raises(UserError, match=r"cannot write to this folder \(Read-only file system\)"):
-        RunFolder(folder).enter()
+        RunLock(folder).acquire()
 
 
 def test_the_lock_of_a_copied_folder_may_be_deleted(folder: Path) -> None:
     hold(folder)
     with pytest.raises(UserError, match=rf"if this is a copy of its folder, delete {folder / LOCK}"):
-        RunFolder(folder).enter()
+        RunLock(folder).acquire()
     (folder / LOCK).write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="a process that the lock does not name"):
-        RunFolder(folder).enter()
+        RunLock(folder).acquire()
 
 
 def test_the_lock_of_a_killed_process_is_taken_over(folder: Path) -> None:
-    code = (
-        f"import os; from sphinx_pl.runtime.run_folder import *; RunFolder(Path({str(folder)!r})).enter(); os._exit(9)"
-    )
+    code = f"import os; from sphinx_pl.runtime.run_lock import *; RunLock(Path({str(folder)!r})).acquire(); os._exit(9)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 9
     assert (folder / LOCK).exists()
-    run = RunFolder(folder)
-    run.enter()
+    RunLock(folder).acquire()
     assert json.loads((folder / LOCK).read_text())["pid"] == os.getpid()
     assert [path.name for path in folder.iterdir()] == [LOCK]
 
 
 def test_a_process_that_has_another_s_number_is_not_taken_for_it(folder: Path) -> None:
     hold(folder, start="1")
-    RunFolder(folder).enter()
+    RunLock(folder).acquire()
 
 
 def test_a_boot_of_the_same_machine_ends_its_processes(folder: Path) -> None:
     hold(folder, boot="another", machine=Holder.this().machine or "m")
     if Holder.this().machine:
-        RunFolder(folder).enter()
+        RunLock(folder).acquire()
     else:  # two machines may have one name
         with pytest.raises(UserError, match="cannot tell"):
-            RunFolder(folder).enter()
+            RunLock(folder).acquire()
 
 
 @pytest.mark.parametrize("changes", [{"host": "another"}, {"space": "another"}, {"machine": "another", "boot": "b"}])
 def test_what_this_host_cannot_know_is_refused_with_a_way_out(folder: Path, changes: dict[str, str]) -> None:
     hold(folder, **changes)
     with pytest.raises(UserError, match=rf"cannot tell.*delete {folder / LOCK}"):
-        RunFolder(folder).enter()
+        RunLock(folder).acquire()
     (folder / LOCK).write_text("{")  # cut short, or of another version
     with pytest.raises(UserError, match=r"does not name.*delete"):
-        RunFolder(folder).enter()
+        RunLock(folder).acquire()
 
 
 @pytest.mark.parametrize(
@@ -306,34 +311,34 @@ def test_the_scheduler_says_whether_a_job_on_another_host_has_ended(
     hold(folder, host="another", job="7")
     if answer:
         with pytest.raises(UserError, match=answer):
-            RunFolder(folder).enter()
+            RunLock(folder).acquire()
     else:
-        RunFolder(folder).enter()
+        RunLock(folder).acquire()
 
 
 def test_a_job_that_slurm_starts_again_takes_its_own_lock_over(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hold(folder, host="another", job="7")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setenv("PATH", str(folder))  # nobody to ask
+    monkeypatch.setenv("PATH", str(folder))  # there is no squeue
     with pytest.raises(UserError, match="cannot tell"):
-        RunFolder(folder).enter()  # a second command in the same allocation
+        RunLock(folder).acquire()  # a second command in the same allocation
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    RunFolder(folder).enter()
+    RunLock(folder).acquire()
 
 
 def test_a_lock_is_given_back_by_its_process_alone(folder: Path) -> None:
-    run = RunFolder(folder)
-    run.enter()
-    hold(folder, host="another")  # somebody has deleted it, and another run has taken the folder
-    run.leave()
+    lock = RunLock(folder)
+    lock.acquire()
+    hold(folder, host="another")  # somebody deleted the lock, and another run took the folder
+    lock.release()
     assert (folder / LOCK).exists()
 
 
-def test_a_pipeline_that_makes_a_step_anew_asks_for_a_new_run(run: RunFolder) -> None:
+def test_a_pipeline_that_repeats_a_step_asks_for_a_new_run(run: RunFolder) -> None:
     (run.path / AGAIN).touch()
     begin(run, -1)
     assert run.settle()
-    assert (run.path / AGAIN).exists()  # nothing was saved, so it is still to be done
+    assert (run.path / AGAIN).exists()  # nothing was saved, so the request stays
     begin(run, -1)
     write(run.path, {"checkpoints/step-00000001/state.pt": "new"})
     run.saved()

@@ -1,4 +1,7 @@
-"""Which job came back to its run folder, and what is asked of SLURM; the commands are stood in for by scripts."""
+"""A job that comes back to its run folder, and requests to SLURM.
+
+Scripts stand in for SLURM's commands.
+"""
 
 from __future__ import annotations
 
@@ -51,13 +54,13 @@ def commands(folder: Path, state: str, scontrol: str) -> Path:
 
 def test_a_running_job_is_requeued_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    asked = commands(tmp_path, "RUNNING", "exit 0")
+    requests = commands(tmp_path, "RUNNING", "exit 0")
     assert slurm.requeue() == ""
-    assert asked.read_text() == "requeue 7\n"
-    asked = commands(tmp_path, "COMPLETING", "exit 0")  # cancelled, or at its end: to requeue it would undo a scancel
-    asked.unlink()
+    assert requests.read_text() == "requeue 7\n"
+    requests = commands(tmp_path, "COMPLETING", "exit 0")  # requeueing it would undo a scancel
+    requests.unlink()
     assert slurm.requeue() == "its state is COMPLETING"
-    assert not asked.exists()
+    assert not requests.exists()
     commands(tmp_path, "RUNNING", "echo 'Job can not be requeued' >&2; exit 1")
     assert slurm.requeue() == "Job can not be requeued"
 

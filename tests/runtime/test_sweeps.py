@@ -1,4 +1,4 @@
-"""A point of a sweep as a command of its own."""
+"""A point of a sweep runs as its own command."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from sphinx_pl.runtime import sweeps
-from sphinx_pl.runtime.hydra_app import CONFIG_FOLDER, _refuse_options
+from sphinx_pl.runtime.command_line import refuse_options
+from sphinx_pl.runtime.hydra_app import CONFIG_FOLDER
 from sphinx_pl.utils.errors import UserError
 from tests.conftest import REPOSITORY
 
@@ -37,7 +38,7 @@ def test_a_point_is_named_by_what_is_swept(tmp_path: Path) -> None:
     OmegaConf.save(
         {"hydra": {"overrides": {"task": ["stage=finetune", "stage.optim.lr=1e-4,3e-4"]}}}, tmp_path / "multirun.yaml"
     )
-    point = ["stage=finetune", "stage.optim.lr=0.0003", "seed=1"]  # the seed by a sweeper's own parameters
+    point = ["stage=finetune", "stage.optim.lr=0.0003", "seed=1"]  # a sweeper set the seed
     assert sweeps.point_name(hydra(*point, folder=tmp_path)) == "stage.optim.lr=0.0003 seed=1"
     assert sweeps.point_name(hydra(*point, folder=tmp_path, sweeping=False)) == ""
 
@@ -80,13 +81,13 @@ def test_which_points_need_a_process_of_their_own(monkeypatch: pytest.MonkeyPatc
 def test_a_point_s_value_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     with sweeps.value_file() as path:
         assert sweeps.read_value(path) is None
-        sweeps.leave_value(1.5)  # not a point: nowhere to leave it
+        sweeps.leave_value(1.5)  # no effect, since this is not a point
         monkeypatch.setenv(sweeps.VALUE, str(path))
         sweeps.leave_value(1 / 3)
         assert sweeps.read_value(path) == 1 / 3
 
 
-def test_a_signal_goes_on_to_the_point(tmp_path: Path) -> None:
+def test_a_signal_is_passed_on_to_the_point(tmp_path: Path) -> None:
     ready = tmp_path / "ready"
     code = f"""
 import sys, time
@@ -116,19 +117,19 @@ sys.exit(128 + signals.received())
 
 def test_a_machine_without_slurm_is_named_in_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "train.py", "-m", "hydra/launcher=slurm", "stage.optim.lr=1e-4,2e-4"]
-    done = subprocess.run(
+    process = subprocess.run(
         [*command, f"output_dir={tmp_path}"],
         cwd=REPOSITORY,
         env={**os.environ, "PATH": str(tmp_path)},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 2
-    [line] = (done.stdout + done.stderr).splitlines()
+    assert process.returncode == 2
+    [line] = (process.stdout + process.stderr).splitlines()
     assert line.startswith("error: hydra/launcher=slurm: this machine has no sbatch or no srun; start the sweep on a")
 
 
-def test_overrides_on_both_sides_of_an_option_are_named() -> None:
-    with pytest.raises(UserError, match="hydra/launcher=slurm stands behind an option: write options such as -m"):
-        _refuse_options(["stage=finetune", "-m", "hydra/launcher=slurm"])
-    _refuse_options(["-m", "stage=finetune", "hydra/launcher=slurm"])
+def test_overrides_on_both_sides_of_an_option_are_refused() -> None:
+    with pytest.raises(UserError, match="hydra/launcher=slurm follows an option: write options such as -m"):
+        refuse_options(["stage=finetune", "-m", "hydra/launcher=slurm"])
+    refuse_options(["-m", "stage=finetune", "hydra/launcher=slurm"])

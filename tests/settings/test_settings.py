@@ -1,4 +1,4 @@
-"""Every key is read or refused, in files as on the command line; every number has bounds."""
+"""Every key is read or refused, in files as on the command line, and every number has bounds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sphinx_pl.cli.data import composed as composed_for_data
 from sphinx_pl.pipeline.recipe import compose_pipeline
-from sphinx_pl.runtime.hydra_app import CONFIG_FOLDER, check_packages, compose_config, explain_override, one_line
+from sphinx_pl.runtime.overrides import CONFIG_FOLDER, check_packages, compose_config, explain_override, one_line
 from sphinx_pl.settings.evaluate import check_evaluate
 from sphinx_pl.settings.mix_weights import check_mix
 from sphinx_pl.settings.train import TRAINER_OURS, TRAINER_WORKS, StageConfig, check_train, stage_keys
@@ -40,20 +40,22 @@ TRAIN = composed("train", "trainer=cpu")
 
 
 def refusal(script: str, changes: str) -> str:
-    """What is said of a configuration with changes in YAML, as an experiment file would make them."""
+    """Return the error of a configuration with changes in YAML, as an experiment file would make
+    them.
+    """
     base = TRAIN.copy() if script == "train" else composed(script)
     OmegaConf.set_struct(base, False)  # as a file may add keys
     cfg = OmegaConf.merge(base, OmegaConf.create(changes))
     assert isinstance(cfg, DictConfig)
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as error_info:
         CHECKS[script](cfg)
-    assert "\n" not in str(refused.value)
-    return str(refused.value)
+    assert "\n" not in str(error_info.value)
+    return str(error_info.value)
 
 
 @pytest.mark.parametrize("stage", ["pretrain_real", "finetune", "one_stage"])
 @pytest.mark.parametrize("experiment", ["none", "demo", "sample_full"])
-def test_what_is_shipped_is_read(stage: str, experiment: str) -> None:
+def test_shipped_configurations_are_read(stage: str, experiment: str) -> None:
     check_train(composed("train", f"stage={stage}", f"experiment={experiment}"))
 
 
@@ -74,7 +76,7 @@ def test_optional_keys_and_shipped_choices_are_read(overrides: list[str]) -> Non
 
 
 @pytest.mark.parametrize("script", ["evaluate", "mix_weights"])
-def test_other_scripts_read_what_is_shipped(script: str) -> None:
+def test_other_scripts_read_the_shipped_configurations(script: str) -> None:
     CHECKS[script](composed(script))
     CHECKS[script](composed(script, "data=paper"))
 
@@ -125,7 +127,7 @@ def test_an_unknown_key_of_a_file_is_refused_with_the_nearest(changes: str, wron
         ("data: {packing: null}", "data.packing is missing"),
     ],
 )
-def test_what_else_is_refused(changes: str, words: str) -> None:
+def test_other_refusals(changes: str, words: str) -> None:
     assert words in refusal("train", changes)
 
 
@@ -228,7 +230,9 @@ def test_the_keys_of_a_stage_are_those_of_its_class() -> None:
         ("train", "data/mixtur=own", "did you mean data/mixture?"),
         ("evaluate", "limt=3", "there is no key limt: did you mean limit?"),
         ("evaluate", "generation.temprature=1", "did you mean generation.temperature?"),
-        ("evaluate", "lean.strenght=1", "did you mean lean.strength?"),
+        ("evaluate", "reweighting.strenght=1", "did you mean reweighting.strength?"),
+        ("evaluate", "lean.strength=1", "did you mean reweighting.strength?"),  # its earlier name
+        ("mix_weights", "criterion=score", "did you mean objective?"),  # likewise
         ("mix_weights", "options.densty=1", "options.densty: method=linear has no such option"),
         ("mix_weights", "data.packing.row_lenght=5", "did you mean data.packing.row_length?"),
     ],
@@ -236,9 +240,9 @@ def test_the_keys_of_a_stage_are_those_of_its_class() -> None:
 def test_an_override_of_no_key_names_the_nearest(script: str, override: str, words: str) -> None:
     with pytest.raises(Exception, match="Could not override") as raised:
         composed(script, override)
-    found = explain_override(raised.value, CONFIG_FOLDER, script, [override], CHECKS[script])
-    assert found is not None
-    assert words in str(found)
+    error = explain_override(raised.value, CONFIG_FOLDER, script, [override], CHECKS[script])
+    assert error is not None
+    assert words in str(error)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +254,7 @@ def test_an_override_of_no_key_names_the_nearest(script: str, override: str, wor
         ("data=5", "a single key of it is set with data.KEY=VALUE"),
     ],
 )
-def test_a_choice_that_is_no_file_names_those_that_are(choice: str, words: str) -> None:
+def test_a_choice_without_a_file_names_the_files(choice: str, words: str) -> None:
     with pytest.raises((UserError, HydraException)) as refused:
         composed("train", choice)
     assert words in one_line(refused.value)
@@ -284,20 +288,20 @@ def test_a_required_key_that_is_missing_is_named_once() -> None:
         ("trainer: {precision: foo}", "trainer.precision=foo must be one of: "),
     ],
 )
-def test_what_is_instantiated_gets_values_of_its_types(changes: str, words: str) -> None:
+def test_instances_get_values_of_their_types(changes: str, words: str) -> None:
     assert words in refusal("train", changes)
 
 
-def test_a_key_that_is_left_out_has_its_default() -> None:
+def test_an_omitted_key_has_its_default() -> None:
     cfg = composed("train", "~metric", "~overwrite", "trainer=cpu")
     check_train(cfg)
     assert (cfg.metric, cfg.overwrite) == ("val/loss", False)
 
 
 def test_the_keys_of_a_section_are_named_without_it() -> None:
-    said = refusal("train", "model: {decoder: {zzz: 1}}")
-    assert "there is no key model.decoder.zzz; known in model.decoder: balance_weight, experts," in said
-    assert len(said) < 300
+    message = refusal("train", "model: {decoder: {zzz: 1}}")
+    assert "there is no key model.decoder.zzz; known in model.decoder: balance_weight, experts," in message
+    assert len(message) < 300
     assert refusal("train", "trainer: {zzz: 1}").endswith(", ...")
 
 
@@ -326,7 +330,7 @@ def test_nothing_near_is_no_suggestion() -> None:
         ("debug", "_global_", ""),
     ],
 )
-def test_a_file_without_its_package_line_is_told_so(tmp_path: Path, group: str, package: str, header: str) -> None:
+def test_a_file_without_its_package_line_is_refused(tmp_path: Path, group: str, package: str, header: str) -> None:
     file = tmp_path / group / "mine.yaml"
     file.parent.mkdir(parents=True)
     hydra = OmegaConf.create(

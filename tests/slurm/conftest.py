@@ -1,4 +1,4 @@
-"""A SLURM that answers, which may be one machine; where there is none its tests are skipped."""
+"""A running SLURM, which may be a single machine. Without it these tests are skipped."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import pytest
 def running_slurm() -> None:
     if shutil.which("sbatch") is None:
         pytest.skip("no sbatch on PATH: these tests need a SLURM")
-    done = subprocess.run(["sinfo", "--noheader"], capture_output=True, text=True, timeout=60)
-    if done.returncode:
-        pytest.skip(f"sbatch is there but SLURM does not answer: {done.stderr.strip()}")
+    process = subprocess.run(["sinfo", "--noheader"], capture_output=True, text=True, timeout=60)
+    if process.returncode:
+        pytest.skip(f"sbatch is there but SLURM does not answer: {process.stderr.strip()}")
 
 
 def command(*words: str) -> str:
-    """What one of SLURM's commands prints."""
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
-    return done.stdout.strip()
+    """Return the output of one of SLURM's commands."""
+    process = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    return process.stdout.strip()
 
 
 def until(condition: Callable[[], object], seconds: float, what: str) -> None:

@@ -1,4 +1,6 @@
-"""The recipe as a chain of jobs on a running SLURM, with one step failing once, and with one that is pre-empted."""
+"""The recipe as a chain of jobs on a running SLURM, with a step that fails once, and one that is
+pre-empted.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,8 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(1200), pytest.mark.usefixtur
 
 
 def start(*arguments: str) -> tuple[int, str]:
-    """The pipeline's exit code and what it prints."""
-    done = subprocess.run(
+    """Return the pipeline's exit code and its output."""
+    process = subprocess.run(
         [sys.executable, "-m", "sphinx_pl.cli.pipeline", *arguments],
         cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -31,13 +33,13 @@ def start(*arguments: str) -> tuple[int, str]:
         timeout=300,
         check=False,
     )
-    return done.returncode, done.stdout + done.stderr
+    return process.returncode, process.stdout + process.stderr
 
 
 def run(*arguments: str) -> str:
-    code, said = start(*arguments)
-    assert code == 0, said
-    return said
+    code, output = start(*arguments)
+    assert code == 0, output
+    return output
 
 
 def states(folder: Path) -> dict[str, str]:
@@ -45,7 +47,7 @@ def states(folder: Path) -> dict[str, str]:
 
 
 def wait(folder: Path, seconds: float = 900) -> dict[str, str]:
-    """Until nothing waits or runs."""
+    """Wait until no job waits or runs."""
     until(lambda: not {"waiting", "running"} & set(states(folder).values()), seconds, "the chain")
     return states(folder)
 
@@ -54,7 +56,7 @@ def jobs(folder: Path) -> dict[str, str]:
     return {line.step: line.job for line in status.look(State(folder / "pipeline"))}
 
 
-def test_a_chain_of_jobs_whose_step_fails_once_goes_on(tmp_path: Path, sample_data: Path) -> None:
+def test_a_chain_of_jobs_resumes_after_a_failed_step(tmp_path: Path, sample_data: Path) -> None:
     folder, data = tmp_path / "out", tmp_path / "data"
     shutil.copytree(sample_data, data)
     hidden = data / "instructions" / "train-ocr.json"
@@ -72,12 +74,12 @@ def test_a_chain_of_jobs_whose_step_fails_once_goes_on(tmp_path: Path, sample_da
         assert "train-ocr.json" in (folder / "pipeline" / "finetune.log").read_text()
         first = jobs(folder)
         (tmp_path / "hidden").rename(hidden)
-        said = run(*arguments)
-        assert "pretrain_real: done" in said
-        assert "finetune: job" in said
-        again = run(*arguments)  # what is in the queue is not submitted twice
-        assert "finetune: job" in again
-        assert "failed before" not in again
+        output = run(*arguments)
+        assert "pretrain_real: done" in output
+        assert "finetune: job" in output
+        repetition = run(*arguments)  # a queued job is not submitted twice
+        assert "finetune: job" in repetition
+        assert "failed before" not in repetition
         assert set(wait(folder).values()) == {"done"}
         second = jobs(folder)
         assert {name for name in first if first[name] != second[name]} == {"finetune", "evaluate"}
@@ -86,7 +88,7 @@ def test_a_chain_of_jobs_whose_step_fails_once_goes_on(tmp_path: Path, sample_da
         slurm.cancel(State(folder / "pipeline"))
 
 
-def test_a_step_that_is_requeued_keeps_what_waits_for_it(tmp_path: Path, sample_data: Path) -> None:
+def test_jobs_still_depend_on_a_requeued_step(tmp_path: Path, sample_data: Path) -> None:
     folder = tmp_path / "out"
     arguments = [a for a in small_demo(folder, sample_data) if not a.startswith(("mix:", "evaluate:"))]
     arguments += [f"steps.{name}=null" for name in ("mix", "finetune", "evaluate")]
@@ -100,8 +102,9 @@ def test_a_step_that_is_requeued_keeps_what_waits_for_it(tmp_path: Path, sample_
         command("scancel", "--signal=USR2", job)
         until(lambda: slurm.queue()[job].state == "PENDING", 120, "the requeue")
         assert states(folder) == {"pretrain_real": "waiting", "pretrain_synthetic": "waiting"}
-        assert not (folder / "pretrain_real" / "model").exists(), "told too late to test anything"
-        command("scontrol", "update", f"JobId={job}", "StartTime=now")  # else SLURM waits two minutes
+        assert not (folder / "pretrain_real" / "model").exists(), "signalled too late to test anything"
+        # else SLURM waits two minutes
+        command("scontrol", "update", f"JobId={job}", "StartTime=now")
         until(lambda: states(folder)["pretrain_real"] == "running", 120, "the job's return")
         assert states(folder)["pretrain_synthetic"] == "waiting"
         assert wait(folder) == {"pretrain_real": "done", "pretrain_synthetic": "done"}
@@ -109,7 +112,7 @@ def test_a_step_that_is_requeued_keeps_what_waits_for_it(tmp_path: Path, sample_
     finally:
         slurm.cancel(State(folder / "pipeline"))
     log = (folder / "pretrain_real" / "train.log").read_text()
-    assert f"job {job} was requeued: going on with the run in" in log
+    assert f"job {job} was requeued: resuming the run in" in log
     assert "resuming from" in log
     first, second = (State(folder / "pipeline").read(name) for name in before)
     assert first is not None
@@ -117,18 +120,18 @@ def test_a_step_that_is_requeued_keeps_what_waits_for_it(tmp_path: Path, sample_
     assert first.ended is not None
     assert second.started is not None
     assert first.ended <= second.started
-    made = open_checkpoint(folder / "pretrain_real" / "model")
-    assert made.provenance["steps"] == 16
+    model = open_checkpoint(folder / "pretrain_real" / "model")
+    assert model.provenance["steps"] == 16
     [parent] = open_checkpoint(folder / "pretrain_synthetic" / "model").provenance["parents"]
-    assert parent["sha256"] == made.identity()["sha256"]
+    assert parent["sha256"] == model.identity()["sha256"]
 
 
 def test_a_chain_of_which_slurm_refuses_a_job_is_not_submitted(tmp_path: Path, sample_data: Path) -> None:
     before = slurm.queue()
     arguments = [*small_demo(tmp_path / "out", sample_data), "launcher=slurm", "evaluate:launcher.partition=nowhere"]
-    code, said = start(*arguments)
+    code, output = start(*arguments)
     assert code == 2
-    line = said.splitlines()[-1]
+    line = output.splitlines()[-1]
     assert line.startswith("error: step evaluate: sbatch ")
     assert "nowhere" in line
     assert "nothing is submitted" in line
@@ -142,9 +145,9 @@ def test_a_job_that_waits_for_the_wrong_one_is_replaced(tmp_path: Path, sample_d
     try:
         run(*arguments)
         first = jobs(folder)
-        code, said = start(*[a for a in arguments if not a.startswith("launcher")])
+        code, output = start(*[a for a in arguments if not a.startswith("launcher")])
         assert code == 2  # the same steps here, at the same time
-        assert f"has jobs in SLURM's queue ({', '.join(first.values())})" in said
+        assert f"has jobs in SLURM's queue ({', '.join(first.values())})" in output
         run(*arguments, "finetune:stage.optim.lr=1e-4")
         second = jobs(folder)
         assert {name for name in first if first[name] != second[name]} == {"finetune", "evaluate"}

@@ -1,5 +1,8 @@
-"""On a real SLURM, which may be one machine: a sweep of two jobs with two tasks each under ZeRO-3, one of them
-pre-empted; the three ways to start a run, under every engine."""
+"""Tests on a running SLURM, which may be a single machine.
+
+One is a sweep of two jobs with two tasks each under ZeRO-3, one of them pre-empted. The other
+compares the three ways to start a run, under every engine.
+"""
 
 from __future__ import annotations
 
@@ -24,15 +27,18 @@ STEPS = 60
 
 @pytest.fixture
 def environment() -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
-    return kept | {"OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
+    variables = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+    return variables | {"OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
 
 
 @pytest.fixture
 def start(
     environment: dict[str, str], tmp_path: Path, sample_data: Path
 ) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """`start(override, ...)` begins a sweep; its jobs end with the test."""
+    """Return a function that begins a sweep with the given overrides.
+
+    Its jobs end with the test.
+    """
     started: list[subprocess.Popen[str]] = []
     name = f"test-{os.getpid()}-{time.monotonic_ns()}"
 
@@ -70,7 +76,7 @@ def logs(folder: Path) -> str:
 def test_a_sweep_whose_job_is_preempted_continues_it_exactly(
     start: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
-    # Both points train the same, so the one that is left alone says what the other one should have got.
+    # Both points train the same, so the undisturbed one shows what the other must reach.
     sweep = start(
         "trainer=zero3_cpu",
         "hydra.launcher.tasks_per_node=2",
@@ -91,19 +97,20 @@ def test_a_sweep_whose_job_is_preempted_continues_it_exactly(
     command("scancel", "--signal=USR2", job)
     until(lambda: "PENDING" in command("squeue", "--noheader", "--jobs", job, "--format", "%T"), 120, "the requeue")
     [saved] = checkpoints(first / "checkpoints")
-    assert not (first / "model").exists(), "told too late to test anything"
+    assert not (first / "model").exists(), "signalled too late to test anything"
     command("scontrol", "update", f"JobId={job}", "StartTime=now")  # else SLURM waits two minutes
     until(lambda: sweep.poll() is not None, 400, "the sweep")
     assert sweep.returncode == 0, logs(tmp_path)
 
-    said = (tmp_path / "sweep.log").read_text()
+    output = (tmp_path / "sweep.log").read_text()
     assert (
-        f"job {job}: point 0 (callbacks.checkpoint.keep=1); log: {first.parent}/.submitit/{job}/{job}_0_log.out" in said
+        f"job {job}: point 0 (callbacks.checkpoint.keep=1); log: {first.parent}/.submitit/{job}/{job}_0_log.out"
+        in output
     )
-    assert "point 1 (callbacks.checkpoint.keep=2) is done" in said
+    assert "point 1 (callbacks.checkpoint.keep=2) is done" in output
     log = (first / "train.log").read_text()
-    assert f"SIGUSR2: step {step_of(saved)} is saved; job {job} is requeued and will go on from there" in log
-    assert f"job {job} was requeued: going on with the run in {first}" in log
+    assert f"SIGUSR2: step {step_of(saved)} is saved; job {job} is requeued and will resume from there" in log
+    assert f"job {job} was requeued: resuming the run in {first}" in log
     assert f"resuming from {saved}" in log
     assert "point callbacks.checkpoint.keep=1" in log
     assert "point callbacks.checkpoint.keep=2" in (second / "train.log").read_text()
@@ -116,7 +123,7 @@ def test_a_sweep_whose_job_is_preempted_continues_it_exactly(
     runs = [path.name for path in (first / "wandb").glob("offline-run-*")]
     assert len(runs) == 2
     assert all(name.endswith(identity.strip()) for name in runs)
-    # Two ranks: the first writes, the other has written nothing of its own.
+    # Of two ranks only the first writes a log.
     assert sorted(path.name for path in first.glob("*.log")) == ["train.log"]
 
 
@@ -139,10 +146,10 @@ def test_points_that_fail_are_named_and_the_others_are_waited_for(
     sweep = start("stage.max_steps=1", "stage.optim.lr=1e-3,abc")
     until(lambda: sweep.poll() is not None, 300, "the sweep")
     assert sweep.returncode == 2
-    said = (tmp_path / "sweep.log").read_text()
-    assert "point 0 (stage.optim.lr=0.001) is done" in said
-    [job, log] = re.findall(r"point 1 \(stage.optim.lr=abc\) failed: see the log of job (\d+_1): (.*)\n", said)[0]
-    assert said.splitlines()[-1].startswith("error: point 1 (stage.optim.lr=abc) failed")
+    output = (tmp_path / "sweep.log").read_text()
+    assert "point 0 (stage.optim.lr=0.001) is done" in output
+    [job, log] = re.findall(r"point 1 \(stage.optim.lr=abc\) failed: see the log of job (\d+_1): (.*)\n", output)[0]
+    assert output.splitlines()[-1].startswith("error: point 1 (stage.optim.lr=abc) failed")
     assert "error: stage.optim.lr: Value 'abc'" in Path(log).read_text()
     state = command("sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={job}", "--format=State")
     assert state in ("FAILED", "")  # empty: this SLURM keeps no accounts
@@ -160,9 +167,9 @@ def test_srun_and_torchrun_and_lightning_give_the_same_losses(
         "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *script],
         "lightning": [sys.executable, *script, "trainer.devices=2"],
     }
-    found = {}
+    results = {}
     for name, words in starters.items():
-        done = subprocess.run(
+        process = subprocess.run(
             [*words, f"output_dir={tmp_path / name}"],
             cwd=REPOSITORY,
             env=environment,
@@ -170,11 +177,11 @@ def test_srun_and_torchrun_and_lightning_give_the_same_losses(
             text=True,
             timeout=280,
         )
-        assert done.returncode == 0, done.stdout + done.stderr
-        found[name] = losses(tmp_path / name)
+        assert process.returncode == 0, process.stdout + process.stderr
+        results[name] = losses(tmp_path / name)
         run_folder = tmp_path / name / "pretrain_real"
         assert "devices: 2" in (run_folder / "config.yaml").read_text()
         assert [path.name for path in run_folder.glob("*.log")] == ["train.log"]
         assert (run_folder / "train.log").read_text().count(f"pretrain_real in {run_folder}") == 1
-    assert found["srun"] == found["torchrun"] == found["lightning"]
-    assert len(found["srun"]) == 5
+    assert results["srun"] == results["torchrun"] == results["lightning"]
+    assert len(results["srun"]) == 5

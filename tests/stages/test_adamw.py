@@ -1,4 +1,4 @@
-"""AdamW with bf16 moments: what is lost by rounding, and what stochastic rounding keeps."""
+"""AdamW with bf16 moments: what rounding loses, and what stochastic rounding keeps."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_a_rounded_value_is_a_neighbour_and_right_in_the_mean() -> None:
     assert torch.equal(out.view(7, -1)[5:].unique(), torch.tensor([0.0, 1.0], dtype=torch.bfloat16)), "already bf16"
 
 
-def test_what_is_not_finite_stays_so() -> None:
+def test_numbers_that_are_not_finite_stay_so() -> None:
     values = torch.tensor([torch.inf, -torch.inf, torch.nan]).repeat(1000)
     out = torch.empty_like(values, dtype=torch.bfloat16)
     round_stochastically(values, out, torch.Generator().manual_seed(0))
@@ -36,7 +36,7 @@ def test_what_is_not_finite_stays_so() -> None:
 def train(weight: nn.Parameter, optimizer: torch.optim.Optimizer, steps: int, seed: int = 0) -> torch.Tensor:
     torch.manual_seed(seed)
     for _ in range(steps):
-        # Wandering around a slope: both moments matter.
+        # The weights wander around a slope, so both moments matter.
         weight.grad = (weight.detach().float() - 3 + torch.randn(weight.shape)).to(weight.dtype)
         optimizer.step()
     return weight.detach().float().clone()
@@ -66,7 +66,8 @@ def test_bf16_weights_take_steps_that_are_small_beside_them() -> None:
     ends = {}
     for kind in (torch.optim.AdamW, AdamWBf16):
         weight = nn.Parameter(torch.ones(10_000, dtype=torch.bfloat16))
-        optimizer = kind([weight], lr=1e-4, weight_decay=0.0)  # a hundredth of a unit of the last bit
+        # a hundredth of a unit of the last bit
+        optimizer = kind([weight], lr=1e-4, weight_decay=0.0)
         for _ in range(100):
             weight.grad = torch.ones_like(weight)
             optimizer.step()
@@ -75,7 +76,7 @@ def test_bf16_weights_take_steps_that_are_small_beside_them() -> None:
     assert ends[AdamWBf16] == pytest.approx(0.99, abs=3e-4)
 
 
-def test_a_run_that_goes_on_is_the_run_that_went_on() -> None:
+def test_a_resumed_run_equals_the_uninterrupted_run() -> None:
     weight = nn.Parameter(torch.randn(50, 7))
     optimizer = AdamWBf16([weight], **OPTIONS)  # type: ignore[arg-type]
     train(weight, optimizer, 3)

@@ -1,4 +1,4 @@
-"""Losses and targets by task and by source: of the samples that a step was made of, on however many ranks."""
+"""Losses and targets by task and by source count the samples of a step, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.stages.test_stage import ALL, OPTIM, datamodule, trainer
 
 
 def expected(processor: Processor, folder: Path, lanes: int) -> dict[str, float]:
-    """What the first step of two micro-batches of four rows logs: each sample alone through the model."""
+    """Return what the first step of two micro-batches of four rows logs, from each sample alone."""
     data = datamodule(processor, folder, rows=8)
     data.mixing.lanes = lanes
     samples = [sample for micro in data.planner().plan() for row in micro.rows for sample in row]
@@ -52,10 +52,10 @@ def test_every_task_and_source_has_its_loss_and_its_targets(
     trainer(tmp_path, max_steps=1, accumulate_grad_batches=2, logger=logger, **options).fit(stage, data)
     with (tmp_path / "metrics.csv").open(newline="") as file:
         (row,) = [row for row in csv.DictReader(file) if row["train/loss"]]
-    found = {key: float(value) for key, value in row.items() if key.startswith(("train/loss_", "train/targets_"))}
-    assert found == pytest.approx(expected(processor, sample_data, lanes=ranks), rel=1e-4)
-    targets = {key: value for key, value in found.items() if key.startswith("train/targets_source/")}
-    total = sum(found[key.replace("targets", "loss")] * count for key, count in targets.items())
+    metrics = {key: float(value) for key, value in row.items() if key.startswith(("train/loss_", "train/targets_"))}
+    assert metrics == pytest.approx(expected(processor, sample_data, lanes=ranks), rel=1e-4)
+    targets = {key: value for key, value in metrics.items() if key.startswith("train/targets_source/")}
+    total = sum(metrics[key.replace("targets", "loss")] * count for key, count in targets.items())
     assert float(row["train/loss"]) == pytest.approx(total / sum(targets.values()), rel=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""A mixture with an end: training stops when every source has been read, on all ranks together."""
+"""With a finite mixture, training stops on all ranks together when every source has been read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.stages.test_stage import ALL, OPTIM, trainer
 
 
 class Keys(L.Callback):
-    """Writes down what was trained on."""
+    """Writes down the keys that were trained on."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -34,7 +34,8 @@ class Keys(L.Callback):
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_every_sample_is_trained_on_once(processor: Processor, sample_data: Path, tmp_path: Path, ranks: int) -> None:
-    # Documents of very different lengths, so that the ranks come to their ends in different steps.
+    # The documents have very different lengths, so that the ranks reach their ends in different
+    # steps.
     texts = [json.dumps({"text": "word " * (3 + 40 * (i % 7 == 0))}) + "\n" for i in range(31)]
     (tmp_path / "text.jsonl").write_text("".join(texts))
     sources = {
@@ -45,12 +46,12 @@ def test_every_sample_is_trained_on_once(processor: Processor, sample_data: Path
     stage = Stage(tiny_model(), "test", ALL, OPTIM, max_steps=10_000)
     options: dict[str, Any] = {"strategy": "ddp_fork", "devices": 2, "use_distributed_sampler": False}
     trainer(tmp_path, max_steps=10_000, callbacks=[Keys(tmp_path)], **(options if ranks == 2 else {})).fit(stage, data)
-    seen = Counter(key for path in tmp_path.glob("keys-*.txt") for key in path.read_text().split("\n")[:-1])
+    counts = Counter(key for path in tmp_path.glob("keys-*.txt") for key in path.read_text().split("\n")[:-1])
     expected = {
         f"{name}/{stream.source.record(i).key}"
         for name, stream in data.planner().mixture.streams.items()
         for i in range(len(stream.source))
     }
-    assert set(seen) == expected
-    assert set(seen.values()) == {1}
+    assert set(counts) == expected
+    assert set(counts.values()) == {1}
     assert len(list(tmp_path.glob("keys-*.txt"))) == ranks

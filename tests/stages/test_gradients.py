@@ -1,4 +1,4 @@
-"""Norms of gradients: their values, and what they take while they are computed."""
+"""Norms of gradients: their values, and the memory of their computation."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from sphinx_pl.stages import gradients
 
 
 def parameter(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = True) -> nn.Parameter:
-    made = nn.Parameter(torch.zeros(shape, dtype=dtype))
-    made.grad = torch.randn(shape).to(dtype) if grad else None
-    return made
+    result = nn.Parameter(torch.zeros(shape, dtype=dtype))
+    result.grad = torch.randn(shape).to(dtype) if grad else None
+    return result
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -44,8 +44,11 @@ def test_a_gradient_that_is_not_finite_makes_the_norm_so() -> None:
     assert by_part["projections"] < float("inf")
 
 
-def test_copies_of_gradients_are_there_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a bf16 or offloaded gradient DeepSpeed gives a float32 copy on the device; 13B's take 52 GB together."""
+def test_copies_of_gradients_exist_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a bf16 or offloaded gradient DeepSpeed returns a float32 copy on the device.
+
+    Those of 13B take 52 GB together.
+    """
     alive: list[weakref.ref[Tensor]] = []
     most = 0
 

@@ -1,4 +1,6 @@
-"""A run goes on with another number of ranks: its lanes are in the checkpoint, and no sample is lost or repeated."""
+"""A run resumes with another number of ranks: its lanes are in the checkpoint, and no sample is
+lost or repeated.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ def data(processor: Processor, folder: Path, ranks: int, lanes: int | None = Non
 
 
 def fit(module: DataModule, folder: Path, ranks: int, steps: int, resume: Path | None = None) -> list[str]:
-    """Trains up to step `steps`; returns the keys that all ranks trained on."""
+    """Train up to step `steps`, and return the keys that all ranks trained on."""
     keys = folder / f"{ranks}-ranks-to-{steps}"
     keys.mkdir(parents=True)
     torch.manual_seed(0)
@@ -46,10 +48,10 @@ def fit(module: DataModule, folder: Path, ranks: int, steps: int, resume: Path |
 def test_two_ranks_then_one_then_two(processor: Processor, sample_data: Path, tmp_path: Path) -> None:
     straight = tmp_path / "straight"
     expected = [fit(data(processor, sample_data, 1, lanes=2), straight / str(n), 1, n) for n in (3, 6, 9)]
-    found: list[str] = []
+    used_keys: list[str] = []
     for ranks, steps, whole in ((2, 3, expected[0]), (1, 6, expected[1]), (2, 9, expected[2])):
-        resume = checkpoints(tmp_path / "checkpoints")[-1] if found else None
-        found += fit(data(processor, sample_data, ranks), tmp_path, ranks, steps, resume)
-        assert sorted(found) == whole
+        resume = checkpoints(tmp_path / "checkpoints")[-1] if used_keys else None
+        used_keys += fit(data(processor, sample_data, ranks), tmp_path, ranks, steps, resume)
+        assert sorted(used_keys) == whole
     state = Pieces(checkpoints(tmp_path / "checkpoints")[-1]).state()["DataModule"]
     assert sorted(state["planner"]["lanes"]) == ["0", "1"]

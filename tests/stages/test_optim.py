@@ -1,4 +1,4 @@
-"""The schedule's numbers, worked by hand, and which parameters decay."""
+"""The schedule's numbers, computed by hand, and the parameters that decay."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from tests.conftest import tiny_model
 
 def test_warmup_cosine_and_floor() -> None:
     factor = warmup_cosine(OptimConfig(lr=1e-3, min_lr=1e-4, warmup=4), max_steps=12)
-    # Five rises to the peak at step 4, then 0.1 + 0.9 (1 + cos(pi k / 8)) / 2 for k = 0 .. 8.
+    # There are five rises to the peak at step 4, then 0.1 + 0.9 (1 + cos(pi k / 8)) / 2 for k = 0
+    # .. 8.
     golden = {0: 0.2, 1: 0.4, 2: 0.6, 3: 0.8, 4: 1.0, 6: 0.868198, 8: 0.55, 10: 0.231802, 12: 0.1, 13: 0.1, 99: 0.1}
     assert {step: factor(step) for step in golden} == pytest.approx(golden, abs=1e-6)
 

@@ -1,4 +1,6 @@
-"""Two ranks give the update of one: the window's weight is summed, and a rank without images runs the same modules."""
+"""Two ranks give the update of one: the step's weight is summed, and a rank without images runs the
+same modules.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ def fit(data: DataModule, tmp_path: Path, **options: Any) -> Stage:
 
 
 def images_by_rank(data: DataModule) -> list[tuple[int, int]]:
-    """Images that each of two ranks has in each window."""
+    """Return the images of each of two ranks in each step."""
     planners = [data.planner(rank=rank, world_size=2) for rank in (0, 1)]
     windows = zip(*([p.plan() for _ in range(STEPS)] for p in planners), strict=True)
     return [tuple(sum(len(s.images) for row in w[0].rows for s in row) for w in ws) for ws in windows]  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""A stage's loss, its windows and what it trains; on the real model, made tiny."""
+"""A stage's loss, its steps and the parts that it trains, on the real model made tiny."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def trainer(tmp_path: Path, **options: Any) -> L.Trainer:
 def fit(processor: Processor, folder: Path, tmp_path: Path, rows: int, accumulate: int, weighting: str) -> Stage:
     torch.manual_seed(0)
     stage = Stage(tiny_model(), "test", ALL, OPTIM, max_steps=3, val_names=["real", "text"])
-    # Plain SGD: unlike Adam it does not hide a loss that is off by a factor.
+    # Unlike Adam, plain SGD does not hide a loss that is wrong by a factor.
     stage.configure_optimizers = lambda: torch.optim.SGD(stage.parameters(), lr=0.1)  # type: ignore[method-assign]
     data = datamodule(processor, folder, rows, weighting=weighting)
     trainer(tmp_path, max_steps=3, accumulate_grad_batches=accumulate).fit(stage, data)
@@ -168,19 +168,19 @@ def test_released_weights_are_checked_before_anything_is_built(
 
 def records_of_every_task(folder: Path) -> dict[str, list[Record]]:
     source = build_source("instructions", "tasks", str(folder / "instructions/train-*.json"))
-    found: dict[str, list[Record]] = {name: [] for name in TASKS}
+    records: dict[str, list[Record]] = {name: [] for name in TASKS}
     for i in range(len(source)):
         record = source.record(i)
-        if len(found[record.task]) < 2:
-            found[record.task].append(record)
+        if len(records[record.task]) < 2:
+            records[record.task].append(record)
     captions = build_source("image_text", "real", str(folder / "real/train-*.tar"))
-    found["caption"] = [captions.record(0), captions.record(1)]
+    records["caption"] = [captions.record(0), captions.record(1)]
     text = build_source("text", "text", str(folder / "text/train.jsonl"))
-    found["text"] = [text.record(0), text.record(1)]
-    # The sample data has no records of the other tasks: they are made of what it has.
+    records["text"] = [text.record(0), text.record(1)]
+    # The sample data has no records of the other tasks, so they are made from its records.
     for task, (origin, fields) in DERIVED.items():
-        found[task] = [dataclasses.replace(record, task=task, **fields) for record in found[origin]]
-    return found
+        records[task] = [dataclasses.replace(record, task=task, **fields) for record in records[origin]]
+    return records
 
 
 DERIVED: dict[str, tuple[str, dict[str, str]]] = {

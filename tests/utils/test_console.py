@@ -1,4 +1,4 @@
-"""Tables of any width."""
+"""Tests of tables at every width."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def printed(table: Table, width: int) -> str:
 
 
 def cells(table: Table) -> list[str]:
-    """Of the columns that hold numbers, row by row."""
+    """Return the cells of the columns that hold numbers, column by column."""
     columns = [list(column.cells) for column in table.columns if column.justify == "right"]
     return [str(cell) for column in columns for cell in column]
 
@@ -44,19 +44,19 @@ def cells(table: Table) -> list[str]:
     ids=["mixture", "what trains"],
 )
 def test_no_number_is_cut_at_any_width(table: Table, width: int) -> None:
-    shown = printed(table, width)
-    lines = shown.splitlines()
+    output = printed(table, width)
+    lines = output.splitlines()
     assert max(map(len, lines)) <= width
-    found = [cell.strip() for line in lines for cell in re.split("[│┃]", line)]
+    printed_cells = [cell.strip() for line in lines for cell in re.split("[│┃]", line)]
     for cell in cells(table):
-        assert cell in found
+        assert cell in printed_cells
     for column in table.columns:
-        assert str(column.header) in found
-    assert "…" not in shown
+        assert str(column.header) in printed_cells
+    assert "…" not in output
     names = "".join(cell for line in lines for cell in re.findall(r"^│ (\S+)", line))
     assert all(str(name) in names for name in table.columns[0].cells)
-    one = width >= 160 or (len(table.columns) == 3 and width > 40)
-    assert shown.count("┏") == 1 if one else shown.count("┏") > 1
+    single = width >= 160 or (len(table.columns) == 3 and width > 40)
+    assert output.count("┏") == 1 if single else output.count("┏") > 1
     title = str(table.title)
     assert " ".join(lines[0].split()) in title
 
@@ -91,6 +91,6 @@ def test_a_terminal_shows_what_a_step_does_and_how_much_is_left() -> None:
         steps.begin("mixing with weights 0, 1, then measuring")
         steps.within(0.5, "held-out loss of real")
     assert isinstance(console.file, io.StringIO)
-    shown = console.file.getvalue()
-    assert "held-out loss of real" in shown
-    assert re.search(r"Mixing curve .* 0/3 .*\d:\d\d left", shown)
+    output = console.file.getvalue()
+    assert "held-out loss of real" in output
+    assert re.search(r"Mixing curve .* 0/3 .*\d:\d\d left", output)

@@ -1,4 +1,4 @@
-"""An unknown name is answered with the nearest known one."""
+"""An unknown name is answered with the nearest known name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sphinx_pl.data.converters import CONVERTERS
 from sphinx_pl.data.readers import SOURCES
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.evaluation.benchmarks import BENCHMARKS
-from sphinx_pl.evaluation.metrics import METRICS
+from sphinx_pl.evaluation.scorers.tasks import SCORERS
 from sphinx_pl.utils.errors import UserError, suggest
 from sphinx_pl.utils.registry import Registry
 
@@ -80,7 +80,7 @@ def test_a_name_is_registered_once(colours: Registry[int]) -> None:
     [
         (TASKS, "short_vqua", "short_vqa"),
         (SOURCES, "instruction", "instructions"),
-        (METRICS, "box_iou5", "box_iou50"),
+        (SCORERS, "box_iou5", "box_iou50"),
         (FORMATS, "sphinx-pl", "sphinx_pl"),
     ],
 )
@@ -90,4 +90,4 @@ def test_the_projects_registries_suggest(registry: Registry[object], typo: str, 
 
 
 def test_every_task_has_a_scorer() -> None:
-    assert {task.scorer for task in TASKS.values()} - {"none"} <= set(METRICS)
+    assert {task.scorer for task in TASKS.values()} - {"none"} <= set(SCORERS)

@@ -1,4 +1,5 @@
-"""ChartQA: questions about charts, written by people or made of captions (Masry et al. 2022, arXiv 2203.10244).
+"""ChartQA: questions about charts, written by people or made of captions (Masry et al. 2022, arXiv
+2203.10244).
 
 Files (https://github.com/vis-nlp/ChartQA, folder "ChartQA Dataset"): `test/test_human.json` and
 `test/test_augmented.json`, lists of {"imgname", "query", "label"}. Images are test/png/{imgname}.
@@ -11,12 +12,13 @@ from typing import Any
 
 from sphinx_pl.data.converters.common import question_record, text
 from sphinx_pl.data.schema import Record
-from sphinx_pl.evaluation.benchmarks.short_answers import ShortAnswers
+from sphinx_pl.evaluation.benchmarks.short_answers import ShortAnswerBenchmark
 from sphinx_pl.evaluation.scorers.chartqa import relaxed_match
 
 
-class ChartQA(ShortAnswers):
-    """Categories are the two files. The number of all questions is the mean of theirs, since they are equally long."""
+class ChartQABenchmark(ShortAnswerBenchmark):
+    """Categories are the two files. The number of all questions is the mean of both, since they are
+    equally long."""
 
     name = "chartqa"
     title = "ChartQA"
@@ -25,7 +27,7 @@ class ChartQA(ShortAnswers):
     family = "documents"
     splits = ("test", "val")
     max_new_tokens = 32
-    measure = "relaxed accuracy", "Share of answers within 5 % of a true number, or equal to a true text but for case."
+    metric = "relaxed accuracy", "Share of answers within 5 % of a true number, or equal to a true text but for case."
 
     def entries(self) -> Iterator[tuple[str, Any]]:
         for kind in ("human", "augmented"):
@@ -38,5 +40,5 @@ class ChartQA(ShortAnswers):
         meta = {"answers": [label], "category": key.partition("-")[0]}
         yield question_record(key, image, text(entry["query"]), label, meta)
 
-    def score(self, prediction: str, answers: Sequence[str]) -> float:
+    def agreement(self, prediction: str, answers: Sequence[str]) -> float:
         return float(any(relaxed_match(prediction, answer) for answer in answers))

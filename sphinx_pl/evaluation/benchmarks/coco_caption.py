@@ -1,10 +1,12 @@
-"""COCO captions: one sentence on each image, compared with five (Chen et al. 2015, arXiv 1504.00325).
+"""COCO captions: one sentence on each image, compared with five (Chen et al. 2015, arXiv
+1504.00325).
 
 Files: `annotations/captions_val2014.json` or `captions_val2017.json` as the converter says
-(`sphinx_pl.data.converters.coco_captions`), or Karpathy's division of 2014's images, `dataset_coco.json`
-(https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip): {"images": [{"cocoid", "filepath":
-"val2014", "filename", "split": "train", "restval", "val" or "test", "sentences": [{"raw", ...}]}]}. Or the original's
-unified annotation, whose gt_answers are the captions.
+(`sphinx_pl.data.converters.coco_captions`), or Karpathy's division of 2014's images,
+`dataset_coco.json` (https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip):
+{"images": [{"cocoid", "filepath": "val2014", "filename", "split": "train", "restval", "val" or
+"test", "sentences": [{"raw", ...}]}]}. Or the original's unified annotation, whose gt_answers are
+the captions.
 """
 
 from __future__ import annotations
@@ -22,20 +24,21 @@ from sphinx_pl.data.converters.common import text
 from sphinx_pl.data.coordinates import Geometry
 from sphinx_pl.data.schema import ImageRef, Record
 from sphinx_pl.data.skip import BadSample
-from sphinx_pl.evaluation.benchmarks import Benchmark, Verdict
-from sphinx_pl.evaluation.measures import Measure, Prepared, Sums, Whole, ratio
-from sphinx_pl.evaluation.metrics import caption_f1
+from sphinx_pl.evaluation.benchmarks.base import Benchmark
+from sphinx_pl.evaluation.metrics import Metric, Prepared, Sums, Unsplittable, ratio
 from sphinx_pl.evaluation.runner import Prediction
+from sphinx_pl.evaluation.scorers.base import Score
 from sphinx_pl.evaluation.scorers.caption import check_caption_tools, scores_of_images
+from sphinx_pl.evaluation.scorers.tasks import caption_f1
 from sphinx_pl.utils.files import write_whole
 
-Scores = tuple[dict[str, float], dict[str, dict[str, float]]]
+Figures = tuple[dict[str, float], dict[str, dict[str, float]]]
 _KARPATHY = "karpathy_"
 
 
-class CocoCaption(Benchmark, coco.CocoConverter):
-    """CIDEr weighs words by the references of all images that were asked, so figures of a part are not comparable to
-    those of the whole. Its interval takes these weights for given."""
+class COCOCaptionBenchmark(Benchmark, coco.CocoConverter):
+    """CIDEr weighs words by the references of all images that were asked, so figures of a part do
+    not compare with those of the whole. Its interval takes these weights as given."""
 
     name = "coco_caption"
     title = "COCO captions"
@@ -45,7 +48,7 @@ class CocoCaption(Benchmark, coco.CocoConverter):
 
     def __init__(self, src: Path | None, split: str | None = None, images: Path | None = None) -> None:
         super().__init__(src, split, images)
-        self._known: dict[int, Scores] = {}
+        self._cached: dict[int, Figures] = {}
 
     def check(self) -> None:
         check_caption_tools()
@@ -76,13 +79,14 @@ class CocoCaption(Benchmark, coco.CocoConverter):
         yield _record(key, path, captions, number)
 
     def annotation(self, key: str, entry: Mapping[str, Any]) -> Record:
-        found = entry["gt_answers"]
-        captions = found if isinstance(found, list) else [found]
+        truth = entry["gt_answers"]
+        captions = truth if isinstance(truth, list) else [truth]
         return _record(key, text(entry["image_path"]), captions, entry.get("question_id"))
 
-    def verdict(self, record: Record, answer: str, geometry: Geometry) -> Verdict:
-        """Words in common with the nearest caption: the official figures are of all answers together."""
-        return Verdict(
+    def score(self, record: Record, answer: str, geometry: Geometry) -> Score:
+        """The words in common with the nearest caption. The official figures are of all answers
+        together."""
+        return Score(
             max(
                 caption_f1(answer, Record("", "caption", record.images, answer=one), geometry) for one in _true(record)
             ),
@@ -90,7 +94,7 @@ class CocoCaption(Benchmark, coco.CocoConverter):
         )
 
     @property
-    def measures(self) -> Sequence[Measure]:
+    def metrics(self) -> Sequence[Metric]:
         return (
             Captions("CIDEr", "CIDEr-D (Vedantam et al. 2015), times 100.", self._scored),
             Captions("BLEU-4", "BLEU of up to four words; without an interval.", self._scored),
@@ -98,17 +102,17 @@ class CocoCaption(Benchmark, coco.CocoConverter):
             Captions("ROUGE-L", "ROUGE-L, mean over images.", self._scored),
         )
 
-    def _scored(self, predictions: Sequence[Prediction]) -> Scores:
-        """All figures, of which each measure takes its own: they are computed together, and slowly."""
+    def _scored(self, predictions: Sequence[Prediction]) -> Figures:
+        """All figures. They are computed together, and slowly, and each metric takes its own."""
         name = hash(tuple((p.key, p.prediction) for p in predictions))
-        if name not in self._known:
+        if name not in self._cached:
             captions = {p.key: p.prediction for p in predictions}
             references = {p.key: p.record["meta"]["captions"] for p in predictions}
-            self._known[name] = scores_of_images(captions, references)
-        return self._known[name]
+            self._cached[name] = scores_of_images(captions, references)
+        return self._cached[name]
 
     def submit(self, predictions: Sequence[Prediction], folder: Path) -> list[str]:
-        """COCO's format of results."""
+        """Write the answers in COCO's format of results."""
         file = folder / f"captions_{self.split}_results.json"
         answers = [{"image_id": p.record["meta"].get("image_id"), "caption": p.prediction} for p in predictions]
         write_whole(file, json.dumps(answers, ensure_ascii=False) + "\n")
@@ -117,7 +121,7 @@ class CocoCaption(Benchmark, coco.CocoConverter):
 
 @dataclass(frozen=True)
 class Captions:
-    """One figure of `scores_of_images` as a `Measure`, whose units are images."""
+    """One figure of `scores_of_images` as a `Metric`, whose units are images."""
 
     name: str
     description: str
@@ -128,18 +132,22 @@ class Captions:
         figures, of_images = self.scored(predictions)
         units = [prediction.key for prediction in predictions]
         if self.name not in of_images:
-            return Whole(units, figures[self.name])
+            return Unsplittable(units, figures[self.name])
         rows = np.array([[of_images[self.name][unit], 1.0] for unit in units])
         return Sums(units, rows, ratio, most=10 if self.name == "CIDEr" else 1)
 
 
 def _record(key: str, path: str, captions: Sequence[Any], number: Any) -> Record:
-    """Raises: BadSample: no caption."""
+    """The record of an image.
+
+    Raises:
+        BadSample: it has no caption.
+    """
     cleaned = [" ".join(text(caption).split()) for caption in captions]
-    if not (kept := [caption for caption in cleaned if caption]):
+    if not (filled := [caption for caption in cleaned if caption]):
         raise BadSample("answers_empty", key)
-    meta = {"captions": kept, "image_id": number}
-    return Record(key, "caption", (ImageRef(path),), answer=kept[0], meta=meta)
+    meta = {"captions": filled, "image_id": number}
+    return Record(key, "caption", (ImageRef(path),), answer=filled[0], meta=meta)
 
 
 def _true(record: Record) -> Sequence[str]:

@@ -1,7 +1,8 @@
-"""IconQA: questions about abstract diagrams, with texts to choose from or a blank to fill in (Lu et al. 2021).
+"""IconQA: questions about abstract diagrams, with texts to choose from or a blank to fill in (Lu et
+al. 2021).
 
-Files: `iconqa/test/{choose_txt,fill_in_blank}/{id}/data.json` and image.png beside each, as the converter says
-(`sphinx_pl.data.converters.iconqa`).
+Files: `iconqa/test/{choose_txt,fill_in_blank}/{id}/data.json` and image.png beside each, as the
+converter says (`sphinx_pl.data.converters.iconqa`).
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ from sphinx_pl.data.converters import iconqa
 from sphinx_pl.data.coordinates import Geometry
 from sphinx_pl.data.schema import Record
 from sphinx_pl.data.tasks import choice_letter
-from sphinx_pl.evaluation.benchmarks import Benchmark, Verdict
-from sphinx_pl.evaluation.measures import Measure, mean
-from sphinx_pl.evaluation.scorers.choices import choice_match, read_choice
+from sphinx_pl.evaluation.benchmarks.base import Benchmark
+from sphinx_pl.evaluation.metrics import Metric, mean
+from sphinx_pl.evaluation.scorers.base import Score
+from sphinx_pl.evaluation.scorers.choices import score_choice
 from sphinx_pl.evaluation.scorers.exact import exact_match
 
 
-class IconQA(Benchmark, iconqa.IconQA):
-    """Questions with images to choose from are not asked: their answers need several images at once, which the paper's
-    models do not take. The two other kinds are the categories."""
+class IconQABenchmark(Benchmark, iconqa.IconQA):
+    """Questions with images to choose from are not asked: they need several images at once, which
+    the paper's models do not take. The two other kinds are the categories."""
 
     name = "iconqa"
     family = "vqa"
@@ -34,17 +36,14 @@ class IconQA(Benchmark, iconqa.IconQA):
             else:
                 yield record
 
-    def verdict(self, record: Record, answer: str, geometry: Geometry) -> Verdict:
+    def score(self, record: Record, answer: str, geometry: Geometry) -> Score:
         if record.choices:
-            right = choice_match(answer, record.choices, choice_letter(record))
-            return Verdict(float(right), read_choice(answer, record.choices) is not None)
-        return Verdict(float(exact_match(answer, record.meta.get("answers") or [record.answer])), bool(answer.strip()))
+            return score_choice(answer, record.choices, choice_letter(record))
+        return Score(float(exact_match(answer, record.meta.get("answers") or [record.answer])), bool(answer.strip()))
 
     @property
-    def measures(self) -> Sequence[Measure]:
-        return (
-            mean("accuracy", "Share of right answers: the right option, or what is to be filled in, word for word."),
-        )
+    def metrics(self) -> Sequence[Metric]:
+        return (mean("accuracy", "Share of right answers: the right option, or the exact text that fills the blank."),)
 
     def category(self, record: Record) -> str:
         return str(record.meta.get("kind", ""))

@@ -1,8 +1,9 @@
 """LLaVA-Bench (In-the-Wild): 60 open questions on 24 images (Liu et al. 2023, arXiv 2304.08485).
 
-Files (https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild): `questions.jsonl` of {"question_id",
-"image": "001.jpg", "text", "category": "conv", "detail" or "complex"}, `answers_gpt4.jsonl` of {"question_id", "text",
-"answer_id", ...}, what the judge compares with, `context.jsonl`, which the judge reads, and the folder `images`.
+Files (https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild): `questions.jsonl` of
+{"question_id", "image": "001.jpg", "text", "category": "conv", "detail" or "complex"},
+`answers_gpt4.jsonl` of {"question_id", "text", "answer_id", ...}, what the judge compares with,
+`context.jsonl`, which the judge reads, and the folder `images`.
 """
 
 from __future__ import annotations
@@ -15,14 +16,13 @@ from typing import Any
 
 from sphinx_pl.data.converters.common import asked, text
 from sphinx_pl.data.schema import ImageRef, Record
-from sphinx_pl.evaluation.benchmarks import command
-from sphinx_pl.evaluation.benchmarks.judged import Judged
+from sphinx_pl.evaluation.benchmarks.base import JudgedBenchmark, command
 from sphinx_pl.evaluation.runner import Prediction
 from sphinx_pl.utils.files import write_whole
 
 
-class LlavaBench(Judged):
-    """Answers are judged beside GPT-4's, which are what is shown as the true ones."""
+class LLaVABenchBenchmark(JudgedBenchmark):
+    """A judge compares the answers with GPT-4's, which stand for the true ones."""
 
     name = "llava_bench"
     title = "LLaVA-Bench (In-the-Wild)"
@@ -46,14 +46,15 @@ class LlavaBench(Judged):
         yield Record(key, "chat", image, question=asked(question["text"]), answer=text(references[number]), meta=meta)
 
     def submit(self, predictions: Sequence[Prediction], folder: Path) -> list[str]:
-        """A line for every question in the order of the questions: the judge reads the files line by line together."""
+        """Write a line for every question, in their order: the judge reads the files line by line
+        together."""
         given = {prediction.record["meta"].get("question_id"): prediction for prediction in predictions}
         questions = (line for _, line in self.json_lines("questions.jsonl"))
         asked_for = [line.get("question_id") if isinstance(line, dict) else None for line in questions]
         lines = []
         for number in asked_for:
-            found = given.get(number)
-            answer, prompt = (found.prediction, found.question) if found else ("", "")
+            prediction = given.get(number)
+            answer, prompt = (prediction.prediction, prediction.question) if prediction else ("", "")
             name = hashlib.sha256(f"{number} {answer}".encode("utf-8", "surrogateescape")).hexdigest()[:22]
             line = {"question_id": number, "prompt": prompt, "text": answer, "answer_id": name}
             lines.append(json.dumps(line | {"model_id": "sphinx", "metadata": {}}, ensure_ascii=False))

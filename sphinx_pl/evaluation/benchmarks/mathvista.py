@@ -1,9 +1,9 @@
 """MathVista: mathematics on figures, charts and photographs (Lu et al. 2023, arXiv 2310.02255).
 
-Files (https://github.com/lupantech/MathVista, data): `testmini.json`, {pid: {"pid", "question", "image":
-"images/1.jpg", "choices": list or null, "unit", "precision", "answer", "question_type": "multi_choice" or "free_form",
-"answer_type": "text", "integer", "float" or "list", "metadata": {"task", ...}}}, and the folder `images`. The answers
-of the other split, test, are not public.
+Files (https://github.com/lupantech/MathVista, data): `testmini.json`, {pid: {"pid", "question",
+"image": "images/1.jpg", "choices": list or null, "unit", "precision", "answer", "question_type":
+"multi_choice" or "free_form", "answer_type": "text", "integer", "float" or "list", "metadata":
+{"task", ...}}}, and the folder `images`. The answers of the other split, test, are not public.
 """
 
 from __future__ import annotations
@@ -18,21 +18,24 @@ from sphinx_pl.data.converters.common import asked, text
 from sphinx_pl.data.coordinates import Geometry
 from sphinx_pl.data.schema import ImageRef, Record
 from sphinx_pl.data.skip import BadSample
-from sphinx_pl.evaluation.benchmarks import Verdict, command
-from sphinx_pl.evaluation.benchmarks.choices import letter_record
-from sphinx_pl.evaluation.benchmarks.official_only import OfficialOnly
-from sphinx_pl.evaluation.measures import Measure, mean
+from sphinx_pl.evaluation.benchmarks.base import Benchmark, command
+from sphinx_pl.evaluation.benchmarks.multiple_choice import letter_record
+from sphinx_pl.evaluation.metrics import Metric, mean
 from sphinx_pl.evaluation.runner import Prediction
+from sphinx_pl.evaluation.scorers.base import Score
 from sphinx_pl.evaluation.scorers.mathvista import mathvista_match, read_answer
 from sphinx_pl.utils.files import write_whole
 
 ANSWER_TYPES = ("text", "integer", "float", "list")
 
 
-class MathVista(OfficialOnly):
-    """Asked for a letter, or for a word or phrase, with the unit where there is one; the official prompt asks for
-    reasoning, and a language model finds the answer in it. Here an answer that rules cannot read is wrong and counted,
-    so the figure is a lower bound of the official one; the file for the official judge is written as well."""
+class MathVistaBenchmark(Benchmark):
+    """A question asks for a letter, or for a word or phrase, with the unit where there is one.
+
+    The official prompt asks for reasoning, and a language model finds the answer in it. Here an
+    answer that rules cannot read is wrong and counts as unparsed, so the figure is a lower bound of
+    the official one. The file for the official judge is written as well.
+    """
 
     name = "mathvista"
     title = "MathVista"
@@ -40,6 +43,7 @@ class MathVista(OfficialOnly):
     licence = "CC BY-SA 4.0; the images' own"
     family = "mllm"
     splits = ("testmini",)
+    official_only = True
     max_new_tokens = 32  # a list of numbers takes more than a word
 
     def entries(self) -> Iterator[tuple[str, Any]]:
@@ -63,15 +67,15 @@ class MathVista(OfficialOnly):
         else:
             raise ValueError(f"a question of type {kind}, {entry['answer_type']}")
 
-    def verdict(self, record: Record, answer: str, geometry: Geometry) -> Verdict:
+    def score(self, record: Record, answer: str, geometry: Geometry) -> Score:
         problem = record.meta["problem"]
         choices = problem["choices"] or ()
-        said = read_answer(answer, problem["question_type"], problem["answer_type"], choices, _precision(problem))
-        return Verdict(float(mathvista_match(said, problem["answer"])), said is not None)
+        reading = read_answer(answer, problem["question_type"], problem["answer_type"], choices, _precision(problem))
+        return Score(float(mathvista_match(reading, problem["answer"])), reading is not None)
 
     @property
-    def measures(self) -> Sequence[Measure]:
-        return (mean("accuracy", "Share of right answers, read by rules and not by a language model."),)
+    def metrics(self) -> Sequence[Metric]:
+        return (mean("accuracy", "Share of right answers, read by rules, not by a language model."),)
 
     def submit(self, predictions: Sequence[Prediction], folder: Path) -> list[str]:
         problems = {
@@ -95,6 +99,6 @@ class MathVista(OfficialOnly):
 
 
 def _precision(problem: Any) -> int | None:
-    """Decimals of the answer, which are None where it has none."""
-    found = problem.get("precision")
-    return None if found is None else int(found)
+    """The decimals of the answer; None where it has none."""
+    decimals = problem.get("precision")
+    return None if decimals is None else int(decimals)

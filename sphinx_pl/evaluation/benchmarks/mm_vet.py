@@ -1,7 +1,7 @@
 """MM-Vet: open questions that take several abilities at once (Yu et al. 2023, arXiv 2308.02490).
 
-Files (https://github.com/yuweihao/MM-Vet, mm-vet.zip): `mm-vet.json`, {"v1_0": {"imagename", "question", "answer",
-"imagesource", "capability": ["ocr", "math", ...]}}, and the folder `images`.
+Files (https://github.com/yuweihao/MM-Vet, mm-vet.zip): `mm-vet.json`, {"v1_0": {"imagename",
+"question", "answer", "imagesource", "capability": ["ocr", "math", ...]}}, and the folder `images`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from typing import Any
 
 from sphinx_pl.data.converters.common import asked, text
 from sphinx_pl.data.schema import ImageRef, Record
-from sphinx_pl.evaluation.benchmarks import command
-from sphinx_pl.evaluation.benchmarks.judged import Judged
+from sphinx_pl.evaluation.benchmarks.base import JudgedBenchmark, command
 from sphinx_pl.evaluation.runner import Prediction
 from sphinx_pl.utils.files import write_whole
 
 
-class MmVet(Judged):
+class MMVetBenchmark(JudgedBenchmark):
+    """Questions that take several abilities, which the official judge scores."""
+
     name = "mm_vet"
     title = "MM-Vet"
     url = "https://github.com/yuweihao/MM-Vet"
@@ -37,7 +38,8 @@ class MmVet(Judged):
         yield Record(key, "chat", image, question=asked(entry["question"]), answer=text(entry["answer"]), meta=meta)
 
     def submit(self, predictions: Sequence[Prediction], folder: Path) -> list[str]:
-        """An answer to every question of the file, blank where it was not asked: the judge looks for all."""
+        """Write an answer to every question of the file, blank where it was not asked: the judge
+        expects all."""
         given = {prediction.record["meta"]["question_id"]: prediction.prediction for prediction in predictions}
         names = [name for name, _ in self.entries()]
         file = folder / f"answers_{self.name}_{self.split}.json"

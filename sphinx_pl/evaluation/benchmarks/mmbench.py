@@ -1,17 +1,18 @@
-"""MMBench and CCBench: multiple-choice questions that count if they are answered right in all rotations of the choices
-(Liu et al. 2023, arXiv 2307.06281).
+"""MMBench and CCBench: multiple-choice questions that count if they are answered right in all
+rotations of the choices (Liu et al. 2023, arXiv 2307.06281).
 
-Files (https://github.com/open-compass/MMBench): tables with tabs between columns, cells in quotes where they have line
-breaks: index, question, A, B, C, D (and further letters, if there are more options), image (base64, or the index of the
-row that has it), category, and in MMBench hint, l2-category, source and others; "answer", a letter, where it is public.
-A question's rotations are rows with its index plus a multiple of a million; where a file has one row of a question, its
+Files (https://github.com/open-compass/MMBench): tables with tabs between columns, cells in quotes
+where they have line breaks: index, question, A, B, C, D (and further letters, if there are more
+options), image (base64, or the index of the row that has it), category, and in MMBench hint,
+l2-category, source and others; "answer", a letter, where it is public. A question's rotations are
+rows with its index plus a multiple of a million; where a file has one row of a question, its
 rotations are made here, in the same way.
 
-An option is missing where its cell is blank, and only there: "None", "NA", "nan" and "0" are texts. The official
-scripts read the table with pandas, which takes such words for blank cells.
+An option is missing where its cell is blank, and only there: "None", "NA", "nan" and "0" are texts.
+The official scripts read the table with pandas, which takes such words for blank cells.
 
-- MMBench: `mmbench_{dev,test}_{en,cn}_20231003.tsv`, also distributed as `MMBench_{DEV,TEST}_{EN,CN}.tsv`; the first
-  release was `mmbench_{dev,test}_20230712.tsv`.
+- MMBench: `mmbench_{dev,test}_{en,cn}_20231003.tsv`, also distributed as
+  `MMBench_{DEV,TEST}_{EN,CN}.tsv`; the first release was `mmbench_{dev,test}_20230712.tsv`.
 - CCBench: `ccbench_20231003.tsv` or `CCBench.tsv`.
 
 The server takes a table (xlsx) of the columns that `COLUMNS` lists.
@@ -38,8 +39,8 @@ from sphinx_pl.data.files import CacheFile, Hold, cache_folder, identity, in_cac
 from sphinx_pl.data.images import MAX_BYTES
 from sphinx_pl.data.schema import ImageRef, Record
 from sphinx_pl.data.skip import BadSample
-from sphinx_pl.evaluation.benchmarks.choices import Choices, letter_record
-from sphinx_pl.evaluation.measures import Additive, Measure, ratio
+from sphinx_pl.evaluation.benchmarks.multiple_choice import MultipleChoiceBenchmark, letter_record
+from sphinx_pl.evaluation.metrics import Additive, Metric, ratio
 from sphinx_pl.evaluation.runner import Prediction
 from sphinx_pl.evaluation.scorers.choices import circular, mmbench_question
 from sphinx_pl.utils.errors import UserError
@@ -49,14 +50,14 @@ ROTATION = 1_000_000
 COLUMNS = ("index", "question", "A", "B", "C", "D", "prediction", "category", "l2_category")
 INSTALL = "pip install 'sphinx-pl[eval]'"
 _LETTERS = string.ascii_uppercase
-_NO_HINT = ("nan", "none", "n/a")  # what the official scripts and tables write where a question has no hint
+_NO_HINT = ("nan", "none", "n/a")  # the official scripts and tables write these where a question has no hint
 _LONGEST_INDEX = 64  # of a cell that names another row's image
 
 
-class MMBench(Choices):
-    """A question in n rotations is right if all n answers are. An answer must name a letter or repeat a choice; the
-    official script lets a language model read the others. Chinese questions too have the training's wording after them.
-    Categories are those of level 2."""
+class MMBenchBenchmark(MultipleChoiceBenchmark):
+    """A question in n rotations is right if all n answers are. An answer must name a letter or
+    repeat a choice; the official script lets a language model read the others. Chinese questions
+    have the training's wording after them too. Categories are those of level 2."""
 
     name = "mmbench"
     title = "MMBench"
@@ -74,7 +75,7 @@ class MMBench(Choices):
 
     @property
     def tables(self) -> tuple[str, ...]:
-        """Names that the split's file may have."""
+        """The names that the split's file may have."""
         kind, language = self.split.split("_")
         first = (f"mmbench_{kind}_20230712.tsv",) if language == "en" else ()
         return f"mmbench_{self.split}_20231003.tsv", f"MMBench_{self.split.upper()}.tsv", *first
@@ -91,7 +92,7 @@ class MMBench(Choices):
                 yield f"row of no index {odd}", {}
                 continue
             rows = questions.setdefault(mmbench_question(index), {})
-            rows[index] = row if index not in rows else {}  # two rows of one index: neither is to be trusted
+            rows[index] = row if index not in rows else {}  # of two rows with one index neither is used
         for question, rows in questions.items():
             yield str(question), rows
 
@@ -139,21 +140,21 @@ class MMBench(Choices):
 
     @cached_property
     def _annotated(self) -> Counter[int]:
-        """How many entries of the unified annotation each question has."""
+        """The number of entries of the unified annotation for each question."""
         assert self.unified is not None
-        found: Counter[int] = Counter()
+        counts: Counter[int] = Counter()
         for entry in self.json_items(self.unified):
             with suppress(*MALFORMED, BadSample):
-                found[mmbench_question(_index(entry))] += 1
-        return found
+                counts[mmbench_question(_index(entry))] += 1
+        return counts
 
     def unit(self, record: Record) -> str:
         return _question(record)
 
     def _rows(self, file: Path) -> list[dict[str, Any]]:
-        """The table's rows, images decoded to one file of the cache, where each is a part of it.
+        """The table's rows. Images are decoded to one file of the cache, of which each is a part.
 
-        An image that is no base64 has None.
+        An image that is no base64 is None.
         """
         copy = cache_folder("files") / f"{identity(str(file))}-images"
         spans: dict[bytes, tuple[int, int]] = {}  # by what is encoded: rotations repeat their question's image
@@ -185,18 +186,19 @@ class MMBench(Choices):
         return rows
 
     @property
-    def measures(self) -> Sequence[Measure]:
+    def metrics(self) -> Sequence[Metric]:
         if self.is_hidden:
             return ()
-        rotated = "Share of the questions that are answered right in all rotations."
-        once = "Share of right answers to the questions as they stand, not rotated."
+        rotated = "Share of the questions with right answers in all rotations."
+        once = "Share of right answers to the questions without rotation."
         return (
             Additive("circular", rotated, _circular, ratio, _question),
             Additive("accuracy", once, _first, ratio, _question),
         )
 
     def submit(self, predictions: Sequence[Prediction], folder: Path) -> list[str]:
-        """The server's table of a split whose answers are not public, blank where a question was not asked."""
+        """Write the server's table of a split with hidden answers, blank where a question was not
+        asked."""
         if not self.is_hidden:
             return []
         openpyxl = _openpyxl()
@@ -204,9 +206,9 @@ class MMBench(Choices):
         sheet = book.active
         sheet.append(COLUMNS)
         answers = {p.record["meta"]["question_id"]: p.prediction for p in predictions}
-        found = (found for _, found in self.read() if not isinstance(found, BadSample))
+        entries = (records for _, records in self.read() if not isinstance(records, BadSample))
         blank = 0
-        for number, record in enumerate((record for records in found for record in records), 2):
+        for number, record in enumerate((record for records in entries for record in records), 2):
             index = record.meta["question_id"]
             blank += index not in answers
             cells = {"index": index, "prediction": answers.get(index, ""), "l2_category": record.meta["category"]}
@@ -226,8 +228,8 @@ class MMBench(Choices):
         return [f"{file}: the table for the server of {self.title} (https://mmbench.opencompass.org.cn){left}"]
 
 
-class CCBench(MMBench):
-    """On Chinese culture. Categories are the table's."""
+class CCBenchBenchmark(MMBenchBenchmark):
+    """Questions on Chinese culture. Categories are the table's."""
 
     name = "ccbench"
     title = "CCBench"
@@ -245,9 +247,9 @@ def _table(file: Path) -> Iterator[dict[str, Any]]:
     try:
         with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
             for row in csv.DictReader(lines, delimiter="\t"):
-                yield row if None not in row else {"index": None}  # with more cells than columns, none is sure
+                yield row if None not in row else {"index": None}  # more cells than columns: all are in doubt
     except csv.Error as error:
-        raise UserError(f"{file} is not readable as a table ({error}): get it anew") from None
+        raise UserError(f"{file} cannot be read as a table ({error}): download it again") from None
 
 
 def _decoded(cell: str) -> bytes:
@@ -263,7 +265,7 @@ def _cell(row: Mapping[str, Any], name: str) -> str | None:
     value = row.get(name)
     if value is None or not (text := str(value).strip()):
         return None
-    text.encode()  # refuses what was no UTF-8
+    text.encode()  # refuses bytes that are no UTF-8
     return text
 
 
@@ -271,19 +273,19 @@ def _choices(row: Mapping[str, Any]) -> list[str]:
     """The options, in the columns A, B, ... up to the last that is not blank.
 
     Raises:
-        BadSample: one between them is blank, so that the letters of those behind it are in doubt.
+        BadSample: a cell between them is blank, so the letters after it are in doubt.
     """
     cells = [_cell(row, letter) for letter in _LETTERS]
     while cells and cells[-1] is None:
         cells.pop()
-    found = [cell for cell in cells if cell is not None]
-    if len(found) < len(cells):
+    filled = [cell for cell in cells if cell is not None]
+    if len(filled) < len(cells):
         raise BadSample("choice_blank", f"option {_LETTERS[cells.index(None)]}")
-    return found
+    return filled
 
 
 def _turned(row: Mapping[str, Any], choices: Sequence[str], turn: int) -> dict[str, Any]:
-    """The row with its choices moved on by `turn`, as the official rotations are."""
+    """The row with its choices moved on by `turn`, like the official rotations."""
     moved = [*choices[turn:], *choices[:turn]]
     turned = {**row, **dict(zip(_LETTERS, moved, strict=False))}
     if (answer := _cell(row, "answer")) is not None:
@@ -304,7 +306,11 @@ def _openpyxl() -> Any:
 
 
 def _index(entry: Mapping[str, Any]) -> int:
-    """Raises: BadSample: the entry of a unified annotation does not say it, so whose rotation it is nobody knows."""
+    """The index of an entry of a unified annotation, which says whose rotation it is.
+
+    Raises:
+        BadSample: the entry has none.
+    """
     try:
         return int(entry["question_id"])
     except (KeyError, ValueError, TypeError):
@@ -317,7 +323,7 @@ def _question(asked_for: Record | Prediction) -> str:
 
 
 def _circular(group: Sequence[Prediction]) -> tuple[float, float]:
-    """Of one question's rotations: 1 if all are right, and 1."""
+    """1 if all rotations of one question are right, and 1."""
     question = _question(group[0])
     asked_for: dict[Hashable, int] = {question: int(group[0].record["meta"].get("rotations", 1))}
     return float(circular(((question, p.score == 1) for p in group), asked_for)[question]), 1.0
@@ -329,6 +335,6 @@ def _is_rotated(prediction: Prediction) -> bool:
 
 
 def _first(group: Sequence[Prediction]) -> tuple[float, float]:
-    """Of one question's rotations: the score of the question as it stands, and 1 if it was asked."""
+    """The score of one question without rotation, and 1 if it was asked."""
     scores = [p.score for p in group if not _is_rotated(p)]
     return sum(scores), float(len(scores))

@@ -1,11 +1,12 @@
-"""MME: two yes/no questions on each image, in ten subtasks of perception and four of cognition (Fu et al. 2023, arXiv
-2306.13394).
+"""MME: two yes/no questions on each image, in ten subtasks of perception and four of cognition (Fu
+et al. 2023, arXiv 2306.13394).
 
-Files (https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation, sent on request): a folder
-for each subtask, with an image and a text file of the same name for each question pair, lines of "question\\tYes" or
-"question\\tNo"; some subtasks have them in `images` and `questions_answers_YN`. The archive has these folders in
-`MME_Benchmark_release_version`, one release in a further `MME_Benchmark`. Or, without the questions' files, the
-official eval_tool's `Your_Results/{subtask}.txt`, lines of "image\\tquestion\\tYes or No", and the images in such
+Files (https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation, sent on
+request): a folder for each subtask, with an image and a text file of the same name for each
+question pair, lines of "question\\tYes" or "question\\tNo"; some subtasks have them in `images` and
+`questions_answers_YN`. The archive has these folders in `MME_Benchmark_release_version`, one
+release in a further `MME_Benchmark`. Or, without the questions' files, the official eval_tool's
+`Your_Results/{subtask}.txt`, lines of "image\\tquestion\\tYes or No", and the images in such
 folders.
 """
 
@@ -21,24 +22,30 @@ from sphinx_pl.data.converters.common import text
 from sphinx_pl.data.coordinates import Geometry
 from sphinx_pl.data.schema import ImageRef, Record
 from sphinx_pl.data.skip import BadSample
-from sphinx_pl.evaluation.benchmarks import Benchmark, Verdict, command
-from sphinx_pl.evaluation.measures import Additive, Floats, Measure, mean, ratio
+from sphinx_pl.evaluation.benchmarks.base import Benchmark, command
+from sphinx_pl.evaluation.metrics import Additive, Floats, Metric, mean, ratio
 from sphinx_pl.evaluation.runner import Prediction
-from sphinx_pl.evaluation.scorers.yes_no import COGNITION, PERCEPTION, read_mme
+from sphinx_pl.evaluation.scorers.base import Score
+from sphinx_pl.evaluation.scorers.yes_no import score_yes_no
 from sphinx_pl.utils.errors import UserError
 from sphinx_pl.utils.files import write_whole
 
+PERCEPTION = (
+    "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
+)  # fmt: skip
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 SUBTASKS = PERCEPTION + COGNITION
 HINT = "Please answer yes or no."
-"""What every question of the files ends in; the training wording takes its place."""
+"""The end of every question in the files; the training wording replaces it."""
 _IMAGES = (".jpg", ".png", ".jpeg")
 _RELEASES = ("", "MME_Benchmark_release_version", "MME_Benchmark_release_version/MME_Benchmark", "MME_Benchmark")
 _TABLES = ("", "eval_tool/Your_Results", "Your_Results")
 
 
-class Mme(Benchmark):
-    """Answers are read as by the official script, which looks for yes or no in the first four letters; what says
-    neither is wrong, as there. An image counts for accuracy+ if both of its answers are right."""
+class MMEBenchmark(Benchmark):
+    """Answers are read as by the official script, which looks for yes or no in the first four
+    letters. An answer that says neither is wrong, as there. An image counts for accuracy+ if both
+    of its answers are right."""
 
     name = "mme"
     title = "MME"
@@ -49,20 +56,22 @@ class Mme(Benchmark):
     closed = ("yes", "no")
 
     def _read(self) -> Iterator[tuple[str, list[Record] | BadSample]]:
-        """Also of the unified annotation an entry is an image, not a question."""
+        """As `Benchmark._read`; an entry is an image, not a question, in the unified annotation
+        too."""
         return self.guarded(self.entries(), self.records)
 
     def entries(self) -> Iterator[tuple[str, Any]]:
-        """(subtask/image's name, (subtask, image's path, its lines)); the path is None where the image is not there."""
+        """(subtask/image's name, (subtask, image's path, its lines)); the path of a missing image
+        is None."""
         if self.unified is not None:
             yield from self._annotated()
             return
-        found = False
+        any_entry = False
         for subtask in SUBTASKS:
             entries = list(self._folder(subtask)) or list(self._table(subtask))
             yield from entries
-            found |= bool(entries)
-        if not found:
+            any_entry |= bool(entries)
+        if not any_entry:
             raise UserError(f"{self.name}: '{self.src}' has no folder of questions, such as existence: see {self.url}")
 
     def _folder(self, subtask: str) -> Iterator[tuple[str, Any]]:
@@ -86,7 +95,7 @@ class Mme(Benchmark):
             yield f"{subtask}/{PurePosixPath(name).stem}", (subtask, self._image(subtask, name), lines)
 
     def _annotated(self) -> Iterator[tuple[str, Any]]:
-        """As `entries`, of the unified annotation, where a path has the subtask's name in it."""
+        """As `entries`, from the unified annotation, where a path has the subtask's name in it."""
         assert self.unified is not None
         groups: dict[str, list[bytes]] = {}
         for item in self.json_items(self.unified):
@@ -116,23 +125,24 @@ class Mme(Benchmark):
             if answer not in ("yes", "no"):
                 raise BadSample("answer_not_yes_no", f"{key}: {answer}")
             meta = {"category": subtask, "image": PurePosixPath(image).name, "asked": question}
-            asked = question.strip().removesuffix(HINT).strip()
-            yield Record(f"{key}-{number}", "yes_no", (ImageRef(image),), question=asked, answer=answer, meta=meta)
+            bare_question = question.strip().removesuffix(HINT).strip()
+            yield Record(
+                f"{key}-{number}", "yes_no", (ImageRef(image),), question=bare_question, answer=answer, meta=meta
+            )
 
     def unit(self, record: Record) -> str:
         return _image_of(record)
 
-    def verdict(self, record: Record, answer: str, geometry: Geometry) -> Verdict:
-        said = read_mme(answer)
-        return Verdict(float(said is not None and said == (record.answer == "yes")), said is not None)
+    def score(self, record: Record, answer: str, geometry: Geometry) -> Score:
+        return score_yes_no(answer, record.answer == "yes", official="mme")
 
     @property
-    def measures(self) -> Sequence[Measure]:
+    def metrics(self) -> Sequence[Metric]:
         return (
             Additive(
                 "perception",
-                "Sum over the ten subtasks of perception of 100 times accuracy and accuracy+: of 2000 points; not "
-                "defined unless all are asked.",
+                "Sum over the ten subtasks of perception of 100 times accuracy and accuracy+: of 2000 points; "
+                "undefined unless all are asked.",
                 _by_subtask,
                 lambda sums: _points(sums)[..., : len(PERCEPTION)].sum(-1),
                 _image_of,
@@ -150,12 +160,12 @@ class Mme(Benchmark):
         )
 
     @property
-    def category_measures(self) -> Sequence[Measure]:
+    def category_metrics(self) -> Sequence[Metric]:
         points = "100 times accuracy and accuracy+ of a subtask: of 200 points."
         return (Additive("points", points, _sums, _of_both, _image_of, percent=False), *self._accuracies)
 
     @property
-    def _accuracies(self) -> Sequence[Measure]:
+    def _accuracies(self) -> Sequence[Metric]:
         plus = "Share of the images both of whose questions are answered right."
         return (
             mean("accuracy", "Share of right answers."),
@@ -171,8 +181,8 @@ class Mme(Benchmark):
             meta = prediction.record["meta"]
             columns = meta["image"], meta["asked"], prediction.answer.capitalize(), prediction.prediction
             lines.setdefault(prediction.topic, []).append("\t".join(" ".join(column.split()) for column in columns))
-        for subtask, found in lines.items():
-            write_whole(out / f"{subtask}.txt", "\n".join(found) + "\n")
+        for subtask, rows in lines.items():
+            write_whole(out / f"{subtask}.txt", "\n".join(rows) + "\n")
         script = command("python", "calculation.py", "--results_dir", out)
         return [f"MME: the answers for the official script ({script}): {out}"]
 
@@ -186,7 +196,8 @@ def _image_of(asked: Record | Prediction) -> str:
 
 
 def _sums(group: Sequence[Prediction]) -> tuple[float, ...]:
-    """Right answers, questions, images with two right answers, images: of the questions of one image."""
+    """Right answers, questions, images with two right answers, and images, among the questions of
+    one image."""
     right = sum(prediction.score for prediction in group)
     return right, float(len(group)), float(right == 2), 1.0
 

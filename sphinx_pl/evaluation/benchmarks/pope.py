@@ -1,7 +1,9 @@
-"""POPE: yes/no questions on objects that are or are not in the picture (Li et al. 2023, arXiv 2305.10355).
+"""POPE: yes/no questions on objects that are or are not in the picture (Li et al. 2023, arXiv
+2305.10355).
 
-Files (https://github.com/AoiDragon/POPE, output/coco): `coco_pope_{random,popular,adversarial}.json`, jsonl of
-{"question_id", "image": "COCO_val2014_….jpg", "text": "Is there a … in the image?", "label": "yes" or "no"}. The splits
+Files (https://github.com/AoiDragon/POPE, output/coco):
+`coco_pope_{random,popular,adversarial}.json`, jsonl of {"question_id", "image":
+"COCO_val2014_….jpg", "text": "Is there a … in the image?", "label": "yes" or "no"}. The splits
 differ in how the absent objects were chosen. Images are COCO's val2014.
 """
 
@@ -12,18 +14,21 @@ from typing import Any
 
 import numpy as np
 
+from sphinx_pl.data.answer_parsing import read_yes_or_no
 from sphinx_pl.data.converters.common import text
 from sphinx_pl.data.coordinates import Geometry
 from sphinx_pl.data.schema import ImageRef, Record
-from sphinx_pl.evaluation.benchmarks import Benchmark, Verdict
-from sphinx_pl.evaluation.measures import Additive, Floats, Measure, mean, ratio
+from sphinx_pl.evaluation.benchmarks.base import Benchmark
+from sphinx_pl.evaluation.metrics import Additive, Floats, Metric, mean, ratio
 from sphinx_pl.evaluation.runner import Prediction
-from sphinx_pl.evaluation.scorers.yes_no import read_yes_no
+from sphinx_pl.evaluation.scorers.base import Score
+from sphinx_pl.evaluation.scorers.yes_no import score_yes_no
 
 
-class Pope(Benchmark):
-    """Answers count by the word they begin with, yes or no; the official script takes any text without "no" or "not" in
-    its first sentence for yes, also one that says neither. Unparsed answers are wrong here, and counted."""
+class POPEBenchmark(Benchmark):
+    """Answers count by the word they begin with, yes or no. The official script takes any text
+    without "no" or "not" in its first sentence for yes, even one that says neither. Here such an
+    answer is wrong and counts as unparsed."""
 
     name = "pope"
     title = "POPE"
@@ -45,24 +50,23 @@ class Pope(Benchmark):
         image = (ImageRef(text(entry["image"])),)
         yield Record(key, "yes_no", image, question=text(entry["text"]), answer=answer, meta=meta)
 
-    def verdict(self, record: Record, answer: str, geometry: Geometry) -> Verdict:
-        said = read_yes_no(answer)
-        return Verdict(float(said is not None and said == (record.answer == "yes")), said is not None)
+    def score(self, record: Record, answer: str, geometry: Geometry) -> Score:
+        return score_yes_no(answer, record.answer == "yes")
 
     @property
-    def measures(self) -> Sequence[Measure]:
+    def metrics(self) -> Sequence[Metric]:
         return (
             mean("accuracy", "Share of right answers."),
-            Additive("precision", "Of the answers yes, the share that is right.", _counts, _precision),
-            Additive("recall", "Of the objects that are there, the share that is found.", _counts, _recall),
+            Additive("precision", "Share of the answers yes that are right.", _counts, _precision),
+            Additive("recall", "Share of the objects in the pictures that are found.", _counts, _recall),
             Additive("f1", "Harmonic mean of precision and recall of the answer yes.", _counts, _f1),
-            Additive("yes", "Share of the answers yes; half of the objects are there.", _said_yes, ratio),
+            Additive("yes", "Share of the answers yes; half of the objects are in the pictures.", _said_yes, ratio),
         )
 
 
 def _said_yes(group: Sequence[Prediction]) -> Sequence[float]:
     (prediction,) = group
-    return float(read_yes_no(prediction.prediction) is True), 1.0
+    return float(read_yes_or_no(prediction.prediction) is True), 1.0
 
 
 def _counts(group: Sequence[Prediction]) -> Sequence[float]:

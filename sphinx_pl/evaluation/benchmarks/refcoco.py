@@ -1,8 +1,9 @@
 """RefCOCO, RefCOCO+ and RefCOCOg: the box of a phrase.
 
-Files: those of `sphinx_pl.data.converters.refcoco`. Or the original's unified annotation, a JSON list of {"image_path",
-"question": the phrase, "question_id": a text with "height427" and "width640" in it, "gt_answers": [x1, y1, x2, y2] in
-pixels of the image}, as its `evaluate.py` reads it for the metric miou0.5.
+Files: those of `sphinx_pl.data.converters.refcoco`. Or the original's unified annotation, a JSON
+list of {"image_path", "question": the phrase, "question_id": a text with "height427" and "width640"
+in it, "gt_answers": [x1, y1, x2, y2] in pixels of the image}, as its `evaluate.py` reads it for the
+metric miou0.5.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ from sphinx_pl.data.converters.common import asked, text
 from sphinx_pl.data.coordinates import Geometry
 from sphinx_pl.data.readers.instruction_json import sizes
 from sphinx_pl.data.schema import ImageRef, Record, Region
-from sphinx_pl.evaluation.benchmarks import Benchmark, Verdict
-from sphinx_pl.evaluation.measures import Measure, mean
-from sphinx_pl.evaluation.scorers.grounding import read_box, rec_match
+from sphinx_pl.evaluation.benchmarks.base import Benchmark
+from sphinx_pl.evaluation.metrics import Metric, mean
+from sphinx_pl.evaluation.scorers.base import Score
+from sphinx_pl.evaluation.scorers.grounding import score_box
 
 
-class RefCOCO(Benchmark, refcoco.RefCOCO):
-    """Each phrase is a question. Of an answer the first box counts, compared in the image without its padding; the
-    original's script compares in the padded square, which is the same but for the width of a rounded pixel."""
+class RefCOCOBenchmark(Benchmark, refcoco.RefCOCO):
+    """Each phrase is a question, and the first box of an answer counts. Boxes are compared in the
+    image without its padding. The original's script compares them in the padded square, which
+    differs by a rounded pixel at most."""
 
     name = "refcoco"
     family = "grounding"
@@ -33,32 +36,32 @@ class RefCOCO(Benchmark, refcoco.RefCOCO):
         return (record for record in super().records(key, entry) if record.task == "rec")
 
     def annotation(self, key: str, entry: Mapping[str, Any]) -> Record:
-        told = text(entry["question_id"])
-        height, width = (re.search(rf"{side}(\d+)", told) for side in ("height", "width"))
+        name = text(entry["question_id"])
+        height, width = (re.search(rf"{side}(\d+)", name) for side in ("height", "width"))
         if not height or not width:
-            raise ValueError(f"question_id {told} tells no size")
+            raise ValueError(f"question_id {name} has no size")
         x1, y1, x2, y2 = (float(number) for number in entry["gt_answers"])
         phrase = asked(entry["question"])
         image = (ImageRef(text(entry["image_path"])),)
         size = sizes(int(width[1]), int(height[1]), key)
         return Record(key, "rec", image, size, question=phrase, regions=(Region((x1, y1, x2, y2), phrase),))
 
-    def verdict(self, record: Record, answer: str, geometry: Geometry) -> Verdict:
+    def score(self, record: Record, answer: str, geometry: Geometry) -> Score:
         (region,), (size,) = record.regions, record.sizes
-        return Verdict(float(rec_match(answer, region.box, size)), read_box(answer, size) is not None)
+        return score_box(answer, region.box, size)
 
     @property
-    def measures(self) -> Sequence[Measure]:
+    def metrics(self) -> Sequence[Metric]:
         definition = "Share of the phrases whose box has an intersection over union of at least 0.5 with the true one."
         return (mean("accuracy", definition),)
 
 
-class RefCOCOPlus(RefCOCO):
+class RefCOCOPlusBenchmark(RefCOCOBenchmark):
     name = "refcoco+"
     title = "RefCOCO+"
 
 
-class RefCOCOg(RefCOCO):
+class RefCOCOgBenchmark(RefCOCOBenchmark):
     """The split of UMD, `refs(umd).p`."""
 
     name = "refcocog"

@@ -1,6 +1,8 @@
-"""ScienceQA: multiple-choice questions from school science, those of the test split with an image (Lu et al. 2022).
+"""ScienceQA: multiple-choice questions from school science, those of the test split with an image
+(Lu et al. 2022).
 
-Files: `problems.json` and `pid_splits.json`, as the converter says (`sphinx_pl.data.converters.scienceqa`).
+Files: `problems.json` and `pid_splits.json`, as the converter says
+(`sphinx_pl.data.converters.scienceqa`).
 """
 
 from __future__ import annotations
@@ -16,21 +18,23 @@ from sphinx_pl.data.coordinates import Geometry
 from sphinx_pl.data.schema import Record, Turn
 from sphinx_pl.data.skip import BadSample
 from sphinx_pl.data.tasks import choice_letter
-from sphinx_pl.evaluation.benchmarks import Benchmark, Verdict
-from sphinx_pl.evaluation.measures import Measure, mean
+from sphinx_pl.evaluation.benchmarks.base import Benchmark
+from sphinx_pl.evaluation.metrics import Metric, mean
 from sphinx_pl.evaluation.runner import Prediction
-from sphinx_pl.evaluation.scorers.choices import choice_match, read_choice
+from sphinx_pl.evaluation.scorers.base import Score
+from sphinx_pl.evaluation.scorers.choices import score_choice
 
 _SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
 _LOWER_GRADES = 6
 _CHOICE = re.compile(r"^([A-Z])\. (.*)$", re.MULTILINE)
 
 
-class ScienceQA(Benchmark, scienceqa.ScienceQA):
+class ScienceQABenchmark(Benchmark, scienceqa.ScienceQA):
     """Parts are columns of the paper's table 3: subjects, questions with a hint (TXT), grades.
 
-    The original's unified annotation has hint and choices in its question, which is asked as it stands; the words "The
-    answer is", with which the original begins the answer for the model, are not written here.
+    The original's unified annotation has hint and choices in its question, which is asked as it
+    stands; the words "The answer is", with which the original begins the answer for the model, are
+    not written here.
     """
 
     name = "scienceqa"
@@ -47,20 +51,19 @@ class ScienceQA(Benchmark, scienceqa.ScienceQA):
 
     def annotation(self, key: str, entry: Mapping[str, Any]) -> Record:
         question, letter = text(entry["question"]), text(entry["gt_answers"])
-        found = _CHOICE.findall(question.partition("Choices:")[2])
-        letters = [letter for letter, _ in found]
+        lines = _CHOICE.findall(question.partition("Choices:")[2])
+        letters = [letter for letter, _ in lines]
         if letter not in letters or letters != sorted(set(letters)) or letters[0] != "A":
             raise BadSample("choice_missing", f"{key}: {letter} of {letters}")
-        choices = [choice for _, choice in found]
+        choices = [choice for _, choice in lines]
         record = choice_record(key, text(entry["image_path"]), question, choices, letters.index(letter), {})
         return dataclasses.replace(record, turns=(Turn(question, letter),))
 
-    def verdict(self, record: Record, answer: str, geometry: Geometry) -> Verdict:
-        right = choice_match(answer, record.choices, choice_letter(record))
-        return Verdict(float(right), read_choice(answer, record.choices) is not None)
+    def score(self, record: Record, answer: str, geometry: Geometry) -> Score:
+        return score_choice(answer, record.choices, choice_letter(record))
 
     @property
-    def measures(self) -> Sequence[Measure]:
+    def metrics(self) -> Sequence[Metric]:
         return (mean("accuracy", "Share of right answers, of the questions with an image."),)
 
     def category(self, record: Record) -> str:

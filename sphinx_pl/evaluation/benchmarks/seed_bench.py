@@ -1,9 +1,11 @@
-"""SEED-Bench, its part on images: questions with four choices in nine dimensions (Li et al. 2023, arXiv 2307.16125).
+"""SEED-Bench, its part on images: questions with four choices in nine dimensions (Li et al. 2023,
+arXiv 2307.16125).
 
-Files (https://huggingface.co/datasets/AILab-CVC/SEED-Bench): `SEED-Bench.json`, {"questions": [{"question_id",
-"question", "question_type_id": 1 to 12, "choice_a" to "choice_d", "answer": "A" to "D", "data_type": "image" or
-"video", "data_id": the image's name}], "question_type": {name: id}}. The images are those of `SEED-Bench-image.zip`,
-whose names have no suffix. Dimensions 10 to 12 are on videos and are left out.
+Files (https://huggingface.co/datasets/AILab-CVC/SEED-Bench): `SEED-Bench.json`, {"questions":
+[{"question_id", "question", "question_type_id": 1 to 12, "choice_a" to "choice_d", "answer": "A" to
+"D", "data_type": "image" or "video", "data_id": the image's name}], "question_type": {name: id}}.
+The images are those of `SEED-Bench-image.zip`, whose names have no suffix. Dimensions 10 to 12 are
+on videos and are skipped.
 """
 
 from __future__ import annotations
@@ -13,14 +15,15 @@ from typing import Any
 
 from sphinx_pl.data.converters.common import text
 from sphinx_pl.data.schema import ImageRef, Record
-from sphinx_pl.evaluation.benchmarks.choices import Choices, letter_record
+from sphinx_pl.evaluation.benchmarks.multiple_choice import MultipleChoiceBenchmark, letter_record
 
 IMAGE_TYPES = range(1, 10)
 
 
-class SeedBench(Choices):
-    """The official script compares the losses of the choices' texts; here, as LLaVA and the original have it, a letter
-    is asked for. Categories are the dimensions; the accuracy is that of all questions, not the mean over dimensions."""
+class SEEDBenchBenchmark(MultipleChoiceBenchmark):
+    """The question asks for a letter, as in LLaVA and the original. The official script compares
+    the losses of the choices' texts. Categories are the dimensions; the accuracy is over all
+    questions, not the mean over dimensions."""
 
     name = "seed_bench"
     title = "SEED-Bench (images)"

@@ -1,4 +1,4 @@
-"""What benchmarks with answers of a word or a phrase have in common."""
+"""What benchmarks share whose answers are a word or a phrase."""
 
 from __future__ import annotations
 
@@ -9,32 +9,34 @@ from typing import ClassVar
 from sphinx_pl.data.coordinates import Geometry
 from sphinx_pl.data.schema import Record
 from sphinx_pl.data.skip import BadSample
-from sphinx_pl.evaluation.benchmarks import Benchmark, Verdict
-from sphinx_pl.evaluation.measures import Measure, mean
+from sphinx_pl.evaluation.benchmarks.base import Benchmark
+from sphinx_pl.evaluation.metrics import Metric, mean
+from sphinx_pl.evaluation.scorers.base import Score
 
 
-class ShortAnswers(Benchmark):
-    """One number: the mean score of the answers. meta["answers"] has the true ones, where there are several."""
+class ShortAnswerBenchmark(Benchmark):
+    """Benchmarks of short answers have one number: the mean score. meta["answers"] holds the true
+    answers, if several."""
 
-    measure: ClassVar[tuple[str, str]]
-    """Its name and its definition."""
+    metric: ClassVar[tuple[str, str]]
+    """The name of the number and its definition."""
 
     @abstractmethod
-    def score(self, prediction: str, answers: Sequence[str]) -> float:
-        """In 0..1."""
+    def agreement(self, prediction: str, answers: Sequence[str]) -> float:
+        """How well a prediction agrees with the true answers, from 0 to 1."""
 
     def read(self) -> Iterator[tuple[str, list[Record] | BadSample]]:
-        """As `Benchmark.read`; answers that are no texts are bad."""
-        for key, found in super().read():
-            texts = isinstance(found, BadSample) or all(isinstance(a, str) for r in found for a in _answers(r))
-            yield key, found if texts else BadSample("answers_malformed", key)
+        """As `Benchmark.read`; a record whose answers are not all texts is bad."""
+        for key, records in super().read():
+            texts = isinstance(records, BadSample) or all(isinstance(a, str) for r in records for a in _answers(r))
+            yield key, records if texts else BadSample("answers_malformed", key)
 
-    def verdict(self, record: Record, answer: str, geometry: Geometry) -> Verdict:
-        return Verdict(float(self.score(answer, _answers(record))), bool(answer.strip()))
+    def score(self, record: Record, answer: str, geometry: Geometry) -> Score:
+        return Score(self.agreement(answer, _answers(record)), bool(answer.strip()))
 
     @property
-    def measures(self) -> Sequence[Measure]:
-        return () if self.is_hidden else (mean(*self.measure),)
+    def metrics(self) -> Sequence[Metric]:
+        return () if self.is_hidden else (mean(*self.metric),)
 
 
 def _answers(record: Record) -> Sequence[str]:

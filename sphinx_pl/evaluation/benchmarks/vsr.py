@@ -1,6 +1,8 @@
-"""VSR: whether a statement about a spatial relation is true of an image (Liu et al. 2023, arXiv 2205.00363).
+"""VSR: whether a statement about a spatial relation is true of an image (Liu et al. 2023, arXiv
+2205.00363).
 
-Files: `test.jsonl` of the random and of the zeroshot split, as the converter says (`sphinx_pl.data.converters.vsr`).
+Files: `test.jsonl` of the random and of the zeroshot split, as the converter says
+(`sphinx_pl.data.converters.vsr`).
 """
 
 from __future__ import annotations
@@ -9,18 +11,21 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from sphinx_pl.data.answer_parsing import TRUE_FALSE, read_yes_or_no
 from sphinx_pl.data.converters import vsr
 from sphinx_pl.data.converters.common import asked
 from sphinx_pl.data.coordinates import Geometry
 from sphinx_pl.data.schema import Record
 from sphinx_pl.data.skip import BadSample
-from sphinx_pl.evaluation.benchmarks import Benchmark, Verdict
-from sphinx_pl.evaluation.measures import Measure, mean
-from sphinx_pl.evaluation.scorers.exact import read_truth, vsr_match
+from sphinx_pl.evaluation.benchmarks.base import Benchmark
+from sphinx_pl.evaluation.metrics import Metric, mean
+from sphinx_pl.evaluation.scorers.base import Score
+from sphinx_pl.evaluation.scorers.yes_no import score_yes_no
 
 
-class VSR(Benchmark, vsr.VSR):
-    """Asked in the original's words, with nothing after the question; both true and yes, false and no will do."""
+class VSRBenchmark(Benchmark, vsr.VSR):
+    """The question has the original's words and nothing after them. True and yes count alike, as do
+    false and no."""
 
     name = "vsr"
     family = "vqa"
@@ -36,14 +41,14 @@ class VSR(Benchmark, vsr.VSR):
 
     def annotation(self, key: str, entry: Mapping[str, Any]) -> Record:
         record = dataclasses.replace(super().annotation(key, entry), task="chat")
-        if read_truth(record.answer) is None:
+        if read_yes_or_no(record.answer, words=TRUE_FALSE) is None:
             raise BadSample("label_unknown", f"{key}: {record.answer}")
         return record
 
-    def verdict(self, record: Record, answer: str, geometry: Geometry) -> Verdict:
-        right = vsr_match(answer, read_truth(record.answer) is True)
-        return Verdict(float(right), read_truth(answer) is not None)
+    def score(self, record: Record, answer: str, geometry: Geometry) -> Score:
+        truth = read_yes_or_no(record.answer, words=TRUE_FALSE) is True
+        return score_yes_no(answer, truth, words=TRUE_FALSE)
 
     @property
-    def measures(self) -> Sequence[Measure]:
+    def metrics(self) -> Sequence[Metric]:
         return (mean("accuracy", "Share of right answers; half of the statements are true."),)

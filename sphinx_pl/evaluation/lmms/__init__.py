@@ -1,7 +1,7 @@
-"""SPHINX-PL's checkpoints as a model of lmms-eval (https://github.com/EvolvingLMMs-Lab/lmms-eval), which finds it
-through the entry point `lmms_eval.models`. docs/lmms_eval.md says how to run it.
+"""SPHINX-PL's checkpoints as a model of lmms-eval (https://github.com/EvolvingLMMs-Lab/lmms-eval).
 
-Only `model.py` and the functions here import lmms-eval, which is no dependency of this package.
+lmms-eval finds it through the entry point `lmms_eval.models`; docs/lmms_eval.md says how to run it.
+Only `model.py` and the functions here import lmms-eval, which is not a dependency of this package.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ TASKS = Path(__file__).parent / "tasks"
 
 
 def manifest() -> Any:
-    """What lmms-eval's registry is told: a `ModelManifest`. Imports no model, since every run of lmms-eval asks."""
+    """The `ModelManifest` for lmms-eval's registry. It imports no model, since every run of
+    lmms-eval reads it."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest("sphinx_pl", simple_class_path="sphinx_pl.evaluation.lmms.model.SphinxPL")

@@ -1,4 +1,5 @@
-"""The answers to lmms-eval's requests. It knows their form, not lmms-eval: requests come as their `args`.
+"""The answers to lmms-eval's requests. This module knows their form, their `args`, but does not
+import lmms-eval.
 
 | request                    | args                                                                        |
 |----------------------------|-----------------------------------------------------------------------------|
@@ -6,7 +7,8 @@
 | loglikelihood              | context, continuation, doc_to_visual, number, task, split                   |
 | generate_until_multi_round | context, generation arguments, doc_to_visual, doc_to_text, number, task, split |
 
-A document is `documents[task][split][number]`. It is opened with its batch, since that decodes its images.
+A document is `documents[task][split][number]`. It is opened with its batch, since opening it
+decodes its images.
 """
 
 from __future__ import annotations
@@ -23,13 +25,14 @@ from PIL import Image
 from rich.progress import Progress
 
 from sphinx_pl.data.schema import PLACEHOLDER
-from sphinx_pl.evaluation.lmms.prompts import Rule, find_rule
+from sphinx_pl.evaluation.lmms.prompts import PromptRule, find_rule
 from sphinx_pl.generation.assistant import Assistant, BadDialog, Dialog, Picture, open_picture
 from sphinx_pl.generation.generate import GenerationConfig, Prompt
 from sphinx_pl.utils.errors import UserError, suggest
 
 DEFAULT_LIMIT = 128
-"""New tokens where a task says nothing: longer than any answer that benchmarks without a limit ask for."""
+"""The longest answer in tokens where a task has no limit: more than any benchmark without one
+needs."""
 
 PROMPTS = ("sphinx", "benchmark")
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
@@ -40,7 +43,8 @@ Request = tuple[Any, ...]
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """A task's generation arguments as far as SPHINX-PL has them. `until`: strings that end an answer."""
+    """A task's generation arguments as far as SPHINX-PL has them. `until`: strings that end an
+    answer."""
 
     limit: int = DEFAULT_LIMIT
     temperature: float = 0.0
@@ -76,7 +80,8 @@ class Drawing:
 
 @dataclass(slots=True)
 class _Round:
-    """One question: what it shows and asks, of which document. `whole`: the answer is given and has to fit."""
+    """One question of a document: its images and its text. `whole`: the answer is given and must
+    fit."""
 
     context: str
     visuals: Callable[[Any], Any] | None
@@ -89,18 +94,19 @@ class _Round:
 
 @dataclass(slots=True)
 class _Asked:
-    """A round's prompt, and how its answer is handed over."""
+    """A round's prompt, and the rule that converts its answer."""
 
     prompt: Prompt
-    rule: Rule | None
+    rule: PromptRule | None
     sizes: tuple[tuple[int, int], ...]
 
 
 class Answers:
-    """Answers requests in batches of similar length, in the order in which they came.
+    """Answers requests in batches of similar length, and returns the answers in the order of the
+    requests.
 
-    `lost` counts, by task, the requests that could not be asked: they are answered with nothing, since lmms-eval
-    leaves none out. `documents` is read when it is needed: lmms-eval fills it later.
+    `lost` counts, by task, the requests that could not be asked. Their answer is empty, since
+    lmms-eval skips none. `documents` is read when it is needed, since lmms-eval fills it later.
     """
 
     def __init__(
@@ -131,8 +137,10 @@ class Answers:
         return self._generate(rounds, "generate_until")
 
     def generate_until_multi_round(self, requests: Sequence[Request]) -> list[list[str]]:
-        """The texts of all rounds of each request, as its task keeps them. Every round is a dialog of its own: what
-        it has to know of earlier ones stands in the context that the task writes.
+        """The texts of all rounds of each request, as its task keeps them.
+
+        Every round is a dialog of its own. The context that the task writes holds what it needs of
+        earlier rounds.
         """
         texts: list[list[str]] = [[] for _ in requests]
         state: list[Any] = [None] * len(requests)
@@ -161,10 +169,12 @@ class Answers:
         return texts
 
     def loglikelihood(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
-        """For each request the *negative* sum of the continuation's log-probabilities (nats), and whether it is the
-        greedy answer. lmms-eval's multiple choice takes the smallest number: its models return losses.
+        """The *negative* log-probability (nats) of each request's continuation, and whether it is
+        the greedy answer.
+
+        lmms-eval's multiple choice takes the smallest number, since its models return losses.
         """
-        found: list[tuple[float, bool]] = [(float("inf"), False)] * len(requests)
+        likelihoods: list[tuple[float, bool]] = [(float("inf"), False)] * len(requests)
         rounds, answers = [], []
         for context, answer, *where in requests:
             visuals, number, task, split = where or (None, None, "", "")  # an answer by itself, without a question
@@ -174,44 +184,45 @@ class Answers:
             limit = len(self.assistant.encode_answer(answers[-1]))
             rounds.append(_Round(context, visuals, number, task, split, Drawing(limit), whole=True))
         for batch in self._batches(rounds, "loglikelihood"):
-            asked = {place: one.prompt for place in batch if (one := self._asked(rounds[place])) is not None}
-            scores = self.assistant.likelihoods(list(asked.values()), [answers[place] for place in asked])
-            for place, (logprob, greedy) in zip(asked, scores, strict=True):
-                found[place] = (-logprob, greedy)
-        return found
+            prompts = {place: one.prompt for place in batch if (one := self._asked(rounds[place])) is not None}
+            scores = self.assistant.likelihoods(list(prompts.values()), [answers[place] for place in prompts])
+            for place, (logprob, greedy) in zip(prompts, scores, strict=True):
+                likelihoods[place] = (-logprob, greedy)
+        return likelihoods
 
     def _generate(self, rounds: Sequence[_Round], title: str) -> list[str]:
         texts = [""] * len(rounds)
         for batch in self._batches(rounds, title):
-            asked = {place: one for place in batch if (one := self._asked(rounds[place])) is not None}
+            prompts = {place: one for place in batch if (one := self._asked(rounds[place])) is not None}
             drawing = rounds[batch[0]].drawing
-            # Another seed for every batch, or the same question in two of them would have the same answer.
+            # Another seed for every batch, or the same question in two of them would have the same
+            # answer.
             config = GenerationConfig(temperature=drawing.temperature, top_p=drawing.top_p, seed=batch[0])
-            answers = self.assistant.answer([one.prompt for one in asked.values()], config)
-            for (place, one), text in zip(asked.items(), answers, strict=True):
+            answers = self.assistant.answer([one.prompt for one in prompts.values()], config)
+            for (place, one), text in zip(prompts.items(), answers, strict=True):
                 texts[place] = rounds[place].drawing.cut(text)
                 if one.rule is not None and one.sizes:
                     texts[place] = one.rule.answer(texts[place], one.sizes[0], self.assistant.processor.geometry)
         return texts
 
     def _batches(self, rounds: Sequence[_Round], title: str) -> Iterator[list[int]]:
-        """Places of requests that are drawn in the same way, those of similar length together."""
+        """The places of requests with the same sampling, those of similar length together."""
         encode = self.assistant.processor.tokenizer.encode
         keys = [
             (one.drawing.temperature, one.drawing.top_p, one.drawing.limit, len(encode(one.context))) for one in rounds
         ]
         order = sorted(range(len(rounds)), key=keys.__getitem__)
         with Progress(disable=not self.progress) as bar:
-            shown = bar.add_task(title, total=len(rounds))
+            task = bar.add_task(title, total=len(rounds))
             for _, group in groupby(order, key=lambda place: keys[place][:2]):
                 places = list(group)
                 for start in range(0, len(places), self.batch_size):
                     batch = places[start : start + self.batch_size]
                     yield batch
-                    bar.advance(shown, len(batch))
+                    bar.advance(task, len(batch))
 
     def _asked(self, one: _Round) -> _Asked | None:
-        """The prompt of a request, or None where it cannot be asked, which is counted."""
+        """The prompt of a request; None, and a count, where it cannot be asked."""
         doc = self.documents[one.task][one.split][one.number] if one.task else {}
         try:
             pictures = [open_picture(picture) for picture in _pictures(one, doc)]
@@ -232,14 +243,14 @@ class Answers:
 
 
 def _pictures(one: _Round, doc: Any) -> list[Picture]:
-    """What a document shows.
+    """The pictures of a document.
 
     Raises:
-        UserError: a video or a sound.
+        UserError: it has a video or a sound.
     """
-    shown = one.visuals(doc) if one.visuals is not None else None
+    visuals = one.visuals(doc) if one.visuals is not None else None
     pictures: list[Picture] = []
-    for item in _flat(shown):
+    for item in _flat(visuals):
         if isinstance(item, str) and PurePath(item).suffix.lower() not in IMAGE_SUFFIXES:
             raise UserError(f"task '{one.task}' shows {item!r:.80}: SPHINX looks at images only, leave the task out")
         if not isinstance(item, str | Image.Image):

@@ -1,4 +1,4 @@
-"""The class that lmms-eval makes. All of its work is `answers.Answers`."""
+"""The class that lmms-eval instantiates. `answers.Answers` does its work."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ AUTO_BATCH = 16
 class SphinxPL(lmms):
     """A checkpoint of any layout.
 
-    `--model_args checkpoint=FOLDER,precision=bf16,batch_size=16,device=auto,prompts=sphinx`. With several processes
-    each has the whole model on a GPU of its own and answers its share. `prompts=benchmark` leaves lmms-eval's wordings
-    as they are.
+    `--model_args checkpoint=FOLDER,precision=bf16,batch_size=16,device=auto,prompts=sphinx`. With
+    several processes each has the whole model on a GPU of its own and answers its share.
+    `prompts=benchmark` leaves lmms-eval's wordings as they are.
     """
 
     # Not the chat interface, whose tasks cannot ask for likelihoods.
@@ -63,8 +63,10 @@ class SphinxPL(lmms):
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> SphinxPL:
-        """As lmms-eval's, but what stands in `--model_args` counts before the options of the command line, one of
-        which, `--batch_size`, is always there."""
+        """As lmms-eval's, but `--model_args` take precedence over the command line's options.
+
+        One of these, `--batch_size`, is always set.
+        """
         given = {name: value for name, value in (additional_config or {}).items() if value is not None}
         return cls(**(given | simple_parse_args_string(arg_string)))
 
@@ -88,7 +90,7 @@ class SphinxPL(lmms):
         return [survives(loss) for loss in losses]
 
     def clean(self) -> None:
-        """Frees the model's memory, which a judge may need."""
+        """Free the model's memory, which a judge may need."""
         self._answers = None
         super().clean()
 
@@ -105,13 +107,16 @@ class SphinxPL(lmms):
 
 
 def survives(result: Any) -> Any:
-    """A result such that lmms-eval's tasks get it as it is: 0.7.3 makes a text of every pair of numbers that is not
-    wrapped, and then fails to take it apart."""
+    """The result in a form that lmms-eval passes to its tasks unchanged.
+
+    Version 0.7.3 turns every bare pair of numbers into a text, which its tasks then cannot read.
+    """
     return result if unwrap_generation_output(result)[0] == result else GenerationResult(result)
 
 
 def own_device(device: str | None) -> str:
-    """The GPU of this process where there are several processes and the device is any GPU."""
+    """The device of this process: its own GPU, where there are several processes and the device is
+    any GPU."""
     if device not in (None, "auto", "cuda"):
         return str(device)
     if torch.cuda.is_available():

@@ -1,9 +1,10 @@
-"""lmms-eval's questions in SPHINX's wordings, and SPHINX's boxes in the frame that a benchmark expects.
+"""lmms-eval's questions in SPHINX's wordings, and SPHINX's boxes in the frame that a benchmark
+expects.
 
-lmms-eval's own mechanism, `lmms_eval_specific_kwargs` keyed by the model's name, is read from a task's YAML file only,
-and its files name no `sphinx_pl`: a model from outside gets their `default`. Those are mostly LLaVA-1.5's wordings,
-which are SPHINX's too (MME, POPE, VQAv2, GQA, TextVQA, ScienceQA, SEED, captions). `RULES` has the tasks where they are
-not.
+lmms-eval's own mechanism, `lmms_eval_specific_kwargs` keyed by the model's name, is read from a
+task's YAML file only, and its files name no `sphinx_pl`: a model from outside gets their `default`.
+Those are mostly LLaVA-1.5's wordings, which are SPHINX's too (MME, POPE, VQAv2, GQA, TextVQA,
+ScienceQA, SEED, captions). `RULES` has the tasks where they are not.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ REC = TASKS["rec"].templates[0]
 REG = TASKS["reg"].templates[0]
 
 Ask = Callable[[str, Mapping[str, Any], tuple[Size, ...], Geometry], str]
-"""(context, those of a document's values that the question needs, sizes of its images, the model's geometry) ->
-SPHINX's question."""
+"""(context, those of a document's values that the question needs, sizes of its images, the model's
+geometry) -> SPHINX's question."""
 Answer = Callable[[str, Size, Geometry], str]
 """(SPHINX's answer, size of the image, the model's geometry) -> what the benchmark reads."""
 
@@ -34,10 +35,11 @@ def _as_given(text: str, size: Size, geometry: Geometry) -> str:
 
 
 @dataclass(frozen=True)
-class Rule:
-    """How tasks whose whole name `tasks` matches are asked, and how their answers are handed over.
+class PromptRule:
+    """The question and the conversion of answers for tasks whose whole name `tasks` matches.
 
-    `needs`: the document's values that are part of the question. `ask` gets no others, so no truth.
+    `needs` are the document's values that are part of the question. `ask` gets no others, so no
+    truth.
     """
 
     tasks: str
@@ -49,13 +51,14 @@ class Rule:
         return self.ask(context, {name: doc[name] for name in self.needs}, sizes, geometry)
 
 
-def find_rule(task: str) -> Rule | None:
+def find_rule(task: str) -> PromptRule | None:
     """The rule for a task of lmms-eval, or None where question and answer stay as they are."""
     return next((rule for rule in RULES if re.fullmatch(rule.tasks, task)), None)
 
 
 def _phrase(context: str, doc: Mapping[str, Any], sizes: tuple[Size, ...], geometry: Geometry) -> str:
-    # RefCOCO's sentences, which lmms-eval keeps under "answer" although a box is asked for; of several the first.
+    # RefCOCO's sentences, which lmms-eval keeps under "answer" although a box is asked for; of
+    # several the first.
     phrase = doc["answer"] if isinstance(doc["answer"], str) else doc["answer"][0]
     return REC.format(phrase=phrase.strip().rstrip("."))
 
@@ -97,7 +100,8 @@ def _iconqa(context: str, doc: Mapping[str, Any], sizes: tuple[Size, ...], geome
 
 
 def _fractions(text: str, size: Size, geometry: Geometry) -> str:
-    """The first box in fractions of the image itself. Not cut at its edges: so overlaps are those in the square."""
+    """The first box in fractions of the image. It is not cut at the edges, so overlaps are those in
+    the square."""
     boxes = geometry.parse_boxes(text)
     if not boxes:
         return text
@@ -115,14 +119,14 @@ def _pixels(text: str, size: Size, geometry: Geometry) -> str:
 
 
 RULES = (
-    Rule(r"refcoco[+g]?_bbox_rec_.*", _phrase, _fractions, needs=("answer",)),
-    Rule(r"refcoco(_plus|g)?_grounding_.*", _phrase, _pixels, needs=("answer",)),
-    Rule(r"refcoco[+g]?_(bbox|seg)_.*", _region, needs=("bbox",)),
-    Rule(r"ok_vqa_.*", _okvqa),
-    Rule(r"vizwiz_vqa_.*", _vizwiz),
-    Rule(r"mmbench_en_(dev|test)(_lite)?", _mmbench),
-    Rule(r"mmvet", _mmvet),
-    Rule(r"seedbench_ppl.*", _seed_ppl),
-    Rule(r"iconqa_.*", _iconqa),
+    PromptRule(r"refcoco[+g]?_bbox_rec_.*", _phrase, _fractions, needs=("answer",)),
+    PromptRule(r"refcoco(_plus|g)?_grounding_.*", _phrase, _pixels, needs=("answer",)),
+    PromptRule(r"refcoco[+g]?_(bbox|seg)_.*", _region, needs=("bbox",)),
+    PromptRule(r"ok_vqa_.*", _okvqa),
+    PromptRule(r"vizwiz_vqa_.*", _vizwiz),
+    PromptRule(r"mmbench_en_(dev|test)(_lite)?", _mmbench),
+    PromptRule(r"mmvet", _mmvet),
+    PromptRule(r"seedbench_ppl.*", _seed_ppl),
+    PromptRule(r"iconqa_.*", _iconqa),
 )
-"""The first that matches counts."""
+"""The first rule that matches applies."""

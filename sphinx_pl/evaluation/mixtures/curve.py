@@ -1,4 +1,5 @@
-"""The mixing curve: what mixtures of two models measure, from one to the other; of three, over the triangle."""
+"""The mixing curve: losses and scores of mixtures of two models along the line, of three over the
+triangle."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ import torch
 
 from sphinx_pl.evaluation.losses import interval
 from sphinx_pl.evaluation.mixtures.evaluator import MixtureEvaluator
-from sphinx_pl.evaluation.objective import Criterion, Measures, resampled
+from sphinx_pl.evaluation.objective import Measurements, Objective, resampled
 from sphinx_pl.mixing.methods import METHODS
 from sphinx_pl.utils.errors import UserError
 from sphinx_pl.utils.files import finite, write_whole
@@ -23,14 +24,15 @@ from sphinx_pl.utils.files import finite, write_whole
 
 @dataclass(frozen=True, slots=True)
 class CurvePoint:
-    """What was measured with these weights, one for each model."""
+    """The losses and scores with these weights, one for each model."""
 
     weights: tuple[float, ...]
-    measures: Measures
+    measurements: Measurements
 
 
 def simplex(models: int, steps: int) -> list[tuple[float, ...]]:
-    """Weights that sum to 1, evenly spread, `steps` along each edge: from the last model to the first.
+    """Evenly spread weights that sum to 1, `steps` along each edge, from the last model to the
+    first.
 
     Raises:
         UserError: not two or three models, or fewer than two steps.
@@ -46,53 +48,55 @@ def simplex(models: int, steps: int) -> list[tuple[float, ...]]:
 
 
 def measure_curve(evaluate: MixtureEvaluator, steps: int) -> list[CurvePoint]:
-    """Evaluate every point of `simplex`."""
+    """The evaluated points of `simplex`."""
     points = simplex(len(evaluate.plan.models), steps)
     return [CurvePoint(weights, evaluate(weights)) for weights in points]
 
 
 def corners(points: Sequence[CurvePoint]) -> list[int]:
-    """Places of the unmixed models, in their order."""
+    """The places of the unmixed models, in their order."""
     count = len(points[0].weights)
     return [next(p for p, point in enumerate(points) if point.weights[model] == 1) for model in range(count)]
 
 
 def barriers(points: Sequence[CurvePoint], values: torch.Tensor) -> torch.Tensor:
-    """How far values [..., points] rise above the straight line (the plane) between the unmixed models' [...].
+    """The height of values [..., points] above the line (the plane) between the unmixed models:
+    [...].
 
-    Of a loss, 0 means that the models lie in one basin as far as it shows (linear mode connectivity, Frankle et al.
-    2020).
+    For a loss, 0 suggests that the models lie in one basin (linear mode connectivity, Frankle et
+    al. 2020).
     """
     weights = torch.tensor([point.weights for point in points], dtype=values.dtype)
     return (values - values[..., corners(points)] @ weights.T).amax(-1).clamp(min=0)
 
 
-def best_point(points: Sequence[CurvePoint], criterion: Criterion) -> int:
-    """Place of the best; of equals the one nearest to equal weights."""
+def best_point(points: Sequence[CurvePoint], objective: Objective) -> int:
+    """The place of the best point; among equals, the one nearest to equal weights."""
     count = len(points[0].weights)
 
     def rank(place: int) -> tuple[float, float]:
         weights = points[place].weights
-        return criterion.cost(points[place].measures), max(abs(weight - 1 / count) for weight in weights)
+        return objective.cost(points[place].measurements), max(abs(weight - 1 / count) for weight in weights)
 
     return min(range(len(points)), key=rank)
 
 
-def summary(points: Sequence[CurvePoint], criterion: Criterion, method: str = "linear") -> dict[str, Any]:
-    """The content of curve.json: the curve in lists, the best point by the criterion, and each measure's barrier.
+def summary(points: Sequence[CurvePoint], objective: Objective, method: str = "linear") -> dict[str, Any]:
+    """The content of curve.json: the curve in lists, the best point by the objective, and each
+    loss's barrier.
 
-    `gain` is by how much the best point is better than the best unmixed model, `gain_interval` its 95 % interval;
-    `chosen` says in which share of the resamples no other point is better than this one.
+    `gain` is how much better the best point is than the best unmixed model, and `gain_interval` its
+    95 % interval. `chosen` is the share of the resamples in which no other point is better.
 
     Raises:
-        UserError: the criterion is a number at no point.
+        UserError: the objective is finite at no point.
     """
-    every, sign = [point.measures for point in points], 1.0 if criterion.lower else -1.0
-    values = [criterion.value(measures) for measures in every]
-    best, ends = best_point(points, criterion), corners(points)
-    criterion.check(criterion.cost(every[best]))
-    costs = (sign * resampled(every, criterion.names(every[0]))).nan_to_num(math.inf, math.inf)
-    better = min(ends, key=lambda place: criterion.cost(every[place]))
+    every, sign = [point.measurements for point in points], 1.0 if objective.lower else -1.0
+    values = [objective.value(measurements) for measurements in every]
+    best, ends = best_point(points, objective), corners(points)
+    objective.check(objective.cost(every[best]))
+    costs = (sign * resampled(every, objective.names(every[0]))).nan_to_num(math.inf, math.inf)
+    better = min(ends, key=lambda place: objective.cost(every[place]))
     weights = [list(point.weights) for point in points]
     content: dict[str, Any] = {"method": method, "models": len(weights[0]), "weights": weights}
     if len(points[0].weights) == 2:
@@ -101,25 +105,27 @@ def summary(points: Sequence[CurvePoint], criterion: Criterion, method: str = "l
         named = {name.partition("/")[2]: name for name in every[0] if name.startswith(f"{kind}/")}
         if not named:
             continue
-        content[key] = {short: [measures[name].mean for measures in every] for short, name in named.items()}
+        content[key] = {short: [measurements[name].mean for measurements in every] for short, name in named.items()}
         content[f"{kind}_intervals"] = {
-            short: [measures[name].interval() for measures in every] for short, name in named.items()
+            short: [measurements[name].interval() for measurements in every] for short, name in named.items()
         }
         content["tokens" if kind == "loss" else "questions"] = {
             short: every[0][name].count for short, name in named.items()
         }
-        content["mean" if kind == "loss" else "mean_score"] = [Criterion(kind).value(measures) for measures in every]
+        content["mean" if kind == "loss" else "mean_score"] = [
+            Objective(kind).value(measurements) for measurements in every
+        ]
         if kind == "loss":
             content["barrier"], content["barrier_intervals"] = {}, {}
             for short, name in named.items():
-                means = torch.tensor([measures[name].mean for measures in every], dtype=torch.float64)
+                means = torch.tensor([measurements[name].mean for measurements in every], dtype=torch.float64)
                 content["barrier"][short] = float(barriers(points, means))
                 content["barrier_intervals"][short] = interval(barriers(points, resampled(every, [name])))
-    content["criterion"] = {"name": criterion.said, "values": values}
+    content["objective"] = {"name": objective.name, "values": values}
     content["best"] = {
         "weights": list(points[best].weights),
         "value": values[best],
-        "gain": criterion.cost(every[better]) - criterion.cost(every[best]),
+        "gain": objective.cost(every[better]) - objective.cost(every[best]),
         "gain_interval": interval(costs[:, ends].amin(1) - costs[:, best]),
         "chosen": float((costs[:, best] <= costs.amin(1)).double().mean()),
         "best_unmixed": ends.index(better),
@@ -130,47 +136,47 @@ def summary(points: Sequence[CurvePoint], criterion: Criterion, method: str = "l
 
 
 def _end(method: str, model: int) -> str:
-    """What lies at an end: of a method with a base not the checkpoint itself, but what the method makes of it."""
+    """The name of an end: the checkpoint, or for a method with a base, the method's result from it."""
     checkpoint = f"the {('first', 'second', 'third')[model]} checkpoint"
     return f"{method} of {checkpoint}" if METHODS[method].base else checkpoint
 
 
 def describe_best(content: dict[str, Any]) -> str:
-    """What was picked and why, in two sentences."""
-    best, said = content["best"], content["criterion"]["name"]
+    """The best point and why it was chosen, in two sentences."""
+    best, name = content["best"], content["objective"]["name"]
     alone = f"{_end(content['method'], best['best_unmixed'])} alone"
     where = f"beta={best['beta']:g}" if "beta" in best else "weights " + ", ".join(f"{w:g}" for w in best["weights"])
     low, high = best["gain_interval"]
-    what = f"{where} has the {'lowest' if said.startswith('loss') else 'highest'} {said} of {len(content['weights'])}"
+    what = f"{where} has the {'lowest' if name.startswith('loss') else 'highest'} {name} of {len(content['weights'])}"
     what += f" points, {best['value']:.4f}"
-    if broken := sum(not math.isfinite(value) for value in content["criterion"]["values"]):
-        what += f" ({broken} of them {'has' if broken == 1 else 'have'} none that is a number)"
+    if broken := sum(not math.isfinite(value) for value in content["objective"]["values"]):
+        what += f" ({broken} of them {'has' if broken == 1 else 'have'} no finite one)"
     if all(max(weights) == 1 for weights in content["weights"]):
         return f"{what}: no mixture was evaluated, only the ends."
     if best["gain"] <= 0:
         return f"{what}: no mixture is better than {alone}."
     gain = f"{best['gain']:.4f} (95 % interval {low:.4f} to {high:.4f})"
-    sure = "" if low > 0 else " That may be chance: the interval reaches 0."
+    chance = "" if low > 0 else " That may be chance: the interval reaches 0."
     return (
-        f"{what}: better than {alone}, the best end, by {gain}.{sure} "
+        f"{what}: better than {alone}, the best end, by {gain}.{chance} "
         f"In {100 * best['chosen']:.0f} % of the resamples no other point is better."
     )
 
 
 def write_curve(
-    points: Sequence[CurvePoint], folder: Path, criterion: Criterion | None = None, method: str = "linear"
+    points: Sequence[CurvePoint], folder: Path, objective: Objective | None = None, method: str = "linear"
 ) -> dict[str, Any]:
-    """Write curve.csv, curve.json and curve.png to `folder` and return `summary`."""
-    criterion = criterion or Criterion()
-    content = summary(points, criterion, method)
+    """Write curve.csv, curve.json and curve.png to `folder`; returns `summary`."""
+    objective = objective or Objective()
+    content = summary(points, objective, method)
     folder.mkdir(parents=True, exist_ok=True)
     table = io.StringIO()
     writer = csv.writer(table)
-    names = list(points[0].measures)
+    names = list(points[0].measurements)
     head = ["beta"] if "betas" in content else [f"weight_{model}" for model in range(len(points[0].weights))]
-    writer.writerow([*head, *(f"{name}{end}" for name in names for end in ("", "/low", "/high")), criterion.said])
-    for point, value in zip(points, content["criterion"]["values"], strict=True):
-        cells = [(point.measures[name].mean, *point.measures[name].interval()) for name in names]
+    writer.writerow([*head, *(f"{name}{end}" for name in names for end in ("", "/low", "/high")), objective.name])
+    for point, value in zip(points, content["objective"]["values"], strict=True):
+        cells = [(point.measurements[name].mean, *point.measurements[name].interval()) for name in names]
         writer.writerow([*point.weights[: len(head)], *(number for cell in cells for number in cell), value])
     write_whole(folder / "curve.csv", table.getvalue())
     write_whole(folder / "curve.json", json.dumps(finite(content), indent=2) + "\n")
@@ -212,14 +218,14 @@ def _lines(axes: Any, content: dict[str, Any], kind: str) -> None:
 
 
 def _triangle(figure: Any, axes: Any, content: dict[str, Any], kind: str, name: str) -> None:
-    """Corners: the models, the first on top."""
+    """Draw the triangle, whose corners are the models, the first on top."""
     place = [(w[2] - w[1], 1.7320508 * w[0]) for w in content["weights"]]
     x, y = zip(*place, strict=True)
     values, colours = content[kind][name], "viridis_r" if kind == "losses" else "viridis"
     if all(map(math.isfinite, values)):
-        drawn = axes.tricontourf(x, y, values, levels=20, cmap=colours)
+        surface = axes.tricontourf(x, y, values, levels=20, cmap=colours)
     else:
-        drawn = axes.scatter(x, y, c=values, cmap=colours)
+        surface = axes.scatter(x, y, c=values, cmap=colours)
     axes.plot(x, y, ".", color="white", markersize=2)
     best = place[content["weights"].index(content["best"]["weights"])]
     axes.plot(*best, "o", markerfacecolor="none", markeredgecolor="red", markersize=9)
@@ -228,4 +234,4 @@ def _triangle(figure: Any, axes: Any, content: dict[str, Any], kind: str, name: 
         axes.text(corner[0] + dx, corner[1] + dy, _end(content["method"], model), ha="center")
     axes.set(title=name, aspect="equal", ylim=(-0.25, 2.0))
     axes.axis("off")
-    figure.colorbar(drawn, ax=axes, shrink=0.8, label="loss (nats per token)" if kind == "losses" else "score")
+    figure.colorbar(surface, ax=axes, shrink=0.8, label="loss (nats per token)" if kind == "losses" else "score")

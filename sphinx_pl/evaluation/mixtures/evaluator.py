@@ -1,4 +1,5 @@
-"""Mixtures evaluated without being written: one model in memory, whose weights are overwritten by each mixture's."""
+"""The evaluation of mixtures that are not written: each mixture overwrites the weights of one model
+in memory."""
 
 from __future__ import annotations
 
@@ -8,27 +9,27 @@ import torch
 
 from sphinx_pl.checkpoints.format import copy_into
 from sphinx_pl.checkpoints.stored import OurNames
-from sphinx_pl.evaluation.objective import Measures
+from sphinx_pl.evaluation.objective import Measurements
 from sphinx_pl.mixing.mix import Plan
 from sphinx_pl.mixing.mixer import Facts
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.utils.console import Steps
 
 PartWeights = Mapping[str, Sequence[float]]
-"""Weights of each tensor, by its name."""
+"""The weights of each tensor by its name."""
 
 
 class MixtureEvaluator:
     """Measures mixtures of a plan's checkpoints with other weights than the plan's.
 
-    The weights of the model are exactly those that would be written. Tensors that
-    are equal in all checkpoints are read once.
+    The model's weights are exactly those that would be written. Tensors that are equal in all
+    checkpoints are read once.
 
     Args:
-        plan: of checkpoints under our names.
-        measure: what is measured of a model.
-        dtype: of floating-point tensors, to which they are rounded; None: each one's own.
-        steps: told when a mixture is begun.
+        plan: its checkpoints have our names.
+        measure: a model -> its losses and scores.
+        dtype: floating-point tensors are rounded to it; None: to their own.
+        steps: is told when a mixture begins.
 
     Raises:
         UserError: the checkpoints' tensors are not those of their model.
@@ -37,7 +38,7 @@ class MixtureEvaluator:
     def __init__(
         self,
         plan: Plan,
-        measure: Callable[[Sphinx], Measures],
+        measure: Callable[[Sphinx], Measurements],
         device: torch.device,
         dtype: torch.dtype | None = None,
         steps: Steps | None = None,
@@ -58,11 +59,13 @@ class MixtureEvaluator:
 
     @property
     def changing(self) -> Sequence[str]:
-        """Names of the tensors in which the checkpoints differ; all of them before the first evaluation."""
+        """The names of the tensors in which the checkpoints differ; all names before the first
+        evaluation."""
         return self._keys
 
-    def __call__(self, weights: Sequence[float] | PartWeights) -> Measures:
-        """Of the mixture with these weights, the same for all tensors or by name."""
+    def __call__(self, weights: Sequence[float] | PartWeights) -> Measurements:
+        """The losses and scores of the mixture with these weights, the same for all tensors or by
+        name."""
         if self.steps is not None:
             common = "" if isinstance(weights, Mapping) else f" with weights {', '.join(f'{w:.3g}' for w in weights)}"
             self.steps.begin(f"mixing{common}, then measuring")

@@ -1,17 +1,17 @@
-"""A training mixture that leans towards what a model fails at.
+"""Reweighting by bad cases: a training mixture with more of what a model fails at.
 
-The loop of MLLM-DataEngine (arXiv 2308.13566) made small: it looks for the question types with the most bad cases and
-gets more data of them; here the data are there, and their sources' weights move. Every number of it can be followed by
-hand:
+This is the loop of MLLM-DataEngine (arXiv 2308.13566) on a small scale. That finds the question
+types with the most bad cases and collects more data of them. Here the data exist, and the weights
+of their sources change:
 
-    failure of a type      the mean of 1 - score over its questions, drawn towards its task's (a task's towards that of
-                           all questions) as if `prior` more questions had come out so
+    failure of a type      the mean of 1 - score over its questions, shrunk towards its task's (a task's towards that of
+                           all questions) as if `prior` more questions had that failure
     failure of a source    the mean over its records of their type's failure; a record whose task was not asked counts
                            as the mean source's
     factor on its weight   (1 - strength) + strength * failure / failure of the mean source, within 1/bound..bound
     the new weight         weight * factor, all factors scaled alike so that the sources keep their share together
 
-Text-only sources, and those none of whose tasks was asked, keep their share.
+Text-only sources, and sources none of whose tasks was asked, keep their share.
 """
 
 from __future__ import annotations
@@ -43,13 +43,14 @@ Type = tuple[str, str]
 MARK = "# Written by evaluate.py"
 TEXT_ONLY = "text only"
 NOT_ASKED = "none of its tasks was asked"
-# What could end a comment's line: topics come from data.
+# Characters that could end a comment's line: topics come from data.
 _BREAKS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 @dataclass(frozen=True)
-class Rate:
-    """How often a task (topic "") or a topic of it fails: `failure` as counted, `shrunk` as it is used."""
+class FailureRate:
+    """The failure rate of a task (topic "") or of a topic of it: `failure` as counted, `shrunk` as
+    it is used."""
 
     task: str
     topic: str
@@ -59,9 +60,14 @@ class Rate:
 
 
 @dataclass(frozen=True)
-class Leaned:
-    """A source, before and after. `holds`: the share of each task and topic in its records; `failure` is None where it
-    keeps its share, and `kept` says why."""
+class ReweightedSource:
+    """A source, before and after.
+
+    Attributes:
+        holds: the share of each task and topic in its records.
+        failure: None where it keeps its share.
+        kept: the reason why it keeps its share, "" where it does not.
+    """
 
     name: str
     holds: Mapping[Type, float]
@@ -74,16 +80,17 @@ class Leaned:
 
 
 @dataclass(frozen=True)
-class Lean:
-    """A leaned mixture with what its weights follow from. `weights`: the tree of sources with the new ones."""
+class Reweighting:
+    """A reweighted mixture with the reasons for its weights. `weights` is the tree of sources with
+    the new ones."""
 
-    rates: Sequence[Rate]
-    sources: Sequence[Leaned]
+    rates: Sequence[FailureRate]
+    sources: Sequence[ReweightedSource]
     mean: float
     weights: Mapping[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """For results.json and the report."""
+        """The entry of results.json, which the report shows."""
         sources = [
             dataclasses.asdict(source)
             | {"holds": [{"task": t, "topic": p, "share": s} for (t, p), s in source.holds.items()]}
@@ -92,14 +99,15 @@ class Lean:
         return {"mean": self.mean, "rates": [dataclasses.asdict(rate) for rate in self.rates], "sources": sources}
 
     def rate_rows(self) -> Iterator[tuple[str, ...]]:
-        """Task and topic, questions, failure as counted and as used: a header, then the rates."""
+        """A header, then a row for each rate: task and topic, questions, failure as counted and as
+        used."""
         yield "task", "questions", "failure", "used"
         for rate in self.rates:
             name = f"  {rate.topic}" if rate.topic else rate.task
             yield name, str(rate.n), f"{rate.failure:.3f}", f"{rate.shrunk:.3f}"
 
     def source_rows(self) -> Iterator[tuple[str, ...]]:
-        """Source, what it holds most of, failure, weights, shares: a header, then the sources."""
+        """A header, then a row for each source: what it holds most of, failure, weights, shares."""
         yield "source", "holds", "failure", "weight", "new weight", "share", "new share"
         for source in self.sources:
             failure = source.kept if source.failure is None else f"{source.failure:.3f}"
@@ -108,28 +116,29 @@ class Lean:
             yield source.name, held_text(source.holds), failure, *weights, *shares
 
     def tables(self) -> list[Table]:
-        """Failures and sources as a terminal shows them."""
-        found = []
-        for title, rows in (("Failures", self.rate_rows()), ("Leaned mixture", self.source_rows())):
+        """The tables of failures and sources for a terminal."""
+        tables = []
+        for title, rows in (("Failures", self.rate_rows()), ("Reweighted mixture", self.source_rows())):
             table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
             for name in next(rows):
                 table.add_column(name, justify="left" if name in ("task", "source", "holds") else "right")
             for row in rows:
                 table.add_row(*map(escape, row))
-            found.append(table)
-        return found
+            tables.append(table)
+        return tables
 
     def yaml(self, comments: Iterable[str], base: str | None, entries: Mapping[str, Any] | None = None) -> str:
-        """A file of conf/data/mixture.
+        """The content of a file of conf/data/mixture.
 
         Args:
-            comments: lines to begin with, after MARK.
-            base: the mixture that was leaned, of which only weights are written; None: `entries` has all the rest.
+            comments: the first lines, after MARK.
+            base: the mixture that was reweighted; only weights are written. None: `entries` has all
+                the rest.
             entries: more keys of the file, such as whole `sources`, which get the new weights.
         """
         lines = [
             "# @package data",
-            f"{MARK} then=mixture (sphinx_pl/evaluation/mixtures/reweighting.py says how weights are found).",
+            f"{MARK} then=mixture (sphinx_pl/evaluation/mixtures/reweighting.py explains the weights).",
         ]
         lines += [f"# {_BREAKS.sub(' ', line)}".rstrip() for line in comments]
         for rows in (self.rate_rows(), self.source_rows()):
@@ -141,55 +150,57 @@ class Lean:
 
 
 def held_text(holds: Mapping[Type, float], at_most: int = 4) -> str:
-    """The tasks that are most of a source, with their shares."""
+    """The largest tasks of a source with their shares, as text."""
     tasks: Counter[str] = Counter()
     for (task, _), share in holds.items():
         tasks[task] += share  # type: ignore[assignment]
-    shown = [f"{task} {share:.0%}" for task, share in tasks.most_common(at_most)]
-    return ", ".join([*shown, *(["…"] if len(tasks) > at_most else [])])
+    texts = [f"{task} {share:.0%}" for task, share in tasks.most_common(at_most)]
+    return ", ".join([*texts, *(["…"] if len(tasks) > at_most else [])])
 
 
-def failure_rates(predictions: Iterable[Prediction], prior: float) -> list[Rate]:
-    """Of each task, followed by its topics. A topic is drawn towards its task, a task towards all questions.
+def failure_rates(predictions: Iterable[Prediction], prior: float) -> list[FailureRate]:
+    """The rate of each task, followed by its topics. A topic is shrunk towards its task, a task
+    towards all questions.
 
     Args:
-        prior: so many questions' worth.
+        prior: the strength of the shrinking, in questions.
     """
-    counted: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    failures_of: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for prediction in predictions:
-        counted[prediction.task][prediction.topic].append(1 - prediction.score)
-    everything = [failure for topics in counted.values() for failures in topics.values() for failure in failures]
+        failures_of[prediction.task][prediction.topic].append(1 - prediction.score)
+    everything = [failure for topics in failures_of.values() for failures in topics.values() for failure in failures]
     overall = _mean(everything)
     rates = []
-    for task, topics in sorted(counted.items()):
+    for task, topics in sorted(failures_of.items()):
         failures = [failure for group in topics.values() for failure in group]
         of_task = (sum(failures) + prior * overall) / (len(failures) + prior)
-        rates.append(Rate(task, "", len(failures), _mean(failures), of_task))
+        rates.append(FailureRate(task, "", len(failures), _mean(failures), of_task))
         for topic, group in sorted(topics.items()):
             if topic:
                 shrunk = (sum(group) + prior * of_task) / (len(group) + prior)
-                rates.append(Rate(task, topic, len(group), _mean(group), shrunk))
+                rates.append(FailureRate(task, topic, len(group), _mean(group), shrunk))
     return rates
 
 
 @dataclass(frozen=True)
 class _Unit:
-    """What has a weight of its own in a mixture's file: a source, or the original's list of several."""
+    """One weight of a mixture's file: a source, or the original's list of several."""
 
     share: float
     text_only: bool
     holds: Mapping[Type, float]
 
 
-class Training:
-    """What a mixture's sources hold.
+class TrainingMixture:
+    """The sources of a training mixture, and the tasks and topics that they hold.
 
     Args:
-        sources: `data.sources`, a tree of groups. temperature: `data.mixing.temperature`.
-        at_most: records of each source that are looked at, evenly spread over it.
+        sources: `data.sources`, a tree of groups.
+        temperature: `data.mixing.temperature`.
+        at_most: the number of records of each source that are counted, evenly spread over it.
 
     Raises:
-        UserError: there are no sources, or what they themselves refuse.
+        UserError: there are no sources, or one of them is wrong.
     """
 
     def __init__(self, sources: Mapping[str, Any], temperature: float | None = None, at_most: int = 2000) -> None:
@@ -220,21 +231,25 @@ class Training:
             self.units[name] = _Unit(total, text_only, dict(holds.most_common()))
 
     def check(self, tasks: set[str]) -> None:
-        """Raises: UserError: no source could lean, if questions of these tasks are asked."""
-        held = {task for unit in self.units.values() if not unit.text_only for task, _ in unit.holds}
-        if not held & tasks:
+        """Check that questions of these tasks can change a weight.
+
+        Raises:
+            UserError: no source with images holds one of the tasks.
+        """
+        present = {task for unit in self.units.values() if not unit.text_only for task, _ in unit.holds}
+        if not present & tasks:
             raise UserError(
-                f"then=mixture: the training sources hold {', '.join(sorted(held)) or 'nothing with images'}, the test "
-                f"sources ask {', '.join(sorted(tasks))}: no source can lean. Check data/mixture and test"
+                f"then=mixture: the training sources hold {', '.join(sorted(present)) or 'nothing with images'}, "
+                f"the test sources ask {', '.join(sorted(tasks))}: no weight can change. Check data/mixture and test"
             )
 
-    def lean(
+    def reweight(
         self, predictions: Sequence[Prediction], strength: float = 0.5, prior: float = 20.0, bound: float = 3.0
-    ) -> Lean:
-        """Move weights towards the sources of what the predictions fail at; see the top of this file.
+    ) -> Reweighting:
+        """The mixture with more weight on sources of bad cases; the top of this file explains how.
 
         Args:
-            strength: 0 leaves the weights as they are, 1 makes them proportional to failures.
+            strength: 0 keeps the weights, 1 makes them proportional to failures.
             prior: see `failure_rates`.
             bound: a weight changes by at most this factor.
         """
@@ -258,19 +273,22 @@ class Training:
         factors = _scaled(wanted, {name: self.units[name].share for name in wanted}, bound)
         new = {name: unit.share * factors.get(name, 1.0) for name, unit in self.units.items()}
         weights = self._tree(self.group, self._values, new)
-        leaned = []
+        sources = []
         for name, unit in self.units.items():
             weight, new_weight = _weight(self.group, name), _weight_in(weights, name)
             kept = "" if name in failures else TEXT_ONLY if unit.text_only else NOT_ASKED
             share, new_share = unit.share, new[name]
-            leaned.append(Leaned(name, unit.holds, failures.get(name), kept, weight, new_weight, share, new_share))
-        return Lean(rates, leaned, mean, weights)
+            sources.append(
+                ReweightedSource(name, unit.holds, failures.get(name), kept, weight, new_weight, share, new_share)
+            )
+        return Reweighting(rates, sources, mean, weights)
 
     def _tree(self, group: Group, values: Mapping[str, Any], new: Mapping[str, float], prefix: str = "") -> Any:
-        """{name: {"weight"}, or for a group {"weight", "sources"}; None for what is switched off}.
+        """The tree of new weights: {name: {"weight"}, or for a group {"weight", "sources"}; None if
+        switched off}.
 
-        Every node's weight grows as the share of all that is under it. What its members grow by in common cancels
-        within a group, and temperatures multiply weights, so the shares that follow are the new ones.
+        Every node's weight grows like the share of everything under it. Common growth cancels
+        within a group, and temperatures multiply weights, so the resulting shares are the new ones.
         """
         tree: dict[str, Any] = {}
         for name in values:
@@ -288,24 +306,30 @@ class Training:
 
 
 def write_mixture(path: Path, text: str, base: str | None) -> None:
-    """Write the file, but not over one that a person wrote; see `check_out`."""
+    """Write the file, unless `check_out` refuses it."""
     check_out(path, base)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, text)
 
 
 def check_out(path: Path, base: str | None) -> None:
-    """Raises: UserError: the file is there and not one of ours, or has the name of the mixture that it leans on."""
+    """Check that a mixture may be written to this file.
+
+    Raises:
+        UserError: a file exists that a person wrote, or the name is that of the reweighted mixture.
+    """
     if path.suffix != ".yaml":
         raise UserError(f"mixture_out={path} must end in .yaml")
     if base is not None and path.stem == base:
-        raise UserError(f"mixture_out={path} has the name of the mixture it leans on, '{base}': give it another")
+        raise UserError(
+            f"mixture_out={path} has the name of the mixture that it changes, '{base}': give it another name"
+        )
     if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace")[:200]:
-        raise UserError(f"mixture_out={path} is there and was not written by evaluate.py: give another name")
+        raise UserError(f"mixture_out={path} exists and evaluate.py did not write it: give another name")
 
 
 def how_to_train(path: Path) -> str:
-    """The command that trains on the mixture of a file."""
+    """The command that trains on a mixture's file."""
     train = f"{command_of('train')} stage=finetune data/mixture={path.stem}"
     if path.parent.parts[-2:] != ("data", "mixture"):
         return f"copy {path} to conf/data/mixture, then: {train} …"
@@ -317,7 +341,7 @@ def how_to_train(path: Path) -> str:
 def _units(
     group: Group, values: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, list[tuple[str, SourceConfig]]]]:
-    """(name, sources) of what has a weight in the file."""
+    """(name, sources) of everything with a weight in the file."""
     for name, member in group.members.items():
         full = f"{prefix}{name}"
         if not isinstance(member, Group):
@@ -329,7 +353,7 @@ def _units(
 
 
 def _scaled(wanted: Mapping[str, float], shares: Mapping[str, float], bound: float) -> dict[str, float]:
-    """Factors proportional to the wanted ones but within 1/bound..bound, with which the shares keep their sum."""
+    """Factors proportional to `wanted` and within 1/bound..bound that keep the sum of the shares."""
 
     def bounded(scale: float) -> dict[str, float]:
         return {name: min(max(scale * factor, 1 / bound), bound) for name, factor in wanted.items()}

@@ -1,4 +1,4 @@
-"""Numbers of other models that somebody published, each with its source: reference_results.yaml."""
+"""Published results of other models, each with its source: reference_results.yaml."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ FILE = Path(__file__).with_name("reference_results.yaml")
 
 
 @dataclass(frozen=True)
-class Published:
-    """One number. The file says what the fields mean."""
+class ReferenceResult:
+    """One published number. The file explains the fields."""
 
     benchmark: str
     model: str
     value: float
     source: str
     split: Optional[str] = None
-    measure: Optional[str] = None
+    metric: Optional[str] = None
 
     def __post_init__(self) -> None:
         if not self.source.strip():
-            raise UserError(f"{self.benchmark} of {self.model} has no source: a number without one is not entered")
+            raise UserError(f"{self.benchmark} of {self.model} has no source: name the document and its table")
 
     @property
     def names_split(self) -> bool:
-        """Whether the source says which split it is of, rather than that it is one of several."""
+        """Whether the source names one split, rather than a pattern of several."""
         return bool(self.split) and "*" not in str(self.split)
 
 
-def read_published(file: Path = FILE) -> list[Published]:
+def read_reference_results(file: Path = FILE) -> list[ReferenceResult]:
     """The entries in the file's order.
 
     Raises:
-        UserError: it cannot be read, or an entry is not what it should be.
+        UserError: the file cannot be read, or an entry is malformed.
     """
     try:
         entries = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -47,4 +47,4 @@ def read_published(file: Path = FILE) -> list[Published]:
         raise UserError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
     if not isinstance(entries, list):
         raise UserError(f"{file} must be a list of entries with benchmark, model, value and source")
-    return [build(Published, entry, f"{file.name}, entry {i + 1}") for i, entry in enumerate(entries)]
+    return [build(ReferenceResult, entry, f"{file.name}, entry {i + 1}") for i, entry in enumerate(entries)]

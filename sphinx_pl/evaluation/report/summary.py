@@ -1,4 +1,5 @@
-"""Scores of a task suite: a row for each task and part of it, with intervals, beside baselines."""
+"""The scores of the task suite: a row for each task and part of it, with intervals, beside
+baselines."""
 
 from __future__ import annotations
 
@@ -8,13 +9,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sphinx_pl.evaluation.measures import bootstrap
+from sphinx_pl.evaluation.metrics import bootstrap
 from sphinx_pl.evaluation.runner import Prediction
 
 
 @dataclass(frozen=True)
-class Row:
-    """Scores of one group: a task, or a domain and topic of it ("" = all). `low`, `high`: 95 % interval of `score`."""
+class ScoreRow:
+    """The scores of one group: a task, or a domain and topic of it ("" = all).
+
+    `low` and `high` are the 95 % interval of `score`.
+    """
 
     task: str
     domain: str
@@ -51,7 +55,7 @@ class Row:
 
 def summarise(
     predictions: Sequence[Prediction], baselines: Mapping[str, Sequence[Prediction]] | None = None, seed: int = 0
-) -> list[Row]:
+) -> list[ScoreRow]:
     """One row per task, followed by one per domain and topic of it where there are several.
 
     Args:
@@ -59,14 +63,14 @@ def summarise(
     """
     scores = {kind: {other.key: other.score for other in answers} for kind, answers in (baselines or {}).items()}
 
-    def row(group: Sequence[Prediction], task: str, domain: str, topic: str) -> Row:
+    def row(group: Sequence[Prediction], task: str, domain: str, topic: str) -> ScoreRow:
         own = [prediction.score for prediction in group]
         low, high = bootstrap(own, seed)
         compared = {
             kind: [by_key[prediction.key] for prediction in group if prediction.key in by_key]
             for kind, by_key in scores.items()
         }
-        return Row(
+        return ScoreRow(
             task=task,
             domain=domain,
             topic=topic,

@@ -1,6 +1,6 @@
 """The numbers of evaluations as tables: one for each family of benchmarks, one for the task suite.
 
-Evaluations stand beside each other, and beside them what others published of the same benchmark.
+Evaluations stand beside each other, and beside them the published results of other models.
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from sphinx_pl.evaluation.benchmarks import FAMILIES
-from sphinx_pl.evaluation.measures import number_text
+from sphinx_pl.evaluation.metrics import number_text
 from sphinx_pl.evaluation.report.charts import interval_bar
-from sphinx_pl.evaluation.report.reference_results import Published
-from sphinx_pl.utils.html import table, visible
+from sphinx_pl.evaluation.report.reference_results import ReferenceResult
+from sphinx_pl.evaluation.report.render import render
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """What evaluate.py wrote: its results and its predictions."""
+class EvaluationFiles:
+    """An evaluation's results and predictions, as evaluate.py wrote them."""
 
     name: str
     results: dict[str, Any]
@@ -32,37 +34,26 @@ class Evaluation:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """Of the task suite."""
+        """The rows of the task suite."""
         return self.results.get("rows") or []
 
 
-def results(evaluations: Sequence[Evaluation], published: Sequence[Published]) -> str:
-    """The section as HTML; "" where there is no result."""
-    found = {family: _family(family, evaluations, published) for family in _families(evaluations)}
-    blocks = [
-        f"<h3>{visible(FAMILIES.get(family, family))}</h3>{content}" for family, content in found.items() if content
-    ]
-    if any(evaluation.rows for evaluation in evaluations):
-        heading = "<h3>Task suite</h3>" if blocks or len(evaluations) > 1 else ""
-        blocks.append(heading + _suite([evaluation for evaluation in evaluations if evaluation.rows]))
-    if not blocks:
-        return ""
-    return _checkpoints(evaluations) + "".join(blocks) + _definitions(evaluations)
+def results(evaluations: Sequence[EvaluationFiles], references: Sequence[ReferenceResult]) -> Markup:
+    """The section of results as HTML; "" where there are none."""
+    families = [_family(family, evaluations, references) for family in _families(evaluations)]
+    with_tasks = [evaluation for evaluation in evaluations if evaluation.rows]
+    if not families and not with_tasks:
+        return Markup()
+    checkpoints = [(e.name, "/".join(Path(str(e.results.get("checkpoint", ""))).parts[-2:])) for e in evaluations]
+    suite = _suite(with_tasks) if with_tasks else None
+    definitions = sorted(_definitions(evaluations).items())
+    return render("tables.html", checkpoints=checkpoints, families=families, suite=suite, definitions=definitions)
 
 
-def _checkpoints(evaluations: Sequence[Evaluation]) -> str:
-    def text(evaluation: Evaluation) -> str:
-        checkpoint = visible("/".join(Path(str(evaluation.results.get("checkpoint", ""))).parts[-2:]))
-        return f"<b>{visible(evaluation.name)}</b>: checkpoint {checkpoint}" if several else f"Checkpoint {checkpoint}"
-
-    several = len(evaluations) > 1
-    return f"<p class=note>{'; '.join(map(text, evaluations))}.</p>"
-
-
-def _families(evaluations: Iterable[Evaluation]) -> list[str]:
+def _families(evaluations: Iterable[EvaluationFiles]) -> list[str]:
     known = list(FAMILIES)
-    there = {str(result["family"]) for evaluation in evaluations for result in evaluation.benchmarks}
-    return [*(family for family in known if family in there), *sorted(there.difference(known))]
+    present = {str(result["family"]) for evaluation in evaluations for result in evaluation.benchmarks}
+    return [*(family for family in known if family in present), *sorted(present.difference(known))]
 
 
 # --- benchmarks
@@ -71,197 +62,174 @@ Key = tuple[str, str, str]
 """A benchmark's kind, split and name: the same in all evaluations that asked it."""
 
 
-def _family(family: str, evaluations: Sequence[Evaluation], published: Sequence[Published]) -> str:
-    asked: dict[Key, dict[int, dict[str, Any]]] = {}  # by the evaluation's place
+def _family(
+    family: str, evaluations: Sequence[EvaluationFiles], references: Sequence[ReferenceResult]
+) -> dict[str, Any]:
+    """The table of a family, as its template takes it."""
+    by_benchmark: dict[Key, dict[int, dict[str, Any]]] = {}  # results by the evaluation's place
     for place, evaluation in enumerate(evaluations):
         for result in evaluation.benchmarks:
             if result["family"] == family:
                 key = str(result["kind"]), str(result["split"]), str(result["name"])
-                asked.setdefault(key, {})[place] = result
-    columns = [place for place in range(len(evaluations)) if any(place in results for results in asked.values())]
-    about = {kind for kind, _, _ in asked}
-    there = {
+                by_benchmark.setdefault(key, {})[place] = result
+    columns = [place for place in range(len(evaluations)) if any(place in each for each in by_benchmark.values())]
+    kinds = {kind for kind, _, _ in by_benchmark}
+    lines = {
         (kind, split, value["measure"], line == 0)
-        for (kind, split, _), results in asked.items()
-        for line, value in enumerate(v for v in next(iter(results.values()))["values"] if not v["category"])
+        for (kind, split, _), each in by_benchmark.items()
+        for line, value in enumerate(v for v in next(iter(each.values()))["values"] if not v["category"])
     }
-    shown = _Beside([number for number in published if number.benchmark in about], there)
-    rows: list[list[str]] = []
-    folded = ""
-    for (kind, split, _), results in asked.items():
-        first = next(iter(results.values()))
-        whole = [value for value in first["values"] if not value["category"]]
-        for line, measure in enumerate([value["measure"] for value in whole] or [""]):
-            cells = [_value(results.get(place), measure, counts=not line) for place in columns]
-            label = f"<b>{visible(str(first['title']))}</b> <small>{visible(split)}</small>" if not line else ""
-            beside = shown.cells((kind, split, measure, not line))
-            rows.append([label, visible(measure) or "<small>scored elsewhere</small>", *cells, *beside])
-        folded += _categories(f"{first['title']} {split}", [(evaluations[p].name, results.get(p)) for p in columns])
-    names = [visible(evaluations[place].name) if len(evaluations) > 1 else "this model" for place in columns]
-    head = ["benchmark", "measure", *names, *map(visible, shown.models)]
-    return table(head, rows, set(range(2 + len(columns), len(head)))) + shown.notes() + folded
+    beside = _Beside([number for number in references if number.benchmark in kinds], lines)
+    rows: list[dict[str, Any]] = []
+    categories: list[dict[str, Any]] = []
+    for (kind, split, _), each in by_benchmark.items():
+        first = next(iter(each.values()))
+        whole = [value["measure"] for value in first["values"] if not value["category"]]
+        for line, metric in enumerate(whole or [""]):
+            cells = [_value(each.get(place), metric, counts=not line) for place in columns]
+            label = None if line else (str(first["title"]), split)
+            numbers = beside.cells((kind, split, metric, not line))
+            rows.append({"label": label, "metric": metric, "cells": cells, "references": numbers})
+        named = [(evaluations[place].name, each.get(place)) for place in columns]
+        if folded := _categories(f"{first['title']} {split}", named):
+            categories.append(folded)
+    names = [evaluations[place].name if len(evaluations) > 1 else "this model" for place in columns]
+    return {
+        "title": FAMILIES.get(family, family),
+        "head": ["benchmark", "metric", *names, *beside.models],
+        "numbers": range(2 + len(columns), 2 + len(columns) + len(beside.models)),
+        "rows": rows,
+        "beside": beside,
+        "categories": categories,
+    }
 
 
-def _value(result: Mapping[str, Any] | None, measure: str, counts: bool, category: str = "") -> str:
-    """A run's cell: the value with its interval, and beneath it how many questions it is of."""
+def _value(result: Mapping[str, Any] | None, metric: str, counts: bool, category: str = "") -> dict[str, str] | None:
+    """A run's cell: the value with its interval, and the number of questions that it is of."""
     if result is None:
-        return ""
-    value = next((v for v in result["values"] if (v["measure"], v["category"]) == (measure, category)), None)
-    text = ""
+        return None
+    cell = {"value": "", "interval": "", "counts": ""}
+    value = next((v for v in result["values"] if (v["measure"], v["category"]) == (metric, category)), None)
     if value is not None:
         ends = [number_text(value[end], value["percent"]) for end in ("low", "high") if value[end] is not None]
-        interval = "–".join(ends)
-        text = f"<b>{number_text(value['value'], value['percent'])}</b> <small>{interval}</small>"
+        cell |= {"value": number_text(value["value"], value["percent"]), "interval": "–".join(ends)}
     if counts:
         lost = sum((result.get("lost") or {}).values())
         parts = [f"{result['n']:,} asked", f"{result['unparsed']:,} unparsed" if result["unparsed"] else ""]
         parts.append(f"{lost:,} lost" if lost else "")
-        text += f"<br><small>{', '.join(part for part in parts if part)}</small>"
-    return text
+        cell["counts"] = ", ".join(part for part in parts if part)
+    return cell
 
 
-def _categories(title: str, results: Sequence[tuple[str, Mapping[str, Any] | None]]) -> str:
-    """The parts of a benchmark, folded; "" where there are none."""
-    found = list(
-        dict.fromkeys(
-            (str(value["category"]), str(value["measure"]))
-            for _, result in results
-            if result
-            for value in result["values"]
-            if value["category"]
-        )
-    )
-    if not found:
-        return ""
+def _categories(title: str, named: Sequence[tuple[str, Mapping[str, Any] | None]]) -> dict[str, Any] | None:
+    """The folded table of a benchmark's parts; None where it has none."""
+    values = [value for _, result in named if result for value in result["values"] if value["category"]]
+    keys = list(dict.fromkeys((str(value["category"]), str(value["measure"])) for value in values))
+    if not keys:
+        return None
     rows = []
     last = None
-    for category, measure in found:
-        cells = (_value(result, measure, False, category) for _, result in results)
-        rows.append([visible(category) if category != last else "", visible(measure), *cells])
+    for category, metric in keys:
+        cells = [_value(result, metric, False, category) for _, result in named]
+        rows.append({"category": category if category != last else "", "metric": metric, "cells": cells})
         last = category
-    head = ["category", "measure", *(visible(name) if len(results) > 1 else "this model" for name, _ in results)]
-    return f"<details><summary>{visible(title)} by category</summary>{table(head, rows, set())}</details>"
+    names = [name if len(named) > 1 else "this model" for name, _ in named]
+    return {"title": title, "head": ["category", "metric", *names], "rows": rows}
 
 
 Line = tuple[str, str, str, bool]
-"""Of a table: a benchmark's kind, split and measure, and whether that is its main one."""
+"""A line of a table: a benchmark's kind, split and metric, and whether that is its main one."""
 
 
 class _Beside:
-    """Published numbers of one table's benchmarks: a column for each model, notes with their sources.
+    """The published results of one table's benchmarks: a column for each model, notes with their
+    sources.
 
     Args:
-        numbers: of the benchmarks. lines: of the table; what fits none of them is only in the notes.
+        numbers: the results of the benchmarks.
+        lines: the table's lines. A result that fits none of them is only in the notes.
     """
 
-    def __init__(self, numbers: Sequence[Published], lines: Iterable[Line]) -> None:
+    def __init__(self, numbers: Sequence[ReferenceResult], lines: Iterable[Line]) -> None:
         lines = list(lines)
-        self._fitting = [number for number in numbers if any(_fits(number, line) for line in lines)]
-        self._others = [number for number in numbers if number not in self._fitting]
-        self._sources = list(dict.fromkeys(number.source for number in [*self._fitting, *self._others]))
-        self.models = list(dict.fromkeys(number.model for number in self._fitting))
+        self.fitting = [number for number in numbers if any(_fits(number, line) for line in lines)]
+        self.others = [number for number in numbers if number not in self.fitting]
+        self.sources = list(dict.fromkeys(number.source for number in [*self.fitting, *self.others]))
+        self.models = list(dict.fromkeys(number.model for number in self.fitting))
 
-    def cells(self, line: Line) -> list[str]:
-        """Of a line, blank where nothing was entered."""
-        cells = dict.fromkeys(self.models, "")
-        cells |= {number.model: self._cell(number) for number in self._fitting if _fits(number, line)}
+    @property
+    def names_splits(self) -> bool:
+        """Whether every source names the split of its number."""
+        return all(number.names_split for number in self.fitting)
+
+    def cells(self, line: Line) -> list[ReferenceResult | None]:
+        """The results of a line, None where there is none."""
+        cells: dict[str, ReferenceResult | None] = dict.fromkeys(self.models)
+        cells |= {number.model: number for number in self.fitting if _fits(number, line)}
         return list(cells.values())
 
-    def _cell(self, number: Published) -> str:
-        mark = self._sources.index(number.source) + 1
-        return f"{number.value:g}<sup>{mark}{'' if number.names_split else '†'}</sup>"
-
-    def notes(self) -> str:
-        """Where the numbers are from, and those that the table has no line for."""
-        if not self._sources:
-            return ""
-        unnamed = " † The source does not name the split." if not all(n.names_split for n in self._fitting) else ""
-        listed = "".join(f"<li>{visible(source)}</li>" for source in self._sources)
-        sources = f"<p class=note>Published numbers are copied from:{unnamed}</p><ol class=sources>{listed}</ol>"
-        if not self._others:
-            return sources
-        items = "".join(
-            f"<li>{visible(' '.join(filter(None, (o.benchmark, o.split, o.measure))))}, {visible(o.model)}: "
-            f"{self._cell(o)}</li>"
-            for o in self._others
-        )
-        summary = "Published numbers of other splits or measures of these benchmarks"
-        others = f"<details><summary>{summary}</summary><ul class=sources>{items}</ul>"
-        return f"{sources}{others}</details>" if self._fitting else f"{others}{sources}</details>"
+    def mark(self, number: ReferenceResult) -> str:
+        """The number of its source, with a dagger where that does not name the split."""
+        return f"{self.sources.index(number.source) + 1}{'' if number.names_split else '†'}"
 
 
-def _fits(number: Published, line: Line) -> bool:
-    """A number that does not name its split fits any; one that does not name its measure is of the main one."""
-    kind, split, measure, main = line
+def _fits(number: ReferenceResult, line: Line) -> bool:
+    """Whether a result belongs to a line. Without a split it fits any, without a metric the main
+    one."""
+    kind, split, metric, main = line
     same = number.benchmark == kind and fnmatchcase(split, number.split or "*")
-    return same and (number.measure == measure or (number.measure is None and main))
+    return same and (number.metric == metric or (number.metric is None and main))
 
 
 # --- the task suite
 
 
-def _suite(evaluations: Sequence[Evaluation]) -> str:
+def _suite(evaluations: Sequence[EvaluationFiles]) -> dict[str, Any]:
+    """The tables of the task suite, as their template takes them."""
     keys = list(dict.fromkeys(_row_key(row) for evaluation in evaluations for row in evaluation.rows))
-    found = [{_row_key(row): row for row in evaluation.rows} for evaluation in evaluations]
+    by_key = [{_row_key(row): row for row in evaluation.rows} for evaluation in evaluations]
     several = len(evaluations) > 1
-    tops, parts = [], []
-    metrics = {row["task"]: str(row["metric"]) for rows in found for row in rows.values()}
+    metrics = {row["task"]: str(row["metric"]) for rows in by_key for row in rows.values()}
+    tops: list[dict[str, Any]] = []
+    parts: list[dict[str, Any]] = []
     for task, topic, domain in keys:
-        cells = [cell for rows in found for cell in _score(rows.get((task, topic, domain)), bar=not several)]
-        if topic or domain:
-            parts.append([visible(task), visible(topic) or "all", visible(domain) or "all", *cells])
-        else:
-            tops.append([f"<b>{visible(task)}</b>", *cells, f"<small>{visible(metrics[task])}</small>"])
+        cells = [_score(rows.get((task, topic, domain)), bar=not several) for rows in by_key]
+        row = {"task": task, "topic": topic, "domain": domain, "cells": cells, "metric": metrics[task]}
+        (parts if topic or domain else tops).append(row)
     head: list[str] = []
     for evaluation in evaluations:
-        score = f"{visible(evaluation.name)}: score" if several else "score"
+        score = f"{evaluation.name}: score" if several else "score"
         head += [*([] if several else ["0 … 1"]), score, "baseline", "", "n", "unparsed"]
-    plain = {i for i, name in enumerate(head) if name not in ("0 … 1", "")}
-    whole = table(["task", *head, "metric"], tops, {i + 1 for i in plain})
-    if parts:
-        inner = table(["task", "topic", "domain", *head], parts, {i + 3 for i in plain})
-        whole += f"<details><summary>By topic and domain</summary>{inner}</details>"
-    return (
-        "<p>Scores on held-out data, 0 to 1, each with its 95 % bootstrap interval. The baseline is the better of the "
-        "best constant answer fitted on training data and of the same model with shuffled images"
-        + ("" if several else " (a tick in the bar)")
-        + ". ▲ marks a score whose whole interval is above it.</p>"
-        + whole
-    )
+    plain = [place for place, name in enumerate(head) if name not in ("0 … 1", "")]
+    numbers, part_numbers = ([place + shift for place in plain] for shift in (1, 3))
+    return {
+        "several": several,
+        "head": head,
+        "numbers": numbers,
+        "part_numbers": part_numbers,
+        "tops": tops,
+        "parts": parts,
+    }
 
 
 def _row_key(row: Mapping[str, Any]) -> tuple[str, str, str]:
     return str(row["task"]), str(row["topic"]), str(row["domain"])
 
 
-def _score(row: Mapping[str, Any] | None, bar: bool) -> list[str]:
-    """The cells of a row of the task suite: (bar), score, baseline, mark, n, unparsed."""
+def _score(row: Mapping[str, Any] | None, bar: bool) -> dict[str, Any]:
+    """The cells of a row of the task suite; without `row` they are blank."""
     if row is None:
-        return [""] * (6 if bar else 5)
-    baseline = row["baseline"]
-    mark = "" if baseline is None else ("▲" if row["above"] else "·")
-    return [
-        *([interval_bar(row["score"], row["low"], row["high"], baseline)] if bar else []),
-        f"<b>{row['score']:.3f}</b> <small>{row['low']:.2f}–{row['high']:.2f}</small>",
-        "–" if baseline is None else f"{baseline:.3f} <small>{visible(row['baseline_kind'])}</small>",
-        f'<span class="{"up" if row["above"] else "flat"}">{mark}</span>',
-        f"{row['n']:,}",
-        f"{row['unparsed']:,}" if row["unparsed"] else "",
-    ]
+        return {"row": None, "bar": "" if bar else None}
+    picture = interval_bar(row["score"], row["low"], row["high"], row["baseline"]) if bar else None
+    return {"row": row, "bar": picture}
 
 
-def _definitions(evaluations: Sequence[Evaluation]) -> str:
+def _definitions(evaluations: Sequence[EvaluationFiles]) -> dict[str, str]:
+    """The definition of each metric by its name."""
     terms: dict[str, str] = {}
     for evaluation in evaluations:
         for result in evaluation.benchmarks:
             for name, text in (result.get("descriptions") or {}).items():
-                terms[f"{result['title']}: {name}"] = text
-        terms |= evaluation.results.get("metrics") or {}
-    items = "".join(f"<dt>{visible(name)}</dt><dd>{visible(str(text))}</dd>" for name, text in sorted(terms.items()))
-    return f"<details><summary>How each measure is defined</summary><dl>{items}</dl></details>" if items else ""
-
-
-STYLE = """
-sup{font-size:.65em;line-height:0;color:var(--soft)}.sources{color:var(--soft);font-size:.85rem;margin:.2rem 0 1rem;
-padding-left:1.6rem;overflow-wrap:anywhere}td br+small{display:inline-block;padding-top:.1rem}
-"""
+                terms[f"{result['title']}: {name}"] = str(text)
+        terms |= {name: str(text) for name, text in (evaluation.results.get("metrics") or {}).items()}
+    return terms

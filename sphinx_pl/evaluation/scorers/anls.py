@@ -10,13 +10,15 @@ THRESHOLD = 0.5
 
 
 def anls(prediction: str, answers: Sequence[str]) -> float:
-    """Score in 0..1 of one question; a benchmark's ANLS is the mean over its questions.
+    """The score of one answer, from 0 to 1; a benchmark's ANLS is the mean over its questions.
 
-    The best similarity (1 minus edit distance over the longer length) to any answer, small letters and single blanks,
-    0 if it is below 0.5. Official: the evaluation script of the DocVQA and InfographicVQA challenges on the Robust
-    Reading Competition's site. Two points are open in the sources. At exactly 0.5 the script gives 0.5, the paper
-    (Biten et al. 2019) 0: here the script is followed. The script divides by lengths from before white space is
-    reduced, the paper knows one text only: here lengths are those of what is compared, so that blanks earn nothing.
+    It is the best similarity (1 minus edit distance over the longer length) to any true answer, in
+    lower case and with single blanks, and 0 if that is below 0.5. Official: the evaluation script
+    of the DocVQA and InfographicVQA challenges on the Robust Reading Competition's site. The
+    sources differ in two points. At exactly 0.5 the script gives 0.5 and the paper (Biten et al.
+    2019) 0; here it is 0.5. The script divides by lengths before white space is reduced, and the
+    paper knows one text only; here they are the lengths of the compared texts, so that blanks gain
+    nothing.
 
     Raises:
         ValueError: no answers.

@@ -1,8 +1,9 @@
-"""Captions: CIDEr, BLEU, METEOR and ROUGE-L as COCO's caption evaluation computes them (`pycocoevalcap`).
+"""Captions: CIDEr, BLEU, METEOR and ROUGE-L as COCO's caption evaluation computes them
+(`pycocoevalcap`).
 
-The tokenizer is Stanford's, in Java. CIDEr (here CIDEr-D, Vedantam et al. 2015) weighs words by how rare they are in
-the references of all images of the evaluation, so figures of different sets do not compare, and of a single image it
-is 0.
+The tokenizer is Stanford's, in Java. CIDEr (here CIDEr-D, Vedantam et al. 2015) weighs words by how
+rare they are in the references of all images of the evaluation, so figures of different sets do not
+compare, and of a single image it is 0.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ INSTALL = "pip install 'sphinx-pl[eval]'"
 
 
 def check_caption_tools() -> None:
-    """That captions can be scored here: to be asked before a model answers for hours.
+    """Check that captions can be scored on this machine, before a model answers for hours.
 
     Raises:
-        UserError: `pycocoevalcap` or Java is not there.
+        UserError: `pycocoevalcap` or Java is missing.
     """
     if importlib.util.find_spec("pycocoevalcap") is None:
         raise UserError(f"caption metrics need pycocoevalcap: {INSTALL}")
@@ -34,17 +35,19 @@ def check_caption_tools() -> None:
 
 
 def caption_scores(captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """The figures of COCO's caption evaluation (Chen et al. 2015; `COCOEvalCap`, but for SPICE), tokenized as there.
+    """The figures of COCO's caption evaluation (Chen et al. 2015; `COCOEvalCap`, but for SPICE),
+    tokenized as there.
 
     Args:
         captions: by image.
         references: by image, at least one each.
 
     Returns:
-        `CIDEr` (0 to 10, usually reported times 100), `BLEU-1` to `BLEU-4`, `METEOR`, `ROUGE-L` (0 to 1).
+        `CIDEr` (0 to 10, usually reported times 100), `BLEU-1` to `BLEU-4`, `METEOR`, `ROUGE-L` (0
+        to 1).
 
     Raises:
-        UserError: tools are not there or fail, or images of captions and references differ.
+        UserError: tools are missing or fail, or images of captions and references differ.
     """
     return scores_of_images(captions, references)[0]
 
@@ -52,9 +55,10 @@ def caption_scores(captions: Mapping[str, str], references: Mapping[str, Sequenc
 def scores_of_images(
     captions: Mapping[str, str], references: Mapping[str, Sequence[str]]
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """As `caption_scores`, and of `CIDEr` and `ROUGE-L`, which are means over images, also the score of each image.
+    """The figures of `caption_scores`, and each image's `CIDEr` and `ROUGE-L`, whose means they
+    are.
 
-    BLEU and METEOR are made of counts over all images together.
+    BLEU and METEOR are functions of counts over all images together.
 
     Raises:
         UserError: as `caption_scores`.
@@ -79,24 +83,25 @@ def scores_of_images(
 
 
 def _tokenized(texts: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """Tokens with single blanks between them, by the program and the list of punctuation of `pycocoevalcap`.
+    """The tokens with single blanks between them, by the program and the punctuation list of
+    `pycocoevalcap`.
 
-    Its own class starts that program as well, but lets it write to the terminal, needs a temporary file beside the
-    package, and takes a program that failed for one that found no words.
+    Its own class starts the same program, but lets it write to the terminal, needs a temporary file
+    beside the package, and takes a failed program for one that found no words.
     """
     from pycocoevalcap.tokenizer import ptbtokenizer as official
 
-    # The program reads a sentence per line, and knows more line breaks than "\n".
+    # The program reads a sentence per line, and knows other line breaks than "\n".
     lines = [" ".join(text.split()) for group in texts.values() for text in group]
     program = Path(official.__file__).with_name(official.STANFORD_CORENLP_3_4_1_JAR)
     command = ["java", "-Dfile.encoding=UTF-8", "-cp", str(program), "edu.stanford.nlp.process.PTBTokenizer"]
     done = subprocess.run(
         [*command, "-preserveLines", "-lowerCase"], input="\n".join(lines).encode(errors="replace"), capture_output=True
     )
-    found = done.stdout.decode().split("\n")
-    if done.returncode or len(found) < len(lines):
+    lines_out = done.stdout.decode().split("\n")
+    if done.returncode or len(lines_out) < len(lines):
         raise UserError(f"Java's tokenizer of captions failed (exit code {done.returncode}): {_last(done.stderr)}")
-    words = iter(" ".join(w for w in line.split() if w not in official.PUNCTUATIONS) for line in found)
+    words = iter(" ".join(w for w in line.split() if w not in official.PUNCTUATIONS) for line in lines_out)
     return {image: [next(words) for _ in group] for image, group in texts.items()}
 
 
@@ -106,19 +111,19 @@ def _meteor(true: Mapping[str, Sequence[str]], given: Mapping[str, Sequence[str]
     scorer: Any = Meteor()
     try:
         return float(scorer.compute_score(true, given)[0])
-    except (ValueError, OSError):  # an answer that is no number, or nobody who reads the question
-        scorer.lock.release()  # which its end would wait for
-        said = _last(scorer.meteor_p.communicate()[1])
-        raise UserError(f"Java's METEOR failed (it takes 2 GB of memory): {said}") from None
+    except (ValueError, OSError):  # the program answers without a number, or has ended
+        scorer.lock.release()  # its destructor would wait for it
+        reason = _last(scorer.meteor_p.communicate()[1])
+        raise UserError(f"Java's METEOR failed (it takes 2 GB of memory): {reason}") from None
 
 
-def _last(said: bytes) -> str:
-    lines = said.decode(errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+def _last(output: bytes) -> str:
+    lines = output.decode(errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
 
 
 def cider_of_tokens(captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> float:
-    """CIDEr-D of texts that are tokenized already, with single blanks between tokens: needs no Java.
+    """CIDEr-D of tokenized texts, with single blanks between tokens. It needs no Java.
 
     Args:
         captions: by image.

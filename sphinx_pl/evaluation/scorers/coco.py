@@ -1,9 +1,10 @@
 """Average precision of boxes and of key points, by COCO's own evaluation (`pycocotools`).
 
-A language model gives boxes without confidences, and average precision is defined by their order. Unless a score is
-given, every box has the score 1: boxes of an image then count in the order of the answer, images in the order in which
-they are listed, and the precision-recall curve is little more than the one point that the model chose. Such figures are
-below those of a detector that may add hundreds of doubtful boxes, and say more beside each other than beside its.
+A language model gives boxes without confidences, and average precision is defined by their order.
+Unless a score is given, every box has the score 1: boxes of an image then count in the order of the
+answer, images in the order in which they are listed, and the precision-recall curve is little more
+than the one point that the model chose. Such figures are below those of a detector that may add
+hundreds of doubtful boxes, and say more beside each other than beside its.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from sphinx_pl.utils.errors import UserError
 
 ImageId = str | int
 Keypoints = Sequence[tuple[float, float, int]]
-"""(x, y, visibility) in pixels in COCO's order, as in a `Region` and as `Parsed.keypoints` gives them."""
+"""(x, y, visibility) in pixels in COCO's order, as in a `Region` and as `Parsed.keypoints` gives
+them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +37,8 @@ class Detection:
 
 @dataclass(frozen=True, slots=True)
 class TrueBox:
-    """A box that is there. `area` in square pixels decides if it is small or large; None: that of the box. What is
-    found in a crowd's box is neither right nor wrong."""
+    """A true box. `area` in square pixels decides if it is small or large; None takes that of the
+    box. Detections in a crowd's box are neither right nor wrong."""
 
     image: ImageId
     category: str
@@ -47,7 +49,7 @@ class TrueBox:
 
 @dataclass(frozen=True, slots=True)
 class Pose:
-    """A person's key points that a model gave; those that it left out are (0, 0, 0)."""
+    """A person's key points that a model gave; missing ones are (0, 0, 0)."""
 
     image: ImageId
     keypoints: Keypoints
@@ -56,8 +58,9 @@ class Pose:
 
 @dataclass(frozen=True, slots=True)
 class TruePose:
-    """A person who is there. `area` of the person in square pixels, as in the annotations: it is what distances are
-    measured by. A person without a labelled point, like a crowd, is neither found nor missed."""
+    """A true person. Distances are relative to `area`, the person's area in square pixels, as in
+    the annotations. A person without a labelled point counts neither as found nor as missed, like a
+    crowd."""
 
     image: ImageId
     keypoints: Keypoints
@@ -69,18 +72,20 @@ class TruePose:
 def detection_ap(
     found: Iterable[Detection], truth: Iterable[TrueBox], sizes: Mapping[ImageId, Size], per_category: bool = False
 ) -> dict[str, float]:
-    """COCO's twelve figures of boxes: detection (Lin et al. 2014), and the mAP of page layout (PubLayNet, DocLayNet).
+    """COCO's twelve figures of boxes: detection (Lin et al. 2014), and the mAP of page layout
+    (PubLayNet, DocLayNet).
 
-    Boxes are cut at their image's edges. What is found in an image without truth is wrong; what is found of a category
-    that is nowhere in the truth is left out, since no precision is defined for it.
+    Boxes are cut at their image's edges. A detection in an image without truth is wrong. A
+    detection of a category that is nowhere in the truth is skipped, since it has no precision.
 
     Args:
-        sizes: (width, height) in pixels of every image that was asked about, also of those without a box.
+        sizes: (width, height) in pixels of every image that was asked about, also of those without
+            a box.
         per_category: also `AP/<category>` of each category in the truth.
 
     Returns:
-        `AP` (mean over IoU 0.50 to 0.95), `AP50`, `AP75`, `APs`, `APm`, `APl`, `AR1`, `AR10`, `AR100`, `ARs`, `ARm`,
-        `ARl`, in 0..1; -1, as there, where there is nothing to find.
+        `AP` (mean over IoU 0.50 to 0.95), `AP50`, `AP75`, `APs`, `APm`, `APl`, `AR1`, `AR10`,
+        `AR100`, `ARs`, `ARm`, `ARl`, in 0..1; -1, as there, where there is nothing to find.
 
     Raises:
         UserError: a box in an image that is not listed, or no `pycocotools`.
@@ -100,7 +105,8 @@ def detection_ap(
 def match_boxes(
     found: Iterable[Detection], truth: Sequence[TrueBox], sizes: Mapping[ImageId, Size], all_figures: bool = False
 ) -> Any:
-    """The `COCOeval` behind `detection_ap`, which has matched boxes of all areas; categories are in the truth's order.
+    """The `COCOeval` behind `detection_ap`, which has matched boxes of all areas; categories are in
+    the truth's order.
 
     Args:
         all_figures: also by area, and summed up, which takes four times as long.
@@ -131,8 +137,8 @@ def keypoint_ap(found: Iterable[Pose], truth: Iterable[TruePose], sizes: Mapping
         sizes: (width, height) in pixels of every image that was asked about.
 
     Returns:
-        `AP` (mean over OKS 0.50 to 0.95), `AP50`, `AP75`, `APm`, `APl`, `AR`, `AR50`, `AR75`, `ARm`, `ARl`, in 0..1;
-        -1, as there, where there is nothing to find.
+        `AP` (mean over OKS 0.50 to 0.95), `AP50`, `AP75`, `APm`, `APl`, `AR`, `AR50`, `AR75`,
+        `ARm`, `ARl`, in 0..1; -1, as there, where there is nothing to find.
 
     Raises:
         UserError: a person in an image that is not listed, or no `pycocotools`.
@@ -161,14 +167,14 @@ def match_poses(
     given = []
     for item in found:
         xs, ys = zip(*((x, y) for x, y, _ in item.keypoints), strict=True)
-        # As pycocotools does of results: the extent of all 17, of those left out as well.
+        # As in pycocotools: the extent of all 17, missing ones too.
         extent = _box_entry(images, item.image, (min(xs), min(ys), max(xs), max(ys)), 1)
         given.append(extent | {"keypoints": _flat(item.keypoints), "score": item.score})
     return _evaluate("keypoints", images, {"person": 1}, true, given, all_figures)
 
 
 class _Images:
-    """Images by number, in the order in which they are listed."""
+    """The images by number, in the order of their list."""
 
     def __init__(self, sizes: Mapping[ImageId, Size]) -> None:
         self._sizes = sizes
@@ -205,10 +211,10 @@ def _flat(keypoints: Keypoints) -> list[float]:
 
 
 def check_coco_tools() -> None:
-    """That average precision can be computed here.
+    """Check that average precision can be computed on this machine.
 
     Raises:
-        UserError: `pycocotools` is not there.
+        UserError: `pycocotools` is missing.
     """
     if importlib.util.find_spec("pycocotools") is None:
         raise UserError("average precision needs pycocotools: pip install 'sphinx-pl[eval]'")
@@ -222,7 +228,7 @@ def _evaluate(
     given: list[dict[str, Any]],
     all_figures: bool,
 ) -> Any:
-    """A `COCOeval` that has matched. It prints as it works; that is kept back."""
+    """The `COCOeval` after matching. Its output is suppressed."""
     check_coco_tools()
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval

@@ -1,13 +1,14 @@
-"""How far one text is from another, in characters."""
+"""The edit distance of two texts in characters, and their similarity."""
 
 from __future__ import annotations
 
 
 def edit_distance(a: str, b: str) -> int:
-    """Fewest insertions, deletions and replacements of characters that turn `a` into `b`.
+    """The fewest insertions, deletions and replacements of characters that turn `a` into `b`.
 
-    A column of the table is two numbers whose bits are its steps up and down (Myers 1999; Hyyrö 2003): as many steps as
-    `b` has characters, where the table has the product, and constant answers are tried on thousands of records.
+    A column of the table is two numbers whose bits are its steps up and down (Myers 1999; Hyyrö
+    2003). So it takes as many steps as `b` has characters instead of the product; constant answers
+    are tried on thousands of records.
     """
     if not a:
         return len(b)
@@ -28,6 +29,7 @@ def edit_distance(a: str, b: str) -> int:
 
 
 def similarity(a: str, b: str) -> float:
-    """1 minus the edit distance divided by the length of the longer text, in 0..1; 1 where both are empty."""
+    """1 minus the edit distance divided by the length of the longer text, in 0..1; 1 where both are
+    empty."""
     longer = max(len(a), len(b))
     return 1 - edit_distance(a, b) / longer if longer else 1.0

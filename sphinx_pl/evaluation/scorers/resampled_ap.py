@@ -1,8 +1,8 @@
 """Average precision of many resamples of the images, after boxes and truth have been matched once.
 
-Which box of an image is right does not depend on the other images, so `COCOeval` matches once. What depends on the
-sample is the precision-recall curve, in which an image that was drawn twice counts twice. Compiled by numba when first
-used, and kept for later processes.
+Which box of an image is right does not depend on the other images, so `COCOeval` matches once. The
+precision-recall curve depends on the sample: an image that was drawn twice counts twice in it.
+numba compiles the code at its first use and caches it for later processes.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ SPACING = float(np.spacing(1))  # in the denominator, as `COCOeval` has it
 
 @dataclass(frozen=True)
 class Matched:
-    """The boxes D of one category, in the order in which they count, at T thresholds; N images.
+    """The D boxes of one category, in the order in which they count, at T thresholds, in N images.
 
     Attributes:
-        image: [D] of each box.
-        right: [T, D] whether it was matched.
-        ignored: [T, D] whether it counts neither way.
-        true: [N] how many are to be found in each image.
+        image: [D] the image of each box.
+        right: [T, D] whether the box was matched.
+        ignored: [T, D] whether the box counts neither as right nor as wrong.
+        true: [N] the number of true boxes in each image.
     """
 
     image: NDArray[np.int64]
@@ -38,7 +38,8 @@ class Matched:
 
 
 def matched(evaluation: Any) -> list[Matched]:
-    """What a `COCOeval` found, of each category that has something to find: all areas, the largest number of boxes.
+    """The matches of a `COCOeval` for each category with a true box: all areas, the largest number
+    of boxes.
 
     Images are in the order of `evaluation.params.imgIds`.
     """
@@ -47,17 +48,17 @@ def matched(evaluation: Any) -> list[Matched]:
     categories = []
     for number in range(len(parameters.catIds)):
         start = number * areas * images  # the first area is all
-        found = [(i, one) for i, one in enumerate(evaluation.evalImgs[start : start + images]) if one is not None]
+        matches = [(i, one) for i, one in enumerate(evaluation.evalImgs[start : start + images]) if one is not None]
         true = np.zeros(images, dtype=np.int64)
-        for i, one in found:
+        for i, one in matches:
             true[i] = np.count_nonzero(np.asarray(one["gtIgnore"]) == 0)
         if not true.any():
             continue
-        scores = np.concatenate([np.asarray(one["dtScores"], dtype=np.float64) for _, one in found])
+        scores = np.concatenate([np.asarray(one["dtScores"], dtype=np.float64) for _, one in matches])
         order = np.argsort(-scores, kind="stable")
-        image = np.concatenate([np.full(len(one["dtScores"]), i, dtype=np.int64) for i, one in found])
+        image = np.concatenate([np.full(len(one["dtScores"]), i, dtype=np.int64) for i, one in matches])
         right, ignored = (
-            np.concatenate([np.asarray(one[key]).reshape(thresholds, -1) != 0 for _, one in found], axis=1)[:, order]
+            np.concatenate([np.asarray(one[key]).reshape(thresholds, -1) != 0 for _, one in matches], axis=1)[:, order]
             for key in ("dtMatches", "dtIgnore")
         )
         categories.append(Matched(image[order], right, ignored, true))
@@ -65,14 +66,15 @@ def matched(evaluation: Any) -> list[Matched]:
 
 
 def average_precision(categories: Sequence[Matched], counts: NDArray[np.int64], thresholds: Sequence[int]) -> Floats:
-    """COCO's AP of resamples: the mean over categories and thresholds of the precision at 101 recalls.
+    """COCO's AP of resamples: the mean over categories and thresholds of the precision at 101
+    recalls.
 
     Args:
         counts: [R, N] how often each image counts.
-        thresholds: indices of those that are averaged over.
+        thresholds: indices of the thresholds that the mean is over.
 
     Returns:
-        [R]; NaN where there is nothing to find.
+        [R]; NaN without a true box.
     """
     values = np.full((len(counts), len(categories)), np.nan)
     chosen = list(thresholds)
@@ -85,10 +87,11 @@ def average_precision(categories: Sequence[Matched], counts: NDArray[np.int64], 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _of_category(image: Any, right: Any, ignored: Any, true: Any, counts: Any, recalls: Any, out: Any) -> None:
-    """One category's values to `out` [R], which is left as it is where there is nothing to find.
+    """Write one category's values to `out` [R], which stays unchanged without a true box.
 
-    From the last box to the first, so that the highest precision at this recall or above is at hand, as is the number
-    of recalls that this box does not reach. Arrays of resamples and boxes would be many times the memory.
+    The loop runs from the last box to the first. So it knows the highest precision at this recall
+    or above, and the number of recalls that this box does not reach. Arrays of resamples and boxes
+    would take many times the memory.
     """
     for resample in range(len(counts)):
         count = counts[resample]
@@ -116,7 +119,7 @@ def _of_category(image: Any, right: Any, ignored: Any, true: Any, counts: Any, r
                 if right[threshold, box]:
                     best = max(best, hits / (given + SPACING))
                     hits -= weight
-                    # Recalls above what the boxes before this one reach are reached here.
+                    # This box reaches the recalls above those of the boxes before it.
                     while left > 0 and recalls[left - 1] > hits / wanted:
                         total += best
                         left -= 1

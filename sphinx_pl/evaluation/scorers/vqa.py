@@ -1,14 +1,17 @@
-"""VQA accuracy: how many of ten people gave the answer (Antol et al. 2015), with the official normalisation of answers.
+"""VQA accuracy: how many of ten people gave the answer (Antol et al. 2015), with the official
+normalisation of answers.
 
-Official: `vqaEval.py` of the VQA repository (VQAv2; OK-VQA and VizWiz use it as well) and, for TextVQA, the evaluator
-of MMF (`EvalAIAnswerProcessor`, `TextVQAAccuracyEvaluator`). The two differ in what is done to answers before they are
-compared:
+Official: `vqaEval.py` of the VQA repository (VQAv2; OK-VQA and VizWiz use it as well) and, for
+TextVQA, the evaluator of MMF (`EvalAIAnswerProcessor`, `TextVQAAccuracyEvaluator`). The two differ
+in what is done to answers before they are compared:
 
-- `vqaEval.py` normalises prediction and answers only where the answers are not all the same. Where all ten people wrote
-  "yes", the prediction "Yes" is wrong there; we follow it, so clean up a prediction before it is scored here. (Its
-  earlier version, which LAVIS has, normalises every prediction, and of answers that differ the punctuation alone.)
-- TextVQA's normalises always, and before the rest it makes letters small, drops commas and question marks, and parts
-  "'s" from its word. So "1,000 o'clock" stays one number in both, but "john's" becomes "john 's" in TextVQA's alone.
+- `vqaEval.py` normalises prediction and answers only where the answers are not all the same. Where
+  all ten people wrote "yes", the prediction "Yes" is wrong there. These functions follow it, so
+  clean up a prediction before. (LAVIS has an earlier version, which normalises every prediction,
+  and only the punctuation of answers that differ.)
+- TextVQA's normalises always, and before the rest it makes letters small, drops commas and question
+  marks, and parts "'s" from its word. So "1,000 o'clock" stays one number in both, but "john's"
+  becomes "john 's" in TextVQA's alone.
 """
 
 from __future__ import annotations
@@ -22,13 +25,15 @@ _NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", 
 _NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_NUMBER_WORDS)}
 _ARTICLES = frozenset(("a", "an", "the"))
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-# The script's pattern begins with a look-behind that was mistyped and always holds, so a full stop goes wherever no
-# digit follows it; and its flag re.UNICODE, which is 32, stands where the number of replacements belongs.
+# The script's pattern begins with a look-behind that was mistyped and always holds, so a full stop
+# goes wherever no digit follows it; and its flag re.UNICODE, which is 32, stands where the number
+# of replacements belongs.
 _FULL_STOP = re.compile(r"\.(?!\d)")
 _FULL_STOPS_DROPPED = int(re.UNICODE)
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 
-# What the table has besides cannot take effect: capitals (words are small by then) and words mapped to themselves.
+# What the table has besides cannot take effect: capitals (words are small by then) and words mapped
+# to themselves.
 _CONTRACTION_TABLE = """
     aint=ain't arent=aren't cant=can't couldve=could've couldnt=couldn't couldn'tve=couldn't've couldnt've=couldn't've
     didnt=didn't doesnt=doesn't dont=don't hadnt=hadn't hadnt've=hadn't've hadn'tve=hadn't've hasnt=hasn't
@@ -55,42 +60,46 @@ _CONTRACTIONS = dict(pair.split("=") for pair in _CONTRACTION_TABLE.split())
 def normalise_vqa(text: str) -> str:
     """An answer as `vqaEval.py` compares it (`processPunctuation`, then `processDigitArticle`).
 
-    A punctuation mark goes if it touches a blank anywhere in the text, or if the text has a number like "1,000";
-    elsewhere a blank takes its place. Number words up to ten become digits ("none" is 0), articles go, contractions get
-    their apostrophes. Apostrophes and colons stay.
+    A punctuation mark goes if it touches a blank anywhere in the text, or if the text has a number
+    like "1,000"; elsewhere a blank takes its place. Number words up to ten become digits ("none" is
+    0), articles go, contractions get their apostrophes. Apostrophes and colons stay.
     """
     return _small_words(_without_punctuation(_one_line(text)))
 
 
 def normalise_textvqa(text: str) -> str:
-    """An answer as MMF's `EvalAIAnswerProcessor` compares it: see the module for what differs from `normalise_vqa`."""
+    """An answer as MMF's `EvalAIAnswerProcessor` compares it: see the module for what differs from
+    `normalise_vqa`."""
     words = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     return normalise_vqa(words)
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """Accuracy in 0..1 of VQAv2, OK-VQA and VizWiz: `vqaEval.py`, see the module for what it compares.
+    """The accuracy of VQAv2, OK-VQA and VizWiz, from 0 to 1: `vqaEval.py`; the module says what it
+    compares.
 
-    The mean, over all ways to leave one person out, of min(others who gave the predicted answer / 3, 1). VizWiz counts
-    "unanswerable" as an answer like any other. The data sets have ten answers; of fewer than four the scripts could
-    give no answer full marks, so there as many are asked for as are left: min(others / (answers - 1), 1), and of a
-    single answer whether it is the predicted one.
+    It is the mean, over all ways to leave one person out, of min(others who gave the predicted
+    answer / 3, 1). VizWiz counts "unanswerable" as an answer like any other. The data sets have ten
+    answers. With fewer than four, the scripts could give no answer full marks, so the score is
+    min(others / (answers - 1), 1). With a single answer, it is whether that is the predicted one.
 
     Raises:
         ValueError: no answers.
     """
-    shown = _one_line(prediction)
-    given = [_one_line(answer) for answer in answers]
-    if len(set(given)) > 1:
-        shown, given = normalise_vqa(shown), [normalise_vqa(answer) for answer in given]
-    return _agreement(shown, given)
+    text = _one_line(prediction)
+    truth = [_one_line(answer) for answer in answers]
+    if len(set(truth)) > 1:
+        text, truth = normalise_vqa(text), [normalise_vqa(answer) for answer in truth]
+    return _agreement(text, truth)
 
 
 def textvqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """Accuracy in 0..1 of TextVQA: MMF's `TextVQAAccuracyEvaluator`, its answers always normalised.
+    """The accuracy of TextVQA, from 0 to 1: MMF's `TextVQAAccuracyEvaluator`, which always
+    normalises answers.
 
-    That evaluator averages for each unique answer over the persons left out, and looks the prediction up: the same
-    number as in `vqa_accuracy`, with the same rule for fewer than four answers.
+    That evaluator averages over the persons left out for each unique answer, and looks up the
+    prediction. The result is that of `vqa_accuracy`, with the same rule for fewer than four
+    answers.
 
     Raises:
         ValueError: no answers.

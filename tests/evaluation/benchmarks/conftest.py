@@ -22,7 +22,7 @@ GEOMETRY = Geometry(3)
 
 @dataclass(frozen=True)
 class Asked:
-    """`values`: (measure, category) -> value."""
+    """`values`: (metric, category) -> value."""
 
     questions: Questions
     predictions: list[Prediction]
@@ -38,14 +38,16 @@ Ask = Callable[..., Asked]
 def ask() -> Ask:
     def ask(benchmark: Benchmark, say: Say, limit: int | None = None) -> Asked:
         questions = load("it", benchmark, limit)
-        judged = [benchmark.judge(record, say(record), GEOMETRY, record.images) for record in questions.records]
+        judged = [benchmark.score_answer(record, say(record), GEOMETRY, record.images) for record in questions.records]
         # As they are read back from the disk.
         predictions = [Prediction.from_dict(json.loads(json.dumps(one.to_dict()))) for one in judged]
         assert predictions == judged
         # And scored anew without the files.
         again = type(benchmark)(None, benchmark.split)
         kept = [to_record(one.record, one.key, Path(), one.task) for one in predictions]
-        assert [again.judge(r, p.prediction, GEOMETRY, p.images) for r, p in zip(kept, judged, strict=True)] == judged
+        assert [
+            again.score_answer(r, p.prediction, GEOMETRY, p.images) for r, p in zip(kept, judged, strict=True)
+        ] == judged
         result = questions.result(predictions, {})
         json.dumps(result, allow_nan=False)
         return Asked(

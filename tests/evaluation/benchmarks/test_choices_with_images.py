@@ -8,8 +8,8 @@ import pytest
 
 from sphinx_pl.data.coordinates import Geometry
 from sphinx_pl.evaluation.benchmarks import BENCHMARKS, load
-from sphinx_pl.evaluation.metrics import last_turn
-from sphinx_pl.evaluation.scorers.choices import scienceqa_summary
+from sphinx_pl.evaluation.scorers.tasks import last_turn
+from tests.evaluation.official import scienceqa_summary
 
 from .vqa_files import FILES, PROBLEM, write
 
@@ -35,9 +35,9 @@ def test_scienceqa_asks_questions_with_an_image_and_reports_the_papers_columns(t
         "Answer with the option's letter from the given choices directly."
     )
     answers = ("B. elephant", "The answer is B.", "elephant")
-    predictions = [asked.benchmark.judge(r, a, Geometry()) for r, a in zip(asked.records, answers, strict=True)]
+    predictions = [asked.benchmark.score_answer(r, a, Geometry()) for r, a in zip(asked.records, answers, strict=True)]
     assert [(prediction.score, prediction.parsed) for prediction in predictions] == [(1, True), (0, True), (1, True)]
-    assert not asked.benchmark.judge(asked.records[0], "A or B", Geometry()).parsed
+    assert not asked.benchmark.score_answer(asked.records[0], "A or B", Geometry()).parsed
     values = {value["category"]: value["value"] for value in asked.result(predictions, {})["values"]}
     official = scienceqa_summary(
         [
@@ -73,7 +73,10 @@ def test_iconqa_asks_one_image_at_a_time(tmp_path: Path) -> None:
     assert [asked.benchmark.category(record) for record in asked.records] == ["choose_txt", "fill_in_blank"]
     assert asked.lost == {"choices_are_images": 1}
     judged = [
-        [(p.score, p.parsed) for p in (asked.benchmark.judge(record, answer, Geometry()) for record in asked.records)]
+        [
+            (p.score, p.parsed)
+            for p in (asked.benchmark.score_answer(record, answer, Geometry()) for record in asked.records)
+        ]
         for answer in ("(A)", "7.", "B", "certainly")
     ]
     assert judged == [

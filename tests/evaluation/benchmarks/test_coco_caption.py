@@ -14,7 +14,7 @@ import pytest
 from sphinx_pl.data.schema import ImageRef, Record
 from sphinx_pl.data.skip import BadSample
 from sphinx_pl.evaluation.benchmarks import load
-from sphinx_pl.evaluation.benchmarks.coco_caption import CocoCaption
+from sphinx_pl.evaluation.benchmarks.coco_caption import COCOCaptionBenchmark
 from sphinx_pl.evaluation.scorers.caption import caption_scores
 from sphinx_pl.utils.errors import UserError
 
@@ -58,7 +58,7 @@ def release() -> dict[str, Any]:
 def test_figures_are_those_of_the_official_evaluation(ask: Ask, write: Write, question: Say, tmp_path: Path) -> None:
     src = write(karpathy({"split": "test", "cocoid": 5}, {"split": "test", "cocoid": 6, "sentences": []}, "x"))
     said = {1: "a dog runs in a field", 2: "two dogs", 3: ""}
-    benchmark = CocoCaption(src)
+    benchmark = COCOCaptionBenchmark(src)
     asked = ask(benchmark, lambda record: said[record.meta["image_id"]])
     record = asked.questions.records[0]
     assert record.images == (ImageRef(str(src / "val2014/COCO_val2014_000000000001.jpg")),)
@@ -84,14 +84,14 @@ def test_figures_are_those_of_the_official_evaluation(ask: Ask, write: Write, qu
 
 @pytest.mark.long
 def test_where_all_captions_have_0_the_interval_goes_by_what_a_score_can_be(ask: Ask, write: Write) -> None:
-    asked = ask(CocoCaption(write(karpathy())), lambda record: "xyzzy")
+    asked = ask(COCOCaptionBenchmark(write(karpathy())), lambda record: "xyzzy")
     intervals = {value["measure"]: (value["low"], value["high"]) for value in asked.result["values"]}
     others = 1 - 0.025 ** (1 / asked.result["n"])  # share of images that may be unlike those asked
     assert intervals["CIDEr"] == (0, pytest.approx(10 * others))
     assert intervals["ROUGE-L"] == (0, pytest.approx(others))
 
 
-def read(benchmark: CocoCaption) -> tuple[list[Record], Counter[str]]:
+def read(benchmark: COCOCaptionBenchmark) -> tuple[list[Record], Counter[str]]:
     """Records, and what is of no use, by reason: scoring takes Java seconds."""
     records: list[Record] = []
     lost: Counter[str] = Counter()
@@ -104,7 +104,7 @@ def read(benchmark: CocoCaption) -> tuple[list[Record], Counter[str]]:
 
 
 def test_the_release_itself(write: Write) -> None:
-    records, lost = read(CocoCaption(write(release()), "val2017"))
+    records, lost = read(COCOCaptionBenchmark(write(release()), "val2017"))
     assert [(record.key, record.meta) for record in records] == [
         (str(n), {"image_id": n, "captions": [" ".join(text.split()) for text in TRUE[n]]}) for n in TRUE
     ]
@@ -115,7 +115,7 @@ def test_the_release_itself(write: Write) -> None:
 def test_the_unified_annotation(write: Write) -> None:
     entries = [{"image_path": f"{n}.jpg", "question": "", "question_id": n, "gt_answers": TRUE[n]} for n in TRUE]
     odd = [{"image_path": "x.jpg", "gt_answers": []}, {"image_path": "x.jpg", "gt_answers": [1]}]
-    records, lost = read(CocoCaption(write({"all.json": [*entries, *odd]}) / "all.json"))
+    records, lost = read(COCOCaptionBenchmark(write({"all.json": [*entries, *odd]}) / "all.json"))
     assert [record.meta["image_id"] for record in records] == list(TRUE)
     assert lost == {"answers_empty": 1, "entry_malformed": 1}
 
@@ -123,4 +123,4 @@ def test_the_unified_annotation(write: Write) -> None:
 def test_without_java_nothing_is_asked(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match="need Java"):
-        load("it", CocoCaption(write(karpathy())))
+        load("it", COCOCaptionBenchmark(write(karpathy())))

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from sphinx_pl.data.schema import ImageRef
-from sphinx_pl.evaluation.benchmarks.llava_bench import LlavaBench
-from sphinx_pl.evaluation.benchmarks.mm_vet import MmVet
+from sphinx_pl.evaluation.benchmarks.llava_bench import LLaVABenchBenchmark
+from sphinx_pl.evaluation.benchmarks.mm_vet import MMVetBenchmark
 
 from .conftest import Ask, Say
 
@@ -33,7 +33,7 @@ MM_VET: dict[str, Any] = {
 def test_mm_vet_writes_the_judges_file_and_no_number(ask: Ask, write: Write, question: Say, tmp_path: Path) -> None:
     odd = {"v1_2": {"imagename": "x.png"}, "v1_3": MM_VET["v1_0"] | {"question": " "}, "v1_4": None}
     src = write({"mm-vet.json": MM_VET | odd})
-    benchmark = MmVet(src)
+    benchmark = MMVetBenchmark(src)
     asked = ask(benchmark, lambda record: f"x = {record.key}")
     first = asked.questions.records[0]
     assert question(first) == "What is x in the equation?"
@@ -59,9 +59,9 @@ def test_the_judges_commands_can_be_run_in_its_own_folder(
     monkeypatch.chdir(tmp_path)
     write({"mm-vet.json": MM_VET, "questions.jsonl": "", "answers_gpt4.jsonl": ""}).rename("my files")
     Path("my results").mkdir()
-    (of_mm_vet,) = MmVet(Path("my files")).submit([], Path("my results"))
+    (of_mm_vet,) = MMVetBenchmark(Path("my files")).submit([], Path("my results"))
     assert f"--mmvet_path '{tmp_path}/my files' --result_path '{tmp_path}/my results' --model" in of_mm_vet
-    (of_llava,) = LlavaBench(Path("my files")).submit([], Path("my results"))
+    (of_llava,) = LLaVABenchBenchmark(Path("my files")).submit([], Path("my results"))
     assert f"--context '{tmp_path}/my files/context.jsonl' --rule llava/eval/table/rule.json" in of_llava
     reviews = f"'{tmp_path}/my results/llava_bench-reviews.jsonl'"
     assert f"--output {reviews}, then python llava/eval/summarize_gpt_review.py -f {reviews};" in of_llava
@@ -79,7 +79,7 @@ def test_llava_bench_writes_a_line_for_every_question(ask: Ask, write: Write, qu
     references = [{"question_id": n, "text": "A hill.", "answer_id": "x"} for n in (0, 1, 2)]
     files = {"questions.jsonl": lines(*questions, "{broken"), "answers_gpt4.jsonl": lines(*references)}
     src = write(files)
-    benchmark = LlavaBench(src)
+    benchmark = LLaVABenchBenchmark(src)
     asked = ask(benchmark, lambda record: f"It is\n{record.key}.")
     assert [record.key for record in asked.questions.records] == ["it/0", "it/2"]
     assert question(asked.questions.records[0]) == "What is thing 0?"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sphinx_pl.data.schema import ImageRef
-from sphinx_pl.evaluation.benchmarks.mathvista import MathVista
+from sphinx_pl.evaluation.benchmarks.mathvista import MathVistaBenchmark
 
 from .conftest import Ask, Say
 
@@ -62,7 +62,9 @@ PROBLEMS = {
 def test_answers_are_read_by_rules(
     ask: Ask, write: Write, said: dict[str, str], scores: list[int], unparsed: int
 ) -> None:
-    asked = ask(MathVista(write({"testmini.json": PROBLEMS})), lambda record: said[record.meta["problem"]["pid"]])
+    asked = ask(
+        MathVistaBenchmark(write({"testmini.json": PROBLEMS})), lambda record: said[record.meta["problem"]["pid"]]
+    )
     by_pid = {prediction.record["meta"]["problem"]["pid"]: prediction.score for prediction in asked.predictions}
     assert [by_pid[pid] for pid in PROBLEMS] == scores
     assert asked.values["accuracy", ""] == sum(scores) / 4
@@ -72,7 +74,7 @@ def test_answers_are_read_by_rules(
 
 def test_questions_have_their_unit_and_their_choices(ask: Ask, write: Write, question: Say) -> None:
     src = write({"testmini.json": PROBLEMS})
-    records = {record.key: record for record in ask(MathVista(src), lambda record: "").questions.records}
+    records = {record.key: record for record in ask(MathVistaBenchmark(src), lambda record: "").questions.records}
     assert question(records["it/2"]) == (
         "what is the total volume of the measuring cup? (Unit: g)\nAnswer the question using a single word or phrase."
     )
@@ -81,7 +83,7 @@ def test_questions_have_their_unit_and_their_choices(ask: Ask, write: Write, que
 
 
 def test_responses_for_the_official_judge(ask: Ask, write: Write, tmp_path: Path) -> None:
-    benchmark = MathVista(write({"testmini.json": PROBLEMS}))
+    benchmark = MathVistaBenchmark(write({"testmini.json": PROBLEMS}))
     asked = ask(benchmark, lambda record: "I think 7.")
     (sentence,) = benchmark.submit(asked.predictions, tmp_path)
     assert sentence.endswith(
@@ -106,6 +108,6 @@ def test_odd_entries_are_counted(ask: Ask, write: Write) -> None:
         "g": None,
         "h": {"pid": "h"},
     }
-    asked = ask(MathVista(write({"testmini.json": PROBLEMS | odd})), lambda record: "")
+    asked = ask(MathVistaBenchmark(write({"testmini.json": PROBLEMS | odd})), lambda record: "")
     assert asked.result["lost"] == {"answer_not_in_choices": 1, "question_empty": 1, "entry_malformed": 6}
     assert len(asked.predictions) == len(PROBLEMS)

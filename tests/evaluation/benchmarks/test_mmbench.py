@@ -16,7 +16,7 @@ from PIL import Image
 from sphinx_pl.data.images import load_image
 from sphinx_pl.data.schema import Record
 from sphinx_pl.data.skip import BadSample
-from sphinx_pl.evaluation.benchmarks.mmbench import COLUMNS, CCBench, MMBench
+from sphinx_pl.evaluation.benchmarks.mmbench import COLUMNS, CCBenchBenchmark, MMBenchBenchmark
 from sphinx_pl.evaluation.scorers.choices import circular
 from sphinx_pl.utils.errors import UserError
 
@@ -93,7 +93,7 @@ def right(record: Record) -> str:
 
 def test_a_question_in_rotations_of_the_file(ask: Ask, write: Write, question: Say) -> None:
     src = write(dev(*rotations(241, hint="Look at it.")))
-    asked = ask(MMBench(src), right)
+    asked = ask(MMBenchBenchmark(src), right)
     records = asked.questions.records
     assert [(record.key, record.choices) for record in records] == [
         ("it/241-241", ("red", "green", "blue")),
@@ -111,8 +111,8 @@ def test_a_question_in_rotations_of_the_file(ask: Ask, write: Write, question: S
 
 
 def test_rotations_are_made_where_the_file_has_none(ask: Ask, write: Write) -> None:
-    made = ask(MMBench(write(dev(row(7, "C")))), right)
-    given = ask(MMBench(write(dev(*rotations(7, answer="C")))), right)
+    made = ask(MMBenchBenchmark(write(dev(row(7, "C")))), right)
+    given = ask(MMBenchBenchmark(write(dev(*rotations(7, answer="C")))), right)
     assert [(r.choices, r.meta, r.turns) for r in made.questions.records] == [
         (r.choices, r.meta, r.turns) for r in given.questions.records
     ]
@@ -129,7 +129,7 @@ def test_one_wrong_rotation_makes_a_question_wrong(ask: Ask, write: Write) -> No
             return "A"
         return "I do not know" if index == 2_000_003 else right(record)
 
-    asked = ask(MMBench(src), say)
+    asked = ask(MMBenchBenchmark(src), say)
     results = [(p.key.rpartition("-")[0], p.score == 1) for p in asked.predictions]
     assert sum(circular(results).values()) == 1
     assert asked.values == {
@@ -142,12 +142,12 @@ def test_one_wrong_rotation_makes_a_question_wrong(ask: Ask, write: Write) -> No
 
 
 def test_a_rotation_that_was_not_answered_is_wrong(ask: Ask, write: Write) -> None:
-    asked = ask(MMBench(write(dev(*rotations(1)))), right)
+    asked = ask(MMBenchBenchmark(write(dev(*rotations(1)))), right)
     assert asked.questions.result(asked.predictions[:-1], {})["values"][0]["value"] == 0
 
 
 def test_a_limit_draws_questions(ask: Ask, write: Write) -> None:
-    asked = ask(MMBench(write(dev(*rotations(1), *rotations(2), *rotations(3)))), right, limit=1)
+    asked = ask(MMBenchBenchmark(write(dev(*rotations(1), *rotations(2), *rotations(3)))), right, limit=1)
     assert len(asked.predictions) == 3
     assert asked.values["circular", ""] == 1
 
@@ -171,7 +171,7 @@ def test_odd_and_hostile_rows_are_counted(ask: Ask, write: Write) -> None:
     )
     hostile = file.encode() + b"x\t?\n" + b"11\t\xff\xfe\t\tred\tgreen\tblue\t\tA\tc\t1\n"
     src = write({"mmbench_dev_20230712.tsv": hostile})
-    asked = ask(MMBench(src), right)
+    asked = ask(MMBenchBenchmark(src), right)
     assert {record.key.split("-")[0] for record in asked.questions.records} == {"it/1", "it/8"}
     assert asked.questions.records[-1].images == asked.questions.records[0].images
     assert asked.result["lost"] == {
@@ -213,7 +213,7 @@ def test_an_option_is_missing_where_its_cell_is_blank_and_only_there(ask: Ask, w
     rows.append(row(104, "A", A="1", B="", C="3"))  # C's letter is in doubt
     rows.append(row(105, "G", A="1", B="2"))
     src = write(dev(*rows) | {"mmbench_dev_en_20231003.tsv": table(rows, (*FIELDS, "E", "F"))})
-    asked = ask(MMBench(src), right)
+    asked = ask(MMBenchBenchmark(src), right)
     first = {record.key.split("-")[0]: record for record in reversed(asked.questions.records)}
     for number, word in enumerate(WORDS, 1):
         assert first[f"it/{number}"].choices == ("one", word, "three")
@@ -229,25 +229,25 @@ def test_an_option_is_missing_where_its_cell_is_blank_and_only_there(ask: Ask, w
 def test_a_mark_of_the_byte_order_and_too_many_cells(ask: Ask, write: Write) -> None:
     text = dev(row(1), row(2))["mmbench_dev_en_20231003.tsv"]
     longer = text + "3\t?" + "\tx" * len(FIELDS) + "\n"
-    asked = ask(MMBench(write({"mmbench_dev_en_20231003.tsv": ("\ufeff" + longer).encode()})), right)
+    asked = ask(MMBenchBenchmark(write({"mmbench_dev_en_20231003.tsv": ("\ufeff" + longer).encode()})), right)
     assert {record.key.split("-")[0] for record in asked.questions.records} == {"it/1", "it/2"}
     assert asked.result["lost"] == {"entry_malformed": 1}
 
 
 def test_base64_that_is_no_image_is_counted_when_it_is_asked(ask: Ask, write: Write) -> None:
     data = base64.b64encode(b"not an image" * 9).decode()
-    asked = ask(MMBench(write(dev(row(1, image=data)))), right)
+    asked = ask(MMBenchBenchmark(write(dev(row(1, image=data)))), right)
     with pytest.raises(BadSample, match="image_unreadable"):
         load_image(asked.questions.records[0].images[0], 9)
 
 
 def test_images_are_written_once(ask: Ask, write: Write, tmp_path: Path) -> None:
     src = write(dev(*rotations(1)))
-    first = ask(MMBench(src), right)
+    first = ask(MMBenchBenchmark(src), right)
     (copy,) = (path for path in (tmp_path / "cache/files").iterdir() if path.name.endswith("-images"))
     copy.chmod(0o400)
     before = copy.stat().st_mtime_ns, copy.stat().st_ino
-    again = ask(MMBench(src), right)
+    again = ask(MMBenchBenchmark(src), right)
     assert again.questions.records == first.questions.records
     assert copy.stat().st_ino == before[1]
 
@@ -255,7 +255,7 @@ def test_images_are_written_once(ask: Ask, write: Write, tmp_path: Path) -> None
 def test_ccbench(ask: Ask, write: Write) -> None:
     fields = tuple(field for field in FIELDS if field not in ("hint", "source", "l2-category", "split"))
     rows = [row(1, category="a", question="图中所示建筑名称为？"), row(2, category="b")]
-    asked = ask(CCBench(write({"CCBench.tsv": table(rows, fields)})), right)
+    asked = ask(CCBenchBenchmark(write({"CCBench.tsv": table(rows, fields)})), right)
     assert asked.values == {
         ("circular", ""): 1,
         ("accuracy", ""): 1,
@@ -267,7 +267,7 @@ def test_ccbench(ask: Ask, write: Write) -> None:
 def test_a_table_for_the_server(ask: Ask, write: Write, question: Say, tmp_path: Path) -> None:
     rows = [{**one, "answer": None} for one in [*rotations(1), *rotations(2)]]
     fields = tuple(field for field in FIELDS if field != "answer")
-    benchmark = MMBench(write({"mmbench_test_en_20231003.tsv": table(rows, fields)}), "test_en")
+    benchmark = MMBenchBenchmark(write({"mmbench_test_en_20231003.tsv": table(rows, fields)}), "test_en")
     asked = ask(benchmark, lambda record: "=1+1\x00 <b>A")
     assert question(asked.questions.records[0]).endswith("directly.")
     assert asked.result["values"] == []
@@ -293,15 +293,15 @@ def test_a_table_for_the_server(ask: Ask, write: Write, question: Say, tmp_path:
 
 
 def test_dev_has_no_table(ask: Ask, write: Write, tmp_path: Path) -> None:
-    benchmark = MMBench(write(dev(row(1))))
+    benchmark = MMBenchBenchmark(write(dev(row(1))))
     assert benchmark.submit(ask(benchmark, right).predictions, tmp_path) == []
 
 
 def test_files_that_are_wrong_as_a_whole(write: Write) -> None:
     with pytest.raises(UserError, match=r"has no mmbench_dev_cn_20231003.tsv or MMBench_DEV_CN.tsv"):
-        list(MMBench(write({"x": ""}), "dev_cn").read())
+        list(MMBenchBenchmark(write({"x": ""}), "dev_cn").read())
     with pytest.raises(UserError, match="KeyError: 'index'"):
-        list(MMBench(write({"MMBench_DEV_EN.tsv": "a\tb\n1\t2\n"})).read())
+        list(MMBenchBenchmark(write({"MMBench_DEV_EN.tsv": "a\tb\n1\t2\n"})).read())
 
 
 def test_the_unified_annotation(ask: Ask, write: Write) -> None:
@@ -309,7 +309,7 @@ def test_the_unified_annotation(ask: Ask, write: Write) -> None:
     entry = {"image_path": "a.jpg", "question": "Which?", "gt_answers": "B", "hint": "N/A", "choices": ["x", "y"]}
     rows = [entry | {"question_id": index} for index in (1, 1_000_001, "2", "1000002")]
     broken = [entry | {"question_id": 3, "choices": "xy"}, entry, entry | {"question_id": "q"}]
-    benchmark = MMBench(write({"all.json": rows + broken}) / "all.json")
+    benchmark = MMBenchBenchmark(write({"all.json": rows + broken}) / "all.json")
     asked = ask(benchmark, right)
     assert asked.values == {("circular", ""): 1, ("accuracy", ""): 1}
     assert asked.result["lost"] == {"entry_malformed": 1, "question_id_missing": 2}

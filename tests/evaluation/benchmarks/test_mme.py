@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from sphinx_pl.data.schema import ImageRef, Record
-from sphinx_pl.evaluation.benchmarks.mme import SUBTASKS, Mme
-from sphinx_pl.evaluation.scorers.yes_no import COGNITION, PERCEPTION, mme_scores
+from sphinx_pl.evaluation.benchmarks.mme import COGNITION, PERCEPTION, SUBTASKS, MMEBenchmark
 from sphinx_pl.utils.errors import UserError
+from tests.evaluation.official import mme_scores
 
 from .conftest import Ask, Say
 
@@ -42,7 +42,7 @@ def right(record: Record) -> str:
 
 def test_both_layouts_are_read_and_asked_in_the_training_wording(ask: Ask, write: Write, question: Say) -> None:
     src = write(release())
-    asked = ask(Mme(src), right)
+    asked = ask(MMEBenchmark(src), right)
     assert len(asked.predictions) == 2 * 2 * 14
     by_key = {record.key: record for record in asked.questions.records}
     flat, split = by_key["it/existence/0-0"], by_key["it/count/1-1"]
@@ -54,23 +54,23 @@ def test_both_layouts_are_read_and_asked_in_the_training_wording(ask: Ask, write
 
 def test_all_right_all_wrong_and_always_yes(ask: Ask, write: Write) -> None:
     src = write(release())
-    perfect = ask(Mme(src), right)
+    perfect = ask(MMEBenchmark(src), right)
     assert perfect.values["perception", ""] == 2000
     assert perfect.values["cognition", ""] == 800
     assert perfect.values["accuracy+", ""] == 1
     assert perfect.values["points", "OCR"] == 200
     assert {v["percent"] for v in perfect.result["values"] if v["measure"] in ("perception", "points")} == {False}
-    wrong = ask(Mme(src), lambda record: "no" if record.answer == "yes" else "yes")
+    wrong = ask(MMEBenchmark(src), lambda record: "no" if record.answer == "yes" else "yes")
     assert wrong.values["perception", ""] == wrong.values["accuracy", ""] == 0
     # Half of the questions, and no image with both.
-    yes = ask(Mme(src), lambda record: "Yes, it is.")
+    yes = ask(MMEBenchmark(src), lambda record: "Yes, it is.")
     assert (yes.values["perception", ""], yes.values["cognition", ""]) == (500, 200)
     assert (yes.values["accuracy", "scene"], yes.values["accuracy+", "scene"]) == (0.5, 0)
 
 
 def test_what_says_neither_is_wrong_and_counted(ask: Ask, write: Write) -> None:
     src = write(release())
-    asked = ask(Mme(src), lambda record: "I cannot tell" if "OCR" in record.key else right(record))
+    asked = ask(MMEBenchmark(src), lambda record: "I cannot tell" if "OCR" in record.key else right(record))
     assert asked.result["unparsed"] == 4
     assert asked.values["points", "OCR"] == 0
     assert asked.values["perception", ""] == 1800
@@ -82,7 +82,7 @@ def test_sums_agree_with_the_official_ones(ask: Ask, write: Write) -> None:
     def say(record: Record) -> str:
         return "yes" if zlib.crc32(record.key.encode()) % 3 else "no"
 
-    asked = ask(Mme(src), say)
+    asked = ask(MMEBenchmark(src), say)
     expected = mme_scores(
         (prediction.topic, prediction.key.rpartition("-")[0], prediction.score == 1) for prediction in asked.predictions
     )
@@ -94,14 +94,14 @@ def test_sums_agree_with_the_official_ones(ask: Ask, write: Write) -> None:
 
 
 def test_a_limit_keeps_an_images_questions_together(ask: Ask, write: Write) -> None:
-    asked = ask(Mme(write(release(images=4))), right, limit=1)
+    asked = ask(MMEBenchmark(write(release(images=4))), right, limit=1)
     assert len(asked.predictions) == 2 * 14
     assert asked.values["perception", ""] == 2000
 
 
 def test_sums_of_some_subtasks_are_not_given(ask: Ask, write: Write) -> None:
     files = {place: content for place, content in release().items() if not place.startswith(("OCR", "code"))}
-    asked = ask(Mme(write(files)), right)
+    asked = ask(MMEBenchmark(write(files)), right)
     assert asked.values["perception", ""] is None
     assert asked.values["cognition", ""] is None
     assert asked.values["points", "scene"] == 200
@@ -121,7 +121,7 @@ def test_odd_entries_are_counted(ask: Ask, write: Write) -> None:
         "existence/f.txt": b"",
         "existence/f.jpg": b"",
     }
-    asked = ask(Mme(write(release() | odd)), right)
+    asked = ask(MMEBenchmark(write(release() | odd)), right)
     assert asked.result["lost"] == {
         "questions_count": 2,
         "answer_not_yes_no": 1,
@@ -136,7 +136,7 @@ def test_odd_entries_are_counted(ask: Ask, write: Write) -> None:
 )
 def test_the_archive_as_it_unpacks(ask: Ask, write: Write, folder: str) -> None:
     src = write({f"{folder}/{place}": content for place, content in release().items()})
-    asked = ask(Mme(src), right)
+    asked = ask(MMEBenchmark(src), right)
     assert (asked.values["perception", ""], len(asked.predictions)) == (2000, 56)
     assert asked.questions.records[0].images == (ImageRef(str(src / folder / "existence/0.jpg")),)
 
@@ -147,7 +147,7 @@ def test_the_eval_tool_beside_the_archives_images(ask: Ask, write: Write) -> Non
     for subtask in SUBTASKS:
         lines = [f"{name}\t{line}" for name in ("0.jpg", "1.png") for line in pair(name).splitlines()]
         files[f"eval_tool/Your_Results/{subtask}.txt"] = "\n".join(lines)
-    asked = ask(Mme(write(files)), right)
+    asked = ask(MMEBenchmark(write(files)), right)
     assert (asked.values["cognition", ""], len(asked.predictions)) == (800, 56)
 
 
@@ -158,7 +158,7 @@ def test_the_eval_tools_files(ask: Ask, write: Write) -> None:
         files[f"{subtask}.txt"] = "\n".join(lines)
         files |= {f"images/{subtask}/{n}.png": b"" for n in (0, 1)}
     src = write(files)
-    asked = ask(Mme(src, images=src / "images"), right)
+    asked = ask(MMEBenchmark(src, images=src / "images"), right)
     assert (asked.values["perception", ""], len(asked.predictions)) == (2000, 56)
     assert asked.questions.records[0].images == (ImageRef(str(src / "images/existence/0.png")),)
 
@@ -170,13 +170,13 @@ def test_the_unified_annotation(ask: Ask, write: Write) -> None:
         for subtask in SUBTASKS
     ]
     src = write({"mme.json": [*entries, {"image_path": "x/y.jpg", "question": "?", "gt_answers": "Yes"}]})
-    asked = ask(Mme(src / "mme.json"), right)
+    asked = ask(MMEBenchmark(src / "mme.json"), right)
     assert (asked.values["perception", ""], asked.values["cognition", ""]) == (2000, 800)
     assert asked.result["lost"] == {"subtask_unknown": 1}
 
 
 def test_the_files_for_the_official_script(ask: Ask, write: Write, tmp_path: Path) -> None:
-    benchmark = Mme(write(release()))
+    benchmark = MMEBenchmark(write(release()))
     asked = ask(benchmark, lambda record: "Yes,\tcertainly\nso")
     (sentence,) = benchmark.submit(asked.predictions, tmp_path)
     assert "calculation.py" in sentence
@@ -191,4 +191,4 @@ def test_the_files_for_the_official_script(ask: Ask, write: Write, tmp_path: Pat
 
 def test_a_folder_without_questions(write: Write) -> None:
     with pytest.raises(UserError, match="has no folder of questions, such as existence"):
-        list(Mme(write({"other.txt": "x"})).read())
+        list(MMEBenchmark(write({"other.txt": "x"})).read())

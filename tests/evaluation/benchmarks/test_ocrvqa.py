@@ -20,5 +20,5 @@ def test_a_split_is_a_number(tmp_path: Path, split: str, book: str) -> None:
     assert asked.records[0].images[0].path == str(tmp_path / f"images/{book}.jpg")
     assert asked.lost == {"answer_empty": 1}
     answers = ("No", "mom's family  wall calendar 2016.")
-    scores = [asked.benchmark.judge(r, a, Geometry()).score for r, a in zip(asked.records, answers, strict=True)]
+    scores = [asked.benchmark.score_answer(r, a, Geometry()).score for r, a in zip(asked.records, answers, strict=True)]
     assert scores == [0.0, 1.0]

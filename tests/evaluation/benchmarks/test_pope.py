@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from sphinx_pl.data.answer_parsing import read_yes_or_no
 from sphinx_pl.data.schema import ImageRef
-from sphinx_pl.evaluation.benchmarks.pope import Pope
-from sphinx_pl.evaluation.scorers.yes_no import pope_scores, read_yes_no
+from sphinx_pl.evaluation.benchmarks.pope import POPEBenchmark
+from tests.evaluation.official import pope_scores
 
 from .conftest import Ask
 
@@ -25,9 +26,9 @@ def test_figures_agree_with_the_official_ones(ask: Ask, write: Callable[..., Pat
     odd = ['{"question_id": 9', json.dumps({"question_id": 10, "image": "x", "text": "?", "label": "maybe"})]
     src = write({"coco_pope_popular.json": "\n".join([*map(json.dumps, lines), *odd])})
     answers = {f"it/{n}": text for n, text in enumerate(said)}
-    asked = ask(Pope(src, "popular"), lambda record: answers[record.key])
-    expected = pope_scores([read_yes_no(text) for text in said], [label == "yes" for label in labels])
-    found = {measure: asked.values[measure, ""] for measure in ("accuracy", "precision", "recall", "f1", "yes")}
+    asked = ask(POPEBenchmark(src, "popular"), lambda record: answers[record.key])
+    expected = pope_scores([read_yes_or_no(text) for text in said], [label == "yes" for label in labels])
+    found = {metric: asked.values[metric, ""] for metric in ("accuracy", "precision", "recall", "f1", "yes")}
     assert found == pytest.approx(
         {"accuracy": expected.accuracy, "precision": expected.precision, "recall": expected.recall}
         | {"f1": expected.f1, "yes": expected.yes_ratio}

@@ -11,7 +11,7 @@ import pytest
 
 from sphinx_pl.data.coordinates import Geometry
 from sphinx_pl.data.schema import ImageRef, Record
-from sphinx_pl.evaluation.benchmarks.refcoco import RefCOCO, RefCOCOg, RefCOCOPlus
+from sphinx_pl.evaluation.benchmarks.refcoco import RefCOCOBenchmark, RefCOCOgBenchmark, RefCOCOPlusBenchmark
 from sphinx_pl.utils.errors import UserError
 
 from .conftest import Ask, Say
@@ -51,7 +51,7 @@ def test_each_phrase_is_asked_for_its_box(ask: Ask, write: Write, question: Say)
     )
     images = src.parent / "coco"
     images.mkdir()
-    asked = ask(RefCOCO(src, "testA", images), lambda record: box(record, 100, 100, 300, 200))
+    asked = ask(RefCOCOBenchmark(src, "testA", images), lambda record: box(record, 100, 100, 300, 200))
     first, _ = asked.questions.records
     assert first.images == (ImageRef(str(images / "train2014/COCO_train2014_000000581857.jpg")),)
     assert question(first) == (
@@ -73,19 +73,19 @@ def test_each_phrase_is_asked_for_its_box(ask: Ask, write: Write, question: Say)
     ],
 )
 def test_the_overlap_counts_from_one_half(ask: Ask, write: Write, answer: Any, score: int, parsed: bool) -> None:
-    benchmark = RefCOCO(write(files(ref(0, "it"))), "testA")
+    benchmark = RefCOCOBenchmark(write(files(ref(0, "it"))), "testA")
     asked = ask(benchmark, lambda record: answer if isinstance(answer, str) else Geometry(6).box(answer, (640, 427)))
     (prediction,) = asked.predictions
     assert (prediction.score, prediction.parsed) == (score, parsed)
 
 
 def test_the_other_two_and_their_splits(ask: Ask, write: Write) -> None:
-    plus = ask(RefCOCOPlus(write(files(ref(0, "it", split="testB"))), "testB"), lambda record: "")
+    plus = ask(RefCOCOPlusBenchmark(write(files(ref(0, "it", split="testB"))), "testB"), lambda record: "")
     assert [record.key for record in plus.questions.records] == ["it/0-0-rec"]
-    g = ask(RefCOCOg(write(files(ref(0, "it", split="test"), name="refs(umd).p")), "test"), lambda record: "")
+    g = ask(RefCOCOgBenchmark(write(files(ref(0, "it", split="test"), name="refs(umd).p")), "test"), lambda record: "")
     assert (g.values["accuracy", ""], g.result["unparsed"]) == (0, 1)
     with pytest.raises(UserError, match="refcocog has no split 'testA'"):
-        RefCOCOg(write({}), "testA")
+        RefCOCOgBenchmark(write({}), "testA")
 
 
 def test_a_pickle_runs_nothing(write: Write, tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_pickle_runs_nothing(write: Write, tmp_path: Path) -> None:
             return Path.mkdir, (tmp_path / "ran",)
 
     with pytest.raises(UserError, match="is no pickle of plain data"):
-        list(RefCOCO(write(files(Hostile())), "testA").read())
+        list(RefCOCOBenchmark(write(files(Hostile())), "testA").read())
     assert not (tmp_path / "ran").exists()
 
 
@@ -108,7 +108,7 @@ def test_the_unified_annotation(ask: Ask, write: Write) -> None:
         [],
     ]
     src = write({"all.json": [entry, *odd]})
-    asked = ask(RefCOCO(src / "all.json"), lambda record: box(record, 0, 0, 9, 9))
+    asked = ask(RefCOCOBenchmark(src / "all.json"), lambda record: box(record, 0, 0, 9, 9))
     assert asked.values == {("accuracy", ""): 1}
     assert asked.questions.records[0].sizes == ((640, 427),)
     assert asked.result["lost"] == {"entry_malformed": 4, "question_empty": 1}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sphinx_pl.data.schema import ImageRef
-from sphinx_pl.evaluation.benchmarks.seed_bench import SeedBench
+from sphinx_pl.evaluation.benchmarks.seed_bench import SEEDBenchBenchmark
 
 from .conftest import Ask, Say
 
@@ -34,7 +34,7 @@ def test_questions_are_read_scored_and_parted(ask: Ask, write: Write, question: 
             entry("8", 9, choice_c="Two"),  # two choices read the same: there is still one right letter
         )
     )
-    asked = ask(SeedBench(src), lambda record: record.meta["letter"])
+    asked = ask(SEEDBenchBenchmark(src), lambda record: record.meta["letter"])
     assert [record.key for record in asked.questions.records] == ["it/101669", "it/7", "it/8"]
     first = asked.questions.records[0]
     assert first.images == (ImageRef(str(src / "1454426_2591111986")),)
@@ -44,14 +44,14 @@ def test_questions_are_read_scored_and_parted(ask: Ask, write: Write, question: 
     )
     assert asked.values == {("accuracy", ""): 1, **{("accuracy", name): 1 for name in TYPES if TYPES[name] < 10}}
     said = {"it/101669": "Two.", "it/7": "A", "it/8": "Two"}  # the choice's text; wrong; a text that two letters have
-    asked = ask(SeedBench(src), lambda record: said[record.key])
+    asked = ask(SEEDBenchBenchmark(src), lambda record: said[record.key])
     assert asked.values["accuracy", ""] == 1 / 3
     assert asked.values["accuracy", "Text Understanding"] == 0
     assert asked.result["unparsed"] == 1
 
 
 def test_what_cannot_be_read_as_a_letter_is_wrong(ask: Ask, write: Write) -> None:
-    asked = ask(SeedBench(write(document(entry("1")))), lambda record: "It might be B or C, I cannot tell")
+    asked = ask(SEEDBenchBenchmark(write(document(entry("1")))), lambda record: "It might be B or C, I cannot tell")
     assert (asked.values["accuracy", ""], asked.result["unparsed"]) == (0, 1)
 
 
@@ -68,7 +68,7 @@ def test_odd_entries_are_counted(ask: Ask, write: Write) -> None:
         "text",
         None,
     ]
-    asked = ask(SeedBench(write(document(entry("0"), *odd))), lambda record: "B")
+    asked = ask(SEEDBenchBenchmark(write(document(entry("0"), *odd))), lambda record: "B")
     assert len(asked.predictions) == 1
     assert asked.result["lost"] == {
         "choice_missing": 1,

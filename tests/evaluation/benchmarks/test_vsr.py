@@ -8,7 +8,7 @@ import pytest
 
 from sphinx_pl.data.coordinates import Geometry
 from sphinx_pl.evaluation.benchmarks import BENCHMARKS, load
-from sphinx_pl.evaluation.metrics import last_turn
+from sphinx_pl.evaluation.scorers.tasks import last_turn
 
 from .vqa_files import STATEMENT, write
 
@@ -30,7 +30,7 @@ def test_statements(tmp_path: Path, split: str, folder: str) -> None:
         "no": [(0, True), (1, True)],
         "The statement is true": [(0, False), (0, False)],
     }.items():
-        judged = [asked.benchmark.judge(record, answer, Geometry()) for record in asked.records]
+        judged = [asked.benchmark.score_answer(record, answer, Geometry()) for record in asked.records]
         assert [(p.score, p.parsed) for p in judged] == verdicts
 
 
@@ -39,4 +39,4 @@ def test_a_unified_answer_must_be_true_or_false(tmp_path: Path) -> None:
     write(tmp_path, {"a.json": [entry, entry | {"gt_answers": "maybe"}]})
     asked = load("vsr", BENCHMARKS["vsr"](tmp_path / "a.json"))
     assert asked.lost == {"label_unknown": 1}
-    assert asked.benchmark.judge(asked.records[0], "False", Geometry()).score == 1.0
+    assert asked.benchmark.score_answer(asked.records[0], "False", Geometry()).score == 1.0

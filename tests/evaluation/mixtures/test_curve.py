@@ -19,7 +19,7 @@ from sphinx_pl.evaluation.mixtures.curve import (
     summary,
     write_curve,
 )
-from sphinx_pl.evaluation.objective import Criterion
+from sphinx_pl.evaluation.objective import Objective
 from sphinx_pl.utils.errors import UserError
 
 
@@ -47,13 +47,13 @@ def test_the_simplex_is_even_and_sums_to_one() -> None:
         simplex(4, 3)
 
 
-def test_the_best_point_minimises_the_criterion() -> None:
+def test_the_best_point_minimises_the_objective() -> None:
     curve = points(loss_real=[4, 3, 2], loss_synthetic=[1, 1.5, 3], score_vqa=[0.1, 0.2, 0.3])
-    assert curve[best_point(curve, Criterion("loss/real"))].weights == (1, 0)
-    assert curve[best_point(curve, Criterion("loss/synthetic"))].weights == (0, 1)
-    assert curve[best_point(curve, Criterion("loss"))].weights == (0.5, 0.5)
-    assert curve[best_point(curve, Criterion("score"))].weights == (1, 0)
-    assert best_point(points(loss_x=[2, 2, 2]), Criterion()) == 1  # of equals the middle
+    assert curve[best_point(curve, Objective("loss/real"))].weights == (1, 0)
+    assert curve[best_point(curve, Objective("loss/synthetic"))].weights == (0, 1)
+    assert curve[best_point(curve, Objective("loss"))].weights == (0.5, 0.5)
+    assert curve[best_point(curve, Objective("score"))].weights == (1, 0)
+    assert best_point(points(loss_x=[2, 2, 2]), Objective()) == 1  # of equals the middle
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_written_files_hold_the_curve(tmp_path: Path) -> None:
     content = json.loads((folder / "curve.json").read_text())
     assert content["betas"] == [0, 0.5, 1]
     assert content["losses"] == {"real": [4, 3, 2], "synthetic": [1, 1.5, 3]}
-    assert content["mean"] == content["criterion"]["values"] == [2.5, 2.25, 2.5]
+    assert content["mean"] == content["objective"]["values"] == [2.5, 2.25, 2.5]
     assert content["best"]["beta"] == 0.5
     assert content["best"]["value"] == 2.25
     assert content["best"]["gain"] == 0.25
@@ -128,28 +128,28 @@ def noisy(means: list[float], noise: float, samples: int = 200) -> list[CurvePoi
 
 
 def test_a_gain_is_sure_or_said_to_be_chance() -> None:
-    sure = summary(noisy([2.0, 1.8, 2.0], noise=0.1), Criterion())
+    sure = summary(noisy([2.0, 1.8, 2.0], noise=0.1), Objective())
     assert sure["best"]["gain"] == pytest.approx(0.2)
     assert 0.15 < sure["best"]["gain_interval"][0] < 0.2 < sure["best"]["gain_interval"][1] < 0.25
     assert sure["best"]["chosen"] == 1
     assert "better than the first checkpoint alone" in describe_best(sure)
     assert "chance" not in describe_best(sure)
-    chance = summary(noisy([2.0, 1.99, 2.0], noise=1.0), Criterion())
+    chance = summary(noisy([2.0, 1.99, 2.0], noise=1.0), Objective())
     assert chance["best"]["gain_interval"][0] < 0
     assert "may be chance" in describe_best(chance)
-    worse = summary(noisy([1.0, 1.8, 2.0], noise=0.1), Criterion())
+    worse = summary(noisy([1.0, 1.8, 2.0], noise=0.1), Objective())
     assert worse["best"]["beta"] == 0
     assert describe_best(worse).endswith("no mixture is better than the second checkpoint alone.")
 
 
 def test_equals_are_as_good_as_the_best() -> None:
     curve = points(score_x=[0.5, 0.8, 0.8, 0.8, 0.6])
-    content = summary(curve, Criterion("score"))
+    content = summary(curve, Objective("score"))
     assert (content["best"]["beta"], content["best"]["chosen"]) == (0.5, 1)
 
 
 def test_ends_alone_are_no_mixtures() -> None:
-    assert describe_best(summary(points(loss_x=[1, 2]), Criterion())).endswith(
+    assert describe_best(summary(points(loss_x=[1, 2]), Objective())).endswith(
         "no mixture was evaluated, only the ends."
     )
 
@@ -159,12 +159,12 @@ def test_what_is_no_number_is_never_the_best(tmp_path: Path, losses: list[float]
     content = write_curve(points(loss_x=losses), tmp_path)
     assert content["best"]["value"] == min(value for value in losses if math.isfinite(value))
     assert content["best"]["chosen"] == 1
-    assert "none that is a number" in describe_best(content)
+    assert "no finite one" in describe_best(content)
     json.loads((tmp_path / "curve.json").read_text(), parse_constant=pytest.fail)
 
 
 def test_a_curve_without_a_number_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no model or mixture .* has a loss that is a number"):
+    with pytest.raises(UserError, match=r"no evaluated model or mixture has a finite loss"):
         write_curve(points(loss_x=[math.nan, math.nan, math.inf]), tmp_path)
 
 

@@ -20,7 +20,7 @@ from sphinx_pl.evaluation.mixtures.search import (
     soup_weights,
     write_search,
 )
-from sphinx_pl.evaluation.objective import Criterion
+from sphinx_pl.evaluation.objective import Objective
 from sphinx_pl.mixing.mix import Plan, Recipe, mix, open_models, plan_mixture
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.utils.errors import UserError
@@ -78,7 +78,7 @@ def test_a_beta_for_each_part_is_found(models: Models) -> None:
     paths = models(2, values={NORM: (0.0, 1.0), PROJECTION: (0.0, 1.0)})  # so a value is 1 - beta
     evaluate = MixtureEvaluator(plan_of(paths), measure_by({NORM: 0.125, PROJECTION: 0.875}), torch.device("cpu"))
     told = []
-    trials, best = search_parts(evaluate, ["projections", "decoder"], 40, Criterion(), report=told.append)
+    trials, best = search_parts(evaluate, ["projections", "decoder"], 40, Objective(), report=told.append)
     assert trials[best].betas["decoder"] == 0.875
     assert trials[best].betas["projections"] == 0.125
     assert set(trials[best].betas) == {"projections", "decoder", REST}
@@ -90,9 +90,9 @@ def test_a_beta_for_each_part_is_found(models: Models) -> None:
 def test_a_search_stays_within_its_budget_and_says_what_it_is_worth(models: Models, tmp_path: Path) -> None:
     paths = models(2, values={NORM: (0.0, 1.0)})
     evaluate = MixtureEvaluator(plan_of(paths), measure_by({NORM: 0.0}), torch.device("cpu"))
-    trials, best = search_parts(evaluate, ["decoder"], 3, Criterion())
+    trials, best = search_parts(evaluate, ["decoder"], 3, Objective())
     assert evaluate.evaluations == len(trials) == 3
-    content = write_search(trials, best, Criterion(), tmp_path)
+    content = write_search(trials, best, Objective(), tmp_path)
     assert content["gain"] == pytest.approx(0.25 - (1 - trials[best].betas["decoder"]) ** 2)
     assert content["gain_interval"] == pytest.approx((content["gain"], content["gain"]))  # no noise between the two
     assert (tmp_path / "search.csv").read_text().count("\n") == 4
@@ -107,13 +107,13 @@ def test_what_only_the_choosing_samples_like_is_not_kept(tmp_path: Path, others:
         Trial({"decoder": beta}, {"loss/x": SourceLoss(torch.tensor(sums).double(), torch.ones(8).double())})
         for beta, sums in ((0.5, [1.0] * 8), (0.75, [0.5, others] * 4))
     ]
-    content = write_search(trials, 1, Criterion(), tmp_path)
+    content = write_search(trials, 1, Objective(), tmp_path)
     assert content["found"] == {"betas": {"decoder": 0.75}, "value": pytest.approx((0.5 + others) / 2)}
     assert content["betas"] == trials[kept].betas
-    assert content["value"] == pytest.approx(Criterion().value(trials[kept].measures))
+    assert content["value"] == pytest.approx(Objective().value(trials[kept].measurements))
     assert content["gain"] == pytest.approx(1 - others)
     assert said in describe_search(content)
-    assert ("is kept" in describe_search(content)) == (kept == 0)
+    assert ("stays" in describe_search(content)) == (kept == 0)
     assert json.loads((tmp_path / "search.json").read_text())["betas"] == content["betas"]
 
 
@@ -126,7 +126,7 @@ def test_the_choice_is_made_on_every_second_sample(models: Models) -> None:
 def test_parts_in_which_nothing_differs_are_not_moved(models: Models) -> None:
     paths = models(2, frozen="mixer.towers.")
     evaluate = MixtureEvaluator(plan_of(paths), measure_by({NORM: 5.0}), torch.device("cpu"))
-    trials, _ = search_parts(evaluate, ["towers", "decoder"], 8, Criterion())
+    trials, _ = search_parts(evaluate, ["towers", "decoder"], 8, Objective())
     assert {trial.betas["towers"] for trial in trials} == {0.5}
 
 
@@ -141,7 +141,7 @@ def test_parts_in_which_nothing_differs_are_not_moved(models: Models) -> None:
 def test_searches_that_cannot_be_are_refused(models: Models, parts: list[str], budget: int, message: str) -> None:
     evaluate = MixtureEvaluator(plan_of(models(2)), measure_by({NORM: 0.0}), torch.device("cpu"))
     with pytest.raises(UserError, match=message):
-        search_parts(evaluate, parts, budget, Criterion())
+        search_parts(evaluate, parts, budget, Objective())
 
 
 def test_a_greedy_soup_keeps_what_helps(models: Models) -> None:
@@ -151,6 +151,6 @@ def test_a_greedy_soup_keeps_what_helps(models: Models) -> None:
     for goal, soup in ((0.0, [1]), (0.5, [0, 1])):
         evaluate = MixtureEvaluator(plan_of(paths, "uniform_soup"), measure_by({NORM: goal}), torch.device("cpu"))
         tried: list[tuple[list[int], bool]] = []
-        assert greedy_soup(evaluate, Criterion(), lambda models, value, kept: tried.append((models, kept))) == soup  # noqa: B023
+        assert greedy_soup(evaluate, Objective(), lambda models, value, kept: tried.append((models, kept))) == soup  # noqa: B023
         assert len(tried) == 7
     assert soup_weights([0, 2], 3) == [0.5, 0, 0.5]

@@ -1,4 +1,4 @@
-"""Leaned mixtures: weights worked out by hand, trees of groups whose shares follow, and a file that train.py takes."""
+"""Reweighted mixtures: weights worked out by hand, trees of groups whose shares follow, and a file for train.py."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 import sphinx_pl.runtime.hydra_app
 from sphinx_pl.data.sampling.config import Group
 from sphinx_pl.evaluation.mixtures.reweighting import (
-    Lean,
-    Training,
+    Reweighting,
+    TrainingMixture,
     check_out,
     failure_rates,
     how_to_train,
@@ -60,8 +60,8 @@ def flat(tmp_path: Path) -> dict[str, Any]:
 ANSWERS = [*asked("short_vqa", 1, 1, 1, 0), *asked("rec", 0, 0, 0, 0)]
 
 
-def new_weights(lean: Lean) -> dict[str, float]:
-    return {leaned.name: leaned.new_weight for leaned in lean.sources}
+def new_weights(reweighting: Reweighting) -> dict[str, float]:
+    return {source.name: source.new_weight for source in reweighting.sources}
 
 
 def test_failures_are_drawn_towards_the_task_and_all_questions() -> None:
@@ -79,31 +79,31 @@ def test_failures_are_drawn_towards_the_task_and_all_questions() -> None:
 
 
 def test_weights_by_hand(flat: dict[str, Any]) -> None:
-    training = Training(flat)
-    whole = training.lean(ANSWERS, strength=1, prior=4)
+    training = TrainingMixture(flat)
+    whole = training.reweight(ANSWERS, strength=1, prior=4)
     assert whole.mean == pytest.approx((0.6 * 0.4375 + 0.2 * 0.8125) / 0.8)  # 0.53125
     assert new_weights(whole) == pytest.approx({"answers": 0.494118, "places": 0.305882, "language": 0.2}, abs=1e-6)
-    half = training.lean(ANSWERS, strength=0.5, prior=4)
+    half = training.reweight(ANSWERS, strength=0.5, prior=4)
     assert new_weights(half) == pytest.approx({"answers": 0.547059, "places": 0.252941, "language": 0.2}, abs=1e-6)
-    bounded = training.lean(ANSWERS, strength=1, prior=4, bound=1.1)
+    bounded = training.reweight(ANSWERS, strength=1, prior=4, bound=1.1)
     assert new_weights(bounded) == pytest.approx({"answers": 0.58, "places": 0.22, "language": 0.2}, abs=1e-6)
-    nothing = training.lean(ANSWERS, strength=0, prior=4)
+    nothing = training.reweight(ANSWERS, strength=0, prior=4)
     assert new_weights(nothing) == pytest.approx({"answers": 0.6, "places": 0.2, "language": 0.2}, abs=1e-6)
 
 
 def test_a_model_that_fails_only_rec_gets_more_of_it(flat: dict[str, Any]) -> None:
-    lean = Training(flat).lean([*asked("short_vqa", *[1.0] * 200), *asked("rec", *[0.0] * 200)])
-    shares = {leaned.name: (leaned.share, leaned.new_share) for leaned in lean.sources}
+    reweighting = TrainingMixture(flat).reweight([*asked("short_vqa", *[1.0] * 200), *asked("rec", *[0.0] * 200)])
+    shares = {source.name: (source.share, source.new_share) for source in reweighting.sources}
     assert shares["places"][1] > 1.5 * shares["places"][0]
     assert shares["answers"][1] < shares["answers"][0]
     assert shares["language"] == pytest.approx((0.2, 0.2))
-    kept = {leaned.name: leaned.kept for leaned in lean.sources}
+    kept = {source.name: source.kept for source in reweighting.sources}
     assert kept == {"answers": "", "places": "", "language": "text only"}
 
 
 def test_a_model_without_a_mistake_changes_nothing(flat: dict[str, Any]) -> None:
-    lean = Training(flat).lean([*asked("short_vqa", 1, 1), *asked("rec", 1, 1)], strength=1)
-    assert new_weights(lean) == pytest.approx({"answers": 0.6, "places": 0.2, "language": 0.2}, abs=1e-6)
+    reweighting = TrainingMixture(flat).reweight([*asked("short_vqa", 1, 1), *asked("rec", 1, 1)], strength=1)
+    assert new_weights(reweighting) == pytest.approx({"answers": 0.6, "places": 0.2, "language": 0.2}, abs=1e-6)
 
 
 def test_topics_and_what_was_not_asked(tmp_path: Path) -> None:
@@ -114,19 +114,19 @@ def test_topics_and_what_was_not_asked(tmp_path: Path) -> None:
         "captions": source(tmp_path, "captions", ("caption", ""), weight=1.0),
     }
     easy, hard = asked("short_vqa", *[1] * 6, topic="colour"), asked("short_vqa", *[0] * 6, topic="count")
-    lean = Training(sources).lean([*easy, *hard], strength=1, prior=6)
+    reweighting = TrainingMixture(sources).reweight([*easy, *hard], strength=1, prior=6)
     # The task 0.5, its topics 0.25 and 0.75. Known records: one of colour, one and a half of count.
     mean = (0.25 + 0.75 + 0.375) / 2.5
-    failures = {leaned.name: leaned.failure for leaned in lean.sources}
+    failures = {source.name: source.failure for source in reweighting.sources}
     assert failures == {
         "red": pytest.approx(0.25),
         "four": pytest.approx(0.75),
         "half": pytest.approx(0.375 + 0.5 * mean),
         "captions": None,
     }
-    assert new_weights(lean)["captions"] == pytest.approx(1.0)
-    assert sum(new_weights(lean).values()) == pytest.approx(4.0, abs=1e-5)
-    assert [leaned.kept for leaned in lean.sources][-1] == "none of its tasks was asked"
+    assert new_weights(reweighting)["captions"] == pytest.approx(1.0)
+    assert sum(new_weights(reweighting).values()) == pytest.approx(4.0, abs=1e-5)
+    assert [source.kept for source in reweighting.sources][-1] == "none of its tasks was asked"
 
 
 def shares_of(
@@ -150,20 +150,20 @@ def test_groups_and_temperatures(tmp_path: Path) -> None:
         "listed": {"kind": "meta", "path": str(meta), "weight": 0.1},
         "unused": source(tmp_path, "unused", ("rec", ""), weight=0.0),
     }
-    training = Training(sources)
-    lean = training.lean(ANSWERS, strength=1, prior=4)
-    assert [leaned.name for leaned in lean.sources] == ["mixed.many", "mixed.few", "lone", "listed", "unused"]
-    text = lean.yaml([], None, {"sources": sources})
+    training = TrainingMixture(sources)
+    reweighting = training.reweight(ANSWERS, strength=1, prior=4)
+    assert [source.name for source in reweighting.sources] == ["mixed.many", "mixed.few", "lone", "listed", "unused"]
+    text = reweighting.yaml([], None, {"sources": sources})
     written = yaml.safe_load(text)["sources"]
     assert written["mixed"]["sources"]["off"] is None
     assert "sources" not in written["listed"]
     sizes = {"mixed.many": 9, "mixed.few": 2, "lone": 1, "unused": 1, "listed.t0-m0": 1, "listed.t1-m1": 1}
     found = shares_of(written, sizes)
     found["listed"] = found.pop("listed.t0-m0") + found.pop("listed.t1-m1")
-    wanted = {leaned.name: leaned.new_share for leaned in lean.sources if leaned.name != "unused"}
+    wanted = {source.name: source.new_share for source in reweighting.sources if source.name != "unused"}
     assert found == pytest.approx(wanted, abs=1e-5)
-    by_name = {leaned.name: leaned for leaned in lean.sources}
-    growth = {name: leaned.new_share / leaned.share for name, leaned in by_name.items() if leaned.share}
+    by_name = {source.name: source for source in reweighting.sources}
+    growth = {name: source.new_share / source.share for name, source in by_name.items() if source.share}
     assert growth["mixed.few"] == pytest.approx(growth["listed"])
     assert growth["mixed.few"] > 1 > growth["mixed.many"]
     assert by_name["unused"].new_weight == 0
@@ -185,9 +185,9 @@ def test_train_composes_with_the_file(sample_data: Path, tmp_path: Path) -> None
     )
     predictions = [*asked("short_vqa", *[1.0] * 50, topic="color"), *asked("rec", *[0.0] * 50)]
     predictions += [*asked("relation", *[0.5] * 50), *asked("ocr", *[1.0] * 50)]
-    lean = Training(base, at_most=300).lean(predictions)
+    reweighting = TrainingMixture(base, at_most=300).reweight(predictions)
     file = tmp_path / "search" / "data" / "mixture" / "leaned.yaml"
-    write_mixture(file, lean.yaml(["checkpoint: x"], "sample_finetune"), "sample_finetune")
+    write_mixture(file, reweighting.yaml(["checkpoint: x"], "sample_finetune"), "sample_finetune")
     said = how_to_train(file)
     assert f"hydra.searchpath=[file://{tmp_path / 'search'}]" in said
     arguments = [f"hydra.searchpath=[file://{tmp_path / 'search'}]", "data/mixture=leaned"]
@@ -199,8 +199,8 @@ def test_train_composes_with_the_file(sample_data: Path, tmp_path: Path) -> None
         k: v for k, v in base["answers"].items() if k != "weight"
     }
     before, after = shares_of(base, {}), shares_of(found["sources"], {})
-    assert after == pytest.approx({leaned.name: leaned.new_share for leaned in lean.sources}, abs=1e-5)
-    assert before == pytest.approx({leaned.name: leaned.share for leaned in lean.sources})
+    assert after == pytest.approx({source.name: source.new_share for source in reweighting.sources}, abs=1e-5)
+    assert before == pytest.approx({source.name: source.share for source in reweighting.sources})
     assert after["answers"] > before["answers"]  # it holds rec
     assert after["ocr"] < before["ocr"]
     assert (after["text"], after["chat"]) == pytest.approx((before["text"], before["chat"]), abs=1e-5)
@@ -210,11 +210,11 @@ def test_train_composes_with_the_file(sample_data: Path, tmp_path: Path) -> None
 
 def test_a_hostile_topic_stays_in_its_comment(flat: dict[str, Any]) -> None:
     topic = "x\nsources: {evil: {kind: text}}\u2028y: 1\x85z: 2 [/]"
-    lean = Training(flat).lean([*ANSWERS, *asked("rec", 0, topic=topic)])
-    content = yaml.safe_load(lean.yaml(["checkpoint: a\nb: 1"], "sample_finetune"))
+    reweighting = TrainingMixture(flat).reweight([*ANSWERS, *asked("rec", 0, topic=topic)])
+    content = yaml.safe_load(reweighting.yaml(["checkpoint: a\nb: 1"], "sample_finetune"))
     assert set(content) == {"defaults", "sources"}
     assert set(content["sources"]) == set(flat)
-    assert len(lean.tables()) == 2
+    assert len(reweighting.tables()) == 2
 
 
 @pytest.mark.parametrize(
@@ -227,14 +227,14 @@ def test_a_hostile_topic_stays_in_its_comment(flat: dict[str, Any]) -> None:
 )
 def test_sources_are_needed(sources: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Training(sources)
+        TrainingMixture(sources)
 
 
 def test_a_source_must_hold_what_is_asked(flat: dict[str, Any]) -> None:
-    training = Training(flat)
+    training = TrainingMixture(flat)
     training.check({"rec", "ocr"})
     for tasks in ({"ocr"}, {"chat"}):
-        with pytest.raises(UserError, match=r"hold rec, short_vqa, the test sources ask \w+: no source can lean"):
+        with pytest.raises(UserError, match=r"hold rec, short_vqa, the test sources ask \w+: no weight can change"):
             training.check(tasks)
 
 
@@ -242,7 +242,7 @@ def test_files_that_are_not_ours_stay(tmp_path: Path) -> None:
     theirs = tmp_path / "mixture.yaml"
     theirs.write_text("# @package data\nsources: {}\n")
     texts: Sequence[tuple[Path, str]] = [
-        (theirs, "was not written by evaluate.py"),
+        (theirs, "evaluate.py did not write it"),
         (tmp_path / "sample_finetune.yaml", "the name of the mixture"),
         (tmp_path / "mixture", "must end in .yaml"),
     ]

@@ -20,9 +20,10 @@ from sphinx_pl.data.schema import ImageRef, Record, Region
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.evaluation.report.charts import Series, line_chart, smooth, ticks
 from sphinx_pl.evaluation.report.gallery import DRAWN, MORE, WORST, cards, choose, sections
-from sphinx_pl.evaluation.report.page import find_inputs, main, read_run
+from sphinx_pl.evaluation.report.inputs import find_inputs, read_run
+from sphinx_pl.evaluation.report.page import main
 from sphinx_pl.evaluation.report.summary import summarise
-from sphinx_pl.evaluation.runner import judge
+from sphinx_pl.evaluation.runner import score_answer
 from tests.examples import EXAMPLES
 
 GEOMETRY = Geometry(decimals=2)
@@ -78,9 +79,9 @@ def write_evaluation(folder: Path, image: Path) -> None:
     vqa = Record("1", "short_vqa", refs, size, question="<b>What</b> & why?", answer="<script>alert(1)</script>")
     lost = Record("2", "short_vqa", (ImageRef(str(image) + ".gone"),), size, question="Lost?", answer="yes")
     predictions = [
-        judge(rec, "[0.20,0.20,0.60,0.60]", GEOMETRY, refs),
-        judge(vqa, "<script>alert(1)</script>", GEOMETRY, refs),
-        judge(lost, "no", GEOMETRY, lost.images),
+        score_answer(rec, "[0.20,0.20,0.60,0.60]", GEOMETRY, refs),
+        score_answer(vqa, "<script>alert(1)</script>", GEOMETRY, refs),
+        score_answer(lost, "no", GEOMETRY, lost.images),
     ]
     rows = summarise(predictions, {"constant": predictions})
     results = {
@@ -382,7 +383,9 @@ def test_every_task_has_its_cards_with_what_it_names_drawn(tmp_path: Path) -> No
     refs = (ImageRef(str(tmp_path / "a.png")),)
     records = [dataclasses.replace(record, key=task, images=refs) for task, record in EXAMPLES.items()]
     answers = [TASKS[record.task].turns(record, GEOMETRY)[-1].answer for record in records]
-    predictions = [judge(record, answer, GEOMETRY, refs) for record, answer in zip(records, answers, strict=True)]
+    predictions = [
+        score_answer(record, answer, GEOMETRY, refs) for record, answer in zip(records, answers, strict=True)
+    ]
     results = {"decimals": 2, "image_size": 50, "rows": [row.to_dict() for row in summarise(predictions)]}
     (tmp_path / "results.json").write_text(json.dumps(results))
     (tmp_path / "predictions.jsonl").write_text("".join(json.dumps(p.to_dict()) + "\n" for p in predictions))

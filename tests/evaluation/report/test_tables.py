@@ -12,16 +12,16 @@ import pytest
 from sphinx_pl.data.coordinates import Geometry
 from sphinx_pl.data.schema import Record
 from sphinx_pl.evaluation.benchmarks import BENCHMARKS, Questions, load
-from sphinx_pl.evaluation.benchmarks.pope import Pope
-from sphinx_pl.evaluation.report.reference_results import Published, read_published
-from sphinx_pl.evaluation.report.tables import Evaluation, results
+from sphinx_pl.evaluation.benchmarks.pope import POPEBenchmark
+from sphinx_pl.evaluation.report.reference_results import ReferenceResult, read_reference_results
+from sphinx_pl.evaluation.report.tables import EvaluationFiles, results
 from sphinx_pl.utils.errors import UserError
 from tests.evaluation.report.test_page import Page
 
 GEOMETRY = Geometry(decimals=2)
 
 
-class Halves(Pope):
+class Halves(POPEBenchmark):
     """POPE whose questions are of two categories."""
 
     def category(self, record: Record) -> str:
@@ -38,12 +38,14 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def evaluated(name: str, questions: Questions, answers: list[str], lost: dict[str, int] | None = None) -> Evaluation:
+def evaluated(
+    name: str, questions: Questions, answers: list[str], lost: dict[str, int] | None = None
+) -> EvaluationFiles:
     pairs = zip(questions.records, answers, strict=True)
-    predictions = [questions.benchmark.judge(record, answer, GEOMETRY) for record, answer in pairs]
+    predictions = [questions.benchmark.score_answer(record, answer, GEOMETRY) for record, answer in pairs]
     found = questions.result(predictions, lost or {})
     written = json.loads(json.dumps({"benchmarks": [found], "rows": []}))
-    return Evaluation(name, written, [prediction.to_dict() for prediction in predictions])
+    return EvaluationFiles(name, written, [prediction.to_dict() for prediction in predictions])
 
 
 class Rows(Page):
@@ -70,25 +72,25 @@ def rows_of(html: str) -> list[list[str]]:
     return Rows(html).rows
 
 
-def cell(html: str, measure: str, column: int) -> str:
-    return next(row[column] for row in rows_of(html) if len(row) > column and row[1] == measure)
+def cell(html: str, metric: str, column: int) -> str:
+    return next(row[column] for row in rows_of(html) if len(row) > column and row[1] == metric)
 
 
 def test_runs_stand_beside_each_other_with_published_numbers(folder: Path) -> None:
-    questions = load("pope_random", Pope(folder, "random"))
+    questions = load("pope_random", POPEBenchmark(folder, "random"))
     good = evaluated("good", questions, ["yes", "yes", "no", "maybe"], {"image_missing": 2})
     bad = evaluated("<script>bad", questions, ["no", "no", "no", "no"])
     numbers = [
-        Published("pope", "Net", 88.5, "Paper, table 1", "random"),
-        Published("pope", "Net", 87.0, "Paper, table 1", "random", "f1"),
-        Published("pope", "Other", 50.0, "Paper, table 2"),
-        Published("pope", "Other", 77.7, "Paper, table 2", "all"),
-        Published("mme", "Third", 1.0, "Paper, table 3"),
+        ReferenceResult("pope", "Net", 88.5, "Paper, table 1", "random"),
+        ReferenceResult("pope", "Net", 87.0, "Paper, table 1", "random", "f1"),
+        ReferenceResult("pope", "Other", 50.0, "Paper, table 2"),
+        ReferenceResult("pope", "Other", 77.7, "Paper, table 2", "all"),
+        ReferenceResult("mme", "Third", 1.0, "Paper, table 3"),
     ]
     html = results([good, bad], numbers)
     assert Page(html).open == []
     head = rows_of(html)[0]
-    assert head == ["benchmark", "measure", "good", "<script>bad", "Net", "Other"]  # Third has nothing of POPE
+    assert head == ["benchmark", "metric", "good", "<script>bad", "Net", "Other"]  # Third has nothing of POPE
     assert "<script>" not in html
     assert cell(html, "accuracy", 2).startswith("75.0 ")
     assert cell(html, "accuracy", 2).endswith("4 asked, 1 unparsed, 2 lost")
@@ -103,7 +105,7 @@ def test_runs_stand_beside_each_other_with_published_numbers(folder: Path) -> No
     assert "pope all, Other: 77.7" in others
     assert "77.7" not in above
     alone = results([good], [])
-    assert rows_of(alone)[0] == ["benchmark", "measure", "this model"]
+    assert rows_of(alone)[0] == ["benchmark", "metric", "this model"]
     assert "copied from" not in alone
 
 
@@ -116,28 +118,28 @@ def test_categories_are_folded(folder: Path) -> None:
 
 
 def test_what_is_scored_elsewhere_is_said(folder: Path) -> None:
-    evaluation = evaluated("run", load("pope_random", Pope(folder, "random")), ["yes"] * 4)
+    evaluation = evaluated("run", load("pope_random", POPEBenchmark(folder, "random")), ["yes"] * 4)
     evaluation.results["benchmarks"][0] |= {"values": [], "family": "unheard of"}
-    html = results([evaluation], [Published("pope", "Net", 88.5, "Paper", "random")])
+    html = results([evaluation], [ReferenceResult("pope", "Net", 88.5, "Paper", "random")])
     assert rows_of(html)[1][1:] == ["scored elsewhere", "4 asked"]
     assert "<h3>unheard of</h3>" in html
 
 
 def test_nothing_is_nothing() -> None:
     assert results([], []) == ""
-    assert results([Evaluation("old", {}, [])], []) == ""
+    assert results([EvaluationFiles("old", {}, [])], []) == ""
 
 
 def test_the_published_numbers() -> None:
-    numbers = read_published()
-    keys = [(number.benchmark, number.split, number.measure, number.model) for number in numbers]
+    numbers = read_reference_results()
+    keys = [(number.benchmark, number.split, number.metric, number.model) for number in numbers]
     assert len(set(keys)) == len(keys) > 0
     assert all("table" in number.source for number in numbers)
     for number in numbers:  # one that fits nothing would never be seen
         kind = BENCHMARKS[number.benchmark]
         assert fnmatch.filter(kind.splits, number.split or "*") or number.split == "all"
-        measures = {measure.name for split in kind.splits for measure in kind(None, split).measures}
-        assert number.measure is None or number.measure in measures
+        metrics = {metric.name for split in kind.splits for metric in kind(None, split).metrics}
+        assert number.metric is None or number.metric in metrics
 
 
 MLLM = "pope mme/perception mme/cognition mmbench seed_bench llava_bench mm_vet ccbench mathvista"
@@ -154,9 +156,9 @@ REC = "refcoco+/val refcoco+/testA refcoco+/testB refcoco/val refcoco/testA refc
     ],
 )
 def test_rows_of_sphinx_x_as_its_tables_print_them(table: str, model: str, columns: str, row: str) -> None:
-    there = [number for number in read_published() if number.model == model and number.source.endswith(table)]
+    there = [number for number in read_reference_results() if number.model == model and number.source.endswith(table)]
     assert all("2402.05935v3" in number.source for number in there)
-    parts = [number.measure or (number.split if "refcoco" in number.benchmark else None) for number in there]
+    parts = [number.metric or (number.split if "refcoco" in number.benchmark else None) for number in there]
     found = {"/".join(filter(None, (n.benchmark, part))): n.value for n, part in zip(there, parts, strict=True)}
     assert found == dict(zip(columns.split(), map(float, row.split()), strict=True))
 
@@ -172,16 +174,16 @@ def test_rows_of_sphinx_x_as_its_tables_print_them(table: str, model: str, colum
     ],
 )
 def test_entries_that_do_not_fit(tmp_path: Path, content: str, message: str) -> None:
-    (tmp_path / "published.yaml").write_text(content)
+    (tmp_path / "reference_results.yaml").write_text(content)
     with pytest.raises(UserError, match=message):
-        read_published(tmp_path / "published.yaml")
+        read_reference_results(tmp_path / "reference_results.yaml")
 
 
-def task_suite(name: str, **row: Any) -> Evaluation:
+def task_suite(name: str, **row: Any) -> EvaluationFiles:
     base = {"task": "rec", "domain": "", "topic": "", "metric": "iou", "score": 0.5, "low": 0.4, "high": 0.6, "n": 9}
     base |= {"unparsed": 0, "baseline": 0.1, "baseline_kind": "constant", "above": True}
     rows = [base | row, base | row | {"topic": "<b>", "domain": "real"}]
-    return Evaluation(name, {"rows": rows}, [])
+    return EvaluationFiles(name, {"rows": rows}, [])
 
 
 def test_the_task_suite_beside_another(folder: Path) -> None:

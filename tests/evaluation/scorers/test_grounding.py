@@ -10,7 +10,8 @@ import torch
 from torchvision.ops import box_iou
 
 from sphinx_pl.data.coordinates import Box4, Geometry
-from sphinx_pl.evaluation.scorers.grounding import read_box, rec_match
+from sphinx_pl.evaluation.scorers.base import Score
+from sphinx_pl.evaluation.scorers.grounding import score_box
 
 
 def test_it_is_that_of_lmms_eval_on_squares(golden: dict[str, list[Any]]) -> None:
@@ -18,7 +19,7 @@ def test_it_is_that_of_lmms_eval_on_squares(golden: dict[str, list[Any]]) -> Non
     assert len(cases) == 800
     assert 150 < sum(right for *_, right in cases) < 600
     for text, truth, right in cases:
-        assert rec_match(text, tuple(truth), (1, 1)) is right, (text, truth)
+        assert bool(score_box(text, tuple(truth), (1, 1)).value) is right, (text, truth)
 
 
 def test_it_is_torchvisions_overlap_in_the_unpadded_image() -> None:
@@ -38,7 +39,7 @@ def test_it_is_torchvisions_overlap_in_the_unpadded_image() -> None:
         overlap = float(box_iou(torch.tensor([given]).double(), torch.tensor([truth]).double()))
         if abs(overlap - 0.5) > 1e-3:  # nearer, the text's six decimals decide
             rights += overlap > 0.5
-            assert rec_match(geometry.box(given, size), truth, size) is (overlap > 0.5), (given, truth)
+            assert bool(score_box(geometry.box(given, size), truth, size).value) is (overlap > 0.5), (given, truth)
     assert 300 < rights < 1700
 
 
@@ -71,18 +72,17 @@ TRUTH: Box4 = (20.0, 10.0, 60.0, 30.0)  # in the square's fractions 0.2, 0.35, 0
         ("[0.3,0.4,0.3,0.4]", False),  # without area
     ],
 )
-def test_rec_match(text: str, right: bool) -> None:
-    assert rec_match(text, TRUTH, WIDE) is right
+def test_score_box(text: str, right: bool) -> None:
+    assert bool(score_box(text, TRUTH, WIDE).value) is right
 
 
 def test_a_box_that_reaches_over_the_edge_is_cut_there() -> None:
     edge: Box4 = (0.0, 0.0, 100.0, 50.0)
-    assert rec_match("[-0.003,0.25,1.004,0.75]", edge, WIDE)
-    assert read_box("[-0.003,0.25,1.004,0.75]", WIDE) == pytest.approx(edge)
-    assert not rec_match("[-0.003,0.25,1.2,0.75]", edge, WIDE)
+    assert score_box("[-0.003,0.25,1.004,0.75]", edge, WIDE) == Score(1)
+    assert score_box("[-0.003,0.25,1.2,0.75]", edge, WIDE) == Score(0, parsed=False)
 
 
-def test_read_box() -> None:
-    assert read_box("[0.200,0.350,0.600,0.550]", WIDE) == pytest.approx(TRUTH)
-    assert read_box("[0,0,1,1]", WIDE) == pytest.approx((0, -25, 100, 75))  # the padding is not cut off
-    assert read_box("nothing", WIDE) is None
+def test_the_padding_is_not_cut_off() -> None:
+    assert score_box("[0,0,1,1]", (0, -25, 100, 75), WIDE) == Score(1)
+    assert score_box("[0,0,1,1]", (0, 0, 100, 49), WIDE) == Score(0)  # half of the square is padding
+    assert score_box("nothing", TRUTH, WIDE) == Score(0, parsed=False)

@@ -8,17 +8,11 @@ from typing import Any
 import pytest
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
-from sphinx_pl.evaluation.scorers.exact import read_truth
-from sphinx_pl.evaluation.scorers.yes_no import (
-    COGNITION,
-    PERCEPTION,
-    mme_scores,
-    pope_scores,
-    read_mme,
-    read_pope,
-    read_yes_no,
-)
-from sphinx_pl.utils.errors import UserError
+from sphinx_pl.data.answer_parsing import TRUE_FALSE, read_yes_or_no
+from sphinx_pl.evaluation.benchmarks.mme import COGNITION, PERCEPTION
+from sphinx_pl.evaluation.scorers.base import Score
+from sphinx_pl.evaluation.scorers.yes_no import score_yes_no
+from tests.evaluation.official import mme_scores, pope_scores
 
 Golden = dict[str, list[Any]]
 WORDS = {True: "yes", False: "no", None: "other"}
@@ -78,8 +72,8 @@ def test_pope_scores_are_those_of_lmms_eval(golden: Golden) -> None:
     ],
 )
 def test_who_says_both_says_neither(text: str, said: bool | None) -> None:
-    assert read_yes_no(text) is said
-    assert read_truth(text) is said
+    assert read_yes_or_no(text) is said
+    assert read_yes_or_no(text, words=TRUE_FALSE) is said
 
 
 def test_pope_scores() -> None:
@@ -100,7 +94,7 @@ def test_pope_scores() -> None:
 @pytest.mark.parametrize(
     ("text", "strict", "pope", "mme"),
     [
-        # worked by hand: read_yes_no, read_pope, read_mme
+        # worked by hand: without leniency, POPE's and MME's
         ("Yes", True, True, True),
         ("no", False, False, False),
         ("Yes, there is a dog.", True, True, True),
@@ -124,12 +118,17 @@ def test_pope_scores() -> None:
     ],
 )
 def test_how_answers_are_read(text: str, strict: bool | None, pope: bool, mme: bool | None) -> None:
-    assert (read_yes_no(text), read_pope(text), read_mme(text)) == (strict, pope, mme)
+    readings = tuple(read_yes_or_no(text, official) for official in ("", "pope", "mme"))
+    assert readings == (strict, pope, mme)
+    for official, reading in zip(("", "pope", "mme"), readings, strict=True):
+        for truth in (True, False):
+            expected = Score(float(reading is truth), reading is not None)
+            assert score_yes_no(text, truth, official) == expected
 
 
 def test_mme_reads_as_lmms_eval_does(golden: Golden) -> None:
     """That reads "y" and "n" too, and drops full stops before it looks at four letters, so also reads "I. No"."""
-    differing = [text for text, theirs in golden["mme_words"] if WORDS[read_mme(text)] != theirs]
+    differing = [text for text, theirs in golden["mme_words"] if WORDS[read_yes_or_no(text, "mme")] != theirs]
     assert len(golden["mme_words"]) == 480
     assert all(text.strip().rstrip(".") in ("y", "n") or "." in text.strip()[:4] for text in differing)
     assert 0 < len(differing) < 50
@@ -163,5 +162,5 @@ def test_mme_scores() -> None:
     ],
 )
 def test_what_is_not_mme_is_refused(results: list[tuple[str, str, bool]], message: str) -> None:
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ValueError, match=message):
         mme_scores(results)

@@ -1,4 +1,4 @@
-"""What the tasks in this folder ask, show and count as right."""
+"""The questions, images and scores of the tasks in this folder."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 
 from PIL import Image
 
-from sphinx_pl.data.answer_parsing import normalise
+from sphinx_pl.data.answer_parsing import TRUE_FALSE
 from sphinx_pl.data.converters.vsr import STATEMENT
 from sphinx_pl.data.tasks import TASKS
-from sphinx_pl.evaluation.scorers.exact import vsr_match
+from sphinx_pl.evaluation.scorers.exact import exact_match
+from sphinx_pl.evaluation.scorers.yes_no import score_yes_no
 from sphinx_pl.utils.errors import UserError
 
 Document = Mapping[str, Any]
@@ -37,7 +38,7 @@ def vsr_images(doc: Document) -> list[Image.Image | str]:
     """The document's image, or the path of the one that it names.
 
     Raises:
-        UserError: there is no such file.
+        UserError: the file does not exist.
     """
     if not isinstance(doc["image"], str):
         return [doc["image"].convert("RGB")]
@@ -54,20 +55,20 @@ def vsr_images(doc: Document) -> list[Image.Image | str]:
 
 def vsr_score(doc: Document, results: Sequence[str]) -> dict[str, float]:
     """1 if the answer begins with the right one of yes (true) and no (false)."""
-    return {"accuracy": float(vsr_match(results[0], vsr_truth(doc) == "yes"))}
+    return {"accuracy": score_yes_no(results[0], vsr_truth(doc) == "yes", words=TRUE_FALSE).value}
 
 
 def ocrvqa_documents(rows: Any) -> Any:
     """A `datasets.Dataset` of covers -> one of questions, with `image`, `question` and `answer`."""
 
     def apart(batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-        found: dict[str, list[Any]] = {"image": [], "question": [], "answer": []}
+        columns: dict[str, list[Any]] = {"image": [], "question": [], "answer": []}
         for image, questions, answers in zip(batch["image"], batch["questions"], batch["answers"], strict=True):
             for question, answer in zip(questions, answers, strict=True):
-                found["image"].append(image)
-                found["question"].append(question)
-                found["answer"].append(answer)
-        return found
+                columns["image"].append(image)
+                columns["question"].append(question)
+                columns["answer"].append(answer)
+        return columns
 
     return rows.map(apart, batched=True, batch_size=64, remove_columns=rows.column_names)
 
@@ -81,5 +82,5 @@ def ocrvqa_question(doc: Document) -> str:
 
 
 def ocrvqa_score(doc: Document, results: Sequence[str]) -> dict[str, float]:
-    """1 if the answer is the truth, both in lower case, with single spaces and without a final full stop."""
-    return {"exact_match": float(normalise(results[0]) == normalise(doc["answer"]))}
+    """1 if the answer is the true one, but for case, white space and a full stop at the end."""
+    return {"exact_match": float(exact_match(results[0], [doc["answer"]]))}

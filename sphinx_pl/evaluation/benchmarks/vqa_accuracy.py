@@ -1,15 +1,18 @@
-"""VQAv2, OK-VQA, VizWiz and TextVQA: questions that ten people answered, scored by how many of them agree.
+"""VQAv2, OK-VQA, VizWiz and TextVQA: questions that ten people answered, scored by how many of them
+agree.
 
-Files: those that the converters of the same names read (`sphinx_pl.data.converters`), and for the splits without
-answers
+Files: those that the converters of the same names read (`sphinx_pl.data.converters`), and for the
+splits without answers
 
-- VQAv2 (https://visualqa.org/download.html): `v2_OpenEnded_mscoco_test-dev2015_questions.json`, a part of
-  `v2_OpenEnded_mscoco_test2015_questions.json`, both as those of val. Images are COCO's test2015. The server takes
-  [{"question_id", "answer"}] of all test questions, also of those who only want the numbers of test-dev.
-- VizWiz (https://vizwiz.org/tasks-and-datasets/vqa): `test.json`, a list of {"image", "question"}. Images are those of
-  test.zip. The server takes [{"image", "answer"}].
+- VQAv2 (https://visualqa.org/download.html): `v2_OpenEnded_mscoco_test-dev2015_questions.json`, a
+  part of `v2_OpenEnded_mscoco_test2015_questions.json`, both as those of val. Images are COCO's
+  test2015. The server takes [{"question_id", "answer"}] with all test questions, even for the
+  numbers of test-dev alone.
+- VizWiz (https://vizwiz.org/tasks-and-datasets/vqa): `test.json`, a list of {"image", "question"}.
+  Images are those of test.zip. The server takes [{"image", "answer"}].
 
-The original's unified annotations hold one of the ten answers only: what is scored by them is not the official number.
+The original's unified annotations hold only one of the ten answers, so their numbers are not the
+official ones.
 """
 
 from __future__ import annotations
@@ -24,18 +27,22 @@ from sphinx_pl.data.answer_parsing import normalise
 from sphinx_pl.data.converters import id_of, okvqa, textvqa, vizwiz, vqav2
 from sphinx_pl.data.converters.common import keyed, most_frequent, question_record, text
 from sphinx_pl.data.schema import ImageRef, Record
-from sphinx_pl.evaluation.benchmarks.short_answers import ShortAnswers
+from sphinx_pl.evaluation.benchmarks.short_answers import ShortAnswerBenchmark
 from sphinx_pl.evaluation.scorers.vqa import textvqa_accuracy, vqa_accuracy
 
 
-class TenAnswers(ShortAnswers):
-    """The official script leaves answers as they are where all ten are the same, so that "Yes." would be wrong there.
-    Case and a full stop at the end do not count here; the servers, which run that script, get answers without them."""
+class VQAAccuracyBenchmark(ShortAnswerBenchmark):
+    """Questions with ten people's answers. Case and a full stop at the end do not count.
+
+    Where all ten answers are the same, the official script compares them as they are, so "Yes."
+    would be wrong. The servers run that script, so they get answers in lower case without the full
+    stop.
+    """
 
     family = "vqa"
-    measure = "accuracy", "VQA accuracy: min(people who gave the answer / 3, 1), the mean over leaving one of them out."
+    metric = "accuracy", "VQA accuracy: min(people who gave the answer / 3, 1), the mean over leaving one of them out."
 
-    def score(self, prediction: str, answers: Sequence[str]) -> float:
+    def agreement(self, prediction: str, answers: Sequence[str]) -> float:
         same = len(set(answers)) == 1
         return vqa_accuracy(normalise(prediction), [normalise(answer) for answer in answers] if same else answers)
 
@@ -46,13 +53,13 @@ class TenAnswers(ShortAnswers):
         return str(record.meta.get("answer_type") or "")
 
     def stratum(self, record: Record) -> str:
-        """All questions: their categories are kinds of answers."""
+        """One part, since the categories are kinds of answers."""
         return ""
 
 
-class VQAv2(TenAnswers, vqav2.VQAv2):
-    """Categories are the answers' types. Of test-dev the submission has blank answers to the rest of test, as the
-    server demands, if the files have its questions."""
+class VQAv2Benchmark(VQAAccuracyBenchmark, vqav2.VQAv2):
+    """Categories are the answers' types. A submission of test-dev also has blank answers to the
+    rest of test, as the server demands, if the files have its questions."""
 
     name = "vqav2"
     splits = ("val", "test-dev", "test")
@@ -75,19 +82,17 @@ class VQAv2(TenAnswers, vqav2.VQAv2):
     def expected(self) -> Sequence[Any]:
         if self.unified or self.split == "test" or not (self.src / _questions_file("test")).is_file():
             return super().expected()
-        found = (
-            id_of(question, "question_id") for question in self.json_items(_questions_file("test"), of="questions")
-        )
-        return [question for question in found if question is not None]
+        items = self.json_items(_questions_file("test"), of="questions")
+        return [number for item in items if (number := id_of(item, "question_id")) is not None]
 
 
 def _questions_file(split: str) -> str:
     return f"v2_OpenEnded_mscoco_{split}2015_questions.json"
 
 
-class OKVQA(TenAnswers, okvqa.OKVQA):
-    """Compared are the annotation's stemmed answers, as usual. Categories are the kinds of knowledge, by the names that
-    the annotation file gives them."""
+class OKVQABenchmark(VQAAccuracyBenchmark, okvqa.OKVQA):
+    """The annotation's stemmed answers are compared, as usual. Categories are the kinds of
+    knowledge, by the names that the annotation file gives them."""
 
     name = "okvqa"
     splits = ("val",)
@@ -110,8 +115,9 @@ class OKVQA(TenAnswers, okvqa.OKVQA):
         return kinds if isinstance(kinds, dict) else {}
 
 
-class VizWiz(TenAnswers, vizwiz.VizWiz):
-    """Asked with the hint to say "Unanswerable", which is an answer like any other. Categories are the answers' types.
+class VizWizBenchmark(VQAAccuracyBenchmark, vizwiz.VizWiz):
+    """The question has the hint to say "Unanswerable", which is an answer like any other.
+    Categories are the answers' types.
 
     The server knows a question by its image's name.
     """
@@ -135,8 +141,9 @@ class VizWiz(TenAnswers, vizwiz.VizWiz):
         return super().annotation(key, {**entry, "question": vizwiz.hinted(entry["question"]), "question_id": name})
 
 
-class TextVQA(TenAnswers, textvqa.TextVQA):
-    """All questions are asked, also those whose answer is a remark ("unanswerable"), which training leaves out."""
+class TextVQABenchmark(VQAAccuracyBenchmark, textvqa.TextVQA):
+    """All questions are asked, even those whose answer is a remark ("unanswerable"), which training
+    skips."""
 
     name = "textvqa"
     splits = ("val",)
@@ -147,5 +154,5 @@ class TextVQA(TenAnswers, textvqa.TextVQA):
         image = f"train_images/{text(entry['image_id'])}.jpg"
         yield question_record(key, image, entry["question"], most_frequent(answers), {"answers": answers})
 
-    def score(self, prediction: str, answers: Sequence[str]) -> float:
+    def agreement(self, prediction: str, answers: Sequence[str]) -> float:
         return textvqa_accuracy(prediction, answers)

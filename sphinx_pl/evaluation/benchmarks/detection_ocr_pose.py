@@ -1,8 +1,9 @@
-"""The project's own tasks by the figures that detectors and readers of text are measured by: of any instruction file.
+"""Detection, layout, pose and OCR by the figures of their own fields, on the questions of any
+instruction file.
 
-File: one that `kind: instructions` reads (`sphinx_pl.data.readers.instruction_json`), such as a test file of
-`data.test`, or what a converter made of COCO's, DocLayNet's or HierText's validation files. The split is the task
-whose records are asked.
+File: one that `kind: instructions` reads (`sphinx_pl.data.readers.instruction_json`), such as a
+test file of `data.test`, or what a converter made of COCO's, DocLayNet's or HierText's validation
+files. The split is the task whose records are asked.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from sphinx_pl.data.readers.instruction_json import to_record
 from sphinx_pl.data.schema import Record
 from sphinx_pl.data.skip import BadSample
 from sphinx_pl.data.tasks import TASKS, Parsed
-from sphinx_pl.evaluation.benchmarks import Benchmark, Verdict
-from sphinx_pl.evaluation.measures import Additive, Counts, Floats, Measure, mean, ratio
-from sphinx_pl.evaluation.metrics import METRICS, last_turn
+from sphinx_pl.evaluation.benchmarks.base import Benchmark
+from sphinx_pl.evaluation.metrics import Additive, Counts, Floats, Metric, mean, ratio
 from sphinx_pl.evaluation.runner import Prediction
+from sphinx_pl.evaluation.scorers.base import READER, Score
 from sphinx_pl.evaluation.scorers.coco import (
     Detection,
     ImageId,
@@ -38,16 +39,15 @@ from sphinx_pl.evaluation.scorers.coco import (
 from sphinx_pl.evaluation.scorers.edits import edit_distance
 from sphinx_pl.evaluation.scorers.ocr import text_similarity
 from sphinx_pl.evaluation.scorers.resampled_ap import Matched, average_precision, matched
+from sphinx_pl.evaluation.scorers.tasks import last_turn, scorer_of
 from sphinx_pl.utils.errors import UserError
-
-# Reading tolerates any number of decimals.
-_READER = Geometry()
 
 Asked = Sequence[tuple[Record, Prediction]]
 
 
-class TaskSuite(Benchmark):
-    """Records whose boxes or points have no size of an image to be measured by are left out, and counted."""
+class TaskBenchmark(Benchmark):
+    """The questions of one task. Records whose boxes or points need the size of an image and lack
+    it are skipped."""
 
     url = "https://cocodataset.org/#detection-eval"
     licence = "the file's own"
@@ -61,39 +61,40 @@ class TaskSuite(Benchmark):
 
     def _read(self) -> Iterator[tuple[str, list[Record] | BadSample]]:
         assert self.unified is not None
-        # Their images' folder is put before the paths when they are loaded.
+        # The images' folder is put before the paths when they are loaded.
         source = InstructionSource(self.name, str(self.src / self.unified), root=".", tasks=[self.split])
         for index in range(len(source)):
             try:
                 record = source.record(index)
                 if self.needs_regions and not record.sizes:
                     raise BadSample("size_unknown", record.key)
-                # Of finished turns too the annotation is what is scored by.
-                last_turn(dataclasses.replace(record, turns=()) if self.needs_regions else record, _READER)
+                # The annotation is the truth even where there are finished turns.
+                last_turn(dataclasses.replace(record, turns=()) if self.needs_regions else record, READER)
                 yield record.key, [record]
             except BadSample as bad:
                 yield str(index), bad
 
     def entries(self) -> Iterator[tuple[str, Any]]:
-        return ((key, found) for key, found in self._read() if not isinstance(found, BadSample))
+        return ((key, records) for key, records in self._read() if not isinstance(records, BadSample))
 
     def records(self, key: str, entry: Any) -> Iterator[Record]:
         return iter(entry)
 
-    def verdict(self, record: Record, answer: str, geometry: Geometry) -> Verdict:
-        """What a single answer scores, by the metric of its task; the official figures are the measures'."""
-        metric = METRICS[TASKS[record.task].scorer]
-        return Verdict(metric.score(answer, record, geometry), metric.parsed(answer, record))
+    def score(self, record: Record, answer: str, geometry: Geometry) -> Score:
+        """The score of a single answer by its task's scorer. The official figures are those of the
+        metrics."""
+        return scorer_of(record)(answer, record, geometry)
 
 
-class _Precision(TaskSuite):
-    """A model gives no confidences, so that every box counts as much: see `sphinx_pl.evaluation.scorers.coco`."""
+class APBenchmark(TaskBenchmark):
+    """Tasks with average precision. A model gives no confidences, so all boxes count alike
+    (`scorers.coco`)."""
 
     overlap: ClassVar[str] = "an intersection over union"
 
     def __init__(self, src: Path | None, split: str | None = None, images: Path | None = None) -> None:
         super().__init__(src, split, images)
-        self._known: dict[int, Resampled] = {}
+        self._cached: dict[int, ResampledPrecision] = {}
 
     def check(self) -> None:
         check_coco_tools()
@@ -102,28 +103,30 @@ class _Precision(TaskSuite):
     def match(self, asked: Asked) -> Any:
         """The `COCOeval` that has matched the answers; image ids are what `_image` gives."""
 
-    def prepare(self, predictions: Sequence[Prediction]) -> Resampled:
-        """Matched once for all measures, which differ in the thresholds that they average over."""
+    def prepare(self, predictions: Sequence[Prediction]) -> ResampledPrecision:
+        """The matched answers. All metrics share them and differ in the thresholds that they
+        average over."""
         name = hash(tuple((p.key, p.prediction) for p in predictions))
-        if name not in self._known:
+        if name not in self._cached:
             asked = [(to_record(p.record, p.key, Path(), p.task), p) for p in predictions]
             units = [str(image) for image in _sizes(asked)]
-            self._known[name] = Resampled(units, matched(self.match(asked)), range(10))
-        return self._known[name]
+            self._cached[name] = ResampledPrecision(units, matched(self.match(asked)), range(10))
+        return self._cached[name]
 
     @property
-    def measures(self) -> Sequence[Measure]:
+    def metrics(self) -> Sequence[Metric]:
         whole = f"COCO's AP: mean over categories and {self.overlap} of 0.50 to 0.95."
         return (
-            Precision("AP", whole, self.prepare, range(10)),
-            Precision("AP50", f"COCO's AP at {self.overlap} of 0.50.", self.prepare, (0,)),
-            Precision("AP75", f"COCO's AP at {self.overlap} of 0.75.", self.prepare, (5,)),
+            AveragePrecision("AP", whole, self.prepare, range(10)),
+            AveragePrecision("AP50", f"COCO's AP at {self.overlap} of 0.50.", self.prepare, (0,)),
+            AveragePrecision("AP75", f"COCO's AP at {self.overlap} of 0.75.", self.prepare, (5,)),
         )
 
 
-class DetectionSuite(_Precision):
-    """Boxes of objects. Of the task detection, which names a class, precision is that of the classes asked about: a
-    file with questions only about what is in the picture cannot show what a model sees elsewhere."""
+class DetectionBenchmark(APBenchmark):
+    """Boxes of objects. The task detection names a class, and its precision is that of the classes
+    asked about. A file that asks only about classes in the picture cannot show what a model sees
+    elsewhere."""
 
     name = "detection"
     title = "Detection"
@@ -136,7 +139,7 @@ class DetectionSuite(_Precision):
         return _match_labelled(asked)
 
 
-class LayoutSuite(_Precision):
+class LayoutBenchmark(APBenchmark):
     """Boxes of the parts of pages, such as DocLayNet's."""
 
     name = "layout"
@@ -147,9 +150,10 @@ class LayoutSuite(_Precision):
         return _match_labelled(asked)
 
 
-class PoseSuite(_Precision):
-    """Key points of a person whose box is given. Distances are measured by meta["area"], the person's in square pixels,
-    as COCO's converter writes it; without it by the box's area, which is larger and so more lenient."""
+class PoseBenchmark(APBenchmark):
+    """Key points of a person whose box is given. Distances are relative to meta["area"], the
+    person's area in square pixels, which COCO's converter writes. Without it the box's area counts,
+    which is larger and so more lenient."""
 
     name = "pose"
     title = "Pose"
@@ -158,21 +162,22 @@ class PoseSuite(_Precision):
     overlap = "an object keypoint similarity"
 
     def match(self, asked: Asked) -> Any:
-        found: list[Pose] = []
+        poses: list[Pose] = []
         truth: list[TruePose] = []
         for record, prediction in asked:
             image, (size,), person = _image(record), record.sizes, record.regions[0]
-            said = TASKS[record.task].parse(prediction.prediction, _READER).keypoints(size)
-            if any(visibility for *_, visibility in said):
-                found.append(Pose(image, said))
+            keypoints = TASKS[record.task].parse(prediction.prediction, READER).keypoints(size)
+            if any(visibility for *_, visibility in keypoints):
+                poses.append(Pose(image, keypoints))
             x1, y1, x2, y2 = person.box
             area = float(record.meta.get("area") or (x2 - x1) * (y2 - y1))
             truth.append(TruePose(image, person.keypoints, person.box, area))
-        return match_poses(found, truth, _sizes(asked))
+        return match_poses(poses, truth, _sizes(asked))
 
 
-class OcrSuite(TaskSuite):
-    """The texts of a picture in reading order, one a line; where a place is asked for too, it is not judged."""
+class OCRBenchmark(TaskBenchmark):
+    """The texts of a picture in reading order, one a line. Places do not count, even where they are
+    asked for."""
 
     name = "ocr"
     title = "OCR"
@@ -180,38 +185,37 @@ class OcrSuite(TaskSuite):
     splits = ("ocr_text", "ocr")
     needs_regions = False
 
-    def verdict(self, record: Record, answer: str, geometry: Geometry) -> Verdict:
-        said, true = _texts(record, answer)
-        return Verdict(text_similarity(said, true), METRICS[TASKS[record.task].scorer].parsed(answer, record))
+    def score(self, record: Record, answer: str, geometry: Geometry) -> Score:
+        return Score(text_similarity(*_texts(record, answer)), scorer_of(record).parsed(answer, record))
 
     @property
-    def measures(self) -> Sequence[Measure]:
+    def metrics(self) -> Sequence[Metric]:
         similarity = "Mean of 1 minus the edit distance of the text divided by the length of the longer one."
         errors = "Edit distances of all texts divided by the true ones' characters; it can be above 100 %."
         return mean("1-NED", similarity), Additive("character error rate", errors, _errors, ratio)
 
 
 @dataclass(frozen=True)
-class Precision:
-    """Average precision as a `Measure`, whose units are images.
+class AveragePrecision:
+    """Average precision as a `Metric`, whose units are images.
 
     Args:
-        prepared: what all measures of the same predictions share.
-        thresholds: indices of those that the mean is taken over.
+        prepared: the matched answers, which all metrics of the same predictions share.
+        thresholds: indices of the thresholds that the mean is over.
     """
 
     name: str
     description: str
-    prepared: Callable[[Sequence[Prediction]], Resampled]
+    prepared: Callable[[Sequence[Prediction]], ResampledPrecision]
     thresholds: Sequence[int]
     percent: bool = True
 
-    def prepare(self, predictions: Sequence[Prediction]) -> Resampled:
+    def prepare(self, predictions: Sequence[Prediction]) -> ResampledPrecision:
         return dataclasses.replace(self.prepared(predictions), thresholds=self.thresholds)
 
 
 @dataclass(frozen=True)
-class Resampled:
+class ResampledPrecision:
     """Average precision of resampled images; `units` are those, in the order of `Matched`."""
 
     units: Sequence[str]
@@ -227,39 +231,40 @@ def _image(record: Record) -> str:
 
 
 def _sizes(asked: Asked) -> dict[ImageId, Size]:
-    """Sizes of the images that were asked about, in the order of the questions."""
+    """The sizes of the images that were asked about, in the order of the questions."""
     return {_image(record): record.sizes[0] for record, _ in asked}
 
 
 def _match_labelled(asked: Asked) -> Any:
-    """Boxes with labels, which are compared in lower case; those of the task detection have the label asked for."""
-    found: list[Detection] = []
+    """The matched boxes. Labels are compared in lower case; the task detection's are the label
+    asked for."""
+    detections: list[Detection] = []
     truth: list[TrueBox] = []
     for record, prediction in asked:
         image, (size,) = _image(record), record.sizes
-        said: Parsed = TASKS[record.task].parse(prediction.prediction, _READER)
+        parsed: Parsed = TASKS[record.task].parse(prediction.prediction, READER)
         wanted = record.question.strip() if record.task == "detection" else None
-        for region in said.regions(size):
-            found.append(Detection(image, normalise(wanted or region.label), region.box))
+        for region in parsed.regions(size):
+            detections.append(Detection(image, normalise(wanted or region.label), region.box))
         for region in record.regions:
             if wanted is None or region.label.strip() == wanted:
                 truth.append(TrueBox(image, normalise(region.label), region.box))
-    return match_boxes(found, truth, _sizes(asked))
+    return match_boxes(detections, truth, _sizes(asked))
 
 
 def _texts(record: Record, answer: str) -> tuple[str, str]:
-    """The answer's text and the true one, a line for each piece."""
+    """The answer's text and the true text, with a line for each piece."""
     parse = TASKS[record.task].parse
-    said, true = (
-        "\n".join(" ".join(place.phrase.split()) for place in parse(text, _READER).places)
-        for text in (answer, last_turn(record, _READER).answer)
+    predicted, true = (
+        "\n".join(" ".join(place.phrase.split()) for place in parse(text, READER).places)
+        for text in (answer, last_turn(record, READER).answer)
     )
-    return said, true
+    return predicted, true
 
 
 def _errors(group: Sequence[Prediction]) -> tuple[float, float]:
-    """Edits that make the answer the true text, and its characters."""
+    """The edits that make the answer the true text, and the true text's characters."""
     (prediction,) = group
     record = to_record(prediction.record, prediction.key, Path(), prediction.task)
-    said, true = _texts(record, prediction.prediction)
-    return float(edit_distance(said, true)), float(len(true))
+    predicted, true = _texts(record, prediction.prediction)
+    return float(edit_distance(predicted, true)), float(len(true))

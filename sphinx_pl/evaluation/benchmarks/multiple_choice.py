@@ -1,4 +1,4 @@
-"""What benchmarks of multiple choice share: an answer counts by the letter that it names, and by nothing else."""
+"""What benchmarks of multiple choice share: an answer counts by the option that it names."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from sphinx_pl.data.converters.common import asked, choice_turn, chosen, text
 from sphinx_pl.data.coordinates import Geometry
 from sphinx_pl.data.schema import ImageRef, Record
 from sphinx_pl.data.skip import BadSample
-from sphinx_pl.evaluation.benchmarks import Benchmark, Verdict
-from sphinx_pl.evaluation.measures import Measure, mean
-from sphinx_pl.evaluation.scorers.choices import read_choice
+from sphinx_pl.evaluation.benchmarks.base import Benchmark
+from sphinx_pl.evaluation.metrics import Metric, mean
+from sphinx_pl.evaluation.scorers.base import Score
+from sphinx_pl.evaluation.scorers.choices import score_choice
 
 _NO_HINT = "N/A"
 
@@ -20,12 +21,14 @@ _NO_HINT = "N/A"
 def letter_record(
     key: str, image: ImageRef, question: str, choices: Any, letter: str, meta: Mapping[str, Any]
 ) -> Record:
-    """A question with choices in the wording of the task multiple_choice, whose right answer is a letter.
+    """A question with choices in the wording of the task multiple_choice, whose right answer is a
+    letter.
 
-    Unlike in training, choices may read the same: there is one letter more to be wrong with.
+    Unlike in training, two choices may have the same text: then there is one more wrong letter.
 
     Raises:
-        BadSample: no choice has the letter, the question is empty, or there are not 2 to 26 choices.
+        BadSample: no choice has the letter, the question is empty, or there are not 2 to 26
+            choices.
     """
     if not isinstance(choices, list):
         raise TypeError(f"{choices!r} should be a list")
@@ -46,10 +49,12 @@ def letter_record(
     )
 
 
-class Choices(Benchmark):
-    """Its records are `letter_record`s. What names no letter, or several, is wrong: nothing is guessed.
+class MultipleChoiceBenchmark(Benchmark):
+    """The records are `letter_record`s. An answer that names no option, or several, is wrong:
+    nothing is guessed.
 
-    Entries of the original's unified annotation have "choices", a letter as "gt_answers" and perhaps a "hint".
+    Entries of the original's unified annotation have "choices", a letter as "gt_answers" and
+    perhaps a "hint".
     """
 
     def annotation(self, key: str, entry: Mapping[str, Any]) -> Record:
@@ -59,10 +64,9 @@ class Choices(Benchmark):
         image = ImageRef(text(entry["image_path"]))
         return letter_record(key, image, question, entry["choices"], text(entry["gt_answers"]), meta)
 
-    def verdict(self, record: Record, answer: str, geometry: Geometry) -> Verdict:
-        letter = read_choice(answer, record.choices)
-        return Verdict(float(letter is not None and letter == record.meta["letter"]), letter is not None)
+    def score(self, record: Record, answer: str, geometry: Geometry) -> Score:
+        return score_choice(answer, record.choices, record.meta["letter"])
 
     @property
-    def measures(self) -> Sequence[Measure]:
+    def metrics(self) -> Sequence[Metric]:
         return (mean("accuracy", "Share of right answers."),)

@@ -14,8 +14,13 @@ from sphinx_pl.data.converters import CONVERTERS, convert
 from sphinx_pl.data.coordinates import COCO_KEYPOINTS, Geometry
 from sphinx_pl.data.schema import Record
 from sphinx_pl.data.tasks import TASKS
-from sphinx_pl.evaluation.benchmarks.suite import DetectionSuite, LayoutSuite, OcrSuite, PoseSuite
-from sphinx_pl.evaluation.measures import difference
+from sphinx_pl.evaluation.benchmarks.detection_ocr_pose import (
+    DetectionBenchmark,
+    LayoutBenchmark,
+    OCRBenchmark,
+    PoseBenchmark,
+)
+from sphinx_pl.evaluation.metrics import difference
 from sphinx_pl.evaluation.scorers.coco import Detection, Pose, TrueBox, TruePose, detection_ap, keypoint_ap
 from sphinx_pl.utils.errors import UserError
 
@@ -62,13 +67,13 @@ def jittered(record: Record, amount: float = 12.0) -> str:
 
 def test_all_boxes_right_is_1_and_none_is_0(ask: Ask, write: Write) -> None:
     file = write({"test.json": [entry(n, "detection_all", *boxes(n, 5)) for n in range(4)]}) / "test.json"
-    perfect = ask(DetectionSuite(file, "detection_all"), right)
+    perfect = ask(DetectionBenchmark(file, "detection_all"), right)
     assert perfect.values == {
         ("AP", ""): pytest.approx(1),
         ("AP50", ""): pytest.approx(1),
         ("AP75", ""): pytest.approx(1),
     }
-    silent = ask(DetectionSuite(file, "detection_all"), lambda record: "I see nothing")
+    silent = ask(DetectionBenchmark(file, "detection_all"), lambda record: "I see nothing")
     assert set(silent.values.values()) == {0}
     assert silent.result["unparsed"] == 4
     assert perfect.questions.records[0].images[0].path == str(file.parent / "0.jpg")
@@ -76,7 +81,7 @@ def test_all_boxes_right_is_1_and_none_is_0(ask: Ask, write: Write) -> None:
 
 def test_layout_agrees_with_pycocotools(ask: Ask, write: Write) -> None:
     file = write({"test.json": [entry(n, "layout", *boxes(n, 9, "Text Title Table")) for n in range(12)]}) / "test.json"
-    asked = ask(LayoutSuite(file), jittered)
+    asked = ask(LayoutBenchmark(file), jittered)
     sizes: dict[Any, Any] = {}
     truth, found = [], []
     for record, prediction in zip(asked.questions.records, asked.predictions, strict=True):
@@ -102,7 +107,7 @@ def test_a_class_that_is_asked_for_has_a_precision_of_its_own(ask: Ask, write: W
         entry(3, "pose"),
     ]
     file = write({"test.jsonl": "\n".join(map(json.dumps, entries))}) / "test.jsonl"
-    asked = ask(DetectionSuite(file), lambda record: right(record) if record.question == "cat" else "None")
+    asked = ask(DetectionBenchmark(file), lambda record: right(record) if record.question == "cat" else "None")
     assert asked.values["AP", "cat"] == pytest.approx(1)
     assert asked.values["AP", "dog"] == 0
     assert asked.values["AP", ""] == pytest.approx(0.5)
@@ -112,13 +117,13 @@ def test_a_class_that_is_asked_for_has_a_precision_of_its_own(ask: Ask, write: W
 
 def test_two_models_are_compared_image_by_image(ask: Ask, write: Write) -> None:
     file = write({"test.json": [entry(n, "detection_all", *boxes(n, 6)) for n in range(40)]}) / "test.json"
-    benchmark = DetectionSuite(file, "detection_all")
-    measure = benchmark.measures[0]
+    benchmark = DetectionBenchmark(file, "detection_all")
+    metric = benchmark.metrics[0]
     good, bad = (ask(benchmark, lambda record, amount=amount: jittered(record, amount)) for amount in (4.0, 14.0))
-    found = difference(measure.prepare(bad.predictions), measure.prepare(good.predictions), resamples=300)
+    found = difference(metric.prepare(bad.predictions), metric.prepare(good.predictions), resamples=300)
     assert found.units == 40
     assert found.low > 0
-    same = difference(measure.prepare(bad.predictions), measure.prepare(bad.predictions), resamples=50)
+    same = difference(metric.prepare(bad.predictions), metric.prepare(bad.predictions), resamples=50)
     assert (same.low, same.high) == (0, 0)
 
 
@@ -140,7 +145,7 @@ def test_poses_agree_with_pycocotools(ask: Ask, write: Write) -> None:
         moved = [(x + rng.gauss(0, 9), y + rng.gauss(0, 9), v) for x, y, v in record.regions[0].keypoints]
         return "no" if rng.random() < 0.1 else FINE.keypoints(moved, SIZE)
 
-    asked = ask(PoseSuite(file), say)
+    asked = ask(PoseBenchmark(file), say)
     found, truth, sizes = [], [], {}
     for record, prediction in zip(asked.questions.records, asked.predictions, strict=True):
         image, region = record.images[0].path, record.regions[0]
@@ -153,7 +158,7 @@ def test_poses_agree_with_pycocotools(ask: Ask, write: Write) -> None:
     assert 0.1 < expected["AP"] < 0.95
     for name in ("AP", "AP50", "AP75"):
         assert asked.values[name, ""] == pytest.approx(expected[name], abs=1e-12)
-    assert ask(PoseSuite(file), right).values["AP", ""] == pytest.approx(1)
+    assert ask(PoseBenchmark(file), right).values["AP", ""] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("task", ["ocr_text", "ocr"])
@@ -163,7 +168,7 @@ def test_text_by_its_edit_distance(ask: Ask, write: Write, task: str) -> None:
         entry(2, task, thing("exit", 0, 0, 90, 20)),
     ]
     file = write({"test.json": entries}) / "test.json"
-    perfect = ask(OcrSuite(file, task), right)
+    perfect = ask(OCRBenchmark(file, task), right)
     assert perfect.values == {("1-NED", ""): 1, ("character error rate", ""): 0}
 
     def say(record: Record) -> str:
@@ -171,7 +176,7 @@ def test_text_by_its_edit_distance(ask: Ask, write: Write, task: str) -> None:
         return "\n".join(lines) if task == "ocr_text" else "".join(f"<p>{t}</p>[0,0,0.1,0.1]" for t in lines)
 
     # "Hello there\nWorld" has 17 characters, one is missing; "exit" has 4, to which 4 are added.
-    asked = ask(OcrSuite(file, task), say)
+    asked = ask(OCRBenchmark(file, task), say)
     assert asked.values["1-NED", ""] == pytest.approx(((1 - 1 / 17) + (1 - 4 / 8)) / 2)
     assert asked.values["character error rate", ""] == pytest.approx(5 / 21)
 
@@ -189,7 +194,7 @@ def test_odd_records_are_counted(ask: Ask, write: Write) -> None:
         entry(7, "detection_all", {"label": 7, "box": [0, 0, 9, 9]}),
     ]
     file = write({"test.json": entries}) / "test.json"
-    asked = ask(DetectionSuite(file, "detection_all"), right)
+    asked = ask(DetectionBenchmark(file, "detection_all"), right)
     assert asked.result["lost"] == {
         "size_unknown": 1,
         "box_inverted": 1,
@@ -203,9 +208,9 @@ def test_odd_records_are_counted(ask: Ask, write: Write) -> None:
 def test_a_folder_and_a_file_without_the_task(write: Write) -> None:
     src = write({"test.json": [entry(1, "layout", thing("Text", 0, 0, 9, 9))]})
     with pytest.raises(UserError, match="is a folder: name an instruction file with the task detection"):
-        DetectionSuite(src)
+        DetectionBenchmark(src)
     with pytest.raises(UserError, match="ocr_text"):
-        list(OcrSuite(src / "test.json").read())
+        list(OCRBenchmark(src / "test.json").read())
 
 
 def test_what_a_converter_wrote_is_read(ask: Ask, write: Write, tmp_path: Path) -> None:
@@ -220,7 +225,7 @@ def test_what_a_converter_wrote_is_read(ask: Ask, write: Write, tmp_path: Path) 
     }
     src = write({"person_keypoints_val2017.json": document})
     convert(CONVERTERS["coco_keypoints"](src, "val"), tmp_path / "pose.jsonl")
-    asked = ask(PoseSuite(tmp_path / "pose.jsonl", images=src), right)
+    asked = ask(PoseBenchmark(tmp_path / "pose.jsonl", images=src), right)
     assert asked.questions.records[0].meta == {"area": 5000.5}
     assert asked.questions.records[0].images[0].path == str(src / "val2017/1.jpg")
     assert asked.values["AP", ""] == pytest.approx(1)
@@ -228,7 +233,7 @@ def test_what_a_converter_wrote_is_read(ask: Ask, write: Write, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("kind", "split"),
-    [(DetectionSuite, "detection"), (LayoutSuite, "layout"), (PoseSuite, "pose"), (OcrSuite, "ocr")],
+    [(DetectionBenchmark, "detection"), (LayoutBenchmark, "layout"), (PoseBenchmark, "pose"), (OCRBenchmark, "ocr")],
 )
 def test_the_sample_datas_own_answers_are_perfect(ask: Ask, sample_data: Path, kind: Any, split: str) -> None:
     asked = ask(kind(sample_data / "instructions" / "test.json", split), right)

@@ -2,12 +2,13 @@
 
 Files (https://rrc.cvc.uab.es/?ch=17, tasks 1 and 3), each {"data": [question]}:
 
-- DocVQA: `val_v1.0_withQT.json` (older: `val_v1.0.json`) and `test_v1.0.json` with {"questionId", "question",
-  "question_types", "image": "documents/….png", "answers"}. The images' folder holds the PNG files, or a folder
-  `documents` with them.
-- InfographicVQA: `infographicsVQA_val_v1.0_withQT.json` (or without `_withQT`) and `infographicsVQA_test_v1.0.json`
-  with {"questionId", "question", "image_local_name", "answers", "answer_type", "evidence", "operation/reasoning"}. The
-  images' folder holds the files of that name.
+- DocVQA: `val_v1.0_withQT.json` (older: `val_v1.0.json`) and `test_v1.0.json` with {"questionId",
+  "question", "question_types", "image": "documents/….png", "answers"}. The images' folder holds the
+  PNG files, or a folder `documents` with them.
+- InfographicVQA: `infographicsVQA_val_v1.0_withQT.json` (or without `_withQT`) and
+  `infographicsVQA_test_v1.0.json` with {"questionId", "question", "image_local_name", "answers",
+  "answer_type", "evidence", "operation/reasoning"}. The images' folder holds the files of that
+  name.
 
 Files of test have no answers. The server takes [{"questionId", "answer"}].
 """
@@ -21,13 +22,14 @@ from typing import Any, ClassVar
 
 from sphinx_pl.data.converters.common import keyed, question_record, text
 from sphinx_pl.data.schema import ImageRef, Record
-from sphinx_pl.evaluation.benchmarks.short_answers import ShortAnswers
+from sphinx_pl.evaluation.benchmarks.short_answers import ShortAnswerBenchmark
 from sphinx_pl.evaluation.runner import Prediction
 from sphinx_pl.evaluation.scorers.anls import anls
 
 
-class _Documents(ShortAnswers):
-    """Parts are the questions' types, of which one may have several, where the file has them."""
+class DocumentBenchmark(ShortAnswerBenchmark):
+    """Benchmarks of documents. Parts are the types that the file gives a question, which may have
+    several."""
 
     url = "https://rrc.cvc.uab.es/?ch=17"
     licence = "see the page"
@@ -36,11 +38,11 @@ class _Documents(ShortAnswers):
     hidden = ("test",)
     server_id = "questionId"
     max_new_tokens = 100
-    measure = "anls", "Mean similarity to the nearest true answer: 1 - edit distance / longer length, 0 if below 0.5."
+    metric = "anls", "Mean similarity to the nearest true answer: 1 - edit distance / longer length, 0 if below 0.5."
     files: ClassVar[Mapping[str, tuple[str, ...]]]
-    """By split, the newest first."""
+    """The files of each split, the newest first."""
     types: ClassVar[tuple[str, ...]]
-    """An entry's keys that list its types."""
+    """The keys of an entry that list its types."""
 
     @abstractmethod
     def image(self, entry: Any) -> str: ...
@@ -50,15 +52,15 @@ class _Documents(ShortAnswers):
 
     def records(self, key: str, entry: Any) -> Iterator[Record]:
         image, question = self.image(entry), text(entry["question"])
-        found = [entry.get(name) or [] for name in self.types]
-        meta = {"question_id": entry["questionId"], "types": [text(name) for names in found for name in names]}
+        types = [entry.get(name) or [] for name in self.types]
+        meta = {"question_id": entry["questionId"], "types": [text(name) for names in types for name in names]}
         if self.is_hidden:
             yield self.unanswered(Record(key, "short_vqa", (ImageRef(image),), question=question, meta=meta))
         else:
             answers = [text(answer) for answer in entry["answers"]]
             yield question_record(key, image, question, answers[0], meta | {"answers": answers})
 
-    def score(self, prediction: str, answers: Sequence[str]) -> float:
+    def agreement(self, prediction: str, answers: Sequence[str]) -> float:
         return anls(prediction, answers)
 
     def category(self, record: Record) -> str:
@@ -73,7 +75,7 @@ class _Documents(ShortAnswers):
         return types
 
 
-class DocVQA(_Documents):
+class DocVQABenchmark(DocumentBenchmark):
     name = "docvqa"
     title = "DocVQA"
     files: ClassVar[Mapping[str, tuple[str, ...]]] = {
@@ -87,7 +89,7 @@ class DocVQA(_Documents):
         return str(path) if (self.images / path.parent).is_dir() else path.name
 
 
-class InfographicVQA(_Documents):
+class InfographicVQABenchmark(DocumentBenchmark):
     name = "infographicvqa"
     title = "InfographicVQA"
     files: ClassVar[Mapping[str, tuple[str, ...]]] = {

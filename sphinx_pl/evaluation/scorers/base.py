@@ -1,0 +1,25 @@
+"""What a scorer gives: the `Score` of one answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sphinx_pl.data.coordinates import Geometry
+
+READER = Geometry()
+"""Reads boxes and points. Reading accepts any number of decimals, so the model's own geometry is
+not needed."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """The score of one answer.
+
+    Attributes:
+        value: 0 to 1.
+        parsed: whether the answer has the form that the question asks for. An answer without it
+            counts as wrong.
+    """
+
+    value: float
+    parsed: bool = True
