@@ -25,7 +25,7 @@ from sphinx_pl.data.sampling.config import SourceConfig
 from sphinx_pl.data.skip import BadSample
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.evaluation.benchmarks import BENCHMARKS, choose
-from sphinx_pl.evaluation.metrics import METRICS
+from sphinx_pl.evaluation.scorers.tasks import SCORERS
 from sphinx_pl.mixing.methods import METHODS, mix_tensors
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.decoder import Decoder
@@ -100,7 +100,7 @@ def test_a_task(load: Load, processor: Processor) -> None:
     (turn,) = TASKS["count"].turns(record, geometry)
     assert (turn.question, turn.answer) == ("How many red squares are there?\nAnswer with a number.", "2")
     assert processor.sample(record, "train").targets > 0
-    score = METRICS[TASKS["count"].scorer].score
+    score = SCORERS[TASKS["count"].scorer].value
     assert [score(answer, record, geometry) for answer in ("2", "3", "")] == [1, 0, 0]
     assert [TASKS["count"].parse(text, geometry).formed for text in ("12", "a few")] == [True, False]
     with pytest.raises(BadSample, match="question_empty"):
@@ -138,9 +138,9 @@ def test_a_benchmark(load: Load, tmp_path: Path) -> None:
     values = yaml.safe_load(line.replace("${benchmark.root}/colours", str(tmp_path)))
     [questions], _ = choose(["colours"], values)
     assert questions.lost == {"entry_malformed": 1}
-    predictions = [questions.benchmark.judge(record, "Red.", Geometry()) for record in questions.records]
+    predictions = [questions.benchmark.score_answer(record, "Red.", Geometry()) for record in questions.records]
     assert [(p.score, p.parsed) for p in predictions] == [(1.0, True), (0.0, True)]
-    assert not questions.benchmark.judge(questions.records[0], "mauve", Geometry()).parsed
+    assert not questions.benchmark.score_answer(questions.records[0], "mauve", Geometry()).parsed
 
 
 @pytest.mark.skipif(not (REPOSITORY / "sphinx_pl/models/encoders").is_dir(), reason="encoders have no registry yet")

@@ -181,7 +181,7 @@ def test_it_works_beside_evaluate_and_lmms_eval(environment: str, tmp_path: Path
     for stage in ("pretrain_real", "pretrain_synthetic"):
         call("sphinx-train", f"stage={stage}", *SMALL)
     models = ",".join(f"outputs/demo/{stage}/model" for stage in ("pretrain_real", "pretrain_synthetic"))
-    curve = ["curve=2", "curve_tasks=[short_vqa]", "curve_limit=1", "data.val_samples=4", "criterion=score"]
+    curve = ["curve=2", "curve_tasks=[short_vqa]", "curve_limit=1", "data.val_samples=4", "objective=score"]
     call("sphinx-mix", f"checkpoints=[{models}]", "beta=0.5", *curve, "out=outputs/demo/mixed", "device=cpu")
     assert "score/short_vqa" in (tmp_path / "outputs/demo/mixed/curve.csv").read_text()
     asked = ["limit=1", "shuffled=false", "constant=50", "device=cpu"]
