@@ -30,7 +30,8 @@ from sphinx_pl.mixing.methods import METHODS, mix_tensors
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.decoder import Decoder
 from sphinx_pl.models.sphinx import Sphinx
-from sphinx_pl.runtime.hydra_app import CONFIG_FOLDER, compose_config
+from sphinx_pl.runtime.overrides import compose_config
+from sphinx_pl.utils.config import CONFIG_FOLDER
 from sphinx_pl.utils.errors import UserError
 from tests.cli.test_train import SMALL, losses
 from tests.conftest import REPOSITORY, tiny_model
