@@ -68,8 +68,12 @@ ELSEWHERE = {
     ),
     "*experiment=own*": "tests/test_own_data.py::test_the_pages_commands_train_a_model_that_answers",
     "*outputs/own/*": "tests/test_own_data.py::test_the_pages_commands_train_a_model_that_answers",
-    "sphinx-pipeline experiment=demo": ("tests/pipeline/test_whole.py::"),
-    "sphinx-pipeline status *": ("tests/pipeline/test_whole.py::"),
+    "sphinx-pipeline experiment=demo": (
+        "tests/pipeline/test_whole.py::test_a_recipe_killed_in_its_finetune_resumes_from_the_checkpoint"
+    ),
+    "sphinx-pipeline status *": (
+        "tests/pipeline/test_whole.py::test_a_recipe_killed_in_its_finetune_resumes_from_the_checkpoint"
+    ),
     "*plan=true*": "tests/planning/test_plan.py::test_13b_on_512_gpus_from_the_command_line",
 }
 """Patterns of commands, and the test that runs them."""
