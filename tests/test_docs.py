@@ -59,6 +59,7 @@ NEEDS = {
     "*then=mixture*": "a model that has learned something",
 }
 """Patterns of commands that this test cannot run, and what they need."""
+WHOLE = "tests/pipeline/test_whole.py::test_a_recipe_killed_in_its_finetune_resumes_from_the_checkpoint"
 ELSEWHERE = {
     "python chat.py * ui=web": "tests/apps/test_web.py::test_a_browser_uploads_asks_and_sees_boxes",
     "lmms-eval *": "tests/test_packaging.py::test_it_works_beside_evaluate_and_lmms_eval",
