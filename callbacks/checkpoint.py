@@ -21,7 +21,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from omegaconf import OmegaConf
 
 from sphinx_pl.callbacks.throughput import timed_checkpoint
-from sphinx_pl.checkpoints.format import move_into_place, sync
+from sphinx_pl.checkpoints.folder import move_into_place, sync
 from sphinx_pl.checkpoints.provenance import provenance
 from sphinx_pl.checkpoints.training import INDEX, describe
 from sphinx_pl.data.schema import Batch
@@ -222,7 +222,7 @@ class ResumeCheckpoint(L.Callback):
     ) -> None:
         # A checkpoint is saved only between two steps, since accumulated gradients are not part of
         # it.
-        if batch.window_end and not more_follows(trainer):
+        if batch.ends_step and not more_follows(trainer):
             self._save_if_due(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -90,7 +90,7 @@ class Evaluation(L.Callback):
         every = [self.every_n_steps]
         if self.on_checkpoints:  # before they are written, at their own interval
             every += [c.every_n_steps for c in trainer.callbacks if isinstance(c, ResumeCheckpoint)]
-        if batch.window_end and any(n and trainer.global_step % n == 0 for n in every):
+        if batch.ends_step and any(n and trainer.global_step % n == 0 for n in every):
             self._evaluate(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

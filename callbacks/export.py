@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from sphinx_pl.callbacks.checkpoint import ResumeCheckpoint, count, last_step, more_follows, write_training_checkpoint
-from sphinx_pl.checkpoints.format import check_free
+from sphinx_pl.checkpoints.native import check_free
 from sphinx_pl.checkpoints.training import consolidate
 from sphinx_pl.stages import Stage
 from sphinx_pl.utils.errors import UserError
@@ -121,7 +121,7 @@ class ExportModel(L.Callback):
         return 1 + (min(intermediate, self.keep + self.keep_best + 1) if self.keep else intermediate)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        if args[1].window_end and self._due(trainer) and not more_follows(trainer):
+        if args[1].ends_step and self._due(trainer) and not more_follows(trainer):
             self.export(trainer, self._path_at(trainer.global_step))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

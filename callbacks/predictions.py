@@ -19,7 +19,7 @@ from markupsafe import Markup
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.sampling.config import SourceConfig
 from sphinx_pl.data.schema import Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.evaluation.question import asked_task
 from sphinx_pl.evaluation.report.gallery import SCRIPT, STYLE, cards, picture
@@ -52,7 +52,7 @@ def first_of_each_task(sources: Mapping[str, Mapping[str, Any] | None], per_task
         for index in range(len(source)):
             try:
                 record = source.record(index)
-            except BadSample as error:
+            except SkipSample as error:
                 lost[error.reason] += 1
                 continue
             if TASKS[record.task].scorer != "none" and counts[task := asked_task(record)] < per_task:
@@ -153,7 +153,7 @@ class Predictions(L.Callback):
         title = f"{stage}, step {step:,}"
         mean = sum(p.score for p in predictions) / max(len(predictions), 1)
         header = HEADER.format(title, len(predictions), mean)
-        body = cards(rows, processor.image_size, processor.geometry)
+        body = cards(rows, processor.image_size, processor.coordinates)
         write_whole(self.folder / f"step-{step}.html", page(title, header, body, STYLE, SCRIPT))
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
@@ -167,7 +167,7 @@ def log_table(logger: WandbLogger, predictions: Sequence[Prediction], processor:
     columns = ["task", "key", "image", "question", "answer", "prediction", "score"]
     rows: list[list[Any]] = []
     for p in predictions:
-        drawing = picture(p.images[0], p.to_dict(), processor.image_size, processor.geometry) if p.images else None
+        drawing = picture(p.images[0], p.to_dict(), processor.image_size, processor.coordinates) if p.images else None
         image = wandb.Image(drawing) if drawing is not None else None
         rows.append([p.task, p.key, image, p.question, p.answer, p.prediction, p.score])
     logger.log_table(TABLE, columns=columns, data=rows, step=step)

@@ -131,14 +131,14 @@ class Preemption(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        if batch.window_end and trainer.world_size > 1:
+        if batch.ends_step and trainer.world_size > 1:
             self._vote = _Vote(signals.received(), trainer.strategy.root_device)
             self._vote.copy()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        if not batch.window_end:
+        if not batch.ends_step:
             return
         self._due = signals.received() if self._vote is None else self._vote.result()
         # A validation or the end of the run comes first, since a run that resumes from here would

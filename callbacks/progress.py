@@ -59,7 +59,7 @@ class Progress(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        if not batch.window_end or not trainer.is_global_zero:
+        if not batch.ends_step or not trainer.is_global_zero:
             return
         step, total = trainer.global_step, trainer.max_steps
         left = (time.perf_counter() - self._started) / (step - self._first) * (total - step) if total > 0 else None

@@ -15,9 +15,9 @@ from typing import Any
 import lightning as L
 import torch
 
-from sphinx_pl.data.datamodule import TrainLoader
 from sphinx_pl.data.schema import Batch
 from sphinx_pl.data.skip import split_counter
+from sphinx_pl.data.train_loader import TrainLoader
 from sphinx_pl.planning.flops import TrainingFlops
 from sphinx_pl.planning.gpus import flops_of_device
 from sphinx_pl.runtime.collectives import of_all_ranks
@@ -218,11 +218,11 @@ class Throughput(L.Callback):
         assert isinstance(pl_module, Stage)
         # on_before_optimizer_step does not tell the end of a step, since DeepSpeed's plugin calls
         # it after every micro-batch. DeepSpeed's optimizer has no hooks either.
-        self._close("optimizer" if batch.window_end else "other")
+        self._close("optimizer" if batch.ends_step else "other")
         self._counts.update({key: int(batch.counters.get(key, 0)) for key in COUNTED})
         self._flops += self._flops_of(batch)
-        self._steps += batch.window_end
-        if batch.window_end and trainer.global_step % trainer.log_every_n_steps == 0:
+        self._steps += batch.ends_step
+        if batch.ends_step and trainer.global_step % trainer.log_every_n_steps == 0:
             metrics = self._metrics(trainer, pl_module.device)
             pl_module.log_now(metrics | data_metrics(trainer.datamodule.counters()), trainer.global_step)
             self._reset()

@@ -38,13 +38,14 @@ from rich.table import Table
 from perf.harness import console, parser, ratios, run_command, spread, status, table, turns
 from perf.synthetic_files import SIZES, Words, photograph, train_tokenizer, write_lines, write_tar
 from sphinx_pl.data import readers
-from sphinx_pl.data.datamodule import DataModule, TrainLoader
+from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.images import PAD_COLOUR
 from sphinx_pl.data.processor import Processor, ProcessorConfig
 from sphinx_pl.data.prompt_format import render
 from sphinx_pl.data.readers.base import Shard
 from sphinx_pl.data.schema import IMAGE_SLOT, Turn
 from sphinx_pl.data.tokenizers import Tokenizer
+from sphinx_pl.data.train_loader import TrainLoader
 from sphinx_pl.utils.errors import UserError
 
 IMAGE_SIZE, IMAGE_TOKENS, ROW_LENGTH, ROWS = 224, 291, 2048, 4
@@ -57,7 +58,7 @@ def make_datamodule(
     """The data of one source, or of several with equal weights, with the geometry of sphinx_7b."""
     mixture = [source] if isinstance(source, dict) else source
     processor = Processor(ProcessorConfig(), Tokenizer(tokenizer_file), IMAGE_TOKENS, IMAGE_SIZE)
-    settings = {"row_length": ROW_LENGTH, "rows": rows}
+    settings = {"row_length": ROW_LENGTH, "micro_batch_rows": rows}
     return DataModule(processor, {f"{one['kind']}{n}": one for n, one in enumerate(mixture)}, {}, settings, workers)
 
 
@@ -142,7 +143,7 @@ def make_kinds(folder: Path, count: int) -> tuple[list[Kind], Path]:
         ]
         stem = f"instructions{len(kinds)}"
         file = write_lines(folder / f"{stem}.{'json' if as_list else 'jsonl'}", entries, as_list)
-        source = {"kind": "instructions", "path": str(file), "branches": questions}
+        source = {"kind": "instructions", "path": str(file), "questions_per_sample": questions}
         shards = tars(
             stem,
             [
@@ -176,7 +177,7 @@ def ours(kind: Kind, tokenizer_file: Path) -> Iterator[Done]:
     planner = datamodule.planner()
     for plan in planner:
         batch = datamodule.collator(plan.rows)
-        planner.consumed(plan.window)
+        planner.consumed(plan.step)
         yield int(batch.counters["samples"]), int(batch.counters["images"])
 
 
@@ -311,7 +312,7 @@ def start(source: dict[str, Any], tokenizer_file: Path) -> Start:
         return lambda self, number: opened.append(number) or open_shard(self, number)
 
     with contextlib.ExitStack() as patches:
-        for kind in readers.SOURCES.values():
+        for kind in readers.READERS.values():
             patches.enter_context(patch.object(kind, "open", counted(kind.open)))
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         before, begin = status("VmHWM"), time.perf_counter()
@@ -371,7 +372,7 @@ def make_cases(folder: Path, shards: int, per_shard: int, lines: int) -> tuple[l
         path = write_many(folder / f"many.{name}", lines, as_list)
         source = {"kind": "instructions", "path": str(path)}
         cases.append(Case(f"{lines:,} lines of {name}", path.stat().st_size / 1e6, source))
-    cases.append(Case("the same, branches: 4", cases[-1].megabytes, cases[-1].source | {"branches": 4}))
+    cases.append(Case("the same, branches: 4", cases[-1].megabytes, cases[-1].source | {"questions_per_sample": 4}))
     return cases, tokenizer_file
 
 
@@ -434,7 +435,7 @@ def memory_over(folder: Path, marks: Sequence[int]) -> Iterator[Held]:
     while left:
         while done < left[0]:
             batch = next(batches)
-            planner.consumed(batch.window)
+            planner.consumed(batch.step)
             done += int(batch.counters["samples"])
         left.pop(0)
         yield Held(done, status("VmRSS", worker.pid or 0), status("VmRSS"))

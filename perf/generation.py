@@ -31,8 +31,9 @@ import torch
 from omegaconf import OmegaConf
 
 from perf.harness import configuration, console, parser, ratios, run_command, seconds, spread, table, turns, where
-from sphinx_pl.checkpoints.format import StateDict
-from sphinx_pl.checkpoints.llama import LlamaWeights, huggingface_config
+from sphinx_pl.checkpoints.huggingface import huggingface_config
+from sphinx_pl.checkpoints.llama import llama_entries
+from sphinx_pl.checkpoints.tensors import TensorDict
 from sphinx_pl.data.images import load_image
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.readers import spread as spread_over
@@ -64,8 +65,8 @@ def theirs(model: Sphinx) -> Any:
     values = {key: value for key, value in huggingface_config(config, "float32").items() if key != "architectures"}
     llama = LlamaForCausalLM(LlamaConfig(**values))
     decoder = {f"decoder.{name}": value for name, value in model.decoder.state_dict().items()}
-    weights = LlamaWeights(StateDict(decoder), config)
-    llama.load_state_dict({name: weights.tensor(name) for name in weights})
+    entries = llama_entries(TensorDict(decoder), config)
+    llama.load_state_dict({name: e.make(decoder[e.name]) if e.make else decoder[e.name] for name, e in entries.items()})
     return llama.to(model.decoder.tok_embeddings.weight).eval()
 
 
@@ -137,7 +138,7 @@ def prepared(processor: Processor, records: Sequence[Record], batch_size: int) -
         prompt = processor.prompt(record)
         pixels = [load_image(image, processor.image_size) for image in prompt.images]
         limit = TASKS[record.task].max_new_tokens
-        prompts.append(Prompt(prompt.ids, torch.stack(pixels) if pixels else None, limit, prompt.seen))
+        prompts.append(Prompt(prompt.ids, torch.stack(pixels) if pixels else None, limit, prompt.kept_views))
     prompts.sort(key=lambda prompt: (prompt.max_new_tokens or 0, len(prompt.ids)))
     return [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
 

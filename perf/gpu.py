@@ -1,7 +1,7 @@
 """Trains real models at real shapes on one GPU under ZeRO-3: tokens/s, MFU, memory beside the plan's.
 
     python -m perf.gpu
-    python -m perf.gpu --models sphinx_7b --steps 50 data.packing.rows=2
+    python -m perf.gpu --models sphinx_7b --steps 50 data.packing.micro_batch_rows=2
     python -m perf.gpu --models sphinx_sample --steps 5 trainer=zero3_cpu trainer.devices=1    # without a GPU
 
 Weights are new, and every step has the same random batch, in which a model can only learn which tokens there are: time
@@ -30,7 +30,7 @@ STEP = (
     "experiment=paper_pretrain_real",
     "trainer=zero3",
     "trainer.devices=1",
-    "data.packing.rows=1",
+    "data.packing.micro_batch_rows=1",
     "stage.accumulate=1",
     "stage.checkpointing=full",
     # Of one rank the frozen part would be there twice.

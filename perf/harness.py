@@ -19,7 +19,7 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
 
-from sphinx_pl.checkpoints.format import sync
+from sphinx_pl.checkpoints.folder import sync
 from sphinx_pl.runtime.hydra_app import CONFIG_FOLDER, MISTAKES, register_resolvers, report
 from sphinx_pl.utils.errors import UserError
 

@@ -1,6 +1,6 @@
 """How much memory a step takes, measured, beside what `plan=true` says of it.
 
-    python -m perf.memory model=sphinx_sample trainer=cpu data.packing.rows=8
+    python -m perf.memory model=sphinx_sample trainer=cpu data.packing.micro_batch_rows=8
     python -m perf.memory model=sphinx_sample trainer=zero3_cpu trainer.devices=2 --threads 1
 
 Overrides are those of train.py, whose stage and trainer run on random batches (no data is needed); several devices are
@@ -119,13 +119,13 @@ def random_batch(config: SphinxConfig, shape: Shape) -> Batch:
         labels=labels.view(rows, length),
         weights=torch.ones(rows, length),
         segment_ids=segment_ids.expand(rows, -1).contiguous(),
-        branch_ids=zeros,
+        question_ids=zeros,
         position_ids=torch.arange(length).expand(rows, -1).contiguous(),
         task_ids=zeros.clone(),
         pixels=torch.randint(256, (images, 3, size, size), dtype=torch.uint8),
         image_slots=torch.arange(images * config.tokens_per_image),
         tasks=["text"],
-        window_weight=float(supervised),
+        step_weight=float(supervised),
     )
 
 
@@ -142,7 +142,7 @@ class _Watch(L.Callback):
         self._since = time.perf_counter()
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Batch, index: int) -> None:
-        if batch.window_end:
+        if batch.ends_step:
             self.losses.append(float(trainer.callback_metrics["train/loss"]))  # waits for the device
             if module.device.type == "cuda":
                 torch.cuda.synchronize()
@@ -174,8 +174,8 @@ def stage_and_trainer(cfg: DictConfig, callbacks: Sequence[L.Callback]) -> tuple
 def train(cfg: DictConfig, shape: Shape) -> dict[str, Any]:
     """Trains in this process. `peak` is the most bytes that were allocated in any step but the first."""
     batch = random_batch(SphinxConfig.from_dict(cfg.model), shape)
-    last = dataclasses.replace(batch, window_end=True)
-    window = [*[dataclasses.replace(batch, window_end=False)] * (int(cfg.stage.accumulate) - 1), last]
+    last = dataclasses.replace(batch, ends_step=True)
+    window = [*[dataclasses.replace(batch, ends_step=False)] * (int(cfg.stage.accumulate) - 1), last]
     endless = DataLoader(window * 100, batch_size=None, collate_fn=None)  # type: ignore[arg-type]
     on_gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
     # Ranks: the profiler would miss what is freed by the threads of a collective call, so storages are followed.
@@ -256,7 +256,7 @@ def print_table(options: argparse.Namespace) -> None:
     if options.rank_out:
         cfg = untrained(options.overrides, options.rank_out, options.steps)
         length = int(cfg.data.packing.row_length)
-        shape = Shape(int(cfg.data.packing.rows), length, options.supervised * length, options.images)
+        shape = Shape(int(cfg.data.packing.micro_batch_rows), length, options.supervised * length, options.images)
         (options.rank_out / f"rank-{os.environ.get('RANK', 0)}").write_text(json.dumps(train(cfg, shape)))
         return
     run = measure(options.overrides, options.images, options.supervised, options.threads or 1, options.steps)

@@ -36,7 +36,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from perf.harness import TOKENIZER, Process, console, parser, run_command, run_process, spread, table, turns, warm
-from sphinx_pl.checkpoints.format import check_room
+from sphinx_pl.checkpoints.folder import check_room
 from sphinx_pl.utils.errors import UserError
 
 WEIGHTS = (0.4, 0.6)

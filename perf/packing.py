@@ -4,7 +4,7 @@
     python -m perf.packing --rows 4 --windows 100
 
 Nothing is trained and no image is decoded: the planner knows lengths without. The sample mixtures are the real ones,
-made for this run; the paper's are simulated by the histograms below. Every lane is a rank of its own here.
+made for this run; the paper's are simulated by the histograms below. Every partition is a rank of its own here.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.sample_world.writer import build as build_sample
 from sphinx_pl.data.sampling.mixture import Mixture
-from sphinx_pl.data.sampling.packing import Lane, PackingConfig, Planner
-from sphinx_pl.data.schema import Branch, ImageRef, Sample
+from sphinx_pl.data.sampling.packing import PackingConfig
+from sphinx_pl.data.sampling.partition import Partition
+from sphinx_pl.data.sampling.planner import Planner
+from sphinx_pl.data.schema import ImageRef, Sample, SampleQuestion
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.planning.flops import TrainingFlops
@@ -79,15 +81,15 @@ SIMULATED: dict[str, dict[str, Simulated]] = {
 
 
 class SimulatedMixture:
-    """What a lane asks of a `Mixture`, with sources that are histograms. Draws as the real one does."""
+    """What a partition asks of a `Mixture`, with sources that are histograms. Draws as the real one does."""
 
     exhausted = finite = False
     modalities = ("image", "text")
 
-    def __init__(self, sources: dict[str, Simulated], lane: int, row_length: int) -> None:
+    def __init__(self, sources: dict[str, Simulated], partition: int, row_length: int) -> None:
         self.sources = sources
         self.row_length = row_length
-        self.rng = random.Random(lane)
+        self.rng = random.Random(partition)
         self.drawn = dict.fromkeys(sources, 0)
         self.streams: dict[str, Any] = {}
         self.counts: Counter[str] = Counter()
@@ -101,7 +103,7 @@ class SimulatedMixture:
         self.drawn[name] += 1
         source = self.sources[name]
         length = min(source.length(self.rng), self.row_length)
-        branch = Branch([1] * length, [False] * (length - 1) + [True], "chat", name)
+        branch = SampleQuestion([1] * length, [False] * (length - 1) + [True], "chat", name)
         return [Sample([], [branch], (ImageRef(""),) * source.images, name)]
 
     def state_dict(self) -> dict[str, Any]:
@@ -109,7 +111,7 @@ class SimulatedMixture:
 
 
 MakeMixture = Callable[[int, int], Mixture]
-"""The mixture of (lane, lanes)."""
+"""The mixture of (partition, partitions)."""
 
 
 def flops_of(cfg: Any) -> TrainingFlops:
@@ -136,9 +138,9 @@ def simulated_cases(rows: int) -> Iterator[Case]:
         for row_length in (2048, 4096):
 
             def mixture(
-                lane: int, lanes: int, sources: dict[str, Simulated] = sources, row_length: int = row_length
+                partition: int, partitions: int, sources: dict[str, Simulated] = sources, row_length: int = row_length
             ) -> Mixture:
-                return cast(Mixture, SimulatedMixture(sources, lane, row_length))
+                return cast(Mixture, SimulatedMixture(sources, partition, row_length))
 
             yield Case(name, mixture, PackingConfig(row_length, rows), flops)
 
@@ -146,15 +148,23 @@ def simulated_cases(rows: int) -> Iterator[Case]:
 def sample_cases(root: Path, rows: int) -> Iterator[Case]:
     """The sample's own mixtures, with its own row length (as long as its longest sample) and one of twice that."""
     for stage, longer in itertools.product(("pretrain_real", "finetune"), (1, 2)):
-        cfg = configuration(f"stage={stage}", f"data.root={root}", f"data.packing.rows={rows}")
+        cfg = configuration(f"stage={stage}", f"data.root={root}", f"data.packing.micro_batch_rows={rows}")
         cfg.data.packing.row_length *= longer
         values: dict[str, Any] = OmegaConf.to_container(cfg.data, resolve=True)  # type: ignore[assignment]
         processor = Processor.from_dict(values["processor"], values["tokenizer"], SphinxConfig.from_dict(cfg.model))
         module = DataModule(processor, values["sources"], {}, values["packing"], seed=values["seed"])
 
-        def mixture(lane: int, lanes: int, module: DataModule = module) -> Mixture:
+        def mixture(partition: int, partitions: int, module: DataModule = module) -> Mixture:
             length = module.packing.row_length
-            return Mixture(module.sources, module.processor, module.seed, length, module.mixing, lane=lane, lanes=lanes)
+            return Mixture(
+                module.sources,
+                module.processor,
+                module.seed,
+                length,
+                module.mixing,
+                partition=partition,
+                partitions=partitions,
+            )
 
         yield Case(f"sample, {stage}", mixture, module.packing, flops_of(cfg))
 
@@ -168,7 +178,7 @@ def padded(case: Case, windows: int, by_length: bool) -> float:
     A micro-batch has as many samples as fit into the positions of a packed one. `by_length`: they are sorted within
     what the packer's look-ahead would see, which makes neighbours alike, and steps homogeneous.
     """
-    mixture, positions = case.mixture(0, 1), case.packing.rows * case.packing.row_length
+    mixture, positions = case.mixture(0, 1), case.packing.micro_batch_rows * case.packing.row_length
     tokens = used = 0
     for _ in range(windows):
         window: list[int] = []
@@ -202,14 +212,16 @@ class Packed:
     """Ranks in steps that lacked a modality of the mixture."""
 
 
-def packed(case: Case, windows: int, lanes: int) -> Packed:
-    """Through the planners of `lanes` ranks, each with a lane of its own."""
+def packed(case: Case, windows: int, partitions: int) -> Packed:
+    """Through the planners of `partitions` ranks, each with a partition of its own."""
 
-    def lane(number: int) -> Lane:
-        return Lane(case.mixture(number, lanes), case.packing)
+    def partition(number: int) -> Partition:
+        return Partition(case.mixture(number, partitions), case.packing)
 
-    planners = [Planner(lane, lanes, case.packing, rank=rank, world_size=lanes) for rank in range(lanes)]
-    positions = case.packing.rows * case.packing.row_length
+    planners = [
+        Planner(partition, partitions, case.packing, rank=rank, world_size=partitions) for rank in range(partitions)
+    ]
+    positions = case.packing.micro_batch_rows * case.packing.row_length
     tokens = 0
     slowest: list[float] = []
     most: list[float] = []
@@ -224,9 +236,9 @@ def packed(case: Case, windows: int, lanes: int) -> Packed:
             pairs.append(sum(sample.pairs for sample in samples))
             without += {bool(sample.images) for sample in samples} != {True, False}
         work = [case.flops.of(positions, *content) for content in zip(pairs, itertools.repeat(0), images)]
-        slowest.append(max(work) * lanes / sum(work) - 1)
-        most.append(max(images) * lanes / sum(images) - 1)
-    useful = tokens / (windows * lanes * positions)
+        slowest.append(max(work) * partitions / sum(work) - 1)
+        most.append(max(images) * partitions / sum(images) - 1)
+    useful = tokens / (windows * partitions * positions)
     return Packed(useful, sum(slowest) / windows, max(slowest), sum(most) / windows, without)
 
 
@@ -239,13 +251,20 @@ def print_table(options: argparse.Namespace) -> None:
         rows = []
         for case in [*sample_cases(root, options.rows), *simulated_cases(options.rows)]:
             plain, by_length = (padded(case, options.windows, way) for way in (False, True))
-            for lanes in options.lanes:
-                result = packed(case, max(1, options.windows // (4 if lanes > 8 else 1)), lanes)
+            for partitions in options.partitions:
+                result = packed(case, max(1, options.windows // (4 if partitions > 8 else 1)), partitions)
                 shares = [f"{share:.1%}" for share in (plain, by_length)]
-                balance = (result.slowest, result.worst, result.images) if lanes > 1 else ()
+                balance = (result.slowest, result.worst, result.images) if partitions > 1 else ()
                 above = [f"+{share:.1%}" for share in balance] or [""] * 3
                 rows.append(
-                    [case.name, f"{case.packing.row_length:,}", *shares, str(lanes), f"{result.useful:.1%}", *above]
+                    [
+                        case.name,
+                        f"{case.packing.row_length:,}",
+                        *shares,
+                        str(partitions),
+                        f"{result.useful:.1%}",
+                        *above,
+                    ]
                 )
     columns = ("mixture", "row", "padded", "sorted, padded", "ranks", "packed", "work", "worst", "images")
     caption = "work, worst step, images: the slowest rank above the mean"
@@ -256,7 +275,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = parser(__doc__)
     command.add_argument("--rows", type=int, default=8, help="of every rank in a step")
     command.add_argument("--windows", type=int, default=64, help="optimizer steps to plan, a quarter of them with 64")
-    command.add_argument("--lanes", type=int, nargs="*", default=[1, 8, 64], help="numbers of lanes, one a rank")
+    command.add_argument(
+        "--partitions", type=int, nargs="*", default=[1, 8, 64], help="numbers of partitions, one a rank"
+    )
     command.add_argument("--root", type=Path, help="sample data (default: made for the run, at a fifth of its size)")
     return run_command(command, print_table, arguments)
 

@@ -27,8 +27,9 @@ from perf.harness import configuration, console, parser, run_command, table, whe
 from sphinx_pl.callbacks.throughput import peak_flops
 from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.sampling.packing import Collator, Row, first_fit_decreasing
-from sphinx_pl.data.schema import Batch, Branch, Sample
+from sphinx_pl.data.sampling.collator import Collator
+from sphinx_pl.data.sampling.packing import Row, first_fit_decreasing
+from sphinx_pl.data.schema import Batch, Sample, SampleQuestion
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.planning.flops import TrainingFlops
@@ -96,7 +97,7 @@ class Bench:
 def build(arguments: argparse.Namespace) -> Bench:
     cfg = configuration("stage=finetune", *arguments.overrides)
     if arguments.rows:
-        cfg.data.packing.rows = arguments.rows
+        cfg.data.packing.micro_batch_rows = arguments.rows
     model_config = SphinxConfig.from_dict(cfg.model)
     values: dict[str, Any] = OmegaConf.to_container(cfg.data, resolve=True)  # type: ignore[assignment]
     processor = Processor.from_dict(values["processor"], values["tokenizer"], model_config)
@@ -178,23 +179,23 @@ def apart(samples: Sequence[Sample]) -> list[Sample]:
         Sample(
             [],
             [
-                Branch(
-                    sample.prefix + branch.ids,
-                    [False] * len(sample.prefix) + branch.supervised,
-                    branch.task,
-                    branch.key,
+                SampleQuestion(
+                    sample.prefix + question.ids,
+                    [False] * len(sample.prefix) + question.supervised,
+                    question.task,
+                    question.key,
                 )
             ],
             sample.images,
             sample.source,
         )
         for sample in samples
-        for branch in sample.branches
+        for question in sample.questions
     ]
 
 
 def shared_rows(window: list[Row], collator: Collator, rows: int) -> Iterator[tuple[list[Row], Collator]]:
-    """As training has it: packed rows, questions about one image are branches of one prefix."""
+    """As training has it: packed rows, questions about one image share one prefix."""
     yield window, collator
 
 
@@ -250,7 +251,7 @@ def compare_layouts(bench: Bench, windows: int) -> tuple[dict[str, Cost], int]:
     Useful are the tokens of the samples with every shared prefix counted once: the same for all layouts.
     """
     planner, collator = bench.datamodule.planner(), bench.datamodule.collator
-    rows = bench.datamodule.packing.rows
+    rows = bench.datamodule.packing.micro_batch_rows
     watch = Stopwatch(bench.device)
     costs = {name: Cost() for name in LAYOUTS}
     useful = 0

@@ -139,7 +139,7 @@ def transformers_decoder(config: DecoderConfig) -> Any:
 @pytest.fixture
 def models(tmp_path: Path, model_config: SphinxConfig, processor: Processor) -> Callable[..., list[Path]]:
     """Return a function that writes tiny models `model_0`, ... with different weights."""
-    from sphinx_pl.checkpoints.format import write_checkpoint
+    from sphinx_pl.checkpoints.native import write_checkpoint
     from sphinx_pl.models.sphinx import Sphinx
 
     def write(

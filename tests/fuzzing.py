@@ -308,11 +308,16 @@ class World:
         return {
             "web": {"kind": "image_text", "path": [self.tar("0.tar", few), self.tar("1.tar", few), whole["tar"]]},
             "chosen": {"kind": "image_text", "path": [self.tar("2.tar", few), whole["tar"]], "filters": filters},
-            "list": {"kind": "meta", "path": meta, "root": str(self.folder), "branches": rng.choice((1, 3))},
+            "list": {
+                "kind": "meta",
+                "path": meta,
+                "root": str(self.folder),
+                "questions_per_sample": rng.choice((1, 3)),
+            },
             "lines": {
                 **lines,
                 "path": [lines_file, whole["chat"]],
-                "branches": 3,
+                "questions_per_sample": 3,
             },
             "limited": {
                 **lines,

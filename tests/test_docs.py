@@ -285,7 +285,7 @@ def shortened(words: Sequence[str]) -> list[str]:
         case "train.py":
             return [*SMALL, "stage.max_steps=2", "data.val_samples=4", "trainer.max_steps=2"]
         case "mix_weights.py":
-            return ["data.packing.rows=2", "data.val_samples=2", "device=cpu"]
+            return ["data.packing.micro_batch_rows=2", "data.val_samples=2", "device=cpu"]
         case "evaluate.py":
             return ["limit=1", "shuffled=false", "constant=20", "device=cpu"]
         case "chat.py":

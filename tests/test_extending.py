@@ -15,14 +15,14 @@ import torch
 import yaml
 from PIL import Image
 
-from sphinx_pl.checkpoints import llama
+from sphinx_pl.checkpoints import huggingface
 from sphinx_pl.checkpoints.format import open_checkpoint
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.readers import SOURCES
+from sphinx_pl.data.readers import READERS
 from sphinx_pl.data.readers.instruction_json import to_record
 from sphinx_pl.data.sampling.config import SourceConfig
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.evaluation.benchmarks import BENCHMARKS, choose
 from sphinx_pl.evaluation.scorers.tasks import SCORERS
@@ -38,7 +38,7 @@ from tests.conftest import REPOSITORY, tiny_model
 from tests.scripts import run_script
 
 PAGE = REPOSITORY / "docs" / "extending.md"
-REGISTRIES = (TASKS, SOURCES, BENCHMARKS, METHODS)
+REGISTRIES = (TASKS, READERS, BENCHMARKS, METHODS)
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
 FILES = {content.splitlines()[0].removeprefix("# "): content for _, content in BLOCKS if content.startswith("# ")}
 """What the first line of a block says -> the block."""
@@ -50,7 +50,7 @@ def nothing_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Registries and modules are afterwards what they were."""
     for registry in REGISTRIES:
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
-    monkeypatch.setattr(llama, "_FAMILIES", dict(llama._FAMILIES))
+    monkeypatch.setattr(huggingface, "_FAMILIES", dict(huggingface._FAMILIES))
 
 
 @pytest.fixture
@@ -94,18 +94,18 @@ def test_every_section_has_an_example_of_some_length() -> None:
 
 
 def test_a_task(load: Load, processor: Processor) -> None:
-    load("sphinx_pl/data/tasks.py (at its end)")
+    load("sphinx_pl/data/tasks/wordings.py (at its end)")
     entry = json.loads(block("json", '"count"'))
     record = to_record(entry, "k", Path("/"), "chat")
-    geometry = Geometry()
-    (turn,) = TASKS["count"].turns(record, geometry)
+    coordinates = Coordinates()
+    (turn,) = TASKS["count"].turns(record, coordinates)
     assert (turn.question, turn.answer) == ("How many red squares are there?\nAnswer with a number.", "2")
     assert processor.sample(record, "train").targets > 0
     score = SCORERS[TASKS["count"].scorer].value
-    assert [score(answer, record, geometry) for answer in ("2", "3", "")] == [1, 0, 0]
-    assert [TASKS["count"].parse(text, geometry).formed for text in ("12", "a few")] == [True, False]
-    with pytest.raises(BadSample, match="question_empty"):
-        TASKS["count"].turns(to_record(entry | {"question": " "}, "k", Path("/"), "chat"), geometry)
+    assert [score(answer, record, coordinates) for answer in ("2", "3", "")] == [1, 0, 0]
+    assert [TASKS["count"].parse(text, coordinates).formed for text in ("12", "a few")] == [True, False]
+    with pytest.raises(SkipSample, match="question_empty"):
+        TASKS["count"].turns(to_record(entry | {"question": " "}, "k", Path("/"), "chat"), coordinates)
 
 
 def test_a_reader(load: Load, processor: Processor, tmp_path: Path) -> None:
@@ -139,9 +139,9 @@ def test_a_benchmark(load: Load, tmp_path: Path) -> None:
     values = yaml.safe_load(line.replace("${benchmark.root}/colours", str(tmp_path)))
     [questions], _ = choose(["colours"], values)
     assert questions.lost == {"entry_malformed": 1}
-    predictions = [questions.benchmark.score_answer(record, "Red.", Geometry()) for record in questions.records]
+    predictions = [questions.benchmark.score_answer(record, "Red.", Coordinates()) for record in questions.records]
     assert [(p.score, p.parsed) for p in predictions] == [(1.0, True), (0.0, True)]
-    assert not questions.benchmark.score_answer(questions.records[0], "mauve", Geometry()).parsed
+    assert not questions.benchmark.score_answer(questions.records[0], "mauve", Coordinates()).parsed
 
 
 @pytest.mark.skipif(not (REPOSITORY / "sphinx_pl/models/encoders").is_dir(), reason="encoders have no registry yet")
@@ -170,7 +170,7 @@ def test_a_language_model(load: Load, tmp_path: Path) -> None:
 
     from transformers import Phi3Config, Phi3ForCausalLM
 
-    module = load("sphinx_pl/checkpoints/llama.py (at its end)")
+    module = load("sphinx_pl/checkpoints/huggingface.py (at its end)")
     assert "phi3" in module._FAMILIES
     torch.manual_seed(0)
     sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}

@@ -56,7 +56,7 @@ def test_the_pages_commands_train_a_model_that_answers(files: Path, sample_data:
     small = [
         *(item for item in SMALL if not item.startswith("data.packing")),
         "stage.max_steps=2",
-        "data.packing.rows=1",
+        "data.packing.micro_batch_rows=1",
         "data.packing.row_length=128",
         "data.processor.max_length=128",
         "stage.init_from=null",

@@ -33,7 +33,7 @@ MISTAKES = {
     "pipeline": ["no_such_command"],
 }
 SMALL = [
-    *("model.decoder.layers=1", "data.packing.rows=2", "data.val_samples=4", "stage.max_steps=2"),
+    *("model.decoder.layers=1", "data.packing.micro_batch_rows=2", "data.val_samples=4", "stage.max_steps=2"),
     *("trainer.accelerator=cpu", "callbacks.progress.lines=1"),
 ]
 

@@ -91,11 +91,11 @@ class Terminal:
         return answer
 
     def _draw(self, image: Image.Image, question: str, answer: str) -> None:
-        geometry = self.assistant.processor.geometry
-        if not geometry.parse_boxes(answer) and not geometry.parse_points(answer):
+        coordinates = self.assistant.processor.coordinates
+        if not coordinates.parse_boxes(answer) and not coordinates.parse_points(answer):
             return
         side, dx, dy = padded_frame(image.size)
-        picture = draw(padded_resize(image, side), "", answer, geometry, question)
+        picture = draw(padded_resize(image, side), "", answer, coordinates, question)
         picture = picture.crop((dx, dy, dx + image.width, dy + image.height))
         encoded = io.BytesIO()
         picture.save(encoded, format="PNG")

@@ -1,5 +1,8 @@
 """Checkpoints: our own format, and those that come from elsewhere."""
 
-from sphinx_pl.checkpoints import llama as llama  # registers its formats
+# Importing them registers their formats.
+from sphinx_pl.checkpoints import huggingface as huggingface
+from sphinx_pl.checkpoints import meta as meta
+from sphinx_pl.checkpoints import native as native
 from sphinx_pl.checkpoints import original as original
 from sphinx_pl.checkpoints import training as training

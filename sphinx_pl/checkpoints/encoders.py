@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sphinx_pl.checkpoints.format import HUB, SafetensorsFile, Source, compare, copy_into, read_json, read_weight_map
-from sphinx_pl.checkpoints.torch_shards import ParallelFiles
+from sphinx_pl.checkpoints.folder import read_json, read_weight_map
+from sphinx_pl.checkpoints.hub import HUB
+from sphinx_pl.checkpoints.tensors import SafetensorsFile, Source, compare, copy_into
+from sphinx_pl.checkpoints.torch_shards import TorchShards
 from sphinx_pl.models.encoders import ClipViT, Dinov2, QFormer, Tower, resample_positions
 from sphinx_pl.models.views import CLIP_MEAN, CLIP_STD
 from sphinx_pl.utils.errors import UserError, suggest
@@ -313,8 +315,8 @@ class TowerFiles:
                 found = {name: shards.info(name).shape for name in shards.keys}
                 reader = shards.tensor
             else:
-                saved = ParallelFiles([path], _state_dict)
-                found = {name: saved.shape(name) for name in saved}
+                saved = TorchShards([path], _state_dict)
+                found = {name: saved.info(name).shape for name in saved}
                 reader = saved.tensor
             if twice := sorted(found.keys() & self.shapes.keys()):
                 raise UserError(f"'{path}' holds '{twice[0]}', as another file does: give one of them")

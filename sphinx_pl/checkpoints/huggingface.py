@@ -1,220 +1,319 @@
-"""Hugging Face's folders: which files are the model, and whether two hold weights of one: by their configurations, and
-by how they cut text into tokens.
+"""Folders that `from_pretrained` reads, if their weights are safetensors.
 
-Programs and their versions write the same things differently, and fine-tuning scripts leave traces of their own; what
-is compared is what weights depend on.
+A decoder of a known family is a checkpoint of a text-only model, so it can be shown, imported and
+named by `model.decoder.load`. Any other model can be mixed with its like, under the files' own
+names.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from sphinx_pl.checkpoints.format import CONFIG, INDEX, PROVENANCE, differences, read_json, read_weight_map
-from sphinx_pl.checkpoints.tokenizer_json import PROBES
-from sphinx_pl.checkpoints.unreadable import why_no_weights
-from sphinx_pl.utils.errors import UserError
+import torch
+from torch import Tensor, nn
 
-WEIGHTS = "model.safetensors"
-_OF = re.compile(r"-of-0*(\d+)\.")
-# Of a config.json: how a model is trained, cut short, shown or stored. None changes what a weight means; what
-# max_window_layers does is said by layer_types.
-_HARMLESS = (
-    *("_*", "name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "auto_map", "unsloth_*"),
-    *("pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id", "use_cache", "max_position_embeddings"),
-    *("initializer_*", "*drop*", "gradient_checkpointing", "use_reentrant", "pretraining_tp", "attn_implementation"),
-    *("output_attentions", "output_hidden_states", "output_scores", "return_dict", "torchscript", "tokenizer_class"),
-    *("finetuning_task", "problem_type", "max_length"),
-    *("task_specific_params", "forced_decoder_ids", "*suppress_tokens", "apply_spec_augment", "max_window_layers"),
+from sphinx_pl.checkpoints.folder import (
+    CONFIG,
+    INDEX,
+    TOKENIZER,
+    read_json,
+    read_provenance,
+    read_weight_map,
+    sizes_of,
+    write_json,
 )
-# Beside the weights and the card, what a training run or a download left in the folder: files and folders.
-_LEFTOVERS = (
-    *("*.safetensors", "*.bin", "*.pth", "*.pt", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.index.json"),
-    *("README*", PROVENANCE, "trainer_state.json", "*_results.json", "*.log", "*.zip", "*.tar", "*.tar.*"),
-    *("*.tgz", "*.tfevents.*", ".*", "trainer_log.jsonl", "training_args.*", "latest", "zero_to_fp32.py"),
-    *("checkpoint-*", "runs", "logs", "global_step*"),
+from sphinx_pl.checkpoints.format import FORMATS, Checkpoint, SafetensorsFolder, open_checkpoint
+from sphinx_pl.checkpoints.hub import local_folder
+from sphinx_pl.checkpoints.huggingface_files import (
+    WEIGHTS,
+    belongs,
+    config_difference,
+    is_huggingface,
+    other_files,
+    tokenizer_difference,
+    weight_files,
 )
-# What cuts text, besides `_ALIKE`: compared byte by byte.
-_VOCABULARIES = ("*.model", "*.spm", "*.tiktoken", "vocab.txt", "vocab.bpe", "bpe.codes", "tekken.json")
+from sphinx_pl.checkpoints.llama import (
+    LLAMA_TOP,
+    family,
+    internlm2_source,
+    llama_entries,
+    llama_source,
+    our_llama_name,
+    text_only,
+)
+from sphinx_pl.checkpoints.output import OutputFolder, safetensors_folder, write_index
+from sphinx_pl.checkpoints.tensors import SafetensorsFiles, Source, TensorInfo, same_bits
+from sphinx_pl.checkpoints.tokenizer_json import TOKENIZER_CONFIG, TOKENIZER_JSON, tokenizer_json
+from sphinx_pl.checkpoints.unreadable import check_plain
+from sphinx_pl.checkpoints.vocabulary import uncompared, vocabulary_difference
+from sphinx_pl.checkpoints.writer import CheckpointWriter
+from sphinx_pl.models.config import DecoderConfig
+from sphinx_pl.models.decoder import Decoder
+from sphinx_pl.utils.errors import UserError, suggest
+from sphinx_pl.utils.files import write_whole
 
+log = logging.getLogger(__name__)
 
-def is_huggingface(folder: Path) -> bool:
-    """Whether it is a model's folder as transformers writes it."""
-    return (folder / CONFIG).is_file() and isinstance(read_json(folder / CONFIG).get("model_type"), str)
-
-
-def belongs(name: str) -> bool:
-    """Whether a file of that name goes with the weights."""
-    return not any(fnmatchcase(name, pattern) for pattern in _LEFTOVERS)
-
-
-def weight_files(folder: Path) -> list[str]:
-    """The names of its safetensors: the single file if there is one, as `from_pretrained` takes it, else the shards.
-
-    Raises:
-        UserError: its weights are pickles, in another format or missing, or the index does not name all shards.
-    """
-    if (folder / WEIGHTS).is_file():
-        return [WEIGHTS]
-    if (folder / INDEX).is_file():
-        named = sorted(set(read_weight_map(folder / INDEX).values()))
-        total = max((int(match[1]) for name in named if (match := _OF.search(name))), default=0)
-        if len(named) < total:
-            raise UserError(f"'{folder / INDEX}' names {len(named)} of {total} shards: copy the folder again")
-        return named
-    if pickles := sorted(folder.glob("pytorch_model*.bin")):
-        raise UserError(
-            f"'{pickles[0]}' is not read: write the model anew as safetensors, with its class's "
-            f"from_pretrained('{folder}').save_pretrained(FOLDER)"
-        )
-    raise UserError(why_no_weights(folder, WEIGHTS, INDEX))
-
-
-def config_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
-    """In what two contents of config.json describe different models; "" in nothing."""
-    if a["model_type"] != b["model_type"]:
-        return f"{CONFIG}.model_type is {a['model_type']!r} and {b['model_type']!r}"
-    differing = differences(_relevant(a), _relevant(b), CONFIG)
-    if differing and (complete := _complete(a, b)):
-        # One may leave out, or name as of old, what the other says. What the class doesn't know is off unless it is on.
-        x, y = ({key: value for key, value in _relevant(config).items() if value} for config in complete)
-        differing = differences(x, y, CONFIG)
-    return differing[0] if differing else ""
-
-
-def _relevant(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        str(key): _relevant(value) if isinstance(value, Mapping) else value
-        for key, value in config.items()
-        if not any(fnmatchcase(str(key), pattern) for pattern in _HARMLESS)
-    }
-
-
-def _complete(*configs: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    """With the defaults and the key names of the installed transformers; nothing if it does not know the model."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    try:
-        return [CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)).to_dict() for config in configs]
-    except Exception:  # whatever a configuration class makes of values that somebody else wrote
-        return ()
-
-
-def tokenizer_difference(a: Path, b: Path) -> str:
-    """In which file two folders' tokenizers differ; "" if in none. Files that only one has are not compared.
-
-    Raises:
-        UserError: a file is damaged.
-    """
-    names = [file.name for pattern in _VOCABULARIES for file in a.glob(pattern)]
-    for name in sorted({*names, *_ALIKE}):
-        x, y = a / name, b / name
-        if x.is_file() and y.is_file() and not _ALIKE.get(name, _same_bytes)(x, y):
-            return name
-    return ""
-
-
-def other_files(a: Path, b: Path) -> str:
-    """Which files beside the weights and config.json differ, or only one folder has, in a phrase; "" if none does."""
-    x, y = (
-        {file.name: file for file in folder.iterdir() if file.is_file() and belongs(file.name)} for folder in (a, b)
-    )
-    names = [name for name in sorted({*x, *y} - {CONFIG}) if not fnmatchcase(name, "LICENSE*")]
-    differing = [name for name in names if name in x and name in y and not _alike(x[name], y[name])]
-    phrases = {
-        "differ": differing,
-        f"only in '{a}'": [name for name in names if name not in y],
-        f"only in '{b}', and left there": [name for name in names if name not in x],
-    }
-    return "; ".join(f"{', '.join(found)} ({said})" for said, found in phrases.items() if found)
-
-
-def _alike(a: Path, b: Path) -> bool:
-    """Whether two files say the same: JSON by its content, without what names a version or a place."""
-    if _same_bytes(a, b):
-        return True
-    if a.suffix != ".json":
-        return False
-    x, y = read_json(a), read_json(b)
-    keys = [key for key in {*x, *y} if not key.startswith("_") and key not in ("transformers_version", "name_or_path")]
-    return all(x.get(key) == y.get(key) for key in keys)
-
-
-def _same_bytes(a: Path, b: Path) -> bool:
-    return a.read_bytes() == b.read_bytes()
-
-
-def _same_json(a: Path, b: Path) -> bool:
-    return read_json(a) == read_json(b)
-
-
-def _same_lettering(a: Path, b: Path) -> bool:
-    """Of tokenizer_config.json: how BERT's relatives write a text before they cut it. The rest is said elsewhere."""
-    x, y = read_json(a), read_json(b)
-    keys = ("do_lower_case", "do_basic_tokenize", "strip_accents", "tokenize_chinese_chars")
-    return not any(None not in (x.get(key), y.get(key)) and x[key] != y[key] for key in keys)
-
-
-def _same_merges(a: Path, b: Path) -> bool:
-    return _merges(a) == _merges(b)
-
-
-def _same_pipeline(a: Path, b: Path) -> bool:
-    return bool(_pipeline(a) == _pipeline(b)) and _cut_alike(a, b)
-
-
-_ALIKE: dict[str, Callable[[Path, Path], bool]] = {
-    "tokenizer.json": _same_pipeline,
-    "vocab.json": _same_json,
-    "added_tokens.json": _same_json,
-    "merges.txt": _same_merges,
-    "tokenizer_config.json": _same_lettering,
+_FAMILIES: dict[str, Callable[[str, DecoderConfig], Source]] = {
+    "llama": llama_source,
+    "qwen3": llama_source,
+    "mixtral": llama_source,
+    "internlm2": internlm2_source,
 }
 
 
-def _pipeline(path: Path) -> Any:
-    """The vocabulary and the merges of a tokenizer.json."""
-    content = read_json(path)
-    try:
-        model, added = content.get("model") or {}, content.get("added_tokens") or []
-        # Of a pair as one word with a space, or as two: by the version.
-        merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model.get("merges") or ()]
-        tokens = sorted((token["id"], token["content"]) for token in added)
-    except (TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"'{path}' is damaged ({error!r}): fetch it again") from None
-    return model.get("type", "BPE"), model.get("vocab"), merges, tokens
+def _from_huggingface(values: dict[str, Any], file: Path) -> DecoderConfig:
+    """The decoder that a config.json of transformers describes.
 
-
-_CUTTING = ("normalizer", "pre_tokenizer", "model", "added_tokens")
-
-
-def _cut_alike(a: Path, b: Path) -> bool:
-    """Whether two tokenizer.json of one vocabulary cut text alike: they say so in the same words, or they do it.
-
-    What they add to whole texts, decoding, and what follows a special token are left out: programs differ in them.
+    Raises:
+        UserError: it asks for something that the decoder here does not compute.
+        KeyError: a size is missing.
     """
-    x, y = read_json(a), read_json(b)
-    if all(x.get(key) == y.get(key) for key in _CUTTING):
-        return True
-    from tokenizers import Tokenizer
+    heads = values["num_attention_heads"]
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    unlike = {
+        "attention_bias": bool(values.get("attention_bias") or values.get("bias")),
+        "rope_scaling": kind not in ("default", "dynamic"),  # dynamic: only beyond the trained length
+        "head_dim": (values.get("head_dim") or values["hidden_size"] // heads) * heads != values["hidden_size"],
+        "hidden_act": values.get("hidden_act", "silu") != "silu",
+        "sliding_window": values.get("use_sliding_window", True) and values.get("sliding_window") is not None,
+    }
+    if asked := [key for key, differs in unlike.items() if differs]:
+        raise UserError(f"'{file}': {asked[0]}={values.get(asked[0])!r} is not what the decoder here computes")
+    return DecoderConfig(
+        vocab_size=values["vocab_size"],
+        width=values["hidden_size"],
+        layers=values["num_hidden_layers"],
+        heads=heads,
+        kv_heads=values.get("num_key_value_heads") or heads,
+        ffn_width=values["intermediate_size"],
+        norm_eps=values["rms_norm_eps"],
+        rope_theta=float(values.get("rope_theta") or rope.get("rope_theta") or 10000.0),
+        max_positions=values.get("max_position_embeddings", 4096),
+        qk_norm=values["model_type"] == "qwen3",
+        tie_embeddings=bool(values.get("tie_word_embeddings", False)),
+        experts=values.get("num_local_experts", 0),
+        experts_per_token=values.get("num_experts_per_tok", 2),
+        balance_weight=values.get("router_aux_loss_coef", 0.0) if values.get("num_local_experts") else 0.0,
+    )
 
-    ordinary = [token["content"] for token in x.get("added_tokens") or () if not token.get("special")]
-    probes = [*PROBES, *(f"a {token} b{token}c" for token in ordinary)]
+
+class HuggingFaceCheckpoint(Checkpoint):
+    """A decoder that `from_pretrained` reads: LLaMA (TinyLlama too), Mixtral, InternLM2."""
+
+    @classmethod
+    def matches(cls, path: Path) -> bool:
+        return is_huggingface(path)
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        values = read_json(path / CONFIG)
+        kind = str(values["model_type"])
+        if kind not in _FAMILIES:
+            raise UserError(f"'{path / CONFIG}': model_type '{kind}' cannot be read: {suggest(kind, _FAMILIES)}")
+        with sizes_of(path / CONFIG):
+            decoder = _from_huggingface(values, path / CONFIG)
+        self.config = text_only(path.name, decoder)
+        self.provenance = {"original": kind} | read_provenance(path)
+        self._shards = SafetensorsFiles(path, weight_files(path))
+        stored = set(self._shards)
+        check_plain(path, values, stored, "read")
+        with torch.device("meta"):
+            wanted = list(Decoder(decoder).state_dict())
+        sources = {name: _FAMILIES[kind](name, decoder) for name in wanted}
+        used = {theirs for source in sources.values() for theirs in source.names}
+        # Saved from the class without an output head (LlamaModel), names lack their beginning.
+        bare = not used & stored and any(f"model.{name}" in used for name in stored)
+        self._prefix = "model." if bare else ""
+        self._stored = {f"{self._prefix}{name}": name for name in self._shards}
+        self._sources = {f"decoder.{name}": source for name, source in sources.items()}
+        self._extra = [name for name in self._stored if name not in used and not self._is_repeated(name)]
+
+    def _is_repeated(self, theirs: str) -> bool:
+        """Whether a tensor says nothing new: computed angles, or a head that is the embedding."""
+        if theirs.endswith("rotary_emb.inv_freq"):
+            return True
+        if theirs != LLAMA_TOP["output.weight"] or not self.model_config.decoder.tie_embeddings:
+            return False
+        embedding = LLAMA_TOP["tok_embeddings.weight"]
+        return embedding in self._stored and same_bits(self._their_tensor(theirs), self._their_tensor(embedding))
+
+    def _their_tensor(self, theirs: str) -> Tensor:
+        return self._shards.tensor(self._stored[theirs])
+
+    def check(self, module: nn.Module, part: str = "") -> None:
+        if self._prefix and "decoder.output.weight" in self._sources:
+            raise UserError(
+                f"'{self.path}' has no output head (lm_head.weight): it was saved from LlamaModel or its like, save it "
+                "from LlamaForCausalLM"
+            )
+        super().check(module, part)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from (name for name, source in self._sources.items() if self._stored.keys() >= set(source.names))
+        yield from self._extra
+
+    def info(self, name: str) -> TensorInfo:
+        source = self._source(name)
+        infos = [self._shards.info(self._stored[theirs]) for theirs in source.names]
+        return TensorInfo(source.shape([info.shape for info in infos]), infos[0].dtype)
+
+    def tensor(self, name: str) -> Tensor:
+        source = self._source(name)
+        return source.make(*(self._their_tensor(theirs) for theirs in source.names))
+
+    def _source(self, name: str) -> Source:
+        return self._sources.get(name, Source((name,)))
+
+    def files(self) -> Sequence[Path]:
+        return [self.path / CONFIG, *(file.path for file in self._shards.files.values())]
+
+
+FORMATS.register("huggingface", HuggingFaceCheckpoint)
+
+
+class HuggingFaceFolder(SafetensorsFolder):
+    """A folder with any model, under the names of its files. A copy has the same files."""
+
+    kind = "huggingface"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tensors = SafetensorsFiles(path, weight_files(path))
+        if WEIGHTS not in self.tensors.files:
+            places = {name: self.file(name).name for name in self}
+            for name, file in read_weight_map(path / INDEX).items():
+                if places.get(name) != file:
+                    raise UserError(f"'{path / INDEX}' has '{name}' in {file}, where it is not: copy the folder again")
+        self.config = read_json(path / CONFIG)
+        self.provenance = {"original": str(self.config["model_type"])}
+        self.provenance |= read_provenance(path)
+
+    def canonical_name(self, name: str) -> str:
+        return our_llama_name(name)
+
+    def canonical(self) -> Checkpoint:
+        return open_checkpoint(self.path)
+
+    def compare(self, other: HuggingFaceFolder) -> str:
+        file, problem = CONFIG, config_difference(self.config, other.config)
+        if not problem and (file := tokenizer_difference(self.path, other.path)):
+            problem = f"their tokenizers differ in {file}"
+        if not problem and (tokens := vocabulary_difference(self.path, other.path)):
+            file, problem = "tokenizer", f"their tokenizers differ: {tokens}"
+        return f"{problem} (if that changes nothing, have one {file} in both)" if problem else ""
+
+    def check_numbers(self) -> None:
+        check_plain(self.path, self.config, list(self), "mix")
+
+    def note(self, other: HuggingFaceFolder) -> str:
+        return "; ".join(filter(None, (uncompared(self.path, other.path), other_files(self.path, other.path))))
+
+    def output(self, dtype: torch.dtype | None = None) -> OutputFolder:
+        files = self.copies(dtype)
+
+        def finish(folder: Path) -> None:
+            for file in self.path.iterdir():
+                if file.is_file() and belongs(file.name):
+                    shutil.copyfile(file, folder / file.name)
+            inside = sorted(file.name for file in self.path.iterdir() if file.is_dir() and belongs(file.name))
+            if inside:
+                log.warning("folders in '%s' are not mixed and not copied: %s", self.path, ", ".join(inside))
+            dtypes = {entry.info.dtype for file in files for entry in file.entries.values()}
+            dtypes = {dtype for dtype in dtypes if dtype.is_floating_point}
+            if len(dtypes) == 1:
+                config = read_json(folder / CONFIG)
+                keys = [key for key in ("torch_dtype", "dtype") if key in config]
+                write_json(folder / CONFIG, config | dict.fromkeys(keys, str(dtypes.pop()).removeprefix("torch.")))
+            if [file.name for file in files] != [WEIGHTS]:
+                write_index(folder, files)
+
+        return OutputFolder(files, finish)
+
+
+def open_model(path: str | Path) -> Checkpoint | HuggingFaceFolder:
+    """As `open_checkpoint`, but a Hugging Face folder may hold any kind of model."""
+    folder = local_folder(path)
+    return HuggingFaceFolder(folder) if is_huggingface(folder) else open_checkpoint(folder)
+
+
+# -- exporting -------------------------------------------------------------------------------------
+
+
+def huggingface_config(config: DecoderConfig, dtype: str) -> dict[str, Any]:
+    """The config.json of `family(config)`."""
+    name = family(config)
+    more: dict[str, Any] = {}
+    if config.qk_norm:
+        more = {"head_dim": config.head_dim, "attention_bias": False, "use_sliding_window": False}
+    elif config.experts:
+        more = {"num_local_experts": config.experts, "num_experts_per_tok": config.experts_per_token}
+        more |= {"router_aux_loss_coef": config.balance_weight, "sliding_window": None}
+    return {
+        "architectures": [name],
+        "model_type": name.removesuffix("ForCausalLM").lower(),
+        "hidden_act": "silu",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "intermediate_size": config.ffn_width,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "max_position_embeddings": config.max_positions,
+        "tie_word_embeddings": config.tie_embeddings,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": dtype,
+    } | more
+
+
+def huggingface_folder(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> OutputFolder:
+    """A folder that `family(config).from_pretrained` loads: the decoder, made of tensors with
+    canonical names.
+
+    Args:
+        dtype: of all tensors; None: each one's own.
+
+    Raises:
+        UserError: no class of transformers computes the decoder, or there is no tokenizer, or none
+            that transformers applies alike.
+    """
+    config = checkpoint.model_config.decoder
     try:
-        first, second = (Tokenizer.from_file(str(path)) for path in (a, b))
-        return all(
-            first.encode(text, add_special_tokens=False).ids == second.encode(text, add_special_tokens=False).ids
-            for text in probes
-        )
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException:  # its panics are no Exception
-        return False
+        family(config)
+    except ValueError as error:
+        raise UserError(f"'{checkpoint.path}' has {error}, which is not exported to Hugging Face's layout") from None
+    entries = llama_entries(checkpoint, config, dtype)
+    tokenizer = checkpoint.tokenizer()
+    text, settings = tokenizer_json(tokenizer)
+    name_of_dtype = str(dtype or checkpoint.info("decoder.norm.weight").dtype).removeprefix("torch.")
+
+    def finish(folder: Path) -> None:
+        write_json(folder / CONFIG, huggingface_config(config, name_of_dtype))
+        shutil.copyfile(tokenizer, folder / TOKENIZER)
+        write_whole(folder / TOKENIZER_JSON, text)
+        write_json(folder / TOKENIZER_CONFIG, settings)
+
+    return safetensors_folder(entries, finish)
 
 
-def _merges(path: Path) -> list[str]:
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    return [line for line in lines if not line.startswith("#version")]
+def write_huggingface(checkpoint: Checkpoint, out: Path) -> None:
+    """Write the decoder of `checkpoint` as a Hugging Face folder.
+
+    Raises:
+        UserError: `out` exists, or see `huggingface_folder`.
+    """
+    reader = copy(checkpoint)
+    # The experts of one matrix are written one after the other.
+    reader.tensor = lru_cache(1)(checkpoint.tensor)  # type: ignore[method-assign]
+    CheckpointWriter(out, huggingface_folder(checkpoint), progress="Exporting").write(reader)

@@ -1,6 +1,6 @@
 """The layout of the released SPHINX weights, which LLaMA2-Accessory wrote.
 
-consolidated.00-of-02.model.pth ...   {"model": {"llma.…": tensor}}, see `sphinx_pl.checkpoints.torch_shards`;
+consolidated.00-of-02.model.pth ...   {"model": {"llma.…": tensor}}, see `torch_shards.py`;
                                       .model-diff.pth: differences to a base model, see `Restored`
 config.json                           the decoder's sizes
 meta.json                             {"llama_type": "llama_ens"}, the model's class
@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,20 +22,12 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from sphinx_pl.checkpoints.format import (
-    CONFIG,
-    FORMATS,
-    TOKENIZER,
-    Checkpoint,
-    TensorInfo,
-    differences,
-    read_json,
-    read_provenance,
-    sizes_of,
-    write_json,
-)
-from sphinx_pl.checkpoints.layout import Entry, Layout, TorchOut, Whole, write_layout
-from sphinx_pl.checkpoints.torch_shards import ParallelFiles, split
+from sphinx_pl.checkpoints.folder import CONFIG, TOKENIZER, read_json, read_provenance, sizes_of, write_json
+from sphinx_pl.checkpoints.format import FORMATS, Checkpoint, ModelFolder, differences
+from sphinx_pl.checkpoints.output import Entry, OutputFolder, TorchOutput
+from sphinx_pl.checkpoints.tensors import TensorInfo
+from sphinx_pl.checkpoints.torch_shards import META, ShardsFolder, TorchShards, split
+from sphinx_pl.checkpoints.writer import CheckpointWriter
 from sphinx_pl.data.processor import TEXT_LENGTH, ProcessorConfig
 from sphinx_pl.models.config import DecoderConfig, SphinxConfig
 from sphinx_pl.utils.config import CONFIG_FOLDER
@@ -43,10 +35,10 @@ from sphinx_pl.utils.errors import UserError, suggest
 
 log = logging.getLogger(__name__)
 
-META = "meta.json"
 _SHARD = re.compile(r"consolidated\.(\d+)-of-(\d+)\.(model|model-diff)\.pth")
 
-# The class names of the original, and the configuration in conf/model that has their towers and views.
+# The class names of the original, and the configuration in conf/model that has their towers and
+# views.
 TYPES: dict[str, str] = {
     "llama_ens": "sphinx_7b",
     "llama_ens5": "sphinx_1k_13b",
@@ -72,7 +64,8 @@ _PREFIXES = (
 )
 # timm's names of the two matrices of DINOv2's SwiGLU.
 _SWIGLU = ((".mlp.w12.", ".mlp.fc1."), (".mlp.w3.", ".mlp.fc2."))
-# Parameters that no forward pass uses but the original's files have: CLIP's text side, DINOv2's mask token.
+# Parameters that no forward pass uses but the original's files have: CLIP's text side, DINOv2's
+# mask token.
 UNUSED: dict[str, tuple[int, ...]] = {
     "llma.clip.positional_embedding": (77, 768),
     "llma.clip.text_projection": (768, 768),
@@ -106,7 +99,7 @@ def _renamed(name: str, old: int, new: int) -> str:
 
 
 def ffn_width(width: int, multiple_of: int, multiplier: float | None) -> int:
-    """LLaMA's rule: two thirds of four times the width, times the multiplier, rounded up to a multiple."""
+    """LLaMA's rule: 8/3 of the width, times the multiplier, rounded up to a multiple."""
     hidden = int(8 * width / 3)
     hidden = int(multiplier * hidden) if multiplier else hidden
     return -(-hidden // multiple_of) * multiple_of
@@ -187,16 +180,16 @@ class OriginalCheckpoint(Checkpoint):
         if not self.tokenizer_file.is_file():
             raise UserError(f"'{self.tokenizer_file}' is missing: copy the original's tokenizer.model there")
         sizes = read_json(path / CONFIG)
-        shards = self._find_shards()
-        self.is_delta = "model-diff" in shards[0].name
+        files = self._shard_files()
+        self.is_delta = "model-diff" in files[0].name
         with sizes_of(path / CONFIG):
             moe: Any = sizes.get("moe") or _DEFAULTS.get(kind, {}).get("moe")
             experts = moe["num_experts"] if moe else 0
-        self._files = ParallelFiles(shards, lambda content: content["model"], experts)
-        if foreign := [name for name in self._files if not name.startswith("llma.")]:
+        self.shards = TorchShards(files, lambda content: content["model"], experts)
+        if foreign := [name for name in self.shards if not name.startswith("llma.")]:
             raise UserError(f"'{path}' has '{foreign[0]}', without the prefix 'llma.': it is not SPHINX's")
-        self._theirs = {our_name(name): name for name in self._files if name not in UNUSED}
-        vocab = self._files.shape("llma.tok_embeddings.weight")[0]
+        self._theirs = {our_name(name): name for name in self.shards if name not in UNUSED}
+        vocab = self.shards.info("llma.tok_embeddings.weight").shape[0]
         with sizes_of(path / CONFIG):
             decoder = decoder_config(sizes, vocab, kind)
         model = shipped_model(TYPES[kind]) | {"name": kind, "decoder": vars(decoder)}
@@ -214,14 +207,9 @@ class OriginalCheckpoint(Checkpoint):
                 "model.vision.clip.quick_gelu=true (docs/original.md has the difference)"
             )
 
-    @property
-    def parallel(self) -> ParallelFiles:
-        """Its tensors as they lie in the files, under the original's names."""
-        return self._files
-
-    def _find_shards(self) -> list[Path]:
-        found = {file: match for file in self.path.iterdir() if (match := _SHARD.fullmatch(file.name))}
-        sets = {(int(match[2]), match[3]) for match in found.values()}
+    def _shard_files(self) -> list[Path]:
+        present = {file: match for file in self.path.iterdir() if (match := _SHARD.fullmatch(file.name))}
+        sets = {(int(match[2]), match[3]) for match in present.values()}
         if len(sets) != 1:
             raise UserError(
                 f"'{self.path}' holds shards of {len(sets)} checkpoints: expected consolidated.00-of-NN.model.pth to "
@@ -230,44 +218,34 @@ class OriginalCheckpoint(Checkpoint):
         ((total, suffix),) = sets
         files = [self.path / _shard_name(rank, total, suffix) for rank in range(total)]
         for file in files:
-            if file not in found:
+            if file not in present:
                 raise UserError(f"'{file}' is missing: copy all {total} shards")
         return files
-
-    def check(self, module: nn.Module, part: str = "") -> None:
-        if self.is_delta:
-            raise UserError(
-                f"'{self.path}' holds differences to a base model: add them to it first, with "
-                "`sphinx-checkpoint import … --base FOLDER`"
-            )
-        super().check(module, part)
 
     def load_into(self, module: nn.Module, part: str = "") -> None:
         super().load_into(module, part)
         if note := self.provenance.get("note"):
             log.warning("%s: %s", self.path, note)
 
-    def keys(self) -> Sequence[str]:
-        return list(self._theirs)
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._theirs)
 
     def info(self, name: str) -> TensorInfo:
-        theirs = self._theirs[name]
-        shape = self._files.shape(theirs)
-        return TensorInfo(shape[-1:] if name in _FLAT else shape, self._files.dtype(theirs))
+        info = self.shards.info(self._theirs[name])
+        return TensorInfo(info.shape[-1:], info.dtype) if name in _FLAT else info
 
     def tensor(self, name: str) -> Tensor:
-        tensor = self._files.tensor(self._theirs[name])
+        tensor = self.shards.tensor(self._theirs[name])
         return tensor.flatten() if name in _FLAT else tensor
 
     def unused(self) -> Iterable[tuple[str, Tensor]]:
-        return ((name, self._files.tensor(name)) for name in self._files if name in UNUSED)
+        return ((name, self.shards.tensor(name)) for name in self.shards if name in UNUSED)
 
     def files(self) -> Sequence[Path]:
-        return [self.path / CONFIG, self.path / META, self.tokenizer_file, *self._files.files]
+        return [self.path / CONFIG, self.path / META, self.tokenizer_file, *self.shards.files]
 
-    @property
-    def tokenizer_file(self) -> Path:
-        return self.path / TOKENIZER
+    def raw(self) -> ModelFolder:
+        return ShardsFolder(self, self.shards, "original", "model", our_name)
 
 
 FORMATS.register("original", OriginalCheckpoint)
@@ -303,14 +281,14 @@ class Restored(Checkpoint):
                 sizes = f"{list(base.info(name).shape)} there, {list(delta.info(name).shape)} here"
                 raise UserError(f"'{base.path}' is not the base of '{delta.path}': '{name}' is {sizes}")
 
-    def keys(self) -> Sequence[str]:
-        return list(dict.fromkeys([*self._delta.keys(), *self._base.keys()]))
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys([*self._delta, *self._base]))
 
     def info(self, name: str) -> TensorInfo:
         return (self._delta if name in self._changed else self._base).info(name)
 
     def tensor(self, name: str) -> Tensor:
-        """The sum is taken in float32 and has the difference's dtype; the original adds in the model's."""
+        """The float32 sum in the difference's dtype; the original adds in the model's."""
         if name not in self._changed:
             return self._base.tensor(name)
         delta = self._delta.tensor(name)
@@ -333,7 +311,7 @@ class Restored(Checkpoint):
         return self._delta.tokenizer_file
 
 
-# -- the way back ----------------------------------------------------------------------------------------------------
+# -- the way back ----------------------------------------------------------------------------------
 
 
 def original_type(checkpoint: Checkpoint) -> str:
@@ -401,16 +379,18 @@ def their_infos(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
     return infos
 
 
-def original_layout(checkpoint: Checkpoint, shards: int = 1, dtype: torch.dtype | None = None) -> Layout:
-    """The original's folder of `shards` files, made of tensors that go by our names.
+def original_folder(checkpoint: Checkpoint, shards: int = 1, dtype: torch.dtype | None = None) -> OutputFolder:
+    """The original's folder of `shards` files, made of tensors with canonical names.
 
-    Parameters that the original has but no forward pass uses are those the checkpoint was imported with, else zeros.
+    Parameters that the original has but no forward pass uses are those the checkpoint was imported
+    with, else zeros.
 
     Args:
         dtype: of all tensors; None: each one's own.
 
     Raises:
-        UserError: the original has no such model, a tensor cannot be split so often, or there is no tokenizer.
+        UserError: the original has no such model, a tensor cannot be split so often, or there is no
+            tokenizer.
     """
     kind = original_type(checkpoint)
     experts, kv_heads = checkpoint.model_config.decoder.experts, checkpoint.model_config.decoder.kv_heads
@@ -420,9 +400,8 @@ def original_layout(checkpoint: Checkpoint, shards: int = 1, dtype: torch.dtype 
     names = {their_name(name): name for name in checkpoint}
     parts: list[dict[str, Entry]] = [{} for _ in range(shards)]
     for name, info in their_infos(checkpoint).items():
-        split_up = split(name, torch.empty(info.shape, device="meta"), shards, experts)
-        for rank, tensor in enumerate(split_up):
-            here = TensorInfo(tuple(tensor.shape), dtype or info.dtype)
+        for rank, part in enumerate(split(name, torch.empty(info.shape, device="meta"), shards, experts)):
+            here = TensorInfo(tuple(part.shape), dtype or info.dtype)
             if name not in names:
                 value = unused.get(name)
                 zeros = partial(torch.zeros, info.shape, dtype=info.dtype)
@@ -438,8 +417,7 @@ def original_layout(checkpoint: Checkpoint, shards: int = 1, dtype: torch.dtype 
         write_json(folder / META, {"llama_type": kind})
         shutil.copyfile(tokenizer, folder / TOKENIZER)
 
-    files = [TorchOut(_shard_name(rank, shards), part, wrap="model") for rank, part in enumerate(parts)]
-    return Layout([*files], finish)
+    return OutputFolder([TorchOutput(_shard_name(rank, shards), p, "model") for rank, p in enumerate(parts)], finish)
 
 
 def _part(name: str, rank: int, shards: int, experts: int, whole: Tensor) -> Tensor:
@@ -447,10 +425,11 @@ def _part(name: str, rank: int, shards: int, experts: int, whole: Tensor) -> Ten
 
 
 def write_original(checkpoint: Checkpoint, out: Path, shards: int = 1) -> str:
-    """Write `checkpoint` as the original's folder of `shards` files, a tensor at a time; returns its type.
+    """Write `checkpoint` as the original's folder of `shards` files, a tensor at a time; returns
+    its type.
 
     Raises:
-        UserError: `out` exists, or see `original_layout`.
+        UserError: `out` exists, or see `original_folder`.
     """
-    write_layout(out, original_layout(checkpoint, shards), Whole(checkpoint.tensor), progress="Exporting")
+    CheckpointWriter(out, original_folder(checkpoint, shards), progress="Exporting").write(checkpoint)
     return original_type(checkpoint)

@@ -1,6 +1,8 @@
-"""Where a checkpoint comes from: the code, the versions, the command and the parents, written beside the weights.
+"""Where a checkpoint comes from: the code, the versions, the command and the parents, written
+beside the weights.
 
-The environment's variables are left out, since they hold credentials; so are values that a key's name marks as secret.
+The environment's variables are left out, since they hold credentials; so are values that a key's
+name marks as secret.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import sphinx_pl
-from sphinx_pl.utils.files import hash_file as hash_file
 
 _SECRET = re.compile(r"(^|_)(api_?key|password|passwd|secret|credentials?|(access|auth|api|hf)_token)$", re.IGNORECASE)
 
@@ -46,7 +47,7 @@ def provenance(
 
 
 def _git() -> dict[str, Any]:
-    """Commit and whether tracked files differ from it; empty where this package is not itself under version control."""
+    """Commit and whether tracked files differ; {} if this package is not in a repository."""
     folder = Path(sphinx_pl.__file__).parent
 
     def git(*arguments: str) -> str:
@@ -54,7 +55,8 @@ def _git() -> dict[str, Any]:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
 
     try:
-        # An installed copy may lie inside some other project's checkout (a .venv); that commit says nothing about it.
+        # An installed copy may lie inside some other project's checkout (a .venv); that commit says
+        # nothing about it.
         git("ls-files", "--error-unmatch", "__init__.py")
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
     except (OSError, subprocess.SubprocessError):

@@ -1,7 +1,9 @@
-"""A SentencePiece model as the tokenizer.json that transformers reads, which gives the same ids for every text.
+"""A SentencePiece model as the tokenizer.json that transformers reads, which gives the same ids for
+every text.
 
-transformers builds its own LLaMA tokenizer from a tokenizer.model. That one drops a leading space, reads `<s>` in a
-text as the start token and knows no user-defined symbols. The tokenizer.json written here states every step instead.
+transformers builds its own LLaMA tokenizer from a tokenizer.model. That one drops a leading space,
+reads `<s>` in a text as the start token and knows no user-defined symbols. The tokenizer.json
+written here states every step instead.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ SPACE = "\u2581"
 TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)  # kinds of pieces in SentencePiece's files
 _UNIGRAM, _BPE = 1, 2
-# Letters of several cases and scripts, accents in two ways, ligatures, digits, contractions, code, spaces, emoji. None
-# begins with a space, where Llama's two forms of one tokenizer differ.
+# Letters of several cases and scripts, accents in two ways, ligatures, digits, contractions, code,
+# spaces, emoji. None begins with a space, where Llama's two forms of one tokenizer differ.
 PROBES = (
     "The quick brown fox's 1,234.56 jumps — WE'LL see don't they'VE",
     "ABC abc Abc aB ba AB ab  two   three    spaces\ttab\nline\n\nlines\r\n  trailing ",
@@ -113,19 +115,20 @@ def _convert(file: Path) -> tuple[Any, tokenizers.Tokenizer]:
 
 
 def _merges(pieces: Sequence[Any]) -> list[tuple[str, str]]:
-    """Every two pieces that make up a third one, in the order in which SentencePiece joins them: best score first."""
+    """Every two pieces that make up a third, as SentencePiece joins them: best score first."""
     ids = {piece.piece: number for number, piece in enumerate(pieces) if piece.type == _NORMAL}
-    found = []
+    merges = []
     for piece in pieces:
         if piece.type == _NORMAL:
             cuts = ((piece.piece[:place], piece.piece[place:]) for place in range(1, len(piece.piece)))
             pairs = [(left, right) for left, right in cuts if left in ids and right in ids]
-            found += [(-piece.score, ids[left], ids[right], left, right) for left, right in pairs]
-    return [(left, right) for *_, left, right in sorted(found)]
+            merges += [(-piece.score, ids[left], ids[right], left, right) for left, right in pairs]
+    return [(left, right) for *_, left, right in sorted(merges)]
 
 
 def _inside_marks(pieces: Sequence[Any]) -> list[Any]:
-    """Patterns that cut the names of control and byte pieces in two, between characters that no piece has together.
+    """Patterns that cut the names of control and byte pieces in two, between characters that no
+    piece has together.
 
     A text that holds such a name is then no single word, which the model would look up.
     """
@@ -144,7 +147,7 @@ def _inside_marks(pieces: Sequence[Any]) -> list[Any]:
 
 
 def _probes(pieces: Sequence[Any]) -> list[str]:
-    """Every piece alone, behind a word and behind a symbol; runs of characters; random rows of pieces."""
+    """Pieces alone, behind words and symbols; runs of characters; random rows of pieces."""
     texts = [piece.piece.replace(SPACE, " ") for piece in pieces]
     symbols = [piece.piece for piece in pieces if piece.type == _USER][:1]
     rng = random.Random(0)

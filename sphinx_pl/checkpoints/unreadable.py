@@ -1,4 +1,6 @@
-"""Why a path is no checkpoint that can be read, and what to do: for the one line that the user gets."""
+"""Why a path is no checkpoint that can be read, and what to do: for the one line that the user
+gets.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ _QUANTIZED_FILES = (
     *("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quanto_qmap.json"),
     *("quantization_map.json", "qmodel.pt"),
 )
-# AutoGPTQ, AWQ, bitsandbytes, compressed-tensors, FP8, HQQ; AQLM, VPTQ, SqueezeLLM, SpQR; quanto, torchao; MXFP4
+# AutoGPTQ, AWQ, bitsandbytes, compressed-tensors, FP8, HQQ; AQLM, VPTQ, SqueezeLLM, SpQR; quanto,
+# torchao; MXFP4
 _QUANTIZED_NAMES = re.compile(
     r"(^|\.)(qweight|qzeros|SCB|weight_packed|weight_scale(_inv)?|weight_zero_point|absmax|nested_absmax|quant_map|W_q)$"
     r"|\.(codebooks|centroids\.weight|lookup_table|dense_weights|weight\._data|\w+_blocks)$|\.tensor_impl\."
@@ -36,7 +39,8 @@ def check_plain(folder: Path, config: Mapping[str, Any], names: Iterable[str], v
         verb: what the user wants to do with it.
 
     Raises:
-        UserError: they are quantized, or an adapter's, or an adapter lies beside them, or a file is an LFS pointer.
+        UserError: they are quantized, or an adapter's, or an adapter lies beside them, or a file is
+            an LFS pointer.
     """
     if why := _quantized(folder, config) or next((f"'{name}'" for name in names if _QUANTIZED_NAMES.search(name)), ""):
         raise UserError(f"'{folder}' is a quantized model ({why}): {verb} what it was quantized from")
@@ -49,7 +53,9 @@ def check_plain(folder: Path, config: Mapping[str, Any], names: Iterable[str], v
 
 
 def _quantized(folder: Path, config: Mapping[str, Any], where: str = "config.json") -> str:
-    """What says that the weights are quantized: a key of config.json, in any section, or a file; "" if nothing does."""
+    """What says that the weights are quantized: a key of config.json, in any section, or a file; ""
+    if nothing does.
+    """
     for key, value in config.items():
         if key in _QUANTIZED_KEYS and value:
             method = value.get("quant_method", "") if isinstance(value, Mapping) else ""
@@ -87,7 +93,7 @@ def why_unreadable(path: Path, config: str) -> str:
 
 
 def why_no_weights(folder: Path, wanted: str, index: str) -> str:
-    """The line for a folder of Hugging Face's whose weights are not in `wanted`, nor in shards that `index` names."""
+    """The line for a Hugging Face folder without `wanted`, and without shards in `index`."""
     if adapter := _first(folder, _ADAPTERS):
         return f"'{folder}' is an adapter ({adapter}) without its model: {MERGE}"
     if gguf := _gguf(folder):

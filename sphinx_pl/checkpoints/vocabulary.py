@@ -1,7 +1,8 @@
-"""Which token has which id, from whatever files of a folder say it: two tokenizers in different files can be compared.
+"""Which token has which id, from whatever files of a folder say it: two tokenizers in different
+files can be compared.
 
-`sphinx_pl.checkpoints.huggingface.tokenizer_difference` compares files that both folders have. The other cases are
-here.
+`sphinx_pl.checkpoints.huggingface.tokenizer_difference` compares files that both folders have. The
+other cases are here.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import sentencepiece as spm
 
-from sphinx_pl.checkpoints.format import read_json
+from sphinx_pl.checkpoints.folder import read_json
 
 ADDED = "added_tokens.json"
 CONFIG = "tokenizer_config.json"
@@ -55,7 +56,7 @@ class Vocabulary:
 
     @property
     def shifted(self) -> set[int]:
-        """Ids that the folder itself names twice: its model's ids are not those of its vocabulary file."""
+        """Ids that the folder names twice: its model's ids are not its vocabulary file's."""
         return {id for id, (token, _) in self.added.items() if self.tokens.get(id, token) != token}
 
 
@@ -85,7 +86,7 @@ def _added(name: str, content: Mapping[str, Any]) -> dict[int, str]:
 
 
 def _tokens(file: Path) -> dict[int, str]:
-    """Of a vocabulary file; {} where it cannot be read."""
+    """The tokens of a vocabulary file; {} if it cannot be read."""
     try:
         if file.suffix in (".model", ".spm"):
             model = spm.SentencePieceProcessor(model_proto=file.read_bytes())
@@ -105,10 +106,11 @@ def _tokens(file: Path) -> dict[int, str]:
 
 
 def vocabulary_difference(a: Path, b: Path) -> str:
-    """How two folders' tokens contradict each other, in a phrase with both tokens of an id; "" if they do not.
+    """How two folders' tokens contradict each other, in a phrase with both tokens of an id; "" if
+    they do not.
 
-    Folders that share a vocabulary file are compared by their added tokens only. An id that only one folder knows
-    contradicts nothing.
+    Folders that share a vocabulary file are compared by their added tokens only. An id that only
+    one folder knows contradicts nothing.
     """
     x, y = read_vocabulary(a), read_vocabulary(b)
     ids = x.added.keys() | y.added.keys()
@@ -122,7 +124,9 @@ def vocabulary_difference(a: Path, b: Path) -> str:
 
 
 def uncompared(a: Path, b: Path) -> str:
-    """Why two folders' tokenizers could not be compared, or not wholly, in a phrase; "" if they could."""
+    """Why two folders' tokenizers could not be compared, or not wholly, in a phrase; "" if they
+    could.
+    """
     x, y = read_vocabulary(a), read_vocabulary(b)
     if bool(x.files) != bool(y.files):
         return f"only '{a if x.files else b}' has a tokenizer ({', '.join(sorted(x.files or y.files))})"

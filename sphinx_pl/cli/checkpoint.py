@@ -16,20 +16,16 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from sphinx_pl.checkpoints.format import (
-    PROVENANCE,
-    Checkpoint,
-    TensorInfo,
-    check_free,
-    check_room,
-    local_folder,
-    open_checkpoint,
-    write_checkpoint,
-)
-from sphinx_pl.checkpoints.llama import family, write_huggingface
+from sphinx_pl.checkpoints.folder import PROVENANCE, check_room
+from sphinx_pl.checkpoints.format import Checkpoint, open_checkpoint, with_common_names
+from sphinx_pl.checkpoints.hub import local_folder
+from sphinx_pl.checkpoints.huggingface import HuggingFaceFolder, open_model, write_huggingface
+from sphinx_pl.checkpoints.huggingface_files import is_huggingface
+from sphinx_pl.checkpoints.llama import family
+from sphinx_pl.checkpoints.native import check_free, write_checkpoint
 from sphinx_pl.checkpoints.original import Restored, write_original
 from sphinx_pl.checkpoints.provenance import provenance
-from sphinx_pl.checkpoints.stored import HuggingFaceFolder, content_hash, open_stored, store
+from sphinx_pl.checkpoints.tensors import TensorInfo, content_hash
 from sphinx_pl.data.prompt_format import SYSTEM
 from sphinx_pl.mixing.show import distances_table
 from sphinx_pl.models.sphinx import Sphinx
@@ -152,7 +148,7 @@ def _show(options: argparse.Namespace, console: Console) -> int:
     try:
         checkpoint = open_checkpoint(folder)
     except UserError:
-        if not HuggingFaceFolder.matches(folder):
+        if not is_huggingface(folder):
             raise
         checkpoint = HuggingFaceFolder(folder)  # a model that this project lacks can still be mixed
     console.print(parts_table(checkpoint))
@@ -167,7 +163,7 @@ def _show(options: argparse.Namespace, console: Console) -> int:
         hashes: dict[str, str] = {}
         for own in (True, False):  # hashes among one layout, and among several
             with suppress(UserError):  # some layouts only mix with themselves
-                (stored,) = store([open_stored(options.path)], own)
+                (stored,) = with_common_names([open_model(options.path)], own)
                 hashes.setdefault(content_hash(stored), stored.kind)
         for digest, kind in hashes.items():
             console.print(f"xxh3_128 {digest} ({kind})", markup=False, highlight=False)

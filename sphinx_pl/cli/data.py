@@ -122,8 +122,8 @@ def table(options: TableOptions, cfg: DictConfig) -> str:
         {"sources": values["sources"], "temperature": (values.get("mixing") or {}).get("temperature")}
     )
     model = SphinxConfig.from_dict(cfg.model)
-    micro_batches = int(cfg.stage.accumulate) * (options.ranks if cfg.stage.rows_per_step is None else 1)
-    rows = values["packing"]["rows"] * micro_batches
+    micro_batches = int(cfg.stage.accumulate) * (options.ranks if cfg.stage.global_batch_rows is None else 1)
+    rows = values["packing"]["micro_batch_rows"] * micro_batches
     absent = missing(dict(group.leaves()))
     held_out = {name: value for name, value in (values.get("val_sources") or {}).items() if not is_absent(value)}
     configs = {name: SourceConfig.from_dict(name, value, "val_sources") for name, value in held_out.items()}

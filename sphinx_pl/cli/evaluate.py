@@ -226,10 +226,10 @@ def _ask_tasks(
         baselines["shuffled"] = asking("shuffled", others, images=images)
     if options.constant and data.get("sources"):
         training, _ = read_records(data["sources"], "sources", at_most=options.constant)
-        geometry = asking.processor.geometry
-        constants = fit_constants(training, geometry, seed=options.seed)
+        coordinates = asking.processor.coordinates
+        constants = fit_constants(training, coordinates, seed=options.seed)
         by_key = {record.key: record for record in records}
-        baselines["constant"] = constant_predictions(predictions, by_key, constants, geometry)
+        baselines["constant"] = constant_predictions(predictions, by_key, constants, coordinates)
     return predictions, baselines, lost
 
 
@@ -354,7 +354,7 @@ def main(cfg: DictConfig) -> float:
     results = {
         "checkpoint": options.checkpoint,
         "model": asking.checkpoint.model_config.name,
-        "decimals": asking.processor.geometry.decimals,
+        "decimals": asking.processor.coordinates.decimals,
         "image_size": asking.processor.image_size,
         "options": dataclasses.asdict(options),
         "skipped": lost,

@@ -19,19 +19,20 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from sphinx_pl.checkpoints.layout import check_start
-from sphinx_pl.checkpoints.stored import OurNames, ParallelFolder
+from sphinx_pl.checkpoints.format import Checkpoint
+from sphinx_pl.checkpoints.torch_shards import ShardsFolder
+from sphinx_pl.checkpoints.writer import CheckpointWriter
 from sphinx_pl.evaluation.objective import LOSS, SCORE, Measurements, Objective
 from sphinx_pl.mixing.methods import METHODS
 from sphinx_pl.mixing.mix import (
     DTYPES,
-    Plan,
-    Recipe,
+    MixPlan,
+    MixRecipe,
     check_out,
-    layout_of,
     mix,
     needs_our_names,
     open_models,
+    output_of,
     plan_mixture,
 )
 from sphinx_pl.mixing.rules import complement
@@ -63,13 +64,13 @@ class Measuring:
             or the objective is not measured.
     """
 
-    def __init__(self, options: MixConfig, first: OurNames, data: DictConfig, steps: Steps) -> None:
+    def __init__(self, options: MixConfig, first: Checkpoint, data: DictConfig, steps: Steps) -> None:
         from sphinx_pl.data.datamodule import DataModule
         from sphinx_pl.data.processor import Processor
 
         if find_spec("matplotlib") is None:
             raise UserError("curve= draws a picture and needs matplotlib: pip install 'sphinx-pl[sample]'")
-        checkpoint = first.checkpoint
+        checkpoint = first
         if not checkpoint.processor:
             raise UserError(
                 f"'{checkpoint.path}' is a decoder without a prompt format: its losses on data cannot be measured"
@@ -221,7 +222,7 @@ def _measured_in(folder: Path) -> Path | None:
     return next((file for file in files if file.exists()), None)
 
 
-def _plan(options: MixConfig, paths: Sequence[str], recipe: Recipe, own: bool) -> Plan:
+def _plan(options: MixConfig, paths: Sequence[str], recipe: MixRecipe, own: bool) -> MixPlan:
     models, base = open_models(paths, options.base, own)
     return plan_mixture(models, base, recipe, cast=options.dtype is not None)
 
@@ -243,16 +244,16 @@ def main(cfg: DictConfig) -> float | None:
     layout = options.layout
     own = not needs_our_names(paths, layout, options.shards)
     plan = _plan(options, paths, recipe, own)
-    if options.measures and METHODS[options.method].draws and isinstance(plan.models[0], ParallelFolder):
+    if options.measures and METHODS[options.method].draws and isinstance(plan.models[0], ShardsFolder):
         # Random methods draw per tensor, and ranks hold parts of tensors. So the mixture is written
         # from the whole tensors that are evaluated.
         own, layout = False, "original"
         plan = _plan(options, paths, recipe, own)
     dtype = DTYPES[options.dtype] if options.dtype else None
     if out is not None:
-        files = layout_of(plan, layout, options.shards, dtype)
-        check_start(out, files)
-        if layout == "huggingface" and (omitted := len(set(plan.models[0]) - files.keys)):
+        files = output_of(plan, layout, options.shards, dtype)
+        CheckpointWriter(out, files).check()
+        if layout == "huggingface" and (omitted := len(set(plan.models[0]) - files.names)):
             console.print(
                 f"Note: layout=huggingface holds a language model: {omitted} tensors of encoders and projections are "
                 "omitted"
@@ -267,7 +268,7 @@ def main(cfg: DictConfig) -> float | None:
             simplex(len(paths), options.curve or POINTS)
         renamed_plan = _plan(options, paths, recipe, own=False)
         first = renamed_plan.models[0]
-        assert isinstance(first, OurNames)
+        assert isinstance(first, Checkpoint)
         if options.search is not None:
             groups_of(renamed_plan, options.search, options.budget)
             if (samples := cfg.data.val_samples) and samples < FEWEST:

@@ -18,6 +18,7 @@ from sphinx_pl.runtime.run_folder import RunFolder
 from sphinx_pl.runtime.run_log import run_logs
 from sphinx_pl.utils.errors import UserError
 from sphinx_pl.utils.files import write_whole
+from sphinx_pl.utils.renamed import with_new_keys
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ _UNIMPORTANT = (
     "stage.max_nonfinite",
     "stage.val_every",
     "data.max_skipped",
-    "data.packing.rows",
+    "data.packing.micro_batch_rows",
     "data.processor",
     "data.root",
     "data.test",
@@ -99,12 +100,14 @@ def warn_of_changes(cfg: DictConfig, resume: Path) -> None:
     """Log one line that names the differences to the configuration of the run that wrote the
     checkpoint.
     """
-    from sphinx_pl.checkpoints.format import differences, read_provenance
+    from sphinx_pl.checkpoints.folder import read_provenance
+    from sphinx_pl.checkpoints.format import differences
     from sphinx_pl.checkpoints.provenance import provenance
 
     before = read_provenance(resume).get("config")
     if not isinstance(before, dict):
         return
+    before = with_new_keys(before)
     now: Any = provenance("", OmegaConf.to_container(cfg, resolve=True))["config"]  # type: ignore[arg-type]
     changes = [
         difference

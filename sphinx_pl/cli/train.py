@@ -159,7 +159,7 @@ def run_stage(cfg: DictConfig, run: RunFolder) -> float | None:
     from sphinx_pl.callbacks.checkpoint import ResumeCheckpoint, checkpoints, step_of
     from sphinx_pl.callbacks.export import ExportModel
     from sphinx_pl.callbacks.preemption import Preemption
-    from sphinx_pl.checkpoints.training import Pieces
+    from sphinx_pl.checkpoints.training import TrainingShards
     from sphinx_pl.data.datamodule import DataModule
     from sphinx_pl.data.held_out import held_out_weights
     from sphinx_pl.models.config import SphinxConfig
@@ -200,7 +200,7 @@ def run_stage(cfg: DictConfig, run: RunFolder) -> float | None:
     stage.check(datamodule.processor, trainer.strategy, resume)
     datamodule.check(cfg.stage.text_required, cfg.stage.accumulate, trainer.world_size)
     stage.val_weights = held_out_weights(values["sources"], datamodule.val_sources, datamodule.mixing.temperature)
-    saved: dict[str, Any] = {} if resume is None else Pieces(resume).state()
+    saved: dict[str, Any] = {} if resume is None else TrainingShards(resume).state()
     if resume is not None:
         datamodule.check_resume(saved.get("DataModule", {}), cfg.stage.accumulate, trainer.world_size)
     exports = [c for c in trainer.callbacks if isinstance(c, ExportModel)]
@@ -259,7 +259,7 @@ def run_stage(cfg: DictConfig, run: RunFolder) -> float | None:
             raise
         raise UserError(
             f"a data worker ended before its work was done ({' '.join(str(error).split())}): it most likely ran out of "
-            f"memory; {kept_checkpoint(folder)}. Lower data.workers or data.packing.rows first"
+            f"memory; {kept_checkpoint(folder)}. Lower data.workers or data.packing.micro_batch_rows first"
         ) from None
     except OSError as error:
         if error.errno not in FULL:

@@ -1,4 +1,5 @@
-"""A data set's official files: where they lie and how they are read, for training (converters) and for benchmarks."""
+"""A data set's official files: where they lie and how they are read, for training (converters) and
+for benchmarks."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from sphinx_pl.data.schema import Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.utils.errors import UserError
 
 _T = TypeVar("_T")
@@ -24,7 +25,7 @@ MALFORMED = (KeyError, IndexError, TypeError, ValueError, AttributeError, Overfl
 _UNREADABLE = (ValueError, RecursionError, OSError, EOFError, zlib.error)
 
 
-class OfficialFiles(ABC):
+class AnnotationFiles(ABC):
     """Reads one data set's official files.
 
     Args:
@@ -49,9 +50,11 @@ class OfficialFiles(ABC):
         self.src = src
         self.split = split
         self.skipped: Counter[str] = Counter()
-        """Entries that are not meant for training as they stand, by reason: nothing is wrong with them."""
+        """Entries that are not meant for training as they stand, by reason: nothing is wrong with
+        them."""
         self.left_out: Counter[str] = Counter()
-        """Parts of entries (a region, a line of text) that are not used although the rest is, by reason."""
+        """Parts of entries (a region, a line of text) that are not used although the rest is, by
+        reason."""
 
     @abstractmethod
     def entries(self) -> Iterator[tuple[str, Any]]:
@@ -63,14 +66,17 @@ class OfficialFiles(ABC):
 
     @abstractmethod
     def records(self, key: str, entry: Any) -> Iterator[Record]:
-        """The Records of one entry; their keys begin with `key`, image paths are relative to the images' root folder.
+        """The Records of one entry; their keys begin with `key`, image paths are relative to the
+        images' root folder.
 
         Raises:
-            BadSample: the entry is of no use. Any of the errors of a missing or wrong value will do too.
+            SkipSample: the entry is of no use. Any of the errors of a missing or wrong value will
+                do too.
         """
 
     def file(self, *names: str) -> Path:
-        """The first of these files below `src` that is there (a dataset's releases differ in names)."""
+        """The first of these files below `src` that is there (a dataset's releases differ in
+        names)."""
         for name in names:
             if (self.src / name).is_file():
                 return self.src / name
@@ -85,7 +91,8 @@ class OfficialFiles(ABC):
             raise UserError(f"{self.name}: {path} is not readable as JSON ({error}): get it anew") from None
 
     def json_items(self, *names: str, of: str = "") -> Iterator[Any]:
-        """The elements of a JSON file that is one long list, or of its list under the key `of`, one at a time.
+        """The elements of a JSON file that is one long list, or of its list under the key `of`, one
+        at a time.
 
         As objects, the largest files would take many times their size.
         """
@@ -119,30 +126,31 @@ class OfficialFiles(ABC):
     def parts(self, parts: Iterable[Any], read: Callable[[Any], _T]) -> Iterator[_T]:
         """What `read` makes of each part of an entry that lists several.
 
-        A part of which it raises BadSample, or an error of a missing or wrong value, is counted in `left_out`. Records
-        that ask for all parts need `all_parts`.
+        A part of which it raises SkipSample, or an error of a missing or wrong value, is counted in
+        `left_out`. Records that ask for all parts need `all_parts`.
         """
         for part in parts:
             try:
                 yield read(part)
-            except BadSample as bad:
+            except SkipSample as bad:
                 self.left_out[bad.reason] += 1
             except MALFORMED:
                 self.left_out["part_malformed"] += 1
 
     def all_parts(self, parts: Iterable[Any], read: Callable[[Any], _T]) -> list[_T]:
-        """As `parts`, for records that ask for all of them: without one of them the answer is wrong.
+        """As `parts`, for records that ask for all of them: without one of them the answer is
+        wrong.
 
         Raises:
-            BadSample: part_left_out.
+            SkipSample: part_left_out.
         """
         parts = list(parts)
         found = list(self.parts(parts, read))
         if len(found) < len(parts):
-            raise BadSample("part_left_out", f"{len(parts) - len(found)} of {len(parts)} parts cannot be used")
+            raise SkipSample("part_left_out", f"{len(parts) - len(found)} of {len(parts)} parts cannot be used")
         return found
 
-    def read(self) -> Iterator[tuple[str, list[Record] | BadSample]]:
+    def read(self) -> Iterator[tuple[str, list[Record] | SkipSample]]:
         """(key, its records, or why it has none) of each entry.
 
         Raises:
@@ -152,7 +160,7 @@ class OfficialFiles(ABC):
 
     def guarded(
         self, entries: Iterator[tuple[str, Any]], records: Callable[[str, Any], Iterable[Record]]
-    ) -> Iterator[tuple[str, list[Record] | BadSample]]:
+    ) -> Iterator[tuple[str, list[Record] | SkipSample]]:
         """As `read`, of other entries and with another reader."""
         seen: set[str] = set()
         try:
@@ -165,16 +173,16 @@ class OfficialFiles(ABC):
 
 def _records(
     key: str, entry: Any, seen: set[str], records: Callable[[str, Any], Iterable[Record]]
-) -> list[Record] | BadSample:
+) -> list[Record] | SkipSample:
     if key in seen:
-        return BadSample("duplicate_key", key)
+        return SkipSample("duplicate_key", key)
     seen.add(key)
     try:
         return list(records(key, entry))
-    except BadSample as bad:
+    except SkipSample as bad:
         return bad
     except MALFORMED as error:
-        return BadSample("entry_malformed", f"{key}: {type(error).__name__}: {error}")
+        return SkipSample("entry_malformed", f"{key}: {type(error).__name__}: {error}")
 
 
 def _contents(path: Path) -> bytes:

@@ -5,7 +5,7 @@
 | yes or no      | `read_yes_or_no`                                | `official="pope"`, `"mme"`; VSR's other words  |
 | a choice       | `read_letter`                                   | `stated=True`: the official reading by text    |
 | a number       | `read_number`                                   | `official="chartqa"`                           |
-| a box          | `sphinx_pl.data.coordinates.Geometry.parse_boxes` | none                                         |
+| a box          | `sphinx_pl.data.coordinates.Coordinates.parse_boxes` | none                                      |
 
 A text that says two different things says neither: "yes or no", "A or B", a repetition of all
 options.
@@ -63,12 +63,13 @@ _NUMBER = re.compile(r"(?<![\w.,/])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=
 
 
 def normalise(text: str) -> str:
-    """Lower case, single spaces, no blanks around and no full stop at the end."""
+    """The text in lower case with single spaces, without blanks around it and full stops at its
+    end."""
     return " ".join(text.lower().split()).rstrip(".").rstrip()
 
 
 def plain(text: str) -> str:
-    """The text with composed accents, and with wide letters and marks (Ａ．) as plain ones."""
+    """The text with composed accents, and with plain letters and marks instead of wide ones (Ａ．)."""
     return unicodedata.normalize("NFC", text).translate(_WIDE)
 
 
@@ -211,7 +212,7 @@ def is_taken_back(letter: str, rest: str, options: Sequence[str]) -> bool:
 
 
 def first_letters(text: str) -> set[str]:
-    """The letters that stand one after the other at a text's beginning: A and B of "A, B"."""
+    """The letters at the beginning of a text, one after the other: A and B of "A, B"."""
     letters = set()
     while leading := leading_letter(text):
         letter, text = leading
@@ -220,9 +221,10 @@ def first_letters(text: str) -> set[str]:
 
 
 def listed_letters(text: str, options: Sequence[str] = ()) -> set[str]:
-    """The letters that a text names as one of several, such as C and D of "C. bird or D. fish".
+    """The letters that a text lists, such as C and D of "C. bird or D. fish".
 
-    They begin a line, follow a comma, "or" or "and", or have their own option's text behind them.
+    A listed letter begins a line, follows a comma, "or" or "and", or has its option's text behind
+    it.
     """
     text = plain(text)
     letters = {(match[1] or match[2]).upper() for match in _LISTED.finditer(text)}

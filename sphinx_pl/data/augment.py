@@ -1,7 +1,8 @@
-"""Random flips and crops of a record: of what it says about its image here, of the pixels when they are decoded.
+"""Random flips and crops of a record: its annotations are changed here, its pixels when they are
+decoded.
 
-Nothing is augmented unless the configuration says so. What a record's text says must stay true, so most are refused
-(see `augment`); a refused record comes back as it was.
+Nothing is augmented unless the configuration asks for it. The text of a record must stay true, so
+most records are refused (see `augment`). A refused record is returned unchanged.
 """
 
 from __future__ import annotations
@@ -13,40 +14,43 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from sphinx_pl.data.coordinates import COCO_KEYPOINTS, Box4, Geometry, Size, holds_coordinates
+from sphinx_pl.data.coordinates import COCO_KEYPOINTS, Box4, Coordinates, Size, holds_coordinates
 from sphinx_pl.data.schema import Record, Region
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.utils.config import within
 from sphinx_pl.utils.errors import UserError
 
 CROP_ATTEMPTS = 10
-"""Crops that are drawn for one record before it is left whole."""
+"""Crops that are tried for one record before it is left whole."""
 
 TEXT_TASKS = frozenset({"ocr", "ocr_text", "layout"})
-"""Tasks about text in the picture: no mirror writing, no words cut in half."""
+"""Tasks about text in the picture, which must not be mirrored or cut in half."""
 
-# The order of regions means nothing there, and what is not seen need not be named.
+# The order of regions has no meaning there, and what is not visible need not be named.
 _MAY_LOSE_REGIONS = frozenset({"detection", "detection_all"})
 
-# Tasks whose answers are the places themselves: what else is true of the image is not asked.
+# Tasks whose answers are the places themselves. They ask nothing else about the image.
 _GEOMETRY_TASKS = (
     *("rec", "reg", "pose", "detection", "detection_all"),
     *("grounded_caption", "grounded_vqa", "relation_detection"),
 )
 
-# Also "leftmost", "right-hand", "r." and "lft" of referring phrases. Too many matches only cost augmentation.
+# Also "leftmost", "right-hand", "r." and "lft" of referring phrases. Too many matches only cost
+# augmentation.
 _SIDES = re.compile(
     r"\b(?:left|right|lft|rt|[lr]\b|(?:counter|anti)?-?clockwise|east|west|mirror|revers|backward)", re.IGNORECASE
 )
 _PLACEHOLDER = re.compile(r"\{[0-9]{1,4}(?:, ?[0-9]{1,4})*\}")
 _DIGIT = re.compile(r"\d")
-# What quotes writing, which a mirror spoils: words in capitals, quotation marks, digits, and what speaks of it.
+# Signs that a text quotes writing, which a mirror spoils: capitals, quotation marks, digits, words
+# about writing.
 _WRITING = re.compile(
     r"[\"“”‘’0-9]|\b[A-Z]{2,}\b|\b(?i:say(?:s|ing)?|read(?:s|ing)|writ(?:e|es|ing|ten)|words?|letters?|letter(?:ed|ing)|texts?|"
     r"numbers?|numbered|signs?|logos?|labels?|labeled|clocks?|jerseys?|banners?|posters?|plates?)\b"
 )
-# What a crop can make false even where nothing that is named is lost: places in the picture, ranks and counts.
+# Words that a crop can make false even if it loses nothing that is named: places in the picture,
+# ranks and counts.
 _PLACES = re.compile(
     r"\b(?:top|bottom|upper|lower|centre|center|middle|corners?|edges?|sides?|borders?|background|foreground|first|"
     r"second|third|fourth|fifth|last|(?:[0-9]+(?:st|nd|rd|th))|many|number|count|total|only|all|both|"
@@ -58,7 +62,7 @@ _PLACES = re.compile(
 _POSITIONS = re.compile(
     r"\b(?:bbox|bounding|coordinates?|pixels?|per ?cent|degrees?|(?:x|y)-?axis|diagonal\w*|o'?clock)\b", re.IGNORECASE
 )
-_READER = Geometry()
+_READER = Coordinates()
 _SWAPPED = [
     COCO_KEYPOINTS.index(re.sub("left|right", lambda side: {"left": "right", "right": "left"}[side[0]], name))
     for name in COCO_KEYPOINTS
@@ -67,19 +71,22 @@ _SWAPPED = [
 
 @dataclass
 class AugmentConfig:
-    """How often records are flipped and cropped, and which; with probabilities of 0, the defaults, none is.
+    """The section `data.augment`: how often records are flipped and cropped, and which. By default
+    none is.
 
     Args:
         flip: probability that a record is mirrored left to right.
         crop: probability that a record is cropped.
-        min_area: share of the image's area that a crop keeps at least.
-        max_cut: share of a region's area up to which a crop may cut it. A crop that would cut one more is not taken.
-        flip_tasks: tasks whose records may be flipped. Captions and free questions are not among them by default since
-            they may quote writing in the picture; ocr, ocr_text and layout can not be.
-        crop_tasks: tasks whose records may be cropped. By default those whose regions tell what has to stay.
+        min_area: smallest share of the image's area that a crop keeps.
+        max_cut: largest share of a region's area that a crop may cut off.
+        flip_tasks: tasks whose records may be flipped. Captions and free questions are not among
+            them by default, since they may quote writing in the picture. ocr, ocr_text and layout
+            are not allowed.
+        crop_tasks: tasks whose records may be cropped; by default those whose regions tell what has
+            to stay.
 
     Raises:
-        UserError: a value that cannot be.
+        UserError: a value is out of bounds.
     """
 
     flip: float = within(0.0, at_least=0, at_most=1)
@@ -97,24 +104,27 @@ class AugmentConfig:
 
 
 def augment(record: Record, config: AugmentConfig, rng: random.Random | None) -> Record:
-    """The record with its image flipped and cropped at random, and its regions and keypoints moved with the pixels.
+    """The record with its image flipped and cropped at random, and its regions and keypoints moved
+    with the pixels.
 
-    The image's reference says what is to be done (`ImageRef.crop`, `ImageRef.flip`); `sizes` become the crop's. Regions
-    are cut at the crop's edges, keypoints outside it become absent. Left alone are records
+    The image's reference holds the operations (`ImageRef.crop`, `ImageRef.flip`), and `sizes`
+    become the crop's. Regions are cut at the crop's edges. Keypoints outside the crop become
+    absent. A record stays as it is if
 
-    - that their task refuses, so that they are counted as what they are;
-    - without exactly one image, or whose image is cropped or flipped already;
-    - with regions but without a known size: a header is not read for this. A crop needs the size in any case;
-    - whose text may hold coordinates, in whatever notation: any digit may be one. What is written in the picture and
-      is only read out (labels of `TEXT_TASKS`) may have digits, but no box or point;
-    - for a flip: that speak of left or right, or of what stands written in the picture, and text beyond ASCII, of which
-      this is not known;
-    - for a crop: that speak of places in the picture, ranks or counts, and those that it would take a region from.
-      Only detection and detection_all may lose regions: those of which the crop shows nothing, as long as there is one
-      to find if there was one before. A person keeps a keypoint, and no text that is read is cut.
+    - its task refuses it, so that it is counted for the right reason;
+    - it does not have exactly one image, or the image is cropped or flipped already;
+    - it has regions and its size is unknown, since no header is read for this. A crop always needs
+      the size;
+    - its text may hold coordinates in any notation: any digit may be one. Text that is only read
+      out of the picture (labels of `TEXT_TASKS`) may have digits, but no box or point;
+    - it would be flipped, and its text names left or right, quotes writing in the picture, or has
+      letters beyond ASCII;
+    - it would be cropped, and its text names places in the picture, ranks or counts, or a region
+      would be lost. Only detection and detection_all may lose regions of which the crop shows
+      nothing, as long as one stays. A person keeps a keypoint, and no text that is read is cut.
 
     Args:
-        rng: None leaves the record alone. Nothing is drawn from it where the probabilities are 0.
+        rng: None leaves the record as it is. Nothing is drawn if the probabilities are 0.
     """
     return augment_together([record], config, rng)[0]
 
@@ -122,12 +132,14 @@ def augment(record: Record, config: AugmentConfig, rng: random.Random | None) ->
 def augment_together(
     records: Sequence[Record], config: AugmentConfig, rng: random.Random | None, counts: Counter[str] | None = None
 ) -> list[Record]:
-    """Records about one image, in one way that suits them all: so they can still share the image in a sample.
+    """Records about one image, augmented in one way that suits them all, so that they still share
+    the image.
 
-    As `augment` for each of them, otherwise.
+    Otherwise each record is treated as in `augment`.
 
     Args:
-        counts: `not_augmented/coordinates_in_text` counts the records that were chosen and left alone for that.
+        counts: `not_augmented/coordinates_in_text` counts records that were chosen but have
+            coordinates in their text.
     """
     changed = list(records)
     crops = rng is not None and config.crop > 0 and rng.random() < config.crop
@@ -148,13 +160,13 @@ def augment_together(
 
 
 def _texts(record: Record) -> Iterable[str]:
-    """All that a record says, but for what its task's wording adds."""
+    """All texts of a record, without what its task's wording adds."""
     yield from _words(record)
     yield from (region.label for region in record.regions)
 
 
 def _words(record: Record) -> Iterable[str]:
-    """As `_texts`, without the labels of regions."""
+    """All texts of a record but the labels of regions."""
     yield from (record.question, _PLACEHOLDER.sub("", record.answer), *record.choices)
     yield from (text for turn in record.turns for text in (turn.question, turn.answer))
 
@@ -167,11 +179,11 @@ def _may_hold_coordinates(record: Record) -> bool:
 
 
 def _finds_places(record: Record) -> bool | None:
-    """Whether the record's answer holds boxes; None where its task refuses the record."""
+    """Whether the record's answer holds boxes; None if its task refuses the record."""
     task = TASKS[record.task]
     try:
         return bool(task.parse(task.turns(record, _READER)[-1].answer, _READER).boxes)
-    except BadSample:
+    except SkipSample:
         return None
 
 
@@ -217,7 +229,7 @@ def _flipped(record: Record) -> Record:
 
 
 def _random_crop(records: list[Record], config: AugmentConfig, rng: random.Random) -> list[Record]:
-    """The records cut to the first crop drawn that suits all of them; as they were where none does."""
+    """The records cut to the first random crop that suits all of them; unchanged if none does."""
     for _ in range(CROP_ATTEMPTS):
         crop = _draw_crop(records[0].sizes[0], config.min_area, rng)
         cut = [_cropped(record, crop, config.max_cut) for record in records]
@@ -227,7 +239,8 @@ def _random_crop(records: list[Record], config: AugmentConfig, rng: random.Rando
 
 
 def _draw_crop(size: Size, min_area: float, rng: random.Random) -> tuple[int, int, int, int]:
-    """Any share of the area from `min_area` on, in any form that fits: no side is shorter than that share of it."""
+    """A random crop of at least `min_area` of the area, in any form. No side is shorter than that
+    share of its length."""
     area = rng.uniform(min_area, 1.0)
     across = area ** rng.random()
     # Rounded up: at least the area, and at least a pixel.
@@ -239,7 +252,7 @@ def _draw_crop(size: Size, min_area: float, rng: random.Random) -> tuple[int, in
 
 
 def _cropped(record: Record, crop: tuple[int, int, int, int], max_cut: float) -> Record | None:
-    """The record cut to the crop, or None where it would lose what it must not."""
+    """The record cut to the crop; None if it would lose what it must keep."""
     max_cut = 0.0 if record.task in TEXT_TASKS else max_cut
     regions = record.regions
     if record.task in _MAY_LOSE_REGIONS:  # what is still seen in part has to be named
@@ -251,12 +264,13 @@ def _cropped(record: Record, crop: tuple[int, int, int, int], max_cut: float) ->
     if len(found) < len(kept):
         return None
     cropped = dataclasses.replace(record, images=images, sizes=((x2 - x1, y2 - y1),), regions=found)
-    # An answer with places must not become "None", nor a refused record a used one.
+    # An answer with places must not become "None", and a refused record must stay refused.
     return cropped if _finds_places(cropped) == _finds_places(record) else None
 
 
 def _cut(region: Region, crop: Box4, max_cut: float, size: Size) -> Region | None:
-    """The region in the crop's own pixels and within it; None where more than `max_cut` of its area is outside."""
+    """The part of a region inside the crop, in the crop's pixels; None if more than `max_cut` of
+    its area is outside."""
     whole = _overlap(region.box, (0, 0, *size))  # what annotations have outside the image is nobody's loss
     left = _overlap(region.box, crop)
     if not whole or not left or _area(left) < (1 - max_cut) * _area(whole):

@@ -1,17 +1,18 @@
-"""Geometry as text, and back: the only place where coordinates are written or read.
+"""Coordinates as text, and back: no other module writes or reads coordinates.
 
-Coordinates are fractions of the *padded square*: the image pasted in the middle of a square of its longer side
-(the original's `padded_resize`). The grammar, everywhere in the project:
+Coordinates are fractions of the *padded square*: the image pasted in the middle of a square of its
+longer side (the original's `padded_resize`). The whole project uses this grammar:
 
     point       [x,y]
     box         [x1,y1,x2,y2]                       corner (x1, y1) top left, (x2, y2) bottom right
     several     [x1,y1,x2,y2;x1,y1,x2,y2]
     grounded    <p>phrase</p>[x1,y1,x2,y2;...]
-    keypoints   <p>nose</p>[x,y]<p>left shoulder</p>[x,y]...   COCO's order, absent ones left out
+    keypoints   <p>nose</p>[x,y]<p>left shoulder</p>[x,y]...   COCO's order, without absent ones
 
-Numbers have exactly `decimals` decimals and there are no spaces. Reading is tolerant: spaces, "1" or ".5" and text
-around the brackets are accepted, a number up to `BEYOND` outside 0-1 is moved to the edge, and whatever is malformed (a
-wrong count of numbers, a number further out, a bracket that generation cut off) is passed over.
+Written numbers have exactly `decimals` decimals, without spaces. Reading is tolerant: it accepts
+spaces, "1" or ".5", and text around the brackets. It moves a number up to `BEYOND` outside 0-1 to
+the edge. It skips what is malformed: a wrong count of numbers, a number further out, a bracket that
+generation cut off.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ COCO_KEYPOINTS = (
 """Names of a person's 17 keypoints in the order of COCO's annotation files."""
 
 BEYOND = 0.1
-"""How far outside 0-1 a number may be and still be meant as the edge; further out it is no fraction, but pixels or
+"""How far outside 0-1 a number may be and still mean the edge. Numbers further out are pixels or
 thousandths."""
 
 _NOTATION = re.compile(
@@ -53,7 +54,8 @@ _PLACE = re.compile(f"{_GROUNDED.pattern}|{_BRACKET.pattern}", re.DOTALL)
 
 
 def padded_frame(size: Size) -> tuple[int, int, int]:
-    """(side, dx, dy) of the padded square of an image (width, height): its side and the image's offset in it."""
+    """(side, dx, dy): the side of the padded square of an image (width, height), and the image's
+    offset in it."""
     width, height = size
     side = max(width, height)
     return side, (side - width) // 2, (side - height) // 2
@@ -62,8 +64,9 @@ def padded_frame(size: Size) -> tuple[int, int, int]:
 def same_shape(a: Size, b: Size) -> bool:
     """Whether images of these sizes (width, height) have equal fractions in their padded squares.
 
-    One may be the other in another resolution, with sides rounded to whole pixels: their shares of the longer side
-    differ by less than a pixel of the smaller image then. Of small images that pixel is much, so 0.02 is the most.
+    One may be the other in another resolution, with sides rounded to whole pixels. Then their
+    shares of the longer side differ by less than a pixel of the smaller image. A pixel of a small
+    image is large, so 0.02 is the limit.
     """
     sides = max(a), max(b)
     differences = (abs(one / sides[0] - other / sides[1]) for one, other in zip(a, b, strict=True))
@@ -73,13 +76,15 @@ def same_shape(a: Size, b: Size) -> bool:
 def holds_coordinates(text: str) -> bool:
     """Whether a text has boxes, points or polygons in this grammar or one that other projects use.
 
-    For example `[20, 10, 60, 50]`, `<box>`, `(x1,y1),(x2,y2)`, `<loc0100>`, `<|box_start|>`, `{<12><40>}`.
+    For example `[20, 10, 60, 50]`, `<box>`, `(x1,y1),(x2,y2)`, `<loc0100>`, `<|box_start|>`,
+    `{<12><40>}`.
     """
     return _NOTATION.search(text) is not None
 
 
-def seen_views(size: Size, pixels: int, grid: int) -> tuple[bool, ...]:
-    """Of the whole padded square and its grid x grid sub-images, row by row: does it show any of the image?
+def kept_views(size: Size, pixels: int, grid: int) -> tuple[bool, ...]:
+    """Of the whole padded square and its grid x grid sub-images, row by row: does it show any of
+    the image?
 
     Args:
         size: of the image, before it is padded and resized to `pixels` a side.
@@ -102,20 +107,27 @@ def to_square(box_px: Box4, size: Size) -> Box4:
 
 
 def to_pixels(box: Box4, size: Size) -> Box4:
-    """A box in fractions of the padded square -> pixels of the image; outside the image where it is in the padding."""
+    """A box in fractions of the padded square -> pixels of the image; outside the image where it is
+    in the padding."""
     side, dx, dy = padded_frame(size)
     x1, y1, x2, y2 = box
     return x1 * side - dx, y1 * side - dy, x2 * side - dx, y2 * side - dy
 
 
 def point_to_pixels(point: Point2, size: Size) -> Point2:
-    """A point in fractions of the padded square -> pixels of the image."""
+    """The pixels of the image of a point in fractions of the padded square."""
     side, dx, dy = padded_frame(size)
     return point[0] * side - dx, point[1] * side - dy
 
 
+def cut_at_edges(box: Box4, size: Size) -> Box4:
+    """The part of a box in pixels that is inside an image (width, height)."""
+    (x1, y1, x2, y2), (width, height) = box, size
+    return min(max(x1, 0.0), width), min(max(y1, 0.0), height), max(min(x2, width), 0.0), max(min(y2, height), 0.0)
+
+
 def iou(a: Box4, b: Box4) -> float:
-    """Intersection over union of two boxes in the same frame; 0 when both are empty."""
+    """The intersection over union of two boxes in the same frame; 0 if both are empty."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     overlap = max(0.0, width) * max(0.0, height)
@@ -125,7 +137,7 @@ def iou(a: Box4, b: Box4) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Grounded:
-    """A phrase and the boxes or points that it is tied to, in fractions of the padded square."""
+    """A phrase and its boxes or points, in fractions of the padded square."""
 
     phrase: str
     boxes: tuple[Box4, ...] = ()
@@ -133,11 +145,11 @@ class Grounded:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A part of a text: what stands there, and what it names in fractions of the padded square.
+class TextPart:
+    """A part of a text, and the places that it names in fractions of the padded square.
 
-    `numbers` is the bracket as it was written, "" where the part names nothing; `phrase` is what the bracket is tied
-    to, "" where it stands alone.
+    `numbers` is the bracket as it is written, "" if the part names no place. `phrase` is the phrase
+    of the bracket, "" if the bracket stands alone.
     """
 
     text: str
@@ -148,11 +160,12 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Geometry:
-    """Writes pixels as text with `decimals` decimals, and reads text as fractions of the padded square.
+class Coordinates:
+    """Writes pixels as text with `decimals` decimals, and reads text as fractions of the padded
+    square.
 
-    Text that this class wrote is unchanged when it is read, converted by `to_pixels` and written again, for any
-    image size.
+    Text that this class writes stays the same if it is read, converted by `to_pixels` and written
+    again, for any image size.
     """
 
     decimals: int = 3
@@ -187,7 +200,8 @@ class Geometry:
         return f"<p>{phrase}</p>{self.boxes(boxes_px, size)}"
 
     def keypoints(self, keypoints_px: Sequence[tuple[float, float, int]], size: Size) -> str:
-        """`<p>nose</p>[x,y]...` of (x, y, visibility) in pixels in COCO's order; those of visibility 0 are left out."""
+        """`<p>nose</p>[x,y]...` of (x, y, visibility) in pixels in COCO's order, without points of
+        visibility 0."""
         return "".join(
             self.grounded(name, [(x, y)], size)
             for name, (x, y, visibility) in zip(COCO_KEYPOINTS, keypoints_px, strict=True)
@@ -195,7 +209,7 @@ class Geometry:
         )
 
     def parse_boxes(self, text: str) -> list[Box4]:
-        """All well-formed boxes of a text in order, swapped corners put right."""
+        """All well-formed boxes of a text in order, with swapped corners corrected."""
         return [box for match in _BRACKET.finditer(text) for box in _elements(match[1], match[2])[0]]
 
     def parse_points(self, text: str) -> list[Point2]:
@@ -203,11 +217,12 @@ class Geometry:
         return [point for match in _BRACKET.finditer(text) for point in _elements(match[1], match[2])[1]]
 
     def parse_grounded(self, text: str) -> list[Grounded]:
-        """All phrases of a text that are followed by at least one well-formed box or point."""
+        """All phrases of a text that a well-formed box or point follows."""
         return [part for part in self.cut_grounded(text) if isinstance(part, Grounded)]
 
     def cut_grounded(self, text: str) -> list[str | Grounded]:
-        """A text cut at what `parse_grounded` finds in it: those phrases, and the text before, between and after."""
+        """The text cut into the phrases that `parse_grounded` finds, and the text before, between
+        and after them."""
         parts: list[str | Grounded] = []
         at = 0
         for match in _GROUNDED.finditer(text):
@@ -217,8 +232,8 @@ class Geometry:
                 at = match.end()
         return [part for part in (*parts, text[at:]) if part]
 
-    def pieces(self, text: str) -> list[Piece]:
-        """A text cut where its places begin and end; the pieces' `text` joined is the text again."""
+    def pieces(self, text: str) -> list[TextPart]:
+        """The text cut where its places begin and end. The parts' `text` joined gives the text."""
         pieces = []
         at = 0
         for match in _PLACE.finditer(text):
@@ -227,21 +242,22 @@ class Geometry:
             if not boxes and not points:
                 continue
             if match.start() > at:
-                pieces.append(Piece(text[at : match.start()]))
-            pieces.append(Piece(match[0], phrase.strip(), f"[{inside}{closing}", tuple(boxes), tuple(points)))
+                pieces.append(TextPart(text[at : match.start()]))
+            pieces.append(TextPart(match[0], phrase.strip(), f"[{inside}{closing}", tuple(boxes), tuple(points)))
             at = match.end()
-        return [*pieces, Piece(text[at:])] if at < len(text) else pieces
+        return [*pieces, TextPart(text[at:])] if at < len(text) else pieces
 
     def _fraction(self, value: float, offset: int, side: int) -> str:
-        # In decimal arithmetic on the number as printed: half a unit rounds up on every machine, and the last bit of
-        # a float that came from text never decides.
+        # Decimal arithmetic on the printed number: half a unit rounds up on every machine, and the
+        # last bit of a float that came from text never decides.
         exact = (Decimal(repr(float(value))) + offset) / side
         rounded = min(max(exact, Decimal(0)), Decimal(1)).quantize(Decimal(1).scaleb(-self.decimals), ROUND_HALF_UP)
         return f"{rounded:f}"
 
 
 def _elements(inside: str, closing: str) -> tuple[list[Box4], list[Point2]]:
-    """Boxes and points of one bracket's inside. Without a closing bracket the last element may be cut: not used."""
+    """The boxes and points inside one bracket. Without a closing bracket the last element may be
+    cut, so it is skipped."""
     boxes: list[Box4] = []
     points: list[Point2] = []
     elements = inside.split(";")

@@ -1,4 +1,4 @@
-"""Boxes and keypoints of an answer's text, drawn on the padded square image that the model saw."""
+"""Boxes and keypoints of an answer's text, drawn on the padded square image that the model sees."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from sphinx_pl.data.coordinates import Geometry, Grounded, Point2
+from sphinx_pl.data.coordinates import Coordinates, Grounded, Point2
 
 TRUE = "#00a878"
 PREDICTED = "#e6007e"
 GIVEN = "#2f6fed"
-"""Colours of the true answer, of the model's, and of what the question itself gives."""
+"""Colours of the true answer, of the model's answer, and of what the question itself gives."""
 
 # fmt: off
 SKELETON = (
@@ -23,7 +23,7 @@ SKELETON = (
     ("right hip", "right knee"), ("right knee", "right ankle"),
 )
 # fmt: on
-"""Pairs of COCO's keypoints that are joined by a limb."""
+"""Pairs of COCO's keypoints that a limb joins."""
 
 
 PALETTE = ("#e6007e", "#2f6fed", "#00a878", "#f07800", "#8a3ffc", "#0098c7", "#c21e1e", "#7a8b00")
@@ -31,7 +31,7 @@ PALETTE = ("#e6007e", "#2f6fed", "#00a878", "#f07800", "#8a3ffc", "#0098c7", "#c
 
 
 def people(items: Iterable[Grounded]) -> list[dict[str, Point2]]:
-    """Named points as one mapping a person: a name that comes again begins the next one."""
+    """Named points as one mapping for each person. A name that is repeated begins the next person."""
     found: list[dict[str, Point2]] = [{}]
     for item in items:
         if item.points:
@@ -47,34 +47,41 @@ def limbs(items: Iterable[Grounded]) -> list[tuple[Point2, Point2]]:
 
 
 def to_picture(pixels: Tensor, scale: int = 1) -> Image.Image:
-    """A uint8 image [3, S, S] as an RGB picture of scale * S pixels a side, each pixel a flat square."""
+    """A uint8 image [3, S, S] as an RGB picture of scale * S pixels a side, each pixel a flat
+    square."""
     picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
-def draw(picture: Image.Image, answer: str, prediction: str, geometry: Geometry, question: str = "") -> Image.Image:
-    """A copy of a square picture with what the three texts name: given below true below predicted.
+def draw(
+    picture: Image.Image, answer: str, prediction: str, coordinates: Coordinates, question: str = ""
+) -> Image.Image:
+    """A copy of a square picture with the places that the three texts name: given below true below
+    predicted.
 
-    Text without well-formed boxes or points draws nothing. Labels are left out: they stand in the text beside it.
+    Text without well-formed boxes or points draws nothing. Labels are not drawn: the text beside
+    the picture has them.
     """
     picture = picture.convert("RGB")
     canvas = ImageDraw.Draw(picture)
     stroke = max(1, round(picture.width / 128))
     for text, colour in ((question, GIVEN), (answer, TRUE), (prediction, PREDICTED)):
-        _draw_text(canvas, text, colour, geometry, picture.width, stroke)
+        _draw_text(canvas, text, colour, coordinates, picture.width, stroke)
     return picture
 
 
-def _draw_text(canvas: ImageDraw.ImageDraw, text: str, colour: str, geometry: Geometry, side: int, stroke: int) -> None:
+def _draw_text(
+    canvas: ImageDraw.ImageDraw, text: str, colour: str, coordinates: Coordinates, side: int, stroke: int
+) -> None:
     # A white rim keeps every colour visible on every ground.
-    for box in geometry.parse_boxes(text):
+    for box in coordinates.parse_boxes(text):
         x1, y1, x2, y2 = (round(value * (side - 1)) for value in box)
         rim = (max(x1 - 1, 0), max(y1 - 1, 0), min(x2 + 1, side - 1), min(y2 + 1, side - 1))
         canvas.rectangle(rim, outline="white", width=stroke + 2)
         canvas.rectangle((x1, y1, x2, y2), outline=colour, width=stroke)
-    for limb in limbs(geometry.parse_grounded(text)):
+    for limb in limbs(coordinates.parse_grounded(text)):
         canvas.line([(x * side, y * side) for x, y in limb], fill=colour, width=stroke)
-    for x, y in geometry.parse_points(text):
+    for x, y in coordinates.parse_points(text):
         radius = 1.5 * stroke
         canvas.circle((x * side, y * side), radius + 1, fill="white")
         canvas.circle((x * side, y * side), radius, fill=colour)

@@ -1,12 +1,14 @@
-"""Where the bytes of data sets come from: local files as they are, everything else as a whole local copy in a cache.
+"""The bytes of data sets: local files are read in place, everything else from a whole local copy in
+a cache.
 
     /a/b.tar                         read in place
     /a/b.jsonl.gz, .zst, .tgz        unpacked to the cache, since a compressed stream has no random access
     pipe:COMMAND                     the command's output (WebDataset's form), to the cache
     s3://..., https://..., SCHEME:// by fsspec, to the cache
 
-The cache is `$SPHINX_CACHE` (default `~/.cache/sphinx_pl`). When its files are more than `$SPHINX_CACHE_GB` (default
-200) those used longest ago, and not held open, are deleted, and fetched again when they are needed.
+The cache is `$SPHINX_CACHE` (default `~/.cache/sphinx_pl`). If its files take more than
+`$SPHINX_CACHE_GB` (default 200), the files used longest ago that nobody holds open are deleted.
+They are fetched again when they are needed.
 """
 
 from __future__ import annotations
@@ -39,13 +41,14 @@ log = logging.getLogger(__name__)
 PACKED = (".gz", ".tgz", ".zst")
 ATTEMPTS = 4
 FIRST_WAIT = 0.5
-"""Seconds before the second attempt at a file that cannot be read; doubled each time."""
+"""Seconds before the second attempt at a file that cannot be read. The wait doubles with each
+attempt."""
 RETRY_AFTER = 60.0
-"""Seconds for which a file that failed at every attempt is not tried again: a run must not wait for every record of a
-shard that is gone."""
+"""Seconds without a new attempt after all attempts at a file failed. So a run does not wait for
+every record of a shard that is gone."""
 _CHUNK = 1 << 22
 _ABANDONED = 24 * 3600.0
-"""Seconds after which a half-written copy is taken for that of a killed process."""
+"""Seconds after which a half-written copy counts as that of a killed process."""
 _SMALL = 1 << 14
 _failed: dict[str, tuple[float, str]] = {}  # URL -> when it failed at every attempt, and why
 
@@ -53,15 +56,15 @@ T = TypeVar("T")
 
 
 def is_remote(url: str) -> bool:
-    """Whether it is something else than a path."""
+    """Whether a URL is something else than a path."""
     return url.startswith("pipe:") or "://" in url
 
 
 def cache_folder(kind: str) -> Path:
-    """Where copies ("files") and indices ("spans") lie; made if it is not there.
+    """The folder of copies ("files") or of indices ("spans"). It is made if it is missing.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: the folder cannot be made.
     """
     default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "sphinx_pl"
     folder = Path(os.environ.get("SPHINX_CACHE", default)).expanduser() / kind
@@ -73,7 +76,8 @@ def cache_folder(kind: str) -> Path:
 
 
 def _no_room(path: Path, error: OSError) -> UserError:
-    """Not the shard's fault: it must not be taken for a damaged one."""
+    """The error of a full or read-only cache. It is no fault of the shard, which must not count as
+    damaged."""
     return UserError(
         f"{path} in the cache cannot be written ({error.strerror or error}): make room, or set SPHINX_CACHE to another "
         "folder"
@@ -81,12 +85,12 @@ def _no_room(path: Path, error: OSError) -> UserError:
 
 
 class CacheFile:
-    """A file of the cache while it is written: whole under its name or not there.
+    """A file of the cache while it is written. Under its name it is whole or missing.
 
-    The temporary name is one of its own, since ranks make the same files at the same time.
+    Its temporary name is unique, since ranks make the same files at the same time.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -107,7 +111,7 @@ class CacheFile:
             raise _no_room(self.path, error) from None
 
     def keep(self, path: Path | None = None) -> None:
-        """It is whole; `path`: under another name than it was begun with."""
+        """Move the whole file to its name, or to `path`."""
         try:
             self._file.close()
             self._temporary.replace(path or self.path)
@@ -121,9 +125,10 @@ class CacheFile:
 
 
 def cached_array(name: str, make: Callable[[], npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
-    """An array that is made once, kept in the cache and mapped from there, so that ranks and workers share it."""
+    """An array that is made once and kept in the cache. It is mapped from there, so ranks and
+    workers share it."""
     path = cache_folder("spans") / f"{name}.npy"
-    with suppress(Exception):  # not there, or whatever a full disk left of it
+    with suppress(Exception):  # missing, or incomplete after a full disk
         mapped: npt.NDArray[np.int64] = np.load(path, mmap_mode="r")
         return mapped
     array = make()
@@ -135,7 +140,8 @@ def cached_array(name: str, make: Callable[[], npt.NDArray[np.int64]]) -> npt.ND
 
 
 def identity(path: str) -> str:
-    """A name for a file's contents as they are now: 32 hexadecimal digits that change with its size and time."""
+    """A name for a file's current contents: 32 hexadecimal digits that change with the file's size
+    and time."""
     if is_remote(path) or _is_copy(path):  # a copy is named for what it holds
         text = path
     else:
@@ -149,10 +155,10 @@ def _is_copy(path: str) -> bool:
 
 
 def patiently(url: str, attempt: Callable[[], T]) -> T:
-    """What `attempt` returns, which is made again, after a wait, where it raises an OSError.
+    """The result of `attempt`, which is repeated after a wait if it raises an OSError.
 
     Raises:
-        OSError: every attempt failed, or did so less than RETRY_AFTER seconds ago.
+        OSError: all attempts failed, now or less than RETRY_AFTER seconds ago.
     """
     since, reason = _failed.get(url, (-math.inf, ""))
     if time.monotonic() - since < RETRY_AFTER:
@@ -179,10 +185,10 @@ def patiently(url: str, attempt: Callable[[], T]) -> T:
 def local_file(url: str) -> tuple[str, bool]:
     """The path of a local file with the (unpacked) contents of `url`, and whether they are whole.
 
-    A compressed file that is cut off gives what comes before the cut.
+    Of a compressed file that is cut off, the contents before the cut are given.
 
     Raises:
-        OSError: it cannot be read; another attempt may do (see `patiently`).
+        OSError: the file cannot be read. Another attempt may succeed (see `patiently`).
     """
     if not is_remote(url) and not url.endswith(PACKED):
         if not Path(url).is_file():
@@ -190,7 +196,7 @@ def local_file(url: str) -> tuple[str, bool]:
         return url, True
     copy = cache_folder("files") / identity(url)
     cut = copy.with_name(copy.name + ".cut")
-    with _alone(copy):  # the ranks of a node would all fetch it
+    with _alone(copy):  # otherwise all ranks of a node would fetch it
         for path in (copy, cut):
             if in_cache(path):
                 return str(path), path is copy
@@ -204,7 +210,7 @@ def local_file(url: str) -> tuple[str, bool]:
 
 
 def in_cache(copy: Path) -> bool:
-    """Whether the copy is there; if so, it counts as used now."""
+    """Whether the copy exists. If it does, it counts as used now."""
     try:
         os.utime(copy)
     except OSError:
@@ -214,7 +220,7 @@ def in_cache(copy: Path) -> bool:
 
 @contextmanager
 def _alone(copy: Path) -> Iterator[None]:
-    """No other process makes the same copy meanwhile, as far as the file system has locks."""
+    """A lock: no other process makes the same copy meanwhile, if the file system has locks."""
     lock = copy.with_name(f".{copy.name}.lock")
     with lock.open("wb") as file:
         with suppress(OSError):
@@ -226,14 +232,15 @@ def _alone(copy: Path) -> Iterator[None]:
 
 
 def _copy(stream: IO[bytes], file: CacheFile, url: str) -> bool:
-    """Whether the stream ended as it should."""
-    # When it meets the cut a compressed stream's read() loses what it holds: gzip has read1(), of zstd it is not much.
+    """Whether the stream was whole."""
+    # At a cut, read() of a compressed stream loses what it holds. gzip has read1(); zstd loses
+    # little.
     size = _SMALL if url.endswith(".zst") else _CHUNK
     while True:
         try:
             chunk = stream.read1(size) if hasattr(stream, "read1") else stream.read(size)
         except (EOFError, OSError, zlib.error) as error:
-            # What the disk says has a number, what the decompressor says has none.
+            # Errors of the disk have a number, errors of the decompressor have none.
             if not url.endswith(PACKED) or is_remote(url) or getattr(error, "errno", None) is not None:
                 raise OSError(errno.EIO, str(error), url) from None
             log.warning("%s: %s: the lines before the cut are used", url, str(error))
@@ -248,14 +255,14 @@ def _opened(url: str) -> Iterator[IO[bytes]]:
     """The bytes behind a URL, unpacked.
 
     Raises:
-        UserError: a scheme that nothing installed can read.
-        OSError: what is worth another attempt.
+        UserError: no installed package reads the scheme.
+        OSError: another attempt may succeed.
     """
     packing = Path(url).suffix if url.endswith(PACKED) and not url.startswith("pipe:") else ""
     if url.startswith("pipe:"):
         command = url.removeprefix("pipe:")
         bash = shutil.which("bash")
-        # Else the failure of all but a pipe's last part would go unnoticed.
+        # Without pipefail, only the failure of a pipe's last command is noticed.
         shell = [bash, "-o", "pipefail", "-c", command] if bash else ["sh", "-c", command]
         with subprocess.Popen(shell, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
@@ -296,7 +303,8 @@ def _unpacked(stream: IO[bytes], packing: str) -> Any:
 
 
 def prune(keep: Path) -> None:
-    """Delete the copies that were used longest ago until the rest is within the bound; `keep` stays in any case."""
+    """Delete the copies used longest ago until the rest is within the limit; `keep` is never
+    deleted."""
     bound = float(os.environ.get("SPHINX_CACHE_GB", "200")) * 1e9
     files = []
     for path in cache_folder("files").iterdir():
@@ -315,7 +323,8 @@ def prune(keep: Path) -> None:
 
 
 class Hold:
-    """Keeps a copy in the cache as long as it exists: a shared lock, which other processes see too.
+    """Keeps a copy in the cache while this object exists, by a shared lock that other processes see
+    too.
 
     Raises:
         OSError: the copy has just been deleted.
@@ -344,7 +353,8 @@ class Hold:
 
 
 def _deleted(path: Path) -> bool:
-    """Whether it could be deleted, which nobody may hold; under the lock, so that nobody takes hold meanwhile."""
+    """Whether the copy was deleted. It is not if somebody holds it; the lock keeps others from
+    holding it meanwhile."""
     with suppress(OSError), path.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         path.unlink()
@@ -353,7 +363,7 @@ def _deleted(path: Path) -> bool:
 
 
 class _Handles(threading.local):
-    """A thread's open files by URL, the one used last at the end."""
+    """The open files of a thread by URL. The file used last is at the end."""
 
     LIMIT = 64
 
@@ -362,7 +372,7 @@ class _Handles(threading.local):
 
     def get(self, url: str) -> int:
         handle = self.opened.get(url)
-        if handle is not None and os.fstat(handle).st_nlink == 0:  # deleted; if another has its name, that one is meant
+        if handle is not None and os.fstat(handle).st_nlink == 0:  # deleted: open the file that has its name now
             with suppress(OSError):
                 self.opened[url] = self._open(url)
                 os.close(handle)
@@ -385,10 +395,10 @@ _HANDLES = _Handles()
 
 
 def read_span(url: str, offset: int, size: int) -> bytes:
-    """`size` bytes at `offset` of a file or of the copy of a URL, fewer where it ends before.
+    """`size` bytes at `offset` of a file or of the copy of a URL; fewer at its end.
 
-    Files stay open for the next call. `pread` has no file position, so a forked worker may go on with its parent's
-    handles.
+    Files stay open for the next call. `pread` has no file position, so a forked worker may use its
+    parent's handles.
 
     Raises:
         OSError: after several attempts.

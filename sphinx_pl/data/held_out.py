@@ -1,4 +1,4 @@
-"""How much each held-out source weighs in the one loss that a run is judged by."""
+"""The weights of held-out sources in the one loss by which a run is judged."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from typing import Any
 
 from sphinx_pl.data.readers import spread
 from sphinx_pl.data.sampling.config import Group, SourceConfig
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 
 LOOKED_AT = 64
-"""Records of a source's first file whose tasks are counted."""
+"""The number of records of a source's first file whose tasks are counted."""
 
 
 def held_out_weights(
     sources: Mapping[str, Any], val_sources: Mapping[str, Any], temperature: float | None = None
 ) -> dict[str, float]:
-    """The weight of each held-out source, by what the mixture trains on; they sum to 1.
+    """The weight of each held-out source, by what the mixture trains on. The weights sum to 1.
 
-    A training source's share of the mixture goes to the held-out source of its own name. Where there is none, it is
-    divided among the tasks of its records, and each part among the held-out sources that hold the task. So a held-out
-    source of which nothing is trained weighs 0. All weigh alike where none of them is of anything that is trained.
+    A training source's share of the mixture goes to the held-out source of its own name. If there
+    is none, the share is divided among the tasks of its records, and each part among the held-out
+    sources that hold the task. So a held-out source weighs 0 if the run does not train on anything
+    like it. If that holds for all, all have the same weight.
 
     Args:
         sources: the training mixture, `data.sources`.
@@ -29,7 +30,7 @@ def held_out_weights(
         temperature: `data.mixing.temperature`.
 
     Raises:
-        UserError: what the sources themselves refuse.
+        UserError: a source cannot be opened.
     """
     group = Group.from_dict({"sources": sources, "temperature": temperature})
     configs = dict(group.leaves())
@@ -60,15 +61,16 @@ def held_out_weights(
 
 
 def _tasks(name: str, config: SourceConfig) -> Counter[str]:
-    """How many of the looked at records are of each task. What cannot be read is counted where it is trained on."""
+    """The number of records of each task among those looked at. Training counts what cannot be
+    read."""
     tasks: Counter[str] = Counter()
     try:
         shard = config.open(name).open(0)
-    except BadSample:
+    except SkipSample:
         return tasks
     for index in spread(len(shard), LOOKED_AT):
         try:
             tasks[shard.record(index).task] += 1
-        except BadSample:
+        except SkipSample:
             continue
     return tasks

@@ -18,21 +18,23 @@ from torch import Tensor
 from sphinx_pl.data.coordinates import Size, holds_coordinates, same_shape
 from sphinx_pl.data.files import read_span
 from sphinx_pl.data.schema import ImageRef, Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 
 PAD_COLOUR = (122, 116, 104)
-"""CLIP's mean colour in bytes, what the original pads with."""
+"""CLIP's mean colour in bytes; the original pads with it."""
 
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 1 << 28
 MAX_ASPECT = 100
 _HEADER_BYTES = 1 << 16
 
-# Pillow also reads formats that run programs (EPS) or reach for other files; these are the ones that data sets hold.
-# A JPEG file of several pictures (MPO) is opened as JPEG. Pillow may be built without AVIF.
+# Pillow also reads formats that run programs (EPS) or reach for other files; these are the ones
+# that data sets hold. A JPEG file of several pictures (MPO) is opened as JPEG. Pillow may be built
+# without AVIF.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
-# EXIF's orientations that swap width and height, and what turns the upright picture back to the stored one.
+# EXIF's orientations that swap width and height, and what turns the upright picture back to the
+# stored one.
 _TURNED_BACK = {
     5: Image.Transpose.TRANSPOSE,
     6: Image.Transpose.ROTATE_90,
@@ -41,26 +43,28 @@ _TURNED_BACK = {
 }
 
 _WHITES = (255, 65535)
-"""Values of white that are recognised in a channel of more than 8 bits."""
+"""The values of white that are recognised in a channel of more than 8 bits."""
 
 _DARKEST = 16
-"""Of 256: a colour picture of 16 bits a channel that is darker everywhere has values of 12 bits or fewer."""
+"""A brightness on a scale of 256. A colour picture of 16 bits a channel that is darker everywhere
+has values of 12 bits or fewer."""
 
 
 def load_image(ref: ImageRef, size: int, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Read, decode, crop and flip as `ref` says, pad and resize one image.
+    """One image, read, decoded, cropped and flipped as `ref` says, then padded and resized.
 
-    Where `ref.annotated` is given, the image is shown in the orientation that has this shape: upright, or as it is
-    stored where EXIF turns it and only the stored pixels have the shape. An image of the same shape in another
-    resolution has the same fractions, so it is used. Where the shape does not tell (squares, and images that are only
-    mirrored or upside down) the image is upright.
+    If `ref.annotated` is given, the image is shown in the orientation that has this shape: upright,
+    or as stored if EXIF turns it and only the stored pixels have the shape. An image of the same
+    shape in another resolution has the same fractions, so it is used. If the shape does not decide
+    (squares, images that are mirrored or upside down), the image is upright.
 
     Returns:
         uint8 [3, size, size], RGB, the image in the middle of a square of `PAD_COLOUR`.
 
     Raises:
-        BadSample: image_missing, image_empty, image_unreadable, image_truncated, image_dark, crop_outside,
-            size_mismatch, or, before any pixel is decoded, image_too_large and image_aspect.
+        SkipSample: image_missing, image_empty, image_unreadable, image_truncated, image_dark,
+            crop_outside, size_mismatch, or, before any pixel is decoded, image_too_large and
+            image_aspect.
     """
     image = decode(read_bytes(ref), ref.path, max_pixels, ref.annotated)
     if ref.crop is not None:
@@ -71,7 +75,8 @@ def load_image(ref: ImageRef, size: int, max_pixels: int = MAX_PIXELS) -> Tensor
 
 
 def annotated_images(record: Record) -> tuple[ImageRef, ...]:
-    """The record's images; those whose size it states know it, if the record has coordinates at all."""
+    """The record's images. If the record has coordinates, each image gets the size that the record
+    states."""
     texts = (text for turn in record.turns for text in (turn.question, turn.answer))
     if not record.sizes or not (record.regions or any(map(holds_coordinates, texts))):
         return record.images
@@ -84,46 +89,48 @@ def annotated_images(record: Record) -> tuple[ImageRef, ...]:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB image as uint8 [3, height, width]."""
+    """A uint8 tensor [3, height, width] of an RGB image."""
     return torch.from_numpy(np.array(np.asarray(image).transpose(2, 0, 1), order="C"))
 
 
 def read_bytes(ref: ImageRef, limit: int | None = None) -> bytes:
-    """The encoded bytes of an image, at most the first `limit`: a whole file, or its part of a tar shard."""
+    """At most the first `limit` encoded bytes of an image: of a whole file, or of its part of a tar
+    shard."""
     size = ref.size if ref.size >= 0 else MAX_BYTES + 1
     if size > MAX_BYTES + 1:
-        raise BadSample("image_too_large", f"{ref.path} should have {size} bytes")
+        raise SkipSample("image_too_large", f"{ref.path} should have {size} bytes")
     wanted = size if limit is None else min(size, limit)
     try:
-        if ref.size >= 0:  # a shard, named by the configuration: it may be a URL, and is read from again
+        if ref.size >= 0:  # a shard that the configuration names: it may be a URL, and is read several times
             data = read_span(ref.path, ref.offset, wanted)
         else:
             # An annotation file can name anything: a device or a pipe would never end.
             status = os.stat(ref.path)  # noqa: PTH116 - a path object costs more than the call
             if not stat.S_ISREG(status.st_mode):
-                raise BadSample("image_unreadable", f"{ref.path} is not a file")
+                raise SkipSample("image_unreadable", f"{ref.path} is not a file")
             with open(ref.path, "rb", buffering=0) as file:  # noqa: PTH123
                 data = file.read(min(wanted, status.st_size))  # all of `wanted` would be allocated
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte or half a character
-        raise BadSample("image_missing", f"{ref.path!r}: {getattr(error, 'strerror', error)}") from None
+        raise SkipSample("image_missing", f"{ref.path!r}: {getattr(error, 'strerror', error)}") from None
     if not data:
-        raise BadSample("image_empty", ref.path)
+        raise SkipSample("image_empty", ref.path)
     if len(data) > MAX_BYTES:
-        raise BadSample("image_too_large", f"{ref.path} has more than {MAX_BYTES} bytes")
+        raise SkipSample("image_too_large", f"{ref.path} has more than {MAX_BYTES} bytes")
     if len(data) < (ref.size if limit is None else min(ref.size, limit)):
-        raise BadSample("image_truncated", f"{ref.path} ends inside the image")
+        raise SkipSample("image_truncated", f"{ref.path} ends inside the image")
     return data
 
 
 def image_size(ref: ImageRef) -> Size:
-    """(width, height) of an image as `load_image` shows it, from its header; of its crop where `ref` has one.
+    """(width, height) of an image as `load_image` shows it, from its header; of the crop if `ref`
+    has one.
 
     Raises:
-        BadSample: as `load_image`, where the header shows it.
+        SkipSample: as `load_image`, for what the header shows.
     """
     try:
         size, _ = _shown(_open(read_bytes(ref, _HEADER_BYTES), ref.path, MAX_PIXELS), ref.path, ref.annotated)
-    except BadSample as error:
+    except SkipSample as error:
         if error.reason not in ("image_unreadable", "image_truncated"):
             raise
         # A header that is longer, or a format that is read whole.
@@ -135,26 +142,28 @@ def image_size(ref: ImageRef) -> Size:
 
 
 def _checked_crop(ref: ImageRef, size: Size) -> tuple[int, int, int, int]:
-    """The crop in pixels of the image that is there, which may have another resolution than the annotated one."""
+    """The crop in pixels of the image itself, which may have another resolution than the annotated
+    one."""
     assert ref.crop is not None
     (x1, y1, x2, y2), (width, height) = ref.crop, ref.annotated or size
     if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
-        raise BadSample("crop_outside", f"{ref.path}: {ref.crop} of {width}x{height}")
+        raise SkipSample("crop_outside", f"{ref.path}: {ref.crop} of {width}x{height}")
     return x1 * size[0] // width, y1 * size[1] // height, -(-x2 * size[0] // width), -(-y2 * size[1] // height)
 
 
 def _shown(image: Image.Image, name: str, annotated: Size | None) -> tuple[Size, Image.Transpose | None]:
-    """(width, height) of an opened image as it is shown, and what the upright image has to go through for that.
+    """(width, height) of an opened image as it is shown, and the transpositions that the upright
+    image needs for that.
 
     Raises:
-        BadSample: size_mismatch, or the header is damaged.
+        SkipSample: size_mismatch, or the header is damaged.
     """
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
         tags = getattr(image, "tag_v2", None)  # of TIFF, whose size Pillow gives turned already
         stored = image.size if tags is None else (int(tags[256]), int(tags[257]))
     except Exception as error:  # damaged headers make Pillow raise nearly anything
-        raise BadSample("image_unreadable", f"{name}: {error}") from None
+        raise SkipSample("image_unreadable", f"{name}: {error}") from None
     back = _TURNED_BACK.get(orientation) if isinstance(orientation, int) else None
     upright = stored if back is None else stored[::-1]
     if annotated is None or same_shape(upright, annotated):
@@ -162,14 +171,15 @@ def _shown(image: Image.Image, name: str, annotated: Size | None) -> tuple[Size,
     if back is not None and same_shape(stored, annotated):
         return stored, back
     (width, height), (told_width, told_height) = upright, annotated
-    raise BadSample("size_mismatch", f"{name} is {width}x{height}, its annotation says {told_width}x{told_height}")
+    raise SkipSample("size_mismatch", f"{name} is {width}x{height}, its annotation says {told_width}x{told_height}")
 
 
 def decode(data: bytes, name: str = "", max_pixels: int = MAX_PIXELS, annotated: Size | None = None) -> Image.Image:
-    """Encoded bytes -> an RGB image (first frame, transparency on white), upright or as `load_image` says.
+    """The RGB image of encoded bytes (first frame, transparency on white), upright or as
+    `load_image` says.
 
     Raises:
-        BadSample: as `load_image`; `name` is what its detail calls the image.
+        SkipSample: as `load_image`; its detail calls the image `name`.
     """
     image = _open(data, name, max_pixels)
     upper_bits = "RGBL" if any(map(_has_16_bits, image.tile)) else ""  # of these channels Pillow keeps 8
@@ -179,12 +189,12 @@ def decode(data: bytes, name: str = "", max_pixels: int = MAX_PIXELS, annotated:
         upright = upright_rgb(image)
         bands = [image.getchannel(band) for band in image.getbands() if band in upper_bits]
         if bands and max(int(np.asarray(band).max()) for band in bands) < _DARKEST:
-            raise BadSample("image_dark", f"{name} has 16 bits a channel and uses at most 12: convert it to 8 bits")
-    except BadSample:
+            raise SkipSample("image_dark", f"{name} has 16 bits a channel and uses at most 12: convert it to 8 bits")
+    except SkipSample:
         raise
     except Exception as error:  # as above
         reason = "image_truncated" if "truncated" in str(error) else "image_unreadable"
-        raise BadSample(reason, f"{name}: {error}") from None
+        raise SkipSample(reason, f"{name}: {error}") from None
     return upright if back is None else upright.transpose(back)
 
 
@@ -194,7 +204,7 @@ def _has_16_bits(tile: ImageFile._Tile) -> bool:
 
 
 def _open(data: bytes, name: str, max_pixels: int) -> ImageFile.ImageFile:
-    """With its header read and its size found bearable, its pixels not yet decoded."""
+    """The opened image: its header is read and its size is checked, but no pixel is decoded."""
     bound = f"at most {max_pixels:,} pixels and {2 * math.isqrt(max_pixels):,} a side can be read: make it smaller"
     try:
         with warnings.catch_warnings():
@@ -202,22 +212,22 @@ def _open(data: bytes, name: str, max_pixels: int) -> ImageFile.ImageFile:
             image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except Image.DecompressionBombError as error:
         pixels = re.search("[0-9]+", str(error))
-        raise BadSample("image_too_large", f"{name}: {int(pixels[0]) if pixels else 0:,} pixels, {bound}") from None
+        raise SkipSample("image_too_large", f"{name}: {int(pixels[0]) if pixels else 0:,} pixels, {bound}") from None
     except UnidentifiedImageError:
-        raise BadSample("image_unreadable", f"{name}: {_what_instead(data)}") from None
+        raise SkipSample("image_unreadable", f"{name}: {_what_instead(data)}") from None
     except Exception as error:  # damaged headers make Pillow raise nearly anything
-        raise BadSample("image_unreadable", f"{name}: {error}") from None
+        raise SkipSample("image_unreadable", f"{name}: {error}") from None
     width, height = image.size
     # The padded square is what will be allocated: a thin image's is much larger than the image.
     if width * height > max_pixels or max(width, height) ** 2 > 4 * max_pixels:
-        raise BadSample("image_too_large", f"{name}: {width}x{height}, {bound}")
+        raise SkipSample("image_too_large", f"{name}: {width}x{height}, {bound}")
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise BadSample("image_aspect", f"{name}: {width}x{height}, a side may be {MAX_ASPECT} times the other one")
+        raise SkipSample("image_aspect", f"{name}: {width}x{height}, a side may be {MAX_ASPECT} times the other one")
     return image
 
 
 def _what_instead(data: bytes) -> str:
-    """What a file is that is no image."""
+    """What a file without an image seems to be, in words."""
     start = data[:200].decode("utf-8-sig", "replace").strip()
     if start.startswith("version https://git-lfs"):
         return "it is a Git LFS pointer, not the image: `git lfs pull` gets the image"
@@ -232,11 +242,13 @@ def _what_instead(data: bytes) -> str:
 
 
 def padded_resize(image: Image.Image, size: int) -> Image.Image:
-    """Paste an RGB image in the middle of a square of its longer side and resize that, bicubic with antialias."""
+    """An RGB image in the middle of a square of its longer side, resized by bicubic interpolation
+    with antialiasing."""
     width = side = max(image.size)
     if image.width > image.height:
-        # Pillow resizes along rows first, then along columns. Rows of padding come out of the first pass as they went
-        # in, so only the image's own have to go through it: the same bytes in less time.
+        # Pillow resizes along rows first, then along columns. Rows of padding come out of the first
+        # pass as they went in, so only the image's own have to go through it: the same bytes in
+        # less time.
         image = image.resize((width := size, image.height), Image.Resampling.BICUBIC)
     square = Image.new("RGB", (width, side), PAD_COLOUR)
     square.paste(image, ((width - image.width) // 2, (side - image.height) // 2))
@@ -244,10 +256,11 @@ def padded_resize(image: Image.Image, size: int) -> Image.Image:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """EXIF orientation applied, transparency on white, RGB; more than 8 bits of grey as `_eight_bits` scales them.
+    """The image in RGB with EXIF's orientation applied, on white where it is transparent;
+    `_eight_bits` scales deep grey.
 
     Raises:
-        BadSample: image_unreadable, where no value is a number.
+        SkipSample: image_unreadable, if no value is a number.
     """
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # of an upright one it would return a copy
         image = ImageOps.exif_transpose(image)
@@ -261,17 +274,18 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """A grey image of integers or floats in 8 bits: Pillow's own conversion clips at 255.
+    """A grey image of integers or floats in 8 bits. Pillow's own conversion would clip at 255.
 
-    65535 is white where the largest value is in the upper half of 16 bits, 255 where it is in the upper half of 8 bits.
-    Others use another scale (12 bits of a scanner, 0 to 1, heights): their own smallest value becomes black, their
-    largest white. What is no number becomes black, what is infinite the nearer end.
+    65535 is white if the largest value is in the upper half of 16 bits; 255 is white if it is in
+    the upper half of 8 bits. Other images use another scale (12 bits of a scanner, 0 to 1,
+    heights): their smallest value becomes black and their largest white. NaN becomes black, and an
+    infinite value becomes the nearer end.
     """
     values = np.array(image, dtype=np.float32)
     finite = np.isfinite(values)
     if not finite.all():
         if not finite.any():
-            raise BadSample("image_unreadable", "none of its values is a number")
+            raise SkipSample("image_unreadable", "none of its values is a number")
         ends = float(values[finite].min()), float(values[finite].max())
         np.nan_to_num(values, copy=False, nan=ends[0], neginf=ends[0], posinf=ends[1])
     low, high = float(values.min()), float(values.max())

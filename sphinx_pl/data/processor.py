@@ -1,4 +1,5 @@
-"""Records -> token ids, for training and for prompts. Saved with the model, which is of no use without its format."""
+"""Records -> token ids, for training and for prompts. A model is saved with its processor: it needs
+this format."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, Optional
 
-from sphinx_pl.data.coordinates import Geometry, Size, seen_views
+from sphinx_pl.data.coordinates import Coordinates, Size, kept_views
 from sphinx_pl.data.images import annotated_images, image_size
 from sphinx_pl.data.prompt_format import (
     END_OF_TURN,
@@ -27,8 +28,8 @@ from sphinx_pl.data.prompt_format import (
     render,
     unescaped,
 )
-from sphinx_pl.data.schema import IMAGE_SLOT, PLACEHOLDER, Branch, ImageRef, Record, Sample, Turn
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.schema import IMAGE_SLOT, PLACEHOLDER, ImageRef, Record, Sample, SampleQuestion, Turn
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.data.tokenizers import Tokenizer
 from sphinx_pl.utils.config import build, within
@@ -37,17 +38,17 @@ from sphinx_pl.utils.errors import UserError, suggest
 TEXT_LENGTH = 2048
 """Tokens of a text in the recipe, and of a sample unless its image takes nearly all of them."""
 BEHIND_IMAGE = 512
-"""Tokens of text that a sample with one image has room for at least."""
+"""Tokens of text for which a sample with one image has room, at least."""
 
 
 @dataclass
 class ProcessorConfig:
-    """How text is written: the conversation's system text, decimals of coordinates, the longest sample in tokens.
+    """The section `data.processor`: system text, decimals of coordinates, and the longest sample in
+    tokens.
 
-    `max_length` None follows from the model: `TEXT_LENGTH` tokens, or one image and `BEHIND_IMAGE` where that is more.
-
-    `on_too_long` says what becomes of a longer conversation: `cut` ends it after the last part of an answer that is
-    whole, `skip` leaves it out.
+    `max_length` None follows from the model: `TEXT_LENGTH` tokens, or one image and `BEHIND_IMAGE`
+    if that is more. `on_too_long` decides about longer conversations. `cut` ends one after the last
+    whole part of an answer, and `skip` skips it.
     """
 
     system: str = SYSTEM
@@ -64,19 +65,21 @@ class ProcessorConfig:
 
 @dataclass(frozen=True, slots=True)
 class PromptSample:
-    """A prompt in ids (IMAGE_SLOT where visual tokens go) and the images that fill the slots."""
+    """The ids of a prompt (IMAGE_SLOT for each visual token) and the images that fill the slots."""
 
     ids: list[int]
     images: tuple[ImageRef, ...]
-    seen: tuple[tuple[bool, ...], ...] = ()  # see `Sample`
+    kept_views: tuple[tuple[bool, ...], ...] = ()  # see `Sample`
 
 
 @dataclass
 class Processor:
-    """Owns the tokenizer, the conversation format and the geometry's text form.
+    """Writes records as token ids: it owns the tokenizer, the prompt format and the text form of
+    coordinates.
 
-    `tokens_per_image` and `image_size` are the model's, given by the caller since data does not import models; so are
-    `view_tokens`, those of each view, where the model skips views that show only padding.
+    `tokens_per_image` and `image_size` belong to the model. The caller gives them, since data does
+    not import models. `view_tokens` are the tokens of each view; () if the model does not skip
+    views that show only padding.
     """
 
     config: ProcessorConfig
@@ -85,17 +88,17 @@ class Processor:
     image_size: int
     image_position: str = "after_bos"
     view_tokens: tuple[int, ...] = ()
-    geometry: Geometry = field(init=False)
+    coordinates: Coordinates = field(init=False)
 
     def __post_init__(self) -> None:
-        self.geometry = Geometry(decimals=self.config.decimals)
+        self.coordinates = Coordinates(decimals=self.config.decimals)
         if self.config.max_length is None:
             length = max(TEXT_LENGTH, self.tokens_per_image + BEHIND_IMAGE)
             self.config = dataclasses.replace(self.config, max_length=length)
 
     @property
     def max_length(self) -> int:
-        """Tokens of the longest sample."""
+        """The number of tokens of the longest sample."""
         assert self.config.max_length is not None
         return self.config.max_length
 
@@ -104,11 +107,12 @@ class Processor:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], tokenizer_file: str | Path, model: Any) -> Processor:
-        """From `to_dict()`'s mapping, a tokenizer file and a model config (read for its image geometry only).
+        """The processor of `to_dict()`'s mapping, a tokenizer file and a model config (only image
+        sizes are read of it).
 
         Raises:
-            UserError: the tokenizer has more pieces than the model's vocabulary, or does not tell the line break that
-                ends a turn from a space.
+            UserError: the tokenizer has more pieces than the model's vocabulary, or does not tell
+                the line break that ends a turn from a space.
         """
         tokenizer = Tokenizer(tokenizer_file)
         if tokenizer.vocab_size > model.decoder.vocab_size:
@@ -133,48 +137,52 @@ class Processor:
 
     @property
     def stop_sequences(self) -> list[list[int]]:
-        """Ids that end an answer: `\\n###` as it is tokenized after a word, at a start and after blanks."""
-        found: list[list[int]] = []
+        """The ids that end an answer: `\\n###` as it is tokenized after a word, at a start and
+        after blanks."""
+        sequences: list[list[int]] = []
         for before in ("a", "", "a ", "a\n", "a\r"):
             ids, spans = self.tokenizer.encode_with_spans(before + END_OF_TURN)
             stop = ids[bisect_right(spans, len(before), key=itemgetter(1)) :]
-            if stop not in found:
-                found.append(stop)
-        return found
+            if stop not in sequences:
+                sequences.append(stop)
+        return sequences
 
     def decode(self, ids: list[int]) -> str:
-        """Text of generated ids, without what follows an end of turn."""
+        """The text of generated ids up to the end of the turn."""
         return unescaped(self.tokenizer.decode(ids).split(END_OF_TURN)[0]).strip()
 
     def encode_answer(self, answer: str) -> list[int]:
-        """An answer's ids, those of training: it begins a word, whether it begins with a space or not."""
+        """The ids of an answer as in training: it begins a word, with or without a space in front."""
         return self.tokenizer.encode(escaped(answer.strip()))
 
     def sample(self, record: Record, source: str, rng: random.Random | None = None) -> Sample:
-        """One record as a sample with one branch of at most `max_length` tokens.
+        """One record as a sample with one question of at most `max_length` tokens.
 
-        A longer conversation ends after the last whole part of an answer (`Task.parts`), without an end of turn where
-        the answer goes on, and with the event `cut`; `cut_targets` and `cut_turns` count what was lost.
+        A longer conversation ends after the last whole part of an answer (`Task.parts`), without an
+        end of turn if the answer would continue. It has the event `cut`; `cut_targets` and
+        `cut_turns` count what is lost.
 
         Raises:
-            BadSample: the record lacks what its task needs, or `max_length` tokens hold no answer or not every image.
+            SkipSample: the record lacks what its task needs, or `max_length` tokens hold no answer
+                or not every image.
         """
         return self.samples(record, source, rng)[0]
 
     def samples(self, record: Record, source: str, rng: random.Random | None = None) -> list[Sample]:
-        """As `sample`; but what is cut off a plain document makes further samples, so that nothing of it is lost.
+        """The samples of a record, as `sample` makes them. The rest of a long plain document makes
+        further samples.
 
         Raises:
-            BadSample: as `sample`.
+            SkipSample: as `sample`.
         """
         budget = self.max_length
-        if len(record.images) > budget:  # before each of them is opened for its size
-            raise BadSample("too_long", f"{len(record.images)} images in {budget} tokens")
-        turns = TASKS[record.task].turns(record, self.geometry, rng)
+        if len(record.images) > budget:  # checked before each image is opened for its size
+            raise SkipSample("too_long", f"{len(record.images)} images in {budget} tokens")
+        turns = TASKS[record.task].turns(record, self.coordinates, rng)
         document = is_document(turns)
         images = annotated_images(record)
-        seen = self._seen(self.sizes(images))
-        slots = self.slots(len(images), seen)
+        kept_views = self._kept_views(self.sizes(images))
+        slots = self.slots(len(images), kept_views)
         rest: list[int] = []
         rendered, events = self._rendered(turns, record)
         if not document:
@@ -183,16 +191,16 @@ class Processor:
             if len(ids) > budget:
                 length, turns_kept = self._cut(rendered, spans, TASKS[record.task].parts)
                 events.update(cut=1, cut_turns=len(turns) - turns_kept, cut_targets=sum(supervised[length:]))
-                # Of a text that is much too long the end was not even looked at.
-                seen_text = spans[-1][1]
-                left = (rendered.text[max(begin, seen_text) : end] for begin, end in rendered.answers)
+                # The end of a text that is much too long was not even tokenized.
+                tokenized = spans[-1][1]
+                left = (rendered.text[max(begin, tokenized) : end] for begin, end in rendered.answers)
                 events["cut_targets"] += sum(len(self.tokenizer.encode(text)) for text in left if text)
                 ids, supervised = ids[:length], supervised[:length]
         else:
             if record.images:
                 ids, spans = self._tokens(rendered, record, slots)
                 supervised = _overlaps(spans, rendered.answers)
-            else:  # all of it is supervised: a book needs no spans, which would take a hundred times its bytes
+            else:  # all of a text is supervised: spans would take a hundred times the bytes of a book
                 ids = [self.tokenizer.bos_id, *self.tokenizer.encode(rendered.text)]
                 supervised = [False] + [True] * (len(ids) - 1)
             # A plain document also teaches where a text ends.
@@ -200,100 +208,107 @@ class Processor:
             rest = ids[budget:]
             ids, supervised = ids[:budget], supervised[:budget]
         if not any(supervised):
-            raise BadSample("too_long", f"no answer within {budget} tokens")
+            raise SkipSample("too_long", f"no answer within {budget} tokens")
         if ids.count(IMAGE_SLOT) < sum(slots):
-            raise BadSample("too_long", f"an image is not within {budget} tokens")
-        # The prefix shared by all branches can reach at most to the first supervised token.
-        branch = Branch(ids, supervised, record.task, record.key)
-        samples = [Sample([], [branch], images, source, seen, +(events + Counter(record.events)))]
+            raise SkipSample("too_long", f"an image is not within {budget} tokens")
+        # A prefix that questions share ends before the first supervised token, at most.
+        question = SampleQuestion(ids, supervised, record.task, record.key)
+        samples = [Sample([], [question], images, source, kept_views, +(events + Counter(record.events)))]
         for number, start in enumerate(range(0, len(rest), budget - 1), start=2):
             part = [self.tokenizer.bos_id, *rest[start : start + budget - 1]]
-            branch = Branch(part, [False] + [True] * (len(part) - 1), record.task, f"{record.key}#{number}")
-            samples.append(Sample([], [branch], (), source))
+            question = SampleQuestion(part, [False] + [True] * (len(part) - 1), record.task, f"{record.key}#{number}")
+            samples.append(Sample([], [question], (), source))
         return samples
 
     def prompt(self, record: Record, sizes: Sequence[Size] | None = None) -> PromptSample:
-        """The record's question in the evaluation wording, stopping where the model is to answer.
+        """The record's question in the wording of evaluation, up to the place of the answer.
 
         Args:
-            sizes: (width, height) of the images that will be shown, if those are not the record's own.
+            sizes: (width, height) of the images that will be shown, if they are not the record's
+                own.
 
         Raises:
-            BadSample: the record lacks what its task needs, or an image whose size is needed cannot be read.
+            SkipSample: the record lacks what its task needs, or an image whose size is needed
+                cannot be read.
         """
-        turns = TASKS[record.task].turns(record, self.geometry, None)
+        turns = TASKS[record.task].turns(record, self.coordinates, None)
         images = annotated_images(record)
-        seen = self._seen(self.sizes(images) if sizes is None else sizes)
+        kept_views = self._kept_views(self.sizes(images) if sizes is None else sizes)
         rendered, _ = self._rendered(turns, record, open_ended=True)
-        ids, _ = self._tokens(rendered, record, self.slots(len(record.images), seen))
-        return PromptSample(ids, images, seen)
+        ids, _ = self._tokens(rendered, record, self.slots(len(record.images), kept_views))
+        return PromptSample(ids, images, kept_views)
 
     def sizes(self, images: Sequence[ImageRef]) -> tuple[Size, ...]:
-        """(width, height) of images, from their headers; () where their numbers of tokens do not depend on it.
+        """(width, height) of images, from their headers; () if the number of tokens does not depend
+        on it.
 
         Raises:
-            BadSample: an image that cannot be read.
+            SkipSample: an image cannot be read.
         """
         return tuple(image_size(image) for image in images) if self.view_tokens else ()
 
-    def _seen(self, sizes: Sequence[Size]) -> tuple[tuple[bool, ...], ...]:
+    def _kept_views(self, sizes: Sequence[Size]) -> tuple[tuple[bool, ...], ...]:
         if not self.view_tokens:
             return ()
         grid = math.isqrt(len(self.view_tokens) - 1)
-        return tuple(seen_views(size, self.image_size, grid) for size in sizes)
+        return tuple(kept_views(size, self.image_size, grid) for size in sizes)
 
-    def slots(self, images: int, seen: Sequence[Sequence[bool]]) -> list[int]:
-        """How many visual tokens each of so many images has."""
+    def slots(self, images: int, kept_views: Sequence[Sequence[bool]]) -> list[int]:
+        """The number of visual tokens of each of `images` images."""
         if not self.view_tokens:
             return [self.tokens_per_image] * images
-        return [sum(n if s else 1 for n, s in zip(self.view_tokens, views, strict=True)) for views in seen]
+        return [sum(n if s else 1 for n, s in zip(self.view_tokens, views, strict=True)) for views in kept_views]
 
     def _rendered(
         self, turns: Sequence[Turn], record: Record, open_ended: bool = False
     ) -> tuple[Rendered, Counter[str]]:
-        """The record's text, and the event `escaped` where a text in it would have become structure."""
+        """The record's text, and the event `escaped` if a text in it would have become structure."""
         system = self.config.system if record.system is None else escaped(record.system)
         rendered = render(self._place(turns, record), system, open_ended, is_document(turns))
         return rendered, Counter(escaped=int(rendered.escaped or record.system not in (None, system)))
 
     def _place(self, turns: Sequence[Turn], record: Record) -> Sequence[Turn]:
-        """Turns whose `<image>` marks agree with the record's images.
+        """The turns with `<image>` marks that agree with the record's images.
 
-        One image (unless the model wants it inline) stands after BOS and loses its mark, as in the original. Otherwise
-        every image needs a mark; where there is none, the marks are put in front of the first question.
+        One image (unless the model wants it inline) stands after BOS and loses its mark, as in the
+        original. Otherwise every image needs a mark. If there is none, the marks are put in front
+        of the first question.
         """
         marks = sum(turn.question.count(PLACEHOLDER) for turn in turns)
         images = len(record.images)
         if images == 0 and marks:
-            raise BadSample("image_absent", f"{record.key}: {marks} {PLACEHOLDER} but no image")
+            raise SkipSample("image_absent", f"{record.key}: {marks} {PLACEHOLDER} but no image")
         if marks not in (0, images):
-            raise BadSample("image_count", f"{record.key}: {marks} {PLACEHOLDER} for {images} images")
+            raise SkipSample("image_count", f"{record.key}: {marks} {PLACEHOLDER} for {images} images")
         if PLACEHOLDER in (record.system or ""):
-            raise BadSample("image_in_system", f"{record.key}: {PLACEHOLDER} in the system text")
+            raise SkipSample("image_in_system", f"{record.key}: {PLACEHOLDER} in the system text")
         if self._leading(record):
             return [Turn(turn.question.replace(PLACEHOLDER, "").strip(), turn.answer) for turn in turns]
         if any(PLACEHOLDER in turn.answer for turn in turns):
-            raise BadSample("image_in_answer", f"{record.key}: {PLACEHOLDER} in an answer")
+            raise SkipSample("image_in_answer", f"{record.key}: {PLACEHOLDER} in an answer")
         if marks == 0:
             return [Turn(PLACEHOLDER * images + turns[0].question, turns[0].answer), *turns[1:]]
         return turns
 
     def _cut(self, rendered: Rendered, spans: Sequence[tuple[int, int]], parts: re.Pattern[str]) -> tuple[int, int]:
-        """How many tokens and how many turns stay of a conversation that has more than `max_length` tokens.
+        """The number of tokens and of turns that are kept of a conversation with more than
+        `max_length` tokens.
 
-        What is kept ends with a whole turn, or within an answer behind what `parts` finds as a whole.
+        What is kept ends with a whole turn, or within an answer behind a whole part that `parts`
+        finds.
 
         Raises:
-            BadSample: too_long, where nothing of an answer would be left or the configuration wants no cut.
+            SkipSample: too_long, if nothing of an answer would be left or the configuration wants
+                no cut.
         """
         budget = self.max_length
         if self.config.on_too_long == "skip":
-            raise BadSample("too_long", f"more than {budget} tokens")
+            raise SkipSample("too_long", f"more than {budget} tokens")
         limit = min(spans[budget - 1][1], spans[budget][0])  # a character can be several tokens
         text, turn = rendered.text, bisect_right(rendered.answers, limit, key=itemgetter(1))
         begin, end = rendered.answers[turn]
-        found = (match.span() for match in parts.finditer(text, begin + 1, end - len(END_OF_TURN)))
-        whole = list(itertools.takewhile(lambda part: part[0] < limit, found))
+        spans_of_parts = (match.span() for match in parts.finditer(text, begin + 1, end - len(END_OF_TURN)))
+        whole = list(itertools.takewhile(lambda part: part[0] < limit, spans_of_parts))
         limit = min(limit, end - len(END_OF_TURN))
         while limit > begin:
             number = bisect_left(whole, limit, key=itemgetter(1))
@@ -307,7 +322,7 @@ class Processor:
                 break
             limit = reached  # a token goes beyond the part's end
         if not turn:
-            raise BadSample("too_long", f"no whole part of an answer within {budget} tokens")
+            raise SkipSample("too_long", f"no whole part of an answer within {budget} tokens")
         return bisect_right(spans, rendered.answers[turn - 1][1], key=itemgetter(1)), turn
 
     def _leading(self, record: Record) -> bool:
@@ -316,9 +331,12 @@ class Processor:
     def _tokens(
         self, rendered: Rendered, record: Record, slots: Sequence[int], budget: int | None = None
     ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids, and for each the half-open range of characters of the text that it stands for (an empty one for BOS and
-        images). Text that cannot be within `budget` tokens is left out: of a million characters only the first few
-        thousand need the work."""
+        """The ids, and for each id the half-open range of characters of the text that it stands
+        for.
+
+        The range is empty for BOS and images. Text that cannot be within `budget` tokens is not
+        tokenized: of a million characters only the first few thousand need the work.
+        """
         longest = len(rendered.text) if budget is None else budget * self.tokenizer.longest_piece
         ids: list[int] = [self.tokenizer.bos_id]
         spans = [(0, 0)]
@@ -345,7 +363,8 @@ class Processor:
 
 
 def _overlaps(spans: Sequence[tuple[int, int]], answers: Sequence[tuple[int, int]]) -> list[bool]:
-    """Which tokens are targets: those that hold a character of an answer, also when they began before it.
+    """Whether each token is a target: it holds a character of an answer, even if it begins before
+    the answer.
 
     Both sequences are in order.
     """
@@ -357,11 +376,11 @@ def _overlaps(spans: Sequence[tuple[int, int]], answers: Sequence[tuple[int, int
     return flags
 
 
-def merge_branches(samples: Sequence[Sample], max_length: int) -> list[Sample]:
-    """Samples about the same images, joined into as few as `max_length` tokens allow: a branch for each question.
+def merge_questions(samples: Sequence[Sample], max_length: int) -> list[Sample]:
+    """Samples about the same images, joined into as few samples as `max_length` tokens allow.
 
-    Samples whose images do not all stand in what they share (inline, after differing text), or are not shown in the
-    same way, come back as they were.
+    Samples are left as they are if their images are not all in the text that they share (inline
+    images after differing text), or if the images are not shown in the same way.
     """
     merged: list[Sample] = []
     for sample in samples:
@@ -374,35 +393,39 @@ def merge_branches(samples: Sequence[Sample], max_length: int) -> list[Sample]:
 
 
 def _join(first: Sample, second: Sample) -> Sample | None:
-    """Both samples' branches behind what they begin with, or None where they do not share their images' slots.
+    """Both samples' questions behind the prefix that they share, or None if they do not share their
+    images' slots.
 
-    The shared prefix ends before the first supervised token of any branch, so every target keeps its own context.
+    The shared prefix ends before the first supervised token of any question, so every target keeps
+    its own context.
     """
     images = _shared_images(first.images, second.images)
-    if images is None or first.seen != second.seen:
+    if images is None or first.kept_views != second.kept_views:
         return None
-    branches = [(sample.prefix, branch) for sample in (first, second) for branch in sample.branches]
-    chains = [prefix + branch.ids for prefix, branch in branches]
-    limit = min(len(prefix) + branch.supervised.index(True) for prefix, branch in branches) - 1
+    questions = [(sample.prefix, question) for sample in (first, second) for question in sample.questions]
+    chains = [prefix + question.ids for prefix, question in questions]
+    limit = min(len(prefix) + question.supervised.index(True) for prefix, question in questions) - 1
     shared = limit
     for chain in chains[1:]:
-        if chain[:shared] != chains[0][:shared]:  # halve, comparing slices: each pair of ids by itself takes long
+        if chain[:shared] != chains[0][:shared]:  # bisection over slices is faster than comparing ids one by one
             shared = bisect_left(range(shared), True, key=lambda n: chain[: n + 1] != chains[0][: n + 1])
     if any(IMAGE_SLOT in chain[shared:] for chain in chains):
         return None
     split = [
-        # What leaves the prefix for a branch was never supervised.
-        Branch(chain[shared:], ([False] * len(prefix) + branch.supervised)[shared:], branch.task, branch.key)
-        for chain, (prefix, branch) in zip(chains, branches, strict=True)
+        # Tokens that leave the prefix for a question were never supervised.
+        SampleQuestion(
+            chain[shared:], ([False] * len(prefix) + question.supervised)[shared:], question.task, question.key
+        )
+        for chain, (prefix, question) in zip(chains, questions, strict=True)
     ]
     events = Counter(first.events) + Counter(second.events)
-    return Sample(chains[0][:shared], split, images, first.source, first.seen, events)
+    return Sample(chains[0][:shared], split, images, first.source, first.kept_views, events)
 
 
 def _shared_images(first: Sequence[ImageRef], second: Sequence[ImageRef]) -> tuple[ImageRef, ...] | None:
-    """The images that both samples can be shown, None where they differ.
+    """The images that both samples show, None if they differ.
 
-    Where one of them has no coordinates, the annotated size of the other one holds for both.
+    If only one of them has an annotated size, it holds for both.
     """
     if first != second or any(
         a.annotated and b.annotated not in (None, a.annotated) for a, b in zip(first, second, strict=True)

@@ -1,11 +1,13 @@
-"""Turns -> one string, with the ranges of characters that are answers.
+"""The prompt format: turns -> one string, with the ranges of characters that are answers.
 
-The original's format (LLaMA2-Accessory, `accessory/data/conversation`): the system text, then `\n\n###` +
-` Human: question\n###` + ` Assistant:` + ` answer\n###`, further turns in the same way. An answer is supervised
-together with its ending `\n###`. Without a system text a conversation starts with `###` alone.
+The format is the original's (LLaMA2-Accessory, `accessory/data/conversation`): the system text,
+then `\n\n###` + ` Human: question\n###` + ` Assistant:` + ` answer\n###`, and further turns in the
+same way. An answer is supervised together with its ending `\n###`. Without a system text, a
+conversation starts with `###` alone.
 
-What data and users write never becomes structure: `escaped` changes what would read as the end of a turn or as the
-beginning of one. All other text is as in the original. A plain document has no structure, and its text stays as it is.
+What data and users write never becomes structure: `escaped` changes text that would read as the end
+or the beginning of a turn. All other text is as in the original. A plain document has no structure,
+so its text is not changed.
 """
 
 from __future__ import annotations
@@ -26,9 +28,9 @@ SYSTEM = (
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A conversation as text; `answers` are half-open character ranges to supervise.
+    """A conversation as text. `answers` are the half-open ranges of characters to supervise.
 
-    `escaped`: whether a text of the turns would have become structure.
+    `escaped` says whether a text of the turns would have become structure.
     """
 
     text: str
@@ -36,42 +38,45 @@ class Rendered:
     escaped: bool = False
 
 
-# Full-width signs are what some tokenizers take for a number sign, and sentencepiece takes U+2581 for a space.
+# Some tokenizers take full-width signs for a number sign, and sentencepiece takes U+2581 for a
+# space.
 _SEPARATORS = "[#\uff03\ufe5f]{3}"
 _STRUCTURE = re.compile(f"\n(?={_SEPARATORS})|(?<={SEPARATOR})[ \u2581](?=(?:Human|Assistant):)")
 _ESCAPED = re.compile(f"\n (?={_SEPARATORS})")
 
 
 def escaped(text: str) -> str:
-    """A text that cannot end a turn or begin one, in which a space is added where this one does.
+    """The text with added spaces, so that it cannot end or begin a turn.
 
-    It stands before a `###` that begins a line, which Markdown still reads as a heading, and between `###` and the
-    words ` Human:` or ` Assistant:` on any place of a line.
+    A space is added before a `###` that begins a line, which Markdown still reads as a heading.
+    Another is added between `###` and ` Human:` or ` Assistant:` anywhere in a line.
     """
     return _STRUCTURE.sub(r"\g<0> ", text)
 
 
 def unescaped(text: str) -> str:
-    """What the model wrote, with a `###` at the beginning of its line again."""
+    """The model's text without the space that `escaped` adds before a `###` at the beginning of a
+    line."""
     return _ESCAPED.sub("\n", text)
 
 
 def is_document(turns: Sequence[Turn]) -> bool:
-    """Whether a single answer to no question: plain text, not a conversation.
+    """Whether the turns are a plain document: a single answer to an empty question.
 
-    A question of nothing but marks for images is one, and an empty one in any conversation.
+    A question of nothing but marks for images is not empty.
     """
     return len(turns) == 1 and not turns[0].question.strip()
 
 
 def render(turns: Sequence[Turn], system: str, open_ended: bool = False, document: bool | None = None) -> Rendered:
-    """A conversation; with `open_ended` the last turn stops where the model is to answer.
+    """The text of a conversation; with `open_ended` the last turn stops where the model answers.
 
-    A plain document is its text alone, all supervised, behind the marks of its images; it is open-ended from its start.
+    A plain document is its text behind the marks of its images, and all of it is supervised.
+    Open-ended, it is the marks alone.
 
     Args:
-        system: the text before the first turn, which stays as it is.
-        document: whether it is one; None: as `is_document` says of `turns`.
+        system: the text before the first turn; it is not escaped.
+        document: whether the turns are a plain document; None: `is_document` decides.
     """
     if is_document(turns) if document is None else document:
         marks, text = turns[0].question, turns[0].answer

@@ -1,4 +1,4 @@
-"""All records of a configuration's sources, for what asks questions instead of training."""
+"""All records of a configuration's sources, for scripts that ask questions instead of training."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ from sphinx_pl.utils.errors import UserError, suggest
 def read_records(
     sources: Mapping[str, Any], section: str, names: Sequence[str] | None = None, at_most: int | None = None
 ) -> tuple[list[Record], dict[str, int]]:
-    """The records of `data.<section>`'s sources with the source's name in front of their keys, and what was unreadable.
+    """The records of the sources in `data.<section>`, and the reasons and counts of what was
+    unreadable.
+
+    The name of the source stands in front of each record's key.
 
     Args:
-        at_most: of each source, spread evenly over it; of a group each of its sources.
+        at_most: how many records are taken of each source, also of each source in a group; they are
+            spread evenly.
 
     Raises:
-        UserError: an unknown name, or what the sources themselves refuse.
+        UserError: a name is unknown, or a source cannot be opened.
     """
     from sphinx_pl.data.readers import spread
     from sphinx_pl.data.sampling.config import META, Group, SourceConfig
-    from sphinx_pl.data.skip import BadSample
+    from sphinx_pl.data.skip import SkipSample
 
     for name in names or ():
         if name not in sources:
@@ -31,7 +35,7 @@ def read_records(
     records: list[Record] = []
     lost: dict[str, int] = {}
     for name in names or sources:
-        if sources[name] is None:  # switched off, as train.py has it
+        if sources[name] is None:  # switched off
             continue
         values = sources[name]
         if isinstance(values, dict) and ("sources" in values or values.get("kind") == META):
@@ -43,7 +47,7 @@ def read_records(
             for index in spread(len(source), at_most):
                 try:
                     record = source.record(index)
-                except BadSample as error:
+                except SkipSample as error:
                     lost[error.reason] = lost.get(error.reason, 0) + 1
                     continue
                 records.append(dataclasses.replace(record, key=f"{leaf}/{record.key}"))

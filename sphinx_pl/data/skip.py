@@ -1,16 +1,17 @@
-"""The exceptions for a record that is not used: counted, never fatal by itself."""
+"""The exceptions that skip a record. A skipped record is counted; it never ends a run by itself."""
 
 from __future__ import annotations
 
 
-class BadSample(Exception):  # noqa: N818 - not an error of the program
-    """A record, caption or image that is no use.
+class SkipSample(Exception):  # noqa: N818 - not an error of the program
+    """A record, caption or image cannot be used.
 
-    `reason` is a short slug that names a counter ("box_outside"); `detail` says which and why, for the log.
+    `reason` is a short slug that names a counter ("box_outside"). `detail` says which record and
+    why, for the log.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason, detail)  # both in args, so that it comes back whole from a worker process
+        super().__init__(reason, detail)  # both are in args, so that a worker process returns them
         self.reason = reason
         self.detail = detail
 
@@ -23,8 +24,8 @@ class BadSample(Exception):  # noqa: N818 - not an error of the program
         return f"skipped/{self.reason}"
 
 
-class Filtered(BadSample):
-    """Nothing is wrong with it, but the configuration's filters do not want it."""
+class Filtered(SkipSample):
+    """A record is fine, but the configuration's filters exclude it."""
 
     @property
     def counter(self) -> str:
@@ -35,14 +36,17 @@ _SKIPPED = "skipped/"
 
 
 def counter_of(source: str, what: str) -> str:
-    """The name of a source's counter in a mixture: `skipped/source/reason` of what could not be used, found when it was
-    drawn or when its images were decoded; else `source/what`."""
+    """The name of a source's counter in a mixture.
+
+    It is `skipped/source/reason` for what is skipped, when it is drawn or when its images are
+    decoded. Other counters are called `source/what`.
+    """
     if what.startswith(_SKIPPED):
         return f"{_SKIPPED}{source}/{what.removeprefix(_SKIPPED)}"
     return f"{source}/{what}"
 
 
 def split_counter(counter: str) -> tuple[str, str]:
-    """The source and what is counted, of a name by `counter_of`."""
+    """The source and what is counted, from a name that `counter_of` gave."""
     source, _, what = counter.removeprefix(_SKIPPED).partition("/")
     return source, f"{_SKIPPED}{what}" if counter.startswith(_SKIPPED) else what

@@ -1,4 +1,4 @@
-"""A sentencepiece tokenizer that says where in the text each id comes from."""
+"""A sentencepiece tokenizer that knows where in the text each id comes from."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from sphinx_pl.utils.files import check_pointer
 
 
 class Tokenizer:
-    """LLaMA's conventions: BOS is put in front by the caller, sentencepiece's dummy prefix stays.
+    """A tokenizer with LLaMA's conventions: the caller puts BOS in front, and sentencepiece's dummy
+    prefix stays.
 
     Raises:
-        UserError: the file is missing or not a sentencepiece model.
+        UserError: the file is missing, or is not a sentencepiece model.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -36,7 +37,7 @@ class Tokenizer:
         self.vocab_size: int = self._model.vocab_size()
         self.longest_piece: int = max(len(self._model.IdToPiece(i)) for i in range(self.vocab_size))
 
-    def __reduce__(self) -> tuple[Any, ...]:  # loaded anew in each data worker
+    def __reduce__(self) -> tuple[Any, ...]:  # each data worker loads the file itself
         return (Tokenizer, (self.path,))
 
     def encode(self, text: str) -> list[int]:
@@ -44,10 +45,11 @@ class Tokenizer:
         return ids
 
     def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids, and for each the half-open range of characters of `text` that it stands for."""
+        """The ids, and for each id the half-open range of characters of `text` that it stands for."""
         mapping = self._model.EncodeAsOffsetMapping(text)
         ids: list[int] = mapping["ids"]
-        # Of a character written as several bytes all but the last piece have no width: give them the character.
+        # If a character is written as several bytes, all pieces but the last have no width. They
+        # get the character.
         return ids, [(begin, max(end, begin + 1)) for begin, end in mapping["offsets"]]
 
     def decode(self, ids: list[int]) -> str:
@@ -55,10 +57,11 @@ class Tokenizer:
         return text
 
     def piece(self, id: int) -> str | bytes:
-        """The text of one id, with the space that it begins with; the byte, of a character that is written in bytes."""
+        """The text of one id with the space that it begins with; the byte, if the id stands for one
+        byte."""
         piece: str = self._model.IdToPiece(id)
         return bytes([int(piece[3:-1], 16)]) if self._model.IsByte(id) else piece.replace("\u2581", " ")
 
     def is_special(self, id: int) -> bool:
-        """Whether it stands for no text: a mark such as `<s>`, or what is unknown."""
+        """Whether an id stands for no text: a mark such as `<s>`, or the unknown id."""
         return bool(self._model.IsControl(id) or self._model.IsUnknown(id))

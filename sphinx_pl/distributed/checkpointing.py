@@ -15,7 +15,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor, nn
 
-from sphinx_pl.checkpoints.training import WEIGHT, Piece, Pieces, write_pieces, write_rest
+from sphinx_pl.checkpoints.training import WEIGHT, TensorShard, TrainingShards, write_rest, write_shards
 
 PREFIX = "model."
 """The prefix of the model's names in the state dict of the module that trains it."""
@@ -68,35 +68,35 @@ class TrainingCheckpointIO(TorchCheckpointIO):
         rest["optimizer_groups"] = [group for state in optimizers for group in options_of(state["param_groups"])]
         states = dict(zip(names, (s for state in optimizers for _, s in sorted(state["state"].items())), strict=False))
         rest["optimizer_steps"] = {name: float(state[STEP]) for name, state in states.items() if STEP in state}
-        write_pieces(folder, 0, 1, self._pieces(weights, states))
+        write_shards(folder, 0, 1, self._shards(weights, states))
         write_rest(folder, 1, {name: value.shape for name, value in weights.items()}, rest)
 
     @staticmethod
-    def _pieces(weights: Mapping[str, Tensor], states: Mapping[str, Mapping[str, Any]]) -> Iterator[Piece]:
+    def _shards(weights: Mapping[str, Tensor], states: Mapping[str, Mapping[str, Any]]) -> Iterator[TensorShard]:
         for name, value in weights.items():
-            yield Piece(WEIGHT, name, 0, value.detach().flatten())
+            yield TensorShard(WEIGHT, name, 0, value.detach().flatten())
         for name, state in states.items():
             for kind, value in state.items():
                 if kind != STEP and isinstance(value, Tensor):
-                    yield Piece(kind, name, 0, value.flatten())
+                    yield TensorShard(kind, name, 0, value.flatten())
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         if Path(path).is_file():
             content: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only)
             return content
-        pieces = Pieces(Path(path))
-        checkpoint = pieces.state()
-        shapes = pieces.shapes
-        checkpoint["state_dict"] = {PREFIX + name: pieces.read(name).view(shapes[name]) for name in shapes}
+        shards = TrainingShards(Path(path))
+        checkpoint = shards.state()
+        shapes = shards.shapes
+        checkpoint["state_dict"] = {PREFIX + name: shards.read(name).view(shapes[name]) for name in shapes}
         names, groups = checkpoint.pop("optimizer_names"), checkpoint.pop("optimizer_groups")
-        steps, kinds = checkpoint.pop("optimizer_steps"), pieces.kinds()
+        steps, kinds = checkpoint.pop("optimizer_steps"), shards.kinds()
         state: dict[int, dict[str, Any]] = {}
         param_groups = []
         for own, options in zip(names, groups, strict=True):
             first = len(state)
             for name in own:
                 state[len(state)] = {
-                    kind: pieces.read(name, kind=kind).view(shapes[name]) for kind in kinds if pieces.has(name, kind)
+                    kind: shards.read(name, kind=kind).view(shapes[name]) for kind in kinds if shards.has(name, kind)
                 } | ({STEP: torch.tensor(steps[name])} if name in steps else {})
             param_groups.append({**options, "params": list(range(first, len(state)))})
         checkpoint["optimizer_states"] = [

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sphinx_pl.checkpoints.training import WEIGHT, Piece, Pieces, write_pieces, write_rest
+from sphinx_pl.checkpoints.training import WEIGHT, TensorShard, TrainingShards, write_rest, write_shards
 from sphinx_pl.distributed.checkpointing import STEP, group_names, options_of
 from sphinx_pl.runtime.collectives import of_all_ranks
 from sphinx_pl.utils.errors import UserError
@@ -31,7 +31,7 @@ class Sharded(Base):
 
     optimizer_names: list[list[str]]
     """The optimizer's groups, as names of parameters."""
-    _pieces: Pieces | None = None
+    _shards: TrainingShards | None = None
     bf16_masters = False
     """Whether the optimizer works on weights in bf16."""
 
@@ -84,7 +84,7 @@ class Sharded(Base):
         if self.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
         self.barrier()
-        self._on_all(folder, lambda: write_pieces(folder, self.global_rank, self.world_size, self._local_pieces()))
+        self._on_all(folder, lambda: write_shards(folder, self.global_rank, self.world_size, self._local_shards()))
         # The index names the size of every rank's file.
         self._on_all(folder, lambda: self._write_rest(checkpoint, folder) if self.is_global_zero else None)
 
@@ -117,16 +117,16 @@ class Sharded(Base):
     def shape(self, parameter: nn.Parameter) -> torch.Size:
         """Return the shape of the whole parameter."""
 
-    def _local_pieces(self) -> Iterator[Piece]:
+    def _local_shards(self) -> Iterator[TensorShard]:
         for name, parameter in self._sphinx.named_parameters():
             start, stop = self.held(parameter)
             # the first rank writes what all ranks hold
             if stop <= start or (start == 0 and not self.is_global_zero):
                 continue
-            yield Piece(WEIGHT, name, start, self.local_weight(parameter))
+            yield TensorShard(WEIGHT, name, start, self.local_weight(parameter))
             for kind, values in self.local_states(parameter).items() if parameter.requires_grad else ():
                 if kind != STEP:
-                    yield Piece(kind, name, start, values)
+                    yield TensorShard(kind, name, start, values)
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -139,27 +139,27 @@ class Sharded(Base):
         return True
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        self._pieces = Pieces(Path(checkpoint_path))
-        return self._pieces.state() | {"optimizer_states": [{}]}  # Lightning expects this key
+        self._shards = TrainingShards(Path(checkpoint_path))
+        return self._shards.state() | {"optimizer_states": [{}]}  # Lightning expects this key
 
     @torch.no_grad()
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        assert self._pieces is not None
+        assert self._shards is not None
         for name, parameter in self._sphinx.named_parameters():
             start, stop = self.held(parameter)
             if start < stop:
-                self.local_weight(parameter).copy_(self._pieces.read(name, start, stop))
+                self.local_weight(parameter).copy_(self._shards.read(name, start, stop))
         self.restored()
 
     @torch.no_grad()
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        pieces = self._pieces
-        assert pieces is not None
+        shards = self._shards
+        assert shards is not None
         [optimizer] = self.optimizers
         for group, options in zip(optimizer.param_groups, checkpoint["optimizer_groups"], strict=True):
             group.update(options)
         steps = checkpoint["optimizer_steps"]
-        if steps or pieces.kinds():
+        if steps or shards.kinds():
             self.allocate_states()
         for name, parameter in self._sphinx.named_parameters():
             if not parameter.requires_grad:
@@ -169,8 +169,8 @@ class Sharded(Base):
                 if kind == STEP:
                     values.fill_(steps[name])
                 elif start < stop:
-                    values.copy_(pieces.read(name, start, stop, kind))
-        self._pieces = None
+                    values.copy_(shards.read(name, start, stop, kind))
+        self._shards = None
 
     def note_groups(self, optimizer: torch.optim.Optimizer) -> None:
         """Remember the names in the optimizer's groups, before the engine puts its own tensors into

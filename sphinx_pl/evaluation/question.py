@@ -13,7 +13,7 @@ import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.images import annotated_images
 from sphinx_pl.data.processor import Processor, PromptSample
 from sphinx_pl.data.schema import ImageRef, Record, Turn
@@ -49,7 +49,7 @@ class Question:
         """The question's ids, with a slot for each visual token of its images.
 
         Raises:
-            BadSample: an image whose size is needed cannot be read, or `<image>` marks do not fit
+            SkipSample: an image whose size is needed cannot be read, or `<image>` marks do not fit
                 the images.
         """
         turns = (*self.earlier, Turn(self.text, _BLANK))
@@ -58,7 +58,7 @@ class Question:
 
 def question_of(
     record: Record,
-    geometry: Geometry,
+    coordinates: Coordinates,
     limit: int | None = None,
     closed: Sequence[str] | None = None,
 ) -> Question:
@@ -70,9 +70,9 @@ def question_of(
             question's words decide.
 
     Raises:
-        BadSample: the record lacks what its task needs, so its answer could not be scored either.
+        SkipSample: the record lacks what its task needs, so its answer could not be scored either.
     """
-    *earlier, last = TASKS[record.task].turns(record, geometry, None)
+    *earlier, last = TASKS[record.task].turns(record, coordinates, None)
     if record.task == "multiple_choice":
         candidates = tuple(string.ascii_uppercase[: len(record.choices)])
     elif closed is not None:

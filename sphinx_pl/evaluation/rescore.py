@@ -13,9 +13,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.readers.instruction_json import to_record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.evaluation.benchmarks import Questions
 from sphinx_pl.evaluation.report.summary import summarise
 from sphinx_pl.evaluation.results import (
@@ -46,7 +46,7 @@ def rescore(folder: Path, seed: int | None = None) -> int:
         UserError: the folder holds no evaluation, or a damaged one.
     """
     results = read_results(folder)
-    geometry = Geometry(decimals=int(results["decimals"]))
+    coordinates = Coordinates(decimals=int(results["decimals"]))
     seed = int(results.get("options", {}).get("seed", 0)) if seed is None else seed
     scorers = {result["name"]: benchmark_of(result).score_answer for result in results["benchmarks"]}
     changed = 0
@@ -55,10 +55,10 @@ def rescore(folder: Path, seed: int | None = None) -> int:
         nonlocal changed
         try:
             record = to_record(prediction.record, prediction.key, Path(), prediction.task)
-        except BadSample as error:
+        except SkipSample as error:
             raise UserError(f"'{folder}': {prediction.key} cannot be read ({error}): evaluate again") from None
         name = prediction.key.partition("/")[0] if prediction.benchmark else ""
-        scored = scorers.get(name, score_answer)(record, prediction.prediction, geometry, prediction.images)
+        scored = scorers.get(name, score_answer)(record, prediction.prediction, coordinates, prediction.images)
         changed += scored.score != prediction.score
         return scored
 

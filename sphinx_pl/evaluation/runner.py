@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.images import load_image
 from sphinx_pl.data.processor import Processor, PromptSample
 from sphinx_pl.data.readers.instruction_json import to_entry
 from sphinx_pl.data.schema import ImageRef, Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.evaluation.answer_log import AnsweredBatch, AnswerLog
 from sphinx_pl.evaluation.question import Question, asked_task, question_of
@@ -69,7 +69,7 @@ class Prediction:
         return cls(**{**values, "images": tuple(ImageRef.from_dict(image) for image in values["images"])})
 
 
-ScoreAnswer = Callable[[Record, str, Geometry, tuple[ImageRef, ...]], Prediction]
+ScoreAnswer = Callable[[Record, str, Coordinates, tuple[ImageRef, ...]], Prediction]
 """(record, answer's text, geometry, images that the model saw) -> the answer with its score."""
 
 
@@ -189,8 +189,8 @@ def evaluate(
     questions: dict[int, Question] = {}
     for place, record in enumerate(records):
         try:
-            question = question_of(record, processor.geometry, max_new_tokens, closed)
-        except BadSample as error:
+            question = question_of(record, processor.coordinates, max_new_tokens, closed)
+        except SkipSample as error:
             lost[error.reason] += 1
             continue
         # The images are replaced after the question is written: its coordinates belong to the
@@ -213,7 +213,9 @@ def evaluate(
     if skipped is not None:
         skipped.update(lost)
     score = score_answer or _score_answer
-    return [score(records[place], text, processor.geometry, questions[place].images) for place, text in answers.items()]
+    return [
+        score(records[place], text, processor.coordinates, questions[place].images) for place, text in answers.items()
+    ]
 
 
 def ask(
@@ -311,7 +313,7 @@ def _prompts(
     for place, question in questions.items():
         try:
             prompt = question.prompt(processor)
-        except BadSample as error:
+        except SkipSample as error:
             lost[error.reason] += 1
             continue
         room = model.config.decoder.max_positions - len(prompt.ids)
@@ -342,20 +344,22 @@ def _decode(batch: Sequence[_PlacedPrompt], size: int) -> tuple[list[Prompt], li
     for one in batch:
         try:
             pixels = [load_image(image, size) for image in one.question.images]
-        except BadSample as error:
+        except SkipSample as error:
             lost[error.reason] += 1
             continue
         stacked = torch.stack(pixels) if pixels else None
-        prompts.append(Prompt(one.prompt.ids, stacked, one.limit, one.prompt.seen))
+        prompts.append(Prompt(one.prompt.ids, stacked, one.limit, one.prompt.kept_views))
         places.append(one.place)
     return prompts, places, dict(lost)
 
 
-def score_answer(record: Record, prediction: str, geometry: Geometry, images: tuple[ImageRef, ...] = ()) -> Prediction:
+def score_answer(
+    record: Record, prediction: str, coordinates: Coordinates, images: tuple[ImageRef, ...] = ()
+) -> Prediction:
     """The answer with its score by the scorer of the record's task."""
     scorer = scorer_of(record)
-    score = scorer(prediction, record, geometry)
-    turn = last_turn(record, geometry)
+    score = scorer(prediction, record, coordinates)
+    turn = last_turn(record, coordinates)
     return Prediction(
         key=record.key,
         task=record.task,

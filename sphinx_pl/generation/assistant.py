@@ -19,7 +19,7 @@ from sphinx_pl.data.images import decode, padded_resize, read_bytes, to_tensor, 
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.prompt_format import END_OF_TURN, escaped, unescaped
 from sphinx_pl.data.schema import PLACEHOLDER, ImageRef, Record, Turn
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.generation.generate import GenerationConfig, Prompt, generate, place_images, stream
 from sphinx_pl.generation.loglikelihood import answer_loglikelihoods
 from sphinx_pl.models.sphinx import Sphinx
@@ -175,7 +175,7 @@ class Assistant:
         try:
             record = Record("dialog", "chat", refs, turns=turns)
             prompt = self.processor.prompt(record, [picture.size for picture in pictures])
-        except BadSample as error:
+        except SkipSample as error:
             raise BadDialog(f"this dialog cannot be asked: {error}") from None
         pixels = [to_tensor(padded_resize(picture, self.processor.image_size)) for picture in pictures]
         room = self.model.config.decoder.max_positions - len(prompt.ids)
@@ -184,7 +184,7 @@ class Assistant:
                 f"this dialog has {len(prompt.ids)} tokens, which leaves no room for an answer in the decoder's "
                 f"{self.model.config.decoder.max_positions} positions: begin a new dialog, or ask a shorter question"
             )
-        return Prompt(prompt.ids, torch.stack(pixels) if pixels else None, min(limit, room), prompt.seen)
+        return Prompt(prompt.ids, torch.stack(pixels) if pixels else None, min(limit, room), prompt.kept_views)
 
 
 def open_picture(picture: Picture) -> Image.Image:
@@ -197,7 +197,7 @@ def open_picture(picture: Picture) -> Image.Image:
         if isinstance(picture, str | Path):
             return decode(read_bytes(ImageRef(str(picture))), str(picture))
         return decode(picture) if isinstance(picture, bytes) else upright_rgb(picture)
-    except BadSample as error:
+    except SkipSample as error:
         hint = ": give a JPEG, PNG or WebP file" if error.reason == "image_unreadable" else ""
         raise BadDialog(f"image cannot be used ({error}){hint}") from None
 

@@ -28,14 +28,13 @@ class Prompt:
 
     ids: list[int]
     pixels: Optional[Tensor] = None  # [n, 3, S, S] uint8
-    max_new_tokens: Optional[int] = None  # It overrides the configuration.
-    # For each image, the views that are not skipped, if the model skips any.
-    seen: Sequence[Sequence[bool]] = ()
+    max_new_tokens: Optional[int] = None  # instead of the configuration's
+    kept_views: Sequence[Sequence[bool]] = ()  # of each image the views that are not skipped, where the model skips any
 
     def slots(self, view_tokens: Sequence[int]) -> int:
-        """Return the number of visual tokens of all images, from the numbers for each view."""
-        if self.seen:
-            return sum(n if s else 1 for views in self.seen for n, s in zip(view_tokens, views, strict=True))
+        """Visual tokens of all images, from those of each view."""
+        if self.kept_views:
+            return sum(n if s else 1 for views in self.kept_views for n, s in zip(view_tokens, views, strict=True))
         return 0 if self.pixels is None else len(self.pixels) * sum(view_tokens)
 
 
@@ -48,7 +47,7 @@ def check_prompts(model: Sphinx, prompts: Sequence[Prompt], limits: Sequence[int
     vision, room = model.config.vision, model.config.decoder.max_positions
     for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
         slots, needed = prompt.ids.count(IMAGE_SLOT), prompt.slots(vision.view_tokens if vision else [])
-        if slots != needed or (vision and vision.skip_padding and prompt.pixels is not None and not prompt.seen):
+        if slots != needed or (vision and vision.skip_padding and prompt.pixels is not None and not prompt.kept_views):
             raise UserError(
                 f"prompt {number}: {slots} image slots for images of {needed} tokens: was it made for another model?"
             )
@@ -64,9 +63,9 @@ def place_images(model: Sphinx, x_BTD: Tensor, ids_BT: Tensor, prompts: Sequence
     images = [prompt.pixels for prompt in prompts if prompt.pixels is not None and len(prompt.pixels)]
     if not images:
         return x_BTD
-    seen = [views for prompt in prompts for views in prompt.seen]
+    kept_views = [views for prompt in prompts for views in prompt.kept_views]
     tokens = model.embed_images(
-        torch.cat(images).to(x_BTD.device), torch.tensor(seen, device=x_BTD.device) if seen else None
+        torch.cat(images).to(x_BTD.device), torch.tensor(kept_views, device=x_BTD.device) if kept_views else None
     )
     return x_BTD.masked_scatter((ids_BT == IMAGE_SLOT)[..., None], tokens.to(x_BTD.dtype))
 

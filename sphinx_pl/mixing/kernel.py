@@ -1,8 +1,10 @@
-"""Sums of 16- and 32-bit tensors in float64, rounded once, with the models' lengths and distances: in one pass.
+"""Sums of 16- and 32-bit tensors in float64, rounded once, with the models' lengths and distances:
+in one pass.
 
-Each of these steps as an array operation of its own moves several times as many bytes through the memory as are read
-and written. Here a block stays in a core's nearest cache from reading to rounding. Compiled by numba when first used,
-and kept for later processes. Values are the same, bit for bit, as those of `combine_` and `round_once`.
+Each of these steps as an array operation of its own moves several times as many bytes through the
+memory as are read and written. Here a block stays in a core's nearest cache from reading to
+rounding. Compiled by numba when first used, and kept for later processes. Values are the same, bit
+for bit, as those of `combine_` and `round_once`.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch import Tensor
 
 
 def _use_whole_registers() -> None:
-    """By default LLVM uses half of what AVX-512 can hold at once, because of the clocks of its first CPUs."""
+    """Use whole AVX-512 registers: LLVM's default is half, because of old CPUs' clocks."""
     features = codegen.get_host_cpu_features()  # type: ignore[no-untyped-call]
     if getattr(config, "CPU_FEATURES") is None and "+avx512f" in features:  # noqa: B009 (numba makes its attributes)
         setattr(config, "CPU_FEATURES", f"{features},-prefer-256-bit")  # noqa: B010
@@ -29,7 +31,7 @@ _use_whole_registers()
 
 
 def _compiled(function: Any) -> Any:
-    """Kept for later processes where numba finds a folder that it can write; else compiled by each."""
+    """The compiled function, kept for later processes if numba finds a folder to write."""
     try:
         return njit(nogil=True, cache=True)(function)
     except RuntimeError:
@@ -42,8 +44,9 @@ BLOCK = 1024
 BF16, F16, F32 = 0, 1, 2
 KINDS = {torch.bfloat16: BF16, torch.float16: F16, torch.float32: F32}
 
-# Rounding to nearest, ties to even, of float64 to fewer bits: how many are dropped, the smallest normal number below
-# which the distance between two is constant, and a number so large that the sum with it has that distance.
+# Rounding to nearest, ties to even, of float64 to fewer bits: how many are dropped, the smallest
+# normal number below which the distance between two is constant, and a number so large that the sum
+# with it has that distance.
 _DROPPED_BF16, _NORMAL_BF16, _LARGE_BF16 = 45, 2.0**-126, 1.5 * 2.0**-81
 _DROPPED_F16, _NORMAL_F16, _LARGE_F16 = 42, 2.0**-14, 1.5 * 2.0**28
 _MOST_F16 = np.float32(65504)
@@ -132,7 +135,7 @@ def _square_distance(a: Any, b: Any) -> Any:
 
 @njit(nogil=True)
 def _sum_two(a: Any, b: Any, kind: int, ca: float, cb: float, out: Any) -> Any:
-    """ca·a + cb·b into `out`, without a store between; returns the sums of the squares of a, b and a - b."""
+    """ca·a + cb·b into `out`; returns the sums of the squares of a, b and a - b."""
     squares_a, squares_b, apart = 0.0, 0.0, 0.0
     for i in range(len(a)):
         x, y = _decode(a[i], kind), _decode(b[i], kind)

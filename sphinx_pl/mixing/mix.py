@@ -1,4 +1,6 @@
-"""From checkpoints and weights to a mixed checkpoint: a plan that is checked and shown, then carried out."""
+"""From checkpoints and weights to a mixed checkpoint: a plan that is checked and shown, then
+carried out.
+"""
 
 from __future__ import annotations
 
@@ -19,31 +21,18 @@ from rich.console import Group
 from rich.text import Text
 
 import sphinx_pl
-from sphinx_pl.checkpoints.format import (
-    PROVENANCE,
-    Checkpoint,
-    SphinxCheckpoint,
-    TensorInfo,
-    check_free,
-    compare,
-    write_json,
-)
-from sphinx_pl.checkpoints.layout import Layout, write_layout
-from sphinx_pl.checkpoints.llama import huggingface_layout
-from sphinx_pl.checkpoints.original import OriginalCheckpoint, original_layout
+from sphinx_pl.checkpoints.folder import PROVENANCE, write_json
+from sphinx_pl.checkpoints.format import Checkpoint, ModelFolder, with_common_names
+from sphinx_pl.checkpoints.huggingface import HuggingFaceFolder, huggingface_folder, open_model
+from sphinx_pl.checkpoints.native import SphinxCheckpoint, check_free
+from sphinx_pl.checkpoints.original import OriginalCheckpoint, original_folder
+from sphinx_pl.checkpoints.output import OutputFolder
 from sphinx_pl.checkpoints.provenance import provenance
-from sphinx_pl.checkpoints.stored import (
-    HuggingFaceFolder,
-    OurNames,
-    Stored,
-    hash_of_hashes,
-    open_stored,
-    store,
-    tensor_hash,
-)
+from sphinx_pl.checkpoints.tensors import compare, hash_of_hashes, tensor_hash
+from sphinx_pl.checkpoints.writer import CheckpointWriter
 from sphinx_pl.mixing.methods import METHODS, resolve_options
 from sphinx_pl.mixing.mixer import Facts, Mixer
-from sphinx_pl.mixing.rules import OTHER, Row, part_of, resolve, rules_table
+from sphinx_pl.mixing.rules import OTHER, RuleRow, part_of, resolve, rules_table
 from sphinx_pl.utils.errors import UserError, suggest
 from sphinx_pl.utils.files import check_folder, finite
 
@@ -59,7 +48,8 @@ def check_weights(weights: Sequence[float], count: int, normalize: bool = False,
     """Coefficients for `count` checkpoints, which sum to 1 unless `any_sum`.
 
     Raises:
-        UserError: another number of them, not finite, or a sum further than 1e-6 from 1 without `normalize`.
+        UserError: another number of them, not finite, or a sum further than 1e-6 from 1 without
+            `normalize`.
     """
     if len(weights) != count:
         raise UserError(f"weights has {len(weights)} numbers for {count} checkpoints: give one per checkpoint")
@@ -82,7 +72,7 @@ def check_weights(weights: Sequence[float], count: int, normalize: bool = False,
 
 
 @dataclass(frozen=True)
-class Recipe:
+class MixRecipe:
     """What is asked for, apart from the checkpoints: see conf/mix_weights.yaml."""
 
     weights: Sequence[float] | None = None
@@ -117,7 +107,7 @@ class Recipe:
         return options
 
     def weights_for_the_rest(self, count: int, options: Mapping[str, Any]) -> list[float] | None:
-        """Of tensors that no rule fits.
+        """The weights of tensors that no rule fits.
 
         Raises:
             UserError: there are none, and no rules either.
@@ -136,18 +126,18 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MixPlan:
     """A mixture that can be made: its inputs go together, every tensor has its weights."""
 
-    models: list[Stored]
-    base: Stored | None
-    recipe: Recipe
+    models: list[ModelFolder]
+    base: ModelFolder | None
+    recipe: MixRecipe
     options: dict[str, Any]
     weights: dict[str, list[float]]
-    rows: list[Row]
+    rows: list[RuleRow]
 
     @property
-    def inputs(self) -> list[Stored]:
+    def inputs(self) -> list[ModelFolder]:
         """The models and, behind them, the base."""
         return self.models if self.base is None else [*self.models, self.base]
 
@@ -163,17 +153,17 @@ class Plan:
         )
 
     def notes(self) -> list[str]:
-        """What differs beside the weights or was not compared, and what no part of a rule fits: a line each."""
+        """A line for each difference beside the weights, and for tensors of no known part."""
         first, *others = self.inputs
         notes = [f"'{other.path}' beside '{first.path}': {note}" for other in others if (note := first.note(other))]
         by_parts = any(row.parts for row in self.rows)
-        if unknown := [key for key in self.weights if by_parts and part_of(first.ours(key)) == OTHER]:
+        if unknown := [key for key in self.weights if by_parts and part_of(first.canonical_name(key)) == OTHER]:
             names = ", ".join(f"'{key}'" for key in unknown[:3])
             notes.append(f"{len(unknown)} tensors belong to no part of a model that is known here, such as {names}")
         return notes
 
     def table(self) -> Group:
-        """The checkpoints by their numbers, and the rules as they were understood, for the terminal."""
+        """The checkpoints by their numbers, and the rules as they were understood."""
         paths = [Text(f"{place}  {model.path}", overflow="fold") for place, model in enumerate(self.models)]
         base = [Text(f"base  {self.base.path}", overflow="fold")] if self.base else []
         method = Text(f"{self.recipe.method}: {METHODS[self.recipe.method].paper}")
@@ -181,7 +171,7 @@ class Plan:
         # What every rank's file has whole is one tensor.
         numels = {key: first.info(key).numel if key in first.parts(key) else 0 for key in self.weights}
         beyond = [
-            Text(f"Note: weights outside 0 to 1 ({row.said}) go beyond the checkpoints, not between them")
+            Text(f"Note: weights outside 0 to 1 ({row.label}) go beyond the checkpoints, not between them")
             for row in self.rows
             if not METHODS[self.recipe.method].base and any(not 0 <= w <= 1 for point in row.weights for w in point)
         ]
@@ -190,45 +180,49 @@ class Plan:
 
 def open_models(
     checkpoints: Sequence[str | Path | Checkpoint], base: str | Path | None = None, own: bool = True
-) -> tuple[list[Stored], Stored | None]:
-    """The checkpoints and the base, in the way that all of them have in common (see `store`).
+) -> tuple[list[ModelFolder], ModelFolder | None]:
+    """The checkpoints and the base, under names that all of them have in common (see
+    `with_common_names`).
 
     Raises:
         UserError: one cannot be opened.
     """
     paths = [*checkpoints, *([] if base is None else [base])]
-    opened = [path if isinstance(path, Checkpoint) else open_stored(path) for path in paths]
-    models = store(opened, own)
+    opened = [path if isinstance(path, Checkpoint) else open_model(path) for path in paths]
+    models = with_common_names(opened, own)
     return (models, None) if base is None else (models[:-1], models[-1])
 
 
-def plan_mixture(models: Sequence[Stored], base: Stored | None, recipe: Recipe, cast: bool = False) -> Plan:
+def plan_mixture(
+    models: Sequence[ModelFolder], base: ModelFolder | None, recipe: MixRecipe, cast: bool = False
+) -> MixPlan:
     """Check that the models can be mixed and which weights each tensor gets.
 
     Args:
         cast: whether tensors may have other dtypes in other models.
 
     Raises:
-        UserError: see `Recipe.check`, `check_compatible` and `resolve`.
+        UserError: see `MixRecipe.check`, `check_compatible` and `resolve`.
     """
     count = len(models)
     options = recipe.check(count, base is not None)
     check_compatible([*models, *([] if base is None else [base])], cast)
-    names = {key: models[0].ours(key) for key in models[0]}
+    names = {key: models[0].canonical_name(key) for key in models[0]}
     rest = recipe.weights_for_the_rest(count, options)
     weights, rows = resolve(recipe.rules, rest, names, lambda given: recipe.checked(given, count))
-    return Plan(list(models), base, recipe, options, weights, rows)
+    return MixPlan(list(models), base, recipe, options, weights, rows)
 
 
-def check_compatible(models: Sequence[Stored], cast: bool = False) -> None:
+def check_compatible(models: Sequence[ModelFolder], cast: bool = False) -> None:
     """Whether a mixture of these models means anything.
 
     Raises:
-        UserError: another model, prompt format, tokenizer, set of tensors, shape or (without `cast`) dtype.
+        UserError: another model, prompt format, tokenizer, set of tensors, shape or (without
+            `cast`) dtype.
     """
     first = models[0]
     for model in models:
-        model.check()
+        model.check_numbers()
         for key in model:
             dtype = model.info(key).dtype
             # Masks and counters may have 8 bits, matrices that are multiplied have not.
@@ -248,7 +242,7 @@ def check_compatible(models: Sequence[Stored], cast: bool = False) -> None:
             if dtypes[0] != dtypes[1] and not any(dtype.is_floating_point for dtype in dtypes):
                 raise UserError(
                     f"'{key}' is {dtypes[0]} in '{first.path}' but {dtypes[1]} in '{other.path}': integers of two "
-                    "dtypes cannot be mixed, write one of the models anew"
+                    "dtypes cannot be mixed, write one of the models again"
                 )
             if dtypes[0].is_floating_point != dtypes[1].is_floating_point:
                 raise UserError(
@@ -262,7 +256,7 @@ def check_compatible(models: Sequence[Stored], cast: bool = False) -> None:
                 )
 
 
-def layout_of(plan: Plan, layout: str | None, shards: int | None, dtype: torch.dtype | None) -> Layout:
+def output_of(plan: MixPlan, layout: str | None, shards: int | None, dtype: torch.dtype | None) -> OutputFolder:
     """The files of the mixture.
 
     Args:
@@ -277,20 +271,15 @@ def layout_of(plan: Plan, layout: str | None, shards: int | None, dtype: torch.d
     _check_layout(layout)
     if shards is not None and layout != "original":
         raise UserError("shards= is the number of files of the original's layout: give layout=original too")
-    if isinstance(first, OurNames):
+    if isinstance(first, Checkpoint):
         if layout == "original":
-            many = len(first.checkpoint.parallel.files) if isinstance(first.checkpoint, OriginalCheckpoint) else 1
-            return original_layout(first.checkpoint, shards or many, dtype)
+            many = len(first.shards.files) if isinstance(first, OriginalCheckpoint) else 1
+            return original_folder(first, shards or many, dtype)
         if layout == "huggingface":
-            return huggingface_layout(first.checkpoint, dtype)
+            return huggingface_folder(first, dtype)
     elif layout is not None and first.kind.partition("/")[0] != layout:
         raise UserError(f"layout={layout} needs the checkpoints under our names: open_models(checkpoints, own=False)")
-    infos = {key: first.info(key) for key in first}
-    if dtype is not None:
-        infos = {
-            key: TensorInfo(info.shape, dtype) if info.dtype.is_floating_point else info for key, info in infos.items()
-        }
-    return first.layout(infos)
+    return first.output(dtype)
 
 
 def _check_layout(layout: str | None) -> None:
@@ -308,11 +297,11 @@ def needs_our_names(checkpoints: Sequence[str | Path], layout: str | None, shard
     if layout is None:
         return False
     kinds = {HuggingFaceFolder: "huggingface", SphinxCheckpoint: "sphinx_pl", OriginalCheckpoint: "original"}
-    return kinds.get(type(open_stored(checkpoints[0]))) != layout or shards is not None
+    return kinds.get(type(open_model(checkpoints[0]))) != layout or shards is not None
 
 
 def mix(
-    plan: Plan,
+    plan: MixPlan,
     out: str | Path,
     *,
     layout: str | None = None,
@@ -328,7 +317,7 @@ def mix(
     """Write the mixture to the folder `out`; returns what its provenance says of the mixing.
 
     Args:
-        layout, shards, dtype: see `layout_of`.
+        layout, shards, dtype: see `output_of`.
         overwrite: replace a checkpoint that is there.
         workers: threads; None: one for each core.
         config: the composed configuration, for the provenance.
@@ -337,39 +326,47 @@ def mix(
         progress: a word for the progress bar; None shows none.
 
     Raises:
-        UserError: `out` exists, or see `layout_of`, `write_layout` and `Mixer.stretches`.
+        UserError: `out` exists, or see `output_of`, `CheckpointWriter.write` and `Mixer.stretches`.
     """
     out = Path(out)
     check_out(out, overwrite, [model.path for model in plan.inputs])
     for note in plan.notes():
         log.warning(note)
-    files = layout_of(plan, layout, shards, dtype)
+    files = output_of(plan, layout, shards, dtype)
     mixer = plan.mixer()
-    said: dict[str, Any] = {}
+    content: dict[str, Any] = {}
 
     def finish(folder: Path, facts: dict[str, Any]) -> None:
-        known = {key: Facts.from_json(fact) for key, fact in facts.items()}
-        said.update(_describe(plan, known) | dict(origin or {}))
+        by_name = {key: Facts.from_json(fact) for key, fact in facts.items()}
+        content.update(_describe(plan, by_name) | dict(origin or {}))
         parents = [
             {
                 "path": str(model.path),
                 "stage": model.provenance.get("stage"),
                 "layout": model.kind,
                 "xxh3_128": hash_of_hashes(
-                    model, {key: known[key].hashes[i] if key in known else tensor_hash(model, key) for key in model}
+                    model, {key: by_name[key].hashes[i] if key in by_name else tensor_hash(model, key) for key in model}
                 ),
             }
             for i, model in enumerate(plan.inputs)
         ]
-        content = provenance("mix", dict(config) if config else None, parents) | {"mixing": said}
-        write_json(folder / PROVENANCE, finite(content))
+        whole = provenance("mix", dict(config) if config else None, parents) | {"mixing": content}
+        write_json(folder / PROVENANCE, finite(whole))
         for file in beside.iterdir() if beside else ():
             shutil.copyfile(file, folder / file.name)
 
     with _one_thread_each():
         fingerprint = _fingerprint(plan, files)
-        write_layout(out, files, mixer, fingerprint, workers or _cores(), progress, finish, overwrite)
-    return said
+        writer = CheckpointWriter(
+            out,
+            files,
+            fingerprint=fingerprint,
+            workers=workers or _cores(),
+            progress=progress,
+            overwrite=overwrite,
+        )
+        writer.write(mixer, mixer.facts, finish)
+    return content
 
 
 def check_out(out: Path, overwrite: bool, sources: Iterable[Path]) -> None:
@@ -380,14 +377,14 @@ def check_out(out: Path, overwrite: bool, sources: Iterable[Path]) -> None:
 
 def _is_checkpoint(path: Path) -> bool:
     try:
-        open_stored(path)
+        open_model(path)
     except UserError:
         return False
     return True
 
 
-def _fingerprint(plan: Plan, files: Layout) -> dict[str, Any]:
-    """What decides the content of each file: a run that was killed is gone on with only if it is the same."""
+def _fingerprint(plan: MixPlan, files: OutputFolder) -> dict[str, Any]:
+    """What decides the content of each file: a killed run is resumed only if it is the same."""
     weights = repr(sorted(plan.weights.items()))
     return {
         "code": sphinx_pl.__version__,
@@ -408,12 +405,15 @@ def _fingerprint(plan: Plan, files: Layout) -> dict[str, Any]:
 
 
 def _version(file: Path) -> tuple[int, ...]:
-    """Changes with the content. A file's time of change, unlike that of its content, cannot be set by who copies it."""
+    """Changes with the content.
+
+    A file's time of change, unlike that of its content, cannot be set by who copies it.
+    """
     stat = file.stat()
     return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
 
-def _describe(plan: Plan, facts: Mapping[str, Facts]) -> dict[str, Any]:
+def _describe(plan: MixPlan, facts: Mapping[str, Facts]) -> dict[str, Any]:
     """The section "mixing" of the provenance."""
     content: dict[str, Any] = {
         "method": plan.recipe.method,
@@ -421,7 +421,7 @@ def _describe(plan: Plan, facts: Mapping[str, Facts]) -> dict[str, Any]:
         "options": plan.options,
         "arithmetic": plan.recipe.arithmetic,
         "base": str(plan.base.path) if plan.base else None,
-        "rules": [{"tensors": row.said, "weights": list(row.weights), "number": len(row.keys)} for row in plan.rows],
+        "rules": [{"tensors": row.label, "weights": list(row.weights), "number": len(row.keys)} for row in plan.rows],
         "parts": compare_parts(plan, facts),
     }
     if len(plan.rows) == 1 and len(plan.rows[0].weights) == 1:
@@ -429,15 +429,17 @@ def _describe(plan: Plan, facts: Mapping[str, Facts]) -> dict[str, Any]:
     return content
 
 
-def compare_parts(plan: Plan, facts: Mapping[str, Facts]) -> dict[str, Any]:
-    """How far apart the models are, by part of the model: distances and cosines between two, by their places.
+def compare_parts(plan: MixPlan, facts: Mapping[str, Facts]) -> dict[str, Any]:
+    """How far apart the models are, by part of the model: distances and cosines between two, by
+    their places.
 
-    The last place is the base's, if there is one; then the cosines of what two models have learned since are there too.
+    The last place is the base's, if there is one; then the cosines of what two models have learned
+    since are there too.
     """
     first, groups = plan.models[0], defaultdict(list)
     for key in facts:
         if first.info(key).dtype.is_floating_point and key in first.parts(key):
-            groups[part_of(first.ours(key))].append(key)
+            groups[part_of(first.canonical_name(key))].append(key)
     parts = {}
     for part, keys in groups.items():
         squares = [math.fsum(facts[key].squares[i] for key in keys) for i in range(len(facts[keys[0]].squares))]
@@ -461,7 +463,7 @@ def compare_parts(plan: Plan, facts: Mapping[str, Facts]) -> dict[str, Any]:
 
 
 def _cosine(a: float, b: float, between: float) -> float:
-    """Of the angle between two sides of squared lengths `a` and `b`, from the third side's; 1 where one has none."""
+    """The cosine between two sides, from all three squared lengths; 1 if one side is 0."""
     return (a + b - between) / (2 * math.sqrt(a * b)) if a * b else 1.0
 
 
@@ -494,5 +496,5 @@ def mix_checkpoints(
 ) -> dict[str, Any]:
     """`mix` for scripts: open, plan and write in one call. `options` are the method's."""
     models, start = open_models(checkpoints, base)
-    recipe = Recipe(weights, method, options, rules, normalize)
+    recipe = MixRecipe(weights, method, options, rules, normalize)
     return mix(plan_mixture(models, start, recipe), out, overwrite=overwrite)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -13,16 +13,15 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sphinx_pl.checkpoints.format import TensorInfo, same_bits
-from sphinx_pl.checkpoints.layout import assemble
-from sphinx_pl.checkpoints.stored import Read, Stored
+from sphinx_pl.checkpoints.format import ModelFolder
+from sphinx_pl.checkpoints.tensors import Read, TensorInfo, TensorReader, assemble, same_bits
 from sphinx_pl.mixing.kernel import KINDS, mix_stretch
 from sphinx_pl.mixing.methods import CHUNK, METHODS, Stretch, round_once
 from sphinx_pl.mixing.rules import PARTS
 from sphinx_pl.utils.errors import UserError
 
 FEW = 5
-"""Up to so many models every two are compared; of more, each with the first only."""
+"""Up to this number of models every two are compared; more are compared with the first only."""
 
 
 @dataclass
@@ -51,8 +50,8 @@ class Facts:
         return cls(list(values["hashes"]), list(values["squares"]), distances, bool(values["equal"]))
 
 
-class Mixer:
-    """The mixed tensors, as `Values` for files and whole for the memory.
+class Mixer(TensorReader):
+    """The mixed tensors under the models' names.
 
     Args:
         models: the checkpoints, which have the same tensors.
@@ -60,17 +59,18 @@ class Mixer:
         method: a name in `METHODS`.
         weights: of each tensor, one for each checkpoint.
         options: of the method, complete.
-        arithmetic: dtype in which is computed; that of tensors that are stored in a wider one is theirs.
+        arithmetic: dtype in which is computed; that of tensors that are stored in a wider one is
+            theirs.
         watch: whether to hash and compare what is read.
     """
 
     def __init__(
         self,
-        models: Sequence[Stored],
+        models: Sequence[ModelFolder],
         weights: Mapping[str, Sequence[float]],
         method: str = "linear",
         options: Mapping[str, Any] | None = None,
-        base: Stored | None = None,
+        base: ModelFolder | None = None,
         arithmetic: torch.dtype = torch.float64,
         watch: bool = True,
     ) -> None:
@@ -88,32 +88,35 @@ class Mixer:
         self._measured: dict[str, Any] = {}
         self._facts: dict[str, Facts] = {}
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.models[0])
+
     def info(self, key: str) -> TensorInfo:
         return self.models[0].info(key)
 
     def tensor(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
         """The whole mixed tensor, rounded to `dtype`; None: to that in which it is stored."""
-        info = self.info(key)
-        if dtype is not None and info.dtype.is_floating_point:
-            info = TensorInfo(info.shape, dtype)
+        info = self.info(key).cast(dtype)
         return assemble(self.stretches(key, info.dtype), info)
 
     def facts(self, key: str) -> Any:
+        """What is known of a tensor since it was read, as JSON."""
         return self._facts[key].to_json()
 
     def _working(self, key: str) -> torch.dtype:
-        """Dtype that the tensor is computed in: the arithmetic's, or a wider one that it is stored in."""
+        """The arithmetic's dtype, or a wider one that the tensor is stored in."""
         dtype = self.arithmetic
         for model in self.models:
             dtype = torch.promote_types(dtype, model.info(key).dtype)
         return dtype
 
-    def stretches(self, key: str, dtype: torch.dtype) -> Iterator[Tensor]:
+    def stretches(self, key: str, dtype: torch.dtype) -> Generator[Tensor, None, None]:
         """The flattened mixture of one tensor, each stretch valid until the next is asked for.
 
         Raises:
-            UserError: a value that is no finite number (named with its file), integers that differ, or a mixture that
-                `dtype` cannot hold. Infinite values that all inputs share are copied.
+            UserError: a value that is no finite number (named with its file), integers that differ,
+                or a mixture that `dtype` cannot hold. Infinite values that all inputs share are
+                copied.
         """
         info, infos = self.info(key), [model.info(key) for model in self.models]
         weights, numbers = list(self.weights[key]), info.dtype.is_floating_point
@@ -127,9 +130,10 @@ class Mixer:
         # Convex: no value can lie outside of what the inputs hold.
         convex = coefficients is not None and coefficients.min() >= 0 and coefficients.sum() <= 1 + 1e-12
         convex = convex and all(_fits(other.dtype, dtype) for other in infos)
-        # Equal values stay as they are where the coefficients say so; towers that nobody trained do in any case.
+        # Equal values stay as they are where the coefficients say so; towers that nobody trained do
+        # in any case.
         affine = self.base is not None if coefficients is None else abs(coefficients.sum() - 1) < 1e-6
-        alike = affine or (PARTS["towers"](self.models[0].ours(key)) and self._equal_everywhere(key))
+        alike = affine or (PARTS["towers"](self.models[0].canonical_name(key)) and self._equal_everywhere(key))
         kinds = {other.dtype for other in infos}
         fused = self.arithmetic == torch.float64 and len(kinds) == 1 and kinds | {dtype} <= KINDS.keys()
         copying = np.eye(1, len(self.models))[0]
@@ -137,7 +141,7 @@ class Mixer:
         squares, distances, equal = np.zeros(len(self.models)), np.zeros(len(self._pairs)), True
         out = torch.empty(min(CHUNK, info.numel), dtype=dtype if numbers else info.dtype)
         with ExitStack() as stack:
-            reads = [stack.enter_context(model.reader(key)) for model in self.models]
+            reads = [stack.enter_context(model.open(key)) for model in self.models]
             for start, raw in _raw(reads, infos):
                 if self.watch:
                     for digest, piece in zip(hashes, raw, strict=True):
@@ -206,7 +210,7 @@ class Mixer:
 
     def _equal_everywhere(self, key: str) -> bool:
         with ExitStack() as stack:
-            reads = [stack.enter_context(model.reader(key)) for model in self.models]
+            reads = [stack.enter_context(model.open(key)) for model in self.models]
             pieces = _raw(reads, [model.info(key) for model in self.models])
             return all(same_bits(raw[0], piece) for _, raw in pieces for piece in raw[1:])
 
@@ -217,24 +221,24 @@ class Mixer:
         parts = self.models[0].parts(key)
         name = parts[0]
         if name not in self._measured:
-            found = self.method.measure(lambda: self._passes(parts), weights, self.options)
+            measured = self.method.measure(lambda: self._passes(parts), weights, self.options)
             if len(parts) == 1:
-                return found
-            self._measured[name] = found  # the other parts are mixed with the same
+                return measured
+            self._measured[name] = measured  # the other parts are mixed with the same
         return self._measured[name]
 
     def _passes(self, parts: Sequence[str]) -> Iterable[Stretch]:
         for key in parts:
             dtype = self._working(key)
             with ExitStack() as stack:
-                reads = [stack.enter_context(model.reader(key)) for model in self.models]
+                reads = [stack.enter_context(model.open(key)) for model in self.models]
                 for start, raw in _raw(reads, [model.info(key) for model in self.models]):
                     work = [piece.to(dtype) for piece in raw]
                     yield Stretch(work[:-1], work[-1], key, start) if self.base else Stretch(work, None, key, start)
 
 
 def _raw(reads: Sequence[Read], infos: Sequence[TensorInfo]) -> Iterator[tuple[int, Tensor | list[Tensor]]]:
-    """Stretches as they are stored, each valid until the next is asked for; [models, n] if they have one dtype."""
+    """Stored stretches, valid until the next is asked for; [models, n] if of one dtype."""
     numel = infos[0].numel
     length, dtypes = min(CHUNK, numel), {info.dtype for info in infos}
     together = torch.empty(len(infos), length, dtype=infos[0].dtype)

@@ -1,4 +1,7 @@
-"""Which weights a tensor gets: by its part of the model, a pattern of its name, its layer. The first rule wins."""
+"""Which weights a tensor gets: by its part of the model, a pattern of its name, its layer.
+
+The first rule wins.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,17 @@ from typing import Any, Optional
 
 from rich.text import Text
 
-from sphinx_pl.checkpoints.format import tower_of
+from sphinx_pl.checkpoints.tensors import tower_of
 from sphinx_pl.utils.config import build
 from sphinx_pl.utils.console import Table
 from sphinx_pl.utils.errors import UserError, suggest
 
-# Ours and those of Llama's relatives, GPT-2 and BLOOM (h), GPT-NeoX (layers), MPT (blocks), T5 (block).
+# Ours and those of Llama's relatives, GPT-2 and BLOOM (h), GPT-NeoX (layers), MPT (blocks), T5
+# (block).
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks?)\.(\d+)\.")
 _NORM = re.compile(r"_proj\.1\.|(^|[._])(norm|layernorm|rmsnorm|ln)([._\d]|$)|layernorm|_norm\.", re.IGNORECASE)
-# What a tensor belongs to is what one of its parents is, wherever that lies in the model. Words of one path element:
+# What a tensor belongs to is what one of its parents is, wherever that lies in the model. Words of
+# one path element:
 _TOWER = re.compile(
     r"(vision|visual|image|img|audio|speech|sound|video|acoustic)"
     r"(_?(tower|model|backbone|encoder|transformer|processor|embed_tokens|vit|net|branch|trunk))?(_\d|_aux)?"
@@ -94,7 +99,7 @@ PARTS: dict[str, Callable[[str], bool]] = {
 
 
 def part_of(name: str) -> str:
-    """The part that a tensor is accounted under: a tower by its own name, projections, embeddings, decoder or other."""
+    """The part of a tensor: a tower by its name, projections, embeddings, decoder or other."""
     if tower := tower_of(name):
         return tower
     return next((part for part in ("towers", "projections", "embeddings", "decoder") if PARTS[part](name)), OTHER)
@@ -107,16 +112,20 @@ def layer_of(name: str) -> int | None:
 
 
 @dataclass
-class Rule:
-    """One entry of `rules`: a part or a glob pattern of names, perhaps some of the decoder's layers, and weights.
+class MixRule:
+    """One entry of `rules`: a part or a glob pattern of names, perhaps some of the decoder's
+    layers, and weights.
 
     Attributes:
-        match: a part (`PARTS`), a pattern of names, or a list of them. Names are ours where the layout is known
-            (decoder.layers.0.attention.wq.weight), else the file's; patterns fit either.
+        match: a part (`PARTS`), a pattern of names, or a list of them. Names are ours where the
+            layout is known (decoder.layers.0.attention.wq.weight), else the file's; patterns fit
+            either.
         layers: of the decoder, such as "8-15", "0-7,24-31" or "20-"; null: all tensors.
-        weights: one for each checkpoint; or a list of such lists, a gradient over the layers (see `beta`).
-        beta: the first of two weights; or a list: values at layers spread evenly from the first to the last layer that
-            the rule fits, and straight lines between them. A gradient fits tensors of layers only.
+        weights: one for each checkpoint; or a list of such lists, a gradient over the layers (see
+            `beta`).
+        beta: the first of two weights; or a list: values at layers spread evenly from the first to
+            the last layer that the rule fits, and straight lines between them. A gradient fits
+            tensors of layers only.
     """
 
     match: Any = "all"
@@ -151,8 +160,8 @@ class Rule:
 def complement(beta: float) -> float:
     """1 - beta as one would write it: 0.3 of 0.7, where binary numbers have 0.30000000000000004.
 
-    Sums of 16-bit numbers often lie on ties, so the other 0.3 would round elsewhere: a mixture would depend on which of
-    two checkpoints is named first.
+    Sums of 16-bit numbers often lie on ties, so the other 0.3 would round elsewhere: a mixture
+    would depend on which of two checkpoints is named first.
     """
     return float(1 - Decimal(repr(float(beta))))
 
@@ -161,17 +170,17 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _layers(said: str | None, where: str) -> Callable[[int | None], bool]:
-    if said is None:
+def _layers(layers: str | None, where: str) -> Callable[[int | None], bool]:
+    if layers is None:
         return lambda layer: True
     ranges = []
-    for part in str(said).split(","):
+    for part in str(layers).split(","):
         if not (match := re.fullmatch(r"\s*(\d+)?\s*(?:(-)\s*(\d+)?\s*)?", part)) or not (match[1] or match[3]):
-            raise UserError(f"{where}.layers='{said}' must be layers of the decoder, such as 0-7,24-31 or 20-")
+            raise UserError(f"{where}.layers='{layers}' must be layers of the decoder, such as 0-7,24-31 or 20-")
         low = int(match[1] or 0)
         high = int(match[3]) if match[3] else (math.inf if match[2] else low)
         if low > high:
-            raise UserError(f"{where}.layers='{said}': {low} is after {high:g}")
+            raise UserError(f"{where}.layers='{layers}': {low} is after {high:g}")
         ranges.append((low, high))
     return lambda layer: layer is not None and any(low <= layer <= high for low, high in ranges)
 
@@ -194,10 +203,10 @@ def _matcher(match: Any, where: str) -> Callable[[str, str], bool]:
 
 
 @dataclass(frozen=True)
-class Row:
+class RuleRow:
     """What one rule, or the weights that hold for the rest, comes to."""
 
-    said: str
+    label: str
     weights: tuple[list[float], ...]  # of a gradient those of the first and the last layer
     keys: tuple[str, ...]
     parts: bool = False  # whether it goes by parts of a model
@@ -209,7 +218,7 @@ def resolve(
     names: Mapping[str, str],
     check: Callable[[Sequence[float]], list[float]],
     said_as: str = "rules",
-) -> tuple[dict[str, list[float]], list[Row]]:
+) -> tuple[dict[str, list[float]], list[RuleRow]]:
     """The weights of every tensor, and the table of where they come from.
 
     Args:
@@ -219,8 +228,8 @@ def resolve(
         said_as: the key that the user gave them as.
 
     Raises:
-        UserError: a rule that cannot be, one that fits nothing (the ones before it take everything), a tensor that no
-            rule fits.
+        UserError: a rule that cannot be, one that fits nothing (the ones before it take
+            everything), a tensor that no rule fits.
     """
     chosen: dict[str, list[float]] = {}
     rows = []
@@ -228,7 +237,7 @@ def resolve(
         where = f"{said_as}[{number}]"
         if not isinstance(values, Mapping):
             raise UserError(f"{where}={values} must be keys and values, such as {{match: norms, beta: 0.2}}")
-        rule = build(Rule, values, where)
+        rule = build(MixRule, values, where)
         anchors, fits, layers = rule.anchors(where, check), _matcher(rule.match, where), _layers(rule.layers, where)
         gradient = len(anchors) > 1
         matched = [
@@ -236,29 +245,29 @@ def resolve(
             for key, name in names.items()
             if fits(name, key) and layers(layer := layer_of(name)) and not (gradient and layer is None)
         ]
-        found = [key for key in matched if key not in chosen]
-        if not found:
+        keys = [key for key in matched if key not in chosen]
+        if not keys:
             why = "rules before it take all of them" if matched else "no tensor is there"
             raise UserError(f"{where} (match={rule.match}, layers={rule.layers}) fits nothing: {why}")
         depths = [layer for key in matched if (layer := layer_of(names[key])) is not None]
-        for key in found:
+        for key in keys:
             chosen[key] = _between(anchors, layer_of(names[key]), depths) if gradient else anchors[0]
         match = ", ".join(map(str, _listed(rule.match)))
-        said = match if rule.layers is None else f"{match}, layers {rule.layers}"
+        label = match if rule.layers is None else f"{match}, layers {rule.layers}"
         by_parts = rule.layers is not None or bool({*_listed(rule.match)} & (PARTS.keys() - {"all"}))
-        rows.append(Row(said, tuple(anchors if gradient else anchors[:1]), tuple(found), by_parts))
+        rows.append(RuleRow(label, tuple(anchors if gradient else anchors[:1]), tuple(keys), by_parts))
     rest = [key for key in names if key not in chosen]
     if rest and otherwise is None:
         raise UserError(f"no rule fits '{rest[0]}' and {len(rest) - 1} more tensors: give weights or beta for the rest")
     if rest:
         assert otherwise is not None
         chosen |= {key: list(otherwise) for key in rest}
-        rows.append(Row("the rest" if rules else "everything", (list(otherwise),), tuple(rest)))
+        rows.append(RuleRow("the rest" if rules else "everything", (list(otherwise),), tuple(rest)))
     return chosen, rows
 
 
 def _between(anchors: list[list[float]], layer: int | None, depths: list[int]) -> list[float]:
-    """On straight lines between the anchors, which lie evenly from the first to the last of `depths`."""
+    """Weights between anchors that lie evenly from the first to the last of `depths`."""
     assert layer is not None
     first, last = min(depths), max(depths)
     place = (layer - first) / (last - first) * (len(anchors) - 1) if last > first else 0.0
@@ -267,8 +276,8 @@ def _between(anchors: list[list[float]], layer: int | None, depths: list[int]) -
     return [(1 - share) * a + share * b for a, b in zip(anchors[index], anchors[index + 1], strict=True)]
 
 
-def rules_table(rows: Sequence[Row], parameters: Mapping[str, int], models: int) -> Table:
-    """The rules as they were understood; a gradient's weights are shown from its first to its last layer."""
+def rules_table(rows: Sequence[RuleRow], parameters: Mapping[str, int], models: int) -> Table:
+    """The rules as they were understood; a gradient by its first and its last layer."""
     table = Table("tensors", title="Weights", title_justify="left")
     for model in range(models):
         table.add_column(str(model), justify="right")
@@ -277,5 +286,5 @@ def rules_table(rows: Sequence[Row], parameters: Mapping[str, int], models: int)
     for row in rows:
         cells = [" → ".join(f"{point[i]:.4g}" for point in row.weights) for i in range(models)]
         count = sum(parameters[key] for key in row.keys)
-        table.add_row(Text(row.said), *cells, f"{len(row.keys):,}", f"{count:,}")
+        table.add_row(Text(row.label), *cells, f"{len(row.keys):,}", f"{count:,}")
     return table

@@ -10,12 +10,12 @@ from rich.text import Text
 from sphinx_pl.utils.console import Table
 
 
-def distances_table(said: Mapping[str, Any]) -> Table:
-    """How far apart the mixed models are, by part: distances as a share of the first model's length, and cosines."""
-    parts: Mapping[str, Any] = said["parts"]
+def distances_table(mixing: Mapping[str, Any]) -> Table:
+    """The models' distances as a share of the first one's length, and cosines, by part."""
+    parts: Mapping[str, Any] = mixing["parts"]
     if not parts:
         return Table("no tensor holds numbers that can be mixed")
-    base = max(int(j) for _, j, _ in next(iter(parts.values()))["distances"]) if said.get("base") else None
+    base = max(int(j) for _, j, _ in next(iter(parts.values()))["distances"]) if mixing.get("base") else None
     table = Table("part", title="How far apart they are", title_justify="left")
     table.add_column("parameters", justify="right")
     table.add_column("between")

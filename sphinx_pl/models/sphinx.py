@@ -34,16 +34,16 @@ class TokenLosses:
     extra: Tensor  # [] float32
 
 
-def packed_mask(segment_ids_BT: Tensor, branch_ids_BT: Tensor) -> Tensor:
+def packed_mask(segment_ids_BT: Tensor, question_ids_BT: Tensor) -> Tensor:
     """Who may attend to whom in packed rows, bool [B, 1, T, T].
 
-    A position sees what is before it in its own segment, as far as it is shared prefix or its own branch. Padding
+    A position sees what is before it in its own segment, as far as it is shared prefix or its own question. Padding
     (segment 0) sees itself only: a row of nothing but -inf would be NaN.
     """
     length = segment_ids_BT.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=segment_ids_BT.device).tril()
     same = (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]) & (segment_ids_BT != 0)[:, :, None]
-    visible = (branch_ids_BT[:, None, :] == 0) | (branch_ids_BT[:, :, None] == branch_ids_BT[:, None, :])
+    visible = (question_ids_BT[:, None, :] == 0) | (question_ids_BT[:, :, None] == question_ids_BT[:, None, :])
     itself = torch.eye(length, dtype=torch.bool, device=causal.device)
     return (causal & same & visible | itself)[:, None]
 
@@ -81,7 +81,7 @@ class Sphinx(nn.Module):
     def token_losses(self, batch: Batch) -> TokenLosses:
         """Negative log likelihood of each supervised target of packed rows."""
         x_BTD, extra = self._embed(batch)
-        mask = packed_mask(batch.segment_ids, batch.branch_ids)
+        mask = packed_mask(batch.segment_ids, batch.question_ids)
         unevenness: list[Tensor] = []
         hidden_FD = self.decoder(x_BTD, batch.position_ids, mask, unevenness=unevenness).flatten(0, 1)
         if unevenness:
@@ -106,7 +106,7 @@ class Sphinx(nn.Module):
             blank = batch.pixels.new_zeros(1, 3, size, size)
             seen_NV = torch.arange(views, device=blank.device)[None] == 0 if self.config.vision.skip_padding else None
             return x_BTD, zero + 0.0 * self.embed_images(blank, seen_NV).float().sum()
-        tokens = self.embed_images(batch.pixels, batch.seen_views).flatten(0, -2)
+        tokens = self.embed_images(batch.pixels, batch.kept_views).flatten(0, -2)
         flat = x_BTD.flatten(0, 1).index_copy(0, batch.image_slots, tokens.to(x_BTD.dtype))
         return flat.view_as(x_BTD), zero
 

@@ -40,7 +40,7 @@ class TrainingFlops:
 
     def __call__(self, batch: Batch) -> float:
         rows, length = batch.input_ids.shape
-        views = int(batch.counters["views"]) if batch.seen_views is not None else None
+        views = int(batch.counters["views"]) if batch.kept_views is not None else None
         counters = batch.counters
         return self.of(rows * length, counters["pairs"], counters["targets"], len(batch.pixels), views)
 

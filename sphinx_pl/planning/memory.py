@@ -375,7 +375,7 @@ class _Simulation:
             labels=new(rows, length),
             weights=new(rows, length, dtype=torch.float32),
             segment_ids=new(rows, length, dtype=torch.int32),
-            branch_ids=new(rows, length, dtype=torch.int32),
+            question_ids=new(rows, length, dtype=torch.int32),
             position_ids=new(rows, length),
             task_ids=new(rows, length, dtype=torch.int32),
             pixels=new(images, 3, size, size, dtype=torch.uint8),

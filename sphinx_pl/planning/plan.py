@@ -550,7 +550,7 @@ def rows_of(cfg: DictConfig, model: SphinxConfig, assumed: PlanConfig) -> Rows:
 
 
 def _probe(cfg: DictConfig, model: SphinxConfig) -> Rows:
-    """Plans a few windows and looks into their samples; no image is decoded."""
+    """Plans a few steps and looks into their samples; no image is decoded."""
     from sphinx_pl.data.datamodule import DataModule
     from sphinx_pl.data.inspect.table import epoch_tokens, lines
 
@@ -558,7 +558,7 @@ def _probe(cfg: DictConfig, model: SphinxConfig) -> Rows:
     datamodule = DataModule.from_config(values, model)
     datamodule.check(False, 1, 1)
     planner = datamodule.planner()
-    rows = datamodule.packing.rows
+    rows = datamodule.packing.micro_batch_rows
     batches = [batch.rows for _ in range(_PROBED) for batch in planner.plan()]
     if not batches:
         raise UserError("the training mixture is empty")
@@ -659,7 +659,11 @@ def make_plan(cfg: DictConfig, choice: str = "") -> Plan:
         raise UserError(f"stage.checkpointing={checkpointing}; {suggest(checkpointing, _CHECKPOINTING)}")
     parts = tuple(cfg.stage.train_parts)
     content = rows_of(cfg, config, assumed)
-    rows, length, accumulate = int(cfg.data.packing.rows), int(cfg.data.packing.row_length), int(cfg.stage.accumulate)
+    rows, length, accumulate = (
+        int(cfg.data.packing.micro_batch_rows),
+        int(cfg.data.packing.row_length),
+        int(cfg.stage.accumulate),
+    )
     model = built(config, 1)
     unknown = [part for part in parts if part not in model.parts()]
     if unknown:
@@ -734,7 +738,10 @@ def advice(
     ways: list[str] = []
     if (rows := largest_rows(engine, sizes, found, checkpointing, room)) > 0:
         more = math.ceil(shape.rows * accumulate / rows)
-        ways.append(f"data.packing.rows={rows} stage.accumulate={more}: fewer rows in a micro-batch, as many in a step")
+        ways.append(
+            f"data.packing.micro_batch_rows={rows} stage.accumulate={more}: fewer rows in a micro-batch, as many in a "
+            "step"
+        )
     sharded = engine if engine.kind in ("zero3", "fsdp2") else replace(engine, kind="zero3", precision="bf16-true")
     for kind in _CHECKPOINTING[_CHECKPOINTING.index(checkpointing) + 1 :]:
         less = micro_batches(config, shape, run_of(engine, parts, kind, accumulate))
@@ -748,7 +755,7 @@ def advice(
     offloaded = replace(sharded, kind="zero3", offload_optimizer="cpu", offload_weights="cpu", bf16_masters=False)
     for rows in dict.fromkeys((shape.rows, 1)):
         peaks = found.peaks(rows)
-        with_rows = "" if rows == shape.rows else f" data.packing.rows={rows}"
+        with_rows = "" if rows == shape.rows else f" data.packing.micro_batch_rows={rows}"
         for factor in (1, 2, 4, 8, 16, 32, 64):
             wider = replace(sharded, nodes=sharded.nodes * factor)
             if (factor > 1 or wider.kind != engine.kind or rows < shape.rows) and (

@@ -18,6 +18,7 @@ from sphinx_pl.runtime.command_line import literal
 from sphinx_pl.runtime.resolvers import register_resolvers
 from sphinx_pl.utils.config import CONFIG_FOLDER, all_keys, unknown_key
 from sphinx_pl.utils.errors import UserError, nearest_key, suggest
+from sphinx_pl.utils.renamed import renamed_key
 
 MISTAKES = (UserError, HydraException, InstantiationException, OmegaConfBaseException)
 
@@ -50,6 +51,8 @@ def one_line(error: BaseException) -> str:
         quoted = shlex.quote(f"{key}={literal(value)}")
         return f"{error.override}: Hydra cannot read this value; as text it is {quoted}"
     message = str(error)
+    if (missing := re.search(r"Interpolation key '(.+?)' not found", message)) and (new := renamed_key(missing[1])):
+        return new
     if match := re.match(r"Ambiguous value for argument '(.+?)=(.+)'", message):
         key, values = match.groups()
         return f"{key}={values}: for a list write {key}=[{values}], for a run with each value add -m"
@@ -141,6 +144,8 @@ def explain_override(
     if not (match := _NO_SUCH_KEY.search(str(error))):
         return None
     key = match[1]
+    if renamed := renamed_key(key):
+        return UserError(renamed)
     unknown = [override for override in overrides if override.partition("=")[0] == key]
     others = [override for override in overrides if override not in unknown]
     try:

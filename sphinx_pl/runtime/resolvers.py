@@ -21,24 +21,25 @@ def _validation_interval(every: int, max_steps: int, accumulate: int) -> int:
     return int(every or max_steps) * int(accumulate)
 
 
-def _micro_batches(rows_per_step: int | None, rows: int, devices: Any, num_nodes: int) -> int:
+def _micro_batches(global_batch_rows: int | None, rows: int, devices: Any, num_nodes: int) -> int:
     """Return the micro-batches of an optimizer step on each rank.
 
-    All ranks together then process `rows_per_step` rows in a step.
+    All ranks together then process `global_batch_rows` rows in a step.
     """
-    if rows_per_step is None:
+    if global_batch_rows is None:
         return 1
     if (per_node := count_devices(devices)) is None:  # All GPUs of the machine.
         import torch
 
         per_node = max(1, torch.cuda.device_count())
     at_once = int(rows) * per_node * int(num_nodes)
-    if rows_per_step % at_once:
+    if global_batch_rows % at_once:
         raise UserError(
-            f"stage.rows_per_step={rows_per_step} is not a multiple of data.packing.rows={rows} * {per_node} * "
-            f"{num_nodes} (trainer.devices, trainer.num_nodes): change one of them, or set stage.accumulate instead"
+            f"stage.global_batch_rows={global_batch_rows} is not a multiple of "
+            f"data.packing.micro_batch_rows={rows} * {per_node} * {num_nodes} (trainer.devices, trainer.num_nodes): "
+            "change one of them, or set stage.accumulate instead"
         )
-    return int(rows_per_step) // at_once
+    return int(global_batch_rows) // at_once
 
 
 def _mixed_precision(accelerator: str) -> str:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from sphinx_pl.evaluation.objective import Objective
 from sphinx_pl.mixing.methods import METHODS, resolve_options
-from sphinx_pl.mixing.mix import DTYPES, Recipe
+from sphinx_pl.mixing.mix import DTYPES, MixRecipe
 from sphinx_pl.mixing.rules import complement
 from sphinx_pl.runtime.device import check_precision
 from sphinx_pl.settings.data import check_data, names_section
@@ -109,7 +109,7 @@ class MixConfig:
         """Whether mixtures are evaluated."""
         return self.finds or self.curve is not None
 
-    def recipe(self, count: int) -> Recipe:
+    def recipe(self, count: int) -> MixRecipe:
         """Return the recipe for this number of checkpoints.
 
         Equal weights stand for weights that are not found yet.
@@ -126,7 +126,9 @@ class MixConfig:
             weights = [self.beta, complement(self.beta)]
         elif self.out is None and weights is None and not self.rules and METHODS[self.method].weights is None:
             weights = [1 / max(count, 1)] * count  # a curve alone varies the weights itself
-        recipe = Recipe(weights, self.method, self.options, self.rules, self.normalize, self.any_sum, self.arithmetic)
+        recipe = MixRecipe(
+            weights, self.method, self.options, self.rules, self.normalize, self.any_sum, self.arithmetic
+        )
         recipe.check(count, self.base is not None)
         return recipe
 

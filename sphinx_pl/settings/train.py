@@ -45,7 +45,7 @@ class StageConfig:
     max_steps: int = within(at_least=1)
     text_required: bool = True
     init_from: Optional[str] = None
-    rows_per_step: Optional[int] = within(None, at_least=1)
+    global_batch_rows: Optional[int] = within(None, at_least=1)
     accumulate: int = within(1, at_least=1)
     clip: Optional[float] = within(None, at_least=0)
     checkpointing: str = "none"
@@ -87,7 +87,7 @@ TRAINER_OURS: dict[str, tuple[Any, str]] = {
     "num_sanity_val_steps": (0, "callbacks.validation measures held-out losses before the first step"),
     "enable_checkpointing": (False, "set callbacks.checkpoint.every_n_steps"),
     "enable_progress_bar": (False, "callbacks.progress shows progress"),
-    "accumulate_grad_batches": ("${stage.accumulate}", "set stage.accumulate or stage.rows_per_step"),
+    "accumulate_grad_batches": ("${stage.accumulate}", "set stage.accumulate or stage.global_batch_rows"),
     "gradient_clip_val": ("${stage.clip}", "set stage.clip"),
     "gradient_clip_algorithm": (None, "gradients are clipped by their global norm; stage.clip sets it"),
     "use_distributed_sampler": (False, "the data module gives each rank its own part"),

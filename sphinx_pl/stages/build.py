@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from sphinx_pl.checkpoints.format import TOWERS, Checkpoint, open_checkpoint, released_values, tower_of
+from sphinx_pl.checkpoints.format import Checkpoint, open_checkpoint
+from sphinx_pl.checkpoints.native import released_values
+from sphinx_pl.checkpoints.tensors import TOWERS, tower_of
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.decoder import new_weight
 from sphinx_pl.models.encoders import build_tower

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import torch
 
-from sphinx_pl.checkpoints.format import Checkpoint, compare, differences
-from sphinx_pl.checkpoints.provenance import hash_file
+from sphinx_pl.checkpoints.format import Checkpoint, differences
+from sphinx_pl.checkpoints.tensors import compare
 from sphinx_pl.checkpoints.training import TrainingCheckpoint
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.stages.optim import OptimConfig, optimizer_groups
 from sphinx_pl.utils.errors import UserError
+from sphinx_pl.utils.files import hash_file
 
 log = logging.getLogger(__name__)
 
@@ -74,15 +75,15 @@ def check_resume(
     key = f"ckpt_path={resume}"
     try:
         checkpoint = TrainingCheckpoint(resume)
-        state = checkpoint.pieces.state()
-        kinds = checkpoint.pieces.kinds()
+        state = checkpoint.shards.state()
+        kinds = checkpoint.shards.kinds()
     except UserError as error:
         raise UserError(f"{key} is not a checkpoint to resume from: {error}") from None
     check_same_model(checkpoint, config, processor, key, free)
     with torch.device("meta"):
         model = Sphinx(config)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    if problem := compare(shapes, checkpoint.pieces.shapes):
+    if problem := compare(shapes, checkpoint.shards.shapes):
         raise UserError(f"{key} belongs to another model: {problem}")
     instead = f"or start a new run from its weights (stage.init_from={resume})"
     kind = state.get("optim", {}).get("kind", "adamw" if kinds else optim.kind)

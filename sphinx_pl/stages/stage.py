@@ -51,7 +51,7 @@ _FREE = (
 """Model keys that a run may set differently from the run that trained the initial weights."""
 
 
-OTHERS_KEYS = ("rows_per_step", "accumulate", "clip", "val_every", "text_required")
+OTHERS_KEYS = ("global_batch_rows", "accumulate", "clip", "val_every", "text_required")
 """Keys of conf/stage that belong to the trainer and the data."""
 
 
@@ -132,7 +132,7 @@ class Stage(L.LightningModule):
         self.validated_at = -1
         """Optimizer steps before the last held-out losses."""
         # The micro-batches of the current step, with their losses and the positions of these.
-        self._window: list[tuple[Batch, Tensor, Tensor]] = []
+        self._micro_batches: list[tuple[Batch, Tensor, Tensor]] = []
         self.nonfinite_steps = 0
         """Skipped steps, whose gradients were not finite."""
         self._nonfinite_in_a_row = 0
@@ -268,15 +268,15 @@ class Stage(L.LightningModule):
         """
         losses = self.sphinx.token_losses(batch)
         weights = batch.weights.flatten()[losses.index]
-        total = batch.input_ids.new_tensor(batch.window_weight, dtype=torch.float32)
+        total = batch.input_ids.new_tensor(batch.step_weight, dtype=torch.float32)
         if self.trainer.world_size > 1:
             torch.distributed.all_reduce(total)
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / total.clamp(min=1e-8)
         nll = losses.nll.detach()
         self._count(batch, nll, losses.index)
-        if self._window and self._window[-1][0].window_end:
-            self._window.clear()
-        self._window.append((dataclasses.replace(batch, pixels=batch.pixels[:0]), nll, losses.index))
+        if self._micro_batches and self._micro_batches[-1][0].ends_step:
+            self._micro_batches.clear()
+        self._micro_batches.append((dataclasses.replace(batch, pixels=batch.pixels[:0]), nll, losses.index))
         loss: Tensor = (losses.nll * weights).sum() * scale + losses.extra
         return loss
 
@@ -327,7 +327,7 @@ class Stage(L.LightningModule):
             NonFiniteError: the gradients were not finite in more than `max_nonfinite` consecutive
                 steps.
         """
-        if not self._window[-1][0].window_end:  # DeepSpeed calls it after every micro-batch
+        if not self._micro_batches[-1][0].ends_step:  # DeepSpeed calls it after every micro-batch
             return
         norm, by_part = gradients.norms(self.sphinx.part_parameters())
         if math.isfinite(norm):
@@ -372,10 +372,10 @@ class Stage(L.LightningModule):
         all.
         """
         bad = []
-        for batch, nll, index in self._window:
+        for batch, nll, index in self._micro_batches:
             finite = (nll * batch.weights.flatten()[index]).isfinite()
             bad += batch.keys_at(index[~finite])
-        return list(dict.fromkeys(bad)), [key for batch, _, _ in self._window for key in batch.keys]
+        return list(dict.fromkeys(bad)), [key for batch, _, _ in self._micro_batches for key in batch.keys]
 
     def _log_steps(self, norm: float, by_part: dict[str, float], lr: float) -> None:
         """Log a row for the steps since the last log, under the number of this step.

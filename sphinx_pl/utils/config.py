@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from sphinx_pl.utils.errors import UserError, nearest_key
+from sphinx_pl.utils.renamed import renamed_key
 
 T = TypeVar("T")
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "conf"
@@ -127,12 +128,15 @@ LISTED = 240
 def unknown_key(key: str, known: Iterable[str], also: Iterable[str] = ()) -> str:
     """Return the sentence that refuses `key`.
 
-    It suggests the nearest key, or lists all `known` keys.
+    It names the new key if the key was renamed. Otherwise it suggests the nearest key, or lists
+    all `known` keys.
 
     Args:
         known: the keys that are listed if no key is similar.
         also: further keys that may be suggested.
     """
+    if renamed := renamed_key(key):
+        return renamed
     siblings = sorted(set(known))
     if near := nearest_key(key, [*siblings, *also]):
         return f"there is no key {key}: did you mean {near}?"

@@ -33,7 +33,7 @@ def suggest(name: str, known: Iterable[str], listed: str = "") -> str:
 
 
 SYNONYMS = {
-    "batch_size": "data.packing.rows",
+    "batch_size": "data.packing.micro_batch_rows",
     "criterion": "objective",
     "epochs": "data.mixing.epochs",
     "gradient_accumulation_steps": "stage.accumulate",

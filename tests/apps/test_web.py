@@ -31,12 +31,12 @@ from sphinx_pl.apps.web import app, rendering
 from sphinx_pl.apps.web import page as web_page
 from sphinx_pl.apps.web.page import Page, WebConfig, instructions
 from sphinx_pl.apps.web.session import PREVIEW_SIDE, Exchange, Session, UploadedImage
-from sphinx_pl.checkpoints.format import write_checkpoint
+from sphinx_pl.checkpoints.native import write_checkpoint
 from sphinx_pl.cli import chat
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.drawing import PALETTE
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.sampling.packing import Collator
+from sphinx_pl.data.sampling.collator import Collator
 from sphinx_pl.data.schema import ImageRef, Record, Turn
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.generation.assistant import Assistant, Dialog
@@ -202,7 +202,10 @@ def test_no_text_becomes_markup(page: Page, session: Session) -> None:
         session.picture.square, session.picture.preview, session.picture.size, f'"{HOSTILE}'
     )
     session.exchanges = [Exchange(f"{HOSTILE} {phrase}", f"{HOSTILE} {phrase}")]
-    for output in (rendering.render_talk(page.geometry, session), rendering.render_picture(page.geometry, session)):
+    for output in (
+        rendering.render_talk(page.coordinates, session),
+        rendering.render_picture(page.coordinates, session),
+    ):
         tags = set(re.findall(r"<\s*/?\s*([a-z]+)", output))
         assert tags <= {"div", "span", "figure", "figcaption", "img", "svg", "g", "rect", "title"}
         assert output.count("<img") == output.count("<figure")
@@ -212,7 +215,7 @@ def test_no_text_becomes_markup(page: Page, session: Session) -> None:
 
 @pytest.mark.parametrize("cut", range(0, len(ANSWER) + 1))
 def test_a_growing_answer_shows_no_half_of_its_markup(cut: int) -> None:
-    text = re.sub(r"<[^<>]*>", "", rendering.render_text(Geometry(2), ANSWER[:cut], "a0-", growing=True))
+    text = re.sub(r"<[^<>]*>", "", rendering.render_text(Coordinates(2), ANSWER[:cut], "a0-", growing=True))
     assert "<" not in text
     assert "&lt;" not in text
     assert "A red square[0.10,0.20,0.40,0.60] and".startswith(text[:37])
@@ -223,7 +226,7 @@ def test_a_growing_answer_shows_no_half_of_its_markup(cut: int) -> None:
 
 def test_phrases_and_places_share_a_key_and_a_colour(page: Page, session: Session) -> None:
     session.exchanges = [Exchange("Where?", ANSWER)]
-    talk, svg = rendering.render_talk(page.geometry, session), rendering.render_picture(page.geometry, session)
+    talk, svg = rendering.render_talk(page.coordinates, session), rendering.render_picture(page.coordinates, session)
     for number, phrase in enumerate(["red square", "blue circle"]):
         link = f'data-mark="a0-{number}" style="--mark:{PALETTE[number]}"'
         assert f"{link}>{phrase}</span>" in talk
@@ -235,7 +238,7 @@ def test_phrases_and_places_share_a_key_and_a_colour(page: Page, session: Sessio
 def test_places_are_in_the_frame_of_the_image_not_of_the_padded_square(page: Page) -> None:
     session = Session(UploadedImage.make(Image.new("RGB", (64, 32)), "x", 32))
     session.exchanges = [Exchange("?", "[0.25,0.1,0.75,0.75] [0.1,0.0,0.2,0.2] <p>nose</p>[0.5,0.5]")]
-    svg = rendering.render_picture(page.geometry, session)
+    svg = rendering.render_picture(page.coordinates, session)
     assert 'viewBox="0 0 64 32"' in svg
     # cut at the image's upper edge
     assert 'x="16.00" y="0.00" width="32.00" height="32.00"' in svg
@@ -247,9 +250,9 @@ def test_each_person_has_a_colour_and_a_skeleton(page: Page, session: Session) -
     person = "<p>nose</p>[0.5,0.1]<p>left shoulder</p>[0.6,0.3]<p>right shoulder</p>[0.4,0.3]"
     other = person.replace("0.3", "0.4").replace("0.1]", "0.2]")
     session.exchanges = [Exchange("?", f"{person} {other} <p>ball</p>[0.1,0.1,0.2,0.2] <p>nose</p>[0.5,0.1]")]
-    marks = rendering.find_marks(page.geometry.pieces(session.exchanges[0].answer), "a0-")
+    marks = rendering.find_marks(page.coordinates.pieces(session.exchanges[0].answer), "a0-")
     assert [mark.colour for mark in marks] == [PALETTE[0]] * 3 + [PALETTE[1]] * 3 + [PALETTE[2]] + [PALETTE[0]]
-    assert rendering.render_picture(page.geometry, session).count('class="limb"') == 2
+    assert rendering.render_picture(page.coordinates, session).count('class="limb"') == 2
 
 
 # Turns
@@ -362,7 +365,7 @@ def test_a_refused_question_is_reported_and_not_kept(page: Page, session: Sessio
 
 def test_a_turn_without_an_answer_does_not_spoil_the_next(page: Page, session: Session) -> None:
     session.exchanges = [Exchange("What?", "")]
-    assert "no answer" in rendering.render_talk(page.geometry, session)
+    assert "no answer" in rendering.render_talk(page.coordinates, session)
     assert asked(page, session, "And now?")
 
 
@@ -413,7 +416,7 @@ def test_masks_are_drawn_in_the_colour_of_their_phrase(page: Page, session: Sess
     session.exchanges = [exchange]
     exchange.masks = page._masks(page.segmenter, session.picture, exchange, 0)
     assert exchange.masks.keys() == {"a0-0", "a0-1"}
-    svg = rendering.render_picture(page.geometry, session)
+    svg = rendering.render_picture(page.coordinates, session)
     assert svg.count('<image href="data:image/png;base64,') == 2
     mask = Image.open(io.BytesIO(base64.b64decode(exchange.masks["a0-0"].split(",")[1])))
     assert mask.size == (120, 120)

@@ -22,13 +22,17 @@ Fit = Callable[..., tuple[L.Trainer, Stage]]
 
 @pytest.fixture
 def datamodule(sample_data: Path, processor: Processor) -> DataModule:
-    tasks = {"kind": "instructions", "path": str(sample_data / "instructions/train-scenes.json"), "branches": 4}
+    tasks = {
+        "kind": "instructions",
+        "path": str(sample_data / "instructions/train-scenes.json"),
+        "questions_per_sample": 4,
+    }
     text = {"kind": "text", "path": str(sample_data / "text/train.jsonl"), "weight": 0.3}
     return DataModule(
         processor,
         {"tasks": tasks, "text": text},
         {"text": {"kind": "text", "path": str(sample_data / "text/val.jsonl")}},
-        {"row_length": 256, "rows": 2},
+        {"row_length": 256, "micro_batch_rows": 2},
         workers=0,
         val_samples=4,
     )

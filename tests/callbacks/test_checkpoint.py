@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import LambdaCallback
 
 from sphinx_pl.callbacks.checkpoint import ResumeCheckpoint, checkpoints, resolve_resume, step_of
-from sphinx_pl.checkpoints.training import INDEX, Pieces
+from sphinx_pl.checkpoints.training import INDEX, TrainingShards
 from sphinx_pl.distributed.checkpointing import TrainingCheckpointIO
 from sphinx_pl.utils.errors import UserError
 
@@ -61,7 +61,7 @@ def test_the_newest_k_are_kept_and_load_without_unpickling(fit: Fit, tmp_path: P
     _, stage = fit([ResumeCheckpoint(str(folder), every_n_steps=1, keep=2)], steps=4)
     assert names(folder) == ["step-00000003", "step-00000004"]
 
-    pieces = Pieces(folder / "step-00000004")
+    pieces = TrainingShards(folder / "step-00000004")
     state = pieces.state()
     assert state["global_step"] == 4
     for name, value in stage.sphinx.state_dict().items():
@@ -119,7 +119,7 @@ def test_a_half_written_folder_is_never_taken_for_a_checkpoint(fit: Fit, tmp_pat
     assert names(tmp_path) == [whole.name]  # the half is deleted: later files need the room
     # the older one stays until the newer one is complete
     assert resolve_resume("last", tmp_path) == whole
-    assert Pieces(whole).state()["global_step"] == 1
+    assert TrainingShards(whole).state()["global_step"] == 1
 
 
 def test_it_reports_a_complete_checkpoint_before_it_prunes(fit: Fit, tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_a_step_that_is_reached_again_replaces_its_checkpoint(fit: Fit, tmp_path
     fit([ResumeCheckpoint(str(tmp_path))], steps=1)
     assert names(tmp_path) == ["step-00000001"]
     assert not (tmp_path / "step-00000001/of the run before").exists()
-    assert Pieces(tmp_path / "step-00000001").state()["global_step"] == 1
+    assert TrainingShards(tmp_path / "step-00000001").state()["global_step"] == 1
 
 
 # --- random states

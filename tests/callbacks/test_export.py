@@ -22,8 +22,9 @@ from sphinx_pl.callbacks.checkpoint import ResumeCheckpoint
 from sphinx_pl.callbacks.csv_logger import MetricsCSV
 from sphinx_pl.callbacks.export import ExportModel
 from sphinx_pl.checkpoints import training
-from sphinx_pl.checkpoints.format import open_checkpoint, same_bits
-from sphinx_pl.checkpoints.training import WEIGHT, Piece, describe, write_pieces, write_rest
+from sphinx_pl.checkpoints.format import open_checkpoint
+from sphinx_pl.checkpoints.tensors import same_bits
+from sphinx_pl.checkpoints.training import WEIGHT, TensorShard, describe, write_rest, write_shards
 from sphinx_pl.cli.train import finish_export
 from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.processor import Processor
@@ -285,11 +286,11 @@ def write_large(folder: Path, config: SphinxConfig, processor: Processor, ranks:
     size = 2**24 // ranks
     for rank in range(ranks):
         pieces = [
-            Piece(kind, name, rank * size, tensor[rank * size :][:size])
+            TensorShard(kind, name, rank * size, tensor[rank * size :][:size])
             for name, tensor in tensors.items()
             for kind in (WEIGHT, "exp_avg")
         ]
-        write_pieces(folder, rank, ranks, pieces)
+        write_shards(folder, rank, ranks, pieces)
     write_rest(folder, ranks, {name: [2**12, 2**12] for name in tensors}, {})
     describe(folder, config.to_dict(), processor.to_dict(), processor.tokenizer.path, {})
     return tensors

@@ -18,8 +18,8 @@ from sphinx_pl.callbacks import throughput
 from sphinx_pl.callbacks.checkpoint import ResumeCheckpoint
 from sphinx_pl.callbacks.throughput import COUNTED, SPANS, RankPart, Throughput, data_metrics, measured_peak, metrics_of
 from sphinx_pl.data.datamodule import DataModule
-from sphinx_pl.data.sampling.packing import Collator
-from sphinx_pl.data.schema import Batch, Branch, Sample
+from sphinx_pl.data.sampling.collator import Collator
+from sphinx_pl.data.schema import Batch, Sample, SampleQuestion
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx, packed_mask
 from sphinx_pl.planning.flops import TrainingFlops
@@ -116,17 +116,17 @@ def test_training_flops_are_those_that_torch_counts(datamodule: DataModule, mode
 
 
 def test_attention_counts_the_pairs_that_its_mask_lets_through(model_config: SphinxConfig) -> None:
-    """Counted by hand: 3 + 2 + 4 positions of a prefix and two branches, and 5 of a sample of one."""
+    """Counted by hand: 3 + 2 + 4 positions of a prefix and two questions, and 5 of a sample of one."""
 
-    def branch(count: int) -> Branch:
-        return Branch([5] * count, [False] + [True] * (count - 1), "chat", "key")
+    def question(count: int) -> SampleQuestion:
+        return SampleQuestion([5] * count, [False] + [True] * (count - 1), "chat", "key")
 
-    shared = Sample([1, 5, 5], [branch(2), branch(4)], (), "a")
-    alone = Sample([1], [branch(4)], (), "a")
+    shared = Sample([1, 5, 5], [question(2), question(4)], (), "a")
+    alone = Sample([1], [question(4)], (), "a")
     assert shared.pairs == (1 + 2 + 3) + (4 + 5) + (4 + 5 + 6 + 7)
     assert alone.pairs == 1 + 2 + 3 + 4 + 5
     batch = Collator(row_length=20, image_size=64)([[shared, alone], [alone]])
-    mask = packed_mask(batch.segment_ids, batch.branch_ids)
+    mask = packed_mask(batch.segment_ids, batch.question_ids)
     padding = int((batch.segment_ids == 0).sum())  # sees itself
     assert batch.counters["pairs"] == int(mask.sum()) - padding == 37 + 2 * 15
     model = Sphinx(dataclasses.replace(model_config, vision=None))
@@ -200,7 +200,7 @@ def test_validation_and_checkpoints_are_no_part_of_a_step(fit: Fit, tmp_path: Pa
 
     class Foreign(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-            if args[2].window_end:
+            if args[2].ends_step:
                 trainer.save_checkpoint(tmp_path / "last.ckpt")
 
     logger = [CSVLogger(tmp_path, name="", version="")]

@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sphinx_pl.checkpoints.format import write_checkpoint
+from sphinx_pl.checkpoints.native import write_checkpoint
+from sphinx_pl.checkpoints.output import TorchOutput, copies
+from sphinx_pl.checkpoints.tensors import TensorReader
+from sphinx_pl.checkpoints.writer import write_file
 from sphinx_pl.models.config import DecoderConfig, SphinxConfig
 
 PROCESSOR = {"system": "Answer.", "decimals": 3, "max_length": 64}
@@ -36,6 +39,11 @@ def random_tensors(seed: int) -> dict[str, Tensor]:
         "decoder.scalar": torch.randn((), generator=generator),
         "mixer.towers.clip.steps": torch.arange(4),
     }
+
+
+def write_torch(path: Path, tensors: TensorReader, wrap: str | None = None) -> None:
+    """One rank's file of `torch.save`."""
+    write_file(path, TorchOutput(path.name, copies(tensors), wrap), tensors)
 
 
 @pytest.fixture

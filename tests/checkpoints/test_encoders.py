@@ -581,11 +581,11 @@ def test_damaged_files_load_or_are_refused(tmp_path: Path) -> None:
 
 MEASURE = """
 import re, sys, torch
-from sphinx_pl.checkpoints import format, parallel
+from sphinx_pl.checkpoints import tensors
 from sphinx_pl.checkpoints.encoders import load_pretrained
 from sphinx_pl.models.config import Dinov2Config
 from sphinx_pl.models.encoders import Dinov2
-format.MAPPED_BYTES = parallel.MAPPED_BYTES = 2**25
+tensors.MAPPED_BYTES = 2**25
 with torch.device("meta"):
     tower = Dinov2(Dinov2Config(image_size=28, width=1024, layers=6, heads=8, mlp_ratio=6.0))
 def peak():  # not ru_maxrss, which begins with the parent's

@@ -13,15 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sphinx_pl.checkpoints import format as checkpoint_format
-from sphinx_pl.checkpoints.format import (
-    FORMATS,
-    SphinxCheckpoint,
-    StateDict,
-    open_checkpoint,
-    same_bits,
-    write_checkpoint,
-)
+from sphinx_pl.checkpoints import tensors as checkpoint_tensors
+from sphinx_pl.checkpoints.format import FORMATS, open_checkpoint
+from sphinx_pl.checkpoints.native import SphinxCheckpoint, write_checkpoint
+from sphinx_pl.checkpoints.tensors import TensorDict, same_bits
 from sphinx_pl.cli.checkpoint import main
 from sphinx_pl.cli.checkpoint import main as command
 from sphinx_pl.models.config import ClipViTConfig, QFormerConfig, SphinxConfig, VisionConfig
@@ -149,7 +144,7 @@ def test_an_existing_path_is_kept_unless_overwrite(write: Write, tmp_path: Path)
 def test_a_failing_source_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"pieces")
 
-    class Broken(StateDict):
+    class Broken(TensorDict):
         def tensor(self, name: str) -> Tensor:
             if name == "u":
                 raise UserError("the source broke")
@@ -164,9 +159,10 @@ def test_a_failing_source_leaves_nothing_behind(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys, torch
 from pathlib import Path
-from sphinx_pl.checkpoints.format import StateDict, write_checkpoint
+from sphinx_pl.checkpoints.native import write_checkpoint
+from sphinx_pl.checkpoints.tensors import TensorDict
 folder = Path(sys.argv[1])
-class Killed(StateDict):
+class Killed(TensorDict):
     def tensor(self, name):
         if name == "t7":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -236,7 +232,7 @@ def _mapped(folder: Path) -> int:
 
 
 def test_many_shards_share_one_budget(tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint_format, "MAPPED_BYTES", 2**22)
+    monkeypatch.setattr(checkpoint_tensors, "MAPPED_BYTES", 2**22)
     tensors = {f"t{i}": torch.zeros(2**18) for i in range(32)}  # 1 MiB each
     checkpoint = open_checkpoint(write("many", tensors, max_shard_bytes=2**21))
     largest = 0
@@ -251,7 +247,7 @@ def test_a_file_that_is_gone_disturbs_no_other(write: Write, monkeypatch: pytest
     gone, here = (open_checkpoint(write(name, tensors)) for name in ("gone", "here"))
     gone.tensor("t0")
     shutil.rmtree(gone.path)
-    monkeypatch.setattr(checkpoint_format, "MAPPED_BYTES", 2**20)
+    monkeypatch.setattr(checkpoint_tensors, "MAPPED_BYTES", 2**20)
     assert all(here.tensor(name).numel() == 2**18 for name in here)
     with pytest.raises(UserError, match="missing"):
         gone.tensor("t1")

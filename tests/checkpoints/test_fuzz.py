@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sphinx_pl.checkpoints.format import open_checkpoint, write_checkpoint
+from sphinx_pl.checkpoints.format import open_checkpoint
+from sphinx_pl.checkpoints.native import write_checkpoint
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.utils.errors import UserError

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from sphinx_pl.checkpoints.huggingface import belongs, config_difference, tokenizer_difference, weight_files
+from sphinx_pl.checkpoints.huggingface_files import belongs, config_difference, tokenizer_difference, weight_files
 from sphinx_pl.utils.errors import UserError
 
 LLAMA = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "rope_theta": 5e5}

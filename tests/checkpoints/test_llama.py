@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sphinx_pl.checkpoints.format import Checkpoint, open_checkpoint, write_checkpoint
-from sphinx_pl.checkpoints.llama import family, half_split, interleave, write_huggingface
+from sphinx_pl.checkpoints.format import Checkpoint, open_checkpoint
+from sphinx_pl.checkpoints.huggingface import write_huggingface
+from sphinx_pl.checkpoints.llama import family, half_split, interleave
+from sphinx_pl.checkpoints.native import write_checkpoint
 from sphinx_pl.checkpoints.torch_shards import open_tensors, split
 from sphinx_pl.cli.checkpoint import main
 from sphinx_pl.models.config import DecoderConfig, SphinxConfig

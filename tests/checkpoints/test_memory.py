@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from sphinx_pl.checkpoints.layout import write_parallel
 from torch import Tensor
 
 from perf.harness import TOKENIZER, Process, run_process
 from sphinx_pl.checkpoints.format import TensorInfo, open_checkpoint, same_bits
-from sphinx_pl.checkpoints.layout import write_parallel
 from sphinx_pl.checkpoints.original import decoder_sizes, shipped_model
 from sphinx_pl.checkpoints.torch_shards import split
 from sphinx_pl.checkpoints.training import consolidate

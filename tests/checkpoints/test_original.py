@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import skip_data
 
-from sphinx_pl.checkpoints.format import TensorInfo, copy_into, open_checkpoint, same_bits, write_checkpoint
-from sphinx_pl.checkpoints.layout import write_parallel
+from sphinx_pl.checkpoints.format import open_checkpoint
+from sphinx_pl.checkpoints.native import write_checkpoint
 from sphinx_pl.checkpoints.original import (
     TYPES,
     Restored,
@@ -36,19 +36,21 @@ from sphinx_pl.checkpoints.original import (
     their_infos,
     write_original,
 )
-from sphinx_pl.checkpoints.torch_shards import ParallelFiles, split
+from sphinx_pl.checkpoints.tensors import TensorDict, TensorInfo, copy_into, same_bits
+from sphinx_pl.checkpoints.torch_shards import TorchShards, split
 from sphinx_pl.cli.checkpoint import main as command
 from sphinx_pl.data.images import load_image
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.sampling.packing import Collator
+from sphinx_pl.data.sampling.collator import Collator
 from sphinx_pl.data.schema import IMAGE_SLOT, ImageRef, Record, Turn
 from sphinx_pl.generation.assistant import Assistant, Dialog
 from sphinx_pl.generation.generate import GenerationConfig, Prompt, generate
 from sphinx_pl.mixing.methods import mix_tensors
-from sphinx_pl.mixing.mix import Recipe, mix, needs_our_names, open_models, plan_mixture
+from sphinx_pl.mixing.mix import MixRecipe, mix, needs_our_names, open_models, plan_mixture
 from sphinx_pl.models.encoders import map_to_tokens
 from sphinx_pl.models.sphinx import Sphinx, packed_mask
 from sphinx_pl.utils.errors import UserError
+from tests.checkpoints.conftest import write_torch
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 IMAGE_WORDS = 291
@@ -227,9 +229,9 @@ def test_image_tokens(sphinx: Sphinx, golden: dict[str, Tensor]) -> None:
 
 def test_ids_labels_and_pixels(processor: Processor, golden: dict[str, Tensor]) -> None:
     for number, record in enumerate(DIALOGS):
-        (branch,) = processor.sample(record, "golden").branches
-        text = [(token, label) for token, label in zip(branch.ids, branch.supervised, strict=True) if token >= 0]
-        assert len(branch.ids) - len(text) == IMAGE_WORDS
+        (question,) = processor.sample(record, "golden").questions
+        text = [(token, label) for token, label in zip(question.ids, question.supervised, strict=True) if token >= 0]
+        assert len(question.ids) - len(text) == IMAGE_WORDS
         examples, labels = golden["examples"][number], golden["labels"][number]
         assert [token for token, _ in text] == examples[: len(text)].tolist()
         assert [token if label else 0 for token, label in text] == labels[
@@ -417,7 +419,7 @@ def test_an_image_and_a_question_fit_into_every_types_own_limits(kind: str, tmp_
     assert positions == sizes["max_seq_len"]
     assert length == min(positions, processor.tokens_per_image + 2048)
     sample = processor.sample(DIALOGS[0], "s")
-    assert sample.branches[0].ids.count(IMAGE_SLOT) == checkpoint.model_config.tokens_per_image
+    assert sample.questions[0].ids.count(IMAGE_SLOT) == checkpoint.model_config.tokens_per_image
     prompt = processor.prompt(DIALOGS[0])
     assert len(prompt.ids) + 512 <= positions
 
@@ -465,7 +467,7 @@ def test_our_folders_are_mixed_into_the_originals_files(write: Write, tmp_path: 
     for path, values in zip(paths, tensors, strict=True):
         write_checkpoint(path, values, theirs.config["model"], theirs.config["processor"], theirs.tokenizer_file, {})
     models, _ = open_models(paths, own=not needs_our_names(paths, "original", 2))
-    mix(plan_mixture(models, None, Recipe([0.25, 0.75])), tmp_path / "mixed", layout="original", shards=2)
+    mix(plan_mixture(models, None, MixRecipe([0.25, 0.75])), tmp_path / "mixed", layout="original", shards=2)
 
     names = [f"consolidated.0{rank}-of-02.model.pth" for rank in range(2)]
     assert sorted(path.name for path in (tmp_path / "mixed").glob("*.pth")) == names
@@ -504,11 +506,12 @@ def test_mistakes(write: Write) -> None:
 EXPERTS_MEMORY = """
 import sys
 from pathlib import Path
-from sphinx_pl.checkpoints.format import TensorInfo, write_safetensors
-from sphinx_pl.checkpoints.torch_shards import ParallelFiles
-files = ParallelFiles(sorted(Path(sys.argv[1]).glob("*.pth")), lambda content: content, experts=8)
-infos = {name: TensorInfo(files.shape(name), files.dtype(name)) for name in files}
-write_safetensors(Path(sys.argv[1]) / "out.safetensors", infos, files.tensor)
+from sphinx_pl.checkpoints.output import SafetensorsOutput, copies
+from sphinx_pl.checkpoints.torch_shards import TorchShards
+from sphinx_pl.checkpoints.writer import write_file
+files = TorchShards(sorted(Path(sys.argv[1]).glob("*.pth")), lambda content: content, experts=8)
+out = Path(sys.argv[1]) / "out.safetensors"
+write_file(out, SafetensorsOutput(out.name, copies(files)), files)
 status = Path("/proc/self/status").read_text().splitlines()
 print(next(line.split()[1] for line in status if line.startswith("VmHWM")))
 """
@@ -521,9 +524,8 @@ def test_memory_of_mixtrals_experts(tmp_path: Path, capsys: pytest.CaptureFixtur
         f"layers.0.feed_forward.{w}": TensorInfo((shape[0] // 2, shape[1]), torch.bfloat16) for w in ("w1", "w2", "w3")
     }
     for rank in range(2):
-        write_parallel(
-            tmp_path / f"{rank}.pth", infos, lambda name: torch.ones(infos[name].shape, dtype=torch.bfloat16)
-        )
+        ones = {name: torch.ones(1, dtype=info.dtype).expand(info.shape) for name, info in infos.items()}
+        write_torch(tmp_path / f"{rank}.pth", TensorDict(ones))
     script = [sys.executable, "-c", EXPERTS_MEMORY, str(tmp_path)]
     peak = 1024 * int(subprocess.check_output(script, text=True))
     largest = TensorInfo(shape, torch.bfloat16).nbytes
@@ -556,8 +558,8 @@ def test_full_size_round_trip_is_bit_for_bit(tmp_path: Path, kind: str) -> None:
     assert command(["import", str(theirs), str(tmp_path / "ours")]) == 0
     experts = NAMES["types"][kind]["config"].get("moe", {}).get("num_experts", 0)
 
-    def files(folder: Path) -> ParallelFiles:
-        return ParallelFiles(sorted(folder.glob("*.pth")), lambda content: content["model"], experts)
+    def files(folder: Path) -> TorchShards:
+        return TorchShards(sorted(folder.glob("*.pth")), lambda content: content["model"], experts)
 
     before = files(theirs)
     for shards in ("2", "1"):
@@ -617,7 +619,7 @@ def test_whole_path_with_full_size_towers(tmp_path: Path, capsys: pytest.Capture
     batch = collate([[sample] for sample in samples])
     x, _ = model._embed(batch)
     logits = model.decoder.logits(
-        model.decoder(x, batch.position_ids, packed_mask(batch.segment_ids, batch.branch_ids))
+        model.decoder(x, batch.position_ids, packed_mask(batch.segment_ids, batch.question_ids))
     )
     for row, sample in enumerate(samples):
         length = sample.length - IMAGE_WORDS
@@ -658,7 +660,7 @@ def test_whole_path_with_full_size_towers(tmp_path: Path, capsys: pytest.Capture
         check("image tokens, float32 resizing", tokens[:, 1:-1], measured["nohalf/image_tokens_a"][0])
         batch = collate([[samples[0]]])
         x, _ = plain._embed(batch)
-        mask = packed_mask(batch.segment_ids, batch.branch_ids)
+        mask = packed_mask(batch.segment_ids, batch.question_ids)
         logits = plain.decoder.logits(plain.decoder(x, batch.position_ids, mask))[0]
         length = samples[0].length
         check(

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sphinx_pl.checkpoints.provenance import hash_file, provenance
+from sphinx_pl.checkpoints.provenance import provenance
+from sphinx_pl.utils.files import hash_file
 
 
 def test_it_holds_code_versions_command_and_parents_but_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,19 @@ import torch
 from torch import Tensor
 
 from sphinx_pl.checkpoints import training
-from sphinx_pl.checkpoints.format import SafetensorsFile, open_checkpoint, same_bits
+from sphinx_pl.checkpoints.format import open_checkpoint
+from sphinx_pl.checkpoints.tensors import Read, SafetensorsFile, same_bits
 from sphinx_pl.checkpoints.training import (
     INDEX,
     STATE,
     WEIGHT,
-    Piece,
-    Pieces,
+    TensorShard,
     TrainingCheckpoint,
+    TrainingShards,
     describe,
     file_name,
-    write_pieces,
     write_rest,
+    write_shards,
 )
 from sphinx_pl.utils.errors import UserError
 from sphinx_pl.utils.files import hash_file
@@ -55,16 +57,16 @@ def cuts(numel: int, ranks: int, rng: random.Random | None) -> list[tuple[int, i
 def write(folder: Path, tensors: dict[str, Tensor], ranks: int = 2, rng: random.Random | None = None) -> Path:
     """A whole training checkpoint; each floating tensor has a state of another dtype."""
     folder.mkdir()
-    of_rank: list[list[Piece]] = [[] for _ in range(ranks)]
+    of_rank: list[list[TensorShard]] = [[] for _ in range(ranks)]
     for name, tensor in tensors.items():
         kinds = {WEIGHT: tensor} | ({"exp_avg": state_of(tensor)} if tensor.is_floating_point() else {})
         for rank, (start, stop) in enumerate(cuts(tensor.numel(), ranks, rng)):
             if stop > start or rng is not None:  # engines leave empty pieces out, but they may be there
                 of_rank[rank] += [
-                    Piece(kind, name, start, value.flatten()[start:stop]) for kind, value in kinds.items()
+                    TensorShard(kind, name, start, value.flatten()[start:stop]) for kind, value in kinds.items()
                 ]
     for rank, pieces in enumerate(of_rank):
-        write_pieces(folder, rank, ranks, pieces)
+        write_shards(folder, rank, ranks, pieces)
     write_rest(folder, ranks, {name: tensor.shape for name, tensor in tensors.items()}, STATES)
     (folder.parent / "tokenizer").write_bytes(b"pieces")
     describe(folder, small_config().to_dict(), PROCESSOR, folder.parent / "tokenizer", {"stage": "test"})
@@ -84,7 +86,7 @@ def test_any_stretch_is_read_back_whatever_the_ranks(ranks: int, uneven: bool, t
     rng = random.Random(ranks)
     tensors = random_tensors(0)  # float32, bf16, half, int64, and one without dimensions
     tensors["decoder.a"][0, :3] = torch.tensor([-0.0, float("nan"), 1e-45])
-    pieces = Pieces(write(tmp_path / "c", tensors, ranks, rng if uneven else None))
+    pieces = TrainingShards(write(tmp_path / "c", tensors, ranks, rng if uneven else None))
     assert pieces.kinds() == ["exp_avg"]
     for name, tensor in tensors.items():
         assert pieces.dtype(name) == tensor.dtype
@@ -128,9 +130,14 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
             super().__init__(path)
             found[path.name] = 0
 
-        def read_into(self, out: Tensor, name: str, start: int) -> None:
-            found[self.path.name] += len(out)
-            super().read_into(out, name, start)
+        @contextmanager
+        def open(self, name: str) -> Iterator[Read]:
+            def counted(out: Tensor, start: int) -> None:
+                found[self.path.name] += len(out)
+                read(out, start)
+
+            with super().open(name) as read:
+                yield counted
 
         def tensor(self, name: str) -> Tensor:
             raise AssertionError("more than a stretch was read")
@@ -144,14 +151,14 @@ def test_a_rank_that_goes_on_opens_its_own_file_only(opened: dict[str, int], tmp
     folder = write(tmp_path / "c", tensors, 4)
     for rank in range(4):
         opened.clear()
-        pieces = Pieces(folder)
+        pieces = TrainingShards(folder)
         for name, tensor in tensors.items():
             start, stop = cuts(tensor.numel(), 4, None)[rank]
             for kind in (WEIGHT, "exp_avg"):
                 pieces.read(name, start, stop, kind)
         assert list(opened) == [file_name(rank, 4)]
     opened.clear()
-    Pieces(folder).read("a", 240, 260)  # the end of one piece and the beginning of the next
+    TrainingShards(folder).read("a", 240, 260)  # the end of one piece and the beginning of the next
     assert opened == {file_name(0, 4): 10, file_name(1, 4): 10}
 
 
@@ -160,10 +167,10 @@ def test_of_what_all_ranks_hold_one_piece_is_enough(opened: dict[str, int], tmp_
     folder = tmp_path / "c"
     folder.mkdir()
     frozen, rows = torch.randn(50), torch.randn(60)
-    write_pieces(folder, 0, 2, [Piece(WEIGHT, "frozen", 0, frozen), Piece(WEIGHT, "rows", 0, rows[:30])])
-    write_pieces(folder, 1, 2, [Piece(WEIGHT, "rows", 30, rows[30:])])
+    write_shards(folder, 0, 2, [TensorShard(WEIGHT, "frozen", 0, frozen), TensorShard(WEIGHT, "rows", 0, rows[:30])])
+    write_shards(folder, 1, 2, [TensorShard(WEIGHT, "rows", 30, rows[30:])])
     write_rest(folder, 2, {"frozen": [50], "rows": [60]}, {})
-    pieces = Pieces(folder)
+    pieces = TrainingShards(folder)
     assert torch.equal(pieces.read("frozen"), frozen)
     assert list(opened) == [file_name(0, 2)]
     assert torch.equal(pieces.read("rows"), rows)
@@ -183,9 +190,9 @@ def edit_files(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     edit(folder, files=files)
 
 
-def rewrite(folder: Path, rank: int, *pieces: Piece) -> None:
+def rewrite(folder: Path, rank: int, *pieces: TensorShard) -> None:
     """One rank's file anew, with its size in the index."""
-    write_pieces(folder, rank, 2, pieces)
+    write_shards(folder, rank, 2, pieces)
     name = file_name(rank, 2)
     edit_files(folder, lambda files: files.update({name: (folder / name).stat().st_size}))
 
@@ -193,7 +200,7 @@ def rewrite(folder: Path, rank: int, *pieces: Piece) -> None:
 def use(folder: Path) -> dict[str, Tensor]:
     """All that resuming and loading read."""
     checkpoint = TrainingCheckpoint(folder)
-    pieces = checkpoint.pieces
+    pieces = checkpoint.shards
     found = {name: checkpoint.tensor(name).clone() for name in checkpoint}
     for kind in pieces.kinds():
         found |= {f"{kind} {name}": pieces.read(name, kind=kind) for name in checkpoint if pieces.has(name, kind)}
@@ -250,21 +257,24 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "an overlap": (lambda p: rewrite(p, 1, *halves(1, back=1)), [SECOND, "two files"]),
     "a gap": (lambda p: rewrite(p, 1, *halves(1, back=-1)), ["lacks a part of weight of"]),
     "another dtype": (lambda p: rewrite(p, 1, *halves(1, dtype=torch.int32)), [SECOND, "torch.int32"]),
-    "a piece of nothing": (lambda p: rewrite(p, 1, *halves(1), Piece(WEIGHT, "?", 0, torch.ones(1))), [SECOND, "?"]),
+    "a piece of nothing": (
+        lambda p: rewrite(p, 1, *halves(1), TensorShard(WEIGHT, "?", 0, torch.ones(1))),
+        [SECOND, "?"],
+    ),
     "a piece with two dimensions": (
-        lambda p: rewrite(p, 1, Piece(WEIGHT, "decoder.a", 18, torch.ones(17, 1))),
+        lambda p: rewrite(p, 1, TensorShard(WEIGHT, "decoder.a", 18, torch.ones(17, 1))),
         [SECOND, "damaged"],
     ),
 }
 
 
-def halves(rank: int, back: int = 0, dtype: torch.dtype | None = None) -> Iterator[Piece]:
+def halves(rank: int, back: int = 0, dtype: torch.dtype | None = None) -> Iterator[TensorShard]:
     """A rank's half of all tensors, beginning so many elements earlier."""
     for name, tensor in random_tensors(0).items():
         start, stop = cuts(tensor.numel(), 2, None)[rank]
         start = min(max(start - back, 0), stop)
         values = tensor.flatten()[start:stop]
-        yield Piece(WEIGHT, name, start, values if dtype is None else values.to(dtype))
+        yield TensorShard(WEIGHT, name, start, values if dtype is None else values.to(dtype))
 
 
 @pytest.mark.parametrize("case", DAMAGE)
@@ -299,7 +309,7 @@ def test_a_hostile_state_is_refused_and_nothing_in_it_runs(how: str, tmp_path: P
     edit_files(folder, lambda files: files.update({STATE: (folder / STATE).stat().st_size}))
     edit(folder, state=hash_file(folder / STATE))
     with pytest.raises(UserError, match=r"state\.pt' cannot be read"):
-        Pieces(folder).state()
+        TrainingShards(folder).state()
     assert not (tmp_path / "it ran").exists()
 
 
@@ -309,7 +319,7 @@ def test_a_state_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
     edit_files(folder, lambda files: files.update({STATE: (folder / STATE).stat().st_size}))
     edit(folder, state=hash_file(folder / STATE))
     with pytest.raises(UserError, match="it holds a list"):
-        Pieces(folder).state()
+        TrainingShards(folder).state()
 
 
 def same_or_refused(folder: Path, whole: dict[str, Tensor]) -> bool:

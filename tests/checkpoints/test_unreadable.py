@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from sphinx_pl.checkpoints.format import open_checkpoint
-from sphinx_pl.checkpoints.stored import open_stored
+from sphinx_pl.checkpoints.huggingface import open_model
 from sphinx_pl.cli.checkpoint import import_checkpoint
 from sphinx_pl.data.tokenizers import Tokenizer
 from sphinx_pl.mixing.mix import mix_checkpoints
@@ -55,7 +55,7 @@ LLAMA |= {"intermediate_size": 8, "rms_norm_eps": 1e-5}
 def test_folders_that_are_no_checkpoints(tmp_path: Path, files: dict[str, str], message: str) -> None:
     for name, content in files.items():
         (tmp_path / name).write_text(content)
-    for reader in (open_checkpoint, open_stored):
+    for reader in (open_checkpoint, open_model):
         with pytest.raises(UserError, match=message) as error:
             reader(tmp_path)
         assert "\n" not in str(error.value)
@@ -157,7 +157,7 @@ def test_packed_integers_are_not_taken_from_one_model(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="as the packed weights of quantized models do: mix what they were"):
         mix_checkpoints([a, b], [0.5, 0.5], tmp_path / "out")
     with pytest.raises(UserError, match=r"out: .* cannot be a folder"):
-        import_checkpoint(open_stored(a), str(a / "config.json" / "x"), overwrite=False)  # type: ignore[arg-type]
+        import_checkpoint(open_model(a), str(a / "config.json" / "x"), overwrite=False)  # type: ignore[arg-type]
 
 
 def test_a_pointer_is_no_tokenizer(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import yaml
 from omegaconf import OmegaConf
 from PIL import Image
 
-from sphinx_pl.checkpoints.format import write_checkpoint
+from sphinx_pl.checkpoints.native import write_checkpoint
 from sphinx_pl.cli.evaluate import Asking, flat, log_to_wandb
 from sphinx_pl.data.answer_parsing import normalise
 from sphinx_pl.data.processor import Processor

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from sphinx_pl.checkpoints.format import open_checkpoint, same_bits, write_checkpoint
+from sphinx_pl.checkpoints.format import open_checkpoint
+from sphinx_pl.checkpoints.native import write_checkpoint
+from sphinx_pl.checkpoints.tensors import same_bits
 from sphinx_pl.cli import mix_weights
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.evaluation.mixtures.curve import describe_best
@@ -109,7 +111,12 @@ def test_beta_is_the_first_checkpoints_weight(run: Callable[..., None], parents:
 def test_the_curve_is_that_of_mixed_checkpoints(
     run: Callable[..., None], parents: str, tmp_path: Path, sample_data: Path
 ) -> None:
-    data = [f"data.root={sample_data}", "data.val_samples=6", "data.packing.row_length=256", "data.packing.rows=2"]
+    data = [
+        f"data.root={sample_data}",
+        "data.val_samples=6",
+        "data.packing.row_length=256",
+        "data.packing.micro_batch_rows=2",
+    ]
     run(parents, "beta=0.5", "out=mixed", "curve=3", "curve_sources=[real,synthetic]", *data)
     curve = json.loads((tmp_path / "mixed" / "curve.json").read_text())
     assert curve["betas"] == [0, 0.5, 1]
@@ -125,8 +132,8 @@ def test_the_curve_is_that_of_mixed_checkpoints(
 
 @pytest.fixture
 def data(sample_data: Path) -> list[str]:
-    """Return overrides for a few short samples of the sample world."""
-    small = ["data.val_samples=8", "data.packing.row_length=256", "data.packing.rows=2"]
+    """Overrides: a few short samples of the sample world."""
+    small = ["data.val_samples=8", "data.packing.row_length=256", "data.packing.micro_batch_rows=2"]
     return [f"data.root={sample_data}", "curve_sources=[real,synthetic]", *small]
 
 

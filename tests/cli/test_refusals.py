@@ -64,7 +64,7 @@ EARLY = {
         [*EARLIER, "data.sources.text=null", "stage.text_required=false"],
         "the checkpoint was made with",
     ),
-    "other lanes": ([*LAST, "data.mixing.lanes=2"], "leave it null"),
+    "other partitions": ([*LAST, "data.mixing.partitions=2"], "leave it null"),
     "another model of the same shapes": ([*LAST, "+model.decoder.norm_eps=1e-3"], "model.decoder.norm_eps is"),
     "another model": ([*LAST, "model.decoder.layers=2"], "model.decoder.layers is"),
     "another tokenizer": ([*LAST, f"data.tokenizer={REPOSITORY}/tests/golden/tokenizer.model"], "tokenizer"),
@@ -154,7 +154,7 @@ def test_a_disk_that_fills_before_the_first_checkpoint_is_whole(
     def full(folder: Path, *_: Any) -> None:
         raise OSError(28, "No space left on device", str(folder / "pieces"))
 
-    monkeypatch.setattr(checkpointing, "write_pieces", full)
+    monkeypatch.setattr(checkpointing, "write_shards", full)
     for overrides in (NEW, EARLIER):
         code, _ = refused(overrides, finished, sample_data, monkeypatch, capsys)
         assert code == 2

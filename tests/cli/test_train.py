@@ -33,7 +33,7 @@ SMALL = [
     "model.vision.clip.layers=1",
     "model.vision.dinov2.layers=1",
     "model.vision.qformer.vision_layers=1",
-    "data.packing.rows=2",
+    "data.packing.micro_batch_rows=2",
     "data.val_samples=8",
     "trainer.accelerator=cpu",
     "trainer.log_every_n_steps=1",
@@ -171,11 +171,11 @@ def check_readable(run_folder: Path) -> None:
     """
     for path in checkpoints(run_folder / "checkpoints"):
         whole = TrainingCheckpoint(path)
-        whole.pieces.state()
+        whole.shards.state()
         for name in whole:
             assert whole.tensor(name).isfinite().all()
-            for kind in whole.pieces.kinds():
-                assert whole.pieces.read(name, kind=kind).isfinite().all()
+            for kind in whole.shards.kinds():
+                assert whole.shards.read(name, kind=kind).isfinite().all()
     for path in run_folder.glob("model*"):
         model = open_checkpoint(path)
         assert all(model.tensor(name).isfinite().all() for name in model)
@@ -199,8 +199,13 @@ def check_kill_and_resume(
     during their writing. Forked runs import nothing.
     """
     options = [f"stage.max_steps={steps}", "callbacks.checkpoint.every_n_steps=2", "data.workers=1"]
-    # The run has steps of two micro-batches and a validation at every third checkpoint.
-    options += ["stage.accumulate=2", "data.packing.rows=1", "data.packing.row_length=256", "stage.val_every=6"]
+    # Windows of two micro-batches, and validations at every third checkpoint: both have gone wrong on the way.
+    options += [
+        "stage.accumulate=2",
+        "data.packing.micro_batch_rows=1",
+        "data.packing.row_length=256",
+        "stage.val_every=6",
+    ]
     options += ["callbacks.export.every_n_steps=4", "callbacks.export.keep=2"]
     options += ["trainer=zero3_cpu", f"trainer.devices={ranks}"] if ranks > 1 else []
 
@@ -466,7 +471,7 @@ WRONG = {
     "a way to recompute": (["stage.checkpointing=half"], "stage.checkpointing=half"),
     "GPUs where there are none": (["trainer=zero3", "trainer.accelerator=gpu", "trainer.devices=1"], "gpu"),
     "no device": (["trainer.devices=0"], "devices"),
-    "rows that do not divide": (["stage.rows_per_step=7"], "stage.rows_per_step=7 is not a multiple"),
+    "rows that do not divide": (["stage.global_batch_rows=7"], "stage.global_batch_rows=7 is not a multiple"),
     "an optimizer that is none": (["stage.optim.kind=adam"], "adamw"),
 }
 

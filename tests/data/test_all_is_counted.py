@@ -15,9 +15,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from sphinx_pl.data.datamodule import DataModule, TrainLoader
+from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.readers import ImageTextSource, build_source
+from sphinx_pl.data.readers import ImageTextReader, build_reader
+from sphinx_pl.data.train_loader import TrainLoader
 from tests.fuzzing import encoded, picture
 
 JPEG = encoded(picture(), "JPEG")
@@ -40,8 +41,8 @@ def tar(path: Path, members: Sequence[Member]) -> Path:
 
 def counters(processor: Processor, source: dict[str, Any]) -> Counter[str]:
     """Of one epoch, without the source's name: seen, samples, skipped/<reason>, unused/<name>, ..."""
-    packing = {"row_length": 256, "rows": 4}
-    data = DataModule(processor, {"x": source}, {}, packing, max_skipped=1.0, mixing={"epochs": 1, "lanes": 1})
+    packing = {"row_length": 256, "micro_batch_rows": 4}
+    data = DataModule(processor, {"x": source}, {}, packing, max_skipped=1.0, mixing={"epochs": 1, "partitions": 1})
     loader = TrainLoader(data.planner(), data.collator, 0, 1.0, False)
     list(loader)
     total: Counter[str] = Counter()
@@ -179,7 +180,7 @@ def test_archives_one_after_another(processor: Processor, tmp_path: Path) -> Non
 
 def test_what_a_tar_leaves_is_named(tmp_path: Path) -> None:
     members = [*pair("a"), ("photo 7.heic", JPEG), ("photo 7.txt", b"b"), ("c d.e.jpg", JPEG)]
-    shard = ImageTextSource("web", str(tar(tmp_path / "a.tar", members))).open(0)
+    shard = ImageTextReader("web", str(tar(tmp_path / "a.tar", members))).open(0)
     assert shard.examples["unused/heic"] == "photo 7.heic"
     assert shard.examples["skipped/image_absent"] == "photo 7: no image beside the .txt"
     assert shard.examples["skipped/caption_absent"].startswith("c d.e: no .txt")
@@ -248,4 +249,4 @@ def test_a_text_file_is_a_document(processor: Processor, tmp_path: Path) -> None
     total = counters(processor, {"kind": "text", "path": str(tmp_path / "*")})
     assert (total["seen"], total["samples"]) == (3, 1)
     assert left_out(total) == {"skipped/text_not_utf8": 1, "skipped/text_empty": 1}
-    assert build_source("text", "x", str(tmp_path / "a.txt")).record(0).answer == "One.\n\nTwo.\n"
+    assert build_reader("text", "x", str(tmp_path / "a.txt")).record(0).answer == "One.\n\nTwo.\n"

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 from sphinx_pl.data.augment import TEXT_TASKS, AugmentConfig, augment, augment_together
-from sphinx_pl.data.coordinates import COCO_KEYPOINTS, Geometry, padded_frame
+from sphinx_pl.data.coordinates import COCO_KEYPOINTS, Coordinates, padded_frame
 from sphinx_pl.data.images import annotated_images, image_size, load_image
-from sphinx_pl.data.sampling.packing import _from_plain, _to_plain
+from sphinx_pl.data.sampling.resume_state import sample_from_plain, sample_to_plain
 from sphinx_pl.data.schema import ImageRef, Record, Region, Sample, Turn
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.utils.config import build
 from sphinx_pl.utils.errors import UserError
@@ -147,7 +147,7 @@ def test_moved_keypoints_lie_on_their_pixels(tmp_path: Path) -> None:
                 assert (x, y) == (0, 0)
                 assert not before[2] or not (picture == 10 * number).any()
                 absent += before[2] > 0
-        TASKS["pose"].turns(moved, Geometry())
+        TASKS["pose"].turns(moved, Coordinates())
     assert min(kept, absent) > 200
 
 
@@ -176,7 +176,7 @@ def test_a_crop_is_applied_before_the_flip(tmp_path: Path) -> None:
 def test_a_crop_outside_the_image_is_refused(tmp_path: Path, crop: tuple[int, int, int, int]) -> None:
     ref = dataclasses.replace(save(tmp_path / "a.png", np.zeros((4, 6, 3), dtype=np.uint8)), crop=crop)
     for read in (image_size, lambda ref: load_image(ref, 8)):
-        with pytest.raises(BadSample) as bad:
+        with pytest.raises(SkipSample) as bad:
             read(ref)
         assert bad.value.reason == "crop_outside"
 
@@ -193,15 +193,15 @@ def test_off_means_untouched(record: Record) -> None:
 @pytest.mark.parametrize("record", EXAMPLES.values(), ids=lambda record: record.task)
 def test_which_examples_are_changed(record: Record) -> None:
     """Each of them is about places, has known sizes and says nothing of sides but for one."""
-    geometry = {
+    coordinates = {
         *("rec", "reg", "pose", "detection", "detection_all"),
         *("grounded_vqa", "relation_detection"),
     }  # grounded_caption says "left of"
     flips = any(augment(record, FLIP, random.Random(i)).images[0].flip for i in range(3))
     crops = any(augment(record, CROP, random.Random(i)).images[0].crop for i in range(30))
-    assert flips is (record.task in geometry)
+    assert flips is (record.task in coordinates)
     if record.task != "pose":  # whose example fills the image
-        assert crops is (record.task in geometry | TEXT_TASKS)
+        assert crops is (record.task in coordinates | TEXT_TASKS)
 
 
 @pytest.mark.parametrize(
@@ -335,7 +335,7 @@ def test_detection_may_lose_regions_but_not_all_that_were_asked_for() -> None:
     for task in ("detection", "detection_all"):
         for seed in range(300):
             moved = augment(EXAMPLES[task], CROP, random.Random(seed))
-            answer = TASKS[task].turns(moved, Geometry())[0].answer
+            answer = TASKS[task].turns(moved, Coordinates())[0].answer
             assert answer != "None"
             counts.add((task, len(moved.regions)))
     assert counts == {(task, count) for task in ("detection", "detection_all") for count in (1, 2, 3)}
@@ -382,12 +382,12 @@ def test_same_random_numbers_same_record() -> None:
 def test_a_resumed_run_decodes_the_same_pixels() -> None:
     images = (ImageRef("a.tar", 512, 99, (1, 2, 30, 40), True, (50, 60)), ImageRef("b.jpg"))
     sample = Sample([1], [], images, "s")
-    plain = _to_plain(sample)
-    assert _from_plain(plain) == sample
-    assert _from_plain(plain).images[0].annotated == (50, 60)
+    plain = sample_to_plain(sample)
+    assert sample_from_plain(plain) == sample
+    assert sample_from_plain(plain).images[0].annotated == (50, 60)
     # As checkpoints had it before images knew their annotated size.
     older = plain | {"images": [image[:5] for image in plain["images"]]}
-    assert _from_plain(older) == sample
+    assert sample_from_plain(older) == sample
 
 
 def test_the_configuration_is_built_and_checked() -> None:

@@ -24,9 +24,10 @@ import torch
 from PIL import Image
 
 import sphinx_pl.data.files as files_module
-from sphinx_pl.data.datamodule import DataModule, TrainLoader
+from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.schema import IGNORE, Batch
+from sphinx_pl.data.train_loader import TrainLoader
 from sphinx_pl.utils.errors import UserError
 from tests.conftest import REPOSITORY
 from tests.fuzzing import bad_images, encoded, good_images, picture, write_tar
@@ -52,8 +53,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def train(processor: Processor, sources: dict[str, Any], workers: int = 0, **options: Any) -> TrainLoader:
     """Every source once, unless `epochs` says something else."""
-    mixing = {"epochs": options.pop("epochs", 1), "lanes": options.pop("lanes", 1)}
-    packing = {"row_length": options.pop("row_length", 256), "rows": 4}
+    mixing = {"epochs": options.pop("epochs", 1), "partitions": options.pop("partitions", 1)}
+    packing = {"row_length": options.pop("row_length", 256), "micro_batch_rows": 4}
     data = DataModule(processor, sources, {}, packing, max_skipped=1.0, mixing=mixing)
     return TrainLoader(data.planner(), data.collator, workers, data.max_skipped, False)
 
@@ -73,19 +74,19 @@ def left_out(loader: TrainLoader) -> dict[str, int]:
 
 
 def used(batches: list[Batch]) -> set[str]:
-    """Keys of the branches that have targets."""
+    """Keys of the questions that have targets."""
     found = set()
     for batch in batches:
         places = [
-            (row, segment, branch)
+            (row, segment, question)
             for row in range(len(batch.segment_ids))
             for segment in batch.segment_ids[row].unique().tolist()
             if segment
-            for branch in batch.branch_ids[row][batch.segment_ids[row] == segment].unique().tolist()
-            if branch
+            for question in batch.question_ids[row][batch.segment_ids[row] == segment].unique().tolist()
+            if question
         ]
-        for key, (row, segment, branch) in zip(batch.keys, places, strict=True):
-            mine = (batch.segment_ids[row] == segment) & (batch.branch_ids[row] == branch)
+        for key, (row, segment, question) in zip(batch.keys, places, strict=True):
+            mine = (batch.segment_ids[row] == segment) & (batch.question_ids[row] == question)
             if (batch.labels[row][mine] != IGNORE).any():
                 assert key not in found
                 found.add(key)
@@ -300,18 +301,25 @@ def test_a_cap_counts_what_is_used_and_what_it_leaves_is_no_bad_data(processor: 
     assert counts["chat/capped/chat"] + counts["skipped/chat/answer_empty"] == 3 * 3050 - len(keys)
 
 
-@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize("partitions", [1, 2])
 def test_what_could_not_be_indexed_is_held_against_all_that_was(
-    processor: Processor, tmp_path: Path, lanes: int
+    processor: Processor, tmp_path: Path, partitions: int
 ) -> None:
     members = [member for i in range(3000) for member in [(f"{i}.jpg", JPEG), (f"{i}.txt", b"a caption")]]
     members += [(f"bad{i}.jpg", JPEG) for i in range(100)]
     sources = {"web": web(str(write_tar(tmp_path / "s.tar", members)))}
     # A thirtieth of all, although for each of the first few hundred seen there is nearly one that is left out.
-    data = DataModule(processor, sources, {}, {"row_length": 256, "rows": 4}, max_skipped=0.05, mixing={"lanes": lanes})
+    data = DataModule(
+        processor,
+        sources,
+        {},
+        {"row_length": 256, "micro_batch_rows": 4},
+        max_skipped=0.05,
+        mixing={"partitions": partitions},
+    )
     for loader in (
         TrainLoader(data.planner(), data.collator, 0, 0.05, False),
-        TrainLoader(data.planner(lanes=lanes, world_size=lanes), data.collator, 0, 0.05, False),
+        TrainLoader(data.planner(partitions=partitions, world_size=partitions), data.collator, 0, 0.05, False),
     ):
         list(itertools.islice(loader, 60))
         assert loader.counters["web/seen"] >= 200
@@ -329,7 +337,7 @@ def test_a_shard_that_is_gone_before_it_is_opened(processor: Processor, tmp_path
         processor,
         {"text": {"kind": "text", "path": [str(path) for path in paths]}},
         {},
-        {"row_length": 64, "rows": 1},
+        {"row_length": 64, "micro_batch_rows": 1},
         max_skipped=1.0,
         mixing={"epochs": 1},
     )
@@ -716,7 +724,7 @@ def endless(tmp_path: Path) -> dict[str, Any]:
 
 
 def planning() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name == "plan-windows"]
+    return [thread.name for thread in threading.enumerate() if thread.name == "plan-steps"]
 
 
 def workers() -> Iterator[int]:

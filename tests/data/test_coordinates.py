@@ -10,19 +10,19 @@ from PIL import Image
 
 from sphinx_pl.data.coordinates import (
     COCO_KEYPOINTS,
-    Geometry,
+    Coordinates,
     Grounded,
     iou,
+    kept_views,
     padded_frame,
     point_to_pixels,
-    seen_views,
     to_pixels,
 )
 from sphinx_pl.data.images import PAD_COLOUR, padded_resize, to_tensor
 from sphinx_pl.models.views import split_views
 from sphinx_pl.utils.errors import UserError
 
-G = Geometry()
+G = Coordinates()
 
 
 def test_padded_frame_puts_the_odd_pixel_on_the_far_side():
@@ -34,8 +34,8 @@ def test_padded_frame_puts_the_odd_pixel_on_the_far_side():
 def test_box_worked_by_hand():
     # 640x480 in a square of 640, moved down by 80: 64/640, (40+80)/640 = 0.1875, 320/640, (400+80)/640
     assert G.box((64, 40, 320, 400), (640, 480)) == "[0.100,0.188,0.500,0.750]"
-    assert Geometry(1).box((64, 40, 320, 400), (640, 480)) == "[0.1,0.2,0.5,0.8]"
-    assert Geometry(4).box((64, 40, 320, 400), (640, 480)) == "[0.1000,0.1875,0.5000,0.7500]"
+    assert Coordinates(1).box((64, 40, 320, 400), (640, 480)) == "[0.1,0.2,0.5,0.8]"
+    assert Coordinates(4).box((64, 40, 320, 400), (640, 480)) == "[0.1000,0.1875,0.5000,0.7500]"
 
 
 def test_several_boxes_points_and_phrases_worked_by_hand():
@@ -60,23 +60,23 @@ def test_halves_round_up_on_the_decimal_number():
     # 0.0005, 0.0015, 0.0025: rounding half to even would write 0.000 and 0.002 for the first and the last
     assert [G.point((x, 0), (2000, 2000)) for x in (1, 3, 5)] == ["[0.001,0.000]", "[0.002,0.000]", "[0.003,0.000]"]
     # 1.15 is below its decimal value as a float: 0.115 has to become 0.12 all the same
-    assert Geometry(2).point((1.15, 0), (10, 10)) == "[0.12,0.00]"
+    assert Coordinates(2).point((1.15, 0), (10, 10)) == "[0.12,0.00]"
 
 
 def test_text_to_numbers_to_text_is_unchanged_for_any_size_and_decimals():
     rng = random.Random(0)
     for _ in range(4000):
         decimals = rng.randint(1, 4)
-        geometry = Geometry(decimals)
+        coordinates = Coordinates(decimals)
         size = rng.choice([(rng.randint(1, 9000), rng.randint(1, 9000)), (rng.randint(1, 90), rng.randint(1, 90))])
         xs, ys = (sorted(rng.randint(0, 10**decimals) for _ in range(2)) for _ in range(2))
         numbers = [f"{value / 10**decimals:.{decimals}f}" for value in (xs[0], ys[0], xs[1], ys[1])]
         text = f"[{','.join(numbers)}]"
-        (box,) = geometry.parse_boxes(text)
-        assert geometry.box(to_pixels(box, size), size) == text
+        (box,) = coordinates.parse_boxes(text)
+        assert coordinates.box(to_pixels(box, size), size) == text
         point_text = f"[{numbers[0]},{numbers[1]}]"
-        (point,) = geometry.parse_points(point_text)
-        assert geometry.point(point_to_pixels(point, size), size) == point_text
+        (point,) = coordinates.parse_points(point_text)
+        assert coordinates.point(point_to_pixels(point, size), size) == point_text
 
 
 @pytest.mark.parametrize(
@@ -163,15 +163,15 @@ def test_iou():
 
 def test_decimals_are_bounded():
     with pytest.raises(UserError, match="decimals=0"):
-        Geometry(0)
+        Coordinates(0)
 
 
 def test_views_that_show_only_padding() -> None:
     wide = (True, False, False, False, True, True, True, False, False, False)
-    assert seen_views((900, 100), 672, 3) == wide
-    assert seen_views((100, 900), 672, 3) == (True, *([False, True, False] * 3))
-    assert seen_views((900, 300), 672, 3) == (True,) * 10  # resizing carries its edge over the seam
-    assert seen_views((900, 100), 448, 2) == (True,) * 5
+    assert kept_views((900, 100), 672, 3) == wide
+    assert kept_views((100, 900), 672, 3) == (True, *([False, True, False] * 3))
+    assert kept_views((900, 300), 672, 3) == (True,) * 10  # resizing carries its edge over the seam
+    assert kept_views((900, 100), 448, 2) == (True,) * 5
 
 
 @given(st.integers(1, 400), st.integers(1, 400), st.sampled_from([2, 3, 4]))
@@ -179,7 +179,7 @@ def test_skipped_views_are_of_the_padding_colour(width: int, height: int, grid: 
     image = Image.new("RGB", (width, height), (255, 0, 90))
     pixels = np.asarray(padded_resize(image, 12 * grid)).reshape(grid, 12, grid, 12, 3)
     crops = pixels.transpose(0, 2, 1, 3, 4).reshape(grid**2, -1, 3)
-    for crop, seen in zip(crops, seen_views((width, height), 12 * grid, grid)[1:], strict=True):
+    for crop, seen in zip(crops, kept_views((width, height), 12 * grid, grid)[1:], strict=True):
         assert seen or (crop == PAD_COLOUR).all()
 
 
@@ -198,30 +198,30 @@ def random_geometries(seed, count=10_000):
         (x1, x2), (y1, y2) = sorted((value(width), value(width))), sorted((value(height), value(height)))
         points = [(value(width), value(height)) for _ in range(rng.randint(1, 4))]
         keypoints = [(value(width), value(height), rng.randint(0, 2)) for _ in COCO_KEYPOINTS]
-        yield Geometry(rng.randint(1, 6)), size, (x1, y1, x2, y2), points, keypoints
+        yield Coordinates(rng.randint(1, 6)), size, (x1, y1, x2, y2), points, keypoints
 
 
 def test_round_trips_from_text_and_from_pixels():
-    for geometry, size, box, points, keypoints in random_geometries(0):
+    for coordinates, size, box, points, keypoints in random_geometries(0):
         # As exact as the text can be: half a unit of the last decimal, in pixels of the image.
-        reach = 0.5 * 10**-geometry.decimals * max(size) * (1 + 1e-9)
+        reach = 0.5 * 10**-coordinates.decimals * max(size) * (1 + 1e-9)
 
-        text = geometry.box(box, size)
-        (read,) = geometry.parse_boxes(text)
+        text = coordinates.box(box, size)
+        (read,) = coordinates.parse_boxes(text)
         back = to_pixels(read, size)
-        assert geometry.box(back, size) == text
+        assert coordinates.box(back, size) == text
         assert max(abs(a - b) for a, b in zip(back, box, strict=True)) <= reach
 
-        text = geometry.points(points, size)
-        pixels = [point_to_pixels(point, size) for point in geometry.parse_points(text)]
-        assert geometry.points(pixels, size) == text
+        text = coordinates.points(points, size)
+        pixels = [point_to_pixels(point, size) for point in coordinates.parse_points(text)]
+        assert coordinates.points(pixels, size) == text
         assert max(math.dist(a, b) for a, b in zip(pixels, points, strict=True)) <= math.sqrt(2) * reach
 
-        text = geometry.keypoints(keypoints, size)
-        found = {item.phrase: point_to_pixels(item.points[0], size) for item in geometry.parse_grounded(text)}
+        text = coordinates.keypoints(keypoints, size)
+        found = {item.phrase: point_to_pixels(item.points[0], size) for item in coordinates.parse_grounded(text)}
         assert set(found) == {name for name, (_, _, seen) in zip(COCO_KEYPOINTS, keypoints, strict=True) if seen}
         named = [(*found[name], 1) if name in found else (0.0, 0.0, 0) for name in COCO_KEYPOINTS]
-        assert geometry.keypoints(named, size) == text
+        assert coordinates.keypoints(named, size) == text
         for (x, y, seen), (true_x, true_y, _) in zip(named, keypoints, strict=True):
             assert not seen or max(abs(x - true_x), abs(y - true_y)) <= reach
 
@@ -234,9 +234,9 @@ def test_the_views_see_a_box_where_its_text_says(grid):
     places = (torch.arange(side) + 0.5) / side
     square = torch.stack([places.expand(side, side), places[:, None].expand(side, side), torch.zeros(side, side)])
     views = split_views(square[None], pixels, grid)[0, 1:] if grid > 1 else square[None]
-    for geometry, size, box, _, _ in random_geometries(grid, 10_000 // 3):
-        text = geometry.box(box, size)
-        (read,) = geometry.parse_boxes(text)
+    for coordinates, size, box, _, _ in random_geometries(grid, 10_000 // 3):
+        text = coordinates.box(box, size)
+        (read,) = coordinates.parse_boxes(text)
         corners = []
         for x, y in (read[:2], read[2:]):
             column, row = (min(int(value * grid), grid - 1) for value in (x, y))
@@ -244,7 +244,7 @@ def test_the_views_see_a_box_where_its_text_says(grid):
             seen = views[row * grid + column, :2, min(int(inside[1]), pixels - 1), min(int(inside[0]), pixels - 1)]
             assert (seen - torch.tensor([x, y])).abs().max() <= 0.5 / side + 1e-6
             corners += [(inside[0] + column * pixels) / side, (inside[1] + row * pixels) / side]
-        assert geometry.box(to_pixels(tuple(corners), size), size) == text
+        assert coordinates.box(to_pixels(tuple(corners), size), size) == text
 
 
 @pytest.mark.parametrize("grid", [1, 2, 3])
@@ -258,7 +258,7 @@ def test_a_drawn_box_appears_in_the_views_where_its_text_says(grid):
         image[y1:y2, x1:x2] = 255
         square = to_tensor(padded_resize(Image.fromarray(image), grid * pixels))[None].float()
         views = split_views(square, pixels, grid)[0]
-        (box,) = Geometry(4).parse_boxes(Geometry(4).box((x1, y1, x2, y2), size))
+        (box,) = Coordinates(4).parse_boxes(Coordinates(4).box((x1, y1, x2, y2), size))
         side = max(size)
         # A shape of under a pixel is never white; a corner lies within a pixel of either picture of where it should.
         if min(x2 - x1, y2 - y1) < 3 * side / (grid * pixels):

@@ -18,11 +18,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sphinx_pl.data.datamodule import DataModule, TrainLoader
+from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.sampling.packing import merge_states
+from sphinx_pl.data.sampling.resume_state import merge_states
 from sphinx_pl.data.schema import IGNORE, Batch
 from sphinx_pl.data.skip import counter_of, split_counter
+from sphinx_pl.data.train_loader import TrainLoader
 from sphinx_pl.utils.errors import UserError
 
 Member = tuple[str, bytes]
@@ -65,7 +66,9 @@ def web(path: str, **values: Any) -> dict[str, Any]:
 
 
 def datamodule(processor: Processor, sources: dict[str, Any], rows: int = 4, **options: Any) -> DataModule:
-    return DataModule(processor, sources, options.pop("val", {}), {"row_length": 96, "rows": rows}, **options)
+    return DataModule(
+        processor, sources, options.pop("val", {}), {"row_length": 96, "micro_batch_rows": rows}, **options
+    )
 
 
 def loader(data: DataModule, workers: int = 0, accumulate: int = 1, world_size: int = 1) -> TrainLoader:
@@ -80,7 +83,7 @@ def tensors(batch: Batch) -> dict[str, Tensor]:
 
 def assert_same(a: Batch, b: Batch) -> None:
     assert all(torch.equal(value, tensors(b)[name]) for name, value in tensors(a).items())
-    rest = ("tasks", "keys", "counters", "window_weight", "window_end", "window")
+    rest = ("tasks", "keys", "counters", "step_weight", "ends_step", "step")
     assert [getattr(a, name) for name in rest] == [getattr(b, name) for name in rest]
 
 
@@ -137,7 +140,7 @@ def test_a_broken_image_leaves_no_target_and_is_not_in_the_denominator(
     for batch in itertools.islice(loader(datamodule(processor, damaged, max_skipped=0.2)), 60):
         seen += len(bad & set(batch.keys))
         targets = int((batch.labels != IGNORE).sum())
-        assert batch.window_weight == float(batch.weights.sum()) == targets == batch.counters["targets"]
+        assert batch.step_weight == float(batch.weights.sum()) == targets == batch.counters["targets"]
         assert len(batch.pixels) * processor.tokens_per_image == len(batch.image_slots)
         # The rows are in the keys' order: a sample has targets if and only if its image could be read.
         segments = sorted({(int(b), int(s)) for b, row in enumerate(batch.segment_ids) for s in row.unique() if s > 0})
@@ -244,11 +247,11 @@ def test_a_source_without_one_usable_record_does_not_hang(processor: Processor, 
         next(iter(train))
 
 
-# --- windows
+# --- steps
 
 
 def few_images(processor: Processor, sample_data: Path, tmp_path: Path) -> DataModule:
-    """One readable image in six, so that some windows of one row have none."""
+    """One readable image in six, so that some steps of one row have none."""
     return datamodule(
         processor,
         {
@@ -260,29 +263,29 @@ def few_images(processor: Processor, sample_data: Path, tmp_path: Path) -> DataM
     )
 
 
-def test_a_window_that_lost_all_its_images_is_left_out(processor: Processor, sample_data: Path, tmp_path: Path) -> None:
+def test_a_step_that_lost_all_its_images_is_left_out(processor: Processor, sample_data: Path, tmp_path: Path) -> None:
     train = loader(few_images(processor, sample_data, tmp_path))
     batches = list(itertools.islice(train, 12))
     assert all(batch.counters["modality/image"] > 0 and batch.counters["modality/text"] > 0 for batch in batches)
-    left_out = batches[-1].window - len(batches)  # windows are numbered from 1
-    assert train.counts["skipped/windows/without_image"] == left_out > 0
+    left_out = batches[-1].step - len(batches)  # steps are numbered from 1
+    assert train.counts["skipped/steps/without_image"] == left_out > 0
 
 
 def test_with_several_ranks_it_is_trained_on_as_it_is(processor: Processor, sample_data: Path, tmp_path: Path) -> None:
     train = loader(few_images(processor, sample_data, tmp_path), world_size=2)
     batches = list(itertools.islice(train, 12))
-    assert [batch.window for batch in batches] == list(range(1, 13))
+    assert [batch.step for batch in batches] == list(range(1, 13))
     without = sum(batch.counters.get("modality/image", 0) == 0 for batch in batches)
-    assert train.counts["skipped/windows/without_image"] == without > 0
+    assert train.counts["skipped/steps/without_image"] == without > 0
 
 
-def test_a_window_is_as_many_batches_as_are_accumulated(processor: Processor, damaged: dict[str, Any]) -> None:
+def test_a_step_is_as_many_batches_as_are_accumulated(processor: Processor, damaged: dict[str, Any]) -> None:
     batches = list(itertools.islice(loader(datamodule(processor, damaged, rows=2), accumulate=3), 12))
-    assert [batch.window for batch in batches] == [1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
-    assert [batch.window_end for batch in batches] == [False, False, True] * 4
+    assert [batch.step for batch in batches] == [1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
+    assert [batch.ends_step for batch in batches] == [False, False, True] * 4
     for i in range(0, 12, 3):
         total = sum(float(batch.weights.sum()) for batch in batches[i : i + 3])
-        assert [batch.window_weight for batch in batches[i : i + 3]] == [total] * 3
+        assert [batch.step_weight for batch in batches[i : i + 3]] == [total] * 3
 
 
 def test_any_number_of_workers_gives_the_same_batches(processor: Processor, damaged: dict[str, Any]) -> None:
@@ -293,7 +296,7 @@ def test_any_number_of_workers_gives_the_same_batches(processor: Processor, dama
 
     expected, one_process = batches(0)
     assert sum(len(batch.pixels) for batch in expected) > 20
-    assert {batch.window for batch in expected} == set(range(1, 11))
+    assert {batch.step for batch in expected} == set(range(1, 11))
     for workers in (1, 2):
         found, train = batches(workers)
         for a, b in zip(expected, found, strict=True):
@@ -388,28 +391,28 @@ def test_missing_files_and_wrong_keys_of_any_source_are_named(processor: Process
 # --- counters of several ranks
 
 
-def rank_loader(data: DataModule, rank: int, world_size: int, lanes: int) -> TrainLoader:
-    return TrainLoader(data.planner(1, rank, world_size, lanes), data.collator, 0, data.max_skipped, False)
+def rank_loader(data: DataModule, rank: int, world_size: int, partitions: int) -> TrainLoader:
+    return TrainLoader(data.planner(1, rank, world_size, partitions), data.collator, 0, data.max_skipped, False)
 
 
-@pytest.mark.parametrize(("lanes", "ranks"), [(1, 2), (2, 2), (4, 2), (2, 4)])
-def test_counters_of_ranks_that_share_lanes_are_not_doubled(
-    processor: Processor, damaged: dict[str, Any], lanes: int, ranks: int
+@pytest.mark.parametrize(("partitions", "ranks"), [(1, 2), (2, 2), (4, 2), (2, 4)])
+def test_counters_of_ranks_that_share_partitions_are_not_doubled(
+    processor: Processor, damaged: dict[str, Any], partitions: int, ranks: int
 ) -> None:
     data = datamodule(processor, damaged, max_skipped=0.5)
-    loaders = [rank_loader(data, rank, ranks, lanes) for rank in range(ranks)]
+    loaders = [rank_loader(data, rank, ranks, partitions) for rank in range(ranks)]
     for loader in loaders:
         list(itertools.islice(loader, 20))
     total = sum((Counter(loader.counters) for loader in loaders), Counter())
     planned: dict[int, Counter[str]] = {}
     for loader in loaders:
-        for number, lane in loader.planner.lanes.items():
+        for number, partition in loader.planner.partitions.items():
             planned[number] = Counter(
-                {key: count for key, count in lane.mixture.counts.items() if key.endswith(("/seen", "/tokens"))}
+                {key: count for key, count in partition.mixture.counts.items() if key.endswith(("/seen", "/tokens"))}
             )
-            for sample in lane.pending:  # drawn, and trained on in a later step
+            for sample in partition.pending:  # drawn, and trained on in a later step
                 planned[number][f"{sample.source}/tokens"] -= sample.length
-    assert len(planned) == lanes
+    assert len(planned) == partitions
     assert {k: v for k, v in total.items() if k.endswith(("/seen", "/tokens"))} == sum(planned.values(), Counter())
 
 
@@ -421,7 +424,7 @@ def test_what_all_ranks_lost_before_is_not_held_against_one_that_goes_on(
     loaders = [rank_loader(data, rank, 4, 4) for rank in range(4)]
     for loader in loaders:
         for batch in itertools.islice(loader, 30):
-            loader.planner.consumed(batch.window)
+            loader.planner.consumed(batch.step)
     state = merge_states([loader.planner.state_dict() for loader in loaders])
     first = rank_loader(data, 0, 4, 4)
     first.planner.load_state_dict(state)

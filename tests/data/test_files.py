@@ -15,8 +15,8 @@ import pytest
 from sphinx_pl.data import files
 from sphinx_pl.data.files import Hold, cache_folder, local_file
 from sphinx_pl.data.images import load_image
-from sphinx_pl.data.readers import ImageTextSource, InstructionSource, TextSource, build_source
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.readers import ImageTextReader, InstructionReader, TextReader, build_reader
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.utils.errors import UserError
 
 
@@ -27,7 +27,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def answers(kind: str, path: str | list[str], **options: Any) -> list[str]:
-    source = build_source(kind, "x", path, **options)
+    source = build_reader(kind, "x", path, **options)
     return [source.record(index).answer for index in range(len(source))]
 
 
@@ -42,7 +42,7 @@ def test_text_in_every_packing_is_the_same_text(tmp_path: Path) -> None:
     for name in ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst"):
         assert answers("text", str(tmp_path / name)) == texts, name
     assert answers("text", str(tmp_path / "a.parquet"), column="content") == texts
-    source = TextSource("x", str(tmp_path / "a.parquet"), column="content")
+    source = TextReader("x", str(tmp_path / "a.parquet"), column="content")
     assert source.count(0) == 3000  # without opening it
     with pytest.raises(UserError, match=r"no usable sample in .*'column_absent': 1"):
         answers("text", str(tmp_path / "a.parquet"))
@@ -50,10 +50,10 @@ def test_text_in_every_packing_is_the_same_text(tmp_path: Path) -> None:
 
 def test_rows_without_text(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pa.table({"text": ["a", None, "", "b"]}), tmp_path / "a.parquet")
-    source = TextSource("x", str(tmp_path / "a.parquet"))
+    source = TextReader("x", str(tmp_path / "a.parquet"))
     assert source.record(0).answer + source.record(3).answer == "ab"
     for index in (1, 2):
-        with pytest.raises(BadSample, match="text_empty"):
+        with pytest.raises(SkipSample, match="text_empty"):
             source.record(index)
 
 
@@ -70,10 +70,10 @@ def test_shards_of_a_command_and_of_a_file_system(sample_data: Path, tmp_path: P
     url = "memory://bucket/train-{0..1}.tar"
     assert answers("image_text", url) == expected
     # Images come from the copy; keys do not say where the data lie.
-    here = ImageTextSource("x", [str(shard) for shard in shards])
-    there = ImageTextSource("x", url)
+    here = ImageTextReader("x", [str(shard) for shard in shards])
+    there = ImageTextReader("x", url)
     assert (load_image(there.record(3).images[0], 32) == load_image(here.record(3).images[0], 32)).all()
-    assert there.record(3).key == here.record(3).key == ImageTextSource("x", piped).record(3).key
+    assert there.record(3).key == here.record(3).key == ImageTextReader("x", piped).record(3).key
     # Each shard was fetched once.
     fetched = {path.name for path in cache_folder("files").iterdir()}
     assert len(fetched) == 2 * len(shards)
@@ -82,8 +82,8 @@ def test_shards_of_a_command_and_of_a_file_system(sample_data: Path, tmp_path: P
 def test_instructions_from_elsewhere_need_to_know_where_their_images_lie(sample_data: Path) -> None:
     path = f"pipe:cat {sample_data}/instructions/val.json"
     with pytest.raises(UserError, match="say with root=FOLDER"):
-        InstructionSource("x", path)
-    source = InstructionSource("x", path, root=str(sample_data / "instructions"))
+        InstructionReader("x", path)
+    source = InstructionReader("x", path, root=str(sample_data / "instructions"))
     assert source.record(0).images[0].path.startswith(str(sample_data))
 
 
@@ -101,13 +101,13 @@ def test_several_attempts_then_counted(tmp_path: Path, monkeypatch: pytest.Monke
     command = f"""pipe:echo x >> {count}; test $(wc -l < {count}) -ge 3 && echo '{{"text": "a"}}'"""
     assert answers("text", command) == ["a"]
     assert waits == [0.5, 1.0]
-    with pytest.raises(BadSample, match=r"shard_missing: pipe:exit 3: the command ended with status 3"):
-        build_source("text", "x", "pipe:exit 3").open(0)
+    with pytest.raises(SkipSample, match=r"shard_missing: pipe:exit 3: the command ended with status 3"):
+        build_reader("text", "x", "pipe:exit 3").open(0)
     gone = tmp_path / "gone.jsonl"
     gone.write_text("{}")
-    source = build_source("text", "x", str(gone))
+    source = build_reader("text", "x", str(gone))
     gone.unlink()
-    with pytest.raises(BadSample, match="shard_missing"):
+    with pytest.raises(SkipSample, match="shard_missing"):
         source.open(0)
     left = [path.name for path in cache_folder("files").iterdir()]
     assert not any(name.startswith(".") for name in left)  # nothing half-written

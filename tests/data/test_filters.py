@@ -15,9 +15,9 @@ from PIL import Image
 from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.inspect.duplicates import find_duplicates
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.readers import ImageTextSource
+from sphinx_pl.data.readers import ImageTextReader
 from sphinx_pl.data.sampling.mixture import Mixture
-from sphinx_pl.data.skip import BadSample, Filtered
+from sphinx_pl.data.skip import Filtered, SkipSample
 from sphinx_pl.utils.errors import UserError
 
 Pair = tuple[str, dict[str, Any]]
@@ -41,10 +41,10 @@ def write(path: Path, pairs: list[Pair], images: list[bytes] | None = None) -> s
     return str(path)
 
 
-def outcome(source: ImageTextSource, index: int) -> str:
+def outcome(source: ImageTextReader, index: int) -> str:
     try:
         return source.record(index).answer
-    except BadSample as bad:
+    except SkipSample as bad:
         return bad.counter
 
 
@@ -83,7 +83,7 @@ def outcome(source: ImageTextSource, index: int) -> str:
 )  # fmt: skip
 def test_captions_and_columns(tmp_path: Path, filters: dict[str, Any], pairs: list[Any], expected: list[Any]) -> None:
     whole: list[Pair] = [pair if isinstance(pair, tuple) else (pair, {}) for pair in pairs]
-    source = ImageTextSource("web", write(tmp_path / "a.tar", whole), filters=filters)
+    source = ImageTextReader("web", write(tmp_path / "a.tar", whole), filters=filters)
     for index, (pair, reason) in enumerate(zip(whole, expected, strict=True)):
         reason = "caption_chars" if reason == 0 else reason
         assert outcome(source, index) == (pair[0] if reason == 1 else f"filtered/{reason}")
@@ -98,9 +98,9 @@ def test_every_pair_has_caption_width_and_height(tmp_path: Path, annotated: bool
     path = write(tmp_path / "a.tar", pairs, [picture(40, 20), picture(8, 6)])
     columns: dict[str, Any] = {"width": {"min": 40}, "height": {"max": 20, "min": 7}, "caption": {"in": ["a cat"]}}
     for column, conditions in columns.items():
-        source = ImageTextSource("web", path, filters={"columns": {column: conditions}})
+        source = ImageTextReader("web", path, filters={"columns": {column: conditions}})
         assert [outcome(source, i) for i in range(2)] == ["a cat", f"filtered/{column}"]
-    source = ImageTextSource("web", path, filters={"columns": {"original_width": {"min": 80}}})
+    source = ImageTextReader("web", path, filters={"columns": {"original_width": {"min": 80}}})
     expected = ["a cat", "filtered/original_width"] if annotated else ["filtered/original_width_absent"] * 2
     assert [outcome(source, i) for i in range(2)] == expected
 
@@ -111,7 +111,7 @@ def test_a_column_that_is_nowhere_is_an_error_before_the_run(
 ) -> None:
     path = write(tmp_path / "a.tar", [("a", {"similarity": 1, "ocr": ""})])
     source = {"kind": "image_text", "path": path, "filters": filters}
-    data = DataModule(processor, {"web": source}, {}, {"row_length": 256, "rows": 4})
+    data = DataModule(processor, {"web": source}, {}, {"row_length": 256, "micro_batch_rows": 4})
     with pytest.raises(UserError, match=r"data\.sources\.web\.filters\..*'similarty': did you mean 'similarity'"):
         data.probe()
 
@@ -121,7 +121,7 @@ def test_sides_and_aspect_are_the_columns_or_else_the_headers(tmp_path: Path) ->
     images = [picture(*size) for size in sizes]
     for columns in (lambda size: {"width": size[0], "height": size[1]}, lambda size: {}):
         path = write(tmp_path / "a.tar", [("a", columns(size)) for size in sizes], images)  # type: ignore[no-untyped-call]
-        source = ImageTextSource("web", path, filters={"min_side": 6, "max_aspect": 5})
+        source = ImageTextReader("web", path, filters={"min_side": 6, "max_aspect": 5})
         assert [outcome(source, i) for i in range(4)] == ["a", "filtered/image_side", "a", "filtered/image_aspect"]
 
 
@@ -152,7 +152,7 @@ def test_filtered_is_not_skipped(tmp_path: Path, processor: Processor) -> None:
 )
 def test_wrong_filters_are_refused(tmp_path: Path, filters: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        ImageTextSource("web", write(tmp_path / "a.tar", [("a", {})]), filters=filters)
+        ImageTextReader("web", write(tmp_path / "a.tar", [("a", {})]), filters=filters)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_all_but_the_first_of_equal_pairs_are_left_out(tmp_path: Path, by: str, 
     path = str(tmp_path / "{a,b}.tar")
     out = tmp_path / "duplicates.npy"
     assert find_duplicates(path, by, out) == (5, 0, 2)
-    source = ImageTextSource("web", path, filters={"duplicates": str(out)})
+    source = ImageTextReader("web", path, filters={"duplicates": str(out)})
     found = []
     for index in range(len(source)):
         with contextlib.suppress(Filtered):
@@ -183,4 +183,4 @@ def test_duplicates_by_a_column_and_what_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"must end in \.npy"):
         find_duplicates(path, "image", tmp_path / "d.txt")
     with pytest.raises(UserError, match=r"filters\.duplicates=.*nowhere\.npy cannot be read"):
-        ImageTextSource("web", path, filters={"duplicates": str(tmp_path / "nowhere.npy")}).record(0)
+        ImageTextReader("web", path, filters={"duplicates": str(tmp_path / "nowhere.npy")}).record(0)

@@ -17,14 +17,15 @@ import pytest
 import torch
 
 import sphinx_pl.data.files as files_module
-from sphinx_pl.data.datamodule import DataModule, TrainLoader
+from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.images import load_image
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.readers import build_source
+from sphinx_pl.data.readers import build_reader
 from sphinx_pl.data.sampling.config import MixingConfig
 from sphinx_pl.data.sampling.mixture import Mixture
 from sphinx_pl.data.schema import ImageRef
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
+from sphinx_pl.data.train_loader import TrainLoader
 from sphinx_pl.utils.errors import UserError
 from tests.fuzzing import World, damaged, mangled
 
@@ -33,7 +34,7 @@ RECORDS = 12  # of each damaged file that are read
 
 def read_all(kind: str, path: Path, processor: Processor, found: Counter[str]) -> None:
     """What training does with a source, up to pixels and token ids."""
-    source = build_source(kind, "fuzzed", str(path))
+    source = build_reader(kind, "fuzzed", str(path))
     try:
         len(source)
     except UserError:
@@ -47,7 +48,7 @@ def read_all(kind: str, path: Path, processor: Processor, found: Counter[str]) -
                 load_image(ref, 32)
             processor.sample(record, "fuzzed", random.Random(0))
             found["read"] += 1
-        except BadSample as error:
+        except SkipSample as error:
             found[error.reason] += 1
 
 
@@ -106,7 +107,7 @@ def test_damaged_images_are_read_or_skipped(sample_data: Path, tmp_path: Path) -
     path = tmp_path / "image.jpg"
     for index, whole in enumerate(sorted((sample_data / "instructions/images").iterdir())[:200]):
         path.write_bytes(damaged(whole.read_bytes(), random.Random(index)))
-        with contextlib.suppress(BadSample):
+        with contextlib.suppress(SkipSample):
             load_image(ImageRef(str(path)), 32)
             found["read"] += 1
     assert 0 < found["read"] < 200
@@ -147,7 +148,13 @@ def fuzz_case(folder: Path, entries: list[dict[str, Any]], processor: Processor,
         inline = dataclasses.replace(processor, view_tokens=(2,) * 5)
     begun = time.monotonic()
     data = DataModule(
-        inline, sources, {}, {"row_length": 256, "rows": 8}, max_skipped=1.0, mixing={"epochs": 1}, seed=seed
+        inline,
+        sources,
+        {},
+        {"row_length": 256, "micro_batch_rows": 8},
+        max_skipped=1.0,
+        mixing={"epochs": 1},
+        seed=seed,
     )
     keys: list[str] = []
     try:

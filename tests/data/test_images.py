@@ -10,7 +10,7 @@ from PIL import Image, features
 
 from sphinx_pl.data.images import PAD_COLOUR, decode, image_size, load_image, padded_resize, read_bytes
 from sphinx_pl.data.schema import ImageRef
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 
 
 def encoded(image, format="PNG", **options):
@@ -37,7 +37,7 @@ def png_header(width, height):
 def problem(data, tmp_path, **options):
     path = tmp_path / "image"
     path.write_bytes(data)
-    with pytest.raises(BadSample) as caught:
+    with pytest.raises(SkipSample) as caught:
         load_image(ImageRef(str(path)), 16, **options)
     return caught.value
 
@@ -189,7 +189,7 @@ def test_dark_colours_of_16_bits_are_counted(tmp_path):
                 assert np.asarray(decode(data)).max() == top // 256
             else:
                 assert reason(data, tmp_path) == "image_dark"
-                with pytest.raises(BadSample, match="image_dark"):
+                with pytest.raises(SkipSample, match="image_dark"):
                     decode(data, annotated=(40, 20))
     assert reason(b"P6 4 2 65535\n" + bytes([0, 200] * 24), tmp_path) == "image_dark"
     assert decode(encoded(Image.new("RGB", (4, 4)))).getpixel((0, 0)) == (0, 0, 0)  # 8 bits may be black
@@ -277,19 +277,19 @@ def test_aspect_of_exactly_the_bound_is_fine(tmp_path):
 
 
 def test_missing_file_and_file_that_ends_early(tmp_path):
-    with pytest.raises(BadSample) as caught:
+    with pytest.raises(SkipSample) as caught:
         load_image(ImageRef(str(tmp_path / "no.jpg")), 16)
     assert caught.value.reason == "image_missing"
     path = tmp_path / "shard.tar"
     path.write_bytes(encoded(photo()))
-    with pytest.raises(BadSample) as caught:
+    with pytest.raises(SkipSample) as caught:
         load_image(ImageRef(str(path), 0, 10**6), 16)
     assert caught.value.reason == "image_truncated"
 
 
 def test_what_is_not_a_regular_file_is_not_read():
     for path in ("/dev/zero", "/dev"):
-        with pytest.raises(BadSample) as bad:
+        with pytest.raises(SkipSample) as bad:
             read_bytes(ImageRef(path))
         assert bad.value.reason == "image_unreadable"
 
@@ -361,7 +361,7 @@ def test_another_resolution_is_harmless_and_another_shape_is_not(tmp_path, annot
         assert load_image(ref, 500).equal(load_image(ImageRef(str(path)), 500))
         return
     for read in (image_size, lambda ref: load_image(ref, 500)):
-        with pytest.raises(BadSample) as bad:
+        with pytest.raises(SkipSample) as bad:
             read(ref)
         assert bad.value.reason == "size_mismatch"
         assert "200x100" in bad.value.detail
@@ -388,8 +388,8 @@ def test_references_survive_json():
 def test_a_size_is_refused_as_the_image_is(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(png_header(100_000, 100_000))
-    with pytest.raises(BadSample, match="image_too_large"):
+    with pytest.raises(SkipSample, match="image_too_large"):
         image_size(ImageRef(str(path)))
     path.write_bytes(b"text")
-    with pytest.raises(BadSample, match="image_unreadable"):
+    with pytest.raises(SkipSample, match="image_unreadable"):
         image_size(ImageRef(str(path)))

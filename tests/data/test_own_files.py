@@ -13,9 +13,9 @@ from pyarrow import parquet
 
 from sphinx_pl.data.images import load_image
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.readers import build_source
+from sphinx_pl.data.readers import build_reader
 from sphinx_pl.data.sampling.config import SourceConfig
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.utils.errors import UserError
 from tests.data.test_all_is_counted import counters, left_out
 
@@ -35,7 +35,7 @@ def outcomes(source: Any) -> list[str]:
             for image in record.images:
                 load_image(image, 8)
             found.append(record.answer)
-        except BadSample as bad:
+        except SkipSample as bad:
             found.append(bad.reason)
     return found
 
@@ -61,7 +61,7 @@ def test_a_table_of_captions(tmp_path: Path, delimiter: str, encoding: str, end:
     ]
     text = end.join(delimiter.join(row) for row in rows)
     (tmp_path / "photos.csv").write_bytes(text.encode(encoding))
-    source = build_source("table", "x", str(tmp_path / "photos.csv"))
+    source = build_reader("table", "x", str(tmp_path / "photos.csv"))
     assert outcomes(source) == [
         'a cat, a dog; two\nlines and a "quote"',
         "NA",
@@ -83,12 +83,12 @@ def test_a_table_of_questions_and_filters(tmp_path: Path) -> None:
     rows = ["image,question,answer,score", "1.png,What?,red,0.9", ",How are you?,Fine.,0.1", "1.png,What?,,1"]
     (tmp_path / "qa.csv").write_text("\n".join([*rows, "1.png,Which?,blue,0.2"]))
     path, root = str(tmp_path / "qa.csv"), str(tmp_path / "pics")
-    source = build_source("table", "x", path, root=root)
+    source = build_reader("table", "x", path, root=root)
     assert outcomes(source) == ["red", "Fine.", "answer_empty", "blue"]
     assert [len(source.record(index).images) for index in (0, 1)] == [1, 0]
     assert source.record(0).task == "chat"
-    assert build_source("table", "x", path, root=root, task="short_vqa").record(0).task == "short_vqa"
-    filtered = build_source("table", "x", path, root=root, filters={"columns": {"score": {"min": 0.5}}})
+    assert build_reader("table", "x", path, root=root, task="short_vqa").record(0).task == "short_vqa"
+    filtered = build_reader("table", "x", path, root=root, filters={"columns": {"score": {"min": 0.5}}})
     assert outcomes(filtered) == ["red", "score", "answer_empty", "score"]
 
 
@@ -111,16 +111,16 @@ def test_filters_see_every_column_of_a_csv_as_what_it_says(
     rows = ["file,alt,width,height,year,ok,empty", "1.png,a,16,12.0,2020,True,", "2.png,b,32,24,2021,false,"]
     (tmp_path / "x.csv").write_text("\n".join(rows))
     options: dict[str, Any] = {"columns": {"caption": "alt"}, "filters": {"columns": {column: conditions}}}
-    source = build_source("table", "x", str(tmp_path / "x.csv"), **options)
+    source = build_reader("table", "x", str(tmp_path / "x.csv"), **options)
     source.check_shard(source.open(0))
     found = []
     for index in range(2):
         try:
             found.append(source.record(index).answer)
-        except BadSample as bad:
+        except SkipSample as bad:
             assert bad.reason in (column, f"{column}_absent")  # noqa: PT017
     assert found == kept
-    plain = build_source("table", "x", str(tmp_path / "x.csv"), columns={"caption": "alt"})
+    plain = build_reader("table", "x", str(tmp_path / "x.csv"), columns={"caption": "alt"})
     assert [plain.record(index).sizes for index in range(2)] == [((16, 12),), ((32, 24),)]
 
 
@@ -143,18 +143,18 @@ def test_a_column_with_a_picture_or_options_is_not_passed_over(
     path = tmp_path / "x.csv"
     path.write_text(text)
     with pytest.raises(UserError, match=f"the column '{column}' is not read.*{advice}.*ignore_columns=.{column}"):
-        build_source("table", "x", str(path)).open(0)
+        build_reader("table", "x", str(path)).open(0)
     ignored = [name for name in ("A", "B") if column == "A"] or [column]
-    assert len(build_source("table", "x", str(path), ignore_columns=ignored).open(0)) == 1
+    assert len(build_reader("table", "x", str(path), ignore_columns=ignored).open(0)) == 1
     # A column without a value says nothing.
     empty = text.splitlines()[0]
     path.write_text(f"{empty}\n")
-    assert len(build_source("table", "x", str(path)).open(0)) == 0
+    assert len(build_reader("table", "x", str(path)).open(0)) == 0
 
 
 def test_pictures_that_only_have_names_have_no_columns_to_filter(tmp_path: Path) -> None:
     pictures(tmp_path, "a_cat.png")
-    named = build_source("folder", "x", str(tmp_path), captions="names", filters={"columns": {"sim": {"min": 1}}})
+    named = build_reader("folder", "x", str(tmp_path), captions="names", filters={"columns": {"sim": {"min": 1}}})
     with pytest.raises(UserError, match="they have no columns"):
         named.check_shard(named.open(0))
 
@@ -162,18 +162,18 @@ def test_pictures_that_only_have_names_have_no_columns_to_filter(tmp_path: Path)
 def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("image,caption,caption\n1.png,a,b\n")
     with pytest.raises(UserError, match="two columns 'caption'"):
-        build_source("table", "x", str(tmp_path / "x.csv")).open(0)
+        build_reader("table", "x", str(tmp_path / "x.csv")).open(0)
 
 
 def test_a_table_that_cannot_be_read_says_what_it_has(processor: Processor, tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     path.write_text("photo_id,alt\n1.png,a cat\n")
     with pytest.raises(UserError, match=r"x\.csv has the columns photo_id, alt: a source needs image and caption"):
-        len(build_source("table", "x", str(path)))
-    named = build_source("table", "x", str(path), columns={"image": "photo_id", "caption": "alt"})
+        len(build_reader("table", "x", str(path)))
+    named = build_reader("table", "x", str(path), columns={"image": "photo_id", "caption": "alt"})
     assert outcomes(named) == ["image_missing"]
     with pytest.raises(UserError, match=r"data\.sources\.x\.columns\.image=photo: .*did you mean 'photo_id'"):
-        len(build_source("table", "x", str(path), columns={"image": "photo", "caption": "alt"}))
+        len(build_reader("table", "x", str(path), columns={"image": "photo", "caption": "alt"}))
     # A quote that is never closed would take all rows behind it.
     pictures(tmp_path, "1.png")
     path.write_text('image,caption\n1.png,a cat\n1.png,"a dog\n1.png,a cow\n1.png,an owl\n')
@@ -183,14 +183,14 @@ def test_a_table_that_cannot_be_read_says_what_it_has(processor: Processor, tmp_
     path.write_bytes("image,caption\n1.png,a cat\n1.png,Käse\n".encode("cp1252"))
     total = counters(processor, {"kind": "table", "path": str(path)})
     assert (total["samples"], left_out(total)) == (1, {"skipped/caption_not_utf8": 1})
-    assert outcomes(build_source("table", "x", str(path), encoding="cp1252")) == ["a cat", "Käse"]
+    assert outcomes(build_reader("table", "x", str(path), encoding="cp1252")) == ["a cat", "Käse"]
 
 
 def test_folders(processor: Processor, tmp_path: Path) -> None:
     pictures(tmp_path / "f", "a_red_square.png", "sub/b v1.5.JPG", "c.png", "._c.png")
     with pytest.raises(UserError, match=r"has 3 pictures without a caption: put NAME\.txt .*captions=names"):
-        build_source("folder", "x", str(tmp_path / "f")).open(0)
-    assert outcomes(build_source("folder", "x", str(tmp_path / "f"), captions="names")) == [
+        build_reader("folder", "x", str(tmp_path / "f")).open(0)
+    assert outcomes(build_reader("folder", "x", str(tmp_path / "f"), captions="names")) == [
         "a red square",
         "c",
         "b v1.5",
@@ -272,7 +272,7 @@ def test_files_of_several_kinds_are_no_source(tmp_path: Path) -> None:
 def test_a_text_in_place_of_a_list_of_names_is_refused(tmp_path: Path, kind: str, option: str) -> None:
     (tmp_path / "x.jsonl").write_text('{"image": "a.png", "caption": "a"}')
     with pytest.raises(UserError, match=rf"data\.sources\.x\.{option}=chat must be a list of names, such as .chat"):
-        build_source(kind, "x", str(tmp_path / "x.jsonl"), **{option: "chat"})
+        build_reader(kind, "x", str(tmp_path / "x.jsonl"), **{option: "chat"})
 
 
 def test_pictures_beside_a_text_are_no_text_source(tmp_path: Path) -> None:

@@ -25,16 +25,18 @@ from PIL import Image
 from sphinx_pl.cli.convert import main as convert
 from sphinx_pl.cli.data import main as look
 from sphinx_pl.data.converters import CONVERTERS
-from sphinx_pl.data.coordinates import Geometry
-from sphinx_pl.data.datamodule import DataModule, TrainLoader
+from sphinx_pl.data.coordinates import Coordinates
+from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.processor import Processor, ProcessorConfig
 from sphinx_pl.data.prompt_format import SYSTEM
 from sphinx_pl.data.readers.filters import PairFilters
 from sphinx_pl.data.sampling.config import META, Group, SourceConfig
-from sphinx_pl.data.sampling.packing import Lane, PackingConfig
+from sphinx_pl.data.sampling.packing import PackingConfig
+from sphinx_pl.data.sampling.partition import Partition
 from sphinx_pl.data.schema import IGNORE, ImageRef, Sample
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.data.tokenizers import Tokenizer
+from sphinx_pl.data.train_loader import TrainLoader
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.runtime.hydra_app import CONFIG_FOLDER
 from sphinx_pl.utils.config import build
@@ -165,17 +167,17 @@ class Lengths:
 def test_a_pretraining_step_holds_the_reported_batch(experiment: str, pairs: str, caption: int) -> None:
     ranks = 32
     cfg = composed(f"experiment={experiment}", f"trainer.devices={ranks}")
-    rows = cfg.data.packing.rows * cfg.stage.accumulate * ranks
+    rows = cfg.data.packing.micro_batch_rows * cfg.stage.accumulate * ranks
     assert rows == 512
     pair = 1 + SphinxConfig.from_dict(cfg.model).tokens_per_image + 61 + caption
     needed = 4096 * pair + 256 * 2048
     assert 0.95 < needed / (rows * cfg.data.packing.row_length) < 1
-    # As one of 32 lanes packs it, which is a rank's part of a step.
+    # As one of 32 partitions packs it, which is a rank's part of a step.
     shares = cfg.data.sources[pairs].weight, cfg.data.sources.refinedweb.weight
     packing = build(PackingConfig, cfg.data.packing, "data.packing")
-    lane = Lane(Lengths(shares, pair, page=594), packing)  # type: ignore[arg-type]
+    partition = Partition(Lengths(shares, pair, page=594), packing)  # type: ignore[arg-type]
     steps = 160
-    samples = [sample for _ in range(steps) for row in lane.plan(rows // ranks) for sample in row]
+    samples = [sample for _ in range(steps) for row in partition.plan(rows // ranks) for sample in row]
     images = sum(len(sample.images) for sample in samples) * ranks / steps
     text = sum(sample.length for sample in samples if not sample.images) * ranks / steps
     assert images == pytest.approx(4096, rel=0.06)
@@ -184,7 +186,7 @@ def test_a_pretraining_step_holds_the_reported_batch(experiment: str, pairs: str
 
 def test_a_finetuning_step_has_room_for_the_tutorials_batch() -> None:
     cfg = composed("experiment=paper_finetune", "trainer.devices=16")
-    rows = cfg.data.packing.rows * cfg.stage.accumulate * 16
+    rows = cfg.data.packing.micro_batch_rows * cfg.stage.accumulate * 16
     assert rows * cfg.data.packing.row_length == 128 * 512
     assert cfg.stage.max_steps * 128 == 1_600_000
     # A step has texts by their weight, so that the guarantee of one raises no share.
@@ -417,12 +419,12 @@ def long_processor(paper_root: Path, processor: Processor) -> Processor:
 
 def loader(data: dict[str, Any], processor: Processor) -> TrainLoader:
     keys = ("sources", "val_sources", "mixing", "augment", "max_skipped")
-    packing = data["packing"] | {"row_length": 900, "rows": 4}
+    packing = data["packing"] | {"row_length": 900, "micro_batch_rows": 4}
     datamodule = DataModule(processor, packing=packing, **{key: data[key] for key in keys})
     datamodule.check(text_required=True)
     for name, batches in datamodule.val_loaders().items():
         assert sum(batch.counters["samples"] for batch in batches) > 0, name
-    return TrainLoader(datamodule.planner(lanes=1), datamodule.collator, 0, datamodule.max_skipped, False)
+    return TrainLoader(datamodule.planner(partitions=1), datamodule.collator, 0, datamodule.max_skipped, False)
 
 
 @pytest.mark.parametrize(
@@ -514,7 +516,7 @@ def test_the_documentation_has_every_task_as_it_is_written() -> None:
     table = {cells[0].strip("`"): cells for cells in rows("Tasks")}
     assert set(table) == set(TASKS)
     for name, task in TASKS.items():
-        turn = task.turns(EXAMPLES[name], Geometry(3))[0]
+        turn = task.turns(EXAMPLES[name], Coordinates(3))[0]
         question, answer = (
             f"`{text.strip()}`".replace("\n", "⏎") if text.strip() else "(none)"
             for text in (turn.question, turn.answer)

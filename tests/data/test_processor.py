@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from sphinx_pl.data.processor import Processor, ProcessorConfig, _overlaps, merge_branches
+from sphinx_pl.data.processor import Processor, ProcessorConfig, _overlaps, merge_questions
 from sphinx_pl.data.prompt_format import SYSTEM
-from sphinx_pl.data.readers import build_source
-from sphinx_pl.data.schema import IMAGE_SLOT, Branch, ImageRef, Record, Sample, Turn
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.readers import build_reader
+from sphinx_pl.data.schema import IMAGE_SLOT, ImageRef, Record, Sample, SampleQuestion, Turn
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.data.tokenizers import Tokenizer
 from sphinx_pl.utils.errors import UserError
@@ -38,8 +38,8 @@ def chat(images: int, *turns: tuple[str, str]) -> Record:
     return Record("k", "chat", refs, turns=tuple(Turn(*turn) for turn in turns))
 
 
-def branch(sample: Sample) -> Branch:
-    [only] = sample.branches
+def question(sample: Sample) -> SampleQuestion:
+    [only] = sample.questions
     assert sample.prefix == []
     assert len(only.ids) == len(only.supervised) == sample.length
     return only
@@ -49,7 +49,7 @@ def supervised_runs(processor: Processor, sample: Sample) -> list[str]:
     """The text of each run of supervised ids."""
     runs: list[list[int]] = []
     before = False
-    for id_, flag in zip(branch(sample).ids, branch(sample).supervised, strict=True):
+    for id_, flag in zip(question(sample).ids, question(sample).supervised, strict=True):
         if flag and not before:
             runs.append([])
         if flag:
@@ -70,18 +70,18 @@ def test_a_sample_is_bos_image_text_with_its_answers_supervised(make) -> None:  
     processor = make()
     sample = processor.sample(chat(1, ("<image>\nWhat is it?", "a circle"), ("Its colour?", "red")), "s")
     text = "### Human: What is it?\n### Assistant: a circle\n### Human: Its colour?\n### Assistant: red\n###"
-    assert branch(sample).ids == [1, *[IMAGE_SLOT] * SLOTS, *processor.tokenizer.encode(text)]
+    assert question(sample).ids == [1, *[IMAGE_SLOT] * SLOTS, *processor.tokenizer.encode(text)]
     assert supervised_runs(processor, sample) == ["a circle\n###", "red\n###"]
     assert sample.images == (ImageRef("0.jpg"),)
-    assert (sample.source, branch(sample).task, branch(sample).key) == ("s", "chat", "k")
+    assert (sample.source, question(sample).task, question(sample).key) == ("s", "chat", "k")
 
 
 def test_the_answer_is_supervised_and_not_its_copy_in_the_question(make) -> None:  # type: ignore[no-untyped-def]
     processor = make()
     sample = processor.sample(chat(0, ("red\n### or red?", "red")), "s")
-    flags = branch(sample).supervised
+    flags = question(sample).supervised
     target = processor.tokenizer.encode("a red\n###")[len(processor.tokenizer.encode("a")) :]
-    assert branch(sample).ids[-len(target) :] == target
+    assert question(sample).ids[-len(target) :] == target
     assert flags == [False] * (len(flags) - len(target)) + [True] * len(target)
 
 
@@ -89,7 +89,7 @@ def test_characters_of_several_bytes_are_supervised_whole(make) -> None:  # type
     processor = make(system=SYSTEM)
     sample = processor.sample(chat(0, ("日本? 😀", "日é😀"), ("é", "😀")), "s")
     assert supervised_runs(processor, sample) == ["日é😀\n###", "😀\n###"]
-    rest = [i for i, flag in zip(branch(sample).ids, branch(sample).supervised, strict=True) if not flag]
+    rest = [i for i, flag in zip(question(sample).ids, question(sample).supervised, strict=True) if not flag]
     assert processor.tokenizer.decode(rest[1:]) == (
         f"{SYSTEM}\n\n### Human: 日本? 😀\n### Assistant: Human: é\n### Assistant:"
     )
@@ -99,16 +99,16 @@ def test_a_document_is_all_supervised_and_ends_with_eos(make) -> None:  # type: 
     processor = make(system=SYSTEM)
     sample = processor.sample(Record("k", "text", answer="A long time ago."), "s")
     words = processor.tokenizer.encode("A long time ago.")
-    assert branch(sample).ids == [1, *words, 2]
-    assert branch(sample).supervised == [False] + [True] * (len(words) + 1)
+    assert question(sample).ids == [1, *words, 2]
+    assert question(sample).supervised == [False] + [True] * (len(words) + 1)
 
 
 @pytest.mark.parametrize("position", ["after_bos", "inline"])
 def test_a_lone_mark_is_an_empty_question_in_one_turn_as_in_two(make, position: str) -> None:  # type: ignore[no-untyped-def]
     processor = make(position)
     one, two = ("<image>", "a red circle"), ("Sure?", "yes")
-    ids = branch(processor.sample(chat(1, one), "s")).ids
-    assert branch(processor.sample(chat(1, one, two), "s")).ids[: len(ids)] == ids
+    ids = question(processor.sample(chat(1, one), "s")).ids
+    assert question(processor.sample(chat(1, one, two), "s")).ids[: len(ids)] == ids
     text = processor.tokenizer.decode([i for i in ids[1:] if i != IMAGE_SLOT])
     assert "\n".join(line.rstrip() for line in text.splitlines()) == "### Human:\n### Assistant: a red circle\n###"
     assert ids[: len(processor.prompt(chat(1, one)).ids)] == processor.prompt(chat(1, one)).ids
@@ -119,13 +119,13 @@ def test_a_document_about_an_image_is_its_text_behind_the_image(make, position: 
     processor = make(position, system=SYSTEM)
     record = Record("k", "text", (ImageRef("0.jpg"),), answer="a red circle")
     sample = processor.sample(record, "s")
-    assert branch(sample).ids == [1, *[IMAGE_SLOT] * SLOTS, *processor.tokenizer.encode("a red circle"), 2]
-    assert branch(sample).supervised == [False] * (1 + SLOTS) + [True] * (len(branch(sample).ids) - 1 - SLOTS)
+    assert question(sample).ids == [1, *[IMAGE_SLOT] * SLOTS, *processor.tokenizer.encode("a red circle"), 2]
+    assert question(sample).supervised == [False] * (1 + SLOTS) + [True] * (len(question(sample).ids) - 1 - SLOTS)
     assert processor.prompt(record).ids == [1, *[IMAGE_SLOT] * SLOTS]
 
 
 def test_a_conversation_never_has_eos(make) -> None:  # type: ignore[no-untyped-def]
-    assert make().tokenizer.eos_id not in branch(make().sample(chat(0, ("Hi", "Hello")), "s")).ids
+    assert make().tokenizer.eos_id not in question(make().sample(chat(0, ("Hi", "Hello")), "s")).ids
 
 
 def test_a_piece_that_holds_any_character_of_an_answer_is_a_target() -> None:
@@ -144,12 +144,12 @@ def test_a_long_conversation_ends_with_a_whole_turn_or_word_and_counts_what_is_l
     record = chat(1, ("What?", "a red circle"), ("And?", "a blue square"))
     processor = make()
     uncut = processor.sample(record, "s")
-    whole = branch(uncut)
+    whole = question(uncut)
     assert uncut.events == {}
     seen = set()
     for length in range(len(whole.ids) - 1, whole.supervised.index(True), -1):
         sample = make(max_length=length).sample(record, "s")
-        cut = branch(sample)
+        cut = question(sample)
         assert len(cut.ids) <= length
         assert cut.ids == whole.ids[: len(cut.ids)]
         assert cut.supervised == whole.supervised[: len(cut.ids)]
@@ -162,7 +162,7 @@ def test_a_long_conversation_ends_with_a_whole_turn_or_word_and_counts_what_is_l
     assert seen == {("a",), ("a red",), ("a red circle",), (first,), (first, "a"), (first, "a blue")} | {
         (first, "a blue square")
     }
-    with pytest.raises(BadSample, match="too_long"):
+    with pytest.raises(SkipSample, match="too_long"):
         make(max_length=whole.supervised.index(True)).sample(record, "s")
 
 
@@ -174,7 +174,7 @@ def test_a_long_conversation_can_be_left_out_instead(make) -> None:  # type: ign
         processor.config = ProcessorConfig("", 2, longest, on_too_long)
         processor.sample(record, "s")
     processor.config.on_too_long = "skip"
-    with pytest.raises(BadSample, match=f"too_long: .*{length - 1}"):
+    with pytest.raises(SkipSample, match=f"too_long: .*{length - 1}"):
         processor.sample(record, "s")
     document = Record("k", "text", answer="one two three four five six")
     processor.config.max_length = 4
@@ -193,7 +193,7 @@ def test_events_of_a_record_and_of_joined_samples_add_up(make) -> None:  # type:
     record = dataclasses.replace(chat(1, ("What?", "a\n### b")), events={"turned": 1})
     sample = processor.sample(record, "s")
     assert sample.events == {"turned": 1, "escaped": 1}
-    [merged] = merge_branches([sample, processor.sample(chat(1, ("And?", "a")), "s"), sample], 4096)
+    [merged] = merge_questions([sample, processor.sample(chat(1, ("And?", "a")), "s"), sample], 4096)
     assert merged.events == {"turned": 2, "escaped": 2}
 
 
@@ -201,10 +201,10 @@ def test_a_records_own_system_text_stands_for_the_processors(make) -> None:  # t
     processor = make(system=SYSTEM)
     record = dataclasses.replace(chat(0, ("Hi", "Hello")), system="Be brief.\n### Human: no")
     sample = processor.sample(record, "s")
-    text = processor.tokenizer.decode(branch(sample).ids)
+    text = processor.tokenizer.decode(question(sample).ids)
     assert text == "Be brief.\n ###  Human: no\n\n### Human: Hi\n### Assistant: Hello\n###"
     assert sample.events == {"escaped": 1}
-    with pytest.raises(BadSample, match="image_in_system"):
+    with pytest.raises(SkipSample, match="image_in_system"):
         processor.sample(dataclasses.replace(record, system="<image>"), "s")
 
 
@@ -223,19 +223,19 @@ def test_a_wrong_configuration_is_refused(make, model_config, values: dict[str, 
 
 def test_a_document_that_is_cut_has_no_end(make) -> None:  # type: ignore[no-untyped-def]
     record = Record("k", "text", answer="one two three four")
-    whole = branch(make().sample(record, "s")).ids
-    assert branch(make(max_length=len(whole) - 1).sample(record, "s")).ids == whole[:-1]
+    whole = question(make().sample(record, "s")).ids
+    assert question(make(max_length=len(whole) - 1).sample(record, "s")).ids == whole[:-1]
     assert whole[-1] == 2 != whole[-2]
 
 
 def test_a_cut_never_goes_through_an_image(make) -> None:  # type: ignore[no-untyped-def]
     record = chat(2, ("<image>What?", "red"), ("<image>And?", "blue"))
-    whole = branch(make().sample(record, "s")).ids
+    whole = question(make().sample(record, "s")).ids
     asked = len(make().prompt(record).ids)
     for length in range(places(whole)[1], asked + 1):  # the second image is there before its answer begins
-        with pytest.raises(BadSample, match="too_long"):
+        with pytest.raises(SkipSample, match="too_long"):
             make(max_length=length).sample(record, "s")
-    cut = branch(make(max_length=len(whole) - 1).sample(record, "s"))
+    cut = question(make(max_length=len(whole) - 1).sample(record, "s"))
     assert cut.ids[: asked + 1] == whole[: asked + 1]
 
 
@@ -250,7 +250,7 @@ def test_one_image_stands_after_bos_wherever_its_mark_is(make) -> None:  # type:
         (("What?", "red"), ("<image> Why?", "so")),
         (("What?", "red"), ("Why?", "so")),
     ]
-    samples = [branch(processor.sample(chat(1, *turns), "s")).ids for turns in variants]
+    samples = [question(processor.sample(chat(1, *turns), "s")).ids for turns in variants]
     assert all(ids == samples[0] for ids in samples)
     assert places(samples[0]) == [1]
 
@@ -258,7 +258,7 @@ def test_one_image_stands_after_bos_wherever_its_mark_is(make) -> None:  # type:
 def test_an_inline_image_stands_where_its_mark_is(make) -> None:  # type: ignore[no-untyped-def]
     processor = make("inline")
     encode = processor.tokenizer.encode
-    ids = branch(processor.sample(chat(1, ("Look: <image>what?", "red")), "s")).ids
+    ids = question(processor.sample(chat(1, ("Look: <image>what?", "red")), "s")).ids
     assert ids == [
         1,
         *encode("### Human: Look: "),
@@ -273,7 +273,7 @@ def test_several_images_stand_at_their_marks_in_both_settings(make) -> None:  # 
         encode = processor.tokenizer.encode
         record = chat(2, ("<image><image>Same?", "no"))
         sample = processor.sample(record, "s")
-        assert branch(sample).ids == [
+        assert question(sample).ids == [
             1,
             *encode("### Human: "),
             *[IMAGE_SLOT] * (2 * SLOTS),
@@ -286,7 +286,7 @@ def test_several_images_stand_at_their_marks_in_both_settings(make) -> None:  # 
 def test_images_without_marks_are_put_in_front_of_the_first_question(make) -> None:  # type: ignore[no-untyped-def]
     with_marks = chat(2, ("<image><image>Same?", "no"), ("Why?", "size"))
     without = chat(2, ("Same?", "no"), ("Why?", "size"))
-    assert branch(make().sample(without, "s")).ids == branch(make().sample(with_marks, "s")).ids
+    assert question(make().sample(without, "s")).ids == question(make().sample(with_marks, "s")).ids
 
 
 @pytest.mark.parametrize(
@@ -305,7 +305,7 @@ def test_images_without_marks_are_put_in_front_of_the_first_question(make) -> No
 )
 def test_marks_that_do_not_match_the_images_are_a_bad_sample(make, position, record, reason) -> None:  # type: ignore[no-untyped-def]
     for method in (lambda: make(position).sample(record, "s"), lambda: make(position).prompt(record)):
-        with pytest.raises(BadSample) as caught:
+        with pytest.raises(SkipSample) as caught:
             method()
         assert caught.value.reason == reason
 
@@ -313,8 +313,8 @@ def test_marks_that_do_not_match_the_images_are_a_bad_sample(make, position, rec
 def test_the_mark_is_plain_text_where_no_image_is_meant(make) -> None:  # type: ignore[no-untyped-def]
     processor = make()
     sample = processor.sample(Record("k", "text", answer="Write <image> there."), "s")
-    assert IMAGE_SLOT not in branch(sample).ids
-    assert processor.tokenizer.decode(branch(sample).ids) == "Write <image> there."
+    assert IMAGE_SLOT not in question(sample).ids
+    assert processor.tokenizer.decode(question(sample).ids) == "Write <image> there."
 
 
 # --- prompts
@@ -322,7 +322,7 @@ def test_the_mark_is_plain_text_where_no_image_is_meant(make) -> None:  # type: 
 
 def records(folder: Path) -> list[Record]:
     """A few hundred records: every task, every kind of source."""
-    instructions = build_source("instructions", "tasks", str(folder / "instructions/train-*.json"))
+    instructions = build_reader("instructions", "tasks", str(folder / "instructions/train-*.json"))
     taken: Counter[str] = Counter()
     found = []
     for i in range(len(instructions)):
@@ -330,8 +330,8 @@ def records(folder: Path) -> list[Record]:
         taken[record.task] += 1
         if taken[record.task] <= 40:
             found.append(record)
-    captions = build_source("image_text", "real", str(folder / "real/train-*.tar"))
-    text = build_source("text", "text", str(folder / "text/train.jsonl"))
+    captions = build_reader("image_text", "real", str(folder / "real/train-*.tar"))
+    text = build_reader("text", "text", str(folder / "text/train.jsonl"))
     return [*found, *(source.record(i) for source in (captions, text) for i in range(min(40, len(source))))]
 
 
@@ -341,7 +341,7 @@ def test_a_prompt_is_what_the_sample_begins_with(make, sample_data: Path, positi
     processor = make(position, system)
     seen: Counter[str] = Counter()
     for record in records(sample_data):
-        sample, prompt = branch(processor.sample(record, "s")), processor.prompt(record)
+        sample, prompt = question(processor.sample(record, "s")), processor.prompt(record)
         assert sample.ids[: len(prompt.ids)] == prompt.ids, record.key
         assert prompt.images == record.images
         # What the model has to say begins right there, and it is all supervised.
@@ -358,7 +358,7 @@ def test_a_prompt_is_a_prefix_also_before_strange_answers(make, answer: str) -> 
     record = chat(0, ("Hi: ", "Yes"), ("What?###", answer))
     processor = make()
     ids = processor.prompt(record).ids
-    assert processor.sample(record, "s").branches[0].ids[: len(ids)] == ids
+    assert processor.sample(record, "s").questions[0].ids[: len(ids)] == ids
     assert ids[0] == 1
     expected = "### Human: Hi:\n### Assistant: Yes\n### Human: What?###\n### Assistant:"
     assert processor.tokenizer.decode(ids[1:]) == expected
@@ -369,7 +369,7 @@ def test_stop_sequences_are_the_end_of_every_answer(make, sample_data: Path) -> 
     assert all(processor.tokenizer.decode(stop) == "\n###" for stop in processor.stop_sequences)
     for record in records(sample_data):
         if record.task != "text":
-            ids = processor.sample(record, "s").branches[0].ids
+            ids = processor.sample(record, "s").questions[0].ids
             assert any(ids[-len(stop) :] == stop for stop in processor.stop_sequences), record.key
 
 
@@ -382,7 +382,7 @@ def test_an_answer_with_a_heading_is_learned_whole_and_read_back(make) -> None: 
     processor = make()
     answer = "Two steps.\n### Step 1\nOpen it.\n#### Step 2"
     sample = processor.sample(chat(0, ("How?\n### Assistant: yes", answer)), "s")
-    target = [i for i, flag in zip(branch(sample).ids, branch(sample).supervised, strict=True) if flag]
+    target = [i for i, flag in zip(question(sample).ids, question(sample).supervised, strict=True) if flag]
     ends = [target[n : n + len(stop)] == stop for stop in processor.stop_sequences for n in range(len(target))]
     assert sum(ends) == 1
     assert processor.decode(target) == answer
@@ -401,18 +401,18 @@ def test_the_configuration_survives_being_saved(make, model_config) -> None:  # 
 
 def test_wordings_vary_with_the_random_numbers_only(make, sample_data: Path) -> None:  # type: ignore[no-untyped-def]
     processor = make()
-    record = build_source("image_text", "real", str(sample_data / "real/train-*.tar")).record(0)
-    ids = [branch(processor.sample(record, "s", random.Random(i))).ids for i in range(12)]
-    assert ids == [branch(processor.sample(record, "s", random.Random(i))).ids for i in range(12)]
+    record = build_reader("image_text", "real", str(sample_data / "real/train-*.tar")).record(0)
+    ids = [question(processor.sample(record, "s", random.Random(i))).ids for i in range(12)]
+    assert ids == [question(processor.sample(record, "s", random.Random(i))).ids for i in range(12)]
     assert len({tuple(i) for i in ids}) == len(TASKS["caption"].templates)
 
 
-# --- branches
+# --- questions of a shared prefix
 
 
 def chains(sample: Sample) -> list[tuple[list[int], list[bool], str]]:
-    """Each branch as it would be alone."""
-    return [(sample.prefix + b.ids, [False] * len(sample.prefix) + b.supervised, b.key) for b in sample.branches]
+    """Each question as it would be alone."""
+    return [(sample.prefix + b.ids, [False] * len(sample.prefix) + b.supervised, b.key) for b in sample.questions]
 
 
 def alone(samples: list[Sample]) -> list[tuple[list[int], list[bool], str]]:
@@ -424,46 +424,46 @@ def questions(processor: Processor, *questions: str, images: int = 1) -> list[Sa
     return [processor.sample(record, "s") for record in records]
 
 
-def test_joined_samples_keep_every_branch_and_share_what_they_begin_with(make) -> None:  # type: ignore[no-untyped-def]
+def test_joined_samples_keep_every_question_and_share_what_they_begin_with(make) -> None:  # type: ignore[no-untyped-def]
     processor = make()
     samples = questions(processor, "What colour?", "What shape?", "What colour?")
-    [merged] = merge_branches(samples, 4096)
+    [merged] = merge_questions(samples, 4096)
     assert chains(merged) == alone(samples)
     start = [1, *[IMAGE_SLOT] * SLOTS, *processor.tokenizer.encode("### Human: What")]
     assert merged.prefix[: len(start)] == start
-    assert merged.length == len(merged.prefix) + sum(len(b.ids) for b in merged.branches)
+    assert merged.length == len(merged.prefix) + sum(len(b.ids) for b in merged.questions)
     assert (merged.images, merged.source) == (samples[0].images, "s")
 
 
-def test_equal_questions_leave_the_token_before_the_first_target_to_each_branch(make) -> None:  # type: ignore[no-untyped-def]
+def test_equal_questions_leave_the_token_before_the_first_target_to_each_question(make) -> None:  # type: ignore[no-untyped-def]
     samples = questions(make(), "What?", "What?")
-    [merged] = merge_branches(samples, 4096)
-    first = branch(samples[0]).supervised.index(True)
+    [merged] = merge_questions(samples, 4096)
+    first = question(samples[0]).supervised.index(True)
     assert len(merged.prefix) == first - 1
-    assert [b.supervised.index(True) for b in merged.branches] == [1, 1]
+    assert [b.supervised.index(True) for b in merged.questions] == [1, 1]
 
 
 def test_inline_images_are_shared_only_if_what_stands_before_them_is(make) -> None:  # type: ignore[no-untyped-def]
     processor = make("inline")
     same = questions(processor, "<image>What colour?", "<image>What shape?")
-    [merged] = merge_branches(same, 4096)
+    [merged] = merge_questions(same, 4096)
     assert merged.prefix.count(IMAGE_SLOT) == SLOTS
     assert chains(merged) == alone(same)
     different = questions(processor, "What colour? <image>", "What shape? <image>")
-    assert merge_branches(different, 4096) == different
+    assert merge_questions(different, 4096) == different
     one_of_two = questions(processor, "<image>Then <image>", "<image>Now <image>", images=2)
-    assert merge_branches(one_of_two, 4096) == one_of_two
+    assert merge_questions(one_of_two, 4096) == one_of_two
 
 
 def test_the_length_bounds_what_is_joined_exactly(make) -> None:  # type: ignore[no-untyped-def]
     samples = questions(make(), "What colour?", "What shape?", "What size?")
-    [whole] = merge_branches(samples, 4096)
-    assert merge_branches(samples, whole.length) == [whole]
-    split = merge_branches(samples, whole.length - 1)
-    assert [len(s.branches) for s in split] == [2, 1]
+    [whole] = merge_questions(samples, 4096)
+    assert merge_questions(samples, whole.length) == [whole]
+    split = merge_questions(samples, whole.length - 1)
+    assert [len(s.questions) for s in split] == [2, 1]
     assert alone(split) == alone(samples)
-    assert merge_branches(samples, 1) == samples
-    assert merge_branches([], 10) == []
+    assert merge_questions(samples, 1) == samples
+    assert merge_questions([], 10) == []
 
 
 def test_questions_share_an_image_if_it_is_shown_in_one_way(make) -> None:  # type: ignore[no-untyped-def]
@@ -473,9 +473,9 @@ def test_questions_share_an_image_if_it_is_shown_in_one_way(make) -> None:  # ty
         return dataclasses.replace(sample, images=(dataclasses.replace(sample.images[0], annotated=size),))
 
     for first, second in (((4, 3), None), (None, (4, 3)), ((4, 3), (4, 3))):
-        [merged] = merge_branches([about(plain, first), about(other, second)], 4096)
+        [merged] = merge_questions([about(plain, first), about(other, second)], 4096)
         assert merged.images[0].annotated == (4, 3)
-    assert len(merge_branches([about(plain, (3, 4)), about(other, (4, 3))], 4096)) == 2
+    assert len(merge_questions([about(plain, (3, 4)), about(other, (4, 3))], 4096)) == 2
 
 
 def test_only_coordinates_ask_for_the_annotated_size(make) -> None:  # type: ignore[no-untyped-def]

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from sphinx_pl.data.images import load_image
-from sphinx_pl.data.readers import ImageTextSource, InstructionSource, TextSource, build_source
+from sphinx_pl.data.readers import ImageTextReader, InstructionReader, TextReader, build_reader
 from sphinx_pl.data.readers.instruction_json import to_entry
 from sphinx_pl.data.schema import ImageRef, Region, Turn
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.utils.errors import UserError
 
 
@@ -37,7 +37,7 @@ def sample(key, caption="a caption", **annotation):
 
 
 def reason(source, index):
-    with pytest.raises(BadSample) as caught:
+    with pytest.raises(SkipSample) as caught:
         source.record(index)
     return caught.value.reason
 
@@ -54,7 +54,7 @@ def test_image_text_reads_shards_as_img2dataset_writes_them(tmp_path):
     for shard in range(3):
         keys = [f"{shard:05d}{number:04d}" for number in range(4)]
         write_tar(tmp_path / f"{shard:05d}.tar", [m for key in keys for m in sample(key, f"caption {key}")])
-    source = build_source("image_text", "web", str(tmp_path / "{00000..00002}.tar"))
+    source = build_reader("image_text", "web", str(tmp_path / "{00000..00002}.tar"))
     assert len(source) == 12
     assert not source.skipped
     record = source.record(6)
@@ -73,7 +73,7 @@ def test_text_or_json_alone_is_enough_and_text_wins(tmp_path):
         ("b.json", b'{"caption": "only json", "width": 8, "height": 6}'), ("b.png", jpeg()),
         ("dir/c.JPG", jpeg()), ("dir/c.txt", b"text"), ("dir/c.json", b'{"caption": "json"}'),
     ]  # fmt: skip
-    source = ImageTextSource("web", str(write_tar(tmp_path / "s.tar", members)))
+    source = ImageTextReader("web", str(write_tar(tmp_path / "s.tar", members)))
     records = [source.record(index) for index in range(len(source))]
     assert [record.answer for record in records] == ["only text", "only json", "text"]
     assert [record.sizes for record in records] == [(), ((8, 6),), ()]
@@ -84,7 +84,7 @@ def test_image_bytes_are_the_members(tmp_path):
     path = write_tar(tmp_path / "s.tar", sample("a") + sample("b"))
     with tarfile.open(path) as tar:
         expected = tar.extractfile("b.jpg").read()
-    ref = ImageTextSource("web", str(path)).record(1).images[0]
+    ref = ImageTextReader("web", str(path)).record(1).images[0]
     assert path.read_bytes()[ref.offset : ref.offset + ref.size] == expected
 
 
@@ -93,7 +93,7 @@ def test_incomplete_and_repeated_samples_are_counted(tmp_path):
         *sample("a"), ("b.txt", b"no image"), ("c.jpg", jpeg()), *sample("d"), *sample("a", "again"),
         ("e.jpg", jpeg()), ("e.jpg", jpeg()), ("e.txt", b"twice"), ("f.cls", b"0"),
     ]  # fmt: skip
-    source = ImageTextSource("web", str(write_tar(tmp_path / "s.tar", members)))
+    source = ImageTextReader("web", str(write_tar(tmp_path / "s.tar", members)))
     assert [source.record(index).key for index in range(len(source))] == ["s.tar/a", "s.tar/d"]
     assert source.skipped == {"image_absent": 1, "caption_absent": 1, "duplicate_key": 2}
 
@@ -109,7 +109,7 @@ def test_bad_captions(tmp_path):
         ("g.jpg", jpeg()), ("g.json", b'{"caption": "g", "width": "8", "height": 6}'),
         ("h.jpg", jpeg()), ("h.txt", b"x" * 2000),
     ]  # fmt: skip
-    source = ImageTextSource("web", str(write_tar(tmp_path / "s.tar", members)))
+    source = ImageTextReader("web", str(write_tar(tmp_path / "s.tar", members)))
     assert [reason(source, index) for index in range(7)] == [
         "caption_not_utf8",
         "caption_empty",
@@ -133,7 +133,7 @@ def test_shard_cut_anywhere_keeps_the_samples_before_the_cut(tmp_path):
     last = members[-1].offset_data + members[-1].size
     for cut in {len(whole) // 2, ends[2], ends[2] - 1, members[9].offset + 100, members[9].offset_data, last}:
         (tmp_path / "cut.tar").write_bytes(whole[:cut])
-        source = ImageTextSource("web", str(tmp_path / "cut.tar"))
+        source = ImageTextReader("web", str(tmp_path / "cut.tar"))
         assert source.skipped["shard_truncated"] == 1, cut
         assert len(source) == sum(end <= cut for end in ends), cut
         assert source.record(len(source) - 1).answer == "a caption"
@@ -146,7 +146,7 @@ def test_shard_with_a_damaged_header_is_reported(tmp_path):
     data = bytearray(path.read_bytes())
     data[offset : offset + 200] = b"\xff" * 200
     path.write_bytes(data)
-    source = ImageTextSource("web", str(path))
+    source = ImageTextReader("web", str(path))
     assert len(source) == 1
     assert source.skipped == {"shard_truncated": 1}
 
@@ -155,11 +155,11 @@ def test_a_file_that_is_no_tar_is_counted_and_fatal_only_if_alone(tmp_path):
     write_tar(tmp_path / "a.tar", sample("a"))
     (tmp_path / "b.tar").write_bytes(b"<html>" * 1000)
     (tmp_path / "c.tar").write_bytes(b"")
-    source = ImageTextSource("web", str(tmp_path / "*.tar"))
+    source = ImageTextReader("web", str(tmp_path / "*.tar"))
     assert len(source) == 1
     assert source.skipped == {"shard_unreadable": 2}
     with pytest.raises(UserError, match=r"source 'web': no usable sample in .*b\.tar"):
-        len(ImageTextSource("web", str(tmp_path / "b.tar")))
+        len(ImageTextReader("web", str(tmp_path / "b.tar")))
 
 
 def _read(source, index):
@@ -168,7 +168,7 @@ def _read(source, index):
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_works_in_worker_processes(tmp_path, method):
-    source = ImageTextSource("web", str(write_tar(tmp_path / "s.tar", sample("a") + sample("b", "of b"))))
+    source = ImageTextReader("web", str(write_tar(tmp_path / "s.tar", sample("a") + sample("b", "of b"))))
     expected = [source.record(index) for index in (0, 1)]  # opens the file here, before the workers start
     with multiprocessing.get_context(method).Pool(2) as pool:
         assert pool.starmap(_read, [(source, index) for index in (0, 1)] * 4) == expected * 4
@@ -178,9 +178,9 @@ def test_pickled_sources_read_the_same(tmp_path):
     texts = tmp_path / "t.jsonl"
     texts.write_text('{"text": "one"}\n')
     sources = [
-        ImageTextSource("web", str(write_tar(tmp_path / "s.tar", sample("a")))),
-        TextSource("text", str(texts)),
-        InstructionSource("chat", write_json(tmp_path / "c.json", [{"question": "q", "answer": "a"}])),
+        ImageTextReader("web", str(write_tar(tmp_path / "s.tar", sample("a")))),
+        TextReader("text", str(texts)),
+        InstructionReader("chat", write_json(tmp_path / "c.json", [{"question": "q", "answer": "a"}])),
     ]
     for source in sources:
         expected = source.record(0)
@@ -193,26 +193,26 @@ def test_pickled_sources_read_the_same(tmp_path):
 def test_missing_files_are_named_with_the_way_out(tmp_path):
     for kind in ("image_text", "text", "instructions"):
         with pytest.raises(UserError, match=r"source 'x'.*no\.file.*python -m sphinx_pl\.cli\.sample"):
-            build_source(kind, "x", str(tmp_path / "no.file"))
+            build_reader(kind, "x", str(tmp_path / "no.file"))
     write_tar(tmp_path / "0.tar", sample("a"))
     with pytest.raises(UserError, match=r"1\.tar"):
-        build_source("image_text", "x", str(tmp_path / "{0..1}.tar"))
+        build_reader("image_text", "x", str(tmp_path / "{0..1}.tar"))
     with pytest.raises(UserError, match="empty list"):
-        build_source("image_text", "x", [])
+        build_reader("image_text", "x", [])
 
 
 def test_unknown_kind_and_option_are_answered_with_the_nearest(tmp_path):
     with pytest.raises(UserError, match="did you mean 'image_text'"):
-        build_source("image_txt", "x", "a")
+        build_reader("image_txt", "x", "a")
     with pytest.raises(UserError, match="did you mean 'filters'"):
-        build_source("image_text", "x", "a", filter={})
+        build_reader("image_text", "x", "a", filter={})
 
 
 def test_keys_do_not_clash_over_folders(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         write_tar(tmp_path / folder / "0.tar", sample("k"))
-    source = ImageTextSource("web", [str(tmp_path / "a" / "0.tar"), str(tmp_path / "b" / "*.tar")])
+    source = ImageTextReader("web", [str(tmp_path / "a" / "0.tar"), str(tmp_path / "b" / "*.tar")])
     assert [source.record(index).key for index in (0, 1)] == ["a/0.tar/k", "b/0.tar/k"]
 
 
@@ -224,7 +224,7 @@ def test_text_documents(tmp_path):
     path.write_bytes(
         b'{"text": "one"}\n\n{"text": "two \\u00e9", "url": "x"}\nbroken\n{"text": ""}\n{"text": "\xff"}\n7'
     )
-    source = TextSource("text", str(path))
+    source = TextReader("text", str(path))
     assert len(source) == 6
     record = source.record(1)
     assert (record.key, record.task, record.answer, record.images) == ("t.jsonl:1", "text", "two é", ())
@@ -241,14 +241,14 @@ def test_gzipped_text_is_the_same_text(tmp_path, monkeypatch):
     lines = [json.dumps({"text": f"document {number}"}) for number in range(2000)]
     path = tmp_path / "t.jsonl.gz"
     path.write_bytes(gzip.compress("\n".join(lines).encode()))
-    source = TextSource("text", str(path))
+    source = TextReader("text", str(path))
     assert len(source) == 2000
     assert source.record(1234).answer == "document 1234"
     assert source.record(3).answer == "document 3"
 
     path.write_bytes(path.read_bytes()[:-2000])
     for _ in range(2):  # unpacked, then from the cache
-        cut = TextSource("text", str(path))
+        cut = TextReader("text", str(path))
         assert cut.skipped == {"shard_truncated": 1}
         assert 0 < len(cut) < 2000
         assert cut.record(0).answer == "document 0"
@@ -257,7 +257,7 @@ def test_gzipped_text_is_the_same_text(tmp_path, monkeypatch):
 def test_empty_text_file(tmp_path):
     (tmp_path / "t.jsonl").write_text("\n")
     with pytest.raises(UserError, match=r"no usable sample in .*t\.jsonl \(nothing in it\)"):
-        len(TextSource("text", str(tmp_path / "t.jsonl")))
+        len(TextReader("text", str(tmp_path / "t.jsonl")))
 
 
 # --- instructions
@@ -294,7 +294,7 @@ ENTRIES = [
 def test_instructions(tmp_path, kind):
     path = tmp_path / f"c.{kind}"
     path.write_text(json.dumps(ENTRIES) if kind == "json" else "\n".join(map(json.dumps, ENTRIES)))
-    source = InstructionSource("chat", str(path))
+    source = InstructionReader("chat", str(path))
     llava, ours, text = (source.record(index) for index in range(3))
     assert llava.key == f"c.{kind}:0:x1"
     assert llava.task == "chat"
@@ -309,7 +309,7 @@ def test_instructions(tmp_path, kind):
 
 
 def record_of(tmp_path, entry, **options):
-    return InstructionSource("chat", write_json(tmp_path / "c.json", [entry]), **options).record(0)
+    return InstructionReader("chat", write_json(tmp_path / "c.json", [entry]), **options).record(0)
 
 
 SAY = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "red"}]
@@ -433,7 +433,7 @@ def test_a_system_text_is_read_in_both_places_and_written_again(tmp_path):
     ],
 )
 def test_what_is_not_understood_is_refused_by_name(tmp_path, change, reason, words):
-    with pytest.raises(BadSample) as caught:
+    with pytest.raises(SkipSample) as caught:
         record_of(tmp_path, {"conversations": SAY} | change)
     assert caught.value.reason == reason
     assert words in caught.value.detail
@@ -449,7 +449,7 @@ MARKS = (
 @pytest.mark.parametrize("mark", MARKS)
 def test_a_mark_of_another_project_is_never_trained_as_words(tmp_path, mark):
     entry = {"image": "a.jpg", "conversations": [SAY[0] | {"value": f"{mark} What?"}, SAY[1]]}
-    with pytest.raises(BadSample) as caught:
+    with pytest.raises(SkipSample) as caught:
         record_of(tmp_path, entry)
     assert caught.value.reason == "image_mark_unknown"
 
@@ -465,7 +465,7 @@ def test_entries_about_the_same_image_are_together_however_they_name_it(tmp_path
         {"conversations": SAY},
         7,
     ]
-    shard = InstructionSource("chat", write_json(tmp_path / "c.json", entries)).open(0)
+    shard = InstructionReader("chat", write_json(tmp_path / "c.json", entries)).open(0)
     images = [shard.images(index) for index in range(len(entries))]
     assert len(set(images[:4])) == 1
     assert images[4] not in (images[0], None)
@@ -481,13 +481,13 @@ def test_a_source_can_be_told_to_pass_over_keys(tmp_path):
         "regions": [{"box": [1, 2, 3, 4], "area": 4}],
     }
     assert record_of(tmp_path, nested, ignore_keys=["x", "loss", "area"]).turns == (Turn("What?", "red"),)
-    with pytest.raises(BadSample, match="'objects'"):
+    with pytest.raises(SkipSample, match="'objects'"):
         record_of(tmp_path, entry, ignore_keys=["img"])
 
 
 def test_root_of_the_images(tmp_path):
     path = write_json(tmp_path / "c.json", ENTRIES)
-    record = InstructionSource("chat", path, root=str(tmp_path / "other")).record(0)
+    record = InstructionReader("chat", path, root=str(tmp_path / "other")).record(0)
     assert record.images[0].path == str(tmp_path / "other" / "images" / "a.jpg")
 
 
@@ -520,24 +520,24 @@ def test_root_of_the_images(tmp_path):
     ],
 )
 def test_broken_entries_are_bad_samples(tmp_path, entry, expected):
-    source = InstructionSource("chat", write_json(tmp_path / "c.json", [entry]))
+    source = InstructionReader("chat", write_json(tmp_path / "c.json", [entry]))
     assert reason(source, 0) == expected
 
 
 def test_half_characters_and_impossible_names(tmp_path):
     lines = tmp_path / "t.jsonl"
     lines.write_text(json.dumps({"text": "cut \ud83d"}) + "\n")
-    assert reason(TextSource("text", str(lines)), 0) == "text_not_utf8"
+    assert reason(TextReader("text", str(lines)), 0) == "text_not_utf8"
     path = write_tar(tmp_path / "a.tar", [sample("0")[0], ("0.json", b'{"caption": "cut \\ud83d"}')])
-    assert reason(ImageTextSource("pairs", str(path)), 0) == "caption_not_utf8"
+    assert reason(ImageTextReader("pairs", str(path)), 0) == "caption_not_utf8"
     for name in ("a\0b.jpg", "a\udcff\ud83d.jpg"):
-        with pytest.raises(BadSample, match="image_missing"):
+        with pytest.raises(SkipSample, match="image_missing"):
             load_image(ImageRef(name), 8)
 
 
 def test_a_filter_meets_tasks_that_are_no_names(tmp_path):
     entries = [{"task": task, "answer": "a"} for task in ([], {}, 3, "rec")]
-    source = InstructionSource("chat", write_json(tmp_path / "c.json", entries), tasks=["rec"])
+    source = InstructionReader("chat", write_json(tmp_path / "c.json", entries), tasks=["rec"])
     assert len(source) == 1
     assert source.skipped == {"entry_malformed": 3}
 
@@ -553,7 +553,7 @@ def test_a_tar_with_an_impossible_size_ends(tmp_path, size):
     data[start + 148 : start + 156] = b" " * 8
     data[start + 148 : start + 156] = b"%06o\0 " % sum(data[start : start + 512])
     path.write_bytes(data)
-    source = ImageTextSource("pairs", str(path))
+    source = ImageTextReader("pairs", str(path))
     assert len(source) == 1
     assert source.skipped == {"shard_truncated": 1}
 
@@ -567,13 +567,13 @@ def test_filters(tmp_path):
     path = write_json(tmp_path / "c.json", [*entries, {"id": "plain"}, 7])
 
     def keys(**options):
-        source = InstructionSource("chat", path, **options)
+        source = InstructionReader("chat", path, **options)
         return [source.record(index).key.split(":")[1:] for index in range(len(source))]
 
     assert keys(tasks=["rec"]) == [["0", "rec-real"], ["1", "rec-synthetic"]]
     assert keys(where={"domain": "real", "n": 1}) == [["0", "rec-real"], ["2", "reg-real"]]
     assert keys(tasks=["chat"]) == [["4", "plain"]]
-    assert InstructionSource("chat", path, tasks=["rec"]).skipped == {"entry_malformed": 1}
+    assert InstructionReader("chat", path, tasks=["rec"]).skipped == {"entry_malformed": 1}
     with pytest.raises(UserError, match=r"no usable sample in .*c\.json with where=\{'domain': 'other'\}"):
         keys(where={"domain": "other"})
     with pytest.raises(UserError, match="unknown task 'recc': did you mean 'rec'"):
@@ -583,22 +583,22 @@ def test_filters(tmp_path):
 def test_files_that_are_no_instructions(tmp_path):
     (tmp_path / "cut.json").write_text(json.dumps(ENTRIES)[:-20])
     with pytest.raises(UserError, match=r"o\.json is not a JSON list"):
-        len(InstructionSource("chat", write_json(tmp_path / "o.json", {"a": 1})))
+        len(InstructionReader("chat", write_json(tmp_path / "o.json", {"a": 1})))
     (tmp_path / "cut.json").write_text("[")
     with pytest.raises(UserError, match=r"no usable sample in .*cut\.json .*shard_truncated"):
-        len(InstructionSource("chat", str(tmp_path / "cut.json")))
+        len(InstructionReader("chat", str(tmp_path / "cut.json")))
 
 
 def test_a_list_that_is_cut_off_keeps_the_entries_before_the_cut(tmp_path):
     (tmp_path / "cut.json").write_text(json.dumps(ENTRIES)[:-20])
-    source = InstructionSource("chat", str(tmp_path / "cut.json"))
+    source = InstructionReader("chat", str(tmp_path / "cut.json"))
     assert len(source) == len(ENTRIES) - 1
     assert source.skipped == {"shard_truncated": 1}
 
 
 def test_several_instruction_files(tmp_path):
     paths = [write_json(tmp_path / f"{name}.json", [{"id": f"{name}{n}"} for n in range(2)]) for name in "ab"]
-    source = InstructionSource("chat", paths)
+    source = InstructionReader("chat", paths)
     assert [source.record(index).key for index in range(4)] == [
         "a.json:0:a0",
         "a.json:1:a1",

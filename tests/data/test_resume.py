@@ -1,6 +1,6 @@
 """Stopping and going on, with other numbers of workers and ranks: no record is lost and none comes twice.
 
-The state is taken as a run does it: after a window has been trained on, while loader and workers are ahead of it.
+The state is taken as a run does it: after a step has been trained on, while loader and workers are ahead of it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from typing import Any
 
 import pytest
 
-from sphinx_pl.data.datamodule import DataModule, TrainLoader
+from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.sampling.packing import Planner, merge_states
+from sphinx_pl.data.sampling.planner import Planner
+from sphinx_pl.data.sampling.resume_state import merge_states
+from sphinx_pl.data.train_loader import TrainLoader
 from sphinx_pl.utils.errors import UserError
 from tests.fuzzing import encoded, picture, write_tar
 
@@ -55,7 +57,7 @@ def sources(tmp_path: Path) -> Sources:
     return {
         "web": {"kind": "image_text", "path": tars, "shuffle_shards": 2, "weight": 2},
         "text": {"kind": "text", "path": text_shards(tmp_path, "text", [40])},
-        "asked": {"kind": "instructions", "path": str(tmp_path / "asked.json"), "branches": 3},
+        "asked": {"kind": "instructions", "path": str(tmp_path / "asked.json"), "questions_per_sample": 3},
         "tasks": {"kind": "instructions", "path": str(tmp_path / "tasks.json"), "modality": "text"},
     }
 
@@ -64,26 +66,26 @@ RECORDS = 5 * 9 + 40 + 21 + 60
 
 
 def datamodule(processor: Processor, sources: Sources, rows: int = 4, **mixing: Any) -> DataModule:
-    packing = {"row_length": 96, "rows": rows}
+    packing = {"row_length": 96, "micro_batch_rows": rows}
     return DataModule(processor, copy.deepcopy(sources), {}, packing, max_skipped=1.0, mixing=mixing, seed=5)
 
 
-def train(loader: TrainLoader, windows: int | None) -> list[str]:
-    """Keys of so many windows, consumed as a run consumes them; None: to the end."""
+def train(loader: TrainLoader, steps: int | None) -> list[str]:
+    """Keys of so many steps, consumed as a run consumes them; None: to the end."""
     keys = []
-    for batch in itertools.islice(loader, windows):
+    for batch in itertools.islice(loader, steps):
         keys += batch.keys
-        loader.planner.consumed(batch.window)
+        loader.planner.consumed(batch.step)
     return keys
 
 
 def loaders(
-    data: DataModule, workers: int, ranks: int, lanes: int, state: dict[str, Any] | None = None
+    data: DataModule, workers: int, ranks: int, partitions: int, state: dict[str, Any] | None = None
 ) -> list[TrainLoader]:
     """Those of all ranks, in this process."""
     made = []
     for rank in range(ranks):
-        planner = data.planner(1, rank, ranks, lanes)
+        planner = data.planner(1, rank, ranks, partitions)
         if state is not None:
             planner.load_state_dict(json.loads(json.dumps(state)))  # as a checkpoint has it
         made.append(TrainLoader(planner, data.collator, workers, 1.0, False))
@@ -99,48 +101,48 @@ def drained(planners: Sequence[Planner]) -> list[str]:
     keys = []
     while any(plans := [plan for planner in planners for plan in planner.plan()]):
         keys += [
-            f"{sample.source}/{branch.key}"
+            f"{sample.source}/{question.key}"
             for plan in plans
             for row in plan.rows
             for sample in row
-            for branch in sample.branches
+            for question in sample.questions
         ]
     return keys
 
 
-@pytest.mark.parametrize("lanes", [1, 2, 3])
+@pytest.mark.parametrize("partitions", [1, 2, 3])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_finite_mixture_has_every_record_once_and_ends(
-    processor: Processor, sources: Sources, lanes: int, workers: int
+    processor: Processor, sources: Sources, partitions: int, workers: int
 ) -> None:
-    [loader] = loaders(datamodule(processor, sources, epochs=1), workers, 1, lanes)
+    [loader] = loaders(datamodule(processor, sources, epochs=1), workers, 1, partitions)
     keys = Counter(train(loader, None))
     assert len(keys) == RECORDS
     assert set(keys.values()) == {1}
     assert sum(value for key, value in loader.counters.items() if key.endswith("/seen")) == RECORDS
 
 
-@pytest.mark.parametrize("lanes", [1, 2, 3])
+@pytest.mark.parametrize("partitions", [1, 2, 3])
 def test_stopped_and_continued_with_other_numbers_of_workers(
-    processor: Processor, sources: Sources, lanes: int
+    processor: Processor, sources: Sources, partitions: int
 ) -> None:
     data = datamodule(processor, sources, epochs=1)
-    straight = train(loaders(data, 0, 1, lanes)[0], None)
+    straight = train(loaders(data, 0, 1, partitions)[0], None)
     found: list[str] = []
     state = None
-    for workers, windows in ((1, 3), (2, 4), (3, None)):
-        part = loaders(data, workers, 1, lanes, state)
-        found += train(part[0], windows)
+    for workers, steps in ((1, 3), (2, 4), (3, None)):
+        part = loaders(data, workers, 1, partitions, state)
+        found += train(part[0], steps)
         state = merged(part)
     assert found == straight  # not only the same, but in the same order
     assert len(found) == len(set(found)) == RECORDS
 
 
-def step(parts: Sequence[TrainLoader], windows: int) -> list[str]:
-    """Ranks in step: so many windows of each."""
+def step(parts: Sequence[TrainLoader], steps: int) -> list[str]:
+    """Ranks in step: so many steps of each."""
     keys = []
     for part in parts:
-        for _ in range(windows):
+        for _ in range(steps):
             plans = part.planner.plan()
             batches = [part.collator(plan.rows) for plan in plans]
             keys += [key for batch in batches for key in batch.keys]
@@ -149,29 +151,29 @@ def step(parts: Sequence[TrainLoader], windows: int) -> list[str]:
     return keys
 
 
-@pytest.mark.parametrize("lanes", [1, 2, 4])
+@pytest.mark.parametrize("partitions", [1, 2, 4])
 @pytest.mark.parametrize("ranks", [(2, 1), (1, 2), (2, 1, 2), (4, 2, 1)])
 def test_stopped_and_continued_on_another_number_of_ranks(
-    processor: Processor, sources: Sources, lanes: int, ranks: tuple[int, ...]
+    processor: Processor, sources: Sources, partitions: int, ranks: tuple[int, ...]
 ) -> None:
     data = datamodule(processor, sources, epochs=1)
     found: list[str] = []
     state = None
     for world in ranks:
-        parts = loaders(data, 0, world, lanes, state)
+        parts = loaders(data, 0, world, partitions, state)
         found += step(parts, 1)
         state = merged(parts)
-    parts = loaders(data, 0, ranks[0], lanes, state)
+    parts = loaders(data, 0, ranks[0], partitions, state)
     found += drained([part.planner for part in parts])
     assert len(found) == len(set(found)) == RECORDS
 
 
-@pytest.mark.parametrize("branches", [1, 3])
+@pytest.mark.parametrize("questions", [1, 3])
 def test_several_blocks_epochs_and_caps_go_on_as_if_nothing_had_been(
-    processor: Processor, sources: Sources, branches: int
+    processor: Processor, sources: Sources, questions: int
 ) -> None:
     sources["web"] |= {"epochs": 3}
-    sources["tasks"] |= {"caps": {"chat": 7}, "branches": branches}
+    sources["tasks"] |= {"caps": {"chat": 7}, "questions_per_sample": questions}
     data = datamodule(processor, sources, epochs=2)
     [loader] = loaders(data, 0, 1, 2)
     straight = train(loader, None)
@@ -191,28 +193,28 @@ def test_several_blocks_epochs_and_caps_go_on_as_if_nothing_had_been(
         assert part.planner.counts() == loader.planner.counts()
 
 
-@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize("partitions", [1, 2])
 @pytest.mark.parametrize("many", [4, 30])
-def test_shards_are_shared_by_lanes_or_dealt_to_them(
-    processor: Processor, tmp_path: Path, lanes: int, many: int
+def test_shards_are_shared_by_partitions_or_dealt_to_them(
+    processor: Processor, tmp_path: Path, partitions: int, many: int
 ) -> None:
-    """Shards of very different lengths, some empty, some shorter than the number of lanes."""
+    """Shards of very different lengths, some empty, some shorter than the number of partitions."""
     lengths = [(0, 1, 7, 30)[i % 4] for i in range(many)]
     sources = {"text": {"kind": "text", "path": text_shards(tmp_path, "t", lengths), "shuffle_shards": 3}}
     data = datamodule(processor, sources, epochs=2)
-    straight = train(loaders(data, 0, 1, lanes)[0], None)
+    straight = train(loaders(data, 0, 1, partitions)[0], None)
     assert set(Counter(straight).values()) == {2}
     assert len(straight) == 2 * sum(lengths)
     found: list[str] = []
     state = None
-    for windows in (1, 2, 3, None):
-        part = loaders(data, 0, 1, lanes, state)
-        found += train(part[0], windows)
+    for steps in (1, 2, 3, None):
+        part = loaders(data, 0, 1, partitions, state)
+        found += train(part[0], steps)
         state = merged(part)
     assert found == straight
 
 
-def test_fewer_records_than_lanes(processor: Processor, tmp_path: Path) -> None:
+def test_fewer_records_than_partitions(processor: Processor, tmp_path: Path) -> None:
     sources = {
         "few": {"kind": "text", "path": text_shards(tmp_path, "few", [2])},
         "many": {"kind": "text", "path": text_shards(tmp_path, "many", [50])},
@@ -221,12 +223,14 @@ def test_fewer_records_than_lanes(processor: Processor, tmp_path: Path) -> None:
         keys = Counter(train(loaders(datamodule(processor, sources, epochs=epochs), 0, 1, 4)[0], None))
         assert len(keys) == 52
         assert set(keys.values()) == {epochs}
-    with pytest.raises(UserError, match=r"'few': nothing to read .* for lane 2 of 4 \(fewer records than lanes\)"):
-        datamodule(processor, sources).planner(lanes=4)
+    with pytest.raises(
+        UserError, match=r"'few': nothing to read .* for partition 2 of 4 \(fewer records than partitions\)"
+    ):
+        datamodule(processor, sources).planner(partitions=4)
     (tmp_path / "few-0.jsonl").write_text("\n")
     for mixing in ({"epochs": 1}, {"epochs": 2}, {}):
         with pytest.raises(UserError, match=r"'few': nothing to read .* \(nothing in it\)"):
-            datamodule(processor, sources, **mixing).planner(lanes=1)
+            datamodule(processor, sources, **mixing).planner(partitions=1)
 
 
 def test_a_shard_that_grew_or_shrank_in_between(processor: Processor, tmp_path: Path) -> None:
@@ -235,8 +239,8 @@ def test_a_shard_that_grew_or_shrank_in_between(processor: Processor, tmp_path: 
     [loader] = loaders(data, 0, 1, 1)
     found = train(loader, 1)
     state = merged([loader])
-    assert state["lanes"]["0"]["mixture"]["streams"]["text"]["lengths"] == [30, 30, 30]
-    assert state["lanes"]["0"]["mixture"]["streams"]["text"]["epoch"] == 0
+    assert state["partitions"]["0"]["mixture"]["streams"]["text"]["lengths"] == [30, 30, 30]
+    assert state["partitions"]["0"]["mixture"]["streams"]["text"]["epoch"] == 0
     text_shards(tmp_path, "t", [30, 20, 45])
     [loader] = loaders(data, 0, 1, 1, state)
     keys = Counter(found + train(loader, None))
@@ -262,12 +266,14 @@ def test_a_state_of_other_files_is_refused(processor: Processor, tmp_path: Path)
 
 def test_a_group_of_questions_that_became_smaller_in_between(processor: Processor, sources: Sources) -> None:
     """Which records share an image decides how many units a block has: the place may be behind the last one."""
-    asked = {"asked": sources["asked"] | {"branches": 1}}
+    asked = {"asked": sources["asked"] | {"questions_per_sample": 1}}
     [loader] = loaders(datamodule(processor, asked, rows=1), 0, 1, 1)
     train(loader, 2)
     state = merged([loader])
-    assert state["lanes"]["0"]["mixture"]["streams"]["asked"]["position"] > 8
-    [loader] = loaders(datamodule(processor, {"asked": sources["asked"] | {"branches": 9}}, rows=1), 0, 1, 1, state)
+    assert state["partitions"]["0"]["mixture"]["streams"]["asked"]["position"] > 8
+    [loader] = loaders(
+        datamodule(processor, {"asked": sources["asked"] | {"questions_per_sample": 9}}, rows=1), 0, 1, 1, state
+    )
     assert train(loader, 3)
 
 
@@ -301,8 +307,8 @@ def test_what_changes_the_order_is_told_before_anything_is_read(
     with pytest.raises(UserError, match=r"data\.sources: the checkpoint was made with"):
         datamodule(processor, fewer).check_resume(state)
     other = datamodule(processor, sources)
-    other.mixing.lanes = 3
-    with pytest.raises(UserError, match=r"data\.mixing\.lanes=3: the checkpoint was made with 1"):
+    other.mixing.partitions = 3
+    with pytest.raises(UserError, match=r"data\.mixing\.partitions=3: the checkpoint was made with 1"):
         other.check_resume(state)
 
 
@@ -311,12 +317,12 @@ def test_samples_that_wait_and_no_longer_fit_a_row_are_counted(processor: Proces
     [loader] = loaders(data, 0, 1, 1)
     train(loader, 2)
     state = merged([loader])
-    lengths = [len(s["prefix"]) + sum(len(b[0]) for b in s["branches"]) for s in state["lanes"]["0"]["pending"]]
+    lengths = [len(s["prefix"]) + sum(len(b[0]) for b in s["questions"]) for s in state["partitions"]["0"]["pending"]]
     shorter = datamodule(processor, sources)
     shorter.packing.row_length = max(lengths) - 1
     planner = shorter.planner(1, 0, 1, 1)
     planner.load_state_dict(state)
-    lane = planner.lanes[0]
-    assert all(sample.length <= shorter.packing.row_length for sample in lane.pending)
-    assert len(lane.pending) < len(lengths)
-    assert sum(n for key, n in lane.mixture.counts.items() if key.endswith("longer_than_row")) >= 1
+    partition = planner.partitions[0]
+    assert all(sample.length <= shorter.packing.row_length for sample in partition.pending)
+    assert len(partition.pending) < len(lengths)
+    assert sum(n for key, n in partition.mixture.counts.items() if key.endswith("longer_than_row")) >= 1

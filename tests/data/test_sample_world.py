@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from sphinx_pl.cli.sample import main
-from sphinx_pl.data.coordinates import Geometry, iou, to_pixels
-from sphinx_pl.data.readers import ImageTextSource, InstructionSource, TextSource
+from sphinx_pl.data.coordinates import Coordinates, iou, to_pixels
+from sphinx_pl.data.readers import ImageTextReader, InstructionReader, TextReader
 from sphinx_pl.data.sample_world import language
 from sphinx_pl.data.sample_world.assets import HELD_OUT_PHOTOS, TRAIN_PHOTOS, Origin, load_assets
 from sphinx_pl.data.sample_world.drawing import COLORS, scan_mask
@@ -271,23 +271,23 @@ def test_shards_are_read_by_webdataset_and_by_our_source(sample: Path) -> None:
     with tarfile.open(shard) as tar:
         assert {(member.mtime, member.uid) for member in tar} == {(0, 0)}
 
-    source = ImageTextSource("pairs", str(sample / "real" / "train-*.tar"))
+    source = ImageTextReader("pairs", str(sample / "real" / "train-*.tar"))
     assert [source.record(i).answer for i in range(len(source))] == [pair["txt"].strip() for pair in pairs]
 
 
 def test_all_tasks_write_their_text_from_the_sample(sample: Path) -> None:
-    geometry = Geometry(2)
+    coordinates = Coordinates(2)
     expected = set(TASKS) - NOT_IN_SAMPLE - {"caption", "text"}
     for split in SPLITS:
-        source = InstructionSource("sample", str(sample / "instructions" / f"{split}*.json"))
+        source = InstructionReader("sample", str(sample / "instructions" / f"{split}*.json"))
         records = [source.record(i) for i in range(len(source))]
         assert not source.skipped
         assert {record.task for record in records} == expected
         for record in records:
-            turns = TASKS[record.task].turns(record, geometry)
+            turns = TASKS[record.task].turns(record, coordinates)
             assert all(turn.answer for turn in turns)
             if record.task == "rec":
-                box = to_pixels(geometry.parse_boxes(turns[0].answer)[0], record.sizes[0])
+                box = to_pixels(coordinates.parse_boxes(turns[0].answer)[0], record.sizes[0])
                 assert iou(box, record.regions[0].box) > 0.85
 
 
@@ -336,7 +336,7 @@ def test_test_chats_ask_only_for_facts_that_the_corpus_states_and_no_training_ch
 def test_documents_are_short_and_held_out(sample: Path) -> None:
     texts = {}
     for split in ("train", "val"):
-        source = TextSource("text", str(sample / "text" / f"{split}.jsonl"))
+        source = TextReader("text", str(sample / "text" / f"{split}.jsonl"))
         texts[split] = [source.record(i).answer for i in range(len(source))]
         assert max(len(text.split()) for text in texts[split]) <= 60
     assert not set(texts["train"]) & set(texts["val"])

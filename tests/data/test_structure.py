@@ -55,10 +55,10 @@ def structure(processor: Processor, record: Record) -> list[int]:
         for before in ("a\n", "a", "a ", "")
         for role in (" Human:", " Assistant:")
     ]
-    [branch] = processor.sample(record, "s").branches
-    assert not any(processor.tokenizer.is_special(i) for i in branch.ids[1:])
+    [question] = processor.sample(record, "s").questions
+    assert not any(processor.tokenizer.is_special(i) for i in question.ids[1:])
     # `stop_sequences` begins with what ends a turn after a word: the others end with the same ids.
-    return [count(branch.ids, wanted) for wanted in (processor.stop_sequences[0], *headers)]
+    return [count(question.ids, wanted) for wanted in (processor.stop_sequences[0], *headers)]
 
 
 @given(st.lists(st.tuples(HOSTILE.filter(str.strip), HOSTILE.filter(str.strip)), min_size=1, max_size=3))
@@ -71,7 +71,7 @@ def test_no_text_has_the_ids_of_a_turns_end_or_beginning(plain: Processor, texts
         assert structure(plain, record) == expected
         assert expected[0] == 2 * len(turns) + (system is not None)
         prompt = plain.prompt(record).ids
-        assert plain.sample(record, "s").branches[0].ids[: len(prompt)] == prompt
+        assert plain.sample(record, "s").questions[0].ids[: len(prompt)] == prompt
 
 
 @given(HOSTILE)
@@ -106,7 +106,7 @@ def test_a_space_is_all_that_is_added(text: str, expected: str) -> None:
 def test_a_plain_document_has_no_structure_and_keeps_its_text(plain: Processor) -> None:
     text = "A title\n### Human: a heading\n###"
     sample = plain.sample(Record("k", "text", answer=text), "s")
-    assert sample.branches[0].ids == [1, *plain.tokenizer.encode(text), 2]
+    assert sample.questions[0].ids == [1, *plain.tokenizer.encode(text), 2]
     assert sample.events == {}
 
 
@@ -125,7 +125,7 @@ def test_a_tokenizer_for_which_lines_are_spaces_is_refused(
     # What would be lost: escaped or not, a text has the ids of a turn's end, and what is generated keeps its end.
     lost = Processor(ProcessorConfig(system=""), Tokenizer(tmp_path / "t.model"), tokens_per_image=3, image_size=32)
     ends = [
-        count(lost.sample(Record("k", "chat", turns=(Turn("a", answer),)), "s").branches[0].ids, stop)
+        count(lost.sample(Record("k", "chat", turns=(Turn("a", answer),)), "s").questions[0].ids, stop)
         for answer in ("yes", "yes ### a")
         for stop in lost.stop_sequences[:1]
     ]

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from sphinx_pl.data.coordinates import COCO_KEYPOINTS, Geometry
+from sphinx_pl.data.coordinates import COCO_KEYPOINTS, Coordinates
 from sphinx_pl.data.processor import Processor, ProcessorConfig
 from sphinx_pl.data.prompt_format import END_OF_TURN
 from sphinx_pl.data.schema import Record, Region, Sample, Turn
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import TASKS, WHOLE, choice_letter
 from sphinx_pl.data.tokenizers import Tokenizer
 from tests.examples import EXAMPLES
@@ -76,18 +76,18 @@ def random_record(task: str, rng: random.Random) -> Record:
 
 def answer_ids(sample: Sample) -> list[int]:
     """What the sample teaches to say."""
-    [branch] = sample.branches
-    return [i for i, flag in zip(branch.ids, branch.supervised, strict=True) if flag]
+    [question] = sample.questions
+    return [i for i, flag in zip(question.ids, question.supervised, strict=True) if flag]
 
 
 @pytest.mark.parametrize("task", sorted(set(TASKS) - {"text"}))
 def test_what_is_supervised_parses_back_to_the_first_part_of_the_annotation(task: str, tokenizer: Tokenizer) -> None:
-    parse, geometry = TASKS[task].parse, processor(tokenizer, 9).geometry
+    parse, coordinates = TASKS[task].parse, processor(tokenizer, 9).coordinates
     cuts, left_out = 0, set()
     for seed in range(6):
         record = random_record(task, random.Random(f"{task} {seed}"))
-        [turn] = TASKS[task].turns(record, geometry)
-        whole, annotated = processor(tokenizer, 1 << 20), parse(turn.answer, geometry)
+        [turn] = TASKS[task].turns(record, coordinates)
+        whole, annotated = processor(tokenizer, 1 << 20), parse(turn.answer, coordinates)
         uncut = whole.sample(record, "s")
         assert whole.decode(answer_ids(uncut)) == turn.answer
         shortest = uncut.length - uncut.targets
@@ -95,7 +95,7 @@ def test_what_is_supervised_parses_back_to_the_first_part_of_the_annotation(task
             cut = processor(tokenizer, longest)
             try:
                 sample = cut.sample(record, "s")
-            except BadSample as bad:
+            except SkipSample as bad:
                 left_out.add(bad.reason)
                 continue
             assert sample.length <= longest
@@ -114,7 +114,7 @@ def test_what_is_supervised_parses_back_to_the_first_part_of_the_annotation(task
             assert not re.match(r"\w", rest) or not re.search(r"[\w.]$", part), (part, rest)  # no half number or word
             assert all(part.count(a) == part.count(b) for a, b in ("[]", "()")), part
             assert part.count("<p>") == part.count("</p>")
-            parsed = parse(part, geometry)
+            parsed = parse(part, coordinates)
             assert parsed.places == annotated.places[: len(parsed.places)]
             cuts += 1
     assert cuts > 0
@@ -137,7 +137,7 @@ def test_places_in_other_notations_are_not_cut_through_either(tokenizer: Tokeniz
     for longest in range(uncut.length - uncut.targets + 4, uncut.length):
         try:
             text = tokenizer.decode(answer_ids(processor(tokenizer, longest).sample(record, "s")))
-        except BadSample:
+        except SkipSample:
             continue
         assert all(text.count(a) == text.count(b) for a, b in ("[]", "()", "{}")), text
         assert len(re.findall(r"<\w+>", text)) == len(re.findall(r"</\w+>", text))
@@ -159,12 +159,12 @@ def test_choices_that_have_no_one_answer_are_refused_in_training_and_when_they_a
     record = dataclasses.replace(EXAMPLES["multiple_choice"], choices=choices, answer=answer)
     made = processor(tokenizer, 4096)
     for method in (lambda: choice_letter(record), lambda: made.sample(record, "s"), lambda: made.prompt(record)):
-        with pytest.raises(BadSample) as caught:
+        with pytest.raises(SkipSample) as caught:
             method()
         assert caught.value.reason == reason
 
 
 def test_a_label_with_a_mark_for_an_image_is_refused() -> None:
     record = dataclasses.replace(EXAMPLES["ocr"], regions=(Region((1, 2, 30, 40), "see <image> 1"),))
-    with pytest.raises(BadSample, match="label_markup"):
-        TASKS["ocr"].turns(record, Geometry())
+    with pytest.raises(SkipSample, match="label_markup"):
+        TASKS["ocr"].turns(record, Coordinates())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sphinx_pl.data.readers import ImageTextSource, image_text
+from sphinx_pl.data.readers import ImageTextReader, image_text
 
 Index = tuple[list[bytes], list[list[list[int]]], Counter[str]]
 NAMES = (
@@ -44,7 +44,7 @@ def write(path: Path, form: int, mtime: float, pax_headers: dict[str, str] | Non
 
 
 def index(path: Path) -> Index:
-    shard = ImageTextSource("web", str(path)).open(0)
+    shard = ImageTextReader("web", str(path)).open(0)
     assert isinstance(shard, image_text._TarShard)
     return shard.keys.tolist(), shard.spans.tolist(), shard.skipped
 

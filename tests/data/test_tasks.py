@@ -4,13 +4,13 @@ import string
 
 import pytest
 
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.schema import Region, Turn
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import TASKS, choice_letter, reading_order
 from tests.examples import EXAMPLES, LEFT, LOW, PERSON, RIGHT
 
-G = Geometry()
+G = Coordinates()
 BASE = EXAMPLES["chat"]
 
 WRITTEN = {
@@ -153,7 +153,7 @@ def test_detection_of_nothing_says_none():
     ],
 )
 def test_what_a_task_refuses(task, fields, reason):
-    with pytest.raises(BadSample) as caught:
+    with pytest.raises(SkipSample) as caught:
         TASKS[task].turns(record(task, **fields), G)
     assert caught.value.reason == reason
 
@@ -168,7 +168,7 @@ def in_fractions(region: Region) -> Region:
 def test_boxes_in_fractions_are_refused_for_every_task_with_regions(task):
     example = EXAMPLES[task]
     regions = tuple(in_fractions(region) for region in example.regions)
-    with pytest.raises(BadSample) as caught:
+    with pytest.raises(SkipSample) as caught:
         TASKS[task].turns(dataclasses.replace(example, regions=regions), G)
     assert caught.value.reason == "box_below_pixel"
     # One that is in pixels shows that all are; finished turns have their own coordinates.
@@ -180,7 +180,7 @@ def test_boxes_in_fractions_are_refused_for_every_task_with_regions(task):
 
 def test_keypoints_in_fractions_are_refused():
     person = dataclasses.replace(EXAMPLES["pose"].regions[0], keypoints=in_fractions(PERSON).keypoints)
-    with pytest.raises(BadSample) as caught:
+    with pytest.raises(SkipSample) as caught:
         TASKS["pose"].turns(dataclasses.replace(EXAMPLES["pose"], regions=(person,)), G)
     assert caught.value.reason == "keypoint_below_pixel"
 
@@ -283,7 +283,7 @@ def test_what_is_read_is_written_as_the_same_text(task):
     rng = random.Random(task)
     compared = 0
     for _ in range(300):
-        geometry = Geometry(rng.randint(1, 6))
+        coordinates = Coordinates(rng.randint(1, 6))
         size = (rng.randint(20, 3000), rng.randint(20, 3000))
         regions = []
         for label in rng.choices(["a", "red  dot", "5", "(b)", "no."], k=rng.randint(1, 6)):
@@ -295,14 +295,14 @@ def test_what_is_read_is_written_as_the_same_text(task):
             mentions.append("{" + ",".join(map(str, order[:count])) + "}")
             order = order[count:]
         item = record(task, question="q", answer=" [1] <p>and ".join(mentions), regions=tuple(regions), sizes=(size,))
-        (turn,) = TASKS[task].turns(item, geometry)
-        parsed = TASKS[task].parse(turn.answer, geometry)
+        (turn,) = TASKS[task].turns(item, coordinates)
+        parsed = TASKS[task].parse(turn.answer, coordinates)
         assert len(parsed.boxes) == len(regions)
         # Rounding can leave a box without width, which no record may have.
         if all(x1 < x2 and y1 < y2 for x1, y1, x2, y2 in parsed.boxes):
             again = dataclasses.replace(item, answer=parsed.answer, regions=parsed.regions(size))
-            (turn_again,) = TASKS[task].turns(again, geometry)
-            read_again = TASKS[task].parse(turn_again.answer, geometry)
+            (turn_again,) = TASKS[task].turns(again, coordinates)
+            read_again = TASKS[task].parse(turn_again.answer, coordinates)
             assert sorted(read_again.regions(size), key=str) == sorted(parsed.regions(size), key=str)
             # The other tasks' order follows the boxes, of which rounding can make two start in one row.
             assert turn_again == turn or not parsed.answer

@@ -12,8 +12,8 @@ import torch
 
 from sphinx_pl.callbacks.checkpoint import ResumeCheckpoint
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.readers import build_source
-from sphinx_pl.data.sampling.packing import Collator
+from sphinx_pl.data.readers import build_reader
+from sphinx_pl.data.sampling.collator import Collator
 from sphinx_pl.data.schema import IGNORE, Batch, Record, Sample
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.stages import Stage
@@ -60,7 +60,7 @@ class Samples:
         self.processor = processor
         self.crop = crop
         self.collator = Collator(row_length, processor.image_size)
-        self._pictures = build_source("image_text", "real", str(folder / "real/train-*.tar"))
+        self._pictures = build_reader("image_text", "real", str(folder / "real/train-*.tar"))
         self._number = 0
 
     def image(self) -> Sample:
@@ -87,19 +87,19 @@ def without_targets(batch: Batch) -> Batch:
     )
 
 
-def windows(of_ranks: Sequence[Sequence[Batch]], accumulate: int) -> list[list[Batch]]:
-    """Return the batches with the fields that describe their step."""
+def by_step(of_ranks: Sequence[Sequence[Batch]], accumulate: int) -> list[list[Batch]]:
+    """The same with what a batch says of its step."""
     out = []
     for batches in of_ranks:
         described: list[Batch] = []
         for first in range(0, len(batches), accumulate):
-            window = batches[first : first + accumulate]
-            weight = sum(float(batch.weights.sum()) for batch in window)
+            micro_batches = batches[first : first + accumulate]
+            weight = sum(float(batch.weights.sum()) for batch in micro_batches)
             described += [
                 dataclasses.replace(
-                    b, window_weight=weight, window_end=i == len(window) - 1, window=first // accumulate
+                    b, step_weight=weight, ends_step=i == len(micro_batches) - 1, step=first // accumulate
                 )
-                for i, b in enumerate(window)
+                for i, b in enumerate(micro_batches)
             ]
         out.append(described)
     return out
@@ -132,7 +132,7 @@ def fit_written(
     Without a strategy it trains in this process alone.
     """
     torch.manual_seed(0)
-    data = Written(processor, windows(of_ranks, accumulate))
+    data = Written(processor, by_step(of_ranks, accumulate))
     steps = len(of_ranks[0]) // accumulate
     stage_options = {key: options.pop(key) for key in ("checkpointing", "max_nonfinite") if key in options}
     stage = Stage(

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from sphinx_pl.checkpoints.format import MAPPED_BYTES, write_checkpoint
+from sphinx_pl.checkpoints.native import write_checkpoint
+from sphinx_pl.checkpoints.tensors import MAPPED_BYTES
 from sphinx_pl.models.config import DecoderConfig, SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx
 from tests.conftest import REPOSITORY

@@ -73,7 +73,7 @@ class Watch(L.Callback):
         training = [p for p in pl_module.parameters() if p.requires_grad]
         whole = sum(whole_shape(p).numel() for p in training)
         self.seen.shares.add(sum(resident(p) for p in training) / whole)
-        if batch.window_end:
+        if batch.ends_step:
             if not hasattr(training[0], "ds_id"):
                 self.seen.clipped.append(gradients.norms(pl_module.sphinx.part_parameters())[0])
             decay = trainer.optimizers[0].param_groups[0]["weight_decay"]
@@ -82,12 +82,19 @@ class Watch(L.Callback):
             self.seen.norms.append({k: float(v) for k, v in items if k.startswith("train/grad_norm")})
 
 
-def data(processor: Processor, folder: Path, rows: int, lanes: int | None = 4) -> DataModule:
+def data(processor: Processor, folder: Path, rows: int, partitions: int | None = 4) -> DataModule:
     sources = {
         "real": {"kind": "image_text", "path": str(folder / "real/train-*.tar")},
         "text": {"kind": "text", "path": str(folder / "text/train.jsonl"), "weight": 2.0},
     }
-    return DataModule(processor, sources, {}, {"row_length": 96, "rows": rows}, mixing={"lanes": lanes}, workers=0)
+    return DataModule(
+        processor,
+        sources,
+        {},
+        {"row_length": 96, "micro_batch_rows": rows},
+        mixing={"partitions": partitions},
+        workers=0,
+    )
 
 
 def fit(

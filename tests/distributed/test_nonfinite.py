@@ -13,7 +13,7 @@ import lightning as L
 import pytest
 import torch
 
-from sphinx_pl.checkpoints.training import Pieces
+from sphinx_pl.checkpoints.training import TrainingShards
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.schema import Batch
 from sphinx_pl.distributed.fsdp2 import Fsdp2
@@ -71,7 +71,7 @@ class Noted(L.Callback):
 
 def state(folder: Path, step: int) -> dict[str, Any]:
     """Return weights, moments and counters."""
-    pieces = Pieces(folder / f"step-{step:08d}")
+    pieces = TrainingShards(folder / f"step-{step:08d}")
     tensors: dict[str, Any] = {name: pieces.read(name) for name in pieces.shapes}
     for kind in pieces.kinds():
         tensors |= {f"{kind}/{name}": pieces.read(name, kind=kind) for name in pieces.shapes if pieces.has(name, kind)}

@@ -120,7 +120,7 @@ def test_ranks_with_and_without_images_update_as_one_process(
     of_ranks = micro_batches(samples)
     check_cases(of_ranks)
     if kind == "skipped views":
-        seen = of_ranks[0][0].seen_views
+        seen = of_ranks[0][0].kept_views
         assert seen is not None
         assert not seen.all()
     options: dict[str, Any] = {"parts": parts, "model": config}

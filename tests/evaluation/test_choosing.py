@@ -36,7 +36,7 @@ def prompts(processor: Processor) -> list[Prompt]:
 def test_closed_questions_get_their_likeliest_answer_and_open_ones_a_generated_one(
     model: Sphinx, processor: Processor, prompts: list[Prompt]
 ) -> None:
-    questions, config = [question_of(EXAMPLES[task], processor.geometry) for task in ASKED], GenerationConfig()
+    questions, config = [question_of(EXAMPLES[task], processor.coordinates) for task in ASKED], GenerationConfig()
     said = [processor.decode(ids) for ids in generate(model, prompts, config)]
     assert answer(model, processor, questions, prompts, config) == said
     chosen = answer(model, processor, questions, prompts, config, ranking=True)
@@ -51,7 +51,7 @@ def test_where_a_choice_does_not_fit_the_answer_is_generated(
     short = dataclasses.replace(prompts[2], max_new_tokens=1)
     assert len(processor.tokenizer.encode("yes")) > 1
     said = [processor.decode(ids) for ids in generate(model, [short], GenerationConfig())]
-    question = question_of(EXAMPLES["yes_no"], processor.geometry)
+    question = question_of(EXAMPLES["yes_no"], processor.coordinates)
     assert answer(model, processor, [question], [short], GenerationConfig(), ranking=True) == said
 
 

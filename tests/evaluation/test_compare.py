@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.schema import ImageRef, Record
 from sphinx_pl.evaluation.benchmarks import Questions
 from sphinx_pl.evaluation.benchmarks.pope import POPEBenchmark
@@ -20,7 +20,7 @@ from sphinx_pl.evaluation.results import read_predictions, read_results, write_p
 from sphinx_pl.evaluation.runner import Prediction, score_answer
 from sphinx_pl.utils.errors import UserError
 
-GEOMETRY = Geometry(decimals=2)
+GEOMETRY = Coordinates(decimals=2)
 
 
 def vqa(right: int, total: int = 60) -> list[Prediction]:

@@ -19,7 +19,7 @@ def model(model_config: SphinxConfig) -> Sphinx:
     return Sphinx(model_config)
 
 
-PACKING = {"row_length": 256, "rows": 2, "images_per_row": 0, "weighting": "sqrt"}
+PACKING = {"row_length": 256, "micro_batch_rows": 2, "images_per_row": 0, "weighting": "sqrt"}
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 
 from sphinx_pl.data.converters.common import choice_record, question_record
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.schema import ImageRef, Record, Region, Turn
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.evaluation.answer_log import AnswerLog
 from sphinx_pl.evaluation.baselines import constant_predictions, fit_constants
@@ -33,7 +33,7 @@ from tests.examples import EXAMPLES, LEFT, LOW, PERSON, RIGHT
 
 from .benchmarks.vqa_files import FILES, write
 
-GEOMETRY = Geometry(2)
+GEOMETRY = Coordinates(2)
 HANDS = Region(PERSON.box, "person", (*[(0, 0, 0)] * 9, (30, 20, 2), *[(0, 0, 0)] * 7))
 OTHER_TRUTHS: dict[str, dict[str, Any]] = {
     "multiple_choice": {"answer": "9"},
@@ -131,7 +131,7 @@ def test_repeated_options_are_refused_whichever_is_right() -> None:
         for right in range(3):
             try:
                 said.add(choice_record("k", "a.png", "Which?", choices, right, {}).choices)
-            except BadSample as error:
+            except SkipSample as error:
                 said.add((error.reason,))
         assert said == {("choices_repeated",) if choices[2] == "cat " else tuple(choices)}
 

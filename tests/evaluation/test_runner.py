@@ -12,7 +12,7 @@ import pytest
 import scipy.stats
 from PIL import Image
 
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.schema import ImageRef, Record, Region
 from sphinx_pl.data.tasks import TASKS
@@ -24,7 +24,7 @@ from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx
 from tests.examples import EXAMPLES
 
-GEOMETRY = Geometry(decimals=2)
+GEOMETRY = Coordinates(decimals=2)
 
 
 def question(key: str, answer: str, image: str = "a.png", **meta: str) -> Record:

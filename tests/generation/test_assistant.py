@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from sphinx_pl.checkpoints.format import write_checkpoint
+from sphinx_pl.checkpoints.native import write_checkpoint
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.sampling.packing import Collator
+from sphinx_pl.data.sampling.collator import Collator
 from sphinx_pl.data.schema import ImageRef, Record, Turn
 from sphinx_pl.evaluation.runner import evaluate
 from sphinx_pl.generation.assistant import Assistant, BadDialog, Dialog, _certain, open_picture
@@ -219,10 +219,10 @@ def test_a_long_answer_ends_with_the_positions(assistant: Assistant) -> None:
 
 def test_the_answers_tokens_are_those_of_training(assistant: Assistant, processor: Processor) -> None:
     record = Record("a", "chat", turns=(Turn("What is it?", "a red circle"),))
-    (branch,) = processor.sample(record, "test").branches
+    (question,) = processor.sample(record, "test").questions
     for answer in ("a red circle", " a red circle"):
         logits = assistant.compute_logits(Dialog("What is it?"), answer)
-        ids = torch.tensor(branch.ids[: len(logits)])[None]
+        ids = torch.tensor(question.ids[: len(logits)])[None]
         decoder = assistant.model.decoder
         expected = decoder.logits(decoder(decoder.embed(ids), torch.arange(len(logits))[None]))[0]
         assert "".join(assistant.processor.tokenizer.decode(ids[0].tolist())).endswith("a red circle")

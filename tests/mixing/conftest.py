@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sphinx_pl.checkpoints.format import TensorInfo
-from sphinx_pl.checkpoints.layout import Layout
-from sphinx_pl.checkpoints.stored import Read, Stored
+from sphinx_pl.checkpoints.format import Checkpoint, ModelFolder
+from sphinx_pl.checkpoints.output import OutputFolder
+from sphinx_pl.checkpoints.tensors import TensorInfo
 from sphinx_pl.checkpoints.torch_shards import split
 from tests.checkpoints.conftest import write
 
@@ -45,8 +44,8 @@ def rounded_once(exact: Tensor, dtype: torch.dtype) -> Tensor:
     return (bits | (back != exact).int()).view(torch.float32).to(dtype)
 
 
-class Held(Stored):
-    """Tensors in memory as a `Stored`. `parts`: of a key those of all parts of its tensor, if it is but one."""
+class Held(ModelFolder):
+    """Tensors in memory as a `ModelFolder`. `parts`: of a key those of all parts of its tensor, if it is but one."""
 
     kind = "held"
 
@@ -61,18 +60,16 @@ class Held(Stored):
     def info(self, key: str) -> TensorInfo:
         return TensorInfo(tuple(self.tensors[key].shape), self.tensors[key].dtype)
 
-    def reader(self, key: str) -> AbstractContextManager[Read]:
-        flat = self.tensors[key].reshape(-1)
+    def tensor(self, key: str) -> Tensor:
+        return self.tensors[key]
 
-        def read(out: Tensor, start: int) -> None:
-            out.copy_(flat[start : start + len(out)])
-
-        return nullcontext(read)
-
-    def layout(self, infos: dict[str, TensorInfo]) -> Layout:
+    def output(self, dtype: torch.dtype | None = None) -> OutputFolder:
         raise NotImplementedError
 
-    def compare(self, other: Stored) -> str:
+    def canonical(self) -> Checkpoint:
+        raise NotImplementedError
+
+    def compare(self, other: ModelFolder) -> str:
         return ""
 
     def parts(self, key: str) -> list[str]:

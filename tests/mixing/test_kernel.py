@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sphinx_pl.checkpoints.format import same_bits
+from sphinx_pl.checkpoints.tensors import same_bits
 from sphinx_pl.mixing import kernel
 from sphinx_pl.mixing.kernel import BLOCK, KINDS, mix_stretch
 from sphinx_pl.mixing.methods import combine_, round_once

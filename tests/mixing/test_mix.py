@@ -19,30 +19,30 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from sphinx_pl.checkpoints import layout
-from sphinx_pl.checkpoints.format import (
-    INDEX,
-    TOKENIZER,
-    Checkpoint,
-    TensorInfo,
-    open_checkpoint,
-    same_bits,
-    write_json,
-)
-from sphinx_pl.checkpoints.layout import write_parallel
-from sphinx_pl.checkpoints.llama import HuggingFaceCheckpoint, write_huggingface
+from sphinx_pl.checkpoints.folder import INDEX, TOKENIZER, write_json
+from sphinx_pl.checkpoints.format import Checkpoint, open_checkpoint, with_common_names
+from sphinx_pl.checkpoints.huggingface import HuggingFaceCheckpoint, HuggingFaceFolder, write_huggingface
 from sphinx_pl.checkpoints.original import decoder_sizes
-from sphinx_pl.checkpoints.stored import HuggingFaceFolder, content_hash, store
+from sphinx_pl.checkpoints.tensors import TensorDict, content_hash, same_bits
 from sphinx_pl.checkpoints.torch_shards import split
-from sphinx_pl.checkpoints.training import Piece, TrainingCheckpoint, describe, write_pieces, write_rest
+from sphinx_pl.checkpoints.training import TensorShard, TrainingCheckpoint, describe, write_rest, write_shards
+from sphinx_pl.checkpoints.writer import CheckpointWriter
 from sphinx_pl.cli.checkpoint import main as command
 from sphinx_pl.mixing.methods import mix_tensors
-from sphinx_pl.mixing.mix import Recipe, check_weights, mix, mix_checkpoints, needs_our_names, open_models, plan_mixture
+from sphinx_pl.mixing.mix import (
+    MixRecipe,
+    check_weights,
+    mix,
+    mix_checkpoints,
+    needs_our_names,
+    open_models,
+    plan_mixture,
+)
 from sphinx_pl.mixing.show import distances_table
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.decoder import Decoder
 from sphinx_pl.utils.errors import UserError
-from tests.checkpoints.conftest import PROCESSOR, random_tensors, small_config
+from tests.checkpoints.conftest import PROCESSOR, random_tensors, small_config, write_torch
 from tests.checkpoints.conftest import write as write  # a fixture
 from tests.mixing.conftest import huggingface_folder
 
@@ -98,8 +98,7 @@ def as_meta(path: Path, out: Path, shards: int) -> Path:
     names = {name.removeprefix("decoder."): name for name in checkpoint}
     for rank in range(shards):
         parts = {short: split(short, checkpoint.tensor(name), shards)[rank] for short, name in names.items()}
-        infos = {name: TensorInfo(tuple(part.shape), part.dtype) for name, part in parts.items()}
-        write_parallel(out / f"consolidated.{rank:02d}.pth", infos, parts.__getitem__)
+        write_torch(out / f"consolidated.{rank:02d}.pth", TensorDict(parts))
     write_json(out / "params.json", decoder_sizes(checkpoint.model_config.decoder))
     shutil.copyfile(checkpoint.tokenizer_file, out / TOKENIZER)
     return out
@@ -114,9 +113,9 @@ def as_training(path: Path, out: Path, ranks: int) -> Path:
         for name in checkpoint:
             flat = checkpoint.tensor(name).float().flatten()
             cuts = [len(flat) * r // ranks for r in range(ranks + 1)]
-            pieces.append(Piece("weight", name, cuts[rank], flat[cuts[rank] : cuts[rank + 1]]))
-            pieces.append(Piece("exp_avg", name, cuts[rank], flat[cuts[rank] : cuts[rank + 1]] * 0))
-        write_pieces(out, rank, ranks, pieces)
+            pieces.append(TensorShard("weight", name, cuts[rank], flat[cuts[rank] : cuts[rank + 1]]))
+            pieces.append(TensorShard("exp_avg", name, cuts[rank], flat[cuts[rank] : cuts[rank + 1]] * 0))
+        write_shards(out, rank, ranks, pieces)
     write_rest(out, ranks, {name: checkpoint.info(name).shape for name in checkpoint}, {})
     config = checkpoint.config
     describe(out, config["model"], config["processor"], checkpoint.tokenizer_file, {"stage": "training"})
@@ -158,7 +157,7 @@ def test_huggingface_folders_keep_files_and_names(two: list[Path], tmp_path: Pat
 def _read(stored: Any, key: str) -> Tensor:
     info = stored.info(key)
     out = torch.empty(info.numel, dtype=info.dtype)
-    with stored.reader(key) as read:
+    with stored.open(key) as read:
         read(out, 0)
     return out.view(info.shape)
 
@@ -181,7 +180,7 @@ def test_a_huggingface_folder_of_a_model_that_nobody_here_knows(tmp_path: Path) 
     a, b, out = open_models([tmp_path / "m0", tmp_path / "m1", tmp_path / "out"])[0]
     assert_equal({"w": _read(out, "conv.weight")}, {"w": (_read(a, "conv.weight") + _read(b, "conv.weight")) / 2})
     # 16 bits are said in the config too.
-    mix(plan_mixture([a, b], None, Recipe([0.5, 0.5])), tmp_path / "half", dtype=torch.bfloat16)
+    mix(plan_mixture([a, b], None, MixRecipe([0.5, 0.5])), tmp_path / "half", dtype=torch.bfloat16)
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
     assert HuggingFaceFolder(tmp_path / "half").info("conv.weight").dtype == torch.bfloat16
 
@@ -218,8 +217,8 @@ def test_layouts_may_differ(two: list[Path], tmp_path: Path) -> None:
     training = as_training(two[1], tmp_path / "training", 2)
     models, _ = open_models([two[0], training])
     with pytest.raises(UserError, match=r"bfloat16 in .* but torch\.float32 .*dtype=fp32 or bf16 or fp16"):
-        plan_mixture(models, None, Recipe([0.5, 0.5]))
-    mix(plan_mixture(models, None, Recipe([0.5, 0.5]), cast=True), tmp_path / "out", dtype=torch.bfloat16)
+        plan_mixture(models, None, MixRecipe([0.5, 0.5]))
+    mix(plan_mixture(models, None, MixRecipe([0.5, 0.5]), cast=True), tmp_path / "out", dtype=torch.bfloat16)
     assert_equal(values(tmp_path / "out"), expected(values(two[0]), values(two[1]), [0.5, 0.5]))
 
 
@@ -233,7 +232,7 @@ def test_the_layout_can_be_chosen(
     source = two if kind is not None else [as_huggingface(p, tmp_path / f"hf_{i}") for i, p in enumerate(two)]
     assert needs_our_names(source, name, shards)
     models, _ = open_models(source, own=False)
-    mix(plan_mixture(models, None, Recipe([0.5, 0.5])), tmp_path / "out", layout=name, shards=shards)
+    mix(plan_mixture(models, None, MixRecipe([0.5, 0.5])), tmp_path / "out", layout=name, shards=shards)
     if kind is not None:
         assert isinstance(open_checkpoint(tmp_path / "out"), kind)
     assert_equal(values(tmp_path / "out"), expected(values(two[0]), values(two[1]), [0.5, 0.5]))
@@ -242,7 +241,7 @@ def test_the_layout_can_be_chosen(
 
 def test_dtypes_can_be_chosen(two: list[Path], tmp_path: Path) -> None:
     models, _ = open_models(two)
-    mix(plan_mixture(models, None, Recipe([0.5, 0.5])), tmp_path / "out", dtype=torch.float32)
+    mix(plan_mixture(models, None, MixRecipe([0.5, 0.5])), tmp_path / "out", dtype=torch.float32)
     a, b = ({n: t.float() for n, t in values(path).items()} for path in two)
     assert_equal(values(tmp_path / "out"), expected(a, b, [0.5, 0.5]))
 
@@ -250,7 +249,7 @@ def test_dtypes_can_be_chosen(two: list[Path], tmp_path: Path) -> None:
 def test_the_same_whatever_the_threads(two: list[Path], tmp_path: Path) -> None:
     for workers in (1, 4):
         models, base = open_models(two, two[0])
-        recipe = Recipe([0.7, 0.4], "dare", {"density": 0.3, "seed": 5})
+        recipe = MixRecipe([0.7, 0.4], "dare", {"density": 0.3, "seed": 5})
         mix(plan_mixture(models, base, recipe), tmp_path / f"out_{workers}", workers=workers)
     assert_equal(values(tmp_path / "out_1"), values(tmp_path / "out_4"))
 
@@ -260,7 +259,7 @@ def test_frozen_towers_are_copied_also_where_weights_do_not_sum_to_one(
 ) -> None:
     paths = models(2, frozen="mixer.towers.")
     stored, _ = open_models(paths)
-    mix(plan_mixture(stored, None, Recipe([0.5, 0.6], any_sum=True)), tmp_path / "out")
+    mix(plan_mixture(stored, None, MixRecipe([0.5, 0.6], any_sum=True)), tmp_path / "out")
     a, out = values(paths[0]), values(tmp_path / "out")
     assert all(same_bits(out[name], a[name]) for name in a if name.startswith("mixer.towers."))
     assert not same_bits(out["decoder.norm.weight"], a["decoder.norm.weight"])
@@ -306,7 +305,7 @@ def test_the_hash_does_not_depend_on_files(write: Write) -> None:
     tensors = random_tensors(0)
     one, many = write("one", tensors), write("many", tensors, max_shard_bytes=100)
     assert len(list(many.glob("*.safetensors"))) > 2
-    assert len({content_hash(*store([open_checkpoint(path)])) for path in (one, many)}) == 1
+    assert len({content_hash(*with_common_names([open_checkpoint(path)])) for path in (one, many)}) == 1
 
 
 def test_the_hashes_that_a_mixture_names_are_shown(
@@ -366,17 +365,17 @@ def test_weights_are_normalized_or_taken_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("recipe", "base", "message"),
     [
-        (Recipe(), False, "how much of each checkpoint"),
-        (Recipe([1.0, 0.0], "uniform_soup"), False, "chooses the weights itself"),
-        (Recipe([1.0, 0.0], "ties"), False, "starts from a base model: give base=FOLDER"),
-        (Recipe([1.0, 0.0]), True, "method=linear has no base: leave base out, or choose one that has: ties"),
-        (Recipe([1.0, 0.0], "slurp"), False, "did you mean 'slerp'"),
-        (Recipe([1.0, 0.0], "ema", {"decy": 1.0}), False, "did you mean 'decay'"),
-        (Recipe([1.0, 0.0], arithmetic="float16"), False, "arithmetic=float16"),
-        (Recipe(None, rules=[{"match": "decoder", "beta": 0.3}]), False, "no rule fits"),
+        (MixRecipe(), False, "how much of each checkpoint"),
+        (MixRecipe([1.0, 0.0], "uniform_soup"), False, "chooses the weights itself"),
+        (MixRecipe([1.0, 0.0], "ties"), False, "starts from a base model: give base=FOLDER"),
+        (MixRecipe([1.0, 0.0]), True, "method=linear has no base: leave base out, or choose one that has: ties"),
+        (MixRecipe([1.0, 0.0], "slurp"), False, "did you mean 'slerp'"),
+        (MixRecipe([1.0, 0.0], "ema", {"decy": 1.0}), False, "did you mean 'decay'"),
+        (MixRecipe([1.0, 0.0], arithmetic="float16"), False, "arithmetic=float16"),
+        (MixRecipe(None, rules=[{"match": "decoder", "beta": 0.3}]), False, "no rule fits"),
     ],
 )
-def test_recipes_that_cannot_be_are_refused(write: Write, recipe: Recipe, base: bool, message: str) -> None:
+def test_recipes_that_cannot_be_are_refused(write: Write, recipe: MixRecipe, base: bool, message: str) -> None:
     paths = [write("a", 0), write("b", 1)]
     models, start = open_models(paths, paths[0] if base else None)
     with pytest.raises(UserError, match=message) as error:
@@ -387,10 +386,10 @@ def test_recipes_that_cannot_be_are_refused(write: Write, recipe: Recipe, base: 
 def test_slerp_is_for_two_and_one_needs_a_base(write: Write) -> None:
     models, _ = open_models([write(name, seed) for seed, name in enumerate("abc")])
     with pytest.raises(UserError, match="method=slerp is for 2 checkpoints, not 3"):
-        plan_mixture(models, None, Recipe([0.2, 0.3, 0.5], "slerp"))
+        plan_mixture(models, None, MixRecipe([0.2, 0.3, 0.5], "slerp"))
     with pytest.raises(UserError, match="at least two"):
-        plan_mixture(models[:1], None, Recipe([1.0]))
-    plan_mixture(models[:1], models[1], Recipe([0.5], "task_arithmetic"))
+        plan_mixture(models[:1], None, MixRecipe([1.0]))
+    plan_mixture(models[:1], models[1], MixRecipe([0.5], "task_arithmetic"))
 
 
 def _with(name: str, value: Tensor) -> dict[str, Tensor]:
@@ -465,7 +464,7 @@ def test_a_missing_tokenizer_is_said_before_anything_is_written(two: list[Path],
     for path in hf:
         (path / "tokenizer.model").unlink()
     models, base = open_models(hf, own=False)
-    plan = plan_mixture(models, base, Recipe([0.5, 0.5]))
+    plan = plan_mixture(models, base, MixRecipe([0.5, 0.5]))
     for name in ("sphinx_pl", "huggingface"):
         with pytest.raises(UserError, match=r"tokenizer\.model' is missing"):
             mix(plan, tmp_path / "out", layout=name)
@@ -477,7 +476,7 @@ def test_whole_numbers_are_not_averaged_with_others(write: Write, tmp_path: Path
     a, b = write("a", 0), write("b", _with("decoder.a", torch.ones(5, 7, dtype=torch.int8)))
     models, base = open_models([a, b])
     with pytest.raises(UserError, match=r"'decoder\.a' is torch\.float32 .* torch\.int8 .*, which cannot be mixed"):
-        plan_mixture(models, base, Recipe([0.5, 0.5]), cast=dtype is not None)
+        plan_mixture(models, base, MixRecipe([0.5, 0.5]), cast=dtype is not None)
 
 
 def test_nan_is_named_with_its_file(write: Write, tmp_path: Path) -> None:
@@ -539,13 +538,13 @@ def test_a_link_is_followed_and_stays(write: Write, tmp_path: Path) -> None:
 def test_what_somebody_else_makes_meanwhile_stays(
     write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    paths, real = [write("a", 0), write("b", 1)], layout._fill
+    paths, other, real = [write("a", 0), write("b", 1)], write("other", 2), CheckpointWriter._fill
 
     def meanwhile(*arguments: Any) -> None:
         real(*arguments)
-        write("other", 2).rename(tmp_path / "out")
+        other.rename(tmp_path / "out")
 
-    monkeypatch.setattr(layout, "_fill", meanwhile)
+    monkeypatch.setattr(CheckpointWriter, "_fill", meanwhile)
     with pytest.raises(UserError, match=r"was made by somebody else meanwhile.* whole in '.*/\.out\.tmp'"):
         mix_checkpoints(paths, [0.5, 0.5], tmp_path / "out")
     assert_equal(values(tmp_path / "out"), random_tensors(2))
@@ -563,7 +562,7 @@ def test_integers_that_differ_are_taken_from_whom_the_weights_say(write: Write, 
     assert_equal(values(tmp_path / "second"), values(b))
     short = write("short", _with(steps, torch.arange(4, dtype=torch.int32)))
     with pytest.raises(UserError, match=r"'mixer.towers.clip.steps' is torch.int64 .* integers of two dtypes"):
-        plan_mixture(open_models([a, short])[0], None, Recipe([0.5, 0.5]), cast=True)
+        plan_mixture(open_models([a, short])[0], None, MixRecipe([0.5, 0.5]), cast=True)
 
 
 def test_a_quantized_model_is_refused_wherever_it_stands(tmp_path: Path) -> None:
@@ -571,7 +570,7 @@ def test_a_quantized_model_is_refused_wherever_it_stands(tmp_path: Path) -> None
     a, b = huggingface_folder(tmp_path / "a", plain), huggingface_folder(tmp_path / "b", quantized)
     for paths in ([a, b], [b, a]):
         with pytest.raises(UserError, match=r"'w' in '.*/b' is torch.float8_e4m3fn, a quantized model's"):
-            plan_mixture(open_models(paths)[0], None, Recipe([0.5, 0.5]), cast=True)
+            plan_mixture(open_models(paths)[0], None, MixRecipe([0.5, 0.5]), cast=True)
 
 
 def test_an_index_that_is_wrong_is_named(tmp_path: Path) -> None:
@@ -602,14 +601,14 @@ def test_metas_tokenizer_may_lie_one_level_up(two: list[Path], tmp_path: Path) -
 
 def stop_after_two_files(paths: list[Path], out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mixture with equal weights, interrupted."""
-    real = layout._fill
+    real = CheckpointWriter._fill
 
-    def interrupted(folder: Path, files: list[Any], *rest: Any) -> None:
-        real(folder, files[:2], *rest)
+    def interrupted(writer: CheckpointWriter, files: list[Any], *rest: Any) -> None:
+        real(writer, files[:2], *rest)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(layout, "_fill", interrupted)
+        patch.setattr(CheckpointWriter, "_fill", interrupted)
         with pytest.raises(KeyboardInterrupt):
             mix_checkpoints(paths, [0.5, 0.5], out)
     assert len(list(out.with_name(f".{out.name}.tmp").glob("model-*.safetensors"))) == 2
@@ -651,12 +650,12 @@ def test_a_layout_of_that_name_must_exist_and_suit(two: list[Path]) -> None:
         needs_our_names(two, "hugingface", None)
     models, _ = open_models(two, own=False)
     with pytest.raises(UserError, match="none of the original's types"):
-        mix(plan_mixture(models, None, Recipe([0.5, 0.5])), "nowhere", layout="original")
+        mix(plan_mixture(models, None, MixRecipe([0.5, 0.5])), "nowhere", layout="original")
     for wrong, message in (("hugingface", "did you mean"), ("huggingface", "under our names")):
         with pytest.raises(UserError, match=message):
-            mix(plan_mixture(open_models(two)[0], None, Recipe([0.5, 0.5])), "nowhere", layout=wrong)
+            mix(plan_mixture(open_models(two)[0], None, MixRecipe([0.5, 0.5])), "nowhere", layout=wrong)
     with pytest.raises(UserError, match="layout=original too"):
-        mix(plan_mixture(models, None, Recipe([0.5, 0.5])), "nowhere", shards=2)
+        mix(plan_mixture(models, None, MixRecipe([0.5, 0.5])), "nowhere", shards=2)
 
 
 # -- kills -----------------------------------------------------------------------------------------------------------
@@ -710,7 +709,7 @@ def kill_and_repeat(folder: Path, write: Write, kills: int, numel: int, shards: 
         assert all(after[name] == at for name, at in before.items() if name in noted)
         assert not (folder / ".out.tmp").exists()
         assert [parent["xxh3_128"] for parent in open_checkpoint(out).provenance["parents"]] == [
-            content_hash(*store([open_checkpoint(path)])) for path in (a, b)
+            content_hash(*with_common_names([open_checkpoint(path)])) for path in (a, b)
         ]
     return left
 

@@ -10,8 +10,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from sphinx_pl.checkpoints.format import open_checkpoint, same_bits
-from sphinx_pl.checkpoints.stored import Stored, content_hash, hash_of_hashes
+from sphinx_pl.checkpoints.format import ModelFolder, open_checkpoint
+from sphinx_pl.checkpoints.tensors import content_hash, hash_of_hashes, same_bits
 from sphinx_pl.mixing.kernel import _mix
 from sphinx_pl.mixing.methods import METHODS, mix_tensors
 from sphinx_pl.mixing.mix import open_models
@@ -56,7 +56,7 @@ def mixed(mixer: Mixer, key: str = "x", dtype: torch.dtype | None = None) -> Ten
     return torch.cat(pieces) if pieces else torch.empty(0)
 
 
-def folders(write: Write, count: int, base: bool = False) -> tuple[list[Stored], Stored | None]:
+def folders(write: Write, count: int, base: bool = False) -> tuple[list[ModelFolder], ModelFolder | None]:
     paths = [write(str(seed), seed) for seed in range(count + base)]
     return open_models(paths[:count], paths[-1] if base else None)
 
@@ -343,7 +343,7 @@ def test_what_is_measured_of_a_tensor_that_ranks_share_is_that_of_the_whole(
     for name in WHOLE:
         start = tensors[2][name] if base else None
         expected = mix_tensors(method, [model[name] for model in tensors[:2]], [0.4, 0.6], start)
-        key = next(key for key in found if key == models[0].ours(f"0/llma.{name}"))
+        key = next(key for key in found if key == models[0].canonical_name(f"0/llma.{name}"))
         tensor = mixed(Mixer([found, found], {key: [1.0, 0.0]}), key).view(expected.shape)
         assert torch.allclose(tensor, expected, rtol=1e-6, atol=1e-6), name
 

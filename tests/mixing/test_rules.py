@@ -10,9 +10,10 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from sphinx_pl.checkpoints.format import with_common_names
+from sphinx_pl.checkpoints.huggingface import open_model
 from sphinx_pl.checkpoints.llama import our_llama_name
 from sphinx_pl.checkpoints.original import shipped_model
-from sphinx_pl.checkpoints.stored import open_stored, store
 from sphinx_pl.mixing.mix import check_weights
 from sphinx_pl.mixing.rules import PARTS, complement, layer_of, part_of, resolve, rules_table
 from sphinx_pl.models.config import SphinxConfig
@@ -138,9 +139,9 @@ HUGGINGFACE = {
 
 def test_parts_of_hugging_faces_names(tmp_path: Path) -> None:
     folder = huggingface_folder(tmp_path / "hf", {name: torch.zeros(2) for name in HUGGINGFACE})
-    (stored,) = store([open_stored(folder)])
+    (stored,) = with_common_names([open_model(folder)])
     for key, (part, layer, parts) in HUGGINGFACE.items():
-        name = stored.ours(key)
+        name = stored.canonical_name(key)
         assert part_of(name) == part, key
         assert layer_of(name) == layer, key
         assert {p for p in PARTS if PARTS[p](name)} == parts | {"all"}, key
@@ -272,10 +273,10 @@ ORIGINAL = {
 @pytest.mark.parametrize("shards", [1, 2])
 def test_parts_of_the_originals_names(tmp_path: Path, shards: int) -> None:
     folder = original_folder(tmp_path / "original", {name: torch.zeros(48, 16) for name in ORIGINAL}, shards)
-    (stored,) = store([open_stored(folder)])
+    (stored,) = with_common_names([open_model(folder)])
     assert len(list(stored)) == shards * len(ORIGINAL)
     for key in stored:
-        name = stored.ours(key)
+        name = stored.canonical_name(key)
         assert (part_of(name), layer_of(name)) == ORIGINAL[key.partition("/")[2].removeprefix("llma.")], key
 
 
@@ -368,7 +369,7 @@ def test_a_gradient_fits_tensors_of_layers_only() -> None:
 def test_without_rules_all_tensors_have_the_same_weights() -> None:
     chosen, rows = resolve([], [0.25, 0.75], {name: name for name in NAMES}, check)
     assert chosen == {name: [0.25, 0.75] for name in NAMES}
-    assert [(row.said, row.weights, row.keys) for row in rows] == [("everything", ([0.25, 0.75],), tuple(NAMES))]
+    assert [(row.label, row.weights, row.keys) for row in rows] == [("everything", ([0.25, 0.75],), tuple(NAMES))]
     chosen["decoder.norm.weight"][0] = 7
     assert chosen["mixer.visual_proj.0.weight"] == [0.25, 0.75]
 
@@ -440,7 +441,7 @@ def test_the_tables_rows() -> None:
         {"match": "attention", "layers": "1-3", "beta": [0.25, 1, 0.75]},
     ]
     chosen, rows = resolve(rules, [0.5, 0.5], {name: name for name in NAMES}, check)
-    assert [row.said for row in rows] == ["norms, projections", "attention, layers 1-3", "the rest"]
+    assert [row.label for row in rows] == ["norms, projections", "attention, layers 1-3", "the rest"]
     assert [len(row.keys) for row in rows] == [3, 3, 5]
     assert sorted(key for row in rows for key in row.keys) == sorted(chosen) == sorted(NAMES)
     table = rules_table(rows, {name: 1000 + i for i, name in enumerate(NAMES)}, 2)

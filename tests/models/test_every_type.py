@@ -11,9 +11,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 
-from sphinx_pl.checkpoints.format import write_checkpoint
+from sphinx_pl.checkpoints.native import write_checkpoint
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.sampling.packing import Collator
+from sphinx_pl.data.sampling.collator import Collator
 from sphinx_pl.data.schema import ImageRef, Record
 from sphinx_pl.evaluation.runner import evaluate
 from sphinx_pl.generation.assistant import Assistant, Dialog

@@ -17,17 +17,17 @@ L = 27  # tokens per image of the sample model
 
 
 def make_batch(rows: list[list[tuple[bool, int, list[int]]]], length: int, seed: int = 0) -> Batch:
-    """Rows of samples (with image?, prefix text length, branch lengths); random ids, every branch id but its last
+    """Rows of samples (with image?, prefix text length, question lengths); random ids, every question id but its last
     position is supervised. Each sample's content depends on its description alone."""
     shape = (len(rows), length)
     ids, position = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
     labels = torch.full(shape, IGNORE)
-    segment, branch = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape, dtype=torch.int32)
+    segment, question = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape, dtype=torch.int32)
     pixels, slots = [], []
     for b, row in enumerate(rows):
         t = 0
-        for s, (image, text, branches) in enumerate(row):
-            draw = torch.Generator().manual_seed(seed + 1000 * image + 100 * text + sum(branches))
+        for s, (image, text, questions) in enumerate(row):
+            draw = torch.Generator().manual_seed(seed + 1000 * image + 100 * text + sum(questions))
             prefix = 1 + image * L + text
             first = t
             ids[b, t : t + prefix] = torch.randint(3, 512, (prefix,), generator=draw)
@@ -36,15 +36,15 @@ def make_batch(rows: list[list[tuple[bool, int, list[int]]]], length: int, seed:
                 slots += range(b * length + t + 1, b * length + t + 1 + L)
             position[b, t : t + prefix] = torch.arange(prefix)
             t += prefix
-            for k, size in enumerate(branches, start=1):
+            for k, size in enumerate(questions, start=1):
                 ids[b, t : t + size] = torch.randint(3, 512, (size,), generator=draw)
                 labels[b, t : t + size - 1] = ids[b, t + 1 : t + size]
                 position[b, t : t + size] = torch.arange(prefix, prefix + size)
-                branch[b, t : t + size] = k
+                question[b, t : t + size] = k
                 t += size
             segment[b, first:t] = s + 1
     return Batch(
-        ids, labels, (labels != IGNORE).float(), segment, branch, position, torch.zeros(shape, dtype=torch.int32),
+        ids, labels, (labels != IGNORE).float(), segment, question, position, torch.zeros(shape, dtype=torch.int32),
         torch.stack(pixels) if pixels else torch.zeros(0, 3, 64, 64, dtype=torch.uint8),
         torch.tensor(slots, dtype=torch.long),
     )  # fmt: skip
@@ -63,7 +63,7 @@ def losses_and_gradients(model: Sphinx, batches: list[Batch]) -> tuple[Tensor, d
 def test_packed_rows_equal_samples_alone(sample: Sphinx) -> None:
     one, two, three = (True, 3, [6, 4]), (False, 5, [9]), (True, 2, [5])
     packed = make_batch([[one, two], [three]], length=80)
-    # Every branch on its own: the same prefix and ids, cut out of the packed row.
+    # Every question on its own: the same prefix and ids, cut out of the packed row.
     alone = [make_batch([[x]], length=1 + x[0] * L + x[1] + sum(x[2])) for x in (one, two, three)]
     nll, gradients = losses_and_gradients(sample, [packed])
     expected, expected_gradients = losses_and_gradients(sample, alone)
@@ -77,13 +77,14 @@ def test_packed_rows_equal_samples_alone(sample: Sphinx) -> None:
         torch.testing.assert_close(gradient, expected_gradients[name], atol=1e-4 * scale, rtol=1e-4)
 
 
-def test_branches_do_not_see_each_other(sample: Sphinx) -> None:
+def test_questions_do_not_see_each_other(sample: Sphinx) -> None:
     batch = make_batch([[(True, 3, [6, 4])]], length=41)
     both = sample.token_losses(batch).nll
     first = 1 + L + 3
     columns = [*range(first), *range(first + 6, first + 10)]
     only_second = Batch(
-        *(getattr(batch, name)[:, columns] for name in ("input_ids", "labels", "weights", "segment_ids", "branch_ids")),
+        batch.input_ids[:, columns], batch.labels[:, columns], batch.weights[:, columns],
+        batch.segment_ids[:, columns], batch.question_ids[:, columns],
         batch.position_ids[:, columns], batch.task_ids[:, columns], batch.pixels, batch.image_slots,
     )  # fmt: skip
     torch.testing.assert_close(sample.token_losses(only_second).nll, both[5:], atol=1e-5, rtol=1e-5)
@@ -91,12 +92,12 @@ def test_branches_do_not_see_each_other(sample: Sphinx) -> None:
 
 def test_mask_of_a_row_by_hand() -> None:
     segment = torch.tensor([[1, 1, 1, 1, 2, 0, 0]])
-    branch = torch.tensor([[0, 1, 1, 2, 0, 0, 0]])
+    question = torch.tensor([[0, 1, 1, 2, 0, 0, 0]])
     expected = [
         [1, 0, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0, 0], [1, 0, 0, 1, 0, 0, 0],
         [0, 0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 0, 0, 1],
     ]  # fmt: skip
-    assert packed_mask(segment, branch)[0, 0].int().tolist() == expected
+    assert packed_mask(segment, question)[0, 0].int().tolist() == expected
 
 
 def test_losses_are_cross_entropy_at_supervised_positions(sample: Sphinx) -> None:
@@ -104,7 +105,7 @@ def test_losses_are_cross_entropy_at_supervised_positions(sample: Sphinx) -> Non
     losses = sample.token_losses(batch)
     x = sample.decoder.embed(batch.input_ids)
     x[0, 1 : 1 + L] = sample.embed_images(batch.pixels)[0]
-    mask = packed_mask(batch.segment_ids, batch.branch_ids)
+    mask = packed_mask(batch.segment_ids, batch.question_ids)
     logits = sample.decoder.logits(sample.decoder(x, batch.position_ids, mask))
     expected = -logits.log_softmax(-1).gather(-1, batch.labels.clamp(min=0)[..., None]).flatten()
     torch.testing.assert_close(losses.nll, expected[losses.index], atol=1e-5, rtol=1e-5)

@@ -28,7 +28,7 @@ def test_only_the_first_block_is_opened_at_the_start(tmp_path: Path) -> None:
 
 def shared_index(path: str) -> tuple[float, float]:
     """MB of an index' mapping that are this process' own and shared with others, all of it touched."""
-    table, _ = line_index.entry_spans(path)
+    table, _ = line_index.index_entries(path)
     int(table.sum())
     counted: Counter[str] = Counter()
     name = ""
@@ -43,7 +43,7 @@ def shared_index(path: str) -> tuple[float, float]:
 
 def test_an_index_is_shared_between_processes(tmp_path: Path) -> None:
     path = data.write_many(tmp_path / "many.jsonl", 100_000, as_list=False)
-    index, _ = line_index.entry_spans(str(path))
+    index, _ = line_index.index_entries(str(path))
     assert len(index) == 100_000
     assert int(index.sum()) > 0  # all of it is mapped here
     own, shared = data.in_new_process(shared_index, str(path))
@@ -52,7 +52,7 @@ def test_an_index_is_shared_between_processes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("as_list", "name"), [(True, "a.json"), (False, "a.jsonl")])
 def test_many_entries_are_what_they_say(tmp_path: Path, as_list: bool, name: str) -> None:
-    index, problem = line_index.entry_spans(str(data.write_many(tmp_path / name, 2500, as_list)))
+    index, problem = line_index.index_entries(str(data.write_many(tmp_path / name, 2500, as_list)))
     assert not problem
     assert len(index) == 2500
 

@@ -21,7 +21,7 @@ def small_demo(folder: Path, data: Path) -> list[str]:
         *(f"train:{override}" for override in SMALL),
         "train:stage.max_steps=2",
         "mix:curve=2",
-        "mix:data.packing.rows=2",
+        "mix:data.packing.micro_batch_rows=2",
         "mix:data.val_samples=4",
         "evaluate:shuffled=false",
         "evaluate:constant=20",

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from sphinx_pl.callbacks.checkpoint import checkpoints
-from sphinx_pl.checkpoints.format import SafetensorsFile, open_checkpoint
+from sphinx_pl.checkpoints.format import open_checkpoint
+from sphinx_pl.checkpoints.tensors import SafetensorsFile
 from sphinx_pl.checkpoints.training import WEIGHT, file_name
 from sphinx_pl.models.placement import OneDevice
 from sphinx_pl.stages.build import build_model
@@ -114,10 +115,9 @@ def test_the_recipe_on_two_ranks_of_zero3_ends_with_the_weights_of_one_process(
         "two": ["train:trainer=zero3_cpu", "train:trainer.devices=2"],
     }
     for name, engine in engines.items():
-        options = [f"train:stage.max_steps={STEPS}", "train:stage.rows_per_step=8", f"train:stage.clip={CLIP}"]
-        # Both runs use the data order of two ranks, and an eps above the noise of gradients that
-        # are zero but for rounding.
-        options += ["train:data.mixing.lanes=2", "train:stage.optim.eps=1e-6"]
+        options = [f"train:stage.max_steps={STEPS}", "train:stage.global_batch_rows=8", f"train:stage.clip={CLIP}"]
+        # The order of the data that two ranks have; an eps above the noise of gradients that are zero but for rounding.
+        options += ["train:data.mixing.partitions=2", "train:stage.optim.eps=1e-6"]
         demo = small_demo(tmp_path / name, sample_data)
         if "steps.evaluate=null" in engine:
             demo = [argument for argument in demo if not argument.startswith("evaluate:")]

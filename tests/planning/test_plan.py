@@ -28,7 +28,7 @@ CLUSTER = ("trainer=zero3", "trainer.devices=8", "trainer.num_nodes=64")
 FROZEN = "stage.train_parts=[decoder,projections]"
 # Not tiny: 30 million parameters, of which activations are the smaller half.
 SIZES = [f"model.decoder.{key}" for key in ("width=512", "heads=8", "kv_heads=8", "layers=8", "ffn_width=1408")]
-ROWS = ["data.packing.rows=2", "data.packing.row_length=256"]
+ROWS = ["data.packing.micro_batch_rows=2", "data.packing.row_length=256"]
 SHALLOW_TOWERS = [f"model.vision.{key}=1" for key in ("clip.layers", "dinov2.layers", "qformer.vision_layers")]
 
 
@@ -42,7 +42,7 @@ def composed(*overrides: str) -> DictConfig:
 @pytest.mark.parametrize(
     "overrides",
     [
-        pytest.param(["trainer.precision=32-true", "data.packing.rows=4"], marks=pytest.mark.long),
+        pytest.param(["trainer.precision=32-true", "data.packing.micro_batch_rows=4"], marks=pytest.mark.long),
         pytest.param(["stage.accumulate=2", FROZEN], marks=pytest.mark.long),
         [*SIZES, *ROWS, FROZEN, "stage.checkpointing=full"],
         pytest.param([*SIZES, *ROWS, FROZEN], marks=pytest.mark.long),
@@ -84,19 +84,23 @@ def test_memory_of_two_ranks_is_what_is_allocated(engine: str) -> None:
 def test_depth_and_rows_are_extrapolated_exactly() -> None:
     """A decoder of six blocks is simulated whole, one of twelve is not."""
     common = ["model=sphinx_sample", "trainer=gpu", "model.decoder.layers=12", "plan_for.images_per_row=2"]
-    two = make_plan(composed(*common, "data.packing.rows=2", "data.root=nowhere"))
-    six = make_plan(composed(*common, "data.packing.rows=6", "data.root=nowhere"))
+    two = make_plan(composed(*common, "data.packing.micro_batch_rows=2", "data.root=nowhere"))
+    six = make_plan(composed(*common, "data.packing.micro_batch_rows=6", "data.root=nowhere"))
     assert six.largest_rows == two.largest_rows
     room = two.gpu_bytes
-    at = make_plan(composed(*common, f"data.packing.rows={two.largest_rows}", "data.root=nowhere")).memory.total
-    above = make_plan(composed(*common, f"data.packing.rows={two.largest_rows + 1}", "data.root=nowhere")).memory.total
+    at = make_plan(
+        composed(*common, f"data.packing.micro_batch_rows={two.largest_rows}", "data.root=nowhere")
+    ).memory.total
+    above = make_plan(
+        composed(*common, f"data.packing.micro_batch_rows={two.largest_rows + 1}", "data.root=nowhere")
+    ).memory.total
     assert at <= room < above
 
 
 def test_13b_on_512_gpus_from_the_command_line(tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     command = [sys.executable, str(REPOSITORY / "train.py"), *PAPER, *CLUSTER, "plan=true", f"plan_for.out={out}"]
-    command += ["stage.checkpointing=full", "stage.accumulate=1", "data.packing.rows=1", "output_dir=runs"]
+    command += ["stage.checkpointing=full", "stage.accumulate=1", "data.packing.micro_batch_rows=1", "output_dir=runs"]
     start = time.monotonic()
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr

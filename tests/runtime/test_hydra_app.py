@@ -193,12 +193,14 @@ def composed(*overrides: str) -> Any:
 
 def test_micro_batches_follow_from_the_rows_of_a_step_and_the_ranks() -> None:
     assert composed().stage.accumulate == 1
-    rows = ["stage.rows_per_step=48", "data.packing.rows=2"]
+    rows = ["stage.global_batch_rows=48", "data.packing.micro_batch_rows=2"]
     assert composed(*rows).stage.accumulate == 24
     assert composed(*rows, "trainer.devices=4", "trainer.num_nodes=3").stage.accumulate == 2
     assert composed(*rows, "trainer.devices=[0,2]").stage.accumulate == 12
     assert composed(*rows, "stage.accumulate=5").stage.accumulate == 5
-    with pytest.raises(Exception, match=r"rows_per_step=48 is not a multiple of data\.packing\.rows=2 \* 5 \* 1"):
+    with pytest.raises(
+        Exception, match=r"global_batch_rows=48 is not a multiple of data\.packing\.micro_batch_rows=2 \* 5 \* 1"
+    ):
         composed(*rows, "trainer.devices=5").stage.accumulate  # noqa: B018
 
 

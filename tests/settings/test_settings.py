@@ -92,8 +92,8 @@ def test_other_scripts_read_the_shipped_configurations(script: str) -> None:
         ("data: {max_skiped: 0.5}", "data.max_skiped", "data.max_skipped"),
         ("data: {workerz: 2}", "data.workerz", "data.workers"),
         ("data: {val_sample: 4}", "data.val_sample", "data.val_samples"),
-        ("data: {batch_size: 4}", "data.batch_size", "data.packing.rows"),
-        ("data: {packing: {row: 4}}", "data.packing.row", "data.packing.rows"),
+        ("data: {batch_size: 4}", "data.batch_size", "data.packing.micro_batch_rows"),
+        ("data: {packing: {row: 4}}", "data.packing.row", "data.packing.row_length"),
         ("data: {processor: {decimal: 4}}", "data.processor.decimal", "data.processor.decimals"),
         ("data: {mixing: {unti: token}}", "data.mixing.unti", "data.mixing.unit"),
         ("data: {augment: {filp: 0.1}}", "data.augment.filp", "data.augment.flip"),
@@ -138,7 +138,7 @@ def test_other_refusals(changes: str, words: str) -> None:
         ("evaluate", "data: {pakcing: {}}", "data.pakcing", "data.packing"),
         ("evaluate", "benchmark: {mme: {scr: x}}", "benchmark.mme.scr", "benchmark.mme.src"),
         ("mix_weights", "betta: 0.5", "betta", "beta"),
-        ("mix_weights", "data: {batch_size: 4}", "data.batch_size", "data.packing.rows"),
+        ("mix_weights", "data: {batch_size: 4}", "data.batch_size", "data.packing.micro_batch_rows"),
     ],
 )
 def test_other_scripts_refuse_unknown_keys(script: str, changes: str, wrong: str, right: str) -> None:
@@ -180,8 +180,8 @@ def test_keys_of_ones_own_are_read_by_interpolations() -> None:
         ),
         ("stage: {optim: {lr_scale: {clip: .nan}}}", "stage.optim.lr_scale={'clip': nan"),
         ("stage: {optim: {min_lr: 1}}", "min_lr=1.0 must be between 0 and lr"),
-        ("data: {packing: {rows: 0}}", "data.packing.rows=0 must be"),
-        ("data: {packing: {rows: 1000000000000}}", "data.packing.rows=1000000000000 must be"),
+        ("data: {packing: {micro_batch_rows: 0}}", "data.packing.micro_batch_rows=0 must be"),
+        ("data: {packing: {micro_batch_rows: 1000000000000}}", "data.packing.micro_batch_rows=1000000000000 must be"),
         ("data: {packing: {look_ahead: -1}}", "data.packing.look_ahead=-1.0 must be"),
         ("data: {processor: {max_length: 0}}", "data.processor.max_length=0 must be"),
         ("data: {workers: -1}", "data.workers=-1 must be"),
@@ -189,7 +189,7 @@ def test_keys_of_ones_own_are_read_by_interpolations() -> None:
         ("data: {max_skipped: 2}", "data.max_skipped=2.0 must be"),
         ("data: {sources: {real: {weight: -1}}}", "data.sources.real.weight=-1.0 must be"),
         ("data: {sources: {real: {epochs: 0}}}", "data.sources.real.epochs=0 must be"),
-        ("data: {mixing: {lanes: 0}}", "data.mixing.lanes=0 must be a whole number of at least 1"),
+        ("data: {mixing: {partitions: 0}}", "data.mixing.partitions=0 must be a whole number of at least 1"),
         ("data: {augment: {flip: 2}}", "data.augment.flip=2.0 must be"),
     ],
 )
@@ -306,7 +306,7 @@ def test_the_keys_of_a_section_are_named_without_it() -> None:
 
 
 def test_data_commands_and_pipelines_refuse_as_well() -> None:
-    with pytest.raises(UserError, match=r"data\.batch_size: did you mean data\.packing\.rows"):
+    with pytest.raises(UserError, match=r"data\.batch_size: did you mean data\.packing\.micro_batch_rows"):
         composed_for_data(["+data.batch_size=4"])
     with pytest.raises(UserError, match=r"did you mean stage\.optim\.lr"):
         composed_for_data(["lr=1"])

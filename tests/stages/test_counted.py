@@ -11,16 +11,16 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.sampling.packing import Collator
+from sphinx_pl.data.sampling.collator import Collator
 from sphinx_pl.stages import Stage
 from tests.conftest import tiny_model
 from tests.stages.test_stage import ALL, OPTIM, datamodule, trainer
 
 
-def expected(processor: Processor, folder: Path, lanes: int) -> dict[str, float]:
+def expected(processor: Processor, folder: Path, partitions: int) -> dict[str, float]:
     """Return what the first step of two micro-batches of four rows logs, from each sample alone."""
     data = datamodule(processor, folder, rows=8)
-    data.mixing.lanes = lanes
+    data.mixing.partitions = partitions
     samples = [sample for micro in data.planner().plan() for row in micro.rows for sample in row]
     torch.manual_seed(0)
     stage = Stage(tiny_model(), "test", ALL, OPTIM, max_steps=1)
@@ -30,10 +30,10 @@ def expected(processor: Processor, folder: Path, lanes: int) -> dict[str, float]
     targets: Counter[str] = Counter()
     for sample in samples:
         nll = model.token_losses(Collator(96, processor.image_size)([[sample]])).nll
-        task = sample.branches[0].task
+        task = sample.questions[0].task
         for name in (f"task/{task}", f"source/{sample.source}"):
             sums[name] += float(nll.detach().sum())
-            targets[name] += sum(sum(branch.supervised[1:]) for branch in sample.branches)
+            targets[name] += sum(sum(question.supervised[1:]) for question in sample.questions)
     assert {"source/real", "source/text", "task/text"} <= set(targets)
     losses = {f"train/loss_{name}": sums[name] / targets[name] for name in targets}
     return losses | {f"train/targets_{name}": float(count) for name, count in targets.items()}
@@ -53,7 +53,7 @@ def test_every_task_and_source_has_its_loss_and_its_targets(
     with (tmp_path / "metrics.csv").open(newline="") as file:
         (row,) = [row for row in csv.DictReader(file) if row["train/loss"]]
     metrics = {key: float(value) for key, value in row.items() if key.startswith(("train/loss_", "train/targets_"))}
-    assert metrics == pytest.approx(expected(processor, sample_data, lanes=ranks), rel=1e-4)
+    assert metrics == pytest.approx(expected(processor, sample_data, partitions=ranks), rel=1e-4)
     targets = {key: value for key, value in metrics.items() if key.startswith("train/targets_source/")}
     total = sum(metrics[key.replace("targets", "loss")] * count for key, count in targets.items())
     assert float(row["train/loss"]) == pytest.approx(total / sum(targets.values()), rel=1e-4)

@@ -42,7 +42,9 @@ def test_every_sample_is_trained_on_once(processor: Processor, sample_data: Path
         "real": {"kind": "image_text", "path": str(sample_data / "real/val-*.tar")},
         "text": {"kind": "text", "path": str(tmp_path / "text.jsonl")},
     }
-    data = DataModule(processor, sources, {}, {"row_length": 96, "rows": 2}, mixing={"epochs": 1}, workers=2)
+    data = DataModule(
+        processor, sources, {}, {"row_length": 96, "micro_batch_rows": 2}, mixing={"epochs": 1}, workers=2
+    )
     stage = Stage(tiny_model(), "test", ALL, OPTIM, max_steps=10_000)
     options: dict[str, Any] = {"strategy": "ddp_fork", "devices": 2, "use_distributed_sampler": False}
     trainer(tmp_path, max_steps=10_000, callbacks=[Keys(tmp_path)], **(options if ranks == 2 else {})).fit(stage, data)

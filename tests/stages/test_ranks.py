@@ -1,6 +1,4 @@
-"""Two ranks give the update of one: the step's weight is summed, and a rank without images runs the
-same modules.
-"""
+"""Two ranks give the update of one: the step's weight is summed, and a rank without images runs the same modules."""
 
 from __future__ import annotations
 
@@ -29,10 +27,10 @@ def fit(data: DataModule, tmp_path: Path, **options: Any) -> Stage:
 
 
 def images_by_rank(data: DataModule) -> list[tuple[int, int]]:
-    """Return the images of each of two ranks in each step."""
+    """Images that each of two ranks has in each step."""
     planners = [data.planner(rank=rank, world_size=2) for rank in (0, 1)]
-    windows = zip(*([p.plan() for _ in range(STEPS)] for p in planners), strict=True)
-    return [tuple(sum(len(s.images) for row in w[0].rows for s in row) for w in ws) for ws in windows]  # type: ignore[misc]
+    steps = zip(*([p.plan() for _ in range(STEPS)] for p in planners), strict=True)
+    return [tuple(sum(len(s.images) for row in w[0].rows for s in row) for w in ws) for ws in steps]  # type: ignore[misc]
 
 
 @pytest.mark.timeout(120)
@@ -47,7 +45,7 @@ def test_two_ranks_update_as_one_process_does(processor: Processor, sample_data:
         use_distributed_sampler=False,
     )
     alone = datamodule(processor, sample_data, 2, text=2.0)
-    alone.mixing.lanes = 2  # as two ranks have
+    alone.mixing.partitions = 2  # as two ranks have
     one = fit(alone, tmp_path)
     torch.manual_seed(0)
     start = Stage(tiny_model(), "test", ALL, OPTIM, max_steps=STEPS)

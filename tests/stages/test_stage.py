@@ -1,4 +1,4 @@
-"""A stage's loss, its steps and the parts that it trains, on the real model made tiny."""
+"""A stage's loss, its steps and what it trains; on the real model, made tiny."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import save_file
 
 from sphinx_pl.callbacks.export import ExportModel
-from sphinx_pl.checkpoints.format import open_checkpoint, write_checkpoint
+from sphinx_pl.checkpoints.format import open_checkpoint
+from sphinx_pl.checkpoints.native import write_checkpoint
 from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.readers import build_source
-from sphinx_pl.data.sampling.packing import Collator
+from sphinx_pl.data.readers import build_reader
+from sphinx_pl.data.sampling.collator import Collator
 from sphinx_pl.data.schema import IGNORE, Record
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.models.sphinx import Sphinx
@@ -38,7 +39,9 @@ def datamodule(processor: Processor, folder: Path, rows: int = 4, text: float = 
         "real": {"kind": "image_text", "path": f"{folder}/real/val-*.tar"},
         "text": {"kind": "text", "path": f"{folder}/text/val.jsonl"},
     }
-    return DataModule(processor, sources, val, {"row_length": 96, "rows": rows} | packing, workers=0, val_samples=8)
+    return DataModule(
+        processor, sources, val, {"row_length": 96, "micro_batch_rows": rows} | packing, workers=0, val_samples=8
+    )
 
 
 def trainer(tmp_path: Path, **options: Any) -> L.Trainer:
@@ -78,7 +81,7 @@ def test_the_held_out_loss_is_weighted(
 
 
 @pytest.mark.parametrize("weighting", ["token", "sqrt"])
-def test_an_accumulated_window_updates_as_one_batch_does(
+def test_an_accumulated_step_updates_as_one_batch_does(
     processor: Processor, sample_data: Path, tmp_path: Path, weighting: str
 ) -> None:
     whole = fit(processor, sample_data, tmp_path, rows=8, accumulate=1, weighting=weighting)
@@ -167,15 +170,15 @@ def test_released_weights_are_checked_before_anything_is_built(
 
 
 def records_of_every_task(folder: Path) -> dict[str, list[Record]]:
-    source = build_source("instructions", "tasks", str(folder / "instructions/train-*.json"))
+    source = build_reader("instructions", "tasks", str(folder / "instructions/train-*.json"))
     records: dict[str, list[Record]] = {name: [] for name in TASKS}
     for i in range(len(source)):
         record = source.record(i)
         if len(records[record.task]) < 2:
             records[record.task].append(record)
-    captions = build_source("image_text", "real", str(folder / "real/train-*.tar"))
+    captions = build_reader("image_text", "real", str(folder / "real/train-*.tar"))
     records["caption"] = [captions.record(0), captions.record(1)]
-    text = build_source("text", "text", str(folder / "text/train.jsonl"))
+    text = build_reader("text", "text", str(folder / "text/train.jsonl"))
     records["text"] = [text.record(0), text.record(1)]
     # The sample data has no records of the other tasks, so they are made from its records.
     for task, (origin, fields) in DERIVED.items():

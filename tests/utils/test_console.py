@@ -9,15 +9,15 @@ import pytest
 from rich.console import Console
 
 from sphinx_pl.callbacks.progress import trainable_table
-from sphinx_pl.data.inspect.table import Line, expectations
+from sphinx_pl.data.inspect.table import SourceSummary, expectations
 from sphinx_pl.utils.console import Steps, Table
 
 LINES = [
-    Line(
+    SourceSummary(
         "pretrain_real_alt_text_of_the_web",
         *("image_text", "image", 12, 123456789, False, 0.4213, 1, 1234.5, 99, 1.25, 0, {}),
     ),
-    Line("text", "text", "text", 1, 4000, True, 0.5787, 1, 12.5, 12.5, 0, 0.0123, {}),
+    SourceSummary("text", "text", "text", 1, 4000, True, 0.5787, 1, 12.5, 12.5, 0, 0.0123, {}),
 ]
 
 

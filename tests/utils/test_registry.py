@@ -10,7 +10,7 @@ import pytest
 from sphinx_pl.checkpoints.format import FORMATS
 from sphinx_pl.cli.convert import main as convert
 from sphinx_pl.data.converters import CONVERTERS
-from sphinx_pl.data.readers import SOURCES
+from sphinx_pl.data.readers import READERS
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.evaluation.benchmarks import BENCHMARKS
 from sphinx_pl.evaluation.scorers.tasks import SCORERS
@@ -79,7 +79,7 @@ def test_a_name_is_registered_once(colours: Registry[int]) -> None:
     ("registry", "typo", "meant"),
     [
         (TASKS, "short_vqua", "short_vqa"),
-        (SOURCES, "instruction", "instructions"),
+        (READERS, "instruction", "instructions"),
         (SCORERS, "box_iou5", "box_iou50"),
         (FORMATS, "sphinx-pl", "sphinx_pl"),
     ],

@@ -78,12 +78,12 @@ def build(page: Page, initial: Session, folder: Path, title: str, question: str 
         question: the text of the question box.
     """
     os.environ["GRADIO_TEMP_DIR"] = str(folder)  # gradio's components and server use it
-    geometry = page.geometry
+    coordinates = page.coordinates
     room = page.assistant.model.config.decoder.max_positions
 
     def views(session: Session, problem: str = "") -> tuple[Any, Any, Any]:
         notice = f'<div class="notice" role="alert">{html.escape(problem)}</div>' if problem else ""
-        return render_talk(geometry, session), render_picture(geometry, session), notice
+        return render_talk(coordinates, session), render_picture(coordinates, session), notice
 
     def buttons(busy: bool) -> tuple[Any, Any]:
         return gr.update(visible=not busy), gr.update(visible=busy)
@@ -94,10 +94,10 @@ def build(page: Page, initial: Session, folder: Path, title: str, question: str 
         notice = gr.HTML(elem_id="notice")
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=360, visible=page.sees):
-                picture = gr.HTML(render_picture(geometry, initial), elem_id="picture", js_on_load=_SCRIPT)
+                picture = gr.HTML(render_picture(coordinates, initial), elem_id="picture", js_on_load=_SCRIPT)
                 upload = gr.UploadButton("Choose an image", elem_id="upload", file_types=["image"], size="sm")
             with gr.Column(scale=6, min_width=360):
-                talk = gr.HTML(render_talk(geometry, initial), elem_id="talk", autoscroll=True)
+                talk = gr.HTML(render_talk(coordinates, initial), elem_id="talk", autoscroll=True)
                 with gr.Row(elem_id="tasks", visible=page.sees):
                     tasks = [
                         (gr.Button(_LABELS.get(name, name), size="sm", min_width=40), template)
@@ -149,7 +149,7 @@ def build(page: Page, initial: Session, folder: Path, title: str, question: str 
 
         def on_answer(session: Session, *settings: float) -> Iterator[tuple[Any, ...]]:
             exchange = session.exchanges[-1] if session.busy else None
-            picture = render_picture(geometry, session)  # as on_begin sent it
+            picture = render_picture(coordinates, session)  # as on_begin sent it
             for problem in page.answer(session, *settings):
                 texts, places, notices = views(session, problem)
                 # The picture is large, so it is sent only if it changed.

@@ -18,7 +18,7 @@ from sphinx_pl.apps.web.rendering import find_marks
 from sphinx_pl.apps.web.session import Exchange, Session, UploadedImage, data_uri
 from sphinx_pl.data.coordinates import to_pixels
 from sphinx_pl.data.images import decode
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.generation.assistant import Assistant, Dialog, open_picture, typed
 from sphinx_pl.generation.generate import GenerationConfig
@@ -86,7 +86,7 @@ class Page:
         self.generation = generation
         self.config = config
         self.segmenter = segmenter
-        self.geometry = assistant.processor.geometry
+        self.coordinates = assistant.processor.coordinates
 
     @property
     def sees(self) -> bool:
@@ -106,7 +106,7 @@ class Page:
             return f"{name} is larger than {self.config.max_upload_mb:g} MB."
         try:
             image = decode(data, name, self.config.max_pixels)
-        except BadSample as error:
+        except SkipSample as error:
             if error.reason == "image_too_large":
                 return f"{name} has too many pixels: at most {self.config.max_pixels:,} are accepted."
             return f"{name}: {_REFUSED.get(error.reason, str(error))}"
@@ -190,7 +190,7 @@ class Page:
             yield f"The masks failed ({type(error).__name__}): see the terminal for details."
 
     def _masks(self, segmenter: Segmenter, picture: UploadedImage, exchange: Exchange, number: int) -> dict[str, str]:
-        marks = find_marks(self.geometry.pieces(exchange.answer), f"a{number}-")
+        marks = find_marks(self.coordinates.pieces(exchange.answer), f"a{number}-")
         boxes = [(mark, to_pixels(box, picture.preview.size)) for mark in marks for box in mark.piece.boxes]
         if not boxes:
             return {}
@@ -211,7 +211,7 @@ class Page:
         if session.picture is None:
             return template
         width, height = session.picture.size
-        return template.replace("{box}", self.geometry.box((0, 0, width, height), session.picture.size))
+        return template.replace("{box}", self.coordinates.box((0, 0, width, height), session.picture.size))
 
     def point_out(self, session: Session, question: str, box_px: Any) -> str:
         """Return the question with the box that was dragged on the picture.
@@ -229,10 +229,10 @@ class Page:
         width, height = session.picture.size
         x1, x2 = sorted(min(max(value, 0), width) for value in box_px[0::2])
         y1, y2 = sorted(min(max(value, 0), height) for value in box_px[1::2])
-        box = self.geometry.box((x1, y1, x2, y2), session.picture.size)
+        box = self.coordinates.box((x1, y1, x2, y2), session.picture.size)
         if "{box}" in question:
             return question.replace("{box}", box)
-        boxes = [piece for piece in self.geometry.pieces(question) if piece.boxes]
+        boxes = [piece for piece in self.coordinates.pieces(question) if piece.boxes]
         if boxes:
             before, _, after = question.rpartition(boxes[-1].numbers)
             return before + box + after

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 from sphinx_pl.apps.web.session import Session
-from sphinx_pl.data.coordinates import COCO_KEYPOINTS, Geometry, Grounded, Piece, Size, point_to_pixels, to_pixels
+from sphinx_pl.data.coordinates import COCO_KEYPOINTS, Coordinates, Grounded, Size, TextPart, point_to_pixels, to_pixels
 from sphinx_pl.data.drawing import GIVEN, PALETTE, limbs
 
 
@@ -17,10 +17,10 @@ class Mark:
 
     key: str
     colour: str
-    piece: Piece
+    piece: TextPart
 
 
-def find_marks(pieces: list[Piece], prefix: str, colour: str | None = None) -> list[Mark]:
+def find_marks(pieces: list[TextPart], prefix: str, colour: str | None = None) -> list[Mark]:
     """Return a mark for each piece that names places.
 
     The keypoints of a person share a colour, and so do repeated names of the same place.
@@ -48,12 +48,14 @@ def find_marks(pieces: list[Piece], prefix: str, colour: str | None = None) -> l
     return marks
 
 
-def render_text(geometry: Geometry, text: str, prefix: str, colour: str | None = None, growing: bool = False) -> str:
+def render_text(
+    coordinates: Coordinates, text: str, prefix: str, colour: str | None = None, growing: bool = False
+) -> str:
     """Return a question or an answer as HTML.
 
     Its phrases are linked to their places by the keys of their marks.
     """
-    pieces = geometry.pieces(text)
+    pieces = coordinates.pieces(text)
     marks = iter(find_marks(pieces, prefix, colour))
     parts = []
     for piece in pieces:
@@ -75,15 +77,15 @@ def render_text(geometry: Geometry, text: str, prefix: str, colour: str | None =
     return "".join(parts)
 
 
-def render_talk(geometry: Geometry, session: Session) -> str:
+def render_talk(coordinates: Coordinates, session: Session) -> str:
     """Return the conversation as HTML."""
     if not session.exchanges:
         hint = "Ask anything" if session.picture is None else "Ask about the image"
         return f'<div class="talk empty">{hint}, or start from one of the instructions below.</div>'
     parts = []
     for number, exchange in enumerate(session.exchanges):
-        question = render_text(geometry, exchange.question, f"q{number}-", GIVEN)
-        answer = render_text(geometry, exchange.answer, f"a{number}-", growing=exchange.growing)
+        question = render_text(coordinates, exchange.question, f"q{number}-", GIVEN)
+        answer = render_text(coordinates, exchange.answer, f"a{number}-", growing=exchange.growing)
         state = "answer growing" if exchange.growing else "answer"
         if not exchange.answer:
             answer = "" if exchange.growing else '<span class="none">no answer</span>'
@@ -92,7 +94,7 @@ def render_talk(geometry: Geometry, session: Session) -> str:
     return f'<div class="talk">{"".join(parts)}</div>'
 
 
-def render_picture(geometry: Geometry, session: Session) -> str:
+def render_picture(coordinates: Coordinates, session: Session) -> str:
     """Return the picture as HTML and SVG, with the places of every turn over it.
 
     The page shows those of the last turn.
@@ -107,7 +109,7 @@ def render_picture(geometry: Geometry, session: Session) -> str:
     for number, exchange in enumerate(session.exchanges):
         shapes = []
         for text, prefix, colour in ((exchange.question, "q", GIVEN), (exchange.answer, "a", None)):
-            marks = find_marks(geometry.pieces(text), f"{prefix}{number}-", colour)
+            marks = find_marks(coordinates.pieces(text), f"{prefix}{number}-", colour)
             shapes.append(_limbs_svg(marks, picture.size))
             shapes += [_mark_svg(mark, picture.size, exchange.masks.get(mark.key, ""), prefix) for mark in marks]
             tags += [_tag(mark, picture.size, number, number == last) for mark in marks]

@@ -1,7 +1,7 @@
 """Official annotation files -> Records, as the instruction files that `kind: instructions` reads.
 
-One module here for each data set or family of them. Its `Converter` says where its files are and turns one of their
-entries into Records; checking, counting and writing are this module's.
+One module here for each data set or family of them. Its `Converter` says where its files are and
+turns one of their entries into Records; checking, counting and writing are this module's.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
-from sphinx_pl.data.annotation_files import MALFORMED, OfficialFiles
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.annotation_files import MALFORMED, AnnotationFiles
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.readers.instruction_json import to_entry, to_record
 from sphinx_pl.data.schema import ImageRef, Record, Region
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.utils.errors import UserError
 from sphinx_pl.utils.files import whole_file, write_whole
@@ -29,7 +29,7 @@ CONVERTERS: Registry[type[Converter]] = Registry("converter", "python -m sphinx_
 _EXAMPLES = 3
 
 
-class Converter(OfficialFiles):
+class Converter(AnnotationFiles):
     """Makes training records of a data set's official files."""
 
     tasks: ClassVar[tuple[str, ...]]
@@ -72,7 +72,8 @@ class Report:
 def convert(
     converter: Converter, out: Path, limit: int | None = None, progress: Callable[[int], None] = lambda done: None
 ) -> Report:
-    """Write all records to the jsonl file `out`, and what became of the entries to `out`.report.json beside it.
+    """Write all records to the jsonl file `out`, and what became of the entries to
+    `out`.report.json beside it.
 
     What the records' tasks cannot use is dropped and counted here, not when a run meets it.
 
@@ -95,12 +96,12 @@ def convert(
             if report.entries % 1000 == 0:
                 progress(report.entries)
             try:
-                if isinstance(found, BadSample):
+                if isinstance(found, SkipSample):
                     raise found
                 for record in found:
                     check(record)
                 lines = [json.dumps(to_entry(record), ensure_ascii=False).encode() + b"\n" for record in found]
-            except BadSample as bad:
+            except SkipSample as bad:
                 report.drop(bad.reason, bad.detail or key)
                 continue
             except MALFORMED as error:
@@ -127,26 +128,27 @@ def checked(region: Region, image_size: tuple[tuple[int, int], ...]) -> Region:
     """The region, if a task can write its box and its label.
 
     Raises:
-        BadSample: why not.
+        SkipSample: why not.
     """
     record = Record("", "reg", (ImageRef("image"),), image_size, regions=(region,))
-    TASKS[record.task].turns(record, Geometry())
+    TASKS[record.task].turns(record, Coordinates())
     return region
 
 
 def check(record: Record) -> None:
-    """Whether the record's task can write it, its images lie below their root and a run will read it as it is.
+    """Whether the record's task can write it, its images lie below their root and a run will read
+    it as it is.
 
     Raises:
-        BadSample: why not.
+        SkipSample: why not.
     """
     for image in record.images:
         path = PurePosixPath(image.path)
         if path.is_absolute() or ".." in path.parts or not path.name:
-            raise BadSample("image_path", f"{record.key}: {image.path}")
-    turns = TASKS[record.task].turns(to_record(to_entry(record), record.key, Path(), record.task), Geometry())
+            raise SkipSample("image_path", f"{record.key}: {image.path}")
+    turns = TASKS[record.task].turns(to_record(to_entry(record), record.key, Path(), record.task), Coordinates())
     if not record.images and any("<image>" in turn.question for turn in turns):
-        raise BadSample("image_absent", f"{record.key} has a mark for an image but none")
+        raise SkipSample("image_absent", f"{record.key} has a mark for an image but none")
 
 
 for _module in pkgutil.iter_modules(__path__):

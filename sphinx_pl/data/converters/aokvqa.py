@@ -1,8 +1,10 @@
-"""A-OKVQA: questions about COCO images that need common sense and knowledge, with choices, answers and rationales.
+"""A-OKVQA: questions about COCO images that need common sense and knowledge, with choices, answers
+and rationales.
 
-File (https://github.com/allenai/aokvqa): `aokvqa_v1p0_{split}.json`, a list of {"question_id", "image_id", "question",
-"choices": [four], "correct_choice_idx", "direct_answers": [ten], "difficult_direct_answer", "rationales": [three]}.
-Images are those of COCO's train2017.zip and val2017.zip.
+File (https://github.com/allenai/aokvqa): `aokvqa_v1p0_{split}.json`, a list of {"question_id",
+"image_id", "question", "choices": [four], "correct_choice_idx", "direct_answers": [ten],
+"difficult_direct_answer", "rationales": [three]}. Images are those of COCO's train2017.zip and
+val2017.zip.
 """
 
 from __future__ import annotations
@@ -15,10 +17,11 @@ from sphinx_pl.data.converters.common import choice_record, keyed, most_frequent
 from sphinx_pl.data.schema import Record
 
 
-class AOKVQA(Converter):
+class AOKVQAConverter(Converter):
     """Two records of each question: its choices, and its most frequent direct answer.
 
-    The official evaluation asks no direct answer of questions with `difficult_direct_answer`; nor does this.
+    The official evaluation asks no direct answer of questions with `difficult_direct_answer`; nor
+    does this.
     """
 
     name = "aokvqa"

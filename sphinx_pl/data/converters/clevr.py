@@ -1,9 +1,10 @@
 """CLEVR: questions about rendered scenes, with the program that answers each.
 
 Files (https://cs.stanford.edu/people/jcjohns/clevr/, CLEVR_v1.0.zip; structure in its README.txt):
-`questions/CLEVR_{train,val}_questions.json` with {"questions": [{"image_filename", "question", "answer", "program":
-[{"function", "inputs", "value_inputs"}]}]}. A program has a step `relate` where the question is about an object left
-of, right of, in front of or behind another. The test split has no answers.
+`questions/CLEVR_{train,val}_questions.json` with {"questions": [{"image_filename", "question",
+"answer", "program": [{"function", "inputs", "value_inputs"}]}]}. A program has a step `relate`
+where the question is about an object left of, right of, in front of or behind another. The test
+split has no answers.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from sphinx_pl.data.converters import Converter
 from sphinx_pl.data.schema import ImageRef, Record
 
 
-class Clevr(Converter):
-    """Questions that need a spatial relation are `relation`, others `short_vqa`; images as CLEVR_v1.0 unpacks."""
+class ClevrConverter(Converter):
+    """Questions that need a spatial relation are `relation`, others `short_vqa`; images as
+    CLEVR_v1.0 unpacks."""
 
     name = "clevr"
     title = "CLEVR"

@@ -1,8 +1,9 @@
 """What the converters of COCO's format share (https://cocodataset.org/#format-data).
 
-A file is {"images": [{"id", "file_name", "width", "height"}], "annotations": [{"id", "image_id", ...}], "categories":
-[{"id", "name"}]}; an annotation of an object has "category_id", "bbox" [x, y, width, height] in pixels from the upper
-left corner, and "iscrowd": 1 where it stands for a group that was not told apart.
+A file is {"images": [{"id", "file_name", "width", "height"}], "annotations": [{"id", "image_id",
+...}], "categories": [{"id", "name"}]}; an annotation of an object has "category_id", "bbox" [x, y,
+width, height] in pixels from the upper left corner, and "iscrowd": 1 where it stands for a group
+that was not told apart.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from sphinx_pl.data.converters import Converter, checked, id_of
 from sphinx_pl.data.coordinates import Box4
 from sphinx_pl.data.readers.instruction_json import sizes
 from sphinx_pl.data.schema import Region
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 
-Sizes = tuple[tuple[int, int], ...]
+ImageSizes = tuple[tuple[int, int], ...]
 
 
 class CocoConverter(Converter):
-    """One of COCO's own: `train` and `val` are those of the 2017 release, which is the 2014 one divided anew."""
+    """One of COCO's own: `train` and `val` are those of the 2017 release, which is the 2014 one
+    divided anew."""
 
     url = "https://cocodataset.org/#download"
     licence = "CC BY 4.0 (annotations), the images' own: https://cocodataset.org/#termsofuse"
@@ -36,7 +38,7 @@ class CocoConverter(Converter):
         name = f"{kind}_{self.release}.json"
         return self.json(f"annotations/{name}", name)
 
-    def image(self, image: Any) -> tuple[str, Sizes]:
+    def image(self, image: Any) -> tuple[str, ImageSizes]:
         """The path and size of an image of the file."""
         size = image_size(image)
         return "/".join((self.release, image["file_name"])), size
@@ -50,22 +52,24 @@ def find(things: Mapping[Any, Any], wanted: Any, kind: str) -> Any:
     """The thing of an id.
 
     Raises:
-        BadSample: there is none.
+        SkipSample: there is none.
     """
     if wanted is None or wanted not in things:
-        raise BadSample(f"{kind}_unknown", f"{kind} {wanted!r}")
+        raise SkipSample(f"{kind}_unknown", f"{kind} {wanted!r}")
     return things[wanted]
 
 
 def by_annotation(document: Any) -> Iterator[tuple[str, Any]]:
-    """(id, (annotation, its image)) of each annotation; the image is None where the file has none of that id."""
+    """(id, (annotation, its image)) of each annotation; the image is None where the file has none
+    of that id."""
     images = by_id(document["images"])
     for annotation in document["annotations"]:
         yield str(id_of(annotation)), (annotation, images.get(id_of(annotation, "image_id")))
 
 
 def by_image(document: Any) -> Iterator[tuple[str, Any]]:
-    """(id, (image, its annotations)) of each image; the image is None for annotations of one that the file lacks."""
+    """(id, (image, its annotations)) of each image; the image is None for annotations of one that
+    the file lacks."""
     of_image: dict[Any, list[Any]] = defaultdict(list)
     for annotation in document["annotations"]:
         of_image[id_of(annotation, "image_id")].append(annotation)
@@ -75,9 +79,9 @@ def by_image(document: Any) -> Iterator[tuple[str, Any]]:
         yield f"{image_id} of no image", (None, orphans)
 
 
-def image_size(image: Any) -> Sizes:
+def image_size(image: Any) -> ImageSizes:
     if image is None:
-        raise BadSample("image_unknown")
+        raise SkipSample("image_unknown")
     return sizes(image["width"], image["height"], str(image["id"]))
 
 
@@ -87,11 +91,11 @@ def corners(bbox: Iterable[Any]) -> Box4:
     return x, y, x + width, y + height
 
 
-def region(annotation: Any, categories: Mapping[Any, str], size: Sizes) -> Region:
+def region(annotation: Any, categories: Mapping[Any, str], size: ImageSizes) -> Region:
     """The box of an annotated object, labelled with its category.
 
     Raises:
-        BadSample: it is no use.
+        SkipSample: it is no use.
     """
     return checked(Region(corners(annotation["bbox"]), find(categories, annotation["category_id"], "category")), size)
 

@@ -1,7 +1,8 @@
 """COCO captions: five sentences on each image.
 
-Files (https://cocodataset.org/#format-data, "Image Captioning"): `annotations/captions_{train,val}{2014,2017}.json` in
-COCO's format (see `coco`), an annotation is {"id", "image_id", "caption"}.
+Files (https://cocodataset.org/#format-data, "Image Captioning"):
+`annotations/captions_{train,val}{2014,2017}.json` in COCO's format (see `coco`), an annotation is
+{"id", "image_id", "caption"}.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from sphinx_pl.data.converters import coco
 from sphinx_pl.data.schema import ImageRef, Record
 
 
-class CocoCaptions(coco.CocoConverter):
+class CocoCaptionsConverter(coco.CocoConverter):
     """Each sentence is a record."""
 
     name = "coco_captions"

@@ -1,7 +1,7 @@
 """COCO detection: objects of 80 classes.
 
-Files (https://cocodataset.org/#format-data, "Object Detection"): `annotations/instances_{train,val}{2014,2017}.json` in
-COCO's format (see `coco`).
+Files (https://cocodataset.org/#format-data, "Object Detection"):
+`annotations/instances_{train,val}{2014,2017}.json` in COCO's format (see `coco`).
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from sphinx_pl.data.converters import coco, id_of
 from sphinx_pl.data.schema import ImageRef, Record, Region
 
 
-class CocoDetection(coco.CocoConverter):
+class CocoDetectionConverter(coco.CocoConverter):
     """A record for each class that an image shows, and one with all of its objects.
 
-    Not where a crowd is among the objects: a box around many is no answer, and without it the answer is incomplete. Nor
-    where an object is of no use; one of an unknown class could be of any.
+    Not where a crowd is among the objects: a box around many is no answer, and without it the
+    answer is incomplete. Nor where an object is of no use; one of an unknown class could be of any.
     """
 
     name = "coco_detection"

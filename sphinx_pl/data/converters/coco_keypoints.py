@@ -1,8 +1,9 @@
 """COCO keypoints: 17 points of each person.
 
-Files (https://cocodataset.org/#format-data, "Keypoint Detection"): `annotations/person_keypoints_{train,val}{2014,
-2017}.json` in COCO's format (see `coco`), an annotation also has "keypoints": [x1, y1, v1, x2, ...] with v 0 not
-labelled, 1 hidden, 2 seen, "num_keypoints": how many are labelled, and "area": of the person in square pixels.
+Files (https://cocodataset.org/#format-data, "Keypoint Detection"):
+`annotations/person_keypoints_{train,val}{2014, 2017}.json` in COCO's format (see `coco`), an
+annotation also has "keypoints": [x1, y1, v1, x2, ...] with v 0 not labelled, 1 hidden, 2 seen,
+"num_keypoints": how many are labelled, and "area": of the person in square pixels.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from sphinx_pl.data.converters import coco
 from sphinx_pl.data.schema import ImageRef, Record, Region
 
 
-class CocoKeypoints(coco.CocoConverter):
+class CocoKeypointsConverter(coco.CocoConverter):
     """Each person is a record; not those in a crowd and those without a labelled point."""
 
     name = "coco_keypoints"

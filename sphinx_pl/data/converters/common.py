@@ -1,4 +1,5 @@
-"""What several converters do in the same way: keys, most frequent answers, the usual kinds of records."""
+"""What several converters do in the same way: keys, most frequent answers, the usual kinds of
+records."""
 
 from __future__ import annotations
 
@@ -11,14 +12,16 @@ from typing import Any
 
 from sphinx_pl.data.readers.instruction_json import to_record
 from sphinx_pl.data.schema import ImageRef, Record, Turn
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import TASKS, repeated_choice
 
 
 def keyed(entries: Iterable[Any], name: str, unique: bool = True) -> Iterator[tuple[str, Any]]:
-    """(key, entry) with what the entry has at `name` as key; with its number too where that is not unique.
+    """(key, entry) with what the entry has at `name` as key; with its number too where that is not
+    unique.
 
-    What has none is yielded all the same, with its number: `records` refuses it, so that it is counted.
+    What has none is yielded all the same, with its number: `records` refuses it, so that it is
+    counted.
     """
     for number, entry in enumerate(entries):
         found = entry.get(name) if isinstance(entry, Mapping) else None
@@ -27,20 +30,22 @@ def keyed(entries: Iterable[Any], name: str, unique: bool = True) -> Iterator[tu
 
 
 def text(value: Any) -> str:
-    """A value that must be text, where writing it into a path or a question would hide that it is not."""
+    """A value that must be text, where writing it into a path or a question would hide that it is
+    not."""
     if not isinstance(value, str):
         raise TypeError(f"{value!r} should be text")
     return value
 
 
 def asked(value: Any) -> str:
-    """A question that is there: for converters that write more around it, which would hide that it is empty.
+    """A question that is there: for converters that write more around it, which would hide that it
+    is empty.
 
     Raises:
-        BadSample: it is blank.
+        SkipSample: it is blank.
     """
     if not (question := text(value).strip()):
-        raise BadSample("question_empty")
+        raise SkipSample("question_empty")
     return question
 
 
@@ -48,13 +53,13 @@ def most_frequent(answers: list[str]) -> str:
     """The answer that most gave, in lower case; of several the one that was given first.
 
     Raises:
-        BadSample: there is none.
+        SkipSample: there is none.
     """
     if not isinstance(answers, list):  # the letters of a text would count as answers
         raise TypeError(f"{answers!r} should be a list")
     counts = Counter(clean for answer in answers if (clean := answer.strip().lower()))
     if not counts:
-        raise BadSample("answers_empty")
+        raise SkipSample("answers_empty")
     return counts.most_common(1)[0][0]
 
 
@@ -71,11 +76,11 @@ def choice_record(key: str, image: str, question: str, choices: Any, index: Any,
     """A question with choices, of which the one at `index` is right.
 
     Raises:
-        BadSample: there is no such choice, or two choices read the same, whichever is right.
+        SkipSample: there is no such choice, or two choices read the same, whichever is right.
     """
     answer = chosen(choices, index)
     if repeated := repeated_choice(choices):
-        raise BadSample("choices_repeated", f"{key}: {repeated}")
+        raise SkipSample("choices_repeated", f"{key}: {repeated}")
     return Record(
         key=key,
         task="multiple_choice",
@@ -91,12 +96,12 @@ def chosen(choices: Any, index: Any) -> str:
     """The choice at `index`.
 
     Raises:
-        BadSample: there is no such choice, or their number is not 2 to 26.
+        SkipSample: there is no such choice, or their number is not 2 to 26.
     """
     if not isinstance(choices, list) or not 2 <= len(choices) <= len(string.ascii_uppercase):
-        raise BadSample("choices_count")
+        raise SkipSample("choices_count")
     if not isinstance(index, int) or not 0 <= index < len(choices):
-        raise BadSample("choice_missing", f"{index!r} of {len(choices)} choices")
+        raise SkipSample("choice_missing", f"{index!r} of {len(choices)} choices")
     return text(choices[index])
 
 
@@ -108,13 +113,14 @@ def choice_turn(question: str, choices: Sequence[str], index: int) -> Turn:
 
 
 def conversation_record(key: str, entry: Mapping[str, Any], folder: str = "") -> Record:
-    """An entry of LLaVA's about an image: task chat, or detailed_answer where there is a single question.
+    """An entry of LLaVA's about an image: task chat, or detailed_answer where there is a single
+    question.
 
     Raises:
-        BadSample: the speakers do not take turns.
+        SkipSample: the speakers do not take turns.
     """
     about = {"conversations": entry["conversations"], "image": text(entry["image"])}
     record = to_record(about, key, Path(folder), "chat")
     if not record.turns:
-        raise BadSample("conversation_empty", key)
+        raise SkipSample("conversation_empty", key)
     return record if len(record.turns) > 1 else dataclasses.replace(record, task="detailed_answer")

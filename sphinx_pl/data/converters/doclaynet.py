@@ -1,9 +1,10 @@
 """DocLayNet: the layout of document pages.
 
-Files (https://github.com/DS4SD/DocLayNet, the core archive): `COCO/{train,val,test}.json` in COCO's format (see
-`coco`), with "precedence" on images and annotations: not 0 where a page was annotated again. Images are squares of 1025
-pixels, `PNG/<hash>.png`, and the boxes are in their pixels. The 11 categories are Caption, Footnote, Formula,
-List-item, Page-footer, Page-header, Picture, Section-header, Table, Text and Title.
+Files (https://github.com/DS4SD/DocLayNet, the core archive): `COCO/{train,val,test}.json` in COCO's
+format (see `coco`), with "precedence" on images and annotations: not 0 where a page was annotated
+again. Images are squares of 1025 pixels, `PNG/<hash>.png`, and the boxes are in their pixels. The
+11 categories are Caption, Footnote, Formula, List-item, Page-footer, Page-header, Picture,
+Section-header, Table, Text and Title.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from sphinx_pl.data.converters import Converter, coco
 from sphinx_pl.data.schema import ImageRef, Record
 
 
-class DocLayNet(Converter):
+class DocLayNetConverter(Converter):
     """Each page is a record, if all of its elements can be used: what is asked for are all of them."""
 
     name = "doclaynet"

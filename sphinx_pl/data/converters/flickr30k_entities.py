@@ -1,10 +1,11 @@
 """Flickr30k Entities: captions whose phrases are tied to boxes.
 
-Files (https://github.com/BryanPlummer/flickr30k_entities, annotations.zip unpacked beside the repository's lists):
-`{train,val,test}.txt` with an image id a line; `Sentences/<id>.txt` with a caption a line, its phrases written
-[/EN#<chain>/<type> words], chain 0 where a phrase names nothing visible; `Annotations/<id>.xml` with <size><width/>
-<height/></size> and <object>s, each with the chains that it is as <name>s and a <bndbox> (xmin, ymin, xmax, ymax
-counted from 1) or none for a whole scene or what is not seen; `UNRELATED_CAPTIONS` with "<id> <number of the caption>".
+Files (https://github.com/BryanPlummer/flickr30k_entities, annotations.zip unpacked beside the
+repository's lists): `{train,val,test}.txt` with an image id a line; `Sentences/<id>.txt` with a
+caption a line, its phrases written [/EN#<chain>/<type> words], chain 0 where a phrase names nothing
+visible; `Annotations/<id>.xml` with <size><width/> <height/></size> and <object>s, each with the
+chains that it is as <name>s and a <bndbox> (xmin, ymin, xmax, ymax counted from 1) or none for a
+whole scene or what is not seen; `UNRELATED_CAPTIONS` with "<id> <number of the caption>".
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from xml.etree import ElementTree
 from sphinx_pl.data.converters import Converter, checked
 from sphinx_pl.data.readers.instruction_json import sizes
 from sphinx_pl.data.schema import ImageRef, Record, Region
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 
 _PHRASE = re.compile(r"\[/EN#([^/\s\]]+)\S* ([^\[\]]+)\]")
 _MARKUP = re.compile(r"[\[\]{}]|</?p>")
 
 
-class Flickr30kEntities(Converter):
+class Flickr30kEntitiesConverter(Converter):
     """Each caption that names a box is a record, if all boxes of what it names can be used.
 
     The images are those of flickr30k-images.tar.gz.
@@ -53,7 +54,7 @@ class Flickr30kEntities(Converter):
             self.skipped["caption_unrelated"] += 1
             return
         if _MARKUP.search(_PHRASE.sub(r"\2", caption)):
-            raise BadSample("caption_markup", f"{key}: {caption}")
+            raise SkipSample("caption_markup", f"{key}: {caption}")
         size, boxes = _annotation(xml, key)
         regions: list[Region] = []
 
@@ -81,11 +82,11 @@ class Flickr30kEntities(Converter):
 def _annotation(xml: str, key: str) -> tuple[tuple[tuple[int, int], ...], dict[str | None, list[Any]]]:
     """The image's size and the boxes of each chain."""
     if "<!" in xml:  # no declarations, so no entities to expand
-        raise BadSample("xml_declaration", key)
+        raise SkipSample("xml_declaration", key)
     try:
         root = ElementTree.fromstring(xml)
     except ElementTree.ParseError as error:
-        raise BadSample("xml_malformed", f"{key}: {error}") from None
+        raise SkipSample("xml_malformed", f"{key}: {error}") from None
     boxes = defaultdict(list)
     for thing in root.iter("object"):
         for chain in thing.findall("name"):

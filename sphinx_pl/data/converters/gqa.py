@@ -1,8 +1,9 @@
 """GQA: compositional questions about Visual Genome's images.
 
 File (https://cs.stanford.edu/people/dorarad/gqa/download.html, structure in about.html there):
-`{split}_balanced_questions.json`, {question id: {"imageId", "question", "answer", "fullAnswer", "types":
-{"structural", "semantic", "detailed"}, ...}}. Images are those of images.zip: images/{imageId}.jpg.
+`{split}_balanced_questions.json`, {question id: {"imageId", "question", "answer", "fullAnswer",
+"types": {"structural", "semantic", "detailed"}, ...}}. Images are those of images.zip:
+images/{imageId}.jpg.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from sphinx_pl.data.converters.common import question_record, text
 from sphinx_pl.data.schema import Record
 
 
-class GQA(Converter):
+class GQAConverter(Converter):
     """The balanced questions, with their short answers; the full sentence is kept in meta."""
 
     name = "gqa"

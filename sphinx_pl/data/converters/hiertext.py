@@ -1,9 +1,10 @@
 """HierText: words, lines and paragraphs of text in photographs and scans.
 
-Files (https://github.com/google-research-datasets/hiertext): `gt/{train,validation}.jsonl.gz` or the same without .gz,
-despite the name one JSON value {"annotations": [{"image_id", "image_width", "image_height", "paragraphs": [{"lines":
-[{"text", "legible", "vertices": [[x, y], ...], "words": [{"vertices", "text", "legible"}]}]}]}]}. A line is legible if
-all of its words are. A line's polygon is a loose rotated rectangle, a word's is tight: boxes are the bounds of words.
+Files (https://github.com/google-research-datasets/hiertext): `gt/{train,validation}.jsonl.gz` or
+the same without .gz, despite the name one JSON value {"annotations": [{"image_id", "image_width",
+"image_height", "paragraphs": [{"lines": [{"text", "legible", "vertices": [[x, y], ...], "words":
+[{"vertices", "text", "legible"}]}]}]}]}. A line is legible if all of its words are. A line's
+polygon is a loose rotated rectangle, a word's is tight: boxes are the bounds of words.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from sphinx_pl.data.readers.instruction_json import sizes
 from sphinx_pl.data.schema import ImageRef, Record, Region
 
 
-class HierText(Converter):
-    """Each image is a record of its legible lines with boxes, and one without, if all legible lines can be used."""
+class HierTextConverter(Converter):
+    """Each image is a record of its legible lines with boxes, and one without, if all legible lines
+    can be used."""
 
     name = "hiertext"
     title = "HierText"

@@ -1,8 +1,10 @@
-"""IconQA: questions about abstract diagrams, with texts or images to choose from or a blank to fill in.
+"""IconQA: questions about abstract diagrams, with texts or images to choose from or a blank to fill
+in.
 
-Files (https://github.com/lupantech/IconQA, iconqa_data.zip): iconqa/{split}/{kind}/{id}/data.json with {"question",
-"answer", "choices", "ques_type", "grade", "label"}, beside it image.png. In `choose_txt` choices are texts, in
-`choose_img` names of images in the same folder, and the answer is an index; in `fill_in_blank` it is a text.
+Files (https://github.com/lupantech/IconQA, iconqa_data.zip): iconqa/{split}/{kind}/{id}/data.json
+with {"question", "answer", "choices", "ques_type", "grade", "label"}, beside it image.png. In
+`choose_txt` choices are texts, in `choose_img` names of images in the same folder, and the answer
+is an index; in `fill_in_blank` it is a text.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from sphinx_pl.utils.errors import UserError
 KINDS = ("choose_txt", "choose_img", "fill_in_blank")
 
 
-class IconQA(Converter):
-    """Where images are to choose from, all of them are images of the record, each behind its letter."""
+class IconQAConverter(Converter):
+    """Where images are to choose from, all of them are images of the record, each behind its
+    letter."""
 
     name = "iconqa"
     title = "IconQA"

@@ -1,13 +1,15 @@
 """LLaVA-Instruct-150K and LLaVAR: conversations about images, written by a language model.
 
-Files of LLaVA (https://huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K): `llava_instruct_150k.json`, which holds
-the other three, and `conversation_58k.json`, `detail_23k.json`, `complex_reasoning_77k.json`; lists of {"id", "image",
-"conversations": [{"from": "human" or "gpt", "value"}]}. Images are those of COCO's train2017.zip. The mixture of
-LLaVA 1.5, llava_v1_5_mix665k.json, needs no converter: it is an instruction file.
+Files of LLaVA (https://huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K):
+`llava_instruct_150k.json`, which holds the other three, and `conversation_58k.json`,
+`detail_23k.json`, `complex_reasoning_77k.json`; lists of {"id", "image", "conversations": [{"from":
+"human" or "gpt", "value"}]}. Images are those of COCO's train2017.zip. The mixture of LLaVA 1.5,
+llava_v1_5_mix665k.json, needs no converter: it is an instruction file.
 
-Files of LLaVAR (https://huggingface.co/datasets/SALT-NLP/LLaVAR): `llava_instruct_150k_llavar_20k.json` and ..._16k,
-which hold LLaVA's entries too, and `chat_llavar.json` for pretraining, in the same form. Images are those of
-finetune.zip and pretrain.zip, named as if they were COCO's and CC3M's.
+Files of LLaVAR (https://huggingface.co/datasets/SALT-NLP/LLaVAR):
+`llava_instruct_150k_llavar_20k.json` and ..._16k, which hold LLaVA's entries too, and
+`chat_llavar.json` for pretraining, in the same form. Images are those of finetune.zip and
+pretrain.zip, named as if they were COCO's and CC3M's.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from sphinx_pl.data.converters.common import conversation_record, keyed
 from sphinx_pl.data.schema import Record
 
 
-class LLaVAInstruct(Converter):
+class LLaVAInstructConverter(Converter):
     name = "llava_instruct"
     title = "LLaVA-Instruct-150K"
     url = "https://huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K"
@@ -42,8 +44,9 @@ class LLaVAInstruct(Converter):
         yield conversation_record(key, entry, "train2017")
 
 
-class LLaVAR(LLaVAInstruct):
-    """Without LLaVA's own entries where they can be told apart: with both converted, they would count twice."""
+class LLaVARConverter(LLaVAInstructConverter):
+    """Without LLaVA's own entries where they can be told apart: with both converted, they would
+    count twice."""
 
     name = "llavar"
     title = "LLaVAR"

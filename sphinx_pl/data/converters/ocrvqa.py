@@ -1,8 +1,8 @@
 """OCR-VQA: questions about book covers.
 
-File (https://ocr-vqa.github.io): `dataset.json`, {id: {"imageURL", "questions": [...], "answers": [...], "title",
-"authorName", "genre", "split": 1 train, 2 validation, 3 test}}. The script beside it downloads the images to
-images/{id}{extension of imageURL}.
+File (https://ocr-vqa.github.io): `dataset.json`, {id: {"imageURL", "questions": [...], "answers":
+[...], "title", "authorName", "genre", "split": 1 train, 2 validation, 3 test}}. The script beside
+it downloads the images to images/{id}{extension of imageURL}.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any, ClassVar
 from sphinx_pl.data.converters import Converter
 from sphinx_pl.data.converters.common import question_record
 from sphinx_pl.data.schema import Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 
 _NUMBERS = {"train": 1, "val": 2, "test": 3}
 
 
-class OCRVQA(Converter):
+class OCRVQAConverter(Converter):
     name = "ocrvqa"
     title = "OCR-VQA"
     url = "https://ocr-vqa.github.io"
@@ -35,10 +35,10 @@ class OCRVQA(Converter):
 
     def records(self, key: str, entry: Any) -> Iterator[Record]:
         if entry["split"] != _NUMBERS[self.split]:
-            raise BadSample("split_unknown", f"{key}: {entry['split']}")
+            raise SkipSample("split_unknown", f"{key}: {entry['split']}")
         questions, answers = entry["questions"], entry["answers"]
         if not isinstance(questions, list) or not isinstance(answers, list) or len(questions) != len(answers):
-            raise BadSample("answers_count", f"{key}: {questions} but {answers}")
+            raise SkipSample("answers_count", f"{key}: {questions} but {answers}")
         image = f"images/{key}{PurePosixPath(entry['imageURL']).suffix}"
         for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
             if answer.strip():

@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 from sphinx_pl.data.converters.common import most_frequent
-from sphinx_pl.data.converters.vqav2 import VQAv2
+from sphinx_pl.data.converters.vqav2 import VQAv2Converter
 
 
-class OKVQA(VQAv2):
+class OKVQAConverter(VQAv2Converter):
     """Trains on the most frequent answer; all ten go to meta for the official metric."""
 
     name = "okvqa"

@@ -1,9 +1,10 @@
 """RefCOCO, RefCOCO+ and RefCOCOg: phrases that tell one object of a COCO image from the others.
 
-Files (https://github.com/lichengunc/refer, refcoco.zip, refcoco+.zip, refcocog.zip): `instances.json` in COCO's format
-(see `coco`) and pickles of a list of {"ref_id", "ann_id", "image_id", "split", "sentences": [{"sent", "raw", "sent_id",
-"tokens"}]}, one for each way to split the images: `refs(unc).p` and `refs(google).p`, for RefCOCOg `refs(umd).p` and
-`refs(google).p`. The images are COCO's train2014; "file_name" of a ref is no image's name.
+Files (https://github.com/lichengunc/refer, refcoco.zip, refcoco+.zip, refcocog.zip):
+`instances.json` in COCO's format (see `coco`) and pickles of a list of {"ref_id", "ann_id",
+"image_id", "split", "sentences": [{"sent", "raw", "sent_id", "tokens"}]}, one for each way to split
+the images: `refs(unc).p` and `refs(google).p`, for RefCOCOg `refs(umd).p` and `refs(google).p`. The
+images are COCO's train2014; "file_name" of a ref is no image's name.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from sphinx_pl.data.schema import ImageRef, Record, Region
 from sphinx_pl.utils.errors import UserError
 
 
-class RefCOCO(Converter):
+class RefCOCOConverter(Converter):
     """Each phrase is a record that asks for its box and one that asks for the phrase.
 
     The splits of `refs(google).p` are google-train and so on.
@@ -64,14 +65,15 @@ class RefCOCO(Converter):
         return refs
 
 
-class RefCOCOPlus(RefCOCO):
+class RefCOCOPlusConverter(RefCOCOConverter):
     name = "refcoco+"
     title = "RefCOCO+"
     splits = ("train", "val", "testA", "testB")
 
 
-class RefCOCOg(RefCOCO):
-    """Google's validation images are among its training images; the split of UMD is the one without that."""
+class RefCOCOgConverter(RefCOCOConverter):
+    """Google's validation images are among its training images; the split of UMD is the one without
+    that."""
 
     name = "refcocog"
     title = "RefCOCOg"
@@ -80,7 +82,8 @@ class RefCOCOg(RefCOCO):
 
 
 class _PlainData(pickle.Unpickler):
-    """Lists, dicts, strings and numbers: a pickle runs code through the classes and functions that it names."""
+    """Lists, dicts, strings and numbers: a pickle runs code through the classes and functions that
+    it names."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
         raise pickle.UnpicklingError(f"it names {module}.{name}")

@@ -1,8 +1,9 @@
 """ScienceQA: multiple-choice questions from school science, about half of them with an image.
 
-Files (https://github.com/lupantech/ScienceQA, data/scienceqa): `problems.json`, {id: {"question", "choices", "answer":
-index, "hint", "image": "image.png" or null, "split", "lecture", "solution", "subject", "grade", ...}}, and
-`pid_splits.json`, {split: [ids]}. Images are those of train.zip, val.zip and test.zip: {split}/{id}/image.png.
+Files (https://github.com/lupantech/ScienceQA, data/scienceqa): `problems.json`, {id: {"question",
+"choices", "answer": index, "hint", "image": "image.png" or null, "split", "lecture", "solution",
+"subject", "grade", ...}}, and `pid_splits.json`, {split: [ids]}. Images are those of train.zip,
+val.zip and test.zip: {split}/{id}/image.png.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from typing import Any, ClassVar
 from sphinx_pl.data.converters import Converter
 from sphinx_pl.data.converters.common import asked, choice_record, choice_turn, chosen, text
 from sphinx_pl.data.schema import Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 
 _KEPT = ("subject", "grade", "lecture", "solution")
 
 
-class ScienceQA(Converter):
+class ScienceQAConverter(Converter):
     """The hint stands before the question as its context; lecture and solution are kept in meta.
 
     A question without an image is a chat in the same words, as multiple_choice is about an image.
@@ -38,7 +39,7 @@ class ScienceQA(Converter):
 
     def records(self, key: str, entry: Any) -> Iterator[Record]:
         if entry is None:
-            raise BadSample("problem_missing", key)
+            raise SkipSample("problem_missing", key)
         question, choices, index = asked(entry["question"]), entry["choices"], entry["answer"]
         if hint := text(entry.get("hint") or "").strip():
             question = f"Context: {hint}\n{question}"

@@ -14,13 +14,14 @@ from sphinx_pl.data.converters import Converter
 from sphinx_pl.data.converters.common import keyed
 from sphinx_pl.data.readers.instruction_json import to_record
 from sphinx_pl.data.schema import Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 
 _ROLES = {"human": "human", "user": "human"} | dict.fromkeys(("gpt", "chatgpt", "assistant", "bing", "bard"), "gpt")
 
 
-class ShareGPT(Converter):
-    """Long conversations are split in the file, so that parts begin with an answer: those are dropped.
+class ShareGPTConverter(Converter):
+    """Long conversations are split in the file, so that parts begin with an answer: those are
+    dropped.
 
     A question at the end that has no answer is left out.
     """
@@ -39,14 +40,14 @@ class ShareGPT(Converter):
         messages = [{"from": message["from"].lower(), "value": message["value"]} for message in entry["conversations"]]
         for message in messages:
             if message["from"] not in _ROLES:
-                raise BadSample(f"role_{message['from']}" if message["from"] == "system" else "role_unknown", key)
+                raise SkipSample(f"role_{message['from']}" if message["from"] == "system" else "role_unknown", key)
             message["from"] = _ROLES[message["from"]]
         if messages and messages[0]["from"] != "human":
-            raise BadSample("begins_with_an_answer", key)
+            raise SkipSample("begins_with_an_answer", key)
         if len(messages) % 2:  # or a turn is missing inside, which is found below
             messages.pop()
         if not messages:
-            raise BadSample("conversation_empty", key)
+            raise SkipSample("conversation_empty", key)
         if not all(message["value"].strip() for message in messages):
-            raise BadSample("message_empty", key)
+            raise SkipSample("message_empty", key)
         yield to_record({"conversations": messages}, key, Path(), "chat")

@@ -1,7 +1,8 @@
 """TextCaps: captions that read the text in an image, five for each.
 
-File (https://textvqa.org/textcaps/dataset): `TextCaps_0.1_{split}.json` with {"data": [{"image_id", "caption_id",
-"caption_str", "reference_strs": [all of the image's], ...}]}, one entry for each caption. Images are TextVQA's.
+File (https://textvqa.org/textcaps/dataset): `TextCaps_0.1_{split}.json` with {"data": [{"image_id",
+"caption_id", "caption_str", "reference_strs": [all of the image's], ...}]}, one entry for each
+caption. Images are TextVQA's.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from sphinx_pl.data.converters.common import keyed, text
 from sphinx_pl.data.schema import ImageRef, Record
 
 
-class TextCaps(Converter):
+class TextCapsConverter(Converter):
     name = "textcaps"
     title = "TextCaps"
     url = "https://textvqa.org/textcaps/dataset"

@@ -1,7 +1,8 @@
 """TextVQA: questions that are answered by reading text in an image, ten answers each.
 
-File (https://textvqa.org/dataset): `TextVQA_0.5.1_{split}.json` with {"data": [{"question_id", "image_id", "question",
-"answers": [ten], ...}]}. Images are those of train_val_images.zip, where both splits lie in train_images/.
+File (https://textvqa.org/dataset): `TextVQA_0.5.1_{split}.json` with {"data": [{"question_id",
+"image_id", "question", "answers": [ten], ...}]}. Images are those of train_val_images.zip, where
+both splits lie in train_images/.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _REMARKS = (
 )
 
 
-class TextVQA(Converter):
+class TextVQAConverter(Converter):
     """Trains on the most frequent answer; all ten go to meta for the official metric."""
 
     name = "textvqa"

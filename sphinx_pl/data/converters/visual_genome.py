@@ -1,11 +1,12 @@
 """Visual Genome: regions, relationships and questions, a converter for each.
 
-Files (https://homes.cs.washington.edu/~ranjay/visualgenome/api_readme.html), lists of an object for each image:
-`image_data.json`: {"image_id", "url", "width", "height"}, the url ends as the image's path does where images.zip and
-images2.zip are unpacked, in VG_100K_2/2.jpg. `region_descriptions.json`: {"id" or "image_id", "regions": [{"region_id",
-"phrase", "x", "y", "width", "height"}]}. `relationships.json`: {"image_id", "relationships": [{"relationship_id",
-"predicate", "subject", "object"}]}, the last two {"name" or "names", "x", "y", "w", "h"}. `question_answers.json`:
-{"id" or "image_id", "qas": [{"qa_id", "question", "answer"}]}.
+Files (https://homes.cs.washington.edu/~ranjay/visualgenome/api_readme.html), lists of an object for
+each image: `image_data.json`: {"image_id", "url", "width", "height"}, the url ends as the image's
+path does where images.zip and images2.zip are unpacked, in VG_100K_2/2.jpg.
+`region_descriptions.json`: {"id" or "image_id", "regions": [{"region_id", "phrase", "x", "y",
+"width", "height"}]}. `relationships.json`: {"image_id", "relationships": [{"relationship_id",
+"predicate", "subject", "object"}]}, the last two {"name" or "names", "x", "y", "w", "h"}.
+`question_answers.json`: {"id" or "image_id", "qas": [{"qa_id", "question", "answer"}]}.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from typing import Any, ClassVar
 from sphinx_pl.data.converters import Converter, coco, id_of
 from sphinx_pl.data.readers.instruction_json import sizes
 from sphinx_pl.data.schema import ImageRef, Record, Region
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 
 
-class _VisualGenome(Converter):
+class _VisualGenomeConverter(Converter):
     url = "https://homes.cs.washington.edu/~ranjay/visualgenome/"
     licence = "CC BY 4.0"
     splits = ("train",)  # it has no other
@@ -38,14 +39,14 @@ class _VisualGenome(Converter):
             for thing in things:
                 yield f"{image_id}-{id_of(thing, id_name)}", (images.get(image_id), thing)
 
-    def image(self, image: Any) -> tuple[tuple[ImageRef, ...], coco.Sizes]:
+    def image(self, image: Any) -> tuple[tuple[ImageRef, ...], coco.ImageSizes]:
         if image is None:
-            raise BadSample("image_unknown")
+            raise SkipSample("image_unknown")
         folder, name = image["url"].split("/")[-2:]
         return (ImageRef(f"{folder}/{name}"),), sizes(image["width"], image["height"], str(image["image_id"]))
 
 
-class VGRegions(_VisualGenome):
+class VGRegions(_VisualGenomeConverter):
     """Each region is a record that asks for its box and one that asks for its phrase."""
 
     name = "vg_regions"
@@ -63,7 +64,7 @@ class VGRegions(_VisualGenome):
         yield Record(f"{key}-reg", "reg", images, size, regions=regions)
 
 
-class VGRelationships(_VisualGenome):
+class VGRelationships(_VisualGenomeConverter):
     """Each relationship is a record; predicates in small letters, as people wrote ON as well as on."""
 
     name = "vg_relationships"
@@ -79,7 +80,7 @@ class VGRelationships(_VisualGenome):
         yield Record(key, "relation_detection", images, size, answer=predicate, regions=regions)
 
 
-class VGQuestions(_VisualGenome):
+class VGQuestions(_VisualGenomeConverter):
     """Each question is a record; without the full stop that ends answers of a word as well."""
 
     name = "vg_questions"

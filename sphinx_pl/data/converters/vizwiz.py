@@ -1,8 +1,9 @@
-"""VizWiz-VQA: questions of blind people about photographs they took, ten answers each; many cannot be answered.
+"""VizWiz-VQA: questions of blind people about photographs they took, ten answers each; many cannot
+be answered.
 
-File (https://vizwiz.org/tasks-and-datasets/vqa): `{split}.json` of Annotations.zip, a list of {"image", "question",
-"answers": [{"answer", "answer_confidence"}], "answer_type", "answerable": 0 or 1}. Images are those of train.zip and
-val.zip: {split}/{image}.
+File (https://vizwiz.org/tasks-and-datasets/vqa): `{split}.json` of Annotations.zip, a list of
+{"image", "question", "answers": [{"answer", "answer_confidence"}], "answer_type", "answerable": 0
+or 1}. Images are those of train.zip and val.zip: {split}/{image}.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ _HINT = "When the provided information is insufficient, respond with 'Unanswerab
 _NO_ANSWERS = ("unanswerable", "unsuitable", "unsuitable image")
 
 
-class VizWiz(Converter):
-    """Trains on the most frequent answer, or "Unanswerable"; all ten go to meta for the official metric."""
+class VizWizConverter(Converter):
+    """Trains on the most frequent answer, or "Unanswerable"; all ten go to meta for the official
+    metric."""
 
     name = "vizwiz"
     title = "VizWiz-VQA"
@@ -49,9 +51,10 @@ class VizWiz(Converter):
 
 
 def hinted(question: Any) -> str:
-    """A question with the hint: with the wording of short_vqa, this is what the original evaluates with.
+    """A question with the hint: with the wording of short_vqa, this is what the original evaluates
+    with.
 
     Raises:
-        BadSample: it is blank.
+        SkipSample: it is blank.
     """
     return f"{asked(question)} {_HINT}"

@@ -1,9 +1,10 @@
 """VQAv2: open questions about COCO images, ten answers each.
 
-Files (https://visualqa.org/download.html): `v2_OpenEnded_mscoco_{split}2014_questions.json` with {"questions":
-[{"question_id", "image_id", "question"}]} and `v2_mscoco_{split}2014_annotations.json` with {"annotations":
-[{"question_id", "image_id", "multiple_choice_answer", "answers": [{"answer", ...}], "question_type", "answer_type"}]}.
-Images are those of COCO's train2014.zip and val2014.zip.
+Files (https://visualqa.org/download.html): `v2_OpenEnded_mscoco_{split}2014_questions.json` with
+{"questions": [{"question_id", "image_id", "question"}]} and
+`v2_mscoco_{split}2014_annotations.json` with {"annotations": [{"question_id", "image_id",
+"multiple_choice_answer", "answers": [{"answer", ...}], "question_type", "answer_type"}]}. Images
+are those of COCO's train2014.zip and val2014.zip.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from typing import Any, ClassVar
 from sphinx_pl.data.converters import Converter
 from sphinx_pl.data.converters.common import keyed, question_record, text
 from sphinx_pl.data.schema import Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 
 
-class VQAv2(Converter):
-    """Trains on the most frequent answer, `multiple_choice_answer`; all ten go to meta for the official metric."""
+class VQAv2Converter(Converter):
+    """Trains on the most frequent answer, `multiple_choice_answer`; all ten go to meta for the
+    official metric."""
 
     name = "vqav2"
     title = "VQAv2"
@@ -37,7 +39,7 @@ class VQAv2(Converter):
     def records(self, key: str, entry: Any) -> Iterator[Record]:
         question, annotation = entry
         if annotation is None:
-            raise BadSample("annotation_missing", key)
+            raise SkipSample("annotation_missing", key)
         answers = [answer["answer"] for answer in annotation["answers"]]
         yield question_record(
             key,

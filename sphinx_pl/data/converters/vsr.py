@@ -1,8 +1,9 @@
 """VSR: whether a caption about a spatial relation is true of a COCO image.
 
-Files (https://github.com/cambridgeltl/visual-spatial-reasoning, data/README.md): `splits/random/{train,dev,test}.jsonl`
-and `splits/zeroshot/...`, lines of {"image", "image_link", "caption", "label": 0 or 1, "relation", ...}. Images are
-those of COCO's train2017.zip and val2017.zip; the link says which.
+Files (https://github.com/cambridgeltl/visual-spatial-reasoning, data/README.md):
+`splits/random/{train,dev,test}.jsonl` and `splits/zeroshot/...`, lines of {"image", "image_link",
+"caption", "label": 0 or 1, "relation", ...}. Images are those of COCO's train2017.zip and
+val2017.zip; the link says which.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from typing import Any, ClassVar
 from sphinx_pl.data.converters import Converter
 from sphinx_pl.data.converters.common import asked, text
 from sphinx_pl.data.schema import ImageRef, Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 
 STATEMENT = "Is this statement about the image true? {caption}"
 
 
-class VSR(Converter):
+class VSRConverter(Converter):
     name = "vsr"
     title = "VSR"
     url = "https://github.com/cambridgeltl/visual-spatial-reasoning"
@@ -36,9 +37,9 @@ class VSR(Converter):
     def records(self, key: str, entry: Any) -> Iterator[Record]:
         folder = PurePosixPath(entry["image_link"]).parent.name
         if folder not in ("train2017", "val2017"):
-            raise BadSample("image_link", f"{key}: {entry['image_link']}")
+            raise SkipSample("image_link", f"{key}: {entry['image_link']}")
         if entry["label"] not in (0, 1):
-            raise BadSample("label_unknown", f"{key}: {entry['label']!r}")
+            raise SkipSample("label_unknown", f"{key}: {entry['label']!r}")
         yield Record(
             key=key,
             task="yes_no",

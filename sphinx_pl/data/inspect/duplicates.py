@@ -1,8 +1,8 @@
 """Finds image-text pairs that say the same as an earlier one, for `filters.duplicates`.
 
-The result is a sorted array of the hashes of their keys (8 bytes each), mapped by every process that filters. It is
-made holding 16 bytes a pair, and belongs to the path setting that it was made from: keys are relative to its common
-folder.
+The result is a sorted array of the hashes of their keys (8 bytes each), mapped by every process
+that filters. It is made holding 16 bytes a pair, and belongs to the path setting that it was made
+from: keys are relative to its common folder.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from sphinx_pl.data.images import read_bytes
-from sphinx_pl.data.readers import build_source
+from sphinx_pl.data.readers import build_reader
 from sphinx_pl.data.readers.filters import key_hash
 from sphinx_pl.data.schema import Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.utils.errors import UserError
 from sphinx_pl.utils.files import whole_file
 
@@ -31,11 +31,12 @@ def find_duplicates(
 ) -> tuple[int, int, int]:
     """Write the hashes of all pairs whose `by` equals that of an earlier one.
 
-    Earlier is by file and place in it, before any filter: the result does not depend on how the pairs are read later.
-    Pairs that are broken, or have no such column, are equal to none.
+    Earlier is by file and place in it, before any filter: the result does not depend on how the
+    pairs are read later. Pairs that are broken, or have no such column, are equal to none.
 
     Returns:
-        How many pairs there are, how many of them could not be compared, and how many are duplicates.
+        How many pairs there are, how many of them could not be compared, and how many are
+            duplicates.
 
     Args:
         by: "image" (the stored bytes), "caption", or a column of the json.
@@ -48,13 +49,13 @@ def find_duplicates(
         raise UserError(f"out={out} must end in .npy")
     if not out.parent.is_dir():
         raise UserError(f"out={out}: there is no folder {out.parent}: make it first")
-    source = build_source("image_text", "pairs", path, filters={"max_chars": 1 << 30})
+    source = build_reader("image_text", "pairs", path, filters={"max_chars": 1 << 30})
     contents, keys = array("Q"), array("Q")
     seen = 0
     for number in range(len(source.urls)):
         try:
             shard = source.open(number)
-        except BadSample as bad:
+        except SkipSample as bad:
             raise UserError(
                 f"{source.urls[number]} cannot be read ({bad.reason}): a result without it would have holes"
             ) from None
@@ -63,7 +64,7 @@ def find_duplicates(
             try:
                 record = shard.record(index)
                 content = _content(record, by)
-            except BadSample:
+            except SkipSample:
                 continue
             if content is not None:
                 contents.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest()))

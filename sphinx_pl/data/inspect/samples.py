@@ -1,9 +1,10 @@
-"""One page with the samples as the model will see them: the first thing to do with a new data set.
+"""A page with the samples as the model sees them: the first thing to look at in a new data set.
 
     sphinx-data show experiment=demo stage=finetune n=64 out=page.html
 
-Nothing here is a second way to read data: windows come from the planner, micro-batches from the collator, and what is
-a target is what `Batch.labels` says. Everything from data is untrusted and reaches the page escaped.
+Nothing here is a second way to read data: steps come from the planner, micro-batches from the
+collator, and targets from `Batch.labels`. Everything from data is untrusted and is escaped on the
+page.
 """
 
 from __future__ import annotations
@@ -11,93 +12,54 @@ from __future__ import annotations
 import io
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from html import escape
-from itertools import accumulate as running_sums
-from itertools import groupby, pairwise
+from itertools import groupby
 
 from PIL import Image
-from torch import Tensor
 
 from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.drawing import GIVEN, TRUE, draw, to_picture
-from sphinx_pl.data.images import load_image
+from sphinx_pl.data.inspect.unpack import ShownSample, Token, texts, unpack
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.sampling.packing import WEIGHTINGS, MicroPlan, Planner
+from sphinx_pl.data.sampling.packing import WEIGHTINGS
+from sphinx_pl.data.sampling.planner import MicroPlan, Planner
 from sphinx_pl.data.sampling.stream import MADE
-from sphinx_pl.data.schema import IGNORE, IMAGE_SLOT, Batch, Branch, ImageRef, Sample
-from sphinx_pl.data.skip import BadSample, counter_of, split_counter
+from sphinx_pl.data.schema import IMAGE_SLOT, Sample
+from sphinx_pl.data.skip import counter_of, split_counter
 from sphinx_pl.data.tokenizers import Tokenizer
 from sphinx_pl.utils.html import inline, inline_png, page, table, visible
 
 TINY = 128
-"""Images of at most so many pixels a side are shown four times as large, each pixel a flat square."""
+"""Images with at most so many pixels a side are enlarged four times, each pixel as a flat square.
+"""
 PICTURE_BYTES = 7_500_000
-"""Of all pictures together, before base64; a sample's pictures get an equal part of it, and at least 16 kB."""
+"""Bytes of all pictures together, before base64. Each sample's pictures get an equal part, and at
+least 16 kB."""
 DRAWN_ROWS = 128
 COLUMN = 384
-"""Width of the pictures' column; larger ones can be enlarged."""
-
-
-@dataclass(frozen=True)
-class Token:
-    """One position. `image` is the number of the image that it shows a part of, from 1; 0 where it is text."""
-
-    id: int
-    target: bool
-    weight: float
-    image: int
-
-
-@dataclass(frozen=True)
-class Picture:
-    """An image as the batch holds it; `problem` says why it could not be read."""
-
-    pixels: Tensor
-    seen: tuple[bool, ...]
-    problem: str = ""
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A sample of a batch: the tokens of what its branches share, those of each branch, and its images."""
-
-    number: int
-    place: str
-    sample: Sample
-    shared: list[Token]
-    branches: list[tuple[Branch, list[Token]]]
-    pictures: list[Picture]
-
-    @property
-    def broken(self) -> bool:
-        return any(picture.problem for picture in self.pictures)
-
-    @property
-    def targets(self) -> int:
-        return sum(token.target for _, tokens in self.branches for token in tokens)
+"""Width of the pictures' column in pixels; larger pictures can be enlarged."""
 
 
 def build_page(
     data: DataModule, n: int, accumulate: int, grid: int, what: str, notices: Sequence[str] = ()
 ) -> tuple[str, int]:
-    """The page, and how many samples are on it: the first `n`, fewer where the mixture ends before.
+    """The page, and the number of samples on it: the first `n`, fewer if the mixture ends before.
 
     Args:
         accumulate: micro-batches of an optimizer step.
         grid: sub-images a side that the model cuts an image into.
-        what: the configuration in words. notices: sentences to begin with.
+        what: the configuration in words. notices: sentences at the beginning of the page.
 
     Raises:
-        UserError: nothing can be read, as in training.
+        UserError: nothing can be read.
     """
     planner = data.planner(accumulate)
     plans: list[MicroPlan] = []
-    shown: list[Shown] = []
+    shown: list[ShownSample] = []
     decoded: Counter[str] = Counter()
-    while len(shown) < n and (window := planner.plan()):
-        plans += window
-        for plan in window:
+    while len(shown) < n and (micro_batches := planner.plan()):
+        plans += micro_batches
+        for plan in micro_batches:
             if len(shown) < n:
                 batch = data.collator(plan.rows)
                 decoded.update({key: int(v) for key, v in batch.counters.items() if key.startswith("skipped/")})
@@ -112,11 +74,11 @@ def build_page(
         ("samples", "Samples", _samples(shown, data.processor, grid, limit, colours)),
     ]
     links = " ".join(f'<a href="#{anchor}">{heading}</a>' for anchor, heading, _ in sections)
-    windows = plans[-1].window if plans else 0
+    steps = plans[-1].step if plans else 0
     lead = (
         f"The first {len(shown)} samples that training would get, as the model gets them: {what}. They come from "
-        f"{_count(windows, 'window')}, each the {_count(accumulate * data.packing.rows, 'row')} of "
-        f"{data.packing.row_length:,} positions that one process reads for an optimizer step."
+        f"{_count(steps, 'step')}, each with the {_count(accumulate * data.packing.micro_batch_rows, 'row')} of "
+        f"{data.packing.row_length:,} positions that one process reads for it."
     )
     header = f"<h1>The data, seen</h1><p class=lead>{visible(lead)}</p>"
     header += "".join(f"<p class=notice>{visible(notice)}</p>" for notice in notices)
@@ -124,59 +86,7 @@ def build_page(
     return page("The data, seen", f"{header}<nav>{links}</nav>", body, _STYLE, _SCRIPT), len(shown)
 
 
-def unpack(batch: Batch, plan: MicroPlan, processor: Processor, first: int) -> list[Shown]:
-    """The samples of a batch, numbered from `first`, in the order of its rows."""
-    found: list[Shown] = []
-    image = 0
-    for row, samples in enumerate(plan.rows):
-        begin = 0
-        for sample in samples:
-            counts = processor.slots(len(sample.images), sample.seen)
-            tokens = _tokens(batch, row, begin, sample.length, counts)
-            ends = [0, *running_sums([len(sample.prefix), *(len(branch.ids) for branch in sample.branches)])]
-            parts = [tokens[a:b] for a, b in pairwise(ends)]
-            branches = list(zip(sample.branches, parts[1:], strict=True))
-            masked = sample.targets > 0 and not any(token.target for token in tokens)
-            pictures = []
-            for i, ref in enumerate(sample.images):
-                views = batch.seen_views
-                seen = tuple(views[image + i].tolist()) if views is not None and sample.seen else ()
-                problem = _problem(ref, processor.image_size) if masked else ""
-                pictures.append(Picture(batch.pixels[image + i], seen, problem))
-            place = f"window {plan.window}, micro-batch {plan.index + 1}, row {row + 1}"
-            found.append(Shown(first + len(found), place, sample, parts[0], branches, pictures))
-            image += len(sample.images)
-            begin += sample.length
-    return found
-
-
-def _tokens(batch: Batch, row: int, begin: int, length: int, slots: Sequence[int]) -> list[Token]:
-    """The positions of one sample; its images have so many `slots`, one image after another."""
-    width = batch.input_ids.shape[1]
-    offset = row * width + begin
-    at_slot = set((batch.image_slots - offset).tolist())
-    numbers = [number for number, count in enumerate(slots, start=1) for _ in range(count)]
-    ids = batch.input_ids[row, begin : begin + length].tolist()
-    # A label stands where the model predicts it: one position before the token.
-    labels = [IGNORE, *batch.labels[row, begin : begin + length - 1].tolist()]
-    weights = [0.0, *batch.weights[row, begin : begin + length - 1].tolist()]
-    taken = iter(numbers)
-    return [
-        Token(id, label != IGNORE, weight, next(taken) if i in at_slot else 0)
-        for i, (id, label, weight) in enumerate(zip(ids, labels, weights, strict=True))
-    ]
-
-
-def _problem(ref: ImageRef, size: int) -> str:
-    """Why an image cannot be read; "" if it can."""
-    try:
-        load_image(ref, size)
-    except BadSample as bad:
-        return str(bad)
-    return ""
-
-
-def _problems(planner: Planner, shown: Sequence[Shown], max_skipped: float) -> Iterator[str]:
+def _problems(planner: Planner, shown: Sequence[ShownSample], max_skipped: float) -> Iterator[str]:
     if broken := [item.number for item in shown if item.broken]:
         numbers = ", ".join(f"#{number}" for number in broken[:10]) + (", …" if len(broken) > 10 else "")
         yield (
@@ -199,20 +109,21 @@ def _problems(planner: Planner, shown: Sequence[Shown], max_skipped: float) -> I
 
 
 def _totals(plans: Sequence[MicroPlan], weighting: str, colours: dict[str, str]) -> str:
-    """Of every source and of its tasks. What questions of several tasks share is in a line of its own."""
+    """Of every source and of its tasks. What questions of several tasks share is in a line of its
+    own."""
     columns = ("samples", "questions", "tokens", "targets", "images")
     sums: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
     loss: dict[tuple[str, str], float] = defaultdict(float)
     for sample in (sample for plan in plans for row in plan.rows for sample in row):
         of_source = sums[sample.source]
-        tasks = {branch.task for branch in sample.branches}
+        tasks = {question.task for question in sample.questions}
         whole = of_source[next(iter(tasks)) if len(tasks) == 1 else "shared by several tasks"]
         whole.update(samples=1, tokens=len(sample.prefix), images=len(sample.images))
-        for branch in sample.branches:
-            targets = sum(branch.supervised[1:])
-            of_source[branch.task].update(questions=1, tokens=len(branch.ids), targets=targets)
+        for question in sample.questions:
+            targets = sum(question.supervised[1:])
+            of_source[question.task].update(questions=1, tokens=len(question.ids), targets=targets)
             if targets:
-                loss[sample.source, branch.task] += WEIGHTINGS[weighting](targets) * targets
+                loss[sample.source, question.task] += WEIGHTINGS[weighting](targets) * targets
     whole_loss = sum(loss.values()) or 1.0
 
     def cells(counters: Iterable[Counter[str]], share: float) -> list[str]:
@@ -235,27 +146,29 @@ def _totals(plans: Sequence[MicroPlan], weighting: str, colours: dict[str, str])
             ]
     head = ["source", "task", "samples", "questions", "tokens", "targets", "images", "of the loss"]
     return (
-        f"<p>All rows of the planned windows. A sample may ask several questions about the same image, whose tokens "
+        f"<p>All rows of the planned steps. A sample may ask several questions about the same image, whose tokens "
         f"it pays once. Targets are the tokens that are learned; the last column is their share of the loss with "
         f"weighting “{escape(weighting)}”.</p>" + table(head, rows, set(range(2, 8)))
     )
 
 
 def _counts(planner: Planner) -> Counter[str]:
-    """`source/seen`, `skipped/source/reason`, ... of all that was drawn, also of what came to no window."""
+    """`source/seen`, `skipped/source/reason`, ... of all that was drawn, also of samples that no
+    step holds yet."""
     counts: Counter[str] = Counter()
-    for lane in planner.lanes.values():
-        counts.update(lane.mixture.counts)
-        counts.update(lane.mixture.left_out)
+    for partition in planner.partitions.values():
+        counts.update(partition.mixture.counts)
+        counts.update(partition.mixture.left_out)
     return counts
 
 
 def _left_out(planner: Planner, decoded: Counter[str]) -> str:
-    """What was seen, what of it was not used, and what happened to the rest, with the first examples of each."""
+    """A table of what was drawn, what of it was skipped, and what happened to the rest, with
+    examples."""
     counts = _counts(planner)
     examples: dict[str, list[str]] = defaultdict(list)
-    for lane in planner.lanes.values():
-        for name, stream in lane.mixture.streams.items():
+    for partition in planner.partitions.values():
+        for name, stream in partition.mixture.streams.items():
             for counter, details in stream.examples.items():
                 examples[counter_of(name, counter)] += details
     rows = []
@@ -302,11 +215,11 @@ def _colours(names: Iterable[str]) -> dict[str, str]:
 # --- packing
 
 
-def _packing(plans: Sequence[MicroPlan], shown: Sequence[Shown], row_length: int, colours: dict[str, str]) -> str:
+def _packing(plans: Sequence[MicroPlan], shown: Sequence[ShownSample], row_length: int, colours: dict[str, str]) -> str:
     numbers = {id(item.sample): item.number for item in shown}
     blocks: list[str] = []
     left = DRAWN_ROWS
-    for window, group in groupby(plans, key=lambda plan: plan.window):
+    for step, group in groupby(plans, key=lambda plan: plan.step):
         rows = [(plan, i, row) for plan in group for i, row in enumerate(plan.rows)]
         used = sum(sample.length for _, _, row in rows for sample in row)
         bars = [
@@ -316,14 +229,14 @@ def _packing(plans: Sequence[MicroPlan], shown: Sequence[Shown], row_length: int
         left -= len(rows)
         more = f"<p class=note>{_count(len(rows) - len(bars), 'more row')}.</p>" if len(rows) > len(bars) else ""
         positions = len(rows) * row_length
-        share = f"window {window}: {used / positions:.1%} of {positions:,} positions hold tokens"
+        share = f"step {step}: {used / positions:.1%} of {positions:,} positions hold tokens"
         opened = " open" if not blocks else ""
         blocks.append(f"<details{opened}><summary>{share}</summary>{''.join(bars)}{more}</details>")
     legend = "".join(
         f'<span class="key full" style="--k:{colour}">{visible(name)}</span>' for name, colour in colours.items()
     )
     return (
-        "<p>Each bar is a row of a window, named micro-batch.row, with the share of its positions that hold tokens. "
+        "<p>Each bar is a row of a step, named micro-batch.row, with the share of its positions that hold tokens. "
         "A piece is a sample: its width is its number of tokens, the hatched parts are image tokens. What is blank "
         "at the end is padding. Numbers are those of the samples below.</p>"
         f"<p class=legend>{legend}</p>{''.join(blocks)}"
@@ -333,14 +246,14 @@ def _packing(plans: Sequence[MicroPlan], shown: Sequence[Shown], row_length: int
 def _bar(name: str, row: Sequence[Sample], length: int, numbers: dict[int, int], colours: dict[str, str]) -> str:
     pieces = []
     for sample in row:
-        ids = [*sample.prefix, *(id for branch in sample.branches for id in branch.ids)]
+        ids = [*sample.prefix, *(id for question in sample.questions for id in question.ids)]
         inner = ""
         for is_image, run in groupby(ids, key=lambda id: id == IMAGE_SLOT):
             inner += f'<i{" class=im" if is_image else ""} style="flex:{sum(1 for _ in run)}"></i>'
         number = numbers.get(id(sample))
         title = (
             f"{sample.source}: {_count(sample.length, 'token')}, {_count(len(sample.images), 'image')}, "
-            f"{_count(len(sample.branches), 'question')}, {_count(sample.targets, 'target')}"
+            f"{_count(len(sample.questions), 'question')}, {_count(sample.targets, 'target')}"
         )
         tag, link = ("a", f' href="#s{number}"') if number else ("span", "")
         pieces.append(
@@ -357,7 +270,7 @@ def _bar(name: str, row: Sequence[Sample], length: int, numbers: dict[int, int],
 # --- samples
 
 
-def _samples(shown: Sequence[Shown], processor: Processor, grid: int, limit: int, colours: dict[str, str]) -> str:
+def _samples(shown: Sequence[ShownSample], processor: Processor, grid: int, limit: int, colours: dict[str, str]) -> str:
     views = ""
     if grid > 1 and any(item.pictures for item in shown):
         views = f" <span><span class=cut></span> the {grid} × {grid} sub-images that it sees besides the whole"
@@ -365,7 +278,7 @@ def _samples(shown: Sequence[Shown], processor: Processor, grid: int, limit: int
         views += "</span>"
     options = {
         "source": sorted({item.sample.source for item in shown}),
-        "task": sorted({branch.task for item in shown for branch, _ in item.branches}),
+        "task": sorted({question.task for item in shown for question, _ in item.questions}),
     }
     filters = "".join(
         f"<label>{name} <select name={name}><option value=''>all</option>"
@@ -386,21 +299,21 @@ def _samples(shown: Sequence[Shown], processor: Processor, grid: int, limit: int
     )
 
 
-def _card(item: Shown, processor: Processor, grid: int, limit: int, colours: dict[str, str]) -> str:
+def _card(item: ShownSample, processor: Processor, grid: int, limit: int, colours: dict[str, str]) -> str:
     sample = item.sample
-    tasks = " ".join(sorted({branch.task for branch in sample.branches}))
+    tasks = " ".join(sorted({question.task for question in sample.questions}))
     figures = "".join(_figure(item, i, processor, grid, limit // len(item.pictures)) for i in range(len(item.pictures)))
     drawn = ""
     if len(item.pictures) > 1 and _mentions(item, processor):
         drawn = "<p class=note>The text does not say which image it means: boxes are drawn on the first.</p>"
     parts = ""
     if item.shared:
-        head = f"shared by {_count(len(item.branches), 'question')} · {_count(len(item.shared), 'token')}"
+        head = f"shared by {_count(len(item.questions), 'question')} · {_count(len(item.shared), 'token')}"
         parts += f"<p class=where>{head}</p><div class=text>{_text(item.shared, processor.tokenizer)}</div>"
-    for branch, tokens in item.branches:
+    for question, tokens in item.questions:
         targets = sum(token.target for token in tokens)
-        head = f"<span><b>{escape(branch.task)}</b> · {visible(branch.key)}</span>"
-        if len(item.branches) > 1:
+        head = f"<span><b>{escape(question.task)}</b> · {visible(question.key)}</span>"
+        if len(item.questions) > 1:
             head += f"<span>{_count(len(tokens), 'token')}, {targets:,} supervised</span>"
         parts += f"<p class=where>{head}</p><div class=text>{_text(tokens, processor.tokenizer)}</div>"
     broken = "<p class=notice>An image cannot be read, so nothing of this sample is learned.</p>" if item.broken else ""
@@ -415,15 +328,16 @@ def _card(item: Shown, processor: Processor, grid: int, limit: int, colours: dic
     )
 
 
-def _mentions(item: Shown, processor: Processor) -> bool:
-    """Whether its text names a place in an image."""
-    geometry = processor.geometry
+def _mentions(item: ShownSample, processor: Processor) -> bool:
+    """Whether the sample's text names a place in an image."""
+    coordinates = processor.coordinates
     said = [text for pair in texts(item, processor.tokenizer) for text in pair]
-    return any(geometry.parse_boxes(text) or geometry.parse_points(text) for text in said)
+    return any(coordinates.parse_boxes(text) or coordinates.parse_points(text) for text in said)
 
 
-def _figure(item: Shown, index: int, processor: Processor, grid: int, limit: int) -> str:
-    """One image as the model gets it, its views outlined; on the first one also what the text names."""
+def _figure(item: ShownSample, index: int, processor: Processor, grid: int, limit: int) -> str:
+    """One image as the model gets it, with outlined views; on the first image also the places that
+    the text names."""
     picture = item.pictures[index]
     side = int(picture.pixels.shape[-1])
     name = f"image {index + 1}" if len(item.pictures) > 1 else "image"
@@ -433,10 +347,10 @@ def _figure(item: Shown, index: int, processor: Processor, grid: int, limit: int
     canvas = to_picture(picture.pixels, scale)
     if index == 0:
         for question, answer in texts(item, processor.tokenizer):
-            canvas = draw(canvas, answer, "", processor.geometry, question)
+            canvas = draw(canvas, answer, "", processor.coordinates, question)
     count = 1 if grid == 1 else 1 + grid * grid
     caption = f"{name}, {side} × {side} pixels{f', shown {scale}×' if scale > 1 else ''}; {_count(count, 'view')}"
-    skipped = picture.seen.count(False)
+    skipped = picture.kept_views.count(False)
     caption += f", {skipped} skipped" if skipped else ""
     alt = f"{name} of sample {item.number}"
     enlarge = (
@@ -446,15 +360,16 @@ def _figure(item: Shown, index: int, processor: Processor, grid: int, limit: int
     return (
         f"<figure><{tag} class=canvas>{enlarge}"
         f'<img alt="{alt}" width={canvas.width} height={canvas.height} src="{encode(canvas, scale > 1, limit)}">'
-        f"{_views(grid, picture.seen)}</{tag}><figcaption>{caption}</figcaption></figure>"
+        f"{_views(grid, picture.kept_views)}</{tag}><figcaption>{caption}</figcaption></figure>"
     )
 
 
-def _views(grid: int, seen: Sequence[bool]) -> str:
-    """The outlines of the whole and of its grid x grid sub-images, row by row; skipped ones are crossed out."""
+def _views(grid: int, kept_views: Sequence[bool]) -> str:
+    """The outlines of the whole and of its grid x grid sub-images, row by row; skipped ones are
+    crossed out."""
     lines = "".join(f"M{i} 0V{grid}M0 {i}H{grid}" for i in range(grid + 1))
     crosses = ""
-    for i, visible_view in enumerate(seen[1:]):
+    for i, visible_view in enumerate(kept_views[1:]):
         if not visible_view:
             y, x = divmod(i, grid)
             crosses += f"M{x} {y}l1 1m0 -1l-1 1"
@@ -466,7 +381,8 @@ def _views(grid: int, seen: Sequence[bool]) -> str:
 
 
 def encode(picture: Image.Image, flat: bool, limit: int) -> str:
-    """A picture's address of about `limit` bytes at most, exact where `flat` colours keep that small."""
+    """A data URL of a picture, at most about `limit` bytes. It is exact if `flat` colours keep it
+    small."""
     if flat and len(address := inline_png(picture)) * 3 / 4 <= limit:
         return address
     data = b""
@@ -480,17 +396,9 @@ def encode(picture: Image.Image, flat: bool, limit: int) -> str:
     return inline(data, "image/jpeg")
 
 
-def texts(item: Shown, tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
-    """(what is not supervised, what is) of each branch, with what all branches begin with."""
-    for _, tokens in item.branches:
-        said: dict[bool, list[str]] = {False: [], True: []}
-        for target, run in groupby([*item.shared, *tokens], key=lambda token: token.target):
-            said[target].append(tokenizer.decode([token.id for token in run if not token.image]))
-        yield "\n".join(said[False]), "\n".join(said[True])
-
-
 def _text(tokens: Sequence[Token], tokenizer: Tokenizer) -> str:
-    """Every token as an element of its own: <b> is supervised, <i> is not; a chip stands for an image's tokens."""
+    """Every token as an HTML element: <b> is supervised, <i> is not. A chip stands for an image's
+    tokens."""
     html = ""
     held: list[Token] = []  # the bytes of a character, which is shown as one
     data = b""

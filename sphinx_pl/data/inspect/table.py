@@ -1,4 +1,5 @@
-"""What a mixture is made of, before anything is trained: sizes, shares, and what to expect of each source."""
+"""What a mixture is made of, before anything is trained: sizes, shares, and what to expect of each
+source."""
 
 from __future__ import annotations
 
@@ -7,21 +8,22 @@ from dataclasses import dataclass
 
 from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.images import load_image
-from sphinx_pl.data.readers import SOURCES, expand_paths
+from sphinx_pl.data.readers import READERS, expand_paths
 from sphinx_pl.data.sampling.config import Group, SourceConfig
 from sphinx_pl.data.sampling.mixture import Mixture
 from sphinx_pl.data.sampling.stream import MADE, SourceStream
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.utils.console import Table
 from sphinx_pl.utils.errors import UserError
 
 PROBE = 64
-"""Draws from each source that the expectations rest on."""
+"""The number of draws from each source for the expectations."""
 
 
 @dataclass(frozen=True)
-class Line:
-    """One source of a mixture. Numbers a draw are means over the probed draws, unusable ones included."""
+class SourceSummary:
+    """One source of a mixture. Numbers per draw are means over the probed draws, with unusable
+    records."""
 
     name: str
     kind: str
@@ -29,27 +31,28 @@ class Line:
     files: int
     records: int
     certain: bool
-    """Whether `records` was counted, not extrapolated from some of the files."""
+    """Whether `records` was counted. Otherwise it is extrapolated from some of the files."""
     share: float
-    """Of the draws (or of the supervised tokens, see `MixingConfig.unit`)."""
+    """The share of the draws (or of the supervised tokens, see `MixingConfig.unit`)."""
     records_drawn: float
-    """Records that a draw takes: more than one where questions about one image share it."""
+    """Records that a draw takes: more than one if questions about one image share it."""
     tokens: float
     targets: float
     images: float
     unusable: float
-    """Share of the records that are skipped or filtered, images that cannot be decoded among them."""
+    """Share of the records that are skipped or filtered, also because of their images.
+    """
     why: Mapping[str, tuple[int, str]]
-    """skipped/<reason>, filtered/<reason>, capped/<task>, unused/<name> and events of samples that are used (such as
-    `cut`, see `Sample`) -> how many were met, and the first in words."""
+    """skipped/<reason>, filtered/<reason>, capped/<task>, unused/<name> and events of samples that
+    are used (such as `cut`, see `Sample`) -> how many were met, and the first in words."""
 
     @property
     def draws(self) -> float:
-        """In an epoch."""
+        """Draws in an epoch."""
         return self.records / self.records_drawn
 
 
-def lines(datamodule: DataModule, probe: int = PROBE) -> list[Line]:
+def lines(datamodule: DataModule, probe: int = PROBE) -> list[SourceSummary]:
     """The sources of the training mixture, each tried with `probe` draws.
 
     Raises:
@@ -60,7 +63,7 @@ def lines(datamodule: DataModule, probe: int = PROBE) -> list[Line]:
     return [_line(name, stream, mixture.shares[name], probe) for name, stream in mixture.streams.items()]
 
 
-def _line(name: str, stream: SourceStream, share: float, probe: int) -> Line:
+def _line(name: str, stream: SourceStream, share: float, probe: int) -> SourceSummary:
     records, certain = stream.source.size()
     draws = 0
     while draws < probe and not stream.exhausted:
@@ -68,14 +71,14 @@ def _line(name: str, stream: SourceStream, share: float, probe: int) -> Line:
             try:
                 for image in sample.images:
                     load_image(image, stream.processor.image_size)
-            except BadSample as error:
+            except SkipSample as error:
                 stream.leave_out(sample, error)
         draws += 1
     counts = stream.counts
     bad = sum(count for key, count in counts.items() if key.startswith(("skipped/", "filtered/")))
     # What could not even be indexed is of all that was opened, of which only some was drawn.
     lost = stream.left_out.total() / max(stream.left_out.total() + stream.indexed, 1)
-    return Line(
+    return SourceSummary(
         name=name,
         kind=stream.config.kind,
         modality=stream.config.modality,
@@ -98,12 +101,12 @@ def _line(name: str, stream: SourceStream, share: float, probe: int) -> Line:
     )
 
 
-def epoch_tokens(found: list[Line]) -> float:
+def epoch_tokens(found: list[SourceSummary]) -> float:
     """Of everything once."""
     return sum(line.draws * line.tokens for line in found)
 
 
-def reasons(found: list[Line]) -> str:
+def reasons(found: list[SourceSummary]) -> str:
     """A line for each reason and event: its source, its name, how many were met, and an example."""
     return "".join(
         f"\n{line.name}  {key}: {number}{f'  ({example:.300})' if example else ''}"
@@ -117,19 +120,20 @@ def missing(configs: Mapping[str, SourceConfig]) -> dict[str, str]:
     found = {}
     for name, config in configs.items():
         try:
-            expand_paths(name, config.path, SOURCES[config.kind].folders)
+            expand_paths(name, config.path, READERS[config.kind].folders)
         except UserError as error:
             found[name] = str(error)
     return found
 
 
-def expectations(found: list[Line], unit: str, row_length: int, rows: int, steps: int) -> Table:
+def expectations(found: list[SourceSummary], unit: str, row_length: int, rows: int, steps: int) -> Table:
     """The lines with their sums, and what a run of so many steps makes of them.
 
     Args:
         rows: of an optimizer step, on all ranks.
     """
-    # A source's share is of draws, or of supervised tokens; what a step holds follows from its tokens.
+    # A source's share is of draws, or of supervised tokens; what a step holds follows from its
+    # tokens.
     draws = {line.name: line.share / (max(line.targets, 1e-9) if unit == "token" else 1) for line in found}
     total = sum(draws.values())
     mean_tokens = sum(draws[line.name] / total * line.tokens for line in found)

@@ -1,32 +1,32 @@
-"""Where records come from. A kind of source is a module here, registered in `SOURCES`."""
+"""Readers of sources. Each kind of source is a module here that registers its reader in `READERS`."""
 
 from sphinx_pl.data.readers.base import (
-    SOURCES,
+    READERS,
+    Reader,
     Shard,
-    Source,
-    build_source,
+    build_reader,
     check_options,
     config_key,
     expand_paths,
     spread,
 )
-from sphinx_pl.data.readers.folder import FolderSource
-from sphinx_pl.data.readers.image_text import ImageTextSource
-from sphinx_pl.data.readers.instructions import InstructionSource
+from sphinx_pl.data.readers.folder import FolderReader
+from sphinx_pl.data.readers.image_text import ImageTextReader
+from sphinx_pl.data.readers.instructions import InstructionReader
 from sphinx_pl.data.readers.looking import find_kind
-from sphinx_pl.data.readers.table import TableSource
-from sphinx_pl.data.readers.text import TextSource
+from sphinx_pl.data.readers.table import TableReader
+from sphinx_pl.data.readers.text import TextReader
 
 __all__ = [
-    "SOURCES",
-    "FolderSource",
-    "ImageTextSource",
-    "InstructionSource",
+    "READERS",
+    "FolderReader",
+    "ImageTextReader",
+    "InstructionReader",
+    "Reader",
     "Shard",
-    "Source",
-    "TableSource",
-    "TextSource",
-    "build_source",
+    "TableReader",
+    "TextReader",
+    "build_reader",
     "check_options",
     "config_key",
     "expand_paths",

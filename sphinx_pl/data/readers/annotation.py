@@ -1,4 +1,4 @@
-"""Bytes of annotations -> text and objects, with a reason where that fails."""
+"""Bytes of annotations -> text and objects; a failure has a reason."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import json
 from typing import Any
 
 from sphinx_pl.data.files import read_span
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 
 MAX_BYTES = 1 << 23
-"""Longer annotations are not read: as objects, or in tokens, they take fifty times as much memory."""
+"""The largest annotation in bytes. Objects and tokens take fifty times as much memory."""
 
 
 def read(path: str, offset: int, size: int, key: str) -> bytes:
     """The bytes of an annotation.
 
     Raises:
-        BadSample: file_unreadable, annotation_too_long, annotation_truncated.
+        SkipSample: file_unreadable, annotation_too_long, annotation_truncated.
     """
     if size > MAX_BYTES:
-        raise BadSample("annotation_too_long", f"{key}: {size} bytes")
+        raise SkipSample("annotation_too_long", f"{key}: {size} bytes")
     try:
         data = read_span(path, offset, size)
     except OSError as error:
-        raise BadSample("file_unreadable", f"{path}: {error.strerror}") from None
+        raise SkipSample("file_unreadable", f"{path}: {error.strerror}") from None
     if len(data) < size:
-        raise BadSample("annotation_truncated", f"{key}: {path} ends before it")
+        raise SkipSample("annotation_truncated", f"{key}: {path} ends before it")
     return data
 
 
@@ -33,32 +33,33 @@ def decoded(data: bytes, what: str, key: str) -> str:
     """The text without the byte order mark that some programs put before it.
 
     Raises:
-        BadSample: <what>_not_utf8.
+        SkipSample: <what>_not_utf8.
     """
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise BadSample(f"{what}_not_utf8", f"{key}: {error}") from None
+        raise SkipSample(f"{what}_not_utf8", f"{key}: {error}") from None
 
 
 def json_object(data: bytes, key: str) -> dict[str, Any]:
-    """Raises: BadSample: json_not_utf8, json_unreadable, entry_malformed (no object)."""
+    """Raises: SkipSample: json_not_utf8, json_unreadable, entry_malformed (no object)."""
     try:
         value = json.loads(decoded(data, "json", key))
     except (ValueError, RecursionError) as error:
-        raise BadSample("json_unreadable", f"{key}: {error}") from None
+        raise SkipSample("json_unreadable", f"{key}: {error}") from None
     if not isinstance(value, dict):
-        raise BadSample("entry_malformed", f"{key} is not an object")
+        raise SkipSample("entry_malformed", f"{key} is not an object")
     return value
 
 
 def check_unicode(text: str, what: str, key: str) -> None:
-    """JSON can spell halves of a character ("\\ud83d", where a text was cut), which no tokenizer takes.
+    """Check that a text holds no half characters. JSON can spell them ("\\ud83d" in a text that was
+    cut).
 
     Raises:
-        BadSample: <what>_not_utf8.
+        SkipSample: <what>_not_utf8.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise BadSample(f"{what}_not_utf8", f"{key}: {error}") from None
+        raise SkipSample(f"{what}_not_utf8", f"{key}: {error}") from None

@@ -1,7 +1,9 @@
-"""Where records come from: a source is a list of files (shards), an opened shard a numbered list of records.
+"""Readers: a reader knows the files (shards) of a source, and an opened shard is a numbered list of
+records.
 
-Nothing is opened before it is needed: a source of a hundred thousand shards starts as fast as one of three. An opened
-shard holds offsets, not contents; a record is the few bytes of its annotation, its image is not decoded.
+Nothing is opened before it is needed, so a source of a hundred thousand shards starts as fast as
+one of three. An opened shard holds offsets, not contents. A record is the few bytes of its
+annotation; its image is not decoded.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import numpy as np
 
 from sphinx_pl.data.files import is_remote, patiently
 from sphinx_pl.data.schema import Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.utils.errors import UserError, suggest
 from sphinx_pl.utils.registry import Registry
 
@@ -32,15 +34,16 @@ _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 
 
 class Shard(ABC):
-    """The records of one file. Whatever else the file holds is counted when it is opened."""
+    """The records of one file. Everything else in the file is counted when it is opened."""
 
     def __init__(self) -> None:
         self.skipped: Counter[str] = Counter()
-        """Entries that cannot be used: reason -> count."""
+        """Reason -> count of entries that cannot be used."""
         self.unused: Counter[str] = Counter()
-        """What is no entry, or no entry that was asked for, such as files with another extension: name -> count."""
+        """Name -> count of what is no entry, or is not asked for, such as files with another
+        extension."""
         self.examples: dict[str, str] = {}
-        """`skipped/<reason>` or `unused/<name>` -> the first that it counted, in words."""
+        """`skipped/<reason>` or `unused/<name>` -> the first thing that it counted, in words."""
 
     def skip(self, reason: str, example: str) -> None:
         """Count an entry that cannot be used."""
@@ -60,30 +63,30 @@ class Shard(ABC):
         """The record at `index`, 0 <= index < len(self); no image is decoded.
 
         Raises:
-            BadSample: the record is broken, or not wanted.
+            SkipSample: the record is broken, or the filters exclude it.
         """
 
     @abstractmethod
     def images(self, index: int) -> object:
-        """What records share if they are about the same images; None: it is alone."""
+        """A value that records about the same images share; None if the record is alone."""
 
 
-class Source(ABC):
-    """Files of one kind, and the records in them.
+class Reader(ABC):
+    """The files of a source, of one kind, and the records in them.
 
     Args:
-        name: what configurations, counters and keys call it.
-        path: a file, a glob, a brace range as WebDataset writes them (`{000..003}`, `{a,b}`), `pipe:COMMAND`, a URL
-            that fsspec can read, or a list of these.
+        name: the source's name in configurations, counters and keys.
+        path: a file, a glob, a brace range as in WebDataset (`{000..003}`, `{a,b}`),
+            `pipe:COMMAND`, a URL that fsspec can read, or a list of these.
 
     Raises:
-        UserError: no file is there.
+        UserError: there is no file.
     """
 
     folders = False
-    """Whether its files are folders."""
+    """Whether the files of this reader are folders."""
     part = ""
-    """train: all but a tenth of its records, held_out: these, which are always the same; "": all."""
+    """train: all records but a fixed tenth; held_out: that tenth; "": all records."""
 
     def __init__(self, name: str, path: str | Sequence[str]) -> None:
         self.name = name
@@ -94,37 +97,38 @@ class Source(ABC):
         """Shard `number`.
 
         Raises:
-            BadSample: it cannot be read: shard_missing, after several attempts, or what is wrong with it.
+            SkipSample: it cannot be read; the reason is shard_missing, after several attempts, or
+                names the fault.
         """
         url = self.urls[number]
         try:
             shard = patiently(url, lambda: self._open(number))
             return Part(shard, self.part) if self.part else shard
         except OSError as error:
-            raise BadSample("shard_missing", f"{url}: {error.strerror}") from None
+            raise SkipSample("shard_missing", f"{url}: {error.strerror}") from None
 
     @abstractmethod
     def _open(self, number: int) -> Shard:
-        """As `open`, but an OSError means that another attempt may do."""
+        """Shard `number`. An OSError means that another attempt may succeed."""
 
     def count(self, number: int) -> int | None:
-        """How many records shard `number` has, where that is known without opening it."""
+        """The number of records of shard `number`; None if it is unknown without opening the shard."""
         return None
 
     def size(self, probe: int = 16) -> tuple[int, bool]:
-        """How many records there are, and whether that is certain or extrapolated from `probe` shards."""
+        """The number of records, and whether it was counted or extrapolated from `probe` shards."""
         numbers = spread(len(self.urls), probe)
         counts = []
         for number in numbers:
             if self.part or (count := self.count(number)) is None:
                 try:
                     count = len(self.open(number))
-                except BadSample:
+                except SkipSample:
                     count = 0
             counts.append(count)
         return sum(counts) * len(self.urls) // len(numbers), len(numbers) == len(self.urls)
 
-    # All shards as one list, for what needs a source as a whole: held-out sets, evaluation.
+    # All shards as one list: held-out sets and evaluation need a whole source.
 
     @cached_property
     def _all(self) -> tuple[list[Shard], list[int], Counter[str]]:
@@ -134,7 +138,7 @@ class Source(ABC):
             try:
                 shards.append(self.open(number))
                 skipped.update(shards[-1].skipped)
-            except BadSample as bad:
+            except SkipSample as bad:
                 skipped[bad.reason] += 1
         ends = np.cumsum([len(shard) for shard in shards]).tolist()
         if not shards or not ends[-1]:
@@ -147,11 +151,12 @@ class Source(ABC):
         return shards, ends, skipped
 
     def hint(self) -> str:
-        """What the configuration may have to do with it that nothing is left."""
+        """The options that may be the reason why no record is left, in words."""
         return ""
 
     def folder_hint(self, key: str) -> str:
-        """What images' paths are relative to, where a source reads them from annotations.
+        """A hint at the folder that image paths are relative to, for readers of annotations; "" for
+        others.
 
         Args:
             key: of the source in the configuration, to name its options.
@@ -159,10 +164,10 @@ class Source(ABC):
         return ""
 
     def check_shard(self, shard: Shard) -> None:  # noqa: B027 - most have nothing to check
-        """Whether a shard of this source has what the options ask for.
+        """Check that a shard has what the options ask for.
 
         Raises:
-            UserError: it has not.
+            UserError: it does not.
         """
 
     def __len__(self) -> int:
@@ -172,7 +177,7 @@ class Source(ABC):
         """The record at `index` of all shards one after another.
 
         Raises:
-            BadSample: the record is broken, or not wanted.
+            SkipSample: the record is broken, or the filters exclude it.
         """
         shards, ends, _ = self._all
         number = int(np.searchsorted(ends, index, side="right"))
@@ -180,12 +185,13 @@ class Source(ABC):
 
     @property
     def skipped(self) -> Counter[str]:
-        """What was unreadable in all shards when they were opened."""
+        """Reason -> count of what was unreadable when the shards were opened."""
         return self._all[2]
 
 
 class Part(Shard):
-    """A tenth of a shard's records, or all others. Records about the same images are in one part.
+    """A tenth of a shard's records, or all other records. Records about the same images are in one
+    part.
 
     Args:
         part: train or held_out.
@@ -214,11 +220,11 @@ class Part(Shard):
         return self.whole.images(self.rows[index])
 
 
-SOURCES: Registry[type[Source]] = Registry("source kind")
+READERS: Registry[type[Reader]] = Registry("source kind")
 
 
 def config_key(name: str, section: str = "sources") -> str:
-    """The configuration's key of a source; a member of a group is called `group.member`."""
+    """The key of a source in the configuration. A member of a group is called `group.member`."""
     return f"data.{section}.{name.replace('.', '.sources.')}"
 
 
@@ -226,46 +232,47 @@ def listed(value: Sequence[str], key: str) -> frozenset[str]:
     """The names in a setting that is a list of them.
 
     Raises:
-        UserError: it is a text, whose letters would be taken for names.
+        UserError: the setting is a text, whose letters would count as names.
     """
     if isinstance(value, str) or not all(isinstance(name, str) for name in value):
         raise UserError(f"{key}={value} must be a list of names, such as [{value if isinstance(value, str) else 'a'}]")
     return frozenset(value)
 
 
-def build_source(kind: str, name: str, path: str | Sequence[str], **options: Any) -> Source:
-    """A source of the registered `kind`.
+def build_reader(kind: str, name: str, path: str | Sequence[str], **options: Any) -> Reader:
+    """The reader of the registered `kind` for a source.
 
     Raises:
-        UserError: an unknown kind or option, or no file is there.
+        UserError: the kind or an option is unknown, or there is no file.
     """
     check_options(kind, f"source '{name}'", options)
-    return SOURCES[kind](name, path, **options)
+    return READERS[kind](name, path, **options)
 
 
 def check_options(kind: str, where: str, options: Iterable[str]) -> None:
-    """Whether sources of `kind` have these options, without building one.
+    """Check that readers of `kind` have these options, without building one.
 
     Raises:
-        UserError: an unknown kind or option, at the place that `where` names.
+        UserError: the kind or an option is unknown; the message begins with `where`.
     """
-    known = [option for option in inspect.signature(SOURCES[kind]).parameters if option not in ("name", "path")]
+    known = [option for option in inspect.signature(READERS[kind]).parameters if option not in ("name", "path")]
     for option in options:
         if option not in known:
             raise UserError(f"{where} of kind {kind} has no option '{option}': {suggest(option, known)}")
 
 
 def spread(length: int, at_most: int | None) -> list[int]:
-    """At most so many of `length` indices, evenly over all of them: a file's first entries are often of one kind."""
+    """At most `at_most` of `length` indices, spread evenly, since a file's first entries are often
+    of one kind."""
     count = min(length, at_most or length)
     return [i * length // count for i in range(count)]
 
 
 def expand_paths(name: str, path: str | Sequence[str], folders: bool = False) -> list[str]:
-    """The files of a path setting, each pattern's in sorted order; every pattern of paths must match something.
+    """The files of a path setting, sorted for each pattern. Every pattern must match something.
 
     Args:
-        folders: it names folders.
+        folders: whether the setting names folders.
     """
     there = os.path.isdir if folders else os.path.isfile
     found: list[str] = []
@@ -277,7 +284,8 @@ def expand_paths(name: str, path: str | Sequence[str], folders: bool = False) ->
             found += _expand_braces(pattern)
             continue
         for single in _expand_braces(os.path.expanduser(pattern)):  # noqa: PTH111 - pathlib's raises
-            # As are these: a name of any length or content, as a file's list may have it, is that of no file.
+            # `os.path` is used for the same reason: a name of any length or content is no file, and
+            # no error.
             matches = [single]
             if not os.path.exists(single):  # noqa: PTH110
                 matches = sorted(glob.glob(single, recursive=True))  # noqa: PTH207
@@ -316,14 +324,15 @@ def _choices(match: re.Match[str]) -> int:
 
 
 def short_names(urls: Sequence[str]) -> list[str]:
-    """Names that tell the files apart and do not change when the data move: paths below the common folder."""
-    # They become part of keys, which are text; a file's name is bytes.
+    """Unique names of the files that stay the same when the data move: paths below the common
+    folder."""
+    # Names become part of keys, which are text. A file's name is bytes.
     return [name.encode("utf-8", "backslashreplace").decode() for name in _short_names(urls)]
 
 
 def _short_names(urls: Sequence[str]) -> list[str]:
     if any(map(is_remote, urls)):
-        # What differs between them, whole path parts and words.
+        # The whole path parts and words that differ between the URLs.
         common = os.path.commonprefix(urls) if len(set(urls)) > 1 else urls[0].rstrip(" -")  # noqa: RUF071
         begin = max(common.rfind("/"), common.rfind(" "), common.rfind(":")) + 1
         end = os.path.commonprefix([url[begin:][::-1] for url in urls])[::-1]  # noqa: RUF071

@@ -1,4 +1,4 @@
-"""Which image-text pairs are wanted. What is left out is counted as `<source>/filtered/<reason>`."""
+"""Filters of image-text pairs. A filtered pair is counted as `<source>/filtered/<reason>`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from sphinx_pl.data.images import image_size
 from sphinx_pl.data.schema import Record
-from sphinx_pl.data.skip import BadSample, Filtered
+from sphinx_pl.data.skip import Filtered, SkipSample
 from sphinx_pl.utils.errors import UserError
 
 _WORD = re.compile(r"\w+")
@@ -25,31 +25,41 @@ _ALWAYS = ("caption", "width", "height")
 
 
 def key_hash(key: str) -> int:
-    """64 bits of a record's key."""
+    """A 64-bit hash of a record's key."""
     return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest())
 
 
 @dataclass
 class PairFilters:
-    """Bounds on images, captions and the columns of the json; all of them inclusive, null or {} for none."""
+    """Bounds on images, captions and the columns of the json. They are inclusive; null or {} sets
+    no bound."""
 
     min_side: Optional[int] = None
-    """Pixels of the image's shorter side, as it is stored."""
+    """Pixels of the shorter side of the stored image."""
     max_aspect: Optional[float] = None
     """Longer side over shorter side."""
     min_chars: int = 1
     max_chars: int = 2000
     min_words: int = 0
     columns: dict[str, Any] = field(default_factory=dict)
-    """Of the json: {similarity: {min: 0.28}, punsafe: {max: 0.2}, LICENSE: {in: ["?"]}}. A pair that lacks one is left
-    out. Every pair has caption, width and height: where the json does not say, its caption and its image do."""
+    """Bounds on columns of the json: {similarity: {min: 0.28}, punsafe: {max: 0.2}, LICENSE: {in:
+    ["?"]}}.
+
+    A pair without such a column is filtered. Every pair has caption, width and height: if the json
+    has none, they are those of its caption and its image.
+    """
     parrot_column: Optional[str] = None
-    """Text that OCR found in the image: captions that merely spell it out teach reading instead of seeing
-    ("Parrot Captions Teach CLIP to Spot Text", arXiv 2312.14232)."""
+    """The column with the text that OCR read in the image.
+
+    Captions that only spell it out teach reading instead of seeing ("Parrot Captions Teach CLIP to
+    Spot Text", arXiv 2312.14232).
+    """
     parrot_share: float = 0.5
-    """Share of the caption's words, in the OCR column too, from which on it is left out."""
+    """The share of the caption's words that the OCR column has too, from which on the pair is
+    filtered."""
     duplicates: Optional[str] = None
-    """A file of `sphinx-data duplicates`: all but the first of equal pairs."""
+    """A file of `sphinx-data duplicates`, with all but the first of equal pairs.
+    """
 
     def __post_init__(self) -> None:
         for column, conditions in self.columns.items():
@@ -65,19 +75,19 @@ class PairFilters:
 
     @property
     def needed(self) -> dict[str, str]:
-        """Column -> the key that asks for it; of those that a pair may lack."""
+        """Column -> the key that asks for it, for columns that a pair may lack."""
         keys = {column: f"filters.columns.{column}" for column in self.columns if column not in _ALWAYS}
         return keys | ({self.parrot_column: "filters.parrot_column"} if self.parrot_column is not None else {})
 
     def check(self, record: Record, columns: Mapping[str, Any]) -> None:
-        """Whether the record is wanted.
+        """Check that the record meets the filters.
 
         Args:
-            columns: all that its annotation says, of which the record's meta is a part.
+            columns: the record's whole annotation; its meta is a part of it.
 
         Raises:
-            Filtered: it is not.
-            BadSample: its image's size is needed and cannot be read.
+            Filtered: it does not.
+            SkipSample: the size of its image is needed and cannot be read.
         """
         self._check_caption(record, columns)
         for column, conditions in self.columns.items():
@@ -123,7 +133,7 @@ class PairFilters:
 
 
 def _check_conditions(key: str, conditions: Mapping[str, Any]) -> None:
-    """Raises: UserError: no value could meet them, or they are of a kind that none can be compared with."""
+    """Raises: UserError: no value meets the conditions, or no value can be compared with them."""
     for name, bound in conditions.items():
         if name in ("in", "not_in"):
             if not isinstance(bound, list | tuple) or not bound:
@@ -139,7 +149,7 @@ def _check_order(key: str, low: float | None, other: str, high: float | None) ->
 
 
 def _same(value: Any, other: Any) -> bool:
-    """Whether two values are equal, as a csv writes the one and YAML the other: "2020" is 2020, "True" is true."""
+    """Whether the value of a csv equals one of YAML: "2020" is 2020, and "True" is true."""
     if isinstance(value, str) == isinstance(other, str):
         return bool(value == other)
     text, thing = (value, other) if isinstance(value, str) else (other, value)
@@ -153,7 +163,7 @@ def _same(value: Any, other: Any) -> bool:
 
 def _size(record: Record) -> tuple[int, int]:
     if not record.images:
-        raise BadSample("image_absent", f"{record.key}: the filters need an image's size")
+        raise SkipSample("image_absent", f"{record.key}: the filters need an image's size")
     return record.sizes[0] if record.sizes else image_size(record.images[0])
 
 

@@ -1,4 +1,4 @@
-"""A folder of pictures, with captions in files beside them, in a table, or in their names."""
+"""Folders of pictures with captions in files beside them, in a table, or in their names."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from sphinx_pl.data.readers.annotation import decoded, json_object, read
-from sphinx_pl.data.readers.base import SOURCES, Shard, config_key
+from sphinx_pl.data.readers.base import READERS, Shard, config_key
 from sphinx_pl.data.readers.pairs import IMAGES, Members, PairShard, split_name
-from sphinx_pl.data.readers.table import TableShard, TableSource
+from sphinx_pl.data.readers.table import TableReader, TableShard
 from sphinx_pl.data.schema import ImageRef, Record
 from sphinx_pl.utils.errors import UserError, suggest
 
 TABLES = tuple(f"{stem}.{end}" for stem in ("metadata", "captions") for end in ("csv", "tsv", "jsonl"))
-"""Files at the top of the folder that name its pictures, as Hugging Face's imagefolder has them."""
+"""Files at the top of the folder that name its pictures, as in Hugging Face's imagefolder."""
 CAPTIONS = ("auto", "files", "names")
 
 
-class FolderSource(TableSource):
-    """All pictures of a folder and of the folders in it.
+class FolderReader(TableReader):
+    """Reads all pictures of a folder and of the folders in it.
 
     Args:
-        captions: files: of each picture, `NAME.txt` (or `.json` with "caption") beside it; names: the file's name, with
-            spaces for `_`; auto: one of `TABLES` at the top of the folder, else files.
+        captions: files takes `NAME.txt` (or `.json` with "caption") beside each picture. names
+            takes the file's name with spaces for `_`. auto takes one of `TABLES` at the top of the
+            folder, else files.
     """
 
     folders = True
@@ -62,9 +63,9 @@ class FolderSource(TableSource):
 
 
 class _ListedShard(TableShard):
-    """Rows of a table in the folder. A picture that it does not name is counted."""
+    """The rows of a table in the folder. A picture that the table does not name is counted."""
 
-    def __init__(self, source: FolderSource, folder: Path, name: str, names: Sequence[str], table: str) -> None:
+    def __init__(self, source: FolderReader, folder: Path, name: str, names: Sequence[str], table: str) -> None:
         super().__init__(source, str(folder / table), f"{name}/{table}", folder)
         listed = set()
         for index in range(len(self)):
@@ -84,7 +85,7 @@ class _ListedShard(TableShard):
 class _FilesShard(PairShard):
     """Pictures with a file of the same name."""
 
-    def __init__(self, source: FolderSource, folder: Path, name: str, names: Sequence[str]) -> None:
+    def __init__(self, source: FolderReader, folder: Path, name: str, names: Sequence[str]) -> None:
         super().__init__()
         self.source = source
         self.folder = folder
@@ -123,7 +124,7 @@ class _FilesShard(PairShard):
 class _NamedShard(PairShard):
     """Pictures whose names say what they show."""
 
-    def __init__(self, source: FolderSource, folder: Path, name: str, names: Sequence[str]) -> None:
+    def __init__(self, source: FolderReader, folder: Path, name: str, names: Sequence[str]) -> None:
         super().__init__()
         self.source = source
         self.folder = folder
@@ -150,4 +151,4 @@ class _NamedShard(PairShard):
         return {}
 
 
-SOURCES.register("folder", FolderSource)
+READERS.register("folder", FolderReader)

@@ -14,8 +14,8 @@ from typing import IO, Any
 
 from sphinx_pl.data.files import Hold, is_remote, local_file
 from sphinx_pl.data.readers.annotation import decoded, json_object, read
-from sphinx_pl.data.readers.base import SOURCES, Shard
-from sphinx_pl.data.readers.pairs import Members, PairShard, PairSource
+from sphinx_pl.data.readers.base import READERS, Shard
+from sphinx_pl.data.readers.pairs import Members, PairReader, PairShard
 from sphinx_pl.data.schema import ImageRef, Record
 
 log = logging.getLogger(__name__)
@@ -24,11 +24,12 @@ _OCTAL = re.compile(rb"([0-7]+)[ \0]*")
 _TIMES = re.compile(rb"(?:\d+ [acm]time=[\d.]+\n)+")
 
 
-class ImageTextSource(PairSource):
-    """An image (`.jpg`, `.png`, `.webp`, ...) with a text (`.txt`), a `.json` or both, under one name.
+class ImageTextReader(PairReader):
+    """Reads images (`.jpg`, `.png`, `.webp`, ...) with a text (`.txt`), a `.json` or both under one
+    name.
 
-    The caption is the text, else the json's "caption"; the json's "width" and "height" are the stored image's size,
-    its other keys become the record's meta.
+    The caption is the text, else the json's "caption". The json's "width" and "height" are the size
+    of the stored image. Its other keys become the record's meta.
     """
 
     def _open(self, number: int) -> Shard:
@@ -47,9 +48,10 @@ class ImageTextSource(PairSource):
 
 
 class _TarShard(PairShard):
-    """Keys [n] and, of image, text and json, (offset, size) [n, 3, 2]; size -1: not there."""
+    """Keys [n], and (offset, size) of image, text and json [n, 3, 2]; size is -1 for a missing
+    file."""
 
-    def __init__(self, source: ImageTextSource, url: str, name: str) -> None:
+    def __init__(self, source: ImageTextReader, url: str, name: str) -> None:
         super().__init__()
         self.source = source
         self.url = url
@@ -82,7 +84,7 @@ class _TarShard(PairShard):
         return read(self.path, *span, key)
 
     def _members(self) -> Iterator[tuple[str, int, int]]:
-        """(name, offset, size) of each whole file, up to the end or the cut."""
+        """(name, offset, size) of each whole file up to the end or the cut."""
         path = Path(self.path)
         with path.open("rb") as file:
             begin: int | None = 0
@@ -100,13 +102,14 @@ class _TarShard(PairShard):
                     begin = yield from self._archive(tar, file)
 
     def _archive(self, tar: tarfile.TarFile, file: IO[bytes]) -> Generator[tuple[str, int, int], None, int | None]:
-        """The files of one archive; returns where the next begins, None if there is none."""
+        """The files of one archive. The return value is the start of the next archive, None if
+        there is none."""
         end = os.fstat(file.fileno()).st_size
         whole = False
         with contextlib.suppress(Exception):  # as above
             member = tar.next()
             while member and member.size >= 0 and member.offset_data + member.size <= end:
-                # tarfile would keep every header; a size below 0 would never end.
+                # tarfile would keep every header. A size below 0 would never end.
                 tar.members = []  # type: ignore[attr-defined]
                 if member.isfile():
                     yield member.name, member.offset_data, member.size
@@ -115,7 +118,7 @@ class _TarShard(PairShard):
                         "folder" if member.isdir() else "link" if member.issym() or member.islnk() else "other",
                         member.name,
                     )
-                # tarfile takes ten times as long for a header: it reads only those that are out of the ordinary.
+                # tarfile takes ten times as long for a header, so it reads only unusual ones.
                 while not tar.pax_headers and (plain := _plain_header(file.fileno(), tar.offset, tar.encoding)):
                     name, offset, size = plain
                     if offset + size > end:
@@ -123,7 +126,8 @@ class _TarShard(PairShard):
                     tar.offset = offset + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                     yield name, offset, size
                 member = tar.next()
-            # tarfile takes a damaged or missing header for the end; a whole archive ends with a block of zeros.
+            # tarfile takes a damaged or missing header for the end. A whole archive ends with a
+            # block of zeros.
             whole = member is None and os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset) == bytes(
                 tarfile.BLOCKSIZE
             )
@@ -135,7 +139,7 @@ class _TarShard(PairShard):
 
 
 def _after_zeros(file: int, at: int) -> int | None:
-    """The first block from `at` on that is not all zeros; None: there is none."""
+    """The first block from `at` on that is not all zeros; None if there is none."""
     while chunk := os.pread(file, 1 << 20, at):
         if rest := chunk.lstrip(b"\0"):
             return at + (len(chunk) - len(rest)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
@@ -144,8 +148,11 @@ def _after_zeros(file: int, at: int) -> int | None:
 
 
 def _plain_header(file: int, at: int, encoding: str) -> tuple[str, int, int] | None:
-    """(name, where its data begin, size) of the regular file whose header is at `at`; None: this must be left to
-    tarfile. A PAX header before it may only say times, as every one that img2dataset writes does."""
+    """(name, offset of the data, size) of the regular file whose header is at `at`; None if only
+    tarfile can read it.
+
+    A PAX header before it may only give times, as those of img2dataset do.
+    """
     block = os.pread(file, 3 * tarfile.BLOCKSIZE, at)
     if block[156:157] == tarfile.XHDTYPE:
         size = _checked_size(block)
@@ -162,7 +169,7 @@ def _plain_header(file: int, at: int, encoding: str) -> tuple[str, int, int] | N
 
 
 def _checked_size(block: bytes) -> int:
-    """The size in a header, -1 if it is none or is written in another way than in octal digits."""
+    """The size in a header; -1 if there is none, or if it is not written in octal digits."""
     block = block[: tarfile.BLOCKSIZE]
     size, checksum = (_OCTAL.fullmatch(field) for field in (block[124:136], block[148:156]))
     if not size or not checksum or int(checksum[1], 8) != sum(block) - sum(block[148:156]) + 8 * ord(" "):
@@ -170,4 +177,4 @@ def _checked_size(block: bytes) -> int:
     return int(size[1], 8)
 
 
-SOURCES.register("image_text", ImageTextSource)
+READERS.register("image_text", ImageTextReader)

@@ -1,4 +1,4 @@
-"""Instruction data: LLaVA's format and what is like it, as JSON lists or jsonl (also .gz, .zst)."""
+"""Instruction data: LLaVA's format and similar ones, as JSON lists or jsonl (also .gz, .zst)."""
 
 from __future__ import annotations
 
@@ -16,29 +16,30 @@ import numpy.typing as npt
 
 from sphinx_pl.data.files import Hold, cached_array, identity, is_remote, local_file
 from sphinx_pl.data.readers.annotation import json_object, read
-from sphinx_pl.data.readers.base import SOURCES, Shard, Source, config_key, listed
+from sphinx_pl.data.readers.base import READERS, Reader, Shard, config_key, listed
 from sphinx_pl.data.readers.instruction_json import image_names, to_record
-from sphinx_pl.data.readers.line_index import entry_spans, is_list
+from sphinx_pl.data.readers.line_index import index_entries, is_list
 from sphinx_pl.data.schema import Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.utils.errors import UserError
 
-Rows = npt.NDArray[np.int64]
+EntryNumbers = npt.NDArray[np.int64]
 MAX_ID = 200
 
 
-class InstructionSource(Source):
-    """Entries as `sphinx_pl.data.readers.instruction_json` describes them.
+class InstructionReader(Reader):
+    """Reads entries as `sphinx_pl.data.readers.instruction_json` describes them.
 
-    An entry's "task" is by default the option `task`.
+    An entry without "task" has the task of the option `task`.
 
     Args:
-        root: folder that image paths are relative to; by default that of the (first) instruction file.
+        root: folder that image paths are relative to; by default that of the (first) instruction
+            file.
         tasks: only entries of these tasks.
         where: only entries whose meta has these values.
-        ratio: only this share of each file's entries, chosen at random and always the same.
-        ignore_keys: keys of entries that are passed over, where an unknown one is refused.
+        ratio: only this share of each file's entries; the random choice is always the same.
+        ignore_keys: unknown keys of entries to ignore; other unknown keys skip their entry.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class InstructionSource(Source):
 
 
 class _InstructionShard(Shard):
-    def __init__(self, source: InstructionSource, url: str, name: str) -> None:
+    def __init__(self, source: InstructionReader, url: str, name: str) -> None:
         super().__init__()
         self.source = source
         self.name = name
@@ -87,7 +88,7 @@ class _InstructionShard(Shard):
         if url.endswith((".json", ".json.gz", ".json.zst")) and not is_list(self.path):
             raise UserError(f"source '{source.name}': {url} is not a JSON list of entries: see docs/configuration.md")
         self._identity = identity(self.path)
-        self.spans, problem = entry_spans(self.path)
+        self.spans, problem = index_entries(self.path)
         if not whole or problem:
             self.skip(problem or "shard_truncated", f"{url}: the entries before it are used")
         self.rows = self._rows()
@@ -100,7 +101,8 @@ class _InstructionShard(Shard):
         key = f"{self.name}:{row}"
         entry = self._entry(row)
         if isinstance(entry.get("id"), str | int):
-            # For people: it need not be unique, may be a book, and JSON can spell what is no Unicode.
+            # The id is for people: it need not be unique, may be very long, and JSON can spell what
+            # is no Unicode.
             key = f"{key}:{str(entry['id'])[:MAX_ID]}".encode("utf-8", "replace").decode()
         return to_record(entry, key, self.source.root, self.source.task, self.source.ignore_keys)
 
@@ -113,10 +115,11 @@ class _InstructionShard(Shard):
         return json_object(read(self.path, offset, size, key), key)
 
     @cached_property
-    def _image_hashes(self) -> Rows:
-        """Of each entry a number for its images, 0 without any; made once, since it means to read everything."""
+    def _image_hashes(self) -> EntryNumbers:
+        """A number for the images of each entry, 0 without images. It is cached, since it takes
+        reading everything."""
 
-        def make() -> Rows:
+        def make() -> EntryNumbers:
             found = array("q", (self._image_hash(row) for row in range(len(self.spans))))
             return np.asarray(found, dtype=np.int64)
 
@@ -125,13 +128,13 @@ class _InstructionShard(Shard):
     def _image_hash(self, row: int) -> int:
         try:
             images = image_names(self._entry(row))
-        except BadSample:  # counted when its turn comes
+        except SkipSample:  # it is counted when it is drawn
             return 0
-        # Not the whole record, which takes four times as long; a malformed one has what it has.
+        # Making the whole record would take four times as long. A malformed entry is skipped later.
         names = str(images[0] if len(images) == 1 else images).encode("utf-8", "surrogatepass")
         return int.from_bytes(hashlib.blake2b(names, digest_size=8).digest(), signed=True) if images else 0
 
-    def _rows(self) -> Rows:
+    def _rows(self) -> EntryNumbers:
         rows = np.arange(len(self.spans))
         source = self.source
         if source.ratio < 1:
@@ -145,7 +148,7 @@ class _InstructionShard(Shard):
         for row in rows.tolist():
             try:
                 entry = self._entry(row)
-            except BadSample as bad:
+            except SkipSample as bad:
                 self.skip(bad.reason, bad.detail)
                 continue
             task, meta = entry.get("task", source.task), entry.get("meta")
@@ -161,4 +164,4 @@ class _InstructionShard(Shard):
         return np.asarray(kept, dtype=np.int64)
 
 
-SOURCES.register("instructions", InstructionSource)
+READERS.register("instructions", InstructionReader)

@@ -1,6 +1,8 @@
-"""Where each entry of a text file lies: (offset, size) of lines, or of the items of a JSON list, without parsing them.
+"""The index of a text file: (offset, size) of its lines, or of the items of a JSON list, without
+parsing them.
 
-An index is built in bounded memory, kept in the cache folder and mapped from there, so that ranks and workers share it.
+An index is built in bounded memory and kept in the cache folder. It is mapped from there, so ranks
+and workers share it.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ import numpy.typing as npt
 
 from sphinx_pl.data.files import cached_array, identity
 
-Spans = npt.NDArray[np.int64]
-"""[n, 2]: offset and size in bytes."""
+EntryIndex = npt.NDArray[np.int64]
+"""[n, 2]: the offset and size of each entry in bytes."""
 
 _CHUNK = 1 << 22  # a file of nothing but brackets takes forty times as much
 _BACKSLASH, _QUOTE, _COMMA = b"\\", ord('"'), ord(",")
@@ -31,15 +33,17 @@ _MARK = b"\xef\xbb\xbf"
 _PROBLEMS = ("shard_truncated", "", "text_after_list")  # at 1: none, as in indices that were made before there were two
 
 
-def entry_spans(path: str) -> tuple[Spans, str]:
-    """The spans of a file's entries, and what is wrong with it as a whole: "", shard_truncated, text_after_list.
+def index_entries(path: str) -> tuple[EntryIndex, str]:
+    """The offsets and sizes of a file's entries, and the file's fault: "", shard_truncated or
+    text_after_list.
 
-    A file that begins with `[` is a JSON list (truncated: it is not closed), any other has an entry in each line that
-    is not blank. An item of a list is what stands between two of its commas, valid or not: that shows when it is read.
+    A file that begins with `[` is a JSON list; it is truncated if the list is not closed. Any other
+    file has an entry in each line that is not blank. An item of a list is the text between two of
+    its commas, valid or not: reading it shows that.
     """
 
-    def make() -> Spans:
-        found, problem = _list_spans(path) if is_list(path) else (_line_spans(path), "")
+    def make() -> EntryIndex:
+        found, problem = _index_list(path) if is_list(path) else (_index_lines(path), "")
         return np.concatenate([found, [[_PROBLEMS.index(problem), 0]]])  # the last row is no span
 
     table = cached_array(f"{identity(path)}-2", make)
@@ -47,7 +51,7 @@ def entry_spans(path: str) -> tuple[Spans, str]:
 
 
 def is_list(path: str) -> bool:
-    """Whether the first byte that is not blank, behind a byte order mark, opens a JSON list."""
+    """Whether the first byte behind a byte order mark that is not blank opens a JSON list."""
     for _, chunk in _chunks(path, _mark(path)):
         if text := chunk.lstrip(_BLANK):
             return text.startswith(b"[")
@@ -55,7 +59,7 @@ def is_list(path: str) -> bool:
 
 
 def _mark(path: str) -> int:
-    """Bytes of the byte order mark that some programs put before UTF-8."""
+    """The number of bytes of the byte order mark that some programs put before UTF-8."""
     with Path(path).open("rb") as file:
         return len(_MARK) if file.read(len(_MARK)) == _MARK else 0
 
@@ -68,7 +72,7 @@ def _chunks(path: str, offset: int = 0) -> Iterator[tuple[int, bytes]]:
             offset += len(chunk)
 
 
-def _line_spans(path: str) -> Spans:
+def _index_lines(path: str) -> EntryIndex:
     begin = _mark(path)
     edges = [np.array([begin], np.int64)]
     blank = []  # of each line, whether its first byte is
@@ -99,8 +103,9 @@ def _parts(file: IO[bytes], size: int) -> Iterator[bytes]:
         yield part
 
 
-def _list_spans(path: str) -> tuple[Spans, str]:
-    """Entries of a JSON list, and what is wrong with it; an entry that the file's end cuts off is left out."""
+def _index_list(path: str) -> tuple[EntryIndex, str]:
+    """The entries of a JSON list, and its fault. An entry that the file's end cuts off is not among
+    them."""
     depth, in_string = 0, 0
     cuts = []  # offsets of the list's own bracket, of its commas, and of its end
     begun = whole = False
@@ -108,11 +113,12 @@ def _list_spans(path: str) -> tuple[Spans, str]:
     for offset, read in _chunks(path):
         chunk = carried + read
         start = offset - len(carried)
-        # Hold back a run of backslashes, whose meaning the next chunk decides.
+        # Keep a final run of backslashes for the next chunk, which decides its meaning.
         end = len(chunk.rstrip(_BACKSLASH))
         chunk, carried = chunk[:end], chunk[end:]
         if _BACKSLASH in chunk:
-            # Backslashes pair up from the left of their run; what is left over escapes the quote after it.
+            # Backslashes form pairs from the left of their run. One that is left over escapes the
+            # quote after it.
             chunk = chunk.replace(b"\\\\", b"..").replace(b'\\"', b"..")
         data: npt.NDArray[np.uint8] = np.frombuffer(chunk, np.uint8)
         places = np.flatnonzero(_STRUCTURE[data])
@@ -146,7 +152,7 @@ def _list_spans(path: str) -> tuple[Spans, str]:
 
 
 def _after(path: str, end: int) -> str:
-    """What is wrong where something follows a list that ends there."""
+    """text_after_list if something follows the list that ends at `end`, else ""."""
     with Path(path).open("rb") as file:
         file.seek(end)
         rest = Path(path).stat().st_size - end

@@ -1,4 +1,4 @@
-"""Which kind of source a path is, found by looking at it."""
+"""The kind of a source, found by looking at its files."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 from sphinx_pl.data.files import PACKED, is_remote, local_file
 from sphinx_pl.data.readers.annotation import json_object, read
-from sphinx_pl.data.readers.base import SOURCES, config_key, expand_paths, spread
+from sphinx_pl.data.readers.base import READERS, config_key, expand_paths, spread
 from sphinx_pl.data.readers.instruction_json import image_names
-from sphinx_pl.data.readers.line_index import entry_spans
+from sphinx_pl.data.readers.line_index import index_entries
 from sphinx_pl.data.readers.table import NAMES, asks_without_images, names_picture
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.utils.errors import UserError
 
 LOOKED_AT = 64
@@ -25,10 +25,11 @@ _IMAGE = {"img"}
 
 
 def find_kind(name: str, path: str | Sequence[str], section: str = "sources") -> tuple[str, str]:
-    """The kind of a source and its modality, of its first file: by its extension and, of json, its first entries.
+    """The kind and the modality of a source, by the extension of its first file and, for json, its
+    first entries.
 
     Raises:
-        UserError: there is no such file, or nothing says what it is.
+        UserError: there is no such file, or its kind is unknown.
     """
     first = path if isinstance(path, str) else next(iter(path), "")
     if isinstance(first, str) and Path(first).expanduser().is_dir():
@@ -48,7 +49,7 @@ def find_kind(name: str, path: str | Sequence[str], section: str = "sources") ->
         only_text = kind == "text" or (kind == "table" and not is_remote(url) and asks_without_images(url))
         return kind, "text" if only_text else "image"
     if extension not in ("json", "jsonl", "ndjson") or is_remote(url):
-        raise UserError(f"{key}.path={url}: its name does not say what it is: set {key}.kind={'|'.join(SOURCES)}")
+        raise UserError(f"{key}.path={url}: its name does not say what it is: set {key}.kind={'|'.join(READERS)}")
     entries = list(_entries(url))
     keys = {item for entry in entries for item in entry}
     has_images = any(image_names(entry) or any(entry.get(name) for name in _IMAGE) for entry in entries)
@@ -74,7 +75,7 @@ def _extension(url: str) -> str:
 
 
 def _check_only_text(where: str, columns: Iterable[str], key: str) -> None:
-    """Raises: UserError: a column that would not be read may hold pictures."""
+    """Raises: UserError: a column that is not read may hold pictures."""
     if pictures := sorted(filter(names_picture, columns)):
         raise UserError(
             f"{where}: its column '{pictures[0]}' may hold pictures, of which a file like this gives none: write them "
@@ -83,7 +84,7 @@ def _check_only_text(where: str, columns: Iterable[str], key: str) -> None:
 
 
 def _columns(url: str) -> list[str]:
-    """Those of a parquet file; none where it is damaged, which shows when it is read."""
+    """The columns of a parquet file; none if the file is damaged, which shows when it is read."""
     import pyarrow.parquet
 
     try:
@@ -94,9 +95,9 @@ def _columns(url: str) -> list[str]:
 
 def _entries(url: str) -> Iterator[dict[str, Any]]:
     path, _ = local_file(url)
-    spans, _ = entry_spans(path)
+    spans, _ = index_entries(path)
     for offset, size in spans[spread(len(spans), LOOKED_AT)].tolist():
         try:
             yield json_object(read(path, offset, size, url), url)
-        except BadSample:
+        except SkipSample:
             continue

@@ -1,4 +1,5 @@
-"""What sources of image-text pairs share: which files belong together, and a Record of an image and its caption."""
+"""The common parts of readers of image-text pairs: which files form a pair, and the Record of a
+pair."""
 
 from __future__ import annotations
 
@@ -12,33 +13,33 @@ import numpy as np
 import numpy.typing as npt
 
 from sphinx_pl.data.readers.annotation import check_unicode
-from sphinx_pl.data.readers.base import Part, Shard, Source
+from sphinx_pl.data.readers.base import Part, Reader, Shard
 from sphinx_pl.data.readers.filters import PairFilters
 from sphinx_pl.data.readers.instruction_json import sizes
 from sphinx_pl.data.schema import ImageRef, Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.utils.config import build
 from sphinx_pl.utils.errors import UserError, suggest
 
 MAX_KEY = 1000
-"""Bytes: all of a shard's keys take as much memory as its longest one."""
+"""The longest key in bytes. Every key of a shard takes as much memory as its longest one."""
 IMAGES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "mpo", "avif")
-"""Extensions of images, in small letters."""
+"""Extensions of images in lower case."""
 TEXTS = ("txt", "text", "caption")
 """Extensions of captions."""
 LOOKED_AT = 1000
-"""Pairs among which a filter's column has to be."""
+"""The number of pairs of which one must have the column of a filter."""
 _IMAGE, _TEXT, _JSON = range(3)
 _SLOTS = dict.fromkeys(IMAGES, _IMAGE) | dict.fromkeys(TEXTS, _TEXT) | {"json": _JSON}
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,15}")
 
 
-class PairSource(Source):
-    """Pairs of an image and a text, and which of them are wanted.
+class PairReader(Reader):
+    """Reads pairs of an image and a text, and filters them.
 
     Args:
-        filters: keys of `PairFilters`.
+        filters: the keys of `PairFilters`.
     """
 
     def __init__(
@@ -59,14 +60,15 @@ class PairSource(Source):
         """The Record of a pair.
 
         Args:
-            columns: what its annotation says; all but caption, width and height become the record's meta.
-            row: what filters look at beside these.
+            columns: the pair's annotation; all but caption, width and height become the record's
+                meta.
+            row: further values that filters look at.
 
         Raises:
-            BadSample: caption_empty, caption_not_utf8, size_malformed, or what the filters say.
+            SkipSample: caption_empty, caption_not_utf8, size_malformed, or a reason of the filters.
         """
         if not isinstance(caption, str) or not caption.strip():
-            raise BadSample("caption_empty", key)
+            raise SkipSample("caption_empty", key)
         check_unicode(caption, "caption", key)
         record = Record(
             key=key,
@@ -80,7 +82,7 @@ class PairSource(Source):
         return record
 
     def check_shard(self, shard: Shard) -> None:
-        """Raises: UserError: a column that the filters ask for is in none of the shard's pairs."""
+        """Raises: UserError: no pair of the shard has a column that the filters ask for."""
         shard = shard.whole if isinstance(shard, Part) else shard
         assert isinstance(shard, PairShard)
         missing = self.filters.needed
@@ -91,7 +93,7 @@ class PairSource(Source):
                 return
             try:
                 columns = shard.columns(index)
-            except BadSample:
+            except SkipSample:
                 continue
             looked_at += 1
             known.update(columns)
@@ -104,13 +106,13 @@ class PairSource(Source):
 
 
 class PairShard(Shard):
-    """Pairs whose annotations can be read without their images."""
+    """A shard of pairs whose annotations can be read without their images."""
 
     def columns(self, index: int) -> Mapping[str, Any]:
-        """What the annotation of a pair says.
+        """The annotation of a pair: column -> value.
 
         Raises:
-            BadSample: it cannot be read.
+            SkipSample: it cannot be read.
         """
         raise NotImplementedError
 
@@ -121,13 +123,13 @@ class PairShard(Shard):
 class Members:
     """Files by name -> samples: images with the text and the json of the same name.
 
-    A sample's files have one name up to the last dot. What is left without a partner then is joined by the name up to
-    the first dot, as WebDataset has it (`a.img.jpg`, `a.cap.txt`), where that makes one pair. What stands between the
-    dots must be words or the image's extension (`a.jpg.json`), and no pair begin in the same way: else it tells samples
-    apart.
+    The files of a sample have one name up to the last dot. Files without a partner are then joined
+    by the name up to the first dot, as in WebDataset (`a.img.jpg`, `a.cap.txt`), if that makes one
+    pair. The text between the dots must be words or the image's extension (`a.jpg.json`), and no
+    other pair may begin in the same way. Otherwise the text distinguishes samples.
 
     Args:
-        shard: what is no part of a pair is counted there, with an example of each reason.
+        shard: it counts the files that are in no pair, with an example of each reason.
     """
 
     def __init__(self, shard: Shard) -> None:
@@ -141,10 +143,10 @@ class Members:
         self._repeated: set[int] | None = None  # slots of a sample whose key has been there
 
     def add(self, name: str, first: int, second: int) -> None:
-        """Take a file.
+        """Add a file.
 
         Args:
-            first, second: where its contents are; `second` is not negative.
+            first, second: the place of its contents; `second` is not negative.
         """
         key, extension = split_name(name)
         if key.rpartition("/")[2].startswith(".") or not key:
@@ -188,7 +190,8 @@ class Members:
         return image >= 0 and (text >= 0 or note >= 0)
 
     def samples(self) -> tuple[npt.NDArray[np.bytes_], npt.NDArray[np.int64]]:
-        """Keys [n] and, of image, text and json, both numbers that `add` got [n, 3, 2]; second -1: not there."""
+        """Keys [n], and the places of image, text and json as `add` got them [n, 3, 2]; second is
+        -1 for a missing file."""
         names = list(self._rows)
         keys: list[tuple[int, str]] = []
         lonely: dict[str, list[int]] = {}
@@ -223,7 +226,7 @@ class Members:
         return np.array(encoded, dtype=np.bytes_), spans[np.array(kept, dtype=np.int64)]
 
     def _join(self, rows: Sequence[int]) -> bool:
-        """Whether rows make one pair, which is then in the first of them."""
+        """Whether rows form one pair. If so, the first row holds it afterwards."""
         filled = [(row, slot) for row in rows for slot in range(3) if self._spans[6 * row + 2 * slot + 1] >= 0]
         slots = [slot for _, slot in filled]
         if len(set(slots)) < len(slots) or _IMAGE not in slots or len(slots) < 2:
@@ -247,7 +250,7 @@ class Members:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Path -> key, up to the file name's last dot, and extension in small letters."""
+    """The key of a path, up to the last dot of the file's name, and the extension in lower case."""
     if name.startswith(".") or name.endswith("/") or any(part in name for part in ("//", "/.", "./")):
         name = str(PurePosixPath(name))
     folder, slash, name = name.rpartition("/")
@@ -258,7 +261,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def _words_only(middle: str) -> bool:
-    """Whether what stands between a name's first and last dot is made of such words as extensions are."""
+    """Whether the text between a name's first and last dot consists of words such as extensions."""
     return all(_NAME.fullmatch(word) is not None for word in middle.lower().split(".")[1:])
 
 

@@ -1,4 +1,5 @@
-"""Rows of a csv, tsv or jsonl file: an image with its caption, or a question with its answer and perhaps an image."""
+"""Tables (csv, tsv, jsonl): rows with an image and its caption, or a question, its answer and
+perhaps an image."""
 
 from __future__ import annotations
 
@@ -15,11 +16,11 @@ import numpy as np
 
 from sphinx_pl.data.files import CacheFile, Hold, cache_folder, cached_array, identity, in_cache, is_remote, local_file
 from sphinx_pl.data.readers.annotation import MAX_BYTES, check_unicode, json_object, read
-from sphinx_pl.data.readers.base import SOURCES, Shard, config_key, listed, spread
-from sphinx_pl.data.readers.line_index import Spans, entry_spans
-from sphinx_pl.data.readers.pairs import IMAGES, PairShard, PairSource, split_name
+from sphinx_pl.data.readers.base import READERS, Shard, config_key, listed, spread
+from sphinx_pl.data.readers.line_index import EntryIndex, index_entries
+from sphinx_pl.data.readers.pairs import IMAGES, PairReader, PairShard, split_name
 from sphinx_pl.data.schema import ImageRef, Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.utils.errors import UserError, suggest
 
@@ -29,7 +30,8 @@ NAMES: dict[str, tuple[str, ...]] = {
     "question": ("question", "prompt", "query", "instruction"),
     "answer": ("answer", "response", "output", "completion"),
 }
-"""What columns are called in the files of others, in any case of letters; the first that is there is taken."""
+"""The names of columns in common files, in any case of letters. The first one that a table has is
+read."""
 _NEEDED = (("image", "caption"), ("question", "answer"))
 _DELIMITERS = ",;\t|"
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://")
@@ -41,19 +43,20 @@ _OTHERS = frozenset({"task", "system", "regions", "conversations", "messages"})
 
 
 def names_picture(column: str) -> bool:
-    """Whether a column's name says that there is a picture in it, or another thing to look at or to hear."""
+    """Whether a column's name says that it holds pictures, or something else to look at or hear."""
     return _PICTURE.search(column) is not None or _UNSEEN.search(column) is not None
 
 
-class TableSource(PairSource):
-    """The first row of a csv or tsv names the columns; a line of a jsonl is an object.
+class TableReader(PairReader):
+    """Reads tables. The first row of a csv or tsv names the columns; a line of a jsonl is an
+    object.
 
     Args:
-        task: of the records; by default caption, or chat where there are questions and answers.
+        task: the records' task; by default caption, or chat for questions and answers.
         root: folder that image paths are relative to; by default that of the (first) file.
-        columns: which column is the image, the caption, the question, the answer, where `NAMES` does not have it.
-        encoding: of a csv or tsv without a byte order mark.
-        ignore_columns: columns that are passed over, where one that may hold a picture or options is refused.
+        columns: the columns of image, caption, question and answer that `NAMES` does not have.
+        encoding: the encoding of a csv or tsv without a byte order mark.
+        ignore_columns: columns to ignore; others that may hold a picture or options are refused.
     """
 
     def __init__(
@@ -94,14 +97,14 @@ class TableShard(PairShard):
     """The rows of one file.
 
     Args:
-        source: of which options are taken; a folder of pictures has such a file too.
+        source: the reader with the options; a folder of pictures has such a file too.
         root: folder that image paths are relative to.
 
     Raises:
-        UserError: no columns that make a record.
+        UserError: the columns do not make a record.
     """
 
-    def __init__(self, source: TableSource, url: str, name: str, root: Path) -> None:
+    def __init__(self, source: TableReader, url: str, name: str, root: Path) -> None:
         super().__init__()
         self.source = source
         self.name = name
@@ -109,7 +112,7 @@ class TableShard(PairShard):
         self.path, whole = local_file(url)
         self.header: list[str] | None = None
         if is_json(url):
-            self.spans, problem = entry_spans(self.path)
+            self.spans, problem = index_entries(self.path)
             known = self._keys()
         else:
             self.path, spans, problem = _rows(self.path, source.encoding)
@@ -122,17 +125,17 @@ class TableShard(PairShard):
         self.roles = self._roles(url, known)
 
     def _keys(self) -> list[str]:
-        """Those of some of the objects."""
+        """The keys of some of the objects."""
         found: dict[str, None] = {}
         for index in spread(len(self), 64):
             try:
                 found |= dict.fromkeys(self.columns(index))
-            except BadSample:
+            except SkipSample:
                 continue
         return list(found)
 
     def _roles(self, url: str, known: Sequence[str]) -> dict[str, str]:
-        """Which column is the image, ..."""
+        """Role (image, caption, question, answer) -> column."""
         lower = {name.lower(): name for name in reversed(known)}
         roles = {role: lower[name] for role, names in NAMES.items() for name in names[::-1] if name in lower}
         key = config_key(self.source.name)
@@ -169,15 +172,15 @@ class TableShard(PairShard):
         for index in spread(len(self), 64):
             try:
                 yield self.columns(index).get(name)
-            except BadSample:
+            except SkipSample:
                 continue
 
     def _filled(self, name: str) -> bool:
-        """Whether the column has a value in some rows."""
+        """Whether the column has a value in some of the rows."""
         return any(value not in (None, "", [], {}) for value in self._some(name))
 
     def _pictures(self, name: str) -> bool:
-        """Whether some of the column's values are names of pictures."""
+        """Whether some values of the column are names of pictures."""
         return any(isinstance(value, str) and split_name(value)[1] in IMAGES for value in self._some(name))
 
     def __len__(self) -> int:
@@ -190,7 +193,7 @@ class TableShard(PairShard):
             return row
         fields = row["row"]
         if len(fields) != len(self.header):
-            raise BadSample("row_malformed", f"{key}: {len(fields)} fields, the first row has {len(self.header)}")
+            raise SkipSample("row_malformed", f"{key}: {len(fields)} fields, the first row has {len(self.header)}")
         return {name: _value(name, field) for name, field in zip(self.header, fields, strict=True)}
 
     def _object(self, span: Any, key: str) -> dict[str, Any]:
@@ -204,12 +207,12 @@ class TableShard(PairShard):
         rest = {name: row[name] for name in row if name not in self.roles.values()}
         if "question" not in self.roles or "answer" not in self.roles:
             if not images:
-                raise BadSample("image_absent", f"{key}: no image in the column {self.roles['image']}")
+                raise SkipSample("image_absent", f"{key}: no image in the column {self.roles['image']}")
             return self.source.pair(key, images[0], value["caption"], rest | {"caption": value["caption"]}, row)
         texts = {}
         for role in ("question", "answer"):
             if not isinstance(text := value[role], str) or not text.strip():
-                raise BadSample(f"{role}_empty", key)
+                raise SkipSample(f"{role}_empty", key)
             check_unicode(text, role, key)
             texts[role] = text.strip()
         record = Record(
@@ -227,21 +230,21 @@ class TableShard(PairShard):
         if name is None or name == "":
             return ()
         if not isinstance(name, str):
-            raise BadSample("entry_malformed", f"{key}: its image is no path")
+            raise SkipSample("entry_malformed", f"{key}: its image is no path")
         if _URL.match(name):
-            raise BadSample("image_is_url", f"{key}: {name:.200} has to be downloaded first")
+            raise SkipSample("image_is_url", f"{key}: {name:.200} has to be downloaded first")
         return (ImageRef(str(self.root / _path(name))),)
 
     def images(self, index: int) -> object:
         try:
             name = self.columns(index).get(self.roles.get("image", "")) or None
-        except BadSample:
+        except SkipSample:
             return None
         return _path(name) if isinstance(name, str) else name
 
 
 def _value(column: str, field: str) -> Any:
-    """What a csv says in a field: a blank one is no value, and sizes are numbers."""
+    """The value of a field of a csv: None for a blank field, and numbers for sizes."""
     if column in ("width", "height"):
         with suppress(ValueError):
             return float(field)
@@ -253,7 +256,7 @@ def _path(name: str) -> str:
 
 
 def asks_without_images(url: str) -> bool:
-    """Whether the first row of a csv has a question and an answer and no image by a name that is known."""
+    """Whether the first row of a csv names a question and an answer, and no image."""
     path, _ = local_file(url)
     try:
         with _text(path, "utf-8") as text:
@@ -269,13 +272,14 @@ def is_json(url: str) -> bool:
     return Path(url.lower().removesuffix(".gz").removesuffix(".zst")).suffix in (".json", ".jsonl", ".ndjson")
 
 
-def _rows(path: str, encoding: str) -> tuple[str, Spans, str]:
-    """A file with each row as JSON, where they lie in it, and what is wrong with the csv as a whole ("": nothing)."""
+def _rows(path: str, encoding: str) -> tuple[str, EntryIndex, str]:
+    """A file with each row as JSON, the offsets and sizes of the rows in it, and the fault of the
+    csv ("" if none)."""
     name = f"{identity(path)}-rows-{re.sub(r'[^A-Za-z0-9]', '_', encoding)}"
     rows = cache_folder("files") / name
     problems = ("", "quote_unclosed", "table_unreadable")
 
-    def make() -> Spans:
+    def make() -> EntryIndex:
         ends = array("q", [0])
         problem = ""
         with CacheFile(rows) as file, _text(path, encoding) as text:
@@ -307,13 +311,14 @@ def _text(path: str, encoding: str) -> TextIO:
         encoding = "utf-16"
     elif start == b"\xef\xbb\xbf":
         encoding = "utf-8-sig"
-    # A caption in another encoding is no text then, and counted by itself.
+    # A caption in another encoding is then no text, and is counted by itself.
     errors = "surrogateescape" if encoding.replace("_", "-").lower() in ("utf-8", "utf8", "utf-8-sig") else "strict"
     return Path(path).open(encoding=encoding, errors=errors, newline="")
 
 
 def _csv_rows(file: TextIO) -> Iterator[list[str]]:
-    """Rows that are not blank; the delimiter is the one that the first row has most of."""
+    """The rows that are not blank. The delimiter is the one that occurs most often in the first
+    row."""
     first = file.readline()
     file.seek(0)
     delimiter = max(_DELIMITERS, key=first.count)
@@ -332,11 +337,11 @@ def _csv_rows(file: TextIO) -> Iterator[list[str]]:
             yield before
         before, spanning = row, lines.copy()
         lines.clear()
-    # A quote that nothing closes takes all rows behind it into one field.
+    # A quote that is never closed takes all later rows into one field.
     if len(spanning) > 1 and "".join(spanning).count('"') % 2:
         raise _UnclosedError
     if before:
         yield before
 
 
-SOURCES.register("table", TableSource)
+READERS.register("table", TableReader)

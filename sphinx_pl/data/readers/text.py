@@ -1,4 +1,4 @@
-"""Documents of plain text, for co-training: jsonl (also .gz, .zst), parquet, or a .txt each."""
+"""Documents of plain text for co-training: jsonl (also .gz, .zst), parquet, or one .txt a document."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ from sphinx_pl.data.files import (
     prune,
 )
 from sphinx_pl.data.readers.annotation import check_unicode, decoded, json_object, read
-from sphinx_pl.data.readers.base import SOURCES, Shard, Source
-from sphinx_pl.data.readers.line_index import Spans, entry_spans
+from sphinx_pl.data.readers.base import READERS, Reader, Shard
+from sphinx_pl.data.readers.line_index import EntryIndex, index_entries
 from sphinx_pl.data.schema import Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import TASKS
 
 
-class TextSource(Source):
-    """A document is a line's object, a table's row or a whole `.txt` or `.md`. Task "text": all of it is supervised.
+class TextReader(Reader):
+    """Reads documents: the object of a line, the row of a table, or a whole `.txt` or `.md`. All
+    text is supervised.
 
     Args:
         column: the key or column that holds the text ("content" in RefinedWeb's parquet files).
@@ -58,7 +59,7 @@ class TextSource(Source):
 
 
 class _TextShard(Shard):
-    def __init__(self, source: TextSource, url: str, name: str) -> None:
+    def __init__(self, source: TextReader, url: str, name: str) -> None:
         super().__init__()
         self.source = source
         self.name = name
@@ -71,7 +72,7 @@ class _TextShard(Shard):
             self.is_plain = True
             self.spans = np.array([[0, Path(self.path).stat().st_size]], np.int64)
         else:
-            self.spans, problem = entry_spans(self.path)
+            self.spans, problem = index_entries(self.path)
         self._hold = Hold(self.path)
         if not whole or problem:
             self.skip(problem or "shard_truncated", f"{url}: the documents before it are used")
@@ -88,13 +89,13 @@ class _TextShard(Shard):
         data = read(self.path, offset, size, key)
         text: Any = decoded(data, "text", key) if self.is_plain else json_object(data, key).get(self.source.column)
         if not isinstance(text, str) or not text.strip():
-            raise BadSample("text_empty", key)
+            raise SkipSample("text_empty", key)
         check_unicode(text, "text", key)
         return Record(key=key, task=self.source.task, answer=text)
 
 
 def is_document(url: str) -> bool:
-    """Whether a file is one document, and no list of them."""
+    """Whether a file is one document, not a list of documents."""
     name = url.lower()
     for packing in PACKED:
         name = name.removesuffix(packing)
@@ -106,17 +107,18 @@ def _is_parquet(path: str) -> bool:
         return file.read(4) == b"PAR1"
 
 
-def _column(path: str, column: str) -> tuple[str, Spans]:
-    """A table's text column as a file of its own with the rows' spans: a row can then be read without its row group.
+def _column(path: str, column: str) -> tuple[str, EntryIndex]:
+    """A file with a table's text column, and the rows' offsets and sizes in it. So a row is read
+    without its row group.
 
     Raises:
-        BadSample: shard_unreadable, column_absent.
+        SkipSample: shard_unreadable, column_absent.
     """
     # A column's name may hold anything.
     name = f"{identity(path)}-{zlib.crc32(column.encode('utf-8', 'surrogatepass')):08x}"
     texts = cache_folder("files") / name
 
-    def make() -> Spans:
+    def make() -> EntryIndex:
         ends = array("q", [0])
         with CacheFile(texts) as file:
             for value in _values(path, column):
@@ -125,7 +127,7 @@ def _column(path: str, column: str) -> tuple[str, Spans]:
         return np.asarray(ends, dtype=np.int64)
 
     ends = cached_array(name, make)
-    if not in_cache(texts):  # deleted from the cache; the index was not
+    if not in_cache(texts):  # it was deleted from the cache, but the index was not
         make()
     prune(keep=texts)
     return str(texts), np.stack([ends[:-1], np.diff(ends)], axis=1)
@@ -138,14 +140,14 @@ def _values(path: str, column: str) -> Iterator[bytes]:
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
             if column not in table.schema_arrow.names:
-                raise BadSample("column_absent", f"{path} has no column '{column}': {table.schema_arrow.names}")
+                raise SkipSample("column_absent", f"{path} has no column '{column}': {table.schema_arrow.names}")
             for batch in table.iter_batches(batch_size=1024, columns=[column]):
                 for value in batch.column(0).cast(pyarrow.binary()):
                     yield value.as_py() or b""
-    except (BadSample, GeneratorExit):
+    except (SkipSample, GeneratorExit):
         raise
     except Exception as error:  # as above
-        raise BadSample("shard_unreadable", f"{path}: {error}") from None
+        raise SkipSample("shard_unreadable", f"{path}: {error}") from None
 
 
-SOURCES.register("text", TextSource)
+READERS.register("text", TextReader)

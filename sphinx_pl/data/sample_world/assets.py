@@ -1,8 +1,9 @@
-"""What the "real" domain is made of: scanned digits and photographs, split before any picture is made.
+"""What the "real" domain is made of: scanned digits and photographs, split before any picture is
+made.
 
-Scans: the 1797 handwritten digits (8x8) of the UCI optical recognition set that scikit-learn ships. Photographs: those
-that scikit-image's wheel contains; none is downloaded. A scan belongs to the held-out split when its index is a
-multiple of five, a photograph when `HELD_OUT_PHOTOS` names it.
+Scans: the 1797 handwritten digits (8x8) of the UCI optical recognition set that scikit-learn ships.
+Photographs: those that scikit-image's wheel contains; none is downloaded. A scan belongs to the
+held-out split when its index is a multiple of five, a photograph when `HELD_OUT_PHOTOS` names it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ SHORT_SIDE = 240  # photographs are kept at this size: a crop of a whole picture
 
 @dataclass(frozen=True)
 class Assets:
-    """One split's photographs (RGB), its scans by index in the full set (mask [8, 8] in 0-1), and indices by digit."""
+    """One split's photographs (RGB), its scans by index in the full set (mask [8, 8] in 0-1), and
+    indices by digit."""
 
     photos: dict[str, Image.Image]
     scans: dict[int, NDArray[np.float32]]
@@ -42,7 +44,8 @@ class Assets:
 
 @dataclass
 class Origin:
-    """The photograph behind a picture (with the crop's box in it, at `SHORT_SIDE`) and the scans in it.
+    """The photograph behind a picture (with the crop's box in it, at `SHORT_SIDE`) and the scans in
+    it.
 
     The texture of painted objects comes from photographs of the same split and is not noted.
     """

@@ -68,7 +68,8 @@ def trimmed(mask: Array, level: float = 0.35) -> Array:
 
 
 def shape_mask(kind: str, size: int, rng: random.Random, real: bool) -> Array:
-    """A shape whose longer side is about `size` pixels; in the real domain turned a little, by a shaky hand."""
+    """A shape whose longer side is about `size` pixels; in the real domain turned a little, by a
+    shaky hand."""
     points = _POLYGONS[kind]
     if real:
         points = _shaky(points, rng)
@@ -115,7 +116,8 @@ def font_mask(text: str, height: int) -> Array:
 
 
 def scan_mask(digit: str, height: int, rng: random.Random, assets: Assets, origin: Origin) -> Array:
-    """A scanned digit, enlarged to `height` pixels, slightly turned; its index is noted in `origin`."""
+    """A scanned digit, enlarged to `height` pixels, slightly turned; its index is noted in
+    `origin`."""
     index = rng.choice(assets.by_digit[digit])
     origin.scans.append(index)
     scan = Image.fromarray((np.pad(trimmed(assets.scans[index], 0.15), 1) * 255).astype(np.uint8))
@@ -140,7 +142,8 @@ def text_mask(text: str, height: int, rng: random.Random, assets: Assets | None,
 
 
 def background(width: int, height: int, rng: random.Random, assets: Assets | None, origin: Origin) -> Array:
-    """A plain pale canvas without `assets`, else a photograph's crop with little contrast and colour."""
+    """A plain pale canvas without `assets`, else a photograph's crop with little contrast and
+    colour."""
     if assets is None:
         return np.tile(np.array([rng.randint(222, 255) for _ in range(3)], dtype=np.float32), (height, width, 1))
     crop = photo_crop(assets, rng, width, height, origin)
@@ -153,7 +156,8 @@ def background(width: int, height: int, rng: random.Random, assets: Assets | Non
 
 
 def paint(canvas: Array, mask: Array, x: int, y: int, color: Array, opacity: float = 1.0) -> None:
-    """Cover the canvas with `color` ([3], or [h, w, 3]) where the mask is, its top left corner at (x, y)."""
+    """Cover the canvas with `color` ([3], or [h, w, 3]) where the mask is, its top left corner at
+    (x, y)."""
     h, w = mask.shape
     part = canvas[y : y + h, x : x + w]
     part += (mask * opacity)[..., None] * (color - part)
@@ -185,7 +189,8 @@ def paint_object(
 
 
 def finished(canvas: Array, rng: random.Random, real: bool) -> bytes:
-    """The canvas as JPEG. Real: a camera's colour cast and noise, and the artefacts of strong compression."""
+    """The canvas as JPEG. Real: a camera's colour cast and noise, and the artefacts of strong
+    compression."""
     quality, subsampling = 92, 0
     if real:
         arrays = numpy_rng(rng)

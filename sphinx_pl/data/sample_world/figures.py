@@ -24,7 +24,7 @@ from sphinx_pl.data.sample_world.drawing import (
     paint_object,
     text_mask,
 )
-from sphinx_pl.data.sample_world.scenes import Picture, picture_size, places
+from sphinx_pl.data.sample_world.scenes import DrawnPicture, picture_size, places
 from sphinx_pl.data.schema import Region
 
 SKIN: tuple[Rgb, ...] = ((236, 190, 160), (200, 142, 104), (140, 92, 66))
@@ -34,14 +34,15 @@ BLOCK_GAP = 6
 
 
 @dataclass(frozen=True)
-class Annotated(Picture):
+class Annotated(DrawnPicture):
     """A picture with labelled regions."""
 
     regions: tuple[Region, ...]
 
 
 def draw_numbers(rng: random.Random, domain: str, assets: Assets | None) -> Annotated:
-    """One or two different numbers of one or two digits; two stand one below the other, so their order is clear."""
+    """One or two different numbers of one or two digits; two stand one below the other, so their
+    order is clear."""
     texts = [_number(rng)]
     if rng.random() < 0.25:
         texts.append(_number(rng))
@@ -93,7 +94,8 @@ def draw_people(rng: random.Random, domain: str, assets: Assets | None, people: 
 
 
 def _bones(rng: random.Random, room: float, height: int) -> dict[str, tuple[float, float]]:
-    """Joint positions of a figure that fits into `room` x `height` pixels. Eyes and ears are too small to draw."""
+    """Joint positions of a figure that fits into `room` x `height` pixels. Eyes and ears are too
+    small to draw."""
     while True:
         tall = rng.uniform(44, 54)
         points = {"nose": (0.0, 0.12)}

@@ -1,8 +1,8 @@
 """Everything that is said in the sample world: captions, the text corpus and the chats.
 
-Captions of the real domain are noisy as alt text is; those of the synthetic domain come from clean templates. The text
-corpus states small facts; chats ask for them in other words, and the chats of the test ask only for facts that no
-training chat asked for.
+Captions of the real domain are noisy as alt text is; those of the synthetic domain come from clean
+templates. The text corpus states small facts; chats ask for them in other words, and the chats of
+the test ask only for facts that no training chat asked for.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ RELATIONS = tuple(RELATION_PHRASES)
 
 
 def relation(a: tuple[float, float], b: tuple[float, float], least: float = 12) -> str | None:
-    """Which of `RELATIONS` the point `a` is relative to `b`; None where neither direction clearly prevails.
+    """Which of `RELATIONS` the point `a` is relative to `b`; None where neither direction clearly
+    prevails.
 
     Args:
         least: pixels that they are apart at least.
@@ -85,7 +86,8 @@ OFF_TOPIC = (
 def real_caption(scene: Scene, rng: random.Random) -> tuple[str, str]:
     """Alt text as found on web pages, and what is wrong with it: "none", "partial" or "wrong".
 
-    Wrong: about something else, or about objects none of which is in the picture. Partial: objects or colours missing.
+    Wrong: about something else, or about objects none of which is in the picture. Partial: objects
+    or colours missing.
     """
     things = list(scene.things)
     rng.shuffle(things)
@@ -183,7 +185,8 @@ THINGS = ("ball", "book", "cup", "hat", "kite", "box")
 
 
 def document(rng: random.Random, known: list[Fact]) -> str:
-    """A text of at most 60 words: stated facts, counting, a list in order, a described scene or a little story."""
+    """A text of at most 60 words: stated facts, counting, a list in order, a described scene or a
+    little story."""
     draw = rng.random()
     if draw < 0.6:
         family = rng.choice(("number", "number", "number", "sum", "sum", "day", "month", "letter", "opposite"))

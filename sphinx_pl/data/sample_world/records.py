@@ -1,7 +1,8 @@
-"""Scenes and figures -> instruction entries: LLaVA's file format, with our keys where a task writes its own text.
+"""Scenes and figures -> instruction entries: LLaVA's file format, with our keys where a task writes
+its own text.
 
-An entry has `id`, `image`, `width`, `height`, `task`, `meta` and what its task needs of `question`, `answer`,
-`choices` and `regions` (boxes in pixels); or, as in LLaVA's files, `conversations` alone.
+An entry has `id`, `image`, `width`, `height`, `task`, `meta` and what its task needs of `question`,
+`answer`, `choices` and `regions` (boxes in pixels); or, as in LLaVA's files, `conversations` alone.
 """
 
 from __future__ import annotations
@@ -14,18 +15,18 @@ from typing import Any
 from sphinx_pl.data.sample_world.drawing import COLORS, SHAPES
 from sphinx_pl.data.sample_world.figures import Annotated
 from sphinx_pl.data.sample_world.language import RELATIONS, Fact, description, listing, relation
-from sphinx_pl.data.sample_world.scenes import DIGITS, MAX_OBJECTS, Plan, Scene, Thing, group_of
+from sphinx_pl.data.sample_world.scenes import DIGITS, MAX_OBJECTS, Scene, ScenePlan, Thing, group_of
 from sphinx_pl.data.schema import Region
 
-Entry = dict[str, Any]
-DrawScene = Callable[[int, Callable[[Plan], bool] | None], Scene]
+JsonEntry = dict[str, Any]
+DrawScene = Callable[[int, Callable[[ScenePlan], bool] | None], Scene]
 
 COUNT_QUESTION = "How many objects are there?"
 CHOICE_QUESTION = "Which of these is in the image?"
 MIDDLE = "middle"
 
 
-def region(thing: Thing, label: str) -> Entry:
+def region(thing: Thing, label: str) -> JsonEntry:
     return {"box": list(thing.box), "label": label}
 
 
@@ -39,29 +40,31 @@ def unique_colors(scene: Scene) -> list[Thing]:
     return [thing for thing in scene.things if colors[thing.color] == 1]
 
 
-def color_entry(thing: Thing) -> Entry:
+def color_entry(thing: Thing) -> JsonEntry:
     return _vqa("color", f"What color is the {thing.kind}?", thing.color)
 
 
-def shape_entry(thing: Thing) -> Entry:
-    """A circle, square, triangle, star, or "digit" whichever digit it is: that is a question of its own."""
+def shape_entry(thing: Thing) -> JsonEntry:
+    """A circle, square, triangle, star, or "digit" whichever digit it is: that is a question of its
+    own."""
     return _vqa("shape", f"What is the {thing.color} object?", "digit" if thing.kind in DIGITS else thing.kind)
 
 
-def digit_entry(thing: Thing) -> Entry:
+def digit_entry(thing: Thing) -> JsonEntry:
     return _vqa("digit", f"Which digit is {thing.color}?", thing.kind)
 
 
-def count_entry(scene: Scene) -> Entry:
+def count_entry(scene: Scene) -> JsonEntry:
     return _vqa("count", COUNT_QUESTION, str(len(scene.things)))
 
 
-def _vqa(topic: str, question: str, answer: str) -> Entry:
+def _vqa(topic: str, question: str, answer: str) -> JsonEntry:
     return {"task": "short_vqa", "question": question, "answer": answer, "meta": {"topic": topic}}
 
 
-def object_choice(scene: Scene, thing: Thing, rng: random.Random) -> Entry:
-    """Which phrase is in the image: two colours crossed with two kinds, so that the choices themselves tell nothing."""
+def object_choice(scene: Scene, thing: Thing, rng: random.Random) -> JsonEntry:
+    """Which phrase is in the image: two colours crossed with two kinds, so that the choices
+    themselves tell nothing."""
     present = {other.phrase for other in scene.things}
     while True:
         color = rng.choice([color for color in COLORS if color != thing.color])
@@ -73,12 +76,12 @@ def object_choice(scene: Scene, thing: Thing, rng: random.Random) -> Entry:
     return _choice("object", CHOICE_QUESTION, thing.phrase, others, rng)
 
 
-def color_choice(thing: Thing, rng: random.Random) -> Entry:
+def color_choice(thing: Thing, rng: random.Random) -> JsonEntry:
     others = rng.sample([color for color in COLORS if color != thing.color], 3)
     return _choice("color", f"What color is the {thing.kind}?", thing.color, others, rng)
 
 
-def _choice(topic: str, question: str, answer: str, others: list[str], rng: random.Random) -> Entry:
+def _choice(topic: str, question: str, answer: str, others: list[str], rng: random.Random) -> JsonEntry:
     choices = [answer, *others]
     rng.shuffle(choices)
     return {
@@ -90,15 +93,15 @@ def _choice(topic: str, question: str, answer: str, others: list[str], rng: rand
     }
 
 
-def rec_entry(thing: Thing) -> Entry:
+def rec_entry(thing: Thing) -> JsonEntry:
     return {"task": "rec", "question": thing.phrase, "regions": [region(thing, thing.phrase)]}
 
 
-def reg_entry(thing: Thing) -> Entry:
+def reg_entry(thing: Thing) -> JsonEntry:
     return {"task": "reg", "answer": thing.phrase, "regions": [region(thing, thing.phrase)]}
 
 
-def grounded_entry(scene: Scene) -> Entry:
+def grounded_entry(scene: Scene) -> JsonEntry:
     return {
         "task": "grounded_caption",
         "answer": listing([f"{{{index}}}" for index in range(len(scene.things))]) + ".",
@@ -106,16 +109,16 @@ def grounded_entry(scene: Scene) -> Entry:
     }
 
 
-def detection_entry(scene: Scene, group: str) -> Entry:
+def detection_entry(scene: Scene, group: str) -> JsonEntry:
     found = [region(thing, group) for thing in scene.things if thing.group == group]
     return {"task": "detection", "question": group, "regions": found}
 
 
-def description_entry(scene: Scene) -> Entry:
+def description_entry(scene: Scene) -> JsonEntry:
     return {"task": "description", "answer": description(scene)}
 
 
-def relation_entry(phrase: str, other: str, place: str) -> Entry:
+def relation_entry(phrase: str, other: str, place: str) -> JsonEntry:
     return {"task": "relation", "question": f"Where is the {phrase} relative to the {other}?", "answer": place}
 
 
@@ -126,14 +129,16 @@ def relations(scene: Scene) -> list[tuple[str, str, str]]:
 
 
 def relations_to_middle(scene: Scene) -> list[tuple[str, str, str]]:
-    """As `relations`, but one thing has to be found, not two, which is learned first; the test does not ask for it."""
+    """As `relations`, but one thing has to be found, not two, which is learned first; the test does
+    not ask for it."""
     middle = scene.width / 2, scene.height / 2
     found = [(thing.phrase, relation(thing.center, middle, least=6)) for thing in scene.things]
     return [(phrase, MIDDLE, place) for phrase, place in found if place]
 
 
-def scene_entries(scene: Scene, rng: random.Random) -> list[Entry]:
-    """All kinds of questions about one training scene, those that need it only where the answer is unambiguous."""
+def scene_entries(scene: Scene, rng: random.Random) -> list[JsonEntry]:
+    """All kinds of questions about one training scene, those that need it only where the answer is
+    unambiguous."""
     things = list(scene.things)
     rng.shuffle(things)
     kinds, colors, pairs = unique_kinds(scene), unique_colors(scene), relations(scene)
@@ -152,8 +157,9 @@ def scene_entries(scene: Scene, rng: random.Random) -> list[Entry]:
     return entries
 
 
-def conversation_entry(scene: Scene, rng: random.Random) -> Entry:
-    """Two or three questions about one scene in LLaVA's own form, without any of our keys but the meta data."""
+def conversation_entry(scene: Scene, rng: random.Random) -> JsonEntry:
+    """Two or three questions about one scene in LLaVA's own form, without any of our keys but the
+    meta data."""
     turns = [(COUNT_QUESTION, str(len(scene.things)))]
     turns += [(entry["question"], entry["answer"]) for entry in map(color_entry, unique_kinds(scene)[:1])]
     turns += [(entry["question"], entry["answer"]) for entry in map(shape_entry, unique_colors(scene)[-1:])]
@@ -165,34 +171,35 @@ def conversation_entry(scene: Scene, rng: random.Random) -> Entry:
     return {"conversations": conversations}
 
 
-def chat_entry(fact: Fact) -> Entry:
+def chat_entry(fact: Fact) -> JsonEntry:
     meta = {"domain": "text", "topic": fact.family}
     return {"task": "chat", "question": fact.question, "answer": fact.answer, "meta": meta}
 
 
-def figure_entries(figure: Annotated, task: str) -> list[Entry]:
+def figure_entries(figure: Annotated, task: str) -> list[JsonEntry]:
     """One entry of a page or of numbers; for pose one for each person."""
     found = [_annotation(annotated) for annotated in figure.regions]
     return [{"task": task, "regions": group} for group in ([[one] for one in found] if task == "pose" else [found])]
 
 
-def _annotation(annotated: Region) -> Entry:
-    entry: Entry = {"box": list(annotated.box), "label": annotated.label}
+def _annotation(annotated: Region) -> JsonEntry:
+    entry: JsonEntry = {"box": list(annotated.box), "label": annotated.label}
     if annotated.keypoints:
         entry["keypoints"] = [list(point) for point in annotated.keypoints]
     return entry
 
 
-def _kinds_differ(plan: Plan) -> bool:
+def _kinds_differ(plan: ScenePlan) -> bool:
     return len({kind for _, kind in plan}) == len(plan)
 
 
-def _colors_differ(plan: Plan) -> bool:
+def _colors_differ(plan: ScenePlan) -> bool:
     return len({color for color, _ in plan}) == len(plan)
 
 
-def held_out_entry(task: str, topic: str, index: int, draw: DrawScene, rng: random.Random) -> tuple[Scene, Entry]:
-    """A fresh scene and one question about it; `index` cycles through object counts and, where few, answers.
+def held_out_entry(task: str, topic: str, index: int, draw: DrawScene, rng: random.Random) -> tuple[Scene, JsonEntry]:
+    """A fresh scene and one question about it; `index` cycles through object counts and, where few,
+    answers.
 
     `draw(count, wanted)` draws a scene.
     """

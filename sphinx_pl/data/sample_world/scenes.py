@@ -1,4 +1,5 @@
-"""Scenes: one to three coloured shapes and digits that do not overlap. Both domains share the plan, not the look."""
+"""Scenes: one to three coloured shapes and digits that do not overlap. Both domains share the plan,
+not the look."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ MAX_OBJECTS = 3
 MARGIN = 2  # pixels between two boxes
 
 Box = tuple[int, int, int, int]
-Plan = list[tuple[str, str]]  # (colour, kind) of each object
+ScenePlan = list[tuple[str, str]]  # (colour, kind) of each object
 
 
 def group_of(kind: str) -> str:
@@ -55,7 +56,7 @@ class Thing:
 
 
 @dataclass(frozen=True)
-class Picture:
+class DrawnPicture:
     """An encoded image and what is in it."""
 
     jpeg: bytes
@@ -66,7 +67,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Scene(Picture):
+class Scene(DrawnPicture):
     """A picture of things, in order from left to right."""
 
     things: tuple[Thing, ...]
@@ -81,9 +82,10 @@ def picture_size(rng: random.Random) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
-def draw_plan(rng: random.Random, count: int) -> Plan:
-    """`count` different (colour, kind) pairs, a third of them digits; now and then a colour or a kind is repeated."""
-    plan: Plan = []
+def draw_plan(rng: random.Random, count: int) -> ScenePlan:
+    """`count` different (colour, kind) pairs, a third of them digits; now and then a colour or a
+    kind is repeated."""
+    plan: ScenePlan = []
     while len(plan) < count:
         color = rng.choice(tuple(COLORS))
         kind = rng.choice(DIGITS) if rng.random() < 1 / 3 else rng.choice(SHAPES)
@@ -99,7 +101,7 @@ def draw_scene(
     domain: str,
     assets: Assets | None,
     count: int,
-    wanted: Callable[[Plan], bool] | None = None,
+    wanted: Callable[[ScenePlan], bool] | None = None,
 ) -> Scene:
     """A scene of `count` objects whose plan is `wanted`.
 
@@ -126,7 +128,8 @@ def draw_scene(
 def _mask(
     kind: str, rng: random.Random, width: int, height: int, count: int, assets: Assets | None, origin: Origin
 ) -> Array:
-    # The model sees the padded square at one size, so objects of larger pictures are drawn larger: 20 to 32 pixels.
+    # The model sees the padded square at one size, so objects of larger pictures are drawn larger:
+    # 20 to 32 pixels.
     smallest = min(28, 20 * max(width, height) // 64)
     size = rng.randint(smallest, min(32, smallest + (8 if count < MAX_OBJECTS else 5)))
     if kind not in DIGITS:

@@ -1,4 +1,5 @@
-"""The sample's tokenizer: 512 sentencepiece pieces with LLaMA's settings, trained on the sample's own words."""
+"""The sample's tokenizer: 512 sentencepiece pieces with LLaMA's settings, trained on the sample's
+own words."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from collections.abc import Iterator
 
 import sentencepiece as spm
 
-from sphinx_pl.data.coordinates import Geometry
-from sphinx_pl.data.readers import Source
+from sphinx_pl.data.coordinates import Coordinates
+from sphinx_pl.data.readers import Reader
 from sphinx_pl.data.sample_world.drawing import COLORS
 from sphinx_pl.data.sample_world.language import RELATIONS
 from sphinx_pl.data.tasks import TASKS
@@ -20,24 +21,26 @@ VOCAB_SIZE = 512
 DECIMALS = 2  # enough for 64 pixels; two digits a number keep answers short
 RECORDS = 600  # instructions of each task that are read
 
-# Whole pieces, so that turns and boxes are short: the conversation's marks and the geometry's punctuation.
-# sentencepiece writes a space as "\u2581"; a newline inside a piece stays as it is.
+# Whole pieces, so that turns and boxes are short: the conversation's marks and the geometry's
+# punctuation. sentencepiece writes a space as "\u2581"; a newline inside a piece stays as it is.
 MARKS = ("###", "\n###", "\u2581Human:", "\u2581Assistant:")
 GEOMETRY_MARKS = ("<p>", "\u2581<p>", "</p>", "</p>[0.", "\u2581[0.", "[0.", ",0.", ";0.", "]<p>")
 
-# Half of the vocabulary are byte pieces. Merging pairs spends several pieces on the way to a long word, so the most
-# useful words are made pieces at once and merges get the rest. Colours are such words also right after "<p>", and
-# so are the words of relations, whose answers are single ones.
+# Half of the vocabulary are byte pieces. Merging pairs spends several pieces on the way to a long
+# word, so the most useful words are made pieces at once and merges get the rest. Colours are such
+# words also right after "<p>", and so are the words of relations, whose answers are single ones.
 WORDS = 124
 PLACES = tuple(f"\u2581{word}" for word in (*RELATIONS, "middle"))
 
 
-def train_tokenizer(texts: list[str], instructions: Source) -> bytes:
-    """A sentencepiece model (BPE, byte fallback, single digits, unk 0, bos 1, eos 2, no pad) as bytes.
+def train_tokenizer(texts: list[str], instructions: Reader) -> bytes:
+    """A sentencepiece model (BPE, byte fallback, single digits, unk 0, bos 1, eos 2, no pad) as
+    bytes.
 
     Args:
         texts: captions and documents of the training splits.
-        instructions: training instructions; their questions and answers are written by the tasks themselves.
+        instructions: training instructions; their questions and answers are written by the tasks
+            themselves.
     """
     sentences = [*texts, *_dialogs(instructions)]
     model = io.BytesIO()
@@ -65,21 +68,22 @@ def train_tokenizer(texts: list[str], instructions: Source) -> bytes:
     return model.getvalue()
 
 
-def _dialogs(instructions: Source) -> Iterator[str]:
+def _dialogs(instructions: Reader) -> Iterator[str]:
     """Questions and answers as training will see them."""
-    rng, geometry = random.Random(0), Geometry(DECIMALS)
+    rng, coordinates = random.Random(0), Coordinates(DECIMALS)
     read: Counter[str] = Counter()
     for index in range(len(instructions)):
         record = instructions.record(index)
         read[record.task] += 1
         if read[record.task] > RECORDS:
             continue
-        for turn in TASKS[record.task].turns(record, geometry, rng):
+        for turn in TASKS[record.task].turns(record, coordinates, rng):
             yield from (turn.question, turn.answer)
 
 
 def _useful_words(sentences: list[str]) -> list[str]:
-    """The words that save most pieces if each is one, with the space before them where they have one."""
+    """The words that save most pieces if each is one, with the space before them where they have
+    one."""
     words: Counter[str] = Counter()
     for sentence in sentences:
         words.update(re.findall("\u2581?[A-Za-z]{2,}", "\u2581" + sentence.replace(" ", "\u2581")))

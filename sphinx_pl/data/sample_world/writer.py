@@ -25,12 +25,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sphinx_pl.data.readers import InstructionSource
+from sphinx_pl.data.readers import InstructionReader
 from sphinx_pl.data.sample_world import figures, language, records
 from sphinx_pl.data.sample_world.assets import Assets, load_assets
 from sphinx_pl.data.sample_world.drawing import DOMAINS, REAL
-from sphinx_pl.data.sample_world.records import Entry
-from sphinx_pl.data.sample_world.scenes import MAX_OBJECTS, Picture, Scene, draw_scene
+from sphinx_pl.data.sample_world.records import JsonEntry
+from sphinx_pl.data.sample_world.scenes import MAX_OBJECTS, DrawnPicture, Scene, draw_scene
 from sphinx_pl.data.sample_world.vocabulary import train_tokenizer
 from sphinx_pl.utils.errors import UserError
 
@@ -78,13 +78,14 @@ class _World:
     origins: list[str] = field(default_factory=list)
 
     def rng(self, *stream: object) -> random.Random:
-        """A generator of its own for every item, so that no item depends on how many came before it."""
+        """A generator of its own for every item, so that no item depends on how many came before
+        it."""
         return random.Random("/".join(map(str, (self.seed, *stream))))
 
     def number(self, at_full_scale: int) -> int:
         return max(4, round(at_full_scale * self.scale))
 
-    def note(self, place: str, split: str, picture: Picture) -> None:
+    def note(self, place: str, split: str, picture: DrawnPicture) -> None:
         origin = {"image": place, "split": split, "domain": picture.domain, **picture.origin.to_dict()}
         self.origins.append(json.dumps(origin, sort_keys=True))
 
@@ -95,7 +96,8 @@ class _World:
 
 
 def build(out: str | Path, seed: int = 0, scale: float = 1.0) -> dict[str, Any]:
-    """Make the sample data in the folder `out` and return its manifest; do nothing where it is already there, whole.
+    """Make the sample data in the folder `out` and return its manifest; do nothing where it is
+    already there, whole.
 
     Args:
         seed: of everything drawn; the split of scans and photographs does not depend on it.
@@ -152,7 +154,7 @@ def _fill(world: _World, wanted: dict[str, Any]) -> dict[str, Any]:
             texts += captions if split == "train" else []
     texts += _write_documents(world)
     _write_instructions(world)
-    instructions = InstructionSource("sample", str(world.root / "instructions/train-*.json"))
+    instructions = InstructionReader("sample", str(world.root / "instructions/train-*.json"))
     world.write("tokenizer.model", train_tokenizer(texts, instructions))
     world.write("origins.jsonl", "".join(f"{line}\n" for line in world.origins))
     names = sorted(path.relative_to(world.root).as_posix() for path in world.root.rglob("*") if path.is_file())
@@ -269,9 +271,9 @@ class _Instructions:
 
     world: _World
     split: str
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[JsonEntry] = field(default_factory=list)
 
-    def add(self, name: str, entry: Entry, picture: Picture | None = None) -> None:
+    def add(self, name: str, entry: JsonEntry, picture: DrawnPicture | None = None) -> None:
         """Complete the entry with its id, its image and its domain."""
         if picture is not None:
             entry |= {"image": f"images/{name}.jpg", "width": picture.width, "height": picture.height}
@@ -280,17 +282,18 @@ class _Instructions:
         task = entry.get("task", "conversations")
         self.world.counts[f"instructions/{self.split}/{entry['meta']['domain']}/{task}"] += 1
 
-    def files(self) -> dict[str, list[Entry]]:
-        """File name -> its entries: one for each kind of picture in training, where a mixture weighs them; else one."""
+    def files(self) -> dict[str, list[JsonEntry]]:
+        """File name -> its entries: one for each kind of picture in training, where a mixture
+        weighs them; else one."""
         if self.split != "train":
             return {self.split: self.entries}
-        kinds: dict[str, list[Entry]] = {}
+        kinds: dict[str, list[JsonEntry]] = {}
         for entry in self.entries:
             figure = entry.get("task") if entry.get("task") in FIGURES else "scenes"
             kinds.setdefault(f"train-{figure if 'image' in entry else 'chat'}", []).append(entry)
         return kinds
 
-    def save(self, name: str, picture: Picture) -> None:
+    def save(self, name: str, picture: DrawnPicture) -> None:
         self.world.write(f"instructions/images/{name}.jpg", picture.jpeg)
         self.world.note(f"instructions/images/{name}.jpg", self.split, picture)
         self.world.counts[f"images/{self.split}/{picture.domain}"] += 1
@@ -311,7 +314,8 @@ class _Instructions:
                 self.add(name, entry, scene)
 
     def figures(self, domain: str, task: str) -> None:
-        """Pictures of one kind; a pose picture with two people gives two entries, in the test only one is asked for."""
+        """Pictures of one kind; a pose picture with two people gives two entries, in the test only
+        one is asked for."""
         for index in range(self.world.number(FIGURES[task][self.split])):
             rng = self.world.rng(task, domain, self.split, index)
             assets = _assets(domain, self.split)

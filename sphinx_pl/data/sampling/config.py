@@ -13,10 +13,11 @@ from typing import Any, Optional
 import yaml
 
 from sphinx_pl.data.files import is_remote
-from sphinx_pl.data.readers import Source, build_source, check_options, find_kind
+from sphinx_pl.data.readers import Reader, build_reader, check_options, find_kind
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.utils.config import Bounds, build, within
 from sphinx_pl.utils.errors import UserError, suggest
+from sphinx_pl.utils.renamed import renamed_key
 
 log = logging.getLogger(__name__)
 
@@ -31,16 +32,17 @@ META = "meta"
 
 @dataclass
 class MixingConfig:
-    """How sources are drawn from. `data.mixing` in the configuration."""
+    """The section `data.mixing`: how samples are drawn from sources."""
 
     unit: str = "sample"
-    """What shares are counted in: samples, or supervised tokens."""
+    """The unit that shares are counted in: samples, or supervised tokens."""
     epochs: Optional[int] = within(None, at_least=1)
-    """Every source is read at most so often; null: for ever. A source's own `epochs` goes before it."""
+    """How often every source is read; null: for ever. A source's own `epochs` has precedence."""
     temperature: Optional[float] = within(None, above=0)
-    """Of the whole tree of sources, as a group's."""
-    lanes: Optional[int] = within(None, at_least=1, at_most=2**16)
-    """Independent lines of planning, fixed for a run; null: as many as there are ranks when it is first started."""
+    """The temperature of the whole tree of sources; see `Group`."""
+    partitions: Optional[int] = within(None, at_least=1, at_most=2**16)
+    """Canonical partitions of the data, fixed for a run; null: as many as the ranks of the run's
+    first start."""
 
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
@@ -51,17 +53,20 @@ class MixingConfig:
 class SourceConfig:
     """One entry of a mixture's `sources`; further keys go to the source's constructor.
 
-    `weight` is its share relative to the others' beside it. `branches` > 1 joins up to that many records about one
-    image into one sample. `modality` says what the source counts as where a step must hold text and images. `epochs`
-    bounds how often it is read (upsampling), `caps` how many records of a task an epoch has: {ocr: 10000}. `part` is
-    train (all but a tenth of the records) or held_out (that tenth), for files without a part of their own for it.
-    `shuffle_shards` files are open at a time, their records shuffled together.
+    - `weight` is the source's share relative to the weights beside it.
+    - `questions_per_sample` > 1 joins up to that many records about one image into one sample.
+    - `modality` is what the source counts as, since a step must hold text and images.
+    - `epochs` bounds how often the source is read (upsampling).
+    - `caps` bounds how many records of a task an epoch has: {ocr: 10000}.
+    - `part` is train (all but a tenth of the records) or held_out (that tenth), for files without
+      such parts.
+    - `shuffle_shards` files are open at a time, and their records are shuffled together.
     """
 
     path: Any
     kind: str = AUTO
     weight: float = within(1.0, at_least=0)
-    branches: int = within(1, at_least=1)
+    questions_per_sample: int = within(1, at_least=1)
     modality: str = ""
     epochs: Optional[int] = within(None, at_least=1)
     caps: dict[str, int] = field(default_factory=dict, metadata={"bounds": Bounds(at_least=0)})
@@ -77,6 +82,9 @@ class SourceConfig:
                 raise UserError(
                     f"{prefix}.{key} is missing: every source needs a path; leave kind out to have it found"
                 )
+        for key in values:
+            if renamed := renamed_key(f"data.sources.{name}.{key}"):
+                raise UserError(renamed.replace(f"data.sources.{name}", prefix))
         known = {f for f in cls.__dataclass_fields__ if f != "options"}
         own = {key: value for key, value in values.items() if key in known}
         config = build(cls, own | {"options": {k: v for k, v in values.items() if k not in known}}, prefix)
@@ -94,18 +102,19 @@ class SourceConfig:
         check_options(config.kind, prefix, config.options)
         return config
 
-    def open(self, name: str) -> Source:
-        source = build_source(self.kind, name, self.path, **self.options)
+    def open(self, name: str) -> Reader:
+        source = build_reader(self.kind, name, self.path, **self.options)
         source.part = self.part
         return source
 
 
 @dataclass
 class Group:
-    """Sources with a weight of their own as a whole.
+    """Sources that have one weight together.
 
-    With a `temperature` T a member's share is its weight times (its number of records) ** (1 / T): 1 in proportion to
-    size, larger ones nearer to equal shares (mT5, arXiv 2010.11934, section 3.1, with alpha = 1 / T).
+    With a `temperature` T, a member's share is its weight times (its number of records) ** (1 / T).
+    T = 1 gives shares in proportion to size; a larger T gives more equal shares (mT5, arXiv
+    2010.11934, section 3.1, alpha = 1 / T).
     """
 
     members: dict[str, Group | SourceConfig]
@@ -114,10 +123,11 @@ class Group:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], prefix: str = "data") -> Group:
-        """From {"sources": {name: source or group}, "weight", "temperature"}; members that are null are left out.
+        """The group of {"sources": {name: source or group}, "weight", "temperature"}, without
+        members that are null.
 
         Raises:
-            UserError: an unknown key, or a value that cannot be.
+            UserError: a key is unknown, or a value is out of bounds.
         """
         for key in values:
             if key not in (known := ("sources", "weight", "temperature")):
@@ -146,7 +156,7 @@ class Group:
         return cls(members, weight, temperature)
 
     def leaves(self, prefix: str = "") -> Iterator[tuple[str, SourceConfig]]:
-        """(name, configuration) of every source; a member of a group is called `group.member`."""
+        """(name, configuration) of every source. A member of a group is called `group.member`."""
         for name, member in self.members.items():
             if isinstance(member, Group):
                 yield from member.leaves(f"{prefix}{name}.")
@@ -155,15 +165,15 @@ class Group:
 
     @property
     def needs_sizes(self) -> bool:
-        """Whether shares depend on how many records there are."""
+        """Whether shares depend on the number of records."""
         groups = [member for member in self.members.values() if isinstance(member, Group)]
         return self.temperature is not None or any(group.needs_sizes for group in groups)
 
     def shares(self, sizes: Mapping[str, int], prefix: str = "") -> dict[str, float]:
-        """Of each source with a weight above 0 its share of all draws; they sum to 1.
+        """The share of all draws of each source with a weight above 0. The shares sum to 1.
 
         Args:
-            sizes: records of each source, where `needs_sizes`.
+            sizes: the number of records of each source; read only if `needs_sizes`.
         """
         weights: dict[str, float] = {}
         inner: dict[str, dict[str, float]] = {}
@@ -183,7 +193,8 @@ class Group:
 
 
 def is_absent(source: Any) -> bool:
-    """Whether a source of the configuration is left out: it is null, or it waits for a path and has no kind either."""
+    """Whether a source of the configuration is switched off: it is null, or its path is null and it
+    has no kind."""
     return source is None or (
         isinstance(source, Mapping) and "path" in source and source["path"] is None and "kind" not in source
     )
@@ -195,11 +206,12 @@ def _check_weight(prefix: str, weight: Any) -> None:
 
 
 def _meta_group(values: Mapping[str, Any], prefix: str) -> Group:
-    """The original's own data file: `META: [{path, type, root, ratio}]` (LLaMA2-Accessory, accessory/data/alpaca.py).
+    """The group of the original's data file: `META: [{path, type, root, ratio}]`.
 
-    Each entry is a source, in proportion to its size; relative paths are looked for from the working folder as the
-    original does, then from the file's. `type`, which made every global batch of the original homogeneous, is a name
-    here; entries whose type begins with "text" are text-only.
+    The format is that of LLaMA2-Accessory (accessory/data/alpaca.py). Each entry is a source whose
+    share is in proportion to its size. Relative paths start at the working folder, as in the
+    original, then at the file's folder. In the original, `type` makes every global batch
+    homogeneous; here it is a name. Entries whose type begins with "text" are text-only.
     """
     file = Path(str(values.get("path"))).expanduser()
     try:

@@ -1,6 +1,6 @@
-"""Which source the next sample comes from: a tree of sources with weights, and the shares that follow from them.
+"""The mixture: which source the next sample comes from, by the shares that a tree of weights gives.
 
-Nothing here is random in a way that is not a function of (seed, source, epoch): the state of a mixture is a few
+All that is random here is a function of (seed, source, epoch). So the state of a mixture is a few
 integers, the same for any number of ranks and data workers.
 """
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def check_names(state: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Raises: UserError: the position `state` of a mixture is one of other sources."""
+    """Raises: UserError: the position `state` of a mixture belongs to other sources."""
     if set(state["streams"]) != set(names):
         raise UserError(
             f"data.sources: the checkpoint was made with {sorted(state['streams'])}, this run has "
@@ -31,13 +31,15 @@ def check_names(state: Mapping[str, Any], names: Iterable[str]) -> None:
 
 
 class Mixture:
-    """Draws from sources so that after every draw each source's share is as near to its weight as can be.
+    """Draws from sources so that after every draw each source's share is as near to its weight as
+    possible.
 
-    Questions about one image are joined up to `max_length` tokens (and no further than the processor's own bound).
+    Questions about one image are joined up to `max_length` tokens, and up to the processor's own
+    limit.
 
     Args:
-        sources: the tree, as `Group.from_dict` takes it under "sources".
-        lane, lanes: which part of every source.
+        sources: the tree of sources, as `Group.from_dict` takes it under "sources".
+        partition, partitions: which part of every source is drawn from, and of how many.
     """
 
     def __init__(
@@ -48,8 +50,8 @@ class Mixture:
         max_length: int = 1 << 30,
         mixing: MixingConfig | None = None,
         augment: AugmentConfig | None = None,
-        lane: int = 0,
-        lanes: int = 1,
+        partition: int = 0,
+        partitions: int = 1,
     ) -> None:
         self.mixing = mixing or MixingConfig()
         self.group = Group.from_dict({"sources": sources, "temperature": self.mixing.temperature})
@@ -69,13 +71,13 @@ class Mixture:
             if config.epochs is None:
                 config.epochs = self.mixing.epochs
             self.streams[name] = SourceStream(
-                name, config, opened[name], processor, seed, max_length, augment, lane, lanes
+                name, config, opened[name], processor, seed, max_length, augment, partition, partitions
             )
         self.drawn = dict.fromkeys(self.shares, 0)
 
     @property
     def finite(self) -> bool:
-        """Whether it ends."""
+        """Whether the mixture ends."""
         return all(stream.config.epochs is not None for stream in self.streams.values())
 
     @property
@@ -84,17 +86,18 @@ class Mixture:
 
     @property
     def modalities(self) -> list[str]:
-        """Those that there are still samples of."""
+        """The modalities that still have samples."""
         live = {stream.config.modality for stream in self.streams.values() if not stream.exhausted}
         return [modality for modality in MODALITIES if modality in live]
 
     def draw(self, modality: str | None = None) -> list[Sample]:
-        """Samples of the source (of `modality`) that is furthest behind its share; none when all are exhausted."""
+        """Samples of the source (of `modality`) that is furthest behind its share; none if all
+        sources have ended."""
         live = [name for name, stream in self.streams.items() if not stream.exhausted]
         names = [name for name in live if modality in (None, self.streams[name].config.modality)]
         if not names:
             return []
-        # Among those that are left: the share of one that has ended goes to the others in proportion.
+        # The share of a source that has ended goes to the others in proportion.
         total = (sum(self.drawn[name] for name in live) + 1) / sum(self.shares[name] for name in live)
         name = max(names, key=lambda n: self.shares[n] * total - self.drawn[n])
         samples = self.streams[name].next()
@@ -104,13 +107,13 @@ class Mixture:
 
     @property
     def counts(self) -> dict[str, int]:
-        """`source/seen`, `skipped/source/reason` and the like: since the start of the run."""
+        """`source/seen`, `skipped/source/reason` and other counters since the start of the run."""
         streams = self.streams.items()
         return {counter_of(name, key): value for name, stream in streams for key, value in stream.counts.items()}
 
     @property
     def left_out(self) -> dict[str, int]:
-        """`skipped/source/reason`: what was already unreadable when shards were opened."""
+        """`skipped/source/reason` of what was unreadable when shards were opened."""
         return {
             counter_of(name, f"skipped/{reason}"): count
             for name, stream in self.streams.items()

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from sphinx_pl.data.schema import Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.evaluation.benchmarks.base import BENCHMARKS, FAMILIES, Benchmark
 from sphinx_pl.evaluation.metrics import estimate, to_json
 from sphinx_pl.evaluation.runner import Prediction
@@ -107,7 +107,7 @@ def load(name: str, benchmark: Benchmark, limit: int | None = None, seed: int = 
     groups: dict[str, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
     lost: Counter[str] = Counter()
     for _, entry in benchmark.read():
-        if isinstance(entry, BadSample):
+        if isinstance(entry, SkipSample):
             lost[entry.reason] += 1
             continue
         for record in entry:

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sphinx_pl.data.annotation_files import MALFORMED, OfficialFiles
+from sphinx_pl.data.annotation_files import MALFORMED, AnnotationFiles
 from sphinx_pl.data.converters.common import question_record, text
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.readers.instruction_json import to_entry, to_record
 from sphinx_pl.data.schema import ImageRef, Record, Turn
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.evaluation.metrics import Metric
 from sphinx_pl.evaluation.runner import Prediction, score_answer
@@ -38,7 +38,7 @@ HIDDEN = "(not public)"
 """The text that stands for an answer that is not public."""
 
 
-class Benchmark(OfficialFiles):
+class Benchmark(AnnotationFiles):
     """One benchmark: its questions, its scorer and its metrics.
 
     A record's `meta` holds what scoring needs, as JSON. It is written beside the answer, so that
@@ -107,7 +107,7 @@ class Benchmark(OfficialFiles):
         return self.metrics[:1]
 
     @abstractmethod
-    def score(self, record: Record, answer: str, geometry: Geometry) -> Score:
+    def score(self, record: Record, answer: str, coordinates: Coordinates) -> Score:
         """The score of an answer's text; never raises."""
 
     def category(self, record: Record) -> str:
@@ -140,13 +140,13 @@ class Benchmark(OfficialFiles):
         """A record without a public answer, which can still be asked in its task's wording.
 
         Raises:
-            BadSample: the task cannot write it, or it has no id. yes_no never can; short_vqa has
+            SkipSample: the task cannot write it, or it has no id. yes_no never can; short_vqa has
                 the same wording.
         """
         if not isinstance(record.meta.get("question_id"), int | str):
-            raise BadSample("question_id_missing", record.key)
+            raise SkipSample("question_id_missing", record.key)
         stand_in = record.choices[0] if record.choices else HIDDEN
-        (turn,) = TASKS[record.task].turns(dataclasses.replace(record, answer=stand_in), Geometry())
+        (turn,) = TASKS[record.task].turns(dataclasses.replace(record, answer=stand_in), Coordinates())
         return dataclasses.replace(record, turns=(Turn(turn.question, HIDDEN),))
 
     def submit(self, predictions: Sequence[Prediction], folder: Path) -> list[str]:
@@ -172,14 +172,14 @@ class Benchmark(OfficialFiles):
 
     def expected(self) -> Sequence[Any]:
         """The ids of all questions that the server wants an answer to."""
-        entries = (records for _, records in self.read() if not isinstance(records, BadSample))
+        entries = (records for _, records in self.read() if not isinstance(records, SkipSample))
         return [record.meta["question_id"] for records in entries for record in records]
 
     def annotation(self, key: str, entry: Mapping[str, Any]) -> Record:
         """The record of an entry of the original's unified annotation.
 
         Raises:
-            BadSample: it cannot be used; any of `MALFORMED` has the same effect.
+            SkipSample: it cannot be used; any of `MALFORMED` has the same effect.
         """
         image, question = text(entry["image_path"]), text(entry["question"])
         meta = {"question_id": entry.get("question_id")}
@@ -189,16 +189,16 @@ class Benchmark(OfficialFiles):
         answers = [text(answer) for answer in (truth if isinstance(truth, list) else [truth])]
         return question_record(key, image, question, answers[0], meta | {"answers": answers})
 
-    def read(self) -> Iterator[tuple[str, list[Record] | BadSample]]:
-        """As `OfficialFiles.read`, also for a unified annotation. Records that cannot be asked or
+    def read(self) -> Iterator[tuple[str, list[Record] | SkipSample]]:
+        """As `AnnotationFiles.read`, also for a unified annotation. Records that cannot be asked or
         stored are bad."""
         for key, records in self._read():
             try:
-                yield key, records if isinstance(records, BadSample) else [_checked(record) for record in records]
-            except BadSample as bad:
+                yield key, records if isinstance(records, SkipSample) else [_checked(record) for record in records]
+            except SkipSample as bad:
                 yield key, bad
 
-    def _read(self) -> Iterator[tuple[str, list[Record] | BadSample]]:
+    def _read(self) -> Iterator[tuple[str, list[Record] | SkipSample]]:
         if self.unified is None:
             return super().read()
         if self.official_only:
@@ -211,12 +211,12 @@ class Benchmark(OfficialFiles):
         return self.guarded(entries, lambda key, entry: [self.annotation(key, entry)])
 
     def score_answer(
-        self, record: Record, answer: str, geometry: Geometry, images: tuple[ImageRef, ...] = ()
+        self, record: Record, answer: str, coordinates: Coordinates, images: tuple[ImageRef, ...] = ()
     ) -> Prediction:
         """The answer with its score by the benchmark's rule; 0 where the truth is not public."""
-        score = Score(0.0) if self.is_hidden else self.score(record, answer, geometry)
+        score = Score(0.0) if self.is_hidden else self.score(record, answer, coordinates)
         return dataclasses.replace(
-            score_answer(record, answer, geometry, images),
+            score_answer(record, answer, coordinates, images),
             benchmark=self.name,
             topic=self.category(record),
             metric=self.metrics[0].name if self.metrics else "",
@@ -234,16 +234,16 @@ def _checked(record: Record) -> Record:
     """The record, if its task can write it and JSON can hold it.
 
     Raises:
-        BadSample: the reason why not.
+        SkipSample: the reason why not.
     """
     entry = to_entry(record)
     stored = to_record(entry, record.key, Path(), record.task)
     if record.sizes or not record.regions:  # missing sizes are read from the image when it is asked
-        TASKS[record.task].turns(stored, Geometry())
+        TASKS[record.task].turns(stored, Coordinates())
     try:
         json.dumps(entry, ensure_ascii=False).encode()
     except MALFORMED as error:
-        raise BadSample("entry_malformed", f"{record.key}: {type(error).__name__}: {error}") from None
+        raise SkipSample("entry_malformed", f"{record.key}: {type(error).__name__}: {error}") from None
     return record
 
 
@@ -255,7 +255,7 @@ class JudgedBenchmark(Benchmark):
 
     official_only = True
 
-    def score(self, record: Record, answer: str, geometry: Geometry) -> Score:
+    def score(self, record: Record, answer: str, coordinates: Coordinates) -> Score:
         return Score(0.0, bool(answer.strip()))
 
     @property

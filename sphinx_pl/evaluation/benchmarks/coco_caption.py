@@ -21,9 +21,9 @@ import numpy as np
 
 from sphinx_pl.data.converters import coco, id_of
 from sphinx_pl.data.converters.common import text
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.schema import ImageRef, Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.evaluation.benchmarks.base import Benchmark
 from sphinx_pl.evaluation.metrics import Metric, Prepared, Sums, Unsplittable, ratio
 from sphinx_pl.evaluation.runner import Prediction
@@ -83,12 +83,13 @@ class COCOCaptionBenchmark(Benchmark, coco.CocoConverter):
         captions = truth if isinstance(truth, list) else [truth]
         return _record(key, text(entry["image_path"]), captions, entry.get("question_id"))
 
-    def score(self, record: Record, answer: str, geometry: Geometry) -> Score:
+    def score(self, record: Record, answer: str, coordinates: Coordinates) -> Score:
         """The words in common with the nearest caption. The official figures are of all answers
         together."""
         return Score(
             max(
-                caption_f1(answer, Record("", "caption", record.images, answer=one), geometry) for one in _true(record)
+                caption_f1(answer, Record("", "caption", record.images, answer=one), coordinates)
+                for one in _true(record)
             ),
             bool(answer.strip()),
         )
@@ -141,11 +142,11 @@ def _record(key: str, path: str, captions: Sequence[Any], number: Any) -> Record
     """The record of an image.
 
     Raises:
-        BadSample: it has no caption.
+        SkipSample: it has no caption.
     """
     cleaned = [" ".join(text(caption).split()) for caption in captions]
     if not (filled := [caption for caption in cleaned if caption]):
-        raise BadSample("answers_empty", key)
+        raise SkipSample("answers_empty", key)
     meta = {"captions": filled, "image_id": number}
     return Record(key, "caption", (ImageRef(path),), answer=filled[0], meta=meta)
 

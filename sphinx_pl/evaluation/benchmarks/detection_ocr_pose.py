@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from sphinx_pl.data.answer_parsing import normalise
-from sphinx_pl.data.coordinates import Geometry, Size
-from sphinx_pl.data.readers import InstructionSource
+from sphinx_pl.data.coordinates import Coordinates, Size
+from sphinx_pl.data.readers import InstructionReader
 from sphinx_pl.data.readers.instruction_json import to_record
 from sphinx_pl.data.schema import Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import TASKS, Parsed
 from sphinx_pl.evaluation.benchmarks.base import Benchmark
 from sphinx_pl.evaluation.metrics import Additive, Counts, Floats, Metric, mean, ratio
@@ -59,31 +59,31 @@ class TaskBenchmark(Benchmark):
         if src is not None and self.unified is None:
             raise UserError(f"{self.name}: '{src}' is a folder: name an instruction file with the task {self.split}")
 
-    def _read(self) -> Iterator[tuple[str, list[Record] | BadSample]]:
+    def _read(self) -> Iterator[tuple[str, list[Record] | SkipSample]]:
         assert self.unified is not None
         # The images' folder is put before the paths when they are loaded.
-        source = InstructionSource(self.name, str(self.src / self.unified), root=".", tasks=[self.split])
+        source = InstructionReader(self.name, str(self.src / self.unified), root=".", tasks=[self.split])
         for index in range(len(source)):
             try:
                 record = source.record(index)
                 if self.needs_regions and not record.sizes:
-                    raise BadSample("size_unknown", record.key)
+                    raise SkipSample("size_unknown", record.key)
                 # The annotation is the truth even where there are finished turns.
                 last_turn(dataclasses.replace(record, turns=()) if self.needs_regions else record, READER)
                 yield record.key, [record]
-            except BadSample as bad:
+            except SkipSample as bad:
                 yield str(index), bad
 
     def entries(self) -> Iterator[tuple[str, Any]]:
-        return ((key, records) for key, records in self._read() if not isinstance(records, BadSample))
+        return ((key, records) for key, records in self._read() if not isinstance(records, SkipSample))
 
     def records(self, key: str, entry: Any) -> Iterator[Record]:
         return iter(entry)
 
-    def score(self, record: Record, answer: str, geometry: Geometry) -> Score:
+    def score(self, record: Record, answer: str, coordinates: Coordinates) -> Score:
         """The score of a single answer by its task's scorer. The official figures are those of the
         metrics."""
-        return scorer_of(record)(answer, record, geometry)
+        return scorer_of(record)(answer, record, coordinates)
 
 
 class APBenchmark(TaskBenchmark):
@@ -185,7 +185,7 @@ class OCRBenchmark(TaskBenchmark):
     splits = ("ocr_text", "ocr")
     needs_regions = False
 
-    def score(self, record: Record, answer: str, geometry: Geometry) -> Score:
+    def score(self, record: Record, answer: str, coordinates: Coordinates) -> Score:
         return Score(text_similarity(*_texts(record, answer)), scorer_of(record).parsed(answer, record))
 
     @property

@@ -18,7 +18,7 @@ from sphinx_pl.evaluation.runner import Prediction
 from sphinx_pl.evaluation.scorers.exact import exact_match
 
 
-class GQABenchmark(ShortAnswerBenchmark, gqa.GQA):
+class GQABenchmark(ShortAnswerBenchmark, gqa.GQAConverter):
     """Parts are those of the official script that need no other file: binary and open questions,
     structural and semantic types. Consistency, validity, plausibility and distribution are not
     computed."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sphinx_pl.data.converters import iconqa
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.schema import Record
 from sphinx_pl.data.tasks import choice_letter
 from sphinx_pl.evaluation.benchmarks.base import Benchmark
@@ -21,7 +21,7 @@ from sphinx_pl.evaluation.scorers.choices import score_choice
 from sphinx_pl.evaluation.scorers.exact import exact_match
 
 
-class IconQABenchmark(Benchmark, iconqa.IconQA):
+class IconQABenchmark(Benchmark, iconqa.IconQAConverter):
     """Questions with images to choose from are not asked: they need several images at once, which
     the paper's models do not take. The two other kinds are the categories."""
 
@@ -36,7 +36,7 @@ class IconQABenchmark(Benchmark, iconqa.IconQA):
             else:
                 yield record
 
-    def score(self, record: Record, answer: str, geometry: Geometry) -> Score:
+    def score(self, record: Record, answer: str, coordinates: Coordinates) -> Score:
         if record.choices:
             return score_choice(answer, record.choices, choice_letter(record))
         return Score(float(exact_match(answer, record.meta.get("answers") or [record.answer])), bool(answer.strip()))

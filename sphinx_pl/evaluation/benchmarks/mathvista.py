@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from sphinx_pl.data.converters.common import asked, text
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.schema import ImageRef, Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.evaluation.benchmarks.base import Benchmark, command
 from sphinx_pl.evaluation.benchmarks.multiple_choice import letter_record
 from sphinx_pl.evaluation.metrics import Metric, mean
@@ -59,7 +59,7 @@ class MathVistaBenchmark(Benchmark):
         if kind == "multi_choice":
             choices = entry["choices"]
             if answer not in choices:
-                raise BadSample("answer_not_in_choices", key)
+                raise SkipSample("answer_not_in_choices", key)
             yield letter_record(key, image, question, choices, string.ascii_uppercase[choices.index(answer)], meta)
         elif kind == "free_form" and entry["answer_type"] in ANSWER_TYPES:
             _precision(entry)
@@ -67,7 +67,7 @@ class MathVistaBenchmark(Benchmark):
         else:
             raise ValueError(f"a question of type {kind}, {entry['answer_type']}")
 
-    def score(self, record: Record, answer: str, geometry: Geometry) -> Score:
+    def score(self, record: Record, answer: str, coordinates: Coordinates) -> Score:
         problem = record.meta["problem"]
         choices = problem["choices"] or ()
         reading = read_answer(answer, problem["question_type"], problem["answer_type"], choices, _precision(problem))

@@ -38,7 +38,7 @@ from sphinx_pl.data.converters.common import asked
 from sphinx_pl.data.files import CacheFile, Hold, cache_folder, identity, in_cache, prune
 from sphinx_pl.data.images import MAX_BYTES
 from sphinx_pl.data.schema import ImageRef, Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.evaluation.benchmarks.multiple_choice import MultipleChoiceBenchmark, letter_record
 from sphinx_pl.evaluation.metrics import Additive, Metric, ratio
 from sphinx_pl.evaluation.runner import Prediction
@@ -100,13 +100,13 @@ class MMBenchBenchmark(MultipleChoiceBenchmark):
         if not entry:
             raise ValueError("no rows")
         if not all(entry.values()):
-            raise BadSample("duplicate_key", f"{key}: two rows of one index")
+            raise SkipSample("duplicate_key", f"{key}: two rows of one index")
         rows = dict(sorted(entry.items()))
         if len(rows) == 1:
             ((index, row),) = rows.items()
             choices = _choices(row)
             if len(choices) < 2:
-                raise BadSample("choices_count", f"{key} has {len(choices)}")
+                raise SkipSample("choices_count", f"{key} has {len(choices)}")
             rows = {index + ROTATION * turn: _turned(row, choices, turn) for turn in range(len(choices))}
         for index, row in rows.items():
             choices = _choices(row)
@@ -123,7 +123,7 @@ class MMBenchBenchmark(MultipleChoiceBenchmark):
             }
             name, image = f"{key}-{index}", row["image"]
             if not isinstance(image, ImageRef):
-                raise BadSample("image_unreadable", name)
+                raise SkipSample("image_unreadable", name)
             if self.is_hidden:
                 asked_for = Record(
                     name, "multiple_choice", (image,), question=question, choices=tuple(choices), meta=meta
@@ -144,7 +144,7 @@ class MMBenchBenchmark(MultipleChoiceBenchmark):
         assert self.unified is not None
         counts: Counter[int] = Counter()
         for entry in self.json_items(self.unified):
-            with suppress(*MALFORMED, BadSample):
+            with suppress(*MALFORMED, SkipSample):
                 counts[mmbench_question(_index(entry))] += 1
         return counts
 
@@ -206,7 +206,7 @@ class MMBenchBenchmark(MultipleChoiceBenchmark):
         sheet = book.active
         sheet.append(COLUMNS)
         answers = {p.record["meta"]["question_id"]: p.prediction for p in predictions}
-        entries = (records for _, records in self.read() if not isinstance(records, BadSample))
+        entries = (records for _, records in self.read() if not isinstance(records, SkipSample))
         blank = 0
         for number, record in enumerate((record for records in entries for record in records), 2):
             index = record.meta["question_id"]
@@ -273,14 +273,14 @@ def _choices(row: Mapping[str, Any]) -> list[str]:
     """The options, in the columns A, B, ... up to the last that is not blank.
 
     Raises:
-        BadSample: a cell between them is blank, so the letters after it are in doubt.
+        SkipSample: a cell between them is blank, so the letters after it are in doubt.
     """
     cells = [_cell(row, letter) for letter in _LETTERS]
     while cells and cells[-1] is None:
         cells.pop()
     filled = [cell for cell in cells if cell is not None]
     if len(filled) < len(cells):
-        raise BadSample("choice_blank", f"option {_LETTERS[cells.index(None)]}")
+        raise SkipSample("choice_blank", f"option {_LETTERS[cells.index(None)]}")
     return filled
 
 
@@ -291,7 +291,7 @@ def _turned(row: Mapping[str, Any], choices: Sequence[str], turn: int) -> dict[s
     if (answer := _cell(row, "answer")) is not None:
         place = _LETTERS.find(answer.upper()) if len(answer) == 1 else -1
         if not 0 <= place < len(choices):
-            raise BadSample("choice_missing", f"{answer} of {len(choices)}")
+            raise SkipSample("choice_missing", f"{answer} of {len(choices)}")
         turned["answer"] = _LETTERS[(place - turn) % len(choices)]
     return turned
 
@@ -309,12 +309,12 @@ def _index(entry: Mapping[str, Any]) -> int:
     """The index of an entry of a unified annotation, which says whose rotation it is.
 
     Raises:
-        BadSample: the entry has none.
+        SkipSample: the entry has none.
     """
     try:
         return int(entry["question_id"])
     except (KeyError, ValueError, TypeError):
-        raise BadSample("question_id_missing", f"question_id: {entry.get('question_id')!r} is no index") from None
+        raise SkipSample("question_id_missing", f"question_id: {entry.get('question_id')!r} is no index") from None
 
 
 def _question(asked_for: Record | Prediction) -> str:

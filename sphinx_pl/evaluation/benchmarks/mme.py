@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from sphinx_pl.data.converters.common import text
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.schema import ImageRef, Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.evaluation.benchmarks.base import Benchmark, command
 from sphinx_pl.evaluation.metrics import Additive, Floats, Metric, mean, ratio
 from sphinx_pl.evaluation.runner import Prediction
@@ -55,7 +55,7 @@ class MMEBenchmark(Benchmark):
     splits = ("test",)
     closed = ("yes", "no")
 
-    def _read(self) -> Iterator[tuple[str, list[Record] | BadSample]]:
+    def _read(self) -> Iterator[tuple[str, list[Record] | SkipSample]]:
         """As `Benchmark._read`; an entry is an image, not a question, in the unified annotation
         too."""
         return self.guarded(self.entries(), self.records)
@@ -114,16 +114,16 @@ class MMEBenchmark(Benchmark):
     def records(self, key: str, entry: Any) -> Iterator[Record]:
         subtask, image, lines = entry
         if subtask not in SUBTASKS:
-            raise BadSample("subtask_unknown", key)
+            raise SkipSample("subtask_unknown", key)
         if len(lines) != 2:
-            raise BadSample("questions_count", f"{key} has {len(lines)}, not 2")
+            raise SkipSample("questions_count", f"{key} has {len(lines)}, not 2")
         if image is None:
-            raise BadSample("image_missing", key)
+            raise SkipSample("image_missing", key)
         for number, line in enumerate(lines):
             question, answer = line.decode().rsplit("\t", 1)
             answer = answer.strip().lower()
             if answer not in ("yes", "no"):
-                raise BadSample("answer_not_yes_no", f"{key}: {answer}")
+                raise SkipSample("answer_not_yes_no", f"{key}: {answer}")
             meta = {"category": subtask, "image": PurePosixPath(image).name, "asked": question}
             bare_question = question.strip().removesuffix(HINT).strip()
             yield Record(
@@ -133,7 +133,7 @@ class MMEBenchmark(Benchmark):
     def unit(self, record: Record) -> str:
         return _image_of(record)
 
-    def score(self, record: Record, answer: str, geometry: Geometry) -> Score:
+    def score(self, record: Record, answer: str, coordinates: Coordinates) -> Score:
         return score_yes_no(answer, record.answer == "yes", official="mme")
 
     @property

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sphinx_pl.data.converters.common import asked, choice_turn, chosen, text
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.schema import ImageRef, Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.evaluation.benchmarks.base import Benchmark
 from sphinx_pl.evaluation.metrics import Metric, mean
 from sphinx_pl.evaluation.scorers.base import Score
@@ -27,7 +27,7 @@ def letter_record(
     Unlike in training, two choices may have the same text: then there is one more wrong letter.
 
     Raises:
-        BadSample: no choice has the letter, the question is empty, or there are not 2 to 26
+        SkipSample: no choice has the letter, the question is empty, or there are not 2 to 26
             choices.
     """
     if not isinstance(choices, list):
@@ -35,7 +35,7 @@ def letter_record(
     choices = [text(choice).strip() for choice in choices]
     letter = letter.strip().upper()
     if len(letter) != 1 or letter not in string.ascii_uppercase:
-        raise BadSample("choice_missing", f"{key}: {letter!r}")
+        raise SkipSample("choice_missing", f"{key}: {letter!r}")
     index = string.ascii_uppercase.index(letter)
     answer = chosen(choices, index)
     return Record(
@@ -64,7 +64,7 @@ class MultipleChoiceBenchmark(Benchmark):
         image = ImageRef(text(entry["image_path"]))
         return letter_record(key, image, question, entry["choices"], text(entry["gt_answers"]), meta)
 
-    def score(self, record: Record, answer: str, geometry: Geometry) -> Score:
+    def score(self, record: Record, answer: str, coordinates: Coordinates) -> Score:
         return score_choice(answer, record.choices, record.meta["letter"])
 
     @property

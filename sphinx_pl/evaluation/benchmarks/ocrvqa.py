@@ -12,7 +12,7 @@ from sphinx_pl.evaluation.benchmarks.short_answers import ShortAnswerBenchmark
 from sphinx_pl.evaluation.scorers.exact import exact_match
 
 
-class OCRVQABenchmark(ShortAnswerBenchmark, ocrvqa.OCRVQA):
+class OCRVQABenchmark(ShortAnswerBenchmark, ocrvqa.OCRVQAConverter):
     """Questions with a blank answer, such as an unknown author, are not asked. Long titles fit into
     an answer."""
 

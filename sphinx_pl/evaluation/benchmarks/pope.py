@@ -16,7 +16,7 @@ import numpy as np
 
 from sphinx_pl.data.answer_parsing import read_yes_or_no
 from sphinx_pl.data.converters.common import text
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.schema import ImageRef, Record
 from sphinx_pl.evaluation.benchmarks.base import Benchmark
 from sphinx_pl.evaluation.metrics import Additive, Floats, Metric, mean, ratio
@@ -50,7 +50,7 @@ class POPEBenchmark(Benchmark):
         image = (ImageRef(text(entry["image"])),)
         yield Record(key, "yes_no", image, question=text(entry["text"]), answer=answer, meta=meta)
 
-    def score(self, record: Record, answer: str, geometry: Geometry) -> Score:
+    def score(self, record: Record, answer: str, coordinates: Coordinates) -> Score:
         return score_yes_no(answer, record.answer == "yes")
 
     @property

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from sphinx_pl.data.converters import refcoco
 from sphinx_pl.data.converters.common import asked, text
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.readers.instruction_json import sizes
 from sphinx_pl.data.schema import ImageRef, Record, Region
 from sphinx_pl.evaluation.benchmarks.base import Benchmark
@@ -23,7 +23,7 @@ from sphinx_pl.evaluation.scorers.base import Score
 from sphinx_pl.evaluation.scorers.grounding import score_box
 
 
-class RefCOCOBenchmark(Benchmark, refcoco.RefCOCO):
+class RefCOCOBenchmark(Benchmark, refcoco.RefCOCOConverter):
     """Each phrase is a question, and the first box of an answer counts. Boxes are compared in the
     image without its padding. The original's script compares them in the padded square, which
     differs by a rounded pixel at most."""
@@ -46,7 +46,7 @@ class RefCOCOBenchmark(Benchmark, refcoco.RefCOCO):
         size = sizes(int(width[1]), int(height[1]), key)
         return Record(key, "rec", image, size, question=phrase, regions=(Region((x1, y1, x2, y2), phrase),))
 
-    def score(self, record: Record, answer: str, geometry: Geometry) -> Score:
+    def score(self, record: Record, answer: str, coordinates: Coordinates) -> Score:
         (region,), (size,) = record.regions, record.sizes
         return score_box(answer, region.box, size)
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from sphinx_pl.data.converters import scienceqa
 from sphinx_pl.data.converters.common import choice_record, text
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.schema import Record, Turn
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import choice_letter
 from sphinx_pl.evaluation.benchmarks.base import Benchmark
 from sphinx_pl.evaluation.metrics import Metric, mean
@@ -29,7 +29,7 @@ _LOWER_GRADES = 6
 _CHOICE = re.compile(r"^([A-Z])\. (.*)$", re.MULTILINE)
 
 
-class ScienceQABenchmark(Benchmark, scienceqa.ScienceQA):
+class ScienceQABenchmark(Benchmark, scienceqa.ScienceQAConverter):
     """Parts are columns of the paper's table 3: subjects, questions with a hint (TXT), grades.
 
     The original's unified annotation has hint and choices in its question, which is asked as it
@@ -54,12 +54,12 @@ class ScienceQABenchmark(Benchmark, scienceqa.ScienceQA):
         lines = _CHOICE.findall(question.partition("Choices:")[2])
         letters = [letter for letter, _ in lines]
         if letter not in letters or letters != sorted(set(letters)) or letters[0] != "A":
-            raise BadSample("choice_missing", f"{key}: {letter} of {letters}")
+            raise SkipSample("choice_missing", f"{key}: {letter} of {letters}")
         choices = [choice for _, choice in lines]
         record = choice_record(key, text(entry["image_path"]), question, choices, letters.index(letter), {})
         return dataclasses.replace(record, turns=(Turn(question, letter),))
 
-    def score(self, record: Record, answer: str, geometry: Geometry) -> Score:
+    def score(self, record: Record, answer: str, coordinates: Coordinates) -> Score:
         return score_choice(answer, record.choices, choice_letter(record))
 
     @property

@@ -6,9 +6,9 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.schema import Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.evaluation.benchmarks.base import Benchmark
 from sphinx_pl.evaluation.metrics import Metric, mean
 from sphinx_pl.evaluation.scorers.base import Score
@@ -25,13 +25,13 @@ class ShortAnswerBenchmark(Benchmark):
     def agreement(self, prediction: str, answers: Sequence[str]) -> float:
         """How well a prediction agrees with the true answers, from 0 to 1."""
 
-    def read(self) -> Iterator[tuple[str, list[Record] | BadSample]]:
+    def read(self) -> Iterator[tuple[str, list[Record] | SkipSample]]:
         """As `Benchmark.read`; a record whose answers are not all texts is bad."""
         for key, records in super().read():
-            texts = isinstance(records, BadSample) or all(isinstance(a, str) for r in records for a in _answers(r))
-            yield key, records if texts else BadSample("answers_malformed", key)
+            texts = isinstance(records, SkipSample) or all(isinstance(a, str) for r in records for a in _answers(r))
+            yield key, records if texts else SkipSample("answers_malformed", key)
 
-    def score(self, record: Record, answer: str, geometry: Geometry) -> Score:
+    def score(self, record: Record, answer: str, coordinates: Coordinates) -> Score:
         return Score(self.agreement(answer, _answers(record)), bool(answer.strip()))
 
     @property

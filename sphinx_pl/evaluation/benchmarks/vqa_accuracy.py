@@ -57,7 +57,7 @@ class VQAAccuracyBenchmark(ShortAnswerBenchmark):
         return ""
 
 
-class VQAv2Benchmark(VQAAccuracyBenchmark, vqav2.VQAv2):
+class VQAv2Benchmark(VQAAccuracyBenchmark, vqav2.VQAv2Converter):
     """Categories are the answers' types. A submission of test-dev also has blank answers to the
     rest of test, as the server demands, if the files have its questions."""
 
@@ -90,7 +90,7 @@ def _questions_file(split: str) -> str:
     return f"v2_OpenEnded_mscoco_{split}2015_questions.json"
 
 
-class OKVQABenchmark(VQAAccuracyBenchmark, okvqa.OKVQA):
+class OKVQABenchmark(VQAAccuracyBenchmark, okvqa.OKVQAConverter):
     """The annotation's stemmed answers are compared, as usual. Categories are the kinds of
     knowledge, by the names that the annotation file gives them."""
 
@@ -115,7 +115,7 @@ class OKVQABenchmark(VQAAccuracyBenchmark, okvqa.OKVQA):
         return kinds if isinstance(kinds, dict) else {}
 
 
-class VizWizBenchmark(VQAAccuracyBenchmark, vizwiz.VizWiz):
+class VizWizBenchmark(VQAAccuracyBenchmark, vizwiz.VizWizConverter):
     """The question has the hint to say "Unanswerable", which is an answer like any other.
     Categories are the answers' types.
 
@@ -141,7 +141,7 @@ class VizWizBenchmark(VQAAccuracyBenchmark, vizwiz.VizWiz):
         return super().annotation(key, {**entry, "question": vizwiz.hinted(entry["question"]), "question_id": name})
 
 
-class TextVQABenchmark(VQAAccuracyBenchmark, textvqa.TextVQA):
+class TextVQABenchmark(VQAAccuracyBenchmark, textvqa.TextVQAConverter):
     """All questions are asked, even those whose answer is a remark ("unanswerable"), which training
     skips."""
 

@@ -14,16 +14,16 @@ from typing import Any
 from sphinx_pl.data.answer_parsing import TRUE_FALSE, read_yes_or_no
 from sphinx_pl.data.converters import vsr
 from sphinx_pl.data.converters.common import asked
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.schema import Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.evaluation.benchmarks.base import Benchmark
 from sphinx_pl.evaluation.metrics import Metric, mean
 from sphinx_pl.evaluation.scorers.base import Score
 from sphinx_pl.evaluation.scorers.yes_no import score_yes_no
 
 
-class VSRBenchmark(Benchmark, vsr.VSR):
+class VSRBenchmark(Benchmark, vsr.VSRConverter):
     """The question has the original's words and nothing after them. True and yes count alike, as do
     false and no."""
 
@@ -42,10 +42,10 @@ class VSRBenchmark(Benchmark, vsr.VSR):
     def annotation(self, key: str, entry: Mapping[str, Any]) -> Record:
         record = dataclasses.replace(super().annotation(key, entry), task="chat")
         if read_yes_or_no(record.answer, words=TRUE_FALSE) is None:
-            raise BadSample("label_unknown", f"{key}: {record.answer}")
+            raise SkipSample("label_unknown", f"{key}: {record.answer}")
         return record
 
-    def score(self, record: Record, answer: str, geometry: Geometry) -> Score:
+    def score(self, record: Record, answer: str, coordinates: Coordinates) -> Score:
         truth = read_yes_or_no(record.answer, words=TRUE_FALSE) is True
         return score_yes_no(answer, truth, words=TRUE_FALSE)
 

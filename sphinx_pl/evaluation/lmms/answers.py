@@ -202,7 +202,7 @@ class Answers:
             for (place, one), text in zip(prompts.items(), answers, strict=True):
                 texts[place] = rounds[place].drawing.cut(text)
                 if one.rule is not None and one.sizes:
-                    texts[place] = one.rule.answer(texts[place], one.sizes[0], self.assistant.processor.geometry)
+                    texts[place] = one.rule.answer(texts[place], one.sizes[0], self.assistant.processor.coordinates)
         return texts
 
     def _batches(self, rounds: Sequence[_Round], title: str) -> Iterator[list[int]]:
@@ -230,7 +230,7 @@ class Answers:
             rule = find_rule(one.task) if self.rewrite else None
             question = one.context
             if rule is not None:
-                question = rule.question(question, doc, sizes, self.assistant.processor.geometry)
+                question = rule.question(question, doc, sizes, self.assistant.processor.coordinates)
             if question.count(PLACEHOLDER) != len(pictures):  # then they stand in front
                 question = question.replace(PLACEHOLDER, "")
             prompt = self.assistant.prompt(Dialog(question, pictures), one.drawing.limit)

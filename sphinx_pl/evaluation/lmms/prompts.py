@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sphinx_pl.data.coordinates import Geometry, Size, to_pixels
+from sphinx_pl.data.coordinates import Coordinates, Size, to_pixels
 from sphinx_pl.data.tasks import TASKS
 
 SHORT = TASKS["short_vqa"].templates[0]
@@ -23,14 +23,14 @@ CHOICE = TASKS["multiple_choice"].templates[0]
 REC = TASKS["rec"].templates[0]
 REG = TASKS["reg"].templates[0]
 
-Ask = Callable[[str, Mapping[str, Any], tuple[Size, ...], Geometry], str]
+Ask = Callable[[str, Mapping[str, Any], tuple[Size, ...], Coordinates], str]
 """(context, those of a document's values that the question needs, sizes of its images, the model's
 geometry) -> SPHINX's question."""
-Answer = Callable[[str, Size, Geometry], str]
+Answer = Callable[[str, Size, Coordinates], str]
 """(SPHINX's answer, size of the image, the model's geometry) -> what the benchmark reads."""
 
 
-def _as_given(text: str, size: Size, geometry: Geometry) -> str:
+def _as_given(text: str, size: Size, coordinates: Coordinates) -> str:
     return text
 
 
@@ -47,8 +47,8 @@ class PromptRule:
     answer: Answer = _as_given
     needs: tuple[str, ...] = ()
 
-    def question(self, context: str, doc: Mapping[str, Any], sizes: tuple[Size, ...], geometry: Geometry) -> str:
-        return self.ask(context, {name: doc[name] for name in self.needs}, sizes, geometry)
+    def question(self, context: str, doc: Mapping[str, Any], sizes: tuple[Size, ...], coordinates: Coordinates) -> str:
+        return self.ask(context, {name: doc[name] for name in self.needs}, sizes, coordinates)
 
 
 def find_rule(task: str) -> PromptRule | None:
@@ -56,42 +56,42 @@ def find_rule(task: str) -> PromptRule | None:
     return next((rule for rule in RULES if re.fullmatch(rule.tasks, task)), None)
 
 
-def _phrase(context: str, doc: Mapping[str, Any], sizes: tuple[Size, ...], geometry: Geometry) -> str:
+def _phrase(context: str, doc: Mapping[str, Any], sizes: tuple[Size, ...], coordinates: Coordinates) -> str:
     # RefCOCO's sentences, which lmms-eval keeps under "answer" although a box is asked for; of
     # several the first.
     phrase = doc["answer"] if isinstance(doc["answer"], str) else doc["answer"][0]
     return REC.format(phrase=phrase.strip().rstrip("."))
 
 
-def _region(context: str, doc: Mapping[str, Any], sizes: tuple[Size, ...], geometry: Geometry) -> str:
+def _region(context: str, doc: Mapping[str, Any], sizes: tuple[Size, ...], coordinates: Coordinates) -> str:
     x, y, width, height = doc["bbox"]
-    return REG.format(box=geometry.box((x, y, x + width, y + height), sizes[0]))
+    return REG.format(box=coordinates.box((x, y, x + width, y + height), sizes[0]))
 
 
-def _okvqa(context: str, doc: Mapping[str, Any], sizes: tuple[Size, ...], geometry: Geometry) -> str:
+def _okvqa(context: str, doc: Mapping[str, Any], sizes: tuple[Size, ...], coordinates: Coordinates) -> str:
     return context.replace("\nWhen the provided information is insufficient, respond with 'Unanswerable'.", "")
 
 
-def _vizwiz(context: str, doc: Mapping[str, Any], sizes: tuple[Size, ...], geometry: Geometry) -> str:
+def _vizwiz(context: str, doc: Mapping[str, Any], sizes: tuple[Size, ...], coordinates: Coordinates) -> str:
     # The original's evaluation has this sentence on the question's line.
     return context.replace(
         "\nWhen the provided information is insufficient", " When the provided information is insufficient"
     )
 
 
-def _mmbench(context: str, doc: Mapping[str, Any], sizes: tuple[Size, ...], geometry: Geometry) -> str:
+def _mmbench(context: str, doc: Mapping[str, Any], sizes: tuple[Size, ...], coordinates: Coordinates) -> str:
     return context.replace(" There are several options:\n", "\n").replace("\n\nAnswer with", "\nAnswer with")
 
 
-def _mmvet(context: str, doc: Mapping[str, Any], sizes: tuple[Size, ...], geometry: Geometry) -> str:
+def _mmvet(context: str, doc: Mapping[str, Any], sizes: tuple[Size, ...], coordinates: Coordinates) -> str:
     return re.sub(r"\AFirst please perform reasoning[^\n]*:\s*", "", context)
 
 
-def _seed_ppl(context: str, doc: Mapping[str, Any], sizes: tuple[Size, ...], geometry: Geometry) -> str:
+def _seed_ppl(context: str, doc: Mapping[str, Any], sizes: tuple[Size, ...], coordinates: Coordinates) -> str:
     return SHORT.format(question=context.removesuffix(" Answer :"))
 
 
-def _iconqa(context: str, doc: Mapping[str, Any], sizes: tuple[Size, ...], geometry: Geometry) -> str:
+def _iconqa(context: str, doc: Mapping[str, Any], sizes: tuple[Size, ...], coordinates: Coordinates) -> str:
     choice = re.search(r"Question: (.*)\.\nOptions:\n(.*)\nPlease answer with the option letter", context, re.DOTALL)
     if choice:
         return CHOICE.format(question=choice[1], choices=choice[2])
@@ -99,10 +99,10 @@ def _iconqa(context: str, doc: Mapping[str, Any], sizes: tuple[Size, ...], geome
     return SHORT.format(question=free[1]) if free else context
 
 
-def _fractions(text: str, size: Size, geometry: Geometry) -> str:
+def _fractions(text: str, size: Size, coordinates: Coordinates) -> str:
     """The first box in fractions of the image. It is not cut at the edges, so overlaps are those in
     the square."""
-    boxes = geometry.parse_boxes(text)
+    boxes = coordinates.parse_boxes(text)
     if not boxes:
         return text
     x1, y1, x2, y2 = to_pixels(boxes[0], size)
@@ -110,9 +110,9 @@ def _fractions(text: str, size: Size, geometry: Geometry) -> str:
     return f"[{x1 / width:.6f}, {y1 / height:.6f}, {x2 / width:.6f}, {y2 / height:.6f}]"
 
 
-def _pixels(text: str, size: Size, geometry: Geometry) -> str:
+def _pixels(text: str, size: Size, coordinates: Coordinates) -> str:
     """The first box in pixels of the image, as JSON."""
-    boxes = geometry.parse_boxes(text)
+    boxes = coordinates.parse_boxes(text)
     if not boxes:
         return text
     return json.dumps([{"bbox_2d": [round(value, 3) for value in to_pixels(boxes[0], size)]}])

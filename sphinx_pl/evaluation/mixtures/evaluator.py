@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from sphinx_pl.checkpoints.format import copy_into
-from sphinx_pl.checkpoints.stored import OurNames
+from sphinx_pl.checkpoints.format import Checkpoint
+from sphinx_pl.checkpoints.tensors import copy_into
 from sphinx_pl.evaluation.objective import Measurements
-from sphinx_pl.mixing.mix import Plan
+from sphinx_pl.mixing.mix import MixPlan
 from sphinx_pl.mixing.mixer import Facts
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.utils.console import Steps
@@ -37,17 +37,17 @@ class MixtureEvaluator:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: MixPlan,
         measure: Callable[[Sphinx], Measurements],
         device: torch.device,
         dtype: torch.dtype | None = None,
         steps: Steps | None = None,
     ) -> None:
         first = plan.models[0]
-        assert isinstance(first, OurNames)
+        assert isinstance(first, Checkpoint)
         with torch.device("meta"):
-            model = Sphinx(first.checkpoint.model_config)
-        first.checkpoint.check(model)
+            model = Sphinx(first.model_config)
+        first.check(model)
         self.plan = plan
         self.model = model.to_empty(device=device).eval()
         self.dtype = dtype

@@ -30,7 +30,7 @@ from rich.markup import escape
 
 from sphinx_pl.data.readers import spread
 from sphinx_pl.data.sampling.config import META, Group, SourceConfig
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.evaluation.runner import Prediction, topic_of
 from sphinx_pl.runtime.hydra_app import command_of
 from sphinx_pl.utils.console import Table
@@ -222,7 +222,7 @@ class TrainingMixture:
                 for index in spread(len(opened[leaf]), at_most) if share else ():
                     try:
                         record = opened[leaf].record(index)
-                    except BadSample:
+                    except SkipSample:
                         continue
                     counts[record.task, topic_of(record)] += 1
                 for kind, count in counts.items():

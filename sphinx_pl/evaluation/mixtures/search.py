@@ -14,7 +14,7 @@ from typing import Any
 from sphinx_pl.evaluation.losses import SourceLoss, interval
 from sphinx_pl.evaluation.mixtures.evaluator import MixtureEvaluator
 from sphinx_pl.evaluation.objective import Measurements, Objective, resampled
-from sphinx_pl.mixing.mix import Plan
+from sphinx_pl.mixing.mix import MixPlan
 from sphinx_pl.mixing.rules import complement, resolve
 from sphinx_pl.utils.errors import UserError
 from sphinx_pl.utils.files import finite, write_whole
@@ -39,7 +39,7 @@ def halves(measurements: Measurements, odd: bool) -> dict[str, SourceLoss]:
     return {name: SourceLoss(loss.sums[odd::2], loss.tokens[odd::2]) for name, loss in measurements.items()}
 
 
-def groups_of(plan: Plan, parts: Sequence[str], budget: int) -> dict[str, tuple[str, ...]]:
+def groups_of(plan: MixPlan, parts: Sequence[str], budget: int) -> dict[str, tuple[str, ...]]:
     """The tensors of each part that a search moves.
 
     Raises:
@@ -49,7 +49,7 @@ def groups_of(plan: Plan, parts: Sequence[str], budget: int) -> dict[str, tuple[
         raise UserError(f"search= is for 2 checkpoints, not {len(plan.models)}")
     if budget < 2:
         raise UserError(f"budget={budget} must be at least 2 evaluations")
-    names = {key: plan.models[0].ours(key) for key in plan.models[0]}
+    names = {key: plan.models[0].canonical_name(key) for key in plan.models[0]}
     _, rows = resolve([{"match": part, "beta": 0.5} for part in parts], [0.5, 0.5], names, list, "search")
     return {part: row.keys for part, row in zip([*parts, REST], rows, strict=False)}
 

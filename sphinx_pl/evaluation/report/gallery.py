@@ -12,12 +12,12 @@ from typing import Any
 from markupsafe import Markup
 from PIL import Image
 
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.drawing import GIVEN, PREDICTED, TRUE, draw, to_picture
 from sphinx_pl.data.images import load_image
 from sphinx_pl.data.inspect.samples import encode
 from sphinx_pl.data.schema import ImageRef
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.evaluation.report.render import asset, render
 from sphinx_pl.evaluation.runner import benchmark_label
 
@@ -111,7 +111,7 @@ def _spread(items: list[Mapping[str, Any]], count: int) -> list[Mapping[str, Any
 
 
 def cards(
-    predictions: Sequence[Mapping[str, Any]], size: int, geometry: Geometry, headings: Sequence[str] = ()
+    predictions: Sequence[Mapping[str, Any]], size: int, coordinates: Coordinates, headings: Sequence[str] = ()
 ) -> Markup:
     """The cards of predictions (`Prediction.to_dict`) in their order, below a legend and filters.
 
@@ -132,7 +132,7 @@ def cards(
         group = _group(prediction)
         topics = categories.setdefault(group, {})
         category = topics.setdefault(prediction["topic"], sum(map(len, categories.values())))
-        pictures, missing = _pictures(prediction, size, geometry, limit)
+        pictures, missing = _pictures(prediction, size, coordinates, limit)
         result = outcome(prediction)
         articles.append(
             {
@@ -160,25 +160,25 @@ def cards(
     )
 
 
-def picture(image: ImageRef, prediction: Mapping[str, Any], size: int, geometry: Geometry) -> Image.Image:
+def picture(image: ImageRef, prediction: Mapping[str, Any], size: int, coordinates: Coordinates) -> Image.Image:
     """One image of a prediction as the model saw it, with the places that its texts name.
 
     Raises:
-        BadSample: it cannot be read.
+        SkipSample: it cannot be read.
     """
     plain = to_picture(load_image(image, size), scale=max(1, PICTURE_SIDE // max(size, 1)))
-    return draw(plain, prediction["answer"], prediction["prediction"], geometry, prediction["question"])
+    return draw(plain, prediction["answer"], prediction["prediction"], coordinates, prediction["question"])
 
 
 def _pictures(
-    prediction: Mapping[str, Any], size: int, geometry: Geometry, limit: int
+    prediction: Mapping[str, Any], size: int, coordinates: Coordinates, limit: int
 ) -> tuple[list[dict[str, Any]], int]:
     """The images of a prediction, of about `limit` bytes each, and the number of unreadable ones."""
     pictures, lost = [], 0
     for image in prediction["images"]:
         try:
-            drawing = picture(ImageRef.from_dict(image), prediction, size, geometry)
-        except (BadSample, OSError):
+            drawing = picture(ImageRef.from_dict(image), prediction, size, coordinates)
+        except (SkipSample, OSError):
             lost += 1
             continue
         flat = drawing.width > size

@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.evaluation.mixtures.reweighting import held_text
 from sphinx_pl.evaluation.report import tables
 from sphinx_pl.evaluation.report.charts import Series, line_chart, smooth
@@ -207,9 +207,9 @@ def _answers(evaluation: EvaluationFiles, shown: AnswerCounts, at_most: int) -> 
     ):
         wrong = sum(outcomes[name] for name in MISTAKES)
         counts.append({"wrong": wrong, "right": outcomes["right"], "elsewhere": outcomes["elsewhere"]})
-    geometry = Geometry(decimals=int(evaluation.results.get("decimals", 3)))
+    coordinates = Coordinates(decimals=int(evaluation.results.get("decimals", 3)))
     size = int(evaluation.results.get("image_size", 0))
-    html = cards([prediction for _, prediction in chosen], size, geometry, [heading for heading, _ in chosen])
+    html = cards([prediction for _, prediction in chosen], size, coordinates, [heading for heading, _ in chosen])
     return {"name": evaluation.name, "total": counts[0], "here": counts[1], "cards": html}
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 
-READER = Geometry()
+READER = Coordinates()
 """Reads boxes and points. Reading accepts any number of decimals, so the model's own geometry is
 not needed."""
 

@@ -15,12 +15,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sphinx_pl.data.answer_parsing import normalise, read_letter
-from sphinx_pl.data.coordinates import Box4, Geometry, Grounded, Point2, iou, to_square
+from sphinx_pl.data.coordinates import Box4, Coordinates, Grounded, Point2, iou, to_square
 from sphinx_pl.data.schema import Record, Turn
 from sphinx_pl.data.tasks import (
     TASKS,
+    AnswerReader,
     Parsed,
-    Reader,
     read_boxes,
     read_detection,
     read_grounded,
@@ -38,7 +38,7 @@ from sphinx_pl.utils.registry import Registry
 _OPTION = re.compile(r"^[A-Z]\. (.*)$", re.MULTILINE)
 PCK_ALPHA = 0.1
 
-Value = Callable[[str, Record, Geometry], float]
+Value = Callable[[str, Record, Coordinates], float]
 """(prediction, record, geometry) -> 0 to 1."""
 IsParsed = Callable[[str, Record], bool]
 """(prediction, record) -> whether the prediction has the form that the question asks for."""
@@ -48,7 +48,7 @@ def _always(prediction: str, record: Record) -> bool:
     return True
 
 
-def _formed(read: Reader) -> IsParsed:
+def _formed(read: AnswerReader) -> IsParsed:
     return lambda prediction, record: read(prediction, READER).formed
 
 
@@ -61,8 +61,8 @@ class Scorer:
     description: str
     parsed: IsParsed = _always
 
-    def __call__(self, prediction: str, record: Record, geometry: Geometry) -> Score:
-        return Score(self.value(prediction, record, geometry), self.parsed(prediction, record))
+    def __call__(self, prediction: str, record: Record, coordinates: Coordinates) -> Score:
+        return Score(self.value(prediction, record, coordinates), self.parsed(prediction, record))
 
 
 SCORERS: Registry[Scorer] = Registry("scorer")
@@ -81,43 +81,43 @@ def scorer_of(record: Record) -> Scorer:
     return SCORERS[TASKS[record.task].scorer]
 
 
-def last_turn(record: Record, geometry: Geometry) -> Turn:
+def last_turn(record: Record, coordinates: Coordinates) -> Turn:
     """The question that an evaluation asks of a record, and its true answer.
 
     Raises:
-        BadSample: the record lacks what its task needs.
+        SkipSample: the record lacks what its task needs.
     """
-    return TASKS[record.task].turns(record, geometry, None)[-1]
+    return TASKS[record.task].turns(record, coordinates, None)[-1]
 
 
-def _both(prediction: str, record: Record, geometry: Geometry) -> tuple[Parsed, Parsed]:
+def _both(prediction: str, record: Record, coordinates: Coordinates) -> tuple[Parsed, Parsed]:
     """The prediction and the record's own answer as its task reads them."""
     parse = TASKS[record.task].parse
-    return parse(prediction, geometry), parse(last_turn(record, geometry).answer, geometry)
+    return parse(prediction, coordinates), parse(last_turn(record, coordinates).answer, coordinates)
 
 
-def vqa_exact(prediction: str, record: Record, geometry: Geometry) -> float:
+def vqa_exact(prediction: str, record: Record, coordinates: Coordinates) -> float:
     """1 if the prediction equals the answer, both in lower case, with single spaces and without a
     final full stop."""
-    return float(exact_match(prediction, [last_turn(record, geometry).answer]))
+    return float(exact_match(prediction, [last_turn(record, coordinates).answer]))
 
 
-def text_exact(prediction: str, record: Record, geometry: Geometry) -> float:
+def text_exact(prediction: str, record: Record, coordinates: Coordinates) -> float:
     """1 if the prediction equals the answer but for white space; case and punctuation count."""
-    return float(prediction.split() == last_turn(record, geometry).answer.split())
+    return float(prediction.split() == last_turn(record, coordinates).answer.split())
 
 
-def yes_no(prediction: str, record: Record, geometry: Geometry) -> float:
+def yes_no(prediction: str, record: Record, coordinates: Coordinates) -> float:
     """1 if the prediction begins with the right one of the words yes and no, in any case: "No.",
     "yes, it is"."""
-    predicted, true = _both(prediction, record, geometry)
+    predicted, true = _both(prediction, record, coordinates)
     return float(predicted.formed and predicted.answer == true.answer)
 
 
-def choice(prediction: str, record: Record, geometry: Geometry) -> float:
+def choice(prediction: str, record: Record, coordinates: Coordinates) -> float:
     """1 if the prediction begins with the right choice's letter and names no other: "B", "b",
     "(B)", "B. text"; "Blue" is no letter, and "A. cat B. dog" names two."""
-    true = TASKS[record.task].parse(last_turn(record, geometry).answer, geometry)
+    true = TASKS[record.task].parse(last_turn(record, coordinates).answer, coordinates)
     return float(true.formed and read_letter(prediction, _options(record)) == true.answer)
 
 
@@ -130,75 +130,75 @@ def _names_letter(prediction: str, record: Record) -> bool:
     return read_letter(prediction, _options(record)) is not None
 
 
-def caption_f1(prediction: str, record: Record, geometry: Geometry) -> float:
+def caption_f1(prediction: str, record: Record, coordinates: Coordinates) -> float:
     """Harmonic mean of precision and recall of words (letters and digits, lower case), counted as
     often as they occur in both: the token F1 of SQuAD (Rajpurkar et al. 2016), articles kept."""
-    return _words_f1(prediction, last_turn(record, geometry).answer)
+    return _words_f1(prediction, last_turn(record, coordinates).answer)
 
 
-def box_iou50(prediction: str, record: Record, geometry: Geometry) -> float:
+def box_iou50(prediction: str, record: Record, coordinates: Coordinates) -> float:
     """1 if the first box of the prediction and the true box have an intersection over union of at
     least 0.5, in the padded square: the accuracy of referring expression comprehension (Mao et al.
     2016)."""
-    predicted, true = (parsed.boxes for parsed in _both(prediction, record, geometry))
+    predicted, true = (parsed.boxes for parsed in _both(prediction, record, coordinates))
     return float(bool(predicted and true) and iou(predicted[0], true[0]) >= IOU_THRESHOLD)
 
 
-def detection_f1(prediction: str, record: Record, geometry: Geometry) -> float:
+def detection_f1(prediction: str, record: Record, coordinates: Coordinates) -> float:
     """F1 of boxes, matched one to one, best overlap first, at an intersection over union of at
     least 0.5. Where there is nothing to find, the answer "None" scores 1 and any other 0."""
-    predicted, true = _both(prediction, record, geometry)
+    predicted, true = _both(prediction, record, coordinates)
     if not true.boxes:
         return float(predicted.formed and not predicted.boxes)
     return _matched_f1([("", box) for box in predicted.boxes], [("", box) for box in true.boxes])
 
 
-def grounded_f1(prediction: str, record: Record, geometry: Geometry) -> float:
+def grounded_f1(prediction: str, record: Record, coordinates: Coordinates) -> float:
     """F1 of pairs of a phrase and a box: matched one to one where the phrases are equal but for
     case and white space and the boxes' intersection over union is at least 0.5, best overlap first.
     """
-    predicted, true = _both(prediction, record, geometry)
+    predicted, true = _both(prediction, record, coordinates)
     return _matched_f1(_pairs(predicted), _pairs(true))
 
 
-def grounded_answer(prediction: str, record: Record, geometry: Geometry) -> float:
+def grounded_answer(prediction: str, record: Record, coordinates: Coordinates) -> float:
     """Mean of two scores: the F1 of the words without the boxes, as in caption_f1, and the F1 of
     the pairs of a phrase and a box, as in grounded_f1."""
-    words = (_without_boxes(text, geometry) for text in (prediction, last_turn(record, geometry).answer))
-    return (_words_f1(*words) + grounded_f1(prediction, record, geometry)) / 2
+    words = (_without_boxes(text, coordinates) for text in (prediction, last_turn(record, coordinates).answer))
+    return (_words_f1(*words) + grounded_f1(prediction, record, coordinates)) / 2
 
 
-def ocr_exact(prediction: str, record: Record, geometry: Geometry) -> float:
+def ocr_exact(prediction: str, record: Record, coordinates: Coordinates) -> float:
     """1 if the texts given with a box are the true ones in the same order. The places of the boxes
     do not count."""
-    predicted, true = ([place.phrase for place in parsed.places] for parsed in _both(prediction, record, geometry))
+    predicted, true = ([place.phrase for place in parsed.places] for parsed in _both(prediction, record, coordinates))
     return float(bool(true) and predicted == true)
 
 
-def edit_similarity(prediction: str, record: Record, geometry: Geometry) -> float:
+def edit_similarity(prediction: str, record: Record, coordinates: Coordinates) -> float:
     """1 minus the edit distance (Levenshtein 1966) of the prediction to the true text, divided by
     the length of the longer; each line's white space counts as single blanks, case counts."""
     predicted, true = (
         "\n".join(" ".join(place.phrase.split()) for place in parsed.places)
-        for parsed in _both(prediction, record, geometry)
+        for parsed in _both(prediction, record, coordinates)
     )
     return similarity(predicted, true) if predicted or true else 0.0
 
 
-def keypoint_pck(prediction: str, record: Record, geometry: Geometry) -> float:
+def keypoint_pck(prediction: str, record: Record, coordinates: Coordinates) -> float:
     """Share of the labelled keypoints whose predicted point of the same name lies within 0.1 of the
     diagonal of the person's box: the percentage of correct keypoints (Yang and Ramanan 2013), there
     with the box's longer side."""
-    predicted, true = (_named_points(parsed.places) for parsed in _both(prediction, record, geometry))
+    predicted, true = (_named_points(parsed.places) for parsed in _both(prediction, record, coordinates))
     if not true:
         return 0.0
-    x1, y1, x2, y2 = _persons_box(record, geometry, list(true.values()))
+    x1, y1, x2, y2 = _persons_box(record, coordinates, list(true.values()))
     reach = PCK_ALPHA * math.hypot(x2 - x1, y2 - y1)
     hits = sum(name in predicted and math.dist(predicted[name], point) <= reach for name, point in true.items())
     return hits / len(true)
 
 
-def none(prediction: str, record: Record, geometry: Geometry) -> float:
+def none(prediction: str, record: Record, coordinates: Coordinates) -> float:
     """Always 0, for tasks without a score, such as plain text. Results leave them out."""
     return 0.0
 
@@ -212,8 +212,8 @@ def _words_f1(text: str, truth: str) -> float:
     return _f1((predicted & true).total(), predicted.total(), true.total())
 
 
-def _without_boxes(text: str, geometry: Geometry) -> str:
-    return "".join(part if isinstance(part, str) else part.phrase for part in geometry.cut_grounded(text))
+def _without_boxes(text: str, coordinates: Coordinates) -> str:
+    return "".join(part if isinstance(part, str) else part.phrase for part in coordinates.cut_grounded(text))
 
 
 def _pairs(parsed: Parsed) -> list[tuple[str, Box4]]:
@@ -225,13 +225,13 @@ def _named_points(places: Sequence[Grounded]) -> dict[str, Point2]:
     return {normalise(place.phrase): place.points[0] for place in reversed(places) if place.points}
 
 
-def _persons_box(record: Record, geometry: Geometry, points: Sequence[Point2]) -> Box4:
+def _persons_box(record: Record, coordinates: Coordinates, points: Sequence[Point2]) -> Box4:
     """The person's box in fractions: from the question, else from the record, else the extent of
     the keypoints.
 
     The question has no box where it names the person by a phrase.
     """
-    if boxes := geometry.parse_boxes(last_turn(record, geometry).question):
+    if boxes := coordinates.parse_boxes(last_turn(record, coordinates).question):
         return boxes[0]
     if record.regions and record.sizes:
         return to_square(record.regions[0].box, record.sizes[0])

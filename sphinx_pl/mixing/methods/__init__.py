@@ -1,9 +1,9 @@
 """Methods of mixing, a file each, found by being in this folder.
 
-A method is a pure function on one tensor of all checkpoints, a stretch of it at a time; of those that are sums, a pure
-function that gives the coefficients. One that has to know something of the whole tensor (an angle, a threshold) says so
-with `measure`, which may pass over the stretches as often as it likes before the first one is mixed. So memory does not
-grow with a tensor.
+A method is a pure function on one tensor of all checkpoints, a stretch of it at a time; of those
+that are sums, a pure function that gives the coefficients. One that has to know something of the
+whole tensor (an angle, a threshold) says so with `measure`, which may pass over the stretches as
+often as it likes before the first one is mixed. So memory does not grow with a tensor.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from sphinx_pl.utils.errors import UserError, suggest
 from sphinx_pl.utils.registry import Registry
 
 CHUNK = 1 << 19
-"""Elements of a stretch: what is computed with them stays in a core's cache, whatever the size of the tensor."""
+"""Elements of a stretch: what is computed with them stays in a core's cache, whatever the size of
+the tensor.
+"""
 
 
 @dataclass(frozen=True)
@@ -52,13 +54,16 @@ class Method:
 
     Args:
         paper: where it comes from.
-        coefficients: (weights, options, what `measure` said) -> of the sum that is the mixture, one for each checkpoint
-            and, behind them, the base's.
-        mix: (stretch, weights, options, what `measure` said) -> the mixed stretch. Changes no tensor that it is given.
-        measure: (passes over the tensor, weights, options) -> what has to be known of the whole tensor.
+        coefficients: (weights, options, what `measure` gave) -> of the sum that is the mixture, one
+            for each checkpoint and, behind them, the base's.
+        mix: (stretch, weights, options, what `measure` gave) -> the mixed stretch. Changes no
+            tensor that it is given.
+        measure: (passes over the tensor, weights, options) -> what has to be known of the whole
+            tensor.
         base: whether it starts from a base model; then weights need not sum to 1.
         count: of checkpoints, if only one number will do.
-        weights: (number of checkpoints, options) -> weights that the method chooses itself; others are refused.
+        weights: (number of checkpoints, options) -> weights that the method chooses itself; others
+            are refused.
         options: what it can be told, with what it takes otherwise.
         ranges: of those options that have one: smallest and largest value.
     """
@@ -102,8 +107,8 @@ def resolve_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
         if value is None:
             continue
         if key not in options:
-            known = suggest(key, options) if options else "it has none"
-            raise UserError(f"options.{key}: method={name} has no such option: {known}")
+            advice = suggest(key, options) if options else "it has none"
+            raise UserError(f"options.{key}: method={name} has no such option: {advice}")
         wanted = type(options[key])
         if isinstance(value, int) and not isinstance(value, bool) and wanted is float:
             value = float(value)
@@ -120,10 +125,12 @@ _TYPES: dict[type, str] = {float: "a number", int: "a whole number", bool: "true
 
 
 def combine_(tensors: Sequence[Tensor], coefficients: Weights) -> Tensor:
-    """Σ cᵢ·tᵢ of tensors of one shape and floating dtype, in that dtype, in place of the tensors: half the traffic.
+    """Σ cᵢ·tᵢ of tensors of one shape and floating dtype, in that dtype, in place of the tensors:
+    half the traffic.
 
-    Coefficients of 0 take no part (0·∞ is no number, -0 + 0 no -0), and a single one of 1 gives that tensor itself.
-    Products are rounded before they are added, so that the order of two does not matter; a fused multiply-add's would.
+    Coefficients of 0 take no part (0·∞ is no number, -0 + 0 no -0), and a single one of 1 gives
+    that tensor itself. Products are rounded before they are added, so that the order of two does
+    not matter; a fused multiply-add's would.
     """
     used = [(tensor, c) for tensor, c in zip(tensors, coefficients, strict=True) if c != 0]
     if not used:
@@ -136,17 +143,17 @@ def combine_(tensors: Sequence[Tensor], coefficients: Weights) -> Tensor:
     return total
 
 
-# Bits of a float32 that a narrower dtype drops, and what they are halfway between two of its values. (Of float16 the
-# numbers below 6e-5 drop more of them, which then end in these zeros.)
+# Bits of a float32 that a narrower dtype drops, and what they are halfway between two of its
+# values. (Of float16 the numbers below 6e-5 drop more of them, which then end in these zeros.)
 _HALFWAY = {torch.bfloat16: (0xFFFF, 0x8000), torch.float16: (0x0FFF, 0)}
 
 
 def round_once(values: Tensor, out: Tensor) -> Tensor:
     """Copy values [n] into `out` [n], rounded to its dtype once, to nearest, ties to even.
 
-    PyTorch takes a float64 to 16 bits by way of float32. Where that first rounding ends halfway between two 16-bit
-    numbers, the second one no longer knows on which side the value was. With weights such as 0.4 and 0.6 that happens
-    to one element in some hundreds.
+    PyTorch takes a float64 to 16 bits by way of float32. Where that first rounding ends halfway
+    between two 16-bit numbers, the second one no longer knows on which side the value was. With
+    weights such as 0.4 and 0.6 that happens to one element in some hundreds.
     """
     if values.dtype != torch.float64 or out.dtype not in _HALFWAY:
         return out.copy_(values)
@@ -158,7 +165,8 @@ def round_once(values: Tensor, out: Tensor) -> Tensor:
     if len(places):
         there, rounded = exact[places], single.numpy()[places]
         moved = there != rounded
-        # One step towards the exact value is on its side of the middle. Bits of a sign and a magnitude.
+        # One step towards the exact value is on its side of the middle. Bits of a sign and a
+        # magnitude.
         steps = np.where(np.abs(there[moved]) > np.abs(rounded[moved]), np.int32(1), np.int32(-1))
         bits[places[moved]] += steps
     return out.copy_(single)
@@ -172,7 +180,7 @@ def mix_tensors(
     arithmetic: torch.dtype = torch.float64,
     **options: Any,
 ) -> Tensor:
-    """Mix whole tensors of one shape and dtype in memory: computed in `arithmetic`, rounded once to their own dtype."""
+    """A mixture of whole tensors in memory: computed in `arithmetic`, rounded once."""
     method, chosen = METHODS[name], resolve_options(name, options)
     own = tensors[0].dtype
     dtype = torch.promote_types(own, arithmetic)

@@ -1,4 +1,6 @@
-"""DARE: entries of each model's difference to the base are dropped at random, the rest scaled up in return."""
+"""DARE: entries of each model's difference to the base are dropped at random, the rest scaled up in
+return.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +17,22 @@ DRAWN = 1 << 16
 """Random numbers that are drawn with one seed."""
 
 
-def uniform(said: str, start: int, count: int) -> Tensor:
-    """Numbers `start` to `start + count` of an endless row in [0, 1) that `said` names."""
+def uniform(label: str, start: int, count: int) -> Tensor:
+    """Numbers `start` to `start + count` of an endless row in [0, 1) that `label` names."""
     pieces = []
     for block in range(start // DRAWN, -(-(start + count) // DRAWN)):
-        seed = int.from_bytes(hashlib.sha256(f"{said} {block}".encode()).digest()[:8], "little", signed=True)
+        seed = int.from_bytes(hashlib.sha256(f"{label} {block}".encode()).digest()[:8], "little", signed=True)
         pieces.append(torch.rand(DRAWN, generator=torch.Generator().manual_seed(seed)))
     drawn = torch.cat(pieces) if pieces else torch.empty(0)
     return drawn[start % DRAWN :][:count]
 
 
 def drop(stretch: Stretch, options: Options) -> list[Tensor]:
-    """The differences, of which each entry is kept with the probability `density` and divided by it.
+    """The differences, of which each entry is kept with the probability `density` and divided by
+    it.
 
-    What is drawn follows from the seed, the tensor's name (in its file), the model's place and the entry's: not from
-    threads or the order of work.
+    What is drawn follows from the seed, the tensor's name (in its file), the model's place and the
+    entry's: not from threads or the order of work.
     """
     density, kept = options["density"], []
     for model, delta in enumerate(stretch.deltas()):

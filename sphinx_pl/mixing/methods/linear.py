@@ -1,4 +1,6 @@
-"""Weighted averages: given weights, equal ones (a soup), those of a moving average over a run's checkpoints."""
+"""Weighted averages: given weights, equal ones (a soup), those of a moving average over a run's
+checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ def equal_weights(count: int, options: Options) -> list[float]:
 
 
 def ema_weights(count: int, options: Options) -> list[float]:
-    """What θ̄ₖ = d·θ̄ₖ₋₁ + (1-d)·θₖ from θ̄₁ = θ₁ on gives each of the checkpoints, the oldest first."""
+    """What θ̄ₖ = d·θ̄ₖ₋₁ + (1-d)·θₖ, θ̄₁ = θ₁, gives each checkpoint, oldest first."""
     decay = options["decay"]
     return [decay ** (count - 1), *((1 - decay) * decay ** (count - 1 - i) for i in range(1, count))]
 

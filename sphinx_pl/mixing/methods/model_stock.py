@@ -1,4 +1,6 @@
-"""Model stock: how far from the base to the models' average, from the angle between what they have learned."""
+"""Model stock: how far from the base to the models' average, from the angle between what they have
+learned.
+"""
 
 from __future__ import annotations
 

@@ -8,11 +8,11 @@ from typing import Any
 from sphinx_pl.mixing.methods import METHODS, Method, Options, Passes, Weights
 
 PARALLEL = 0.9995
-"""Cosine from which on arc and chord are taken for the same (they differ by 1e-4 of their length), as mergekit does."""
+"""Cosine from which on arc and chord count as equal: they differ by 1e-4 of their length."""
 
 
 def slerp_coefficients(cosine: float, weights: Weights) -> list[float]:
-    """sin(w₁Ω)/sin Ω and sin(w₂Ω)/sin Ω, Ω the angle between the two; the weights themselves if they are parallel."""
+    """sin(wᵢΩ)/sin Ω, Ω the angle between the two; the weights if they are parallel."""
     if abs(cosine) > PARALLEL or 0 in weights:
         return list(weights)
     angle = math.acos(cosine)
@@ -20,7 +20,7 @@ def slerp_coefficients(cosine: float, weights: Weights) -> list[float]:
 
 
 def cosine(passes: Passes, weights: Weights, options: Options) -> float:
-    """Of the angle between the two tensors as wholes; a right one if one of them is zero."""
+    """The cosine of the angle between the two whole tensors; 0 if one of them is zero."""
     dot, first, second = 0.0, 0.0, 0.0
     for stretch in passes():
         a, b = (tensor.double() for tensor in stretch.tensors)

@@ -9,7 +9,7 @@ from sphinx_pl.mixing.methods import METHODS, Method, Options, Weights
 
 
 def coefficients(weights: Weights, options: Options, measured: Any) -> list[float]:
-    """base + Σ λᵢ·(θᵢ - base) as Σ λᵢ·θᵢ + (1 - Σ λᵢ)·base, so that λ = 1 of one model is that model."""
+    """base + Σ λᵢ·(θᵢ - base), so that λ = 1 of one model is that model."""
     return [*weights, 1 - math.fsum(weights)]
 
 

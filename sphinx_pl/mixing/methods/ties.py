@@ -1,4 +1,6 @@
-"""TIES: of each model's difference to the base the largest entries only, and of these only those of the same sign."""
+"""TIES: of each model's difference to the base the largest entries only, and of these only those of
+the same sign.
+"""
 
 from __future__ import annotations
 
@@ -15,33 +17,36 @@ _DIGIT = 16
 
 
 def kth_largest(values: Callable[[], Iterable[Tensor]], k: int) -> float:
-    """The k-th largest of values ≥ 0 (k from 1 on), which come in pieces of one floating dtype, in bounded memory.
+    """The k-th largest of values ≥ 0 (k from 1 on), which come in pieces of one floating dtype, in
+    bounded memory.
 
-    The bits of numbers ≥ 0 are ordered as the numbers are. So each pass counts one digit of 16 bits, of those values
-    that have the digits found before: two passes in float32, four in float64.
+    The bits of numbers ≥ 0 are ordered as the numbers are. So each pass counts one digit of 16
+    bits, of those values that have the digits found before: two passes in float32, four in float64.
     """
-    prefix, known = 0, 0  # digits that were found, and how many bits they are
+    prefix, fixed = 0, 0  # digits that were found, and how many bits they are
     bits, kind = 31, torch.int32
-    while known < bits:
-        width = min(_DIGIT, bits - known)
+    while fixed < bits:
+        width = min(_DIGIT, bits - fixed)
         counts = torch.zeros(1 << width, dtype=torch.int64)
         for piece in values():
             if piece.dtype == torch.float64:
                 bits, kind = 63, torch.int64
             numbers = piece.view(kind).long()
-            shift = bits - known - width
-            candidates = numbers[numbers >> (shift + width) == prefix] if known else numbers
+            shift = bits - fixed - width
+            candidates = numbers[numbers >> (shift + width) == prefix] if fixed else numbers
             counts += torch.bincount((candidates >> shift) & ((1 << width) - 1), minlength=1 << width)
         above = counts.flip(0).cumsum(0)  # how many have this digit or a larger one, from the largest on
         place = int((above < k).sum())
         digit = len(counts) - 1 - place
         k -= int(above[place - 1]) if place else 0
-        prefix, known = (prefix << width) | digit, known + width
+        prefix, fixed = (prefix << width) | digit, fixed + width
     return float(torch.tensor(prefix, dtype=kind).view(torch.float64 if bits == 63 else torch.float32))
 
 
 def thresholds(passes: Passes, weights: Weights, options: Options) -> list[float]:
-    """How large an entry of each difference must be to be kept: the density · n largest are, and equals of the last."""
+    """How large an entry of each difference must be to be kept: the density · n largest are, and
+    equals of the last.
+    """
     numel = sum(stretch.tensors[0].numel() for stretch in passes())
     k = max(1, int(options["density"] * numel))  # of a single number that number
     if options["density"] == 0 or numel == 0:
@@ -56,7 +61,8 @@ def thresholds(passes: Passes, weights: Weights, options: Options) -> list[float
 
 
 def elect(deltas: Sequence[Tensor], weights: Weights, average: bool) -> Tensor:
-    """Of each entry the sign that has more weight, and the sum of the weighted differences that have it.
+    """For each entry the sign that has more weight, and the sum of the weighted differences that
+    have it.
 
     Args:
         average: divide by the weights of those that have it: a mean of the models that agree.

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sphinx_pl.data.converters import CONVERTERS, Report, convert
-from sphinx_pl.data.readers import InstructionSource
+from sphinx_pl.data.readers import InstructionReader
 from sphinx_pl.data.schema import Record
 
 Run = Callable[..., tuple[list[Record], Report]]
@@ -39,7 +39,7 @@ def run(tmp_path: Path) -> Run:
                 path.write_text(json.dumps(content))
         out = tmp_path / "out.jsonl"
         report = convert(CONVERTERS[name](src, split), out)
-        source = InstructionSource(name, str(out), root=".")
+        source = InstructionReader(name, str(out), root=".")
         read = [source.record(index) for index in range(len(source))]
         # The source puts the place in the file before the entry's own key.
         records = [dataclasses.replace(record, key=record.key.split(":", 2)[-1]) for record in read]

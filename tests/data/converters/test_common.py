@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from sphinx_pl.data.converters.common import choice_record, choice_turn, chosen, keyed, most_frequent, question_record
-from sphinx_pl.data.coordinates import Geometry
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.coordinates import Coordinates
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import TASKS
 
 
@@ -21,7 +21,7 @@ def test_entries_without_an_id_are_keyed_too() -> None:
 def test_of_the_most_frequent_answers_the_first_is_taken() -> None:
     assert most_frequent(["dog", "cat", "Cat ", "Dog", ""]) == "dog"
     assert most_frequent(["dog", "cat", "cat "]) == "cat"
-    with pytest.raises(BadSample):
+    with pytest.raises(SkipSample):
         most_frequent(["", " "])
     with pytest.raises(TypeError):
         most_frequent("dog")  # type: ignore[arg-type]
@@ -48,17 +48,17 @@ def test_yes_and_no_have_their_own_task(answer: str, task: str, written: str) ->
     ],
 )
 def test_a_choice_that_is_not_there(choices: Any, index: Any, reason: str) -> None:
-    with pytest.raises(BadSample) as caught:
+    with pytest.raises(SkipSample) as caught:
         chosen(choices, index)
     assert caught.value.reason == reason
 
 
 @pytest.mark.parametrize("right", [0, 1])
 def test_options_that_read_alike_are_refused_whichever_is_right(right: int) -> None:
-    with pytest.raises(BadSample, match="choices_repeated"):
+    with pytest.raises(SkipSample, match="choices_repeated"):
         choice_record("1", "a.jpg", "Which?", ["a", "b", "b "], right, {})
 
 
 def test_a_written_choice_reads_as_the_task_writes_it() -> None:
     record = choice_record("1", "a.jpg", "Which?", ["a", "b"], 1, {})
-    assert (choice_turn("Which?", ["a", "b"], 1),) == TASKS["multiple_choice"].turns(record, Geometry())
+    assert (choice_turn("Which?", ["a", "b"], 1),) == TASKS["multiple_choice"].turns(record, Coordinates())

@@ -8,7 +8,7 @@ import pytest
 
 from sphinx_pl.data.converters import check
 from sphinx_pl.data.schema import ImageRef, Record, Turn
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.utils.errors import UserError
 
 from .conftest import Run
@@ -45,6 +45,6 @@ def record(**fields: object) -> Record:
     ],
 )
 def test_what_a_run_could_not_use_is_refused(bad: Record, reason: str) -> None:
-    with pytest.raises(BadSample) as caught:
+    with pytest.raises(SkipSample) as caught:
         check(bad)
     assert caught.value.reason == reason

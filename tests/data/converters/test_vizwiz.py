@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.utils.errors import UserError
 
@@ -47,7 +47,7 @@ def test_what_cannot_be_answered_is_said_to_be_so(run: Run, folder: str) -> None
         "answerable": 0,
         "answer_type": "other",
     }
-    assert TASKS["short_vqa"].turns(records[0], Geometry())[0].question == (
+    assert TASKS["short_vqa"].turns(records[0], Coordinates())[0].question == (
         "What is this? "
         "When the provided information is insufficient, respond with 'Unanswerable'.\n"
         "Answer the question using a single word or phrase."

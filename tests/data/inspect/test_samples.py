@@ -97,13 +97,19 @@ def picture(src: str) -> Image.Image:
 def sources(folder: Path) -> dict[str, Any]:
     return {
         "real": {"kind": "image_text", "path": f"{folder}/real/train-*.tar", "weight": 0.3},
-        "scenes": {"kind": "instructions", "path": f"{folder}/instructions/train-scenes.json", "branches": 4},
+        "scenes": {
+            "kind": "instructions",
+            "path": f"{folder}/instructions/train-scenes.json",
+            "questions_per_sample": 4,
+        },
         "text": {"kind": "text", "path": f"{folder}/text/train.jsonl", "weight": 0.3},
     }
 
 
 def module(processor: Processor, sources: dict[str, Any], length: int = 192, **packing: Any) -> DataModule:
-    return DataModule(processor, sources, {}, {"row_length": length, "rows": 4, "weighting": "sqrt"} | packing)
+    return DataModule(
+        processor, sources, {}, {"row_length": length, "micro_batch_rows": 4, "weighting": "sqrt"} | packing
+    )
 
 
 def shown(data: DataModule, n: int, accumulate: int = 1, grid: int = 1) -> Page:
@@ -133,7 +139,7 @@ def test_a_page_shows_what_the_batches_hold(processor: Processor, sample_data: P
     assert len(page.cards) == 20
     assert page.scripts == 1
 
-    # The same windows again, read here by hand.
+    # The same steps again, read here by hand.
     planner = data.planner(2)
     plans = [plan for _ in range(len(page.bars) // 8) for plan in planner.plan()]
     batches = [data.collator(plan.rows) for plan in plans]
@@ -151,14 +157,14 @@ def test_a_page_shows_what_the_batches_hold(processor: Processor, sample_data: P
                 expected.append((sample, tokens))
     for (sample, tokens), card in zip(expected, page.cards.values(), strict=False):
         assert card["data-source"] == sample.source
-        assert all(branch.key in card["text"] for branch in sample.branches)
-        assert set(card["data-task"].split()) == {branch.task for branch in sample.branches}
+        assert all(question.key in card["text"] for question in sample.questions)
+        assert set(card["data-task"].split()) == {question.task for question in sample.questions}
         assert f"{sample.length} tokens, {sample.targets} supervised" in card["text"]
         assert card["tokens"] == tokens
         assert card["chips"] == [f"image 1 × {processor.tokens_per_image}"] * len(sample.images)
         assert len(card["images"]) == len(sample.images)
 
-    # Bars: every row of every window, each as long as it is.
+    # Bars: every row of every step, each as long as it is.
     assert len(page.bars) == 4 * len(plans)
     assert all(sum(bar) == 192 for bar in page.bars)
     used = [sum(sample.length for sample in row) for plan in plans for row in plan.rows]
@@ -167,7 +173,7 @@ def test_a_page_shows_what_the_batches_hold(processor: Processor, sample_data: P
 
     # Totals are those of the batches.
     totals = [sum(int(batch.counters[key]) for batch in batches) for key in ("tokens", "targets", "images")]
-    questions = sum(len(sample.branches) for sample, _ in expected)
+    questions = sum(len(sample.questions) for sample, _ in expected)
     numbers = "".join(f"{number:,}" for number in [len(expected), questions, *totals])
     assert f"all{numbers}100.0%" in page.text
 
@@ -184,14 +190,14 @@ def test_boxes_of_question_and_answer_are_drawn_on_the_picture(processor: Proces
     page = shown(data, 1)
     [src] = page.card["images"]
     plain = to_picture(load_image(ImageRef(str(tmp_path / name)), 32), 4)
-    wanted = draw(plain, "[0.50,0.40,0.90,0.80]", "", processor.geometry, "[0.10,0.10,0.30,0.30]")
+    wanted = draw(plain, "[0.50,0.40,0.90,0.80]", "", processor.coordinates, "[0.10,0.10,0.30,0.30]")
     assert picture(src).tobytes() == wanted.tobytes() != plain.tobytes()
     # A corner by hand: 0.5 of 127 is 64, 0.1 of it 13.
     assert picture(src).getpixel((64, 60)) == tuple(bytes.fromhex(TRUE[1:]))
     assert picture(src).getpixel((13, 20)) == tuple(bytes.fromhex(GIVEN[1:]))
 
 
-def test_a_box_that_branches_share_a_part_of_is_drawn_for_each(processor: Processor, tmp_path: Path) -> None:
+def test_a_box_that_questions_share_a_part_of_is_drawn_for_each(processor: Processor, tmp_path: Path) -> None:
     name = image(tmp_path, "a.png")
     asked = ["[0.11,0.12,0.30,0.30]", "[0.15,0.12,0.60,0.70]"]
     data = module(
@@ -199,13 +205,13 @@ def test_a_box_that_branches_share_a_part_of_is_drawn_for_each(processor: Proces
         entries(
             tmp_path,
             [{"id": str(i), "image": name, "conversations": talk(f"In {box}?", "x")} for i, box in enumerate(asked)],
-            branches=2,
+            questions_per_sample=2,
         ),
     )
     page = shown(data, 1)
     assert "shared by 2 questions" in page.card["text"]
     plain = to_picture(load_image(ImageRef(str(tmp_path / name)), 32), 4)
-    wanted = draw(plain, "", "", processor.geometry, "".join(asked))
+    wanted = draw(plain, "", "", processor.coordinates, "".join(asked))
     assert sorted(picture(page.card["images"][0]).getdata()) == sorted(wanted.getdata())
 
 
@@ -314,13 +320,17 @@ def test_views_are_outlined_and_skipped_ones_crossed_out(processor: Processor, t
 
 def test_it_ends_where_the_data_end(processor: Processor, tmp_path: Path) -> None:
     told = [{"id": str(i), "conversations": talk("Hello?", "yes")} for i in range(3)]
-    data = DataModule(processor, entries(tmp_path, told), {}, {"row_length": 96, "rows": 2}, mixing={"epochs": 1})
+    data = DataModule(
+        processor, entries(tmp_path, told), {}, {"row_length": 96, "micro_batch_rows": 2}, mixing={"epochs": 1}
+    )
     assert len(shown(data, 50).cards) == 3
 
 
 def test_data_of_which_nothing_is_any_use_say_why(processor: Processor, tmp_path: Path) -> None:
     told = [{"id": f"silent {i}", "conversations": talk("Hello?", " ")} for i in range(3)]
-    data = DataModule(processor, entries(tmp_path, told), {}, {"row_length": 96, "rows": 2}, mixing={"epochs": 1})
+    data = DataModule(
+        processor, entries(tmp_path, told), {}, {"row_length": 96, "micro_batch_rows": 2}, mixing={"epochs": 1}
+    )
     page = shown(data, 5)
     assert "There is not a single sample" in page.text
     assert "skipped: answer_empty3100.0%" in page.text

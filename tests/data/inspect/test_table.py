@@ -23,11 +23,11 @@ def datamodule(processor: Processor, sample_data: Path) -> DataModule:
         "tasks": {
             "kind": "instructions",
             "path": str(sample_data / "instructions/train-scenes.json"),
-            "branches": 4,
+            "questions_per_sample": 4,
         },
         "text": {"kind": "text", "path": str(sample_data / "text/train.jsonl")},
     }
-    return DataModule(processor, sources, {}, {"row_length": 256, "rows": 4})
+    return DataModule(processor, sources, {}, {"row_length": 256, "micro_batch_rows": 4})
 
 
 def test_expectations_come_from_real_draws(datamodule: DataModule) -> None:
@@ -80,7 +80,7 @@ def test_the_table_says_what_was_left_out_and_what_happened_to_the_rest(processo
     entries = [say("Hi", "a\n### b"), say("<image>", "red"), say("Hi", "red") | {"img": "a.jpg"}, say("Hi", "red")]
     (tmp_path / "a.json").write_text(json.dumps(entries))
     sources = {"a": {"kind": "instructions", "path": str(tmp_path / "a.json"), "epochs": 1, "modality": "text"}}
-    [line] = lines(DataModule(processor, sources, {}, {"row_length": 256, "rows": 1}))
+    [line] = lines(DataModule(processor, sources, {}, {"row_length": 256, "micro_batch_rows": 1}))
     assert {key: number for key, (number, _) in line.why.items()} == {
         "escaped": 1,
         "skipped/image_absent": 1,
@@ -100,7 +100,7 @@ def test_images_that_cannot_be_decoded_and_what_could_not_be_indexed_are_unusabl
         "chat": {"kind": "instructions", "path": str(tmp_path / "x.json")},
         "web": {"kind": "image_text", "path": str(write_tar(tmp_path / "a.tar", pairs))},
     }
-    found = lines(DataModule(processor, sources, {}, {"row_length": 256, "rows": 4}), probe=16)
+    found = lines(DataModule(processor, sources, {}, {"row_length": 256, "micro_batch_rows": 4}), probe=16)
     assert [line.unusable for line in found] == [0.5, 0.5]
     assert f"chat  skipped/image_missing: 8  ('{tmp_path}/no.png': No such file" in reasons(found)
     assert "web  skipped/caption_absent: 5  (5: no .txt" in reasons(found)

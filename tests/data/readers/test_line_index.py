@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sphinx_pl.data.readers import line_index
-from sphinx_pl.data.readers.line_index import Spans, entry_spans
+from sphinx_pl.data.readers.line_index import EntryIndex, index_entries
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(alphabet='ab\\"[]{},: \n\té😀', max_size=12),
@@ -19,7 +19,7 @@ JSON = st.recursive(
 )
 
 
-def contents(path: Path, found: Spans) -> list[object]:
+def contents(path: Path, found: EntryIndex) -> list[object]:
     data = path.read_bytes()
     return [json.loads(data[offset : offset + size]) for offset, size in found.tolist()]
 
@@ -39,14 +39,14 @@ def test_lists_of_anything(tmp_path: Path) -> None:
     def check(items: list[object], indent: int | None, ascii_only: bool, data: st.DataObject) -> None:
         path = tmp_path / f"{next(number)}.json"
         path.write_text(f" \n{json.dumps(items, indent=indent, ensure_ascii=ascii_only)}\n")
-        found, problem = entry_spans(str(path))
+        found, problem = index_entries(str(path))
         assert problem == ""
         assert contents(path, found) == items
         # Cut anywhere, the entries before the cut stay.
         text = path.read_bytes()
         cut = tmp_path / f"{next(number)}.json"
         cut.write_bytes(text[: data.draw(st.integers(3, len(text) - 2))])
-        found, problem = entry_spans(str(cut))
+        found, problem = index_entries(str(cut))
         assert problem == "shard_truncated"
         assert contents(cut, found) == items[: len(found)]
 
@@ -59,7 +59,7 @@ def test_lines_that_are_not_blank(tmp_path: Path) -> None:
     mark = b"\xef\xbb\xbf"
     long = b" " * 100 + b"\t\n"
     path.write_bytes(mark + b'\n{"a": 1}\r\n  \n' + long + b'\t\r\n 7\n"last, without an end"')
-    found, problem = entry_spans(str(path))
+    found, problem = index_entries(str(path))
     assert problem == ""
     assert contents(path, found) == [{"a": 1}, 7, "last, without an end"]
 
@@ -82,7 +82,7 @@ def test_lines_that_are_not_blank(tmp_path: Path) -> None:
 def test_small_files(tmp_path: Path, text: str, count: int, problem: str) -> None:
     path = tmp_path / "a.json"
     path.write_text(text)
-    found, told = entry_spans(str(path))
+    found, told = index_entries(str(path))
     assert (len(found), told) == (count, problem)
 
 
@@ -91,11 +91,11 @@ def test_the_index_is_mapped_from_the_cache_and_follows_the_file(
 ) -> None:
     path = tmp_path / "a.json"
     path.write_text("[1, 2]")
-    entry_spans(str(path))
-    monkeypatch.setattr(line_index, "_list_spans", lambda path: pytest.fail("read again"))
-    found, _ = entry_spans(str(path))
+    index_entries(str(path))
+    monkeypatch.setattr(line_index, "_index_list", lambda path: pytest.fail("read again"))
+    found, _ = index_entries(str(path))
     assert type(found).__name__ == "memmap"
     assert contents(path, found) == [1, 2]
     monkeypatch.undo()
     path.write_text("[1, 2, 3]")
-    assert contents(path, entry_spans(str(path))[0]) == [1, 2, 3]
+    assert contents(path, index_entries(str(path))[0]) == [1, 2, 3]

@@ -39,7 +39,7 @@ def draw(mixture: Mixture, n: int) -> list[Sample]:
 
 
 def keys(samples: list[Sample]) -> list[str]:
-    return [f"{sample.source}/{branch.key}" for sample in samples for branch in sample.branches]
+    return [f"{sample.source}/{question.key}" for sample in samples for question in sample.questions]
 
 
 def test_shares_are_kept_after_every_draw(processor: Processor, sources: dict[str, Any]) -> None:
@@ -138,7 +138,11 @@ def test_bad_records_are_counted_and_not_raised(processor: Processor, tmp_path: 
 
 
 def test_records_about_one_image_share_a_sample(processor: Processor, sample_data: Path) -> None:
-    source = {"kind": "instructions", "path": str(sample_data / "instructions/train-scenes.json"), "branches": 3}
+    source = {
+        "kind": "instructions",
+        "path": str(sample_data / "instructions/train-scenes.json"),
+        "questions_per_sample": 3,
+    }
     mixture = Mixture({"tasks": source}, processor, seed=0)
     stream = mixture.streams["tasks"]
     records = [stream.source.record(i) for i in range(len(stream.source))]
@@ -148,16 +152,20 @@ def test_records_about_one_image_share_a_sample(processor: Processor, sample_dat
         epoch += mixture.draw()
         assert stream.epoch == 0 or len(keys(epoch)) == len(records)
     assert sorted(found) == sorted(f"tasks/{key}" for key in image_of)
-    assert max(len(sample.branches) for sample in epoch) == 3
+    assert max(len(sample.questions) for sample in epoch) == 3
     for sample in epoch:
-        assert all(image_of[branch.key] == sample.images for branch in sample.branches)
+        assert all(image_of[question.key] == sample.images for question in sample.questions)
 
 
 def test_joined_samples_stay_within_the_bound(processor: Processor, sample_data: Path) -> None:
-    source = {"kind": "instructions", "path": str(sample_data / "instructions/train-scenes.json"), "branches": 9}
+    source = {
+        "kind": "instructions",
+        "path": str(sample_data / "instructions/train-scenes.json"),
+        "questions_per_sample": 9,
+    }
     free, bounded = ([*draw(Mixture({"t": source}, processor, 0, bound), 20)] for bound in (1 << 30, 128))
     assert any(sample.length > 128 for sample in free)
-    assert all(sample.length <= 128 or len(sample.branches) == 1 for sample in bounded)
+    assert all(sample.length <= 128 or len(sample.questions) == 1 for sample in bounded)
     assert sorted(keys(free)) == sorted(keys(bounded))
 
 
@@ -267,8 +275,8 @@ def test_what_has_ended_leaves_its_share_to_the_others_in_proportion(processor: 
     assert drawn == pytest.approx({"much": 1900, "little": 100}, abs=2)
 
 
-@pytest.mark.parametrize("lanes", [1, 3])
-def test_caps_bound_a_task_in_an_epoch(processor: Processor, tmp_path: Path, lanes: int) -> None:
+@pytest.mark.parametrize("partitions", [1, 3])
+def test_caps_bound_a_task_in_an_epoch(processor: Processor, tmp_path: Path, partitions: int) -> None:
     entries = [
         {"id": i, "task": "chat" if i % 2 else "text", "question": f"q {i}" if i % 2 else "", "answer": f"answer {i}"}
         for i in range(40)
@@ -276,11 +284,13 @@ def test_caps_bound_a_task_in_an_epoch(processor: Processor, tmp_path: Path, lan
     (tmp_path / "a.json").write_text(json.dumps(entries))
     source = {"kind": "instructions", "path": str(tmp_path / "a.json"), "modality": "text", "caps": {"chat": 7}}
     drawn: list[Sample] = []
-    for lane in range(lanes):
-        mixture = Mixture({"a": source}, processor, seed=0, mixing=MixingConfig(epochs=2), lane=lane, lanes=lanes)
+    for partition in range(partitions):
+        mixture = Mixture(
+            {"a": source}, processor, seed=0, mixing=MixingConfig(epochs=2), partition=partition, partitions=partitions
+        )
         drawn += draw(mixture, 100)
         assert mixture.counts["a/seen"] == mixture.counts["a/samples"] + mixture.counts["a/capped/chat"]
-    tasks = Counter(sample.branches[0].task for sample in drawn)
+    tasks = Counter(sample.questions[0].task for sample in drawn)
     assert tasks == {"text": 40, "chat": 14}
     # Other ones in another epoch.
     assert len({key for key in keys(drawn) if int(key.split(":")[-1]) % 2}) > 7
@@ -329,10 +339,10 @@ def test_a_list_of_files_that_was_downloaded_runs_and_fetches_nothing(
     assert not mark.exists()
 
 
-def test_a_cap_that_not_every_lane_could_have_a_part_of(processor: Processor, tmp_path: Path) -> None:
+def test_a_cap_that_not_every_partition_could_have_a_part_of(processor: Processor, tmp_path: Path) -> None:
     source = text_source(tmp_path / "a.jsonl", 20, caps={"text": 2})
-    with pytest.raises(UserError, match=r"data\.sources\.a\.caps\.text=2 is less than data\.mixing\.lanes=3"):
-        Mixture({"a": source}, processor, seed=0, lanes=3)
+    with pytest.raises(UserError, match=r"data\.sources\.a\.caps\.text=2 is less than data\.mixing\.partitions=3"):
+        Mixture({"a": source}, processor, seed=0, partitions=3)
 
 
 @pytest.mark.parametrize(
@@ -367,7 +377,7 @@ def test_mixing_that_cannot_be() -> None:
     for values, message in (
         ({"unit": "word"}, "sample, token"),
         ({"epochs": 0}, "epochs=0"),
-        ({"lanes": 0}, "lanes=0"),
+        ({"partitions": 0}, "partitions=0"),
     ):
         with pytest.raises(UserError, match=message):
             build(MixingConfig, values, "data.mixing")  # type: ignore[arg-type]

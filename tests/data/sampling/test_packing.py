@@ -16,30 +16,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sphinx_pl.data.processor import Processor, merge_branches
-from sphinx_pl.data.readers import build_source
+from sphinx_pl.data.processor import Processor, merge_questions
+from sphinx_pl.data.readers import build_reader
+from sphinx_pl.data.sampling.collator import Collator
 from sphinx_pl.data.sampling.mixture import Mixture
-from sphinx_pl.data.sampling.packing import (
-    MAX_WAITING,
-    Collator,
-    Lane,
-    MicroPlan,
-    PackingConfig,
-    Planner,
-    Row,
-    deal,
-    first_fit_decreasing,
-    fullest_rows,
-    merge_states,
-)
-from sphinx_pl.data.schema import IGNORE, Batch, Branch, Sample
+from sphinx_pl.data.sampling.packing import PackingConfig, Row, deal, first_fit_decreasing, fullest_rows
+from sphinx_pl.data.sampling.partition import MAX_WAITING, Partition
+from sphinx_pl.data.sampling.planner import MicroPlan, Planner
+from sphinx_pl.data.sampling.resume_state import merge_states
+from sphinx_pl.data.schema import IGNORE, Batch, Sample, SampleQuestion
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.utils.errors import UserError
 from tests.conftest import tiny_model
 
 
 def text_sample(length: int, number: int = 0) -> Sample:
-    return Sample([], [Branch([1] * length, [False] + [True] * (length - 1), "text", f"k{number}")], (), "text")
+    return Sample([], [SampleQuestion([1] * length, [False] + [True] * (length - 1), "text", f"k{number}")], (), "text")
 
 
 @given(st.lists(st.integers(1, 40), max_size=60), st.integers(1, 12))
@@ -59,7 +51,7 @@ def test_first_fit_decreasing_loses_nothing_and_overfills_nothing(lengths: list[
 
 
 def image_sample(length: int, images: int) -> Sample:
-    return Sample([], [Branch([1] * length, [True] * length, "chat", "k")], ("ref",) * images, "s")  # type: ignore[arg-type]
+    return Sample([], [SampleQuestion([1] * length, [True] * length, "chat", "k")], ("ref",) * images, "s")  # type: ignore[arg-type]
 
 
 @given(
@@ -101,17 +93,17 @@ def test_no_choice_would_fill_a_row_better(lengths: list[tuple[int, int]], image
 def test_nothing_waits_longer_than_its_turn() -> None:
     """A stream of lengths that fill rows without it does not keep one out that fits nowhere well."""
     waiting = [text_sample(17, -1)]
-    for window in range(3):
+    for step in range(3):
         drawn = [text_sample(16, number) for number in range(2 * 4)]
-        packed, waiting = fullest_rows([*drawn, *waiting] if window == 0 else [*waiting, *drawn], 4, 32)
-        if any(sample.branches[0].key == "k-1" for row in packed for sample in row):
+        packed, waiting = fullest_rows([*drawn, *waiting] if step == 0 else [*waiting, *drawn], 4, 32)
+        if any(sample.questions[0].key == "k-1" for row in packed for sample in row):
             return
     raise AssertionError("it was never placed")
 
 
 def test_deal_gives_equal_numbers_of_rows_and_spreads_images() -> None:
     def row(images: int) -> Row:
-        return [Sample([], [Branch([1], [True], "text", "k")], ("ref",) * images, "s")]  # type: ignore[arg-type]
+        return [Sample([], [SampleQuestion([1], [True], "text", "k")], ("ref",) * images, "s")]  # type: ignore[arg-type]
 
     bins = deal([row(n) for n in (9, 1, 5, 5, 1, 9, 3, 3)], 4)
     assert [len(b) for b in bins] == [2, 2, 2, 2]
@@ -129,15 +121,15 @@ def losses_by_key(model: Sphinx, batch: Batch) -> dict[str, list[float]]:
     length = batch.input_ids.shape[1]
     for nll, index in zip(losses.nll.tolist(), losses.index.tolist(), strict=True):
         b, t = divmod(index, length)
-        place = (b, int(batch.segment_ids[b, t]), int(batch.branch_ids[b, t]))
+        place = (b, int(batch.segment_ids[b, t]), int(batch.question_ids[b, t]))
         found.setdefault(place, []).append(nll)
     return dict(zip(batch.keys, [found[place] for place in sorted(found)], strict=True))
 
 
 @pytest.fixture
 def samples(processor: Processor, sample_data) -> list[Sample]:  # type: ignore[no-untyped-def]
-    tasks = build_source("instructions", "tasks", str(sample_data / "instructions/train-scenes.json"))
-    text = build_source("text", "text", str(sample_data / "text/train.jsonl"))
+    tasks = build_reader("instructions", "tasks", str(sample_data / "instructions/train-scenes.json"))
+    text = build_reader("text", "text", str(sample_data / "text/train.jsonl"))
     rng = random.Random(0)
     found = [processor.sample(tasks.record(i), "tasks", rng) for i in range(0, 40, 5)]
     found += [processor.sample(text.record(i), "text", rng) for i in range(4)]
@@ -175,21 +167,21 @@ def test_packed_rows_give_the_losses_and_gradients_of_samples_alone(
             assert (parameter.grad - expected[name]).abs().max() < 1e-4 * scale, name
 
 
-def test_branches_over_one_image_give_the_losses_of_samples_alone(processor: Processor, sample_data) -> None:  # type: ignore[no-untyped-def]
-    source = build_source("instructions", "tasks", str(sample_data / "instructions/train-scenes.json"))
+def test_questions_about_one_image_give_the_losses_of_samples_alone(processor: Processor, sample_data) -> None:  # type: ignore[no-untyped-def]
+    source = build_reader("instructions", "tasks", str(sample_data / "instructions/train-scenes.json"))
     by_image: dict[object, list[Sample]] = {}
     for i in range(len(source)):
         record = source.record(i)
         if record.images:
             by_image.setdefault(record.images, []).append(processor.sample(record, "tasks"))
     group = next(g for g in by_image.values() if len(g) >= 3)[:3]
-    [merged] = merge_branches(group, 512)
+    [merged] = merge_questions(group, 512)
     assert len(merged.prefix) >= 1 + processor.tokens_per_image
     assert merged.length < sum(sample.length for sample in group)
 
     # A bound on the length splits the questions over as few samples as it allows.
-    pair = merge_branches(group[:2], 512)[0].length
-    assert [len(s.branches) for s in merge_branches(group, pair)] == [2, 1]
+    pair = merge_questions(group[:2], 512)[0].length
+    assert [len(s.questions) for s in merge_questions(group, pair)] == [2, 1]
 
     torch.manual_seed(0)
     model = Sphinx(tiny_model()).eval()
@@ -207,14 +199,14 @@ def test_supervised_positions_are_the_answers(processor: Processor, samples: lis
         batch = collate(processor, [[sample]])
         kept = batch.labels[batch.labels != IGNORE].tolist()
         text = processor.tokenizer.decode(kept)
-        branch = sample.branches[0]
-        assert kept == [i for i, flag in zip(branch.ids, branch.supervised, strict=True) if flag]
-        if branch.task != "text":
+        question = sample.questions[0]
+        assert kept == [i for i, flag in zip(question.ids, question.supervised, strict=True) if flag]
+        if question.task != "text":
             assert text.endswith("\n###")
             assert "Assistant" not in text
 
 
-def mixture(processor: Processor, folder: Path, text_weight: float, lane: int = 0, lanes: int = 1) -> Mixture:
+def mixture(processor: Processor, folder: Path, text_weight: float, partition: int = 0, partitions: int = 1) -> Mixture:
     return Mixture(
         {
             "real": {"kind": "image_text", "path": f"{folder}/real/train-*.tar", "weight": 1.0},
@@ -222,127 +214,129 @@ def mixture(processor: Processor, folder: Path, text_weight: float, lane: int = 
         },
         processor,
         seed=3,
-        lane=lane,
-        lanes=lanes,
+        partition=partition,
+        partitions=partitions,
     )
 
 
-def planner(make: Callable[[int, int], Mixture], config: PackingConfig, lanes: int = 1, **ranks: int) -> Planner:
-    """Of lanes with mixtures made from (lane, lanes)."""
-    return Planner(lambda lane: Lane(make(lane, lanes), config), lanes, config, **ranks)
+def planner(make: Callable[[int, int], Mixture], config: PackingConfig, partitions: int = 1, **ranks: int) -> Planner:
+    """Of partitions with mixtures made from (partition, partitions)."""
+    return Planner(lambda partition: Partition(make(partition, partitions), config), partitions, config, **ranks)
 
 
-def branches(plans: Iterable[MicroPlan], images: bool | None = None) -> list[str]:
-    """Keys of all placed branches, of samples with images or without where asked for."""
+def questions(plans: Iterable[MicroPlan], images: bool | None = None) -> list[str]:
+    """Keys of all placed questions, of samples with images or without where asked for."""
     samples = [sample for plan in plans for row in plan.rows for sample in row]
-    return [f"{s.source}/{branch.key}" for s in samples if images in (None, bool(s.images)) for branch in s.branches]
+    return [
+        f"{s.source}/{question.key}" for s in samples if images in (None, bool(s.images)) for question in s.questions
+    ]
 
 
-@pytest.mark.parametrize(("lanes", "ranks"), [(1, 1), (1, 2), (2, 2), (4, 2), (4, 4)])
+@pytest.mark.parametrize(("partitions", "ranks"), [(1, 1), (1, 2), (2, 2), (4, 2), (4, 4)])
 @pytest.mark.parametrize("text", [0.01, 30.0])
-def test_every_window_holds_text_and_images(
-    processor: Processor, sample_data: Path, lanes: int, ranks: int, text: float
+def test_every_step_holds_text_and_images(
+    processor: Processor, sample_data: Path, partitions: int, ranks: int, text: float
 ) -> None:
     """Of all ranks together, however rare one of them is."""
-    config = PackingConfig(row_length=96, rows=4 // ranks)
+    config = PackingConfig(row_length=96, micro_batch_rows=4 // ranks)
     make = partial(mixture, processor, sample_data, text)
-    planners = [planner(make, config, lanes, rank=rank, world_size=ranks) for rank in range(ranks)]
+    planners = [planner(make, config, partitions, rank=rank, world_size=ranks) for rank in range(ranks)]
     rare = []
     for _ in range(40):
-        window = [plan for one in planners for plan in one.plan()]
-        images, texts = branches(window, images=True), branches(window, images=False)
+        plans = [plan for one in planners for plan in one.plan()]
+        images, texts = questions(plans, images=True), questions(plans, images=False)
         assert images
         assert texts
         rare.append(min(len(images), len(texts)))
-    # And hardly more of what is rare than that: the lanes take turns.
+    # And hardly more of what is rare than that: the partitions take turns.
     assert sum(rare) / len(rare) < 2
 
 
-@pytest.mark.parametrize("lanes", [1, 2, 4])
-def test_the_order_does_not_depend_on_the_ranks(processor: Processor, sample_data: Path, lanes: int) -> None:
-    def windows(world_size: int, accumulate: int = 1, count: int = 12) -> list[list[str]]:
-        config = PackingConfig(row_length=96, rows=8 // world_size // accumulate)
+@pytest.mark.parametrize("partitions", [1, 2, 4])
+def test_the_order_does_not_depend_on_the_ranks(processor: Processor, sample_data: Path, partitions: int) -> None:
+    def planned(world_size: int, accumulate: int = 1, count: int = 12) -> list[list[str]]:
+        config = PackingConfig(row_length=96, micro_batch_rows=8 // world_size // accumulate)
         make = partial(mixture, processor, sample_data, 0.05)
         planners = [
-            planner(make, config, lanes, accumulate=accumulate, rank=rank, world_size=world_size)
+            planner(make, config, partitions, accumulate=accumulate, rank=rank, world_size=world_size)
             for rank in range(world_size)
         ]
         found = [[planner.plan() for planner in planners] for _ in range(count)]
         assert all(len(plans) == accumulate for ranks in found for plans in ranks)
-        assert all(len(plan.rows) == config.rows for ranks in found for plans in ranks for plan in plans)
-        return [sorted(branches(plan for plans in ranks for plan in plans)) for ranks in found]
+        assert all(len(plan.rows) == config.micro_batch_rows for ranks in found for plans in ranks for plan in plans)
+        return [sorted(questions(plan for plans in ranks for plan in plans)) for ranks in found]
 
-    one = windows(1)
-    assert windows(2) == one
-    assert windows(4) == one
-    assert windows(2, accumulate=2) == one
+    one = planned(1)
+    assert planned(2) == one
+    assert planned(4) == one
+    assert planned(2, accumulate=2) == one
 
 
-@pytest.mark.parametrize("lanes", [1, 3])
-def test_an_epoch_is_planned_without_loss_or_repeat(processor: Processor, sample_data: Path, lanes: int) -> None:
-    config = PackingConfig(row_length=96, rows=6)
-    plans = planner(partial(mixture, processor, sample_data, 0.05), config, lanes)
+@pytest.mark.parametrize("partitions", [1, 3])
+def test_an_epoch_is_planned_without_loss_or_repeat(processor: Processor, sample_data: Path, partitions: int) -> None:
+    config = PackingConfig(row_length=96, micro_batch_rows=6)
+    plans = planner(partial(mixture, processor, sample_data, 0.05), config, partitions)
     epoch = len(plans.mixture.streams["real"].source)
     full: list[str] = []
     while len(full) <= epoch + 40:
-        full += branches(plans.plan(), images=True)
+        full += questions(plans.plan(), images=True)
     drawn_once = full[: epoch - 40]  # the packer's look-ahead reorders only near the seam
     assert len(set(drawn_once)) == len(drawn_once) > 0
 
 
 def test_a_planner_continues_from_its_state(processor: Processor, sample_data: Path) -> None:
-    config = PackingConfig(row_length=96, rows=4)
+    config = PackingConfig(row_length=96, micro_batch_rows=4)
     make = partial(mixture, processor, sample_data, 0.05)
 
-    def windows(planner: Planner, count: int) -> list[list[str]]:
-        return [branches(planner.plan()) for _ in range(count)]
+    def planned(planner: Planner, count: int) -> list[list[str]]:
+        return [questions(planner.plan()) for _ in range(count)]
 
     whole = planner(make, config, 2)
-    first = windows(whole, 7)
+    first = planned(whole, 7)
     whole.consumed(7)
-    windows(whole, 3)  # a loader that ran ahead does not move the place
+    planned(whole, 3)  # a loader that ran ahead does not move the place
     state = whole.state_dict()
     assert json.loads(json.dumps(state)) == state
     resumed = planner(make, config, 2)
     resumed.load_state_dict(state)
-    assert first + windows(resumed, 8) == windows(planner(make, config, 2), 15)
+    assert first + planned(resumed, 8) == planned(planner(make, config, 2), 15)
 
 
 def test_the_states_of_all_ranks_together_serve_any_number_of_ranks(processor: Processor, sample_data: Path) -> None:
     make = partial(mixture, processor, sample_data, 0.05)
 
     def planners(world_size: int) -> list[Planner]:
-        config = PackingConfig(row_length=96, rows=8 // world_size)
+        config = PackingConfig(row_length=96, micro_batch_rows=8 // world_size)
         return [planner(make, config, 4, rank=rank, world_size=world_size) for rank in range(world_size)]
 
-    def windows(planners: list[Planner], count: int) -> list[list[str]]:
-        return [sorted(branches(plan for p in planners for plan in p.plan())) for _ in range(count)]
+    def planned(planners: list[Planner], count: int) -> list[list[str]]:
+        return [sorted(questions(plan for p in planners for plan in p.plan())) for _ in range(count)]
 
-    straight = windows(planners(1), 9)
+    straight = planned(planners(1), 9)
     four = planners(4)
-    assert windows(four, 3) == straight[:3]
+    assert planned(four, 3) == straight[:3]
     for one in four:
         one.consumed(3)
     two = planners(2)
     state = merge_states([one.state_dict() for one in four])
     for one in two:
         one.load_state_dict(state)
-    assert windows(two, 3) == straight[3:6]
+    assert planned(two, 3) == straight[3:6]
     for one in two:
         one.consumed(6)
     [single] = planners(1)
     single.load_state_dict(merge_states([one.state_dict() for one in two]))
-    assert windows([single], 3) == straight[6:]
-    with pytest.raises(UserError, match=r"data\.mixing\.lanes=2: the checkpoint was made with 4"):
-        planner(make, PackingConfig(row_length=96, rows=8), 2).load_state_dict(state)
+    assert planned([single], 3) == straight[6:]
+    with pytest.raises(UserError, match=r"data\.mixing\.partitions=2: the checkpoint was made with 4"):
+        planner(make, PackingConfig(row_length=96, micro_batch_rows=8), 2).load_state_dict(state)
 
 
 def test_rows_that_do_not_go_into_the_ranks_are_refused(processor: Processor, sample_data: Path) -> None:
     make = partial(mixture, processor, sample_data, 0.05)
-    with pytest.raises(UserError, match=r"data\.mixing\.lanes=3 is more than the 2 rows"):
-        planner(make, PackingConfig(row_length=96, rows=2), 3)
-    with pytest.raises(UserError, match=r"lanes=4: the 6 rows .* 2 ranks"):
-        planner(make, PackingConfig(row_length=96, rows=3), 4, rank=0, world_size=2)
+    with pytest.raises(UserError, match=r"data\.mixing\.partitions=3 is more than the 2 rows"):
+        planner(make, PackingConfig(row_length=96, micro_batch_rows=2), 3)
+    with pytest.raises(UserError, match=r"partitions=4: the 6 rows .* 2 ranks"):
+        planner(make, PackingConfig(row_length=96, micro_batch_rows=3), 4, rank=0, world_size=2)
 
 
 def test_an_unreadable_image_leaves_a_masked_slot(processor: Processor, samples: list[Sample], tmp_path) -> None:  # type: ignore[no-untyped-def]
@@ -354,7 +348,7 @@ def test_an_unreadable_image_leaves_a_masked_slot(processor: Processor, samples:
         else [s for s in samples if s.images][:2]
     )
     ref = type(bad.images[0])(str(broken))
-    bad = Sample(bad.prefix, bad.branches, (ref,), bad.source)
+    bad = Sample(bad.prefix, bad.questions, (ref,), bad.source)
     batch = collate(processor, [[good], [bad]])
     assert (batch.labels[0] != IGNORE).any()
     assert (batch.labels[1] == IGNORE).all()
@@ -387,26 +381,26 @@ def few_pictures(processor: Processor, folder: Path, pictures: int, others: int)
     entries += [{"question": "What?", "answer": "red", "image": "a.png"} for _ in range(pictures)]
     (folder / "x.json").write_text(json.dumps(entries))
     source = {"kind": "instructions", "path": str(folder / "x.json")}
-    return DataModule(processor, {"x": source}, {}, {"row_length": 64, "rows": 2}).planner()
+    return DataModule(processor, {"x": source}, {}, {"row_length": 64, "micro_batch_rows": 2}).planner()
 
 
 def test_a_rare_modality_does_not_make_the_others_wait_for_ever(
     processor: Processor, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     planner = few_pictures(processor, tmp_path, pictures=2, others=98)
-    [lane] = planner.lanes.values()
+    [partition] = planner.partitions.values()
     trained: list[Sample] = []
     for _ in range(300):
         trained += [sample for plan in planner.plan() for row in plan.rows for sample in row]
         planner.consumed(planner.number)
-        assert sum(sample.length for sample in lane.pending) <= MAX_WAITING * 2 * 64 + 64
+        assert sum(sample.length for sample in partition.pending) <= MAX_WAITING * 2 * 64 + 64
     shares = sum(bool(sample.images) for sample in trained) / len(trained)
     assert shares == pytest.approx(0.02, abs=0.01)
     # The counters are of what was trained on, and say what waits.
     counts = planner.counts()
     assert counts["x/samples"] == len(trained)
     assert counts["x/tokens"] == sum(sample.length for sample in trained)
-    assert counts["x/waiting"] == len(lane.pending)
+    assert counts["x/waiting"] == len(partition.pending)
     assert counts["x/seen"] == counts["x/samples"] + counts["x/waiting"]
     told = r"data: \d+ of the first 100 steps have no image sample \([12]\.\d % of all samples are\)"
     assert re.search(told, caplog.text)
@@ -427,8 +421,10 @@ def test_shares_that_the_guarantee_changes_are_told(
         "real": {"kind": "image_text", "path": str(sample_data / "real/train-*.tar"), "weight": 0.99},
         "text": {"kind": "text", "path": str(sample_data / "text/train.jsonl"), "weight": 0.01},
     }
-    planner = DataModule(processor, sources, {}, {"row_length": 256, "rows": 2}).planner()
+    planner = DataModule(processor, sources, {}, {"row_length": 256, "micro_batch_rows": 2}).planner()
     for _ in range(100):
         planner.plan()
         planner.consumed(planner.number)
-    assert re.search(r"shares so far differ.*text \d+\.\d% instead of 1\.0%; raise data\.packing\.rows", caplog.text)
+    assert re.search(
+        r"shares so far differ.*text \d+\.\d% instead of 1\.0%; raise data\.packing\.micro_batch_rows", caplog.text
+    )

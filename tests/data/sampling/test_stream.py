@@ -1,4 +1,4 @@
-"""One lane's part of a source: its order, its blocks of shards, and its place."""
+"""One partition's part of a source: its order, its blocks of shards, and its place."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.sampling.config import SourceConfig
 from sphinx_pl.data.sampling.stream import SourceStream
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.utils.errors import UserError
 
 
@@ -25,33 +25,33 @@ def shards(folder: Path, count: int, records: int = 5) -> str:
     return str(folder / "*.jsonl")
 
 
-def stream(path: str, processor: Processor, lane: int = 0, lanes: int = 1, **values: Any) -> SourceStream:
+def stream(path: str, processor: Processor, partition: int = 0, partitions: int = 1, **values: Any) -> SourceStream:
     config = SourceConfig.from_dict("s", {"kind": "text", "path": path, **values})
-    return SourceStream("s", config, config.open("s"), processor, 0, 256, lane=lane, lanes=lanes)
+    return SourceStream("s", config, config.open("s"), processor, 0, 256, partition=partition, partitions=partitions)
 
 
 def drawn(stream: SourceStream, count: int) -> list[str]:
     found: list[str] = []
     while len(found) < count and not stream.exhausted:
-        found += [branch.key for sample in stream.next() for branch in sample.branches]
+        found += [question.key for sample in stream.next() for question in sample.questions]
     return found
 
 
 @pytest.mark.parametrize("count", [1, 3, 12, 40])
-@pytest.mark.parametrize("lanes", [1, 2, 3])
+@pytest.mark.parametrize("partitions", [1, 2, 3])
 @pytest.mark.parametrize("shuffle_shards", [1, 4])
-def test_the_lanes_of_an_epoch_are_the_source(
-    processor: Processor, tmp_path: Path, count: int, lanes: int, shuffle_shards: int
+def test_the_partitions_of_an_epoch_are_the_source(
+    processor: Processor, tmp_path: Path, count: int, partitions: int, shuffle_shards: int
 ) -> None:
     path = shards(tmp_path, count)
     values = {"shuffle_shards": shuffle_shards, "epochs": 2}
-    parts = [drawn(stream(path, processor, lane, lanes, **values), 10**6) for lane in range(lanes)]
+    parts = [drawn(stream(path, processor, partition, partitions, **values), 10**6) for partition in range(partitions)]
     total = sum(5 + shard % 3 for shard in range(count))
     twice = Counter(key for part in parts for key in part)
     assert len(twice) == total
     assert set(twice.values()) == {2}
     # In an order of its own each time, the same one for the same seed.
-    again = stream(path, processor, 0, lanes, **values)
+    again = stream(path, processor, 0, partitions, **values)
     assert drawn(again, 10**6) == parts[0]
     half = len(parts[0]) // 2
     assert parts[0][:half] != sorted(parts[0][:half])
@@ -77,23 +77,25 @@ def test_a_block_of_shards_is_open_at_a_time(
 
 
 @pytest.mark.parametrize("count", [1, 5, 30])
-@pytest.mark.parametrize("lanes", [1, 2])
-def test_it_goes_on_from_any_place(processor: Processor, tmp_path: Path, count: int, lanes: int) -> None:
+@pytest.mark.parametrize("partitions", [1, 2])
+def test_it_goes_on_from_any_place(processor: Processor, tmp_path: Path, count: int, partitions: int) -> None:
     path = shards(tmp_path, count)
     values = {"shuffle_shards": 3}
-    whole = stream(path, processor, 0, lanes, **values)
+    whole = stream(path, processor, 0, partitions, **values)
     for _ in range(12):
         state = json.loads(json.dumps(whole.state_dict()))
         expected = drawn(whole, 7)
-        resumed = stream(path, processor, 0, lanes, **values)
+        resumed = stream(path, processor, 0, partitions, **values)
         resumed.load_state_dict(state)
         assert drawn(resumed, 7) == expected
         assert resumed.state_dict() == whole.state_dict()
 
 
-def test_fewer_records_than_lanes_are_refused(processor: Processor, tmp_path: Path) -> None:
+def test_fewer_records_than_partitions_are_refused(processor: Processor, tmp_path: Path) -> None:
     path = shards(tmp_path, 1, records=2)
-    with pytest.raises(UserError, match=r"source 's': nothing to read .* lane 2 of 3 .*fewer records than lanes"):
+    with pytest.raises(
+        UserError, match=r"source 's': nothing to read .* partition 2 of 3 .*fewer records than partitions"
+    ):
         stream(path, processor, 2, 3)
 
 
@@ -107,12 +109,12 @@ def test_a_long_document_is_several_samples_and_none_of_it_is_lost(processor: Pr
     assert len(samples) > 2
     ids: list[int] = []
     for sample in samples:
-        [branch] = sample.branches
-        assert branch.ids[0] == processor.tokenizer.bos_id
-        assert branch.supervised == [False] + [True] * (len(branch.ids) - 1)
-        ids += branch.ids[1:]
+        [question] = sample.questions
+        assert question.ids[0] == processor.tokenizer.bos_id
+        assert question.supervised == [False] + [True] * (len(question.ids) - 1)
+        ids += question.ids[1:]
     assert ids == [*processor.tokenizer.encode(text), processor.tokenizer.eos_id]
-    assert [sample.branches[0].key for sample in samples[:3]] == ["a.jsonl:0", "a.jsonl:0#2", "a.jsonl:0#3"]
+    assert [sample.questions[0].key for sample in samples[:3]] == ["a.jsonl:0", "a.jsonl:0#2", "a.jsonl:0#3"]
 
 
 def test_augmentation_moves_what_is_drawn(processor: Processor, sample_data: Path) -> None:
@@ -127,11 +129,11 @@ def test_augmentation_moves_what_is_drawn(processor: Processor, sample_data: Pat
     changed = 0
     for _ in range(40):
         [before], [after] = plain.next(), flipped.next()
-        assert before.branches[0].key == after.branches[0].key
+        assert before.questions[0].key == after.questions[0].key
         if after.images[0].flip:
-            changed += before.branches[0].ids != after.branches[0].ids  # unless the box is in the very middle
+            changed += before.questions[0].ids != after.questions[0].ids  # unless the box is in the very middle
         else:
-            assert before.branches[0].ids == after.branches[0].ids
+            assert before.questions[0].ids == after.questions[0].ids
     assert changed > 5
 
 
@@ -162,5 +164,5 @@ def test_events_are_counted_beside_what_was_made_and_survive_a_resume(processor:
     later.next()
     assert later.counts == whole.counts
     [cut] = [sample for samples in made for sample in samples if "cut" in sample.events]
-    whole.leave_out(cut, BadSample("longer_than_row"))
+    whole.leave_out(cut, SkipSample("longer_than_row"))
     assert whole.counts["cut"] == 0

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.readers.instruction_json import to_record
 from sphinx_pl.data.schema import Record
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.evaluation.benchmarks import Benchmark, Questions, load
 from sphinx_pl.evaluation.runner import Prediction
 
-GEOMETRY = Geometry(3)
+GEOMETRY = Coordinates(3)
 
 
 @dataclass(frozen=True)

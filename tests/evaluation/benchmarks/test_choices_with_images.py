@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.evaluation.benchmarks import BENCHMARKS, load
 from sphinx_pl.evaluation.scorers.tasks import last_turn
 from tests.evaluation.official import scienceqa_summary
@@ -30,14 +30,16 @@ def test_scienceqa_asks_questions_with_an_image_and_reports_the_papers_columns(t
     ]
     assert asked.lost == {"image_none": 1, "choice_missing": 1, "problem_missing": 1}
     assert "lecture" not in asked.records[0].meta
-    assert last_turn(asked.records[0], Geometry()).question == (
+    assert last_turn(asked.records[0], Coordinates()).question == (
         "Context: Animals.\nWhich is bigger?\nA. ant\nB. elephant\n"
         "Answer with the option's letter from the given choices directly."
     )
     answers = ("B. elephant", "The answer is B.", "elephant")
-    predictions = [asked.benchmark.score_answer(r, a, Geometry()) for r, a in zip(asked.records, answers, strict=True)]
+    predictions = [
+        asked.benchmark.score_answer(r, a, Coordinates()) for r, a in zip(asked.records, answers, strict=True)
+    ]
     assert [(prediction.score, prediction.parsed) for prediction in predictions] == [(1, True), (0, True), (1, True)]
-    assert not asked.benchmark.score_answer(asked.records[0], "A or B", Geometry()).parsed
+    assert not asked.benchmark.score_answer(asked.records[0], "A or B", Coordinates()).parsed
     values = {value["category"]: value["value"] for value in asked.result(predictions, {})["values"]}
     official = scienceqa_summary(
         [
@@ -75,7 +77,7 @@ def test_iconqa_asks_one_image_at_a_time(tmp_path: Path) -> None:
     judged = [
         [
             (p.score, p.parsed)
-            for p in (asked.benchmark.score_answer(record, answer, Geometry()) for record in asked.records)
+            for p in (asked.benchmark.score_answer(record, answer, Coordinates()) for record in asked.records)
         ]
         for answer in ("(A)", "7.", "B", "certainly")
     ]

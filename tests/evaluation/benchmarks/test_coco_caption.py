@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sphinx_pl.data.schema import ImageRef, Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.evaluation.benchmarks import load
 from sphinx_pl.evaluation.benchmarks.coco_caption import COCOCaptionBenchmark
 from sphinx_pl.evaluation.scorers.caption import caption_scores
@@ -96,7 +96,7 @@ def read(benchmark: COCOCaptionBenchmark) -> tuple[list[Record], Counter[str]]:
     records: list[Record] = []
     lost: Counter[str] = Counter()
     for _, found in benchmark.read():
-        if isinstance(found, BadSample):
+        if isinstance(found, SkipSample):
             lost[found.reason] += 1
         else:
             records += found

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sphinx_pl.data.converters import CONVERTERS, convert
-from sphinx_pl.data.coordinates import COCO_KEYPOINTS, Geometry
+from sphinx_pl.data.coordinates import COCO_KEYPOINTS, Coordinates
 from sphinx_pl.data.schema import Record
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.evaluation.benchmarks.detection_ocr_pose import (
@@ -27,7 +27,7 @@ from sphinx_pl.utils.errors import UserError
 from .conftest import Ask
 
 Write = Callable[..., Path]
-FINE = Geometry(6)
+FINE = Coordinates(6)
 SIZE = (640, 480)
 
 

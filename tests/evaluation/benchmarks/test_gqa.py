@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.evaluation.benchmarks import BENCHMARKS, load
 from tests.evaluation.official import gqa_summary
 
@@ -22,7 +22,9 @@ def test_parts_are_those_of_the_official_summary(tmp_path: Path) -> None:
     assert [record.images[0].path for record in asked.records] == [str(tmp_path / "images/n1.jpg")] * 4
     assert asked.lost == {"entry_malformed": 1}
     answers = ("Cat.", "yes", "Yes", "cats")
-    predictions = [asked.benchmark.score_answer(r, a, Geometry()) for r, a in zip(asked.records, answers, strict=True)]
+    predictions = [
+        asked.benchmark.score_answer(r, a, Coordinates()) for r, a in zip(asked.records, answers, strict=True)
+    ]
     assert [prediction.score for prediction in predictions] == [1.0, 1.0, 0.0, 0.0]
     assert [prediction.topic for prediction in predictions] == ["query", "verify", "verify", ""]
     values = {value["category"]: value["value"] for value in asked.result(predictions, {})["values"]}

@@ -15,7 +15,7 @@ from PIL import Image
 
 from sphinx_pl.data.images import load_image
 from sphinx_pl.data.schema import Record
-from sphinx_pl.data.skip import BadSample
+from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.evaluation.benchmarks.mmbench import COLUMNS, CCBenchBenchmark, MMBenchBenchmark
 from sphinx_pl.evaluation.scorers.choices import circular
 from sphinx_pl.utils.errors import UserError
@@ -237,7 +237,7 @@ def test_a_mark_of_the_byte_order_and_too_many_cells(ask: Ask, write: Write) -> 
 def test_base64_that_is_no_image_is_counted_when_it_is_asked(ask: Ask, write: Write) -> None:
     data = base64.b64encode(b"not an image" * 9).decode()
     asked = ask(MMBenchBenchmark(write(dev(row(1, image=data)))), right)
-    with pytest.raises(BadSample, match="image_unreadable"):
+    with pytest.raises(SkipSample, match="image_unreadable"):
         load_image(asked.questions.records[0].images[0], 9)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.evaluation.benchmarks import BENCHMARKS, load
 
 from .vqa_files import BOOK, write
@@ -20,5 +20,7 @@ def test_a_split_is_a_number(tmp_path: Path, split: str, book: str) -> None:
     assert asked.records[0].images[0].path == str(tmp_path / f"images/{book}.jpg")
     assert asked.lost == {"answer_empty": 1}
     answers = ("No", "mom's family  wall calendar 2016.")
-    scores = [asked.benchmark.score_answer(r, a, Geometry()).score for r, a in zip(asked.records, answers, strict=True)]
+    scores = [
+        asked.benchmark.score_answer(r, a, Coordinates()).score for r, a in zip(asked.records, answers, strict=True)
+    ]
     assert scores == [0.0, 1.0]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.schema import ImageRef, Record
 from sphinx_pl.evaluation.benchmarks.refcoco import RefCOCOBenchmark, RefCOCOgBenchmark, RefCOCOPlusBenchmark
 from sphinx_pl.utils.errors import UserError
@@ -38,7 +38,7 @@ def files(*refs: Any, name: str = "refs(unc).p") -> dict[str, Any]:
 
 
 def box(record: Record, x1: float, y1: float, x2: float, y2: float) -> str:
-    return Geometry(3).box((x1, y1, x2, y2), record.sizes[0])
+    return Coordinates(3).box((x1, y1, x2, y2), record.sizes[0])
 
 
 def test_each_phrase_is_asked_for_its_box(ask: Ask, write: Write, question: Say) -> None:
@@ -74,7 +74,7 @@ def test_each_phrase_is_asked_for_its_box(ask: Ask, write: Write, question: Say)
 )
 def test_the_overlap_counts_from_one_half(ask: Ask, write: Write, answer: Any, score: int, parsed: bool) -> None:
     benchmark = RefCOCOBenchmark(write(files(ref(0, "it"))), "testA")
-    asked = ask(benchmark, lambda record: answer if isinstance(answer, str) else Geometry(6).box(answer, (640, 427)))
+    asked = ask(benchmark, lambda record: answer if isinstance(answer, str) else Coordinates(6).box(answer, (640, 427)))
     (prediction,) = asked.predictions
     assert (prediction.score, prediction.parsed) == (score, parsed)
 

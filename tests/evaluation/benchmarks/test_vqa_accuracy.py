@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.evaluation.benchmarks import BENCHMARKS, load
 from sphinx_pl.evaluation.scorers.tasks import last_turn
 
@@ -22,7 +22,7 @@ PINK = (7 * 1 + 3 * 2 / 3) / 10
 def test_accuracy_is_the_share_of_three_people_who_agree(tmp_path: Path, answer: str, score: float) -> None:
     write(tmp_path, FILES["vqav2"]["val"])
     asked = load("vqa", BENCHMARKS["vqav2"](tmp_path))
-    assert asked.benchmark.score_answer(asked.records[0], answer, Geometry()).score == pytest.approx(score)
+    assert asked.benchmark.score_answer(asked.records[0], answer, Coordinates()).score == pytest.approx(score)
 
 
 @pytest.mark.parametrize("answer", ["yes", "Yes", "Yes."])
@@ -32,7 +32,7 @@ def test_where_all_agree_form_does_not_count_either(tmp_path: Path, answer: str)
     files = FILES["vqav2"]["val"] | {"v2_mscoco_val2014_annotations.json": {"annotations": [VQA_TRUTH, truth]}}
     write(tmp_path, files)
     asked = load("vqa", BENCHMARKS["vqav2"](tmp_path))
-    assert asked.benchmark.score_answer(asked.records[1], answer, Geometry()).score == 1.0
+    assert asked.benchmark.score_answer(asked.records[1], answer, Coordinates()).score == 1.0
 
 
 def test_vqav2_is_reported_by_the_type_of_its_answers(tmp_path: Path) -> None:
@@ -50,7 +50,9 @@ def test_vqav2_is_reported_by_the_type_of_its_answers(tmp_path: Path) -> None:
         str(tmp_path / "val2014/COCO_val2014_000000000009.jpg")
     ] * 3
     answers = ("pink", "yes", "no")
-    predictions = [asked.benchmark.score_answer(r, a, Geometry()) for r, a in zip(asked.records, answers, strict=True)]
+    predictions = [
+        asked.benchmark.score_answer(r, a, Coordinates()) for r, a in zip(asked.records, answers, strict=True)
+    ]
     result = asked.result(predictions, {})
     values = {value["category"]: value["value"] for value in result["values"]}
     assert values == pytest.approx({"": (PINK + 1) / 3, "other": PINK, "yes/no": 0.5})
@@ -83,12 +85,12 @@ def test_vizwiz_is_asked_with_its_hint(tmp_path: Path, answer: str, score: float
     write(tmp_path, FILES["vizwiz"]["val"])
     asked = load("vizwiz", BENCHMARKS["vizwiz"](tmp_path))
     (record,) = asked.records
-    assert last_turn(record, Geometry()).question == (
+    assert last_turn(record, Coordinates()).question == (
         "What is this? When the provided information is insufficient, respond with 'Unanswerable'.\n"
         "Answer the question using a single word or phrase."
     )
     assert asked.benchmark.category(record) == "unanswerable"
-    assert asked.benchmark.score_answer(record, answer, Geometry()).score == pytest.approx(score)
+    assert asked.benchmark.score_answer(record, answer, Coordinates()).score == pytest.approx(score)
 
 
 def test_textvqa_asks_what_cannot_be_answered_too(tmp_path: Path) -> None:
@@ -96,4 +98,4 @@ def test_textvqa_asks_what_cannot_be_answered_too(tmp_path: Path) -> None:
     asked = load("textvqa", BENCHMARKS["textvqa"](tmp_path))
     assert [record.answer for record in asked.records] == ["nokia", "unanswerable"]
     assert asked.records[0].images[0].path == str(tmp_path / "train_images/a.jpg")
-    assert asked.benchmark.score_answer(asked.records[0], "Nokia, the", Geometry()).score == 1.0
+    assert asked.benchmark.score_answer(asked.records[0], "Nokia, the", Coordinates()).score == 1.0

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.readers.instruction_json import to_record
 from sphinx_pl.data.schema import Record
 from sphinx_pl.evaluation.benchmarks import BENCHMARKS, FAMILIES, Questions, choose, load
@@ -35,7 +35,7 @@ def opened(tmp_path: Path, kind: str, split: str, files: dict[str, Any] | None =
 
 
 def truth(record: Record) -> str:
-    return last_turn(record, Geometry()).answer
+    return last_turn(record, Coordinates()).answer
 
 
 @pytest.mark.parametrize(("kind", "split"), CASES)
@@ -47,7 +47,7 @@ def test_true_answers_score_1_and_others_0(tmp_path: Path, kind: str, split: str
     assert len({record.key for record in asked.records}) == len(asked.records)
     for said, score in ((truth, 1.0), (lambda record: "zebra crossing", 0.0), (lambda record: "", 0.0)):
         predictions = [
-            benchmark.score_answer(record, said(record), Geometry(), record.images) for record in asked.records
+            benchmark.score_answer(record, said(record), Coordinates(), record.images) for record in asked.records
         ]
         result = asked.result(predictions, {})
         if benchmark.is_hidden:
@@ -63,7 +63,7 @@ def test_true_answers_score_1_and_others_0(tmp_path: Path, kind: str, split: str
         for old in predictions:
             kept = Prediction.from_dict(json.loads(json.dumps(old.to_dict())))
             record = to_record(kept.record, kept.key, Path(), kept.task)
-            assert bare.score_answer(record, kept.prediction, Geometry(), kept.images) == kept
+            assert bare.score_answer(record, kept.prediction, Coordinates(), kept.images) == kept
             assert bare.groups(kept) == benchmark.groups(old)
 
 
@@ -76,10 +76,12 @@ def test_what_is_hidden_is_asked_in_the_same_words_and_written_for_the_server(
     assert all(record.answer == "" and "answers" not in record.meta for record in asked.records)
     open_split = BENCHMARKS[kind].splits[0]
     told = opened(tmp_path / "open", kind, open_split)
-    words = [[last_turn(record, Geometry()).question for record in each.records] for each in (asked, told)]
+    words = [[last_turn(record, Coordinates()).question for record in each.records] for each in (asked, told)]
     assert words[0] == words[1]
     assert "single word or phrase" in words[0][0]
-    predictions = [asked.benchmark.score_answer(record, " Some Answer.\n", Geometry()) for record in asked.records[:1]]
+    predictions = [
+        asked.benchmark.score_answer(record, " Some Answer.\n", Coordinates()) for record in asked.records[:1]
+    ]
     assert predictions[0].metric == ""
     (sentence,) = asked.benchmark.submit(predictions, tmp_path)
     path = tmp_path / f"submission_{kind}_{split}.json"
@@ -96,7 +98,7 @@ def test_what_is_hidden_is_asked_in_the_same_words_and_written_for_the_server(
 def test_a_submission_of_test_dev_has_all_questions_of_test(tmp_path: Path) -> None:
     more = {"v2_OpenEnded_mscoco_test2015_questions.json": {"questions": [{"question_id": 1}, VQA, {"question_id": 2}]}}
     asked = opened(tmp_path, "vqav2", "test-dev", FILES["vqav2"]["test-dev"] | more)
-    predictions = [asked.benchmark.score_answer(record, "Two", Geometry()) for record in asked.records]
+    predictions = [asked.benchmark.score_answer(record, "Two", Coordinates()) for record in asked.records]
     asked.benchmark.submit(predictions, tmp_path)
     rows = json.loads((tmp_path / "submission_vqav2_test-dev.json").read_text())
     assert rows == [
@@ -130,7 +132,9 @@ def test_no_value_and_no_answer_breaks_a_benchmark(tmp_path: Path, kind: str, sp
                     lost += 1
                     continue
                 lost += asked.lost.get("entry_malformed", 0)
-                predictions = [asked.benchmark.score_answer(asked.records[0], answer, Geometry()) for answer in ANSWERS]
+                predictions = [
+                    asked.benchmark.score_answer(asked.records[0], answer, Coordinates()) for answer in ANSWERS
+                ]
                 assert all(0 <= prediction.score <= 1 for prediction in predictions)
                 assert all(isinstance(part, str) for part in asked.benchmark.groups(predictions[0]))
                 asked.benchmark.submit(predictions[:1], tmp_path)
@@ -174,9 +178,9 @@ def test_the_originals_unified_annotation(tmp_path: Path, kind: str, split: str)
     without = {} if named else {"question_id_missing": 1} if hidden else {"entry_malformed": 2}
     assert asked.lost == {"entry_malformed": 1} | without
     assert [r.images[0].path for r in asked.records] == [str(tmp_path / "data/a.jpg")] * (3 if named else 2)
-    scores = [asked.benchmark.score_answer(r, truth(r), Geometry()).score for r in asked.records]
+    scores = [asked.benchmark.score_answer(r, truth(r), Coordinates()).score for r in asked.records]
     assert scores == [0.0 if hidden else 1.0] * len(scores)
-    question = last_turn(asked.records[0], Geometry()).question
+    question = last_turn(asked.records[0], Coordinates()).question
     assert question.startswith(good["question"])
     assert ("insufficient" in question) == (kind == "vizwiz")
     if kind in ("scienceqa", "vsr"):

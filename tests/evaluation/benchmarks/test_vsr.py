@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.evaluation.benchmarks import BENCHMARKS, load
 from sphinx_pl.evaluation.scorers.tasks import last_turn
 
@@ -19,7 +19,7 @@ def test_statements(tmp_path: Path, split: str, folder: str) -> None:
     write(tmp_path, {f"{folder}/test.jsonl": lines})
     asked = load("vsr", BENCHMARKS["vsr"](tmp_path, split))
     assert asked.lost == {"label_unknown": 1, "image_link": 1, "entry_malformed": 1}
-    assert last_turn(asked.records[0], Geometry()).question == (
+    assert last_turn(asked.records[0], Coordinates()).question == (
         'Is the following statement "The cat is under the bed." true or false?'
     )
     assert asked.records[0].images[0].path == str(tmp_path / "train2017/1.jpg")
@@ -30,7 +30,7 @@ def test_statements(tmp_path: Path, split: str, folder: str) -> None:
         "no": [(0, True), (1, True)],
         "The statement is true": [(0, False), (0, False)],
     }.items():
-        judged = [asked.benchmark.score_answer(record, answer, Geometry()) for record in asked.records]
+        judged = [asked.benchmark.score_answer(record, answer, Coordinates()) for record in asked.records]
         assert [(p.score, p.parsed) for p in judged] == verdicts
 
 
@@ -39,4 +39,4 @@ def test_a_unified_answer_must_be_true_or_false(tmp_path: Path) -> None:
     write(tmp_path, {"a.json": [entry, entry | {"gt_answers": "maybe"}]})
     asked = load("vsr", BENCHMARKS["vsr"](tmp_path / "a.json"))
     assert asked.lost == {"label_unknown": 1}
-    assert asked.benchmark.score_answer(asked.records[0], "False", Geometry()).score == 1.0
+    assert asked.benchmark.score_answer(asked.records[0], "False", Coordinates()).score == 1.0

@@ -14,7 +14,7 @@ import torch
 from sphinx_pl.data.converters.vsr import STATEMENT
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.readers.instruction_json import to_record
-from sphinx_pl.data.sampling.packing import Collator
+from sphinx_pl.data.sampling.collator import Collator
 from sphinx_pl.generation.assistant import Assistant, Dialog
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx

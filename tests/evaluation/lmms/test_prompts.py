@@ -8,11 +8,11 @@ import json
 
 import pytest
 
-from sphinx_pl.data.coordinates import Geometry, iou, to_square
+from sphinx_pl.data.coordinates import Coordinates, iou, to_square
 from sphinx_pl.evaluation.lmms.prompts import find_rule
 
 WIDE = (100, 50)
-GEOMETRY = Geometry(decimals=3)
+GEOMETRY = Coordinates(decimals=3)
 
 
 def asked(task: str, context: str, **doc: object) -> str:
@@ -32,7 +32,7 @@ def test_a_rule_gets_nothing_of_a_document_but_the_question() -> None:
     for name in ("refcoco_bbox_rec_val", "refcoco_bbox_val", "ok_vqa_val2014"):
         rule = find_rule(name)
         assert rule is not None
-        seen = dataclasses.replace(rule, ask=lambda context, doc, sizes, geometry: found.append(set(doc)) or "")
+        seen = dataclasses.replace(rule, ask=lambda context, doc, sizes, coordinates: found.append(set(doc)) or "")
         seen.question("", {"answer": "it", "bbox": [0, 0, 1, 1], "truth": 7}, (WIDE,), GEOMETRY)
     assert found == [{"answer"}, {"bbox"}, set()]  # the first's "answer" is the phrase that a box is asked for
 
@@ -101,7 +101,7 @@ def test_wordings_are_those_of_training(task: str, context: str, question: str |
 def test_a_box_is_handed_over_in_the_images_own_frame(size: tuple[int, int]) -> None:
     width, height = size
     box = (0.1 * width, 0.2 * height, 0.6 * width, 0.9 * height)
-    said = "It is here: " + Geometry(decimals=6).box(box, size)
+    said = "It is here: " + Coordinates(decimals=6).box(box, size)
     rule = find_rule("refcoco_bbox_rec_val")
     assert rule is not None
     assert json.loads(rule.answer(said, size, GEOMETRY)) == pytest.approx([0.1, 0.2, 0.6, 0.9], abs=1e-4)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sphinx_pl.checkpoints.format import open_checkpoint, same_bits
+from sphinx_pl.checkpoints.format import open_checkpoint
+from sphinx_pl.checkpoints.tensors import same_bits
 from sphinx_pl.evaluation.losses import SourceLoss
 from sphinx_pl.evaluation.mixtures.evaluator import MixtureEvaluator
 from sphinx_pl.evaluation.mixtures.search import (
@@ -21,17 +22,17 @@ from sphinx_pl.evaluation.mixtures.search import (
     write_search,
 )
 from sphinx_pl.evaluation.objective import Objective
-from sphinx_pl.mixing.mix import Plan, Recipe, mix, open_models, plan_mixture
+from sphinx_pl.mixing.mix import MixPlan, MixRecipe, mix, open_models, plan_mixture
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.utils.errors import UserError
 
 Models = Callable[..., list[Path]]
 
 
-def plan_of(paths: list[Path], method: str = "linear") -> Plan:
+def plan_of(paths: list[Path], method: str = "linear") -> MixPlan:
     models, base = open_models(paths, own=False)
     weights = None if method == "uniform_soup" else [1 / len(paths)] * len(paths)
-    return plan_mixture(models, base, Recipe(weights, method))
+    return plan_mixture(models, base, MixRecipe(weights, method))
 
 
 def measure_by(targets: dict[str, float], samples: int = 8) -> Callable[[Sphinx], dict[str, SourceLoss]]:
@@ -59,7 +60,7 @@ def test_what_is_evaluated_is_what_would_be_written(models: Models, tmp_path: Pa
         evaluate([beta, 1 - beta])
         own, _ = open_models(paths)
         out = tmp_path / f"mixed_{beta}"
-        mix(plan_mixture(own, None, Recipe([beta, 1 - beta], method)), out)
+        mix(plan_mixture(own, None, MixRecipe([beta, 1 - beta], method)), out)
         written = open_checkpoint(out)
         state = evaluate.model.state_dict()
         assert all(same_bits(state[name].bfloat16(), written.tensor(name)) for name in written)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image, ImageColor
 
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.drawing import GIVEN, PREDICTED, TRUE, draw, to_picture
 from sphinx_pl.data.schema import ImageRef, Record, Region
 from sphinx_pl.data.tasks import TASKS
@@ -26,7 +26,7 @@ from sphinx_pl.evaluation.report.summary import summarise
 from sphinx_pl.evaluation.runner import score_answer
 from tests.examples import EXAMPLES
 
-GEOMETRY = Geometry(decimals=2)
+GEOMETRY = Coordinates(decimals=2)
 VOID = {"meta", "img", "br", "rect", "path", "circle"}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.schema import Record
 from sphinx_pl.evaluation.benchmarks import BENCHMARKS, Questions, load
 from sphinx_pl.evaluation.benchmarks.pope import POPEBenchmark
@@ -18,7 +18,7 @@ from sphinx_pl.evaluation.report.tables import EvaluationFiles, results
 from sphinx_pl.utils.errors import UserError
 from tests.evaluation.report.test_page import Page
 
-GEOMETRY = Geometry(decimals=2)
+GEOMETRY = Coordinates(decimals=2)
 
 
 class Halves(POPEBenchmark):

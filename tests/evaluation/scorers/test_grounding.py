@@ -9,7 +9,7 @@ import pytest
 import torch
 from torchvision.ops import box_iou
 
-from sphinx_pl.data.coordinates import Box4, Geometry
+from sphinx_pl.data.coordinates import Box4, Coordinates
 from sphinx_pl.evaluation.scorers.base import Score
 from sphinx_pl.evaluation.scorers.grounding import score_box
 
@@ -24,7 +24,7 @@ def test_it_is_that_of_lmms_eval_on_squares(golden: dict[str, list[Any]]) -> Non
 
 def test_it_is_torchvisions_overlap_in_the_unpadded_image() -> None:
     rng = random.Random(0)
-    geometry, rights = Geometry(decimals=6), 0
+    coordinates, rights = Coordinates(decimals=6), 0
     for _ in range(2000):
         size = rng.randint(20, 900), rng.randint(20, 900)
 
@@ -39,7 +39,7 @@ def test_it_is_torchvisions_overlap_in_the_unpadded_image() -> None:
         overlap = float(box_iou(torch.tensor([given]).double(), torch.tensor([truth]).double()))
         if abs(overlap - 0.5) > 1e-3:  # nearer, the text's six decimals decide
             rights += overlap > 0.5
-            assert bool(score_box(geometry.box(given, size), truth, size).value) is (overlap > 0.5), (given, truth)
+            assert bool(score_box(coordinates.box(given, size), truth, size).value) is (overlap > 0.5), (given, truth)
     assert 300 < rights < 1700
 
 

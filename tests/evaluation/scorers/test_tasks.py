@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from sphinx_pl.data.coordinates import Geometry
+from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.schema import ImageRef, Record, Region, Turn
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.evaluation.scorers.base import Score
@@ -14,7 +14,7 @@ from sphinx_pl.evaluation.scorers.tasks import SCORERS, register, scorer_of
 from sphinx_pl.utils.errors import UserError
 from tests.examples import EXAMPLES
 
-GEOMETRY = Geometry(decimals=3)
+GEOMETRY = Coordinates(decimals=3)
 IMAGE = (ImageRef("unused.png"),)
 SQUARE = ((100, 100),)
 
@@ -332,4 +332,4 @@ def test_every_task_has_a_scorer_and_every_scorer_its_definition() -> None:
     with pytest.raises(UserError, match="did you mean 'vqa_exact'"):
         SCORERS["vqa_exakt"]
     with pytest.raises(ValueError, match="docstring"):
-        register("undefined", lambda prediction, record, geometry: 0.0)
+        register("undefined", lambda prediction, record, coordinates: 0.0)

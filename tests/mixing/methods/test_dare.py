@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sphinx_pl.checkpoints.format import same_bits
+from sphinx_pl.checkpoints.tensors import same_bits
 from sphinx_pl.mixing.methods import CHUNK, METHODS, Stretch, mix_tensors, resolve_options
 from sphinx_pl.mixing.methods.dare import drop
 from sphinx_pl.mixing.mixer import Mixer

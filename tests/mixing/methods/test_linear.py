@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sphinx_pl.checkpoints.format import same_bits
+from sphinx_pl.checkpoints.tensors import same_bits
 from sphinx_pl.mixing.methods import METHODS, mix_tensors
 from sphinx_pl.mixing.methods.linear import ema_weights, equal_weights
 from tests.mixing.conftest import BITS

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import sphinx_pl.mixing.methods as package
-from sphinx_pl.checkpoints.format import same_bits
+from sphinx_pl.checkpoints.tensors import same_bits
 from sphinx_pl.mixing.methods import METHODS, combine_, mix_tensors, resolve_options, round_once
 from sphinx_pl.utils.errors import UserError
 from tests.mixing.conftest import BITS, PRECISE, finite_bits, rounded_once

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sphinx_pl.checkpoints.format import same_bits
+from sphinx_pl.checkpoints.tensors import same_bits
 from sphinx_pl.mixing.methods import mix_tensors
 
 BASE = torch.tensor([1.0, 2.0])

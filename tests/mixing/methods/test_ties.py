@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sphinx_pl.checkpoints.format import same_bits
+from sphinx_pl.checkpoints.tensors import same_bits
 from sphinx_pl.mixing.methods import mix_tensors
 from sphinx_pl.mixing.methods.ties import elect, kth_largest
 from tests.mixing.conftest import finite_bits

@@ -1,6 +1,4 @@
-"""A run resumes with another number of ranks: its lanes are in the checkpoint, and no sample is
-lost or repeated.
-"""
+"""A run resumes with another number of ranks: its partitions are in the checkpoint, no sample is lost or repeated."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ import pytest
 import torch
 
 from sphinx_pl.callbacks.checkpoint import ResumeCheckpoint, checkpoints
-from sphinx_pl.checkpoints.training import Pieces
+from sphinx_pl.checkpoints.training import TrainingShards
 from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.stages import Stage
@@ -22,13 +20,13 @@ from tests.stages.test_stage import ALL, OPTIM, trainer
 ROWS = 8  # of an optimizer step, on all ranks together
 
 
-def data(processor: Processor, folder: Path, ranks: int, lanes: int | None = None) -> DataModule:
+def data(processor: Processor, folder: Path, ranks: int, partitions: int | None = None) -> DataModule:
     sources = {
         "real": {"kind": "image_text", "path": str(folder / "real/train-*.tar")},
         "text": {"kind": "text", "path": str(folder / "text/train.jsonl"), "weight": 0.3},
     }
-    packing = {"row_length": 96, "rows": ROWS // ranks}
-    return DataModule(processor, sources, {}, packing, mixing={"lanes": lanes}, workers=1)
+    packing = {"row_length": 96, "micro_batch_rows": ROWS // ranks}
+    return DataModule(processor, sources, {}, packing, mixing={"partitions": partitions}, workers=1)
 
 
 def fit(module: DataModule, folder: Path, ranks: int, steps: int, resume: Path | None = None) -> list[str]:
@@ -47,11 +45,11 @@ def fit(module: DataModule, folder: Path, ranks: int, steps: int, resume: Path |
 @pytest.mark.timeout(180)
 def test_two_ranks_then_one_then_two(processor: Processor, sample_data: Path, tmp_path: Path) -> None:
     straight = tmp_path / "straight"
-    expected = [fit(data(processor, sample_data, 1, lanes=2), straight / str(n), 1, n) for n in (3, 6, 9)]
+    expected = [fit(data(processor, sample_data, 1, partitions=2), straight / str(n), 1, n) for n in (3, 6, 9)]
     used_keys: list[str] = []
     for ranks, steps, whole in ((2, 3, expected[0]), (1, 6, expected[1]), (2, 9, expected[2])):
         resume = checkpoints(tmp_path / "checkpoints")[-1] if used_keys else None
         used_keys += fit(data(processor, sample_data, ranks), tmp_path, ranks, steps, resume)
         assert sorted(used_keys) == whole
-    state = Pieces(checkpoints(tmp_path / "checkpoints")[-1]).state()["DataModule"]
-    assert sorted(state["planner"]["lanes"]) == ["0", "1"]
+    state = TrainingShards(checkpoints(tmp_path / "checkpoints")[-1]).state()["DataModule"]
+    assert sorted(state["planner"]["partitions"]) == ["0", "1"]
