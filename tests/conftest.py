@@ -5,8 +5,11 @@ once.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -181,3 +184,42 @@ def models(tmp_path: Path, model_config: SphinxConfig, processor: Processor) -> 
         return paths
 
     return write
+
+
+# --- installations
+
+
+def tracked() -> list[str]:
+    """The repository's files and links as git knows them, so that nothing else that lies about gets in."""
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    names = done.stdout.split("\0")
+    return [name for name in names if name and ((REPOSITORY / name).is_file() or (REPOSITORY / name).is_symlink())]
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel that `python -m build` makes of the tracked files; the source distribution lies beside it."""
+    copy, out = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("dist")
+    for name in tracked():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPOSITORY / name, copy / name, follow_symlinks=False)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out)]
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(out.glob("*.whl"))
+
+
+@pytest.fixture(scope="session")
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The interpreter of a new environment that holds the wheel, lmms-eval and Hugging Face's `evaluate`.
+
+    pip installs them; what they need is taken from this environment if it is there.
+    """
+    folder = tmp_path_factory.mktemp("environment")
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    python = folder / "bin" / "python"
+    [site] = folder.glob("lib/python*/site-packages")
+    (site / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    wanted = [str(wheel), "lmms_eval==0.7.3", "evaluate"]
+    subprocess.run([python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *wanted], check=True)
+    return str(python)

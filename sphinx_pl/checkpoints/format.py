@@ -194,7 +194,7 @@ class Checkpoint(ModelFolder):
         if self.is_delta:
             raise UserError(
                 f"'{self.path}' holds differences to a base model: add them to it first, with "
-                "`python -m sphinx_pl.cli.checkpoint import … --base FOLDER`"
+                "`sphinx-checkpoint import … --base FOLDER`"
             )
         return self
 

@@ -1,4 +1,4 @@
-"""`python -m sphinx_pl.cli.checkpoint COMMAND`: show a checkpoint, import other layouts, export to
+"""`sphinx-checkpoint COMMAND`: show a checkpoint, import other layouts, export to
 them.
 """
 
@@ -103,7 +103,7 @@ def _dtypes(group: list[TensorInfo]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m sphinx_pl.cli.checkpoint", description=__doc__)
+    parser = argparse.ArgumentParser(prog="sphinx-checkpoint", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     show = commands.add_parser("show", help="parts, dtypes, parameter counts and provenance")
     show.add_argument("path", help=PATH)

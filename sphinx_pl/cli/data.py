@@ -1,4 +1,4 @@
-"""`python -m sphinx_pl.cli.data COMMAND [option=value ...] [override ...]`: look at data before
+"""`sphinx-data COMMAND [option=value ...] [override ...]`: look at data before
 training on it.
 
 Arguments that are not options of the command override conf/train.yaml. So a command sees the data
@@ -250,9 +250,7 @@ def _usage() -> str:
     for name, command in sorted(COMMANDS.items()):
         own = " ".join(f"{field.name}={field.default}" for field in dataclasses.fields(command.options))
         lines += [f"    {name:12s}{command.help} ({own})"]
-    return "\n".join(
-        [*lines, "", "    python -m sphinx_pl.cli.data show experiment=demo stage=finetune n=64 out=page.html"]
-    )
+    return "\n".join([*lines, "", "    sphinx-data show experiment=demo stage=finetune n=64 out=page.html"])
 
 
 if __name__ == "__main__":

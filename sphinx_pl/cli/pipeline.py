@@ -1,4 +1,4 @@
-"""`python -m sphinx_pl.cli.pipeline [COMMAND] [override ...] [STEP:override ...]` runs a whole
+"""`sphinx-pipeline [COMMAND] [override ...] [STEP:override ...]` runs a whole
 recipe, step by step.
 
     run      (or no command) run the steps that are not done; with launcher=slurm submit them
@@ -49,7 +49,7 @@ def run(arguments: Sequence[str]) -> int:
         return slurm.submit(recipe)
     slurm.check_none_queued(State(recipe.folder))
     command = [argument for argument in arguments if not argument.startswith(("redo=", "keep="))]
-    return local.run(recipe, shlex.join(["python", "-m", "sphinx_pl.cli.pipeline", *command]))
+    return local.run(recipe, shlex.join(["sphinx-pipeline", *command]))
 
 
 def show(arguments: Sequence[str]) -> int:

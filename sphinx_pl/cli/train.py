@@ -26,7 +26,7 @@ from sphinx_pl.cli.run_setup import (
     warn_of_changes,
 )
 from sphinx_pl.runtime import run_folder, signals
-from sphinx_pl.runtime.hydra_app import entry_point
+from sphinx_pl.runtime.hydra_app import command_of, entry_point
 from sphinx_pl.runtime.run_folder import RunFolder
 from sphinx_pl.runtime.run_log import run_logs
 from sphinx_pl.settings.train import TrainConfig, check_machine, check_train, stage_keys
@@ -302,16 +302,16 @@ def check_init_from(cfg: DictConfig) -> None:
         return
     step, *rest = start.relative_to(output).parts
     if rest == ["model"]:
-        command = f"python train.py stage={step}"
+        command = f"{command_of('train')} stage={step}"
     elif not rest and step == "mixed":
         models = f"{output}/pretrain_real/model,{output}/pretrain_synthetic/model"
-        command = f"python mix_weights.py checkpoints=[{models}] beta=0.5 out={start}"
+        command = f"{command_of('mix_weights')} checkpoints=[{models}] beta=0.5 out={start}"
     else:
         return
     earlier = start.with_name(run_folder.BEFORE)
     instead = f"; the model of an earlier run is in {earlier}" if earlier.exists() else ""
     raise UserError(
-        f"stage.init_from={start} does not exist: '{command}' makes it, `python -m sphinx_pl.cli.pipeline` runs all "
+        f"stage.init_from={start} does not exist: '{command}' makes it, `sphinx-pipeline` runs all "
         f"steps, and stage.init_from=null starts from new weights{instead}"
     )
 
@@ -353,8 +353,8 @@ def say_where(model: Path | None, folder: Path) -> str:
         return f"training has ended; {as_typed(folder)} holds no model, since callbacks.export writes none"
     path = as_typed(model)
     return (
-        f"the model is in {path}: evaluate it with `python evaluate.py checkpoint={path}`, "
-        f"talk to it with `python chat.py checkpoint={path}`"
+        f"the model is in {path}: evaluate it with `{command_of('evaluate')} checkpoint={path}`, "
+        f"talk to it with `{command_of('chat')} checkpoint={path}`"
     )
 
 

@@ -22,6 +22,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sphinx_pl.runtime.command_line import as_typed
+from sphinx_pl.runtime.hydra_app import is_here
 from sphinx_pl.runtime.overrides import MISTAKES, check_packages, compose_config, explain_override, one_line
 from sphinx_pl.runtime.ranks import count_devices
 from sphinx_pl.utils.config import CONFIG_FOLDER, build, refuse_unread
@@ -384,9 +385,7 @@ def _module_step(
 
 def interpreter(script: str) -> list[str]:
     """Return `python train.py` in the repository, and `python -m sphinx_pl.cli.train` elsewhere."""
-    file = Path(f"{script}.py")
-    here = file.is_file() and file.resolve() == CONFIG_FOLDER.parent.parent / file
-    return [sys.executable, str(file)] if here else [sys.executable, "-m", f"sphinx_pl.cli.{script}"]
+    return [sys.executable, *([f"{script}.py"] if is_here(script) else ["-m", f"sphinx_pl.cli.{script}"])]
 
 
 def _product_of_training(cfg: dict[str, Any], folder: Path) -> Path:

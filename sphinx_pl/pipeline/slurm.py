@@ -99,7 +99,7 @@ def script(step: Step, state: State, name: str) -> str:
         + header
         + textwrap.dedent(
             f"""\
-            # Step {step.name} of {name}, written by `python -m sphinx_pl.cli.pipeline`.
+            # Step {step.name} of {name}, written by `sphinx-pipeline`.
             # By hand: sbatch {log.with_suffix(".sh")}
             # The shell outlives signals meant for the step, so that it can record how the step ended.
             trap : TERM INT USR1 USR2
@@ -192,10 +192,7 @@ def submit(recipe: Recipe) -> int:
             call("scontrol", "release", job)
             after = f" after {', '.join(depends[step.name])}" if depends[step.name] else ""
             print(f"{step.name}: job {job}{after} ({to_submit[step.name]}): {as_typed(step.command)}", flush=True)
-    print(
-        f"logs: {state.folder}/STEP.log; `python -m sphinx_pl.cli.pipeline status` with the same overrides "
-        "shows the state"
-    )
+    print(f"logs: {state.folder}/STEP.log; `sphinx-pipeline status` with the same overrides shows the state")
     return 0
 
 
@@ -254,7 +251,7 @@ def check_none_queued(state: State) -> None:
     if own_jobs := [job for job in jobs if job in queued]:
         raise UserError(
             f"{state.folder.parent}: this pipeline has jobs in SLURM's queue ({', '.join(own_jobs)}): launcher=slurm "
-            "continues them, `python -m sphinx_pl.cli.pipeline cancel` with the same overrides cancels them"
+            "continues them, `sphinx-pipeline cancel` with the same overrides cancels them"
         )
 
 

@@ -29,6 +29,19 @@ TRACEBACK = "SPHINX_TRACEBACK"
 FAILED = "SPHINX_STEP_FAILED"
 INTERRUPTED = 128 + signal.SIGINT
 """The exit code of an interrupted command, as in a shell."""
+INSTALLED = {"train": "sphinx-train", "mix_weights": "sphinx-mix", "evaluate": "sphinx-evaluate", "chat": "sphinx-chat"}
+"""The command that an installation has for each script of the repository."""
+
+
+def is_here(script: str) -> bool:
+    """Whether the working folder is the repository, so that `python train.py` runs this code."""
+    file = Path(f"{script}.py")
+    return file.is_file() and file.resolve() == CONFIG_FOLDER.parent.parent / file
+
+
+def command_of(script: str) -> str:
+    """`python train.py` in the repository, the installed command `sphinx-train` elsewhere."""
+    return f"python {script}.py" if is_here(script) else INSTALLED[script]
 
 
 def report(error: BaseException) -> int:
@@ -99,7 +112,10 @@ def entry_point(
                 return run()
             except BaseException as error:
                 note_failure(error)
-                overrides = get_args_parser().parse_known_args(sys.argv[1:])[0].overrides
+                options = get_args_parser().parse_known_args(sys.argv[1:])[0]
+                overrides = list(options.overrides)
+                if options.config_dir:  # explaining a mistake composes without the command line's options
+                    overrides.append(f"hydra.searchpath=[file://{Path(options.config_dir).absolute()}]")
                 if isinstance(error, HydraException) and os.environ.get(TRACEBACK) != "1":
                     try:
                         error = explain_override(error, CONFIG_FOLDER, config_name, overrides, check) or error

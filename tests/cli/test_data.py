@@ -1,4 +1,4 @@
-"""`python -m sphinx_pl.cli.data`: the mixture's table and the search for duplicates, as a user runs
+"""`sphinx-data`: the mixture's table and the search for duplicates, as a user runs
 them.
 """
 

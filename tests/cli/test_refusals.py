@@ -224,7 +224,11 @@ def test_a_model_that_is_missing_is_written_without_a_new_description_of_the_run
 # --- messages
 
 
-def test_weights_that_a_step_of_the_recipe_makes_are_named_with_its_command(tmp_path: Path) -> None:
+def test_weights_that_a_step_of_the_recipe_makes_are_named_with_its_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPOSITORY)  # elsewhere it names the installed command
+
     def cfg(start: str | None) -> Any:
         return OmegaConf.create({"output_dir": str(tmp_path), "stage": {"init_from": start}})
 
@@ -246,11 +250,15 @@ def test_the_place_of_the_model_comes_with_commands_for_it(tmp_path: Path, monke
     for missing in (None, model):
         assert "run holds no model, since callbacks.export writes none" in train.say_where(missing, tmp_path / "run")
     model.mkdir(parents=True)
-    assert train.say_where(model, tmp_path / "run").startswith(f"the model is in {model}: ")
-    monkeypatch.chdir(tmp_path)  # as a user would type it there
+    monkeypatch.chdir(REPOSITORY)
     assert train.say_where(model, tmp_path / "run") == (
-        "the model is in run/model: evaluate it with `python evaluate.py checkpoint=run/model`, "
-        "talk to it with `python chat.py checkpoint=run/model`"
+        f"the model is in {model}: evaluate it with `python evaluate.py checkpoint={model}`, "
+        f"talk to it with `python chat.py checkpoint={model}`"
+    )
+    monkeypatch.chdir(tmp_path)  # as a person would type it there
+    assert train.say_where(model, tmp_path / "run") == (
+        "the model is in run/model: evaluate it with `sphinx-evaluate checkpoint=run/model`, "
+        "talk to it with `sphinx-chat checkpoint=run/model`"
     )
 
 

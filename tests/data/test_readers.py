@@ -192,7 +192,7 @@ def test_pickled_sources_read_the_same(tmp_path):
 
 def test_missing_files_are_named_with_the_way_out(tmp_path):
     for kind in ("image_text", "text", "instructions"):
-        with pytest.raises(UserError, match=r"source 'x'.*no\.file.*python -m sphinx_pl\.data\.sample"):
+        with pytest.raises(UserError, match=r"source 'x'.*no\.file.*python -m sphinx_pl\.cli\.sample"):
             build_reader(kind, "x", str(tmp_path / "no.file"))
     write_tar(tmp_path / "0.tar", sample("a"))
     with pytest.raises(UserError, match=r"1\.tar"):

@@ -26,13 +26,13 @@ def commands(*arguments: str) -> dict[str, str]:
     return {name: " ".join(step.command[1:]) for name, step in load(arguments).steps.items()}
 
 
-def test_the_demo_is_what_the_readme_lists() -> None:
+def test_the_demo_is_what_the_quickstart_lists() -> None:
     steps = commands("experiment=demo")
     assert list(steps) == [
         *("data", "pretrain_real", "pretrain_synthetic", "mix", "finetune", "pretrain_synthetic_notext", "evaluate")
     ]
-    readme = (REPOSITORY / "README.md").read_text().replace(" \\\n    ", " ")
-    listings = [line.partition("#")[0].split() for line in readme.splitlines() if line.startswith("python ")]
+    page = (REPOSITORY / "docs" / "quickstart.md").read_text().replace(" \\\n    ", " ")
+    listings = [line.partition("#")[0].split() for line in page.splitlines() if line.startswith("python ")]
     # The pipeline writes these although they are defaults: the recipe, its folders, and how a step
     # resumes.
     defaults = {"experiment=demo", "output_dir=outputs/demo", "data.root=data/sample", "--scale", "1"}

@@ -113,7 +113,7 @@ def test_a_key_that_does_not_exist_is_named(failure: Run) -> None:
     ],
 )
 def test_wrong_overrides_are_answered_by_every_script(failure: Run, script: str, override: str, named: str) -> None:
-    assert named in failure(importlib.import_module(script).main, override)
+    assert named in failure(importlib.import_module(f"sphinx_pl.cli.{script}").main, override)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_wrong_overrides_are_answered_by_every_script(failure: Run, script: str,
     ],
 )
 def test_what_hydra_cannot_read_is_answered_with_what_to_write(failure: Run, override: str, answer: str) -> None:
-    assert failure(importlib.import_module("train").main, override).startswith(answer)
+    assert failure(importlib.import_module("sphinx_pl.cli.train").main, override).startswith(answer)
 
 
 def test_what_is_advised_for_a_text_is_that_text() -> None:
@@ -146,7 +146,7 @@ def test_what_is_advised_for_a_text_is_that_text() -> None:
 @pytest.mark.parametrize(("script", "key"), [("train", "output_dir"), ("evaluate", "hydra.run.dir")])
 def test_a_folder_that_cannot_be_made_is_one_line(failure: Run, script: str, key: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    message = failure(importlib.import_module(script).main, f"hydra.run.dir={tmp_path}/file/run")
+    message = failure(importlib.import_module(f"sphinx_pl.cli.{script}").main, f"hydra.run.dir={tmp_path}/file/run")
     assert (
         message
         == f"the folder '{tmp_path}/file/run' cannot be made (Not a directory): choose another one with {key}=FOLDER"

@@ -1,6 +1,6 @@
 """A page with the samples as the model sees them: the first thing to look at in a new data set.
 
-    python -m sphinx_pl.cli.data show experiment=demo stage=finetune n=64 out=page.html
+    sphinx-data show experiment=demo stage=finetune n=64 out=page.html
 
 Nothing here is a second way to read data: steps come from the planner, micro-batches from the
 collator, and targets from `Batch.labels`. Everything from data is untrusted and is escaped on the

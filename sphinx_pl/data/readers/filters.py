@@ -58,7 +58,7 @@ class PairFilters:
     """The share of the caption's words that the OCR column has too, from which on the pair is
     filtered."""
     duplicates: Optional[str] = None
-    """A file of `python -m sphinx_pl.cli.data duplicates`, with all but the first of equal pairs.
+    """A file of `sphinx-data duplicates`, with all but the first of equal pairs.
     """
 
     def __post_init__(self) -> None:
@@ -127,8 +127,7 @@ class PairFilters:
             found: npt.NDArray[np.uint64] = np.load(self.duplicates, mmap_mode="r")
         except (OSError, ValueError) as error:
             raise UserError(
-                f"filters.duplicates={self.duplicates} cannot be read ({error}): make it with "
-                "`python -m sphinx_pl.cli.data duplicates`"
+                f"filters.duplicates={self.duplicates} cannot be read ({error}): make it with `sphinx-data duplicates`"
             ) from None
         return found
 

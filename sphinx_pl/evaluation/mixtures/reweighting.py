@@ -32,6 +32,7 @@ from sphinx_pl.data.readers import spread
 from sphinx_pl.data.sampling.config import META, Group, SourceConfig
 from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.evaluation.runner import Prediction, topic_of
+from sphinx_pl.runtime.hydra_app import command_of
 from sphinx_pl.utils.console import Table
 from sphinx_pl.utils.errors import UserError
 from sphinx_pl.utils.files import write_whole
@@ -328,12 +329,13 @@ def check_out(path: Path, base: str | None) -> None:
 
 
 def how_to_train(path: Path) -> str:
-    """The command of train.py that trains on a mixture's file."""
+    """The command that trains on a mixture's file."""
+    train = f"{command_of('train')} stage=finetune data/mixture={path.stem}"
     if path.parent.parts[-2:] != ("data", "mixture"):
-        return f"copy {path} to conf/data/mixture, then: python train.py stage=finetune data/mixture={path.stem} …"
+        return f"copy {path} to conf/data/mixture, then: {train} …"
     folder = path.parent.parent.parent
     search = "" if folder.name == "conf" else f" 'hydra.searchpath=[file://{folder.resolve()}]'"
-    return f"python train.py stage=finetune data/mixture={path.stem}{search} …"
+    return f"{train}{search} …"
 
 
 def _units(

@@ -1,4 +1,4 @@
-"""The page of `python -m sphinx_pl.cli.data show`: it shows what the batches hold, and nothing of it runs."""
+"""The page of `sphinx-data show`: it shows what the batches hold, and nothing of it runs."""
 
 from __future__ import annotations
 

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
-import subprocess
-import sys
-import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +18,6 @@ from sphinx_pl.data.sampling.collator import Collator
 from sphinx_pl.generation.assistant import Assistant, Dialog
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx
-from tests.conftest import REPOSITORY
 from tests.evaluation.lmms import sample_tasks as harness
 from tests.generation.test_assistant import saved
 
@@ -61,27 +56,6 @@ def test_both_are_given_the_same_questions(made: Path) -> None:
     asked = [question for row in rows(made, "ocrvqa") for question in row["questions"]]
     assert asked == [entry["question"] for entry in by_topic["ocrvqa_sample"]]
     assert {entry["answer"] for entry in by_topic["vsr_sample"] + by_topic["pope_sample"]} == {"yes", "no"}
-
-
-@pytest.fixture(scope="session")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The interpreter of a new environment: lmms-eval and this package's wheel as pip installs them, and what they need
-    from this environment where it is not there."""
-    folder = tmp_path_factory.mktemp("environment")
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    python = folder / "bin" / "python"
-    [site] = folder.glob("lib/python*/site-packages")
-    (site / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    source = tmp_path_factory.mktemp("source")
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "constraints.txt"):
-        shutil.copy(REPOSITORY / name, source)
-    for name in ("sphinx_pl", "callbacks", "conf", "hydra_plugins"):
-        shutil.copytree(REPOSITORY / name, source / name)
-    for name in ("train", "mix_weights", "evaluate", "chat"):
-        shutil.copy(REPOSITORY / f"{name}.py", source)
-    wanted = [f"sphinx-pl @ file://{source}", "lmms_eval==0.7.3"]
-    subprocess.run([python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *wanted], check=True)
-    return str(python)
 
 
 @pytest.fixture
