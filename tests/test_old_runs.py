@@ -22,6 +22,7 @@ RENAMED = {
     "data.packing.rows": "data.packing.micro_batch_rows",
     "data.mixing.lanes": "data.mixing.partitions",
     "branches:": "questions_per_sample:",
+    **{f"model.vision.{kind}": f"model.vision.encoders.{kind}" for kind in ("clip", "convnext", "dinov2", "qformer")},
 }
 """Keys that tests/golden/make_house.py writes -> the keys of today."""
 GOLDEN = REPOSITORY / "tests" / "golden" / "house"
