@@ -115,7 +115,7 @@ MakeMixture = Callable[[int, int], Mixture]
 
 
 def flops_of(cfg: Any) -> TrainingFlops:
-    """FLOPs of a configuration's model in its stage: frozen towers run forward only."""
+    """FLOPs of a configuration's model in its stage: frozen encoders run forward only."""
     with torch.device("meta"):
         model = Sphinx(SphinxConfig.from_dict(cfg.model))
     model.freeze(part for part in model.parts() if part not in cfg.stage.train_parts)

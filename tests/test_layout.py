@@ -66,6 +66,15 @@ def test_no_layer_imports_a_higher_one() -> None:
     assert upward == []
 
 
+def test_no_class_name_is_defined_twice() -> None:
+    places: dict[str, list[str]] = {}
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name.lstrip("_"), []).append(f"{module}.{node.name}")
+    assert [names for names in places.values() if len(names) > 1] == []
+
+
 def test_no_modules_import_each_other_in_a_circle() -> None:
     try:
         TopologicalSorter(GRAPH).prepare()

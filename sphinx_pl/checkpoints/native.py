@@ -49,13 +49,13 @@ from sphinx_pl.checkpoints.output import MAX_SHARD_BYTES, OutputFolder, write_in
 from sphinx_pl.checkpoints.tensors import (
     DTYPE_NAMES,
     DTYPES,
-    TOWERS,
+    ENCODER_PREFIX,
     SafetensorsFile,
     SafetensorsFiles,
     TensorDict,
     TensorInfo,
     TensorReader,
-    tower_of,
+    encoder_of,
 )
 from sphinx_pl.checkpoints.writer import CheckpointWriter
 from sphinx_pl.models.config import SphinxConfig
@@ -112,7 +112,7 @@ class SphinxCheckpoint(Checkpoint):
         """Raises: UserError: it was left out and its source is gone, or holds another value now."""
         if name not in self.left_out:
             return self.shards.tensor(name)
-        key = tower_of(name)
+        key = encoder_of(name)
         if key not in self._released:
             self._released[key] = released_values(self.model_config, key)
         info, crc = self.left_out[name]
@@ -233,7 +233,7 @@ def write_checkpoint(
         max_shard_bytes: upper bound of a shard, unless a single tensor is larger.
         overwrite: replace what is at `path`.
         progress: a word for the progress bar; None shows none.
-        leave_out: towers that are not written, but read from their `load` entries. A tower that
+        leave_out: encoders that are not written, but read from their `load` entries. An encoder that
             differs from that entry is written nevertheless.
 
     Raises:
@@ -256,21 +256,21 @@ def write_checkpoint(
     return path
 
 
-# -- towers that are left out ----------------------------------------------------------------------
+# -- encoders that are left out --------------------------------------------------------------------
 
 
 def released_tensors(reader: TensorReader, config: SphinxConfig, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Shape, dtype and CRC-32 of the tensors of the towers `keys` that equal their released
-    weights, bit for bit.
+    """Return shape, dtype and CRC-32 of the tensors of the encoders `keys` that equal their
+    released weights, bit for bit.
     """
     equal: dict[str, dict[str, Any]] = {}
     for key in keys:
         released = released_values(config, key)
         entries = {}
-        for name in (name for name in reader if tower_of(name) == key):
+        for name in (name for name in reader if encoder_of(name) == key):
             value = reader.tensor(name)
             if not torch.equal(released(name).to(value.dtype), value):
-                log.warning("the tower '%s' is kept: '%s' is not what its `load` entry names", key, name)
+                log.warning("the encoder '%s' is kept: '%s' is not what its `load` entry names", key, name)
                 break
             entries[name] = {"shape": list(value.shape), "dtype": DTYPE_NAMES[value.dtype], "crc32": _crc32(value)}
         else:
@@ -279,8 +279,9 @@ def released_tensors(reader: TensorReader, config: SphinxConfig, keys: Iterable[
 
 
 def released_values(config: SphinxConfig, key: str) -> Callable[[str], Tensor]:
-    """Name of a tensor of the model -> its value in the released weights that the tower's `load`
-    names.
+    """Return a function from the name of a tensor of the model to its released value.
+
+    The released weights are those that the encoder's `load` names.
 
     Raises:
         UserError: see `sphinx_pl.checkpoints.encoders.load_pretrained`.
@@ -289,7 +290,7 @@ def released_values(config: SphinxConfig, key: str) -> Callable[[str], Tensor]:
     with torch.device("meta"):
         encoder = build_encoder(config.vision, key)
     value = pretrained_values(encoder, config.vision.encoders[key].load)
-    return lambda name: value(name.removeprefix(f"{TOWERS}{key}."))
+    return lambda name: value(name.removeprefix(f"{ENCODER_PREFIX}{key}."))
 
 
 def _crc32(tensor: Tensor) -> int:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from sphinx_pl.checkpoints.folder import CONFIG, TOKENIZER, read_json, read_provenance, sizes_of, write_json
 from sphinx_pl.checkpoints.format import FORMATS, Checkpoint, ModelFolder, differences
 from sphinx_pl.checkpoints.output import Entry, OutputFolder, TorchOutput
-from sphinx_pl.checkpoints.tensors import TOWERS, TensorInfo
+from sphinx_pl.checkpoints.tensors import ENCODER_PREFIX, TensorInfo
 from sphinx_pl.checkpoints.torch_shards import META, ShardsFolder, TorchShards, split
 from sphinx_pl.checkpoints.writer import CheckpointWriter
 from sphinx_pl.data.processor import TEXT_LENGTH, ProcessorConfig
@@ -54,7 +54,7 @@ TYPES: dict[str, str] = {
 _ENCODERS = {kind: encoder.original for kind, encoder in ENCODERS.items() if encoder.original is not None}
 # The original's prefix, ours, and what is renamed behind it.
 _PREFIXES: tuple[tuple[tuple[str, str], tuple[tuple[str, str], ...]], ...] = (
-    *(((names.theirs, f"{TOWERS}{kind}.{names.ours}"), names.renamed) for kind, names in _ENCODERS.items()),
+    *(((names.theirs, f"{ENCODER_PREFIX}{kind}.{names.ours}"), names.renamed) for kind, names in _ENCODERS.items()),
     *(((f"llma.{kind}_proj.", f"mixer.{kind}_proj."), ()) for kind in _ENCODERS if ENCODERS[kind].join == "sequence"),
     (("llma.visual_proj.", "mixer.visual_proj."), ()),
     (("llma.start_img", "mixer.start_img"), ()),

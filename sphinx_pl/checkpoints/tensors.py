@@ -333,13 +333,13 @@ class SafetensorsFiles(TensorReader):
 
 # -- whole models ----------------------------------------------------------------------------------
 
-TOWERS = "mixer.towers."
-"""What the names of the towers' tensors begin with."""
+ENCODER_PREFIX = "mixer.towers."
+"""The prefix of the names of the encoders' tensors."""
 
 
-def tower_of(name: str) -> str:
-    """Key of the tower that a tensor belongs to; "" for the rest of the model."""
-    return name.removeprefix(TOWERS).split(".")[0] if name.startswith(TOWERS) else ""
+def encoder_of(name: str) -> str:
+    """Return the key of the encoder that a tensor belongs to, or "" for the rest of the model."""
+    return name.removeprefix(ENCODER_PREFIX).split(".")[0] if name.startswith(ENCODER_PREFIX) else ""
 
 
 @torch.no_grad()

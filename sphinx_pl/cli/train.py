@@ -102,7 +102,7 @@ def quiet_known_warnings() -> None:
     """
     for message in (
         r".*isinstance\(treespec, LeafSpec\).*",
-        r"Found \d+ module\(s\) in eval mode.*",  # frozen towers
+        r"Found \d+ module\(s\) in eval mode.*",  # frozen encoders
         r".*does not have many workers.*",  # workers only decode; one is usually enough
         r"It is recommended to use .*sync_dist=True.*",  # Values are summed over ranks before.
         r"Since DeepSpeed handles gradient clipping internally.*",

@@ -95,7 +95,7 @@ def most_common(places: Sequence[int]) -> int:
 
 
 @dataclass
-class _State:
+class _BeamState:
     """A search in which all beams have the same number of tokens.
 
     It holds what a return needs, except the cache.
@@ -129,7 +129,7 @@ def opera_search(model: Sphinx, prompt: Prompt, limit: int, config: GenerationCo
     image_S = prefix.images_BS[0]
     retrospection = Retrospection(opera)
     nothing = torch.zeros(1, 0, dtype=torch.float64, device=device)
-    states = [_State(search.running, search.finished, prefix.last_BD, nothing, [[]])]
+    states = [_BeamState(search.running, search.finished, prefix.last_BD, nothing, [[]])]
     while True:
         state = states[-1]
         logits_RV = decoder.logits(state.hidden).float()
@@ -176,7 +176,7 @@ def opera_search(model: Sphinx, prompt: Prompt, limit: int, config: GenerationCo
         cache.keep(choices, count)
         lineages = [histories[beam] for beam, _ in state.chosen]
         states.append(
-            _State(search.running, search.finished, hidden_RCD[beams, choices], logs_RCm[beams, choices], lineages)
+            _BeamState(search.running, search.finished, hidden_RCD[beams, choices], logs_RCm[beams, choices], lineages)
         )
 
 

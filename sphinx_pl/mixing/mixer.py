@@ -130,10 +130,10 @@ class Mixer(TensorReader):
         # Convex: no value can lie outside of what the inputs hold.
         convex = coefficients is not None and coefficients.min() >= 0 and coefficients.sum() <= 1 + 1e-12
         convex = convex and all(_fits(other.dtype, dtype) for other in infos)
-        # Equal values stay as they are where the coefficients say so; towers that nobody trained do
+        # Equal values stay as they are where the coefficients say so; encoders that nobody trained do
         # in any case.
         affine = self.base is not None if coefficients is None else abs(coefficients.sum() - 1) < 1e-6
-        alike = affine or (PARTS["towers"](self.models[0].canonical_name(key)) and self._equal_everywhere(key))
+        alike = affine or (PARTS["encoders"](self.models[0].canonical_name(key)) and self._equal_everywhere(key))
         kinds = {other.dtype for other in infos}
         fused = self.arithmetic == torch.float64 and len(kinds) == 1 and kinds | {dtype} <= KINDS.keys()
         copying = np.eye(1, len(self.models))[0]

@@ -15,7 +15,7 @@ from typing import Any, Optional
 
 from rich.text import Text
 
-from sphinx_pl.checkpoints.tensors import tower_of
+from sphinx_pl.checkpoints.tensors import encoder_of
 from sphinx_pl.utils.config import build
 from sphinx_pl.utils.console import Table
 from sphinx_pl.utils.errors import UserError, suggest
@@ -26,7 +26,7 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks?)\.(\d+)\.")
 _NORM = re.compile(r"_proj\.1\.|(^|[._])(norm|layernorm|rmsnorm|ln)([._\d]|$)|layernorm|_norm\.", re.IGNORECASE)
 # What a tensor belongs to is what one of its parents is, wherever that lies in the model. Words of
 # one path element:
-_TOWER = re.compile(
+_ENCODER = re.compile(
     r"(vision|visual|image|img|audio|speech|sound|video|acoustic)"
     r"(_?(tower|model|backbone|encoder|transformer|processor|embed_tokens|vit|net|branch|trunk))?(_\d|_aux)?"
     r"|vit|vpm|apm|sam(_model|_vision)?|siglip\w*|clip\w*|dino\w*|eva\w*|whisper\w*|vq_?model|vqvae|gen_vision\w*"
@@ -66,28 +66,28 @@ _DECODER = re.compile(
 
 def _is_projection(name: str) -> bool:
     if name.startswith("mixer."):
-        return not tower_of(name)
+        return not encoder_of(name)
     return any(_PROJECTION.fullmatch(word) for word in name.split("."))
 
 
-def _is_tower(name: str) -> bool:
-    return bool(tower_of(name)) or (
+def _is_encoder(name: str) -> bool:
+    return bool(encoder_of(name)) or (
         not name.startswith("mixer.")
         and not _is_projection(name)
-        and any(_TOWER.fullmatch(word) for word in name.split("."))
+        and any(_ENCODER.fullmatch(word) for word in name.split("."))
     )
 
 
 def _is_decoder(name: str) -> bool:
-    return bool(_DECODER.match(name)) and not _is_tower(name) and not _is_projection(name)
+    return bool(_DECODER.match(name)) and not _is_encoder(name) and not _is_projection(name)
 
 
 OTHER = "other"
-# A tensor is in at most one of towers, projections and decoder; the others cut across them.
+# A tensor is in at most one of encoders, projections and decoder. The other parts cut across them.
 PARTS: dict[str, Callable[[str], bool]] = {
-    "towers": _is_tower,
+    "encoders": _is_encoder,
     "projections": _is_projection,
-    "embeddings": lambda name: bool(_EMBEDDINGS.search(name)) and not _is_tower(name) and not _is_projection(name),
+    "embeddings": lambda name: bool(_EMBEDDINGS.search(name)) and not _is_encoder(name) and not _is_projection(name),
     "decoder": _is_decoder,
     "norms": lambda name: bool(_NORM.search(name)),
     "attention": lambda name: bool(re.search(r"attention\.|\.(self_)?attn\.", name)),
@@ -97,12 +97,15 @@ PARTS: dict[str, Callable[[str], bool]] = {
     "all": lambda name: True,
 }
 
+_RENAMED = {"towers": "encoders"}
+"""An old name of a part -> its new name."""
+
 
 def part_of(name: str) -> str:
-    """The part of a tensor: a tower by its name, projections, embeddings, decoder or other."""
-    if tower := tower_of(name):
-        return tower
-    return next((part for part in ("towers", "projections", "embeddings", "decoder") if PARTS[part](name)), OTHER)
+    """Return the part of a tensor: an encoder's key, projections, embeddings, decoder or other."""
+    if encoder := encoder_of(name):
+        return encoder
+    return next((part for part in ("encoders", "projections", "embeddings", "decoder") if PARTS[part](name)), OTHER)
 
 
 def layer_of(name: str) -> int | None:
@@ -195,6 +198,8 @@ def _matcher(match: Any, where: str) -> Callable[[str, str], bool]:
     for item in wanted:
         if not isinstance(item, str):
             raise UserError(f"{where}.match={match} must be a part, a pattern of names, or a list of them")
+        if item in _RENAMED:
+            raise UserError(f"{where}.match={item} is called {_RENAMED[item]} now")
         if item not in PARTS and not set(item) & set("*?[."):
             raise UserError(f"{where}.match='{item}' is no part of a model and no pattern: {suggest(item, PARTS)}")
     return lambda name, key: any(

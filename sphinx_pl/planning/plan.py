@@ -59,7 +59,7 @@ LINES = (
 """Kinds of memory, in the order in which they are printed."""
 _CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "selective", "full")
 _PROBED = 8
-"""Windows that are planned to see what rows hold."""
+"""The number of global batches that are planned to measure what rows hold."""
 
 
 @dataclass

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sphinx_pl.checkpoints.format import Checkpoint, open_checkpoint
 from sphinx_pl.checkpoints.native import released_values
-from sphinx_pl.checkpoints.tensors import TOWERS, tower_of
+from sphinx_pl.checkpoints.tensors import ENCODER_PREFIX, encoder_of
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.decoder import new_weight
 from sphinx_pl.models.placement import Placement
@@ -79,9 +79,9 @@ class Fresh:
             if self._decoder is not None:
                 return self._decoder.tensor(name)
             return new_weight(name, torch.empty(self.model.get_parameter(name).shape), self.config.decoder)
-        if name.startswith(TOWERS):
-            key = tower_of(name)
-            module = TOWERS + key
+        if name.startswith(ENCODER_PREFIX):
+            key = encoder_of(name)
+            module = ENCODER_PREFIX + key
             make: Callable[[], Callable[[str], Tensor]] = lambda: self._encoder(key)  # noqa: E731
         else:
             module = name.rpartition(".")[0]
@@ -97,7 +97,7 @@ class Fresh:
         assert self.config.vision is not None
         if self.config.vision.encoders[key].load:
             value = released_values(self.config, key)
-            return lambda name: value(f"{TOWERS}{key}.{name}")
+            return lambda name: value(f"{ENCODER_PREFIX}{key}.{name}")
         return build_encoder(self.config.vision, key).get_parameter
 
 

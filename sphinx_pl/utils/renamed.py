@@ -11,6 +11,7 @@ from typing import Any
 
 _RENAMED = {
     r"stage\.rows_per_step": "stage.global_batch_rows",
+    r"recipe\.(\w+)\.towers": r"recipe.\1.vits",
     r"data\.packing\.rows": "data.packing.micro_batch_rows",
     r"data\.mixing\.lanes": "data.mixing.partitions",
     r"(data\.(?:val_)?sources\..+|data\.test\..+)\.branches": r"\1.questions_per_sample",

@@ -49,7 +49,7 @@ def test_answers_are_written_and_the_run_does_not_notice(fit: Fit, test_sources:
     assert watched.losses == plain.losses
     assert watched.states == plain.states
     assert watched.modes == plain.modes
-    # frozen towers in eval mode, the rest training
+    # frozen encoders in eval mode, the rest training
     assert {len(set(modes)) for modes in plain.modes} == {2}
 
     files = [f"step-{step}.{kind}" for step in (2, 4) for kind in ("html", "jsonl")]

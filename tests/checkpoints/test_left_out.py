@@ -60,7 +60,7 @@ def test_a_tower_that_has_changed_is_written(write: Write, model: Sphinx, caplog
     weights[f"{CLIP}model.class_embedding"][3] += 1
     with caplog.at_level(logging.WARNING):
         folder = write("a", weights, model=model.config.to_dict(), leave_out=["clip"])
-    assert "the tower 'clip' is kept: 'mixer.towers.clip.model.class_embedding'" in caplog.text
+    assert "the encoder 'clip' is kept: 'mixer.towers.clip.model.class_embedding'" in caplog.text
     source(model.config).unlink()
     checkpoint = open_checkpoint(folder)
     assert all(torch.equal(checkpoint.tensor(name), value) for name, value in weights.items())

@@ -172,9 +172,9 @@ def check_same(one: dict[str, Tensor], two: dict[str, Tensor], start: dict[str, 
 
 CASES: dict[str, tuple[str, int, list[str]]] = {
     "sgd, four micro-batches": ("sgd", 4, ALL),
-    "adamw, frozen towers": ("adamw", 1, SOME),
+    "adamw, frozen encoders": ("adamw", 1, SOME),
     "sgd": ("sgd", 1, ALL),
-    "adamw, four micro-batches, frozen towers": ("adamw", 4, SOME),
+    "adamw, four micro-batches, frozen encoders": ("adamw", 4, SOME),
 }
 QUICK = {engine: list(CASES)[: 1 if " " in engine else 2] for engine in ENGINES}
 """The other cases are long. Variants of an engine only take the first case."""

@@ -107,7 +107,7 @@ def both(engine: str, of_ranks: list[list[Batch]], *args: Any, timeout: float = 
     ("kind", "parts"),
     [
         pytest.param("plain", ALL, id="all parts train"),
-        pytest.param("plain", SOME, id="frozen towers", marks=pytest.mark.long),
+        pytest.param("plain", SOME, id="frozen encoders", marks=pytest.mark.long),
         pytest.param("skipped views", ALL, id="skipped views", marks=pytest.mark.long),
         pytest.param("experts", ALL, id="experts", marks=pytest.mark.long),
     ],

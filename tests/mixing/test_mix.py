@@ -254,7 +254,7 @@ def test_the_same_whatever_the_threads(two: list[Path], tmp_path: Path) -> None:
     assert_equal(values(tmp_path / "out_1"), values(tmp_path / "out_4"))
 
 
-def test_frozen_towers_are_copied_also_where_weights_do_not_sum_to_one(
+def test_frozen_encoders_are_copied_also_where_weights_do_not_sum_to_one(
     models: Callable[..., list[Path]], tmp_path: Path
 ) -> None:
     paths = models(2, frozen="mixer.towers.")

@@ -273,7 +273,7 @@ def test_equal_tensors_are_copied_bit_for_bit(method: str, dtype: torch.dtype) -
 
 
 @pytest.mark.usefixtures("short")
-def test_towers_that_nobody_trained_stay_what_they_are_under_any_weights() -> None:
+def test_encoders_that_nobody_trained_stay_what_they_are_under_any_weights() -> None:
     a = finite_bits(torch.bfloat16, 1, 200)
     a[a.abs() > 1e30] = 1
     assert same_bits(mixed(mixer_of([a, a.clone()], [0.7, 0.8], key=TOWER), TOWER), a)

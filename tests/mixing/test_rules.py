@@ -62,7 +62,7 @@ def test_every_tensor_of_the_sample_model_has_a_part(sample: Sphinx) -> None:
     for name, part in parts.items():
         prefix = {"decoder": "decoder.", "embeddings": "decoder.", "projections": "mixer."}
         assert name.startswith(prefix.get(part, f"mixer.towers.{part}.")), name
-        covers = "towers" if part in ("clip", "convnext", "dinov2", "qformer") else part
+        covers = "encoders" if part in ("clip", "convnext", "dinov2", "qformer") else part
         assert PARTS[covers](name), name
 
 
@@ -84,11 +84,11 @@ def test_norms_attention_and_feed_forward_of_the_sample_models_decoder(sample: S
     assert {layer_of(name) for name in names} == {None, 0, 1, 2, 3}
 
 
-def test_the_towers_weights_are_no_norms_or_embeddings_of_the_decoder(sample: Sphinx) -> None:
+def test_the_encoders_weights_are_no_norms_or_embeddings_of_the_decoder(sample: Sphinx) -> None:
     names = {name: name for name in sample.state_dict() if name.startswith("mixer.")}
     assert fitting("embeddings", names) == fitting("decoder", names) == set()
-    assert fitting("towers", names) | fitting("projections", names) == set(names)
-    assert not fitting("towers", names) & fitting("projections", names)
+    assert fitting("encoders", names) | fitting("projections", names) == set(names)
+    assert not fitting("encoders", names) & fitting("projections", names)
     assert {layer_of(name) for name in names} == {None}
     for name in fitting("norms", names):
         assert sample.get_parameter(name).ndim == 1, name
@@ -122,18 +122,18 @@ HUGGINGFACE = {
     "gpt_neox.layers.5.attention.dense.weight": ("decoder", 5, {"decoder", "attention"}),
     "gpt_neox.final_layer_norm.weight": ("decoder", None, {"decoder", "norms"}),
     "transformer.blocks.2.ffn.up_proj.weight": ("decoder", 2, {"decoder", "feed_forward"}),
-    "visual.blocks.4.attn.qkv.weight": ("towers", None, {"towers", "attention"}),
+    "visual.blocks.4.attn.qkv.weight": ("encoders", None, {"encoders", "attention"}),
     "encoder.layer.0.output.dense.weight": ("other", None, set()),
     "model.encoder.layers.0.fc1.weight": ("other", None, set()),
     "model.decoder.layers.3.fc1.weight": ("decoder", 3, {"decoder"}),
-    "model.audio_tower.layers.0.fc1.weight": ("towers", None, {"towers"}),
-    "model.vision_backbone.blocks.1.fc1.weight": ("towers", None, {"towers"}),
+    "model.audio_tower.layers.0.fc1.weight": ("encoders", None, {"encoders"}),
+    "model.vision_backbone.blocks.1.fc1.weight": ("encoders", None, {"encoders"}),
     "model.connector.modality_projection.proj.weight": ("projections", None, {"projections"}),
     "multi_modal_projector.linear_1.weight": ("projections", None, {"projections"}),
     "model.multi_modal_projector.linear_1.weight": ("projections", None, {"projections"}),
-    "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight": ("towers", None, {"towers", "feed_forward"}),
-    "model.vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight": ("towers", None, {"towers", "feed_forward"}),
-    "model.vision_tower.vision_model.post_layernorm.weight": ("towers", None, {"towers", "norms"}),
+    "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight": ("encoders", None, {"encoders", "feed_forward"}),
+    "model.vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight": ("encoders", None, {"encoders", "feed_forward"}),
+    "model.vision_tower.vision_model.post_layernorm.weight": ("encoders", None, {"encoders", "norms"}),
 }
 
 
@@ -148,7 +148,7 @@ def test_parts_of_hugging_faces_names(tmp_path: Path) -> None:
 
 
 PARENTS = {
-    "towers": (
+    "encoders": (
         "transformer.vision.transformer.layers.0.attention.dense.weight",  # GLM-4V
         "transformer.visual.transformer.resblocks.0.attn.in_proj_weight",  # Qwen-VL
         "visual.blocks.0.attn.qkv.weight",  # Qwen2-VL
@@ -208,11 +208,11 @@ PARENTS = {
 def test_a_part_is_recognised_by_its_parents(part: str, name: str) -> None:
     ours = our_llama_name(name)
     assert part_of(ours) == part
-    assert [p for p in ("towers", "projections", "decoder") if PARTS[p](ours)] == ([] if part == "other" else [part])
+    assert [p for p in ("encoders", "projections", "decoder") if PARTS[p](ours)] == ([] if part == "other" else [part])
     assert layer_of(ours) in ((0, None) if part == "decoder" else (None,))
 
 
-TOWERS = (
+ENCODERS = (
     *("vision_tower", "image_tower", "video_tower", "audio_tower", "vision_model", "visual", "vqmodel"),
     *("query_tokens", "qformer"),
 )
@@ -244,13 +244,13 @@ def test_parts_of_transformers_own_models(kind: str) -> None:
     parts: dict[str, set[str]] = {}
     for name in model.state_dict():
         words = name.split(".")
-        # A projection can lie in its tower.
-        ours = "projections" if {*words} & {*PROJECTIONS} else "towers" if {*words} & {*TOWERS} else ""
+        # A projection can lie in its encoder.
+        ours = "projections" if {*words} & {*PROJECTIONS} else "encoders" if {*words} & {*ENCODERS} else ""
         found = part_of(our_llama_name(name))
         assert found == ours or (not ours and found in ("decoder", "embeddings", "projections")), name
         parts.setdefault(found, set()).add(name)
     assert {"decoder", "embeddings"} <= parts.keys()
-    assert parts.keys() & {"towers"}
+    assert parts.keys() & {"encoders"}
 
 
 ORIGINAL = {
@@ -285,7 +285,7 @@ def test_the_first_rule_that_fits_wins() -> None:
         {"match": "norms", "beta": 0.125},
         {"match": "decoder.layers.0.*", "beta": 0.25},
         {"match": ["attention", "mixer.visual_proj.?.weight"], "weights": [0.75, 0.25]},
-        {"match": "towers", "beta": 1},
+        {"match": "encoders", "beta": 1},
     )
     assert found == {
         "decoder.tok_embeddings.weight": 0.5,
@@ -411,7 +411,12 @@ def test_without_rules_all_tensors_have_the_same_weights() -> None:
         ([{"beta": 0, "layers": "1-2-3"}], [0.5, 0.5], "rules[0].layers='1-2-3' must be layers"),
         ([{"beta": 0, "layers": "5-3"}], [0.5, 0.5], "rules[0].layers='5-3': 5 is after 3"),
         ([{"beta": 0, "layers": "6-"}], [0.5, 0.5], "rules[0] (match=all, layers=6-) fits nothing: no tensor is there"),
-        ([{"match": "towers", "beta": [0, 1]}], [0.5, 0.5], "rules[0] (match=towers, layers=None) fits nothing: no"),
+        ([{"match": "towers", "beta": 1}], [0.5, 0.5], "rules[0].match=towers is called encoders now"),
+        (
+            [{"match": "encoders", "beta": [0, 1]}],
+            [0.5, 0.5],
+            "rules[0] (match=encoders, layers=None) fits nothing: no",
+        ),
         (
             [{"beta": 0}, {"match": "norms", "beta": 1}],
             None,

@@ -16,6 +16,7 @@ RENAMED = {
     "stage.rows_per_step": "stage.global_batch_rows",
     "data.packing.rows": "data.packing.micro_batch_rows",
     "data.mixing.lanes": "data.mixing.partitions",
+    "recipe.finetune.towers": "recipe.finetune.vits",
     "data.sources.real.branches": "data.sources.real.questions_per_sample",
     "data.val_sources.real.branches": "data.val_sources.real.questions_per_sample",
 }

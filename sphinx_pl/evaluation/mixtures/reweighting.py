@@ -183,7 +183,7 @@ def failure_rates(predictions: Iterable[Prediction], prior: float) -> list[Failu
 
 
 @dataclass(frozen=True)
-class _Unit:
+class _MixtureEntry:
     """One weight of a mixture's file: a source, or the original's list of several."""
 
     share: float
@@ -212,7 +212,7 @@ class TrainingMixture:
         sizes = {name: source.size()[0] for name, source in opened.items()} if self.group.needs_sizes else {}
         self._shares = self.group.shares(dict.fromkeys(dict(self.group.leaves()), 0) | sizes)
         self._values = sources
-        self.units: dict[str, _Unit] = {}
+        self.units: dict[str, _MixtureEntry] = {}
         for name, leaves in _units(self.group, sources):
             shares = {leaf: self._shares.get(leaf, 0.0) for leaf, _ in leaves}
             total = sum(shares.values())
@@ -228,7 +228,7 @@ class TrainingMixture:
                 for kind, count in counts.items():
                     holds[kind] += share / total * count / counts.total()  # type: ignore[assignment]
             text_only = all(config.modality == "text" for _, config in leaves)
-            self.units[name] = _Unit(total, text_only, dict(holds.most_common()))
+            self.units[name] = _MixtureEntry(total, text_only, dict(holds.most_common()))
 
     def check(self, tasks: set[str]) -> None:
         """Check that questions of these tasks can change a weight.

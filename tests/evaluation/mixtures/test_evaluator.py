@@ -127,8 +127,8 @@ def test_the_choice_is_made_on_every_second_sample(models: Models) -> None:
 def test_parts_in_which_nothing_differs_are_not_moved(models: Models) -> None:
     paths = models(2, frozen="mixer.towers.")
     evaluate = MixtureEvaluator(plan_of(paths), measure_by({NORM: 5.0}), torch.device("cpu"))
-    trials, _ = search_parts(evaluate, ["towers", "decoder"], 8, Objective())
-    assert {trial.betas["towers"] for trial in trials} == {0.5}
+    trials, _ = search_parts(evaluate, ["encoders", "decoder"], 8, Objective())
+    assert {trial.betas["encoders"] for trial in trials} == {0.5}
 
 
 @pytest.mark.parametrize(
