@@ -1,7 +1,7 @@
-"""Official annotation files -> Records, as the instruction files that `kind: instructions` reads.
+"""Official annotation files are converted into instruction files, which `kind: instructions` reads.
 
-One module here for each data set or family of them. Its `Converter` says where its files are and
-turns one of their entries into Records; checking, counting and writing are this module's.
+Each data set, or family of data sets, has one module here. Its `Converter` says where the files are
+and turns one of their entries into Records. This module checks, counts and writes them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _EXAMPLES = 3
 
 
 class Converter(AnnotationFiles):
-    """Makes training records of a data set's official files."""
+    """A converter makes training records from a data set's official files."""
 
     tasks: ClassVar[tuple[str, ...]]
 
@@ -41,14 +41,14 @@ class Converter(AnnotationFiles):
 
 @dataclass
 class Report:
-    """What became of the entries of one conversion."""
+    """The report of one conversion counts what became of the entries."""
 
     entries: int = 0
     records: Counter[str] = field(default_factory=Counter)  # by task
     dropped: Counter[str] = field(default_factory=Counter)  # by reason
     examples: dict[str, list[str]] = field(default_factory=dict)
-    skipped: Counter[str] = field(default_factory=Counter)  # by reason: not meant for training
-    left_out: Counter[str] = field(default_factory=Counter)  # by reason: parts of entries
+    skipped: Counter[str] = field(default_factory=Counter)  # by reason; they are not meant for training
+    left_out: Counter[str] = field(default_factory=Counter)  # by reason; these are parts of entries
 
     def drop(self, reason: str, detail: str) -> None:
         self.dropped[reason] += 1
@@ -72,14 +72,14 @@ class Report:
 def convert(
     converter: Converter, out: Path, limit: int | None = None, progress: Callable[[int], None] = lambda done: None
 ) -> Report:
-    """Write all records to the jsonl file `out`, and what became of the entries to
-    `out`.report.json beside it.
+    """Write all records to the jsonl file `out` and return the report.
 
-    What the records' tasks cannot use is dropped and counted here, not when a run meets it.
+    The report is also written beside it, to `out`.report.json. A record that its task cannot use is
+    dropped and counted here, so that no run meets it.
 
     Args:
-        limit: stop after so many entries.
-        progress: called with the number of entries read so far, now and then.
+        limit: the number of entries after which the conversion stops.
+        progress: a function that is called now and then with the number of entries read so far.
 
     Raises:
         UserError: `out` is not jsonl, the converter's files are wrong, or no record is left.
@@ -119,16 +119,16 @@ def convert(
 
 
 def id_of(thing: Any, name: str = "id") -> int | str | None:
-    """What a thing says is its `name`; None where that is no id."""
+    """Return what an entry has at `name`, or None if that is no id."""
     value = thing.get(name) if isinstance(thing, dict) else None
     return value if isinstance(value, int | str) else None
 
 
 def checked(region: Region, image_size: tuple[tuple[int, int], ...]) -> Region:
-    """The region, if a task can write its box and its label.
+    """Return the region if a task can write its box and its label.
 
     Raises:
-        SkipSample: why not.
+        SkipSample: no task can write them. The exception holds the reason.
     """
     record = Record("", "reg", (ImageRef("image"),), image_size, regions=(region,))
     TASKS[record.task].turns(record, Coordinates())
@@ -136,11 +136,12 @@ def checked(region: Region, image_size: tuple[tuple[int, int], ...]) -> Region:
 
 
 def check(record: Record) -> None:
-    """Whether the record's task can write it, its images lie below their root and a run will read
-    it as it is.
+    """Check that a run can use the record.
+
+    Its task can write it, its images lie below their root, and a run reads it as it is.
 
     Raises:
-        SkipSample: why not.
+        SkipSample: one of these does not hold. The exception holds the reason.
     """
     for image in record.images:
         path = PurePosixPath(image.path)

@@ -1,10 +1,11 @@
-"""A-OKVQA: questions about COCO images that need common sense and knowledge, with choices, answers
-and rationales.
+"""A-OKVQA has questions about COCO images that need common sense and knowledge.
 
-File (https://github.com/allenai/aokvqa): `aokvqa_v1p0_{split}.json`, a list of {"question_id",
-"image_id", "question", "choices": [four], "correct_choice_idx", "direct_answers": [ten],
-"difficult_direct_answer", "rationales": [three]}. Images are those of COCO's train2017.zip and
-val2017.zip.
+Each question has choices, answers and rationales.
+
+The file (https://github.com/allenai/aokvqa) is `aokvqa_v1p0_{split}.json`, a list of
+{"question_id", "image_id", "question", "choices": [four], "correct_choice_idx", "direct_answers":
+[ten], "difficult_direct_answer", "rationales": [three]}. The images are those of COCO's
+train2017.zip and val2017.zip.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from sphinx_pl.data.schema import Record
 
 
 class AOKVQAConverter(Converter):
-    """Two records of each question: its choices, and its most frequent direct answer.
+    """Each question gives two records: one with its choices, one with its most frequent direct
+    answer.
 
-    The official evaluation asks no direct answer of questions with `difficult_direct_answer`; nor
-    does this.
+    The official evaluation asks for no direct answer if `difficult_direct_answer` is set. Such a
+    question gives no second record.
     """
 
     name = "aokvqa"

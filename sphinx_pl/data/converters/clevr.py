@@ -1,10 +1,10 @@
-"""CLEVR: questions about rendered scenes, with the program that answers each.
+"""CLEVR has questions about rendered scenes, with the program that answers each.
 
-Files (https://cs.stanford.edu/people/jcjohns/clevr/, CLEVR_v1.0.zip; structure in its README.txt):
-`questions/CLEVR_{train,val}_questions.json` with {"questions": [{"image_filename", "question",
-"answer", "program": [{"function", "inputs", "value_inputs"}]}]}. A program has a step `relate`
-where the question is about an object left of, right of, in front of or behind another. The test
-split has no answers.
+The files (https://cs.stanford.edu/people/jcjohns/clevr/, CLEVR_v1.0.zip; its README.txt describes
+them) are `questions/CLEVR_{train,val}_questions.json` with {"questions": [{"image_filename",
+"question", "answer", "program": [{"function", "inputs", "value_inputs"}]}]}. A program has a step
+`relate` if the question is about an object left of, right of, in front of or behind another. The
+test split has no answers.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from sphinx_pl.data.schema import ImageRef, Record
 
 
 class ClevrConverter(Converter):
-    """Questions that need a spatial relation are `relation`, others `short_vqa`; images as
-    CLEVR_v1.0 unpacks."""
+    """A question that needs a spatial relation has the task `relation`, any other `short_vqa`.
+
+    The images lie as CLEVR_v1.0.zip unpacks them.
+    """
 
     name = "clevr"
     title = "CLEVR"

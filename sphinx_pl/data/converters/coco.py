@@ -1,9 +1,10 @@
-"""What the converters of COCO's format share (https://cocodataset.org/#format-data).
+"""These functions are shared by the converters of COCO's format.
 
-A file is {"images": [{"id", "file_name", "width", "height"}], "annotations": [{"id", "image_id",
-...}], "categories": [{"id", "name"}]}; an annotation of an object has "category_id", "bbox" [x, y,
-width, height] in pixels from the upper left corner, and "iscrowd": 1 where it stands for a group
-that was not told apart.
+A file (https://cocodataset.org/#format-data) is {"images": [{"id", "file_name", "width",
+"height"}], "annotations": [{"id", "image_id", ...}], "categories": [{"id", "name"}]}. The
+annotation of an object has "category_id", "bbox" and "iscrowd". The box is [x, y, width, height] in
+pixels from the upper left corner. "iscrowd" is 1 if the annotation is a group whose members are not
+annotated one by one.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ ImageSizes = tuple[tuple[int, int], ...]
 
 
 class CocoConverter(Converter):
-    """One of COCO's own: `train` and `val` are those of the 2017 release, which is the 2014 one
-    divided anew."""
+    """A converter of one of COCO's own data sets.
+
+    `train` and `val` are the splits of the 2017 release. It has the images of the 2014 release,
+    divided in another way.
+    """
 
     url = "https://cocodataset.org/#download"
     licence = "CC BY 4.0 (annotations), the images' own: https://cocodataset.org/#termsofuse"
@@ -31,7 +35,9 @@ class CocoConverter(Converter):
 
     @property
     def release(self) -> str:
-        """The name of the split in COCO's files, and of the folder that its images unpack to."""
+        """Return the split's name in COCO's files, which is also the folder that its images unpack
+        to.
+        """
         return self.split if self.split.endswith("2014") else f"{self.split}2017"
 
     def document(self, kind: str) -> Any:
@@ -39,7 +45,7 @@ class CocoConverter(Converter):
         return self.json(f"annotations/{name}", name)
 
     def image(self, image: Any) -> tuple[str, ImageSizes]:
-        """The path and size of an image of the file."""
+        """Return the path and the size of an image of the file."""
         size = image_size(image)
         return "/".join((self.release, image["file_name"])), size
 
@@ -49,10 +55,10 @@ def by_id(things: Iterable[Any]) -> dict[Any, Any]:
 
 
 def find(things: Mapping[Any, Any], wanted: Any, kind: str) -> Any:
-    """The thing of an id.
+    """Return the item with an id.
 
     Raises:
-        SkipSample: there is none.
+        SkipSample: no item has it.
     """
     if wanted is None or wanted not in things:
         raise SkipSample(f"{kind}_unknown", f"{kind} {wanted!r}")
@@ -60,16 +66,20 @@ def find(things: Mapping[Any, Any], wanted: Any, kind: str) -> Any:
 
 
 def by_annotation(document: Any) -> Iterator[tuple[str, Any]]:
-    """(id, (annotation, its image)) of each annotation; the image is None where the file has none
-    of that id."""
+    """Yield (id, (annotation, its image)) for each annotation.
+
+    The image is None if the file has none with that id.
+    """
     images = by_id(document["images"])
     for annotation in document["annotations"]:
         yield str(id_of(annotation)), (annotation, images.get(id_of(annotation, "image_id")))
 
 
 def by_image(document: Any) -> Iterator[tuple[str, Any]]:
-    """(id, (image, its annotations)) of each image; the image is None for annotations of one that
-    the file lacks."""
+    """Yield (id, (image, its annotations)) for each image.
+
+    The image is None for the annotations of an image that the file does not have.
+    """
     of_image: dict[Any, list[Any]] = defaultdict(list)
     for annotation in document["annotations"]:
         of_image[id_of(annotation, "image_id")].append(annotation)
@@ -86,20 +96,20 @@ def image_size(image: Any) -> ImageSizes:
 
 
 def corners(bbox: Iterable[Any]) -> Box4:
-    """(x1, y1, x2, y2) of (x, y, width, height)."""
+    """Return the box (x1, y1, x2, y2) of (x, y, width, height)."""
     x, y, width, height = (float(number) for number in bbox)
     return x, y, x + width, y + height
 
 
 def region(annotation: Any, categories: Mapping[Any, str], size: ImageSizes) -> Region:
-    """The box of an annotated object, labelled with its category.
+    """Return the box of an annotated object, labelled with its category.
 
     Raises:
-        SkipSample: it is no use.
+        SkipSample: no task can use the box, or the category is unknown.
     """
     return checked(Region(corners(annotation["bbox"]), find(categories, annotation["category_id"], "category")), size)
 
 
 def names(document: Any) -> dict[Any, str]:
-    """The name of each category id."""
+    """Return the name of each category id."""
     return {category["id"]: category["name"] for category in document["categories"]}

@@ -1,7 +1,7 @@
-"""COCO captions: five sentences on each image.
+"""COCO captions has five sentences about each image.
 
-Files (https://cocodataset.org/#format-data, "Image Captioning"):
-`annotations/captions_{train,val}{2014,2017}.json` in COCO's format (see `coco`), an annotation is
+The files (https://cocodataset.org/#format-data, "Image Captioning") are
+`annotations/captions_{train,val}{2014,2017}.json` in COCO's format (see `coco`). An annotation is
 {"id", "image_id", "caption"}.
 """
 
@@ -27,6 +27,6 @@ class CocoCaptionsConverter(coco.CocoConverter):
     def records(self, key: str, entry: Any) -> Iterator[Record]:
         annotation, image = entry
         path, size = self.image(image)
-        # Many end in a line break or in spaces.
+        # Many captions end in a line break or in spaces.
         caption = " ".join(annotation["caption"].split())
         yield Record(key, "caption", (ImageRef(path),), size, answer=caption)

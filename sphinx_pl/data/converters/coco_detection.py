@@ -1,6 +1,6 @@
-"""COCO detection: objects of 80 classes.
+"""COCO detection has the boxes of objects of 80 classes.
 
-Files (https://cocodataset.org/#format-data, "Object Detection"):
+The files (https://cocodataset.org/#format-data, "Object Detection") are
 `annotations/instances_{train,val}{2014,2017}.json` in COCO's format (see `coco`).
 """
 
@@ -14,10 +14,11 @@ from sphinx_pl.data.schema import ImageRef, Record, Region
 
 
 class CocoDetectionConverter(coco.CocoConverter):
-    """A record for each class that an image shows, and one with all of its objects.
+    """Each class that an image shows is a record, and one record has all of its objects.
 
-    Not where a crowd is among the objects: a box around many is no answer, and without it the
-    answer is incomplete. Nor where an object is of no use; one of an unknown class could be of any.
+    A record is skipped if a crowd is among its objects. A box around many objects is no answer, and
+    without that box the answer is incomplete. A record is also skipped if one of its objects cannot
+    be used. An object of an unknown class could belong to every class.
     """
 
     name = "coco_detection"

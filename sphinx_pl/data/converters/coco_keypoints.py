@@ -1,9 +1,10 @@
-"""COCO keypoints: 17 points of each person.
+"""COCO keypoints has 17 points of each person.
 
-Files (https://cocodataset.org/#format-data, "Keypoint Detection"):
-`annotations/person_keypoints_{train,val}{2014, 2017}.json` in COCO's format (see `coco`), an
-annotation also has "keypoints": [x1, y1, v1, x2, ...] with v 0 not labelled, 1 hidden, 2 seen,
-"num_keypoints": how many are labelled, and "area": of the person in square pixels.
+The files (https://cocodataset.org/#format-data, "Keypoint Detection") are
+`annotations/person_keypoints_{train,val}{2014,2017}.json` in COCO's format (see `coco`). An
+annotation also has "keypoints": [x1, y1, v1, x2, ...], where v is 0 for not labelled, 1 for hidden
+and 2 for visible. "num_keypoints" is the number of labelled points. "area" is that of the person,
+in square pixels.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from sphinx_pl.data.schema import ImageRef, Record, Region
 
 
 class CocoKeypointsConverter(coco.CocoConverter):
-    """Each person is a record; not those in a crowd and those without a labelled point."""
+    """Each person is a record. Persons in a crowd and those without a labelled point are skipped."""
 
     name = "coco_keypoints"
     title = "COCO person keypoints"
@@ -38,6 +39,6 @@ class CocoKeypointsConverter(coco.CocoConverter):
         points = zip(numbers[0::3], numbers[1::3], numbers[2::3], strict=True)
         keypoints = tuple((float(x), float(y), int(visibility)) for x, y, visibility in points)
         person = Region(coco.corners(annotation["bbox"]), "person", keypoints)
-        # Of the outline, not the box: an evaluation's distances are measured by it.
+        # The area is that of the outline, not of the box. An evaluation divides distances by it.
         meta = {"area": float(annotation["area"])} if "area" in annotation else {}
         yield Record(key, "pose", (ImageRef(path),), size, regions=(person,), meta=meta)

@@ -1,5 +1,6 @@
-"""What several converters do in the same way: keys, most frequent answers, the usual kinds of
-records."""
+"""These functions are shared by several converters: keys, frequent answers, the usual kinds of
+records.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +18,13 @@ from sphinx_pl.data.tasks import TASKS, repeated_choice
 
 
 def keyed(entries: Iterable[Any], name: str, unique: bool = True) -> Iterator[tuple[str, Any]]:
-    """(key, entry) with what the entry has at `name` as key; with its number too where that is not
-    unique.
+    """Yield (key, entry), where the key is what the entry has at `name`.
 
-    What has none is yielded all the same, with its number: `records` refuses it, so that it is
-    counted.
+    A name that is not unique gets the entry's number in front. An entry without a key is yielded
+    with its number. `records` then refuses the entry, so that it is counted.
+
+    Args:
+        unique: whether no two entries have the same name.
     """
     for number, entry in enumerate(entries):
         found = entry.get(name) if isinstance(entry, Mapping) else None
@@ -30,19 +33,23 @@ def keyed(entries: Iterable[Any], name: str, unique: bool = True) -> Iterator[tu
 
 
 def text(value: Any) -> str:
-    """A value that must be text, where writing it into a path or a question would hide that it is
-    not."""
+    """Return a value that must be text.
+
+    A path or a question that it is written into would hide that it is something else.
+    """
     if not isinstance(value, str):
         raise TypeError(f"{value!r} should be text")
     return value
 
 
 def asked(value: Any) -> str:
-    """A question that is there: for converters that write more around it, which would hide that it
-    is empty.
+    """Return a question without the spaces around it.
+
+    Converters that write more around a question call this. The text around it would hide that it is
+    empty.
 
     Raises:
-        SkipSample: it is blank.
+        SkipSample: the question is blank.
     """
     if not (question := text(value).strip()):
         raise SkipSample("question_empty")
@@ -50,12 +57,13 @@ def asked(value: Any) -> str:
 
 
 def most_frequent(answers: list[str]) -> str:
-    """The answer that most gave, in lower case; of several the one that was given first.
+    """Return the most frequent answer in lower case. Of several, it is the one that was given
+    first.
 
     Raises:
-        SkipSample: there is none.
+        SkipSample: there is no answer.
     """
-    if not isinstance(answers, list):  # the letters of a text would count as answers
+    if not isinstance(answers, list):  # a text would be counted by its letters
         raise TypeError(f"{answers!r} should be a list")
     counts = Counter(clean for answer in answers if (clean := answer.strip().lower()))
     if not counts:
@@ -64,7 +72,7 @@ def most_frequent(answers: list[str]) -> str:
 
 
 def question_record(key: str, image: str, question: str, answer: str, meta: dict[str, Any]) -> Record:
-    """A question with a short answer: task yes_no where the answer is yes or no, else short_vqa."""
+    """Return a question with a short answer. Its task is yes_no or short_vqa, as the answer says."""
     short = answer.strip().rstrip(".").lower()
     task = "short_vqa"
     if short in ("yes", "no"):
@@ -73,10 +81,10 @@ def question_record(key: str, image: str, question: str, answer: str, meta: dict
 
 
 def choice_record(key: str, image: str, question: str, choices: Any, index: Any, meta: dict[str, Any]) -> Record:
-    """A question with choices, of which the one at `index` is right.
+    """Return a question with choices, of which the one at `index` is right.
 
     Raises:
-        SkipSample: there is no such choice, or two choices read the same, whichever is right.
+        SkipSample: there is no such choice, or any two choices read the same.
     """
     answer = chosen(choices, index)
     if repeated := repeated_choice(choices):
@@ -93,10 +101,10 @@ def choice_record(key: str, image: str, question: str, choices: Any, index: Any,
 
 
 def chosen(choices: Any, index: Any) -> str:
-    """The choice at `index`.
+    """Return the choice at `index`.
 
     Raises:
-        SkipSample: there is no such choice, or their number is not 2 to 26.
+        SkipSample: there is no such choice, or the number of choices is not 2 to 26.
     """
     if not isinstance(choices, list) or not 2 <= len(choices) <= len(string.ascii_uppercase):
         raise SkipSample("choices_count")
@@ -106,15 +114,20 @@ def chosen(choices: Any, index: Any) -> str:
 
 
 def choice_turn(question: str, choices: Sequence[str], index: int) -> Turn:
-    """What the task multiple_choice writes, for what it cannot: no image, or images as choices."""
+    """Return a turn in the words of the task multiple_choice.
+
+    It is for questions that the task cannot write: those without an image or with images as
+    choices.
+    """
     lines = (f"{letter}. {choice}" for letter, choice in zip(string.ascii_uppercase, choices, strict=False))
     template = TASKS["multiple_choice"].templates[0]
     return Turn(template.format(question=question, choices="\n".join(lines)), string.ascii_uppercase[index])
 
 
 def conversation_record(key: str, entry: Mapping[str, Any], folder: str = "") -> Record:
-    """An entry of LLaVA's about an image: task chat, or detailed_answer where there is a single
-    question.
+    """Return the record of an entry of LLaVA's about an image.
+
+    The task is detailed_answer if there is a single question, else chat.
 
     Raises:
         SkipSample: the speakers do not take turns.

@@ -1,10 +1,10 @@
-"""DocLayNet: the layout of document pages.
+"""DocLayNet has the layout of document pages.
 
-Files (https://github.com/DS4SD/DocLayNet, the core archive): `COCO/{train,val,test}.json` in COCO's
-format (see `coco`), with "precedence" on images and annotations: not 0 where a page was annotated
-again. Images are squares of 1025 pixels, `PNG/<hash>.png`, and the boxes are in their pixels. The
-11 categories are Caption, Footnote, Formula, List-item, Page-footer, Page-header, Picture,
-Section-header, Table, Text and Title.
+The files (https://github.com/DS4SD/DocLayNet, the core archive) are `COCO/{train,val,test}.json` in
+COCO's format (see `coco`). Images and annotations also have "precedence", which is not 0 if a page
+was annotated again. Images are squares of 1025 pixels, `PNG/<hash>.png`, and boxes are in these
+pixels. The 11 categories are Caption, Footnote, Formula, List-item, Page-footer, Page-header,
+Picture, Section-header, Table, Text and Title.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from sphinx_pl.data.schema import ImageRef, Record
 
 
 class DocLayNetConverter(Converter):
-    """Each page is a record, if all of its elements can be used: what is asked for are all of them."""
+    """Each page is a record if all of its elements can be used.
+
+    The question asks for all elements, so a page with an unusable one is skipped.
+    """
 
     name = "doclaynet"
     title = "DocLayNet"

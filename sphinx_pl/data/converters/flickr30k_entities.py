@@ -1,11 +1,12 @@
-"""Flickr30k Entities: captions whose phrases are tied to boxes.
+"""Flickr30k Entities has captions whose phrases are linked to boxes.
 
-Files (https://github.com/BryanPlummer/flickr30k_entities, annotations.zip unpacked beside the
-repository's lists): `{train,val,test}.txt` with an image id a line; `Sentences/<id>.txt` with a
-caption a line, its phrases written [/EN#<chain>/<type> words], chain 0 where a phrase names nothing
-visible; `Annotations/<id>.xml` with <size><width/> <height/></size> and <object>s, each with the
-chains that it is as <name>s and a <bndbox> (xmin, ymin, xmax, ymax counted from 1) or none for a
-whole scene or what is not seen; `UNRELATED_CAPTIONS` with "<id> <number of the caption>".
+The files (https://github.com/BryanPlummer/flickr30k_entities) are those of annotations.zip,
+unpacked beside the repository's lists. `{train,val,test}.txt` has an image id a line.
+`Sentences/<id>.txt` has a caption a line. Its phrases are written [/EN#<chain>/<type> words], with
+chain 0 if a phrase names nothing visible. `Annotations/<id>.xml` has <size><width/>
+<height/></size> and <object>s. An object has its chains as <name>s and a <bndbox> (xmin, ymin,
+xmax, ymax counted from 1). A whole scene and what is not visible have no box. `UNRELATED_CAPTIONS`
+has lines "<id> <number of the caption>".
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Flickr30kEntitiesConverter(Converter):
         if not regions:
             self.skipped["caption_without_box"] += 1
             return
-        # Captions come with spaces between words and punctuation.
+        # Captions have spaces between words and punctuation.
         answer = re.sub(r"\s+([.,;:!?])(?=\s|$)", r"\1", answer)
         path = ImageRef(f"flickr30k-images/{image}.jpg")
         yield Record(key, "grounded_caption", (path,), size, answer=answer, regions=tuple(regions))
@@ -80,8 +81,8 @@ class Flickr30kEntitiesConverter(Converter):
 
 
 def _annotation(xml: str, key: str) -> tuple[tuple[tuple[int, int], ...], dict[str | None, list[Any]]]:
-    """The image's size and the boxes of each chain."""
-    if "<!" in xml:  # no declarations, so no entities to expand
+    """Return the image's size and the boxes of each chain."""
+    if "<!" in xml:  # without declarations there are no entities to expand
         raise SkipSample("xml_declaration", key)
     try:
         root = ElementTree.fromstring(xml)

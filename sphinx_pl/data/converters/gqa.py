@@ -1,8 +1,8 @@
-"""GQA: compositional questions about Visual Genome's images.
+"""GQA has compositional questions about Visual Genome's images.
 
-File (https://cs.stanford.edu/people/dorarad/gqa/download.html, structure in about.html there):
-`{split}_balanced_questions.json`, {question id: {"imageId", "question", "answer", "fullAnswer",
-"types": {"structural", "semantic", "detailed"}, ...}}. Images are those of images.zip:
+The file (https://cs.stanford.edu/people/dorarad/gqa/download.html; about.html there describes it)
+is `{split}_balanced_questions.json`, {question id: {"imageId", "question", "answer", "fullAnswer",
+"types": {"structural", "semantic", "detailed"}, ...}}. The images are those of images.zip:
 images/{imageId}.jpg.
 """
 
@@ -17,7 +17,7 @@ from sphinx_pl.data.schema import Record
 
 
 class GQAConverter(Converter):
-    """The balanced questions, with their short answers; the full sentence is kept in meta."""
+    """Each balanced question is a record with its short answer. The full sentence is kept in meta."""
 
     name = "gqa"
     title = "GQA"

@@ -1,10 +1,11 @@
-"""HierText: words, lines and paragraphs of text in photographs and scans.
+"""HierText has the words, lines and paragraphs of text in photographs and scans.
 
-Files (https://github.com/google-research-datasets/hiertext): `gt/{train,validation}.jsonl.gz` or
-the same without .gz, despite the name one JSON value {"annotations": [{"image_id", "image_width",
-"image_height", "paragraphs": [{"lines": [{"text", "legible", "vertices": [[x, y], ...], "words":
-[{"vertices", "text", "legible"}]}]}]}]}. A line is legible if all of its words are. A line's
-polygon is a loose rotated rectangle, a word's is tight: boxes are the bounds of words.
+The files (https://github.com/google-research-datasets/hiertext) are
+`gt/{train,validation}.jsonl.gz`, or the same without .gz. Despite the name, each is one JSON value
+{"annotations": [{"image_id", "image_width", "image_height", "paragraphs": [{"lines": [{"text",
+"legible", "vertices": [[x, y], ...], "words": [{"vertices", "text", "legible"}]}]}]}]}. A line is
+legible if all of its words are. The polygon of a line is a loose rotated rectangle, and that of a
+word is tight. Boxes are therefore the bounds of words.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from sphinx_pl.data.schema import ImageRef, Record, Region
 
 
 class HierTextConverter(Converter):
-    """Each image is a record of its legible lines with boxes, and one without, if all legible lines
-    can be used."""
+    """Each image gives a record of its legible lines with boxes, and one without boxes.
+
+    An image is skipped if one of its legible lines cannot be used.
+    """
 
     name = "hiertext"
     title = "HierText"
@@ -40,7 +43,7 @@ class HierTextConverter(Converter):
         size = sizes(entry["image_width"], entry["image_height"], key)
         paragraphs = self.all_parts(entry["paragraphs"], lambda one: list(one["lines"]))
         lines = [line for lines in paragraphs for line in lines]
-        # What cannot be read is no text to be read out.
+        # Text that is not legible is not asked for.
         legible = [line for line in lines if line["legible"]]
         self.left_out.update(["line_illegible"] * (len(lines) - len(legible)))
         regions = tuple(self.all_parts(legible, lambda line: _region(line, size)))

@@ -1,10 +1,11 @@
-"""IconQA: questions about abstract diagrams, with texts or images to choose from or a blank to fill
-in.
+"""IconQA has questions about abstract diagrams.
 
-Files (https://github.com/lupantech/IconQA, iconqa_data.zip): iconqa/{split}/{kind}/{id}/data.json
-with {"question", "answer", "choices", "ques_type", "grade", "label"}, beside it image.png. In
-`choose_txt` choices are texts, in `choose_img` names of images in the same folder, and the answer
-is an index; in `fill_in_blank` it is a text.
+A question has texts or images to choose from, or a blank to fill in.
+
+The files (https://github.com/lupantech/IconQA, iconqa_data.zip) are
+iconqa/{split}/{kind}/{id}/data.json with {"question", "answer", "choices", "ques_type", "grade",
+"label"}, and image.png beside each. In `choose_txt` the choices are texts, in `choose_img` names of
+images in the same folder. In both, the answer is an index. In `fill_in_blank` it is a text.
 """
 
 from __future__ import annotations
@@ -23,8 +24,7 @@ KINDS = ("choose_txt", "choose_img", "fill_in_blank")
 
 
 class IconQAConverter(Converter):
-    """Where images are to choose from, all of them are images of the record, each behind its
-    letter."""
+    """If the choices are images, the record has all of them, each behind its letter."""
 
     name = "iconqa"
     title = "IconQA"

@@ -1,15 +1,15 @@
-"""LLaVA-Instruct-150K and LLaVAR: conversations about images, written by a language model.
+"""LLaVA-Instruct-150K and LLaVAR have conversations about images, written by a language model.
 
-Files of LLaVA (https://huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K):
+The files of LLaVA (https://huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K) are
 `llava_instruct_150k.json`, which holds the other three, and `conversation_58k.json`,
-`detail_23k.json`, `complex_reasoning_77k.json`; lists of {"id", "image", "conversations": [{"from":
-"human" or "gpt", "value"}]}. Images are those of COCO's train2017.zip. The mixture of LLaVA 1.5,
-llava_v1_5_mix665k.json, needs no converter: it is an instruction file.
+`detail_23k.json`, `complex_reasoning_77k.json`. They are lists of {"id", "image", "conversations":
+[{"from": "human" or "gpt", "value"}]}. The images are those of COCO's train2017.zip. The mixture of
+LLaVA 1.5, llava_v1_5_mix665k.json, needs no converter, because it is an instruction file.
 
-Files of LLaVAR (https://huggingface.co/datasets/SALT-NLP/LLaVAR):
+The files of LLaVAR (https://huggingface.co/datasets/SALT-NLP/LLaVAR) have the same form. They are
 `llava_instruct_150k_llavar_20k.json` and ..._16k, which hold LLaVA's entries too, and
-`chat_llavar.json` for pretraining, in the same form. Images are those of finetune.zip and
-pretrain.zip, named as if they were COCO's and CC3M's.
+`chat_llavar.json` for pretraining. The images are those of finetune.zip and pretrain.zip, named
+like those of COCO and CC3M.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class LLaVAInstructConverter(Converter):
     }
 
     def entries(self) -> Iterator[tuple[str, Any]]:
-        # An image's id is that of each of its conversations.
+        # All conversations about an image have its id.
         yield from keyed(self.json(self.files[self.split]), "id", unique=False)
 
     def records(self, key: str, entry: Any) -> Iterator[Record]:
@@ -45,8 +45,10 @@ class LLaVAInstructConverter(Converter):
 
 
 class LLaVARConverter(LLaVAInstructConverter):
-    """Without LLaVA's own entries where they can be told apart: with both converted, they would
-    count twice."""
+    """LLaVA's own entries are skipped if they can be told apart.
+
+    Otherwise they would count twice where both data sets are converted.
+    """
 
     name = "llavar"
     title = "LLaVAR"
@@ -61,7 +63,7 @@ class LLaVARConverter(LLaVAInstructConverter):
 
     def records(self, key: str, entry: Any) -> Iterator[Record]:
         record = conversation_record(key, entry)
-        if record.images[0].path.startswith("000000"):  # COCO's; LLaVAR's own numbers are longer than COCO's get
+        if record.images[0].path.startswith("000000"):  # a name of COCO's; LLaVAR's own numbers are longer
             self.skipped["of_llava_instruct"] += 1
         else:
             yield record

@@ -1,8 +1,8 @@
-"""OCR-VQA: questions about book covers.
+"""OCR-VQA has questions about book covers.
 
-File (https://ocr-vqa.github.io): `dataset.json`, {id: {"imageURL", "questions": [...], "answers":
-[...], "title", "authorName", "genre", "split": 1 train, 2 validation, 3 test}}. The script beside
-it downloads the images to images/{id}{extension of imageURL}.
+The file (https://ocr-vqa.github.io) is `dataset.json`, {id: {"imageURL", "questions": [...],
+"answers": [...], "title", "authorName", "genre", "split": 1 train, 2 validation, 3 test}}. The
+script beside it downloads the images to images/{id}{extension of imageURL}.
 """
 
 from __future__ import annotations
@@ -43,5 +43,5 @@ class OCRVQAConverter(Converter):
         for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
             if answer.strip():
                 yield question_record(f"{key}-{number}", image, question, answer, {})
-            else:  # a book without a known author, say: its other questions are of use
+            else:  # for example a book without a known author; its other questions are used
                 self.skipped["answer_empty"] += 1

@@ -1,7 +1,8 @@
-"""OK-VQA: questions about COCO images that need outside knowledge, ten answers each.
+"""OK-VQA has questions about COCO images that need outside knowledge, with ten answers each.
 
-Files (https://okvqa.allenai.org/download.html): `OpenEnded_mscoco_{split}2014_questions.json` and
-`mscoco_{split}2014_annotations.json`, in VQA's format, but without `multiple_choice_answer`.
+The files (https://okvqa.allenai.org/download.html) are
+`OpenEnded_mscoco_{split}2014_questions.json` and `mscoco_{split}2014_annotations.json`. They have
+VQA's format, but no `multiple_choice_answer`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from sphinx_pl.data.converters.vqav2 import VQAv2Converter
 
 
 class OKVQAConverter(VQAv2Converter):
-    """Trains on the most frequent answer; all ten go to meta for the official metric."""
+    """The target is the most frequent answer. All ten answers are kept in meta for the official
+    metric.
+    """
 
     name = "okvqa"
     title = "OK-VQA"

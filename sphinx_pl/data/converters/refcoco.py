@@ -1,10 +1,10 @@
-"""RefCOCO, RefCOCO+ and RefCOCOg: phrases that tell one object of a COCO image from the others.
+"""RefCOCO, RefCOCO+ and RefCOCOg have phrases that tell one object of a COCO image from the others.
 
-Files (https://github.com/lichengunc/refer, refcoco.zip, refcoco+.zip, refcocog.zip):
+The files (https://github.com/lichengunc/refer, refcoco.zip, refcoco+.zip, refcocog.zip) are
 `instances.json` in COCO's format (see `coco`) and pickles of a list of {"ref_id", "ann_id",
-"image_id", "split", "sentences": [{"sent", "raw", "sent_id", "tokens"}]}, one for each way to split
-the images: `refs(unc).p` and `refs(google).p`, for RefCOCOg `refs(umd).p` and `refs(google).p`. The
-images are COCO's train2014; "file_name" of a ref is no image's name.
+"image_id", "split", "sentences": [{"sent", "raw", "sent_id", "tokens"}]}. There is one pickle for
+each way to split the images: `refs(unc).p` and `refs(google).p`; for RefCOCOg `refs(umd).p` and
+`refs(google).p`. The images are COCO's train2014. The "file_name" of a ref is no image's name.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from sphinx_pl.utils.errors import UserError
 
 
 class RefCOCOConverter(Converter):
-    """Each phrase is a record that asks for its box and one that asks for the phrase.
+    """Each phrase gives a record that asks for its box and one that asks for the phrase.
 
-    The splits of `refs(google).p` are google-train and so on.
+    The splits of `refs(google).p` are called google-train and so on.
     """
 
     name = "refcoco"
@@ -57,8 +57,8 @@ class RefCOCOConverter(Converter):
         path = self.file(name)
         try:
             with path.open("rb") as file:
-                refs = _PlainData(file, encoding="latin1").load()  # Python 2 wrote them
-        except Exception as error:  # whatever a damaged or hostile pickle ends in
+                refs = _PlainData(file, encoding="latin1").load()  # the files were written by Python 2
+        except Exception as error:  # a damaged or hostile pickle can raise anything
             raise UserError(f"{self.name}: {path} is no pickle of plain data ({error}): get it anew") from None
         if not isinstance(refs, list):
             raise UserError(f"{self.name}: {path} holds no list of refs")
@@ -72,8 +72,10 @@ class RefCOCOPlusConverter(RefCOCOConverter):
 
 
 class RefCOCOgConverter(RefCOCOConverter):
-    """Google's validation images are among its training images; the split of UMD is the one without
-    that."""
+    """A converter of RefCOCOg with the splits of UMD and of Google.
+
+    Google's validation images are among its training images. Those of UMD's split are not.
+    """
 
     name = "refcocog"
     title = "RefCOCOg"
@@ -82,8 +84,10 @@ class RefCOCOgConverter(RefCOCOConverter):
 
 
 class _PlainData(pickle.Unpickler):
-    """Lists, dicts, strings and numbers: a pickle runs code through the classes and functions that
-    it names."""
+    """An unpickler of lists, dicts, strings and numbers only.
+
+    A pickle runs code through the classes and functions that it names.
+    """
 
     def find_class(self, module: str, name: str) -> NoReturn:
         raise pickle.UnpicklingError(f"it names {module}.{name}")

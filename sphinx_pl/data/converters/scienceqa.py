@@ -1,9 +1,9 @@
-"""ScienceQA: multiple-choice questions from school science, about half of them with an image.
+"""ScienceQA has multiple-choice questions from school science. About half of them have an image.
 
-Files (https://github.com/lupantech/ScienceQA, data/scienceqa): `problems.json`, {id: {"question",
-"choices", "answer": index, "hint", "image": "image.png" or null, "split", "lecture", "solution",
-"subject", "grade", ...}}, and `pid_splits.json`, {split: [ids]}. Images are those of train.zip,
-val.zip and test.zip: {split}/{id}/image.png.
+The files (https://github.com/lupantech/ScienceQA, data/scienceqa) are `problems.json`, {id:
+{"question", "choices", "answer": index, "hint", "image": "image.png" or null, "split", "lecture",
+"solution", "subject", "grade", ...}}, and `pid_splits.json`, {split: [ids]}. The images are those
+of train.zip, val.zip and test.zip: {split}/{id}/image.png.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ _KEPT = ("subject", "grade", "lecture", "solution")
 
 
 class ScienceQAConverter(Converter):
-    """The hint stands before the question as its context; lecture and solution are kept in meta.
+    """The hint stands before the question as its context. Lecture and solution are kept in meta.
 
-    A question without an image is a chat in the same words, as multiple_choice is about an image.
+    A question without an image has the task chat, in the words that multiple_choice uses for an
+    image.
     """
 
     name = "scienceqa"

@@ -1,6 +1,6 @@
-"""ShareGPT: conversations of people with ChatGPT, text only.
+"""ShareGPT has conversations of people with ChatGPT, as text only.
 
-File (https://huggingface.co/datasets/anon8231489123/ShareGPT_Vicuna_unfiltered):
+The file (https://huggingface.co/datasets/anon8231489123/ShareGPT_Vicuna_unfiltered) is
 `ShareGPT_V3_unfiltered_cleaned_split.json`, a list of {"id", "conversations": [{"from", "value"}]}.
 """
 
@@ -20,10 +20,10 @@ _ROLES = {"human": "human", "user": "human"} | dict.fromkeys(("gpt", "chatgpt", 
 
 
 class ShareGPTConverter(Converter):
-    """Long conversations are split in the file, so that parts begin with an answer: those are
-    dropped.
+    """A conversation that begins with an answer is dropped.
 
-    A question at the end that has no answer is left out.
+    The file splits long conversations, so that some parts begin in this way. A question at the end
+    without an answer is removed.
     """
 
     name = "sharegpt"
@@ -44,7 +44,7 @@ class ShareGPTConverter(Converter):
             message["from"] = _ROLES[message["from"]]
         if messages and messages[0]["from"] != "human":
             raise SkipSample("begins_with_an_answer", key)
-        if len(messages) % 2:  # or a turn is missing inside, which is found below
+        if len(messages) % 2:  # if a turn is missing inside instead, a check below raises
             messages.pop()
         if not messages:
             raise SkipSample("conversation_empty", key)

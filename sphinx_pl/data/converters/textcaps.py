@@ -1,8 +1,8 @@
-"""TextCaps: captions that read the text in an image, five for each.
+"""TextCaps has five captions for each image, which read the text in it.
 
-File (https://textvqa.org/textcaps/dataset): `TextCaps_0.1_{split}.json` with {"data": [{"image_id",
-"caption_id", "caption_str", "reference_strs": [all of the image's], ...}]}, one entry for each
-caption. Images are TextVQA's.
+The file (https://textvqa.org/textcaps/dataset) is `TextCaps_0.1_{split}.json` with {"data":
+[{"image_id", "caption_id", "caption_str", "reference_strs": [all of the image's], ...}]}. It has
+one entry for each caption. The images are TextVQA's.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""TextVQA: questions that are answered by reading text in an image, ten answers each.
+"""TextVQA has questions that are answered by reading text in an image, with ten answers each.
 
-File (https://textvqa.org/dataset): `TextVQA_0.5.1_{split}.json` with {"data": [{"question_id",
-"image_id", "question", "answers": [ten], ...}]}. Images are those of train_val_images.zip, where
-both splits lie in train_images/.
+The file (https://textvqa.org/dataset) is `TextVQA_0.5.1_{split}.json` with {"data":
+[{"question_id", "image_id", "question", "answers": [ten], ...}]}. The images are those of
+train_val_images.zip, which has both splits in train_images/.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from sphinx_pl.data.converters import Converter
 from sphinx_pl.data.converters.common import keyed, most_frequent, question_record, text
 from sphinx_pl.data.schema import Record
 
-# What annotators wrote where they gave no answer.
+# The remarks that annotators wrote instead of an answer.
 _REMARKS = (
     "unanswerable",
     "no text in image",
@@ -24,7 +24,9 @@ _REMARKS = (
 
 
 class TextVQAConverter(Converter):
-    """Trains on the most frequent answer; all ten go to meta for the official metric."""
+    """The target is the most frequent answer. All ten answers are kept in meta for the official
+    metric.
+    """
 
     name = "textvqa"
     title = "TextVQA"

@@ -1,12 +1,13 @@
-"""Visual Genome: regions, relationships and questions, a converter for each.
+"""Visual Genome has regions, relationships and questions. Each has a converter.
 
-Files (https://homes.cs.washington.edu/~ranjay/visualgenome/api_readme.html), lists of an object for
-each image: `image_data.json`: {"image_id", "url", "width", "height"}, the url ends as the image's
-path does where images.zip and images2.zip are unpacked, in VG_100K_2/2.jpg.
-`region_descriptions.json`: {"id" or "image_id", "regions": [{"region_id", "phrase", "x", "y",
-"width", "height"}]}. `relationships.json`: {"image_id", "relationships": [{"relationship_id",
-"predicate", "subject", "object"}]}, the last two {"name" or "names", "x", "y", "w", "h"}.
-`question_answers.json`: {"id" or "image_id", "qas": [{"qa_id", "question", "answer"}]}.
+The files (https://homes.cs.washington.edu/~ranjay/visualgenome/api_readme.html) are lists with an
+object for each image. `image_data.json` has {"image_id", "url", "width", "height"}. The url ends in
+the image's path below the folder where images.zip and images2.zip are unpacked, such as
+VG_100K_2/2.jpg. `region_descriptions.json` has {"id" or "image_id", "regions": [{"region_id",
+"phrase", "x", "y", "width", "height"}]}. `relationships.json` has {"image_id", "relationships":
+[{"relationship_id", "predicate", "subject", "object"}]}, where the last two are {"name" or "names",
+"x", "y", "w", "h"}. `question_answers.json` has {"id" or "image_id", "qas": [{"qa_id", "question",
+"answer"}]}.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from sphinx_pl.data.skip import SkipSample
 class _VisualGenomeConverter(Converter):
     url = "https://homes.cs.washington.edu/~ranjay/visualgenome/"
     licence = "CC BY 4.0"
-    splits = ("train",)  # it has no other
+    splits = ("train",)  # there is no other split
     parts_of: ClassVar[tuple[str, str, str]]
-    """File, key of an image's list in it, key of a listed thing's id."""
+    """The file, the key of an image's list in it, and the key of an element's id."""
 
     def entries(self) -> Iterator[tuple[str, Any]]:
         images = {id_of(image, "image_id"): image for image in self.json("image_data.json")}
@@ -47,7 +48,7 @@ class _VisualGenomeConverter(Converter):
 
 
 class VGRegions(_VisualGenomeConverter):
-    """Each region is a record that asks for its box and one that asks for its phrase."""
+    """Each region gives a record that asks for its box and one that asks for its phrase."""
 
     name = "vg_regions"
     title = "Visual Genome: region descriptions"
@@ -65,7 +66,10 @@ class VGRegions(_VisualGenomeConverter):
 
 
 class VGRelationships(_VisualGenomeConverter):
-    """Each relationship is a record; predicates in small letters, as people wrote ON as well as on."""
+    """Each relationship is a record.
+
+    The predicate is in lower case, because annotators wrote both ON and on.
+    """
 
     name = "vg_relationships"
     title = "Visual Genome: relationships"
@@ -81,7 +85,10 @@ class VGRelationships(_VisualGenomeConverter):
 
 
 class VGQuestions(_VisualGenomeConverter):
-    """Each question is a record; without the full stop that ends answers of a word as well."""
+    """Each question is a record.
+
+    The full stop at the end of an answer is removed. Answers of a single word have it too.
+    """
 
     name = "vg_questions"
     title = "Visual Genome: questions"

@@ -1,9 +1,10 @@
-"""VizWiz-VQA: questions of blind people about photographs they took, ten answers each; many cannot
-be answered.
+"""VizWiz-VQA has questions of blind people about photographs that they took.
 
-File (https://vizwiz.org/tasks-and-datasets/vqa): `{split}.json` of Annotations.zip, a list of
+Each has ten answers, and many questions cannot be answered.
+
+The file (https://vizwiz.org/tasks-and-datasets/vqa) is `{split}.json` of Annotations.zip, a list of
 {"image", "question", "answers": [{"answer", "answer_confidence"}], "answer_type", "answerable": 0
-or 1}. Images are those of train.zip and val.zip: {split}/{image}.
+or 1}. The images are those of train.zip and val.zip: {split}/{image}.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ _NO_ANSWERS = ("unanswerable", "unsuitable", "unsuitable image")
 
 
 class VizWizConverter(Converter):
-    """Trains on the most frequent answer, or "Unanswerable"; all ten go to meta for the official
-    metric."""
+    """The target is the most frequent answer, or "Unanswerable".
+
+    All ten answers are kept in meta for the official metric.
+    """
 
     name = "vizwiz"
     title = "VizWiz-VQA"
@@ -51,10 +54,11 @@ class VizWizConverter(Converter):
 
 
 def hinted(question: Any) -> str:
-    """A question with the hint: with the wording of short_vqa, this is what the original evaluates
-    with.
+    """Return a question with the hint that "Unanswerable" is an answer.
+
+    With the words of short_vqa, this is the prompt that the original evaluates with.
 
     Raises:
-        SkipSample: it is blank.
+        SkipSample: the question is blank.
     """
     return f"{asked(question)} {_HINT}"

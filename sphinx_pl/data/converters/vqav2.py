@@ -1,10 +1,10 @@
-"""VQAv2: open questions about COCO images, ten answers each.
+"""VQAv2 has open questions about COCO images, with ten answers each.
 
-Files (https://visualqa.org/download.html): `v2_OpenEnded_mscoco_{split}2014_questions.json` with
-{"questions": [{"question_id", "image_id", "question"}]} and
+The files (https://visualqa.org/download.html) are `v2_OpenEnded_mscoco_{split}2014_questions.json`
+with {"questions": [{"question_id", "image_id", "question"}]} and
 `v2_mscoco_{split}2014_annotations.json` with {"annotations": [{"question_id", "image_id",
-"multiple_choice_answer", "answers": [{"answer", ...}], "question_type", "answer_type"}]}. Images
-are those of COCO's train2014.zip and val2014.zip.
+"multiple_choice_answer", "answers": [{"answer", ...}], "question_type", "answer_type"}]}. The
+images are those of COCO's train2014.zip and val2014.zip.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from sphinx_pl.data.skip import SkipSample
 
 
 class VQAv2Converter(Converter):
-    """Trains on the most frequent answer, `multiple_choice_answer`; all ten go to meta for the
-    official metric."""
+    """The target is the most frequent answer, `multiple_choice_answer`.
+
+    All ten answers are kept in meta for the official metric.
+    """
 
     name = "vqav2"
     title = "VQAv2"

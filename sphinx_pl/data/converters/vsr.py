@@ -1,9 +1,9 @@
-"""VSR: whether a caption about a spatial relation is true of a COCO image.
+"""VSR has captions about spatial relations, which are true or false of a COCO image.
 
-Files (https://github.com/cambridgeltl/visual-spatial-reasoning, data/README.md):
-`splits/random/{train,dev,test}.jsonl` and `splits/zeroshot/...`, lines of {"image", "image_link",
-"caption", "label": 0 or 1, "relation", ...}. Images are those of COCO's train2017.zip and
-val2017.zip; the link says which.
+The files (https://github.com/cambridgeltl/visual-spatial-reasoning, data/README.md) are
+`splits/random/{train,dev,test}.jsonl` and `splits/zeroshot/...`. A line is {"image", "image_link",
+"caption", "label": 0 or 1, "relation", ...}. The images are those of COCO's train2017.zip and
+val2017.zip, and the link says which.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The sample world: small pictures, captions, texts and instructions in the formats of the real
-data sets.
+"""The sample world has small pictures, captions, texts and instructions in the real data sets'
+formats.
 
-Everything is made from a seed by `writer.build` (command: `python -m sphinx_pl.cli.sample`). Two
+`writer.build` makes everything from a seed (the command is `python -m sphinx_pl.cli.sample`). Two
 domains, "real" and "synthetic", describe the same kind of scene in different pictures and different
-language; see `scenes` and `captions`.
+language. See `scenes` and `language`.
 """

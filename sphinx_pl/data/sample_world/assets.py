@@ -1,9 +1,10 @@
-"""What the "real" domain is made of: scanned digits and photographs, split before any picture is
-made.
+"""The "real" domain is made of scanned digits and photographs, which are split before any picture
+is made.
 
-Scans: the 1797 handwritten digits (8x8) of the UCI optical recognition set that scikit-learn ships.
-Photographs: those that scikit-image's wheel contains; none is downloaded. A scan belongs to the
-held-out split when its index is a multiple of five, a photograph when `HELD_OUT_PHOTOS` names it.
+The scans are the 1797 handwritten digits (8x8) of the UCI optical recognition set that scikit-learn
+contains. The photographs are those in scikit-image's wheel, and none is downloaded. A scan belongs
+to the held-out split if its index is a multiple of five, a photograph if `HELD_OUT_PHOTOS` names
+it.
 """
 
 from __future__ import annotations
@@ -29,13 +30,17 @@ TRAIN_PHOTOS = (
 )
 HELD_OUT_PHOTOS = ("camera", "chelsea", "grass", "moon")
 
-SHORT_SIDE = 240  # photographs are kept at this size: a crop of a whole picture's size then shows some of its content
+SHORT_SIDE = 240
+"""The shorter side of a photograph in pixels. A crop of a picture's size then shows some content."""
 
 
 @dataclass(frozen=True)
 class Assets:
-    """One split's photographs (RGB), its scans by index in the full set (mask [8, 8] in 0-1), and
-    indices by digit."""
+    """The photographs and scans of one split.
+
+    Photographs are RGB. A scan is a mask [8, 8] in 0-1, by its index in the full set. `by_digit`
+    has the indices of each digit.
+    """
 
     photos: dict[str, Image.Image]
     scans: dict[int, NDArray[np.float32]]
@@ -44,10 +49,9 @@ class Assets:
 
 @dataclass
 class Origin:
-    """The photograph behind a picture (with the crop's box in it, at `SHORT_SIDE`) and the scans in
-    it.
+    """The photograph and the scans that a picture is made of, with the crop's box at `SHORT_SIDE`.
 
-    The texture of painted objects comes from photographs of the same split and is not noted.
+    The texture of painted objects comes from photographs of the same split and is not recorded.
     """
 
     photo: str = ""
@@ -60,7 +64,10 @@ class Origin:
 
 @lru_cache(maxsize=2)
 def load_assets(train: bool) -> Assets:
-    """The split's scans and photographs. Needs the extra `sample` (scikit-learn, scikit-image)."""
+    """Return the split's scans and photographs.
+
+    The extra `sample` (scikit-learn, scikit-image) must be installed.
+    """
     from skimage import data
     from sklearn.datasets import load_digits
 
@@ -80,7 +87,9 @@ def _small(pixels: NDArray[np.uint8]) -> Image.Image:
 
 
 def photo_crop(assets: Assets, rng: random.Random, width: int, height: int, origin: Origin) -> NDArray[np.float32]:
-    """A random part of a random photograph as float [height, width, 3] in 0-255, noted in `origin`."""
+    """Return a random part of a random photograph as float [height, width, 3] in 0-255, recorded in
+    `origin`.
+    """
     origin.photo = rng.choice(sorted(assets.photos))
     photo = assets.photos[origin.photo]
     zoom = rng.uniform(1.0, 1.9)

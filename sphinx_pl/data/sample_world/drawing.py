@@ -1,4 +1,4 @@
-"""Masks, paint and backgrounds: the difference between the two domains' pictures lies here.
+"""Masks, paint and backgrounds make the difference between the two domains' pictures.
 
 A mask is float [h, w] in 0-1, cropped to what it covers. A canvas is float [h, w, 3] in 0-255.
 """
@@ -46,30 +46,32 @@ SHAPES = ("circle", "square", "triangle", "star")
 
 
 def numpy_rng(rng: random.Random) -> np.random.Generator:
-    """A generator of arrays that goes on from `rng`'s state."""
+    """Return a generator of arrays whose seed is the next 64 bits of `rng`."""
     return np.random.Generator(np.random.PCG64(rng.getrandbits(64)))
 
 
 def jitter(color: Rgb, rng: random.Random, amount: int = 12) -> Array:
-    """The colour, each channel moved by at most `amount`."""
+    """Return the colour with each channel moved by at most `amount`."""
     return np.array([min(255, max(0, c + rng.randint(-amount, amount))) for c in color], dtype=np.float32)
 
 
 def coverage(image: Image.Image) -> Array:
-    """A grey image [h, w] as a mask."""
+    """Return a grey image [h, w] as a mask."""
     return np.asarray(image, dtype=np.float32) / np.float32(255)
 
 
 def trimmed(mask: Array, level: float = 0.35) -> Array:
-    """The mask without the rows and columns at its border that stay below `level`."""
+    """Return the mask without the rows and columns at its border that stay below `level`."""
     covered = mask > level
     rows, columns = np.flatnonzero(covered.any(axis=1)), np.flatnonzero(covered.any(axis=0))
     return mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
 def shape_mask(kind: str, size: int, rng: random.Random, real: bool) -> Array:
-    """A shape whose longer side is about `size` pixels; in the real domain turned a little, by a
-    shaky hand."""
+    """Return a shape whose longer side is about `size` pixels.
+
+    In the real domain a shaky hand draws it and turns it a little.
+    """
     points = _POLYGONS[kind]
     if real:
         points = _shaky(points, rng)
@@ -99,13 +101,13 @@ def _shaky(points: list[tuple[float, float]], rng: random.Random) -> list[tuple[
 @lru_cache(maxsize=64)
 def _font(size: int) -> ImageFont.FreeTypeFont:
     font = ImageFont.load_default(size)
-    assert isinstance(font, ImageFont.FreeTypeFont)  # Pillow's wheels have FreeType; without it there are no sizes
+    assert isinstance(font, ImageFont.FreeTypeFont)  # Pillow's wheels have FreeType, which sizes need
     return font
 
 
 @lru_cache(maxsize=512)
 def font_mask(text: str, height: int) -> Array:
-    """Rendered digits, `height` pixels high."""
+    """Return rendered digits, `height` pixels high."""
     font = _font(48)
     left, top, right, bottom = font.getbbox(text, stroke_width=2)
     image = Image.new("L", (math.ceil(right - left), math.ceil(bottom - top)))
@@ -116,8 +118,10 @@ def font_mask(text: str, height: int) -> Array:
 
 
 def scan_mask(digit: str, height: int, rng: random.Random, assets: Assets, origin: Origin) -> Array:
-    """A scanned digit, enlarged to `height` pixels, slightly turned; its index is noted in
-    `origin`."""
+    """Return a scanned digit, enlarged to `height` pixels and turned a little.
+
+    Its index is recorded in `origin`.
+    """
     index = rng.choice(assets.by_digit[digit])
     origin.scans.append(index)
     scan = Image.fromarray((np.pad(trimmed(assets.scans[index], 0.15), 1) * 255).astype(np.uint8))
@@ -128,7 +132,7 @@ def scan_mask(digit: str, height: int, rng: random.Random, assets: Assets, origi
 
 
 def text_mask(text: str, height: int, rng: random.Random, assets: Assets | None, origin: Origin) -> Array:
-    """A number of one or more digits: rendered without `assets`, else scans side by side."""
+    """Return a number of one or more digits. It is rendered without `assets`, else made of scans."""
     if assets is None:
         return font_mask(text, height)
     masks = [scan_mask(digit, height, rng, assets, origin) for digit in text]
@@ -142,8 +146,10 @@ def text_mask(text: str, height: int, rng: random.Random, assets: Assets | None,
 
 
 def background(width: int, height: int, rng: random.Random, assets: Assets | None, origin: Origin) -> Array:
-    """A plain pale canvas without `assets`, else a photograph's crop with little contrast and
-    colour."""
+    """Return a plain pale canvas without `assets`, else a photograph's crop.
+
+    The crop has little contrast and colour.
+    """
     if assets is None:
         return np.tile(np.array([rng.randint(222, 255) for _ in range(3)], dtype=np.float32), (height, width, 1))
     crop = photo_crop(assets, rng, width, height, origin)
@@ -156,15 +162,17 @@ def background(width: int, height: int, rng: random.Random, assets: Assets | Non
 
 
 def paint(canvas: Array, mask: Array, x: int, y: int, color: Array, opacity: float = 1.0) -> None:
-    """Cover the canvas with `color` ([3], or [h, w, 3]) where the mask is, its top left corner at
-    (x, y)."""
+    """Cover the canvas with `color` where the mask is.
+
+    `color` is [3] or [h, w, 3]. The mask's top left corner lies at (x, y).
+    """
     h, w = mask.shape
     part = canvas[y : y + h, x : x + w]
     part += (mask * opacity)[..., None] * (color - part)
 
 
 def paint_by_hand(canvas: Array, mask: Array, x: int, y: int, color: Array, rng: random.Random, assets: Assets) -> None:
-    """Like `paint`, but with uneven pressure, the texture of a photograph and a darker rim."""
+    """Paint like `paint`, but with uneven pressure, the texture of a photograph and a darker rim."""
     h, w = mask.shape
     texture = photo_crop(assets, rng, w, h, Origin()).mean(axis=2)
     texture = (texture - texture.mean()) / max(float(texture.std()), 4.0)
@@ -189,8 +197,11 @@ def paint_object(
 
 
 def finished(canvas: Array, rng: random.Random, real: bool) -> bytes:
-    """The canvas as JPEG. Real: a camera's colour cast and noise, and the artefacts of strong
-    compression."""
+    """Return the canvas as JPEG.
+
+    In the real domain it has a camera's colour cast and noise, and the artefacts of strong
+    compression.
+    """
     quality, subsampling = 92, 0
     if real:
         arrays = numpy_rng(rng)

@@ -1,4 +1,4 @@
-"""Pictures for OCR, pose and layout: numbers, stick figures and little pages."""
+"""These are the pictures for OCR, pose and layout: numbers, stick figures and little pages."""
 
 from __future__ import annotations
 
@@ -41,8 +41,10 @@ class Annotated(DrawnPicture):
 
 
 def draw_numbers(rng: random.Random, domain: str, assets: Assets | None) -> Annotated:
-    """One or two different numbers of one or two digits; two stand one below the other, so their
-    order is clear."""
+    """Return a picture of one or two different numbers of one or two digits.
+
+    Two numbers stand one below the other, so that their order is clear.
+    """
     texts = [_number(rng)]
     if rng.random() < 0.25:
         texts.append(_number(rng))
@@ -69,7 +71,10 @@ def _number(rng: random.Random) -> str:
 
 
 def draw_people(rng: random.Random, domain: str, assets: Assets | None, people: int) -> Annotated:
-    """One or two stick figures that face the viewer: their left is on the picture's right."""
+    """Return a picture of one or two stick figures that face the viewer.
+
+    Their left is on the picture's right.
+    """
     width, height = (64, 64) if people == 1 else (96, 64)
     origin = Origin()
     canvas = background(width, height, rng, assets, origin)
@@ -94,8 +99,10 @@ def draw_people(rng: random.Random, domain: str, assets: Assets | None, people: 
 
 
 def _bones(rng: random.Random, room: float, height: int) -> dict[str, tuple[float, float]]:
-    """Joint positions of a figure that fits into `room` x `height` pixels. Eyes and ears are too
-    small to draw."""
+    """Return the joint positions of a figure that fits into `room` x `height` pixels.
+
+    Eyes and ears are too small to be drawn.
+    """
     while True:
         tall = rng.uniform(44, 54)
         points = {"nose": (0.0, 0.12)}
@@ -117,13 +124,13 @@ def _bones(rng: random.Random, room: float, height: int) -> dict[str, tuple[floa
 
 
 def _step(start: tuple[float, float], degrees: float, length: float) -> tuple[float, float]:
-    """The point `length` away from `start`; 0 degrees is straight down."""
+    """Return the point `length` away from `start`. The direction of 0 degrees is straight down."""
     angle = math.radians(degrees)
     return start[0] + length * math.sin(angle), start[1] + length * math.cos(angle)
 
 
 def _body(bones: dict[str, tuple[float, float]], shift: float, width: int, height: int) -> list[Array]:
-    """Masks [height, width] of legs, torso, arms and head."""
+    """Return masks [height, width] of legs, torso, arms and head."""
     scale = 4
 
     def at(name: str) -> tuple[float, float]:
@@ -143,7 +150,10 @@ def _body(bones: dict[str, tuple[float, float]], shift: float, width: int, heigh
 
 
 def draw_page(rng: random.Random, domain: str, assets: Assets | None) -> Annotated:
-    """A page of two to four blocks from top to bottom: a title (mostly), paragraphs and figures."""
+    """Return a page of two to four blocks from top to bottom.
+
+    A title comes first on most pages. Paragraphs and figures follow.
+    """
     width, height = rng.choice(((64, 80), (64, 88), (72, 96)))
     origin = Origin()
     canvas = _paper(rng, width, height, assets, origin)
@@ -176,7 +186,7 @@ def draw_page(rng: random.Random, domain: str, assets: Assets | None) -> Annotat
 
 def _paper(rng: random.Random, width: int, height: int, assets: Assets | None, origin: Origin) -> Array:
     canvas = background(width, height, rng, assets, origin)
-    if assets is not None:  # a photographed sheet: bright, with a stain of the photograph left
+    if assets is not None:  # the sheet is bright, and the photograph stays faintly visible
         canvas = 0.25 * (canvas - canvas.mean()) + jitter((228, 222, 206), rng, 10)
     return np.asarray(canvas, dtype=np.float32)
 

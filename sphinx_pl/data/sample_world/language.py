@@ -1,8 +1,8 @@
-"""Everything that is said in the sample world: captions, the text corpus and the chats.
+"""This module writes all language of the sample world: captions, the text corpus and the chats.
 
-Captions of the real domain are noisy as alt text is; those of the synthetic domain come from clean
-templates. The text corpus states small facts; chats ask for them in other words, and the chats of
-the test ask only for facts that no training chat asked for.
+Captions of the real domain are noisy as alt text is. Those of the synthetic domain come from clean
+templates. The text corpus states small facts, and chats ask for them in other words. The chats of
+the test ask only for facts that no training chat asks for.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def with_article(phrase: str) -> str:
 
 
 def listing(items: list[str]) -> str:
-    """`x`, `x and y`, `x, y and z`."""
+    """Return `x`, `x and y` or `x, y and z`."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
@@ -37,11 +37,11 @@ RELATIONS = tuple(RELATION_PHRASES)
 
 
 def relation(a: tuple[float, float], b: tuple[float, float], least: float = 12) -> str | None:
-    """Which of `RELATIONS` the point `a` is relative to `b`; None where neither direction clearly
+    """Return which of `RELATIONS` the point `a` is to `b`, or None if no direction clearly
     prevails.
 
     Args:
-        least: pixels that they are apart at least.
+        least: the smallest distance in pixels that counts as a relation.
     """
     dx, dy = a[0] - b[0], a[1] - b[1]
     if abs(dx) >= max(2 * abs(dy), least):
@@ -52,7 +52,7 @@ def relation(a: tuple[float, float], b: tuple[float, float], least: float = 12) 
 
 
 def description(scene: Scene) -> str:
-    """Two sentences: how many objects, and which they are from left to right."""
+    """Return two sentences: how many objects there are, and which they are from left to right."""
     names = [with_article(thing.phrase) for thing in scene.things]
     if len(names) == 1:
         return f"There is one object in the picture. It is {names[0]}."
@@ -60,7 +60,7 @@ def description(scene: Scene) -> str:
 
 
 def synthetic_caption(scene: Scene, rng: random.Random) -> str:
-    """A clean caption that names every object, from left to right."""
+    """Return a clean caption that names every object, from left to right."""
     names = [with_article(thing.phrase) for thing in scene.things]
     if len(names) == 1:
         return rng.choice((names[0], f"there is one object: {names[0]}", f"a picture of {names[0]}"))
@@ -84,10 +84,10 @@ OFF_TOPIC = (
 
 
 def real_caption(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    """Alt text as found on web pages, and what is wrong with it: "none", "partial" or "wrong".
+    """Return alt text as found on web pages, and its fault: "none", "partial" or "wrong".
 
-    Wrong: about something else, or about objects none of which is in the picture. Partial: objects
-    or colours missing.
+    A wrong caption is about something else, or about objects none of which is in the picture. A
+    partial one lacks objects or colours.
     """
     things = list(scene.things)
     rng.shuffle(things)
@@ -118,7 +118,7 @@ def _alt_text(phrases: list[str], rng: random.Random) -> str:
 
 @dataclass(frozen=True)
 class Fact:
-    """Something a chat can ask for, and the sentences that state it in the text corpus."""
+    """A fact is what a chat can ask for, and the sentences that state it in the text corpus."""
 
     family: str
     question: str
@@ -140,7 +140,10 @@ OPPOSITES = (
 
 
 def facts() -> list[Fact]:
-    """All facts of the world: order of numbers, days, months and letters, sums below 19, opposites."""
+    """Return all facts of the world.
+
+    They are the order of numbers, days, months and letters, sums below 19, and opposites.
+    """
     found = [fact for n in range(99) for fact in _order("number", str(n), str(n + 1))]
     for family, names in (("day", DAYS), ("month", MONTHS), ("letter", LETTERS)):
         for first, second in itertools.pairwise(names):
@@ -164,7 +167,10 @@ def _order(family: str, first: str, second: str) -> list[Fact]:
 
 
 def split_facts(rng: random.Random) -> tuple[list[Fact], list[Fact], list[Fact]]:
-    """The facts that chats of training, validation and test ask for: 70, 5 and 25 % of each family."""
+    """Return the facts that chats of training, validation and test ask for.
+
+    They are 70, 5 and 25 % of each family.
+    """
     families: dict[str, list[Fact]] = {}
     for fact in facts():
         families.setdefault(fact.family, []).append(fact)
@@ -185,8 +191,10 @@ THINGS = ("ball", "book", "cup", "hat", "kite", "box")
 
 
 def document(rng: random.Random, known: list[Fact]) -> str:
-    """A text of at most 60 words: stated facts, counting, a list in order, a described scene or a
-    little story."""
+    """Return a text of at most 60 words.
+
+    It has stated facts, counting, a list in order, a described scene or a little story.
+    """
     draw = rng.random()
     if draw < 0.6:
         family = rng.choice(("number", "number", "number", "sum", "sum", "day", "month", "letter", "opposite"))

@@ -1,8 +1,8 @@
-"""Scenes and figures -> instruction entries: LLaVA's file format, with our keys where a task writes
-its own text.
+"""Scenes and figures become instruction entries in LLaVA's file format.
 
-An entry has `id`, `image`, `width`, `height`, `task`, `meta` and what its task needs of `question`,
-`answer`, `choices` and `regions` (boxes in pixels); or, as in LLaVA's files, `conversations` alone.
+Where a task writes its own text, an entry has our keys: `id`, `image`, `width`, `height`, `task`,
+`meta` and what the task needs of `question`, `answer`, `choices` and `regions` (boxes in pixels).
+Other entries have `conversations` alone, as in LLaVA's files.
 """
 
 from __future__ import annotations
@@ -45,8 +45,10 @@ def color_entry(thing: Thing) -> JsonEntry:
 
 
 def shape_entry(thing: Thing) -> JsonEntry:
-    """A circle, square, triangle, star, or "digit" whichever digit it is: that is a question of its
-    own."""
+    """Return the question about a thing's shape.
+
+    The answer is circle, square, triangle, star or digit. Which digit it is is another question.
+    """
     return _vqa("shape", f"What is the {thing.color} object?", "digit" if thing.kind in DIGITS else thing.kind)
 
 
@@ -63,8 +65,10 @@ def _vqa(topic: str, question: str, answer: str) -> JsonEntry:
 
 
 def object_choice(scene: Scene, thing: Thing, rng: random.Random) -> JsonEntry:
-    """Which phrase is in the image: two colours crossed with two kinds, so that the choices
-    themselves tell nothing."""
+    """Return the question which phrase is in the image.
+
+    The choices are two colours crossed with two kinds, so that they do not give away the answer.
+    """
     present = {other.phrase for other in scene.things}
     while True:
         color = rng.choice([color for color in COLORS if color != thing.color])
@@ -123,22 +127,27 @@ def relation_entry(phrase: str, other: str, place: str) -> JsonEntry:
 
 
 def relations(scene: Scene) -> list[tuple[str, str, str]]:
-    """(phrase, other phrase, where it is relative to the other) of every clear pair."""
+    """Return (phrase, other phrase, its place relative to the other) of every clear pair."""
     pairs = [(a, b) for a in scene.things for b in scene.things if a is not b]
     return [(a.phrase, b.phrase, place) for a, b in pairs if (place := relation(a.center, b.center))]
 
 
 def relations_to_middle(scene: Scene) -> list[tuple[str, str, str]]:
-    """As `relations`, but one thing has to be found, not two, which is learned first; the test does
-    not ask for it."""
+    """Return `relations` to the middle of the picture.
+
+    Only one thing has to be found, not two, which is learned earlier. The test does not ask for
+    these.
+    """
     middle = scene.width / 2, scene.height / 2
     found = [(thing.phrase, relation(thing.center, middle, least=6)) for thing in scene.things]
     return [(phrase, MIDDLE, place) for phrase, place in found if place]
 
 
 def scene_entries(scene: Scene, rng: random.Random) -> list[JsonEntry]:
-    """All kinds of questions about one training scene, those that need it only where the answer is
-    unambiguous."""
+    """Return all kinds of questions about one training scene.
+
+    A question that is ambiguous for the scene is omitted.
+    """
     things = list(scene.things)
     rng.shuffle(things)
     kinds, colors, pairs = unique_kinds(scene), unique_colors(scene), relations(scene)
@@ -158,8 +167,10 @@ def scene_entries(scene: Scene, rng: random.Random) -> list[JsonEntry]:
 
 
 def conversation_entry(scene: Scene, rng: random.Random) -> JsonEntry:
-    """Two or three questions about one scene in LLaVA's own form, without any of our keys but the
-    meta data."""
+    """Return two or three questions about one scene in LLaVA's own form.
+
+    The entry has none of our keys but the meta data.
+    """
     turns = [(COUNT_QUESTION, str(len(scene.things)))]
     turns += [(entry["question"], entry["answer"]) for entry in map(color_entry, unique_kinds(scene)[:1])]
     turns += [(entry["question"], entry["answer"]) for entry in map(shape_entry, unique_colors(scene)[-1:])]
@@ -177,7 +188,7 @@ def chat_entry(fact: Fact) -> JsonEntry:
 
 
 def figure_entries(figure: Annotated, task: str) -> list[JsonEntry]:
-    """One entry of a page or of numbers; for pose one for each person."""
+    """Return one entry of a page or of numbers. A pose picture gives one entry for each person."""
     found = [_annotation(annotated) for annotated in figure.regions]
     return [{"task": task, "regions": group} for group in ([[one] for one in found] if task == "pose" else [found])]
 
@@ -198,9 +209,9 @@ def _colors_differ(plan: ScenePlan) -> bool:
 
 
 def held_out_entry(task: str, topic: str, index: int, draw: DrawScene, rng: random.Random) -> tuple[Scene, JsonEntry]:
-    """A fresh scene and one question about it; `index` cycles through object counts and, where few,
-    answers.
+    """Return a fresh scene and one question about it.
 
+    `index` cycles through the object counts, and through the answers where these are few.
     `draw(count, wanted)` draws a scene.
     """
     count = index % MAX_OBJECTS + 1

@@ -1,5 +1,7 @@
-"""Scenes: one to three coloured shapes and digits that do not overlap. Both domains share the plan,
-not the look."""
+"""A scene has one to three coloured shapes and digits that do not overlap.
+
+Both domains share the plan of a scene, but not its look.
+"""
 
 from __future__ import annotations
 
@@ -29,13 +31,13 @@ ScenePlan = list[tuple[str, str]]  # (colour, kind) of each object
 
 
 def group_of(kind: str) -> str:
-    """The class of a kind that detection asks for."""
+    """Return the class of a kind that detection asks for."""
     return "digits" if kind in DIGITS else f"{kind}s"
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: its colour, its kind ("circle", "3") and its tight box in pixels."""
+    """One object has a colour, a kind ("circle", "3") and a tight box in pixels."""
 
     color: str
     kind: str
@@ -74,7 +76,10 @@ class Scene(DrawnPicture):
 
 
 def picture_size(rng: random.Random) -> tuple[int, int]:
-    """Mostly 64 x 64; a quarter have another form, with sides of 64 to 96."""
+    """Return a picture's size, which is mostly 64 x 64.
+
+    A quarter of the pictures have another form, with sides of 64 to 96 pixels.
+    """
     if rng.random() < 0.75:
         return 64, 64
     sides = [64, rng.choice((72, 80, 88, 96))]
@@ -83,8 +88,10 @@ def picture_size(rng: random.Random) -> tuple[int, int]:
 
 
 def draw_plan(rng: random.Random, count: int) -> ScenePlan:
-    """`count` different (colour, kind) pairs, a third of them digits; now and then a colour or a
-    kind is repeated."""
+    """Return `count` different (colour, kind) pairs, a third of them digits.
+
+    Sometimes a colour or a kind is repeated.
+    """
     plan: ScenePlan = []
     while len(plan) < count:
         color = rng.choice(tuple(COLORS))
@@ -103,9 +110,9 @@ def draw_scene(
     count: int,
     wanted: Callable[[ScenePlan], bool] | None = None,
 ) -> Scene:
-    """A scene of `count` objects whose plan is `wanted`.
+    """Return a scene of `count` objects whose plan is `wanted`.
 
-    `assets` are the scans and photographs to draw with; the synthetic domain has None.
+    `assets` are the scans and photographs to draw with. The synthetic domain has None.
     """
     while True:
         plan = draw_plan(rng, count)
@@ -128,8 +135,8 @@ def draw_scene(
 def _mask(
     kind: str, rng: random.Random, width: int, height: int, count: int, assets: Assets | None, origin: Origin
 ) -> Array:
-    # The model sees the padded square at one size, so objects of larger pictures are drawn larger:
-    # 20 to 32 pixels.
+    # The model sees the padded square at one size. So objects of larger pictures are drawn larger,
+    # with 20 to 32 pixels.
     smallest = min(28, 20 * max(width, height) // 64)
     size = rng.randint(smallest, min(32, smallest + (8 if count < MAX_OBJECTS else 5)))
     if kind not in DIGITS:
@@ -140,7 +147,7 @@ def _mask(
 
 
 def places(masks: list[Array], rng: random.Random, width: int, height: int) -> list[Box] | None:
-    """A random place for each mask, or None where no free one was found."""
+    """Return a random place for each mask, or None if no free place was found."""
     boxes: list[Box] = []
     for mask in masks:
         h, w = mask.shape

@@ -1,5 +1,7 @@
-"""The sample's tokenizer: 512 sentencepiece pieces with LLaMA's settings, trained on the sample's
-own words."""
+"""The sample's tokenizer has 512 sentencepiece pieces with LLaMA's settings.
+
+It is trained on the sample's own words.
+"""
 
 from __future__ import annotations
 
@@ -18,29 +20,32 @@ from sphinx_pl.data.sample_world.language import RELATIONS
 from sphinx_pl.data.tasks import TASKS
 
 VOCAB_SIZE = 512
-DECIMALS = 2  # enough for 64 pixels; two digits a number keep answers short
-RECORDS = 600  # instructions of each task that are read
+DECIMALS = 2
+"""The decimals of a coordinate. Two suffice for 64 pixels and keep answers short."""
+RECORDS = 600
+"""The number of instructions of each task that are read."""
 
-# Whole pieces, so that turns and boxes are short: the conversation's marks and the geometry's
-# punctuation. sentencepiece writes a space as "\u2581"; a newline inside a piece stays as it is.
+# The conversation's marks and the punctuation of boxes are whole pieces, so that turns and boxes are
+# short. sentencepiece writes a space as "\u2581". A newline inside a piece stays as it is.
 MARKS = ("###", "\n###", "\u2581Human:", "\u2581Assistant:")
 GEOMETRY_MARKS = ("<p>", "\u2581<p>", "</p>", "</p>[0.", "\u2581[0.", "[0.", ",0.", ";0.", "]<p>")
 
-# Half of the vocabulary are byte pieces. Merging pairs spends several pieces on the way to a long
-# word, so the most useful words are made pieces at once and merges get the rest. Colours are such
-# words also right after "<p>", and so are the words of relations, whose answers are single ones.
+# Half of the vocabulary consists of byte pieces. Merging pairs spends several pieces on the way to a
+# long word. So the most useful words are pieces from the start, and merges get the rest. Colours are
+# such words also right after "<p>". The words of relations are pieces, as these answers are one word.
 WORDS = 124
 PLACES = tuple(f"\u2581{word}" for word in (*RELATIONS, "middle"))
 
 
 def train_tokenizer(texts: list[str], instructions: Reader) -> bytes:
-    """A sentencepiece model (BPE, byte fallback, single digits, unk 0, bos 1, eos 2, no pad) as
-    bytes.
+    """Return a sentencepiece model as bytes.
+
+    It uses BPE with byte fallback and single digits. Its ids are unk 0, bos 1 and eos 2, without
+    pad.
 
     Args:
         texts: captions and documents of the training splits.
-        instructions: training instructions; their questions and answers are written by the tasks
-            themselves.
+        instructions: training instructions. The tasks write their questions and answers.
     """
     sentences = [*texts, *_dialogs(instructions)]
     model = io.BytesIO()
@@ -62,14 +67,14 @@ def train_tokenizer(texts: list[str], instructions: Reader) -> bytes:
         bos_id=1,
         eos_id=2,
         pad_id=-1,
-        num_threads=1,  # the result depends on the order in which threads finish
+        num_threads=1,  # with more, the result depends on which thread finishes first
         minloglevel=2,
     )
     return model.getvalue()
 
 
 def _dialogs(instructions: Reader) -> Iterator[str]:
-    """Questions and answers as training will see them."""
+    """Yield questions and answers as training reads them."""
     rng, coordinates = random.Random(0), Coordinates(DECIMALS)
     read: Counter[str] = Counter()
     for index in range(len(instructions)):
@@ -82,8 +87,10 @@ def _dialogs(instructions: Reader) -> Iterator[str]:
 
 
 def _useful_words(sentences: list[str]) -> list[str]:
-    """The words that save most pieces if each is one, with the space before them where they have
-    one."""
+    """Return the words that save most pieces if each is one piece.
+
+    A word includes the space before it if there is one.
+    """
     words: Counter[str] = Counter()
     for sentence in sentences:
         words.update(re.findall("\u2581?[A-Za-z]{2,}", "\u2581" + sentence.replace(" ", "\u2581")))

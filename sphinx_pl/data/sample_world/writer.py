@@ -1,14 +1,15 @@
-"""Writes the sample world to disk, in the formats of the real data sets.
+"""The sample world is written to disk in the formats of the real data sets.
 
     real/, synthetic/       WebDataset shards as img2dataset writes them: KEY.jpg, KEY.json, KEY.txt
     text/*.jsonl            {"text": ...} a line
-    instructions/*.json     LLaVA-style lists; images/ beside them, `image` is relative to the json's folder. Training
-                            has a file for each kind of picture (train-scenes, -ocr, -pose, -layout, -chat)
-    origins.jsonl           of every picture: split, photograph, crop and scans that it was made from
-    tokenizer.model         trained on the training texts
-    manifest.json           seed, version, counts and the SHA-256 of every file; written last
+    instructions/*.json     LLaVA-style lists, with images/ beside them. `image` is relative to the
+                            json's folder. Training has a file for each kind of picture
+                            (train-scenes, -ocr, -pose, -layout, -chat)
+    origins.jsonl           the split, photograph, crop and scans that each picture is made from
+    tokenizer.model         a tokenizer that is trained on the training texts
+    manifest.json           seed, version, counts and the SHA-256 of every file; it is written last
 
-The same seed and scale give the same bytes (with the same library versions).
+The same seed and scale give the same bytes with the same library versions.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ from sphinx_pl.data.sample_world.vocabulary import train_tokenizer
 from sphinx_pl.utils.errors import UserError
 
 VERSION = 5
-"""Raised when the world changes, so that data made by older code is made anew."""
+"""The version rises when the world changes. Data of an older version is then replaced."""
 
 SHARD_SIZE = 1000
 MANIFEST = "manifest.json"
 _IDENTITY = ("version", "seed", "scale")
 
-# Numbers at scale 1, per domain where a thing has domains.
+# The numbers of items at scale 1. They are per domain where items have domains.
 PAIRS = {"train": 3000, "val": 256}
 DOCUMENTS = {"train": 4000, "val": 256}
 SCENES = {"train": 2000, "val": 50}
@@ -69,7 +70,7 @@ TEST_QUESTIONS = {
 
 @dataclass
 class _World:
-    """What is being written, and where to."""
+    """The world that is being written, and its folder."""
 
     root: Path
     seed: int
@@ -78,8 +79,10 @@ class _World:
     origins: list[str] = field(default_factory=list)
 
     def rng(self, *stream: object) -> random.Random:
-        """A generator of its own for every item, so that no item depends on how many came before
-        it."""
+        """Return a generator for one item.
+
+        Each item has its own, so that no item depends on the number of items before it.
+        """
         return random.Random("/".join(map(str, (self.seed, *stream))))
 
     def number(self, at_full_scale: int) -> int:
@@ -96,12 +99,13 @@ class _World:
 
 
 def build(out: str | Path, seed: int = 0, scale: float = 1.0) -> dict[str, Any]:
-    """Make the sample data in the folder `out` and return its manifest; do nothing where it is
-    already there, whole.
+    """Make the sample data in the folder `out` and return its manifest.
+
+    Nothing is made if the same data is already there and whole.
 
     Args:
-        seed: of everything drawn; the split of scans and photographs does not depend on it.
-        scale: factor on the number of items of every kind.
+        seed: the seed of everything drawn. The split of scans and photographs does not depend on it.
+        scale: the factor on the number of items of every kind.
 
     Raises:
         UserError: `out` exists and holds something else.
@@ -123,7 +127,10 @@ def build(out: str | Path, seed: int = 0, scale: float = 1.0) -> dict[str, Any]:
 
 
 def _replaceable(out: Path) -> bool:
-    """An empty folder, or sample data of any version: other things have a manifest.json too."""
+    """Return whether `out` may be replaced: an empty folder, or sample data of any version.
+
+    Other folders have a manifest.json too, so its keys are checked.
+    """
     if not out.is_dir():
         return False
     try:
@@ -172,7 +179,7 @@ def _assets(domain: str, split: str) -> Assets | None:
 
 
 def _write_pairs(world: _World, domain: str, split: str) -> list[str]:
-    """Shards of captioned scenes; returns the captions."""
+    """Write shards of captioned scenes and return the captions."""
     captions: list[str] = []
     total = world.number(PAIRS[split])
     for shard, first in enumerate(range(0, total, SHARD_SIZE)):
@@ -199,7 +206,7 @@ def _write_pairs(world: _World, domain: str, split: str) -> list[str]:
 
 
 def _metadata(key: str, caption: str, noise: str, scene: Scene) -> dict[str, Any]:
-    """img2dataset's fields, and our `noise` (none, partial, wrong) and `objects`."""
+    """Return img2dataset's fields, and our `noise` (none, partial, wrong) and `objects`."""
     digest = hashlib.sha256(scene.jpeg).hexdigest()
     return {
         "caption": caption,
@@ -222,14 +229,17 @@ def _tar(members: Iterable[tuple[str, bytes]]) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for name, content in members:
-            info = tarfile.TarInfo(name)  # no time, user or group: the same bytes every time
+            info = tarfile.TarInfo(name)  # without time, user and group the bytes are always the same
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     return buffer.getvalue()
 
 
 def _write_documents(world: _World) -> list[str]:
-    """text/*.jsonl; returns the training documents. No validation document is a training document."""
+    """Write text/*.jsonl and return the training documents.
+
+    No validation document is a training document.
+    """
     known = language.facts()
     seen: set[str] = set()
     written: dict[str, list[str]] = {}
@@ -248,7 +258,7 @@ def _write_documents(world: _World) -> list[str]:
 
 
 def _write_instructions(world: _World) -> None:
-    """instructions/*.json and their images."""
+    """Write instructions/*.json and their images."""
     chats = dict(zip(("train", "val", "test"), language.split_facts(world.rng("facts")), strict=True))
     for split, asked in chats.items():
         writer = _Instructions(world, split)
@@ -274,7 +284,7 @@ class _Instructions:
     entries: list[JsonEntry] = field(default_factory=list)
 
     def add(self, name: str, entry: JsonEntry, picture: DrawnPicture | None = None) -> None:
-        """Complete the entry with its id, its image and its domain."""
+        """Add the entry, completed with its id, its image and its domain."""
         if picture is not None:
             entry |= {"image": f"images/{name}.jpg", "width": picture.width, "height": picture.height}
             entry["meta"] = {**entry.get("meta", {}), "domain": picture.domain}
@@ -283,8 +293,11 @@ class _Instructions:
         self.world.counts[f"instructions/{self.split}/{entry['meta']['domain']}/{task}"] += 1
 
     def files(self) -> dict[str, list[JsonEntry]]:
-        """File name -> its entries: one for each kind of picture in training, where a mixture
-        weighs them; else one."""
+        """Return the entries of each file.
+
+        Training has a file for each kind of picture, so that a mixture can weigh them. Other splits
+        have one file.
+        """
         if self.split != "train":
             return {self.split: self.entries}
         kinds: dict[str, list[JsonEntry]] = {}
@@ -299,7 +312,10 @@ class _Instructions:
         self.world.counts[f"images/{self.split}/{picture.domain}"] += 1
 
     def scenes(self, domain: str) -> None:
-        """Every kind of question about each scene; every few scenes also a conversation."""
+        """Add every kind of question about each scene.
+
+        Some scenes also have a conversation, at even distances.
+        """
         total = self.world.number(SCENES[self.split])
         every = total // min(total, self.world.number(CONVERSATIONS[self.split]))
         for index in range(total):
@@ -314,8 +330,10 @@ class _Instructions:
                 self.add(name, entry, scene)
 
     def figures(self, domain: str, task: str) -> None:
-        """Pictures of one kind; a pose picture with two people gives two entries, in the test only
-        one is asked for."""
+        """Add pictures of one kind.
+
+        A pose picture with two people gives two entries. The test asks for one of them only.
+        """
         for index in range(self.world.number(FIGURES[task][self.split])):
             rng = self.world.rng(task, domain, self.split, index)
             assets = _assets(domain, self.split)
@@ -330,7 +348,7 @@ class _Instructions:
                 self.add(name, entry, figure)
 
     def questions(self, domain: str) -> None:
-        """The test: one question about each fresh scene."""
+        """Add the test, which has one question about each fresh scene."""
         assets = _assets(domain, self.split)
         for (task, topic), at_full_scale in TEST_QUESTIONS.items():
             for index in range(self.world.number(at_full_scale)):
