@@ -47,7 +47,7 @@ class Report:
     records: Counter[str] = field(default_factory=Counter)  # by task
     dropped: Counter[str] = field(default_factory=Counter)  # by reason
     examples: dict[str, list[str]] = field(default_factory=dict)
-    skipped: Counter[str] = field(default_factory=Counter)  # by reason; they are not meant for training
+    skipped: Counter[str] = field(default_factory=Counter)  # by reason: not for training
     left_out: Counter[str] = field(default_factory=Counter)  # by reason; these are parts of entries
 
     def drop(self, reason: str, detail: str) -> None:
@@ -89,18 +89,18 @@ def convert(
     report = Report()
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(out) as temporary, temporary.open("wb") as file:
-        for key, found in converter.read():
+        for key, result in converter.read():
             if report.entries == limit:
                 break
             report.entries += 1
             if report.entries % 1000 == 0:
                 progress(report.entries)
             try:
-                if isinstance(found, SkipSample):
-                    raise found
-                for record in found:
+                if isinstance(result, SkipSample):
+                    raise result
+                for record in result:
                     check(record)
-                lines = [json.dumps(to_entry(record), ensure_ascii=False).encode() + b"\n" for record in found]
+                lines = [json.dumps(to_entry(record), ensure_ascii=False).encode() + b"\n" for record in result]
             except SkipSample as bad:
                 report.drop(bad.reason, bad.detail or key)
                 continue
@@ -108,7 +108,7 @@ def convert(
                 report.drop("entry_malformed", f"{key}: {type(error).__name__}: {error}")
                 continue
             file.writelines(lines)
-            report.records.update(record.task for record in found)
+            report.records.update(record.task for record in result)
         progress(report.entries)
         report.skipped, report.left_out = converter.skipped, converter.left_out
         if not report.records:

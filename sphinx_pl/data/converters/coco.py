@@ -35,9 +35,7 @@ class CocoConverter(Converter):
 
     @property
     def release(self) -> str:
-        """Return the split's name in COCO's files, which is also the folder that its images unpack
-        to.
-        """
+        """Return the split's name in COCO's files, which is also the folder of its images."""
         return self.split if self.split.endswith("2014") else f"{self.split}2017"
 
     def document(self, kind: str) -> Any:

@@ -41,9 +41,9 @@ class CocoDetectionConverter(coco.CocoConverter):
         regions: tuple[Region, ...] = ()
         incomplete = set()
         for one in objects:
-            found = tuple(self.parts([one], lambda one: coco.region(one, names, size)))
-            regions += found
-            if not found:
+            usable = tuple(self.parts([one], lambda one: coco.region(one, names, size)))
+            regions += usable
+            if not usable:
                 incomplete.add(names.get(id_of(one, "category_id")))
         everything = Record(f"{key}-all", "detection_all", (ImageRef(path),), size, regions=regions)
         if crowds:
@@ -59,5 +59,5 @@ class CocoDetectionConverter(coco.CocoConverter):
             if label in incomplete or None in incomplete:
                 self.skipped["detection_incomplete"] += 1
                 continue
-            found = tuple(region for region in regions if region.label == label)
-            yield Record(f"{key}-{label}", "detection", everything.images, size, question=label, regions=found)
+            members = tuple(region for region in regions if region.label == label)
+            yield Record(f"{key}-{label}", "detection", everything.images, size, question=label, regions=members)

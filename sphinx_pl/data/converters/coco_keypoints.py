@@ -17,7 +17,7 @@ from sphinx_pl.data.schema import ImageRef, Record, Region
 
 
 class CocoKeypointsConverter(coco.CocoConverter):
-    """Each person is a record. Persons in a crowd and those without a labelled point are skipped."""
+    """Each person is a record, except in a crowd or without a labelled point."""
 
     name = "coco_keypoints"
     title = "COCO person keypoints"

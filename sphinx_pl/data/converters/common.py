@@ -27,9 +27,9 @@ def keyed(entries: Iterable[Any], name: str, unique: bool = True) -> Iterator[tu
         unique: whether no two entries have the same name.
     """
     for number, entry in enumerate(entries):
-        found = entry.get(name) if isinstance(entry, Mapping) else None
-        known = isinstance(found, str | int)
-        yield (str(found) if unique and known else f"{number}-{found}" if known else f"#{number}"), entry
+        value = entry.get(name) if isinstance(entry, Mapping) else None
+        is_id = isinstance(value, str | int)
+        yield (str(value) if unique and is_id else f"{number}-{value}" if is_id else f"#{number}"), entry
 
 
 def text(value: Any) -> str:
@@ -72,7 +72,10 @@ def most_frequent(answers: list[str]) -> str:
 
 
 def question_record(key: str, image: str, question: str, answer: str, meta: dict[str, Any]) -> Record:
-    """Return a question with a short answer. Its task is yes_no or short_vqa, as the answer says."""
+    """Return a question with a short answer.
+
+    The task is yes_no if the answer is yes or no, else short_vqa.
+    """
     short = answer.strip().rstrip(".").lower()
     task = "short_vqa"
     if short in ("yes", "no"):

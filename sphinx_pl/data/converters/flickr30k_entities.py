@@ -61,10 +61,10 @@ class Flickr30kEntitiesConverter(Converter):
 
         def phrase(match: re.Match[str]) -> str:
             text = match[2].strip()
-            found = self.all_parts(boxes[match[1]], lambda box: checked(Region(_corners(box), text), size))
-            indices = range(len(regions), len(regions) + len(found))
-            regions.extend(found)
-            return f"{{{','.join(map(str, indices))}}}" if found else text
+            group = self.all_parts(boxes[match[1]], lambda box: checked(Region(_corners(box), text), size))
+            indices = range(len(regions), len(regions) + len(group))
+            regions.extend(group)
+            return f"{{{','.join(map(str, indices))}}}" if group else text
 
         answer = _PHRASE.sub(phrase, caption)
         if not regions:

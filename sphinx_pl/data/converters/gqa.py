@@ -17,7 +17,10 @@ from sphinx_pl.data.schema import Record
 
 
 class GQAConverter(Converter):
-    """Each balanced question is a record with its short answer. The full sentence is kept in meta."""
+    """Each balanced question is a record with its short answer.
+
+    The full sentence is kept in meta.
+    """
 
     name = "gqa"
     title = "GQA"

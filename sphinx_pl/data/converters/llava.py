@@ -63,7 +63,7 @@ class LLaVARConverter(LLaVAInstructConverter):
 
     def records(self, key: str, entry: Any) -> Iterator[Record]:
         record = conversation_record(key, entry)
-        if record.images[0].path.startswith("000000"):  # a name of COCO's; LLaVAR's own numbers are longer
+        if record.images[0].path.startswith("000000"):  # COCO's; LLaVAR's own numbers are longer
             self.skipped["of_llava_instruct"] += 1
         else:
             yield record

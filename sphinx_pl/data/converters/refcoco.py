@@ -57,7 +57,7 @@ class RefCOCOConverter(Converter):
         path = self.file(name)
         try:
             with path.open("rb") as file:
-                refs = _PlainData(file, encoding="latin1").load()  # the files were written by Python 2
+                refs = _PlainData(file, encoding="latin1").load()  # Python 2 wrote the files
         except Exception as error:  # a damaged or hostile pickle can raise anything
             raise UserError(f"{self.name}: {path} is no pickle of plain data ({error}): get it anew") from None
         if not isinstance(refs, list):

@@ -31,7 +31,7 @@ TRAIN_PHOTOS = (
 HELD_OUT_PHOTOS = ("camera", "chelsea", "grass", "moon")
 
 SHORT_SIDE = 240
-"""The shorter side of a photograph in pixels. A crop of a picture's size then shows some content."""
+"""The shorter side of a photograph in pixels: a crop of a picture's size shows some content."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,12 @@ def load_assets(train: bool) -> Assets:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    chosen = [index for index in range(len(digits.target)) if (index % 5 != 0) == train]
+    indices = [index for index in range(len(digits.target)) if (index % 5 != 0) == train]
     by_digit: dict[str, list[int]] = {str(digit): [] for digit in range(10)}
-    for index in chosen:
+    for index in indices:
         by_digit[str(digits.target[index])].append(index)
     photos = {name: _small(getattr(data, name)()) for name in (TRAIN_PHOTOS if train else HELD_OUT_PHOTOS)}
-    return Assets(photos, {index: (digits.images[index] / 16).astype(np.float32) for index in chosen}, by_digit)
+    return Assets(photos, {index: (digits.images[index] / 16).astype(np.float32) for index in indices}, by_digit)
 
 
 def _small(pixels: NDArray[np.uint8]) -> Image.Image:

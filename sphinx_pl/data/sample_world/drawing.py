@@ -101,7 +101,7 @@ def _shaky(points: list[tuple[float, float]], rng: random.Random) -> list[tuple[
 @lru_cache(maxsize=64)
 def _font(size: int) -> ImageFont.FreeTypeFont:
     font = ImageFont.load_default(size)
-    assert isinstance(font, ImageFont.FreeTypeFont)  # Pillow's wheels have FreeType, which sizes need
+    assert isinstance(font, ImageFont.FreeTypeFont)  # which Pillow's wheels have
     return font
 
 
@@ -132,7 +132,7 @@ def scan_mask(digit: str, height: int, rng: random.Random, assets: Assets, origi
 
 
 def text_mask(text: str, height: int, rng: random.Random, assets: Assets | None, origin: Origin) -> Array:
-    """Return a number of one or more digits. It is rendered without `assets`, else made of scans."""
+    """Return a number of one or more digits, rendered without `assets`, else made of scans."""
     if assets is None:
         return font_mask(text, height)
     masks = [scan_mask(digit, height, rng, assets, origin) for digit in text]
@@ -172,7 +172,7 @@ def paint(canvas: Array, mask: Array, x: int, y: int, color: Array, opacity: flo
 
 
 def paint_by_hand(canvas: Array, mask: Array, x: int, y: int, color: Array, rng: random.Random, assets: Assets) -> None:
-    """Paint like `paint`, but with uneven pressure, the texture of a photograph and a darker rim."""
+    """Paint with uneven pressure, the texture of a photograph and a darker rim. See `paint`."""
     h, w = mask.shape
     texture = photo_crop(assets, rng, w, h, Origin()).mean(axis=2)
     texture = (texture - texture.mean()) / max(float(texture.std()), 4.0)

@@ -144,25 +144,31 @@ def facts() -> list[Fact]:
 
     They are the order of numbers, days, months and letters, sums below 19, and opposites.
     """
-    found = [fact for n in range(99) for fact in _order("number", str(n), str(n + 1))]
+    result = [fact for n in range(99) for fact in _order("number", str(n), str(n + 1))]
     for family, names in (("day", DAYS), ("month", MONTHS), ("letter", LETTERS)):
         for first, second in itertools.pairwise(names):
-            found += _order(family, first, second)
+            result += _order(family, first, second)
     for a, b in itertools.product(range(10), repeat=2):
         total = str(a + b)
         sums = (f"{a} and {b} make {total}.", f"If you add {b} to {a} you get {total}.")
-        found.append(Fact("sum", f"What is {a} plus {b}?", total, sums))
+        result.append(Fact("sum", f"What is {a} plus {b}?", total, sums))
     for x, y in OPPOSITES:
-        said = (f"{x} and {y} are opposites.", f"If it is not {x}, it is {y}.", f"If it is not {y}, it is {x}.")
-        found += [Fact("opposite", f"What is the opposite of {one}?", other, said) for one, other in ((x, y), (y, x))]
-    return found
+        statements = (f"{x} and {y} are opposites.", f"If it is not {x}, it is {y}.", f"If it is not {y}, it is {x}.")
+        result += [
+            Fact("opposite", f"What is the opposite of {one}?", other, statements) for one, other in ((x, y), (y, x))
+        ]
+    return result
 
 
 def _order(family: str, first: str, second: str) -> list[Fact]:
-    said = (f"{first} is followed by {second}.", f"{second} follows {first}.", f"{first} is just ahead of {second}.")
+    statements = (
+        f"{first} is followed by {second}.",
+        f"{second} follows {first}.",
+        f"{first} is just ahead of {second}.",
+    )
     return [
-        Fact(family, f"What comes after {first}?", second, said),
-        Fact(family, f"What comes before {second}?", first, said),
+        Fact(family, f"What comes after {first}?", second, statements),
+        Fact(family, f"What comes before {second}?", first, statements),
     ]
 
 
@@ -190,7 +196,7 @@ NAMES = ("Anna", "Tom", "Lena", "Max", "Mia", "Sam")
 THINGS = ("ball", "book", "cup", "hat", "kite", "box")
 
 
-def document(rng: random.Random, known: list[Fact]) -> str:
+def document(rng: random.Random, all_facts: list[Fact]) -> str:
     """Return a text of at most 60 words.
 
     It has stated facts, counting, a list in order, a described scene or a little story.
@@ -198,8 +204,8 @@ def document(rng: random.Random, known: list[Fact]) -> str:
     draw = rng.random()
     if draw < 0.6:
         family = rng.choice(("number", "number", "number", "sum", "sum", "day", "month", "letter", "opposite"))
-        chosen = rng.sample([fact for fact in known if fact.family == family], rng.randint(3, 6))
-        return " ".join(_capital(rng.choice(fact.statements)) for fact in chosen)
+        group = rng.sample([fact for fact in all_facts if fact.family == family], rng.randint(3, 6))
+        return " ".join(_capital(rng.choice(fact.statements)) for fact in group)
     if draw < 0.75:
         start, length = rng.randint(0, 90), rng.randint(4, 9)
         return f"Counting from {start}: " + ", ".join(str(start + step) for step in range(length)) + "."

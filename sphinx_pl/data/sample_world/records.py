@@ -114,8 +114,8 @@ def grounded_entry(scene: Scene) -> JsonEntry:
 
 
 def detection_entry(scene: Scene, group: str) -> JsonEntry:
-    found = [region(thing, group) for thing in scene.things if thing.group == group]
-    return {"task": "detection", "question": group, "regions": found}
+    regions = [region(thing, group) for thing in scene.things if thing.group == group]
+    return {"task": "detection", "question": group, "regions": regions}
 
 
 def description_entry(scene: Scene) -> JsonEntry:
@@ -139,8 +139,8 @@ def relations_to_middle(scene: Scene) -> list[tuple[str, str, str]]:
     these.
     """
     middle = scene.width / 2, scene.height / 2
-    found = [(thing.phrase, relation(thing.center, middle, least=6)) for thing in scene.things]
-    return [(phrase, MIDDLE, place) for phrase, place in found if place]
+    places = [(thing.phrase, relation(thing.center, middle, least=6)) for thing in scene.things]
+    return [(phrase, MIDDLE, place) for phrase, place in places if place]
 
 
 def scene_entries(scene: Scene, rng: random.Random) -> list[JsonEntry]:
@@ -189,8 +189,11 @@ def chat_entry(fact: Fact) -> JsonEntry:
 
 def figure_entries(figure: Annotated, task: str) -> list[JsonEntry]:
     """Return one entry of a page or of numbers. A pose picture gives one entry for each person."""
-    found = [_annotation(annotated) for annotated in figure.regions]
-    return [{"task": task, "regions": group} for group in ([[one] for one in found] if task == "pose" else [found])]
+    annotations = [_annotation(annotated) for annotated in figure.regions]
+    return [
+        {"task": task, "regions": group}
+        for group in ([[one] for one in annotations] if task == "pose" else [annotations])
+    ]
 
 
 def _annotation(annotated: Region) -> JsonEntry:

@@ -25,14 +25,14 @@ DECIMALS = 2
 RECORDS = 600
 """The number of instructions of each task that are read."""
 
-# The conversation's marks and the punctuation of boxes are whole pieces, so that turns and boxes are
+# The conversation's marks and the punctuation of boxes are whole pieces. So turns and boxes are
 # short. sentencepiece writes a space as "\u2581". A newline inside a piece stays as it is.
 MARKS = ("###", "\n###", "\u2581Human:", "\u2581Assistant:")
 GEOMETRY_MARKS = ("<p>", "\u2581<p>", "</p>", "</p>[0.", "\u2581[0.", "[0.", ",0.", ";0.", "]<p>")
 
-# Half of the vocabulary consists of byte pieces. Merging pairs spends several pieces on the way to a
-# long word. So the most useful words are pieces from the start, and merges get the rest. Colours are
-# such words also right after "<p>". The words of relations are pieces, as these answers are one word.
+# Half of the vocabulary consists of byte pieces. Merging pairs spends several pieces on the way to
+# a long word. So the most useful words are pieces from the start, and merges get the rest. Colours
+# are such words also right after "<p>". So are the words of relations, whose answers are one word.
 WORDS = 124
 PLACES = tuple(f"\u2581{word}" for word in (*RELATIONS, "middle"))
 

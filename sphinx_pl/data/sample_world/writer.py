@@ -111,15 +111,15 @@ def build(out: str | Path, seed: int = 0, scale: float = 1.0) -> dict[str, Any]:
         UserError: `out` exists and holds something else.
     """
     out = Path(out)
-    wanted = {"version": VERSION, "seed": seed, "scale": scale}
-    if (found := _intact(out, wanted)) is not None:
-        return found
+    identity = {"version": VERSION, "seed": seed, "scale": scale}
+    if (intact := _intact(out, identity)) is not None:
+        return intact
     if out.exists() and not _replaceable(out):
         raise UserError(f"out={out} is not empty and not sample data: choose another folder or empty this one")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
         root = Path(temporary) / "new"
-        manifest = _fill(_World(root, seed, scale), wanted)
+        manifest = _fill(_World(root, seed, scale), identity)
         if out.exists():
             out.replace(Path(temporary) / "old")
         root.replace(out)
@@ -139,10 +139,10 @@ def _replaceable(out: Path) -> bool:
         return False
 
 
-def _intact(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
+def _intact(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     try:
         manifest: dict[str, Any] = json.loads((out / MANIFEST).read_text())
-        same = all(manifest.get(key) == value for key, value in wanted.items())
+        same = all(manifest.get(key) == value for key, value in identity.items())
         whole = same and all(_sha256(out / name) == digest for name, digest in manifest["files"].items())
     except (OSError, ValueError, KeyError):
         return None
@@ -153,7 +153,7 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _fill(world: _World, wanted: dict[str, Any]) -> dict[str, Any]:
+def _fill(world: _World, identity: dict[str, Any]) -> dict[str, Any]:
     texts: list[str] = []
     for domain in DOMAINS:
         for split in ("train", "val"):
@@ -166,7 +166,7 @@ def _fill(world: _World, wanted: dict[str, Any]) -> dict[str, Any]:
     world.write("origins.jsonl", "".join(f"{line}\n" for line in world.origins))
     names = sorted(path.relative_to(world.root).as_posix() for path in world.root.rglob("*") if path.is_file())
     manifest = {
-        **wanted,
+        **identity,
         "counts": dict(sorted(world.counts.items())),
         "files": {name: _sha256(world.root / name) for name in names},
     }
@@ -229,7 +229,7 @@ def _tar(members: Iterable[tuple[str, bytes]]) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for name, content in members:
-            info = tarfile.TarInfo(name)  # without time, user and group the bytes are always the same
+            info = tarfile.TarInfo(name)  # without a time the bytes are always the same
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     return buffer.getvalue()
@@ -240,27 +240,27 @@ def _write_documents(world: _World) -> list[str]:
 
     No validation document is a training document.
     """
-    known = language.facts()
-    seen: set[str] = set()
-    written: dict[str, list[str]] = {}
+    all_facts = language.facts()
+    distinct: set[str] = set()
+    by_split: dict[str, list[str]] = {}
     for split in ("val", "train"):
         rng = world.rng("text", split)
         documents: list[str] = []
         while len(documents) < world.number(DOCUMENTS[split]):
-            text = language.document(rng, known)
-            if text not in seen:
-                seen.add(text)
+            text = language.document(rng, all_facts)
+            if text not in distinct:
+                distinct.add(text)
                 documents.append(text)
-        written[split] = documents
+        by_split[split] = documents
         world.counts[f"text/{split}"] = len(documents)
         world.write(f"text/{split}.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in documents))
-    return written["train"]
+    return by_split["train"]
 
 
 def _write_instructions(world: _World) -> None:
     """Write instructions/*.json and their images."""
     chats = dict(zip(("train", "val", "test"), language.split_facts(world.rng("facts")), strict=True))
-    for split, asked in chats.items():
+    for split, group in chats.items():
         writer = _Instructions(world, split)
         for domain in DOMAINS:
             if split == "test":
@@ -269,7 +269,7 @@ def _write_instructions(world: _World) -> None:
                 writer.scenes(domain)
             for task in FIGURES:
                 writer.figures(domain, task)
-        for index, fact in enumerate(asked):
+        for index, fact in enumerate(group):
             writer.add(f"{split}-chat-{index:05d}", records.chat_entry(fact))
         for name, entries in writer.files().items():
             world.write(f"instructions/{name}.json", json.dumps(entries, sort_keys=True, separators=(",", ":")))
