@@ -372,7 +372,8 @@ def make_cases(folder: Path, shards: int, per_shard: int, lines: int) -> tuple[l
         path = write_many(folder / f"many.{name}", lines, as_list)
         source = {"kind": "instructions", "path": str(path)}
         cases.append(Case(f"{lines:,} lines of {name}", path.stat().st_size / 1e6, source))
-    cases.append(Case("the same, branches: 4", cases[-1].megabytes, cases[-1].source | {"questions_per_sample": 4}))
+    joined = {"questions_per_sample": 4}
+    cases.append(Case("the same, questions_per_sample: 4", cases[-1].megabytes, cases[-1].source | joined))
     return cases, tokenizer_file
 
 

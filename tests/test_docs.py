@@ -362,11 +362,9 @@ def anchors(page: Path) -> set[str]:
 
 
 WIDTH = 100
-REWRITTEN_LATER = ("configuration.md", "data.md", "evaluation.md", "own_data.md")
-REWRITTEN = [page for page in PAGES if page.name not in REWRITTEN_LATER]
 
 
-@pytest.mark.parametrize("page", REWRITTEN, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_lines_of_prose_are_short(page: Path) -> None:
     """Tables, code and lines of one word that cannot be broken, such as a link, are excepted."""
     text = re.sub(r"^ *```\w*\n.*?^ *```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
@@ -378,7 +376,7 @@ def test_lines_of_prose_are_short(page: Path) -> None:
     assert not long, "\n".join(long)
 
 
-@pytest.mark.parametrize("page", REWRITTEN, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_that_are_named_exist(page: Path) -> None:
     """Names of Python files in the text, with their folder or without, but those that the page adds."""
     text = re.sub(r"^ *```python\n.*?^ *```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)

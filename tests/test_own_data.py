@@ -20,8 +20,8 @@ PAGE = (REPOSITORY / "docs" / "own_data.md").read_text()
 
 
 def commands() -> list[list[str]]:
-    """Return the commands of the page's blocks that begin with python."""
-    blocks = re.findall(r"```\n(python .*?)```", PAGE, re.DOTALL)
+    """Return the commands of the page, in its order."""
+    blocks = re.findall(r"```\n((?:python|sphinx-data) .*?)```", PAGE, re.DOTALL)
     return [shlex.split(line) for block in blocks for line in block.splitlines()]
 
 
@@ -79,8 +79,8 @@ def test_the_pages_commands_train_a_model_that_answers(files: Path, sample_data:
     from sphinx_pl.data.inspect.table import lines, reasons
     from sphinx_pl.models.config import SphinxConfig
 
-    assert table[1:4] == ["-m", "sphinx_pl.cli.data", "table"]
-    overrides = [argument.replace("path=", f"path={files}/") for argument in table[4:]]
+    assert table[:2] == ["sphinx-data", "table"]
+    overrides = [argument.replace("path=", f"path={files}/") for argument in table[2:]]
     cfg = composed([*overrides, f"data.tokenizer={sample_data}/tokenizer.model"])
     values = OmegaConf.to_container(cfg.data, resolve=True)
     assert isinstance(values, dict)
