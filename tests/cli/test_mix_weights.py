@@ -272,7 +272,7 @@ def test_rules_and_options_from_the_command_line(
         (["out=mixed", "beta=0.5", "options.density=0.5"], "method=linear has no such option"),
         (["out=mixed", "beta=0.5", "objective=bleu"], "objective=bleu"),
         (["out=mixed", "weights=[1e308,1e308]", "any_sum=true"], "weights=[1e+308, 1e+308] must be at most 2^53"),
-        (["out=mixed", "beta=auto", "curve_dir=mixed/curve"], "curve_dir=mixed/curve is in out=mixed"),
+        (["out=mixed", "beta=auto", "curve_dir=mixed/curve"], "curve_dir=mixed/curve is inside out=mixed"),
         (["out=real", "beta=0.5", "overwrite=true", "checkpoints=[real,synthetic]"], "would delete 'real'"),
         (["curve=3", "curve_dir=kept"], "'kept/curve.json' exists"),
         (["out=mixed", "beta=0.5", "rules=[{mach: decoder, beta: 0.5}]"], "mach"),
@@ -283,7 +283,7 @@ def test_rules_and_options_from_the_command_line(
             ["out=mixed", "beta=0.5", "rules={}"],
             "Cannot merge DictConfig with ListConfig",
         ),
-        (["out=.", "beta=0.5"], "out=.: name the folder"),
+        (["out=.", "beta=0.5"], "out=.: name a new folder"),
         (["beta=auto", "search=[decodr]", "out=mixed", "data.root=DATA"], "search[0].match='decodr' is no part"),
         (["curve=3", "search=[decoder]", "budget=1", "out=mixed", "data.root=DATA"], "budget=1 must be at least 2"),
         (

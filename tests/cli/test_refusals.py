@@ -17,7 +17,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from sphinx_pl.cli import train
+from sphinx_pl.cli import run_setup, train
 from sphinx_pl.distributed import checkpointing
 from sphinx_pl.runtime import signals
 from sphinx_pl.runtime.run_lock import LOCK, Holder
@@ -166,7 +166,7 @@ def test_a_disk_that_fills_while_the_folder_is_prepared_is_one_line(
     def full(path: Path, *_: Any) -> None:
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(train, "write_whole", full)
+    monkeypatch.setattr(run_setup, "write_whole", full)
     code, error = refused(NEW, finished, sample_data, monkeypatch, capsys)
     assert code == 2
     assert "cannot write" in error

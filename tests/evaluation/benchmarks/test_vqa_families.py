@@ -194,6 +194,7 @@ def test_every_benchmark_that_the_docs_name_is_configured() -> None:
     known = OmegaConf.load(CONFIG_FOLDER / "benchmark" / "paper.yaml")
     root = CONFIG_FOLDER.parent.parent
     files = [root / "README.md", root / "conf" / "evaluate.yaml", *(root / "docs").glob("*.md")]
+    files.remove(root / "docs" / "extending.md")  # it makes the benchmark that it names
     named = [
         (file.name, pattern.strip("\"' "))
         for file in files
