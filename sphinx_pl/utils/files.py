@@ -70,6 +70,10 @@ def finite(content: Any) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
+def _no_folder(path: Path, key: str, error: OSError) -> UserError:
+    return UserError(f"{key}: '{path}' cannot be a folder ({error.strerror or error}): choose another path")
+
+
 def make_folder(path: Path, key: str) -> None:
     """Make a folder.
 
@@ -82,9 +86,7 @@ def make_folder(path: Path, key: str) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"{key}: '{path}' cannot be a folder ({error.strerror or error}): choose another path"
-        ) from None
+        raise _no_folder(path, key, error) from None
 
 
 def check_folder(path: Path, key: str) -> None:
@@ -101,9 +103,7 @@ def check_folder(path: Path, key: str) -> None:
         with TemporaryDirectory(prefix=".", dir=parent):
             pass
     except OSError as error:
-        raise UserError(
-            f"{key}: '{path}' cannot be a folder ({error.strerror or error}): choose another path"
-        ) from None
+        raise _no_folder(path, key, error) from None
 
 
 def check_writable(path: Path, key: str) -> None:
