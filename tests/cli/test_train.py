@@ -523,7 +523,7 @@ def test_a_sweep_whose_points_need_two_processes_is_swept_once(tmp_path: Path, s
     for folder, rate in zip(folders, ("0.0001", "0.0003"), strict=True):
         assert (folder / "model" / "config.json").is_file()
         assert [path.name for path in folder.glob("*.log")] == ["train.log"]
-        begun = [line for line in (folder / "train.log").read_text().splitlines() if f"in {folder}" in line]
+        begun = [line for line in (folder / "train.log").read_text().splitlines() if line.endswith(f"in {folder}")]
         assert len(begun) == 1
         assert f"pretrain_real, point stage.optim.lr={rate} in" in begun[0]
         (folder / "pretrain_real").symlink_to(folder)  # where `losses` looks
