@@ -29,7 +29,7 @@ FROZEN = "stage.train_parts=[decoder,projections]"
 SIZES = [f"model.decoder.{key}" for key in ("width=512", "heads=8", "kv_heads=8", "layers=8", "ffn_width=1408")]
 ROWS = ["data.packing.micro_batch_rows=2", "data.packing.row_length=256"]
 SHALLOW_ENCODERS = [
-    f"model.vision.encoders.{key}" for key in ("clip.layers=1", "dinov2.layers=1", "qformer.vision_layers=1")
+    f"model.vision.encoders.{key}=1" for key in ("clip.layers", "dinov2.layers", "qformer.vision_layers")
 ]
 DECODER_ALONE = [*SHALLOW_ENCODERS, "model.vision.encoders.convnext.depths=[1,1,1,1]"]
 """Encoders that are next to nothing beside the decoder."""
