@@ -264,7 +264,7 @@ def check_kill_and_resume(
 
 
 def test_a_killed_run_continues_with_the_same_losses(tmp_path: Path, sample_data: Path) -> None:
-    check_kill_and_resume(tmp_path, sample_data, ["training"], steps=24, forked=True)
+    check_kill_and_resume(tmp_path, sample_data, ["training"], steps=18, forked=True)
 
 
 @pytest.mark.long
