@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import signal
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
@@ -44,7 +44,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, sample_data: Path) -> Pat
 def hashes(folder: Path) -> dict[str, str]:
     """Return every file's name and hash."""
     return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        str(path.relative_to(folder)): xxhash.xxh3_128_hexdigest(path.read_bytes()) if path.is_file() else ""
         for path in folder.rglob("*")
     }
 

@@ -29,7 +29,8 @@ FROZEN = "stage.train_parts=[decoder,projections]"
 SIZES = [f"model.decoder.{key}" for key in ("width=512", "heads=8", "kv_heads=8", "layers=8", "ffn_width=1408")]
 ROWS = ["data.packing.micro_batch_rows=2", "data.packing.row_length=256"]
 SHALLOW_ENCODERS = [
-    f"model.vision.encoders.{key}=1" for key in ("clip.layers", "dinov2.layers", "qformer.vision_layers")
+    f"model.vision.encoders.{key}=1"
+    for key in ("clip.layers", "dinov2.layers", "qformer.vision_layers", "qformer.layers")
 ]
 DECODER_ALONE = [*SHALLOW_ENCODERS, "model.vision.encoders.convnext.depths=[1,1,1,1]"]
 """Encoders that are next to nothing beside the decoder."""
@@ -134,6 +135,7 @@ def test_what_does_not_fit_says_what_would() -> None:
 
 def test_data_that_is_there_is_looked_at(sample_data: Path) -> None:
     model = ["model=sphinx_sample", *SHALLOW_ENCODERS, "model.vision.encoders.convnext.depths=[1,1]"]
+    model.append("model.decoder.layers=1")
     plan = make_plan(composed(*model, "trainer=cpu", f"data.root={sample_data}"))
     assert plan.content.source == "measured"
     assert 0.5 * plan.row_length < plan.content.tokens <= plan.row_length
