@@ -22,7 +22,7 @@ from sphinx_pl.evaluation.mixtures.curve import describe_best
 from sphinx_pl.mixing.methods import mix_tensors
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.utils.errors import UserError
-from tests.conftest import new_processor, tiny_model
+from tests.conftest import REPOSITORY, new_processor, tiny_model
 from tests.mixing.conftest import original_folder
 from tests.mixing.test_rules import ORIGINAL
 from tests.scripts import run_script
@@ -461,7 +461,7 @@ def test_a_curve_of_a_method_with_a_base_names_its_ends(
 
 
 def test_the_command_line_sweeps_beta(parents: str, tmp_path: Path) -> None:
-    process = run_script([str(SCRIPT), "-m", parents, "beta=0,1", "out=mixed_${beta}"], tmp_path)
+    process = run_script([str(REPOSITORY / "mix_weights.py"), "-m", parents, "beta=0,1", "out=mixed_${beta}"], tmp_path)
     assert process.returncode == 0, process.stderr
     for name, parent in (("mixed_1", "real"), ("mixed_0", "synthetic")):
         mixed, original = open_checkpoint(tmp_path / name), open_checkpoint(tmp_path / parent)
