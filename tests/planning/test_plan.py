@@ -48,7 +48,7 @@ def composed(*overrides: str) -> DictConfig:
     [
         pytest.param(["trainer.precision=32-true", "data.packing.micro_batch_rows=4"], marks=pytest.mark.long),
         pytest.param(["stage.accumulate=2", FROZEN], marks=pytest.mark.long),
-        [*SIZES, *ROWS, *SHALLOW_ENCODERS, FROZEN, "stage.checkpointing=full"],
+        [*SIZES, *ROWS, FROZEN, "stage.checkpointing=full"],
         pytest.param([*SIZES, *ROWS, FROZEN], marks=pytest.mark.long),
         pytest.param([*SIZES, *ROWS, "stage.checkpointing=selective"], marks=pytest.mark.long),
         pytest.param([*SIZES, *ROWS, "stage.train_parts=[projections,qformer]"], marks=pytest.mark.long),
