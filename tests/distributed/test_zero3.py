@@ -5,8 +5,6 @@ rank.
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,6 @@ from sphinx_pl.data.schema import Batch
 from sphinx_pl.distributed.zero import Zero3
 from sphinx_pl.models.sphinx import whole_shape
 from sphinx_pl.utils.errors import UserError
-from tests.conftest import new_processor, tiny_model
 from tests.distributed.handmade import Samples, fit_written
 from tests.distributed.test_engines import SOME, weights
 from tests.ranks import on_ranks
@@ -31,15 +28,11 @@ NOTHING_STAYS = {"stage3_param_persistence_threshold": 0}
 ADAMW = {"kind": "adamw", "lr": 1e-3, "eps": 1e-6}
 
 
-def micro_batches(processor: Processor, folder: Path) -> list[list[Batch]]:
-    """Return four micro-batches for each of two ranks."""
-    s = Samples(processor, folder)
-    return [[s.batch(s.image(), s.text()) for _ in range(4)] for _ in range(2)]
-
-
 @pytest.fixture
 def of_ranks(processor: Processor, sample_data: Path) -> list[list[Batch]]:
-    return micro_batches(processor, sample_data)
+    """Return four micro-batches for each of two ranks."""
+    s = Samples(processor, sample_data)
+    return [[s.batch(s.image(), s.text()) for _ in range(4)] for _ in range(2)]
 
 
 class Losses(L.Callback):
@@ -50,60 +43,6 @@ class Losses(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
         self.values.append(float(trainer.callback_metrics["train/loss"]))
         self.norms.append(float(trainer.callback_metrics["train/grad_norm"]))
-
-
-class Buffers(L.Callback):
-    """The dtypes of what the optimizer keeps, and whether it works on the weights themselves."""
-
-    def __init__(self) -> None:
-        self.dtypes: set[torch.dtype] = set()
-        self.shared = False
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        zero: Any = trainer.optimizers[0]
-        tensors = [*zero.fp32_partitioned_groups_flat, *(v for s in zero.optimizer.state.values() for v in s.values())]
-        flat = zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True)
-        self.dtypes = {tensor.dtype for tensor in tensors if tensor.dim()}
-        self.shared = all(a.data_ptr() == b.data_ptr() for a, b in flat)
-
-
-def trained(
-    strategy: Callable[[], Zero3],
-    of_ranks: list[list[Batch]],
-    processor: Processor,
-    out: Path,
-    resume: Path | None = None,
-    **options: Any,
-) -> tuple[Losses, Buffers]:
-    """Return what the first of two ranks noted in four steps, or in the last two if they resume."""
-
-    def fit() -> tuple[Losses, Buffers]:
-        losses, buffers = Losses(), Buffers()
-        batches = [batches[-2:] if resume else batches for batches in of_ranks]
-        common: dict[str, Any] = {"optim": ADAMW} | options
-        callbacks = [losses, buffers]
-        fit_written(
-            strategy(), batches, processor, out, parts=SOME, callbacks=callbacks, resume=resume, max_steps=4, **common
-        )
-        return losses, buffers
-
-    first, _ = on_ranks(2, fit)
-    return first
-
-
-Precise = dict[str, tuple[Path, Losses, Buffers]]
-
-
-@pytest.fixture(scope="module")
-def precise(sample_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Precise:
-    """Return precision -> the folder of a run with masters, and what its first rank noted."""
-    processor = new_processor(sample_data, tiny_model())
-    runs = {}
-    for precision in ("32-true", "bf16-true"):
-        out = tmp_path_factory.mktemp("run")
-        of_ranks = micro_batches(processor, sample_data)
-        runs[precision] = out, *trained(Zero3, of_ranks, processor, out, precision=precision)
-    return runs
 
 
 @pytest.mark.timeout(180)
@@ -146,41 +85,61 @@ def test_masters_are_float32_and_begin_with_the_values_that_were_read(
 
 @pytest.mark.timeout(180)
 def test_bf16_trains_as_float32_does_and_resumes_bit_for_bit(
-    precise: Precise, processor: Processor, of_ranks: list[list[Batch]], tmp_path: Path
+    processor: Processor, of_ranks: list[list[Batch]], tmp_path: Path
 ) -> None:
-    (_, exact, _), (straight, rounded, _) = precise["32-true"], precise["bf16-true"]
-    assert rounded.values == pytest.approx(exact.values, rel=0.02)
-    assert rounded.values != exact.values
-    resume = straight / "step-00000002"
-    resumed, _ = trained(Zero3, of_ranks, processor, tmp_path, resume, precision="bf16-true")
-    assert resumed.values == rounded.values[2:]
-    after = weights(tmp_path, 4)
-    for name, value in weights(straight, 4).items():
-        assert torch.equal(value, after[name]), name
+    def fit(name: str, precision: str, steps: int, resume: Path | None = None) -> list[float]:
+        losses = Losses()
+        batches = [batches[-steps:] if resume else batches for batches in of_ranks]
+        options: dict[str, Any] = {"resume": resume, "max_steps": 4 if resume else steps, "precision": precision}
+        fit_written(
+            Zero3(), batches, processor, tmp_path / name, parts=SOME, optim=ADAMW, callbacks=[losses], **options
+        )
+        return losses.values
+
+    exact, rounded = on_ranks(2, fit, "fp32", "32-true", 4)[0], on_ranks(2, fit, "bf16", "bf16-true", 4)[0]
+    assert rounded == pytest.approx(exact, rel=0.02)
+    assert rounded != exact
+    on_ranks(2, fit, "halted", "bf16-true", 2)
+    resumed = on_ranks(2, fit, "halted", "bf16-true", 2, tmp_path / "halted/step-00000002")[0]
+    assert resumed == rounded[2:]
+    straight, halted = weights(tmp_path / "bf16", 4), weights(tmp_path / "halted", 4)
+    for name, value in straight.items():
+        assert torch.equal(value, halted[name]), name
 
 
 @pytest.mark.timeout(180)
 def test_without_masters_it_trains_nearly_as_well_and_resumes_bit_for_bit(
-    precise: Precise, processor: Processor, of_ranks: list[list[Batch]], tmp_path: Path
+    processor: Processor, of_ranks: list[list[Batch]], tmp_path: Path
 ) -> None:
-    def fit(name: str, resume: Path | None = None) -> tuple[Losses, Buffers]:
-        options: dict[str, Any] = {"optim": ADAMW | {"moments": "bf16"}, "precision": "bf16-true"}
-        strategy = functools.partial(Zero3, masters="bf16", reduce_dtype="bf16")
-        return trained(strategy, of_ranks, processor, tmp_path / name, resume, **options)
+    lean = {"optim": ADAMW | {"moments": "bf16"}}
 
-    _, exact, buffers = precise["bf16-true"]
-    assert (buffers.dtypes, buffers.shared) == ({torch.float32}, False)
-    rounded, buffers = fit("lean")
-    same = (buffers.dtypes, buffers.shared) == ({torch.bfloat16}, True)
-    assert same, "the weights themselves, and moments of their size"
-    assert rounded.values == pytest.approx(exact.values, rel=0.02)
-    assert rounded.values != exact.values
-    resumed, _ = fit("resumed", tmp_path / "lean/step-00000002")
-    assert resumed.values == rounded.values[2:]
-    straight, after = weights(tmp_path / "lean", 4), weights(tmp_path / "resumed", 4)
+    def fit(name: str, masters: bool, steps: int, resume: Path | None = None) -> tuple[list[float], set[Any], bool]:
+        losses = Losses()
+        batches = [batches[-steps:] if resume else batches for batches in of_ranks]
+        options: dict[str, Any] = {"resume": resume, "max_steps": 4 if resume else steps, "precision": "bf16-true"}
+        options |= {"optim": ADAMW} if masters else lean
+        engine = Zero3() if masters else Zero3(masters="bf16", reduce_dtype="bf16")
+        _, run = fit_written(engine, batches, processor, tmp_path / name, parts=SOME, callbacks=[losses], **options)
+        strategy: Any = run.strategy
+        zero = strategy.optimizers[0]
+        tensors = [*zero.fp32_partitioned_groups_flat, *(v for s in zero.optimizer.state.values() for v in s.values())]
+        flat = zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True)
+        shared = all(a.data_ptr() == b.data_ptr() for a, b in flat)
+        return losses.values, {tensor.dtype for tensor in tensors if tensor.dim()}, shared
+
+    exact, dtypes, shared = on_ranks(2, fit, "masters", True, 4)[0]
+    assert (dtypes, shared) == ({torch.float32}, False)
+    rounded, dtypes, shared = on_ranks(2, fit, "lean", False, 4)[0]
+    assert (dtypes, shared) == ({torch.bfloat16}, True), "the weights themselves, and moments of their size"
+    assert rounded == pytest.approx(exact, rel=0.02)
+    assert rounded != exact
+    on_ranks(2, fit, "halted", False, 2)
+    resumed, *_ = on_ranks(2, fit, "halted", False, 2, tmp_path / "halted/step-00000002")[0]
+    assert resumed == rounded[2:]
+    straight, halted = weights(tmp_path / "lean", 4), weights(tmp_path / "halted", 4)
     for name, value in straight.items():
         assert value.dtype == torch.bfloat16
-        assert torch.equal(value, after[name]), name
+        assert torch.equal(value, halted[name]), name
 
 
 def test_options_without_masters_are_named(processor: Processor, of_ranks: list[list[Batch]], tmp_path: Path) -> None:
@@ -235,21 +194,31 @@ def test_weights_of_targets_are_not_rounded_to_bf16(
 
 
 @pytest.mark.timeout(240)
-def test_offloading_changes_nothing(
-    precise: Precise, processor: Processor, of_ranks: list[list[Batch]], tmp_path: Path
-) -> None:
-    def fit(name: str, resume: Path | None = None) -> Losses:
-        strategy = functools.partial(Zero3, offload_optimizer="cpu", offload_parameters="cpu")
-        return trained(strategy, of_ranks, processor, tmp_path / name, resume)[0]
+def test_offloading_changes_nothing(processor: Processor, of_ranks: list[list[Batch]], tmp_path: Path) -> None:
+    def fit(name: str, device: str | None, resume: Path | None = None) -> list[float]:
+        losses = Losses()
+        batches = [batches[-2:] if resume else batches for batches in of_ranks]
+        strategy = Zero3(offload_optimizer=device, offload_parameters=device)
+        fit_written(
+            strategy,
+            batches,
+            processor,
+            tmp_path / name,
+            parts=SOME,
+            optim=ADAMW,
+            callbacks=[losses],
+            resume=resume,
+            max_steps=4,
+        )
+        return losses.norms
 
-    folder, plain, _ = precise["32-true"]
-    offloaded = fit("cpu")
-    assert offloaded.norms == pytest.approx(plain.norms, rel=1e-4)
-    assert min(plain.norms) > 0.5, "nothing was clipped"
-    one, two = weights(folder, 4), weights(tmp_path / "cpu", 4)
+    plain, offloaded = on_ranks(2, fit, "plain", None)[0], on_ranks(2, fit, "cpu", "cpu")[0]
+    assert offloaded == pytest.approx(plain, rel=1e-4)
+    assert min(plain) > 0.5, "nothing was clipped"
+    one, two = weights(tmp_path / "plain", 4), weights(tmp_path / "cpu", 4)
     for name, value in one.items():
         assert (value - two[name]).abs().max() < 1e-5, name
-    fit("again", tmp_path / "cpu/step-00000002")
+    on_ranks(2, fit, "again", "cpu", tmp_path / "cpu/step-00000002")
     resumed = weights(tmp_path / "again", 4)
     for name, value in two.items():
         assert torch.equal(value, resumed[name]), name
