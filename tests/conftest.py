@@ -105,8 +105,7 @@ def model_config() -> SphinxConfig:
     return tiny_model()
 
 
-@pytest.fixture
-def processor(sample_data: Path, model_config: SphinxConfig) -> Processor:
+def new_processor(sample_data: Path, model_config: SphinxConfig) -> Processor:
     assert model_config.vision is not None
     config = ProcessorConfig(system="", decimals=2, max_length=256)
     return Processor(
@@ -115,6 +114,11 @@ def processor(sample_data: Path, model_config: SphinxConfig) -> Processor:
         tokens_per_image=model_config.tokens_per_image,
         image_size=model_config.vision.image_size,
     )
+
+
+@pytest.fixture
+def processor(sample_data: Path, model_config: SphinxConfig) -> Processor:
+    return new_processor(sample_data, model_config)
 
 
 def transformers_decoder(config: DecoderConfig) -> Any:

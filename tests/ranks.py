@@ -34,6 +34,20 @@ def import_for_forks() -> None:
         Sphinx(tiny_model())
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+def environment_of(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """Return what torchrun sets for a rank of one node."""
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+    return {key: str(value) for key, value in environment.items()}
+
+
 def on_ranks(ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
     """Return what `function(*args)` returns in each of `ranks` processes, which see themselves as
     torchrun's.
@@ -43,21 +57,11 @@ def on_ranks(ranks: int, function: Callable[..., Any], *args: Any, timeout: floa
     """
     import_for_forks()
     context = multiprocessing.get_context("fork")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     outcomes: Any = context.Queue()
 
     def run(rank: int) -> None:
-        environment = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "GROUP_RANK": 0,
-            "WORLD_SIZE": ranks,
-            "LOCAL_WORLD_SIZE": ranks,
-        }
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
-        os.environ |= {key: str(value) for key, value in environment.items()}
+        os.environ |= environment_of(rank, ranks, port)
         gc.freeze()  # else each collection looks through all that the parent holds
         # This replaces the parent's thread pool once. Otherwise each of autograd's threads would
         # try to, and race.

@@ -20,7 +20,7 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 
 from tests.conftest import REPOSITORY
-from tests.ranks import import_for_forks
+from tests.ranks import environment_of, free_port, import_for_forks
 
 
 class Script:
@@ -76,14 +76,24 @@ class Script:
 
 
 def run_script(
-    command: Sequence[str], cwd: Path = REPOSITORY, environment: Mapping[str, str] | None = None, timeout: float = 240
+    command: Sequence[str],
+    cwd: Path = REPOSITORY,
+    environment: Mapping[str, str] | None = None,
+    timeout: float = 240,
+    ranks: int = 1,
 ) -> subprocess.CompletedProcess[str]:
+    """Return the largest exit code and the common output of all ranks."""
+    environments = [environment]
+    if ranks > 1:
+        own, port = os.environ if environment is None else environment, free_port()
+        environments = [{**own, **environment_of(rank, ranks, port)} for rank in range(ranks)]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        script = Script(command, out, err, cwd, environment)
+        scripts = [Script(command, out, err, cwd, one) for one in environments]
         try:
-            code = script.wait(timeout)
+            code = max(script.wait(timeout) for script in scripts)
         finally:
-            script.kill()
+            for script in scripts:
+                script.kill()
         for file in (out, err):
             file.seek(0)
         return subprocess.CompletedProcess(list(command), code, out.read(), err.read())

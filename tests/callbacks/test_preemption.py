@@ -160,7 +160,7 @@ def test_a_job_that_can_not_be_requeued_says_how_to_resume(
 @pytest.mark.parametrize(
     ("trainer", "ranks", "steps"),
     [
-        ("cpu", 1, 16),
+        ("cpu", 1, 12),
         pytest.param("cpu", 2, 30, marks=pytest.mark.long),
         pytest.param("zero3_cpu", 2, 16, marks=pytest.mark.long),
         pytest.param("fsdp2", 2, 16, marks=pytest.mark.long),

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from sphinx_pl.callbacks.wandb_logger import FILE, run_id
-from tests.conftest import REPOSITORY
+from tests.scripts import run_script
 
 LOG = """
 import os, signal, subprocess, sys, time
@@ -39,15 +37,11 @@ print("done")
 
 
 def log(folder: Path, point: str, then: str) -> str:
-    process = subprocess.run(
-        [sys.executable, "-c", LOG, str(folder), point, then],
-        cwd=REPOSITORY,
-        # The environment lacks the W&B process that another test may have left to its children.
-        env={k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"WANDB_SILENT": "true"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    script = folder / "log.py"
+    script.write_text(LOG)
+    # The environment lacks the W&B process that another test may have left to its children.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"WANDB_SILENT": "true"}
+    process = run_script([str(script), str(folder), point, then], environment=environment)
     assert process.returncode == 0, process.stdout + process.stderr
     name, last = process.stdout.strip().splitlines()
     assert last == "done"

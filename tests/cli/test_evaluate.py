@@ -8,9 +8,7 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import openpyxl
@@ -111,12 +109,9 @@ def command(world: Path, *overrides: str) -> list[str]:
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "80"}
 
 
-def run(world: Path, *overrides: str, launcher: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
-    words = [*launcher, *command(world, *overrides)]
+def run(world: Path, *overrides: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     # The working folder is not the repository, whose sample data may hold a benchmark's files.
-    if not launcher:
-        return run_script(words, world, ENVIRONMENT)
-    return subprocess.run(words, capture_output=True, text=True, cwd=world, env=ENVIRONMENT, check=False, timeout=240)
+    return run_script(command(world, *overrides), world, ENVIRONMENT, ranks=ranks)
 
 
 def test_evaluate_writes_predictions_and_results(world: Path) -> None:
@@ -388,8 +383,7 @@ def test_a_killed_evaluation_resumes_with_the_same_result(world: Path, pope: lis
 
 def test_two_processes_answer_the_same(world: Path, pope: list[str], whole: Path) -> None:
     out = world / "both"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    process = run(world, *pope, f"out={out}", launcher=launcher)
+    process = run(world, *pope, f"out={out}", ranks=2)
     assert process.returncode == 0, process.stderr
     assert same(out, whole)
     assert process.stdout.count("Results:") == 1

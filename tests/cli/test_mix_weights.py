@@ -3,7 +3,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,31 +20,40 @@ from sphinx_pl.cli import mix_weights
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.evaluation.mixtures.curve import describe_best
 from sphinx_pl.mixing.methods import mix_tensors
-from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.utils.errors import UserError
-from tests.conftest import tiny_model
+from tests.conftest import REPOSITORY, new_processor, tiny_model
 from tests.mixing.conftest import original_folder
 from tests.mixing.test_rules import ORIGINAL
+from tests.scripts import run_script
 
 SCRIPT = Path(mix_weights.__file__)
 
 
-@pytest.fixture
-def parents(tmp_path: Path, model_config: SphinxConfig, processor: Processor) -> str:
-    """Return an override with two checkpoints of the tiny model with different weights, `real` and
+@pytest.fixture(scope="module")
+def both(sample_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with two checkpoints of the tiny model with different weights, `real` and
     `synthetic`.
     """
+    folder, config = tmp_path_factory.mktemp("both"), tiny_model()
+    processor = new_processor(sample_data, config)
     for seed, name in enumerate(("real", "synthetic")):
         torch.manual_seed(seed)
         write_checkpoint(
-            tmp_path / name,
-            Sphinx(model_config).state_dict(),
-            model_config.to_dict(),
+            folder / name,
+            Sphinx(config).state_dict(),
+            config.to_dict(),
             processor.to_dict(),
             processor.tokenizer.path,
             {"stage": name},
         )
+    return folder
+
+
+@pytest.fixture
+def parents(tmp_path: Path, both: Path) -> str:
+    """Return an override with copies of both checkpoints."""
+    shutil.copytree(both, tmp_path, dirs_exist_ok=True)
     return f"checkpoints=[{tmp_path}/real,{tmp_path}/synthetic]"
 
 
@@ -453,8 +461,7 @@ def test_a_curve_of_a_method_with_a_base_names_its_ends(
 
 
 def test_the_command_line_sweeps_beta(parents: str, tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), "-m", parents, "beta=0,1", "out=mixed_${beta}"]
-    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=200)
+    process = run_script([str(REPOSITORY / "mix_weights.py"), "-m", parents, "beta=0,1", "out=mixed_${beta}"], tmp_path)
     assert process.returncode == 0, process.stderr
     for name, parent in (("mixed_1", "real"), ("mixed_0", "synthetic")):
         mixed, original = open_checkpoint(tmp_path / name), open_checkpoint(tmp_path / parent)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import signal
@@ -14,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
+from sphinx_pl.callbacks.checkpoint import checkpoints
 from sphinx_pl.cli import run_setup, train
 from sphinx_pl.distributed import checkpointing
 from sphinx_pl.runtime import signals
@@ -43,7 +44,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, sample_data: Path) -> Pat
 def hashes(folder: Path) -> dict[str, str]:
     """Return every file's name and hash."""
     return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        str(path.relative_to(folder)): xxhash.xxh3_128_hexdigest(path.read_bytes()) if path.is_file() else ""
         for path in folder.rglob("*")
     }
 
@@ -127,6 +128,19 @@ def _noted(function: Callable[..., Any], calls: list[Any]) -> Callable[..., Any]
     return call
 
 
+def test_a_run_that_is_replaced_begins_anew(
+    finished: Path,
+    sample_data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "pretrain_real"
+    shutil.copytree(finished, folder)
+    called(folder, sample_data, monkeypatch, capsys, "stage.max_steps=1", "overwrite=true")
+    assert [path.name for path in checkpoints(folder / "checkpoints")] == [Path(FIRST).name]
+
+
 def test_a_run_that_another_host_may_work_in_is_left_alone(
     finished: Path, sample_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -181,12 +195,12 @@ def test_a_run_that_is_stopped_before_its_first_step_replaces_nothing(
     assert code == 128 + signal.SIGTERM
 
 
-def continued(
+def called(
     folder: Path, data: Path, patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *overrides: str
 ) -> str:
-    """Return the output of a train.py that resumes the run in a folder, in one line."""
+    """Return the output of a train.py with this run folder, in one line."""
     patch.chdir(REPOSITORY)
-    patch.setattr(sys, "argv", [*command(folder.parent, data)[1:], "ckpt_path=last", *overrides])
+    patch.setattr(sys, "argv", [*command(folder.parent, data)[1:], *overrides])
     GlobalHydra.instance().clear()
     train.main()
     printed = capsys.readouterr()
@@ -198,7 +212,7 @@ def test_a_run_that_has_no_step_left_leaves_every_byte(
     steps: int, finished: Path, sample_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = hashes(finished)
-    output = continued(finished, sample_data, monkeypatch, capsys, f"stage.max_steps={steps}")
+    output = called(finished, sample_data, monkeypatch, capsys, "ckpt_path=last", f"stage.max_steps={steps}")
     assert hashes(finished) == before
     assert f"has already passed step {steps}, and its newest checkpoint is from step 2" in output
     assert "set stage.max_steps above 2 to train further" in output
@@ -215,7 +229,7 @@ def test_a_model_that_is_missing_is_written_without_a_new_description_of_the_run
     shutil.copytree(finished, folder)
     before = hashes(folder)
     shutil.rmtree(folder / "model")
-    continued(folder, sample_data, monkeypatch, capsys, "stage.max_steps=1")
+    called(folder, sample_data, monkeypatch, capsys, "ckpt_path=last", "stage.max_steps=1")
     after = hashes(folder)
     assert {name for name in before if before[name] != after[name]} <= {"train.log", "model/provenance.json"}
     assert (folder / "train.log").read_bytes().startswith((finished / "train.log").read_bytes())

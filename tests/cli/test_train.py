@@ -264,7 +264,7 @@ def check_kill_and_resume(
 
 
 def test_a_killed_run_continues_with_the_same_losses(tmp_path: Path, sample_data: Path) -> None:
-    check_kill_and_resume(tmp_path, sample_data, ["training"], steps=24, forked=True)
+    check_kill_and_resume(tmp_path, sample_data, ["training"], steps=18, forked=True)
 
 
 @pytest.mark.long
@@ -406,15 +406,6 @@ def test_a_disk_that_is_full_ends_two_ranks_in_one_line(tmp_path: Path, sample_d
     assert not list((tmp_path / "pretrain_real").glob("checkpoints/.step*"))
 
 
-def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path, sample_data: Path) -> None:
-    assert run(tmp_path, sample_data, "stage.max_steps=2").returncode == 0
-    second = run(tmp_path, sample_data, "stage.max_steps=2")
-    assert second.returncode == 2
-    assert second.stderr.strip().splitlines()[-1].startswith("error: ")
-    assert "ckpt_path=last" in second.stderr
-    assert run(tmp_path, sample_data, "stage.max_steps=3", "overwrite=true").returncode == 0
-
-
 @pytest.mark.parametrize(
     "preset", [*(pytest.param(name, marks=pytest.mark.long) for name in ("one_batch", "overfit")), "profiler"]
 )
@@ -429,15 +420,8 @@ def test_debug_presets_run(preset: str, tmp_path: Path, sample_data: Path) -> No
 
 def test_a_sweep_runs_each_point_in_a_folder_of_its_own(tmp_path: Path, sample_data: Path) -> None:
     # A user gives no output_dir, unlike other tests.
-    script = [sys.executable, str(REPOSITORY / "train.py"), "-m", "stage=pretrain_real", f"data.root={sample_data}"]
-    process = subprocess.run(
-        [*script, *SMALL, "stage.max_steps=1", "stage.optim.lr=1e-4,3e-4"],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    script = [str(REPOSITORY / "train.py"), "-m", "stage=pretrain_real", f"data.root={sample_data}"]
+    process = run_script([*script, *SMALL, "stage.max_steps=1", "stage.optim.lr=1e-4,3e-4"], tmp_path)
     assert process.returncode == 0, process.stderr
     folders = sorted((tmp_path / "outputs" / "demo" / "sweeps" / "pretrain_real").glob("[01]"))
     assert len(folders) == 2
@@ -445,12 +429,8 @@ def test_a_sweep_runs_each_point_in_a_folder_of_its_own(tmp_path: Path, sample_d
 
 
 WRONG = {
-    "an unknown key": (["stage.optim.learning_rate=1"], "learning_rate"),
     "an unknown option": (["stage=pretrian"], "pretrian"),
     "heads that do not divide": (["model.decoder.heads=7"], "model.decoder.heads=7"),
-    "a missing file": (["data.sources.real.path=nowhere.tar"], "nowhere.tar"),
-    "a missing checkpoint": (["stage.init_from=nowhere"], "nowhere"),
-    "a part that does not exist": (["stage.train_parts=[decodr]"], "decoder"),
     "a rate of a part that does not exist": (["+stage.optim.lr_scale.clpi=0.5"], "clip"),
     "no text in pretraining": (["data.sources.text=null"], "text"),
     "a missing resume file": (["ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),

@@ -181,27 +181,29 @@ def test_a_crop_outside_the_image_is_refused(tmp_path: Path, crop: tuple[int, in
         assert bad.value.reason == "crop_outside"
 
 
-@pytest.mark.parametrize("record", EXAMPLES.values(), ids=lambda record: record.task)
-def test_off_means_untouched(record: Record) -> None:
-    rng = random.Random(0)
-    state = rng.getstate()
-    assert augment(record, AugmentConfig(), rng) is record
-    assert rng.getstate() == state
-    assert augment(record, AugmentConfig(flip=1, crop=1), None) is record
+def test_off_means_untouched(subtests: pytest.Subtests) -> None:
+    for record in EXAMPLES.values():
+        with subtests.test(task=record.task):
+            rng = random.Random(0)
+            state = rng.getstate()
+            assert augment(record, AugmentConfig(), rng) is record
+            assert rng.getstate() == state
+            assert augment(record, AugmentConfig(flip=1, crop=1), None) is record
 
 
-@pytest.mark.parametrize("record", EXAMPLES.values(), ids=lambda record: record.task)
-def test_which_examples_are_changed(record: Record) -> None:
+def test_which_examples_are_changed(subtests: pytest.Subtests) -> None:
     """Each of them is about places, has known sizes and says nothing of sides but for one."""
-    coordinates = {
-        *("rec", "reg", "pose", "detection", "detection_all"),
-        *("grounded_vqa", "relation_detection"),
-    }  # grounded_caption says "left of"
-    flips = any(augment(record, FLIP, random.Random(i)).images[0].flip for i in range(3))
-    crops = any(augment(record, CROP, random.Random(i)).images[0].crop for i in range(30))
-    assert flips is (record.task in coordinates)
-    if record.task != "pose":  # whose example fills the image
-        assert crops is (record.task in coordinates | TEXT_TASKS)
+    for record in EXAMPLES.values():
+        with subtests.test(task=record.task):
+            coordinates = {
+                *("rec", "reg", "pose", "detection", "detection_all"),
+                *("grounded_vqa", "relation_detection"),
+            }  # grounded_caption says "left of"
+            flips = any(augment(record, FLIP, random.Random(i)).images[0].flip for i in range(3))
+            crops = any(augment(record, CROP, random.Random(i)).images[0].crop for i in range(30))
+            assert flips is (record.task in coordinates)
+            if record.task != "pose":  # whose example fills the image
+                assert crops is (record.task in coordinates | TEXT_TASKS)
 
 
 @pytest.mark.parametrize(
@@ -280,23 +282,24 @@ NOTATIONS = (
 )
 
 
-@pytest.mark.parametrize("text", NOTATIONS)
-def test_text_that_may_hold_coordinates_is_left_alone_and_counted(text: str) -> None:
-    both = dataclasses.replace(BOTH, flip=1.0, crop=1.0, flip_tasks=["rec", "chat"], crop_tasks=["rec", "chat"])
-    plain = dataclasses.replace(EXAMPLES["chat"], question="What is it?", answer="a shape")
-    assert augment(plain, both, random.Random(0)) != plain
-    records = [
-        dataclasses.replace(plain, question=text),
-        dataclasses.replace(plain, answer=text),
-        dataclasses.replace(plain, choices=("a", text)),
-        dataclasses.replace(EXAMPLES["rec"], question=text),
-        dataclasses.replace(EXAMPLES["rec"], turns=(Turn("<image>\nWhere is it?", text),)),
-        dataclasses.replace(EXAMPLES["rec"], turns=(Turn(text, "a shape"),)),
-    ]
-    counts: Counter[str] = Counter()
-    for record in records:
-        assert augment_together([record], both, random.Random(0), counts)[0] is record
-    assert counts == ({} if "bounding" in text else {"not_augmented/coordinates_in_text": len(records)})
+def test_text_that_may_hold_coordinates_is_left_alone_and_counted(subtests: pytest.Subtests) -> None:
+    for text in NOTATIONS:
+        with subtests.test(text=text):
+            both = dataclasses.replace(BOTH, flip=1.0, crop=1.0, flip_tasks=["rec", "chat"], crop_tasks=["rec", "chat"])
+            plain = dataclasses.replace(EXAMPLES["chat"], question="What is it?", answer="a shape")
+            assert augment(plain, both, random.Random(0)) != plain
+            records = [
+                dataclasses.replace(plain, question=text),
+                dataclasses.replace(plain, answer=text),
+                dataclasses.replace(plain, choices=("a", text)),
+                dataclasses.replace(EXAMPLES["rec"], question=text),
+                dataclasses.replace(EXAMPLES["rec"], turns=(Turn("<image>\nWhere is it?", text),)),
+                dataclasses.replace(EXAMPLES["rec"], turns=(Turn(text, "a shape"),)),
+            ]
+            counts: Counter[str] = Counter()
+            for record in records:
+                assert augment_together([record], both, random.Random(0), counts)[0] is record
+            assert counts == ({} if "bounding" in text else {"not_augmented/coordinates_in_text": len(records)})
 
 
 def test_what_is_read_out_of_the_picture_may_have_digits() -> None:

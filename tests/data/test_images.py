@@ -104,14 +104,15 @@ def test_resize_is_bicubic_with_antialias():
     assert abs(small[2:-2, 2:-2] - 127.5).max() < 3
 
 
-@pytest.mark.parametrize(("width", "height"), [(640, 480), (50, 49), (480, 640), (100, 1), (1, 1), (16, 12), (9, 5)])
-@pytest.mark.parametrize("size", [1, 16, 224])
-def test_the_padding_that_is_left_out_of_the_first_pass_changes_no_byte(width, height, size):
-    image, side = photo(width, height), max(width, height)
-    square = Image.new("RGB", (side, side), PAD_COLOUR)
-    square.paste(image, ((side - width) // 2, (side - height) // 2))
-    plain = square.resize((size, size), Image.Resampling.BICUBIC)  # the original's way
-    np.testing.assert_array_equal(np.asarray(padded_resize(image, size)), np.asarray(plain))
+def test_the_padding_that_is_left_out_of_the_first_pass_changes_no_byte(subtests):
+    for width, height in ((640, 480), (50, 49), (480, 640), (100, 1), (1, 1), (16, 12), (9, 5)):
+        for size in (1, 16, 224):
+            with subtests.test(width=width, height=height, size=size):
+                image, side = photo(width, height), max(width, height)
+                square = Image.new("RGB", (side, side), PAD_COLOUR)
+                square.paste(image, ((side - width) // 2, (side - height) // 2))
+                plain = square.resize((size, size), Image.Resampling.BICUBIC)  # the original's way
+                np.testing.assert_array_equal(np.asarray(padded_resize(image, size)), np.asarray(plain))
 
 
 def test_part_of_a_larger_file(tmp_path):
@@ -136,18 +137,19 @@ def test_exif_orientation_is_applied():
 RAMP = np.linspace(0, 1, 800, dtype=np.float32).reshape(20, 40)
 
 
-@pytest.mark.parametrize("top", [1, 200, 255, 300, 1023, 4095, 16383, 65535])
-@pytest.mark.parametrize("form", ["PNG", "TIFF", "PGM"])
-def test_grey_of_more_than_8_bits_is_never_black(form, top):
-    grey = (RAMP * top).astype(np.uint16)
-    data = {
-        "PNG": lambda: png16(grey, 0),
-        "TIFF": lambda: encoded(Image.fromarray(grey.astype(">u2")), "TIFF"),
-        "PGM": lambda: b"P5 40 20 65535\n" + grey.astype(">u2").tobytes(),
-    }[form]()
-    values = np.asarray(decode(data))
-    assert values.min() == 0
-    assert values.max() == (200 if top == 200 else 255)  # of 8 bits all stay as they are
+def test_grey_of_more_than_8_bits_is_never_black(subtests):
+    for top in (1, 200, 255, 300, 1023, 4095, 16383, 65535):
+        grey = (RAMP * top).astype(np.uint16)
+        files = {
+            "PNG": png16(grey, 0),
+            "TIFF": encoded(Image.fromarray(grey.astype(">u2")), "TIFF"),
+            "PGM": b"P5 40 20 65535\n" + grey.astype(">u2").tobytes(),
+        }
+        for form, data in files.items():
+            with subtests.test(form=form, top=top):
+                values = np.asarray(decode(data))
+                assert values.min() == 0
+                assert values.max() == (200 if top == 200 else 255)  # of 8 bits all stay as they are
 
 
 @pytest.mark.parametrize(
@@ -302,19 +304,20 @@ def test_the_padded_square_is_bounded_too(tmp_path):
 ORIENTED = ["JPEG", "MPO", "PNG", "WEBP", "TIFF", "XMP", *(["AVIF"] if features.check("avif") else [])]
 
 
-@pytest.mark.parametrize("size", [(40, 30), (300, 200)])  # the larger ones go beyond what is read of a header
-@pytest.mark.parametrize("form", ORIENTED)
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_headers_size_is_the_decoded_one(tmp_path, orientation, form, size):
-    path = tmp_path / "image"
-    path.write_bytes(oriented(form, photo(*size), orientation))
-    upright = decode(path.read_bytes()).size
-    assert upright == (size if orientation < 5 else size[::-1])
-    assert image_size(ImageRef(str(path))) == upright
-    # As they were annotated: in both orientations.
-    for annotated in (size, upright):
-        ref = ImageRef(str(path), annotated=annotated)
-        assert image_size(ref) == decode(path.read_bytes(), annotated=annotated).size == annotated
+def test_the_headers_size_is_the_decoded_one(tmp_path, subtests):
+    for size in ((40, 30), (300, 200)):  # the larger ones go beyond what is read of a header
+        for form in ORIENTED:
+            for orientation in range(1, 9):
+                with subtests.test(size=size, form=form, orientation=orientation):
+                    path = tmp_path / "image"
+                    path.write_bytes(oriented(form, photo(*size), orientation))
+                    upright = decode(path.read_bytes()).size
+                    assert upright == (size if orientation < 5 else size[::-1])
+                    assert image_size(ImageRef(str(path))) == upright
+                    # As they were annotated: in both orientations.
+                    for annotated in (size, upright):
+                        ref = ImageRef(str(path), annotated=annotated)
+                        assert image_size(ref) == decode(path.read_bytes(), annotated=annotated).size == annotated
 
 
 @pytest.mark.parametrize("compression", [None, "tiff_lzw", "jpeg"])
@@ -326,17 +329,21 @@ def test_a_turned_tiff_is_turned_once(tmp_path, compression):
     assert place_of_blue(load_image(ImageRef(str(path)), 500)) == upright
 
 
-@pytest.mark.parametrize("form", ORIENTED)
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_coordinates_hold_in_the_orientation_in_which_they_were_annotated(tmp_path, form, orientation):
+def test_coordinates_hold_in_the_orientation_in_which_they_were_annotated(tmp_path, subtests):
     path = tmp_path / "image"
-    path.write_bytes(oriented(form, blue_square(), orientation))
-    upright = place_of_blue(load_image(ImageRef(str(path)), 500))
-    if orientation >= 5:
-        assert place_of_blue(load_image(ImageRef(str(path), annotated=(200, 100)), 500)) == [0.1, 0.3, 0.3, 0.5]
-        assert place_of_blue(load_image(ImageRef(str(path), annotated=(100, 200)), 500)) == upright
-    else:  # mirrored or upside down: the shape does not tell, so the image is upright
-        assert place_of_blue(load_image(ImageRef(str(path), annotated=(200, 100)), 500)) == upright
+
+    def place(annotated=None):
+        return place_of_blue(load_image(ImageRef(str(path), annotated=annotated), 500))
+
+    for form in ORIENTED:
+        for orientation in range(1, 9):
+            with subtests.test(form=form, orientation=orientation):
+                path.write_bytes(oriented(form, blue_square(), orientation))
+                if orientation >= 5:
+                    assert place((200, 100)) == [0.1, 0.3, 0.3, 0.5]
+                    assert place((100, 200)) == place()
+                else:  # mirrored or upside down: the shape does not tell, so the image is upright
+                    assert place((200, 100)) == place()
 
 
 def test_a_square_does_not_tell_its_orientation_and_is_upright(tmp_path):

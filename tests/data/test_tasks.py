@@ -79,27 +79,33 @@ def test_every_task_has_its_text_here():
     assert set(WRITTEN) == set(EXAMPLES) == set(TASKS)
 
 
-@pytest.mark.parametrize("task", WRITTEN)
-def test_written_text(task):
-    assert TASKS[task].turns(EXAMPLES[task], G) == (Turn(*WRITTEN[task]),)
+def test_written_text(subtests):
+    for task in WRITTEN:
+        with subtests.test(task=task):
+            assert TASKS[task].turns(EXAMPLES[task], G) == (Turn(*WRITTEN[task]),)
 
 
-@pytest.mark.parametrize("task", WRITTEN)
-def test_every_wording_can_be_chosen_and_keeps_the_answer(task):
-    rng = random.Random(0)
-    turns = [TASKS[task].turns(EXAMPLES[task], G, rng)[0] for _ in range(50)]
-    assert len({turn.question for turn in turns}) == len(TASKS[task].templates)
-    assert {turn.answer for turn in turns} == {WRITTEN[task][1]}
-    # each wording holds the same information: the slots
-    for wordings in filter(None, (TASKS[task].templates, TASKS[task].given)):
-        slots = {frozenset(name for _, name, _, _ in string.Formatter().parse(wording) if name) for wording in wordings}
-        assert len(slots) == 1
+def test_every_wording_can_be_chosen_and_keeps_the_answer(subtests):
+    for task in WRITTEN:
+        with subtests.test(task=task):
+            rng = random.Random(0)
+            turns = [TASKS[task].turns(EXAMPLES[task], G, rng)[0] for _ in range(50)]
+            assert len({turn.question for turn in turns}) == len(TASKS[task].templates)
+            assert {turn.answer for turn in turns} == {WRITTEN[task][1]}
+            # each wording holds the same information: the slots
+            for wordings in filter(None, (TASKS[task].templates, TASKS[task].given)):
+                slots = {
+                    frozenset(name for _, name, _, _ in string.Formatter().parse(wording) if name)
+                    for wording in wordings
+                }
+                assert len(slots) == 1
 
 
-@pytest.mark.parametrize("task", WRITTEN)
-def test_own_turns_are_used_as_they_are(task):
-    turns = (Turn("<image>\nOne?", "1"), Turn("Two?", "2"))
-    assert TASKS[task].turns(record(task, turns=turns), G, random.Random(0)) == turns
+def test_own_turns_are_used_as_they_are(subtests):
+    for task in WRITTEN:
+        with subtests.test(task=task):
+            turns = (Turn("<image>\nOne?", "1"), Turn("Two?", "2"))
+            assert TASKS[task].turns(record(task, turns=turns), G, random.Random(0)) == turns
 
 
 def test_detection_of_nothing_says_none():
@@ -261,21 +267,22 @@ READ = {task: (example.answer, ()) for task, example in EXAMPLES.items()} | {
 }
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_an_answer_is_read_back_as_what_it_was_written_from(task):
-    parsed = TASKS[task].parse(WRITTEN[task][1], G)
-    answer, regions = READ[task]
-    size = EXAMPLES[task].sizes[0]
-    assert parsed.formed
-    assert parsed.answer == answer
-    assert [region.label for region in parsed.regions(size)] == [region.label for region in regions]
-    for region, true in zip(parsed.regions(size), regions, strict=True):
-        assert region.box == pytest.approx(true.box)
-    keypoints = PERSON.keypoints if task == "pose" else ((0, 0, 0),) * 17
-    for point, true_point in zip(parsed.keypoints(size), keypoints, strict=True):
-        assert point == pytest.approx(true_point)
-    if task == "ocr_text":
-        assert [place.phrase for place in parsed.places] == [LEFT.label, RIGHT.label, LOW.label]
+def test_an_answer_is_read_back_as_what_it_was_written_from(subtests):
+    for task in TASKS:
+        with subtests.test(task=task):
+            parsed = TASKS[task].parse(WRITTEN[task][1], G)
+            answer, regions = READ[task]
+            size = EXAMPLES[task].sizes[0]
+            assert parsed.formed
+            assert parsed.answer == answer
+            assert [region.label for region in parsed.regions(size)] == [region.label for region in regions]
+            for region, true in zip(parsed.regions(size), regions, strict=True):
+                assert region.box == pytest.approx(true.box)
+            keypoints = PERSON.keypoints if task == "pose" else ((0, 0, 0),) * 17
+            for point, true_point in zip(parsed.keypoints(size), keypoints, strict=True):
+                assert point == pytest.approx(true_point)
+            if task == "ocr_text":
+                assert [place.phrase for place in parsed.places] == [LEFT.label, RIGHT.label, LOW.label]
 
 
 @pytest.mark.parametrize("task", ["grounded_caption", "grounded_vqa", "ocr", "layout", "detection_all"])
@@ -340,11 +347,14 @@ def test_of_a_keypoint_named_twice_the_first_counts():
     assert parsed.keypoints((100, 50)) == ((50.0, 25.0, 2), *[(0.0, 0.0, 0)] * 16)
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_reading_never_raises(task):
-    rng = random.Random(3)
-    pieces = ["[", "]", ";", ",", "0.5", "1", " ", "<p>", "</p>", "{0}", "yes", "A", "\n", "0.1,0.2,0.3,0.4", "0.1,0.2"]
-    for _ in range(500):
-        parsed = TASKS[task].parse("".join(rng.choices(pieces, k=rng.randint(0, 20))), G)
-        parsed.regions((3, 2))
-        parsed.keypoints((3, 2))
+PIECES = ["[", "]", ";", ",", "0.5", "1", " ", "<p>", "</p>", "{0}", "yes", "A", "\n", "0.1,0.2,0.3,0.4", "0.1,0.2"]
+
+
+def test_reading_never_raises(subtests):
+    for task in TASKS:
+        with subtests.test(task=task):
+            rng = random.Random(3)
+            for _ in range(500):
+                parsed = TASKS[task].parse("".join(rng.choices(PIECES, k=rng.randint(0, 20))), G)
+                parsed.regions((3, 2))
+                parsed.keypoints((3, 2))

@@ -4,6 +4,7 @@ engine.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,8 @@ from sphinx_pl.distributed.zero import Zero3
 from sphinx_pl.models.sphinx import whole_shape
 from sphinx_pl.runtime.ranks import join
 from sphinx_pl.stages import Stage, gradients
-from tests.conftest import tiny_model
+from tests.conftest import new_processor, tiny_model
 from tests.ranks import on_ranks
-from tests.stages.test_end_of_data import Keys
 from tests.stages.test_stage import ALL, trainer
 
 SOME = ["decoder", "projections"]
@@ -61,19 +61,25 @@ class Seen:
     """The learning rate of each step, and its weight decay."""
     shares: set[float] = field(default_factory=set)
     """The share of the training parameters that the rank held after each micro-batch."""
+    keys: list[list[str]] = field(default_factory=list)
+    """The keys of each step's samples."""
 
 
 class Watch(L.Callback):
     def __init__(self) -> None:
         self.seen = Seen()
+        self._keys: list[str] = []
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         training = [p for p in pl_module.parameters() if p.requires_grad]
         whole = sum(whole_shape(p).numel() for p in training)
+        self._keys += batch.keys
         self.seen.shares.add(sum(resident(p) for p in training) / whole)
         if batch.ends_step:
+            self.seen.keys.append(self._keys)
+            self._keys = []
             if not hasattr(training[0], "ds_id"):
                 self.seen.clipped.append(gradients.norms(pl_module.sphinx.part_parameters())[0])
             decay = trainer.optimizers[0].param_groups[0]["weight_decay"]
@@ -113,22 +119,23 @@ def fit(
     seed: int = 0,
     **others: float,
 ) -> Seen:
-    """Train to `steps` and leave a checkpoint in `out`. `others` are options of the optimizer."""
+    """Train to `steps` and leave checkpoints of step 3 and of the end in `out`.
+
+    `others` are options of the optimizer.
+    """
     torch.manual_seed(seed)
     # The eps is above the noise of gradients that are zero but for rounding (biases of keys), which
     # Adam would amplify.
     optim = {"lr": 0.05 if kind == "sgd" else 1e-3, "kind": kind, "weight_decay": 0.1, "eps": 1e-6} | others
     stage = Stage(tiny_model(), "test", parts, optim, max_steps=20, checkpointing=checkpointing)
     stage.resumed = resume is not None
-    keys = out / f"keys-{steps}"
-    keys.mkdir(parents=True, exist_ok=True)
     watch = Watch()
     lightning = trainer(
         out,
         max_steps=steps,
         accumulate_grad_batches=accumulate,
         gradient_clip_val=CLIP,
-        callbacks=[Keys(keys), watch, ResumeCheckpoint(str(out), keep=9)],
+        callbacks=[watch, ResumeCheckpoint(str(out), every_n_steps=3, keep=9)],
         use_distributed_sampler=False,
         **({"strategy": ENGINES[engine](), "devices": ranks} if engine else {}),
     )
@@ -143,13 +150,40 @@ def run(engine: str | None, ranks: int, *args: Any, **options: Any) -> list[Seen
     return on_ranks(ranks, lambda: fit(engine, ranks, *args, **options))
 
 
+Shared = Callable[..., tuple[Path, list[Seen]]]
+
+
+@pytest.fixture(scope="module")
+def shared(sample_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """Return a function that gives the folder of a run, and the observations of its ranks.
+
+    Several tests read the same run, which is trained once: to step 3 with SGD, to step 6 with
+    AdamW.
+    """
+    processor = new_processor(sample_data, tiny_model())
+    runs: dict[str, tuple[Path, list[Seen]]] = {}
+
+    def trained(
+        engine: str | None, ranks: int, kind: str = "adamw", accumulate: int = 1, parts: list[str] = SOME
+    ) -> tuple[Path, list[Seen]]:
+        key = repr((engine, ranks, kind, accumulate, parts))
+        if key not in runs:
+            out, steps = tmp_path_factory.mktemp("run"), 3 if kind == "sgd" else 6
+            options: dict[str, Any] = {"kind": kind, "accumulate": accumulate, "parts": parts}
+            runs[key] = out, run(engine, ranks, processor, sample_data, out, steps, **options)
+        return runs[key]
+
+    return trained
+
+
 def weights(folder: Path, step: int) -> dict[str, Tensor]:
     checkpoint = open_checkpoint(folder / f"step-{step:08d}")
     return {name: checkpoint.tensor(name).clone() for name in checkpoint}
 
 
-def keys(folder: Path) -> list[str]:
-    return sorted(key for path in folder.iterdir() for key in path.read_text().split("\n")[:-1])
+def keys(ranks: list[Seen], steps: int = 6) -> list[str]:
+    """Return the keys of the first steps on all ranks."""
+    return sorted(key for rank in ranks for step in rank.keys[:steps] for key in step)
 
 
 def new_weights(parts: list[str]) -> dict[str, Tensor]:
@@ -189,36 +223,33 @@ QUICK = {engine: list(CASES)[: 1 if " " in engine else 2] for engine in ENGINES}
         for case in CASES
     ],
 )
-def test_two_ranks_end_with_the_weights_of_one(
-    engine: str, case: str, processor: Processor, sample_data: Path, tmp_path: Path
-) -> None:
+def test_two_ranks_end_with_the_weights_of_one(engine: str, case: str, shared: Shared) -> None:
     kind, accumulate, parts = CASES[case]
-    options: dict[str, Any] = {"kind": kind, "parts": parts}
-    [alone] = run(None, 1, processor, sample_data, tmp_path / "one", 3, **options)
-    both = run(engine, 2, processor, sample_data, tmp_path / "two", 3, accumulate=accumulate, **options)
-    check_same(weights(tmp_path / "one", 3), weights(tmp_path / "two", 3), new_weights(parts))
+    one, [alone] = shared(None, 1, kind, parts=parts)
+    two, both = shared(engine, 2, kind, accumulate, parts)
+    check_same(weights(one, 3), weights(two, 3), new_weights(parts))
     # Clipped gradients hide a loss that is wrong by a factor, and so does Adam. These norms precede
     # both.
-    assert min(step["train/grad_norm"] for step in alone.norms) > CLIP, "not every step is clipped"
-    assert alone.clipped == pytest.approx([CLIP] * 3, rel=1e-4)
+    assert min(step["train/grad_norm"] for step in alone.norms[:3]) > CLIP, "not every step is clipped"
+    assert alone.clipped[:3] == pytest.approx([CLIP] * 3, rel=1e-4)
     assert set(alone.norms[0]) == {"train/grad_norm", *(f"train/grad_norm/{part}" for part in parts)}
     for rank in both:
-        assert rank.norms == [pytest.approx(step, rel=1e-3) for step in alone.norms]
+        assert rank.norms[:3] == [pytest.approx(step, rel=1e-3) for step in alone.norms[:3]]
     # The share is rounded up to whole elements or rows.
     assert all(share == pytest.approx(1 if engine == "ddp" else 0.5, abs=0.01) for r in both for share in r.shares)
 
 
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
-def test_the_same_ranks_go_on_bit_for_bit(engine: str, processor: Processor, sample_data: Path, tmp_path: Path) -> None:
-    run(engine, 2, processor, sample_data, tmp_path / "straight", 6)
-    run(engine, 2, processor, sample_data, tmp_path / "halted", 3)
+def test_the_same_ranks_go_on_bit_for_bit(
+    engine: str, shared: Shared, processor: Processor, sample_data: Path, tmp_path: Path
+) -> None:
+    straight, _ = shared(engine, 2)
     # Another seed changes everything that is not restored, including frozen encoders.
-    resume = tmp_path / "halted/step-00000003"
-    run(engine, 2, processor, sample_data, tmp_path / "halted", 6, resume=resume, seed=1)
-    straight, halted = weights(tmp_path / "straight", 6), weights(tmp_path / "halted", 6)
-    for name, value in straight.items():
-        assert torch.equal(value, halted[name]), name
+    run(engine, 2, processor, sample_data, tmp_path, 6, resume=straight / "step-00000003", seed=1)
+    resumed = weights(tmp_path, 6)
+    for name, value in weights(straight, 6).items():
+        assert torch.equal(value, resumed[name]), name
 
 
 @pytest.mark.timeout(180)
@@ -254,42 +285,48 @@ def test_a_resumed_run_uses_its_own_learning_rates(
 def test_other_ranks_and_engines_resume(
     before: tuple[str | None, int],
     after: tuple[str | None, int],
+    shared: Shared,
     processor: Processor,
     sample_data: Path,
     tmp_path: Path,
 ) -> None:
-    run(None, 1, processor, sample_data, tmp_path / "straight", 6)
-    run(*before, processor, sample_data, tmp_path / "halted", 3)
-    resume = tmp_path / "halted/step-00000003"
+    straight, alone = shared(None, 1)
+    halted, first = shared(*before)
     # The resumed run has twice the micro-batches, which Lightning counts, and starts after an odd
     # number of steps.
-    run(*after, processor, sample_data, tmp_path / "halted", 6, resume=resume, seed=1, accumulate=2)
-    used_keys = keys(tmp_path / "halted/keys-3") + keys(tmp_path / "halted/keys-6")
-    assert sorted(used_keys) == keys(tmp_path / "straight/keys-6")
-    check_same(weights(tmp_path / "straight", 6), weights(tmp_path / "halted", 6), new_weights(SOME))
+    options: dict[str, Any] = {"resume": halted / "step-00000003", "seed": 1, "accumulate": 2}
+    last = run(*after, processor, sample_data, tmp_path, 6, **options)
+    assert sorted(keys(first, 3) + keys(last)) == keys(alone)
+    check_same(weights(straight, 6), weights(tmp_path, 6), new_weights(SOME))
 
 
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("engine", ["ddp", "zero3 sharded", "fsdp2"])
 @pytest.mark.parametrize("checkpointing", [pytest.param("selective", marks=pytest.mark.long), "full"])
 def test_blocks_that_are_computed_again_change_nothing(
-    engine: str, checkpointing: str, processor: Processor, sample_data: Path, tmp_path: Path
+    engine: str, checkpointing: str, shared: Shared, processor: Processor, sample_data: Path, tmp_path: Path
 ) -> None:
-    for name, how in (("kept", "none"), ("again", checkpointing)):
-        run(engine, 2, processor, sample_data, tmp_path / name, 2, checkpointing=how, kind="sgd", parts=ALL)
-    check_same(weights(tmp_path / "kept", 2), weights(tmp_path / "again", 2), new_weights(ALL))
+    kept, _ = shared(engine, 2, "sgd", 4, ALL)
+    options: dict[str, Any] = {"kind": "sgd", "accumulate": 4, "parts": ALL, "checkpointing": checkpointing}
+    run(engine, 2, processor, sample_data, tmp_path, 3, **options)
+    check_same(weights(kept, 3), weights(tmp_path, 3), new_weights(ALL))
 
 
 @pytest.mark.timeout(180)
-def test_fsdp2_keeps_float32_and_computes_in_bf16(processor: Processor, sample_data: Path, tmp_path: Path) -> None:
+def test_fsdp2_keeps_float32_and_computes_in_bf16(
+    shared: Shared, processor: Processor, sample_data: Path, tmp_path: Path
+) -> None:
     ENGINES["fsdp2 bf16"] = Fsdp2
-    for name, engine in (("exact", "fsdp2"), ("rounded", "fsdp2 bf16"), ("halted", "fsdp2 bf16")):
-        run(engine, 2, processor, sample_data, tmp_path / name, 3 if name == "halted" else 6)
-    run("fsdp2 bf16", 2, processor, sample_data, tmp_path / "halted", 6, resume=tmp_path / "halted/step-00000003")
-    start, exact, rounded = new_weights(SOME), weights(tmp_path / "exact", 6), weights(tmp_path / "rounded", 6)
-    halted = weights(tmp_path / "halted", 6)
+    (of_float32, _), (straight, _) = shared("fsdp2", 2), shared("fsdp2 bf16", 2)
+    run("fsdp2 bf16", 2, processor, sample_data, tmp_path, 6, resume=straight / "step-00000003")
+    start, exact, rounded, resumed = (
+        new_weights(SOME),
+        weights(of_float32, 6),
+        weights(straight, 6),
+        weights(tmp_path, 6),
+    )
     for name, value in rounded.items():
-        assert torch.equal(value, halted[name]), name
+        assert torch.equal(value, resumed[name]), name
         if name.startswith("mixer.towers"):  # frozen, whole on every rank
             assert value.dtype == torch.bfloat16
             assert torch.equal(value, start[name].bfloat16()), name

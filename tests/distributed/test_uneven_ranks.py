@@ -4,6 +4,8 @@ skips.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from sphinx_pl.distributed.fsdp2 import Fsdp2
 from sphinx_pl.distributed.zero import Zero3
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx
-from tests.conftest import tiny_model
+from tests.conftest import new_processor, tiny_model
 from tests.distributed.handmade import Samples, fit_written, one_after_another, without_targets
 from tests.distributed.test_engines import SOME, check_same, weights
 from tests.ranks import on_ranks
@@ -101,6 +103,27 @@ def both(engine: str, of_ranks: list[list[Batch]], *args: Any, timeout: float = 
     return on_ranks(2, fit, timeout=timeout)
 
 
+@pytest.fixture(scope="module")
+def alone(sample_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function that gives the folder of one process's run, with `start.pt` from before it.
+
+    All engines are compared with it.
+    """
+
+    @functools.cache
+    def trained(kind: str, parts: tuple[str, ...]) -> Path:
+        config, out = model(kind), tmp_path_factory.mktemp("alone")
+        samples = samples_of(config, new_processor(sample_data, tiny_model()), sample_data)
+        of_ranks = [one_after_another(micro_batches(samples))]
+        options: dict[str, Any] = {"parts": parts, "model": config, "accumulate": 4}
+        start, _ = fit_written(None, of_ranks, samples.processor, out / "start", max_steps=0, **options)
+        torch.save(start.sphinx.state_dict(), out / "start.pt")
+        fit_written(None, of_ranks, samples.processor, out, **options)
+        return out
+
+    return trained
+
+
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
@@ -113,7 +136,13 @@ def both(engine: str, of_ranks: list[list[Batch]], *args: Any, timeout: float = 
     ],
 )
 def test_ranks_with_and_without_images_update_as_one_process(
-    engine: str, kind: str, parts: list[str], processor: Processor, sample_data: Path, tmp_path: Path
+    engine: str,
+    kind: str,
+    parts: list[str],
+    alone: Callable[..., Path],
+    processor: Processor,
+    sample_data: Path,
+    tmp_path: Path,
 ) -> None:
     config = model(kind)
     samples = samples_of(config, processor, sample_data)
@@ -124,13 +153,12 @@ def test_ranks_with_and_without_images_update_as_one_process(
         assert seen is not None
         assert not seen.all()
     options: dict[str, Any] = {"parts": parts, "model": config}
-    used = both(engine, of_ranks, samples.processor, tmp_path / "two", accumulate=2, **options)
+    used = both(engine, of_ranks, samples.processor, tmp_path, accumulate=2, **options)
     if kind == "experts":
         assert used[0][1] != used[1][1], "both ranks use the same experts: nothing is tested"
         assert len(used[0][1] | used[1][1]) < EXPERTS
-    fit_written(None, [one_after_another(of_ranks)], samples.processor, tmp_path / "one", accumulate=4, **options)
-    start = fit_written(None, [of_ranks[0]], samples.processor, tmp_path / "start", max_steps=0, **options)[0]
-    check_same(weights(tmp_path / "one", 2), weights(tmp_path / "two", 2), start.sphinx.state_dict())
+    one = alone(kind, tuple(parts))
+    check_same(weights(one, 2), weights(tmp_path, 2), torch.load(one / "start.pt"))
 
 
 def naive(self: Sphinx, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -29,38 +29,51 @@ def rows(dtype: torch.dtype, kind: str, models: int) -> Tensor:
     return (drawn * scale).to(dtype)
 
 
-@pytest.mark.parametrize("out_dtype", KINDS)
-@pytest.mark.parametrize("dtype", KINDS)
-@pytest.mark.parametrize("kind", ["normal", "tiny", "bits"])
-@pytest.mark.parametrize(
-    "coefficients", [[0.4, 0.6], [1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [1.5, -0.5], [0.0, 0.0], [0.2, 0.3, 0.5]]
-)
-def test_it_is_what_array_operations_give(
-    dtype: torch.dtype, out_dtype: torch.dtype, kind: str, coefficients: list[float]
-) -> None:
-    raw = rows(dtype, kind, len(coefficients))
-    pairs = np.array([(0, 1)], dtype=np.int64)
-    squares, distances = np.zeros(len(raw)), np.zeros(1)
-    found = torch.empty(COUNT, dtype=out_dtype)
-    mix_stretch(raw, np.array(coefficients), pairs, found, squares, distances)
-    wide = raw.double()
-    expected = round_once(combine_([*wide.clone()], coefficients), torch.empty(COUNT, dtype=out_dtype))
-    assert same_bits(found, expected)
-    assert squares.tolist() == pytest.approx(wide.square().sum(1).tolist())
-    assert distances[0] == pytest.approx(float((wide[0] - wide[1]).square().sum()))
+def test_it_is_what_array_operations_give(subtests: pytest.Subtests) -> None:
+    for out_dtype in KINDS:
+        for dtype in KINDS:
+            for kind in ("normal", "tiny", "bits"):
+                for coefficients in (
+                    [0.4, 0.6],
+                    [1.0, 0.0],
+                    [0.0, 1.0],
+                    [0.5, 0.5],
+                    [1.5, -0.5],
+                    [0.0, 0.0],
+                    [0.2, 0.3, 0.5],
+                ):
+                    with subtests.test(out_dtype=out_dtype, dtype=dtype, kind=kind, coefficients=coefficients):
+                        raw = rows(dtype, kind, len(coefficients))
+                        pairs = np.array([(0, 1)], dtype=np.int64)
+                        squares, distances = np.zeros(len(raw)), np.zeros(1)
+                        found = torch.empty(COUNT, dtype=out_dtype)
+                        mix_stretch(raw, np.array(coefficients), pairs, found, squares, distances)
+                        wide = raw.double()
+                        expected = round_once(
+                            combine_([*wide.clone()], coefficients), torch.empty(COUNT, dtype=out_dtype)
+                        )
+                        assert same_bits(found, expected)
+                        assert squares.tolist() == pytest.approx(wide.square().sum(1).tolist())
+                        assert distances[0] == pytest.approx(float((wide[0] - wide[1]).square().sum()))
 
 
-@pytest.mark.parametrize("dtype", KINDS)
-def test_lengths_are_not_finite_where_a_value_is_not(dtype: torch.dtype) -> None:
-    for value in (float("nan"), float("inf"), -float("inf")):
-        raw = torch.ones(2, COUNT, dtype=dtype)
-        raw[1, 77] = value
-        squares = np.zeros(2)
-        mix_stretch(
-            raw, np.array([0.5, 0.5]), np.zeros((0, 2), np.int64), torch.empty_like(raw[0]), squares, np.zeros(0)
-        )
-        assert squares[0] == COUNT
-        assert not np.isfinite(squares[1])
+def test_lengths_are_not_finite_where_a_value_is_not(subtests: pytest.Subtests) -> None:
+    for dtype in KINDS:
+        with subtests.test(dtype=dtype):
+            for value in (float("nan"), float("inf"), -float("inf")):
+                raw = torch.ones(2, COUNT, dtype=dtype)
+                raw[1, 77] = value
+                squares = np.zeros(2)
+                mix_stretch(
+                    raw,
+                    np.array([0.5, 0.5]),
+                    np.zeros((0, 2), np.int64),
+                    torch.empty_like(raw[0]),
+                    squares,
+                    np.zeros(0),
+                )
+                assert squares[0] == COUNT
+                assert not np.isfinite(squares[1])
 
 
 def test_it_runs_where_no_folder_can_be_written(tmp_path: Path) -> None:

@@ -126,22 +126,23 @@ def test_what_is_not_watched_is_mixed_the_same_and_has_no_facts() -> None:
 
 
 @pytest.mark.usefixtures("short")
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("broken", [float("nan"), float("-inf")])
-@pytest.mark.parametrize("place", [0, 1, 2])
-def test_a_model_that_diverged_is_named(method: str, broken: float, place: int) -> None:
-    tensors = [normal(seed, 200, dtype=torch.bfloat16) for seed in range(3)]
-    tensors[place][199] = broken
-    base = tensors[2] if METHODS[method].base else None
-    mixer = mixer_of(tensors[:2], [0.5, 0.5], method, base)
-    if place == 2 and base is None:
-        assert mixed(mixer).isfinite().all()
-        return
-    with pytest.raises(UserError) as error:
-        mixed(mixer)
-    name = "base" if place == 2 else str(place)
-    assert str(error.value).startswith(f"'x' in '{name}' holds NaN or infinite values")
-    assert "\n" not in str(error.value)
+def test_a_model_that_diverged_is_named(subtests: pytest.Subtests) -> None:
+    for method in METHODS:
+        for broken in (float("nan"), float("-inf")):
+            for place in (0, 1, 2):
+                with subtests.test(method=method, broken=broken, place=place):
+                    tensors = [normal(seed, 200, dtype=torch.bfloat16) for seed in range(3)]
+                    tensors[place][199] = broken
+                    base = tensors[2] if METHODS[method].base else None
+                    mixer = mixer_of(tensors[:2], [0.5, 0.5], method, base)
+                    if place == 2 and base is None:
+                        assert mixed(mixer).isfinite().all()
+                        continue
+                    with pytest.raises(UserError) as error:
+                        mixed(mixer)
+                    name = "base" if place == 2 else str(place)
+                    assert str(error.value).startswith(f"'x' in '{name}' holds NaN or infinite values")
+                    assert "\n" not in str(error.value)
 
 
 def test_what_diverged_is_found_without_weight_and_where_all_are_equal() -> None:
@@ -153,32 +154,34 @@ def test_what_diverged_is_found_without_weight_and_where_all_are_equal() -> None
 
 
 @pytest.mark.usefixtures("short")
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_causal_mask_that_all_have_is_copied(method: str, dtype: torch.dtype) -> None:
-    mask = torch.full((14, 14), float("-inf"), dtype=dtype).triu(1).flatten()
-    base = mask.clone() if METHODS[method].base else None
-    mixer = mixer_of([mask, mask.clone()], [0.5, 0.5], method, base)
-    assert same_bits(mixed(mixer), mask)
-    facts = mixer.facts("x")
-    assert facts["equal"]
-    assert set(facts["squares"]) == {0.0}
-    mask[3] = float("nan")
-    with pytest.raises(UserError, match="'x' in '0' holds NaN"):
-        mixed(mixer_of([mask, mask.clone()], [0.5, 0.5], method, base))
+def test_a_causal_mask_that_all_have_is_copied(subtests: pytest.Subtests) -> None:
+    for method in METHODS:
+        for dtype in (torch.float32, torch.bfloat16):
+            with subtests.test(method=method, dtype=dtype):
+                mask = torch.full((14, 14), float("-inf"), dtype=dtype).triu(1).flatten()
+                base = mask.clone() if METHODS[method].base else None
+                mixer = mixer_of([mask, mask.clone()], [0.5, 0.5], method, base)
+                assert same_bits(mixed(mixer), mask)
+                facts = mixer.facts("x")
+                assert facts["equal"]
+                assert set(facts["squares"]) == {0.0}
+                mask[3] = float("nan")
+                with pytest.raises(UserError, match="'x' in '0' holds NaN"):
+                    mixed(mixer_of([mask, mask.clone()], [0.5, 0.5], method, base))
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool])
-@pytest.mark.parametrize("method", METHODS)
-def test_integers_are_copied_if_they_are_equal(dtype: torch.dtype, method: str) -> None:
-    values, base = torch.arange(70).to(dtype), METHODS[method].base
-    mixer = mixer_of([values, values.clone()], [0.5, 0.5], method, values.clone() if base else None)
-    assert same_bits(mixed(mixer, dtype=torch.bfloat16), values)
-    assert mixer.facts("x")["equal"]
-    other = values.clone()
-    other[69] = 0
-    with pytest.raises(UserError, match="'x' holds integers that differ between the checkpoints"):
-        mixed(mixer_of([values, other], [0.5, 0.5], method, values.clone() if base else None))
+def test_integers_are_copied_if_they_are_equal(subtests: pytest.Subtests) -> None:
+    for dtype in (torch.int64, torch.int32, torch.uint8, torch.bool):
+        for method in METHODS:
+            with subtests.test(dtype=dtype, method=method):
+                values, base = torch.arange(70).to(dtype), METHODS[method].base
+                mixer = mixer_of([values, values.clone()], [0.5, 0.5], method, values.clone() if base else None)
+                assert same_bits(mixed(mixer, dtype=torch.bfloat16), values)
+                assert mixer.facts("x")["equal"]
+                other = values.clone()
+                other[69] = 0
+                with pytest.raises(UserError, match="'x' holds integers that differ between the checkpoints"):
+                    mixed(mixer_of([values, other], [0.5, 0.5], method, values.clone() if base else None))
 
 
 @pytest.mark.parametrize(
@@ -218,15 +221,16 @@ def test_the_largest_numbers_are_no_overflow() -> None:
 
 
 @pytest.mark.usefixtures("short")
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("numel", [0, 1, 63, 64, 65, 128, 1000])
-def test_stretches_make_up_the_whole(method: str, numel: int) -> None:
-    tensors = [normal(seed, numel, dtype=torch.bfloat16) for seed in range(3)]
-    base, weights = tensors[2] if METHODS[method].base else None, [0.4, 0.6]
-    mixer = mixer_of(tensors[:2], weights, method, base, key="")  # what dare draws hangs on the name
-    pieces = [len(piece) for piece in mixer.stretches("", torch.bfloat16)]
-    assert pieces == [min(64, numel - start) for start in range(0, numel, 64)]
-    assert same_bits(mixer.tensor(""), mix_tensors(method, tensors[:2], weights, base))
+def test_stretches_make_up_the_whole(subtests: pytest.Subtests) -> None:
+    for method in METHODS:
+        for numel in (0, 1, 63, 64, 65, 128, 1000):
+            with subtests.test(method=method, numel=numel):
+                tensors = [normal(seed, numel, dtype=torch.bfloat16) for seed in range(3)]
+                base, weights = tensors[2] if METHODS[method].base else None, [0.4, 0.6]
+                mixer = mixer_of(tensors[:2], weights, method, base, key="")  # what dare draws hangs on the name
+                pieces = [len(piece) for piece in mixer.stretches("", torch.bfloat16)]
+                assert pieces == [min(64, numel - start) for start in range(0, numel, 64)]
+                assert same_bits(mixer.tensor(""), mix_tensors(method, tensors[:2], weights, base))
 
 
 @pytest.mark.usefixtures("short")
@@ -264,12 +268,13 @@ def test_tensors_of_different_dtypes_are_mixed_in_the_wider_one() -> None:
 
 
 @pytest.mark.usefixtures("short")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("method", METHODS)
-def test_equal_tensors_are_copied_bit_for_bit(method: str, dtype: torch.dtype) -> None:
-    a = finite_bits(dtype, 0, 200)
-    base = a.clone() if METHODS[method].base else None
-    assert same_bits(mixed(mixer_of([a, a.clone()], [0.3, 0.7], method, base)), a)
+def test_equal_tensors_are_copied_bit_for_bit(subtests: pytest.Subtests) -> None:
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        for method in METHODS:
+            with subtests.test(dtype=dtype, method=method):
+                a = finite_bits(dtype, 0, 200)
+                base = a.clone() if METHODS[method].base else None
+                assert same_bits(mixed(mixer_of([a, a.clone()], [0.3, 0.7], method, base)), a)
 
 
 @pytest.mark.usefixtures("short")
@@ -288,15 +293,16 @@ def test_equal_tensors_are_stored_in_another_dtype() -> None:
 
 
 @pytest.mark.usefixtures("short")
-@pytest.mark.parametrize("method", ["linear", "slerp", "task_arithmetic", "ties", "model_stock"])
-def test_a_stretch_that_is_equal_is_mixed_as_the_rest_of_its_tensor(method: str) -> None:
-    a, b, c = normal(0, 640), normal(1, 640), normal(2, 640)
-    b[64:128] = c[64:128] = a[64:128]
-    base = c if METHODS[method].base else None
-    mixture = mixed(mixer_of([a, b], [0.5, 0.5], method, base))
-    assert torch.allclose(mixture, mix_tensors(method, [a, b], [0.5, 0.5], base), rtol=1e-6, atol=1e-6)
-    if method == "slerp":  # about 84° apart, and longer than on the chord
-        assert float((mixture[64:128] / a[64:128]).mean()) > 1.3
+def test_a_stretch_that_is_equal_is_mixed_as_the_rest_of_its_tensor(subtests: pytest.Subtests) -> None:
+    for method in ("linear", "slerp", "task_arithmetic", "ties", "model_stock"):
+        with subtests.test(method=method):
+            a, b, c = normal(0, 640), normal(1, 640), normal(2, 640)
+            b[64:128] = c[64:128] = a[64:128]
+            base = c if METHODS[method].base else None
+            mixture = mixed(mixer_of([a, b], [0.5, 0.5], method, base))
+            assert torch.allclose(mixture, mix_tensors(method, [a, b], [0.5, 0.5], base), rtol=1e-6, atol=1e-6)
+            if method == "slerp":  # about 84° apart, and longer than on the chord
+                assert float((mixture[64:128] / a[64:128]).mean()) > 1.3
 
 
 WHOLE = {
@@ -359,19 +365,22 @@ def test_ranks_that_have_a_tensor_each_get_the_same_mixture_of_it(tmp_path: Path
 
 
 @pytest.mark.usefixtures("short")
-@pytest.mark.parametrize("method", METHODS)
-def test_several_threads_get_what_one_gets(method: str) -> None:
-    names = [f"{rank}/{name}" for name in "abc" for rank in range(2)]
-    parts = {key: [f"{rank}/{key[-1]}" for rank in range(2)] for key in names}
-    models = [Held({key: normal(7 * seed + i, 300) for i, key in enumerate(names)}, parts=parts) for seed in range(3)]
-    base, weights = models[2] if METHODS[method].base else None, {key: [0.4, 0.6] for key in names}
-    alone = Mixer(models[:2], weights, method, None, base)
-    expected = [alone.tensor(key) for key in names]
-    together = Mixer(models[:2], weights, method, None, base)
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(together.tensor, names))
-    assert all(same_bits(x, y) for x, y in zip(found, expected, strict=True))
-    assert all(alone.facts(key) == together.facts(key) for key in names)
+def test_several_threads_get_what_one_gets(subtests: pytest.Subtests) -> None:
+    for method in METHODS:
+        with subtests.test(method=method):
+            names = [f"{rank}/{name}" for name in "abc" for rank in range(2)]
+            parts = {key: [f"{rank}/{key[-1]}" for rank in range(2)] for key in names}
+            models = [
+                Held({key: normal(7 * seed + i, 300) for i, key in enumerate(names)}, parts=parts) for seed in range(3)
+            ]
+            base, weights = models[2] if METHODS[method].base else None, {key: [0.4, 0.6] for key in names}
+            alone = Mixer(models[:2], weights, method, None, base)
+            expected = [alone.tensor(key) for key in names]
+            together = Mixer(models[:2], weights, method, None, base)
+            with ThreadPoolExecutor(4) as pool:
+                found = list(pool.map(together.tensor, names))
+            assert all(same_bits(x, y) for x, y in zip(found, expected, strict=True))
+            assert all(alone.facts(key) == together.facts(key) for key in names)
 
 
 def test_checkpoints_of_the_project_are_mixed_as_their_tensors_are(write: Write) -> None:

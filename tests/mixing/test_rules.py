@@ -204,12 +204,15 @@ PARENTS = {
 }
 
 
-@pytest.mark.parametrize(("part", "name"), [(part, name) for part, names in PARENTS.items() for name in names])
-def test_a_part_is_recognised_by_its_parents(part: str, name: str) -> None:
-    ours = our_llama_name(name)
-    assert part_of(ours) == part
-    assert [p for p in ("encoders", "projections", "decoder") if PARTS[p](ours)] == ([] if part == "other" else [part])
-    assert layer_of(ours) in ((0, None) if part == "decoder" else (None,))
+def test_a_part_is_recognised_by_its_parents(subtests: pytest.Subtests) -> None:
+    for part, name in [(part, name) for part, names in PARENTS.items() for name in names]:
+        with subtests.test(part=part, name=name):
+            ours = our_llama_name(name)
+            assert part_of(ours) == part
+            assert [p for p in ("encoders", "projections", "decoder") if PARTS[p](ours)] == (
+                [] if part == "other" else [part]
+            )
+            assert layer_of(ours) in ((0, None) if part == "decoder" else (None,))
 
 
 ENCODERS = (
@@ -307,37 +310,39 @@ def test_patterns_fit_our_names_and_the_files() -> None:
         resolve([{"match": "*.ATTENTION.*", "beta": 0.25}], [0.5, 0.5], names, check)
 
 
-@pytest.mark.parametrize("tenths", range(-5, 16))
-def test_what_is_left_of_1_is_what_one_would_write(tenths: int) -> None:
-    written, rest = float(f"{tenths / 10:.1f}"), float(f"{(10 - tenths) / 10:.1f}")
-    assert complement(written) == rest
-    assert complement(rest) == written
+def test_what_is_left_of_1_is_what_one_would_write(subtests: pytest.Subtests) -> None:
+    for tenths in range(-5, 16):
+        with subtests.test(tenths=tenths):
+            written, rest = float(f"{tenths / 10:.1f}"), float(f"{(10 - tenths) / 10:.1f}")
+            assert complement(written) == rest
+            assert complement(rest) == written
 
 
 def test_a_rule_without_match_is_for_all() -> None:
     assert set(betas({"beta": 0.25}, otherwise=None).values()) == {0.25}
 
 
-@pytest.mark.parametrize(
-    ("said", "layers"),
-    [
-        ("2", {2}),
-        (2, {2}),
-        ("1-3", {1, 2, 3}),
-        (" 1 - 3 ", {1, 2, 3}),
-        ("0-1,4-5", {0, 1, 4, 5}),
-        ("0, 3 ,5", {0, 3, 5}),
-        ("4-", {4, 5}),
-        ("-1", {0, 1}),
-        ("3-3", {3}),
-        ("4-99", {4, 5}),
-        ("1-3,2-4", {1, 2, 3, 4}),
-    ],
-)
-def test_layers(said: Any, layers: set[int]) -> None:
-    found = betas({"match": "attention", "layers": said, "beta": 1})
-    assert {layer for name, layer in LAYERS.items() if found[name] == 1} == layers
-    assert [found[name] for name in NAMES if name not in LAYERS] == [0.5] * 5
+LAYERS_OF_A_RULE = [
+    ("2", {2}),
+    (2, {2}),
+    ("1-3", {1, 2, 3}),
+    (" 1 - 3 ", {1, 2, 3}),
+    ("0-1,4-5", {0, 1, 4, 5}),
+    ("0, 3 ,5", {0, 3, 5}),
+    ("4-", {4, 5}),
+    ("-1", {0, 1}),
+    ("3-3", {3}),
+    ("4-99", {4, 5}),
+    ("1-3,2-4", {1, 2, 3, 4}),
+]
+
+
+def test_layers(subtests: pytest.Subtests) -> None:
+    for said, layers in LAYERS_OF_A_RULE:
+        with subtests.test(said=said):
+            found = betas({"match": "attention", "layers": said, "beta": 1})
+            assert {layer for name, layer in LAYERS.items() if found[name] == 1} == layers
+            assert [found[name] for name in NAMES if name not in LAYERS] == [0.5] * 5
 
 
 @pytest.mark.parametrize(
@@ -374,70 +379,69 @@ def test_without_rules_all_tensors_have_the_same_weights() -> None:
     assert chosen["mixer.visual_proj.0.weight"] == [0.25, 0.75]
 
 
-@pytest.mark.parametrize(
-    ("rules", "otherwise", "message"),
-    [
-        (
-            [{"match": "towrs", "beta": 0}],
-            [0.5, 0.5],
-            "rules[0].match='towrs' is no part of a model and no pattern: did",
-        ),
-        ([{"match": 3, "beta": 0}], [0.5, 0.5], "rules[0].match=3 must be a part, a pattern of names, or a list of"),
-        ([{"match": ["norms", 3], "beta": 0}], [0.5, 0.5], "rules[0].match=['norms', 3] must be"),
-        ([{"match": "norms"}], [0.5, 0.5], "rules[0]: give either weights or beta"),
-        ([{"match": "norms", "beta": 0, "weights": [0, 1]}], [0.5, 0.5], "rules[0]: give either weights or beta"),
-        ([{"match": "norms", "beta": "half"}], [0.5, 0.5], "rules[0].beta=half must be a number, or a list of numbers"),
-        ([{"match": "norms", "beta": True}], [0.5, 0.5], "rules[0].beta=True must be a number"),
-        ([{"match": "norms", "beta": float("inf")}], [0.5, 0.5], "rules[0].beta=inf must be a number"),
-        ([{"match": "norms", "beta": []}], [0.5, 0.5], "rules[0].beta=[] must be a number"),
-        ([{"match": "norms", "beta": [[0.5]]}], [0.5, 0.5], "rules[0].beta=[[0.5]] must be a number"),
-        ([{"match": "norms", "weights": [0.5, "x"]}], [0.5, 0.5], "rules[0].weights=[0.5, 'x'] must be numbers, or"),
-        ([{"match": "norms", "weights": [[1, 0], 3]}], [0.5, 0.5], "rules[0].weights=[[1, 0], 3] must be numbers"),
-        ([{"match": "norms", "weights": [3, [1, 0]]}], [0.5, 0.5], "rules[0].weights=[3, [1, 0]] must be numbers"),
-        ([{"match": "norms", "weights": []}], [0.5, 0.5], "rules[0]: weights has 0 numbers for 2 checkpoints"),
-        ([{"match": "norms", "weights": [1]}], [0.5, 0.5], "rules[0]: weights has 1 numbers for 2 checkpoints"),
-        ([{"match": "norms", "weights": [1, 1]}], [0.5, 0.5], "rules[0]: weights=[1, 1] sum to 2, not 1"),
-        ([{"match": "norms", "weights": [[1, 0], [1, 1]]}], [0.5, 0.5], "rules[0]: weights=[1, 1] sum to 2, not 1"),
-        (
-            [{"match": "norms", "wieghts": [1, 0]}],
-            [0.5, 0.5],
-            "there is no key rules[0].wieghts: did you mean rules[0].weights?",
-        ),
-        ([{"beta": 0, "layers": "a-b"}], [0.5, 0.5], "rules[0].layers='a-b' must be layers of the decoder, such as"),
-        ([{"beta": 0, "layers": ""}], [0.5, 0.5], "rules[0].layers='' must be layers"),
-        ([{"beta": 0, "layers": "-"}], [0.5, 0.5], "rules[0].layers='-' must be layers"),
-        ([{"beta": 0, "layers": "1,,2"}], [0.5, 0.5], "rules[0].layers='1,,2' must be layers"),
-        ([{"beta": 0, "layers": "1 3"}], [0.5, 0.5], "rules[0].layers='1 3' must be layers"),
-        ([{"beta": 0, "layers": "1-2-3"}], [0.5, 0.5], "rules[0].layers='1-2-3' must be layers"),
-        ([{"beta": 0, "layers": "5-3"}], [0.5, 0.5], "rules[0].layers='5-3': 5 is after 3"),
-        ([{"beta": 0, "layers": "6-"}], [0.5, 0.5], "rules[0] (match=all, layers=6-) fits nothing: no tensor is there"),
-        ([{"match": "towers", "beta": 1}], [0.5, 0.5], "rules[0].match=towers is called encoders now"),
-        (
-            [{"match": "encoders", "beta": [0, 1]}],
-            [0.5, 0.5],
-            "rules[0] (match=encoders, layers=None) fits nothing: no",
-        ),
-        (
-            [{"beta": 0}, {"match": "norms", "beta": 1}],
-            None,
-            "rules[1] (match=norms, layers=None) fits nothing: rules before it take all of them",
-        ),
-        (
-            [{"match": "norms", "beta": 1}],
-            None,
-            "no rule fits 'decoder.tok_embeddings.weight' and 8 more tensors: give weights or beta for the rest",
-        ),
-        (["norms"], [0.5, 0.5], "rules[0]=norms must be keys and values, such as {match: norms, beta: 0.2}"),
-        ([["norms", 0.5]], [0.5, 0.5], "rules[0]=['norms', 0.5] must be keys and values"),
-    ],
-)
-def test_rules_that_cannot_be_are_refused_in_one_line(
-    rules: list[Any], otherwise: list[float] | None, message: str
-) -> None:
-    with pytest.raises(UserError) as error:
-        resolve(rules, otherwise, {name: name for name in NAMES}, check)
-    assert str(error.value).startswith(message)
-    assert "\n" not in str(error.value)
+REFUSED = [
+    (
+        [{"match": "towrs", "beta": 0}],
+        [0.5, 0.5],
+        "rules[0].match='towrs' is no part of a model and no pattern: did",
+    ),
+    ([{"match": 3, "beta": 0}], [0.5, 0.5], "rules[0].match=3 must be a part, a pattern of names, or a list of"),
+    ([{"match": ["norms", 3], "beta": 0}], [0.5, 0.5], "rules[0].match=['norms', 3] must be"),
+    ([{"match": "norms"}], [0.5, 0.5], "rules[0]: give either weights or beta"),
+    ([{"match": "norms", "beta": 0, "weights": [0, 1]}], [0.5, 0.5], "rules[0]: give either weights or beta"),
+    ([{"match": "norms", "beta": "half"}], [0.5, 0.5], "rules[0].beta=half must be a number, or a list of numbers"),
+    ([{"match": "norms", "beta": True}], [0.5, 0.5], "rules[0].beta=True must be a number"),
+    ([{"match": "norms", "beta": float("inf")}], [0.5, 0.5], "rules[0].beta=inf must be a number"),
+    ([{"match": "norms", "beta": []}], [0.5, 0.5], "rules[0].beta=[] must be a number"),
+    ([{"match": "norms", "beta": [[0.5]]}], [0.5, 0.5], "rules[0].beta=[[0.5]] must be a number"),
+    ([{"match": "norms", "weights": [0.5, "x"]}], [0.5, 0.5], "rules[0].weights=[0.5, 'x'] must be numbers, or"),
+    ([{"match": "norms", "weights": [[1, 0], 3]}], [0.5, 0.5], "rules[0].weights=[[1, 0], 3] must be numbers"),
+    ([{"match": "norms", "weights": [3, [1, 0]]}], [0.5, 0.5], "rules[0].weights=[3, [1, 0]] must be numbers"),
+    ([{"match": "norms", "weights": []}], [0.5, 0.5], "rules[0]: weights has 0 numbers for 2 checkpoints"),
+    ([{"match": "norms", "weights": [1]}], [0.5, 0.5], "rules[0]: weights has 1 numbers for 2 checkpoints"),
+    ([{"match": "norms", "weights": [1, 1]}], [0.5, 0.5], "rules[0]: weights=[1, 1] sum to 2, not 1"),
+    ([{"match": "norms", "weights": [[1, 0], [1, 1]]}], [0.5, 0.5], "rules[0]: weights=[1, 1] sum to 2, not 1"),
+    (
+        [{"match": "norms", "wieghts": [1, 0]}],
+        [0.5, 0.5],
+        "there is no key rules[0].wieghts: did you mean rules[0].weights?",
+    ),
+    ([{"beta": 0, "layers": "a-b"}], [0.5, 0.5], "rules[0].layers='a-b' must be layers of the decoder, such as"),
+    ([{"beta": 0, "layers": ""}], [0.5, 0.5], "rules[0].layers='' must be layers"),
+    ([{"beta": 0, "layers": "-"}], [0.5, 0.5], "rules[0].layers='-' must be layers"),
+    ([{"beta": 0, "layers": "1,,2"}], [0.5, 0.5], "rules[0].layers='1,,2' must be layers"),
+    ([{"beta": 0, "layers": "1 3"}], [0.5, 0.5], "rules[0].layers='1 3' must be layers"),
+    ([{"beta": 0, "layers": "1-2-3"}], [0.5, 0.5], "rules[0].layers='1-2-3' must be layers"),
+    ([{"beta": 0, "layers": "5-3"}], [0.5, 0.5], "rules[0].layers='5-3': 5 is after 3"),
+    ([{"beta": 0, "layers": "6-"}], [0.5, 0.5], "rules[0] (match=all, layers=6-) fits nothing: no tensor is there"),
+    ([{"match": "towers", "beta": 1}], [0.5, 0.5], "rules[0].match=towers is called encoders now"),
+    (
+        [{"match": "encoders", "beta": [0, 1]}],
+        [0.5, 0.5],
+        "rules[0] (match=encoders, layers=None) fits nothing: no",
+    ),
+    (
+        [{"beta": 0}, {"match": "norms", "beta": 1}],
+        None,
+        "rules[1] (match=norms, layers=None) fits nothing: rules before it take all of them",
+    ),
+    (
+        [{"match": "norms", "beta": 1}],
+        None,
+        "no rule fits 'decoder.tok_embeddings.weight' and 8 more tensors: give weights or beta for the rest",
+    ),
+    (["norms"], [0.5, 0.5], "rules[0]=norms must be keys and values, such as {match: norms, beta: 0.2}"),
+    ([["norms", 0.5]], [0.5, 0.5], "rules[0]=['norms', 0.5] must be keys and values"),
+]
+
+
+def test_rules_that_cannot_be_are_refused_in_one_line(subtests: pytest.Subtests) -> None:
+    for rules, otherwise, message in REFUSED:
+        with subtests.test(rules=rules):
+            with pytest.raises(UserError) as error:
+                resolve(rules, otherwise, {name: name for name in NAMES}, check)
+            assert str(error.value).startswith(message)
+            assert "\n" not in str(error.value)
 
 
 def test_the_tables_rows() -> None:

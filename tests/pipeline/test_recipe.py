@@ -26,6 +26,11 @@ def commands(*arguments: str) -> dict[str, str]:
     return {name: " ".join(step.command[1:]) for name, step in load(arguments).steps.items()}
 
 
+def without(*steps: str) -> list[str]:
+    """Return arguments that omit these steps, each of which is composed in a fifth of a second."""
+    return [f"steps.{name}=null" for name in steps]
+
+
 def test_the_demo_is_what_the_quickstart_lists() -> None:
     steps = commands("experiment=demo")
     assert list(steps) == [
@@ -87,15 +92,15 @@ def test_a_step_that_is_null_is_omitted() -> None:
 
 
 def test_another_value_is_another_step_but_not_how_it_is_started() -> None:
-    others = [f"steps.{name}=null" for name in ("pretrain_real", "pretrain_synthetic_notext", "evaluate")]
+    others = without("data", "pretrain_real", "pretrain_synthetic", "mix", "pretrain_synthetic_notext", "evaluate")
 
     def identity(*overrides: str) -> str:
         arguments = ["experiment=demo", *others, *(f"finetune:{override}" for override in overrides)]
         return load(arguments).steps["finetune"].identity
 
-    assert identity() == identity("overwrite=true") == identity("ckpt_path=x")
-    assert identity() != identity("stage.optim.lr=1e-9")
-    assert identity("stage.optim.lr=1e-9") == identity("stage.optim.lr=1e-3", "stage.optim.lr=1e-9")
+    plain, lower = identity(), identity("stage.optim.lr=1e-9")
+    assert plain == identity("overwrite=true") == identity("ckpt_path=x")
+    assert plain != lower == identity("stage.optim.lr=1e-3", "stage.optim.lr=1e-9")
 
 
 def test_nodes_tasks_and_gpus_are_the_trainers() -> None:
@@ -159,12 +164,16 @@ WRONG = {
 }
 
 
+NEED_ALL_STEPS = ("steps in a circle", "two steps in one folder")
+
+
 @pytest.mark.parametrize("case", WRONG)
 def test_a_mistake_in_any_step_is_found_before_the_first_one_starts(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments, needle = WRONG[case]
-    assert main(["experiment=demo", f"output_dir={tmp_path / 'out'}", "dry=true", *arguments]) == 2
+    omitted = [] if case in NEED_ALL_STEPS else without("data", "pretrain_real", "pretrain_synthetic_notext")
+    assert main(["experiment=demo", f"output_dir={tmp_path / 'out'}", "dry=true", *omitted, *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     [line] = err.splitlines()

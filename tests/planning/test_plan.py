@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from sphinx_pl.planning.plan import Engine, Sizes, gathered_by_zero3, make_plan,
 from sphinx_pl.runtime.hydra_app import CONFIG_FOLDER, register_resolvers
 from sphinx_pl.utils.errors import UserError
 from tests.conftest import REPOSITORY
+from tests.scripts import run_script
 
 PAPER = ("experiment=paper_pretrain_real", "model=sphinx_13b", "data.root=nowhere")
 CLUSTER = ("trainer=zero3", "trainer.devices=8", "trainer.num_nodes=64")
@@ -30,8 +29,11 @@ FROZEN = "stage.train_parts=[decoder,projections]"
 SIZES = [f"model.decoder.{key}" for key in ("width=512", "heads=8", "kv_heads=8", "layers=8", "ffn_width=1408")]
 ROWS = ["data.packing.micro_batch_rows=2", "data.packing.row_length=256"]
 SHALLOW_ENCODERS = [
-    f"model.vision.encoders.{key}=1" for key in ("clip.layers", "dinov2.layers", "qformer.vision_layers")
+    f"model.vision.encoders.{key}=1"
+    for key in ("clip.layers", "dinov2.layers", "qformer.vision_layers", "qformer.layers")
 ]
+DECODER_ALONE = [*SHALLOW_ENCODERS, "model.vision.encoders.convnext.depths=[1,1,1,1]"]
+"""Encoders that are next to nothing beside the decoder."""
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -99,12 +101,13 @@ def test_depth_and_rows_are_extrapolated_exactly() -> None:
     assert at <= room < above
 
 
-def test_13b_on_512_gpus_from_the_command_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoders", [DECODER_ALONE, pytest.param([], marks=pytest.mark.long)], ids=["small", "whole"])
+def test_13b_on_512_gpus_from_the_command_line(encoders: list[str], tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
-    command = [sys.executable, str(REPOSITORY / "train.py"), *PAPER, *CLUSTER, "plan=true", f"plan_for.out={out}"]
+    command = [str(REPOSITORY / "train.py"), *PAPER, *CLUSTER, *encoders, "plan=true", f"plan_for.out={out}"]
     command += ["stage.checkpointing=full", "stage.accumulate=1", "data.packing.micro_batch_rows=1", "output_dir=runs"]
     start = time.monotonic()
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    result = run_script(command, tmp_path, timeout=120)
     assert result.returncode == 0, result.stderr
     assert time.monotonic() - start < 90
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]  # no run folder
@@ -121,8 +124,7 @@ def test_13b_on_512_gpus_from_the_command_line(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_says_what_would() -> None:
-    encoders = [*SHALLOW_ENCODERS, "model.vision.encoders.convnext.depths=[1,1,1,1]"]  # the decoder alone is too large
-    cfg = composed(*PAPER, *encoders, "trainer=zero3", "trainer.devices=8", "plan_for.gpu=A100-40GB")
+    cfg = composed(*PAPER, *DECODER_ALONE, "trainer=zero3", "trainer.devices=8", "plan_for.gpu=A100-40GB")
     plan = make_plan(cfg)
     assert not plan.fits
     assert plan.largest_rows == 0
@@ -133,6 +135,7 @@ def test_what_does_not_fit_says_what_would() -> None:
 
 def test_data_that_is_there_is_looked_at(sample_data: Path) -> None:
     model = ["model=sphinx_sample", *SHALLOW_ENCODERS, "model.vision.encoders.convnext.depths=[1,1]"]
+    model.append("model.decoder.layers=1")
     plan = make_plan(composed(*model, "trainer=cpu", f"data.root={sample_data}"))
     assert plan.content.source == "measured"
     assert 0.5 * plan.row_length < plan.content.tokens <= plan.row_length

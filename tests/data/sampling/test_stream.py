@@ -37,8 +37,8 @@ def drawn(stream: SourceStream, count: int) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("count", [1, 3, 12, 40])
-@pytest.mark.parametrize("partitions", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 3, 40])
+@pytest.mark.parametrize("partitions", [1, 3])
 @pytest.mark.parametrize("shuffle_shards", [1, 4])
 def test_the_partitions_of_an_epoch_are_the_source(
     processor: Processor, tmp_path: Path, count: int, partitions: int, shuffle_shards: int

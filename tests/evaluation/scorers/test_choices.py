@@ -83,159 +83,162 @@ def test_letters_are_those_of_scienceqa_on_its_form(golden: Golden) -> None:
 CAT = ["a cat", "dog", "red", "blue"]
 
 
-@pytest.mark.parametrize(
-    ("text", "letter"),
-    [
-        # worked by hand
-        ("B", "B"),
-        (" b\n", "B"),
-        ("(B)", "B"),
-        ("B.", "B"),
-        ("B)", "B"),
-        ("B: dog", "B"),
-        ("B. Dog.", "B"),
-        ("B. anything", "B"),
-        ("**B**", "B"),
-        ('"B"', "B"),
-        ("Answer: B", "B"),
-        ("Answer: (b)", "B"),
-        ("The answer is B", "B"),
-        ("The correct answer is (B).", "B"),
-        ("The answer is option B.", "B"),
-        ("The answer is B because it barks", "B"),
-        ("Option B", "B"),
-        ("Option B is correct", "B"),
-        ("B is the right one", "B"),
-        ("Option A is wrong. The correct option is B.", "B"),
-        ("B\nIt barks.", "B"),
-        ("[B]", "B"),
-        ("B!", "B"),
-        ("B - dog", "B"),
-        ("B dog", "B"),
-        ("B。", "B"),
-        ("B、dog", "B"),
-        ("A\nB", None),
-        ("A dog and a cat", None),
-        ("B is not correct", None),
-        ("A is wrong, B is correct", None),
-        ("It barks. The answer is B.", "B"),
-        ("dog", "B"),
-        ("A cat.", "A"),
-        ("The answer is a cat.", "A"),
-        ("Answer: RED", "C"),
-        # nothing is guessed
-        ("", None),
-        ("E", None),
-        ("Blueish", None),
-        ("bad", None),
-        ("A dog", None),
-        ("The answer is A dog", None),
-        ("A or B", None),
-        ("A, B", None),
-        ("A. B.", None),
-        ("B. red", None),  # the letter of one option, the text of another
-        ("It is not B", None),
-        ("The answer is not B", None),
-        ("The answer is A or B", None),
-        ("The answer is A. The answer is B.", None),
-        ("I see a dog", None),
-        ("dog or red", None),
-        ("Image B", None),
-        ("1", None),
-    ],
-)
-def test_read_choice(text: str, letter: str | None) -> None:
-    assert read_letter(text, CAT, stated=True) == letter
+READ = [
+    # worked by hand
+    ("B", "B"),
+    (" b\n", "B"),
+    ("(B)", "B"),
+    ("B.", "B"),
+    ("B)", "B"),
+    ("B: dog", "B"),
+    ("B. Dog.", "B"),
+    ("B. anything", "B"),
+    ("**B**", "B"),
+    ('"B"', "B"),
+    ("Answer: B", "B"),
+    ("Answer: (b)", "B"),
+    ("The answer is B", "B"),
+    ("The correct answer is (B).", "B"),
+    ("The answer is option B.", "B"),
+    ("The answer is B because it barks", "B"),
+    ("Option B", "B"),
+    ("Option B is correct", "B"),
+    ("B is the right one", "B"),
+    ("Option A is wrong. The correct option is B.", "B"),
+    ("B\nIt barks.", "B"),
+    ("[B]", "B"),
+    ("B!", "B"),
+    ("B - dog", "B"),
+    ("B dog", "B"),
+    ("B。", "B"),
+    ("B、dog", "B"),
+    ("A\nB", None),
+    ("A dog and a cat", None),
+    ("B is not correct", None),
+    ("A is wrong, B is correct", None),
+    ("It barks. The answer is B.", "B"),
+    ("dog", "B"),
+    ("A cat.", "A"),
+    ("The answer is a cat.", "A"),
+    ("Answer: RED", "C"),
+    # nothing is guessed
+    ("", None),
+    ("E", None),
+    ("Blueish", None),
+    ("bad", None),
+    ("A dog", None),
+    ("The answer is A dog", None),
+    ("A or B", None),
+    ("A, B", None),
+    ("A. B.", None),
+    ("B. red", None),  # the letter of one option, the text of another
+    ("It is not B", None),
+    ("The answer is not B", None),
+    ("The answer is A or B", None),
+    ("The answer is A. The answer is B.", None),
+    ("I see a dog", None),
+    ("dog or red", None),
+    ("Image B", None),
+    ("1", None),
+]
+
+
+def test_read_choice(subtests: pytest.Subtests) -> None:
+    for text, letter in READ:
+        with subtests.test(text=text):
+            assert read_letter(text, CAT, stated=True) == letter
 
 
 ANIMALS = ["cat", "dog", "bird", "fish"]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        # the options again, in whatever form
-        "A. cat\nB. dog\nC. bird\nD. fish",
-        "A. cat B. dog C. bird D. fish",
-        "A) cat, B) dog, C) bird, D) fish",
-        "(A) cat (B) dog",
-        "- A. cat\n- B. dog",
-        "A - cat\nB - dog",
-        "a. cat b. dog",
-        "A: cat; B: dog",
-        "A\ncat\nB\ndog",
-        "A.cat B.dog",
-        "cat, dog, bird, fish",
-        "**A. cat**\n**B. dog**",
-        "Ａ．cat\nＢ．dog",
-        # several
-        "C. bird or D. fish",
-        "C. a bird or D. a fish",
-        "B. or C.",
-        "(a) and (b)",
-        "A and B",
-        "A. cat and B. dog",
-        "A/B",
-        "A, B, C and D",
-        "A. cat 或 B. dog",
-        "Option A, Option B",
-        "Option A or option B",
-        "Answer: A. cat B. dog",
-        "The answer is (A) or (B).",
-        "A is correct. B is correct.",
-        "B. No, C.",
-        "A. cat, dog",
-        "A. a cat; a fish",
-        # a letter that is taken back
-        "A. not a cat",
-        "A) is not right",
-        "A: wrong",
-        "A. No.",
-        "The answer is A. Not cat",
-        # none
-        "None of the above",
-        "not B",
-        "the answer is not A but C",
-        "A. dog",
-        "1",
-    ],
-)
-def test_a_text_that_names_several_names_none(text: str) -> None:
-    assert read_letter(text, ANIMALS, stated=True) is None
+SEVERAL = [
+    # the options again, in whatever form
+    "A. cat\nB. dog\nC. bird\nD. fish",
+    "A. cat B. dog C. bird D. fish",
+    "A) cat, B) dog, C) bird, D) fish",
+    "(A) cat (B) dog",
+    "- A. cat\n- B. dog",
+    "A - cat\nB - dog",
+    "a. cat b. dog",
+    "A: cat; B: dog",
+    "A\ncat\nB\ndog",
+    "A.cat B.dog",
+    "cat, dog, bird, fish",
+    "**A. cat**\n**B. dog**",
+    "Ａ．cat\nＢ．dog",
+    # several
+    "C. bird or D. fish",
+    "C. a bird or D. a fish",
+    "B. or C.",
+    "(a) and (b)",
+    "A and B",
+    "A. cat and B. dog",
+    "A/B",
+    "A, B, C and D",
+    "A. cat 或 B. dog",
+    "Option A, Option B",
+    "Option A or option B",
+    "Answer: A. cat B. dog",
+    "The answer is (A) or (B).",
+    "A is correct. B is correct.",
+    "B. No, C.",
+    "A. cat, dog",
+    "A. a cat; a fish",
+    # a letter that is taken back
+    "A. not a cat",
+    "A) is not right",
+    "A: wrong",
+    "A. No.",
+    "The answer is A. Not cat",
+    # none
+    "None of the above",
+    "not B",
+    "the answer is not A but C",
+    "A. dog",
+    "1",
+]
 
 
-@pytest.mark.parametrize(
-    ("text", "options", "letter"),
-    [
-        ("B. It is not A.", ANIMALS, "B"),
-        ("B. Because A is too small.", ANIMALS, "B"),
-        ("A. a cat", ANIMALS, "A"),
-        ("Ｂ", ANIMALS, "B"),
-        ("（Ｂ）", ANIMALS, "B"),
-        # an option's text may hold another's, or look like something else
-        ("hot dog", ["dog", "hot dog"], "B"),
-        ("B. hot dog", ["dog", "hot dog"], "B"),
-        ("A. hot dog", ["dog", "hot dog"], None),
-        ("10", ["1", "10"], "B"),
-        ("A. 10", ["1", "10"], None),
-        ("1.0", ["1", "1.0"], "B"),
-        ("None", ["Yes", "No", "None"], "C"),
-        ("C. A and C", ["vitamin A", "vitamin C", "A and C"], "C"),
-        ("A and C", ["vitamin A", "vitamin C", "A and C"], "C"),
-        ("A. Paris, B. France", ["Paris, B. France", "x"], "A"),
-        ("cafe\u0301", ["caf\u00e9", "tea"], "A"),
-        (".", ["...", "x"], None),  # nothing is left of the option's text
-        # options of the same text
-        ("A. Dog", ["Dog", "dog."], "A"),
-        ("B dog", ["Dog", "dog."], "B"),
-        ("dog", ["Dog", "dog."], None),
-        ("A. B", ["B", "A"], "A"),
-        ("B. B", ["B", "A"], None),
-        ("A", ["B", "A"], "A"),
-    ],
-)
-def test_letters_and_texts_that_hold_one_another(text: str, options: list[str], letter: str | None) -> None:
-    assert read_letter(text, options, stated=True) == letter
+def test_a_text_that_names_several_names_none(subtests: pytest.Subtests) -> None:
+    for text in SEVERAL:
+        with subtests.test(text=text):
+            assert read_letter(text, ANIMALS, stated=True) is None
+
+
+ALIKE = [
+    ("B. It is not A.", ANIMALS, "B"),
+    ("B. Because A is too small.", ANIMALS, "B"),
+    ("A. a cat", ANIMALS, "A"),
+    ("Ｂ", ANIMALS, "B"),
+    ("（Ｂ）", ANIMALS, "B"),
+    # an option's text may hold another's, or look like something else
+    ("hot dog", ["dog", "hot dog"], "B"),
+    ("B. hot dog", ["dog", "hot dog"], "B"),
+    ("A. hot dog", ["dog", "hot dog"], None),
+    ("10", ["1", "10"], "B"),
+    ("A. 10", ["1", "10"], None),
+    ("1.0", ["1", "1.0"], "B"),
+    ("None", ["Yes", "No", "None"], "C"),
+    ("C. A and C", ["vitamin A", "vitamin C", "A and C"], "C"),
+    ("A and C", ["vitamin A", "vitamin C", "A and C"], "C"),
+    ("A. Paris, B. France", ["Paris, B. France", "x"], "A"),
+    ("cafe\u0301", ["caf\u00e9", "tea"], "A"),
+    (".", ["...", "x"], None),  # nothing is left of the option's text
+    # options of the same text
+    ("A. Dog", ["Dog", "dog."], "A"),
+    ("B dog", ["Dog", "dog."], "B"),
+    ("dog", ["Dog", "dog."], None),
+    ("A. B", ["B", "A"], "A"),
+    ("B. B", ["B", "A"], None),
+    ("A", ["B", "A"], "A"),
+]
+
+
+def test_letters_and_texts_that_hold_one_another(subtests: pytest.Subtests) -> None:
+    for text, options, letter in ALIKE:
+        with subtests.test(text=text, options=options):
+            assert read_letter(text, options, stated=True) == letter
 
 
 @pytest.mark.parametrize(

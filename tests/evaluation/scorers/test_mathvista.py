@@ -37,45 +37,46 @@ def test_what_is_read_is_in_the_form_of_the_answers(golden: dict[str, list[Any]]
             assert mathvista_match(ours, ours)
 
 
-@pytest.mark.parametrize(
-    ("response", "answer_type", "precision", "read"),
-    [
-        # worked by hand
-        ("14", "integer", None, "14"),
-        ("The number missing in the sequence is 14.", "integer", None, "14"),
-        ("-3", "integer", None, "-3"),
-        ("1e999", "integer", None, None),  # no number that can be written
-        ("1e999", "float", 1, None),
-        ("1,234 people", "integer", None, "1234"),
-        ("14.7", "integer", None, "14"),
-        ("5kg", "integer", None, "5"),
-        ("$1.45", "float", 2, "1.45"),
-        ("45%", "integer", None, "45"),
-        ("0.65", "float", 1, "0.7"),  # 0.65 is 0.65000000000000002 in binary
-        ("2.675", "float", 2, "2.67"),  # and this 2.67499999999999982
-        ("14", "float", 1, "14.0"),
-        (".5", "float", 1, "0.5"),
-        ("1e3", "integer", None, "1000"),
-        ("2 + 3 = 5", "integer", None, None),
-        ("2 + 3 = 5. The answer is 5.", "integer", None, "5"),
-        ('The answer is "7".', "integer", None, "7"),
-        ("3/4", "float", 2, None),
-        ("14-16", "integer", None, None),
-        ("5 of the 5 dogs", "integer", None, "5"),
-        ("fourteen", "integer", None, None),
-        ("", "integer", None, None),
-        ("nan", "float", 1, None),
-        ("inf", "integer", None, None),
-        ("[2007,2008]", "list", None, "[2007, 2008]"),
-        ("Between 2007 and 2008: [2007, 2008].", "list", None, "[2007, 2008]"),
-        ("[1.2, 1.3", "list", None, None),
-        ("[1], [2]", "list", None, None),
-        ("[x, y]", "list", None, None),
-        ("2007, 2008", "list", None, None),
-    ],
-)
-def test_free_form(response: str, answer_type: str, precision: int | None, read: str | None) -> None:
-    assert read_answer(response, "free_form", answer_type, precision=precision) == read
+FREE_FORM = [
+    # worked by hand
+    ("14", "integer", None, "14"),
+    ("The number missing in the sequence is 14.", "integer", None, "14"),
+    ("-3", "integer", None, "-3"),
+    ("1e999", "integer", None, None),  # no number that can be written
+    ("1e999", "float", 1, None),
+    ("1,234 people", "integer", None, "1234"),
+    ("14.7", "integer", None, "14"),
+    ("5kg", "integer", None, "5"),
+    ("$1.45", "float", 2, "1.45"),
+    ("45%", "integer", None, "45"),
+    ("0.65", "float", 1, "0.7"),  # 0.65 is 0.65000000000000002 in binary
+    ("2.675", "float", 2, "2.67"),  # and this 2.67499999999999982
+    ("14", "float", 1, "14.0"),
+    (".5", "float", 1, "0.5"),
+    ("1e3", "integer", None, "1000"),
+    ("2 + 3 = 5", "integer", None, None),
+    ("2 + 3 = 5. The answer is 5.", "integer", None, "5"),
+    ('The answer is "7".', "integer", None, "7"),
+    ("3/4", "float", 2, None),
+    ("14-16", "integer", None, None),
+    ("5 of the 5 dogs", "integer", None, "5"),
+    ("fourteen", "integer", None, None),
+    ("", "integer", None, None),
+    ("nan", "float", 1, None),
+    ("inf", "integer", None, None),
+    ("[2007,2008]", "list", None, "[2007, 2008]"),
+    ("Between 2007 and 2008: [2007, 2008].", "list", None, "[2007, 2008]"),
+    ("[1.2, 1.3", "list", None, None),
+    ("[1], [2]", "list", None, None),
+    ("[x, y]", "list", None, None),
+    ("2007, 2008", "list", None, None),
+]
+
+
+def test_free_form(subtests: pytest.Subtests) -> None:
+    for response, answer_type, precision, read in FREE_FORM:
+        with subtests.test(response=response, answer_type=answer_type):
+            assert read_answer(response, "free_form", answer_type, precision=precision) == read
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,7 @@ def test_task_arithmetic_reaches_the_models_and_the_base(dtype: torch.dtype, thr
     assert same_bits(mix_tensors("task_arithmetic", [a, b], [0.0, 0.0], base), base)
 
 
-COUNT = 2_000_000
+COUNT = 1_000_000
 EXPONENTS = {torch.bfloat16: (-110, 110), torch.float16: (-22, 10)}
 
 
@@ -289,17 +289,12 @@ INPUTS = {
 @pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("name", CASES)
 def test_it_is_what_float64_gives_rounded_once_or_its_neighbour_where_both_are_as_near(name: str, inputs: str) -> None:
+    """Fewer than one in 10000 differ: they lie between two numbers but for the last digits of float64."""
     found = differences(*INPUTS[inputs], name)
     assert found.infinite == 0
     assert found.wrong == 0
     assert found.further == 0
-
-
-@pytest.mark.parametrize("inputs", INPUTS)
-@pytest.mark.parametrize("name", CASES)
-def test_fewer_than_one_in_10000_differ_from_float64_rounded_once(name: str, inputs: str) -> None:
-    """Those that do lie between two numbers but for the last digits of float64, which the order of terms changes."""
-    assert differences(*INPUTS[inputs], name).any < COUNT // 10_000
+    assert found.any < COUNT // 10_000
 
 
 @pytest.mark.parametrize("name", ["linear of two", "linear of two, decimal", "task_arithmetic of two"])
