@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Optional
@@ -214,6 +215,22 @@ class DataModule(L.LightningDataModule):
                         now,
                         before,
                     )
+
+    def ends_at(self, state: Mapping[str, Any]) -> bool:
+        """Whether a training checkpoint's position is the end of this run's data. No data are read.
+
+        Args:
+            state: the result of `state_dict`.
+        """
+        if not state:
+            return False
+        configs = dict(Group.from_dict({"sources": self.sources}).leaves())
+        epochs = {name: config.epochs or self.mixing.epochs or math.inf for name, config in configs.items()}
+        return all(
+            not partition["pending"]
+            and all(place["epoch"] >= epochs[name] for name, place in partition["mixture"]["streams"].items())
+            for partition in upgraded(state)["planner"]["partitions"].values()
+        )
 
     def _partitions(self, state: Mapping[str, Any]) -> int:
         """The number of partitions of a run that resumes at this position of a planner."""
