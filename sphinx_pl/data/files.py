@@ -37,6 +37,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sphinx_pl.utils.errors import UserError
+from sphinx_pl.utils.files import user_path
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ def cache_folder(kind: str) -> Path:
         UserError: the folder cannot be made.
     """
     default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "sphinx_pl"
-    folder = Path(os.environ.get("SPHINX_CACHE", default)).expanduser() / kind
+    folder = user_path(os.environ.get("SPHINX_CACHE", default)) / kind
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

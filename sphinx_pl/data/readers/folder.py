@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,7 @@ class FolderReader(TableReader):
 
     def _open(self, number: int) -> Shard:
         folder, name = Path(self.urls[number]), self.shard_names[number]
-        names = sorted(
-            (Path(where) / file).relative_to(folder).as_posix() for where, _, files in os.walk(folder) for file in files
-        )
+        names = sorted(_files(folder))
         if self.captions == "names":
             return _NamedShard(self, folder, name, names)
         for table in TABLES if self.captions == "auto" else ():
@@ -60,6 +58,23 @@ class FolderReader(TableReader):
 
     def folder_hint(self, key: str) -> str:
         return f"pictures are looked for in {self.urls[0]}"
+
+
+def _files(folder: Path) -> Iterator[str]:
+    """The files below a folder, by their paths in it.
+
+    Links to folders are followed. What can be reached in two ways, as in a loop of links, is there
+    once.
+    """
+    visited = set()
+    for where, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(where)) in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders.sort(key=lambda name: (os.path.islink(f"{where}/{name}"), name))  # noqa: PTH114
+        for file in files:
+            yield (Path(where) / file).relative_to(folder).as_posix()
 
 
 class _ListedShard(TableShard):

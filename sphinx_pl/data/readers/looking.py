@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from sphinx_pl.data.files import PACKED, is_remote, local_file
@@ -15,6 +15,7 @@ from sphinx_pl.data.readers.line_index import index_entries
 from sphinx_pl.data.readers.table import NAMES, asks_without_images, names_picture
 from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.utils.errors import UserError
+from sphinx_pl.utils.files import user_path
 
 LOOKED_AT = 64
 _BY_NAME = {"tar": "image_text", "csv": "table", "tsv": "table", "parquet": "text", "txt": "text", "md": "text"}
@@ -31,8 +32,8 @@ def find_kind(name: str, path: str | Sequence[str], section: str = "sources") ->
     Raises:
         UserError: there is no such file, or its kind is unknown.
     """
-    first = path if isinstance(path, str) else next(iter(path), "")
-    if isinstance(first, str) and Path(first).expanduser().is_dir():
+    first = path if isinstance(path, str) else path[0] if isinstance(path, Sequence) and path else ""
+    if isinstance(first, str) and os.path.isdir(user_path(first)):  # noqa: PTH112 - pathlib's may raise
         return "folder", "image"
     urls = expand_paths(name, path)
     url, extension, key = urls[0], _extension(urls[0]), config_key(name, section)

@@ -23,6 +23,7 @@ from sphinx_pl.data.schema import ImageRef, Record
 from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.utils.errors import UserError, suggest
+from sphinx_pl.utils.files import user_path
 
 NAMES: dict[str, tuple[str, ...]] = {
     "image": ("image", "file_name", "filename", "file", "image_path", "path", "img", "picture", "photo"),
@@ -34,6 +35,7 @@ NAMES: dict[str, tuple[str, ...]] = {
 read."""
 _NEEDED = (("image", "caption"), ("question", "answer"))
 _DELIMITERS = ",;\t|"
+_SEPARATOR_LINE = re.compile(rf"\"?sep=([{_DELIMITERS}])\"?\s*", re.IGNORECASE)
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://")
 _PICTURE = re.compile(r"(?:^|[_ -])(?:image|img|picture|photo|pic)s?(?:$|[_ -]|\d)", re.IGNORECASE)
 _ANOTHER = re.compile(r"(?:image|img|picture|photo|pic)(?:s|[_ -]?\d+)$", re.IGNORECASE)
@@ -84,7 +86,7 @@ class TableReader(PairReader):
             raise UserError(f"{config_key(name)}.encoding={encoding} is none that Python knows") from None
         if root is None and is_remote(self.urls[0]):
             raise UserError(f"source '{name}' reads {self.urls[0]}: say with root=FOLDER where its images lie")
-        self.root = Path(root).expanduser() if root is not None else Path(self.urls[0]).parent
+        self.root = user_path(root) if root is not None else Path(self.urls[0]).parent
 
     def _open(self, number: int) -> Shard:
         return TableShard(self, self.urls[number], self.shard_names[number], self.root)
@@ -317,11 +319,14 @@ def _text(path: str, encoding: str) -> TextIO:
 
 
 def _csv_rows(file: TextIO) -> Iterator[list[str]]:
-    """The rows that are not blank. The delimiter is the one that occurs most often in the first
-    row."""
+    """The rows that are not blank. The delimiter is the one that Excel's line `sep=;` names, or the
+    one that occurs most often in the first row."""
     first = file.readline()
-    file.seek(0)
-    delimiter = max(_DELIMITERS, key=first.count)
+    if match := _SEPARATOR_LINE.fullmatch(first):
+        delimiter = match[1]
+    else:
+        file.seek(0)
+        delimiter = max(_DELIMITERS, key=first.count)
     csv.field_size_limit(MAX_BYTES)
     lines: list[str] = []
 

@@ -17,6 +17,7 @@ from sphinx_pl.data.readers import Reader, build_reader, check_options, find_kin
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.utils.config import Bounds, build, within
 from sphinx_pl.utils.errors import UserError, suggest
+from sphinx_pl.utils.files import user_path
 from sphinx_pl.utils.renamed import renamed_key
 
 log = logging.getLogger(__name__)
@@ -213,7 +214,7 @@ def _meta_group(values: Mapping[str, Any], prefix: str) -> Group:
     original, then at the file's folder. In the original, `type` makes every global batch
     homogeneous; here it is a name. Entries whose type begins with "text" are text-only.
     """
-    file = Path(str(values.get("path"))).expanduser()
+    file = user_path(str(values.get("path")))
     try:
         entries = yaml.safe_load(file.read_bytes())["META"]
         given = [dict(entry) for entry in entries]
