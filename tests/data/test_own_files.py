@@ -302,3 +302,32 @@ def test_parts_are_all_of_it_and_share_no_image(tmp_path: Path) -> None:
     assert (len(parts["held_out"][0]), len(parts["held_out"][1])) == (6, 3)
     with pytest.raises(UserError, match=r"data\.sources\.x\.part=trian: did you mean 'train'"):
         SourceConfig.from_dict("x", {"path": str(tmp_path / "x.csv"), "part": "trian"})
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    pictures(tmp_path, "here/1.png", "here/more/2.png", "elsewhere/deep/3.png")
+    here = tmp_path / "here"
+    for name, target in (
+        ("loop", here),
+        ("again", here / "more"),
+        ("out", tmp_path / "elsewhere"),
+        ("gone", "nowhere"),
+    ):
+        (here / name).symlink_to(target)
+    source = build_reader("folder", "x", str(here), captions="names")
+    assert outcomes(source) == ["1", "2", "3"]
+    assert [source.record(i).key for i in range(3)] == ["here/1.png", "here/more/2.png", "here/out/deep/3.png"]
+
+
+@pytest.mark.parametrize("line", ["sep=;", '"sep=;"', "SEP=;\r"])
+def test_excel_s_line_that_names_the_separator(tmp_path: Path, line: str) -> None:
+    pictures(tmp_path, "1.png")
+    (tmp_path / "a.csv").write_text(f"\ufeff{line}\nimage;caption, in English\n1.png;red, all of it\n", newline="")
+    source = build_reader("table", "x", str(tmp_path / "a.csv"), columns={"caption": "caption, in English"})
+    assert outcomes(source) == ["red, all of it"]
+
+
+@pytest.mark.parametrize("path", [5, None, {}, {"a": 1}, [], [5], "~nobody-has-this-name/a.csv", "a\0b", "x" * 5000])
+def test_what_is_no_path_is_refused(path: Any) -> None:
+    with pytest.raises(UserError, match=r"source 'x'|data\.sources\.x\.path"):
+        SourceConfig.from_dict("x", {"path": path})
