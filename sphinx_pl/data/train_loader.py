@@ -49,9 +49,12 @@ def _margin(records: int) -> float:
     return 0.0 if records >= _ENOUGH else math.sqrt(math.log(1e6) / (2 * max(records, 1)))
 
 
-def _of(counts: Counter[str], source: str) -> Counter[str]:
-    """The counters of one source."""
-    return Counter({name: count for name, count in counts.items() if split_counter(name)[0] == source})
+def _by_source(counts: Counter[str]) -> defaultdict[str, Counter[str]]:
+    """Source -> its counters."""
+    groups: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for name, count in counts.items():
+        groups[split_counter(name)[0]][name] = count
+    return groups
 
 
 def _share(skipped: Counter[str], left_out: Counter[str], indexed: int, records: int) -> float:
@@ -273,11 +276,12 @@ class TrainLoader:
         left_out, indexed = self.planner.left_out(step)
         left_out, indexed = left_out - self._indexed_before[0], indexed - self._indexed_before[1]
         # A small source may be bad as a whole without much weight in the mixture.
-        for name in self.planner.mixture.streams:
+        lost_of_source = _by_source(left_out)
+        for name, counts in _by_source(skipped).items():
             records = planned[f"{name}/seen"]
-            share = _share(_of(skipped, name), _of(left_out, name), indexed[name], records)
+            share = _share(counts, lost_of_source[name], indexed[name], records)
             if records >= _FEW and share > max(_NEARLY_ALL, self.max_skipped):
-                self._refuse(_of(skipped, name), share, records)
+                self._refuse(counts, share, records)
         records = sum(v for k, v in planned.items() if k.endswith("/seen"))
         share = _share(skipped, left_out, indexed.total(), records)
         if share > self.max_skipped + _margin(records):

@@ -16,6 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import OverrideParseException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from sphinx_pl.cli.chat import ChatConfig
 from sphinx_pl.runtime.command_line import as_typed, take_rest
@@ -331,3 +332,12 @@ def test_a_folder_instead_of_the_question_is_the_checkpoint(question: str | None
         ChatConfig(question=question)
     with pytest.raises(UserError, match=f"Give checkpoint={tmp_path}$"):
         ChatConfig(question=str(tmp_path))
+
+
+@pytest.mark.parametrize("override", ["output_dir=", "run=", "run='  '", "run=null", "output_dir=null"])
+def test_a_run_folder_with_an_empty_part_is_refused(override: str) -> None:
+    """A shell's variable that is not set would make the run a folder at the root of the disk."""
+    cfg = compose_config(CONFIG_FOLDER, "train", [override])
+    with pytest.raises(OmegaConfBaseException) as error_info:
+        assert cfg.hydra.run.dir
+    assert one_line(error_info.value) == f"{override.partition('=')[0]} is empty: give the name of a folder, or omit it"
