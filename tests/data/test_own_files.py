@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from sphinx_pl.data.images import load_image
+from sphinx_pl.data.images import image_size, load_image
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.readers import build_reader
 from sphinx_pl.data.sampling.config import SourceConfig
@@ -331,3 +332,38 @@ def test_excel_s_line_that_names_the_separator(tmp_path: Path, line: str) -> Non
 def test_what_is_no_path_is_refused(path: Any) -> None:
     with pytest.raises(UserError, match=r"source 'x'|data\.sources\.x\.path"):
         SourceConfig.from_dict("x", {"path": path})
+
+
+def test_names_with_accents_are_found_in_either_form(tmp_path: Path) -> None:
+    composed, decomposed = (unicodedata.normalize(form, "été.png") for form in ("NFC", "NFD"))
+    for folder, there, named in (("a", composed, decomposed), ("b", decomposed, composed)):
+        pictures(tmp_path, f"{folder}/{there}")
+        (tmp_path / folder / "metadata.csv").write_text(f"file_name,text\n{named},summer\n")
+        source = build_reader("folder", "x", str(tmp_path / folder))
+        assert outcomes(source) == ["summer"]
+        assert image_size(source.record(0).images[0]) == (8, 6)
+        assert not source.skipped
+
+
+def test_a_file_s_own_name_comes_before_what_it_means_as_a_pattern(tmp_path: Path) -> None:
+    pictures(tmp_path, "1.png")
+    for name in ("a{1,2}[z]*.csv", "a1z.csv", "a2z.csv"):
+        (tmp_path / name).write_text(f"image,caption\n1.png,{name}\n")
+    assert outcomes(build_reader("table", "x", str(tmp_path / "a{1,2}[z]*.csv"))) == ["a{1,2}[z]*.csv"]
+    (tmp_path / "a{1,2}[z]*.csv").unlink()
+    assert outcomes(build_reader("table", "x", str(tmp_path / "a{1,2}[z]*.csv"))) == ["a1z.csv", "a2z.csv"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.jsonl", b'{"question": "a", "answer": "b"},\n' * 2, "none of its entries .*json"),
+        ("a.json", b'[["question", "answer"]]', "none of its entries .*not an object"),
+        ("a.csv", "image,caption\n1.png,a\n".encode("utf-16-le"), r"no text in utf-8: .*x\.encoding"),
+        ("a.csv", b"PK\x03\x04\x00\x01\n1,2\n", "no text in utf-8"),
+    ],
+)
+def test_a_file_that_is_something_else_says_what_is_wrong(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        len(SourceConfig.from_dict("x", {"path": str(tmp_path / name)}).open("x"))

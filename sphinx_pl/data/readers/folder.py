@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from sphinx_pl.data.readers.annotation import decoded, json_object, read
 from sphinx_pl.data.readers.base import READERS, Shard, config_key
@@ -84,10 +85,10 @@ class _ListedShard(TableShard):
         super().__init__(source, str(folder / table), f"{name}/{table}", folder)
         listed = set()
         for index in range(len(self)):
-            listed.add(str(self.images(index)))
+            listed.add(normalize("NFC", str(self.images(index))))
         for file in names:
             key, extension = split_name(file)
-            if file == table or file in listed:
+            if file == table or normalize("NFC", file) in listed:
                 continue
             if key.rpartition("/")[2].startswith("."):
                 self.leave("hidden", file)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sphinx_pl.data.files import PACKED, is_remote, local_file
@@ -51,7 +51,9 @@ def find_kind(name: str, path: str | Sequence[str], section: str = "sources") ->
         return kind, "text" if only_text else "image"
     if extension not in ("json", "jsonl", "ndjson") or is_remote(url):
         raise UserError(f"{key}.path={url}: its name does not say what it is: set {key}.kind={'|'.join(READERS)}")
-    entries = list(_entries(url))
+    entries, problem = _entries(url)
+    if not entries:
+        raise UserError(f"{key}.path={url}: none of its entries can be read ({problem or 'there is none'})")
     keys = {item for entry in entries for item in entry}
     has_images = any(image_names(entry) or any(entry.get(name) for name in _IMAGE) for entry in entries)
     if keys & _INSTRUCTION or {"question", "answer"} <= keys:
@@ -94,11 +96,14 @@ def _columns(url: str) -> list[str]:
         return []
 
 
-def _entries(url: str) -> Iterator[dict[str, Any]]:
+def _entries(url: str) -> tuple[list[dict[str, Any]], str]:
+    """Some entries of a file, and why another one cannot be read ("" if all can)."""
     path, _ = local_file(url)
-    spans, _ = index_entries(path)
+    spans, problem = index_entries(path)
+    entries = []
     for offset, size in spans[spread(len(spans), LOOKED_AT)].tolist():
         try:
-            yield json_object(read(path, offset, size, url), url)
-        except SkipSample:
-            continue
+            entries.append(json_object(read(path, offset, size, url), url))
+        except SkipSample as bad:
+            problem = problem or str(bad)
+    return entries, problem

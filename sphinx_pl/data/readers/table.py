@@ -147,6 +147,11 @@ class TableShard(PairShard):
             roles[role] = name
         if twice := [name for name in roles.values() if known.count(name) > 1]:
             raise UserError(f"{url} has two columns '{twice[0]}': rename one of them")
+        if len(self) and any(not name.isprintable() for name in known):
+            raise UserError(
+                f"{url}: its first row is no text in {self.source.encoding}: save the table as CSV UTF-8, or set "
+                f"{key}.encoding"
+            )
         if len(self) and not any(set(needed) <= set(roles) for needed in _NEEDED):
             raise UserError(
                 f"{url} has the columns {', '.join(known) or '(none)':.300}: a source needs image and caption, or "
