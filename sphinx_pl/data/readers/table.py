@@ -36,6 +36,8 @@ read."""
 _NEEDED = (("image", "caption"), ("question", "answer"))
 _DELIMITERS = ",;\t|"
 _SEPARATOR_LINE = re.compile(rf"\"?sep=([{_DELIMITERS}])\"?\s*", re.IGNORECASE)
+_NO_TEXT = re.compile(r"[\0\udc80-\udcff]")
+"""A zero byte, or a byte that is not of the encoding."""
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://")
 _PICTURE = re.compile(r"(?:^|[_ -])(?:image|img|picture|photo|pic)s?(?:$|[_ -]|\d)", re.IGNORECASE)
 _ANOTHER = re.compile(r"(?:image|img|picture|photo|pic)(?:s|[_ -]?\d+)$", re.IGNORECASE)
@@ -147,12 +149,13 @@ class TableShard(PairShard):
             roles[role] = name
         if twice := [name for name in roles.values() if known.count(name) > 1]:
             raise UserError(f"{url} has two columns '{twice[0]}': rename one of them")
-        if len(self) and any(not name.isprintable() for name in known):
+        complete = any(set(needed) <= set(roles) for needed in _NEEDED)
+        if not complete and any(_NO_TEXT.search(name) for name in known):
             raise UserError(
                 f"{url}: its first row is no text in {self.source.encoding}: save the table as CSV UTF-8, or set "
                 f"{key}.encoding"
             )
-        if len(self) and not any(set(needed) <= set(roles) for needed in _NEEDED):
+        if len(self) and not complete:
             raise UserError(
                 f"{url} has the columns {', '.join(known) or '(none)':.300}: a source needs image and caption, or "
                 f"question and answer; say which they are with {key}.columns={{image: ..., caption: ...}}"
