@@ -285,7 +285,7 @@ def is_json(url: str) -> bool:
 def _rows(path: str, encoding: str) -> tuple[str, EntryIndex, str]:
     """A file with each row as JSON, the offsets and sizes of the rows in it, and the fault of the
     csv ("" if none)."""
-    name = f"{identity(path)}-rows-{re.sub(r'[^A-Za-z0-9]', '_', encoding)}"
+    name = f"{identity(path)}-csv-{re.sub(r'[^A-Za-z0-9]', '_', encoding)}"
     rows = cache_folder("files") / name
     problems = ("", "quote_unclosed", "table_unreadable")
 
