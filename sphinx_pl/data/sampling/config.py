@@ -175,6 +175,9 @@ class Group:
 
         Args:
             sizes: the number of records of each source; read only if `needs_sizes`.
+
+        Raises:
+            UserError: a weight times its power of the size is too large for a number.
         """
         weights: dict[str, float] = {}
         inner: dict[str, dict[str, float]] = {}
@@ -183,8 +186,15 @@ class Group:
             inner[name] = member.shares(sizes, f"{full}.") if isinstance(member, Group) else {full: 1.0}
             weights[name] = member.weight if inner[name] else 0.0
             if self.temperature is not None:
-                weights[name] *= sum(sizes[leaf] for leaf in inner[name]) ** (1 / self.temperature)
-        total = sum(weights.values())
+                try:
+                    weights[name] *= sum(sizes[leaf] for leaf in inner[name]) ** (1 / self.temperature)
+                except OverflowError:
+                    weights[name] = math.inf
+        if not math.isfinite(total := sum(weights.values())):
+            raise UserError(
+                f"data.sources: the weights of {', '.join(weights)} with temperature={self.temperature} are too large "
+                "for a number: lower the weights, or raise the temperature"
+            )
         return {
             leaf: weights[name] / total * share
             for name, leaves in inner.items()
