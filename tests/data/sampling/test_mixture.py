@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.sampling.config import MixingConfig, SourceConfig
+from sphinx_pl.data.sampling.config import Group, MixingConfig, SourceConfig
 from sphinx_pl.data.sampling.mixture import Mixture
 from sphinx_pl.data.schema import Sample
 from sphinx_pl.utils.config import build
