@@ -120,8 +120,9 @@ def warn_of_changes(cfg: DictConfig, resume: Path) -> None:
         if not difference.removeprefix("stage.").startswith(_UNIMPORTANT) and not difference.startswith(_UNIMPORTANT)
     ]
     # The trainer's other keys say where the same run works.
-    precision = [{"precision": (config.get("trainer") or {}).get("precision")} for config in (before, now)]
-    changes += differences(*precision, "trainer") if precision[0]["precision"] else []
+    old, new = ((config.get("trainer") or {}).get("precision") for config in (before, now))
+    if old not in (None, new):
+        changes.append(f"trainer.precision is {old!r} and {new!r}")
     if changes:
         more = f", and {len(changes) - 8} more" if len(changes) > 8 else ""
         log.warning("in the checkpoint and in this run: %s%s", ", ".join(changes[:8]), more)

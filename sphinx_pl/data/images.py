@@ -135,9 +135,9 @@ def _found(path: str) -> tuple[str, os.stat_result]:
     try:
         return path, os.stat(path)  # noqa: PTH116 - a path object costs more than the call
     except FileNotFoundError:
-        for form in () if path.isascii() else ("NFC", "NFD"):
+        for other in {unicodedata.normalize("NFC", path), unicodedata.normalize("NFD", path)} - {path}:
             with suppress(FileNotFoundError):
-                return (other := unicodedata.normalize(form, path)), os.stat(other)  # noqa: PTH116
+                return other, os.stat(other)  # noqa: PTH116
         raise
 
 

@@ -277,11 +277,11 @@ class TrainLoader:
         left_out, indexed = left_out - self._indexed_before[0], indexed - self._indexed_before[1]
         # A small source may be bad as a whole without much weight in the mixture.
         lost_of_source = _by_source(left_out)
-        for name, counts in _by_source(skipped).items():
+        for name, own in _by_source(skipped).items():
             records = planned[f"{name}/seen"]
-            share = _share(counts, lost_of_source[name], indexed[name], records)
+            share = _share(own, lost_of_source[name], indexed[name], records)
             if records >= _FEW and share > max(_NEARLY_ALL, self.max_skipped):
-                self._refuse(counts, share, records)
+                self._refuse(own, share, records)
         records = sum(v for k, v in planned.items() if k.endswith("/seen"))
         share = _share(skipped, left_out, indexed.total(), records)
         if share > self.max_skipped + _margin(records):
