@@ -32,8 +32,8 @@ def find_kind(name: str, path: str | Sequence[str], section: str = "sources") ->
     Raises:
         UserError: there is no such file, or its kind is unknown.
     """
-    first = path if isinstance(path, str) else path[0] if isinstance(path, Sequence) and path else ""
-    if isinstance(first, str) and os.path.isdir(user_path(first)):  # noqa: PTH112 - pathlib's may raise
+    first = path if isinstance(path, str) else path[0] if isinstance(path, Sequence) and path else None
+    if isinstance(first, str) and first and os.path.isdir(user_path(first)):  # noqa: PTH112 - pathlib's may raise
         return "folder", "image"
     urls = expand_paths(name, path)
     url, extension, key = urls[0], _extension(urls[0]), config_key(name, section)
