@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 from sphinx_pl.runtime import signals
+from sphinx_pl.utils.errors import UserError
 from sphinx_pl.utils.files import write_whole
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,24 @@ class RunLogger(WandbLogger):
     ) -> None:
         self._lost = False
         super().__init__(save_dir=save_dir, name=f"{name} {point}" if point else name, id=id, **options)
+
+    def check(self) -> None:
+        """Log in, if the run is online. In a terminal W&B asks for a missing key.
+
+        Raises:
+            UserError: there is no key, or W&B does not accept it.
+        """
+        import wandb
+
+        if self._wandb_init.get("mode") in ("offline", "disabled"):
+            return
+        try:
+            wandb.login()
+        except wandb.errors.Error as error:
+            raise UserError(
+                f"logger=wandb: {' '.join(str(error).split()).rstrip('.')}: run `wandb login` or set WANDB_API_KEY, "
+                "or set logger.wandb.mode=offline and upload the run later with `wandb sync`"
+            ) from None
 
     @property
     @rank_zero_experiment  # type: ignore[untyped-decorator]

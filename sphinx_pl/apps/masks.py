@@ -14,6 +14,7 @@ from PIL import Image
 from sphinx_pl.checkpoints.hub import HUB, hub_snapshot
 from sphinx_pl.data.coordinates import Box4
 from sphinx_pl.utils.errors import UserError
+from sphinx_pl.utils.files import user_path
 
 MARGIN = 0.1
 """How far a mask may extend beyond its box, as a share of the box's sides.
@@ -103,7 +104,7 @@ def _folder(name: str) -> Path:
     """Return the folder `name`, or the hub's model in the local cache, downloaded if it is
     missing.
     """
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     if folder.is_dir():
         return folder
     from huggingface_hub.constants import HF_HUB_CACHE

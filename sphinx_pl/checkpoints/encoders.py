@@ -24,6 +24,7 @@ from sphinx_pl.checkpoints.torch_shards import TorchShards
 from sphinx_pl.models.encoders.base import Encoder
 from sphinx_pl.models.published import PublishedLayout, Source
 from sphinx_pl.utils.errors import UserError, suggest
+from sphinx_pl.utils.files import user_path
 
 log = logging.getLogger(__name__)
 
@@ -208,7 +209,7 @@ def find_files(encoder: Encoder, source: str) -> list[Path]:
     Raises:
         UserError: there are none.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     found = repository(encoder, source)
     if found is not None and found.declared is not None:
         _check_trained_with(encoder, {"model_cfg": found.declared})

@@ -86,14 +86,18 @@ def checkpoint_to_resume(cfg: DictConfig, folder: Path) -> Path | None:
     return resume
 
 
-def steps_passed(cfg: DictConfig, run: RunFolder, resume: Path | None) -> int:
+def steps_passed(cfg: DictConfig, run: RunFolder, resume: Path | None, data_ended: bool) -> int:
     """Return the optimizer steps of this folder's run if it has made all requested steps, else 0.
 
     Nothing is written.
+
+    Args:
+        data_ended: the checkpoint was made at the end of finite data, so no step follows.
     """
     reached = reached_by(run, resume)
     newer = any(path.parent.name == "checkpoints" for path in run.replaced_by(reached))
-    return reached if 0 < cfg.trainer.max_steps <= reached and not newer else 0
+    passed = 0 < cfg.trainer.max_steps <= reached or (data_ended and reached > 0)
+    return reached if passed and not newer else 0
 
 
 def warn_of_changes(cfg: DictConfig, resume: Path) -> None:
@@ -115,6 +119,10 @@ def warn_of_changes(cfg: DictConfig, resume: Path) -> None:
         for difference in differences(before.get(key) or {}, now.get(key) or {}, key)
         if not difference.removeprefix("stage.").startswith(_UNIMPORTANT) and not difference.startswith(_UNIMPORTANT)
     ]
+    # The trainer's other keys say where the same run works.
+    old, new = ((config.get("trainer") or {}).get("precision") for config in (before, now))
+    if old not in (None, new):
+        changes.append(f"trainer.precision is {old!r} and {new!r}")
     if changes:
         more = f", and {len(changes) - 8} more" if len(changes) > 8 else ""
         log.warning("in the checkpoint and in this run: %s%s", ", ".join(changes[:8]), more)
@@ -130,12 +138,15 @@ def reached_by(run: RunFolder, resume: Path | None) -> int:
     return step_of(resume) if resume is not None and resume.parent.resolve() == own.resolve() else -1
 
 
-def prepare_run_folder(cfg: DictConfig, run: RunFolder, resume: Path | None) -> None:
+def prepare_run_folder(cfg: DictConfig, run: RunFolder, resume: Path | None, passed: bool = False) -> None:
     """Move aside the files of an earlier run, and record this one.
 
     It is called after all other checks.
 
     Nothing is deleted until this run has saved something (`RunFolder.saved`).
+
+    Args:
+        passed: training is complete; only the export may be missing.
     """
     from hydra.core.hydra_config import HydraConfig
 
@@ -146,8 +157,8 @@ def prepare_run_folder(cfg: DictConfig, run: RunFolder, resume: Path | None) -> 
     folder, reached = run.path, reached_by(run, resume)
     for file in run_logs():
         file.start()
-    if steps_passed(cfg, run, resume):
-        return  # training is complete; only the export may be missing
+    if passed:
+        return
     same = cfg.ckpt_path == "last" or run.came_back  # otherwise it is another run, also in W&B
     # The model is moved too. Otherwise the next stage would start from the old weights if this run
     # died.

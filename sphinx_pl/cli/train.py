@@ -161,6 +161,7 @@ def run_stage(cfg: DictConfig, run: RunFolder) -> float | None:
     from sphinx_pl.callbacks.checkpoint import ResumeCheckpoint, checkpoints, step_of
     from sphinx_pl.callbacks.export import ExportModel
     from sphinx_pl.callbacks.preemption import Preemption
+    from sphinx_pl.callbacks.wandb_logger import RunLogger
     from sphinx_pl.checkpoints.training import TrainingShards
     from sphinx_pl.data.datamodule import DataModule
     from sphinx_pl.data.held_out import held_out_weights
@@ -203,8 +204,10 @@ def run_stage(cfg: DictConfig, run: RunFolder) -> float | None:
     datamodule.check(cfg.stage.text_required, cfg.stage.accumulate, trainer.world_size)
     stage.val_weights = held_out_weights(values["sources"], datamodule.val_sources, datamodule.mixing.temperature)
     saved: dict[str, Any] = {} if resume is None else TrainingShards(resume).state()
+    ended = False
     if resume is not None:
         datamodule.check_resume(saved.get("DataModule", {}), cfg.stage.accumulate, trainer.world_size)
+        ended = datamodule.ends_at(saved.get("DataModule", {}))
     exports = [c for c in trainer.callbacks if isinstance(c, ExportModel)]
     for callback in exports:
         callback.check()
@@ -212,16 +215,19 @@ def run_stage(cfg: DictConfig, run: RunFolder) -> float | None:
     def look() -> tuple[int, bool]:
         if not ranks.first_process():
             return 0, False  # the first process starts this one only to train or write
-        return steps_passed(cfg, run, resume), all(callback.folder.exists() for callback in exports)
+        return steps_passed(cfg, run, resume, ended), all(callback.folder.exists() for callback in exports)
 
     passed, exported = ranks.on_first(trainer, look)
     if passed and exported:  # not even the log is opened, so the folder stays unchanged
         if ranks.first_process():
-            log.info(say_passed(passed, cfg.trainer.max_steps, folder))
+            log.info(say_passed(passed, None if ended else cfg.trainer.max_steps, folder))
         return report_value(cfg, folder, saved.get("logged", {}).get(cfg.metric))
     if passed:
         # loggers would describe this command as the run that made the checkpoint
         trainer.loggers = []
+    for logger in trainer.loggers:
+        if isinstance(logger, RunLogger):
+            ranks.only_first(trainer, logger.check)
     threads = ranks.share_cores(trainer.num_devices)
     ranks.only_first(trainer, datamodule.probe)
     if ranks.first_process():
@@ -241,7 +247,7 @@ def run_stage(cfg: DictConfig, run: RunFolder) -> float | None:
                 callback.written = run.saved
         signals.watch(interrupt=True) if stoppable else None
         try:
-            prepare_run_folder(cfg, run, resume)
+            prepare_run_folder(cfg, run, resume, passed > 0)
         except OSError as error:  # the other processes wait for an answer
             raise UserError(disk_failed(error, folder)) from error
 
@@ -338,12 +344,17 @@ def disk_failed(error: OSError, folder: Path) -> str:
     return f"the run cannot write{what} ({error.strerror}), so it ends; {kept_checkpoint(folder)}. {first}"
 
 
-def say_passed(steps: int, max_steps: int, folder: Path) -> str:
-    """Return a sentence that tells why a resume trains nothing, and how to train further."""
+def say_passed(steps: int, max_steps: int | None, folder: Path) -> str:
+    """Return a sentence that tells why a resume trains nothing, and how to train further.
+
+    Args:
+        max_steps: the requested steps; None if the run ended with its data.
+    """
+    what = f"passed step {max_steps}" if max_steps is not None else "read its sources as often as their epochs say"
+    more = f"set stage.max_steps above {steps}" if max_steps is not None else "raise data.mixing.epochs"
     return (
-        f"nothing was trained: the run in {as_typed(folder)} has already passed step {max_steps}, and its newest "
-        f"checkpoint is from step {steps}. Nothing in the folder has changed; set stage.max_steps above {steps} to "
-        "train further"
+        f"nothing was trained: the run in {as_typed(folder)} has already {what}, and its newest "
+        f"checkpoint is from step {steps}. Nothing in the folder has changed; {more} to train further"
     )
 
 

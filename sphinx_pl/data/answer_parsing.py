@@ -22,6 +22,7 @@ YES_NO: Mapping[str, bool] = {"yes": True, "no": False}
 TRUE_FALSE: Mapping[str, bool] = {"true": True, "false": False, **YES_NO}
 
 _WORD = re.compile(r"\W*(\w+)(?![\w-])")
+_WORD_ALONE = re.compile(r"\W*(\w+)(?:\W*$|,)")
 _SENTENCE_END = re.compile(r"[.!?]")
 # Another word beside the first: joined to it ("yes or no"), or by itself ("yes, no"); not that of
 # "yes, no dog".
@@ -78,6 +79,9 @@ def read_yes_or_no(text: str, official: str = "", words: Mapping[str, bool] = YE
 
     The text must begin with the word, in any case: "No.", "yes, it is"; not "no-one". Its first
     sentence must not have a word of the other meaning beside it: "yes or no", "Yes/No", "no, yes".
+    No later sentence may be such a word or begin with it and a comma: "Yes. No.", "Yes. No, it is
+    not." The official scripts read only the beginning, so for them "Yes. No." is yes. lmms-eval's
+    exact match accepts neither, as we do: the rest of the text takes the word back.
 
     Args:
         official: "pope" or "mme" reads as that benchmark's script does, and ignores `words`. POPE's
@@ -95,8 +99,10 @@ def read_yes_or_no(text: str, official: str = "", words: Mapping[str, bool] = YE
     first = _WORD.match(text)
     if not first or (word := first[1].lower()) not in words:
         return None
-    rest = _SENTENCE_END.split(text[first.end() :], maxsplit=1)[0]
-    meanings = {words.get((match[1] or match[2]).lower(), words[word]) for match in _ALSO.finditer(rest)}
+    rest, *later = _SENTENCE_END.split(text[first.end() :])
+    others = [match[1] or match[2] for match in _ALSO.finditer(rest)]
+    others += [match[1] for sentence in later if (match := _WORD_ALONE.match(sentence))]
+    meanings = {words.get(other.lower(), words[word]) for other in others}
     return words[word] if meanings <= {words[word]} else None
 
 

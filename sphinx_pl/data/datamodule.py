@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Optional
@@ -13,6 +14,7 @@ import lightning as L
 from torch.utils.data import DataLoader, Dataset
 
 from sphinx_pl.data.augment import AugmentConfig
+from sphinx_pl.data.files import fingerprint
 from sphinx_pl.data.probe import probe_source
 from sphinx_pl.data.processor import Processor, ProcessorConfig
 from sphinx_pl.data.readers import config_key, spread
@@ -185,7 +187,8 @@ class DataModule(L.LightningDataModule):
             state: the result of `state_dict`.
 
         Raises:
-            UserError: the seed, the sources, their files or the number of partitions differ.
+            UserError: the seed, the sources, the number of their files or of partitions differ.
+                Files with other contents are a warning.
         """
         if not state:
             return
@@ -195,14 +198,25 @@ class DataModule(L.LightningDataModule):
         group = Group.from_dict({"sources": self.sources, "temperature": self.mixing.temperature})
         configs = dict(group.leaves())
         names = group.shares(dict.fromkeys(configs, 1))
-        files = {name: len(configs[name].open(name).urls) for name in names}
+        files = {name: configs[name].open(name).urls for name in names}
+        changed: dict[str, str] = {}
         for partition in planner["partitions"].values():
             places = partition["mixture"]["streams"]
             # If shares follow from sizes, a source without records has no share. Only reading would
             # show that.
             check_names(partition["mixture"], names if not group.needs_sizes else {*places} & {*names})
             for name, place in places.items():
-                check_place(place, name, self.seed, files[name])
+                check_place(place, name, self.seed, len(files[name]))
+                for number, mark in place.get("fingerprints", {}).items():
+                    if fingerprint(path := files[name][int(number)]) not in (mark, None):
+                        changed[path] = name
+        for path, name in changed.items():
+            log.warning(
+                "source '%s': %s has changed since the checkpoint was made: its records keep their old places until "
+                "the end of this epoch, so some may be repeated and others skipped",
+                name,
+                path,
+            )
         for name, place in places.items():
             for key in ("questions_per_sample", "shuffle_shards"):
                 if (before := place.get(key, now := getattr(configs[name], key))) != now:
@@ -214,6 +228,22 @@ class DataModule(L.LightningDataModule):
                         now,
                         before,
                     )
+
+    def ends_at(self, state: Mapping[str, Any]) -> bool:
+        """Whether a training checkpoint's position is the end of this run's data. No data are read.
+
+        Args:
+            state: the result of `state_dict`.
+        """
+        if not state:
+            return False
+        configs = dict(Group.from_dict({"sources": self.sources}).leaves())
+        epochs = {name: config.epochs or self.mixing.epochs or math.inf for name, config in configs.items()}
+        return all(
+            not partition["pending"]
+            and all(place["epoch"] >= epochs[name] for name, place in partition["mixture"]["streams"].items())
+            for partition in upgraded(state)["planner"]["partitions"].values()
+        )
 
     def _partitions(self, state: Mapping[str, Any]) -> int:
         """The number of partitions of a run that resumes at this position of a planner."""

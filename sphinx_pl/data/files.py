@@ -20,6 +20,7 @@ import logging
 import math
 import os
 import shutil
+import stat
 import subprocess
 import threading
 import time
@@ -28,6 +29,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -35,6 +37,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sphinx_pl.utils.errors import UserError
+from sphinx_pl.utils.files import user_path
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +53,7 @@ _CHUNK = 1 << 22
 _ABANDONED = 24 * 3600.0
 """Seconds after which a half-written copy counts as that of a killed process."""
 _SMALL = 1 << 14
+_STRETCHES = 16
 _failed: dict[str, tuple[float, str]] = {}  # URL -> when it failed at every attempt, and why
 
 T = TypeVar("T")
@@ -60,6 +64,30 @@ def is_remote(url: str) -> bool:
     return url.startswith("pipe:") or "://" in url
 
 
+def fingerprint(url: str) -> str | None:
+    """A text that tells a local file from one with other contents, wherever it lies; None for
+    anything else.
+
+    It follows from the size and from `_STRETCHES` stretches of the bytes, so a file of 256 KiB is
+    compared as a whole, and a shard of gigabytes costs no more.
+    """
+    try:
+        status = os.stat(url)  # noqa: PTH116 - pathlib's raises for other things too
+        return _fingerprint(url, status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None
+    except (OSError, ValueError):
+        return None
+
+
+@lru_cache(maxsize=4096)
+def _fingerprint(path: str, size: int, modified: int) -> str:
+    crc = 0
+    with Path(path).open("rb") as file:
+        for number in range(_STRETCHES):
+            file.seek(number * max(size - _SMALL, 0) // (_STRETCHES - 1))
+            crc = zlib.crc32(file.read(_SMALL), crc)
+    return f"{size}-{crc:08x}"
+
+
 def cache_folder(kind: str) -> Path:
     """The folder of copies ("files") or of indices ("spans"). It is made if it is missing.
 
@@ -67,7 +95,7 @@ def cache_folder(kind: str) -> Path:
         UserError: the folder cannot be made.
     """
     default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "sphinx_pl"
-    folder = Path(os.environ.get("SPHINX_CACHE", default)).expanduser() / kind
+    folder = user_path(os.environ.get("SPHINX_CACHE", default)) / kind
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

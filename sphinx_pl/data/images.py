@@ -8,7 +8,9 @@ import math
 import os
 import re
 import stat
+import unicodedata
 import warnings
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -105,10 +107,10 @@ def read_bytes(ref: ImageRef, limit: int | None = None) -> bytes:
             data = read_span(ref.path, ref.offset, wanted)
         else:
             # An annotation file can name anything: a device or a pipe would never end.
-            status = os.stat(ref.path)  # noqa: PTH116 - a path object costs more than the call
+            path, status = _found(ref.path)
             if not stat.S_ISREG(status.st_mode):
                 raise SkipSample("image_unreadable", f"{ref.path} is not a file")
-            with open(ref.path, "rb", buffering=0) as file:  # noqa: PTH123
+            with open(path, "rb", buffering=0) as file:  # noqa: PTH123
                 data = file.read(min(wanted, status.st_size))  # all of `wanted` would be allocated
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte or half a character
         raise SkipSample("image_missing", f"{ref.path!r}: {getattr(error, 'strerror', error)}") from None
@@ -119,6 +121,24 @@ def read_bytes(ref: ImageRef, limit: int | None = None) -> bytes:
     if len(data) < (ref.size if limit is None else min(ref.size, limit)):
         raise SkipSample("image_truncated", f"{ref.path} ends inside the image")
     return data
+
+
+def _found(path: str) -> tuple[str, os.stat_result]:
+    """The path under which a file is there, and its status.
+
+    Archives that macOS wrote have accents as characters of their own (NFD) in names, where an
+    annotation has composed ones (NFC).
+
+    Raises:
+        OSError, ValueError: it is not there.
+    """
+    try:
+        return path, os.stat(path)  # noqa: PTH116 - a path object costs more than the call
+    except FileNotFoundError:
+        for other in {unicodedata.normalize("NFC", path), unicodedata.normalize("NFD", path)} - {path}:
+            with suppress(FileNotFoundError):
+                return other, os.stat(other)  # noqa: PTH116
+        raise
 
 
 def image_size(ref: ImageRef) -> Size:

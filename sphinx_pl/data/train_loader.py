@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import queue
 import threading
 import weakref
@@ -31,6 +32,43 @@ log = logging.getLogger(__name__)
 
 _EXPECTED = ("waiting", "unused/tasks", "unused/where", "unused/ratio")
 """Counters of what a later step trains on, and of what the configuration does not ask for."""
+
+
+_ENOUGH = 200
+"""Records from which on a share is taken as it is."""
+_FEW = 20
+_NEARLY_ALL = 0.9
+"""A source of which more than this share is skipped is wrong, once `_FEW` records were drawn."""
+
+
+def _margin(records: int) -> float:
+    """How far the share of so many records may exceed its limit by chance.
+
+    By Hoeffding's inequality, a share at the limit exceeds it by more once in a million times.
+    """
+    return 0.0 if records >= _ENOUGH else math.sqrt(math.log(1e6) / (2 * max(records, 1)))
+
+
+def _by_source(counts: Counter[str]) -> defaultdict[str, Counter[str]]:
+    """Source -> its counters."""
+    groups: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for name, count in counts.items():
+        groups[split_counter(name)[0]][name] = count
+    return groups
+
+
+def _share(skipped: Counter[str], left_out: Counter[str], indexed: int, records: int) -> float:
+    """The share that cannot be used.
+
+    What could not be indexed is a share of all that was opened, and only `records` of that were
+    drawn.
+
+    Args:
+        skipped: all that was skipped, with `left_out`.
+        left_out: what could not be indexed, beside the `indexed` records.
+    """
+    lost = left_out.total() / max(left_out.total() + indexed, 1)
+    return lost + (1 - lost) * (skipped.total() - left_out.total()) / max(records, 1)
 
 
 class _PlannedBatches(Dataset[Batch]):
@@ -137,7 +175,7 @@ class TrainLoader:
         self.before: Counter[str] = Counter()
         """What all ranks had decoded before the run was resumed; on the first rank alone."""
         self._start: Counter[str] = Counter()
-        self._indexed_before: tuple[Counter[str], int] = Counter(), 0
+        self._indexed_before: tuple[Counter[str], Counter[str]] = Counter(), Counter()
         self._examples: dict[str, str] = {}  # from decoding
         self._told: set[str] = set()
         self._reached: int | None = None  # the last step whose micro-batches were handed out
@@ -168,7 +206,7 @@ class TrainLoader:
     def _batches(self) -> Generator[Batch]:
         self._start = self.planner.drawn()
         self._indexed_before = left_out, indexed = self.planner.left_out()
-        total = indexed + left_out.total()
+        total = indexed.total() + left_out.total()
         self._refuse(left_out, left_out.total() / max(total, 1), total)
         for micro_batches in self._steps():
             for batch in micro_batches:
@@ -235,14 +273,19 @@ class TrainLoader:
         for counts in (planned, decoded):  # both may have the same counter
             skipped.update({key: count for key, count in counts.items() if key.startswith("skipped/")})
         self._warn(skipped)
+        left_out, indexed = self.planner.left_out(step)
+        left_out, indexed = left_out - self._indexed_before[0], indexed - self._indexed_before[1]
+        # A small source may be bad as a whole without much weight in the mixture.
+        lost_of_source = _by_source(left_out)
+        for name, own in _by_source(skipped).items():
+            records = planned[f"{name}/seen"]
+            share = _share(own, lost_of_source[name], indexed[name], records)
+            if records >= _FEW and share > max(_NEARLY_ALL, self.max_skipped):
+                self._refuse(own, share, records)
         records = sum(v for k, v in planned.items() if k.endswith("/seen"))
-        if records >= 200:
-            # What could not be indexed is a share of all that was opened, and only some of that was
-            # drawn.
-            left_out, indexed = self.planner.left_out(step)
-            left_out, indexed = left_out - self._indexed_before[0], indexed - self._indexed_before[1]
-            lost = left_out.total() / max(left_out.total() + indexed, 1)
-            self._refuse(skipped, lost + (1 - lost) * (skipped.total() - left_out.total()) / records, records)
+        share = _share(skipped, left_out, indexed.total(), records)
+        if share > self.max_skipped + _margin(records):
+            self._refuse(skipped, share, records)
 
     def _warn(self, skipped: Mapping[str, int]) -> None:
         """Warn of the first sample that each counter counts; the others are only counted."""

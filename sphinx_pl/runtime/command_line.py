@@ -23,7 +23,7 @@ They are taken literally, without Hydra's grammar.
 _SENTENCES = ("question",)
 """The keys of `TYPED` that hold sentences instead of paths.
 
-Even quotes and `${` stay as they are.
+Even quotes, `${` and the word null stay as they are.
 """
 
 
@@ -51,10 +51,11 @@ def as_typed(script: str, arguments: Sequence[str]) -> list[str]:
 def _as_typed(script: str, argument: str) -> str:
     name, equals, value = argument.partition("=")
     key = name.lstrip("+")
-    if not equals or key not in TYPED.get(script, ()) or value in ("", "null"):
+    sentence = key in _SENTENCES
+    if not equals or key not in TYPED.get(script, ()) or value == "" or (value == "null" and not sentence):
         return argument
     quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
-    if key not in _SENTENCES and (quoted or "${" in value):
+    if not sentence and (quoted or "${" in value):
         return argument
     # For OmegaConf, three question marks alone mean that a value is missing.
     return f"{name}={literal(value if value != '???' else value + ' ')}"

@@ -56,13 +56,20 @@ def _mixed_precision(accelerator: str) -> str:
     return "bf16-mixed"
 
 
-def _run_folder(plan: bool, folder: str) -> str:
+def _run_folder(plan: bool, output_dir: Any, run: Any) -> str:
     """Return the run folder, or a temporary folder for a plan.
 
     Hydra writes into the run folder before the script begins, and a plan must leave no folder.
+
+    Raises:
+        UserError: a part of the path is empty, as where a shell's variable is not set. Then the
+            folder would be another one, even one at the root of the disk.
     """
+    for key, value in (("output_dir", output_dir), ("run", run)):
+        if value is None or not str(value).strip():
+            raise UserError(f"{key} is empty: give the name of a folder, or omit it")
     if not plan:
-        return folder
+        return f"{output_dir}/{run}"
     temporary = tempfile.mkdtemp(prefix="plan-")
     atexit.register(shutil.rmtree, temporary, ignore_errors=True)
     return temporary

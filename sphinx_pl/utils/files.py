@@ -18,6 +18,14 @@ from rich.filesize import decimal
 from sphinx_pl.utils.errors import UserError
 
 
+def user_path(path: str | Path) -> Path:
+    """The path with `~` and `~NAME` replaced by a home folder. An unknown name stays as it is.
+
+    pathlib raises RuntimeError for such a name, which may also be a file's.
+    """
+    return Path(os.path.expanduser(path))  # noqa: PTH111
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, and rename it to `path` at the end.

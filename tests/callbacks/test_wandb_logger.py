@@ -63,3 +63,28 @@ def test_folders_have_ids_of_their_own(tmp_path: Path) -> None:
     assert len(ids[0]) == 8
     (tmp_path / "a" / FILE).unlink()
     assert run_id(tmp_path / "a") != ids[0]
+
+
+def test_a_machine_without_a_login_is_refused_with_the_ways_out(tmp_path: Path) -> None:
+    code = """
+from sphinx_pl.callbacks.wandb_logger import RunLogger
+from sphinx_pl.utils.errors import UserError
+RunLogger(save_dir=".", name="x", mode="offline").check()
+try:
+    RunLogger(save_dir=".", name="x", mode="online").check()
+except UserError as error:
+    print(error)
+"""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"HOME": str(tmp_path)}
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        env=environment | {"WANDB_BASE_URL": "http://localhost:1", "NETRC": str(tmp_path / "netrc")},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert process.stdout.startswith("logger=wandb: No API key configured"), process.stdout + process.stderr
+    assert "logger.wandb.mode=offline" in process.stdout
+    assert process.stdout.count("\n") == 1

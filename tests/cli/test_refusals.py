@@ -218,6 +218,23 @@ def test_a_run_that_has_no_step_left_leaves_every_byte(
     assert "set stage.max_steps above 2 to train further" in output
 
 
+def test_a_run_that_ended_with_its_data_leaves_every_byte(
+    sample_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (sample_data / "text/train.jsonl").read_text().splitlines()[:8]
+    (tmp_path / "few.jsonl").write_text("\n".join(lines) + "\n")
+    few = ["data.sources.real=null", f"data.sources.text.path={tmp_path}/few.jsonl", "data.mixing.epochs=1"]
+    few += ["data.val_sources={}", "stage.max_steps=50"]
+    process = run(tmp_path, sample_data, *few)
+    assert process.returncode == 0, process.stderr
+    folder = tmp_path / "pretrain_real"
+    before = hashes(folder)
+    output = continued(folder, sample_data, monkeypatch, capsys, *few)
+    assert hashes(folder) == before
+    assert "has already read its sources as often as their epochs say" in output
+    assert "raise data.mixing.epochs to train further" in output
+
+
 def test_a_model_that_is_missing_is_written_without_a_new_description_of_the_run(
     finished: Path,
     sample_data: Path,
@@ -288,12 +305,15 @@ def test_a_full_disk_is_reported_with_the_checkpoint_that_is_kept(tmp_path: Path
 
 def test_differences_of_a_resumed_run_are_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     before = {"stage": {"max_steps": 2, "optim": {"lr": 1.0}, "val_every": 1}, "data": {"workers": 1, "seed": 0}}
+    before |= {"trainer": {"precision": "32-true", "devices": 1}}
     (tmp_path / "provenance.json").write_text(json.dumps({"config": before}))
     now = {"stage": {"max_steps": 4, "optim": {"lr": 2.0}, "val_every": 2}, "data": {"workers": 2, "seed": 0}}
+    now |= {"trainer": {"precision": "bf16-mixed", "devices": 2}}
     train.warn_of_changes(OmegaConf.create(now), tmp_path)
     [record] = caplog.records
     assert record.getMessage() == (
-        "in the checkpoint and in this run: stage.max_steps is 2 and 4, stage.optim.lr is 1.0 and 2.0"
+        "in the checkpoint and in this run: stage.max_steps is 2 and 4, stage.optim.lr is 1.0 and 2.0, "
+        "trainer.precision is '32-true' and 'bf16-mixed'"
     )
     train.warn_of_changes(OmegaConf.create(before), tmp_path)
     assert len(caplog.records) == 1

@@ -214,6 +214,32 @@ def test_too_much_that_is_bad_stops_the_run_and_names_the_worst(
     assert len(list(itertools.islice(loader(datamodule(processor, sources, max_skipped=0.4)), 80))) == 80
 
 
+@pytest.mark.parametrize("good", [0, 1])
+def test_a_small_source_that_is_nearly_all_bad_stops_the_run_early(
+    processor: Processor, sample_data: Path, tmp_path: Path, good: int
+) -> None:
+    content = pairs(sample_data, 20)
+    alone = {"awful": web(shard(tmp_path / "awful.tar", content, bad_images=20 - good))}
+    train = loader(datamodule(processor, alone, max_skipped=0.1))
+    with pytest.raises(UserError, match=r"skipped/awful/image_unreadable.*repair these sources"):
+        for _ in itertools.islice(train, 400):
+            pass
+    assert train.planner.mixture.counts["awful/seen"] < 60
+    # Beside others its share is below the limit of the mixture.
+    beside = {"good": web(shard(tmp_path / "good.tar", content), weight=30), **alone}
+    train = loader(datamodule(processor, beside, max_skipped=0.1))
+    with pytest.raises(UserError, match=r"9\d\.\d% of \d\d samples|100\.0% of \d\d samples"):
+        for _ in itertools.islice(train, 4000):
+            pass
+
+
+def test_a_bad_record_of_a_few_stops_nothing(processor: Processor, sample_data: Path, tmp_path: Path) -> None:
+    source = {"few": web(shard(tmp_path / "few.tar", pairs(sample_data, 10), bad_images=2))}
+    train = loader(datamodule(processor, source, max_skipped=0.1, mixing={"epochs": 4}))
+    assert list(train)
+    assert train.counters["few/seen"] == 40
+
+
 def test_what_is_skipped_has_one_spelling_whenever_it_is_found(
     processor: Processor, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

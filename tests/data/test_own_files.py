@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from sphinx_pl.data.images import load_image
+from sphinx_pl.data.images import image_size, load_image
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.readers import build_reader
 from sphinx_pl.data.sampling.config import SourceConfig
@@ -302,3 +303,68 @@ def test_parts_are_all_of_it_and_share_no_image(tmp_path: Path) -> None:
     assert (len(parts["held_out"][0]), len(parts["held_out"][1])) == (6, 3)
     with pytest.raises(UserError, match=r"data\.sources\.x\.part=trian: did you mean 'train'"):
         SourceConfig.from_dict("x", {"path": str(tmp_path / "x.csv"), "part": "trian"})
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    pictures(tmp_path, "here/1.png", "here/more/2.png", "elsewhere/deep/3.png")
+    here = tmp_path / "here"
+    for name, target in (
+        ("loop", here),
+        ("again", here / "more"),
+        ("out", tmp_path / "elsewhere"),
+        ("gone", "nowhere"),
+    ):
+        (here / name).symlink_to(target)
+    source = build_reader("folder", "x", str(here), captions="names")
+    assert outcomes(source) == ["1", "2", "3"]
+    assert [source.record(i).key for i in range(3)] == ["here/1.png", "here/more/2.png", "here/out/deep/3.png"]
+
+
+@pytest.mark.parametrize("line", ["sep=;", '"sep=;"', "SEP=;\r"])
+def test_excel_s_line_that_names_the_separator(tmp_path: Path, line: str) -> None:
+    pictures(tmp_path, "1.png")
+    (tmp_path / "a.csv").write_text(f"\ufeff{line}\nimage;caption, in English\n1.png;red, all of it\n", newline="")
+    source = build_reader("table", "x", str(tmp_path / "a.csv"), columns={"caption": "caption, in English"})
+    assert outcomes(source) == ["red, all of it"]
+
+
+@pytest.mark.parametrize("path", [5, None, {}, {"a": 1}, [], [5], "~nobody-has-this-name/a.csv", "a\0b", "x" * 5000])
+def test_what_is_no_path_is_refused(path: Any) -> None:
+    with pytest.raises(UserError, match=r"source 'x'|data\.sources\.x\.path"):
+        SourceConfig.from_dict("x", {"path": path})
+
+
+def test_names_with_accents_are_found_in_either_form(tmp_path: Path) -> None:
+    composed, decomposed = (unicodedata.normalize(form, "été.png") for form in ("NFC", "NFD"))
+    for folder, there, named in (("a", composed, decomposed), ("b", decomposed, composed)):
+        pictures(tmp_path, f"{folder}/{there}")
+        (tmp_path / folder / "metadata.csv").write_text(f"file_name,text\n{named},summer\n")
+        source = build_reader("folder", "x", str(tmp_path / folder))
+        assert outcomes(source) == ["summer"]
+        assert image_size(source.record(0).images[0]) == (8, 6)
+        assert not source.skipped
+
+
+def test_a_file_s_own_name_comes_before_what_it_means_as_a_pattern(tmp_path: Path) -> None:
+    pictures(tmp_path, "1.png")
+    own = tmp_path / "a{1,2}[z]*.csv"
+    for file in (own, tmp_path / "a1z.csv", tmp_path / "a2z.csv"):
+        file.write_text(f"image,caption\n1.png,{len(file.name)} letters\n")
+    assert outcomes(build_reader("table", "x", str(own))) == [f"{len(own.name)} letters"]
+    own.unlink()
+    assert outcomes(build_reader("table", "x", str(own))) == ["7 letters", "7 letters"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.jsonl", b'{"question": "a", "answer": "b"},\n' * 2, "none of its entries .*json"),
+        ("a.json", b'[["question", "answer"]]', "none of its entries .*not an object"),
+        ("a.csv", "image,caption\n1.png,a\n".encode("utf-16-le"), r"no text in utf-8: .*x\.encoding"),
+        ("a.csv", b"PK\x03\x04\x00\x01\n1,2\n", "no text in utf-8"),
+    ],
+)
+def test_a_file_that_is_something_else_says_what_is_wrong(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        len(SourceConfig.from_dict("x", {"path": str(tmp_path / name)}).open("x"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -326,3 +327,33 @@ def test_samples_that_wait_and_no_longer_fit_a_row_are_counted(processor: Proces
     assert all(sample.length <= shorter.packing.row_length for sample in partition.pending)
     assert len(partition.pending) < len(lengths)
     assert sum(n for key, n in partition.mixture.counts.items() if key.endswith("longer_than_row")) >= 1
+
+
+def test_a_file_with_other_contents_is_named_wherever_the_data_lie(
+    processor: Processor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = text_shards(tmp_path, "t", [9, 9000])
+    [loader] = loaders(datamodule(processor, {"text": {"kind": "text", "path": paths}}), 0, 1, 1)
+    train(loader, 2)
+    state = json.loads(json.dumps({"planner": merged([loader])}))
+    copies = [shutil.copy(path, tmp_path / f"copy-{number}.jsonl") for number, path in enumerate(paths)]
+    datamodule(processor, {"text": {"kind": "text", "path": [str(copy) for copy in copies]}}).check_resume(state)
+    assert "has changed" not in caplog.text
+    Path(paths[0]).write_text(Path(paths[0]).read_text().replace("text", "word"))  # as many bytes and records
+    datamodule(processor, {"text": {"kind": "text", "path": paths}}).check_resume(state)
+    assert f"source 'text': {paths[0]} has changed since the checkpoint was made" in caplog.text
+    assert paths[1] not in caplog.text
+
+
+def test_a_position_is_the_end_of_the_data_only_for_the_epochs_that_were_read(
+    processor: Processor, sources: Sources
+) -> None:
+    [loader] = loaders(datamodule(processor, sources, epochs=1), 0, 1, 2)
+    train(loader, 1)
+    begun = {"planner": merged([loader])}
+    train(loader, None)
+    ended = json.loads(json.dumps({"planner": merged([loader])}))
+    once = datamodule(processor, sources, epochs=1)
+    assert (once.ends_at({}), once.ends_at(begun), once.ends_at(ended)) == (False, False, True)
+    assert not datamodule(processor, sources, epochs=2).ends_at(ended)
+    assert not datamodule(processor, sources).ends_at(ended)

@@ -16,6 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import OverrideParseException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from sphinx_pl.cli.chat import ChatConfig
 from sphinx_pl.runtime.command_line import as_typed, take_rest
@@ -256,6 +257,7 @@ TYPED = [
     "1e3",
     "a=b,c=d",
     "???",
+    "null",
 ]
 
 
@@ -264,6 +266,8 @@ TYPED = [
 def test_what_people_type_is_taken_as_it_is(key: str, text: str) -> None:
     if key == "image" and "${" in text:
         text = text.replace("${", "$")  # in a path it is an interpolation
+    if key == "image" and text == "null":
+        text = "null.png"  # null alone is no path
     if text == "???":
         text += " "  # without it OmegaConf takes it for no value
     cfg = compose_config(CONFIG_FOLDER, "chat", as_typed("chat", [f"{key}={text.replace('??? ', '???')}"]))
@@ -328,3 +332,12 @@ def test_a_folder_instead_of_the_question_is_the_checkpoint(question: str | None
         ChatConfig(question=question)
     with pytest.raises(UserError, match=f"Give checkpoint={tmp_path}$"):
         ChatConfig(question=str(tmp_path))
+
+
+@pytest.mark.parametrize("override", ["output_dir=", "run=", "run='  '", "run=null", "output_dir=null"])
+def test_a_run_folder_with_an_empty_part_is_refused(override: str) -> None:
+    """A shell's variable that is not set would make the run a folder at the root of the disk."""
+    cfg = compose_config(CONFIG_FOLDER, "train", [override])
+    with pytest.raises(OmegaConfBaseException) as error_info:
+        assert cfg.hydra.run.dir
+    assert one_line(error_info.value) == f"{override.partition('=')[0]} is empty: give the name of a folder, or omit it"

@@ -67,3 +67,18 @@ def test_importing_it_imports_nothing_slow() -> None:
     code += "print(sorted({'torch', 'lightning', 'hydra'} & set(sys.modules)))"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
     assert process.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("start", [["train.py"], ["-c", "from sphinx_pl.cli.train import main; main()"]])
+def test_ctrl_c_while_libraries_are_imported_is_one_word(start: list[str]) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", *start], stderr=subprocess.PIPE, cwd=REPOSITORY, text=True
+    )
+    assert process.stderr is not None
+    for line in process.stderr:  # a module has its line once it is imported
+        if line.split("|")[-1].strip() == "sphinx_pl.cli":
+            break
+    process.send_signal(signal.SIGINT)
+    messages = [line for line in process.stderr if not line.startswith("import time:")]
+    assert process.wait(20) in (-signal.SIGINT, 128 + signal.SIGINT)  # a shell says 130 for both
+    assert messages == ["interrupted\n"]

@@ -77,7 +77,8 @@ class Reader(ABC):
     Args:
         name: the source's name in configurations, counters and keys.
         path: a file, a glob, a brace range as in WebDataset (`{000..003}`, `{a,b}`),
-            `pipe:COMMAND`, a URL that fsspec can read, or a list of these.
+            `pipe:COMMAND`, a URL that fsspec can read, or a list of these. A file of exactly this
+            name comes first.
 
     Raises:
         UserError: there is no file.
@@ -283,7 +284,8 @@ def expand_paths(name: str, path: str | Sequence[str], folders: bool = False) ->
         if is_remote(pattern):
             found += _expand_braces(pattern)
             continue
-        for single in _expand_braces(os.path.expanduser(pattern)):  # noqa: PTH111 - pathlib's raises
+        whole = os.path.expanduser(pattern)  # noqa: PTH111 - pathlib's raises
+        for single in [whole] if there(whole) else _expand_braces(whole):
             # `os.path` is used for the same reason: a name of any length or content is no file, and
             # no error.
             matches = [single]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from sphinx_pl.data.readers.annotation import decoded, json_object, read
 from sphinx_pl.data.readers.base import READERS, Shard, config_key
@@ -48,9 +49,7 @@ class FolderReader(TableReader):
 
     def _open(self, number: int) -> Shard:
         folder, name = Path(self.urls[number]), self.shard_names[number]
-        names = sorted(
-            (Path(where) / file).relative_to(folder).as_posix() for where, _, files in os.walk(folder) for file in files
-        )
+        names = sorted(_files(folder))
         if self.captions == "names":
             return _NamedShard(self, folder, name, names)
         for table in TABLES if self.captions == "auto" else ():
@@ -62,6 +61,23 @@ class FolderReader(TableReader):
         return f"pictures are looked for in {self.urls[0]}"
 
 
+def _files(folder: Path) -> Iterator[str]:
+    """The files below a folder, by their paths in it.
+
+    Links to folders are followed. What can be reached in two ways, as in a loop of links, is there
+    once.
+    """
+    visited = set()
+    for where, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(where)) in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders.sort(key=lambda name: (os.path.islink(f"{where}/{name}"), name))  # noqa: PTH114
+        for file in files:
+            yield (Path(where) / file).relative_to(folder).as_posix()
+
+
 class _ListedShard(TableShard):
     """The rows of a table in the folder. A picture that the table does not name is counted."""
 
@@ -69,10 +85,10 @@ class _ListedShard(TableShard):
         super().__init__(source, str(folder / table), f"{name}/{table}", folder)
         listed = set()
         for index in range(len(self)):
-            listed.add(str(self.images(index)))
+            listed.add(normalize("NFC", str(self.images(index))))
         for file in names:
             key, extension = split_name(file)
-            if file == table or file in listed:
+            if file == table or normalize("NFC", file) in listed:
                 continue
             if key.rpartition("/")[2].startswith("."):
                 self.leave("hidden", file)

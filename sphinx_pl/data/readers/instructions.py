@@ -23,6 +23,7 @@ from sphinx_pl.data.schema import Record
 from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.utils.errors import UserError
+from sphinx_pl.utils.files import user_path
 
 EntryNumbers = npt.NDArray[np.int64]
 MAX_ID = 200
@@ -58,7 +59,7 @@ class InstructionReader(Reader):
             raise UserError(f"source '{name}' reads {self.urls[0]}: say with root=FOLDER where its images lie")
         if not isinstance(ratio, int | float) or not 0 < ratio <= 1:
             raise UserError(f"source '{name}': ratio={ratio} must be above 0 and at most 1")
-        self.root = Path(root).expanduser() if root is not None else Path(self.urls[0]).parent
+        self.root = user_path(root) if root is not None else Path(self.urls[0]).parent
         self.task = TASKS[task].name
         wanted = None if tasks is None else listed(tasks, f"{config_key(name)}.tasks")
         self.tasks = None if wanted is None else frozenset(TASKS[task].name for task in wanted)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+import os
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sphinx_pl.data.files import PACKED, is_remote, local_file
@@ -15,6 +15,7 @@ from sphinx_pl.data.readers.line_index import index_entries
 from sphinx_pl.data.readers.table import NAMES, asks_without_images, names_picture
 from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.utils.errors import UserError
+from sphinx_pl.utils.files import user_path
 
 LOOKED_AT = 64
 _BY_NAME = {"tar": "image_text", "csv": "table", "tsv": "table", "parquet": "text", "txt": "text", "md": "text"}
@@ -31,8 +32,8 @@ def find_kind(name: str, path: str | Sequence[str], section: str = "sources") ->
     Raises:
         UserError: there is no such file, or its kind is unknown.
     """
-    first = path if isinstance(path, str) else next(iter(path), "")
-    if isinstance(first, str) and Path(first).expanduser().is_dir():
+    first = path if isinstance(path, str) else path[0] if isinstance(path, Sequence) and path else None
+    if isinstance(first, str) and first and os.path.isdir(user_path(first)):  # noqa: PTH112 - pathlib's may raise
         return "folder", "image"
     urls = expand_paths(name, path)
     url, extension, key = urls[0], _extension(urls[0]), config_key(name, section)
@@ -50,7 +51,9 @@ def find_kind(name: str, path: str | Sequence[str], section: str = "sources") ->
         return kind, "text" if only_text else "image"
     if extension not in ("json", "jsonl", "ndjson") or is_remote(url):
         raise UserError(f"{key}.path={url}: its name does not say what it is: set {key}.kind={'|'.join(READERS)}")
-    entries = list(_entries(url))
+    entries, problem = _entries(url)
+    if not entries:
+        raise UserError(f"{key}.path={url}: none of its entries can be read ({problem or 'there is none'})")
     keys = {item for entry in entries for item in entry}
     has_images = any(image_names(entry) or any(entry.get(name) for name in _IMAGE) for entry in entries)
     if keys & _INSTRUCTION or {"question", "answer"} <= keys:
@@ -93,11 +96,14 @@ def _columns(url: str) -> list[str]:
         return []
 
 
-def _entries(url: str) -> Iterator[dict[str, Any]]:
+def _entries(url: str) -> tuple[list[dict[str, Any]], str]:
+    """Some entries of a file, and why another one cannot be read ("" if all can)."""
     path, _ = local_file(url)
-    spans, _ = index_entries(path)
+    spans, problem = index_entries(path)
+    entries = []
     for offset, size in spans[spread(len(spans), LOOKED_AT)].tolist():
         try:
-            yield json_object(read(path, offset, size, url), url)
-        except SkipSample:
-            continue
+            entries.append(json_object(read(path, offset, size, url), url))
+        except SkipSample as bad:
+            problem = problem or str(bad)
+    return entries, problem

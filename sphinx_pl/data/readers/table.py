@@ -23,6 +23,7 @@ from sphinx_pl.data.schema import ImageRef, Record
 from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.utils.errors import UserError, suggest
+from sphinx_pl.utils.files import user_path
 
 NAMES: dict[str, tuple[str, ...]] = {
     "image": ("image", "file_name", "filename", "file", "image_path", "path", "img", "picture", "photo"),
@@ -34,6 +35,9 @@ NAMES: dict[str, tuple[str, ...]] = {
 read."""
 _NEEDED = (("image", "caption"), ("question", "answer"))
 _DELIMITERS = ",;\t|"
+_SEPARATOR_LINE = re.compile(rf"\"?sep=([{_DELIMITERS}])\"?\s*", re.IGNORECASE)
+_NO_TEXT = re.compile(r"[\0\udc80-\udcff]")
+"""A zero byte, or a byte that is not of the encoding."""
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://")
 _PICTURE = re.compile(r"(?:^|[_ -])(?:image|img|picture|photo|pic)s?(?:$|[_ -]|\d)", re.IGNORECASE)
 _ANOTHER = re.compile(r"(?:image|img|picture|photo|pic)(?:s|[_ -]?\d+)$", re.IGNORECASE)
@@ -84,7 +88,7 @@ class TableReader(PairReader):
             raise UserError(f"{config_key(name)}.encoding={encoding} is none that Python knows") from None
         if root is None and is_remote(self.urls[0]):
             raise UserError(f"source '{name}' reads {self.urls[0]}: say with root=FOLDER where its images lie")
-        self.root = Path(root).expanduser() if root is not None else Path(self.urls[0]).parent
+        self.root = user_path(root) if root is not None else Path(self.urls[0]).parent
 
     def _open(self, number: int) -> Shard:
         return TableShard(self, self.urls[number], self.shard_names[number], self.root)
@@ -145,7 +149,13 @@ class TableShard(PairShard):
             roles[role] = name
         if twice := [name for name in roles.values() if known.count(name) > 1]:
             raise UserError(f"{url} has two columns '{twice[0]}': rename one of them")
-        if len(self) and not any(set(needed) <= set(roles) for needed in _NEEDED):
+        complete = any(set(needed) <= set(roles) for needed in _NEEDED)
+        if not complete and any(_NO_TEXT.search(name) for name in known):
+            raise UserError(
+                f"{url}: its first row is no text in {self.source.encoding}: save the table as CSV UTF-8, or set "
+                f"{key}.encoding"
+            )
+        if len(self) and not complete:
             raise UserError(
                 f"{url} has the columns {', '.join(known) or '(none)':.300}: a source needs image and caption, or "
                 f"question and answer; say which they are with {key}.columns={{image: ..., caption: ...}}"
@@ -275,7 +285,7 @@ def is_json(url: str) -> bool:
 def _rows(path: str, encoding: str) -> tuple[str, EntryIndex, str]:
     """A file with each row as JSON, the offsets and sizes of the rows in it, and the fault of the
     csv ("" if none)."""
-    name = f"{identity(path)}-rows-{re.sub(r'[^A-Za-z0-9]', '_', encoding)}"
+    name = f"{identity(path)}-csv-{re.sub(r'[^A-Za-z0-9]', '_', encoding)}"
     rows = cache_folder("files") / name
     problems = ("", "quote_unclosed", "table_unreadable")
 
@@ -317,11 +327,14 @@ def _text(path: str, encoding: str) -> TextIO:
 
 
 def _csv_rows(file: TextIO) -> Iterator[list[str]]:
-    """The rows that are not blank. The delimiter is the one that occurs most often in the first
-    row."""
+    """The rows that are not blank. The delimiter is the one that Excel's line `sep=;` names, or the
+    one that occurs most often in the first row."""
     first = file.readline()
-    file.seek(0)
-    delimiter = max(_DELIMITERS, key=first.count)
+    if match := _SEPARATOR_LINE.fullmatch(first):
+        delimiter = match[1]
+    else:
+        file.seek(0)
+        delimiter = max(_DELIMITERS, key=first.count)
     csv.field_size_limit(MAX_BYTES)
     lines: list[str] = []
 

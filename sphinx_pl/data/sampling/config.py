@@ -17,6 +17,7 @@ from sphinx_pl.data.readers import Reader, build_reader, check_options, find_kin
 from sphinx_pl.data.tasks import TASKS
 from sphinx_pl.utils.config import Bounds, build, within
 from sphinx_pl.utils.errors import UserError, suggest
+from sphinx_pl.utils.files import user_path
 from sphinx_pl.utils.renamed import renamed_key
 
 log = logging.getLogger(__name__)
@@ -174,6 +175,9 @@ class Group:
 
         Args:
             sizes: the number of records of each source; read only if `needs_sizes`.
+
+        Raises:
+            UserError: a weight times its power of the size is too large for a number.
         """
         weights: dict[str, float] = {}
         inner: dict[str, dict[str, float]] = {}
@@ -182,8 +186,15 @@ class Group:
             inner[name] = member.shares(sizes, f"{full}.") if isinstance(member, Group) else {full: 1.0}
             weights[name] = member.weight if inner[name] else 0.0
             if self.temperature is not None:
-                weights[name] *= sum(sizes[leaf] for leaf in inner[name]) ** (1 / self.temperature)
-        total = sum(weights.values())
+                try:
+                    weights[name] *= sum(sizes[leaf] for leaf in inner[name]) ** (1 / self.temperature)
+                except OverflowError:
+                    weights[name] = math.inf
+        if not math.isfinite(total := sum(weights.values())):
+            raise UserError(
+                f"data.sources: the weights of {', '.join(weights)} with temperature={self.temperature} are too large "
+                "for a number: lower the weights, or raise the temperature"
+            )
         return {
             leaf: weights[name] / total * share
             for name, leaves in inner.items()
@@ -213,7 +224,7 @@ def _meta_group(values: Mapping[str, Any], prefix: str) -> Group:
     original, then at the file's folder. In the original, `type` makes every global batch
     homogeneous; here it is a name. Entries whose type begins with "text" are text-only.
     """
-    file = Path(str(values.get("path"))).expanduser()
+    file = user_path(str(values.get("path")))
     try:
         entries = yaml.safe_load(file.read_bytes())["META"]
         given = [dict(entry) for entry in entries]

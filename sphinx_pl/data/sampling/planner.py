@@ -205,14 +205,15 @@ class Planner:
             total.update({counter_of(name, f"skipped/{key}"): value for key, value in stream["left_out"].items()})
         return total
 
-    def left_out(self, number: int | None = None) -> tuple[Counter[str], int]:
-        """The `counts` of what could not even be indexed, and the number of records that were
-        indexed."""
-        streams = self._streams(number)
+    def left_out(self, number: int | None = None) -> tuple[Counter[str], Counter[str]]:
+        """The `counts` of what could not even be indexed, and the number of indexed records of each
+        source."""
         total: Counter[str] = Counter()
-        for name, stream in streams:
+        indexed: Counter[str] = Counter()
+        for name, stream in self._streams(number):
             total.update({counter_of(name, f"skipped/{key}"): value for key, value in stream["left_out"].items()})
-        return total, sum(stream["indexed"] for _, stream in streams)
+            indexed[name] += stream["indexed"]
+        return total, indexed
 
     def example(self, counter: str) -> str:
         """The first thing that this process counted under `skipped/source/reason`, in words; "" if

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sphinx_pl.data.augment import AugmentConfig, augment_together
+from sphinx_pl.data.files import fingerprint
 from sphinx_pl.data.processor import Processor, merge_questions
 from sphinx_pl.data.readers import Reader, Shard, config_key
 from sphinx_pl.data.schema import Record, Sample
@@ -55,6 +56,7 @@ class _OpenShard:
     skipped: Counter[str]
     unused: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
+    fingerprint: str | None = None
 
 
 _Opened = list[_OpenShard]
@@ -161,6 +163,8 @@ class SourceStream:
         """Records of each capped task that this epoch has used."""
         self._shards: list[Shard | None] = []
         self._lengths: list[int] = []
+        self._fingerprints: dict[str, str] = {}
+        """Number of each local file of the block -> its fingerprint when it was opened."""
         self._units: Any = []  # lists of indices, or an [n, 1] array of them
         self._ahead: tuple[tuple[int, int], Future[_Opened]] | None = None
         self._any_record = False  # in any partition
@@ -201,6 +205,10 @@ class SourceStream:
         else:
             opened = self._opened(self._blocks(self.epoch)[self.block])
         self._ahead = None
+        numbers = self._blocks(self.epoch)[self.block]
+        self._fingerprints = {
+            str(n): one.fingerprint for n, one in zip(numbers, opened, strict=True) if one.fingerprint
+        }
         if self._dealt or self.partition == 0:  # otherwise every partition would count it
             before = {id(shard) for shard in self._shards if shard is not None}
             for block in opened:
@@ -226,7 +234,8 @@ class SourceStream:
                 shard = kept[number] if kept else None
                 if shard is None:
                     shard = self.source.open(number)
-                opened.append(_OpenShard(shard, shard.skipped, shard.unused, shard.examples))
+                mark = fingerprint(self.source.urls[number])
+                opened.append(_OpenShard(shard, shard.skipped, shard.unused, shard.examples, mark))
             except SkipSample as bad:
                 opened.append(_OpenShard(None, Counter([bad.reason]), examples={bad.counter: bad.detail}))
         return opened
@@ -411,6 +420,7 @@ class SourceStream:
             "block": self.block,
             "position": self.position,
             "lengths": list(self._lengths),
+            "fingerprints": dict(self._fingerprints),
             "taken": dict(self.taken),
             "counts": dict(self.counts),
             "left_out": dict(self.left_out),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.sampling.config import MixingConfig, SourceConfig
+from sphinx_pl.data.sampling.config import Group, MixingConfig, SourceConfig
 from sphinx_pl.data.sampling.mixture import Mixture
 from sphinx_pl.data.schema import Sample
 from sphinx_pl.utils.config import build
@@ -381,3 +381,11 @@ def test_mixing_that_cannot_be() -> None:
     ):
         with pytest.raises(UserError, match=message):
             build(MixingConfig, values, "data.mixing")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-320])
+def test_shares_that_are_no_numbers_are_refused(temperature: float) -> None:
+    members = {name: {"kind": "text", "path": f"{name}.txt"} for name in ("a", "b")}
+    group = Group.from_dict({"sources": members, "temperature": temperature})
+    with pytest.raises(UserError, match="raise the temperature"):
+        group.shares({"a": 10, "b": 100_000})

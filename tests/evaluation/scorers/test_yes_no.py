@@ -68,6 +68,11 @@ def test_pope_scores_are_those_of_lmms_eval(golden: Golden) -> None:
         ("Yes, no dog is here", True),
         ("No, there are cats and no dogs", False),
         ("No. No.", False),
+        ("Yes. No", None),
+        ("No! Yes!", None),
+        ("Yes. It is red. No, wait.", None),
+        ("Yes. No dog is there. No one sees it.", True),
+        ("Yes... There is, no doubt", True),
         ("Yes. There is no dog.", True),
     ],
 )
@@ -99,7 +104,7 @@ def test_pope_scores() -> None:
         ("no", False, False, False),
         ("Yes, there is a dog.", True, True, True),
         ("No, there is not.", False, False, False),
-        ("yes. No.", True, True, True),
+        ("yes. No.", None, True, True),  # lmms-eval's exact match reads neither
         ("There is no dog", None, False, None),
         ("There is not", None, False, None),
         ("NO", False, True, False),  # POPE knows "No" and "no"
