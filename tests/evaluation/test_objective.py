@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sphinx_pl.evaluation.losses import SourceLoss, interval
+from sphinx_pl.evaluation.bootstrap import interval
+from sphinx_pl.evaluation.losses import SourceLoss
 from sphinx_pl.evaluation.objective import Objective, resampled
 from sphinx_pl.utils.errors import UserError
 
@@ -56,7 +57,7 @@ def test_the_interval_is_that_of_the_source_alone() -> None:
     generator = torch.Generator().manual_seed(1)
     values = torch.randn(400, generator=generator, dtype=torch.float64)
     source = SourceLoss(values, torch.ones(400, dtype=torch.float64))
-    low, high = interval(resampled([{"loss/x": source}], ["loss/x"], resamples=2000)[:, 0])
+    low, high = interval(resampled([{"loss/x": source}], ["loss/x"], resamples=2000)[:, 0].numpy())
     error = 1.96 * float(values.std()) / 20
     assert source.mean - low == pytest.approx(error, rel=0.12)
     assert high - source.mean == pytest.approx(error, rel=0.12)

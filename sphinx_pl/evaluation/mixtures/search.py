@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sphinx_pl.evaluation.losses import SourceLoss, interval
+from sphinx_pl.evaluation.bootstrap import interval
+from sphinx_pl.evaluation.losses import SourceLoss
 from sphinx_pl.evaluation.mixtures.evaluator import MixtureEvaluator
 from sphinx_pl.evaluation.objective import Measurements, Objective, resampled
 from sphinx_pl.mixing.mix import MixPlan
@@ -152,7 +153,7 @@ def write_search(trials: Sequence[Trial], best: int, objective: Objective, folde
         "first": {"betas": trials[0].betas, "value": objective.value(trials[0].measurements)},
         "found": {"betas": trials[best].betas, "value": objective.value(trials[best].measurements)},
         "gain": gain,
-        "gain_interval": interval(costs[:, 0] - costs[:, 1]),
+        "gain_interval": interval((costs[:, 0] - costs[:, 1]).numpy()),
     }
     table = io.StringIO()
     writer = csv.writer(table)
