@@ -280,9 +280,9 @@ def main(cfg: DictConfig) -> float | None:
         else:  # kept if a later step fails, since it may have taken long
             folder = beside = out.with_name(f".{out.name}.curve")
             shutil.rmtree(folder, ignore_errors=True)
-        found, origin, value = _find(options, evaluate, folder, out if beside and out else folder, steps)
-        if found:
-            plan = _plan(options, paths, dataclasses.replace(recipe, **found), own)
+        changes, origin, value = _find(options, evaluate, folder, out if beside and out else folder, steps)
+        if changes:
+            plan = _plan(options, paths, dataclasses.replace(recipe, **changes), own)
         del evaluate
     if out is None:
         return value

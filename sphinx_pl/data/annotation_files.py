@@ -145,10 +145,10 @@ class AnnotationFiles(ABC):
             SkipSample: part_left_out.
         """
         parts = list(parts)
-        found = list(self.parts(parts, read))
-        if len(found) < len(parts):
-            raise SkipSample("part_left_out", f"{len(parts) - len(found)} of {len(parts)} parts cannot be used")
-        return found
+        usable = list(self.parts(parts, read))
+        if len(usable) < len(parts):
+            raise SkipSample("part_left_out", f"{len(parts) - len(usable)} of {len(parts)} parts cannot be used")
+        return usable
 
     def read(self) -> Iterator[tuple[str, list[Record] | SkipSample]]:
         """(key, its records, or why it has none) of each entry.
@@ -162,21 +162,21 @@ class AnnotationFiles(ABC):
         self, entries: Iterator[tuple[str, Any]], records: Callable[[str, Any], Iterable[Record]]
     ) -> Iterator[tuple[str, list[Record] | SkipSample]]:
         """As `read`, of other entries and with another reader."""
-        seen: set[str] = set()
+        keys: set[str] = set()
         try:
             for key, entry in entries:
-                yield key, _records(key, entry, seen, records)
+                yield key, _records(key, entry, keys, records)
         except MALFORMED as error:
             reason = f"{type(error).__name__}: {error}"
             raise UserError(f"{self.name}: what {self.src} holds is not as {self.url} says ({reason})") from None
 
 
 def _records(
-    key: str, entry: Any, seen: set[str], records: Callable[[str, Any], Iterable[Record]]
+    key: str, entry: Any, keys: set[str], records: Callable[[str, Any], Iterable[Record]]
 ) -> list[Record] | SkipSample:
-    if key in seen:
+    if key in keys:
         return SkipSample("duplicate_key", key)
-    seen.add(key)
+    keys.add(key)
     try:
         return list(records(key, entry))
     except SkipSample as bad:

@@ -264,12 +264,12 @@ def _check_step(script: str) -> Callable[[DictConfig], Any] | None:
     return check if script in SCRIPTS else None
 
 
-def _needs(name: str, config: StepConfig, known: Mapping[str, Any], left_out: Sequence[str]) -> tuple[str, ...]:
+def _needs(name: str, config: StepConfig, names: Mapping[str, Any], left_out: Sequence[str]) -> tuple[str, ...]:
     """Return `after` without the omitted steps (set to null)."""
     for need in config.after:
-        if need not in known and need not in left_out:
-            raise UserError(f"steps.{name}.after: there is no step '{need}'; {suggest(need, known)}")
-    return tuple(need for need in config.after if need in known)
+        if need not in names and need not in left_out:
+            raise UserError(f"steps.{name}.after: there is no step '{need}'; {suggest(need, names)}")
+    return tuple(need for need in config.after if need in names)
 
 
 def _order(needs: Mapping[str, Sequence[str]]) -> list[str]:

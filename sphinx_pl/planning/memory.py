@@ -319,11 +319,11 @@ class _Simulation:
             reducer.finish()
             for parameter in trainable:
                 parameter.grad = None
-        found: Peaks = {phase: dict(kinds) for phase, kinds in tracker.peaks.items()}
+        peaks: Peaks = {phase: dict(kinds) for phase, kinds in tracker.peaks.items()}
         if vision is not None:
-            found["vision"] = vision
+            peaks["vision"] = vision
         self.tracker = None
-        return found
+        return peaks
 
     def _loss(self, batch: Batch) -> Tensor:
         mixed = self.run.precision == "bf16-mixed"

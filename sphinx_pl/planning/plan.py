@@ -192,12 +192,12 @@ class Engine:
             return int(float(section.get(name, default)))
 
         def device(key: str, section_key: str) -> str | None:
-            found = options.get(key) or section.get(section_key)
-            if isinstance(found, Mapping):
-                found = found.get("device", "none")
-            if found is True or (found is None and named.endswith("offload")):
-                found = "cpu"
-            return None if found in (None, False, "none") else str(found)
+            value = options.get(key) or section.get(section_key)
+            if isinstance(value, Mapping):
+                value = value.get("device", "none")
+            if value is True or (value is None and named.endswith("offload")):
+                value = "cpu"
+            return None if value in (None, False, "none") else str(value)
 
         reduced = options.get("reduce_dtype") or config.get("data_types", {}).get("grad_accum_dtype")
         return replace(
@@ -268,8 +268,8 @@ class Sizes:
         counts["decoder"] += (layers - len(model.decoder.layers)) * block_total
 
         def own(*modules: Any) -> tuple[tuple[int, ...], ...]:
-            found = (tuple(p.numel() for p in m.parameters(recurse=False)) for root in modules for m in root.modules())
-            return tuple(numbers for numbers in found if numbers)
+            sizes = (tuple(p.numel() for p in m.parameters(recurse=False)) for root in modules for m in root.modules())
+            return tuple(numbers for numbers in sizes if numbers)
 
         projections = model.vision.projections if model.vision is not None else []
         decoder = model.decoder
@@ -312,38 +312,38 @@ def states(engine: Engine, sizes: Sizes) -> tuple[dict[str, float], float]:
 
     Gradients of a single device and of DDP are not among them: they come and go with a step.
     """
-    found: dict[str, float] = {}
+    lines: dict[str, float] = {}
     host = 0.0
     weight, trained, frozen = engine.weight_bytes, sizes.trained, sizes.frozen
     if engine.kind in ("single", "ddp"):
-        found["weights"] = weight * trained
-        found["frozen weights"] = weight * frozen
-        found["optimizer"] = engine.moments_bytes * trained
+        lines["weights"] = weight * trained
+        lines["frozen weights"] = weight * frozen
+        lines["optimizer"] = engine.moments_bytes * trained
         if engine.kind == "ddp":
-            found["buckets"] = weight * trained
-        return found, host
+            lines["buckets"] = weight * trained
+        return lines, host
     share = trained / engine.ranks
     # Whole ones are there beside this rank's part of them under ZeRO-3; FSDP2 does not manage them.
     parts = frozen / engine.ranks
     if engine.kind == "fsdp2":
         compute = 2 if engine.compute_precision == "bf16-true" else 4
-        found["frozen weights"] = 4 * parts if engine.frozen == "sharded" else compute * frozen
-        found["weights"], found["optimizer"], found["gradients"] = 4 * share, engine.moments_bytes * share, 4 * share
-        return found, host
-    found["frozen weights"] = weight * (parts if engine.frozen == "sharded" else parts + frozen)
+        lines["frozen weights"] = 4 * parts if engine.frozen == "sharded" else compute * frozen
+        lines["weights"], lines["optimizer"], lines["gradients"] = 4 * share, engine.moments_bytes * share, 4 * share
+        return lines, host
+    lines["frozen weights"] = weight * (parts if engine.frozen == "sharded" else parts + frozen)
     gradient = engine.reduce_bytes
-    found["buckets"] = gradient * engine.reduce_bucket
+    lines["buckets"] = gradient * engine.reduce_bucket
     if engine.offload_weights:
         host += weight * share if engine.offload_weights == "cpu" else 0
     else:
-        found["weights"] = weight * share
+        lines["weights"] = weight * share
     if engine.offload_optimizer:
         # The gradient partition, and a float32 copy of it for the update.
         host += (gradient + (8 + engine.moments_bytes if engine.offload_optimizer == "cpu" else 4)) * share
     else:
-        found["optimizer"], found["gradients"] = engine.moments_bytes * share, gradient * share
-        found["master weights"] = 4 * share if engine.master_bytes > weight or engine.offload_weights else 0
-    return found, host
+        lines["optimizer"], lines["gradients"] = engine.moments_bytes * share, gradient * share
+        lines["master weights"] = 4 * share if engine.master_bytes > weight or engine.offload_weights else 0
+    return lines, host
 
 
 def _zero3_trace(engine: Engine, sizes: Sizes, checkpointing: Checkpointing) -> Iterator[tuple[str, list[Any]]]:
@@ -484,11 +484,11 @@ def run_of(engine: Engine, train_parts: tuple[str, ...], checkpointing: Checkpoi
     )
 
 
-def largest_rows(engine: Engine, sizes: Sizes, found: MicroBatches, checkpointing: Checkpointing, room: float) -> int:
+def largest_rows(engine: Engine, sizes: Sizes, steps: MicroBatches, checkpointing: Checkpointing, room: float) -> int:
     """The most rows of a micro-batch whose peak is at most `room` bytes; 0 if not even one."""
 
     def fits(rows: int) -> bool:
-        return peak(engine, sizes, found.peaks(rows), checkpointing).total <= room
+        return peak(engine, sizes, steps.peaks(rows), checkpointing).total <= room
 
     low, high = 0, 1
     while high <= 4096 and fits(high):
@@ -528,7 +528,7 @@ def rows_of(cfg: DictConfig, model: SphinxConfig, assumed: PlanConfig) -> Rows:
     """
     length = int(cfg.data.packing.row_length)
     try:
-        found = _probe(cfg, model)
+        rows = _probe(cfg, model)
     except (UserError, OSError) as error:
         per_image = model.tokens_per_image + 80
         images = float(length // per_image) if model.vision else 0.0
@@ -538,14 +538,14 @@ def rows_of(cfg: DictConfig, model: SphinxConfig, assumed: PlanConfig) -> Rows:
         reason = " ".join(str(error).split())
         images = images if assumed.images_per_row is None else assumed.images_per_row
         pairs = length * (length / max(1.0, images) + 1) / 2
-        found = Rows(length, pairs, supervised, images, images, 50e3, None, f"assumed: {reason}")
+        rows = Rows(length, pairs, supervised, images, images, 50e3, None, f"assumed: {reason}")
     if assumed.images_per_row is not None:
-        found = replace(found, images=assumed.images_per_row, most_images=assumed.images_per_row)
+        rows = replace(rows, images=assumed.images_per_row, most_images=assumed.images_per_row)
     if assumed.supervised is not None:
-        found = replace(found, supervised=assumed.supervised * length)
+        rows = replace(rows, supervised=assumed.supervised * length)
     if assumed.image_kb is not None:
-        found = replace(found, image_bytes=1e3 * assumed.image_kb)
-    return found
+        rows = replace(rows, image_bytes=1e3 * assumed.image_kb)
+    return rows
 
 
 def _probe(cfg: DictConfig, model: SphinxConfig) -> Rows:
@@ -672,10 +672,10 @@ def make_plan(cfg: DictConfig, choice: str = "") -> Plan:
     model.freeze([part for part in model.parts() if part not in parts])
     sizes = Sizes.of(model, config.decoder.layers)
     shape = Shape(rows, length, content.supervised, content.most_images)
-    found = micro_batches(config, shape, run_of(engine, parts, checkpointing, accumulate))
-    memory = peak(engine, sizes, found.peaks(rows), checkpointing)
+    steps = micro_batches(config, shape, run_of(engine, parts, checkpointing, accumulate))
+    memory = peak(engine, sizes, steps.peaks(rows), checkpointing)
     room = gpu.memory * (1 - assumed.reserve)
-    largest = largest_rows(engine, sizes, found, checkpointing, room)
+    largest = largest_rows(engine, sizes, steps, checkpointing, room)
     if largest > max(MANY_ROWS, 2 * rows):  # far from what was simulated
         near = micro_batches(config, replace(shape, rows=largest), run_of(engine, parts, checkpointing, accumulate))
         largest = largest_rows(engine, sizes, near, checkpointing, room)
@@ -710,7 +710,7 @@ def make_plan(cfg: DictConfig, choice: str = "") -> Plan:
     )
     if plan.fits or not engine.gpu:
         return plan
-    return replace(plan, advice=advice(engine, sizes, config, shape, parts, checkpointing, accumulate, found, room))
+    return replace(plan, advice=advice(engine, sizes, config, shape, parts, checkpointing, accumulate, steps, room))
 
 
 _TRAINER_KEYS = ("strategy", "devices", "num_nodes", "precision", "accelerator")
@@ -730,12 +730,12 @@ def advice(
     parts: tuple[str, ...],
     checkpointing: Checkpointing,
     accumulate: int,
-    found: MicroBatches,
+    steps: MicroBatches,
     room: float,
 ) -> list[str]:
     """What would make a run fit that does not, each by itself; where nothing does, all of it together."""
     ways: list[str] = []
-    if (rows := largest_rows(engine, sizes, found, checkpointing, room)) > 0:
+    if (rows := largest_rows(engine, sizes, steps, checkpointing, room)) > 0:
         more = math.ceil(shape.rows * accumulate / rows)
         ways.append(
             f"data.packing.micro_batch_rows={rows} stage.accumulate={more}: fewer rows in a micro-batch, as many in a "
@@ -747,13 +747,13 @@ def advice(
         if peak(engine, sizes, less.peaks(shape.rows), kind).total <= room:
             ways.append(f"stage.checkpointing={kind}: activations are computed again in the backward pass")
             break
-        found = less if kind == "full" and engine.kind == sharded.kind else found
+        steps = less if kind == "full" and engine.kind == sharded.kind else steps
     full: Checkpointing = "full"
     if engine.kind != sharded.kind:
-        found = micro_batches(config, shape, run_of(sharded, parts, full, accumulate))
+        steps = micro_batches(config, shape, run_of(sharded, parts, full, accumulate))
     offloaded = replace(sharded, kind="zero3", offload_optimizer="cpu", offload_weights="cpu", bf16_masters=False)
     for rows in dict.fromkeys((shape.rows, 1)):
-        peaks = found.peaks(rows)
+        peaks = steps.peaks(rows)
         with_rows = "" if rows == shape.rows else f" data.packing.micro_batch_rows={rows}"
         for factor in (1, 2, 4, 8, 16, 32, 64):
             wider = replace(sharded, nodes=sharded.nodes * factor)

@@ -21,19 +21,19 @@ MEASURES = {
 
 
 @pytest.mark.parametrize(
-    ("said", "value", "cost"),
+    ("name", "value", "cost"),
     [("loss", 1.5, 1.5), ("loss/synthetic", 2, 2), ("score", 0.5, -0.5), ("score/vqa", 0.5, -0.5)],
 )
-def test_an_objective_is_the_mean_of_its_values_each_counting_alike(said: str, value: float, cost: float) -> None:
-    objective = Objective(said)
+def test_an_objective_is_the_mean_of_its_values_each_counting_alike(name: str, value: float, cost: float) -> None:
+    objective = Objective(name)
     assert objective.value(MEASURES) == value
     assert objective.cost(MEASURES) == cost
 
 
-@pytest.mark.parametrize("said", ["los", "cider/vqa", ""])
-def test_what_is_neither_loss_nor_score_is_refused(said: str) -> None:
+@pytest.mark.parametrize("name", ["los", "cider/vqa", ""])
+def test_what_is_neither_loss_nor_score_is_refused(name: str) -> None:
     with pytest.raises(UserError, match="must be loss, score"):
-        Objective(said)
+        Objective(name)
 
 
 def test_a_measure_that_was_not_taken_is_named() -> None:

@@ -21,7 +21,7 @@ from tests.checkpoints.conftest import random_tensors
 from tests.mixing.conftest import Held, finite_bits, original_folder
 
 Write = Callable[..., Path]
-TOWER = "mixer.towers.clip.model.conv1.weight"
+ENCODER = "mixer.towers.clip.model.conv1.weight"
 
 
 @pytest.fixture
@@ -276,7 +276,7 @@ def test_equal_tensors_are_copied_bit_for_bit(method: str, dtype: torch.dtype) -
 def test_encoders_that_nobody_trained_stay_what_they_are_under_any_weights() -> None:
     a = finite_bits(torch.bfloat16, 1, 200)
     a[a.abs() > 1e30] = 1
-    assert same_bits(mixed(mixer_of([a, a.clone()], [0.7, 0.8], key=TOWER), TOWER), a)
+    assert same_bits(mixed(mixer_of([a, a.clone()], [0.7, 0.8], key=ENCODER), ENCODER), a)
     other = mixed(mixer_of([a, a.clone()], [0.7, 0.8], key="decoder.norm.weight"), "decoder.norm.weight")
     assert same_bits(other, mix_tensors("linear", [a, a], [0.7, 0.8]))
     assert not same_bits(other, a)

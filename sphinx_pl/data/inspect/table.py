@@ -101,32 +101,32 @@ def _line(name: str, stream: SourceStream, share: float, probe: int) -> SourceSu
     )
 
 
-def epoch_tokens(found: list[SourceSummary]) -> float:
+def epoch_tokens(summaries: list[SourceSummary]) -> float:
     """Of everything once."""
-    return sum(line.draws * line.tokens for line in found)
+    return sum(line.draws * line.tokens for line in summaries)
 
 
-def reasons(found: list[SourceSummary]) -> str:
+def reasons(summaries: list[SourceSummary]) -> str:
     """A line for each reason and event: its source, its name, how many were met, and an example."""
     return "".join(
         f"\n{line.name}  {key}: {number}{f'  ({example:.300})' if example else ''}"
-        for line in found
+        for line in summaries
         for key, (number, example) in sorted(line.why.items())
     )
 
 
 def missing(configs: Mapping[str, SourceConfig]) -> dict[str, str]:
     """Source -> why its files cannot be read, for those whose files are not there."""
-    found = {}
+    problems = {}
     for name, config in configs.items():
         try:
             expand_paths(name, config.path, READERS[config.kind].folders)
         except UserError as error:
-            found[name] = str(error)
-    return found
+            problems[name] = str(error)
+    return problems
 
 
-def expectations(found: list[SourceSummary], unit: str, row_length: int, rows: int, steps: int) -> Table:
+def expectations(summaries: list[SourceSummary], unit: str, row_length: int, rows: int, steps: int) -> Table:
     """The lines with their sums, and what a run of so many steps makes of them.
 
     Args:
@@ -134,16 +134,16 @@ def expectations(found: list[SourceSummary], unit: str, row_length: int, rows: i
     """
     # A source's share is of draws, or of supervised tokens; what a step holds follows from its
     # tokens.
-    draws = {line.name: line.share / (max(line.targets, 1e-9) if unit == "token" else 1) for line in found}
+    draws = {line.name: line.share / (max(line.targets, 1e-9) if unit == "token" else 1) for line in summaries}
     total = sum(draws.values())
-    mean_tokens = sum(draws[line.name] / total * line.tokens for line in found)
+    mean_tokens = sum(draws[line.name] / total * line.tokens for line in summaries)
     drawn = steps * rows * row_length / max(mean_tokens, 1e-9)
     result = Table(title=f"{steps} steps of {rows} rows of {row_length} positions; shares by {unit}")
     result.add_column("source", overflow="fold")
     for column in ("records", "files", "share", "tokens", "targets", "images", "unusable", "Mtok/epoch", "Mimg/epoch"):
         result.add_column(column, justify="right")
     result.add_column("epochs", justify="right")
-    for line in found:
+    for line in summaries:
         result.add_row(
             line.name,
             f"{'' if line.certain else '~'}{line.records}",
@@ -157,7 +157,7 @@ def expectations(found: list[SourceSummary], unit: str, row_length: int, rows: i
             f"{line.draws * line.images / 1e6:.3g}",
             f"{drawn * draws[line.name] / total / line.draws:.3g}",
         )
-    epoch = epoch_tokens(found) / (rows * row_length)
+    epoch = epoch_tokens(summaries) / (rows * row_length)
     result.caption = (
         "tokens, targets (supervised tokens) and images: of a mean draw. epochs: how often the run reads the source, "
         f"if rows are full. Everything once: {epoch:.0f} steps"

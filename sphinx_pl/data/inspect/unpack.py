@@ -59,7 +59,7 @@ class ShownSample:
 
 def unpack(batch: Batch, plan: MicroPlan, processor: Processor, first: int) -> list[ShownSample]:
     """The samples of a batch, numbered from `first`, in the order of its rows."""
-    shown: list[ShownSample] = []
+    items: list[ShownSample] = []
     image = 0
     for row, samples in enumerate(plan.rows):
         begin = 0
@@ -77,10 +77,10 @@ def unpack(batch: Batch, plan: MicroPlan, processor: Processor, first: int) -> l
                 problem = _problem(ref, processor.image_size) if masked else ""
                 pictures.append(SampleImage(batch.pixels[image + i], kept_views, problem))
             place = f"step {plan.step}, micro-batch {plan.index + 1}, row {row + 1}"
-            shown.append(ShownSample(first + len(shown), place, sample, parts[0], questions, pictures))
+            items.append(ShownSample(first + len(items), place, sample, parts[0], questions, pictures))
             image += len(sample.images)
             begin += sample.length
-    return shown
+    return items
 
 
 def _tokens(batch: Batch, row: int, begin: int, length: int, slots: Sequence[int]) -> list[Token]:

@@ -115,8 +115,8 @@ class PairFilters:
             raise Filtered("caption_words", f"{record.key}: {len(words)} words")
         if self.parrot_column is not None and words:
             read = columns.get(self.parrot_column)
-            seen = Counter(_WORD.findall(read.lower() if isinstance(read, str) else ""))
-            spelt = (Counter(words) & seen).total()
+            counts = Counter(_WORD.findall(read.lower() if isinstance(read, str) else ""))
+            spelt = (Counter(words) & counts).total()
             if spelt >= self.parrot_share * len(words):
                 raise Filtered("parrot", f"{record.key}: {spelt} of {len(words)} words stand in the image")
 
@@ -124,12 +124,12 @@ class PairFilters:
     def _duplicates(self) -> npt.NDArray[np.uint64]:
         assert self.duplicates is not None
         try:
-            found: npt.NDArray[np.uint64] = np.load(self.duplicates, mmap_mode="r")
+            keys: npt.NDArray[np.uint64] = np.load(self.duplicates, mmap_mode="r")
         except (OSError, ValueError) as error:
             raise UserError(
                 f"filters.duplicates={self.duplicates} cannot be read ({error}): make it with `sphinx-data duplicates`"
             ) from None
-        return found
+        return keys
 
 
 def _check_conditions(key: str, conditions: Mapping[str, Any]) -> None:

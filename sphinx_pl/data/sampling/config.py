@@ -85,9 +85,9 @@ class SourceConfig:
         for key in values:
             if renamed := renamed_key(f"data.sources.{name}.{key}"):
                 raise UserError(renamed.replace(f"data.sources.{name}", prefix))
-        known = {f for f in cls.__dataclass_fields__ if f != "options"}
-        own = {key: value for key, value in values.items() if key in known}
-        config = build(cls, own | {"options": {k: v for k, v in values.items() if k not in known}}, prefix)
+        names = {f for f in cls.__dataclass_fields__ if f != "options"}
+        own = {key: value for key, value in values.items() if key in names}
+        config = build(cls, own | {"options": {k: v for k, v in values.items() if k not in names}}, prefix)
         modality = "text" if config.kind == "text" else "image"
         if config.kind == AUTO:
             config.kind, modality = find_kind(name, config.path, section)
@@ -130,8 +130,8 @@ class Group:
             UserError: a key is unknown, or a value is out of bounds.
         """
         for key in values:
-            if key not in (known := ("sources", "weight", "temperature")):
-                raise UserError(f"{prefix}.{key}: a group of sources has no such key: {suggest(key, known)}")
+            if key not in (names := ("sources", "weight", "temperature")):
+                raise UserError(f"{prefix}.{key}: a group of sources has no such key: {suggest(key, names)}")
         weight, temperature = values.get("weight", 1.0), values.get("temperature")
         _check_weight(prefix, weight)
         if temperature is not None and not (isinstance(temperature, int | float) and temperature > 0):

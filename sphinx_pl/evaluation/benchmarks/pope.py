@@ -71,8 +71,8 @@ def _said_yes(group: Sequence[Prediction]) -> Sequence[float]:
 
 def _counts(group: Sequence[Prediction]) -> Sequence[float]:
     """True positives, false positives, false negatives."""
-    said, there = bool(_said_yes(group)[0]), group[0].answer == "yes"
-    return float(said and there), float(said and not there), float(there and not said)
+    yes, there = bool(_said_yes(group)[0]), group[0].answer == "yes"
+    return float(yes and there), float(yes and not there), float(there and not yes)
 
 
 def _precision(sums: Floats) -> Floats:

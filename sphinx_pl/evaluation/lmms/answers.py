@@ -155,7 +155,7 @@ class Answers:
             following = {}
             for (place, asked), answer in zip(rounds.items(), answers, strict=True):
                 texts[place].append(answer)
-                shown, context, ended, kept, state[place] = requests[place][3](
+                images, context, ended, kept, state[place] = requests[place][3](
                     self.documents[asked.task][asked.split][asked.number],
                     previous_output=list(texts[place]),
                     round_idx=index,
@@ -164,7 +164,7 @@ class Answers:
                 if kept is not None:
                     texts[place] = list(kept)
                 if not ended:
-                    following[place] = replace(asked, context=context, visuals=partial(_given, shown))
+                    following[place] = replace(asked, context=context, visuals=partial(_given, images))
             rounds = following
         return texts
 
@@ -261,13 +261,13 @@ def _pictures(one: _Round, doc: Any) -> list[Picture]:
     return pictures
 
 
-def _given(shown: Any, doc: Any) -> Any:
-    return shown
+def _given(images: Any, doc: Any) -> Any:
+    return images
 
 
-def _flat(shown: Any) -> Iterator[Any]:
-    if isinstance(shown, list | tuple):
-        for item in shown:
+def _flat(images: Any) -> Iterator[Any]:
+    if isinstance(images, list | tuple):
+        for item in images:
             yield from _flat(item)
-    elif shown is not None:
-        yield shown
+    elif images is not None:
+        yield images

@@ -45,8 +45,8 @@ class SphinxPL(lmms):
     ) -> None:
         super().__init__()
         for name in unknown:
-            known = ("checkpoint", "precision", "batch_size", "device", "prompts")
-            raise UserError(f"--model_args has no '{name}': {suggest(name, known)}")
+            names = ("checkpoint", "precision", "batch_size", "device", "prompts")
+            raise UserError(f"--model_args has no '{name}': {suggest(name, names)}")
         if checkpoint is None:
             raise UserError("which checkpoint? Give --model_args checkpoint=FOLDER, such as one that train.py wrote")
         where = choose_device(own_device(device))

@@ -84,7 +84,7 @@ def search_parts(
     """
     groups = groups_of(evaluate.plan, parts, budget)
     trials: list[Trial] = []
-    known: dict[tuple[float, ...], int] = {}
+    places: dict[tuple[float, ...], int] = {}
 
     def cost(place: int) -> float:
         return objective.cost(halves(trials[place].measurements, odd=False))
@@ -92,14 +92,14 @@ def search_parts(
     def attempt(betas: Mapping[str, float]) -> int | None:
         """The place of the trial with these betas; None if it is new and the budget is spent."""
         values = tuple(betas.values())
-        if values not in known:
+        if values not in places:
             if len(trials) >= budget:
                 return None
             weights = {key: [betas[part], complement(betas[part])] for part, keys in groups.items() for key in keys}
             trials.append(Trial(dict(betas), evaluate(weights)))
-            known[values] = len(trials) - 1
+            places[values] = len(trials) - 1
             report(trials[-1])
-        return known[values]
+        return places[values]
 
     best = attempt(dict.fromkeys(groups, start))
     assert best is not None

@@ -51,9 +51,9 @@ def results(evaluations: Sequence[EvaluationFiles], references: Sequence[Referen
 
 
 def _families(evaluations: Iterable[EvaluationFiles]) -> list[str]:
-    known = list(FAMILIES)
+    families = list(FAMILIES)
     present = {str(result["family"]) for evaluation in evaluations for result in evaluation.benchmarks}
-    return [*(family for family in known if family in present), *sorted(present.difference(known))]
+    return [*(family for family in families if family in present), *sorted(present.difference(families))]
 
 
 # --- benchmarks

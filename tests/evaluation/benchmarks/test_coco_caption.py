@@ -57,15 +57,15 @@ def release() -> dict[str, Any]:
 @java
 def test_figures_are_those_of_the_official_evaluation(ask: Ask, write: Write, question: Say, tmp_path: Path) -> None:
     src = write(karpathy({"split": "test", "cocoid": 5}, {"split": "test", "cocoid": 6, "sentences": []}, "x"))
-    said = {1: "a dog runs in a field", 2: "two dogs", 3: ""}
+    answers = {1: "a dog runs in a field", 2: "two dogs", 3: ""}
     benchmark = COCOCaptionBenchmark(src)
-    asked = ask(benchmark, lambda record: said[record.meta["image_id"]])
+    asked = ask(benchmark, lambda record: answers[record.meta["image_id"]])
     record = asked.questions.records[0]
     assert record.images == (ImageRef(str(src / "val2014/COCO_val2014_000000000001.jpg")),)
     assert question(record) == "Provide a one-sentence caption for the provided image."
     assert asked.result["lost"] == {"entry_malformed": 3}
-    texts, references = ({str(n): of[n] for n in TRUE} for of in (said, TRUE))
-    expected = caption_scores(texts, {n: [" ".join(t.split()) for t in found] for n, found in references.items()})
+    texts, references = ({str(n): of[n] for n in TRUE} for of in (answers, TRUE))
+    expected = caption_scores(texts, {n: [" ".join(t.split()) for t in result] for n, result in references.items()})
     for name in ("CIDEr", "BLEU-4", "METEOR", "ROUGE-L"):
         assert asked.values[name, ""] == pytest.approx(expected[name])
     intervals = {value["measure"]: (value["low"], value["high"]) for value in asked.result["values"]}
@@ -95,11 +95,11 @@ def read(benchmark: COCOCaptionBenchmark) -> tuple[list[Record], Counter[str]]:
     """Records, and what is of no use, by reason: scoring takes Java seconds."""
     records: list[Record] = []
     lost: Counter[str] = Counter()
-    for _, found in benchmark.read():
-        if isinstance(found, SkipSample):
-            lost[found.reason] += 1
+    for _, result in benchmark.read():
+        if isinstance(result, SkipSample):
+            lost[result.reason] += 1
         else:
-            records += found
+            records += result
     return records, lost
 
 

@@ -28,8 +28,8 @@ def test_figures_agree_with_the_official_ones(ask: Ask, write: Callable[..., Pat
     answers = {f"it/{n}": text for n, text in enumerate(said)}
     asked = ask(POPEBenchmark(src, "popular"), lambda record: answers[record.key])
     expected = pope_scores([read_yes_or_no(text) for text in said], [label == "yes" for label in labels])
-    found = {metric: asked.values[metric, ""] for metric in ("accuracy", "precision", "recall", "f1", "yes")}
-    assert found == pytest.approx(
+    values = {metric: asked.values[metric, ""] for metric in ("accuracy", "precision", "recall", "f1", "yes")}
+    assert values == pytest.approx(
         {"accuracy": expected.accuracy, "precision": expected.precision, "recall": expected.recall}
         | {"f1": expected.f1, "yes": expected.yes_ratio}
     )
