@@ -49,7 +49,7 @@ MARK = "from here on"
 
 @dataclass(frozen=True)
 class Measured:
-    """What a run of some steps took, and its plan."""
+    """The memory and time of a run of some steps, and its plan."""
 
     peak: int
     """Bytes of the rank that took most."""

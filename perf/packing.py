@@ -81,7 +81,7 @@ SIMULATED: dict[str, dict[str, Simulated]] = {
 
 
 class SimulatedMixture:
-    """What a partition asks of a `Mixture`, with sources that are histograms. Draws as the real one does."""
+    """A mixture whose sources are histograms. It draws as `Mixture` does."""
 
     exhausted = finite = False
     modalities = ("image", "text")
@@ -199,7 +199,7 @@ def padded(case: Case, steps: int, by_length: bool) -> float:
 
 @dataclass
 class Packed:
-    """What all steps and ranks hold; work is relative to the mean of its step."""
+    """The content of all steps and ranks. Work is relative to the mean of its step."""
 
     useful: float
     slowest: float

@@ -233,7 +233,7 @@ LAYOUTS: dict[str, Callable[[list[Row], Collator, int], Iterator[tuple[list[Row]
 
 @dataclass
 class Cost:
-    """What a layout needed for the steps it was given."""
+    """The cost of a layout for the steps that it got."""
 
     batches: int = 0
     positions: float = 0

@@ -163,7 +163,7 @@ class Checkpoint(ModelFolder):
         return processor
 
     def identity(self) -> dict[str, Any]:
-        """What a child's provenance keeps: path, stage and a SHA-256 over the files."""
+        """The entry of a child's provenance: path, stage and a SHA-256 over the files."""
         digest = hashlib.sha256()
         for file in sorted(self.files()):
             digest.update(f"{file.name} {hash_file(file)}\n".encode())

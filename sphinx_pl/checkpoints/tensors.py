@@ -42,7 +42,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What is known of a stored tensor without reading its values."""
+    """The properties of a stored tensor that are known without its values."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype

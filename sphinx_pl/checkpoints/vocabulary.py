@@ -49,7 +49,7 @@ class Vocabulary:
     added: Mapping[int, tuple[str, str]]
 
     def token(self, id: int) -> tuple[str, str] | None:
-        """What stands for an id, and the file that says it."""
+        """The token of an id, and the file that says it."""
         if id in self.added:
             return self.added[id]
         return (self.tokens[id], self.file) if id in self.tokens else None

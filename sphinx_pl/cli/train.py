@@ -122,7 +122,7 @@ def train(cfg: DictConfig) -> float | None:
     from hydra.core.hydra_config import HydraConfig
 
     if cfg.plan:
-        from sphinx_pl.planning.plan import print_plan
+        from sphinx_pl.planning.printing import print_plan
 
         print_plan(cfg, str(HydraConfig.get().runtime.choices.get("trainer", "")))
         return None

@@ -37,7 +37,7 @@ class AnnotationFiles(ABC):
     """
 
     name: ClassVar[str]
-    """What the command line calls it."""
+    """Its name on the command line."""
     title: ClassVar[str]
     url: ClassVar[str]
     """The page that the files come from, or that defines their format."""
@@ -124,7 +124,7 @@ class AnnotationFiles(ABC):
                         yield number, None
 
     def parts(self, parts: Iterable[Any], read: Callable[[Any], _T]) -> Iterator[_T]:
-        """What `read` makes of each part of an entry that lists several.
+        """The results of `read` for each part of an entry that lists several.
 
         A part of which it raises SkipSample, or an error of a missing or wrong value, is counted in
         `left_out`. Records that ask for all parts need `all_parts`.

@@ -133,9 +133,9 @@ class TrainLoader:
         self.collator = collator
         self.max_skipped = max_skipped
         self.counts: Counter[str] = Counter()
-        """What this rank has decoded since it was started."""
+        """Counters of this rank since it was started."""
         self.before: Counter[str] = Counter()
-        """What all ranks had decoded before the run was resumed; on the first rank alone."""
+        """Counters of all ranks before the run was resumed; on the first rank alone."""
         self._start: Counter[str] = Counter()
         self._indexed_before: tuple[Counter[str], int] = Counter(), 0
         self._examples: dict[str, str] = {}  # from decoding

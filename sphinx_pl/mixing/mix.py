@@ -73,7 +73,7 @@ def check_weights(weights: Sequence[float], count: int, normalize: bool = False,
 
 @dataclass(frozen=True)
 class MixRecipe:
-    """What is asked for, apart from the checkpoints: see conf/mix_weights.yaml."""
+    """The options of a mixing, apart from the checkpoints; conf/mix_weights.yaml has them."""
 
     weights: Sequence[float] | None = None
     method: str = "linear"

@@ -160,7 +160,7 @@ def check_train(cfg: DictConfig) -> None:
                 cfg[name] = value
 
     from sphinx_pl.models.config import SphinxConfig
-    from sphinx_pl.planning.plan import PlanConfig
+    from sphinx_pl.planning.rows import PlanConfig
 
     build(PlanConfig, cfg.plan_for, "plan_for")
     SphinxConfig.from_dict(cfg.model)

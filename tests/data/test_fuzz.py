@@ -196,14 +196,14 @@ def fuzz_path(
 def test_ten_thousand_damaged_records_through_the_whole_path(
     sample_data: Path, tmp_path: Path, processor: Processor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fuzz_path(sample_data, tmp_path, processor, records=10_000, again=3, monkeypatch=monkeypatch)
+    fuzz_path(sample_data, tmp_path, processor, records=10_000, rounds=3, monkeypatch=monkeypatch)
 
 
 @pytest.mark.long
 def test_many_more_damaged_records_through_the_whole_path(
     sample_data: Path, tmp_path: Path, processor: Processor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fuzz_path(sample_data, tmp_path, processor, records=200_000, again=20, monkeypatch=monkeypatch)
+    fuzz_path(sample_data, tmp_path, processor, records=200_000, rounds=20, monkeypatch=monkeypatch)
 
 
 def test_damaged_lists_of_files_are_read_or_refused(

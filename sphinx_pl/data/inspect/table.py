@@ -102,7 +102,7 @@ def _line(name: str, stream: SourceStream, share: float, probe: int) -> SourceSu
 
 
 def epoch_tokens(summaries: list[SourceSummary]) -> float:
-    """Of everything once."""
+    """Tokens of all sources, each read once."""
     return sum(line.draws * line.tokens for line in summaries)
 
 

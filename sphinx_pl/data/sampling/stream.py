@@ -61,7 +61,7 @@ _Opened = list[_OpenShard]
 
 
 def _in_background(make: Callable[[], _Opened]) -> Future[_Opened]:
-    """What `make` will return, from a thread that the end of the process does not wait for.
+    """The future result of `make`, from a thread that the end of the process does not wait for.
 
     So the next block's shards are opened (an index, perhaps a download) while this block is read.
     """
@@ -287,7 +287,7 @@ class SourceStream:
                 self._open()
 
     def _why(self) -> str:
-        """What was left out when shards were opened, with an example of each reason."""
+        """The reasons why records were skipped when shards were opened, each with an example."""
         counts = self.left_out + Counter({k: v for k, v in self.counts.items() if k.startswith("unused/")})
         named = {key: self.examples.get(f"skipped/{key}") or self.examples.get(key) or [""] for key in counts}
         return ", ".join(f"{key}: {counts[key]} ({named[key][0]})" for key in counts)

@@ -1,4 +1,4 @@
-"""What a task is: it writes a question and an answer from a record, and reads an answer back."""
+"""A task: it writes a question and an answer from a record, and reads an answer back."""
 
 from __future__ import annotations
 

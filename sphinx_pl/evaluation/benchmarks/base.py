@@ -1,4 +1,4 @@
-"""What a benchmark is: its official files -> questions, its answers -> their official numbers."""
+"""A benchmark: its official files -> questions, its answers -> their official numbers."""
 
 from __future__ import annotations
 

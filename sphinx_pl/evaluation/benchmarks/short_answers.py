@@ -1,4 +1,4 @@
-"""What benchmarks share whose answers are a word or a phrase."""
+"""The part that benchmarks share whose answers are a word or a phrase."""
 
 from __future__ import annotations
 

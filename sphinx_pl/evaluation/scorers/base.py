@@ -1,4 +1,4 @@
-"""What a scorer gives: the `Score` of one answer."""
+"""The `Score` of one answer, which a scorer returns."""
 
 from __future__ import annotations
 
