@@ -24,17 +24,8 @@ from sphinx_pl.checkpoints.torch_shards import ShardsFolder
 from sphinx_pl.checkpoints.writer import CheckpointWriter
 from sphinx_pl.evaluation.objective import LOSS, SCORE, Measurements, Objective
 from sphinx_pl.mixing.methods import METHODS
-from sphinx_pl.mixing.mix import (
-    DTYPES,
-    MixPlan,
-    MixRecipe,
-    check_out,
-    mix,
-    needs_our_names,
-    open_models,
-    output_of,
-    plan_mixture,
-)
+from sphinx_pl.mixing.mix import check_out, mix, needs_our_names, output_of
+from sphinx_pl.mixing.plan import DTYPES, MixPlan, MixRecipe, open_models, plan_mixture
 from sphinx_pl.mixing.rules import complement
 from sphinx_pl.runtime.device import autocast, choose_device
 from sphinx_pl.runtime.hydra_app import entry_point

@@ -46,7 +46,8 @@ from sphinx_pl.data.schema import IMAGE_SLOT, ImageRef, Record, Turn
 from sphinx_pl.generation.assistant import Assistant, Dialog
 from sphinx_pl.generation.generate import GenerationConfig, Prompt, generate
 from sphinx_pl.mixing.methods import mix_tensors
-from sphinx_pl.mixing.mix import MixRecipe, mix, needs_our_names, open_models, plan_mixture
+from sphinx_pl.mixing.mix import mix, needs_our_names
+from sphinx_pl.mixing.plan import MixRecipe, open_models, plan_mixture
 from sphinx_pl.models.encoders.clip import ClipViT
 from sphinx_pl.models.encoders.convnext import map_to_tokens
 from sphinx_pl.models.sphinx import Sphinx, packed_mask

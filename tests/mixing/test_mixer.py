@@ -14,8 +14,8 @@ from sphinx_pl.checkpoints.format import ModelFolder, open_checkpoint
 from sphinx_pl.checkpoints.tensors import content_hash, hash_of_hashes, same_bits
 from sphinx_pl.mixing.kernel import _mix
 from sphinx_pl.mixing.methods import METHODS, mix_tensors
-from sphinx_pl.mixing.mix import open_models
 from sphinx_pl.mixing.mixer import FEW, Facts, Mixer
+from sphinx_pl.mixing.plan import open_models
 from sphinx_pl.utils.errors import UserError
 from tests.checkpoints.conftest import random_tensors
 from tests.mixing.conftest import Held, finite_bits, original_folder

@@ -10,8 +10,8 @@ import torch
 from sphinx_pl.checkpoints.format import Checkpoint
 from sphinx_pl.checkpoints.tensors import copy_into
 from sphinx_pl.evaluation.objective import Measurements
-from sphinx_pl.mixing.mix import MixPlan
 from sphinx_pl.mixing.mixer import Facts
+from sphinx_pl.mixing.plan import MixPlan
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.utils.console import Steps
 

@@ -15,7 +15,7 @@ from sphinx_pl.evaluation.bootstrap import interval
 from sphinx_pl.evaluation.losses import SourceLoss
 from sphinx_pl.evaluation.mixtures.evaluator import MixtureEvaluator
 from sphinx_pl.evaluation.objective import Measurements, Objective, resampled
-from sphinx_pl.mixing.mix import MixPlan
+from sphinx_pl.mixing.plan import MixPlan
 from sphinx_pl.mixing.rules import complement, resolve
 from sphinx_pl.utils.errors import UserError
 from sphinx_pl.utils.files import finite, write_whole

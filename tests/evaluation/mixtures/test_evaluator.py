@@ -22,7 +22,8 @@ from sphinx_pl.evaluation.mixtures.search import (
     write_search,
 )
 from sphinx_pl.evaluation.objective import Objective
-from sphinx_pl.mixing.mix import MixPlan, MixRecipe, mix, open_models, plan_mixture
+from sphinx_pl.mixing.mix import mix
+from sphinx_pl.mixing.plan import MixPlan, MixRecipe, open_models, plan_mixture
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.utils.errors import UserError
 
