@@ -40,6 +40,7 @@ from sphinx_pl.checkpoints.unreadable import why_unreadable
 from sphinx_pl.checkpoints.vocabulary import uncompared, vocabulary_difference
 from sphinx_pl.checkpoints.writer import write_file
 from sphinx_pl.models.config import SphinxConfig
+from sphinx_pl.utils.config import leaves
 from sphinx_pl.utils.errors import UserError
 from sphinx_pl.utils.files import hash_file
 from sphinx_pl.utils.registry import Registry
@@ -317,15 +318,12 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any], section: str) -> lis
     """Where two `model` or `processor` sections differ in what weights depend on: "key is x and y"
     each.
     """
-    x, y = _flatten(a, section), _flatten(b, section)
+    x, y = (
+        {
+            key: value
+            for key, value in leaves(content, section)
+            if key.rpartition(".")[2] not in _IRRELEVANT and value != {}
+        }
+        for content in (a, b)
+    )
     return [f"{key} is {x.get(key)!r} and {y.get(key)!r}" for key in sorted({*x, *y}) if x.get(key) != y.get(key)]
-
-
-def _flatten(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}.{key}")
-        elif key not in _IRRELEVANT:
-            flat[f"{prefix}.{key}"] = value
-    return flat
