@@ -59,8 +59,7 @@ class ModelFolder(TensorReader):
 
     def canonical_name(self, name: str) -> str:
         """The name that `Sphinx` gives a tensor, as far as that is known: parts and patterns of
-        names go by it.
-        """
+        names go by it."""
         return name
 
     def file(self, name: str) -> Path:
@@ -310,14 +309,11 @@ def with_common_names(folders: Sequence[ModelFolder], own: bool = True) -> list[
 
 _IRRELEVANT = ("name", "load", "max_length")
 """Last parts of configuration keys that may differ: they change neither what a weight means nor the
-prompt format.
-"""
+prompt format."""
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], section: str) -> list[str]:
-    """Where two `model` or `processor` sections differ in what weights depend on: "key is x and y"
-    each.
-    """
+    """The sentences "key is x and y" of the keys in which two sections differ."""
     x, y = (
         {
             key: value

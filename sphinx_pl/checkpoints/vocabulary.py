@@ -124,9 +124,7 @@ def vocabulary_difference(a: Path, b: Path) -> str:
 
 
 def uncompared(a: Path, b: Path) -> str:
-    """Why two folders' tokenizers could not be compared, or not wholly, in a phrase; "" if they
-    could.
-    """
+    """The reason why two folders' tokenizers could not be compared wholly; "" if they could."""
     x, y = read_vocabulary(a), read_vocabulary(b)
     if bool(x.files) != bool(y.files):
         return f"only '{a if x.files else b}' has a tokenizer ({', '.join(sorted(x.files or y.files))})"

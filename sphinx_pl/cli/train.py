@@ -97,9 +97,7 @@ def finish_export(trainer: L.Trainer) -> None:
 
 
 def quiet_known_warnings() -> None:
-    """Silence Lightning's warnings of things that are intended here, or that only Lightning can
-    fix.
-    """
+    """Silence Lightning's warnings of things that are intended, or that only Lightning can fix."""
     for message in (
         r".*isinstance\(treespec, LeafSpec\).*",
         r"Found \d+ module\(s\) in eval mode.*",  # frozen encoders

@@ -50,8 +50,7 @@ class AnnotationFiles(ABC):
         self.src = src
         self.split = split
         self.skipped: Counter[str] = Counter()
-        """Entries that are not meant for training as they stand, by reason: nothing is wrong with
-        them."""
+        """Entries that are sound but not meant for training, by reason."""
         self.left_out: Counter[str] = Counter()
         """Parts of entries (a region, a line of text) that are not used although the rest is, by
         reason."""
@@ -75,8 +74,7 @@ class AnnotationFiles(ABC):
         """
 
     def file(self, *names: str) -> Path:
-        """The first of these files below `src` that is there (a dataset's releases differ in
-        names)."""
+        """The first of these files that is below `src`; releases differ in names."""
         for name in names:
             if (self.src / name).is_file():
                 return self.src / name

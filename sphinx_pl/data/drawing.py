@@ -47,8 +47,7 @@ def limbs(items: Iterable[Grounded]) -> list[tuple[Point2, Point2]]:
 
 
 def to_picture(pixels: Tensor, scale: int = 1) -> Image.Image:
-    """A uint8 image [3, S, S] as an RGB picture of scale * S pixels a side, each pixel a flat
-    square."""
+    """A uint8 image [3, S, S] as an RGB picture whose pixels are squares of scale pixels a side."""
     picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 

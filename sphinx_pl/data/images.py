@@ -75,8 +75,7 @@ def load_image(ref: ImageRef, size: int, max_pixels: int = MAX_PIXELS) -> Tensor
 
 
 def annotated_images(record: Record) -> tuple[ImageRef, ...]:
-    """The record's images. If the record has coordinates, each image gets the size that the record
-    states."""
+    """The record's images, each with the size that the record states if it has coordinates."""
     texts = (text for turn in record.turns for text in (turn.question, turn.answer))
     if not record.sizes or not (record.regions or any(map(holds_coordinates, texts))):
         return record.images
@@ -94,8 +93,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def read_bytes(ref: ImageRef, limit: int | None = None) -> bytes:
-    """At most the first `limit` encoded bytes of an image: of a whole file, or of its part of a tar
-    shard."""
+    """The first `limit` encoded bytes of an image: of a file, or of its part of a tar shard."""
     size = ref.size if ref.size >= 0 else MAX_BYTES + 1
     if size > MAX_BYTES + 1:
         raise SkipSample("image_too_large", f"{ref.path} should have {size} bytes")
@@ -142,8 +140,7 @@ def image_size(ref: ImageRef) -> Size:
 
 
 def _checked_crop(ref: ImageRef, size: Size) -> tuple[int, int, int, int]:
-    """The crop in pixels of the image itself, which may have another resolution than the annotated
-    one."""
+    """The crop in pixels of the image, whose resolution may differ from the annotated one."""
     assert ref.crop is not None
     (x1, y1, x2, y2), (width, height) = ref.crop, ref.annotated or size
     if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):

@@ -1,5 +1,4 @@
-"""The training loader: a plan is made ahead, images are decoded in workers, and what was skipped is
-counted."""
+"""The training loader: it plans ahead, decodes images in workers and counts what is skipped."""
 
 from __future__ import annotations
 
@@ -128,8 +127,7 @@ class TrainLoader:
         self.planner = planner
         self.at_end = at_end
         self.asked: Callable[[], None] = lambda: None
-        """Called whenever the next micro-batch is asked for; the caller may then have to wait for
-        it."""
+        """Called when the next micro-batch is asked for; the caller may have to wait for it."""
         self.collator = collator
         self.max_skipped = max_skipped
         self.counts: Counter[str] = Counter()
@@ -155,8 +153,7 @@ class TrainLoader:
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        """An iterator that continues after the last step that was handed out; an earlier iterator
-        ends."""
+        """An iterator that continues after the last step; an earlier iterator ends."""
         if self._current is not None and (before := self._current()) is not None:
             before.close()
         if self._reached is not None:

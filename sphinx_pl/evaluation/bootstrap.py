@@ -30,8 +30,7 @@ def draws(counts: Counts, resamples: int, seed: int) -> Iterator[Counts]:
 
 
 def interval(values: Floats) -> tuple[float, float]:
-    """The ends of the middle LEVEL of resampled values. NaN is ignored; both ends are NaN if all
-    values are."""
+    """The ends of the middle LEVEL of resampled values without NaN; NaN if there are none."""
     values = values[~np.isnan(values)]
     if not len(values):
         return math.nan, math.nan

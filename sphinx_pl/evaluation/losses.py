@@ -40,8 +40,7 @@ class SourceLoss:
         return int(self.tokens.sum())
 
     def interval(self) -> tuple[float, float]:
-        """The 95 % interval of `mean` over samples, since the tokens of one answer are not
-        independent."""
+        """The 95 % interval of `mean` over samples: an answer's tokens are not independent."""
         return interval(resampled_means([self])[:, 0].numpy())
 
 

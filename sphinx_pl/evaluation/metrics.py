@@ -23,15 +23,13 @@ _ROUNDING = 1e-12
 
 
 class Prepared(Protocol):
-    """A metric's view of predictions. `units` are names, which two models on the same questions
-    share."""
+    """A metric's view of predictions. `units` are names that two models share."""
 
     @property
     def units(self) -> Sequence[str]: ...
 
     def values(self, counts: Counts) -> Floats:
-        """[resamples, units], how often each unit counts -> [resamples]; NaN where the metric is
-        undefined."""
+        """[resamples, units] counts of units -> [resamples]; NaN where the metric is undefined."""
         ...
 
 

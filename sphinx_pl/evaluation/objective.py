@@ -1,5 +1,4 @@
-"""The objective of a choice between models: a mean of held-out losses or of scores, with its
-uncertainty."""
+"""The objective of a choice between models: a mean of held-out losses or of scores."""
 
 from __future__ import annotations
 

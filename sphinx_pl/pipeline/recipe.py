@@ -1,6 +1,4 @@
-"""Turns conf/pipeline/ and a command line into the steps of a recipe, with their composed
-configurations.
-"""
+"""The steps of a recipe, with their configurations, from conf/pipeline/ and a command line."""
 
 from __future__ import annotations
 
@@ -254,9 +252,7 @@ def _compose(
 
 
 def _check_step(script: str) -> Callable[[DictConfig], Any] | None:
-    """Return a function that raises a `UserError` for a configuration that the script does not
-    accept.
-    """
+    """A function that raises a `UserError` for a configuration that the script refuses."""
 
     def check(cfg: DictConfig) -> None:
         getattr(import_module(f"sphinx_pl.settings.{script}"), SCRIPTS[script])(cfg)

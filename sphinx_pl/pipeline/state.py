@@ -326,9 +326,7 @@ def _same_inputs(state: State, step: Step, record: StepRecord, renewed: list[str
 
 
 def adopt(recipe: Recipe, state: State) -> None:
-    """Record the `keep` steps as made from the current configuration and inputs, and remember
-    `redo`.
-    """
+    """Record the `keep` steps as made from today's configuration and inputs, and `redo`."""
     write_whole(state.folder / "steps", "".join(f"{name}\n" for name in recipe.steps))
     for step in recipe.steps.values():
         record = state.read(step.name)
@@ -345,9 +343,7 @@ def adopt(recipe: Recipe, state: State) -> None:
 
 
 def changes(state: State, step: Step, most: int = 3) -> str:
-    """Return `key: old -> new` for the first differences between a step's configuration and its
-    last attempt.
-    """
+    """`key: old -> new` for the first differences to the configuration of the last attempt."""
     path = state.folder / f"{step.name}.yaml"
     if not path.is_file():
         return "its configuration was not kept"

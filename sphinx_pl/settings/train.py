@@ -97,9 +97,7 @@ TRAINER_OURS: dict[str, tuple[Any, str]] = {
     "enable_autolog_hparams": (True, "callbacks.provenance logs the configuration"),
     "model_registry": (None, "callbacks.export writes the model"),
 }
-"""Arguments that the data, the stage or callbacks replace: their only allowed value, and what to
-use instead.
-"""
+"""Arguments that other sections replace: their only allowed value, and what to use."""
 
 
 def check_trainer(cfg: DictConfig) -> None:

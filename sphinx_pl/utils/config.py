@@ -90,9 +90,7 @@ def build(cls: type[T], values: Any, prefix: str) -> T:
 
 
 def _plain(value: Any) -> Any:
-    """Return the value without interpolations, which can only be resolved inside the section they
-    belong to.
-    """
+    """The value without interpolations, which resolve only inside their section."""
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
@@ -170,8 +168,7 @@ def _optional(hint: Any) -> tuple[Any, bool]:
 
 def _hint(cls: Any, parts: Sequence[str]) -> tuple[Any, Bounds | None]:
     """Return the type hint and the bounds of the value at a path below `cls`, or None if there is
-    no such value.
-    """
+    no such value."""
     hint, bounds = cls, None
     for part in parts:
         hint = _optional(hint)[0]

@@ -107,9 +107,7 @@ def render_picture(coordinates: Coordinates, session: Session) -> Markup:
 
 
 def _corners(mark: Mark, size: Size) -> list[tuple[float, float, float, float]]:
-    """Return the mark's boxes in pixels of the image, cut at its edges, without boxes that lie in
-    the padding.
-    """
+    """The mark's boxes in pixels of the image, cut at its edges, without those in the padding."""
     width, height = size
     boxes = []
     for box in mark.piece.boxes:

@@ -29,8 +29,7 @@ from sphinx_pl.utils.html import Templates, inline_picture, page
 TINY = 128
 """Images of at most this many pixels a side are enlarged four times, each pixel as a flat square."""
 PICTURE_BYTES = 7_500_000
-"""Bytes of all pictures together, before base64. Each sample's pictures get an equal part, and at
-least 16 kB."""
+"""Bytes of all pictures together, before base64. Each sample gets an equal part."""
 DRAWN_ROWS = 128
 COLUMN = 384
 """Width of the pictures' column in pixels; larger pictures can be enlarged."""

@@ -1,5 +1,4 @@
-"""What a mixture is made of, before anything is trained: sizes, shares, and what to expect of each
-source."""
+"""The sources of a mixture before anything is trained: sizes, shares, expected draws."""
 
 from __future__ import annotations
 
@@ -22,8 +21,7 @@ PROBE = 64
 
 @dataclass(frozen=True)
 class SourceSummary:
-    """One source of a mixture. Numbers per draw are means over the probed draws, with unusable
-    records."""
+    """One source of a mixture. Numbers per draw are means over the probed draws."""
 
     name: str
     kind: str
@@ -40,8 +38,7 @@ class SourceSummary:
     targets: float
     images: float
     unusable: float
-    """Share of the records that are skipped or filtered, also because of their images.
-    """
+    """Share of the records that are skipped or filtered, also because of their images."""
     why: Mapping[str, tuple[int, str]]
     """skipped/<reason>, filtered/<reason>, capped/<task>, unused/<name> and events of samples that
     are used (such as `cut`, see `Sample`) -> how many were met, and the first in words."""

@@ -38,8 +38,7 @@ class SampleImage:
 
 @dataclass(frozen=True)
 class ShownSample:
-    """A sample of a batch: the tokens that its questions share, those of each question, and its
-    images."""
+    """A sample of a batch: the tokens that questions share, those of each, and the images."""
 
     number: int
     place: str
@@ -110,8 +109,7 @@ def _problem(ref: ImageRef, size: int) -> str:
 
 
 def texts(item: ShownSample, tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
-    """(text that is not supervised, supervised text) of each question, with the text that all
-    questions share."""
+    """(text that is not supervised, supervised text) of each question, with the shared text."""
     for _, tokens in item.questions:
         parts: dict[bool, list[str]] = {False: [], True: []}
         for target, run in groupby([*item.shared, *tokens], key=lambda token: token.target):

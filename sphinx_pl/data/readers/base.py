@@ -40,8 +40,7 @@ class Shard(ABC):
         self.skipped: Counter[str] = Counter()
         """Reason -> count of entries that cannot be used."""
         self.unused: Counter[str] = Counter()
-        """Name -> count of what is no entry, or is not asked for, such as files with another
-        extension."""
+        """Name -> count of what is no entry, or is not asked for, such as other files."""
         self.examples: dict[str, str] = {}
         """`skipped/<reason>` or `unused/<name>` -> the first thing that it counted, in words."""
 
@@ -324,8 +323,7 @@ def _choices(match: re.Match[str]) -> int:
 
 
 def short_names(urls: Sequence[str]) -> list[str]:
-    """Unique names of the files that stay the same when the data move: paths below the common
-    folder."""
+    """Unique names of the files that survive a move: paths below the common folder."""
     # Names become part of keys, which are text. A file's name is bytes.
     return [name.encode("utf-8", "backslashreplace").decode() for name in _short_names(urls)]
 

@@ -31,8 +31,7 @@ def key_hash(key: str) -> int:
 
 @dataclass
 class PairFilters:
-    """Bounds on images, captions and the columns of the json. They are inclusive; null or {} sets
-    no bound."""
+    """Inclusive bounds on images, captions and columns of the json; null or {} sets none."""
 
     min_side: Optional[int] = None
     """Pixels of the shorter side of the stored image."""
@@ -55,11 +54,9 @@ class PairFilters:
     Spot Text", arXiv 2312.14232).
     """
     parrot_share: float = 0.5
-    """The share of the caption's words that the OCR column has too, from which on the pair is
-    filtered."""
+    """The share of the caption's words in the OCR column from which the pair is filtered."""
     duplicates: Optional[str] = None
-    """A file of `sphinx-data duplicates`, with all but the first of equal pairs.
-    """
+    """A file of `sphinx-data duplicates`, with all but the first of equal pairs."""
 
     def __post_init__(self) -> None:
         for column, conditions in self.columns.items():

@@ -104,8 +104,7 @@ def _parts(file: IO[bytes], size: int) -> Iterator[bytes]:
 
 
 def _index_list(path: str) -> tuple[EntryIndex, str]:
-    """The entries of a JSON list, and its fault. An entry that the file's end cuts off is not among
-    them."""
+    """The entries of a JSON list that are whole, and the list's fault."""
     depth, in_string = 0, 0
     cuts = []  # offsets of the list's own bracket, of its commas, and of its end
     begun = whole = False

@@ -1,5 +1,4 @@
-"""The common parts of readers of image-text pairs: which files form a pair, and the Record of a
-pair."""
+"""The common parts of readers of image-text pairs: files that form a pair, and its Record."""
 
 from __future__ import annotations
 

@@ -30,8 +30,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "question": ("question", "prompt", "query", "instruction"),
     "answer": ("answer", "response", "output", "completion"),
 }
-"""The names of columns in common files, in any case of letters. The first one that a table has is
-read."""
+"""The names of columns in common files, in any case. A table's first one is read."""
 _NEEDED = (("image", "caption"), ("question", "answer"))
 _DELIMITERS = ",;\t|"
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://")
@@ -317,8 +316,7 @@ def _text(path: str, encoding: str) -> TextIO:
 
 
 def _csv_rows(file: TextIO) -> Iterator[list[str]]:
-    """The rows that are not blank. The delimiter is the one that occurs most often in the first
-    row."""
+    """The rows that are not blank. The delimiter is the commonest in the first row."""
     first = file.readline()
     file.seek(0)
     delimiter = max(_DELIMITERS, key=first.count)

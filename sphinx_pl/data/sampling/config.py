@@ -41,8 +41,7 @@ class MixingConfig:
     temperature: Optional[float] = within(None, above=0)
     """The temperature of the whole tree of sources; see `Group`."""
     partitions: Optional[int] = within(None, at_least=1, at_most=2**16)
-    """Canonical partitions of the data, fixed for a run; null: as many as the ranks of the run's
-    first start."""
+    """Canonical partitions of the data, fixed for a run; null: the ranks of its first start."""
 
     def __post_init__(self) -> None:
         if self.unit not in UNITS:

@@ -1,5 +1,4 @@
-"""Samples -> rows -> micro-batches: how many samples fit into a row, and which micro-batch gets
-which row."""
+"""Samples -> rows -> micro-batches: the samples of a row, and the micro-batch of each row."""
 
 from __future__ import annotations
 

@@ -48,8 +48,7 @@ out, or an event."""
 
 @dataclass
 class _OpenShard:
-    """One shard of a block, None if it cannot be opened, with the counters of what is left out of
-    it."""
+    """One shard of a block, None if it cannot be opened, with the counters of its skips."""
 
     shard: Shard | None
     skipped: Counter[str]

@@ -81,8 +81,7 @@ class TaskBenchmark(Benchmark):
         return iter(entry)
 
     def score(self, record: Record, answer: str, coordinates: Coordinates) -> Score:
-        """The score of a single answer by its task's scorer. The official figures are those of the
-        metrics."""
+        """The score of one answer by its task's scorer. The metrics give the official figures."""
         return scorer_of(record)(answer, record, coordinates)
 
 
@@ -104,8 +103,7 @@ class APBenchmark(TaskBenchmark):
         """The `COCOeval` that has matched the answers; image ids are what `_image` gives."""
 
     def prepare(self, predictions: Sequence[Prediction]) -> ResampledPrecision:
-        """The matched answers. All metrics share them and differ in the thresholds that they
-        average over."""
+        """The matched answers, which all metrics share; they differ in their thresholds."""
         name = hash(tuple((p.key, p.prediction) for p in predictions))
         if name not in self._cached:
             asked = [(to_record(p.record, p.key, Path(), p.task), p) for p in predictions]

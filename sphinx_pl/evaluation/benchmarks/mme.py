@@ -56,13 +56,11 @@ class MMEBenchmark(Benchmark):
     closed = ("yes", "no")
 
     def _read(self) -> Iterator[tuple[str, list[Record] | SkipSample]]:
-        """As `Benchmark._read`; an entry is an image, not a question, in the unified annotation
-        too."""
+        """As `Benchmark._read`; an entry is always an image, not a question."""
         return self.guarded(self.entries(), self.records)
 
     def entries(self) -> Iterator[tuple[str, Any]]:
-        """(subtask/image's name, (subtask, image's path, its lines)); the path of a missing image
-        is None."""
+        """(subtask/image, (subtask, image's path, its lines)); a missing image's path is None."""
         if self.unified is not None:
             yield from self._annotated()
             return

@@ -31,8 +31,7 @@ from sphinx_pl.generation.generate import GenerationConfig, Prompt
 from sphinx_pl.utils.errors import UserError, suggest
 
 DEFAULT_LIMIT = 128
-"""The longest answer in tokens where a task has no limit: more than any benchmark without one
-needs."""
+"""The longest answer in tokens where a task has no limit."""
 
 PROMPTS = ("sphinx", "benchmark")
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
@@ -43,8 +42,7 @@ Request = tuple[Any, ...]
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """A task's generation arguments as far as SPHINX-PL has them. `until`: strings that end an
-    answer."""
+    """A task's generation arguments that we have. `until`: strings that end an answer."""
 
     limit: int = DEFAULT_LIMIT
     temperature: float = 0.0
@@ -80,8 +78,7 @@ class Drawing:
 
 @dataclass(slots=True)
 class _Round:
-    """One question of a document: its images and its text. `whole`: the answer is given and must
-    fit."""
+    """A document's question: images and text. `whole`: the answer is given and must fit."""
 
     context: str
     visuals: Callable[[Any], Any] | None

@@ -115,8 +115,7 @@ def survives(result: Any) -> Any:
 
 
 def own_device(device: str | None) -> str:
-    """The device of this process: its own GPU, where there are several processes and the device is
-    any GPU."""
+    """The device of this process: its own GPU if several processes share any GPU."""
     if device not in (None, "auto", "cuda"):
         return str(device)
     if torch.cuda.is_available():

@@ -1,5 +1,4 @@
-"""The mixing curve: losses and scores of mixtures of two models along the line, of three over the
-triangle."""
+"""The mixing curve: losses and scores of mixtures of two models, or of three."""
 
 from __future__ import annotations
 

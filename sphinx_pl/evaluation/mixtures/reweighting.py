@@ -99,8 +99,7 @@ class Reweighting:
         return {"mean": self.mean, "rates": [dataclasses.asdict(rate) for rate in self.rates], "sources": sources}
 
     def rate_rows(self) -> Iterator[tuple[str, ...]]:
-        """A header, then a row for each rate: task and topic, questions, failure as counted and as
-        used."""
+        """A header, then a row for each rate: task, topic, questions, failure counted and used."""
         yield "task", "questions", "failure", "used"
         for rate in self.rates:
             name = f"  {rate.topic}" if rate.topic else rate.task

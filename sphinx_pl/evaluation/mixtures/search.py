@@ -168,8 +168,7 @@ def write_search(trials: Sequence[Trial], best: int, objective: Objective, folde
 
 
 def describe_search(content: Mapping[str, Any]) -> str:
-    """The choice and its reason, from the content of search.json, in a sentence without its full
-    stop."""
+    """The choice and its reason, from search.json, in a sentence without its full stop."""
     (low, high), best = content["gain_interval"], content["found"]
     betas = ", ".join(f"{part} {beta:g}" for part, beta in best["betas"].items())
     start = f"beta={next(iter(content['first']['betas'].values())):g} everywhere"

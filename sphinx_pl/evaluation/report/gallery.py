@@ -1,5 +1,4 @@
-"""Cards of answered questions: the pictures with the places that the texts name, and the three
-texts."""
+"""Cards of answered questions: pictures with the places that texts name, and the texts."""
 
 from __future__ import annotations
 

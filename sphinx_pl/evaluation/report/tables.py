@@ -174,8 +174,7 @@ class _Beside:
 
 
 def _fits(number: ReferenceResult, line: Line) -> bool:
-    """Whether a result belongs to a line. Without a split it fits any, without a metric the main
-    one."""
+    """Whether a result belongs to a line. No split fits any; no metric fits the main one."""
     kind, split, metric, main = line
     same = number.benchmark == kind and fnmatchcase(split, number.split or "*")
     return same and (number.metric == metric or (number.metric is None and main))

@@ -21,8 +21,7 @@ from sphinx_pl.utils.errors import UserError
 
 ImageId = str | int
 Keypoints = Sequence[tuple[float, float, int]]
-"""(x, y, visibility) in pixels in COCO's order, as in a `Region` and as `Parsed.keypoints` gives
-them."""
+"""(x, y, visibility) in pixels in COCO's order, as in `Region` and `Parsed.keypoints`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,5 @@
 """Weighted averages: given weights, equal ones (a soup), those of a moving average over a run's
-checkpoints.
-"""
+checkpoints."""
 
 from __future__ import annotations
 
