@@ -250,7 +250,7 @@ class Rate:
 
 
 def rate(work: Iterator[Done], seconds: float) -> Rate:
-    """The rate of at least so many seconds of work."""
+    """The rate over at least `seconds` seconds of work."""
     start = time.process_time()
     samples = pictures = 0
     while (took := time.process_time() - start) < seconds:
@@ -394,7 +394,7 @@ def startup(folder: Path, options: argparse.Namespace) -> Table:
 
 @dataclass
 class Held:
-    """Resident MB after so many samples."""
+    """Resident MB after each number of samples."""
 
     samples: int
     worker: float

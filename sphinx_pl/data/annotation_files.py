@@ -86,7 +86,7 @@ class AnnotationFiles(ABC):
         try:
             return json.loads(_contents(path))
         except _UNREADABLE as error:
-            raise UserError(f"{self.name}: {path} is not readable as JSON ({error}): get it anew") from None
+            raise UserError(f"{self.name}: {path} is not readable as JSON ({error}): download it again") from None
 
     def json_items(self, *names: str, of: str = "") -> Iterator[Any]:
         """The elements of a JSON file that is one long list, or of its list under the key `of`, one
@@ -108,7 +108,7 @@ class AnnotationFiles(ABC):
                 yield value
                 at = separator.match(text, end)
         except _UNREADABLE as error:
-            raise UserError(f"{self.name}: {path} is not readable as JSON ({error}): get it anew") from None
+            raise UserError(f"{self.name}: {path} is not readable as JSON ({error}): download it again") from None
 
     def json_lines(self, *names: str) -> Iterator[tuple[int, Any]]:
         """(number, value) of each line of a jsonl file; a damaged line's value is None."""

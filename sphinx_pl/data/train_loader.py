@@ -94,7 +94,7 @@ class _Ahead:
 
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
-    signals.ignore()  # on a signal the run takes one more step and saves, so its workers have to go on
+    signals.ignore()  # on a signal the run takes one more step and saves, so its workers must run on
 
 
 def as_is(batch: Any) -> Any:

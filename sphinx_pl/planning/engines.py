@@ -279,7 +279,7 @@ def states(engine: Engine, sizes: Sizes) -> tuple[dict[str, float], float]:
 
 
 def _zero3_trace(engine: Engine, sizes: Sizes, checkpointing: Checkpointing) -> Iterator[tuple[str, list[Any]]]:
-    """(phase, parameters as (name, elements)) of each module that ZeRO-3 gathers, in a step's order."""
+    """(phase, parameters as (name, elements)) of each module that ZeRO-3 gathers in a step."""
 
     def named(group: str, modules: tuple[tuple[int, ...], ...]) -> list[list[Any]]:
         return [[((group, i, j), n) for j, n in enumerate(numbers)] for i, numbers in enumerate(modules)]

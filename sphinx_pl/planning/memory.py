@@ -56,8 +56,8 @@ class Run:
     gpu: bool = True
     """Whether attention runs in a GPU's kernels, which keep no scores."""
     gradients: Literal["kept", "reduced"] = "kept"
-    """`kept`: until the next step's backward pass. `reduced`: freed as soon as a parameter has one, as
-    engines do that shard them."""
+    """`kept`: until the next step's backward pass. `reduced`: freed as soon as a parameter has one,
+    as engines do that shard them."""
     accumulate: bool = False
     """Whether gradients of earlier micro-batches are in memory."""
     units: bool = False
@@ -65,7 +65,7 @@ class Run:
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of the living storages that were made while it is active, and the peak of each phase."""
+    """Bytes of living storages that were made while it is active, and each phase's peak."""
 
     def __init__(
         self,
@@ -186,7 +186,7 @@ def _along(low: Peaks, high: Peaks, share: float) -> Peaks:
 
 
 def built(config: SphinxConfig, layers: int | None = None) -> Sphinx:
-    """The model on the meta device, with so many blocks."""
+    """The model on the meta device, with `layers` blocks."""
     if layers is not None:
         config = replace(config, decoder=replace(config.decoder, layers=layers))
     with torch.device("meta"):
@@ -194,7 +194,7 @@ def built(config: SphinxConfig, layers: int | None = None) -> Sphinx:
 
 
 MANY_ROWS = 256
-"""More than fit in most cases: what lies between two numbers of rows is not underestimated, what lies beyond may be."""
+"""The larger simulated number of rows. Peaks of fewer rows are not underestimated; others may be."""
 
 
 def micro_batches(config: SphinxConfig, shape: Shape, run: Run) -> MicroBatches:
@@ -280,10 +280,10 @@ class _Simulation:
     # -- a step --
 
     def peaks(self, shape: Shape, layers: int, vision: Bytes | None) -> Peaks:
-        """Of a step of so many blocks.
+        """The peaks of a step in a decoder of `layers` blocks.
 
         Args:
-            vision: the peak of the phase `vision` where it is known: frozen encoders then don't run.
+            vision: the peak of the phase `vision` if it is known; frozen encoders then do not run.
         """
         model, run = self.model, self.run
         model.decoder.layers = nn.ModuleList(self.layers[:layers])
@@ -428,7 +428,7 @@ class _Reducer:
             self._reduce(unit)
 
     def _reduce(self, unit: int) -> None:
-        """FSDP2 copies a block's gradients into one float32 buffer, which is scattered over the ranks."""
+        """FSDP2 copies a block's gradients into one float32 buffer and scatters it over the ranks."""
         parameters = self.waiting.pop(unit, [])
         size = 4 * sum(parameter.numel() for parameter in parameters)
         self.tracker.live["buckets"] += size

@@ -1,6 +1,6 @@
 """HTML pages in a single file, written by Jinja2 templates with autoescape.
 
-A text from data is never HTML. Styles and pictures are inline, and nothing is loaded from elsewhere.
+A text from data is never HTML. Styles and pictures are inline, and a page loads nothing.
 """
 
 from __future__ import annotations

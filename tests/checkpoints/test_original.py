@@ -645,8 +645,8 @@ def test_whole_path_with_full_size_encoders(tmp_path: Path, capsys: pytest.Captu
     for record, question, image, limit in zip(DIALOGS, questions, pixels, (32, 16), strict=True):
         ids = processor.prompt(dataclasses.replace(record, turns=(Turn(question, "-"),))).ids
         prompts.append(Prompt(ids, image[None], max_new_tokens=limit))
-    found = generate(model, prompts, GenerationConfig())
-    assert found == [measured[f"gen_ab/ids_{row}"].tolist() for row in range(2)]
+    answers = generate(model, prompts, GenerationConfig())
+    assert answers == [measured[f"gen_ab/ids_{row}"].tolist() for row in range(2)]
 
     # Without images, and with the images resized as is right instead of in float16.
     texts = []

@@ -281,13 +281,13 @@ def halves(rank: int, back: int = 0, dtype: torch.dtype | None = None) -> Iterat
 def test_a_damaged_one_is_answered_in_one_line(case: str, tmp_path: Path) -> None:
     folder = write(tmp_path / "c", random_tensors(0))
     use(folder)
-    damage, said = DAMAGE[case]
+    damage, reason = DAMAGE[case]
     damage(folder)
     with pytest.raises(UserError) as error:
         use(folder)
     message = only_line(error)
     assert str(folder) in message
-    assert all(str(folder) if needle is str else needle in message for needle in said), message
+    assert all(str(folder) if needle is str else needle in message for needle in reason), message
 
 
 class Hostile:

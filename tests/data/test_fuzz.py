@@ -175,22 +175,22 @@ def fuzz_path(
     """`records` records at least; the first `rounds` cases are made twice."""
     monkeypatch.setattr(files_module, "FIRST_WAIT", 0.0)
     entries = json.loads((sample_data / "instructions/val.json").read_text())
-    found: Counter[str] = Counter()
+    outcomes: Counter[str] = Counter()
     seed = 0
-    while sum(value for key, value in found.items() if key.endswith("/seen")) < records:
+    while sum(value for key, value in outcomes.items() if key.endswith("/seen")) < records:
         counts, digest = fuzz_case(folder / "world", entries, processor, seed)
         shutil.rmtree(folder / "world")
         if seed < rounds:
             assert fuzz_case(folder / "world", entries, processor, seed)[1] == digest, seed
             shutil.rmtree(folder / "world")
-        found += counts
+        outcomes += counts
         seed += 1
-    print(seed, "cases:", dict(found.most_common()))
-    assert found["refused"] * 10 < seed
+    print(seed, "cases:", dict(outcomes.most_common()))
+    assert outcomes["refused"] * 10 < seed
     for name in ("web", "chosen", "list.image_text-list", "lines", "limited", "text", "packed", "table"):
-        assert found[f"{name}/samples"] > found[f"{name}/seen"] / 5, name
-        assert any(key.startswith((f"skipped/{name}/", f"{name}/filtered/")) for key in found), name
-    return found
+        assert outcomes[f"{name}/samples"] > outcomes[f"{name}/seen"] / 5, name
+        assert any(key.startswith((f"skipped/{name}/", f"{name}/filtered/")) for key in outcomes), name
+    return outcomes
 
 
 def test_ten_thousand_damaged_records_through_the_whole_path(

@@ -160,13 +160,13 @@ def unified(*questions: str, ids: Callable[[int], Any] = lambda n: n, **truth: l
 
 def short(kind: str, split: str, truth: int) -> dict[str, Any]:
     """The files of `vqa_files` with other truths."""
-    said = ("yes", "no", "red", "2")[truth]
+    answers = ("yes", "no", "red", "2")[truth]
 
     def changed(value: Any, key: str = "") -> Any:
         if isinstance(value, dict):
             return {name: changed(part, name) for name, part in value.items()}
         if key == "answers" and isinstance(value, list):
-            return [answer | {"answer": said} if isinstance(answer, dict) else said for answer in value]
+            return [answer | {"answer": answers} if isinstance(answer, dict) else answers for answer in value]
         if key in ("question_types", "answer_type") and isinstance(value, list):
             return ["Yes/No"] if truth < 2 else ["form"]
         if isinstance(value, list):
@@ -175,7 +175,7 @@ def short(kind: str, split: str, truth: int) -> dict[str, Any]:
             return truth % 2
         if key == "answer_type":
             return ("yes/no", "yes/no", "other", "number")[truth]
-        return said if key in ("answer", "multiple_choice_answer", "label", "fullAnswer") else value
+        return answers if key in ("answer", "multiple_choice_answer", "label", "fullAnswer") else value
 
     files: dict[str, Any] = changed(FILES[kind][split])
     return files

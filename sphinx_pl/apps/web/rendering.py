@@ -58,7 +58,7 @@ def find_marks(pieces: list[TextPart], prefix: str, colour: str | None = None) -
 def render_text(
     coordinates: Coordinates, text: str, prefix: str, colour: str | None = None, growing: bool = False
 ) -> Markup:
-    """A question or an answer as HTML. Its phrases are linked to their places by the keys of marks."""
+    """A question or an answer as HTML, whose phrases have the keys of their marks."""
     pieces = coordinates.pieces(text)
     marks = iter(find_marks(pieces, prefix, colour))
     parts: list[Mark | str] = []
@@ -121,8 +121,8 @@ def _corners(mark: Mark, size: Size) -> list[tuple[float, float, float, float]]:
 def _shapes(mark: Mark, size: Size, mask: str) -> dict[str, Any]:
     """A mark's boxes and points in pixels of the image, its mask, and the place of its tag.
 
-    The tag, at the upper left corner of the first box, is the phrase. Keypoints only have a tooltip,
-    to save space.
+    The phrase is a tag at the upper left corner of the first box. Keypoints only have a tooltip, to
+    save space.
     """
     corners = _corners(mark, size)
     points = [point_to_pixels(point, size) for point in mark.piece.points]

@@ -23,7 +23,7 @@ from sphinx_pl.utils.errors import UserError
 from sphinx_pl.utils.files import whole_file
 
 IMAGE, CAPTION = "image", "caption"
-"""The values that pairs can be compared by, besides a column of their json such as sha256 or url."""
+"""Values by which pairs compare, besides a column of their json such as sha256 or url."""
 
 
 def find_duplicates(

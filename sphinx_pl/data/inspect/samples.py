@@ -27,7 +27,7 @@ from sphinx_pl.data.tokenizers import Tokenizer
 from sphinx_pl.utils.html import Templates, inline_picture, page
 
 TINY = 128
-"""Images of at most this many pixels a side are enlarged four times, each pixel as a flat square."""
+"""Images of at most this many pixels a side are enlarged four times, in flat squares."""
 PICTURE_BYTES = 7_500_000
 """Bytes of all pictures together, before base64. Each sample gets an equal part."""
 DRAWN_ROWS = 128

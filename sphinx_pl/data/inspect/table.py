@@ -124,7 +124,7 @@ def missing(configs: Mapping[str, SourceConfig]) -> dict[str, str]:
 
 
 def expectations(summaries: list[SourceSummary], unit: str, row_length: int, rows: int, steps: int) -> Table:
-    """The lines with their sums, and what a run of so many steps makes of them.
+    """The lines with their sums, and their use in a run of `steps` steps.
 
     Args:
         rows: of an optimizer step, on all ranks.

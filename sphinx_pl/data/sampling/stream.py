@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from sphinx_pl.data.sampling.config import SourceConfig
 
 _SHARDS_PER_PARTITION = 8
-"""With at least so many shards a partition, shards are dealt. With fewer, the parts would differ
+"""Shards are dealt if each partition gets at least this many. With fewer, the parts would differ
 too much in size."""
 
 EXAMPLES = 3

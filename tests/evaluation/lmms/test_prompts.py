@@ -115,11 +115,11 @@ def test_an_overlap_is_that_in_the_padded_square_also_of_boxes_in_the_padding() 
     rule = find_rule("refcoco_bbox_rec_val")
     assert rule is not None
     truth_px = (10, 5, 50, 40)
-    said = (0.05, 0.1, 0.5, 0.6)  # begins above the image, which is 0.25 to 0.75 of the square
-    answer = json.loads(rule.answer(f"[{','.join(map(str, said))}]", WIDE, GEOMETRY))
+    guess = (0.05, 0.1, 0.5, 0.6)  # begins above the image, which is 0.25 to 0.75 of the square
+    answer = json.loads(rule.answer(f"[{','.join(map(str, guess))}]", WIDE, GEOMETRY))
     assert answer[1] < 0
     truth = (truth_px[0] / 100, truth_px[1] / 50, truth_px[2] / 100, truth_px[3] / 50)
-    assert iou(tuple(answer), truth) == pytest.approx(iou(said, to_square(truth_px, WIDE)), abs=1e-5)
+    assert iou(tuple(answer), truth) == pytest.approx(iou(guess, to_square(truth_px, WIDE)), abs=1e-5)
 
 
 def test_an_answer_without_a_box_stays_as_it_is() -> None:

@@ -271,7 +271,7 @@ def test_an_unread_answer_is_wrong_whatever_is_right() -> None:
 def test_circular_evaluation_is_that_of_mmbench(golden: Golden) -> None:
     hits = 0
     for rows, theirs in golden["circular"]:
-        ours = circular((mmbench_question(index), said == answer) for index, said, answer in rows)
+        ours = circular((mmbench_question(index), choice == answer) for index, choice, answer in rows)
         assert ours == {question: bool(hit) for question, hit in theirs}
         hits += sum(ours.values())
     assert hits > 50
