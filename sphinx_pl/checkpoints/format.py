@@ -1,5 +1,4 @@
-"""What every format of a checkpoint offers: a model's tensors, its configuration, and the files of
-a copy.
+"""The formats of checkpoints: a model's tensors, its configuration, and the files of a copy.
 
 A format is a subclass of `Checkpoint` in `FORMATS`. Its tensors go by canonical names, those that
 `Sphinx` gives them. `raw` offers the same tensors under the files' own names, so that two folders
@@ -82,10 +81,9 @@ class ModelFolder(TensorReader):
         """
 
     def note(self, other: Any) -> str:
-        """What `other`, which is of the same kind, has beside its weights that differs or was not
-        compared; a phrase.
+        """A phrase with what differs or was not compared beside the weights; "" for nothing.
 
-        A copy has what `self` has.
+        `other` is of the same kind. A copy has what `self` has.
         """
         return ""
 

@@ -106,8 +106,7 @@ def _tokens(file: Path) -> dict[int, str]:
 
 
 def vocabulary_difference(a: Path, b: Path) -> str:
-    """How two folders' tokens contradict each other, in a phrase with both tokens of an id; "" if
-    they do not.
+    """A phrase with an id that has two tokens in two folders; "" if there is none.
 
     Folders that share a vocabulary file are compared by their added tokens only. An id that only
     one folder knows contradicts nothing.

@@ -224,7 +224,7 @@ def _open(data: bytes, name: str, max_pixels: int) -> ImageFile.ImageFile:
 
 
 def _what_instead(data: bytes) -> str:
-    """What a file without an image seems to be, in words."""
+    """The likely content of a file without an image, in words."""
     start = data[:200].decode("utf-8-sig", "replace").strip()
     if start.startswith("version https://git-lfs"):
         return "it is a Git LFS pointer, not the image: `git lfs pull` gets the image"

@@ -166,7 +166,7 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _fingerprint(plan: MixPlan, files: OutputFolder) -> dict[str, Any]:
-    """What decides the content of each file: a killed run is resumed only if it is the same."""
+    """All that decides the files' content. A killed run is resumed only if it is the same."""
     weights = repr(sorted(plan.weights.items()))
     return {
         "code": sphinx_pl.__version__,
@@ -212,11 +212,10 @@ def _describe(plan: MixPlan, facts: Mapping[str, Facts]) -> dict[str, Any]:
 
 
 def compare_parts(plan: MixPlan, facts: Mapping[str, Facts]) -> dict[str, Any]:
-    """How far apart the models are, by part of the model: distances and cosines between two, by
-    their places.
+    """Distances and cosines between each two models, by part of the model.
 
-    The last place is the base's, if there is one; then the cosines of what two models have learned
-    since are there too.
+    Models have numbers; the base, if there is one, has the last. Then there are also the cosines
+    between the models' differences to it.
     """
     first, groups = plan.models[0], defaultdict(list)
     for key in facts:

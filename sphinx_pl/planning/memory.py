@@ -386,7 +386,7 @@ def _in_backward() -> bool:
 
 
 class _Reducer:
-    """What becomes of gradients as they are accumulated."""
+    """Counts gradients as they are accumulated, and frees those that engines reduce."""
 
     def __init__(self, model: Sphinx, run: Run, tracker: LiveBytes) -> None:
         self.tracker = tracker

@@ -163,7 +163,7 @@ def expectations(summaries: list[SourceSummary], unit: str, row_length: int, row
 
 
 def plan(group: Group, absent: Mapping[str, str]) -> Table:
-    """What the configuration alone says of the sources, for when some are not there.
+    """A table of the sources by their configuration alone, for when files are missing.
 
     Args:
         absent: source -> why, as `missing` says.
