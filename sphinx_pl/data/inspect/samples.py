@@ -234,7 +234,7 @@ def _bar(name: str, row: Sequence[Sample], length: int, numbers: dict[int, int])
 
 def _card(item: ShownSample, processor: Processor, grid: int, limit: int) -> dict[str, Any]:
     several = len(item.questions) > 1
-    parts = []
+    parts: list[dict[str, Any]] = []
     if item.shared:
         size = f"shared by {_count(len(item.questions), 'question')} · {_count(len(item.shared), 'token')}"
         parts.append({"question": None, "size": size, "elements": _elements(item.shared, processor.tokenizer)})

@@ -23,7 +23,8 @@ from sphinx_pl.data.schema import Record
 from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import TASKS, Parsed
 from sphinx_pl.evaluation.benchmarks.base import Benchmark
-from sphinx_pl.evaluation.metrics import Additive, Counts, Floats, Metric, mean, ratio
+from sphinx_pl.evaluation.bootstrap import Counts, Floats
+from sphinx_pl.evaluation.metrics import Additive, Metric, mean, ratio
 from sphinx_pl.evaluation.runner import Prediction
 from sphinx_pl.evaluation.scorers.base import READER, Score
 from sphinx_pl.evaluation.scorers.coco import (

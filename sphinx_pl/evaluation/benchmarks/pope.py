@@ -19,7 +19,8 @@ from sphinx_pl.data.converters.common import text
 from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.schema import ImageRef, Record
 from sphinx_pl.evaluation.benchmarks.base import Benchmark
-from sphinx_pl.evaluation.metrics import Additive, Floats, Metric, mean, ratio
+from sphinx_pl.evaluation.bootstrap import Floats
+from sphinx_pl.evaluation.metrics import Additive, Metric, mean, ratio
 from sphinx_pl.evaluation.runner import Prediction
 from sphinx_pl.evaluation.scorers.base import Score
 from sphinx_pl.evaluation.scorers.yes_no import score_yes_no
