@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 
 help:
 	@echo "make demo       the whole pipeline on sample data: ends with a table and outputs/demo/report.html"
-	@echo "make sample-full  the same recipe with more steps and data (an hour); both go on where they stopped, ARGS=redo=all"
+	@echo "make sample-full  the same recipe with more steps and data (an hour); both resume; ARGS=redo=all repeats all"
 	@echo "make test       the tests (13 minutes on two cores)"
 	@echo "make test-long  what takes longer, such as many kills (log in docs/logs/)"
 	@echo "make lint       ruff          make types  mypy          make build  the wheel"
@@ -23,7 +23,7 @@ $(STAMP): setup.cfg constraints.txt pyproject.toml
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[sample,eval,tensorboard,web,slurm,dev]'
 	@touch $@
 
-# The steps are in conf/pipeline/experiment/. Goes on where it stopped; ARGS=redo=all makes everything anew. Any other
+# The steps are in conf/pipeline/experiment/. It resumes; ARGS=redo=all repeats everything. Any other
 # override too: make demo ARGS="finetune:stage.max_steps=100 scale=2".
 demo: RECIPE = demo
 sample-full: RECIPE = sample_full

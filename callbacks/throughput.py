@@ -116,7 +116,7 @@ class _Spans:
 
 @dataclass(frozen=True)
 class RankPart:
-    """What one rank did since the last log."""
+    """The work of one rank since the last log."""
 
     seconds: dict[str, float]  # keys: SPANS and "checkpoint"
     counts: dict[str, int]  # keys: COUNTED

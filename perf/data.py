@@ -250,7 +250,7 @@ class Rate:
 
 
 def rate(work: Iterator[Done], seconds: float) -> Rate:
-    """The rate of at least so many seconds of work."""
+    """The rate over at least `seconds` seconds of work."""
     start = time.process_time()
     samples = pictures = 0
     while (took := time.process_time() - start) < seconds:
@@ -382,8 +382,8 @@ def startup(folder: Path, options: argparse.Namespace) -> Table:
     cases, tokenizer_file = make_cases(folder, options.shards, options.pairs, options.lines)
     rows = []
     for case in cases:
-        first, again = (in_new_process(start, case.source, tokenizer_file) for _ in range(2))
-        numbers = (f"{first.seconds:.2f}", f"{first.peak:,.0f}", f"{again.seconds:.2f}", f"{again.peak:,.0f}")
+        first, second = (in_new_process(start, case.source, tokenizer_file) for _ in range(2))
+        numbers = (f"{first.seconds:.2f}", f"{first.peak:,.0f}", f"{second.seconds:.2f}", f"{second.peak:,.0f}")
         rows.append([case.name, f"{case.megabytes:,.0f}", str(first.shards), *numbers])
     columns = ("source", "MB", "shards opened", "first time, s", "peak, MB", "again, s", "peak, MB")
     return table("From nothing to the first micro-batch", columns, rows)
@@ -394,7 +394,7 @@ def startup(folder: Path, options: argparse.Namespace) -> Table:
 
 @dataclass
 class Held:
-    """Resident MB after so many samples."""
+    """Resident MB after each number of samples."""
 
     samples: int
     worker: float

@@ -141,7 +141,7 @@ class Process:
 
 
 def run_process(command: Sequence[str], out: Path) -> Process:
-    """What a command took that writes the folder `out`.
+    """The cost of a command that writes the folder `out`.
 
     Raises:
         UserError: it failed.

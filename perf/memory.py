@@ -49,7 +49,7 @@ MARK = "from here on"
 
 @dataclass(frozen=True)
 class Measured:
-    """What a run of some steps took, and its plan."""
+    """The memory and time of a run of some steps, and its plan."""
 
     peak: int
     """Bytes of the rank that took most."""
@@ -175,8 +175,8 @@ def train(cfg: DictConfig, shape: Shape) -> dict[str, Any]:
     """Trains in this process. `peak` is the most bytes that were allocated in any step but the first."""
     batch = random_batch(SphinxConfig.from_dict(cfg.model), shape)
     last = dataclasses.replace(batch, ends_step=True)
-    window = [*[dataclasses.replace(batch, ends_step=False)] * (int(cfg.stage.accumulate) - 1), last]
-    endless = DataLoader(window * 100, batch_size=None, collate_fn=None)  # type: ignore[arg-type]
+    step = [*[dataclasses.replace(batch, ends_step=False)] * (int(cfg.stage.accumulate) - 1), last]
+    endless = DataLoader(step * 100, batch_size=None, collate_fn=None)  # type: ignore[arg-type]
     on_gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
     # Ranks: the profiler would miss what is freed by the threads of a collective call, so storages are followed.
     follow = LiveBytes(resized=True) if trainer_ranks(cfg) > 1 and not on_gpu else None

@@ -107,7 +107,7 @@ LLAMA_13B = Llama(5120, 40, 40, 40, 13824)
 
 
 def tinyllama(parameters: float) -> Llama:
-    """TinyLlama's proportions with about so many parameters; at 1.1 * 10^9 its sizes."""
+    """TinyLlama's proportions with about `parameters` parameters; at 1.1 * 10^9 its sizes."""
 
     def of(width: int) -> Llama:
         heads = width // 64
@@ -309,7 +309,7 @@ def measure(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     command = parser(__doc__)
     command.add_argument("folder", type=Path, help="a folder that does not exist, on the disk to measure")
-    command.add_argument("--parameters", type=float, default=1.1e9, help="about so many (default: 1.1e9)")
+    command.add_argument("--parameters", type=float, default=1.1e9, help="about this many (default: 1.1e9)")
     command.add_argument("--rounds", type=int, default=3, help="turns of each (default: 3)")
     command.add_argument("--mergekit", type=Path, help="its command, mergekit-yaml, to be measured as well")
     command.add_argument("--shape", choices=("tinyllama", "13b"), default="tinyllama", help="13b: mix_weights.py only")

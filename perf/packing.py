@@ -1,7 +1,7 @@
 """How full packed rows are, beside padding, and how evenly the work of a step falls on the ranks.
 
     python -m perf.packing
-    python -m perf.packing --rows 4 --windows 100
+    python -m perf.packing --rows 4 --steps 100
 
 Nothing is trained and no image is decoded: the planner knows lengths without. The sample mixtures are the real ones,
 made for this run; the paper's are simulated by the histograms below. Every partition is a rank of its own here.
@@ -81,7 +81,7 @@ SIMULATED: dict[str, dict[str, Simulated]] = {
 
 
 class SimulatedMixture:
-    """What a partition asks of a `Mixture`, with sources that are histograms. Draws as the real one does."""
+    """A mixture whose sources are histograms. It draws as `Mixture` does."""
 
     exhausted = finite = False
     modalities = ("image", "text")
@@ -172,7 +172,7 @@ def sample_cases(root: Path, rows: int) -> Iterator[Case]:
 # -- padding ---------------------------------------------------------------------------------------------------------
 
 
-def padded(case: Case, windows: int, by_length: bool) -> float:
+def padded(case: Case, steps: int, by_length: bool) -> float:
     """The share of useful tokens where every micro-batch is padded to its longest sample.
 
     A micro-batch has as many samples as fit into the positions of a packed one. `by_length`: they are sorted within
@@ -180,12 +180,12 @@ def padded(case: Case, windows: int, by_length: bool) -> float:
     """
     mixture, positions = case.mixture(0, 1), case.packing.micro_batch_rows * case.packing.row_length
     tokens = used = 0
-    for _ in range(windows):
-        window: list[int] = []
-        while sum(window) < positions * (1 + case.packing.look_ahead):
-            window += [s.length for s in mixture.draw() if s.length <= case.packing.row_length]
+    for _ in range(steps):
+        lengths: list[int] = []
+        while sum(lengths) < positions * (1 + case.packing.look_ahead):
+            lengths += [s.length for s in mixture.draw() if s.length <= case.packing.row_length]
         batch: list[int] = []
-        for length in [*(sorted(window) if by_length else window), positions + 1]:
+        for length in [*(sorted(lengths) if by_length else lengths), positions + 1]:
             longest = max([length, *batch])
             if batch and longest * (len(batch) + 1) > positions:
                 tokens, used = tokens + sum(batch), used + max(batch) * len(batch)
@@ -199,7 +199,7 @@ def padded(case: Case, windows: int, by_length: bool) -> float:
 
 @dataclass
 class Packed:
-    """What all windows and ranks hold; work is relative to the mean of its step."""
+    """The content of all steps and ranks. Work is relative to the mean of its step."""
 
     useful: float
     slowest: float
@@ -212,7 +212,7 @@ class Packed:
     """Ranks in steps that lacked a modality of the mixture."""
 
 
-def packed(case: Case, windows: int, partitions: int) -> Packed:
+def packed(case: Case, steps: int, partitions: int) -> Packed:
     """Through the planners of `partitions` ranks, each with a partition of its own."""
 
     def partition(number: int) -> Partition:
@@ -226,7 +226,7 @@ def packed(case: Case, windows: int, partitions: int) -> Packed:
     slowest: list[float] = []
     most: list[float] = []
     without = 0
-    for _ in range(windows):
+    for _ in range(steps):
         images, pairs = [], []
         for planner in planners:
             samples = [sample for plan in planner.plan() for row in plan.rows for sample in row]
@@ -238,8 +238,8 @@ def packed(case: Case, windows: int, partitions: int) -> Packed:
         work = [case.flops.of(positions, *content) for content in zip(pairs, itertools.repeat(0), images)]
         slowest.append(max(work) * partitions / sum(work) - 1)
         most.append(max(images) * partitions / sum(images) - 1)
-    useful = tokens / (windows * partitions * positions)
-    return Packed(useful, sum(slowest) / windows, max(slowest), sum(most) / windows, without)
+    useful = tokens / (steps * partitions * positions)
+    return Packed(useful, sum(slowest) / steps, max(slowest), sum(most) / steps, without)
 
 
 def print_table(options: argparse.Namespace) -> None:
@@ -250,9 +250,9 @@ def print_table(options: argparse.Namespace) -> None:
             build_sample(root, scale=0.2)
         rows = []
         for case in [*sample_cases(root, options.rows), *simulated_cases(options.rows)]:
-            plain, by_length = (padded(case, options.windows, way) for way in (False, True))
+            plain, by_length = (padded(case, options.steps, way) for way in (False, True))
             for partitions in options.partitions:
-                result = packed(case, max(1, options.windows // (4 if partitions > 8 else 1)), partitions)
+                result = packed(case, max(1, options.steps // (4 if partitions > 8 else 1)), partitions)
                 shares = [f"{share:.1%}" for share in (plain, by_length)]
                 balance = (result.slowest, result.worst, result.images) if partitions > 1 else ()
                 above = [f"+{share:.1%}" for share in balance] or [""] * 3
@@ -274,7 +274,7 @@ def print_table(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     command = parser(__doc__)
     command.add_argument("--rows", type=int, default=8, help="of every rank in a step")
-    command.add_argument("--windows", type=int, default=64, help="optimizer steps to plan, a quarter of them with 64")
+    command.add_argument("--steps", type=int, default=64, help="optimizer steps to plan, a quarter of them with 64")
     command.add_argument(
         "--partitions", type=int, nargs="*", default=[1, 8, 64], help="numbers of partitions, one a rank"
     )

@@ -194,23 +194,23 @@ def apart(samples: Sequence[Sample]) -> list[Sample]:
     ]
 
 
-def shared_rows(window: list[Row], collator: Collator, rows: int) -> Iterator[tuple[list[Row], Collator]]:
+def shared_rows(step: list[Row], collator: Collator, rows: int) -> Iterator[tuple[list[Row], Collator]]:
     """As training has it: packed rows, questions about one image share one prefix."""
-    yield window, collator
+    yield step, collator
 
 
-def packed_rows(window: list[Row], collator: Collator, rows: int) -> Iterator[tuple[list[Row], Collator]]:
+def packed_rows(step: list[Row], collator: Collator, rows: int) -> Iterator[tuple[list[Row], Collator]]:
     """Packed rows, but every question brings its image along."""
-    left = apart([sample for row in window for sample in row])
+    left = apart([sample for row in step for sample in row])
     while left:
         packed, left = first_fit_decreasing(left, rows, collator.row_length)
         yield packed, collator
 
 
-def padded_rows(window: list[Row], collator: Collator, rows: int) -> Iterator[tuple[list[Row], Collator]]:
+def padded_rows(step: list[Row], collator: Collator, rows: int) -> Iterator[tuple[list[Row], Collator]]:
     """One question a row, padded to the longest; as many rows as fit into a packed batch's number of positions."""
     batch: list[Sample] = []
-    for sample in apart([sample for row in window for sample in row]):
+    for sample in apart([sample for row in step for sample in row]):
         longest = max([sample.length, *(other.length for other in batch)])
         if batch and longest * (len(batch) + 1) > rows * collator.row_length:
             yield _one_a_row(batch, collator)
@@ -233,7 +233,7 @@ LAYOUTS: dict[str, Callable[[list[Row], Collator, int], Iterator[tuple[list[Row]
 
 @dataclass
 class Cost:
-    """What a layout needed for the windows it was given."""
+    """The cost of a layout for the steps that it got."""
 
     batches: int = 0
     positions: float = 0
@@ -245,8 +245,8 @@ class Cost:
     seen: list[str] = field(default_factory=list)
 
 
-def compare_layouts(bench: Bench, windows: int) -> tuple[dict[str, Cost], int]:
-    """Forward and backward over the same samples in each layout, window by window in turn; and their useful tokens.
+def compare_layouts(bench: Bench, steps: int) -> tuple[dict[str, Cost], int]:
+    """Forward and backward over the same samples in each layout, step by step in turn; and their useful tokens.
 
     Useful are the tokens of the samples with every shared prefix counted once: the same for all layouts.
     """
@@ -255,15 +255,15 @@ def compare_layouts(bench: Bench, windows: int) -> tuple[dict[str, Cost], int]:
     watch = Stopwatch(bench.device)
     costs = {name: Cost() for name in LAYOUTS}
     useful = 0
-    for number in range(windows + 1):  # the first one warms up
-        window = [row for micro_batch in planner.plan() for row in micro_batch.rows]
+    for number in range(steps + 1):  # the first one warms up
+        step = [row for micro_batch in planner.plan() for row in micro_batch.rows]
         if number == 1:
             costs = {name: Cost() for name in LAYOUTS}
             useful = 0
-        useful += sum(sample.length for row in window for sample in row)
+        useful += sum(sample.length for row in step for sample in row)
         for name, layout in LAYOUTS.items():
             cost = costs[name]
-            for planned, collate in layout(window, collator, rows):
+            for planned, collate in layout(step, collator, rows):
                 start = watch.now()
                 batch = collate(planned)
                 decoded = watch.now()
@@ -315,7 +315,7 @@ def measure(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     command = parser(__doc__, "model=..., stage=..., data....=...")
     command.add_argument("--rows", type=int, help="rows of a batch (default: the configuration's)")
-    command.add_argument("--steps", type=int, default=10, help="steps to measure; half as many windows for the layouts")
+    command.add_argument("--steps", type=int, default=10, help="steps to measure; half as many for the layouts")
     command.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return run_command(command, measure, arguments)

@@ -20,9 +20,7 @@ IDLE = 0.75
 
 
 def cpu_times() -> tuple[int, int]:
-    """Return the idle ticks and all ticks of all cores since boot, or (0, 0) if `/proc/stat` cannot
-    be read.
-    """
+    """The idle and all ticks of all cores since boot; (0, 0) if `/proc/stat` cannot be read."""
     try:
         ticks = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
         return ticks[3] + ticks[4], sum(ticks)

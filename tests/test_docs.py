@@ -114,7 +114,7 @@ def commands() -> list[tuple[str, ...]]:
     """Script, tool or module, then its arguments, as a shell would give them."""
     modules = r"-m (?:sphinx_pl|benchmarks|perf)[\w.]*"
     begin = re.compile(rf"(?:\b(?:{'|'.join(SCRIPTS)})\.py|\b(?:{'|'.join(TOOLS)})|{modules})(?= |$)")
-    found = {}
+    values = {}
     for line in (line for page in PAGES for line in fenced(page)):
         if (start := begin.search(line)) is None or not set(line.split()) & set(STARTS) | {"convert()"}:
             continue
@@ -122,8 +122,8 @@ def commands() -> list[tuple[str, ...]]:
         for placeholder, value in STANDS_FOR.items():
             text = text.replace(placeholder, value)
         if words := [word for word in shlex.split(text, comments=True) if word != "-m"]:
-            found[tuple(words)] = None
-    return [command for command in found if len(command) > 1 and command[1:2] != ("mix_weights.py",)]
+            values[tuple(words)] = None
+    return [command for command in values if len(command) > 1 and command[1:2] != ("mix_weights.py",)]
 
 
 # --- every command is accepted
@@ -162,7 +162,7 @@ def check_script(name: str, overrides: list[str]) -> None:
 def check_names(cfg: DictConfig) -> None:
     """What keys name by themselves, which only the script looks up."""
     for pattern in cfg.get("benchmarks") or ():
-        assert any(fnmatchcase(known, pattern) for known in cfg.benchmark), f"no benchmark '{pattern}'"
+        assert any(fnmatchcase(names, pattern) for names in cfg.benchmark), f"no benchmark '{pattern}'"
     for source in cfg.get("curve_sources") or ():
         assert source in cfg.data.val_sources
     if image := cfg.get("image"):
@@ -237,8 +237,8 @@ def test_every_page_with_commands_is_read() -> None:
 
 def test_make_demo_runs_the_recipe() -> None:
     for target in ("demo", "sample-full"):
-        said = subprocess.run(["make", "-n", target], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-        assert f"-m sphinx_pl.cli.pipeline experiment={target.replace('-', '_')}" in said.stdout
+        output = subprocess.run(["make", "-n", target], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+        assert f"-m sphinx_pl.cli.pipeline experiment={target.replace('-', '_')}" in output.stdout
 
 
 def _of_quickstart() -> list[str]:

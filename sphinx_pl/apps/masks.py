@@ -101,9 +101,7 @@ def _clip(box: Box4, width: int, height: int) -> Box4:
 
 
 def _folder(name: str) -> Path:
-    """Return the folder `name`, or the hub's model in the local cache, downloaded if it is
-    missing.
-    """
+    """The folder `name`, or the hub's model in the local cache, downloaded if it is missing."""
     folder = user_path(name)
     if folder.is_dir():
         return folder

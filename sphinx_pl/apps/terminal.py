@@ -1,6 +1,4 @@
-"""A conversation in the terminal, with streamed answers and pictures of the places that they
-name.
-"""
+"""A conversation in the terminal, with streamed answers and pictures of the places they name."""
 
 from __future__ import annotations
 

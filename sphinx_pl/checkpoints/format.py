@@ -1,5 +1,4 @@
-"""What every format of a checkpoint offers: a model's tensors, its configuration, and the files of
-a copy.
+"""The formats of checkpoints: a model's tensors, its configuration, and the files of a copy.
 
 A format is a subclass of `Checkpoint` in `FORMATS`. Its tensors go by canonical names, those that
 `Sphinx` gives them. `raw` offers the same tensors under the files' own names, so that two folders
@@ -40,6 +39,7 @@ from sphinx_pl.checkpoints.unreadable import why_unreadable
 from sphinx_pl.checkpoints.vocabulary import uncompared, vocabulary_difference
 from sphinx_pl.checkpoints.writer import write_file
 from sphinx_pl.models.config import SphinxConfig
+from sphinx_pl.utils.config import leaves
 from sphinx_pl.utils.errors import UserError
 from sphinx_pl.utils.files import hash_file
 from sphinx_pl.utils.registry import Registry
@@ -58,8 +58,7 @@ class ModelFolder(TensorReader):
 
     def canonical_name(self, name: str) -> str:
         """The name that `Sphinx` gives a tensor, as far as that is known: parts and patterns of
-        names go by it.
-        """
+        names go by it."""
         return name
 
     def file(self, name: str) -> Path:
@@ -82,10 +81,9 @@ class ModelFolder(TensorReader):
         """
 
     def note(self, other: Any) -> str:
-        """What `other`, which is of the same kind, has beside its weights that differs or was not
-        compared; a phrase.
+        """A phrase with what differs or was not compared beside the weights; "" for nothing.
 
-        A copy has what `self` has.
+        `other` is of the same kind. A copy has what `self` has.
         """
         return ""
 
@@ -163,7 +161,7 @@ class Checkpoint(ModelFolder):
         return processor
 
     def identity(self) -> dict[str, Any]:
-        """What a child's provenance keeps: path, stage and a SHA-256 over the files."""
+        """The entry of a child's provenance: path, stage and a SHA-256 over the files."""
         digest = hashlib.sha256()
         for file in sorted(self.files()):
             digest.update(f"{file.name} {hash_file(file)}\n".encode())
@@ -309,23 +307,17 @@ def with_common_names(folders: Sequence[ModelFolder], own: bool = True) -> list[
 
 _IRRELEVANT = ("name", "load", "max_length")
 """Last parts of configuration keys that may differ: they change neither what a weight means nor the
-prompt format.
-"""
+prompt format."""
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], section: str) -> list[str]:
-    """Where two `model` or `processor` sections differ in what weights depend on: "key is x and y"
-    each.
-    """
-    x, y = _flatten(a, section), _flatten(b, section)
+    """The sentences "key is x and y" of the keys in which two sections differ."""
+    x, y = (
+        {
+            key: value
+            for key, value in leaves(content, section)
+            if key.rpartition(".")[2] not in _IRRELEVANT and value != {}
+        }
+        for content in (a, b)
+    )
     return [f"{key} is {x.get(key)!r} and {y.get(key)!r}" for key in sorted({*x, *y}) if x.get(key) != y.get(key)]
-
-
-def _flatten(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}.{key}")
-        elif key not in _IRRELEVANT:
-            flat[f"{prefix}.{key}"] = value
-    return flat

@@ -261,8 +261,7 @@ def write_checkpoint(
 
 def released_tensors(reader: TensorReader, config: SphinxConfig, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Return shape, dtype and CRC-32 of the tensors of the encoders `keys` that equal their
-    released weights, bit for bit.
-    """
+    released weights, bit for bit."""
     equal: dict[str, dict[str, Any]] = {}
     for key in keys:
         released = released_values(config, key)

@@ -42,7 +42,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What is known of a stored tensor without reading its values."""
+    """The properties of a stored tensor that are known without its values."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -64,8 +64,7 @@ class TensorInfo:
 
 Read = Callable[[Tensor, int], None]
 """Fills a tensor (contiguous, [n], of the stored dtype) with elements of a flattened tensor from a
-place on.
-"""
+place on."""
 
 AHEAD_BYTES = 2**29
 """Bytes of the whole tensors that threads hold at once, unless a single tensor is larger."""
@@ -178,9 +177,7 @@ class TensorView(TensorReader):
 
 
 MAPPED_BYTES = 2**29
-"""What is read through mappings of files before they are dropped: mapped pages count as this
-process's memory.
-"""
+"""Bytes read before mapped files are dropped: mapped pages count as this process's memory."""
 
 
 class MappedFile(ABC):
@@ -350,9 +347,7 @@ def copy_into(target: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]
 
 
 def compare(wanted: Mapping[str, tuple[int, ...]], present: Mapping[str, tuple[int, ...]]) -> str:
-    """How the tensors of two models differ, in a phrase that names the first few; "" if they do
-    not.
-    """
+    """The difference between two models' tensors, naming the first few; "" if there is none."""
     missing = [name for name in wanted if name not in present]
     extra = [name for name in present if name not in wanted]
     misshaped = [name for name in wanted if name in present and wanted[name] != present[name]]

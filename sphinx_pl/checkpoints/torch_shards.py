@@ -46,7 +46,7 @@ _BESIDE = (CONFIG, META, PARAMS)
 
 
 def split(name: str, tensor: Tensor, ranks: int, experts: int = 0) -> list[Tensor]:
-    """What each rank holds of the whole tensor `name`.
+    """The part of the whole tensor `name` that each rank holds.
 
     Raises:
         UserError: the tensor cannot be split into `ranks` equal parts.
@@ -152,7 +152,7 @@ class TorchShards(MappedFile, TensorReader):
         return self._infos[name]
 
     def shard(self, rank: int, name: str) -> Tensor:
-        """What the file of one rank has of a tensor, mapped.
+        """The part of a tensor in one rank's file, mapped.
 
         A caller reports to `count` what it has read of it.
         """

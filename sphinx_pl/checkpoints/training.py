@@ -281,7 +281,7 @@ class TrainingShards(TensorReader):
         return self._files[name]
 
     def state(self) -> dict[str, Any]:
-        """What `write_rest` was given. Only tensors and plain values are unpickled.
+        """The content that `write_rest` got. Only tensors and plain values are unpickled.
 
         Raises:
             UserError: the file is not the one that was written, or holds something else.

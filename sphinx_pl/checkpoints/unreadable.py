@@ -1,6 +1,4 @@
-"""Why a path is no checkpoint that can be read, and what to do: for the one line that the user
-gets.
-"""
+"""The reason why a path is no readable checkpoint, in one line that says what to do."""
 
 from __future__ import annotations
 
@@ -53,9 +51,7 @@ def check_plain(folder: Path, config: Mapping[str, Any], names: Iterable[str], v
 
 
 def _quantized(folder: Path, config: Mapping[str, Any], where: str = "config.json") -> str:
-    """What says that the weights are quantized: a key of config.json, in any section, or a file; ""
-    if nothing does.
-    """
+    """The key of config.json, or the file, that says that weights are quantized; "" if none does."""
     for key, value in config.items():
         if key in _QUANTIZED_KEYS and value:
             method = value.get("quant_method", "") if isinstance(value, Mapping) else ""

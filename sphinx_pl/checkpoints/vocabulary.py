@@ -49,7 +49,7 @@ class Vocabulary:
     added: Mapping[int, tuple[str, str]]
 
     def token(self, id: int) -> tuple[str, str] | None:
-        """What stands for an id, and the file that says it."""
+        """The token of an id, and the file that says it."""
         if id in self.added:
             return self.added[id]
         return (self.tokens[id], self.file) if id in self.tokens else None
@@ -106,8 +106,7 @@ def _tokens(file: Path) -> dict[int, str]:
 
 
 def vocabulary_difference(a: Path, b: Path) -> str:
-    """How two folders' tokens contradict each other, in a phrase with both tokens of an id; "" if
-    they do not.
+    """A phrase with an id that has two tokens in two folders; "" if there is none.
 
     Folders that share a vocabulary file are compared by their added tokens only. An id that only
     one folder knows contradicts nothing.
@@ -124,9 +123,7 @@ def vocabulary_difference(a: Path, b: Path) -> str:
 
 
 def uncompared(a: Path, b: Path) -> str:
-    """Why two folders' tokenizers could not be compared, or not wholly, in a phrase; "" if they
-    could.
-    """
+    """The reason why two folders' tokenizers could not be compared wholly; "" if they could."""
     x, y = read_vocabulary(a), read_vocabulary(b)
     if bool(x.files) != bool(y.files):
         return f"only '{a if x.files else b}' has a tokenizer ({', '.join(sorted(x.files or y.files))})"

@@ -37,8 +37,7 @@ PROGRESS_BYTES = 2**24
 
 JOURNAL = ".journal"
 """Folder in the temporary one: the fingerprint of what is being written, and the facts of each
-complete file.
-"""
+complete file."""
 
 Written = Callable[[int], None]
 """Is told how many bytes were written."""
@@ -280,9 +279,7 @@ def write_file(path: Path, output: OutputFile, reader: TensorReader) -> None:
 
 @contextmanager
 def progress_bar(description: str | None, total: int) -> Iterator[Written]:
-    """A bar with bytes per second and the time left, and a function that moves it;
-    None shows none.
-    """
+    """A bar with bytes per second and the time left, and a function that moves it, or None."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, TimeRemainingColumn(), disable=description is None) as bar:
         task = bar.add_task(description or "", total=total)
@@ -291,8 +288,7 @@ def progress_bar(description: str | None, total: int) -> Iterator[Written]:
 
 def _lock(folder: Path) -> int | None:
     """A descriptor that holds the lock;
-    None if the process that had it took the folder away meanwhile.
-    """
+    None if the process that had it took the folder away meanwhile."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         descriptor = os.open(folder, os.O_RDONLY)

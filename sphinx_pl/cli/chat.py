@@ -75,7 +75,7 @@ def check(cfg: DictConfig) -> None:
     pick(ChatConfig, cfg)
 
 
-@entry_point("chat", check, partial(take_rest, key="question", known=ChatConfig.__dataclass_fields__))
+@entry_point("chat", check, partial(take_rest, key="question", keys=ChatConfig.__dataclass_fields__))
 def main(cfg: DictConfig) -> None:
     """Read questions from the terminal until /quit, or serve the page until it is interrupted."""
     options = pick(ChatConfig, cfg)

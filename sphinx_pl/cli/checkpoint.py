@@ -1,6 +1,5 @@
 """`sphinx-checkpoint COMMAND`: show a checkpoint, import other layouts, export to
-them.
-"""
+them."""
 
 from __future__ import annotations
 
@@ -39,8 +38,7 @@ PATH = "a checkpoint folder of any layout that this project reads, or hf-hub:OWN
 
 def parts_table(checkpoint: Checkpoint | HuggingFaceFolder) -> Table:
     """Return a table of tensors, parameters, dtypes and bytes of each part: an encoder, or a module
-    such as `decoder.layers`.
-    """
+    such as `decoder.layers`."""
     infos: dict[str, list[TensorInfo]] = defaultdict(list)
     for name in checkpoint:
         words = name.split(".")
@@ -62,9 +60,7 @@ def parts_table(checkpoint: Checkpoint | HuggingFaceFolder) -> Table:
 
 
 def provenance_table(checkpoint: Checkpoint | HuggingFaceFolder) -> Table:
-    """Return a table of the provenance without the composed configuration, which `provenance.json`
-    holds.
-    """
+    """A table of the provenance without the composed configuration."""
     table = Table("provenance", "", show_header=True)
     for key, value in checkpoint.provenance.items():
         if key == "parents":

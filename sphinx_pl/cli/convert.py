@@ -1,6 +1,5 @@
 """`python -m sphinx_pl.cli.convert NAME --src FOLDER --out FILE.jsonl` turns official annotation
-files into instructions.
-"""
+files into instructions."""
 
 from __future__ import annotations
 

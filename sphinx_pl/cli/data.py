@@ -34,9 +34,7 @@ Options = TypeVar("Options")
 
 @dataclass(frozen=True)
 class Command(Generic[Options]):
-    """A command. `run` gets the given options and the composed configuration, and its result is
-    printed.
-    """
+    """A command. `run` gets the options and the composed configuration; its result is printed."""
 
     help: str
     options: type[Options]
@@ -93,8 +91,7 @@ def show(options: ShowOptions, cfg: DictConfig) -> str:
 @dataclass
 class TableOptions:
     """The draws from each source for the expectations, the ranks of the run, and whether files may
-    be missing.
-    """
+    be missing."""
 
     probe: int = 64
     ranks: int = 1
@@ -157,8 +154,7 @@ def rendered(table: Table) -> str:
 @dataclass
 class DuplicatesOptions:
     """The shards, as a source's `path` names them; what to compare (image, caption or a column of
-    the json); the result.
-    """
+    the json); the result."""
 
     path: str = ""
     by: str = "image"

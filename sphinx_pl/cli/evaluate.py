@@ -93,8 +93,7 @@ def benchmarks_table(results: Iterable[Mapping[str, Any]]) -> Table:
 
 def flat(results: Mapping[str, Any]) -> dict[str, float]:
     """Return every task's score and every benchmark's metrics by name, such as
-    `pope_random/f1`.
-    """
+    `pope_random/f1`."""
     numbers = {row["task"]: row["score"] for row in results["rows"] if not row["topic"] and not row["domain"]}
     for result in results["benchmarks"]:
         for value in result["values"]:
@@ -205,8 +204,7 @@ def _ask_tasks(
     options: EvaluateConfig, data: Mapping[str, Any], asking: Asking, mixture: TrainingMixture | None = None
 ) -> tuple[list[Prediction], dict[str, list[Prediction]], dict[str, int]]:
     """Return the predictions for the test sources, those of baselines, and the reasons why
-    questions could not be asked.
-    """
+    questions could not be asked."""
     from sphinx_pl.evaluation.baselines import constant_predictions, fit_constants
     from sphinx_pl.evaluation.runner import select, shuffle_images
 
@@ -248,9 +246,7 @@ def _training(options: EvaluateConfig, data: Mapping[str, Any], mixture: Path) -
 
 
 def _mixture_name() -> str | None:
-    """Return the name of the configured mixture, or None if the command line changes its
-    sources.
-    """
+    """The name of the configured mixture, or None if the command line changes its sources."""
     hydra = HydraConfig.get()
     keys = (override.split("=")[0].lstrip("+~") for override in hydra.overrides.task)
     if any(key.startswith(("data.sources", "data.val_sources")) for key in keys):

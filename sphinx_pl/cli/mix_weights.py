@@ -24,17 +24,8 @@ from sphinx_pl.checkpoints.torch_shards import ShardsFolder
 from sphinx_pl.checkpoints.writer import CheckpointWriter
 from sphinx_pl.evaluation.objective import LOSS, SCORE, Measurements, Objective
 from sphinx_pl.mixing.methods import METHODS
-from sphinx_pl.mixing.mix import (
-    DTYPES,
-    MixPlan,
-    MixRecipe,
-    check_out,
-    mix,
-    needs_our_names,
-    open_models,
-    output_of,
-    plan_mixture,
-)
+from sphinx_pl.mixing.mix import check_out, mix, needs_our_names, output_of
+from sphinx_pl.mixing.plan import DTYPES, MixPlan, MixRecipe, open_models, plan_mixture
 from sphinx_pl.mixing.rules import complement
 from sphinx_pl.runtime.device import autocast, choose_device
 from sphinx_pl.runtime.hydra_app import entry_point
@@ -280,9 +271,9 @@ def main(cfg: DictConfig) -> float | None:
         else:  # kept if a later step fails, since it may have taken long
             folder = beside = out.with_name(f".{out.name}.curve")
             shutil.rmtree(folder, ignore_errors=True)
-        found, origin, value = _find(options, evaluate, folder, out if beside and out else folder, steps)
-        if found:
-            plan = _plan(options, paths, dataclasses.replace(recipe, **found), own)
+        changes, origin, value = _find(options, evaluate, folder, out if beside and out else folder, steps)
+        if changes:
+            plan = _plan(options, paths, dataclasses.replace(recipe, **changes), own)
         del evaluate
     if out is None:
         return value

@@ -1,6 +1,4 @@
-"""Prepares the run folder of train.py: the checkpoint to resume from, and the files of an earlier
-run.
-"""
+"""The run folder of train.py: the checkpoint to resume from, and the files of an earlier run."""
 
 from __future__ import annotations
 
@@ -101,9 +99,7 @@ def steps_passed(cfg: DictConfig, run: RunFolder, resume: Path | None, data_ende
 
 
 def warn_of_changes(cfg: DictConfig, resume: Path) -> None:
-    """Log one line that names the differences to the configuration of the run that wrote the
-    checkpoint.
-    """
+    """Log the differences to the configuration of the run that wrote the checkpoint."""
     from sphinx_pl.checkpoints.folder import read_provenance
     from sphinx_pl.checkpoints.format import differences
     from sphinx_pl.checkpoints.provenance import provenance
@@ -129,9 +125,7 @@ def warn_of_changes(cfg: DictConfig, resume: Path) -> None:
 
 
 def reached_by(run: RunFolder, resume: Path | None) -> int:
-    """Return the optimizer steps of this folder's run that the new run continues, or -1 for a new
-    run.
-    """
+    """The optimizer steps of this folder's run that the new run continues; -1 for a new run."""
     from sphinx_pl.callbacks.checkpoint import step_of
 
     own = run.path / "checkpoints"

@@ -97,9 +97,7 @@ def finish_export(trainer: L.Trainer) -> None:
 
 
 def quiet_known_warnings() -> None:
-    """Silence Lightning's warnings of things that are intended here, or that only Lightning can
-    fix.
-    """
+    """Silence Lightning's warnings of things that are intended, or that only Lightning can fix."""
     for message in (
         r".*isinstance\(treespec, LeafSpec\).*",
         r"Found \d+ module\(s\) in eval mode.*",  # frozen encoders
@@ -122,7 +120,7 @@ def train(cfg: DictConfig) -> float | None:
     from hydra.core.hydra_config import HydraConfig
 
     if cfg.plan:
-        from sphinx_pl.planning.plan import print_plan
+        from sphinx_pl.planning.printing import print_plan
 
         print_plan(cfg, str(HydraConfig.get().runtime.choices.get("trainer", "")))
         return None

@@ -37,7 +37,7 @@ class AnnotationFiles(ABC):
     """
 
     name: ClassVar[str]
-    """What the command line calls it."""
+    """Its name on the command line."""
     title: ClassVar[str]
     url: ClassVar[str]
     """The page that the files come from, or that defines their format."""
@@ -50,8 +50,7 @@ class AnnotationFiles(ABC):
         self.src = src
         self.split = split
         self.skipped: Counter[str] = Counter()
-        """Entries that are not meant for training as they stand, by reason: nothing is wrong with
-        them."""
+        """Entries that are sound but not meant for training, by reason."""
         self.left_out: Counter[str] = Counter()
         """Parts of entries (a region, a line of text) that are not used although the rest is, by
         reason."""
@@ -75,8 +74,7 @@ class AnnotationFiles(ABC):
         """
 
     def file(self, *names: str) -> Path:
-        """The first of these files below `src` that is there (a dataset's releases differ in
-        names)."""
+        """The first of these files that is below `src`; releases differ in names."""
         for name in names:
             if (self.src / name).is_file():
                 return self.src / name
@@ -88,7 +86,7 @@ class AnnotationFiles(ABC):
         try:
             return json.loads(_contents(path))
         except _UNREADABLE as error:
-            raise UserError(f"{self.name}: {path} is not readable as JSON ({error}): get it anew") from None
+            raise UserError(f"{self.name}: {path} is not readable as JSON ({error}): download it again") from None
 
     def json_items(self, *names: str, of: str = "") -> Iterator[Any]:
         """The elements of a JSON file that is one long list, or of its list under the key `of`, one
@@ -110,7 +108,7 @@ class AnnotationFiles(ABC):
                 yield value
                 at = separator.match(text, end)
         except _UNREADABLE as error:
-            raise UserError(f"{self.name}: {path} is not readable as JSON ({error}): get it anew") from None
+            raise UserError(f"{self.name}: {path} is not readable as JSON ({error}): download it again") from None
 
     def json_lines(self, *names: str) -> Iterator[tuple[int, Any]]:
         """(number, value) of each line of a jsonl file; a damaged line's value is None."""
@@ -124,7 +122,7 @@ class AnnotationFiles(ABC):
                         yield number, None
 
     def parts(self, parts: Iterable[Any], read: Callable[[Any], _T]) -> Iterator[_T]:
-        """What `read` makes of each part of an entry that lists several.
+        """The results of `read` for each part of an entry that lists several.
 
         A part of which it raises SkipSample, or an error of a missing or wrong value, is counted in
         `left_out`. Records that ask for all parts need `all_parts`.
@@ -145,10 +143,10 @@ class AnnotationFiles(ABC):
             SkipSample: part_left_out.
         """
         parts = list(parts)
-        found = list(self.parts(parts, read))
-        if len(found) < len(parts):
-            raise SkipSample("part_left_out", f"{len(parts) - len(found)} of {len(parts)} parts cannot be used")
-        return found
+        usable = list(self.parts(parts, read))
+        if len(usable) < len(parts):
+            raise SkipSample("part_left_out", f"{len(parts) - len(usable)} of {len(parts)} parts cannot be used")
+        return usable
 
     def read(self) -> Iterator[tuple[str, list[Record] | SkipSample]]:
         """(key, its records, or why it has none) of each entry.
@@ -162,21 +160,21 @@ class AnnotationFiles(ABC):
         self, entries: Iterator[tuple[str, Any]], records: Callable[[str, Any], Iterable[Record]]
     ) -> Iterator[tuple[str, list[Record] | SkipSample]]:
         """As `read`, of other entries and with another reader."""
-        seen: set[str] = set()
+        keys: set[str] = set()
         try:
             for key, entry in entries:
-                yield key, _records(key, entry, seen, records)
+                yield key, _records(key, entry, keys, records)
         except MALFORMED as error:
             reason = f"{type(error).__name__}: {error}"
             raise UserError(f"{self.name}: what {self.src} holds is not as {self.url} says ({reason})") from None
 
 
 def _records(
-    key: str, entry: Any, seen: set[str], records: Callable[[str, Any], Iterable[Record]]
+    key: str, entry: Any, keys: set[str], records: Callable[[str, Any], Iterable[Record]]
 ) -> list[Record] | SkipSample:
-    if key in seen:
+    if key in keys:
         return SkipSample("duplicate_key", key)
-    seen.add(key)
+    keys.add(key)
     try:
         return list(records(key, entry))
     except SkipSample as bad:

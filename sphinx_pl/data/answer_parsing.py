@@ -64,8 +64,7 @@ _NUMBER = re.compile(r"(?<![\w.,/])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=
 
 
 def normalise(text: str) -> str:
-    """The text in lower case with single spaces, without blanks around it and full stops at its
-    end."""
+    """The text in lower case with single spaces, without blanks around it and final full stops."""
     return " ".join(text.lower().split()).rstrip(".").rstrip()
 
 
@@ -163,8 +162,7 @@ def _only_letter(text: str, options: Sequence[str]) -> str | None:
 
 
 def _stated_letter(text: str, options: Sequence[str]) -> str | None:
-    """The letter of the only option that a text names by a letter, by its text or by calling it the
-    answer."""
+    """The letter of the only option that a text names, by letter, by text or as the answer."""
     text = plain(text).translate(_EMPHASIS).strip(" \t\r\n\"'")
     letters = string.ascii_uppercase[: len(options)]
     by_text: dict[str, set[str]] = {}

@@ -222,7 +222,7 @@ def _flipped(record: Record) -> Record:
     regions = []
     for region in record.regions:
         x1, y1, x2, y2 = region.box
-        points = [(width - x, y, seen) if seen else (x, y, seen) for x, y, seen in region.keypoints]
+        points = [(width - x, y, v) if v else (x, y, v) for x, y, v in region.keypoints]
         keypoints = tuple(points[swapped] for swapped in _SWAPPED) if points else ()
         regions.append(Region((width - x2, y1, width - x1, y2), region.label, keypoints))
     return dataclasses.replace(record, images=images, regions=tuple(regions))
@@ -260,10 +260,10 @@ def _cropped(record: Record, crop: tuple[int, int, int, int], max_cut: float) ->
     kept = [_cut(region, crop, max_cut, record.sizes[0]) for region in regions]
     x1, y1, x2, y2 = crop
     images = (dataclasses.replace(record.images[0], crop=crop, annotated=record.sizes[0]),)
-    found = tuple(region for region in kept if region is not None)
-    if len(found) < len(kept):
+    rest = tuple(region for region in kept if region is not None)
+    if len(rest) < len(kept):
         return None
-    cropped = dataclasses.replace(record, images=images, sizes=((x2 - x1, y2 - y1),), regions=found)
+    cropped = dataclasses.replace(record, images=images, sizes=((x2 - x1, y2 - y1),), regions=rest)
     # An answer with places must not become "None", and a refused record must stay refused.
     return cropped if _finds_places(cropped) == _finds_places(record) else None
 
@@ -278,8 +278,8 @@ def _cut(region: Region, crop: Box4, max_cut: float, size: Size) -> Region | Non
     dx, dy = crop[:2]
     x1, y1, x2, y2 = left
     keypoints = tuple(
-        (x - dx, y - dy, seen) if seen and crop[0] <= x <= crop[2] and crop[1] <= y <= crop[3] else (0.0, 0.0, 0)
-        for x, y, seen in region.keypoints
+        (x - dx, y - dy, v) if v and crop[0] <= x <= crop[2] and crop[1] <= y <= crop[3] else (0.0, 0.0, 0)
+        for x, y, v in region.keypoints
     )
     return Region((x1 - dx, y1 - dy, x2 - dx, y2 - dy), region.label, keypoints)
 

@@ -83,8 +83,8 @@ def holds_coordinates(text: str) -> bool:
 
 
 def kept_views(size: Size, pixels: int, grid: int) -> tuple[bool, ...]:
-    """Of the whole padded square and its grid x grid sub-images, row by row: does it show any of
-    the image?
+    """Whether each view shows any of the image: the whole square, then grid x grid sub-images by
+    rows.
 
     Args:
         size: of the image, before it is padded and resized to `pixels` a side.

@@ -1,5 +1,4 @@
-"""The data as Lightning sees it: an endless loader of packed micro-batches, and fixed held-out
-batches."""
+"""Lightning's data: an endless loader of packed micro-batches, and fixed held-out batches."""
 
 from __future__ import annotations
 
@@ -343,8 +342,7 @@ class DataModule(L.LightningDataModule):
         return batch
 
     def counters(self) -> dict[str, int]:
-        """The counters of training so far (`TrainLoader.counters`) over all ranks, which call this
-        together."""
+        """The counters of training so far over all ranks, which call this together."""
         if self._planner is None or self._train_loader is None:
             return {}
         return dict(sum(of_all_ranks(Counter(self._train_loader.counters), self._planner.world_size), Counter()))

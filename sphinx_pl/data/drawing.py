@@ -32,13 +32,13 @@ PALETTE = ("#e6007e", "#2f6fed", "#00a878", "#f07800", "#8a3ffc", "#0098c7", "#c
 
 def people(items: Iterable[Grounded]) -> list[dict[str, Point2]]:
     """Named points as one mapping for each person. A name that is repeated begins the next person."""
-    found: list[dict[str, Point2]] = [{}]
+    groups: list[dict[str, Point2]] = [{}]
     for item in items:
         if item.points:
-            if item.phrase in found[-1]:
-                found.append({})
-            found[-1][item.phrase] = item.points[0]
-    return [person for person in found if person]
+            if item.phrase in groups[-1]:
+                groups.append({})
+            groups[-1][item.phrase] = item.points[0]
+    return [person for person in groups if person]
 
 
 def limbs(items: Iterable[Grounded]) -> list[tuple[Point2, Point2]]:
@@ -47,8 +47,7 @@ def limbs(items: Iterable[Grounded]) -> list[tuple[Point2, Point2]]:
 
 
 def to_picture(pixels: Tensor, scale: int = 1) -> Image.Image:
-    """A uint8 image [3, S, S] as an RGB picture of scale * S pixels a side, each pixel a flat
-    square."""
+    """A uint8 image [3, S, S] as an RGB picture whose pixels are squares of scale pixels a side."""
     picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 

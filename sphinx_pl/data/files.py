@@ -44,8 +44,7 @@ log = logging.getLogger(__name__)
 PACKED = (".gz", ".tgz", ".zst")
 ATTEMPTS = 4
 FIRST_WAIT = 0.5
-"""Seconds before the second attempt at a file that cannot be read. The wait doubles with each
-attempt."""
+"""Seconds before a file is read again after a failure. Each attempt doubles them."""
 RETRY_AFTER = 60.0
 """Seconds without a new attempt after all attempts at a file failed. So a run does not wait for
 every record of a shard that is gone."""
@@ -104,8 +103,7 @@ def cache_folder(kind: str) -> Path:
 
 
 def _no_room(path: Path, error: OSError) -> UserError:
-    """The error of a full or read-only cache. It is no fault of the shard, which must not count as
-    damaged."""
+    """The error of a full or read-only cache, which is no fault of the shard."""
     return UserError(
         f"{path} in the cache cannot be written ({error.strerror or error}): make room, or set SPHINX_CACHE to another "
         "folder"
@@ -168,8 +166,7 @@ def cached_array(name: str, make: Callable[[], npt.NDArray[np.int64]]) -> npt.ND
 
 
 def identity(path: str) -> str:
-    """A name for a file's current contents: 32 hexadecimal digits that change with the file's size
-    and time."""
+    """A name for a file's contents: 32 hexadecimal digits that change with its size and time."""
     if is_remote(path) or _is_copy(path):  # a copy is named for what it holds
         text = path
     else:
@@ -331,8 +328,7 @@ def _unpacked(stream: IO[bytes], packing: str) -> Any:
 
 
 def prune(keep: Path) -> None:
-    """Delete the copies used longest ago until the rest is within the limit; `keep` is never
-    deleted."""
+    """Delete the copies used longest ago until the rest is within the limit, but never `keep`."""
     bound = float(os.environ.get("SPHINX_CACHE_GB", "200")) * 1e9
     files = []
     for path in cache_folder("files").iterdir():

@@ -61,8 +61,7 @@ def held_out_weights(
 
 
 def _tasks(name: str, config: SourceConfig) -> Counter[str]:
-    """The number of records of each task among those looked at. Training counts what cannot be
-    read."""
+    """The number of records of each task among those that were read."""
     tasks: Counter[str] = Counter()
     try:
         shard = config.open(name).open(0)

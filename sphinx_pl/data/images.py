@@ -77,8 +77,7 @@ def load_image(ref: ImageRef, size: int, max_pixels: int = MAX_PIXELS) -> Tensor
 
 
 def annotated_images(record: Record) -> tuple[ImageRef, ...]:
-    """The record's images. If the record has coordinates, each image gets the size that the record
-    states."""
+    """The record's images, each with the size that the record states if it has coordinates."""
     texts = (text for turn in record.turns for text in (turn.question, turn.answer))
     if not record.sizes or not (record.regions or any(map(holds_coordinates, texts))):
         return record.images
@@ -96,8 +95,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def read_bytes(ref: ImageRef, limit: int | None = None) -> bytes:
-    """At most the first `limit` encoded bytes of an image: of a whole file, or of its part of a tar
-    shard."""
+    """The first `limit` encoded bytes of an image: of a file, or of its part of a tar shard."""
     size = ref.size if ref.size >= 0 else MAX_BYTES + 1
     if size > MAX_BYTES + 1:
         raise SkipSample("image_too_large", f"{ref.path} should have {size} bytes")
@@ -162,8 +160,7 @@ def image_size(ref: ImageRef) -> Size:
 
 
 def _checked_crop(ref: ImageRef, size: Size) -> tuple[int, int, int, int]:
-    """The crop in pixels of the image itself, which may have another resolution than the annotated
-    one."""
+    """The crop in pixels of the image, whose resolution may differ from the annotated one."""
     assert ref.crop is not None
     (x1, y1, x2, y2), (width, height) = ref.crop, ref.annotated or size
     if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
@@ -247,7 +244,7 @@ def _open(data: bytes, name: str, max_pixels: int) -> ImageFile.ImageFile:
 
 
 def _what_instead(data: bytes) -> str:
-    """What a file without an image seems to be, in words."""
+    """The likely content of a file without an image, in words."""
     start = data[:200].decode("utf-8-sig", "replace").strip()
     if start.startswith("version https://git-lfs"):
         return "it is a Git LFS pointer, not the image: `git lfs pull` gets the image"

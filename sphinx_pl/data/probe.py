@@ -1,5 +1,4 @@
-"""A look at the first records of a source before a run, so that wrong files and options are found
-in seconds."""
+"""A look at the first records of a source, so that wrong files and options show at once."""
 
 from __future__ import annotations
 
@@ -18,8 +17,7 @@ log = logging.getLogger(__name__)
 LOOKED_AT = 64
 """The number of records of a source that are looked at."""
 TRIED = 16
-"""The number of records with images, or of records that cannot be used, after which no more are
-looked at."""
+"""The number of records with images, or of unusable ones, after which the look ends."""
 
 
 def probe_source(name: str, key: str, config: SourceConfig, processor: Processor, row_length: int) -> None:

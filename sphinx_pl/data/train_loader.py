@@ -1,5 +1,4 @@
-"""The training loader: a plan is made ahead, images are decoded in workers, and what was skipped is
-counted."""
+"""The training loader: it plans ahead, decodes images in workers and counts what is skipped."""
 
 from __future__ import annotations
 
@@ -133,7 +132,7 @@ class _Ahead:
 
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
-    signals.ignore()  # on a signal the run takes one more step and saves, so its workers have to go on
+    signals.ignore()  # on a signal the run takes one more step and saves, so its workers must run on
 
 
 def as_is(batch: Any) -> Any:
@@ -166,14 +165,13 @@ class TrainLoader:
         self.planner = planner
         self.at_end = at_end
         self.asked: Callable[[], None] = lambda: None
-        """Called whenever the next micro-batch is asked for; the caller may then have to wait for
-        it."""
+        """Called when the next micro-batch is asked for; the caller may have to wait for it."""
         self.collator = collator
         self.max_skipped = max_skipped
         self.counts: Counter[str] = Counter()
-        """What this rank has decoded since it was started."""
+        """Counters of this rank since it was started."""
         self.before: Counter[str] = Counter()
-        """What all ranks had decoded before the run was resumed; on the first rank alone."""
+        """Counters of all ranks before the run was resumed; on the first rank alone."""
         self._start: Counter[str] = Counter()
         self._indexed_before: tuple[Counter[str], Counter[str]] = Counter(), Counter()
         self._examples: dict[str, str] = {}  # from decoding
@@ -193,8 +191,7 @@ class TrainLoader:
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        """An iterator that continues after the last step that was handed out; an earlier iterator
-        ends."""
+        """An iterator that continues after the last step; an earlier iterator ends."""
         if self._current is not None and (before := self._current()) is not None:
             before.close()
         if self._reached is not None:

@@ -1,3 +1,1 @@
-"""Training on many devices: how a model is sharded, and how training checkpoints are written and
-read.
-"""
+"""Training on many devices: sharded models, and training checkpoints."""

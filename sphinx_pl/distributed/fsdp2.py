@@ -122,9 +122,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 class RowPlacement:
-    """Shards blocks of the decoder and of trained encoders one by one, and the remaining modules
-    together.
-    """
+    """Shards blocks of the decoder and of trained encoders one by one, and the rest together."""
 
     def __init__(self, strategy: Fsdp2) -> None:
         self.strategy = strategy

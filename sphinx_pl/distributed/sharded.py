@@ -25,9 +25,7 @@ else:
 
 
 class Sharded(Base):
-    """A mixin for Lightning strategies: every rank writes and reads its own part of a training
-    checkpoint.
-    """
+    """A mixin for strategies: each rank writes and reads its part of a training checkpoint."""
 
     optimizer_names: list[list[str]]
     """The optimizer's groups, as names of parameters."""
@@ -57,9 +55,7 @@ class Sharded(Base):
 
     @abstractmethod
     def allocate_states(self) -> None:
-        """Create the optimizer's states, which the optimizer itself creates only in its first
-        step.
-        """
+        """Create the optimizer's states, which it would create only in its first step."""
 
     @property
     def _sphinx(self) -> Sphinx:
@@ -173,7 +169,5 @@ class Sharded(Base):
         self._shards = None
 
     def note_groups(self, optimizer: torch.optim.Optimizer) -> None:
-        """Remember the names in the optimizer's groups, before the engine puts its own tensors into
-        them.
-        """
+        """Remember the names in the optimizer's groups before the engine replaces its tensors."""
         self.optimizer_names = group_names(self._sphinx, [optimizer])

@@ -126,8 +126,7 @@ class Zero3(Sharded, DeepSpeedStrategy):
         self.frozen = frozen
         self.bf16_masters = masters == "bf16"
         self.masters: dict[str, Tensor] = {}
-        """This rank's part of the unrounded weights, until the engine has masters that can hold it.
-        """
+        """This rank's part of the unrounded weights, until masters can hold it."""
         section: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 10_000} | (zero or {})
         for key, device in (("offload_optimizer", offload_optimizer), ("offload_param", offload_parameters)):
             if device:
@@ -247,8 +246,7 @@ class Zero3(Sharded, DeepSpeedStrategy):
 
     def _in_flat(self, parameter: Any) -> tuple[int, slice]:
         """Return the index of DeepSpeed's flat buffer with this rank's part, and the part's place
-        without padding.
-        """
+        without padding."""
         buffer, offset, _ = self.optimizers[0].grad_position[self.optimizers[0].get_param_id(parameter)]
         start, stop = self.held(parameter)
         return buffer, slice(offset, offset + stop - start)

@@ -19,8 +19,7 @@ CANDIDATES = 50
 SAMPLE = 500
 
 GroupKey = tuple[str, str]
-"""Task (`asked_task`) and topic. A constant answer may depend on them, since the question tells
-both."""
+"""Task (`asked_task`) and topic, which the question tells, so a constant may depend on them."""
 
 
 def fit_constants(

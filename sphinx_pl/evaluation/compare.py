@@ -53,8 +53,7 @@ class Comparison:
         return self.p < ALPHA
 
     def to_dict(self) -> dict[str, Any]:
-        """The comparison as JSON, which lacks NaN: None stands for it. The metric's name is under
-        "measure"."""
+        """The comparison as JSON, with None for NaN. The metric's name is under "measure"."""
         values = dataclasses.asdict(self) | {"real": self.real, "p": defined(self.p)}
         values["measure"] = values.pop("metric")
         return values | {"difference": {name: defined(number) for name, number in values["difference"].items()}}

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sphinx_pl.data.schema import Batch
+from sphinx_pl.evaluation.bootstrap import draws, interval
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.runtime.device import autocast
 from sphinx_pl.utils.errors import UserError
-
-
-def interval(values: Tensor, level: float = 0.95) -> tuple[float, float]:
-    """The ends of the middle `level` of resampled values [resamples]."""
-    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=values.dtype)
-    low, high = torch.quantile(values, ends).tolist()
-    return low, high
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +39,22 @@ class SourceLoss:
         """The number of supervised tokens."""
         return int(self.tokens.sum())
 
-    def interval(self, level: float = 0.95, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
-        """The percentile bootstrap interval of `mean` over samples, since the tokens of one answer
-        are not independent."""
-        generator = torch.Generator().manual_seed(seed)
-        draws = torch.randint(len(self.sums), (resamples, len(self.sums)), generator=generator)
-        return interval(self.sums[draws].sum(1) / self.tokens[draws].sum(1), level)
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of `mean` over samples: an answer's tokens are not independent."""
+        return interval(resampled_means([self])[:, 0].numpy())
+
+
+def resampled_means(losses: Sequence[SourceLoss], resamples: int = 1000, seed: int = 0) -> Tensor:
+    """The means of several models' losses on the same samples [resamples, losses] float64.
+
+    All get the same resamples (paired, Efron & Tibshirani 1993). A hard sample is hard for all of
+    them, so their differences are more certain than their values.
+    """
+    sums = torch.stack([loss.sums for loss in losses], dim=1)
+    tokens = torch.stack([loss.tokens for loss in losses], dim=1)
+    counts = np.ones(len(sums), dtype=np.int64)
+    times = (torch.from_numpy(chunk).double() for chunk in draws(counts, resamples, seed))
+    return torch.cat([chunk @ sums / (chunk @ tokens) for chunk in times])
 
 
 @torch.no_grad()

@@ -14,28 +14,22 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from sphinx_pl.evaluation.bootstrap import LEVEL, Counts, Floats, draws, interval
 from sphinx_pl.evaluation.runner import Prediction
 
 RESAMPLES = 2000
-LEVEL = 0.95
 _ROUNDING = 1e-12
-
-Floats = NDArray[np.float64]
-Counts = NDArray[np.int64]
 
 
 class Prepared(Protocol):
-    """A metric's view of predictions. `units` are names, which two models on the same questions
-    share."""
+    """A metric's view of predictions. `units` are names that two models share."""
 
     @property
     def units(self) -> Sequence[str]: ...
 
     def values(self, counts: Counts) -> Floats:
-        """[resamples, units], how often each unit counts -> [resamples]; NaN where the metric is
-        undefined."""
+        """[resamples, units] counts of units -> [resamples]; NaN where the metric is undefined."""
         ...
 
 
@@ -152,10 +146,10 @@ class Difference:
 
 
 def bootstrap(scores: Sequence[float], seed: int = 0, resamples: int = RESAMPLES) -> tuple[float, float]:
-    """95 % percentile bootstrap interval (Efron 1979) of the mean of `scores`."""
+    """95 % bootstrap interval of the mean of `scores`."""
     rows = np.stack([np.asarray(scores, dtype=np.float64), np.ones(len(scores))], axis=1)
-    interval = estimate(Sums([str(i) for i in range(len(scores))], rows, ratio), seed, resamples)
-    return interval.low, interval.high
+    result = estimate(Sums([str(i) for i in range(len(scores))], rows, ratio), seed, resamples)
+    return result.low, result.high
 
 
 def estimate(prepared: Prepared, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
@@ -170,7 +164,7 @@ def estimate(prepared: Prepared, seed: int = 0, resamples: int = RESAMPLES) -> E
     values = _resampled([prepared], seed, resamples)[0]
     if len(values) and np.nanmax(values, initial=-math.inf) - np.nanmin(values, initial=math.inf) < _ROUNDING:
         return Estimate(value, math.nan, math.nan)
-    return Estimate(value, *_interval(values))
+    return Estimate(value, *interval(values))
 
 
 def _alike(prepared: Prepared) -> tuple[float, float] | None:
@@ -204,7 +198,7 @@ def difference(first: Prepared, second: Prepared, seed: int = 0, resamples: int 
     resampled = _resampled([first, second], seed, resamples)
     changes = resampled[1] - resampled[0]
     changes = changes[~np.isnan(changes)]
-    low, high = _interval(changes)
+    low, high = interval(changes)
     # With 1 added to both, p is never 0 (Davison and Hinkley 1997, section 4.2).
     units, p = len(first.units), math.nan
     if len(changes) and not math.isnan(after - before):
@@ -227,36 +221,21 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def _interval(values: Floats) -> tuple[float, float]:
-    values = values[~np.isnan(values)]
-    if not len(values):
-        return math.nan, math.nan
-    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
-
-
 def _resampled(prepared: Sequence[Prepared], seed: int, resamples: int) -> list[Floats]:
     """The values of each on the same resamples."""
     if any(isinstance(one, Unsplittable) for one in prepared):
         return [np.full(resamples, np.nan) for _ in prepared]
     sums = [one for one in prepared if isinstance(one, Sums)]
     if len(sums) == len(prepared):
-        # Units with equal addends are counted together. A resample is then one multinomial draw
-        # over the kinds of units, which has the same distribution and is cheap.
+        # Units with equal addends are one kind.
         rows, counts = np.unique(np.concatenate([one.rows for one in sums], axis=1), axis=0, return_counts=True)
         widths = np.cumsum([one.rows.shape[1] for one in sums])[:-1]
         parts = np.split(rows, widths, axis=1)
         prepared = [Sums([""] * len(rows), part, one.finish) for part, one in zip(parts, sums, strict=True)]
     else:
         counts = np.ones(len(prepared[0].units), dtype=np.int64)
-    generator, total = np.random.default_rng(seed), int(counts.sum())
-    at_once = max(1, 2**22 // len(counts))
-    chunks: list[list[Floats]] = [[] for _ in prepared]
-    for start in range(0, resamples, at_once):
-        draws = generator.multinomial(total, counts / total, size=min(at_once, resamples - start))
-        for values, one in zip(chunks, prepared, strict=True):
-            values.append(one.values(draws))
-    return [np.concatenate(values) for values in chunks]
+    chunks = [[one.values(times) for one in prepared] for times in draws(counts, resamples, seed)]
+    return [np.concatenate(values) for values in zip(*chunks, strict=True)]
 
 
 def to_json(value: Estimate, metric: Metric) -> dict[str, Any]:

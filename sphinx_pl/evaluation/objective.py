@@ -1,5 +1,4 @@
-"""The objective of a choice between models: a mean of held-out losses or of scores, with its
-uncertainty."""
+"""The objective of a choice between models: a mean of held-out losses or of scores."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sphinx_pl.evaluation.losses import SourceLoss
+from sphinx_pl.evaluation.losses import SourceLoss, resampled_means
 from sphinx_pl.utils.errors import UserError, suggest
 
 Measurements = Mapping[str, SourceLoss]
@@ -72,19 +71,11 @@ class Objective:
 
 def resampled(points: Sequence[Measurements], names: Sequence[str], resamples: int = 1000, seed: int = 0) -> Tensor:
     """The mean of the measurements `names` at every point [resamples, points], under a bootstrap
-    over samples.
+    over samples that all points share.
 
-    All points get the same samples each time (paired, Efron & Tibshirani 1993). A hard sample is
-    hard for all of them, so their differences are more certain than their values.
+    Each measurement has resamples of its own, since its samples are others.
     """
-    generator = torch.Generator().manual_seed(seed)
     means = torch.zeros(resamples, len(points), dtype=torch.float64)
-    for name in names:
-        sums = torch.stack([point[name].sums for point in points])  # [points, samples]
-        counts = torch.stack([point[name].tokens for point in points])
-        samples = sums.shape[1]
-        for row in means:  # one resample at a time: all at once would take `points` times the memory
-            draws = torch.randint(samples, (samples,), generator=generator)
-            times = torch.bincount(draws, minlength=samples).double()
-            row += (sums @ times) / (counts @ times) / len(names)
+    for place, name in enumerate(names):
+        means += resampled_means([point[name] for point in points], resamples, seed + place) / len(names)
     return means

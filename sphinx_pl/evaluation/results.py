@@ -1,5 +1,4 @@
-"""The files of an evaluation: the predictions, from which the rest can be computed again, and the
-results."""
+"""The files of an evaluation: predictions, and results that can be computed from them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The evaluation of a list of records: a model answers their questions, and scorers score the
-answers."""
+"""The evaluation of records: a model answers their questions, and scorers score the answers."""
 
 from __future__ import annotations
 

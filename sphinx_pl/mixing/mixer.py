@@ -26,7 +26,7 @@ FEW = 5
 
 @dataclass
 class Facts:
-    """What is known of a tensor when it was mixed.
+    """Facts of a tensor that were measured while it was mixed.
 
     Attributes:
         hashes: of its bytes in each model, XXH3 in 128 bits.
@@ -100,7 +100,7 @@ class Mixer(TensorReader):
         return assemble(self.stretches(key, info.dtype), info)
 
     def facts(self, key: str) -> Any:
-        """What is known of a tensor since it was read, as JSON."""
+        """The facts of a tensor that was read, as JSON."""
         return self._facts[key].to_json()
 
     def _working(self, key: str) -> torch.dtype:
@@ -215,7 +215,7 @@ class Mixer(TensorReader):
             return all(same_bits(raw[0], piece) for _, raw in pieces for piece in raw[1:])
 
     def _measure(self, key: str, weights: Sequence[float]) -> Any:
-        """What the method has to know of the whole tensor that `key` is, or is a part of."""
+        """The method's measurement of the whole tensor that `key` is, or is a part of."""
         if self.method.measure is None or not self.info(key).dtype.is_floating_point:
             return None
         parts = self.models[0].parts(key)

@@ -209,7 +209,7 @@ def _matcher(match: Any, where: str) -> Callable[[str, str], bool]:
 
 @dataclass(frozen=True)
 class RuleRow:
-    """What one rule, or the weights that hold for the rest, comes to."""
+    """The result of one rule, or of the weights that hold for the rest."""
 
     label: str
     weights: tuple[list[float], ...]  # of a gradient those of the first and the last layer

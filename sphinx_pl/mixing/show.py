@@ -1,4 +1,4 @@
-"""What a checkpoint's provenance says of the mixing that made it, for the terminal."""
+"""The mixing that made a checkpoint, from its provenance, for the terminal."""
 
 from __future__ import annotations
 

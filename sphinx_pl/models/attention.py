@@ -62,7 +62,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Optional[Tensor], causal: bool
 
 
 def attention_weights(q_BHTh: Tensor, k_BKSh: Tensor, bias: Optional[Tensor]) -> Tensor:
-    """What `attend` weights the values with, [B, H, T, S] in float32, which the fused kernels do not give away.
+    """The weights of `attend`, [B, H, T, S] in float32, which fused kernels do not return.
 
     Args:
         bias: as for `attend`; None: every query attends to everything.

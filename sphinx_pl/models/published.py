@@ -18,12 +18,12 @@ class Source:
     names: tuple[str, ...]
     make: Callable[..., Tensor] = lambda tensor: tensor
 
-    def shape(self, found: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    def shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         """The shape of what `make` gives for the shapes of `names`; the first if they do not fit."""
         try:
-            return tuple(self.make(*(torch.empty(shape, device="meta") for shape in found)).shape)
+            return tuple(self.make(*(torch.empty(shape, device="meta") for shape in shapes)).shape)
         except (RuntimeError, IndexError):
-            return tuple(found[0])
+            return tuple(shapes[0])
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from sphinx_pl.utils.errors import UserError, suggest
 
 @dataclass(slots=True)
 class TokenLosses:
-    """What a batch's supervised positions cost.
+    """The losses of a batch's supervised positions.
 
     Add `extra` to the loss. It is the experts' weighted load-balancing loss, zero without experts; where the batch has
     no image, or no target, it also depends on the modules that would have been left out, so that every rank's backward
@@ -48,7 +48,7 @@ def packed_mask(segment_ids_BT: Tensor, question_ids_BT: Tensor) -> Tensor:
 
 
 def whole_shape(parameter: nn.Parameter) -> torch.Size:
-    """Of a parameter of which ZeRO-3 may leave nothing here between two uses: its own shape is [0] then."""
+    """The whole shape of a parameter. Under ZeRO-3 its own shape is [0] between two uses."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 

@@ -1,6 +1,4 @@
-"""Turns conf/pipeline/ and a command line into the steps of a recipe, with their composed
-configurations.
-"""
+"""The steps of a recipe, with their configurations, from conf/pipeline/ and a command line."""
 
 from __future__ import annotations
 
@@ -254,9 +252,7 @@ def _compose(
 
 
 def _check_step(script: str) -> Callable[[DictConfig], Any] | None:
-    """Return a function that raises a `UserError` for a configuration that the script does not
-    accept.
-    """
+    """A function that raises a `UserError` for a configuration that the script refuses."""
 
     def check(cfg: DictConfig) -> None:
         getattr(import_module(f"sphinx_pl.settings.{script}"), SCRIPTS[script])(cfg)
@@ -264,12 +260,12 @@ def _check_step(script: str) -> Callable[[DictConfig], Any] | None:
     return check if script in SCRIPTS else None
 
 
-def _needs(name: str, config: StepConfig, known: Mapping[str, Any], left_out: Sequence[str]) -> tuple[str, ...]:
+def _needs(name: str, config: StepConfig, names: Mapping[str, Any], left_out: Sequence[str]) -> tuple[str, ...]:
     """Return `after` without the omitted steps (set to null)."""
     for need in config.after:
-        if need not in known and need not in left_out:
-            raise UserError(f"steps.{name}.after: there is no step '{need}'; {suggest(need, known)}")
-    return tuple(need for need in config.after if need in known)
+        if need not in names and need not in left_out:
+            raise UserError(f"steps.{name}.after: there is no step '{need}'; {suggest(need, names)}")
+    return tuple(need for need in config.after if need in names)
 
 
 def _order(needs: Mapping[str, Sequence[str]]) -> list[str]:

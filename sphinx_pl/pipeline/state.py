@@ -26,6 +26,7 @@ from omegaconf import OmegaConf
 from sphinx_pl.pipeline.recipe import Recipe, Step
 from sphinx_pl.runtime.run_folder import AGAIN
 from sphinx_pl.runtime.signals import SIGNALS
+from sphinx_pl.utils.config import leaves
 from sphinx_pl.utils.errors import UserError
 from sphinx_pl.utils.files import hash_file, write_whole
 
@@ -325,9 +326,7 @@ def _same_inputs(state: State, step: Step, record: StepRecord, renewed: list[str
 
 
 def adopt(recipe: Recipe, state: State) -> None:
-    """Record the `keep` steps as made from the current configuration and inputs, and remember
-    `redo`.
-    """
+    """Record the `keep` steps as made from today's configuration and inputs, and `redo`."""
     write_whole(state.folder / "steps", "".join(f"{name}\n" for name in recipe.steps))
     for step in recipe.steps.values():
         record = state.read(step.name)
@@ -344,13 +343,13 @@ def adopt(recipe: Recipe, state: State) -> None:
 
 
 def changes(state: State, step: Step, most: int = 3) -> str:
-    """Return `key: old -> new` for the first differences between a step's configuration and its
-    last attempt.
-    """
+    """`key: old -> new` for the first differences to the configuration of the last attempt."""
     path = state.folder / f"{step.name}.yaml"
     if not path.is_file():
         return "its configuration was not kept"
-    old, new = (_flat(OmegaConf.to_container(OmegaConf.create(text))) for text in (path.read_text(), step.config))
+    old, new = (
+        dict(leaves(OmegaConf.to_container(OmegaConf.create(text)))) for text in (path.read_text(), step.config)
+    )
     none = "nothing"
     differences = [
         f"{key}: {old.get(key, none)} -> {new.get(key, none)}"
@@ -360,12 +359,3 @@ def changes(state: State, step: Step, most: int = 3) -> str:
     ]
     more = f" and {len(differences) - most} more" if len(differences) > most else ""
     return ", ".join(differences[:most]) + more
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict) or not value:
-        return {prefix: value}
-    leaves: dict[str, Any] = {}
-    for key, item in value.items():
-        leaves |= _flat(item, f"{prefix}.{key}" if prefix else str(key))
-    return leaves

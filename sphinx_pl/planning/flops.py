@@ -1,4 +1,4 @@
-"""FLOPs of training, for what is measured (callbacks/throughput.py) and what is planned (plan.py)."""
+"""FLOPs of training steps, measured (callbacks/throughput.py) or planned (plan.py)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from sphinx_pl.models.sphinx import Sphinx
 
 
 class TrainingFlops:
-    """FLOPs of forward and backward, from what the host knows about a batch (nothing waits for the device).
+    """FLOPs of forward and backward passes. Calling it with a batch does not wait for the device.
 
-    A part that trains costs three times its forward pass: the gradients of inputs and of weights cost one each. A
-    frozen encoder runs without gradients and costs one; a frozen decoder still passes gradients on and costs two.
-    Views that are skipped as padding cost nothing. The decoder's attention costs what its mask lets through: pairs
-    within a sample, a shared prefix once. Its matrices also cost what they do for padding.
+    A part that trains costs three times its forward pass: the gradients of inputs and of weights
+    cost one each. A frozen encoder costs one; a frozen decoder passes gradients on and costs two.
+    docs/performance.md says what counts.
     """
 
     def __init__(self, model: Sphinx) -> None:
@@ -25,11 +24,11 @@ class TrainingFlops:
 
     @property
     def per_image(self) -> float:
-        """Of one image none of whose views is skipped."""
+        """FLOPs of one image with all its views."""
         return self.vision(1)
 
     def vision(self, images: float, views: float | None = None) -> float:
-        """Of so many images, with `views` that are not skipped in all of them (None: none is skipped)."""
+        """FLOPs of `images` images with `views` kept views together (None: all)."""
         if self.encoders is None:
             return 0.0
         views = images * self.encoders.config.views if views is None else views

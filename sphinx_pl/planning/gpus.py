@@ -54,7 +54,7 @@ def find_gpu(name: str) -> Gpu:
 
 
 def name_of_device(device_name: str) -> str | None:
-    """What the GPU that the driver calls so is called here; None of an unknown one."""
+    """The key in GPUS of the GPU with this driver name; None if it is unknown."""
     for name, gpu in GPUS.items():
         if re.search(rf"\b{gpu.name}\b", device_name):  # an RTX A1000 is no A100
             return name
@@ -62,6 +62,6 @@ def name_of_device(device_name: str) -> str | None:
 
 
 def flops_of_device(device_name: str) -> float | None:
-    """FLOP/s of the GPU that the driver calls so; None of an unknown one."""
+    """FLOP/s of the GPU with this driver name; None if it is unknown."""
     name = name_of_device(device_name)
     return GPUS[name].flops if name else None

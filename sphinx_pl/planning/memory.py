@@ -1,8 +1,8 @@
-"""What a micro-batch costs in memory, from the code of the model itself.
+"""The memory of a micro-batch, from the code of the model itself.
 
-A step runs on tensors of the real shapes that have no storage (PyTorch's fake tensors), while every storage that would
-have been made is counted for as long as it would have lived. Depth and rows are then extrapolated: within a phase of
-the step (`forward middle`, say: between the first and the last block) the peak is linear in both.
+A step runs on PyTorch's fake tensors, which have shapes but no storage. Each storage that would be
+made is counted as long as it would live. The peak of a phase of the step, such as `forward middle`,
+is linear in depth and rows, so both are extrapolated.
 """
 
 from __future__ import annotations
@@ -35,37 +35,37 @@ Checkpointing = Literal["none", "selective", "full"]
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a micro-batch on one rank."""
+    """The shape of a micro-batch on one rank."""
 
     rows: int
     length: int
     supervised: float
-    """Positions with a target, of a row."""
+    """Positions with a target in a row."""
     images: float
-    """Of a row."""
+    """Images in a row."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What of a run decides how a micro-batch uses memory."""
+    """The properties of a run that decide how a micro-batch uses memory."""
 
     train_parts: tuple[str, ...]
     precision: str
-    """Lightning's: 32-true, bf16-true, bf16-mixed."""
+    """Lightning's name: 32-true, bf16-true or bf16-mixed."""
     checkpointing: Checkpointing = "none"
     gpu: bool = True
-    """Attention by a GPU's kernels, which keep no scores."""
+    """Whether attention runs in a GPU's kernels, which keep no scores."""
     gradients: Literal["kept", "reduced"] = "kept"
-    """`kept` until the next step's backward pass; `reduced`: given away by a parameter as soon as it has one, as
-    engines do that shard them."""
+    """`kept`: until the next step's backward pass. `reduced`: freed as soon as a parameter has one,
+    as engines do that shard them."""
     accumulate: bool = False
-    """Whether gradients of earlier micro-batches are there."""
+    """Whether gradients of earlier micro-batches are in memory."""
     units: bool = False
-    """Reduced block by block (FSDP2), not parameter by parameter."""
+    """Whether gradients are reduced block by block (FSDP2), not parameter by parameter."""
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of the storages that are made while it is active, as long as they live; the most of each phase."""
+    """Bytes of living storages that were made while it is active, and each phase's peak."""
 
     def __init__(
         self,
@@ -76,10 +76,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> None:
         """
         Args:
-            parameters: what was there before; it does not count.
-            logits: the shape of the output head's result, where tensors have no values: so many positions are then
-                found to be supervised, and so many to have chosen an expert (`choices`).
-            resized: look at every storage's size anew each time: FSDP2 empties storages that it keeps.
+            parameters: tensors whose storages do not count.
+            logits: the shape of the output head's result. Tensors have no values here, so `nonzero`
+                returns as many positions as this shape has rows.
+            choices: the number of positions that `nonzero` returns for an expert.
+            resized: whether sizes are read again each time, since FSDP2 empties storages it keeps.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self.phase = "start"
@@ -127,7 +128,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live[kind] -= size
 
     def call(self, tensor: Tensor, kind: str) -> None:
-        """From now on the tensor's storage is of this kind."""
+        """Count the tensor's storage as this kind."""
         self._add(tensor, kind)
         key = tensor.untyped_storage()._cdata
         if key in self._known:
@@ -153,16 +154,16 @@ Peaks = dict[str, Bytes]
 
 @dataclass
 class MicroBatches:
-    """Peaks of micro-batches of any number of rows, of a decoder of any depth: linear in both.
+    """Peaks of micro-batches of any number of rows, in a decoder of any depth.
 
-    `corners[rows, layers]` are simulated.
+    They are linear in both. `corners[rows, layers]` are simulated.
     """
 
     layers: int
     corners: dict[tuple[int, int], Peaks] = field(default_factory=dict)
 
     def peaks(self, rows: int) -> Peaks:
-        """Of a micro-batch of so many rows."""
+        """The peaks of a micro-batch of `rows` rows."""
         few, many = sorted({rows for rows, _ in self.corners})
         low, high = (self._deep({n: p for (r, n), p in self.corners.items() if r == side}) for side in (few, many))
         return _along(low, high, (rows - few) / (many - few))
@@ -185,7 +186,7 @@ def _along(low: Peaks, high: Peaks, share: float) -> Peaks:
 
 
 def built(config: SphinxConfig, layers: int | None = None) -> Sphinx:
-    """The model on the meta device, with so many blocks."""
+    """The model on the meta device, with `layers` blocks."""
     if layers is not None:
         config = replace(config, decoder=replace(config.decoder, layers=layers))
     with torch.device("meta"):
@@ -193,7 +194,7 @@ def built(config: SphinxConfig, layers: int | None = None) -> Sphinx:
 
 
 MANY_ROWS = 256
-"""More than fit in most cases: what lies between two numbers of rows is not underestimated, what lies beyond may be."""
+"""The larger simulated number of rows. Peaks of fewer rows are not underestimated; others may be."""
 
 
 def micro_batches(config: SphinxConfig, shape: Shape, run: Run) -> MicroBatches:
@@ -279,10 +280,10 @@ class _Simulation:
     # -- a step --
 
     def peaks(self, shape: Shape, layers: int, vision: Bytes | None) -> Peaks:
-        """Of a step of so many blocks.
+        """The peaks of a step in a decoder of `layers` blocks.
 
         Args:
-            vision: the peak of the phase `vision` where it is known: frozen encoders then don't run.
+            vision: the peak of the phase `vision` if it is known; frozen encoders then do not run.
         """
         model, run = self.model, self.run
         model.decoder.layers = nn.ModuleList(self.layers[:layers])
@@ -319,11 +320,11 @@ class _Simulation:
             reducer.finish()
             for parameter in trainable:
                 parameter.grad = None
-        found: Peaks = {phase: dict(kinds) for phase, kinds in tracker.peaks.items()}
+        peaks: Peaks = {phase: dict(kinds) for phase, kinds in tracker.peaks.items()}
         if vision is not None:
-            found["vision"] = vision
+            peaks["vision"] = vision
         self.tracker = None
-        return found
+        return peaks
 
     def _loss(self, batch: Batch) -> Tensor:
         mixed = self.run.precision == "bf16-mixed"
@@ -385,7 +386,7 @@ def _in_backward() -> bool:
 
 
 class _Reducer:
-    """What becomes of gradients as they are accumulated."""
+    """Counts gradients as they are accumulated, and frees those that engines reduce."""
 
     def __init__(self, model: Sphinx, run: Run, tracker: LiveBytes) -> None:
         self.tracker = tracker
@@ -427,7 +428,7 @@ class _Reducer:
             self._reduce(unit)
 
     def _reduce(self, unit: int) -> None:
-        """FSDP2 copies a block's gradients into one float32 buffer, which is scattered over the ranks."""
+        """FSDP2 copies a block's gradients into one float32 buffer and scatters it over the ranks."""
         parameters = self.waiting.pop(unit, [])
         size = 4 * sum(parameter.numel() for parameter in parameters)
         self.tracker.live["buckets"] += size

@@ -61,13 +61,13 @@ def _as_typed(script: str, argument: str) -> str:
     return f"{name}={literal(value if value != '???' else value + ' ')}"
 
 
-def take_rest(arguments: Sequence[str], key: str, known: Iterable[str]) -> list[str]:
+def take_rest(arguments: Sequence[str], key: str, keys: Iterable[str]) -> list[str]:
     """Return a command line whose last words became the value of `key`.
 
     The value begins at the first word that is neither key=value nor an option, or after `--`.
 
     Args:
-        known: the script's own keys, to notice a key that follows the words.
+        keys: the script's own keys, to notice a key that follows the words.
 
     Raises:
         UserError: a key follows the words, or the value is given twice.
@@ -83,7 +83,7 @@ def take_rest(arguments: Sequence[str], key: str, known: Iterable[str]) -> list[
         words = words[1:]
     else:
         for word in words:
-            if word.partition("=")[0].partition(".")[0] in known and "=" in word:
+            if word.partition("=")[0].partition(".")[0] in keys and "=" in word:
                 raise UserError(f"{word} follows the {key}: write it before the {key}, or write -- before the {key}")
     if any(one.startswith(f"{key}=") for one in options):
         raise UserError(f"'{' '.join(words)}' is given beside {key}=: give only one of them")

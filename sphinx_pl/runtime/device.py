@@ -1,6 +1,4 @@
-"""The device and the precision of an evaluation: the keys `device` and `precision` of the entry
-scripts.
-"""
+"""The device and the precision of an evaluation, as the scripts' keys name them."""
 
 from __future__ import annotations
 
@@ -56,7 +54,5 @@ def _log_once(message: str) -> None:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Return an autocast context. bf16 runs matrix multiplications in bfloat16; fp32 changes
-    nothing.
-    """
+    """An autocast context: bf16 multiplies matrices in bfloat16, fp32 changes nothing."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

@@ -90,9 +90,7 @@ def groups(folder: Path) -> dict[str, list[str]]:
 
 
 def explain_choice(error: ValueError, folder: Path, overrides: Iterable[str]) -> UserError:
-    """Return the error that lists the files of a group, where Hydra only says that a choice must be
-    text.
-    """
+    """The error that lists a group's files, where Hydra says only that a choice must be text."""
     files = groups(folder)
     for override in overrides:
         key, _, value = override.partition("=")

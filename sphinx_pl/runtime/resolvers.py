@@ -15,9 +15,7 @@ from sphinx_pl.utils.errors import UserError
 
 
 def _validation_interval(every: int, max_steps: int, accumulate: int) -> int:
-    """Return the optimizer steps between validations (0: only at the end) in micro-batches,
-    Lightning's unit.
-    """
+    """The optimizer steps between validations (0: only at the end) in micro-batches."""
     return int(every or max_steps) * int(accumulate)
 
 

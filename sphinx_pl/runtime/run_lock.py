@@ -95,9 +95,7 @@ def _space() -> str:
 
 
 def _start_of(pid: int) -> str:
-    """Return the clock tick at which a process started, or "" if it has ended or there is no
-    /proc.
-    """
+    """The clock tick at which a process started; "" if it has ended or there is no /proc."""
     fields = _text(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
     return fields[19] if len(fields) > 19 and fields[0] not in "ZX" else ""
 
@@ -113,9 +111,7 @@ def _exists(pid: int) -> bool:
 
 
 class RunLock:
-    """The lock of a run folder: the file `run.lock`, which names the process that writes to the
-    folder.
-    """
+    """The lock of a run folder: `run.lock` names the process that writes to the folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -13,9 +13,7 @@ import threading
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""Signals that schedulers send before they kill: SIGTERM, and one that a job asks for (submitit:
-SIGUSR2).
-"""
+"""Signals that schedulers send before they kill: SIGTERM, and one that a job asks for."""
 
 INTERRUPT = signal.SIGINT
 """Ctrl-C."""

@@ -1,6 +1,4 @@
-"""The SLURM job of this process: its name, whether it was restarted in a run folder, and how to
-requeue it.
-"""
+"""The SLURM job of this process: its name, its restarts, and how to requeue it."""
 
 from __future__ import annotations
 
@@ -54,9 +52,7 @@ _NOT_RUNNING = {
 
 
 def ended(name: str) -> bool | None:
-    """Return whether no process of this job is running, or None if the scheduler does not
-    answer.
-    """
+    """Whether no process of this job is running; None if the scheduler does not answer."""
     try:
         states = _output("squeue", "--noheader", "--jobs", name, "--format", "%T").split()
     except subprocess.CalledProcessError as error:

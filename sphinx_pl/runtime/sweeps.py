@@ -24,15 +24,11 @@ from sphinx_pl.runtime.ranks import this_process
 from sphinx_pl.utils.errors import UserError
 
 VALUE = "SPHINX_POINT_VALUE"
-"""The environment variable with the path of the file in which a point leaves its value for the
-sweeper.
-"""
+"""The environment variable with the file in which a point leaves its value for the sweeper."""
 
 
 def swept(overrides: Sequence[str], sweep: Sequence[str]) -> str:
-    """Return the overrides that distinguish this point: those that do not belong to the whole
-    sweep.
-    """
+    """The overrides that distinguish this point from the others of the sweep."""
     return " ".join(override for override in overrides if override not in sweep)
 
 

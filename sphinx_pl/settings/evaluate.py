@@ -20,7 +20,7 @@ from sphinx_pl.utils.errors import UserError
 
 @dataclass
 class ReweightingOptions:
-    """How strongly a new mixture favours failures.
+    """The strength with which a new mixture favours failures.
 
     See `sphinx_pl.evaluation.mixtures.reweighting`.
     """

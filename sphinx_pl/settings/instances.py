@@ -71,8 +71,7 @@ _NAMES = {int: "a whole number", float: "a number", bool: "true or false", type(
 
 def _choices(hint: Any) -> list[Any] | None:
     """Return the plain types and values that a type hint allows, or None if it allows others, which
-    are not checked.
-    """
+    are not checked."""
     if get_origin(hint) in (Union, types.UnionType):
         parts = [_choices(part) for part in get_args(hint)]
         choices = [choice for part in parts for choice in part or ()]
@@ -99,8 +98,7 @@ def _fits(value: Any, choices: Iterable[Any]) -> bool:
 
 def _constructors(target: Any) -> Iterable[Callable[..., Any]]:
     """Return a function, or the `__init__` methods of a class and its bases, which receive what it
-    passes on.
-    """
+    passes on."""
     if not inspect.isclass(target):
         return [target]
     return [base.__dict__["__init__"] for base in target.__mro__[:-1] if "__init__" in base.__dict__] or [lambda: None]

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from sphinx_pl.evaluation.objective import Objective
 from sphinx_pl.mixing.methods import METHODS, resolve_options
-from sphinx_pl.mixing.mix import DTYPES, MixRecipe
+from sphinx_pl.mixing.plan import DTYPES, MixRecipe
 from sphinx_pl.mixing.rules import complement
 from sphinx_pl.runtime.device import check_precision
 from sphinx_pl.settings.data import check_data, names_section

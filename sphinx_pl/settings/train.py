@@ -97,9 +97,7 @@ TRAINER_OURS: dict[str, tuple[Any, str]] = {
     "enable_autolog_hparams": (True, "callbacks.provenance logs the configuration"),
     "model_registry": (None, "callbacks.export writes the model"),
 }
-"""Arguments that the data, the stage or callbacks replace: their only allowed value, and what to
-use instead.
-"""
+"""Arguments that other sections replace: their only allowed value, and what to use."""
 
 
 def check_trainer(cfg: DictConfig) -> None:
@@ -160,7 +158,7 @@ def check_train(cfg: DictConfig) -> None:
                 cfg[name] = value
 
     from sphinx_pl.models.config import SphinxConfig
-    from sphinx_pl.planning.plan import PlanConfig
+    from sphinx_pl.planning.rows import PlanConfig
 
     build(PlanConfig, cfg.plan_for, "plan_for")
     SphinxConfig.from_dict(cfg.model)

@@ -1,6 +1,5 @@
 """Checks before a run: whether weights belong to this model, and whether a stage can resume from a
-checkpoint.
-"""
+checkpoint."""
 
 from __future__ import annotations
 

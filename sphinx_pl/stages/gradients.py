@@ -1,6 +1,4 @@
-"""The gradients that this process holds, whole or in part: their norms by part of the model, and
-clipping.
-"""
+"""The gradients of this process, whole or in part: norms by part, and clipping."""
 
 from __future__ import annotations
 
@@ -15,8 +13,7 @@ from torch.distributed.tensor import DTensor
 
 def local_gradient(parameter: nn.Parameter) -> Tensor | None:
     """Return this process's part of a gradient: all of it, its rows under FSDP2, or its flat
-    partition under ZeRO-3.
-    """
+    partition under ZeRO-3."""
     if hasattr(parameter, "ds_id"):
         from deepspeed.utils import safe_get_local_grad
 

@@ -82,8 +82,7 @@ def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> lis
 
 def warmup_cosine(config: OptimConfig, max_steps: int) -> Callable[[int], float]:
     """Return the factor of `lr` at a step: linear warm-up from 0, then half a cosine down to
-    `min_lr` at `max_steps`.
-    """
+    `min_lr` at `max_steps`."""
     warmup = config.warmup * max_steps if config.warmup < 1 else config.warmup
     floor = config.min_lr / config.lr
 

@@ -113,9 +113,7 @@ class Stage(L.LightningModule):
         self.init_from = init_from
         self.val_names = val_names or []
         self.val_weights: dict[str, float] = {}
-        """The weight of each held-out source in `val/loss` (`sphinx_pl.data.held_out`). {} weighs
-        all alike.
-        """
+        """The weight of each held-out source in `val/loss`. {} weighs all alike."""
         self.checkpointing = checkpointing
         self.max_nonfinite = max_nonfinite
         self.model: Sphinx | None = None
@@ -128,8 +126,7 @@ class Stage(L.LightningModule):
         """The configured options of the optimizer's groups."""
         self.resumed = False
         """Whether the weights come from a training checkpoint, so that neither `init_from` nor the
-        encoders are read again.
-        """
+        encoders are read again."""
         self.validated_at = -1
         """Optimizer steps before the last held-out losses."""
         # The micro-batches of the current step, with their losses and the positions of these.
@@ -369,9 +366,7 @@ class Stage(L.LightningModule):
             )
 
     def _suspects(self) -> tuple[list[str], list[str]]:
-        """Return the keys of this rank's samples of the step: those whose loss is not finite, and
-        all.
-        """
+        """The keys of this rank's samples of the step: those without a finite loss, and all."""
         bad = []
         for batch, nll, index in self._micro_batches:
             finite = (nll * batch.weights.flatten()[index]).isfinite()

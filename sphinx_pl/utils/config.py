@@ -90,9 +90,7 @@ def build(cls: type[T], values: Any, prefix: str) -> T:
 
 
 def _plain(value: Any) -> Any:
-    """Return the value without interpolations, which can only be resolved inside the section they
-    belong to.
-    """
+    """The value without interpolations, which resolve only inside their section."""
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
@@ -125,19 +123,19 @@ LISTED = 240
 """A message lists names up to this many characters."""
 
 
-def unknown_key(key: str, known: Iterable[str], also: Iterable[str] = ()) -> str:
+def unknown_key(key: str, keys: Iterable[str], also: Iterable[str] = ()) -> str:
     """Return the sentence that refuses `key`.
 
     It names the new key if the key was renamed. Otherwise it suggests the nearest key, or lists
-    all `known` keys.
+    all `keys` keys.
 
     Args:
-        known: the keys that are listed if no key is similar.
+        keys: the keys that are listed if no key is similar.
         also: further keys that may be suggested.
     """
     if renamed := renamed_key(key):
         return renamed
-    siblings = sorted(set(known))
+    siblings = sorted(set(keys))
     if near := nearest_key(key, [*siblings, *also]):
         return f"there is no key {key}: did you mean {near}?"
     if not siblings:
@@ -170,8 +168,7 @@ def _optional(hint: Any) -> tuple[Any, bool]:
 
 def _hint(cls: Any, parts: Sequence[str]) -> tuple[Any, Bounds | None]:
     """Return the type hint and the bounds of the value at a path below `cls`, or None if there is
-    no such value.
-    """
+    no such value."""
     hint, bounds = cls, None
     for part in parts:
         hint = _optional(hint)[0]
@@ -254,8 +251,8 @@ def escaped(text: str) -> str:
     return re.sub(r"(\\*)\$\{", lambda match: 2 * match[1] + r"\${", text)
 
 
-def refuse_unread(cfg: DictConfig, section: str, known: Iterable[str], folder: Path = CONFIG_FOLDER) -> None:
-    """Refuse keys of a section ("": the top level) that are not `known` and that no interpolation
+def refuse_unread(cfg: DictConfig, section: str, names: Iterable[str], folder: Path = CONFIG_FOLDER) -> None:
+    """Refuse keys of a section ("": the top level) that are not `names` and that no interpolation
     reads.
 
     So a configuration may have keys of its own, as long as a value refers to them:
@@ -269,7 +266,7 @@ def refuse_unread(cfg: DictConfig, section: str, known: Iterable[str], folder: P
         UserError: nothing reads a key. The message suggests the nearest key that is read.
     """
     values = OmegaConf.select(cfg, section) if section else cfg
-    keys = list(known)
+    keys = list(names)
     unknown = [str(key) for key in values if str(key) not in keys]
     if not unknown:
         return

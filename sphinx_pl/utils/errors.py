@@ -19,14 +19,14 @@ SHORT = 12
 """The number of names that a reader takes in at a glance."""
 
 
-def suggest(name: str, known: Iterable[str], listed: str = "") -> str:
+def suggest(name: str, names: Iterable[str], listed: str = "") -> str:
     """Return `did you mean 'x'?` for a similar name, followed by the known names.
 
     Args:
         listed: a file or command that lists the names. If it is given, a message names it instead
             of listing more than `SHORT` names.
     """
-    choices = sorted(set(known))
+    choices = sorted(set(names))
     near = difflib.get_close_matches(name, choices, n=1)
     known_names = f"known: {', '.join(choices)}" if not listed or len(choices) <= SHORT else f"{listed} lists them"
     return f"did you mean '{near[0]}'? {known_names}" if near else known_names
@@ -48,14 +48,14 @@ SYNONYMS = {
 """Keys of other programs or of earlier versions, and the keys with the same meaning here."""
 
 
-def nearest_key(key: str, known: Iterable[str]) -> str | None:
+def nearest_key(key: str, keys: Iterable[str]) -> str | None:
     """Return the full key that the user most likely meant by `key`, or None.
 
     The last parts of keys count as much as the whole keys, so `lr` finds `stage.optim.lr`. An
     abbreviation by initials counts as equal: `learning_rate` and `lr`.
     """
     leaf = key.rpartition(".")[2]
-    choices = [choice for choice in known if choice != key]
+    choices = [choice for choice in keys if choice != key]
     if (synonym := SYNONYMS.get(leaf)) and ("NAME" in synonym or synonym in choices):
         return synonym
 

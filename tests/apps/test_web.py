@@ -209,7 +209,7 @@ def test_no_text_becomes_markup(page: Page, session: Session) -> None:
         tags = set(re.findall(r"<\s*/?\s*([a-z]+)", output))
         assert tags <= {"div", "span", "figure", "figcaption", "img", "svg", "g", "rect", "title"}
         assert output.count("<img") == output.count("<figure")
-        assert "onerror=&quot;" in output
+        assert "onerror=&#34;" in output
         assert "<script" not in output
 
 

@@ -14,12 +14,13 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from markupsafe import escape
 from PIL import Image, ImageColor
 
 from sphinx_pl.callbacks.predictions import Predictions
 from sphinx_pl.data.drawing import TRUE
 from sphinx_pl.utils.errors import UserError
-from sphinx_pl.utils.html import visible
+from sphinx_pl.utils.html import mark_unseen
 
 Fit = Callable[..., Any]
 Sources = dict[str, dict[str, Any]]
@@ -83,8 +84,8 @@ def test_the_page_shows_every_question_with_its_places_drawn(fit: Fit, test_sour
     tasks = re.findall(r'<article data-task="(\w+)".*?</article>', html, re.DOTALL)
     assert tasks == [line["task"] for line in lines]
     (rec,) = [line for line in lines if line["task"] == "rec"]
-    assert visible(rec["answer"]) in html
-    assert visible(rec["prediction"]) in html
+    assert escape(mark_unseen(rec["answer"])) in html
+    assert escape(mark_unseen(rec["prediction"])) in html
     match = re.search(r'data-task="rec".*?src="data:image/png;base64,([^"]*)"', html, re.DOTALL)
     assert match is not None
     picture = Image.open(io.BytesIO(base64.b64decode(match[1]))).convert("RGB")

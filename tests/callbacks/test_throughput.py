@@ -73,16 +73,16 @@ def test_rates_are_those_of_the_batches_trained_on(fit: Fit, tmp_path: Path) -> 
     rows = logged(tmp_path)
     assert len(rows) == 2  # four steps, logged every second
     # two micro-batches a step
-    for row, window in zip(rows, (batches.batches[:4], batches.batches[4:]), strict=True):
+    for row, step in zip(rows, (batches.batches[:4], batches.batches[4:]), strict=True):
         seconds = 2 * row["perf/time_step"]
-        padding = [(batch.segment_ids == 0).float().mean().item() for batch in window]
+        padding = [(batch.segment_ids == 0).float().mean().item() for batch in step]
         expected = {
-            "perf/tokens_per_s": sum(int((batch.segment_ids > 0).sum()) for batch in window) / seconds,
-            "perf/targets_per_s": sum(int((batch.labels >= 0).sum()) for batch in window) / seconds,
-            "perf/images_per_s": sum(len(batch.pixels) for batch in window) / seconds,
-            "perf/samples_per_s": sum(len(batch.keys) for batch in window) / seconds,
+            "perf/tokens_per_s": sum(int((batch.segment_ids > 0).sum()) for batch in step) / seconds,
+            "perf/targets_per_s": sum(int((batch.labels >= 0).sum()) for batch in step) / seconds,
+            "perf/images_per_s": sum(len(batch.pixels) for batch in step) / seconds,
+            "perf/samples_per_s": sum(len(batch.keys) for batch in step) / seconds,
             "perf/padding": sum(padding) / len(padding),
-            "perf/mfu": sum(map(TrainingFlops(stage.sphinx), window)) / seconds / 1e12,
+            "perf/mfu": sum(map(TrainingFlops(stage.sphinx), step)) / seconds / 1e12,
         }
         assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-4)
         parts = [row[f"perf/time_{name}"] for name in SPANS]

@@ -352,18 +352,18 @@ def test_show_says_whose_provenance_it_does_not_know(
     path = write("checkpoint", 0)
     (path / "provenance.json").write_text(json.dumps(content))
     assert main(["show", str(path)]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "mixer.towers.clip" in shown
-    assert "command" in shown if "command" in content else "not written by this project" in shown
+    output = " ".join(capsys.readouterr().out.split())
+    assert "mixer.towers.clip" in output
+    assert "command" in output if "command" in content else "not written by this project" in output
 
 
 def test_show_prints_parts_and_parents(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     path = write("a")
     assert main(["show", str(path)]) == 0
-    shown = capsys.readouterr().out
-    assert "mixer.towers.clip" in shown
-    assert "bfloat16" in shown
-    assert "364" in shown  # 35 + 300 + 24 + 1 + 4 parameters
+    output = capsys.readouterr().out
+    assert "mixer.towers.clip" in output
+    assert "bfloat16" in output
+    assert "364" in output  # 35 + 300 + 24 + 1 + 4 parameters
     assert main(["show", str(path / "nothing")]) == 2
     assert "does not exist" in capsys.readouterr().err
 

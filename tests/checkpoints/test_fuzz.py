@@ -22,27 +22,27 @@ HEAD = 4096  # bytes of a file that are damaged: its structure, not the numbers 
 def fuzz(whole: Path, folder: Path, rounds: int) -> dict[str, Counter[str]]:
     """Each file in turn is damaged `rounds` times."""
     folder.mkdir()
-    found: dict[str, Counter[str]] = {}
+    counts: dict[str, Counter[str]] = {}
     model = Sphinx(tiny_model())
     originals = {path.name: path.read_bytes() for path in whole.iterdir()}
     for name, content in originals.items():
         (folder / name).write_bytes(content)
     for name, content in originals.items():
-        found[name] = Counter()
+        counts[name] = Counter()
         for seed in range(rounds):
             (folder / name).write_bytes(damaged(content[:HEAD], random.Random(f"{name} {seed}")) + content[HEAD:])
             try:
                 checkpoint = open_checkpoint(folder)
                 checkpoint.load_into(model)
                 Processor.from_dict(checkpoint.processor, checkpoint.tokenizer_file, checkpoint.model_config)
-                found[name]["read"] += 1
+                counts[name]["read"] += 1
             except UserError:
-                found[name]["refused"] += 1
+                counts[name]["refused"] += 1
             except Exception as error:
                 error.add_note(f"{name}, seed {seed}")
                 raise
         (folder / name).write_bytes(content)
-    return found
+    return counts
 
 
 @pytest.mark.parametrize("rounds", [4, pytest.param(150, marks=pytest.mark.long)])
@@ -56,7 +56,7 @@ def test_a_damaged_checkpoint_loads_or_is_refused(rounds: int, processor: Proces
         Path(processor.tokenizer.path),
         {"stage": "none"},
     )
-    found = fuzz(tmp_path / "whole", tmp_path / "damaged", rounds)
-    for name, counted in found.items():
+    result = fuzz(tmp_path / "whole", tmp_path / "damaged", rounds)
+    for name, counted in result.items():
         print(name, dict(counted))
         assert counted["refused"] > 0, name

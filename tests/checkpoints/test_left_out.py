@@ -50,12 +50,12 @@ def test_they_come_back_identical(write: Write, model: Sphinx, dtype: torch.dtyp
     for name, value in weights.items():
         assert torch.equal(checkpoint.tensor(name).to(dtype), value), name
         assert checkpoint.info(name).shape == tuple(value.shape)
-    again = Sphinx(checkpoint.model_config)
-    checkpoint.load_into(again)
-    assert all(torch.equal(value.to(dtype), weights[name]) for name, value in again.state_dict().items())
+    repeat = Sphinx(checkpoint.model_config)
+    checkpoint.load_into(repeat)
+    assert all(torch.equal(value.to(dtype), weights[name]) for name, value in repeat.state_dict().items())
 
 
-def test_a_tower_that_has_changed_is_written(write: Write, model: Sphinx, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_encoder_that_has_changed_is_written(write: Write, model: Sphinx, caplog: pytest.LogCaptureFixture) -> None:
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     weights[f"{CLIP}model.class_embedding"][3] += 1
     with caplog.at_level(logging.WARNING):

@@ -46,7 +46,8 @@ from sphinx_pl.data.schema import IMAGE_SLOT, ImageRef, Record, Turn
 from sphinx_pl.generation.assistant import Assistant, Dialog
 from sphinx_pl.generation.generate import GenerationConfig, Prompt, generate
 from sphinx_pl.mixing.methods import mix_tensors
-from sphinx_pl.mixing.mix import MixRecipe, mix, needs_our_names, open_models, plan_mixture
+from sphinx_pl.mixing.mix import mix, needs_our_names
+from sphinx_pl.mixing.plan import MixRecipe, open_models, plan_mixture
 from sphinx_pl.models.encoders.clip import ClipViT
 from sphinx_pl.models.encoders.convnext import map_to_tokens
 from sphinx_pl.models.sphinx import Sphinx, packed_mask
@@ -81,18 +82,18 @@ def weight(name: str, shape: list[int]) -> Tensor:
 
 def shapes() -> dict[str, list[int]]:
     """Everything but the encoders of the golden model."""
-    width, ffn, found = 256, 704, {"llma.start_img": [1, 1, 256], "llma.end_img": [1, 1, 256]}
+    width, ffn, result = 256, 704, {"llma.start_img": [1, 1, 256], "llma.end_img": [1, 1, 256]}
     for name in ("tok_embeddings", "output"):
-        found[f"llma.{name}.weight"] = [512, width]
+        result[f"llma.{name}.weight"] = [512, width]
     for layer in (f"llma.layers.{i}" for i in range(2)):
-        found |= {f"{layer}.attention.w{letter}.weight": [width, width] for letter in "qkvo"}
-        found |= {f"{layer}.feed_forward.w{i}.weight": [width, ffn] if i == 2 else [ffn, width] for i in (1, 2, 3)}
-        found |= {f"{layer}.{name}.weight": [width] for name in ("attention_norm", "ffn_norm")}
-    found["llma.norm.weight"] = [width]
+        result |= {f"{layer}.attention.w{letter}.weight": [width, width] for letter in "qkvo"}
+        result |= {f"{layer}.feed_forward.w{i}.weight": [width, ffn] if i == 2 else [ffn, width] for i in (1, 2, 3)}
+        result |= {f"{layer}.{name}.weight": [width] for name in ("attention_norm", "ffn_norm")}
+    result["llma.norm.weight"] = [width]
     for name, inputs in (("visual_proj", 5632), ("qformer_proj", 768)):
-        found |= {f"llma.{name}.0.weight": [width, inputs]}
-        found |= {f"llma.{name}.{end}": [width] for end in ("0.bias", "1.weight", "1.bias")}
-    return found
+        result |= {f"llma.{name}.0.weight": [width, inputs]}
+        result |= {f"llma.{name}.{end}": [width] for end in ("0.bias", "1.weight", "1.bias")}
+    return result
 
 
 @pytest.fixture
@@ -180,10 +181,10 @@ DIALOGS = (
 )
 
 
-def assert_near(found: Tensor, expected: Tensor, relative: float = 1e-4) -> None:
+def assert_near(result: Tensor, expected: Tensor, relative: float = 1e-4) -> None:
     """The largest difference, relative to the expected values' own spread."""
-    assert found.shape == expected.shape
-    assert float((found.detach() - expected).abs().max() / expected.std()) < relative
+    assert result.shape == expected.shape
+    assert float((result.detach() - expected).abs().max() / expected.std()) < relative
 
 
 def test_shards_are_merged_bit_for_bit(write: Write) -> None:
@@ -226,9 +227,9 @@ def test_to_our_format_and_back_is_bit_for_bit(write: Write, tmp_path: Path, sha
         assert {key for key in new if key not in old} == LEFTOVERS
     with pytest.raises(UserError, match="8 key/value heads, not a multiple of 16"):
         write_original(open_checkpoint(ours), tmp_path / "many", 16)
-    again = open_checkpoint(tmp_path / "again")
-    assert again.model_config == before.model_config
-    assert again.tokenizer_file.read_bytes() == before.tokenizer_file.read_bytes()
+    repeat = open_checkpoint(tmp_path / "again")
+    assert repeat.model_config == before.model_config
+    assert repeat.tokenizer_file.read_bytes() == before.tokenizer_file.read_bytes()
 
 
 def test_image_tokens(sphinx: Sphinx, golden: dict[str, Tensor]) -> None:
@@ -289,8 +290,8 @@ def test_greedy_tokens(sphinx: Sphinx, processor: Processor, golden: dict[str, T
     ids = processor.prompt(Record("a", "chat", images, turns=(Turn(question.question, "-"),))).ids
     assert [i for i in ids if i >= 0] == golden["prompt_ids"].tolist()
     pixels = torch.zeros(1, 3, 224, 224, dtype=torch.uint8) if with_image else None
-    (found,) = generate(sphinx, [Prompt(ids, pixels)], GenerationConfig(max_new_tokens=16))
-    assert found == golden["gen_a" if with_image else "gen_text_only"].tolist()
+    (result,) = generate(sphinx, [Prompt(ids, pixels)], GenerationConfig(max_new_tokens=16))
+    assert result == golden["gen_a" if with_image else "gen_text_only"].tolist()
 
 
 class Hostile:
@@ -332,12 +333,12 @@ def test_every_types_names_shapes_and_splits(tmp_path: Path, kind: str) -> None:
         parts: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
         for name, (shape, dimension) in theirs.items():
             whole = torch.empty(shape, dtype=torch.bfloat16)
-            found = split(name, whole, ranks, experts)
+            result = split(name, whole, ranks, experts)
             if dimension is None:
-                assert [part.shape for part in found] == [whole.shape] * ranks, name
+                assert [part.shape for part in result] == [whole.shape] * ranks, name
             else:  # experts are split inside, which leaves the shape of a split along 0
-                assert found[0].shape == whole.chunk(ranks, dim=0 if dimension == "experts" else dimension)[0].shape
-            for rank, part in enumerate(found):
+                assert result[0].shape == whole.chunk(ranks, dim=0 if dimension == "experts" else dimension)[0].shape
+            for rank, part in enumerate(result):
                 parts[rank][name] = torch.empty(part.shape, dtype=torch.bfloat16)
     for rank, part in enumerate(parts):
         unwritten(tmp_path / f"consolidated.{rank:02d}-of-{ranks:02d}.model.pth", {"model": part})
@@ -609,10 +610,10 @@ def test_whole_path_with_full_size_encoders(tmp_path: Path, capsys: pytest.Captu
         measured |= {f"a/{name}": torch.from_numpy(stored[name]) for name in stored}
     figures: list[str] = []
 
-    def check(name: str, found: Tensor, expected: Tensor) -> None:
-        difference = (found.detach() - expected).abs() / expected.std()
+    def check(name: str, result: Tensor, expected: Tensor) -> None:
+        difference = (result.detach() - expected).abs() / expected.std()
         figures.append(f"{name:40} largest {float(difference.max()):.1e}  mean {float(difference.mean()):.1e}")
-        assert_near(found.detach(), expected)
+        assert_near(result.detach(), expected)
 
     pixels = torch.stack([load_image(record.images[0], 224) for record in DIALOGS])
     clip = model.mixer.encoders["clip"]
@@ -650,8 +651,8 @@ def test_whole_path_with_full_size_encoders(tmp_path: Path, capsys: pytest.Captu
     for record, question, image, limit in zip(DIALOGS, questions, pixels, (32, 16), strict=True):
         ids = processor.prompt(dataclasses.replace(record, turns=(Turn(question, "-"),))).ids
         prompts.append(Prompt(ids, image[None], max_new_tokens=limit))
-    found = generate(model, prompts, GenerationConfig())
-    assert found == [measured[f"gen_ab/ids_{row}"].tolist() for row in range(2)]
+    answers = generate(model, prompts, GenerationConfig())
+    assert answers == [measured[f"gen_ab/ids_{row}"].tolist() for row in range(2)]
 
     # Without images, and with the images resized as is right instead of in float16.
     texts = []

@@ -123,17 +123,17 @@ def test_it_is_a_checkpoint_like_any_other(tmp_path: Path) -> None:
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
     """File -> elements that were read from it."""
-    found: dict[str, int] = {}
+    values: dict[str, int] = {}
 
     class Counting(SafetensorsFile):
         def __init__(self, path: Path) -> None:
             super().__init__(path)
-            found[path.name] = 0
+            values[path.name] = 0
 
         @contextmanager
         def open(self, name: str) -> Iterator[Read]:
             def counted(out: Tensor, start: int) -> None:
-                found[self.path.name] += len(out)
+                values[self.path.name] += len(out)
                 read(out, start)
 
             with super().open(name) as read:
@@ -143,7 +143,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
             raise AssertionError("more than a stretch was read")
 
     monkeypatch.setattr(training, "SafetensorsFile", Counting)
-    return found
+    return values
 
 
 def test_a_rank_that_goes_on_opens_its_own_file_only(opened: dict[str, int], tmp_path: Path) -> None:
@@ -201,12 +201,12 @@ def use(folder: Path) -> dict[str, Tensor]:
     """All that resuming and loading read."""
     checkpoint = TrainingCheckpoint(folder)
     pieces = checkpoint.shards
-    found = {name: checkpoint.tensor(name).clone() for name in checkpoint}
+    values = {name: checkpoint.tensor(name).clone() for name in checkpoint}
     for kind in pieces.kinds():
-        found |= {f"{kind} {name}": pieces.read(name, kind=kind) for name in checkpoint if pieces.has(name, kind)}
+        values |= {f"{kind} {name}": pieces.read(name, kind=kind) for name in checkpoint if pieces.has(name, kind)}
     pieces.state()
     checkpoint.model_config  # noqa: B018 - validated when it is asked for
-    return found
+    return values
 
 
 SECOND = file_name(1, 2)
@@ -281,13 +281,13 @@ def halves(rank: int, back: int = 0, dtype: torch.dtype | None = None) -> Iterat
 def test_a_damaged_one_is_answered_in_one_line(case: str, tmp_path: Path) -> None:
     folder = write(tmp_path / "c", random_tensors(0))
     use(folder)
-    damage, said = DAMAGE[case]
+    damage, reason = DAMAGE[case]
     damage(folder)
     with pytest.raises(UserError) as error:
         use(folder)
     message = only_line(error)
     assert str(folder) in message
-    assert all(str(folder) if needle is str else needle in message for needle in said), message
+    assert all(str(folder) if needle is str else needle in message for needle in reason), message
 
 
 class Hostile:
@@ -325,11 +325,11 @@ def test_a_state_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
 def same_or_refused(folder: Path, whole: dict[str, Tensor]) -> bool:
     """Whether it was refused."""
     try:
-        found = use(folder)
+        result = use(folder)
     except UserError:
         return True
-    assert found.keys() == whole.keys()
-    assert all(same_bits(found[name], value) for name, value in whole.items())
+    assert result.keys() == whole.keys()
+    assert all(same_bits(result[name], value) for name, value in whole.items())
     return False
 
 

@@ -90,8 +90,8 @@ def test_files_hold_their_tensors(tmp_path: Path, workers: int) -> None:
     ]
     write(tmp_path / "out", OutputFolder([*files]), TensorDict(TENSORS), workers=workers)
     for file in files:
-        found = read(tmp_path / "out" / file.name)
-        assert {name: same_bits(tensor, TENSORS[name]) for name, tensor in found.items()} == dict.fromkeys(
+        result = read(tmp_path / "out" / file.name)
+        assert {name: same_bits(tensor, TENSORS[name]) for name, tensor in result.items()} == dict.fromkeys(
             file.entries, True
         )
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["one.safetensors", "three.pth", "two.pth"]
@@ -104,20 +104,20 @@ def test_entries_are_cast_and_made(tmp_path: Path) -> None:
         "cast": Entry(TensorInfo((3, 4), torch.bfloat16), "a"),
     }
     write(tmp_path / "out", OutputFolder([SafetensorsOutput("x.safetensors", made)]), TensorDict(TENSORS))
-    found = read(tmp_path / "out" / "x.safetensors")
-    assert same_bits(found["halved"], TENSORS["a"].T.half().contiguous())
-    assert found["new"].tolist() == [1, 2]
-    assert same_bits(found["cast"], TENSORS["a"].bfloat16())
+    result = read(tmp_path / "out" / "x.safetensors")
+    assert same_bits(result["halved"], TENSORS["a"].T.half().contiguous())
+    assert result["new"].tolist() == [1, 2]
+    assert same_bits(result["cast"], TENSORS["a"].bfloat16())
 
 
 def test_shards_have_an_index(tmp_path: Path) -> None:
-    said: list[str] = []
-    layout = safetensors_folder(entries("ab"), lambda folder: said.append(folder.name), max_bytes=48)
+    events: list[str] = []
+    layout = safetensors_folder(entries("ab"), lambda folder: events.append(folder.name), max_bytes=48)
     write(tmp_path / "out", layout, TensorDict(TENSORS))
     index = json.loads((tmp_path / "out" / INDEX).read_text())
     assert index["weight_map"] == {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     assert index["metadata"]["total_size"] == 58
-    assert said == [".out.tmp"]
+    assert events == [".out.tmp"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
@@ -127,9 +127,11 @@ def test_complete_files_are_taken_over(tmp_path: Path, error: BaseException) -> 
     with pytest.raises((KeyboardInterrupt, UserError)):
         write(tmp_path / "out", two_files(), failing, fingerprint={"x": 1})
     assert not (tmp_path / "out").exists()
-    again, facts = Recorded(), {}
-    write(tmp_path / "out", two_files(), again, fingerprint={"x": 1}, finish=lambda folder, found: facts.update(found))
-    assert sorted(again.asked) == ["c", "d", "e"]
+    repeat, facts = Recorded(), {}
+    write(
+        tmp_path / "out", two_files(), repeat, fingerprint={"x": 1}, finish=lambda folder, result: facts.update(result)
+    )
+    assert sorted(repeat.asked) == ["c", "d", "e"]
     assert facts == {name: f"fact of {name}" for name in "abcde"}
     assert all(same_bits(tensor, TENSORS[name]) for name, tensor in read(tmp_path / "out" / "one.safetensors").items())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
@@ -190,9 +192,9 @@ def test_a_disk_without_room_for_the_next_file_keeps_what_was_begun(
     with pytest.raises(UserError, match="disk"):
         write(tmp_path / "out", two_files(), Recorded(), fingerprint={"x": 1})
     monkeypatch.setattr(SafetensorsOutput, "create", create)
-    again = Recorded()
-    write(tmp_path / "out", two_files(), again, fingerprint={"x": 1})
-    assert sorted(again.asked) == ["c", "d", "e"]
+    repeat = Recorded()
+    write(tmp_path / "out", two_files(), repeat, fingerprint={"x": 1})
+    assert sorted(repeat.asked) == ["c", "d", "e"]
 
 
 def test_what_the_disk_does_not_take_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,9 +265,9 @@ def test_files_of_few_large_tensors_come_first(tmp_path: Path) -> None:
 def test_files_of_another_run_are_not(tmp_path: Path, fingerprint: Any) -> None:
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "out", two_files(), Recorded("d", KeyboardInterrupt()), fingerprint={"x": 1})
-    again = Recorded()
-    write(tmp_path / "out", two_files(), again, fingerprint=fingerprint)
-    assert sorted(again.asked) == ["a", "b", "c", "d", "e"]
+    repeat = Recorded()
+    write(tmp_path / "out", two_files(), repeat, fingerprint=fingerprint)
+    assert sorted(repeat.asked) == ["a", "b", "c", "d", "e"]
 
 
 def test_an_error_leaves_nothing(tmp_path: Path) -> None:

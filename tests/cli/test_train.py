@@ -340,8 +340,8 @@ def test_a_signal_while_it_starts_ends_it_before_training(tmp_path: Path, sample
 def test_a_data_worker_that_is_killed_ends_the_run_in_one_line(tmp_path: Path, sample_data: Path) -> None:
     folder, killed = tmp_path / "pretrain_real", False
     options = ["stage.max_steps=900", "stage.val_every=0", "callbacks.checkpoint.every_n_steps=1", "data.workers=1"]
-    with (tmp_path / "said").open("w") as said:
-        process = Script(command(tmp_path, sample_data, *options)[1:], said, said)
+    with (tmp_path / "said").open("w") as log:
+        process = Script(command(tmp_path, sample_data, *options)[1:], log, log)
     try:
         while process.poll() is None:
             if not killed and checkpoints(folder / "checkpoints"):
@@ -365,8 +365,8 @@ def test_a_data_worker_that_is_killed_ends_the_run_in_one_line(tmp_path: Path, s
 def test_ctrl_c_at_two_ranks_saves_once_and_ends_both(tmp_path: Path, sample_data: Path) -> None:
     folder = tmp_path / "pretrain_real"
     options = ["stage.max_steps=900", "stage.val_every=0", "trainer.devices=2", "data.workers=1"]
-    with (tmp_path / "said").open("w") as said:
-        process = Script(command(tmp_path, sample_data, *options)[1:], said, said)
+    with (tmp_path / "said").open("w") as log:
+        process = Script(command(tmp_path, sample_data, *options)[1:], log, log)
     try:
         while not ((folder / "metrics.csv").is_file() and len(losses(tmp_path)) > 1):
             assert process.poll() is None

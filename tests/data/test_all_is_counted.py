@@ -150,10 +150,10 @@ TARS: dict[str, tuple[list[Member], int, dict[str, int]]] = {
 @pytest.mark.parametrize("packing", [".tar", ".tar.gz"])
 @pytest.mark.parametrize("name", TARS)
 def test_members_of_a_tar(processor: Processor, tmp_path: Path, name: str, packing: str) -> None:
-    members, seen, expected = TARS[name]
+    members, count, expected = TARS[name]
     path = tar(tmp_path / f"a{packing}", members)
     total = counters(processor, {"kind": "image_text", "path": str(path)})
-    assert total["seen"] == seen
+    assert total["seen"] == count
     assert left_out(total) == expected
     # tarfile's own count: every image is seen or counted, whatever its name.
     with tarfile.open(path) as archive:

@@ -322,8 +322,8 @@ def test_a_crop_knows_the_size_that_it_is_about(tmp_path: Path) -> None:
     assert annotated_images(moved) == moved.images
     # The same picture in twice the resolution has the same crop.
     larger = save(tmp_path / "b.png", np.zeros((100, 200, 3), dtype=np.uint8))
-    again = dataclasses.replace(moved.images[0], path=larger.path)
-    assert image_size(again) == tuple(2 * side for side in moved.sizes[0])
+    repeat = dataclasses.replace(moved.images[0], path=larger.path)
+    assert image_size(repeat) == tuple(2 * side for side in moved.sizes[0])
 
 
 def test_captions_are_flipped_where_the_configuration_says_so_without_a_size_too() -> None:
@@ -358,13 +358,13 @@ def test_text_in_the_picture_is_never_cut() -> None:
 
 def test_records_about_one_image_are_changed_in_one_way() -> None:
     group = [EXAMPLES["rec"], EXAMPLES["reg"], EXAMPLES["relation_detection"]]
-    seen = set()
+    paths = set()
     for seed in range(50):
         moved = augment_together(group, BOTH, random.Random(seed))
         assert len({record.images for record in moved}) == 1
         assert moved[0].regions[0] == moved[1].regions[0] == moved[2].regions[0]
-        seen.add((moved[0].images[0].flip, moved[0].images[0].crop is not None))
-    assert len(seen) == 4
+        paths.add((moved[0].images[0].flip, moved[0].images[0].crop is not None))
+    assert len(paths) == 4
     # One that cannot be moved holds all.
     assert augment_together([*group, EXAMPLES["short_vqa"]], FLIP, random.Random(0)) == [
         *group,

@@ -68,14 +68,14 @@ def read(processor: Processor, sources: dict[str, Any], **options: Any) -> Found
 
 def left_out(loader: TrainLoader) -> dict[str, int]:
     marks = ("skipped/", "filtered/", "capped/")
-    found = {key: value for key, value in loader.counters.items() if any(mark in key for mark in marks)}
-    assert all(key.startswith("skipped/") for key in found if "skipped/" in key), found
-    return found
+    values = {key: value for key, value in loader.counters.items() if any(mark in key for mark in marks)}
+    assert all(key.startswith("skipped/") for key in values if "skipped/" in key), values
+    return values
 
 
 def used(batches: list[Batch]) -> set[str]:
     """Keys of the questions that have targets."""
-    found = set()
+    names = set()
     for batch in batches:
         places = [
             (row, segment, question)
@@ -88,9 +88,9 @@ def used(batches: list[Batch]) -> set[str]:
         for key, (row, segment, question) in zip(batch.keys, places, strict=True):
             mine = (batch.segment_ids[row] == segment) & (batch.question_ids[row] == question)
             if (batch.labels[row][mine] != IGNORE).any():
-                assert key not in found
-                found.add(key)
-    return found
+                assert key not in names
+                names.add(key)
+    return names
 
 
 def pair(key: str, image: bytes = JPEG, caption: bytes = b"a caption") -> list[tuple[str, bytes]]:
@@ -791,10 +791,10 @@ def test_a_second_iterator_goes_on_after_what_was_handed_out(
     expected = keys(train(processor, endless, epochs=None), 9)
     loader = train(processor, endless, workers=workers, epochs=None)
     first = iter(loader)
-    found = keys(first, 4)
+    result = keys(first, 4)
     time.sleep(0.2)  # the planner is ahead by now
-    found += keys(loader, 5)
-    assert found == expected
+    result += keys(loader, 5)
+    assert result == expected
     assert keys(first, 1) == []  # the first one has ended
 
 
@@ -860,7 +860,7 @@ def huge_sources(folder: Path) -> dict[str, Any]:
 
 def test_small_files_do_not_take_all_memory(processor: Processor, tmp_path: Path) -> None:
     huge_files(tmp_path)
-    found = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", HUGE, str(tmp_path), str(processor.tokenizer.path)],
         capture_output=True,
         text=True,
@@ -868,5 +868,5 @@ def test_small_files_do_not_take_all_memory(processor: Processor, tmp_path: Path
         timeout=200,
         env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
     )
-    print(found.stdout)
-    assert int(found.stdout.splitlines()[-1]) < PEAK, found.stdout
+    print(result.stdout)
+    assert int(result.stdout.splitlines()[-1]) < PEAK, result.stdout

@@ -179,8 +179,8 @@ def test_skipped_views_are_of_the_padding_colour(width: int, height: int, grid: 
     image = Image.new("RGB", (width, height), (255, 0, 90))
     pixels = np.asarray(padded_resize(image, 12 * grid)).reshape(grid, 12, grid, 12, 3)
     crops = pixels.transpose(0, 2, 1, 3, 4).reshape(grid**2, -1, 3)
-    for crop, seen in zip(crops, kept_views((width, height), 12 * grid, grid)[1:], strict=True):
-        assert seen or (crop == PAD_COLOUR).all()
+    for crop, is_kept in zip(crops, kept_views((width, height), 12 * grid, grid)[1:], strict=True):
+        assert is_kept or (crop == PAD_COLOUR).all()
 
 
 # --- Round trips on 10,000 random geometries
@@ -218,12 +218,12 @@ def test_round_trips_from_text_and_from_pixels():
         assert max(math.dist(a, b) for a, b in zip(pixels, points, strict=True)) <= math.sqrt(2) * reach
 
         text = coordinates.keypoints(keypoints, size)
-        found = {item.phrase: point_to_pixels(item.points[0], size) for item in coordinates.parse_grounded(text)}
-        assert set(found) == {name for name, (_, _, seen) in zip(COCO_KEYPOINTS, keypoints, strict=True) if seen}
-        named = [(*found[name], 1) if name in found else (0.0, 0.0, 0) for name in COCO_KEYPOINTS]
+        values = {item.phrase: point_to_pixels(item.points[0], size) for item in coordinates.parse_grounded(text)}
+        assert set(values) == {name for name, (_, _, v) in zip(COCO_KEYPOINTS, keypoints, strict=True) if v}
+        named = [(*values[name], 1) if name in values else (0.0, 0.0, 0) for name in COCO_KEYPOINTS]
         assert coordinates.keypoints(named, size) == text
-        for (x, y, seen), (true_x, true_y, _) in zip(named, keypoints, strict=True):
-            assert not seen or max(abs(x - true_x), abs(y - true_y)) <= reach
+        for (x, y, v), (true_x, true_y, _) in zip(named, keypoints, strict=True):
+            assert not v or max(abs(x - true_x), abs(y - true_y)) <= reach
 
 
 @pytest.mark.parametrize("grid", [1, 2, 3])
@@ -241,8 +241,8 @@ def test_the_views_see_a_box_where_its_text_says(grid):
         for x, y in (read[:2], read[2:]):
             column, row = (min(int(value * grid), grid - 1) for value in (x, y))
             inside = [value * side - offset * pixels for value, offset in ((x, column), (y, row))]  # of that view
-            seen = views[row * grid + column, :2, min(int(inside[1]), pixels - 1), min(int(inside[0]), pixels - 1)]
-            assert (seen - torch.tensor([x, y])).abs().max() <= 0.5 / side + 1e-6
+            colour = views[row * grid + column, :2, min(int(inside[1]), pixels - 1), min(int(inside[0]), pixels - 1)]
+            assert (colour - torch.tensor([x, y])).abs().max() <= 0.5 / side + 1e-6
             corners += [(inside[0] + column * pixels) / side, (inside[1] + row * pixels) / side]
         assert coordinates.box(to_pixels(tuple(corners), size), size) == text
 
@@ -267,5 +267,5 @@ def test_a_drawn_box_appears_in_the_views_where_its_text_says(grid):
         rows = views[1:].reshape(grid, grid, 3, pixels, pixels) if grid > 1 else views[None]
         white = torch.cat([torch.cat(list(row), dim=-1) for row in rows], dim=-2).amin(0) > 180
         at_y, at_x = white.nonzero().unbind(1)
-        seen = (int(at_x.min()), int(at_y.min()), int(at_x.max()) + 1, int(at_y.max()) + 1)
-        assert max(abs(a / (grid * pixels) - b) for a, b in zip(seen, box, strict=True)) <= reach
+        place = (int(at_x.min()), int(at_y.min()), int(at_x.max()) + 1, int(at_y.max()) + 1)
+        assert max(abs(a / (grid * pixels) - b) for a, b in zip(place, box, strict=True)) <= reach

@@ -136,9 +136,9 @@ def test_a_broken_image_leaves_no_target_and_is_not_in_the_denominator(
     processor: Processor, damaged: dict[str, Any]
 ) -> None:
     bad = {"images/images.tar/0000", "images/images.tar/0001"}
-    seen = 0
+    count = 0
     for batch in itertools.islice(loader(datamodule(processor, damaged, max_skipped=0.2)), 60):
-        seen += len(bad & set(batch.keys))
+        count += len(bad & set(batch.keys))
         targets = int((batch.labels != IGNORE).sum())
         assert batch.step_weight == float(batch.weights.sum()) == targets == batch.counters["targets"]
         assert len(batch.pixels) * processor.tokens_per_image == len(batch.image_slots)
@@ -147,7 +147,7 @@ def test_a_broken_image_leaves_no_target_and_is_not_in_the_denominator(
         for key, (b, segment) in zip(batch.keys, segments, strict=True):
             of_sample = batch.labels[b][batch.segment_ids[b] == segment]
             assert bool((of_sample != IGNORE).any()) == (key not in bad), key
-    assert seen > 0
+    assert count > 0
 
 
 def test_what_cannot_even_be_indexed_stops_the_run_at_its_start(
@@ -208,8 +208,8 @@ def test_too_much_that_is_bad_stops_the_run_and_names_the_worst(
     assert "\n" not in message
     assert "data.max_skipped=10.0%" in message
     assert 0 < message.index("skipped/awful/image_unreadable") < message.index("skipped/good/caption_not_utf8")
-    seen = train.planner.mixture.counts["good/seen"] + train.planner.mixture.counts["awful/seen"]
-    assert 200 <= seen < 300  # not before the share means something, not long after
+    total = train.planner.mixture.counts["good/seen"] + train.planner.mixture.counts["awful/seen"]
+    assert 200 <= total < 300  # not before the share means something, not long after
     # The same files pass where the limit allows for them.
     assert len(list(itertools.islice(loader(datamodule(processor, sources, max_skipped=0.4)), 80))) == 80
 
@@ -324,8 +324,8 @@ def test_any_number_of_workers_gives_the_same_batches(processor: Processor, dama
     assert sum(len(batch.pixels) for batch in expected) > 20
     assert {batch.step for batch in expected} == set(range(1, 11))
     for workers in (1, 2):
-        found, train = batches(workers)
-        for a, b in zip(expected, found, strict=True):
+        result, train = batches(workers)
+        for a, b in zip(expected, result, strict=True):
             assert_same(a, b)
         # Planning runs ahead of the workers, decoding does not run ahead of the count.
         assert train.counts == one_process.counts

@@ -167,11 +167,11 @@ def test_all_but_the_first_of_equal_pairs_are_left_out(tmp_path: Path, by: str, 
     out = tmp_path / "duplicates.npy"
     assert find_duplicates(path, by, out) == (5, 0, 2)
     source = ImageTextReader("web", path, filters={"duplicates": str(out)})
-    found = []
+    items = []
     for index in range(len(source)):
         with contextlib.suppress(Filtered):
-            found.append(source.record(index).key)
-    assert found == kept
+            items.append(source.record(index).key)
+    assert items == kept
 
 
 def test_duplicates_by_a_column_and_what_cannot_be(tmp_path: Path) -> None:

@@ -32,24 +32,24 @@ from tests.fuzzing import World, damaged, mangled
 RECORDS = 12  # of each damaged file that are read
 
 
-def read_all(kind: str, path: Path, processor: Processor, found: Counter[str]) -> None:
+def read_all(kind: str, path: Path, processor: Processor, counts: Counter[str]) -> None:
     """What training does with a source, up to pixels and token ids."""
     source = build_reader(kind, "fuzzed", str(path))
     try:
         len(source)
     except UserError:
-        found["refused"] += 1
+        counts["refused"] += 1
         return
-    found.update(source.skipped)
+    counts.update(source.skipped)
     for index in range(min(len(source), RECORDS)):
         try:
             record = source.record(index)
             for ref in record.images:
                 load_image(ref, 32)
             processor.sample(record, "fuzzed", random.Random(0))
-            found["read"] += 1
+            counts["read"] += 1
         except SkipSample as error:
-            found[error.reason] += 1
+            counts[error.reason] += 1
 
 
 @pytest.fixture
@@ -71,46 +71,46 @@ def files(sample_data: Path, tmp_path: Path) -> dict[str, tuple[str, Path]]:
 def fuzz_sources(
     files: dict[str, tuple[str, Path]], folder: Path, processor: Processor, rounds: int
 ) -> dict[str, Counter[str]]:
-    found: dict[str, Counter[str]] = {}
+    counts: dict[str, Counter[str]] = {}
     for name, (kind, whole) in files.items():
-        original, found[name] = whole.read_bytes(), Counter()
+        original, counts[name] = whole.read_bytes(), Counter()
         for seed in range(rounds):
             path = folder / name
             path.write_bytes(damaged(original, random.Random(f"{name} {seed}")))
             try:
-                read_all(kind, path, processor, found[name])
+                read_all(kind, path, processor, counts[name])
             except Exception as error:
                 error.add_note(f"{name}, seed {seed}")
                 raise
-    return found
+    return counts
 
 
 def test_damaged_data_is_read_or_skipped(
     files: dict[str, tuple[str, Path]], processor: Processor, tmp_path: Path
 ) -> None:
-    for name, found in fuzz_sources(files, tmp_path, processor, rounds=24).items():
-        assert found["read"] > 0, name
-        assert sum(found.values()) > found["read"], name
+    for name, counts in fuzz_sources(files, tmp_path, processor, rounds=24).items():
+        assert counts["read"] > 0, name
+        assert sum(counts.values()) > counts["read"], name
 
 
 @pytest.mark.long
 def test_much_damaged_data_is_read_or_skipped(
     files: dict[str, tuple[str, Path]], processor: Processor, tmp_path: Path
 ) -> None:
-    for name, found in fuzz_sources(files, tmp_path, processor, rounds=600).items():
-        print(name, dict(found.most_common()))
-        assert found["read"] > 0, name
+    for name, counts in fuzz_sources(files, tmp_path, processor, rounds=600).items():
+        print(name, dict(counts.most_common()))
+        assert counts["read"] > 0, name
 
 
 def test_damaged_images_are_read_or_skipped(sample_data: Path, tmp_path: Path) -> None:
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     path = tmp_path / "image.jpg"
     for index, whole in enumerate(sorted((sample_data / "instructions/images").iterdir())[:200]):
         path.write_bytes(damaged(whole.read_bytes(), random.Random(index)))
         with contextlib.suppress(SkipSample):
             load_image(ImageRef(str(path)), 32)
-            found["read"] += 1
-    assert 0 < found["read"] < 200
+            counts["read"] += 1
+    assert 0 < counts["read"] < 200
 
 
 # --- the whole path: damaged files of every kind -> mixture -> planner -> collated batches
@@ -129,12 +129,12 @@ def used_and_counted(data: DataModule) -> tuple[Counter[str], list[str]]:
     left_out, indexed = train.planner.left_out(train.planner.number)
     counts = train.planner.counts(train.planner.number)
     planned = counts - left_out
-    seen = sum(value for key, value in planned.items() if key.endswith("/seen"))
+    total = sum(value for key, value in planned.items() if key.endswith("/seen"))
     samples = sum(value for key, value in planned.items() if key.endswith("/samples"))
     others = sum(value for key, value in planned.items() if {"skipped", "filtered", "capped"} & set(key.split("/")))
     parts = sum(value for key, value in planned.items() if key.endswith("/parts"))
-    assert seen == indexed
-    assert seen + parts == samples + others, dict(planned)
+    assert total == indexed
+    assert total + parts == samples + others, dict(planned)
     assert len(keys) == samples
     return counts + train.counts, keys
 
@@ -170,40 +170,40 @@ def fuzz_case(folder: Path, entries: list[dict[str, Any]], processor: Processor,
 
 
 def fuzz_path(
-    sample_data: Path, folder: Path, processor: Processor, records: int, again: int, monkeypatch: pytest.MonkeyPatch
+    sample_data: Path, folder: Path, processor: Processor, records: int, rounds: int, monkeypatch: pytest.MonkeyPatch
 ) -> Counter[str]:
-    """`records` records at least; the first `again` cases are made twice."""
+    """`records` records at least; the first `rounds` cases are made twice."""
     monkeypatch.setattr(files_module, "FIRST_WAIT", 0.0)
     entries = json.loads((sample_data / "instructions/val.json").read_text())
-    found: Counter[str] = Counter()
+    outcomes: Counter[str] = Counter()
     seed = 0
-    while sum(value for key, value in found.items() if key.endswith("/seen")) < records:
+    while sum(value for key, value in outcomes.items() if key.endswith("/seen")) < records:
         counts, digest = fuzz_case(folder / "world", entries, processor, seed)
         shutil.rmtree(folder / "world")
-        if seed < again:
+        if seed < rounds:
             assert fuzz_case(folder / "world", entries, processor, seed)[1] == digest, seed
             shutil.rmtree(folder / "world")
-        found += counts
+        outcomes += counts
         seed += 1
-    print(seed, "cases:", dict(found.most_common()))
-    assert found["refused"] * 10 < seed
+    print(seed, "cases:", dict(outcomes.most_common()))
+    assert outcomes["refused"] * 10 < seed
     for name in ("web", "chosen", "list.image_text-list", "lines", "limited", "text", "packed", "table"):
-        assert found[f"{name}/samples"] > found[f"{name}/seen"] / 5, name
-        assert any(key.startswith((f"skipped/{name}/", f"{name}/filtered/")) for key in found), name
-    return found
+        assert outcomes[f"{name}/samples"] > outcomes[f"{name}/seen"] / 5, name
+        assert any(key.startswith((f"skipped/{name}/", f"{name}/filtered/")) for key in outcomes), name
+    return outcomes
 
 
 def test_ten_thousand_damaged_records_through_the_whole_path(
     sample_data: Path, tmp_path: Path, processor: Processor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fuzz_path(sample_data, tmp_path, processor, records=10_000, again=3, monkeypatch=monkeypatch)
+    fuzz_path(sample_data, tmp_path, processor, records=10_000, rounds=3, monkeypatch=monkeypatch)
 
 
 @pytest.mark.long
 def test_many_more_damaged_records_through_the_whole_path(
     sample_data: Path, tmp_path: Path, processor: Processor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fuzz_path(sample_data, tmp_path, processor, records=200_000, again=20, monkeypatch=monkeypatch)
+    fuzz_path(sample_data, tmp_path, processor, records=200_000, rounds=20, monkeypatch=monkeypatch)
 
 
 def test_damaged_lists_of_files_are_read_or_refused(
@@ -217,7 +217,7 @@ def test_damaged_lists_of_files_are_read_or_refused(
         *("{0..99999999999999999999}", "{a,b}" * 60, "~nobody/a.json", "\0", "a" * 5000, "pipe:exit 3", "no://x"),
         *("&a [*a]", "!!python/object:os.system x", "2024-99-99", "[" * 5000, "<<: *a", "0o9", "1:1:1"),
     ]
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     meta = tmp_path / "meta.yaml"
     for seed in range(300):
         rng = random.Random(seed)
@@ -228,11 +228,11 @@ def test_damaged_lists_of_files_are_read_or_refused(
         meta.write_bytes(damaged(data, rng) if seed % 5 == 0 else data)
         try:
             Mixture({"list": {"kind": "meta", "path": str(meta)}}, processor, 0, mixing=MixingConfig(epochs=1))
-            found["read"] += 1
+            counts["read"] += 1
         except UserError:
-            found["refused"] += 1
+            counts["refused"] += 1
         except Exception as error:
             error.add_note(f"seed {seed}")
             raise
-    assert found["read"] > 50
-    assert found["refused"] > 50
+    assert counts["read"] > 50
+    assert counts["refused"] > 50

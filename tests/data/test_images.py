@@ -385,8 +385,8 @@ def test_a_crop_is_in_pixels_of_the_annotated_size(tmp_path):
 
 def test_references_survive_json():
     ref = ImageRef("a.jpg", 1, 2, (1, 2, 3, 4), True, (5, 6))
-    again = ImageRef.from_dict(json.loads(json.dumps(dataclasses.asdict(ref))))
-    assert dataclasses.asdict(again) == dataclasses.asdict(ref)
+    repeat = ImageRef.from_dict(json.loads(json.dumps(dataclasses.asdict(ref))))
+    assert dataclasses.asdict(repeat) == dataclasses.asdict(ref)
     assert ImageRef.from_dict({"path": "a.jpg", "offset": 0, "size": -1, "crop": None, "flip": False}) == ImageRef(
         "a.jpg"
     )

@@ -29,16 +29,16 @@ def pictures(folder: Path, *names: str) -> None:
 
 def outcomes(source: Any) -> list[str]:
     """The answers, or why there is none."""
-    found = []
+    items = []
     for index in range(len(source)):
         try:
             record = source.record(index)
             for image in record.images:
                 load_image(image, 8)
-            found.append(record.answer)
+            items.append(record.answer)
         except SkipSample as bad:
-            found.append(bad.reason)
-    return found
+            items.append(bad.reason)
+    return items
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
@@ -114,13 +114,13 @@ def test_filters_see_every_column_of_a_csv_as_what_it_says(
     options: dict[str, Any] = {"columns": {"caption": "alt"}, "filters": {"columns": {column: conditions}}}
     source = build_reader("table", "x", str(tmp_path / "x.csv"), **options)
     source.check_shard(source.open(0))
-    found = []
+    items = []
     for index in range(2):
         try:
-            found.append(source.record(index).answer)
+            items.append(source.record(index).answer)
         except SkipSample as bad:
             assert bad.reason in (column, f"{column}_absent")  # noqa: PT017
-    assert found == kept
+    assert items == kept
     plain = build_reader("table", "x", str(tmp_path / "x.csv"), columns={"caption": "alt"})
     assert [plain.record(index).sizes for index in range(2)] == [((16, 12),), ((32, 24),)]
 

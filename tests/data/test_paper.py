@@ -225,8 +225,8 @@ def test_the_plan_is_shown_without_the_data(
     assert look(command) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert look([*command, "missing=ok"]) == 0
-    shown = capsys.readouterr().out
-    assert all(name in shown for name in leaves(data_of(f"experiment={experiment}")))
+    output = capsys.readouterr().out
+    assert all(name in output for name in leaves(data_of(f"experiment={experiment}")))
 
 
 def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
@@ -440,12 +440,12 @@ def test_official_files_become_batches_with_every_task(
     data = data_of(*overrides, f"data.root={paper_root}")
     expected = {task for converter in CONVERTERS.values() for task in converter.tasks} - lacking
     train = loader(data, long_processor)
-    found: set[str] = set()
+    names: set[str] = set()
     sources: set[str] = set()
     for batch in itertools.islice(train, 40):
-        found |= {batch.tasks[int(i)] for i in set(batch.task_ids[batch.labels != IGNORE].tolist())}
+        names |= {batch.tasks[int(i)] for i in set(batch.task_ids[batch.labels != IGNORE].tolist())}
         sources |= {key.split("/", 1)[0] for key in batch.keys}
-    assert found == expected
+    assert names == expected
     assert sources == set(leaves(data))
     assert not train.skipped  # so every image was where the layout says
     assert look(["table", *overrides, f"data.root={paper_root}", "probe=2", "ranks=16"]) == 0

@@ -129,14 +129,14 @@ def test_stopped_and_continued_with_other_numbers_of_workers(
 ) -> None:
     data = datamodule(processor, sources, epochs=1)
     straight = train(loaders(data, 0, 1, partitions)[0], None)
-    found: list[str] = []
+    items: list[str] = []
     state = None
     for workers, steps in ((1, 3), (2, 4), (3, None)):
         part = loaders(data, workers, 1, partitions, state)
-        found += train(part[0], steps)
+        items += train(part[0], steps)
         state = merged(part)
-    assert found == straight  # not only the same, but in the same order
-    assert len(found) == len(set(found)) == RECORDS
+    assert items == straight  # not only the same, but in the same order
+    assert len(items) == len(set(items)) == RECORDS
 
 
 def step(parts: Sequence[TrainLoader], steps: int) -> list[str]:
@@ -158,15 +158,15 @@ def test_stopped_and_continued_on_another_number_of_ranks(
     processor: Processor, sources: Sources, partitions: int, ranks: tuple[int, ...]
 ) -> None:
     data = datamodule(processor, sources, epochs=1)
-    found: list[str] = []
+    items: list[str] = []
     state = None
     for world in ranks:
         parts = loaders(data, 0, world, partitions, state)
-        found += step(parts, 1)
+        items += step(parts, 1)
         state = merged(parts)
     parts = loaders(data, 0, ranks[0], partitions, state)
-    found += drained([part.planner for part in parts])
-    assert len(found) == len(set(found)) == RECORDS
+    items += drained([part.planner for part in parts])
+    assert len(items) == len(set(items)) == RECORDS
 
 
 @pytest.mark.parametrize("questions", [1, 3])
@@ -185,12 +185,12 @@ def test_several_blocks_epochs_and_caps_go_on_as_if_nothing_had_been(
     assert sum(n for key, n in expected.items() if key.startswith("tasks/")) == 2 * (20 + 7)
     assert loader.planner.counts()["tasks/capped/chat"] == 2 * (40 - 7)
     for every in (1, 4):
-        found: list[str] = []
+        items: list[str] = []
         state, part = None, loader
         while (part := loaders(data, 0, 1, 2, state)[0]) and (keys := train(part, every)):
-            found += keys
+            items += keys
             state = merged([part])
-        assert found == straight
+        assert items == straight
         assert part.planner.counts() == loader.planner.counts()
 
 
@@ -206,13 +206,13 @@ def test_shards_are_shared_by_partitions_or_dealt_to_them(
     straight = train(loaders(data, 0, 1, partitions)[0], None)
     assert set(Counter(straight).values()) == {2}
     assert len(straight) == 2 * sum(lengths)
-    found: list[str] = []
+    items: list[str] = []
     state = None
     for steps in (1, 2, 3, None):
         part = loaders(data, 0, 1, partitions, state)
-        found += train(part[0], steps)
+        items += train(part[0], steps)
         state = merged(part)
-    assert found == straight
+    assert items == straight
 
 
 def test_fewer_records_than_partitions(processor: Processor, tmp_path: Path) -> None:
@@ -238,13 +238,13 @@ def test_a_shard_that_grew_or_shrank_in_between(processor: Processor, tmp_path: 
     paths = text_shards(tmp_path, "t", [30, 30, 30])
     data = datamodule(processor, {"text": {"kind": "text", "path": paths}}, rows=2, epochs=2)
     [loader] = loaders(data, 0, 1, 1)
-    found = train(loader, 1)
+    result = train(loader, 1)
     state = merged([loader])
     assert state["partitions"]["0"]["mixture"]["streams"]["text"]["lengths"] == [30, 30, 30]
     assert state["partitions"]["0"]["mixture"]["streams"]["text"]["epoch"] == 0
     text_shards(tmp_path, "t", [30, 20, 45])
     [loader] = loaders(data, 0, 1, 1, state)
-    keys = Counter(found + train(loader, None))
+    keys = Counter(result + train(loader, None))
     shrunk = {f"text/t-1.jsonl:{i}" for i in range(20, 30)}
     grown = {f"text/t-2.jsonl:{i}" for i in range(30, 45)}
     both = {f"text/t-{n}.jsonl:{i}" for n, length in enumerate((30, 20, 30)) for i in range(length)}

@@ -220,11 +220,11 @@ def test_relation_is_said_only_where_it_is_clear() -> None:
 
 def test_training_also_asks_for_one_thing_relative_to_the_middle(sample: Path) -> None:
     def asked(split: str) -> dict[bool, Counter[str]]:
-        found: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
+        counts: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
         for entry in entries(sample, split):
             if entry.get("task") == "relation":
-                found[entry["question"].endswith("relative to the middle?")][entry["answer"]] += 1
-        return found
+                counts[entry["question"].endswith("relative to the middle?")][entry["answer"]] += 1
+        return counts
 
     training, held_out = asked("train"), asked("test")
     assert set(training[True]) == set(training[False]) == set(language.RELATIONS)
@@ -321,12 +321,12 @@ def test_test_chats_ask_only_for_facts_that_the_corpus_states_and_no_training_ch
     assert len(test) > 90
 
     rng = random.Random(0)
-    known = language.facts()
-    corpus = " ".join(language.document(rng, known) for _ in range(4000)).lower()
+    names = language.facts()
+    corpus = " ".join(language.document(rng, names) for _ in range(4000)).lower()
     stated = [any(statement.lower() in corpus for statement in fact.statements) for fact in test]
     assert all(stated)
     assert not any(fact.question in corpus for fact in test)
-    facts = {fact.question: fact.answer for fact in known}
+    facts = {fact.question: fact.answer for fact in names}
     assert facts["What comes after 41?"] == "42"
     assert facts["What comes before March?"] == "February"
     assert facts["What is 7 plus 8?"] == "15"

@@ -51,24 +51,24 @@ def index(path: Path) -> Index:
 
 def indices(path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Index, Index]:
     """Ours, and tarfile's."""
-    found = index(path)
+    result = index(path)
     with monkeypatch.context() as patch:
         patch.setattr(image_text, "_plain_header", lambda *arguments: None)
-        return found, index(path)
+        return result, index(path)
 
 
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
 @pytest.mark.parametrize("mtime", [0, 1_700_000_000.25])
 def test_every_format_and_name(tmp_path: Path, form: int, mtime: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    found, expected = indices(write(tmp_path / "a.tar", form, mtime), monkeypatch)
-    assert found == expected
-    assert len(found[0]) == len(NAMES) - 2  # .f and .g are hidden
+    result, expected = indices(write(tmp_path / "a.tar", form, mtime), monkeypatch)
+    assert result == expected
+    assert len(result[0]) == len(NAMES) - 2  # .f and .g are hidden
 
 
 def test_a_global_header_applies_to_all_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a.tar", tarfile.PAX_FORMAT, 0.5, {"path": "same.jpg"})
-    found, expected = indices(path, monkeypatch)
-    assert found == expected
+    result, expected = indices(path, monkeypatch)
+    assert result == expected
 
 
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
@@ -86,5 +86,5 @@ def test_damage_and_cuts(tmp_path: Path, form: int, monkeypatch: pytest.MonkeyPa
                 data[header + 148 : header + 156] = b" " * 8
                 data[header + 148 : header + 156] = b"%06o\0 " % sum(data[header : header + tarfile.BLOCKSIZE])
         path.write_bytes(data[: rng.randrange(len(data))] if rng.random() < 0.3 else data)
-        found, expected = indices(path, monkeypatch)
-        assert found == expected
+        result, expected = indices(path, monkeypatch)
+        assert result == expected

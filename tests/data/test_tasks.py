@@ -166,7 +166,7 @@ def test_what_a_task_refuses(task, fields, reason):
 
 def in_fractions(region: Region) -> Region:
     x1, y1, x2, y2 = region.box
-    keypoints = tuple((x / 100, y / 50, seen) for x, y, seen in region.keypoints)
+    keypoints = tuple((x / 100, y / 50, v) for x, y, v in region.keypoints)
     return Region((x1 / 100, y1 / 50, x2 / 100, y2 / 50), region.label, keypoints)
 
 
@@ -307,8 +307,8 @@ def test_what_is_read_is_written_as_the_same_text(task):
         assert len(parsed.boxes) == len(regions)
         # Rounding can leave a box without width, which no record may have.
         if all(x1 < x2 and y1 < y2 for x1, y1, x2, y2 in parsed.boxes):
-            again = dataclasses.replace(item, answer=parsed.answer, regions=parsed.regions(size))
-            (turn_again,) = TASKS[task].turns(again, coordinates)
+            repeat = dataclasses.replace(item, answer=parsed.answer, regions=parsed.regions(size))
+            (turn_again,) = TASKS[task].turns(repeat, coordinates)
             read_again = TASKS[task].parse(turn_again.answer, coordinates)
             assert sorted(read_again.regions(size), key=str) == sorted(parsed.regions(size), key=str)
             # The other tasks' order follows the boxes, of which rounding can make two start in one row.

@@ -48,16 +48,16 @@ def pope_scores(predictions: Sequence[bool | None], labels: Sequence[bool]) -> Y
     pairs = list(zip(predictions, labels, strict=True))
     if not pairs:
         raise ValueError("no answers to score")
-    said_yes = sum(said is True for said, _ in pairs)
+    said_yes = sum(answer is True for answer, _ in pairs)
     true_yes = sum(truth for _, truth in pairs)
-    hits = sum(said is True and truth for said, truth in pairs)
+    hits = sum(answer is True and truth for answer, truth in pairs)
     return YesNoScores(
-        accuracy=fmean(said is truth for said, truth in ((said, bool(truth)) for said, truth in pairs)),
+        accuracy=fmean(answer is truth for answer, truth in ((answer, bool(truth)) for answer, truth in pairs)),
         precision=hits / said_yes if said_yes else 0.0,
         recall=hits / true_yes if true_yes else 0.0,
         f1=2 * hits / (said_yes + true_yes) if hits else 0.0,
         yes_ratio=said_yes / len(pairs),
-        unparsed=fmean(said is None for said, _ in pairs),
+        unparsed=fmean(answer is None for answer, _ in pairs),
     )
 
 

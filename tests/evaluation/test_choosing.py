@@ -37,12 +37,16 @@ def test_closed_questions_get_their_likeliest_answer_and_open_ones_a_generated_o
     model: Sphinx, processor: Processor, prompts: list[Prompt]
 ) -> None:
     questions, config = [question_of(EXAMPLES[task], processor.coordinates) for task in ASKED], GenerationConfig()
-    said = [processor.decode(ids) for ids in generate(model, prompts, config)]
-    assert answer(model, processor, questions, prompts, config) == said
+    answers = [processor.decode(ids) for ids in generate(model, prompts, config)]
+    assert answer(model, processor, questions, prompts, config) == answers
     chosen = answer(model, processor, questions, prompts, config, ranking=True)
     tokens = [[processor.tokenizer.encode(word) for word in words] for words in (("A", "B", "C"), ("yes", "no"))]
     scores = choice_loglikelihoods(model, prompts[1:], tokens)
-    assert chosen == [said[0], "ABC"[scores[0].index(max(scores[0]))], ("yes", "no")[scores[1].index(max(scores[1]))]]
+    assert chosen == [
+        answers[0],
+        "ABC"[scores[0].index(max(scores[0]))],
+        ("yes", "no")[scores[1].index(max(scores[1]))],
+    ]
 
 
 def test_where_a_choice_does_not_fit_the_answer_is_generated(
@@ -50,9 +54,9 @@ def test_where_a_choice_does_not_fit_the_answer_is_generated(
 ) -> None:
     short = dataclasses.replace(prompts[2], max_new_tokens=1)
     assert len(processor.tokenizer.encode("yes")) > 1
-    said = [processor.decode(ids) for ids in generate(model, [short], GenerationConfig())]
+    answers = [processor.decode(ids) for ids in generate(model, [short], GenerationConfig())]
     question = question_of(EXAMPLES["yes_no"], processor.coordinates)
-    assert answer(model, processor, [question], [short], GenerationConfig(), ranking=True) == said
+    assert answer(model, processor, [question], [short], GenerationConfig(), ranking=True) == answers
 
 
 def test_evaluation_can_choose_and_search(model: Sphinx, processor: Processor, tmp_path: Path) -> None:

@@ -34,13 +34,13 @@ def vqa(right: int, total: int = 60) -> list[Prediction]:
 
 def pope(right: int, total: int = 40) -> list[Prediction]:
     benchmark = POPEBenchmark(None, "random")
-    found = []
+    items = []
     for i in range(total):
         truth = "yes" if i % 2 else "no"
         record = Record(f"pope_random/{i}", "yes_no", (ImageRef("a.png"),), question="Is it?", answer=truth)
-        said = truth if i < right else {"yes": "no", "no": "yes"}[truth]
-        found.append(benchmark.score_answer(record, said, GEOMETRY))
-    return found
+        answer = truth if i < right else {"yes": "no", "no": "yes"}[truth]
+        items.append(benchmark.score_answer(record, answer, GEOMETRY))
+    return items
 
 
 def write(folder: Path, predictions: list[Prediction]) -> Path:
@@ -105,9 +105,9 @@ def test_what_is_not_defined_is_not_tested_and_is_null_in_json() -> None:
 
 
 def test_answers_with_separators_of_lines_are_read_again(tmp_path: Path) -> None:
-    said = [dataclasses.replace(vqa(1, 1)[0], prediction="a\u2028b\x85c", question="?\u2029")]
-    write_predictions(tmp_path, "predictions", said)
-    assert read_predictions(tmp_path) == said
+    answers = [dataclasses.replace(vqa(1, 1)[0], prediction="a\u2028b\x85c", question="?\u2029")]
+    write_predictions(tmp_path, "predictions", answers)
+    assert read_predictions(tmp_path) == answers
 
 
 def test_only_what_both_were_asked_counts() -> None:
@@ -147,6 +147,6 @@ def test_names_stay_whole_in_eighty_columns(
     monkeypatch.setenv("COLUMNS", "80")
     folders = [str(write(tmp_path / name, vqa(right) + pope(right))) for name, right in (("a", 5), ("b", 35))]
     assert main(folders) == 0
-    said = capsys.readouterr().out
-    assert " pope_random " in said
-    assert "precision" in said
+    output = capsys.readouterr().out
+    assert " pope_random " in output
+    assert "precision" in output

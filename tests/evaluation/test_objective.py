@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sphinx_pl.evaluation.losses import SourceLoss, interval
+from sphinx_pl.evaluation.bootstrap import interval
+from sphinx_pl.evaluation.losses import SourceLoss
 from sphinx_pl.evaluation.objective import Objective, resampled
 from sphinx_pl.utils.errors import UserError
 
@@ -20,19 +21,19 @@ MEASURES = {
 
 
 @pytest.mark.parametrize(
-    ("said", "value", "cost"),
+    ("name", "value", "cost"),
     [("loss", 1.5, 1.5), ("loss/synthetic", 2, 2), ("score", 0.5, -0.5), ("score/vqa", 0.5, -0.5)],
 )
-def test_an_objective_is_the_mean_of_its_values_each_counting_alike(said: str, value: float, cost: float) -> None:
-    objective = Objective(said)
+def test_an_objective_is_the_mean_of_its_values_each_counting_alike(name: str, value: float, cost: float) -> None:
+    objective = Objective(name)
     assert objective.value(MEASURES) == value
     assert objective.cost(MEASURES) == cost
 
 
-@pytest.mark.parametrize("said", ["los", "cider/vqa", ""])
-def test_what_is_neither_loss_nor_score_is_refused(said: str) -> None:
+@pytest.mark.parametrize("name", ["los", "cider/vqa", ""])
+def test_what_is_neither_loss_nor_score_is_refused(name: str) -> None:
     with pytest.raises(UserError, match="must be loss, score"):
-        Objective(said)
+        Objective(name)
 
 
 def test_a_measure_that_was_not_taken_is_named() -> None:
@@ -56,7 +57,7 @@ def test_the_interval_is_that_of_the_source_alone() -> None:
     generator = torch.Generator().manual_seed(1)
     values = torch.randn(400, generator=generator, dtype=torch.float64)
     source = SourceLoss(values, torch.ones(400, dtype=torch.float64))
-    low, high = interval(resampled([{"loss/x": source}], ["loss/x"], resamples=2000)[:, 0])
+    low, high = interval(resampled([{"loss/x": source}], ["loss/x"], resamples=2000)[:, 0].numpy())
     error = 1.96 * float(values.std()) / 20
     assert source.mean - low == pytest.approx(error, rel=0.12)
     assert high - source.mean == pytest.approx(error, rel=0.12)

@@ -112,7 +112,7 @@ def test_what_is_drawn_shuffled_and_guessed_is_the_same_for_every_truth() -> Non
     assert len({tuple(record.task for record in records) for records in several}) == 3
     drawn = [[record.key for record in select(records, 3, seed=1)] for records in several]
     assert len(drawn[0]) == 6  # of those that ask for yes or no, and of the others
-    shown = [shuffle_images(records, seed=1) for records in several]
+    items = [shuffle_images(records, seed=1) for records in several]
     training = [question_record(str(n), "a.png", "Is it?", "yes", {}) for n in range(3)]
     constants = fit_constants([*training, *short_answers(["blue"] * 24)], GEOMETRY)
     assert constants["yes_no", ""] == "blue"
@@ -121,19 +121,19 @@ def test_what_is_drawn_shuffled_and_guessed_is_the_same_for_every_truth() -> Non
         answers = [score_answer(record, "", GEOMETRY) for record in records]
         guesses = constant_predictions(answers, {r.key: r for r in records}, constants, GEOMETRY)
         guessed.append([guess.prediction for guess in guesses])
-    for found in (drawn, shown, guessed):
-        assert found[0] == found[1] == found[2]
+    for result in (drawn, items, guessed):
+        assert result[0] == result[1] == result[2]
 
 
 def test_repeated_options_are_refused_whichever_is_right() -> None:
     for choices in (["cat", "dog", "cat "], ["cat", "dog", "bird"]):
-        said = set()
+        answer = set()
         for right in range(3):
             try:
-                said.add(choice_record("k", "a.png", "Which?", choices, right, {}).choices)
+                answer.add(choice_record("k", "a.png", "Which?", choices, right, {}).choices)
             except SkipSample as error:
-                said.add((error.reason,))
-        assert said == {("choices_repeated",) if choices[2] == "cat " else tuple(choices)}
+                answer.add((error.reason,))
+        assert answer == {("choices_repeated",) if choices[2] == "cat " else tuple(choices)}
 
 
 def test_a_conversation_keeps_its_earlier_answers_alone(processor: Processor) -> None:
@@ -160,13 +160,13 @@ def unified(*questions: str, ids: Callable[[int], Any] = lambda n: n, **truth: l
 
 def short(kind: str, split: str, truth: int) -> dict[str, Any]:
     """The files of `vqa_files` with other truths."""
-    said = ("yes", "no", "red", "2")[truth]
+    answers = ("yes", "no", "red", "2")[truth]
 
     def changed(value: Any, key: str = "") -> Any:
         if isinstance(value, dict):
             return {name: changed(part, name) for name, part in value.items()}
         if key == "answers" and isinstance(value, list):
-            return [answer | {"answer": said} if isinstance(answer, dict) else said for answer in value]
+            return [answer | {"answer": answers} if isinstance(answer, dict) else answers for answer in value]
         if key in ("question_types", "answer_type") and isinstance(value, list):
             return ["Yes/No"] if truth < 2 else ["form"]
         if isinstance(value, list):
@@ -175,7 +175,7 @@ def short(kind: str, split: str, truth: int) -> dict[str, Any]:
             return truth % 2
         if key == "answer_type":
             return ("yes/no", "yes/no", "other", "number")[truth]
-        return said if key in ("answer", "multiple_choice_answer", "label", "fullAnswer") else value
+        return answers if key in ("answer", "multiple_choice_answer", "label", "fullAnswer") else value
 
     files: dict[str, Any] = changed(FILES[kind][split])
     return files
@@ -282,18 +282,18 @@ def test_a_benchmarks_questions_are_the_same_for_every_truth(
 ) -> None:
     monkeypatch.setenv("SPHINX_CACHE", str(tmp_path / "cache"))
     src = tmp_path / "src"
-    found = []
+    items = []
     for truth in range(4):
         write(src, files(truth))
         where = src / "unified.json" if (src / "unified.json").is_file() else src
         benchmark = BENCHMARKS[kind](where, split)
-        found.append((asked(load("it", benchmark)), asked(load("it", benchmark, limit=1))))
-    whole, drawn = found[0]
+        items.append((asked(load("it", benchmark)), asked(load("it", benchmark, limit=1))))
+    whole, drawn = items[0]
     assert whole
     assert drawn
-    for again in found[1:]:
+    for repeat in items[1:]:
         # A table's images lie in a file that is named after its contents.
-        for questions, first in zip(again, (whole, drawn), strict=True):
+        for questions, first in zip(repeat, (whole, drawn), strict=True):
             plain = [
                 [dataclasses.replace(q, images=() if "cache" in q.images[0].path else q.images) for q in part]
                 for part in (questions, first)
@@ -315,10 +315,10 @@ def test_answers_and_the_answer_log_are_the_same_for_every_truth(
     records = [dataclasses.replace(EXAMPLES[task], key=task, images=images) for task in names]
     torch.manual_seed(0)
     model = Sphinx(model_config).eval()
-    said, logs, scores = [], [], []
+    answer, logs, scores = [], [], []
     for name, asked_of in (("a", records), ("b", [other(record) for record in records])):
         answer_log = AnswerLog(tmp_path / name, "q", {})
-        found = evaluate(
+        result = evaluate(
             model,
             processor,
             asked_of,
@@ -328,9 +328,9 @@ def test_answers_and_the_answer_log_are_the_same_for_every_truth(
             answer_log=answer_log,
             progress=False,
         )
-        said.append([(prediction.key, prediction.prediction) for prediction in found])
+        answer.append([(prediction.key, prediction.prediction) for prediction in result])
         logs.append((tmp_path / name / "q.rank0.jsonl").read_bytes())
-        scores.append([prediction.answer for prediction in found])
-    assert said[0] == said[1]
+        scores.append([prediction.answer for prediction in result])
+    assert answer[0] == answer[1]
     assert logs[0] == logs[1]
     assert all(a != b for a, b in zip(*scores, strict=True))  # the truths did differ

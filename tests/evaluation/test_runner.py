@@ -72,12 +72,12 @@ def test_shuffled_images_come_from_another_image_of_the_same_task() -> None:
     ]
     chat = Record("4", "chat", question="Hello?", answer="hello")
     rec = Record("5", "rec", (ImageRef("d.png"),), ((10, 10),), question="it", regions=(Region((0, 0, 5, 5), "it"),))
-    shown = shuffle_images([*vqa, chat, rec], seed=3)
-    assert {ref.path for record in vqa for ref in shown[record.key]} == {"a.png", "b.png", "c.png"}
-    assert all(shown[record.key] != record.images for record in vqa)
-    assert shown["0"] == shown["1"]
-    assert set(shown) == {"0", "1", "2", "3"}  # without an image, or alone in its task, there is nothing to shuffle
-    assert shown == shuffle_images([*vqa, chat, rec], seed=3)
+    items = shuffle_images([*vqa, chat, rec], seed=3)
+    assert {ref.path for record in vqa for ref in items[record.key]} == {"a.png", "b.png", "c.png"}
+    assert all(items[record.key] != record.images for record in vqa)
+    assert items["0"] == items["1"]
+    assert set(items) == {"0", "1", "2", "3"}  # without an image, or alone in its task, there is nothing to shuffle
+    assert items == shuffle_images([*vqa, chat, rec], seed=3)
 
 
 def test_select_limits_each_group_and_leaves_out_what_has_no_score() -> None:
@@ -217,11 +217,11 @@ def test_an_image_of_another_shape_than_its_boxes_are_about_is_not_asked(
     swapped = dataclasses.replace(fits, key="swapped", sizes=((50, 100),))
     skipped: dict[str, int] = {}
     model = Sphinx(model_config)
-    found = evaluate(model, processor, [fits, swapped], max_new_tokens=1, skipped=skipped, progress=False)
-    assert [prediction.key for prediction in found] == ["fits"]
+    result = evaluate(model, processor, [fits, swapped], max_new_tokens=1, skipped=skipped, progress=False)
+    assert [prediction.key for prediction in result] == ["fits"]
     assert skipped == {"size_mismatch": 1}
-    again = Prediction.from_dict(json.loads(json.dumps(found[0].to_dict())))
-    assert again.images[0].annotated == found[0].images[0].annotated == (100, 50)
+    repeat = Prediction.from_dict(json.loads(json.dumps(result[0].to_dict())))
+    assert repeat.images[0].annotated == result[0].images[0].annotated == (100, 50)
     # Another record's image has nothing to do with these boxes.
     other = evaluate(
         model, processor, [swapped], max_new_tokens=1, images={"swapped": (ImageRef(str(path)),)}, progress=False

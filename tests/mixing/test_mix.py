@@ -29,15 +29,8 @@ from sphinx_pl.checkpoints.training import TensorShard, TrainingCheckpoint, desc
 from sphinx_pl.checkpoints.writer import CheckpointWriter
 from sphinx_pl.cli.checkpoint import main as command
 from sphinx_pl.mixing.methods import mix_tensors
-from sphinx_pl.mixing.mix import (
-    MixRecipe,
-    check_weights,
-    mix,
-    mix_checkpoints,
-    needs_our_names,
-    open_models,
-    plan_mixture,
-)
+from sphinx_pl.mixing.mix import mix, mix_checkpoints, needs_our_names
+from sphinx_pl.mixing.plan import MixRecipe, check_weights, open_models, plan_mixture
 from sphinx_pl.mixing.show import distances_table
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.decoder import Decoder

@@ -14,14 +14,14 @@ from sphinx_pl.checkpoints.format import ModelFolder, open_checkpoint
 from sphinx_pl.checkpoints.tensors import content_hash, hash_of_hashes, same_bits
 from sphinx_pl.mixing.kernel import _mix
 from sphinx_pl.mixing.methods import METHODS, mix_tensors
-from sphinx_pl.mixing.mix import open_models
 from sphinx_pl.mixing.mixer import FEW, Facts, Mixer
+from sphinx_pl.mixing.plan import open_models
 from sphinx_pl.utils.errors import UserError
 from tests.checkpoints.conftest import random_tensors
 from tests.mixing.conftest import Held, finite_bits, original_folder
 
 Write = Callable[..., Path]
-TOWER = "mixer.towers.clip.model.conv1.weight"
+ENCODER = "mixer.towers.clip.model.conv1.weight"
 
 
 @pytest.fixture
@@ -281,7 +281,7 @@ def test_equal_tensors_are_copied_bit_for_bit(subtests: pytest.Subtests) -> None
 def test_encoders_that_nobody_trained_stay_what_they_are_under_any_weights() -> None:
     a = finite_bits(torch.bfloat16, 1, 200)
     a[a.abs() > 1e30] = 1
-    assert same_bits(mixed(mixer_of([a, a.clone()], [0.7, 0.8], key=TOWER), TOWER), a)
+    assert same_bits(mixed(mixer_of([a, a.clone()], [0.7, 0.8], key=ENCODER), ENCODER), a)
     other = mixed(mixer_of([a, a.clone()], [0.7, 0.8], key="decoder.norm.weight"), "decoder.norm.weight")
     assert same_bits(other, mix_tensors("linear", [a, a], [0.7, 0.8]))
     assert not same_bits(other, a)

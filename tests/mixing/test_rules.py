@@ -14,7 +14,7 @@ from sphinx_pl.checkpoints.format import with_common_names
 from sphinx_pl.checkpoints.huggingface import open_model
 from sphinx_pl.checkpoints.llama import our_llama_name
 from sphinx_pl.checkpoints.original import shipped_model
-from sphinx_pl.mixing.mix import check_weights
+from sphinx_pl.mixing.plan import check_weights
 from sphinx_pl.mixing.rules import PARTS, complement, layer_of, part_of, resolve, rules_table
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx

@@ -20,8 +20,8 @@ def test_every_kind_of_source_is_timed(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_only_the_first_block_is_opened_at_the_start(tmp_path: Path) -> None:
     cases, tokenizer_file = data.make_cases(tmp_path, shards=100, per_shard=40, lines=2000)
-    found = data.start(cases[0].source, tokenizer_file)
-    assert found.shards == 8
+    result = data.start(cases[0].source, tokenizer_file)
+    assert result.shards == 8
     for case in cases[1:]:
         assert data.start(case.source, tokenizer_file).shards == 1
 

@@ -14,9 +14,10 @@ from omegaconf import DictConfig
 from perf import memory
 from perf.gpu import LEAN
 from sphinx_pl.models.config import SphinxConfig
+from sphinx_pl.planning.engines import Engine, Sizes, gathered_by_zero3, states
 from sphinx_pl.planning.gpus import GPUS, find_gpu, flops_of_device
 from sphinx_pl.planning.memory import built
-from sphinx_pl.planning.plan import Engine, Sizes, gathered_by_zero3, make_plan, states, trainer_section
+from sphinx_pl.planning.plan import make_plan, trainer_section
 from sphinx_pl.runtime.hydra_app import CONFIG_FOLDER, register_resolvers
 from sphinx_pl.utils.errors import UserError
 from tests.conftest import REPOSITORY

@@ -105,7 +105,7 @@ def test_only_the_chosen_parts_move(processor: Processor, sample_data: Path, tmp
     for name, value in stage.sphinx.state_dict().items():
         moved = not torch.equal(value, before[name])
         assert moved != (".towers." in name), name
-    assert not any(module.training for tower in stage.sphinx.mixer.towers.values() for module in tower.modules())
+    assert not any(module.training for encoder in stage.sphinx.mixer.towers.values() for module in encoder.modules())
 
 
 def test_pretraining_without_text_is_refused(processor: Processor, sample_data: Path) -> None:
@@ -136,23 +136,23 @@ def test_released_weights_are_checked_before_anything_is_built(
 ) -> None:
     config = tiny_model()
     first = Sphinx(config)
-    weights, tower = tmp_path / "weights", tmp_path / "clip.safetensors"
+    weights, clip = tmp_path / "weights", tmp_path / "clip.safetensors"
     path = Path(processor.tokenizer.path)
     write_checkpoint(weights, first.state_dict(), config.to_dict(), processor.to_dict(), path, {"stage": None})
     assert first.mixer is not None
-    save_file(first.mixer.towers["clip"].state_dict(), tower)
+    save_file(first.mixer.towers["clip"].state_dict(), clip)
 
     config = tiny_model()
     assert config.vision is not None
     encoders = config.vision.encoders
-    config.decoder.load, encoders["clip"].load = str(weights), str(tower)
+    config.decoder.load, encoders["clip"].load = str(weights), str(clip)
     stage = Stage(config, "second", ALL, OPTIM, max_steps=1)
     stage.configure_model()
     for name, value in first.state_dict().items():
         if name.startswith(("decoder.", "mixer.towers.clip.")):
             assert torch.equal(stage.sphinx.state_dict()[name], value), name
 
-    encoders["dinov2"].load = str(tower)
+    encoders["dinov2"].load = str(clip)
     with pytest.raises(UserError, match=r"model\.vision\.encoders\.dinov2\.load=.*clip\.safetensors"):
         stage.check()
     config.decoder.rope_theta = 500.0  # which no shape shows

@@ -2,5 +2,5 @@
 names.
 
 Text of a model, a user or a file name is not trusted. It reaches the page only through
-`html.escape`, and no Markdown is rendered.
+templates that escape it, and no Markdown is rendered.
 """

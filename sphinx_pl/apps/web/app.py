@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import html
 import logging
 import os
 import signal
@@ -12,6 +11,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
+
+from markupsafe import Markup
 
 from sphinx_pl.apps.web.page import Page, instructions
 from sphinx_pl.apps.web.rendering import render_picture, render_talk
@@ -82,7 +83,7 @@ def build(page: Page, initial: Session, folder: Path, title: str, question: str 
     room = page.assistant.model.config.decoder.max_positions
 
     def views(session: Session, problem: str = "") -> tuple[Any, Any, Any]:
-        notice = f'<div class="notice" role="alert">{html.escape(problem)}</div>' if problem else ""
+        notice = Markup('<div class="notice" role="alert">{}</div>').format(problem) if problem else ""
         return render_talk(coordinates, session), render_picture(coordinates, session), notice
 
     def buttons(busy: bool) -> tuple[Any, Any]:
@@ -90,7 +91,7 @@ def build(page: Page, initial: Session, folder: Path, title: str, question: str 
 
     with gr.Blocks(title="SPHINX-PL", analytics_enabled=False, fill_width=True, delete_cache=(600, 600)) as blocks:
         state = gr.State(initial)
-        gr.HTML(f'<header><b>SPHINX-PL</b><span title="checkpoint">{html.escape(title)}</span></header>')
+        gr.HTML(Markup('<header><b>SPHINX-PL</b><span title="checkpoint">{}</span></header>').format(title))
         notice = gr.HTML(elem_id="notice")
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=360, visible=page.sees):

@@ -205,9 +205,7 @@ class Page:
         session.ticket += 1
 
     def fill(self, session: Session, template: str) -> str:
-        """Return an instruction for the question box, with `{box}` replaced by the box of the whole
-        image.
-        """
+        """An instruction for the question box, whose `{box}` is the box of the whole image."""
         if session.picture is None:
             return template
         width, height = session.picture.size

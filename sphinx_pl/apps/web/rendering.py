@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import html
 import re
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
 
 from sphinx_pl.apps.web.session import Session
 from sphinx_pl.data.coordinates import COCO_KEYPOINTS, Coordinates, Grounded, Size, TextPart, point_to_pixels, to_pixels
 from sphinx_pl.data.drawing import GIVEN, PALETTE, limbs
+from sphinx_pl.utils.html import Templates
+
+_TEMPLATES = Templates(Path(__file__).with_name("templates"), marked=False)
+render = _TEMPLATES.render
 
 
 @dataclass(frozen=True)
@@ -50,84 +57,57 @@ def find_marks(pieces: list[TextPart], prefix: str, colour: str | None = None) -
 
 def render_text(
     coordinates: Coordinates, text: str, prefix: str, colour: str | None = None, growing: bool = False
-) -> str:
-    """Return a question or an answer as HTML.
-
-    Its phrases are linked to their places by the keys of their marks.
-    """
+) -> Markup:
+    """A question or an answer as HTML, whose phrases have the keys of their marks."""
     pieces = coordinates.pieces(text)
     marks = iter(find_marks(pieces, prefix, colour))
-    parts = []
+    parts: list[Mark | str] = []
     for piece in pieces:
-        if not piece.numbers:
-            plain = piece.text
-            if growing and piece is pieces[-1]:
-                plain = re.sub(r"</?p?$", "", plain)
-            # The phrase's bracket has not arrived yet, or is malformed.
-            parts.append(html.escape(re.sub(r"</?p>", "", plain)))
+        if piece.numbers:
+            parts.append(next(marks))
             continue
-        mark = next(marks)
-        numbers = html.escape(piece.numbers)
-        link = f'tabindex="0" data-mark="{mark.key}" style="--mark:{mark.colour}"'
-        if piece.phrase:
-            parts.append(f'<span class="phrase" {link}>{html.escape(piece.phrase)}</span>')
-            parts.append(f'<span class="numbers">{numbers}</span>')
-        else:
-            parts.append(f'<span class="phrase numbers" {link}>{numbers}</span>')
-    return "".join(parts)
+        plain = piece.text
+        if growing and piece is pieces[-1]:
+            plain = re.sub(r"</?p?$", "", plain)
+        # The phrase's bracket has not arrived yet, or is malformed.
+        parts.append(re.sub(r"</?p>", "", plain))
+    return render("text.html", parts=parts)
 
 
-def render_talk(coordinates: Coordinates, session: Session) -> str:
-    """Return the conversation as HTML."""
-    if not session.exchanges:
-        hint = "Ask anything" if session.picture is None else "Ask about the image"
-        return f'<div class="talk empty">{hint}, or start from one of the instructions below.</div>'
-    parts = []
-    for number, exchange in enumerate(session.exchanges):
-        question = render_text(coordinates, exchange.question, f"q{number}-", GIVEN)
-        answer = render_text(coordinates, exchange.answer, f"a{number}-", growing=exchange.growing)
-        state = "answer growing" if exchange.growing else "answer"
-        if not exchange.answer:
-            answer = "" if exchange.growing else '<span class="none">no answer</span>'
-        parts.append(f'<div class="question" data-turn="{number}">{question}</div>')
-        parts.append(f'<div class="{state}" data-turn="{number}">{answer}</div>')
-    return f'<div class="talk">{"".join(parts)}</div>'
+def render_talk(coordinates: Coordinates, session: Session) -> Markup:
+    """The conversation as HTML."""
+    turns = [
+        {
+            "question": render_text(coordinates, exchange.question, f"q{number}-", GIVEN),
+            "answer": render_text(coordinates, exchange.answer, f"a{number}-", growing=exchange.growing),
+            "exchange": exchange,
+        }
+        for number, exchange in enumerate(session.exchanges)
+    ]
+    return render("talk.html", turns=turns, has_picture=session.picture is not None)
 
 
-def render_picture(coordinates: Coordinates, session: Session) -> str:
-    """Return the picture as HTML and SVG, with the places of every turn over it.
+def render_picture(coordinates: Coordinates, session: Session) -> Markup:
+    """The picture as HTML and SVG, with the places of every turn over it.
 
     The page shows those of the last turn.
     """
     picture = session.picture
     if picture is None:
-        return '<div class="drop"><b>Drop an image here</b><span>or click to choose one, or paste</span></div>'
-    width, height = picture.size
-    groups = []
-    tags = []
-    last = len(session.exchanges) - 1
+        return render("picture.html", picture=None)
+    turns = []
     for number, exchange in enumerate(session.exchanges):
-        shapes = []
+        layers = []
         for text, prefix, colour in ((exchange.question, "q", GIVEN), (exchange.answer, "a", None)):
             marks = find_marks(coordinates.pieces(text), f"{prefix}{number}-", colour)
-            shapes.append(_limbs_svg(marks, picture.size))
-            shapes += [_mark_svg(mark, picture.size, exchange.masks.get(mark.key, ""), prefix) for mark in marks]
-            tags += [_tag(mark, picture.size, number, number == last) for mark in marks]
-        visible = " shown" if number == last else ""
-        groups.append(f'<g class="turn{visible}" data-turn="{number}">{"".join(shapes)}</g>')
-    title = html.escape(f"{picture.name}, {width} x {height} pixels")
-    return (
-        f'<figure class="picture" style="--ratio:{width / height:.5f}"><div class="frame" data-width="{width}" '
-        f'data-height="{height}"><img src="{picture.source}" alt="{title}" draggable="false">'
-        f'<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none">{"".join(groups)}</svg>{"".join(tags)}</div>'
-        f"<figcaption>{title}. Drag on it to put a box into the question.</figcaption></figure>"
-    )
+            shapes = [_shapes(mark, picture.size, exchange.masks.get(mark.key, "")) for mark in marks]
+            layers.append({"kind": prefix, "limbs": _limbs(marks, picture.size), "shapes": shapes})
+        turns.append(layers)
+    return render("picture.html", picture=picture, turns=turns)
 
 
 def _corners(mark: Mark, size: Size) -> list[tuple[float, float, float, float]]:
-    """Return the mark's boxes in pixels of the image, cut at its edges, without boxes that lie in
-    the padding.
-    """
+    """The mark's boxes in pixels of the image, cut at its edges, without those in the padding."""
     width, height = size
     boxes = []
     for box in mark.piece.boxes:
@@ -138,43 +118,25 @@ def _corners(mark: Mark, size: Size) -> list[tuple[float, float, float, float]]:
     return boxes
 
 
-def _mark_svg(mark: Mark, size: Size, mask: str, kind: str) -> str:
-    width, height = size
-    parts = [f'<image href="{mask}" x="0" y="0" width="{width}" height="{height}"/>'] if mask else []
-    for x1, y1, x2, y2 in _corners(mark, size):
-        shape = f'x="{x1:.2f}" y="{y1:.2f}" width="{x2 - x1:.2f}" height="{y2 - y1:.2f}"'
-        parts.append(f'<rect class="rim" {shape}/><rect class="box" {shape}/>')
-    for point in mark.piece.points:
-        x, y = point_to_pixels(point, size)
-        # A line without length but with round ends is a dot of the same size on any screen.
-        shape = f'x1="{x:.2f}" y1="{y:.2f}" x2="{x:.2f}" y2="{y:.2f}"'
-        parts.append(f'<line class="dot rim" {shape}/><line class="dot" {shape}/>')
-    title = f"<title>{html.escape(mark.piece.phrase or mark.piece.numbers)}</title>"
-    return f'<g class="mark {kind}" data-mark="{mark.key}" style="--mark:{mark.colour}">{title}{"".join(parts)}</g>'
+def _shapes(mark: Mark, size: Size, mask: str) -> dict[str, Any]:
+    """A mark's boxes and points in pixels of the image, its mask, and the place of its tag.
+
+    The phrase is a tag at the upper left corner of the first box. Keypoints only have a tooltip, to
+    save space.
+    """
+    corners = _corners(mark, size)
+    points = [point_to_pixels(point, size) for point in mark.piece.points]
+    tag = None
+    if corners and mark.piece.phrase:
+        left, top, *_ = corners[0]
+        tag = (100 * left / size[0], 100 * top / size[1])
+    return {"mark": mark, "mask": mask, "boxes": corners, "points": points, "tag": tag}
 
 
-def _limbs_svg(marks: list[Mark], size: Size) -> str:
+def _limbs(marks: list[Mark], size: Size) -> list[tuple[str, list[tuple[float, float]]]]:
+    """The colour and the two ends of each line of a skeleton."""
     lines = []
     for colour in dict.fromkeys(mark.colour for mark in marks):
         items = [Grounded(m.piece.phrase, m.piece.boxes, m.piece.points) for m in marks if m.colour == colour]
-        for limb in limbs(items):
-            (x1, y1), (x2, y2) = (point_to_pixels(point, size) for point in limb)
-            shape = f'x1="{x1:.2f}" y1="{y1:.2f}" x2="{x2:.2f}" y2="{y2:.2f}"'
-            lines.append(f'<line class="limb" style="--mark:{colour}" {shape}/>')
-    return "".join(lines)
-
-
-def _tag(mark: Mark, size: Size, number: int, visible: bool) -> str:
-    """Return the phrase as a tag at the upper left corner of its first box.
-
-    Keypoints only have a tooltip, to save space.
-    """
-    corners = _corners(mark, size)
-    if not corners or not mark.piece.phrase:
-        return ""
-    left, top = 100 * corners[0][0] / size[0], 100 * corners[0][1] / size[1]
-    below = " below" if top < 6 else ""
-    return (
-        f'<span class="tag{below}{" shown" if visible else ""}" data-turn="{number}" data-mark="{mark.key}" '
-        f'style="--mark:{mark.colour};left:{left:.2f}%;top:{top:.2f}%">{html.escape(mark.piece.phrase)}</span>'
-    )
+        lines += [(colour, [point_to_pixels(point, size) for point in limb]) for limb in limbs(items)]
+    return lines

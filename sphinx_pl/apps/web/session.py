@@ -21,8 +21,7 @@ PREVIEW_SIDE = 1280
 @dataclass(frozen=True)
 class UploadedImage:
     """An uploaded image as the model sees it (`square`), as the page shows it, and its own size
-    (width, height).
-    """
+    (width, height)."""
 
     square: Image.Image
     preview: Image.Image

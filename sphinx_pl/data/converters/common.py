@@ -1,6 +1,4 @@
-"""These functions are shared by several converters: keys, frequent answers, the usual kinds of
-records.
-"""
+"""Functions of several converters: keys, frequent answers, the usual kinds of records."""
 
 from __future__ import annotations
 

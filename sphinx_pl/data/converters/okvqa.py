@@ -14,9 +14,7 @@ from sphinx_pl.data.converters.vqav2 import VQAv2Converter
 
 
 class OKVQAConverter(VQAv2Converter):
-    """The target is the most frequent answer. All ten answers are kept in meta for the official
-    metric.
-    """
+    """The target is the most frequent answer. meta keeps all ten for the official metric."""
 
     name = "okvqa"
     title = "OK-VQA"

@@ -59,7 +59,7 @@ class RefCOCOConverter(Converter):
             with path.open("rb") as file:
                 refs = _PlainData(file, encoding="latin1").load()  # Python 2 wrote the files
         except Exception as error:  # a damaged or hostile pickle can raise anything
-            raise UserError(f"{self.name}: {path} is no pickle of plain data ({error}): get it anew") from None
+            raise UserError(f"{self.name}: {path} is no pickle of plain data ({error}): download it again") from None
         if not isinstance(refs, list):
             raise UserError(f"{self.name}: {path} holds no list of refs")
         return refs

@@ -24,9 +24,7 @@ _REMARKS = (
 
 
 class TextVQAConverter(Converter):
-    """The target is the most frequent answer. All ten answers are kept in meta for the official
-    metric.
-    """
+    """The target is the most frequent answer. meta keeps all ten for the official metric."""
 
     name = "textvqa"
     title = "TextVQA"

@@ -21,7 +21,7 @@ from sphinx_pl.data.schema import ImageRef, Record, Region
 from sphinx_pl.data.skip import SkipSample
 
 
-class _VisualGenomeConverter(Converter):
+class VisualGenomeConverter(Converter):
     url = "https://homes.cs.washington.edu/~ranjay/visualgenome/"
     licence = "CC BY 4.0"
     splits = ("train",)  # there is no other split
@@ -47,7 +47,7 @@ class _VisualGenomeConverter(Converter):
         return (ImageRef(f"{folder}/{name}"),), sizes(image["width"], image["height"], str(image["image_id"]))
 
 
-class VGRegions(_VisualGenomeConverter):
+class VGRegionsConverter(VisualGenomeConverter):
     """Each region gives a record that asks for its box and one that asks for its phrase."""
 
     name = "vg_regions"
@@ -65,7 +65,7 @@ class VGRegions(_VisualGenomeConverter):
         yield Record(f"{key}-reg", "reg", images, size, regions=regions)
 
 
-class VGRelationships(_VisualGenomeConverter):
+class VGRelationshipsConverter(VisualGenomeConverter):
     """Each relationship is a record.
 
     The predicate is in lower case, because annotators wrote both ON and on.
@@ -84,7 +84,7 @@ class VGRelationships(_VisualGenomeConverter):
         yield Record(key, "relation_detection", images, size, answer=predicate, regions=regions)
 
 
-class VGQuestions(_VisualGenomeConverter):
+class VGQuestionsConverter(VisualGenomeConverter):
     """Each question is a record.
 
     The full stop at the end of an answer is removed. Answers of a single word have it too.

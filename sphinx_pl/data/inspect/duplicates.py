@@ -23,7 +23,7 @@ from sphinx_pl.utils.errors import UserError
 from sphinx_pl.utils.files import whole_file
 
 IMAGE, CAPTION = "image", "caption"
-"""What pairs can be compared by, besides a column of their json such as sha256 or url."""
+"""Values by which pairs compare, besides a column of their json such as sha256 or url."""
 
 
 def find_duplicates(
@@ -51,7 +51,7 @@ def find_duplicates(
         raise UserError(f"out={out}: there is no folder {out.parent}: make it first")
     source = build_reader("image_text", "pairs", path, filters={"max_chars": 1 << 30})
     contents, keys = array("Q"), array("Q")
-    seen = 0
+    pairs = 0
     for number in range(len(source.urls)):
         try:
             shard = source.open(number)
@@ -60,7 +60,7 @@ def find_duplicates(
                 f"{source.urls[number]} cannot be read ({bad.reason}): a result without it would have holes"
             ) from None
         for index in range(len(shard)):
-            seen += 1
+            pairs += 1
             try:
                 record = shard.record(index)
                 content = _content(record, by)
@@ -71,14 +71,14 @@ def find_duplicates(
                 keys.append(key_hash(record.key))
         progress(number + 1, len(source.urls))
     if not keys:
-        raise UserError(f"by={by}: none of {seen} pairs has it: use {IMAGE}, {CAPTION} or a column of their json")
+        raise UserError(f"by={by}: none of {pairs} pairs has it: use {IMAGE}, {CAPTION} or a column of their json")
     _, first = np.unique(np.asarray(contents), return_index=True)
     later = np.ones(len(keys), bool)
     later[first] = False
-    found = np.sort(np.asarray(keys)[later])
+    duplicates = np.sort(np.asarray(keys)[later])
     with whole_file(out) as temporary, temporary.open("wb") as file:
-        np.save(file, found)
-    return seen, seen - len(keys), len(found)
+        np.save(file, duplicates)
+    return pairs, pairs - len(keys), len(duplicates)
 
 
 def _content(record: Record, by: str) -> bytes | None:

@@ -1,5 +1,4 @@
-"""What a mixture is made of, before anything is trained: sizes, shares, and what to expect of each
-source."""
+"""The sources of a mixture before anything is trained: sizes, shares, expected draws."""
 
 from __future__ import annotations
 
@@ -22,8 +21,7 @@ PROBE = 64
 
 @dataclass(frozen=True)
 class SourceSummary:
-    """One source of a mixture. Numbers per draw are means over the probed draws, with unusable
-    records."""
+    """One source of a mixture. Numbers per draw are means over the probed draws."""
 
     name: str
     kind: str
@@ -40,8 +38,7 @@ class SourceSummary:
     targets: float
     images: float
     unusable: float
-    """Share of the records that are skipped or filtered, also because of their images.
-    """
+    """Share of the records that are skipped or filtered, also because of their images."""
     why: Mapping[str, tuple[int, str]]
     """skipped/<reason>, filtered/<reason>, capped/<task>, unused/<name> and events of samples that
     are used (such as `cut`, see `Sample`) -> how many were met, and the first in words."""
@@ -101,49 +98,49 @@ def _line(name: str, stream: SourceStream, share: float, probe: int) -> SourceSu
     )
 
 
-def epoch_tokens(found: list[SourceSummary]) -> float:
-    """Of everything once."""
-    return sum(line.draws * line.tokens for line in found)
+def epoch_tokens(summaries: list[SourceSummary]) -> float:
+    """Tokens of all sources, each read once."""
+    return sum(line.draws * line.tokens for line in summaries)
 
 
-def reasons(found: list[SourceSummary]) -> str:
+def reasons(summaries: list[SourceSummary]) -> str:
     """A line for each reason and event: its source, its name, how many were met, and an example."""
     return "".join(
         f"\n{line.name}  {key}: {number}{f'  ({example:.300})' if example else ''}"
-        for line in found
+        for line in summaries
         for key, (number, example) in sorted(line.why.items())
     )
 
 
 def missing(configs: Mapping[str, SourceConfig]) -> dict[str, str]:
     """Source -> why its files cannot be read, for those whose files are not there."""
-    found = {}
+    problems = {}
     for name, config in configs.items():
         try:
             expand_paths(name, config.path, READERS[config.kind].folders)
         except UserError as error:
-            found[name] = str(error)
-    return found
+            problems[name] = str(error)
+    return problems
 
 
-def expectations(found: list[SourceSummary], unit: str, row_length: int, rows: int, steps: int) -> Table:
-    """The lines with their sums, and what a run of so many steps makes of them.
+def expectations(summaries: list[SourceSummary], unit: str, row_length: int, rows: int, steps: int) -> Table:
+    """The lines with their sums, and their use in a run of `steps` steps.
 
     Args:
         rows: of an optimizer step, on all ranks.
     """
     # A source's share is of draws, or of supervised tokens; what a step holds follows from its
     # tokens.
-    draws = {line.name: line.share / (max(line.targets, 1e-9) if unit == "token" else 1) for line in found}
+    draws = {line.name: line.share / (max(line.targets, 1e-9) if unit == "token" else 1) for line in summaries}
     total = sum(draws.values())
-    mean_tokens = sum(draws[line.name] / total * line.tokens for line in found)
+    mean_tokens = sum(draws[line.name] / total * line.tokens for line in summaries)
     drawn = steps * rows * row_length / max(mean_tokens, 1e-9)
     result = Table(title=f"{steps} steps of {rows} rows of {row_length} positions; shares by {unit}")
     result.add_column("source", overflow="fold")
     for column in ("records", "files", "share", "tokens", "targets", "images", "unusable", "Mtok/epoch", "Mimg/epoch"):
         result.add_column(column, justify="right")
     result.add_column("epochs", justify="right")
-    for line in found:
+    for line in summaries:
         result.add_row(
             line.name,
             f"{'' if line.certain else '~'}{line.records}",
@@ -157,7 +154,7 @@ def expectations(found: list[SourceSummary], unit: str, row_length: int, rows: i
             f"{line.draws * line.images / 1e6:.3g}",
             f"{drawn * draws[line.name] / total / line.draws:.3g}",
         )
-    epoch = epoch_tokens(found) / (rows * row_length)
+    epoch = epoch_tokens(summaries) / (rows * row_length)
     result.caption = (
         "tokens, targets (supervised tokens) and images: of a mean draw. epochs: how often the run reads the source, "
         f"if rows are full. Everything once: {epoch:.0f} steps"
@@ -166,7 +163,7 @@ def expectations(found: list[SourceSummary], unit: str, row_length: int, rows: i
 
 
 def plan(group: Group, absent: Mapping[str, str]) -> Table:
-    """What the configuration alone says of the sources, for when some are not there.
+    """A table of the sources by their configuration alone, for when files are missing.
 
     Args:
         absent: source -> why, as `missing` says.

@@ -38,8 +38,7 @@ class SampleImage:
 
 @dataclass(frozen=True)
 class ShownSample:
-    """A sample of a batch: the tokens that its questions share, those of each question, and its
-    images."""
+    """A sample of a batch: the tokens that questions share, those of each, and the images."""
 
     number: int
     place: str
@@ -59,7 +58,7 @@ class ShownSample:
 
 def unpack(batch: Batch, plan: MicroPlan, processor: Processor, first: int) -> list[ShownSample]:
     """The samples of a batch, numbered from `first`, in the order of its rows."""
-    shown: list[ShownSample] = []
+    items: list[ShownSample] = []
     image = 0
     for row, samples in enumerate(plan.rows):
         begin = 0
@@ -77,10 +76,10 @@ def unpack(batch: Batch, plan: MicroPlan, processor: Processor, first: int) -> l
                 problem = _problem(ref, processor.image_size) if masked else ""
                 pictures.append(SampleImage(batch.pixels[image + i], kept_views, problem))
             place = f"step {plan.step}, micro-batch {plan.index + 1}, row {row + 1}"
-            shown.append(ShownSample(first + len(shown), place, sample, parts[0], questions, pictures))
+            items.append(ShownSample(first + len(items), place, sample, parts[0], questions, pictures))
             image += len(sample.images)
             begin += sample.length
-    return shown
+    return items
 
 
 def _tokens(batch: Batch, row: int, begin: int, length: int, slots: Sequence[int]) -> list[Token]:
@@ -110,8 +109,7 @@ def _problem(ref: ImageRef, size: int) -> str:
 
 
 def texts(item: ShownSample, tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
-    """(text that is not supervised, supervised text) of each question, with the text that all
-    questions share."""
+    """(text that is not supervised, supervised text) of each question, with the shared text."""
     for _, tokens in item.questions:
         parts: dict[bool, list[str]] = {False: [], True: []}
         for target, run in groupby([*item.shared, *tokens], key=lambda token: token.target):

@@ -40,8 +40,7 @@ class Shard(ABC):
         self.skipped: Counter[str] = Counter()
         """Reason -> count of entries that cannot be used."""
         self.unused: Counter[str] = Counter()
-        """Name -> count of what is no entry, or is not asked for, such as files with another
-        extension."""
+        """Name -> count of what is no entry, or is not asked for, such as other files."""
         self.examples: dict[str, str] = {}
         """`skipped/<reason>` or `unused/<name>` -> the first thing that it counted, in words."""
 
@@ -256,10 +255,10 @@ def check_options(kind: str, where: str, options: Iterable[str]) -> None:
     Raises:
         UserError: the kind or an option is unknown; the message begins with `where`.
     """
-    known = [option for option in inspect.signature(READERS[kind]).parameters if option not in ("name", "path")]
+    names = [option for option in inspect.signature(READERS[kind]).parameters if option not in ("name", "path")]
     for option in options:
-        if option not in known:
-            raise UserError(f"{where} of kind {kind} has no option '{option}': {suggest(option, known)}")
+        if option not in names:
+            raise UserError(f"{where} of kind {kind} has no option '{option}': {suggest(option, names)}")
 
 
 def spread(length: int, at_most: int | None) -> list[int]:
@@ -276,13 +275,13 @@ def expand_paths(name: str, path: str | Sequence[str], folders: bool = False) ->
         folders: whether the setting names folders.
     """
     there = os.path.isdir if folders else os.path.isfile
-    found: list[str] = []
+    urls: list[str] = []
     patterns = [path] if isinstance(path, str) else path
     if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
         raise UserError(f"source '{name}': path={path} must be a path, a pattern, or a list of these")
     for pattern in patterns:
         if is_remote(pattern):
-            found += _expand_braces(pattern)
+            urls += _expand_braces(pattern)
             continue
         whole = os.path.expanduser(pattern)  # noqa: PTH111 - pathlib's raises
         for single in [whole] if there(whole) else _expand_braces(whole):
@@ -297,10 +296,10 @@ def expand_paths(name: str, path: str | Sequence[str], folders: bool = False) ->
                     f"source '{name}': there is no {'folder' if folders else 'file'} '{single:.500}': correct its path "
                     "(the sample data's are made by `python -m sphinx_pl.cli.sample`)"
                 )
-            found += matches
-    if not found:
+            urls += matches
+    if not urls:
         raise UserError(f"source '{name}' has an empty list of paths: name at least one file")
-    return found
+    return urls
 
 
 def _expand_braces(pattern: str) -> Iterator[str]:
@@ -326,8 +325,7 @@ def _choices(match: re.Match[str]) -> int:
 
 
 def short_names(urls: Sequence[str]) -> list[str]:
-    """Unique names of the files that stay the same when the data move: paths below the common
-    folder."""
+    """Unique names of the files that survive a move: paths below the common folder."""
     # Names become part of keys, which are text. A file's name is bytes.
     return [name.encode("utf-8", "backslashreplace").decode() for name in _short_names(urls)]
 

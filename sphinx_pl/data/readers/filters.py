@@ -31,8 +31,7 @@ def key_hash(key: str) -> int:
 
 @dataclass
 class PairFilters:
-    """Bounds on images, captions and the columns of the json. They are inclusive; null or {} sets
-    no bound."""
+    """Inclusive bounds on images, captions and columns of the json; null or {} sets none."""
 
     min_side: Optional[int] = None
     """Pixels of the shorter side of the stored image."""
@@ -55,11 +54,9 @@ class PairFilters:
     Spot Text", arXiv 2312.14232).
     """
     parrot_share: float = 0.5
-    """The share of the caption's words that the OCR column has too, from which on the pair is
-    filtered."""
+    """The share of the caption's words in the OCR column from which the pair is filtered."""
     duplicates: Optional[str] = None
-    """A file of `sphinx-data duplicates`, with all but the first of equal pairs.
-    """
+    """A file of `sphinx-data duplicates`, with all but the first of equal pairs."""
 
     def __post_init__(self) -> None:
         for column, conditions in self.columns.items():
@@ -115,8 +112,8 @@ class PairFilters:
             raise Filtered("caption_words", f"{record.key}: {len(words)} words")
         if self.parrot_column is not None and words:
             read = columns.get(self.parrot_column)
-            seen = Counter(_WORD.findall(read.lower() if isinstance(read, str) else ""))
-            spelt = (Counter(words) & seen).total()
+            counts = Counter(_WORD.findall(read.lower() if isinstance(read, str) else ""))
+            spelt = (Counter(words) & counts).total()
             if spelt >= self.parrot_share * len(words):
                 raise Filtered("parrot", f"{record.key}: {spelt} of {len(words)} words stand in the image")
 
@@ -124,12 +121,12 @@ class PairFilters:
     def _duplicates(self) -> npt.NDArray[np.uint64]:
         assert self.duplicates is not None
         try:
-            found: npt.NDArray[np.uint64] = np.load(self.duplicates, mmap_mode="r")
+            keys: npt.NDArray[np.uint64] = np.load(self.duplicates, mmap_mode="r")
         except (OSError, ValueError) as error:
             raise UserError(
                 f"filters.duplicates={self.duplicates} cannot be read ({error}): make it with `sphinx-data duplicates`"
             ) from None
-        return found
+        return keys
 
 
 def _check_conditions(key: str, conditions: Mapping[str, Any]) -> None:

@@ -48,8 +48,7 @@ class ImageTextReader(PairReader):
 
 
 class _TarShard(PairShard):
-    """Keys [n], and (offset, size) of image, text and json [n, 3, 2]; size is -1 for a missing
-    file."""
+    """Keys [n], and (offset, size) of image, text and json [n, 3, 2]; size -1 means no file."""
 
     def __init__(self, source: ImageTextReader, url: str, name: str) -> None:
         super().__init__()
@@ -102,8 +101,7 @@ class _TarShard(PairShard):
                     begin = yield from self._archive(tar, file)
 
     def _archive(self, tar: tarfile.TarFile, file: IO[bytes]) -> Generator[tuple[str, int, int], None, int | None]:
-        """The files of one archive. The return value is the start of the next archive, None if
-        there is none."""
+        """The files of one archive. Returns the start of the next archive, None without one."""
         end = os.fstat(file.fileno()).st_size
         whole = False
         with contextlib.suppress(Exception):  # as above

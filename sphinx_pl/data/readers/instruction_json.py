@@ -96,13 +96,15 @@ def to_record(entry: Mapping[str, Any], key: str, root: Path, default_task: str,
         system, turns = _turns(messages, key)
         if entry.get("system") and system is not None:
             raise SkipSample("entry_malformed", f"{key}: a system text beside a message of the system")
-        shown = [name for _, _, names in messages for name in names]
-        if shown and (_as_list(entry.get("image")) or _as_list(entry.get("images"))):
+        inline = [name for _, _, names in messages for name in names]
+        if inline and (_as_list(entry.get("image")) or _as_list(entry.get("images"))):
             raise SkipSample("entry_malformed", f"{key}: images of its own beside those in its messages")
         record = Record(
             key=key,
             task=task,
-            images=tuple(_image(name, root, key) for name in shown or _as_list(_either(entry, "image", "images", key))),
+            images=tuple(
+                _image(name, root, key) for name in inline or _as_list(_either(entry, "image", "images", key))
+            ),
             sizes=sizes(entry.get("width"), entry.get("height"), key),
             turns=turns,
             system=_string(entry["system"]) if entry.get("system") else system,
@@ -179,13 +181,13 @@ def image_names(entry: Mapping[str, Any]) -> list[Any]:
 
     Any object is accepted, even one that is no entry.
     """
-    found = _as_list(entry.get("image")) or _as_list(entry.get("images"))
-    for message in () if found else _as_list(entry.get("conversations")) or _as_list(entry.get("messages")):
-        said = (message.get("value") or message.get("content")) if isinstance(message, dict) else None
-        for part in said if isinstance(said, list) else ():
+    names = _as_list(entry.get("image")) or _as_list(entry.get("images"))
+    for message in () if names else _as_list(entry.get("conversations")) or _as_list(entry.get("messages")):
+        content = (message.get("value") or message.get("content")) if isinstance(message, dict) else None
+        for part in content if isinstance(content, list) else ():
             if isinstance(part, dict):
-                found.append(_part_image(part))
-    return [_plain_name(name) for name in found if name]
+                names.append(_part_image(part))
+    return [_plain_name(name) for name in names if name]
 
 
 def _plain_name(name: Any) -> Any:
@@ -201,14 +203,14 @@ def _string(value: Any) -> str:
     return value
 
 
-def _check_keys(found: Mapping[str, Any], known: Sequence[str], key: str, ignore: Container[str]) -> None:
+def _check_keys(entry: Mapping[str, Any], names: Sequence[str], key: str, ignore: Container[str]) -> None:
     """Raises: SkipSample: media_unsupported, key_unknown."""
-    for name, value in found.items():
-        if name in known or name in ABOUT or name in ignore or value is None or value in ("", [], {}):
+    for name, value in entry.items():
+        if name in names or name in ABOUT or name in ignore or value is None or value in ("", [], {}):
             continue
         if _MEDIA.search(name):
             raise SkipSample("media_unsupported", f"{key}: '{name:.100}': the model sees images only")
-        hint = suggest(name, known, "docs/data.md")
+        hint = suggest(name, names, "docs/data.md")
         raise SkipSample("key_unknown", f"{key}: '{name:.100}': {hint}; the source's ignore_keys=[...] passes over it")
 
 
@@ -263,12 +265,12 @@ def _message(message: Mapping[str, Any], key: str, ignore: Container[str]) -> tu
     """(speaker, content, names of the images in the content) of a message."""
     _check_keys(message, ("from", "value", "role", "content", "name"), key, ignore)
     speaker = _either(message, "from", "role", key)
-    said = _either(message, "value", "content", key)
-    if said is None:  # it may be blank
-        said = message.get("value", message.get("content"))
-    if not isinstance(said, list):
-        return _SPEAKERS.get(speaker, str(speaker)), said, []
-    parts = [_part(part, key, ignore) for part in said]
+    content = _either(message, "value", "content", key)
+    if content is None:  # it may be blank
+        content = message.get("value", message.get("content"))
+    if not isinstance(content, list):
+        return _SPEAKERS.get(speaker, str(speaker)), content, []
+    parts = [_part(part, key, ignore) for part in content]
     return (
         _SPEAKERS.get(speaker, str(speaker)),
         "\n".join(text for text, _ in parts),

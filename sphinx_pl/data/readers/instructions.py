@@ -121,8 +121,8 @@ class _InstructionShard(Shard):
         reading everything."""
 
         def make() -> EntryNumbers:
-            found = array("q", (self._image_hash(row) for row in range(len(self.spans))))
-            return np.asarray(found, dtype=np.int64)
+            hashes = array("q", (self._image_hash(row) for row in range(len(self.spans))))
+            return np.asarray(hashes, dtype=np.int64)
 
         return cached_array(f"{self._identity}-images-2", make)
 

@@ -43,8 +43,8 @@ def index_entries(path: str) -> tuple[EntryIndex, str]:
     """
 
     def make() -> EntryIndex:
-        found, problem = _index_list(path) if is_list(path) else (_index_lines(path), "")
-        return np.concatenate([found, [[_PROBLEMS.index(problem), 0]]])  # the last row is no span
+        spans, problem = _index_list(path) if is_list(path) else (_index_lines(path), "")
+        return np.concatenate([spans, [[_PROBLEMS.index(problem), 0]]])  # the last row is no span
 
     table = cached_array(f"{identity(path)}-2", make)
     return table[:-1], _PROBLEMS[int(table[-1, 0])]
@@ -87,14 +87,14 @@ def _index_lines(path: str) -> EntryIndex:
         edges.append(ends + offset)
     edges.append(np.array([Path(path).stat().st_size], np.int64))
     edge = np.concatenate(edges)
-    found = np.stack([edge[:-1], np.diff(edge)], axis=1)
-    found = found[found[:, 1] > 0]
-    keep = np.ones(len(found), bool)
+    spans = np.stack([edge[:-1], np.diff(edge)], axis=1)
+    spans = spans[spans[:, 1] > 0]
+    keep = np.ones(len(spans), bool)
     with Path(path).open("rb") as file:
         for row in np.flatnonzero(np.concatenate(blank)) if blank else ():
-            file.seek(found[row, 0])
-            keep[row] = any(part.strip(_BLANK) for part in _parts(file, int(found[row, 1])))
-    return found[keep]
+            file.seek(spans[row, 0])
+            keep[row] = any(part.strip(_BLANK) for part in _parts(file, int(spans[row, 1])))
+    return spans[keep]
 
 
 def _parts(file: IO[bytes], size: int) -> Iterator[bytes]:
@@ -104,8 +104,7 @@ def _parts(file: IO[bytes], size: int) -> Iterator[bytes]:
 
 
 def _index_list(path: str) -> tuple[EntryIndex, str]:
-    """The entries of a JSON list, and its fault. An entry that the file's end cuts off is not among
-    them."""
+    """The entries of a JSON list that are whole, and the list's fault."""
     depth, in_string = 0, 0
     cuts = []  # offsets of the list's own bracket, of its commas, and of its end
     begun = whole = False
@@ -142,13 +141,13 @@ def _index_list(path: str) -> tuple[EntryIndex, str]:
         if len(depths):
             depth = int(depths[-1])
     edges = np.concatenate(cuts) if cuts else np.zeros(0, np.int64)
-    found = np.stack([edges[:-1] + 1, np.diff(edges) - 1], axis=1) if len(edges) > 1 else np.zeros((0, 2), np.int64)
-    if len(found) == 1 and whole:
+    spans = np.stack([edges[:-1] + 1, np.diff(edges) - 1], axis=1) if len(edges) > 1 else np.zeros((0, 2), np.int64)
+    if len(spans) == 1 and whole:
         with Path(path).open("rb") as file:
-            file.seek(found[0, 0])
-            if not file.read(min(int(found[0, 1]), 1 << 20)).strip(_BLANK):
-                found = found[:0]  # []
-    return found, _after(path, int(edges[-1]) + 1) if whole else "shard_truncated"
+            file.seek(spans[0, 0])
+            if not file.read(min(int(spans[0, 1]), 1 << 20)).strip(_BLANK):
+                spans = spans[:0]  # []
+    return spans, _after(path, int(edges[-1]) + 1) if whole else "shard_truncated"
 
 
 def _after(path: str, end: int) -> str:

@@ -22,7 +22,7 @@ _BY_NAME = {"tar": "image_text", "csv": "table", "tsv": "table", "parquet": "tex
 _BY_NAME |= {"tgz": "image_text"}
 _INSTRUCTION = {"conversations", "messages", "task", "regions", "choices"}
 _IMAGE = {"img"}
-"""What may be meant as an entry's image, but is not read."""
+"""Keys that may be meant as an entry's image, but are not read."""
 
 
 def find_kind(name: str, path: str | Sequence[str], section: str = "sources") -> tuple[str, str]:

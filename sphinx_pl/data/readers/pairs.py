@@ -1,5 +1,4 @@
-"""The common parts of readers of image-text pairs: which files form a pair, and the Record of a
-pair."""
+"""The common parts of readers of image-text pairs: files that form a pair, and its Record."""
 
 from __future__ import annotations
 
@@ -86,7 +85,7 @@ class PairReader(Reader):
         shard = shard.whole if isinstance(shard, Part) else shard
         assert isinstance(shard, PairShard)
         missing = self.filters.needed
-        known: set[str] = set()
+        names: set[str] = set()
         looked_at = 0
         for index in range(min(len(shard), LOOKED_AT)):
             if not missing:
@@ -96,12 +95,12 @@ class PairReader(Reader):
             except SkipSample:
                 continue
             looked_at += 1
-            known.update(columns)
+            names.update(columns)
             missing = {column: key for column, key in missing.items() if column not in columns}
         for column, key in missing.items() if looked_at else ():
             raise UserError(
                 f"data.sources.{self.name}.{key}: none of the first {looked_at} pairs has a column '{column}': "
-                f"{suggest(column, sorted(known)) if known else 'they have no columns'}"
+                f"{suggest(column, sorted(names)) if names else 'they have no columns'}"
             )
 
 

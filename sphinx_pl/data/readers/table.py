@@ -31,8 +31,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "question": ("question", "prompt", "query", "instruction"),
     "answer": ("answer", "response", "output", "completion"),
 }
-"""The names of columns in common files, in any case of letters. The first one that a table has is
-read."""
+"""The names of columns in common files, in any case. A table's first one is read."""
 _NEEDED = (("image", "caption"), ("question", "answer"))
 _DELIMITERS = ",;\t|"
 _SEPARATOR_LINE = re.compile(rf"\"?sep=([{_DELIMITERS}])\"?\s*", re.IGNORECASE)
@@ -117,51 +116,51 @@ class TableShard(PairShard):
         self.header: list[str] | None = None
         if is_json(url):
             self.spans, problem = index_entries(self.path)
-            known = self._keys()
+            names = self._keys()
         else:
             self.path, spans, problem = _rows(self.path, source.encoding)
             self.header = list(map(str.strip, self._object(spans[0], url)["row"])) if len(spans) else []
             self.spans = spans[1:]
-            known = self.header
+            names = self.header
         self._hold = Hold(self.path)
         if not whole or problem:
             self.skip(problem or "shard_truncated", f"{url}: the rows before it are used")
-        self.roles = self._roles(url, known)
+        self.roles = self._roles(url, names)
 
     def _keys(self) -> list[str]:
         """The keys of some of the objects."""
-        found: dict[str, None] = {}
+        names: dict[str, None] = {}
         for index in spread(len(self), 64):
             try:
-                found |= dict.fromkeys(self.columns(index))
+                names |= dict.fromkeys(self.columns(index))
             except SkipSample:
                 continue
-        return list(found)
+        return list(names)
 
-    def _roles(self, url: str, known: Sequence[str]) -> dict[str, str]:
+    def _roles(self, url: str, columns: Sequence[str]) -> dict[str, str]:
         """Role (image, caption, question, answer) -> column."""
-        lower = {name.lower(): name for name in reversed(known)}
+        lower = {name.lower(): name for name in reversed(columns)}
         roles = {role: lower[name] for role, names in NAMES.items() for name in names[::-1] if name in lower}
         key = config_key(self.source.name)
         for role, name in self.source.named_columns.items():
-            if name not in known:
-                raise UserError(f"{key}.columns.{role}={name}: {url} has no such column: {suggest(name, known)}")
+            if name not in columns:
+                raise UserError(f"{key}.columns.{role}={name}: {url} has no such column: {suggest(name, columns)}")
             roles[role] = name
-        if twice := [name for name in roles.values() if known.count(name) > 1]:
+        if twice := [name for name in roles.values() if columns.count(name) > 1]:
             raise UserError(f"{url} has two columns '{twice[0]}': rename one of them")
         complete = any(set(needed) <= set(roles) for needed in _NEEDED)
-        if not complete and any(_NO_TEXT.search(name) for name in known):
+        if not complete and any(_NO_TEXT.search(name) for name in columns):
             raise UserError(
                 f"{url}: its first row is no text in {self.source.encoding}: save the table as CSV UTF-8, or set "
                 f"{key}.encoding"
             )
         if len(self) and not complete:
             raise UserError(
-                f"{url} has the columns {', '.join(known) or '(none)':.300}: a source needs image and caption, or "
+                f"{url} has the columns {', '.join(columns) or '(none)':.300}: a source needs image and caption, or "
                 f"question and answer; say which they are with {key}.columns={{image: ..., caption: ...}}"
             )
         asks = {"question", "answer"} <= set(roles)
-        for name in known:
+        for name in columns:
             if name in roles.values() or name in self.source.ignore_columns or not self._filled(name):
                 continue
             advice = ""
@@ -303,11 +302,11 @@ def _rows(path: str, encoding: str) -> tuple[str, EntryIndex, str]:
             file.keep()
         return np.concatenate([np.asarray(ends, np.int64), [problems.index(problem)]])
 
-    found = cached_array(name, make)
+    numbers = cached_array(name, make)
     if not in_cache(rows):  # deleted from the cache; the index was not
         make()
-    ends = found[:-1]
-    return str(rows), np.stack([ends[:-1], np.diff(ends)], axis=1), problems[int(found[-1])]
+    ends = numbers[:-1]
+    return str(rows), np.stack([ends[:-1], np.diff(ends)], axis=1), problems[int(numbers[-1])]
 
 
 class _UnclosedError(Exception):

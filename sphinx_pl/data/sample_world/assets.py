@@ -87,9 +87,7 @@ def _small(pixels: NDArray[np.uint8]) -> Image.Image:
 
 
 def photo_crop(assets: Assets, rng: random.Random, width: int, height: int, origin: Origin) -> NDArray[np.float32]:
-    """Return a random part of a random photograph as float [height, width, 3] in 0-255, recorded in
-    `origin`.
-    """
+    """A random part of a random photograph, float [height, width, 3] in 0-255."""
     origin.photo = rng.choice(sorted(assets.photos))
     photo = assets.photos[origin.photo]
     zoom = rng.uniform(1.0, 1.9)

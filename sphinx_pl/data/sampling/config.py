@@ -42,8 +42,7 @@ class MixingConfig:
     temperature: Optional[float] = within(None, above=0)
     """The temperature of the whole tree of sources; see `Group`."""
     partitions: Optional[int] = within(None, at_least=1, at_most=2**16)
-    """Canonical partitions of the data, fixed for a run; null: as many as the ranks of the run's
-    first start."""
+    """Canonical partitions of the data, fixed for a run; null: the ranks of its first start."""
 
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
@@ -86,9 +85,9 @@ class SourceConfig:
         for key in values:
             if renamed := renamed_key(f"data.sources.{name}.{key}"):
                 raise UserError(renamed.replace(f"data.sources.{name}", prefix))
-        known = {f for f in cls.__dataclass_fields__ if f != "options"}
-        own = {key: value for key, value in values.items() if key in known}
-        config = build(cls, own | {"options": {k: v for k, v in values.items() if k not in known}}, prefix)
+        names = {f for f in cls.__dataclass_fields__ if f != "options"}
+        own = {key: value for key, value in values.items() if key in names}
+        config = build(cls, own | {"options": {k: v for k, v in values.items() if k not in names}}, prefix)
         modality = "text" if config.kind == "text" else "image"
         if config.kind == AUTO:
             config.kind, modality = find_kind(name, config.path, section)
@@ -131,8 +130,8 @@ class Group:
             UserError: a key is unknown, or a value is out of bounds.
         """
         for key in values:
-            if key not in (known := ("sources", "weight", "temperature")):
-                raise UserError(f"{prefix}.{key}: a group of sources has no such key: {suggest(key, known)}")
+            if key not in (names := ("sources", "weight", "temperature")):
+                raise UserError(f"{prefix}.{key}: a group of sources has no such key: {suggest(key, names)}")
         weight, temperature = values.get("weight", 1.0), values.get("temperature")
         _check_weight(prefix, weight)
         if temperature is not None and not (isinstance(temperature, int | float) and temperature > 0):

@@ -1,5 +1,4 @@
-"""Samples -> rows -> micro-batches: how many samples fit into a row, and which micro-batch gets
-which row."""
+"""Samples -> rows -> micro-batches: the samples of a row, and the micro-batch of each row."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ WEIGHTINGS: dict[str, Callable[[int], float]] = {
     # InternVL's "square averaging" lies between a mean over tokens and a mean over answers.
     "sqrt": lambda targets: 1.0 / math.sqrt(targets),
 }
-"""Name -> the weight of one supervised token in an answer with so many of them."""
+"""Name -> the weight of one supervised token in an answer with this number of them."""
 Row = list[Sample]
 """The samples that share one row of a batch."""
 

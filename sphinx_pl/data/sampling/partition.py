@@ -21,8 +21,7 @@ from sphinx_pl.utils.errors import UserError
 log = logging.getLogger(__name__)
 
 _SETTLED = 100
-"""Steps after which the shares of sources have settled, and are compared with the configured ones.
-"""
+"""Steps after which the shares of sources have settled and are compared with the configured."""
 DRAWS_IN_VAIN = 1000
 """Draws in a row without a usable sample that stop a run."""
 MAX_WAITING = 8

@@ -104,8 +104,7 @@ class Planner:
         classes = math.gcd(partitions, world_size)
         self.ranks_of_class = world_size // classes
         self.first_of_class = rank < classes
-        """Whether this rank reports the counters of its partitions when counters are summed over
-        ranks."""
+        """Whether this rank reports the counters of its partitions in sums over ranks."""
         self._bins = accumulate * (world_size // classes)
         self._first_bin = accumulate * (rank // classes)
         self._rows = rows_of_partitions(config.micro_batch_rows * accumulate * world_size, partitions, world_size)
@@ -173,8 +172,7 @@ class Planner:
             return min(self._states)
 
     def _streams(self, number: int | None) -> list[tuple[str, dict[str, Any]]]:
-        """Name and state of each stream of this rank's partitions after a step (None: the last
-        consumed)."""
+        """Name and state of each stream of this rank after a step (None: the last consumed)."""
         with self._lock:
             partitions = self._states[min(self._states) if number is None else number]
         return [item for partition in partitions.values() for item in partition["mixture"]["streams"].items()]
@@ -223,8 +221,7 @@ class Planner:
         return next((stream.examples[key][0] for stream in streams if stream.examples.get(key)), "")
 
     def files(self, number: int | None = None) -> tuple[int, int]:
-        """The number of files that this rank's partitions have opened, and how many of these were
-        lost."""
+        """The number of files that this rank's partitions opened, and of those that were lost."""
         files = [stream["files"] for _, stream in self._streams(number)]
         return sum(of.get("opened", 0) for of in files), sum(of.get("lost", 0) for of in files)
 

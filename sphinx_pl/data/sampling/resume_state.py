@@ -1,5 +1,4 @@
-"""The position of a run in its data, as a checkpoint holds it: lists, dicts, strings and numbers
-alone."""
+"""The position of a run in its data, of lists, dicts, strings and numbers alone."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from sphinx_pl.data.sampling.config import SourceConfig
 
 _SHARDS_PER_PARTITION = 8
-"""With at least so many shards a partition, shards are dealt. With fewer, the parts would differ
+"""Shards are dealt if each partition gets at least this many. With fewer, the parts would differ
 too much in size."""
 
 EXAMPLES = 3
@@ -49,8 +49,7 @@ out, or an event."""
 
 @dataclass
 class _OpenShard:
-    """One shard of a block, None if it cannot be opened, with the counters of what is left out of
-    it."""
+    """One shard of a block, None if it cannot be opened, with the counters of its skips."""
 
     shard: Shard | None
     skipped: Counter[str]
@@ -63,7 +62,7 @@ _Opened = list[_OpenShard]
 
 
 def _in_background(make: Callable[[], _Opened]) -> Future[_Opened]:
-    """What `make` will return, from a thread that the end of the process does not wait for.
+    """The future result of `make`, from a thread that the end of the process does not wait for.
 
     So the next block's shards are opened (an index, perhaps a download) while this block is read.
     """
@@ -296,7 +295,7 @@ class SourceStream:
                 self._open()
 
     def _why(self) -> str:
-        """What was left out when shards were opened, with an example of each reason."""
+        """The reasons why records were skipped when shards were opened, each with an example."""
         counts = self.left_out + Counter({k: v for k, v in self.counts.items() if k.startswith("unused/")})
         named = {key: self.examples.get(f"skipped/{key}") or self.examples.get(key) or [""] for key in counts}
         return ", ".join(f"{key}: {counts[key]} ({named[key][0]})" for key in counts)

@@ -1,4 +1,4 @@
-"""All instruction wordings, how each task writes its question and answer from a record, and how it reads an answer.
+"""The tasks: wordings, how each writes a question and an answer from a record, and reads an answer.
 
 | task               | asks for                        | a record's fields                        | scored by        |
 |--------------------|---------------------------------|------------------------------------------|------------------|
@@ -24,11 +24,11 @@
 | chat               | an answer, image or not         | question, answer, or turns               | vqa_exact        |
 | text               | nothing: a document is read     | answer                                   | none             |
 
-A record with finished `turns` needs no other field, whatever its task. In an answer with boxes, `{0}` stands for region
-0 (its label and its box), and `{1,2}` stands for region 1's label with the boxes of both.
+A record with finished `turns` needs no other field, whatever its task. In an answer with boxes, `{0}`
+stands for region 0 (its label and its box), and `{1,2}` for region 1's label with the boxes of both.
 
-To add a task, call `add_task` in `wordings.py` with a name, a writer, a reader, a scorer and wordings. `writers.py` and
-`readers.py` hold the functions that write and read each form of answer.
+To add a task, call `add_task` in `wordings.py` with a name, a writer, a reader, a scorer and wordings.
+`writers.py` and `readers.py` have the functions that write and read each form of answer.
 """
 
 from sphinx_pl.data.tasks import wordings  # noqa: F401 - it registers all tasks

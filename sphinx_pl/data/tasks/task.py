@@ -1,4 +1,4 @@
-"""What a task is: it writes a question and an answer from a record, and reads an answer back."""
+"""A task: it writes a question and an answer from a record, and reads an answer back."""
 
 from __future__ import annotations
 
@@ -28,8 +28,7 @@ for _ in range(2):  # so deep are brackets in brackets
 _BRACKETS = rf"{_BRACKET}(?:[\s,;]*{_BRACKET})*"
 _TAGGED = r"(?:<p>(?:(?!</?p>).)*</p>|<(\w{1,16})>[^<>]*</\1>)"
 PARTS = re.compile(rf"{_TAGGED}(?:\s*{_BRACKETS})?|{_BRACKETS}|\w+(?:[.,:/'’-]\w+)*", re.DOTALL)
-"""What is kept or cut as a whole in an answer: a phrase with its places, places alone (in any
-brackets), a number, a word."""
+"""A part of an answer that is cut whole: a phrase with its places, places alone, a number, a word."""
 LINES = re.compile(r"[^\n]+")
 WHOLE = re.compile(r".+", re.DOTALL)
 

@@ -67,8 +67,8 @@ def write_grounded_vqa(record: Record, coordinates: Coordinates) -> tuple[dict[s
 def write_detection(record: Record, coordinates: Coordinates) -> tuple[dict[str, str], str]:
     label = question_text(record)
     # A region without a label could be one of those that are asked for.
-    found = reading_order(region for region in record.regions if label_of(record, region) == label)
-    boxes = [checked_box(record, region) for region in found]
+    regions = reading_order(region for region in record.regions if label_of(record, region) == label)
+    boxes = [checked_box(record, region) for region in regions]
     return {"label": label}, coordinates.boxes(boxes, size_of(record)) if boxes else "None"
 
 

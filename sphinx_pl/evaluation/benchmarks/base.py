@@ -1,4 +1,4 @@
-"""What a benchmark is: its official files -> questions, its answers -> their official numbers."""
+"""A benchmark: its official files -> questions, its answers -> their official numbers."""
 
 from __future__ import annotations
 
@@ -62,8 +62,7 @@ class Benchmark(AnnotationFiles):
     hidden: ClassVar[tuple[str, ...]] = ()
     """The splits whose truth is not public: their answers go to a server."""
     official_only: ClassVar[bool] = False
-    """Whether `src` must be the official files, since the original's unified annotation holds too
-    little."""
+    """Whether `src` must be the official files, since the unified annotation holds too little."""
     closed: ClassVar[tuple[str, ...]] = ()
     """The answers that all questions allow, for `ranking`; () where they are open, or have choices
     of their own.

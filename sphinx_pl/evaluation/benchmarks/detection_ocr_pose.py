@@ -23,7 +23,8 @@ from sphinx_pl.data.schema import Record
 from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import TASKS, Parsed
 from sphinx_pl.evaluation.benchmarks.base import Benchmark
-from sphinx_pl.evaluation.metrics import Additive, Counts, Floats, Metric, mean, ratio
+from sphinx_pl.evaluation.bootstrap import Counts, Floats
+from sphinx_pl.evaluation.metrics import Additive, Metric, mean, ratio
 from sphinx_pl.evaluation.runner import Prediction
 from sphinx_pl.evaluation.scorers.base import READER, Score
 from sphinx_pl.evaluation.scorers.coco import (
@@ -81,8 +82,7 @@ class TaskBenchmark(Benchmark):
         return iter(entry)
 
     def score(self, record: Record, answer: str, coordinates: Coordinates) -> Score:
-        """The score of a single answer by its task's scorer. The official figures are those of the
-        metrics."""
+        """The score of one answer by its task's scorer. The metrics give the official figures."""
         return scorer_of(record)(answer, record, coordinates)
 
 
@@ -104,8 +104,7 @@ class APBenchmark(TaskBenchmark):
         """The `COCOeval` that has matched the answers; image ids are what `_image` gives."""
 
     def prepare(self, predictions: Sequence[Prediction]) -> ResampledPrecision:
-        """The matched answers. All metrics share them and differ in the thresholds that they
-        average over."""
+        """The matched answers, which all metrics share; they differ in their thresholds."""
         name = hash(tuple((p.key, p.prediction) for p in predictions))
         if name not in self._cached:
             asked = [(to_record(p.record, p.key, Path(), p.task), p) for p in predictions]

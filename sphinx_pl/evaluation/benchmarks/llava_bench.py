@@ -46,8 +46,7 @@ class LLaVABenchBenchmark(JudgedBenchmark):
         yield Record(key, "chat", image, question=asked(question["text"]), answer=text(references[number]), meta=meta)
 
     def submit(self, predictions: Sequence[Prediction], folder: Path) -> list[str]:
-        """Write a line for every question, in their order: the judge reads the files line by line
-        together."""
+        """Write a line for every question, in order: the judge reads the files line by line."""
         given = {prediction.record["meta"].get("question_id"): prediction for prediction in predictions}
         questions = (line for _, line in self.json_lines("questions.jsonl"))
         asked_for = [line.get("question_id") if isinstance(line, dict) else None for line in questions]

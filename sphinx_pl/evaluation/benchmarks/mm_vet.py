@@ -38,8 +38,7 @@ class MMVetBenchmark(JudgedBenchmark):
         yield Record(key, "chat", image, question=asked(entry["question"]), answer=text(entry["answer"]), meta=meta)
 
     def submit(self, predictions: Sequence[Prediction], folder: Path) -> list[str]:
-        """Write an answer to every question of the file, blank where it was not asked: the judge
-        expects all."""
+        """Write an answer to every question, blank where it was not asked, as the judge expects."""
         given = {prediction.record["meta"]["question_id"]: prediction.prediction for prediction in predictions}
         names = [name for name, _ in self.entries()]
         file = folder / f"answers_{self.name}_{self.split}.json"

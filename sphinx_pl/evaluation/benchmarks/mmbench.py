@@ -197,8 +197,7 @@ class MMBenchBenchmark(MultipleChoiceBenchmark):
         )
 
     def submit(self, predictions: Sequence[Prediction], folder: Path) -> list[str]:
-        """Write the server's table of a split with hidden answers, blank where a question was not
-        asked."""
+        """Write the server's table of a hidden split, blank where a question was not asked."""
         if not self.is_hidden:
             return []
         openpyxl = _openpyxl()

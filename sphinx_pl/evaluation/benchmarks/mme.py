@@ -23,7 +23,8 @@ from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.schema import ImageRef, Record
 from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.evaluation.benchmarks.base import Benchmark, command
-from sphinx_pl.evaluation.metrics import Additive, Floats, Metric, mean, ratio
+from sphinx_pl.evaluation.bootstrap import Floats
+from sphinx_pl.evaluation.metrics import Additive, Metric, mean, ratio
 from sphinx_pl.evaluation.runner import Prediction
 from sphinx_pl.evaluation.scorers.base import Score
 from sphinx_pl.evaluation.scorers.yes_no import score_yes_no
@@ -56,13 +57,11 @@ class MMEBenchmark(Benchmark):
     closed = ("yes", "no")
 
     def _read(self) -> Iterator[tuple[str, list[Record] | SkipSample]]:
-        """As `Benchmark._read`; an entry is an image, not a question, in the unified annotation
-        too."""
+        """As `Benchmark._read`; an entry is always an image, not a question."""
         return self.guarded(self.entries(), self.records)
 
     def entries(self) -> Iterator[tuple[str, Any]]:
-        """(subtask/image's name, (subtask, image's path, its lines)); the path of a missing image
-        is None."""
+        """(subtask/image, (subtask, image's path, its lines)); a missing image's path is None."""
         if self.unified is not None:
             yield from self._annotated()
             return

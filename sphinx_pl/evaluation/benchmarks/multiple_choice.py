@@ -1,4 +1,4 @@
-"""What benchmarks of multiple choice share: an answer counts by the option that it names."""
+"""The part that benchmarks of multiple choice share: an answer counts by its option."""
 
 from __future__ import annotations
 

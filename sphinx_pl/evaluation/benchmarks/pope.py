@@ -19,7 +19,8 @@ from sphinx_pl.data.converters.common import text
 from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.schema import ImageRef, Record
 from sphinx_pl.evaluation.benchmarks.base import Benchmark
-from sphinx_pl.evaluation.metrics import Additive, Floats, Metric, mean, ratio
+from sphinx_pl.evaluation.bootstrap import Floats
+from sphinx_pl.evaluation.metrics import Additive, Metric, mean, ratio
 from sphinx_pl.evaluation.runner import Prediction
 from sphinx_pl.evaluation.scorers.base import Score
 from sphinx_pl.evaluation.scorers.yes_no import score_yes_no
@@ -71,8 +72,8 @@ def _said_yes(group: Sequence[Prediction]) -> Sequence[float]:
 
 def _counts(group: Sequence[Prediction]) -> Sequence[float]:
     """True positives, false positives, false negatives."""
-    said, there = bool(_said_yes(group)[0]), group[0].answer == "yes"
-    return float(said and there), float(said and not there), float(there and not said)
+    yes, there = bool(_said_yes(group)[0]), group[0].answer == "yes"
+    return float(yes and there), float(yes and not there), float(there and not yes)
 
 
 def _precision(sums: Floats) -> Floats:

@@ -36,11 +36,11 @@ class SEEDBenchBenchmark(MultipleChoiceBenchmark):
         document = self.json("SEED-Bench.json")
         names = {number: name for name, number in document["question_type"].items()}
         for place, entry in enumerate(document["questions"]):
-            known = isinstance(entry, dict)
-            if known and entry.get("data_type") == "video":
+            is_entry = isinstance(entry, dict)
+            if is_entry and entry.get("data_type") == "video":
                 self.skipped["video"] += 1
                 continue
-            yield str(entry.get("question_id", f"#{place}") if known else f"#{place}"), (entry, names)
+            yield str(entry.get("question_id", f"#{place}") if is_entry else f"#{place}"), (entry, names)
 
     def records(self, key: str, entry: Any) -> Iterator[Record]:
         question, names = entry

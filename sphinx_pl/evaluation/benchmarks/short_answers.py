@@ -1,4 +1,4 @@
-"""What benchmarks share whose answers are a word or a phrase."""
+"""The part that benchmarks share whose answers are a word or a phrase."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ShortAnswerBenchmark(Benchmark):
 
     @abstractmethod
     def agreement(self, prediction: str, answers: Sequence[str]) -> float:
-        """How well a prediction agrees with the true answers, from 0 to 1."""
+        """The agreement of a prediction with the true answers, from 0 to 1."""
 
     def read(self) -> Iterator[tuple[str, list[Record] | SkipSample]]:
         """As `Benchmark.read`; a record whose answers are not all texts is bad."""

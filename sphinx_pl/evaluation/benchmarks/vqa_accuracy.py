@@ -142,8 +142,7 @@ class VizWizBenchmark(VQAAccuracyBenchmark, vizwiz.VizWizConverter):
 
 
 class TextVQABenchmark(VQAAccuracyBenchmark, textvqa.TextVQAConverter):
-    """All questions are asked, even those whose answer is a remark ("unanswerable"), which training
-    skips."""
+    """All questions are asked, also those with a remark as answer, which training skips."""
 
     name = "textvqa"
     splits = ("val",)

@@ -31,8 +31,7 @@ from sphinx_pl.generation.generate import GenerationConfig, Prompt
 from sphinx_pl.utils.errors import UserError, suggest
 
 DEFAULT_LIMIT = 128
-"""The longest answer in tokens where a task has no limit: more than any benchmark without one
-needs."""
+"""The longest answer in tokens where a task has no limit."""
 
 PROMPTS = ("sphinx", "benchmark")
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
@@ -43,8 +42,7 @@ Request = tuple[Any, ...]
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """A task's generation arguments as far as SPHINX-PL has them. `until`: strings that end an
-    answer."""
+    """A task's generation arguments that we have. `until`: strings that end an answer."""
 
     limit: int = DEFAULT_LIMIT
     temperature: float = 0.0
@@ -80,8 +78,7 @@ class Drawing:
 
 @dataclass(slots=True)
 class _Round:
-    """One question of a document: its images and its text. `whole`: the answer is given and must
-    fit."""
+    """A document's question: images and text. `whole`: the answer is given and must fit."""
 
     context: str
     visuals: Callable[[Any], Any] | None
@@ -155,7 +152,7 @@ class Answers:
             following = {}
             for (place, asked), answer in zip(rounds.items(), answers, strict=True):
                 texts[place].append(answer)
-                shown, context, ended, kept, state[place] = requests[place][3](
+                images, context, ended, kept, state[place] = requests[place][3](
                     self.documents[asked.task][asked.split][asked.number],
                     previous_output=list(texts[place]),
                     round_idx=index,
@@ -164,7 +161,7 @@ class Answers:
                 if kept is not None:
                     texts[place] = list(kept)
                 if not ended:
-                    following[place] = replace(asked, context=context, visuals=partial(_given, shown))
+                    following[place] = replace(asked, context=context, visuals=partial(_given, images))
             rounds = following
         return texts
 
@@ -261,13 +258,13 @@ def _pictures(one: _Round, doc: Any) -> list[Picture]:
     return pictures
 
 
-def _given(shown: Any, doc: Any) -> Any:
-    return shown
+def _given(images: Any, doc: Any) -> Any:
+    return images
 
 
-def _flat(shown: Any) -> Iterator[Any]:
-    if isinstance(shown, list | tuple):
-        for item in shown:
+def _flat(images: Any) -> Iterator[Any]:
+    if isinstance(images, list | tuple):
+        for item in images:
             yield from _flat(item)
-    elif shown is not None:
-        yield shown
+    elif images is not None:
+        yield images

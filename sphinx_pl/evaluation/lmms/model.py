@@ -45,8 +45,8 @@ class SphinxPL(lmms):
     ) -> None:
         super().__init__()
         for name in unknown:
-            known = ("checkpoint", "precision", "batch_size", "device", "prompts")
-            raise UserError(f"--model_args has no '{name}': {suggest(name, known)}")
+            names = ("checkpoint", "precision", "batch_size", "device", "prompts")
+            raise UserError(f"--model_args has no '{name}': {suggest(name, names)}")
         if checkpoint is None:
             raise UserError("which checkpoint? Give --model_args checkpoint=FOLDER, such as one that train.py wrote")
         where = choose_device(own_device(device))
@@ -115,8 +115,7 @@ def survives(result: Any) -> Any:
 
 
 def own_device(device: str | None) -> str:
-    """The device of this process: its own GPU, where there are several processes and the device is
-    any GPU."""
+    """The device of this process: its own GPU if several processes share any GPU."""
     if device not in (None, "auto", "cuda"):
         return str(device)
     if torch.cuda.is_available():

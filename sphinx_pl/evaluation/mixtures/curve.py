@@ -1,5 +1,4 @@
-"""The mixing curve: losses and scores of mixtures of two models along the line, of three over the
-triangle."""
+"""The mixing curve: losses and scores of mixtures of two models, or of three."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sphinx_pl.evaluation.losses import interval
+from sphinx_pl.evaluation.bootstrap import interval
 from sphinx_pl.evaluation.mixtures.evaluator import MixtureEvaluator
 from sphinx_pl.evaluation.objective import Measurements, Objective, resampled
 from sphinx_pl.mixing.methods import METHODS
@@ -120,13 +119,13 @@ def summary(points: Sequence[CurvePoint], objective: Objective, method: str = "l
             for short, name in named.items():
                 means = torch.tensor([measurements[name].mean for measurements in every], dtype=torch.float64)
                 content["barrier"][short] = float(barriers(points, means))
-                content["barrier_intervals"][short] = interval(barriers(points, resampled(every, [name])))
+                content["barrier_intervals"][short] = interval(barriers(points, resampled(every, [name])).numpy())
     content["objective"] = {"name": objective.name, "values": values}
     content["best"] = {
         "weights": list(points[best].weights),
         "value": values[best],
         "gain": objective.cost(every[better]) - objective.cost(every[best]),
-        "gain_interval": interval(costs[:, ends].amin(1) - costs[:, best]),
+        "gain_interval": interval((costs[:, ends].amin(1) - costs[:, best]).numpy()),
         "chosen": float((costs[:, best] <= costs.amin(1)).double().mean()),
         "best_unmixed": ends.index(better),
     }

@@ -1,5 +1,4 @@
-"""The evaluation of mixtures that are not written: each mixture overwrites the weights of one model
-in memory."""
+"""The evaluation of unwritten mixtures: each overwrites one model's weights in memory."""
 
 from __future__ import annotations
 
@@ -10,8 +9,8 @@ import torch
 from sphinx_pl.checkpoints.format import Checkpoint
 from sphinx_pl.checkpoints.tensors import copy_into
 from sphinx_pl.evaluation.objective import Measurements
-from sphinx_pl.mixing.mix import MixPlan
 from sphinx_pl.mixing.mixer import Facts
+from sphinx_pl.mixing.plan import MixPlan
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.utils.console import Steps
 
@@ -59,13 +58,11 @@ class MixtureEvaluator:
 
     @property
     def changing(self) -> Sequence[str]:
-        """The names of the tensors in which the checkpoints differ; all names before the first
-        evaluation."""
+        """The names of the tensors in which checkpoints differ; all before the first evaluation."""
         return self._keys
 
     def __call__(self, weights: Sequence[float] | PartWeights) -> Measurements:
-        """The losses and scores of the mixture with these weights, the same for all tensors or by
-        name."""
+        """The losses and scores of the mixture with these weights, for all tensors or by name."""
         if self.steps is not None:
             common = "" if isinstance(weights, Mapping) else f" with weights {', '.join(f'{w:.3g}' for w in weights)}"
             self.steps.begin(f"mixing{common}, then measuring")

@@ -99,8 +99,7 @@ class Reweighting:
         return {"mean": self.mean, "rates": [dataclasses.asdict(rate) for rate in self.rates], "sources": sources}
 
     def rate_rows(self) -> Iterator[tuple[str, ...]]:
-        """A header, then a row for each rate: task and topic, questions, failure as counted and as
-        used."""
+        """A header, then a row for each rate: task, topic, questions, failure counted and used."""
         yield "task", "questions", "failure", "used"
         for rate in self.rates:
             name = f"  {rate.topic}" if rate.topic else rate.task
@@ -259,14 +258,14 @@ class TrainingMixture:
         def failure(kind: Type) -> float | None:
             return by_type.get(kind, by_type.get((kind[0], "")))
 
-        known: dict[str, tuple[float, float]] = {}  # of a source: the sum of known failures, and of how many records
+        sums: dict[str, tuple[float, float]] = {}  # of a source: the sum of known failures, and of how many records
         for name, unit in self.units.items():
-            found = [(share, rate) for kind, share in unit.holds.items() if (rate := failure(kind)) is not None]
-            if found and unit.share > 0 and not unit.text_only:
-                known[name] = sum(share * rate for share, rate in found), sum(share for share, _ in found)
-        covered = sum(self.units[name].share * part for name, (_, part) in known.items())
-        mean = sum(self.units[name].share * total for name, (total, _) in known.items()) / covered if covered else 0.0
-        failures = {name: total + (1 - part) * mean for name, (total, part) in known.items()}
+            parts = [(share, rate) for kind, share in unit.holds.items() if (rate := failure(kind)) is not None]
+            if parts and unit.share > 0 and not unit.text_only:
+                sums[name] = sum(share * rate for share, rate in parts), sum(share for share, _ in parts)
+        covered = sum(self.units[name].share * part for name, (_, part) in sums.items())
+        mean = sum(self.units[name].share * total for name, (total, _) in sums.items()) / covered if covered else 0.0
+        failures = {name: total + (1 - part) * mean for name, (total, part) in sums.items()}
         wanted = {
             name: (1 - strength) + strength * failure / mean if mean else 1.0 for name, failure in failures.items()
         }

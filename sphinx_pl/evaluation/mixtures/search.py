@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sphinx_pl.evaluation.losses import SourceLoss, interval
+from sphinx_pl.evaluation.bootstrap import interval
+from sphinx_pl.evaluation.losses import SourceLoss
 from sphinx_pl.evaluation.mixtures.evaluator import MixtureEvaluator
 from sphinx_pl.evaluation.objective import Measurements, Objective, resampled
-from sphinx_pl.mixing.mix import MixPlan
+from sphinx_pl.mixing.plan import MixPlan
 from sphinx_pl.mixing.rules import complement, resolve
 from sphinx_pl.utils.errors import UserError
 from sphinx_pl.utils.files import finite, write_whole
@@ -83,7 +84,7 @@ def search_parts(
     """
     groups = groups_of(evaluate.plan, parts, budget)
     trials: list[Trial] = []
-    known: dict[tuple[float, ...], int] = {}
+    places: dict[tuple[float, ...], int] = {}
 
     def cost(place: int) -> float:
         return objective.cost(halves(trials[place].measurements, odd=False))
@@ -91,14 +92,14 @@ def search_parts(
     def attempt(betas: Mapping[str, float]) -> int | None:
         """The place of the trial with these betas; None if it is new and the budget is spent."""
         values = tuple(betas.values())
-        if values not in known:
+        if values not in places:
             if len(trials) >= budget:
                 return None
             weights = {key: [betas[part], complement(betas[part])] for part, keys in groups.items() for key in keys}
             trials.append(Trial(dict(betas), evaluate(weights)))
-            known[values] = len(trials) - 1
+            places[values] = len(trials) - 1
             report(trials[-1])
-        return known[values]
+        return places[values]
 
     best = attempt(dict.fromkeys(groups, start))
     assert best is not None
@@ -152,7 +153,7 @@ def write_search(trials: Sequence[Trial], best: int, objective: Objective, folde
         "first": {"betas": trials[0].betas, "value": objective.value(trials[0].measurements)},
         "found": {"betas": trials[best].betas, "value": objective.value(trials[best].measurements)},
         "gain": gain,
-        "gain_interval": interval(costs[:, 0] - costs[:, 1]),
+        "gain_interval": interval((costs[:, 0] - costs[:, 1]).numpy()),
     }
     table = io.StringIO()
     writer = csv.writer(table)
@@ -167,8 +168,7 @@ def write_search(trials: Sequence[Trial], best: int, objective: Objective, folde
 
 
 def describe_search(content: Mapping[str, Any]) -> str:
-    """The choice and its reason, from the content of search.json, in a sentence without its full
-    stop."""
+    """The choice and its reason, from search.json, in a sentence without its full stop."""
     (low, high), best = content["gain_interval"], content["found"]
     betas = ", ".join(f"{part} {beta:g}" for part, beta in best["betas"].items())
     start = f"beta={next(iter(content['first']['betas'].values())):g} everywhere"

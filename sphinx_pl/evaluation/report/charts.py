@@ -17,8 +17,7 @@ COLOURS = 7
 
 @dataclass(frozen=True)
 class Series:
-    """A line through (x, y) points. `faint`: thin, behind, without a name; `dots`: with a mark at
-    each point."""
+    """A line through (x, y) points. `faint`: thin and without a name; `dots`: with marks."""
 
     name: str
     points: Points

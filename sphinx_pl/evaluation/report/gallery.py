@@ -1,5 +1,4 @@
-"""Cards of answered questions: the pictures with the places that the texts name, and the three
-texts."""
+"""Cards of answered questions: pictures with the places that texts name, and the texts."""
 
 from __future__ import annotations
 
@@ -15,11 +14,11 @@ from PIL import Image
 from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.drawing import GIVEN, PREDICTED, TRUE, draw, to_picture
 from sphinx_pl.data.images import load_image
-from sphinx_pl.data.inspect.samples import encode
 from sphinx_pl.data.schema import ImageRef
 from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.evaluation.report.render import asset, render
 from sphinx_pl.evaluation.runner import benchmark_label
+from sphinx_pl.utils.html import inline_picture
 
 RIGHT = 0.5
 """The lowest score that is shown as right."""
@@ -182,7 +181,7 @@ def _pictures(
             lost += 1
             continue
         flat = drawing.width > size
-        pictures.append({"flat": flat, "width": drawing.width, "address": encode(drawing, flat, limit)})
+        pictures.append({"flat": flat, "width": drawing.width, "address": inline_picture(drawing, flat, limit)})
     return pictures, lost
 
 

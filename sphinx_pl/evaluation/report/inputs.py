@@ -23,8 +23,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 WITHOUT_TEXT = "_notext"
-"""The ending of a run's name that trained without text-only data; the run without the ending had
-it."""
+"""The ending of a run's name that trained without text; the other run has none."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,7 @@ class TrainingRun:
 
     @property
     def seconds(self) -> float:
-        """The seconds in optimizer steps, from the logged time per step, without validation and
-        checkpoints."""
+        """The seconds in optimizer steps, without validation and checkpoints."""
         return sum(seconds * steps for _, seconds, steps in self._logged())
 
     def total(self, what: str) -> float:
@@ -69,8 +67,7 @@ class TrainingRun:
 
     @property
     def reads_text(self) -> bool:
-        """Whether text-only data was among the training sources; without a configuration, the name
-        decides."""
+        """Whether text-only data was trained on; without a configuration, the name decides."""
         if not self.sources:
             return not self.name.endswith(WITHOUT_TEXT)
         sources = (self.config["data"]["sources"][name] for name in self.sources)
@@ -88,8 +85,7 @@ class TrainingRun:
 
 
 def read_run(name: str, folder: Path) -> TrainingRun:
-    """The run of a folder: its metrics.csv and composed configuration, without those of sweeps in
-    it."""
+    """The run of a folder: its metrics.csv and configuration, without those of sweeps in it."""
     columns: dict[str, list[tuple[float, float]]] = {}
     for step, row in read_metrics(folder / METRICS)[1].items():
         for column, text in row.items():
@@ -145,8 +141,7 @@ def _parsed(file: Path, parse: Callable[[str], Any]) -> Any:
 
 
 def find_inputs(folder: Path) -> tuple[list[TrainingRun], Path | None]:
-    """The training runs directly in `folder`, the oldest first, and the newest folder in it with a
-    curve."""
+    """The training runs in `folder`, oldest first, and the newest folder in it with a curve."""
     logs = sorted(folder.glob(f"*/{METRICS}"), key=lambda file: file.stat().st_mtime)
     curves = sorted(folder.glob("*/curve.json"), key=lambda file: file.stat().st_mtime)
     return [read_run(log.parent.name, log.parent) for log in logs], curves[-1].parent if curves else None

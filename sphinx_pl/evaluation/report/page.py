@@ -70,12 +70,12 @@ def write_report(
     mix: Path | None,
     evaluations: Sequence[Path],
     title: str = "SPHINX-PL",
-    shown: AnswerCounts | None = None,
+    counts: AnswerCounts | None = None,
 ) -> None:
     """Write the page of the folders' contents; see `build`."""
     named = zip(evaluations, _names(evaluations), strict=True)
     read = [evaluation for folder, name in named if (evaluation := read_evaluation(folder, name))]
-    html = build(runs, read_curve(mix), read, title, shown)
+    html = build(runs, read_curve(mix), read, title, counts)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, html)
 
@@ -93,10 +93,10 @@ def build(
     curve: dict[str, Any] | None,
     evaluations: Sequence[EvaluationFiles],
     title: str = "SPHINX-PL",
-    shown: AnswerCounts | None = None,
+    counts: AnswerCounts | None = None,
 ) -> str:
     """The whole page as a string."""
-    shown = shown or AnswerCounts()
+    counts = counts or AnswerCounts()
     answered = [evaluation for evaluation in evaluations if evaluation.predictions]
     mixtures = [mixture for evaluation in evaluations if (mixture := _mixture(evaluation))]
     header = render("header.html", title=title, last=LAST, mixtures=mixtures, **_summary(runs, evaluations))
@@ -104,8 +104,8 @@ def build(
         "report.html",
         results=tables.results(evaluations, read_reference_results()),
         mixtures=mixtures,
-        answers=[_answers(evaluation, shown, shown.answers // len(answered)) for evaluation in answered],
-        shown=shown,
+        answers=[_answers(evaluation, counts, counts.answers // len(answered)) for evaluation in answered],
+        counts=counts,
         right=RIGHT,
         seed=SEED,
         training=[_training(run) for run in runs],
@@ -197,20 +197,20 @@ def _language(runs: Sequence[TrainingRun]) -> list[dict[str, Any]]:
     return rows
 
 
-def _answers(evaluation: EvaluationFiles, shown: AnswerCounts, at_most: int) -> dict[str, Any]:
+def _answers(evaluation: EvaluationFiles, counts: AnswerCounts, at_most: int) -> dict[str, Any]:
     """The cards of an evaluation, with the number of right and wrong answers."""
-    chosen = sections(evaluation.predictions, shown.drawn, shown.wrong, shown.right, at_most)
-    counts = []
+    chosen = sections(evaluation.predictions, counts.drawn, counts.wrong, counts.right, at_most)
+    totals = []
     for outcomes in (
         Counter(map(outcome, evaluation.predictions)),
         Counter(outcome(prediction) for _, prediction in chosen),
     ):
         wrong = sum(outcomes[name] for name in MISTAKES)
-        counts.append({"wrong": wrong, "right": outcomes["right"], "elsewhere": outcomes["elsewhere"]})
+        totals.append({"wrong": wrong, "right": outcomes["right"], "elsewhere": outcomes["elsewhere"]})
     coordinates = Coordinates(decimals=int(evaluation.results.get("decimals", 3)))
     size = int(evaluation.results.get("image_size", 0))
     html = cards([prediction for _, prediction in chosen], size, coordinates, [heading for heading, _ in chosen])
-    return {"name": evaluation.name, "total": counts[0], "here": counts[1], "cards": html}
+    return {"name": evaluation.name, "total": totals[0], "here": totals[1], "cards": html}
 
 
 def _mixture(evaluation: EvaluationFiles) -> dict[str, Any] | None:
@@ -272,8 +272,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not (folder / RESULTS).is_file():
                 raise UserError(f"--evaluation {folder}: it has no {RESULTS}: give a folder that evaluate.py wrote to")
         check_page(options.out, "--out")
-        shown = AnswerCounts(options.drawn, options.wrong, options.right, options.answers)
-        write_report(options.out, runs, options.mix, folders, options.title, shown)
+        counts = AnswerCounts(options.drawn, options.wrong, options.right, options.answers)
+        write_report(options.out, runs, options.mix, folders, options.title, counts)
     except UserError as error:
         console.print(str(error), style="red", markup=False)
         return 2

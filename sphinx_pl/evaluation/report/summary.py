@@ -1,5 +1,4 @@
-"""The scores of the task suite: a row for each task and part of it, with intervals, beside
-baselines."""
+"""The scores of the task suite: a row for each task and part, beside baselines."""
 
 from __future__ import annotations
 

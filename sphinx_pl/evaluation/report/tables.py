@@ -51,9 +51,9 @@ def results(evaluations: Sequence[EvaluationFiles], references: Sequence[Referen
 
 
 def _families(evaluations: Iterable[EvaluationFiles]) -> list[str]:
-    known = list(FAMILIES)
+    families = list(FAMILIES)
     present = {str(result["family"]) for evaluation in evaluations for result in evaluation.benchmarks}
-    return [*(family for family in known if family in present), *sorted(present.difference(known))]
+    return [*(family for family in families if family in present), *sorted(present.difference(families))]
 
 
 # --- benchmarks
@@ -174,8 +174,7 @@ class _Beside:
 
 
 def _fits(number: ReferenceResult, line: Line) -> bool:
-    """Whether a result belongs to a line. Without a split it fits any, without a metric the main
-    one."""
+    """Whether a result belongs to a line. No split fits any; no metric fits the main one."""
     kind, split, metric, main = line
     same = number.benchmark == kind and fnmatchcase(split, number.split or "*")
     return same and (number.metric == metric or (number.metric is None and main))

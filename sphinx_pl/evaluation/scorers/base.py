@@ -1,4 +1,4 @@
-"""What a scorer gives: the `Score` of one answer."""
+"""The `Score` of one answer, which a scorer returns."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from sphinx_pl.data.coordinates import Coordinates
 
 READER = Coordinates()
-"""Reads boxes and points. Reading accepts any number of decimals, so the model's own geometry is
-not needed."""
+"""Reads boxes and points of any number of decimals, so it needs no model's geometry."""
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,7 @@ from sphinx_pl.utils.errors import UserError
 
 ImageId = str | int
 Keypoints = Sequence[tuple[float, float, int]]
-"""(x, y, visibility) in pixels in COCO's order, as in a `Region` and as `Parsed.keypoints` gives
-them."""
+"""(x, y, visibility) in pixels in COCO's order, as in `Region` and `Parsed.keypoints`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +69,7 @@ class TruePose:
 
 
 def detection_ap(
-    found: Iterable[Detection], truth: Iterable[TrueBox], sizes: Mapping[ImageId, Size], per_category: bool = False
+    detections: Iterable[Detection], truth: Iterable[TrueBox], sizes: Mapping[ImageId, Size], per_category: bool = False
 ) -> dict[str, float]:
     """COCO's twelve figures of boxes: detection (Lin et al. 2014), and the mAP of page layout
     (PubLayNet, DocLayNet).
@@ -92,7 +91,7 @@ def detection_ap(
     """
     names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
     truth = list(truth)
-    evaluation = match_boxes(found, truth, sizes, all_figures=True)
+    evaluation = match_boxes(detections, truth, sizes, all_figures=True)
     figures = dict(zip(names, map(float, evaluation.stats), strict=True))
     if per_category:
         for index, name in enumerate(dict.fromkeys(box.category for box in truth)):
@@ -103,7 +102,7 @@ def detection_ap(
 
 
 def match_boxes(
-    found: Iterable[Detection], truth: Sequence[TrueBox], sizes: Mapping[ImageId, Size], all_figures: bool = False
+    detections: Iterable[Detection], truth: Sequence[TrueBox], sizes: Mapping[ImageId, Size], all_figures: bool = False
 ) -> Any:
     """The `COCOeval` behind `detection_ap`, which has matched boxes of all areas; categories are in
     the truth's order.
@@ -124,13 +123,13 @@ def match_boxes(
     ]
     given = [
         _box_entry(images, item.image, item.box, categories[item.category]) | {"score": item.score}
-        for item in found
+        for item in detections
         if item.category in categories
     ]
     return _evaluate("bbox", images, categories, true, given, all_figures)
 
 
-def keypoint_ap(found: Iterable[Pose], truth: Iterable[TruePose], sizes: Mapping[ImageId, Size]) -> dict[str, float]:
+def keypoint_ap(poses: Iterable[Pose], truth: Iterable[TruePose], sizes: Mapping[ImageId, Size]) -> dict[str, float]:
     """COCO's ten figures of key points, by object keypoint similarity (OKS) with COCO's 17 sigmas.
 
     Args:
@@ -145,12 +144,12 @@ def keypoint_ap(found: Iterable[Pose], truth: Iterable[TruePose], sizes: Mapping
         ValueError: not 17 key points.
     """
     names = ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl")
-    evaluation = match_poses(found, truth, sizes, all_figures=True)
+    evaluation = match_poses(poses, truth, sizes, all_figures=True)
     return dict(zip(names, map(float, evaluation.stats), strict=True))
 
 
 def match_poses(
-    found: Iterable[Pose], truth: Iterable[TruePose], sizes: Mapping[ImageId, Size], all_figures: bool = False
+    poses: Iterable[Pose], truth: Iterable[TruePose], sizes: Mapping[ImageId, Size], all_figures: bool = False
 ) -> Any:
     """The `COCOeval` behind `keypoint_ap`, as `match_boxes`.
 
@@ -165,7 +164,7 @@ def match_poses(
         for item in truth
     ]
     given = []
-    for item in found:
+    for item in poses:
         xs, ys = zip(*((x, y) for x, y, _ in item.keypoints), strict=True)
         # As in pycocotools: the extent of all 17, missing ones too.
         extent = _box_entry(images, item.image, (min(xs), min(ys), max(xs), max(ys)), 1)

@@ -29,7 +29,6 @@ def edit_distance(a: str, b: str) -> int:
 
 
 def similarity(a: str, b: str) -> float:
-    """1 minus the edit distance divided by the length of the longer text, in 0..1; 1 where both are
-    empty."""
+    """1 minus the edit distance over the longer text's length; 1 where both are empty."""
     longer = max(len(a), len(b))
     return 1 - edit_distance(a, b) / longer if longer else 1.0

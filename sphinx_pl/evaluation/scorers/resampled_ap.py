@@ -80,9 +80,9 @@ def average_precision(categories: Sequence[Matched], counts: NDArray[np.int64], 
     chosen = list(thresholds)
     for column, one in enumerate(categories):
         _of_category(one.image, one.right[chosen], one.ignored[chosen], one.true, counts, RECALLS, values[:, column])
-    known = ~np.isnan(values)
+    defined = ~np.isnan(values)
     with np.errstate(invalid="ignore"):
-        return np.asarray(np.where(known, values, 0).sum(axis=1) / known.sum(axis=1))
+        return np.asarray(np.where(defined, values, 0).sum(axis=1) / defined.sum(axis=1))
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

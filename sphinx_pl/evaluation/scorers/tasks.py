@@ -244,8 +244,7 @@ def _f1(hits: int, predicted: int, true: int) -> float:
 
 
 def _matched_f1(predicted: Sequence[tuple[str, Box4]], true: Sequence[tuple[str, Box4]]) -> float:
-    """F1 of a greedy one-to-one matching, best overlap first, between labelled boxes with equal
-    labels."""
+    """F1 of a greedy one-to-one matching of boxes with equal labels, best overlap first."""
     overlaps = sorted(
         (
             (iou(box, truth), i, j)

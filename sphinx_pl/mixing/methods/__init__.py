@@ -24,8 +24,7 @@ from sphinx_pl.utils.registry import Registry
 
 CHUNK = 1 << 19
 """Elements of a stretch: what is computed with them stays in a core's cache, whatever the size of
-the tensor.
-"""
+the tensor."""
 
 
 @dataclass(frozen=True)

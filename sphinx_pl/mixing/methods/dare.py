@@ -1,6 +1,4 @@
-"""DARE: entries of each model's difference to the base are dropped at random, the rest scaled up in
-return.
-"""
+"""DARE: random entries of each model's difference to the base are dropped, the rest scaled."""
 
 from __future__ import annotations
 

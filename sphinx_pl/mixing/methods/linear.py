@@ -1,6 +1,5 @@
 """Weighted averages: given weights, equal ones (a soup), those of a moving average over a run's
-checkpoints.
-"""
+checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ def equal_weights(count: int, options: Options) -> list[float]:
 
 
 def ema_weights(count: int, options: Options) -> list[float]:
-    """What θ̄ₖ = d·θ̄ₖ₋₁ + (1-d)·θₖ, θ̄₁ = θ₁, gives each checkpoint, oldest first."""
+    """The weights of checkpoints, oldest first, in θ̄ₖ = d·θ̄ₖ₋₁ + (1-d)·θₖ with θ̄₁ = θ₁."""
     decay = options["decay"]
     return [decay ** (count - 1), *((1 - decay) * decay ** (count - 1 - i) for i in range(1, count))]
 

@@ -1,6 +1,5 @@
 """Model stock: how far from the base to the models' average, from the angle between what they have
-learned.
-"""
+learned."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
 """TIES: of each model's difference to the base the largest entries only, and of these only those of
-the same sign.
-"""
+the same sign."""
 
 from __future__ import annotations
 
@@ -44,9 +43,7 @@ def kth_largest(values: Callable[[], Iterable[Tensor]], k: int) -> float:
 
 
 def thresholds(passes: Passes, weights: Weights, options: Options) -> list[float]:
-    """How large an entry of each difference must be to be kept: the density · n largest are, and
-    equals of the last.
-    """
+    """The least size of a kept entry in each difference: the density · n largest are kept."""
     numel = sum(stretch.tensors[0].numel() for stretch in passes())
     k = max(1, int(options["density"] * numel))  # of a single number that number
     if options["density"] == 0 or numel == 0:

@@ -20,10 +20,10 @@ from sphinx_pl.cli.data import main
 from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.drawing import GIVEN, TRUE, draw, to_picture
 from sphinx_pl.data.images import load_image
-from sphinx_pl.data.inspect.samples import build_page, encode
+from sphinx_pl.data.inspect.samples import build_page
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.schema import IGNORE, ImageRef
-from sphinx_pl.utils.html import visible
+from sphinx_pl.utils.html import inline_picture, mark_unseen
 
 VOID = {"meta", "img", "br", "path", "input"}
 
@@ -227,7 +227,7 @@ def test_what_data_say_never_becomes_markup(processor: Processor, tmp_path: Path
     assert "onerror" in page.text
     assert "⟨U+202E⟩" in page.text
     assert not set("\u202e\x00") & set(page.html)
-    visible("half a character: \ud800").encode()
+    mark_unseen("half a character: \ud800").encode()
     assert "skipped: answer_empty" in page.text
     assert "used: escaped" in page.text
     assert "<i>no answer</i>" in page.text
@@ -340,9 +340,9 @@ def test_data_of_which_nothing_is_any_use_say_why(processor: Processor, tmp_path
 def test_a_large_picture_keeps_to_its_bytes() -> None:
     noise = Image.frombytes("RGB", (512, 512), torch.randint(0, 256, (512 * 512 * 3,), dtype=torch.uint8).numpy())
     flat = Image.new("RGB", (512, 512), "#123456")
-    assert encode(flat, True, 16_000).startswith("data:image/png")
-    assert len(encode(noise, False, 20_000)) * 3 / 4 < 21_000
-    assert encode(noise, True, 200_000).startswith("data:image/jpeg")
+    assert inline_picture(flat, True, 16_000).startswith("data:image/png")
+    assert len(inline_picture(noise, False, 20_000)) * 3 / 4 < 21_000
+    assert inline_picture(noise, True, 200_000).startswith("data:image/jpeg")
 
 
 # --- the command

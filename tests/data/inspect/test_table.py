@@ -31,12 +31,14 @@ def datamodule(processor: Processor, sample_data: Path) -> DataModule:
 
 
 def test_expectations_come_from_real_draws(datamodule: DataModule) -> None:
-    found = {line.name: line for line in lines(datamodule, probe=40)}
-    assert {name: line.share for name, line in found.items()} == pytest.approx({"real": 0.6, "tasks": 0.2, "text": 0.2})
-    real, tasks, text = found.values()
+    values = {line.name: line for line in lines(datamodule, probe=40)}
+    assert {name: line.share for name, line in values.items()} == pytest.approx(
+        {"real": 0.6, "tasks": 0.2, "text": 0.2}
+    )
+    real, tasks, text = values.values()
     streams = datamodule.planner().mixture.streams
-    assert [line.records for line in found.values()] == [len(stream.source) for stream in streams.values()]
-    assert all(line.certain for line in found.values())
+    assert [line.records for line in values.values()] == [len(stream.source) for stream in streams.values()]
+    assert all(line.certain for line in values.values())
     assert (real.images, text.images) == (1.0, 0.0)
     assert real.tokens > datamodule.processor.tokens_per_image
     assert 1 < tasks.records_drawn <= 4
@@ -45,12 +47,12 @@ def test_expectations_come_from_real_draws(datamodule: DataModule) -> None:
 
 
 def test_the_table_says_how_often_a_source_is_read(datamodule: DataModule) -> None:
-    found = lines(datamodule, probe=40)
+    result = lines(datamodule, probe=40)
     buffer = io.StringIO()
-    Console(file=buffer, width=200).print(expectations(found, "sample", 256, 4, steps=1000))
+    Console(file=buffer, width=200).print(expectations(result, "sample", 256, 4, steps=1000))
     text = buffer.getvalue()
-    mean = sum(line.share * line.tokens for line in found)
-    expected = 1000 * 4 * 256 / mean * 0.6 / found[0].draws
+    mean = sum(line.share * line.tokens for line in result)
+    expected = 1000 * 4 * 256 / mean * 0.6 / result[0].draws
     row = next(line for line in text.splitlines() if "real" in line)
     assert float(row.split("│")[-2]) == pytest.approx(expected, rel=0.01)
     assert "60.0%" in row
@@ -68,9 +70,9 @@ def test_missing_files_are_found_without_reading_anything(datamodule: DataModule
 
 def test_shares_are_those_that_training_has(datamodule: DataModule) -> None:
     datamodule.mixing.temperature = 1.0
-    found = {line.name: line.share for line in lines(datamodule, probe=4)}
-    assert found == datamodule.planner().mixture.shares
-    assert found["real"] != pytest.approx(0.6)
+    values = {line.name: line.share for line in lines(datamodule, probe=4)}
+    assert values == datamodule.planner().mixture.shares
+    assert values["real"] != pytest.approx(0.6)
 
 
 def test_the_table_says_what_was_left_out_and_what_happened_to_the_rest(processor: Processor, tmp_path: Path) -> None:
@@ -100,7 +102,7 @@ def test_images_that_cannot_be_decoded_and_what_could_not_be_indexed_are_unusabl
         "chat": {"kind": "instructions", "path": str(tmp_path / "x.json")},
         "web": {"kind": "image_text", "path": str(write_tar(tmp_path / "a.tar", pairs))},
     }
-    found = lines(DataModule(processor, sources, {}, {"row_length": 256, "micro_batch_rows": 4}), probe=16)
-    assert [line.unusable for line in found] == [0.5, 0.5]
-    assert f"chat  skipped/image_missing: 8  ('{tmp_path}/no.png': No such file" in reasons(found)
-    assert "web  skipped/caption_absent: 5  (5: no .txt" in reasons(found)
+    result = lines(DataModule(processor, sources, {}, {"row_length": 256, "micro_batch_rows": 4}), probe=16)
+    assert [line.unusable for line in result] == [0.5, 0.5]
+    assert f"chat  skipped/image_missing: 8  ('{tmp_path}/no.png': No such file" in reasons(result)
+    assert "web  skipped/caption_absent: 5  (5: no .txt" in reasons(result)

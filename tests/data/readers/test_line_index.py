@@ -19,9 +19,9 @@ JSON = st.recursive(
 )
 
 
-def contents(path: Path, found: EntryIndex) -> list[object]:
+def contents(path: Path, result: EntryIndex) -> list[object]:
     data = path.read_bytes()
-    return [json.loads(data[offset : offset + size]) for offset, size in found.tolist()]
+    return [json.loads(data[offset : offset + size]) for offset, size in result.tolist()]
 
 
 @pytest.fixture(params=[1, 7, 64, 1 << 24])
@@ -39,16 +39,16 @@ def test_lists_of_anything(tmp_path: Path) -> None:
     def check(items: list[object], indent: int | None, ascii_only: bool, data: st.DataObject) -> None:
         path = tmp_path / f"{next(number)}.json"
         path.write_text(f" \n{json.dumps(items, indent=indent, ensure_ascii=ascii_only)}\n")
-        found, problem = index_entries(str(path))
+        result, problem = index_entries(str(path))
         assert problem == ""
-        assert contents(path, found) == items
+        assert contents(path, result) == items
         # Cut anywhere, the entries before the cut stay.
         text = path.read_bytes()
         cut = tmp_path / f"{next(number)}.json"
         cut.write_bytes(text[: data.draw(st.integers(3, len(text) - 2))])
-        found, problem = index_entries(str(cut))
+        result, problem = index_entries(str(cut))
         assert problem == "shard_truncated"
-        assert contents(cut, found) == items[: len(found)]
+        assert contents(cut, result) == items[: len(result)]
 
     check()
 
@@ -59,9 +59,9 @@ def test_lines_that_are_not_blank(tmp_path: Path) -> None:
     mark = b"\xef\xbb\xbf"
     long = b" " * 100 + b"\t\n"
     path.write_bytes(mark + b'\n{"a": 1}\r\n  \n' + long + b'\t\r\n 7\n"last, without an end"')
-    found, problem = index_entries(str(path))
+    result, problem = index_entries(str(path))
     assert problem == ""
-    assert contents(path, found) == [{"a": 1}, 7, "last, without an end"]
+    assert contents(path, result) == [{"a": 1}, 7, "last, without an end"]
 
 
 @pytest.mark.parametrize(
@@ -82,8 +82,8 @@ def test_lines_that_are_not_blank(tmp_path: Path) -> None:
 def test_small_files(tmp_path: Path, text: str, count: int, problem: str) -> None:
     path = tmp_path / "a.json"
     path.write_text(text)
-    found, told = index_entries(str(path))
-    assert (len(found), told) == (count, problem)
+    result, told = index_entries(str(path))
+    assert (len(result), told) == (count, problem)
 
 
 def test_the_index_is_mapped_from_the_cache_and_follows_the_file(
@@ -93,9 +93,9 @@ def test_the_index_is_mapped_from_the_cache_and_follows_the_file(
     path.write_text("[1, 2]")
     index_entries(str(path))
     monkeypatch.setattr(line_index, "_index_list", lambda path: pytest.fail("read again"))
-    found, _ = index_entries(str(path))
-    assert type(found).__name__ == "memmap"
-    assert contents(path, found) == [1, 2]
+    result, _ = index_entries(str(path))
+    assert type(result).__name__ == "memmap"
+    assert contents(path, result) == [1, 2]
     monkeypatch.undo()
     path.write_text("[1, 2, 3]")
     assert contents(path, index_entries(str(path))[0]) == [1, 2, 3]

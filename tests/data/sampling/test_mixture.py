@@ -148,10 +148,10 @@ def test_records_about_one_image_share_a_sample(processor: Processor, sample_dat
     records = [stream.source.record(i) for i in range(len(stream.source))]
     image_of = {record.key: record.images for record in records}
     epoch: list[Sample] = []
-    while len(found := keys(epoch)) < len(records):
+    while len(result := keys(epoch)) < len(records):
         epoch += mixture.draw()
         assert stream.epoch == 0 or len(keys(epoch)) == len(records)
-    assert sorted(found) == sorted(f"tasks/{key}" for key in image_of)
+    assert sorted(result) == sorted(f"tasks/{key}" for key in image_of)
     assert max(len(sample.questions) for sample in epoch) == 3
     for sample in epoch:
         assert all(image_of[question.key] == sample.images for question in sample.questions)
@@ -314,9 +314,9 @@ def test_the_originals_list_of_files(processor: Processor, sample_data: Path, tm
     assert mixture.shares == pytest.approx({name: size / total for name, size in sizes.items()})
     assert mixture.modalities == ["image", "text"]
     # A ratio takes the same entries at every start.
-    again = Mixture({"all": {"kind": "meta", "path": str(tmp_path / "data.yaml")}}, processor, seed=1)
+    repeat = Mixture({"all": {"kind": "meta", "path": str(tmp_path / "data.yaml")}}, processor, seed=1)
     for name, stream in mixture.streams.items():
-        other = again.streams[name].source
+        other = repeat.streams[name].source
         assert [stream.source.record(i).key for i in range(10)] == [other.record(i).key for i in range(10)]
 
 

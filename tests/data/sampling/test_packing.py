@@ -117,13 +117,13 @@ def collate(processor: Processor, rows: list[Row], row_length: int = 256) -> Bat
 def losses_by_key(model: Sphinx, batch: Batch) -> dict[str, list[float]]:
     """Every sample's token losses, in the order of `batch.keys`."""
     losses = model.token_losses(batch)
-    found: dict[tuple[int, int, int], list[float]] = {}
+    items: dict[tuple[int, int, int], list[float]] = {}
     length = batch.input_ids.shape[1]
     for nll, index in zip(losses.nll.tolist(), losses.index.tolist(), strict=True):
         b, t = divmod(index, length)
         place = (b, int(batch.segment_ids[b, t]), int(batch.question_ids[b, t]))
-        found.setdefault(place, []).append(nll)
-    return dict(zip(batch.keys, [found[place] for place in sorted(found)], strict=True))
+        items.setdefault(place, []).append(nll)
+    return dict(zip(batch.keys, [items[place] for place in sorted(items)], strict=True))
 
 
 @pytest.fixture
@@ -131,9 +131,9 @@ def samples(processor: Processor, sample_data) -> list[Sample]:  # type: ignore[
     tasks = build_reader("instructions", "tasks", str(sample_data / "instructions/train-scenes.json"))
     text = build_reader("text", "text", str(sample_data / "text/train.jsonl"))
     rng = random.Random(0)
-    found = [processor.sample(tasks.record(i), "tasks", rng) for i in range(0, 40, 5)]
-    found += [processor.sample(text.record(i), "text", rng) for i in range(4)]
-    return [sample for sample in found if sample.length <= 256]
+    made = [processor.sample(tasks.record(i), "tasks", rng) for i in range(0, 40, 5)]
+    made += [processor.sample(text.record(i), "text", rng) for i in range(4)]
+    return [sample for sample in made if sample.length <= 256]
 
 
 def test_packed_rows_give_the_losses_and_gradients_of_samples_alone(
@@ -261,10 +261,10 @@ def test_the_order_does_not_depend_on_the_ranks(processor: Processor, sample_dat
             planner(make, config, partitions, accumulate=accumulate, rank=rank, world_size=world_size)
             for rank in range(world_size)
         ]
-        found = [[planner.plan() for planner in planners] for _ in range(count)]
-        assert all(len(plans) == accumulate for ranks in found for plans in ranks)
-        assert all(len(plan.rows) == config.micro_batch_rows for ranks in found for plans in ranks for plan in plans)
-        return [sorted(questions(plan for plans in ranks for plan in plans)) for ranks in found]
+        items = [[planner.plan() for planner in planners] for _ in range(count)]
+        assert all(len(plans) == accumulate for ranks in items for plans in ranks)
+        assert all(len(plan.rows) == config.micro_batch_rows for ranks in items for plans in ranks for plan in plans)
+        return [sorted(questions(plan for plans in ranks for plan in plans)) for ranks in items]
 
     one = planned(1)
     assert planned(2) == one

@@ -31,10 +31,10 @@ def stream(path: str, processor: Processor, partition: int = 0, partitions: int 
 
 
 def drawn(stream: SourceStream, count: int) -> list[str]:
-    found: list[str] = []
-    while len(found) < count and not stream.exhausted:
-        found += [question.key for sample in stream.next() for question in sample.questions]
-    return found
+    items: list[str] = []
+    while len(items) < count and not stream.exhausted:
+        items += [question.key for sample in stream.next() for question in sample.questions]
+    return items
 
 
 @pytest.mark.parametrize("count", [1, 3, 40])
@@ -51,8 +51,8 @@ def test_the_partitions_of_an_epoch_are_the_source(
     assert len(twice) == total
     assert set(twice.values()) == {2}
     # In an order of its own each time, the same one for the same seed.
-    again = stream(path, processor, 0, partitions, **values)
-    assert drawn(again, 10**6) == parts[0]
+    repeat = stream(path, processor, 0, partitions, **values)
+    assert drawn(repeat, 10**6) == parts[0]
     half = len(parts[0]) // 2
     assert parts[0][:half] != sorted(parts[0][:half])
     assert parts[0][:half] != parts[0][half : 2 * half]

@@ -43,10 +43,10 @@ def ask() -> Ask:
         predictions = [Prediction.from_dict(json.loads(json.dumps(one.to_dict()))) for one in judged]
         assert predictions == judged
         # And scored anew without the files.
-        again = type(benchmark)(None, benchmark.split)
+        repeat = type(benchmark)(None, benchmark.split)
         kept = [to_record(one.record, one.key, Path(), one.task) for one in predictions]
         assert [
-            again.score_answer(r, p.prediction, GEOMETRY, p.images) for r, p in zip(kept, judged, strict=True)
+            repeat.score_answer(r, p.prediction, GEOMETRY, p.images) for r, p in zip(kept, judged, strict=True)
         ] == judged
         result = questions.result(predictions, {})
         json.dumps(result, allow_nan=False)

@@ -68,15 +68,15 @@ def test_figures_are_those_of_the_official_evaluation(
 
     monkeypatch.setattr(coco_caption, "scores_of_images", noted)
     src = write(karpathy({"split": "test", "cocoid": 5}, {"split": "test", "cocoid": 6, "sentences": []}, "x"))
-    said = {1: "a dog runs in a field", 2: "two dogs", 3: ""}
+    answers = {1: "a dog runs in a field", 2: "two dogs", 3: ""}
     benchmark = COCOCaptionBenchmark(src)
-    asked = ask(benchmark, lambda record: said[record.meta["image_id"]])
+    asked = ask(benchmark, lambda record: answers[record.meta["image_id"]])
     record = asked.questions.records[0]
     assert record.images == (ImageRef(str(src / "val2014/COCO_val2014_000000000001.jpg")),)
     assert question(record) == "Provide a one-sentence caption for the provided image."
     assert asked.result["lost"] == {"entry_malformed": 3}
     [(captions, references, expected)] = scored
-    assert captions == [said[n] for n in TRUE]
+    assert captions == [answers[n] for n in TRUE]
     assert references == [[" ".join(caption.split()) for caption in TRUE[n]] for n in TRUE]
     for name in ("CIDEr", "BLEU-4", "METEOR", "ROUGE-L"):
         assert asked.values[name, ""] == pytest.approx(expected[name])
@@ -107,11 +107,11 @@ def read(benchmark: COCOCaptionBenchmark) -> tuple[list[Record], Counter[str]]:
     """Records, and what is of no use, by reason: scoring takes Java seconds."""
     records: list[Record] = []
     lost: Counter[str] = Counter()
-    for _, found in benchmark.read():
-        if isinstance(found, SkipSample):
-            lost[found.reason] += 1
+    for _, result in benchmark.read():
+        if isinstance(result, SkipSample):
+            lost[result.reason] += 1
         else:
-            records += found
+            records += result
     return records, lost
 
 

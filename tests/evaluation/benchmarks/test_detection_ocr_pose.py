@@ -36,8 +36,8 @@ def right(record: Record) -> str:
 
 
 def entry(number: int, task: str, *regions: dict[str, Any], **more: Any) -> dict[str, Any]:
-    found = {"id": f"e{number}", "image": f"{number}.jpg", "width": SIZE[0], "height": SIZE[1], "task": task}
-    return found | {"regions": list(regions)} | more
+    values = {"id": f"e{number}", "image": f"{number}.jpg", "width": SIZE[0], "height": SIZE[1], "task": task}
+    return values | {"regions": list(regions)} | more
 
 
 def thing(label: str, *box: float) -> dict[str, Any]:
@@ -46,23 +46,23 @@ def thing(label: str, *box: float) -> dict[str, Any]:
 
 def boxes(seed: int, count: int, labels: str = "cat dog") -> list[dict[str, Any]]:
     rng = random.Random(seed)
-    found = []
+    items = []
     for _ in range(count):
         x, y = rng.uniform(0, 400), rng.uniform(0, 300)
-        found.append(thing(rng.choice(labels.split()), x, y, x + rng.uniform(20, 200), y + rng.uniform(20, 150)))
-    return found
+        items.append(thing(rng.choice(labels.split()), x, y, x + rng.uniform(20, 200), y + rng.uniform(20, 150)))
+    return items
 
 
 def jittered(record: Record, amount: float = 12.0) -> str:
     """Boxes moved by a few pixels, some left out and some added, by label."""
     rng = random.Random(record.key)
     (size,) = record.sizes
-    said = ""
+    answer = ""
     for region in record.regions:
         box = tuple(value + rng.uniform(-amount, amount) for value in region.box)
-        said += FINE.grounded(region.label, [box], size) if rng.random() < 0.8 else ""
-        said += FINE.grounded("dog", [(5, 5, 90, 80)], size) if rng.random() < 0.3 else ""
-    return said or "nothing"
+        answer += FINE.grounded(region.label, [box], size) if rng.random() < 0.8 else ""
+        answer += FINE.grounded("dog", [(5, 5, 90, 80)], size) if rng.random() < 0.3 else ""
+    return answer or "nothing"
 
 
 def test_all_boxes_right_is_1_and_none_is_0(ask: Ask, write: Write) -> None:
@@ -83,14 +83,14 @@ def test_layout_agrees_with_pycocotools(ask: Ask, write: Write) -> None:
     file = write({"test.json": [entry(n, "layout", *boxes(n, 9, "Text Title Table")) for n in range(12)]}) / "test.json"
     asked = ask(LayoutBenchmark(file), jittered)
     sizes: dict[Any, Any] = {}
-    truth, found = [], []
+    truth, items = [], []
     for record, prediction in zip(asked.questions.records, asked.predictions, strict=True):
         image = record.key
         sizes[image] = SIZE
         truth += [TrueBox(image, region.label.lower(), region.box) for region in record.regions]
-        said = TASKS["layout"].parse(prediction.prediction, FINE)
-        found += [Detection(image, region.label.lower(), region.box) for region in said.regions(SIZE)]
-    expected = detection_ap(found, truth, sizes)
+        answer = TASKS["layout"].parse(prediction.prediction, FINE)
+        items += [Detection(image, region.label.lower(), region.box) for region in answer.regions(SIZE)]
+    expected = detection_ap(items, truth, sizes)
     assert 0.05 < expected["AP"] < 0.95
     for name in ("AP", "AP50", "AP75"):
         assert asked.values[name, ""] == pytest.approx(expected[name], abs=1e-12)
@@ -120,9 +120,9 @@ def test_two_models_are_compared_image_by_image(ask: Ask, write: Write) -> None:
     benchmark = DetectionBenchmark(file, "detection_all")
     metric = benchmark.metrics[0]
     good, bad = (ask(benchmark, lambda record, amount=amount: jittered(record, amount)) for amount in (4.0, 14.0))
-    found = difference(metric.prepare(bad.predictions), metric.prepare(good.predictions), resamples=300)
-    assert found.units == 40
-    assert found.low > 0
+    result = difference(metric.prepare(bad.predictions), metric.prepare(good.predictions), resamples=300)
+    assert result.units == 40
+    assert result.low > 0
     same = difference(metric.prepare(bad.predictions), metric.prepare(bad.predictions), resamples=50)
     assert (same.low, same.high) == (0, 0)
 
@@ -146,15 +146,15 @@ def test_poses_agree_with_pycocotools(ask: Ask, write: Write) -> None:
         return "no" if rng.random() < 0.1 else FINE.keypoints(moved, SIZE)
 
     asked = ask(PoseBenchmark(file), say)
-    found, truth, sizes = [], [], {}
+    result, truth, sizes = [], [], {}
     for record, prediction in zip(asked.questions.records, asked.predictions, strict=True):
         image, region = record.images[0].path, record.regions[0]
         sizes[image] = SIZE
         area = record.meta.get("area", 120 * 260)
         truth.append(TruePose(image, region.keypoints, region.box, area))
         points = TASKS["pose"].parse(prediction.prediction, FINE).keypoints(SIZE)
-        found += [Pose(image, points)] if any(v for *_, v in points) else []
-    expected = keypoint_ap(found, truth, sizes)
+        result += [Pose(image, points)] if any(v for *_, v in points) else []
+    expected = keypoint_ap(result, truth, sizes)
     assert 0.1 < expected["AP"] < 0.95
     for name in ("AP", "AP50", "AP75"):
         assert asked.values[name, ""] == pytest.approx(expected[name], abs=1e-12)

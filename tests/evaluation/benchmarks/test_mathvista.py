@@ -51,7 +51,7 @@ PROBLEMS = {
 
 
 @pytest.mark.parametrize(
-    ("said", "scores", "unparsed"),
+    ("answers", "scores", "unparsed"),
     [
         ({"2": "1000", "3": "C", "1": "1.2", "9": "[1, 2]"}, [1, 1, 1, 1], 0),
         ({"2": "The answer is 1,000 g.", "3": "145°", "1": "1.23 m", "9": "It is [1,2]."}, [1, 1, 1, 1], 0),
@@ -60,10 +60,10 @@ PROBLEMS = {
     ],
 )
 def test_answers_are_read_by_rules(
-    ask: Ask, write: Write, said: dict[str, str], scores: list[int], unparsed: int
+    ask: Ask, write: Write, answers: dict[str, str], scores: list[int], unparsed: int
 ) -> None:
     asked = ask(
-        MathVistaBenchmark(write({"testmini.json": PROBLEMS})), lambda record: said[record.meta["problem"]["pid"]]
+        MathVistaBenchmark(write({"testmini.json": PROBLEMS})), lambda record: answers[record.meta["problem"]["pid"]]
     )
     by_pid = {prediction.record["meta"]["problem"]["pid"]: prediction.score for prediction in asked.predictions}
     assert [by_pid[pid] for pid in PROBLEMS] == scores

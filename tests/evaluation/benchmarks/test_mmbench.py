@@ -52,7 +52,7 @@ def picture(shade: int) -> str:
 
 
 def row(index: int, answer: str = "A", choices: str = "red green blue", **more: Any) -> dict[str, Any]:
-    found = dict(zip("ABCD", choices.split(), strict=False))
+    result = dict(zip("ABCD", choices.split(), strict=False))
     return {
         "index": index,
         "question": "Which colour\nis it?",
@@ -61,7 +61,7 @@ def row(index: int, answer: str = "A", choices: str = "red green blue", **more: 
         "l2-category": "coarse_perception",
         "image": picture(index % 1_000_000),
         "split": "dev",
-    } | (found | more)
+    } | (result | more)
 
 
 def rotations(index: int, choices: str = "red green blue", answer: str = "A", **more: Any) -> list[dict[str, Any]]:
@@ -247,8 +247,8 @@ def test_images_are_written_once(ask: Ask, write: Write, tmp_path: Path) -> None
     (copy,) = (path for path in (tmp_path / "cache/files").iterdir() if path.name.endswith("-images"))
     copy.chmod(0o400)
     before = copy.stat().st_mtime_ns, copy.stat().st_ino
-    again = ask(MMBenchBenchmark(src), right)
-    assert again.questions.records == first.questions.records
+    repeat = ask(MMBenchBenchmark(src), right)
+    assert repeat.questions.records == first.questions.records
     assert copy.stat().st_ino == before[1]
 
 

@@ -29,8 +29,8 @@ INSTANCES = {
 
 
 def ref(number: int, *sentences: str, split: str = "testA", ann_id: int = 1) -> dict[str, Any]:
-    found = [{"sent": sentence, "sent_id": i} for i, sentence in enumerate(sentences)]
-    return {"ref_id": number, "ann_id": ann_id, "image_id": 581857, "split": split, "sentences": found}
+    items = [{"sent": sentence, "sent_id": i} for i, sentence in enumerate(sentences)]
+    return {"ref_id": number, "ann_id": ann_id, "image_id": 581857, "split": split, "sentences": items}
 
 
 def files(*refs: Any, name: str = "refs(unc).p") -> dict[str, Any]:

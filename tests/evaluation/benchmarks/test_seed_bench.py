@@ -17,8 +17,8 @@ TYPES = {"Scene Understanding": 1, "Instances Counting": 5, "Text Understanding"
 
 def entry(number: str, kind: int = 5, **more: Any) -> dict[str, Any]:
     choices = dict(zip(("choice_a", "choice_b", "choice_c", "choice_d"), ("One", "Two", "Three", "Four"), strict=True))
-    found = {"question_id": number, "question_type_id": kind, "question": "How many towels are in the image?"}
-    return found | choices | {"answer": "B", "data_id": "1454426_2591111986", "data_type": "image"} | more
+    values = {"question_id": number, "question_type_id": kind, "question": "How many towels are in the image?"}
+    return values | choices | {"answer": "B", "data_id": "1454426_2591111986", "data_type": "image"} | more
 
 
 def document(*questions: Any) -> dict[str, Any]:
@@ -43,8 +43,12 @@ def test_questions_are_read_scored_and_parted(ask: Ask, write: Write, question: 
         "Answer with the option's letter from the given choices directly."
     )
     assert asked.values == {("accuracy", ""): 1, **{("accuracy", name): 1 for name in TYPES if TYPES[name] < 10}}
-    said = {"it/101669": "Two.", "it/7": "A", "it/8": "Two"}  # the choice's text; wrong; a text that two letters have
-    asked = ask(SEEDBenchBenchmark(src), lambda record: said[record.key])
+    answers = {
+        "it/101669": "Two.",
+        "it/7": "A",
+        "it/8": "Two",
+    }  # the choice's text; wrong; a text that two letters have
+    asked = ask(SEEDBenchBenchmark(src), lambda record: answers[record.key])
     assert asked.values["accuracy", ""] == 1 / 3
     assert asked.values["accuracy", "Text Understanding"] == 0
     assert asked.result["unparsed"] == 1

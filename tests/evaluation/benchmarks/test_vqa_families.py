@@ -45,9 +45,9 @@ def test_true_answers_score_1_and_others_0(tmp_path: Path, kind: str, split: str
     assert benchmark.family in FAMILIES
     assert all(record.images[0].path.startswith(str(tmp_path)) for record in asked.records)
     assert len({record.key for record in asked.records}) == len(asked.records)
-    for said, score in ((truth, 1.0), (lambda record: "zebra crossing", 0.0), (lambda record: "", 0.0)):
+    for answer, score in ((truth, 1.0), (lambda record: "zebra crossing", 0.0), (lambda record: "", 0.0)):
         predictions = [
-            benchmark.score_answer(record, said(record), Coordinates(), record.images) for record in asked.records
+            benchmark.score_answer(record, answer(record), Coordinates(), record.images) for record in asked.records
         ]
         result = asked.result(predictions, {})
         if benchmark.is_hidden:
@@ -191,19 +191,19 @@ def test_the_originals_unified_annotation(tmp_path: Path, kind: str, split: str)
 
 
 def test_every_benchmark_that_the_docs_name_is_configured() -> None:
-    known = OmegaConf.load(CONFIG_FOLDER / "benchmark" / "paper.yaml")
+    names = OmegaConf.load(CONFIG_FOLDER / "benchmark" / "paper.yaml")
     root = CONFIG_FOLDER.parent.parent
     files = [root / "README.md", root / "conf" / "evaluate.yaml", *(root / "docs").glob("*.md")]
     files.remove(root / "docs" / "extending.md")  # it makes the benchmark that it names
     named = [
         (file.name, pattern.strip("\"' "))
         for file in files
-        for found in re.findall(r"benchmarks=\[([^\]]*)\]", file.read_text())
-        for pattern in found.split(",")
+        for result in re.findall(r"benchmarks=\[([^\]]*)\]", file.read_text())
+        for pattern in result.split(",")
     ]
     assert len(named) > 5
     for file, pattern in named:
-        assert any(fnmatchcase(str(name), pattern) for name in known if name != "root"), (file, pattern)
+        assert any(fnmatchcase(str(name), pattern) for name in names if name != "root"), (file, pattern)
 
 
 def test_every_entry_of_the_paper_opens(tmp_path: Path) -> None:

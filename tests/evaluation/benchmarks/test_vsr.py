@@ -23,7 +23,7 @@ def test_statements(tmp_path: Path, split: str, folder: str) -> None:
         'Is the following statement "The cat is under the bed." true or false?'
     )
     assert asked.records[0].images[0].path == str(tmp_path / "train2017/1.jpg")
-    for answer, verdicts in {
+    for answer, scores in {
         "True": [(1, True), (0, True)],
         "yes, it is": [(1, True), (0, True)],
         "False.": [(0, True), (1, True)],
@@ -31,7 +31,7 @@ def test_statements(tmp_path: Path, split: str, folder: str) -> None:
         "The statement is true": [(0, False), (0, False)],
     }.items():
         judged = [asked.benchmark.score_answer(record, answer, Coordinates()) for record in asked.records]
-        assert [(p.score, p.parsed) for p in judged] == verdicts
+        assert [(p.score, p.parsed) for p in judged] == scores
 
 
 def test_a_unified_answer_must_be_true_or_false(tmp_path: Path) -> None:

@@ -92,22 +92,22 @@ def _topic(entry: Entry, topic: str) -> Entry:
 def questions(entries: Iterable[Entry], seed: int = 0) -> dict[str, list[tuple[Entry, ...]]]:
     """Of each data set the documents: entries about one image, of which evaluate.py asks each."""
     rng = random.Random(seed)
-    found: dict[str, list[tuple[Entry, ...]]] = defaultdict(list)
+    items: dict[str, list[tuple[Entry, ...]]] = defaultdict(list)
     for entry in entries:
         task, topic = entry.get("task"), entry.get("meta", {}).get("topic")
         if task == "short_vqa" and topic == "color":
             asked = yes_no(entry, rng)
-            found["pope"].append((asked,))
-            found["ocrvqa"].append((entry, {**asked, "task": "short_vqa", "id": f"{entry['id']}-2"}))
+            items["pope"].append((asked,))
+            items["ocrvqa"].append((entry, {**asked, "task": "short_vqa", "id": f"{entry['id']}-2"}))
         elif task == "relation" and entry["answer"] in RELATIONS:
             caption, label = statement(entry, rng)
             asked = _asked(entry, "yes_no", STATEMENT.format(caption=caption), "yes" if label else "no")
-            found["vsr"].append((asked | {"caption": caption, "label": label},))
+            items["vsr"].append((asked | {"caption": caption, "label": label},))
         elif task == "multiple_choice" and len(entry["choices"]) == 4:
-            found["seedbench"].append((entry,))
+            items["seedbench"].append((entry,))
         elif task == "rec":
-            found["refcoco"].append((entry,))
-    return found
+            items["refcoco"].append((entry,))
+    return items
 
 
 def row(name: str, document: Sequence[Entry], image: bytes) -> dict[str, Any]:
@@ -152,10 +152,10 @@ def write_data_set(folder: Path, name: str, documents: Sequence[Sequence[Entry]]
 def make(sample: Path, out: Path, limit: int) -> None:
     """The data sets with at most `limit` documents each, the same questions for evaluate.py, and some to train on."""
     instructions = sample / "instructions"
-    found = questions(json.loads((instructions / "test.json").read_text()))
+    result = questions(json.loads((instructions / "test.json").read_text()))
     names = {name.partition("_")[0]: name for name in METRICS if "ppl" not in name}
     asked: list[Entry] = []
-    for name, documents in found.items():
+    for name, documents in result.items():
         write_data_set(out / name, name, documents[:limit], instructions)
         asked += [_topic(entry, names[name]) for document in documents[:limit] for entry in document]
     training = [

@@ -158,14 +158,14 @@ def test_losses_are_negative_log_probabilities_of_the_continuation(
     requests.append(("", "red"))  # an answer by itself
     best = greedy(assistant, Dialog("Hi"), 1)
     requests.append(("Hi", best, None, 0, "some", "test"))
-    found = answers.loglikelihood(requests)
-    for choice, (loss, _) in zip([*choices, "the left one"], found, strict=False):
+    result = answers.loglikelihood(requests)
+    for choice, (loss, _) in zip([*choices, "the left one"], result, strict=False):
         ids = assistant.encode_answer(choice)
         logits = assistant.compute_logits(Dialog("Which?", [pictures[2]]), choice)[-len(ids) - 1 : -1]
         wanted = -sum(float(row.log_softmax(-1)[token]) for row, token in zip(logits, ids, strict=True))
         assert loss == pytest.approx(wanted, rel=1e-4)
-    assert found[4][0] > 0
-    assert found[5][1] == (assistant.encode_answer(best) == [int(assistant.compute_logits(Dialog("Hi"))[-1].argmax())])
+    assert result[4][0] > 0
+    assert result[5][1] == (assistant.encode_answer(best) == [int(assistant.compute_logits(Dialog("Hi"))[-1].argmax())])
 
 
 def test_rounds_go_on_until_the_task_ends_them(answers: Answers, assistant: Assistant) -> None:
@@ -204,10 +204,10 @@ def test_what_cannot_be_asked_is_counted_and_has_no_answer(answers: Answers, tmp
     assert answers.lost == {"some": 4}
 
 
-@pytest.mark.parametrize(("shown", "named"), [("clip.mp4", "clip.mp4"), ({"array": [0]}, "dict")])
-def test_videos_and_sounds_are_refused(answers: Answers, shown: Any, named: str) -> None:
+@pytest.mark.parametrize(("items", "named"), [("clip.mp4", "clip.mp4"), ({"array": [0]}, "dict")])
+def test_videos_and_sounds_are_refused(answers: Answers, items: Any, named: str) -> None:
     with pytest.raises(UserError, match=f"'some' shows .*{named}"):
-        answers.generate_until([("What?", SHORT, lambda doc: [shown], 0, "some", "test")])
+        answers.generate_until([("What?", SHORT, lambda doc: [items], 0, "some", "test")])
 
 
 def test_wrong_options_are_one_line(assistant: Assistant) -> None:

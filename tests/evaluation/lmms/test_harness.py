@@ -32,8 +32,8 @@ def made(sample_data: Path, tmp_path: Path) -> Path:
 
 def rows(made: Path, name: str) -> list[dict[str, Any]]:
     [file] = (made / name).glob("data/test-*.parquet")
-    found: list[dict[str, Any]] = pq.read_table(file).to_pylist()
-    return found
+    items: list[dict[str, Any]] = pq.read_table(file).to_pylist()
+    return items
 
 
 def test_both_are_given_the_same_questions(made: Path) -> None:

@@ -28,13 +28,13 @@ def test_a_box_is_asked_for_in_the_originals_words(task: str) -> None:
 
 
 def test_a_rule_gets_nothing_of_a_document_but_the_question() -> None:
-    found: list[set[str]] = []
+    items: list[set[str]] = []
     for name in ("refcoco_bbox_rec_val", "refcoco_bbox_val", "ok_vqa_val2014"):
         rule = find_rule(name)
         assert rule is not None
-        seen = dataclasses.replace(rule, ask=lambda context, doc, sizes, coordinates: found.append(set(doc)) or "")
-        seen.question("", {"answer": "it", "bbox": [0, 0, 1, 1], "truth": 7}, (WIDE,), GEOMETRY)
-    assert found == [{"answer"}, {"bbox"}, set()]  # the first's "answer" is the phrase that a box is asked for
+        spy = dataclasses.replace(rule, ask=lambda context, doc, sizes, coordinates: items.append(set(doc)) or "")
+        spy.question("", {"answer": "it", "bbox": [0, 0, 1, 1], "truth": 7}, (WIDE,), GEOMETRY)
+    assert items == [{"answer"}, {"bbox"}, set()]  # the first's "answer" is the phrase that a box is asked for
 
 
 @pytest.mark.parametrize("task", ["refcoco_grounding_testA", "refcoco_plus_grounding_testB", "refcocog_grounding_test"])
@@ -101,25 +101,25 @@ def test_wordings_are_those_of_training(task: str, context: str, question: str |
 def test_a_box_is_handed_over_in_the_images_own_frame(size: tuple[int, int]) -> None:
     width, height = size
     box = (0.1 * width, 0.2 * height, 0.6 * width, 0.9 * height)
-    said = "It is here: " + Coordinates(decimals=6).box(box, size)
+    answer = "It is here: " + Coordinates(decimals=6).box(box, size)
     rule = find_rule("refcoco_bbox_rec_val")
     assert rule is not None
-    assert json.loads(rule.answer(said, size, GEOMETRY)) == pytest.approx([0.1, 0.2, 0.6, 0.9], abs=1e-4)
+    assert json.loads(rule.answer(answer, size, GEOMETRY)) == pytest.approx([0.1, 0.2, 0.6, 0.9], abs=1e-4)
     rule = find_rule("refcoco_grounding_test")
     assert rule is not None
-    [found] = json.loads(rule.answer(said, size, GEOMETRY))
-    assert found["bbox_2d"] == pytest.approx(box, abs=1e-2)
+    [result] = json.loads(rule.answer(answer, size, GEOMETRY))
+    assert result["bbox_2d"] == pytest.approx(box, abs=1e-2)
 
 
 def test_an_overlap_is_that_in_the_padded_square_also_of_boxes_in_the_padding() -> None:
     rule = find_rule("refcoco_bbox_rec_val")
     assert rule is not None
     truth_px = (10, 5, 50, 40)
-    said = (0.05, 0.1, 0.5, 0.6)  # begins above the image, which is 0.25 to 0.75 of the square
-    answer = json.loads(rule.answer(f"[{','.join(map(str, said))}]", WIDE, GEOMETRY))
+    guess = (0.05, 0.1, 0.5, 0.6)  # begins above the image, which is 0.25 to 0.75 of the square
+    answer = json.loads(rule.answer(f"[{','.join(map(str, guess))}]", WIDE, GEOMETRY))
     assert answer[1] < 0
     truth = (truth_px[0] / 100, truth_px[1] / 50, truth_px[2] / 100, truth_px[3] / 50)
-    assert iou(tuple(answer), truth) == pytest.approx(iou(said, to_square(truth_px, WIDE)), abs=1e-5)
+    assert iou(tuple(answer), truth) == pytest.approx(iou(guess, to_square(truth_px, WIDE)), abs=1e-5)
 
 
 def test_an_answer_without_a_box_stays_as_it_is() -> None:

@@ -28,12 +28,12 @@ def test_vsr_is_asked_as_in_training_or_as_the_original_asks_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("doc", "said", "score"),
+    ("doc", "answer", "score"),
     [(TRUE, "yes", 1), (TRUE, "True.", 1), (TRUE, "no", 0), (TRUE, "", 0), (TRUE, "a cat", 0), (TRUE, "yesterday", 0),
      (FALSE, "No, it is not", 1), (FALSE, "FALSE", 1), (FALSE, "true", 0), (FALSE, "none", 0)],
 )  # fmt: skip
-def test_vsr_reads_yes_and_true(doc: dict[str, Any], said: str, score: int) -> None:
-    assert scoring.vsr_score(doc, [said]) == {"accuracy": score}
+def test_vsr_reads_yes_and_true(doc: dict[str, Any], answer: str, score: int) -> None:
+    assert scoring.vsr_score(doc, [answer]) == {"accuracy": score}
 
 
 def test_vsr_finds_images_that_are_only_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,9 +49,9 @@ def test_vsr_finds_images_that_are_only_named(tmp_path: Path, monkeypatch: pytes
     assert picture.mode == "RGB"
 
 
-@pytest.mark.parametrize(("said", "score"), [("Jane Doe", 1), (" jane  doe.", 1), ("Jane", 0), ("", 0)])
-def test_ocrvqa_is_an_exact_match_but_for_case_and_spaces(said: str, score: int) -> None:
-    assert scoring.ocrvqa_score({"answer": "Jane Doe"}, [said]) == {"exact_match": score}
+@pytest.mark.parametrize(("answer", "score"), [("Jane Doe", 1), (" jane  doe.", 1), ("Jane", 0), ("", 0)])
+def test_ocrvqa_is_an_exact_match_but_for_case_and_spaces(answer: str, score: int) -> None:
+    assert scoring.ocrvqa_score({"answer": "Jane Doe"}, [answer]) == {"exact_match": score}
 
 
 def test_the_task_files_name_functions_that_exist() -> None:

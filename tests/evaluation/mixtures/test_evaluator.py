@@ -22,7 +22,8 @@ from sphinx_pl.evaluation.mixtures.search import (
     write_search,
 )
 from sphinx_pl.evaluation.objective import Objective
-from sphinx_pl.mixing.mix import MixPlan, MixRecipe, mix, open_models, plan_mixture
+from sphinx_pl.mixing.mix import mix
+from sphinx_pl.mixing.plan import MixPlan, MixRecipe, open_models, plan_mixture
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.utils.errors import UserError
 
@@ -100,9 +101,11 @@ def test_a_search_stays_within_its_budget_and_says_what_it_is_worth(models: Mode
 
 
 @pytest.mark.parametrize(
-    ("others", "kept", "said"), [(1.5, 0, "not better than beta=0.5"), (0.9, 1, "better than beta")]
+    ("others", "kept", "message"), [(1.5, 0, "not better than beta=0.5"), (0.9, 1, "better than beta")]
 )
-def test_what_only_the_choosing_samples_like_is_not_kept(tmp_path: Path, others: float, kept: int, said: str) -> None:
+def test_what_only_the_choosing_samples_like_is_not_kept(
+    tmp_path: Path, others: float, kept: int, message: str
+) -> None:
     """The first trial's losses are 1; of the second every second one is 0.5, and the others decide."""
     trials = [
         Trial({"decoder": beta}, {"loss/x": SourceLoss(torch.tensor(sums).double(), torch.ones(8).double())})
@@ -113,7 +116,7 @@ def test_what_only_the_choosing_samples_like_is_not_kept(tmp_path: Path, others:
     assert content["betas"] == trials[kept].betas
     assert content["value"] == pytest.approx(Objective().value(trials[kept].measurements))
     assert content["gain"] == pytest.approx(1 - others)
-    assert said in describe_search(content)
+    assert message in describe_search(content)
     assert ("stays" in describe_search(content)) == (kept == 0)
     assert json.loads((tmp_path / "search.json").read_text())["betas"] == content["betas"]
 

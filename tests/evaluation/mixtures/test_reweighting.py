@@ -158,10 +158,10 @@ def test_groups_and_temperatures(tmp_path: Path) -> None:
     assert written["mixed"]["sources"]["off"] is None
     assert "sources" not in written["listed"]
     sizes = {"mixed.many": 9, "mixed.few": 2, "lone": 1, "unused": 1, "listed.t0-m0": 1, "listed.t1-m1": 1}
-    found = shares_of(written, sizes)
-    found["listed"] = found.pop("listed.t0-m0") + found.pop("listed.t1-m1")
+    result = shares_of(written, sizes)
+    result["listed"] = result.pop("listed.t0-m0") + result.pop("listed.t1-m1")
     wanted = {source.name: source.new_share for source in reweighting.sources if source.name != "unused"}
-    assert found == pytest.approx(wanted, abs=1e-5)
+    assert result == pytest.approx(wanted, abs=1e-5)
     by_name = {source.name: source for source in reweighting.sources}
     growth = {name: source.new_share / source.share for name, source in by_name.items() if source.share}
     assert growth["mixed.few"] == pytest.approx(growth["listed"])
@@ -188,17 +188,17 @@ def test_train_composes_with_the_file(sample_data: Path, tmp_path: Path) -> None
     reweighting = TrainingMixture(base, at_most=300).reweight(predictions)
     file = tmp_path / "search" / "data" / "mixture" / "leaned.yaml"
     write_mixture(file, reweighting.yaml(["checkpoint: x"], "sample_finetune"), "sample_finetune")
-    said = how_to_train(file)
-    assert f"hydra.searchpath=[file://{tmp_path / 'search'}]" in said
+    answer = how_to_train(file)
+    assert f"hydra.searchpath=[file://{tmp_path / 'search'}]" in answer
     arguments = [f"hydra.searchpath=[file://{tmp_path / 'search'}]", "data/mixture=leaned"]
-    found: Any = OmegaConf.to_container(compose("train", overrides=[*train, *arguments]).data, resolve=True)
-    assert list(found["sources"]) == list(base)
-    assert found["sources"]["real"] is None
-    assert "val_sources" in found
-    assert {k: v for k, v in found["sources"]["answers"].items() if k != "weight"} == {
+    result: Any = OmegaConf.to_container(compose("train", overrides=[*train, *arguments]).data, resolve=True)
+    assert list(result["sources"]) == list(base)
+    assert result["sources"]["real"] is None
+    assert "val_sources" in result
+    assert {k: v for k, v in result["sources"]["answers"].items() if k != "weight"} == {
         k: v for k, v in base["answers"].items() if k != "weight"
     }
-    before, after = shares_of(base, {}), shares_of(found["sources"], {})
+    before, after = shares_of(base, {}), shares_of(result["sources"], {})
     assert after == pytest.approx({source.name: source.new_share for source in reweighting.sources}, abs=1e-5)
     assert before == pytest.approx({source.name: source.share for source in reweighting.sources})
     assert after["answers"] > before["answers"]  # it holds rec

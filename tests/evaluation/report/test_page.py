@@ -144,51 +144,51 @@ def test_the_worst_come_first_and_every_category_gets_its_turn() -> None:
         prediction("d1", 0.4, task="rec"),
         prediction("d2", 0.9, task="rec"),
     ]
-    keys = [shown["key"] for shown in choose(predictions, wrong=4, right=1, at_most=99)]
+    keys = [items["key"] for items in choose(predictions, wrong=4, right=1, at_most=99)]
     assert keys[:2] == ["a6", "d0"]  # of 50 equal ones the first eighth's middle
     assert "b0" in keys[:3]
     assert "c0" not in keys  # worse ones are there
     assert keys[-2:] == ["r", "d2"]
     assert len(keys) == 8
-    assert [shown["key"] for shown in choose(predictions, wrong=4, right=1, at_most=3)] == keys[:3]
+    assert [items["key"] for items in choose(predictions, wrong=4, right=1, at_most=3)] == keys[:3]
 
 
 def test_the_first_answers_are_drawn_whatever_they_score() -> None:
     """Three of four are right, and so are about as many of those that are shown first."""
     predictions = [prediction(f"{task}{i}", float(i % 4 > 0), task=task) for task in ("vqa", "rec") for i in range(80)]
-    found = sections(predictions, drawn=20, wrong=8, right=3, at_most=99)
-    headings = [heading for heading, _ in found]
+    result = sections(predictions, drawn=20, wrong=8, right=3, at_most=99)
+    headings = [heading for heading, _ in result]
     assert list(dict.fromkeys(headings)) == [DRAWN, WORST, MORE]
     assert headings == sorted(headings, key=[DRAWN, WORST, MORE].index)
     assert [headings.count(heading) for heading in (DRAWN, WORST, MORE)] == [40, 16, 6]
-    assert 25 <= sum(shown["score"] for heading, shown in found if heading == DRAWN) <= 35
-    assert {shown["score"] for heading, shown in found if heading == WORST} == {0}
-    assert len({shown["key"] for _, shown in found}) == len(found)  # nothing twice
+    assert 25 <= sum(items["score"] for heading, items in result if heading == DRAWN) <= 35
+    assert {items["score"] for heading, items in result if heading == WORST} == {0}
+    assert len({items["key"] for _, items in result}) == len(result)  # nothing twice
     # What is drawn does not follow from the scores.
-    turned = [shown | {"score": 1 - shown["score"]} for shown in predictions]
-    again = sections(turned, drawn=20, wrong=8, right=3, at_most=99)
-    drawn, drawn_again = ([one["key"] for how, one in part if how == DRAWN] for part in (found, again))
+    turned = [items | {"score": 1 - items["score"]} for items in predictions]
+    repeat = sections(turned, drawn=20, wrong=8, right=3, at_most=99)
+    drawn, drawn_again = ([one["key"] for how, one in part if how == DRAWN] for part in (result, repeat))
     assert drawn == drawn_again
-    assert sections(predictions, drawn=20, wrong=8, right=3, at_most=5) == found[:5]
-    html = cards([p for _, p in found], 64, GEOMETRY, headings)
+    assert sections(predictions, drawn=20, wrong=8, right=3, at_most=5) == result[:5]
+    html = cards([p for _, p in result], 64, GEOMETRY, headings)
     assert html.index(f"<h3>{DRAWN}</h3>") < html.index("<article") < html.index(f"<h3>{WORST}</h3>")
 
 
 def test_answers_are_told_apart_by_benchmark(tmp_path: Path) -> None:
-    shown = [
+    items = [
         prediction("pope_random/1", 0.0, benchmark="pope", topic="<script>x</script>", parsed=False),
         prediction("pope_random/2", 1.0, benchmark="pope", topic="y"),
         prediction("tasks/1", 0.0, task="<script>z</script>", domain="<script>d</script>"),
     ]
-    shown.append(prediction("mm_vet/1", 0.0, benchmark="mm_vet", metric=""))
-    html = cards(shown, 64, GEOMETRY)
+    items.append(prediction("mm_vet/1", 0.0, benchmark="mm_vet", metric=""))
+    html = cards(items, 64, GEOMETRY)
     assert Page(html).open == []
     assert "<script>" not in html
     assert "scored elsewhere</span>" in html
     assert html.count('data-task="pope_random"') == 2
-    assert re.findall('data-verdict="([a-z]+)"', html) == ["unparsed", "right", "wrong", "elsewhere"]
-    assert shown[-1] in choose(shown, wrong=0, right=1, at_most=9)
-    assert shown[-1] not in choose(shown, wrong=9, right=0, at_most=9)
+    assert re.findall('data-outcome="([a-z]+)"', html) == ["unparsed", "right", "wrong", "elsewhere"]
+    assert items[-1] in choose(items, wrong=0, right=1, at_most=9)
+    assert items[-1] not in choose(items, wrong=9, right=0, at_most=9)
     assert html.count("<optgroup") == 1  # the task has one category
 
 
@@ -218,20 +218,20 @@ def test_a_browser_filters_answers_and_runs_nothing_from_them(tmp_path: Path) ->
         browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 400, "height": 800})
         page.goto(out.as_uri())
-        visible, said = page.locator("article:visible"), page.locator("output")
+        visible, output = page.locator("article:visible"), page.locator("output")
         expect(visible).to_have_count(24)
-        expect(said).to_have_text("24 of 32")
+        expect(output).to_have_text("24 of 32")
         page.click("text=Show more")
         expect(visible).to_have_count(32)
         page.select_option("select[name=task]", "rec")
-        expect(said).to_have_text("2 of 2")
-        page.select_option("select[name=verdict]", "unparsed")
-        expect(said).to_have_text("1 of 1")
+        expect(output).to_have_text("2 of 2")
+        page.select_option("select[name=outcome]", "unparsed")
+        expect(output).to_have_text("1 of 1")
         page.select_option("select[name=task]", "p")
-        expect(said).to_contain_text("none of these")
-        page.select_option("select[name=verdict]", "wrong")
+        expect(output).to_contain_text("none of these")
+        page.select_option("select[name=outcome]", "wrong")
         page.select_option("select[name=part]", label=f"t1{evil}")
-        expect(said).to_have_text("15 of 15")
+        expect(output).to_have_text("15 of 15")
         assert page.evaluate("window.hacked") is None
         assert page.evaluate("document.documentElement.scrollWidth") == 400
         browser.close()

@@ -43,8 +43,8 @@ def evaluated(
 ) -> EvaluationFiles:
     pairs = zip(questions.records, answers, strict=True)
     predictions = [questions.benchmark.score_answer(record, answer, GEOMETRY) for record, answer in pairs]
-    found = questions.result(predictions, lost or {})
-    written = json.loads(json.dumps({"benchmarks": [found], "rows": []}))
+    result = questions.result(predictions, lost or {})
+    written = json.loads(json.dumps({"benchmarks": [result], "rows": []}))
     return EvaluationFiles(name, written, [prediction.to_dict() for prediction in predictions])
 
 
@@ -112,8 +112,8 @@ def test_runs_stand_beside_each_other_with_published_numbers(folder: Path) -> No
 def test_categories_are_folded(folder: Path) -> None:
     html = results([evaluated("run", load("pope_random", Halves(folder, "random")), ["yes", "no", "no", "no"])], [])
     folded = html[html.index("<details>") : html.index("</details>") + len("</details>")]
-    found = {row[0]: row[2].split()[0] for row in rows_of(folded)[1:]}
-    assert found == {"even": "100.0", "odd <i>": "50.0"}
+    values = {row[0]: row[2].split()[0] for row in rows_of(folded)[1:]}
+    assert values == {"even": "100.0", "odd <i>": "50.0"}
     assert "odd <i>" not in folded
 
 
@@ -159,8 +159,8 @@ def test_rows_of_sphinx_x_as_its_tables_print_them(table: str, model: str, colum
     there = [number for number in read_reference_results() if number.model == model and number.source.endswith(table)]
     assert all("2402.05935v3" in number.source for number in there)
     parts = [number.metric or (number.split if "refcoco" in number.benchmark else None) for number in there]
-    found = {"/".join(filter(None, (n.benchmark, part))): n.value for n, part in zip(there, parts, strict=True)}
-    assert found == dict(zip(columns.split(), map(float, row.split()), strict=True))
+    values = {"/".join(filter(None, (n.benchmark, part))): n.value for n, part in zip(there, parts, strict=True)}
+    assert values == dict(zip(columns.split(), map(float, row.split()), strict=True))
 
 
 @pytest.mark.parametrize(

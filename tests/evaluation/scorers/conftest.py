@@ -12,5 +12,5 @@ import pytest
 def golden() -> dict[str, list[Any]]:
     """Odd answers and what lmms-eval and LAVIS score them: tests/golden/make_scores.py names each entry's items."""
     path = Path(__file__).parents[2] / "golden" / "scores.json.gz"
-    found: dict[str, list[Any]] = json.loads(gzip.decompress(path.read_bytes()))
-    return found
+    items: dict[str, list[Any]] = json.loads(gzip.decompress(path.read_bytes()))
+    return items

@@ -68,16 +68,16 @@ def test_letters_are_those_of_seed_bench_on_its_form(golden: Golden) -> None:
 
 def test_letters_are_those_of_scienceqa_on_its_form(golden: Golden) -> None:
     """It reads a letter alone, in any case, and "B. ..." whatever follows: also another option's text."""
-    seen = 0
+    count = 0
     for text, options, index, right in golden["scienceqa"]:
         alone = re.fullmatch(r"[A-Ea-e]", text) is not None and "ABCDE".index(text.upper()) < len(options)
         if tell_apart(options) and (alone or (plain(text, options) and re.match(r"[A-E](?:\.|$)", text))):
-            seen += 1
+            count += 1
             assert score_choice(text, options, "ABCDE"[index]).value == right, (text, options)
         elif tell_apart(options) and right:
             assert read_letter(text, options, stated=True) is None
             assert normalise(text[2:]) in map(normalise, options)
-    assert seen > 30
+    assert count > 30
 
 
 CAT = ["a cat", "dog", "red", "blue"]
@@ -274,7 +274,7 @@ def test_an_unread_answer_is_wrong_whatever_is_right() -> None:
 def test_circular_evaluation_is_that_of_mmbench(golden: Golden) -> None:
     hits = 0
     for rows, theirs in golden["circular"]:
-        ours = circular((mmbench_question(index), said == answer) for index, said, answer in rows)
+        ours = circular((mmbench_question(index), choice == answer) for index, choice, answer in rows)
         assert ours == {question: bool(hit) for question, hit in theirs}
         hits += sum(ours.values())
     assert hits > 50

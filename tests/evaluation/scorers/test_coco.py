@@ -16,9 +16,9 @@ SIZE = {"1": (100, 100)}
 
 
 def boxes_of(case: list[Any]) -> tuple[list[Detection], list[TrueBox], dict[str | int, tuple[int, int]]]:
-    sizes, true, found, _ = case
+    sizes, true, guesses, _ = case
     return (
-        [Detection(image, str(category), tuple(box), score) for image, category, box, score in found],
+        [Detection(image, str(category), tuple(box), score) for image, category, box, score in guesses],
         [TrueBox(image, str(category), tuple(box), area, crowd) for image, category, box, area, crowd in true],
         {image: tuple(size) for image, size in enumerate(sizes)},
     )
@@ -32,14 +32,14 @@ def test_detection_ap_is_that_of_faster_coco_eval(golden: Golden) -> None:
 
 def test_detection_ap_is_that_of_torchmetrics_by_category(golden: Golden) -> None:
     for case in golden["detection"][:12]:
-        found, true, sizes = boxes_of(case)
+        guesses, true, sizes = boxes_of(case)
         # Its own thresholds are in single precision, which moves a point of the curve here and there.
         overlaps, recalls = ([i / n for i in range(low, n + 1)] for low, n in ((10, 20), (0, 100)))
         metric = MeanAveragePrecision(
             iou_thresholds=overlaps[:-1], rec_thresholds=recalls, class_metrics=True, backend="pycocotools"
         )
         for image in sizes:
-            given = [item for item in found if item.image == image]
+            given = [item for item in guesses if item.image == image]
             there = [item for item in true if item.image == image]
             metric.update(
                 [
@@ -59,7 +59,7 @@ def test_detection_ap_is_that_of_torchmetrics_by_category(golden: Golden) -> Non
                 ],
             )
         theirs = metric.compute()
-        ours = detection_ap(found, true, sizes, per_category=True)
+        ours = detection_ap(guesses, true, sizes, per_category=True)
         assert [ours["AP"], ours["AP50"], ours["AP75"], ours["AR100"]] == pytest.approx(
             [float(theirs[name]) for name in ("map", "map_50", "map_75", "mar_100")], abs=1e-5
         )
@@ -71,9 +71,9 @@ def test_detection_ap_is_that_of_torchmetrics_by_category(golden: Golden) -> Non
 
 def test_keypoint_ap_is_that_of_faster_coco_eval(golden: Golden) -> None:
     assert len(golden["keypoints"]) > 5
-    for sizes, true, found, figures in golden["keypoints"]:
+    for sizes, true, guesses, figures in golden["keypoints"]:
         ours = keypoint_ap(
-            [Pose(image, points, score) for image, points, score in found],
+            [Pose(image, points, score) for image, points, score in guesses],
             [TruePose(image, points, tuple(box), area, crowd) for image, points, box, area, crowd in true],
             {image: tuple(size) for image, size in enumerate(sizes)},
         )
@@ -84,7 +84,7 @@ TRUE = [TrueBox("1", "dog", (10, 10, 50, 50))]
 
 
 @pytest.mark.parametrize(
-    ("found", "average", "half"),
+    ("guesses", "average", "half"),
     [
         # worked by hand
         ([], 0, 0),
@@ -99,16 +99,16 @@ TRUE = [TrueBox("1", "dog", (10, 10, 50, 50))]
         ([Detection("1", "dog", (10, 10, 50, 50))] * 2, 1, 1),  # the same box twice: the second is wrong, and later
     ],
 )
-def test_detection_ap(found: list[Detection], average: float, half: float) -> None:
-    figures = detection_ap(found, TRUE, SIZE)
+def test_detection_ap(guesses: list[Detection], average: float, half: float) -> None:
+    figures = detection_ap(guesses, TRUE, SIZE)
     assert [figures["AP"], figures["AP50"]] == pytest.approx([average, half])
     assert figures["APl"] == -1  # there is no large box
 
 
 def test_boxes_are_cut_at_the_images_edges() -> None:
     true = [TrueBox("1", "dog", (0, 0, 100, 50))]
-    found = [Detection("1", "dog", (-100, -40, 300, 50))]
-    assert detection_ap(found, true, SIZE)["AP"] == pytest.approx(1)  # worked by hand: uncut, 5000 of 36000
+    guesses = [Detection("1", "dog", (-100, -40, 300, 50))]
+    assert detection_ap(guesses, true, SIZE)["AP"] == pytest.approx(1)  # worked by hand: uncut, 5000 of 36000
 
 
 def test_what_is_found_in_an_image_without_truth_is_wrong() -> None:

@@ -12,7 +12,7 @@ from sphinx_pl.evaluation.scorers.mathvista import mathvista_match, read_answer
 
 def test_what_the_official_rules_read_is_read_the_same(golden: dict[str, list[Any]]) -> None:
     """But "nan" and "inf" are no numbers here, "1,234" is one, and an option that is not named is not guessed."""
-    seen = {"integer": 0, "float": 0, "text": 0}
+    counts = {"integer": 0, "float": 0, "text": 0}
     for response, question_type, answer_type, choices, precision, by_rules, official in golden["mathvista"]:
         if not by_rules or not response:
             continue
@@ -22,17 +22,17 @@ def test_what_the_official_rules_read_is_read_the_same(golden: dict[str, list[An
         elif official is None:
             assert ours is None or "1,234" in response, response
         else:
-            seen[answer_type] += 1
+            counts[answer_type] += 1
             assert ours == official, (response, choices)
-    assert min(seen.values()) > 10, seen
+    assert min(counts.values()) > 10, counts
 
 
 def test_what_is_read_is_in_the_form_of_the_answers(golden: dict[str, list[Any]]) -> None:
     for response, question_type, answer_type, choices, precision, _, _ in golden["mathvista"]:
         ours = read_answer(response, question_type, answer_type, choices, precision)
         if ours is not None:
-            again = ours if choices else read_answer(ours, question_type, answer_type, precision=precision)
-            assert again == ours, response
+            repeat = ours if choices else read_answer(ours, question_type, answer_type, precision=precision)
+            assert repeat == ours, response
             assert not choices or ours in choices
             assert mathvista_match(ours, ours)
 

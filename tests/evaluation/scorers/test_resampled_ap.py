@@ -14,7 +14,7 @@ IMAGES = 25
 def scene(seed: int, crowds: bool = False) -> tuple[list[Detection], list[TrueBox]]:
     """Boxes of three categories with scores of their own, most of them near a true one."""
     rng = np.random.default_rng(seed)
-    found, truth = [], []
+    guesses, truth = [], []
     for image in range(IMAGES):
         for _ in range(rng.integers(0, 6)):
             x, y = rng.uniform(0, 300, 2)
@@ -23,17 +23,17 @@ def scene(seed: int, crowds: bool = False) -> tuple[list[Detection], list[TrueBo
             truth.append(TrueBox(image, name, (x, y, x + w, y + h), crowd=crowds and rng.random() < 0.2))
             dx, dy = rng.normal(0, 0.12, 2) * (w, h)
             if rng.random() < 0.8:
-                found.append(Detection(image, name, (x + dx, y + dy, x + dx + w, y + dy + h), rng.random()))
+                guesses.append(Detection(image, name, (x + dx, y + dy, x + dx + w, y + dy + h), rng.random()))
             if rng.random() < 0.4:
-                found.append(Detection(image, name, (x, y, x + 30, y + 30), rng.random()))
-    return found, truth
+                guesses.append(Detection(image, name, (x, y, x + 30, y + 30), rng.random()))
+    return guesses, truth
 
 
 @pytest.mark.parametrize("crowds", [False, True])
 @pytest.mark.parametrize("seed", range(4))
 def test_every_resample_is_what_pycocotools_says_of_it(seed: int, crowds: bool) -> None:
-    found, truth = scene(seed, crowds)
-    evaluation = match_boxes(found, truth, dict.fromkeys(range(IMAGES), (500, 500)))
+    guesses, truth = scene(seed, crowds)
+    evaluation = match_boxes(guesses, truth, dict.fromkeys(range(IMAGES), (500, 500)))
     categories = matched(evaluation)
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(IMAGES, np.full(IMAGES, 1 / IMAGES), size=6)
@@ -45,7 +45,7 @@ def test_every_resample_is_what_pycocotools_says_of_it(seed: int, crowds: bool) 
             named = {image: [f"{i}-{copy}" for i, copy in copies if i == image] for image in range(IMAGES)}
             drawn = {f"{image}-{copy}": (500, 500) for image, copy in copies}
             expected = detection_ap(
-                [Detection(name, d.category, d.box, d.score) for d in found for name in named[d.image]],
+                [Detection(name, d.category, d.box, d.score) for d in guesses for name in named[d.image]],
                 [TrueBox(name, t.category, t.box, crowd=t.crowd) for t in truth for name in named[t.image]],
                 drawn,
             )

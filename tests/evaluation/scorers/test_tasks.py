@@ -77,8 +77,8 @@ def test_letters_of_a_repetition_are_known_by_their_options() -> None:
     """Also where the record has only a finished conversation."""
     question = TASKS["multiple_choice"].turns(CHOICE, GEOMETRY)[-1]
     for item in (CHOICE, record("multiple_choice", turns=(question,))):
-        for text, said in (("B) red A) blue C) green", 0), ("B. C. Red", 0), ("B. red", 1), ("B. It is D. Trump", 1)):
-            assert SCORERS["choice"](text, item, GEOMETRY) == Score(said, bool(said))
+        for text, answer in (("B) red A) blue C) green", 0), ("B. C. Red", 0), ("B. red", 1), ("B. It is D. Trump", 1)):
+            assert SCORERS["choice"](text, item, GEOMETRY) == Score(answer, bool(answer))
 
 
 CAPTION = record("caption", answer="A red circle and a blue square.")  # 7 words, "a" twice

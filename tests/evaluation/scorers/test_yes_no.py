@@ -23,14 +23,14 @@ def test_pope_scores_are_those_of_scikit_learn() -> None:
     rng = random.Random(0)
     for _ in range(120):
         labels = rng.choices((True, False), (rng.random() + 0.01, rng.random() + 0.01), k=rng.randint(1, 80))
-        said = [rng.choice((label, True, False)) for label in labels]
-        scores = pope_scores(said, labels)
-        precision, recall, f1, _ = precision_recall_fscore_support(labels, said, average="binary", zero_division=0)
-        theirs = [accuracy_score(labels, said), precision, recall, f1]
+        answers = [rng.choice((label, True, False)) for label in labels]
+        scores = pope_scores(answers, labels)
+        precision, recall, f1, _ = precision_recall_fscore_support(labels, answers, average="binary", zero_division=0)
+        theirs = [accuracy_score(labels, answers), precision, recall, f1]
         assert [scores.accuracy, scores.precision, scores.recall, scores.f1] == pytest.approx(theirs)
-        assert (scores.yes_ratio, scores.unparsed) == (pytest.approx(sum(said) / len(said)), 0)
+        assert (scores.yes_ratio, scores.unparsed) == (pytest.approx(sum(answers) / len(answers)), 0)
 
-        some = [None if rng.random() < 0.3 else answer for answer in said]
+        some = [None if rng.random() < 0.3 else answer for answer in answers]
         wrong = [not label if answer is None else answer for answer, label in zip(some, labels, strict=True)]
         scores = pope_scores(some, labels)
         _, recall, _, _ = precision_recall_fscore_support(labels, wrong, average="binary", zero_division=0)
@@ -41,19 +41,19 @@ def test_pope_scores_are_those_of_lmms_eval(golden: Golden) -> None:
     """Two of its figures are others: its share of yes is of the labels, and its recall leaves out what says neither."""
     all_read = 0
     for predictions, labels, accuracy, precision, recall, f1, yes_ratio in golden["pope"]:
-        said = [{"yes": True, "no": False}.get(prediction.lower().strip()) for prediction in predictions]
+        answers = [{"yes": True, "no": False}.get(prediction.lower().strip()) for prediction in predictions]
         truth = [label == "yes" for label in labels]
-        scores = pope_scores(said, truth)
+        scores = pope_scores(answers, truth)
         assert [scores.accuracy, scores.precision] == pytest.approx([accuracy, precision])
         assert sum(truth) / len(truth) == pytest.approx(yes_ratio)
-        if None not in said:
+        if None not in answers:
             all_read += 1
             assert [scores.recall, scores.f1] == pytest.approx([recall, f1])
     assert all_read > 50
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "answer"),
     [
         # worked by hand
         ("yes or no", None),
@@ -76,9 +76,9 @@ def test_pope_scores_are_those_of_lmms_eval(golden: Golden) -> None:
         ("Yes. There is no dog.", True),
     ],
 )
-def test_who_says_both_says_neither(text: str, said: bool | None) -> None:
-    assert read_yes_or_no(text) is said
-    assert read_yes_or_no(text, words=TRUE_FALSE) is said
+def test_who_says_both_says_neither(text: str, answer: bool | None) -> None:
+    assert read_yes_or_no(text) is answer
+    assert read_yes_or_no(text, words=TRUE_FALSE) is answer
 
 
 def test_pope_scores() -> None:
