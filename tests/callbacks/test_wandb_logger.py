@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from sphinx_pl.callbacks.wandb_logger import FILE, run_id
+from tests.conftest import REPOSITORY
 from tests.scripts import run_script
 
 LOG = """

@@ -229,7 +229,7 @@ def test_a_run_that_ended_with_its_data_leaves_every_byte(
     assert process.returncode == 0, process.stderr
     folder = tmp_path / "pretrain_real"
     before = hashes(folder)
-    output = continued(folder, sample_data, monkeypatch, capsys, *few)
+    output = called(folder, sample_data, monkeypatch, capsys, "ckpt_path=last", *few)
     assert hashes(folder) == before
     assert "has already read its sources as often as their epochs say" in output
     assert "raise data.mixing.epochs to train further" in output
