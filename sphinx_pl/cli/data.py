@@ -44,6 +44,8 @@ class Command(Generic[Options]):
 
 
 COMMANDS: Registry[Command[Any]] = Registry("command")
+REAL = "real"
+"""The command that makes data instead of looking at them. It has options of its own."""
 
 
 @dataclass
@@ -199,6 +201,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(_usage(), file=sys.stdout if words else sys.stderr)
         return 0 if words else 2
+    if words[0] == REAL:
+        from sphinx_pl.cli.real import main as make_real
+
+        return make_real(words[1:])
     try:
         command = COMMANDS[words[0]]
         values, overrides = split(words[1:], command.options)
@@ -250,6 +256,7 @@ def _usage() -> str:
     for name, command in sorted(COMMANDS.items()):
         own = " ".join(f"{field.name}={field.default}" for field in dataclasses.fields(command.options))
         lines += [f"    {name:12s}{command.help} ({own})"]
+    lines += [f"    {REAL:12s}data of real pictures and text from published packages (--help)"]
     return "\n".join([*lines, "", "    sphinx-data show experiment=demo stage=finetune n=64 out=page.html"])
 
 
