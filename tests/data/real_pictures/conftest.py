@@ -32,10 +32,9 @@ RDF = (
 )
 
 
-def noisy(seed: object, size: tuple[int, int] = (64, 64)) -> Image.Image:
+def noisy(seed: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
     """Return a picture with the noise of a photograph, on a transparent border."""
-    values = np.random.default_rng(abs(hash(str(seed))) % 2**32 if not isinstance(seed, int) else seed)
-    pixels = values.integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
+    pixels = np.random.default_rng(seed).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
     image = Image.new("RGBA", (size[0] + 16, size[1] + 16))
     image.paste(Image.fromarray(pixels).convert("RGBA"), (8, 8))
     return image
