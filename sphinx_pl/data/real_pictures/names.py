@@ -10,7 +10,7 @@ import re
 import unicodedata
 from dataclasses import dataclass
 
-_ARTICLE = re.compile(r"\s*(?:an?|the|another|some)\s+", re.IGNORECASE)
+_ARTICLE = re.compile(r"^\s*(?:an?|the|another|some)\s+", re.IGNORECASE)
 _QUOTES = re.compile("[\"“”‘’']")
 _PHRASE_END = re.compile(r"[.!?,;:()\[\]—–]|\s-+\s")
 _WORD = re.compile("[a-z]+")
@@ -73,7 +73,7 @@ def name_in_title(text: str, words: frozenset[str]) -> ObjectName | None:
     Digits are dropped, as in "candle_02". A name in capitals within a word ends it, as in
     "redApple".
     """
-    spaced = re.sub("(?<=[a-z])(?=[A-Z])", " ", _QUOTES.sub("", _ARTICLE.sub("", text, count=1)))
+    spaced = re.sub("(?<=[a-z])(?=[A-Z])", " ", _QUOTES.sub("", _ARTICLE.sub("", text)))
     return _named(_WORD.findall(plain(re.sub(r"[\d_-]+", " ", spaced))), words)
 
 
