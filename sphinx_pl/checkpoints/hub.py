@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sphinx_pl.checkpoints.folder import TOKENIZER
+from sphinx_pl.models.published import HUB
 from sphinx_pl.utils.errors import UserError
 
-HUB = "hf-hub:"
 _ON_HUB = re.compile(r"\w[\w.-]*/[\w.-]+")
 # What the formats read in a folder; not in folders inside it, which hold other formats' copies in
 # some repositories.

@@ -22,6 +22,7 @@ from sphinx_pl.data.schema import PLACEHOLDER, ImageRef, Record, Turn
 from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.generation.generate import GenerationConfig, Prompt, generate, place_images, stream
 from sphinx_pl.generation.loglikelihood import answer_loglikelihoods
+from sphinx_pl.models.placement import allocate
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.runtime.device import autocast, check_precision, choose_device
 from sphinx_pl.utils.errors import UserError
@@ -84,7 +85,7 @@ class Assistant:
         with torch.device("meta"):
             model = Sphinx(checkpoint.model_config)
         checkpoint.check(model)
-        model = model.to(torch.bfloat16 if precision == "bf16" else torch.float32).to_empty(device=target)
+        allocate(model.to(torch.bfloat16 if precision == "bf16" else torch.float32), target)
         checkpoint.load_into(model)
         return cls(model, processor, precision)
 

@@ -14,13 +14,17 @@ from typing import Any, Optional
 from omegaconf import DictConfig, OmegaConf
 
 from sphinx_pl.models.checks import divides, positive, require
-from sphinx_pl.models.encoders.base import ENCODERS, EncoderConfig, ViewScheme
+from sphinx_pl.models.encoders.base import ENCODERS, JOINS, EncoderConfig, ViewScheme, usable_key
+from sphinx_pl.models.encoders.resamplers import resampler_config
 from sphinx_pl.utils.config import build, unknown_key
 from sphinx_pl.utils.errors import UserError, suggest
 
 _ENCODERS = "model.vision.encoders"
 IMAGE_POSITIONS = ("after_bos", "inline")
 MERGE_MODES = ("none", "mean", "shuffle")
+PROJECTIONS = ("linear", "mlp")
+ALIGNMENTS = ("bilinear", "shuffle")
+ALIGN_GRIDS = ("largest", "first")
 
 
 @dataclass
@@ -69,8 +73,9 @@ class DecoderConfig:
 class VisionConfig:
     """Mixed visual embeddings (SPHINX, section 3.2) and the view scheme (section 3.3).
 
-    `encoders` has the configuration of each encoder under its kind; a kind that is null is absent.
-    Encoders are joined in the order of the kinds' names, whatever the order of the keys.
+    `encoders` has the configuration of each encoder under a key, which names that part of the
+    model. A key that is a kind is of that kind; under any other key, the section names its `kind`.
+    A section that is null is absent. Encoders are joined in the alphabetical order of their keys.
 
     The padded square image has `image_size` pixels a side; `grid` n > 1 adds n x n sub-images to
     the overview. Each encoder gets all views at its own size, cut from the whole image.
@@ -91,6 +96,15 @@ class VisionConfig:
     # The original resizes images inside the model in float16. True reproduces the released
     # weights' inputs.
     half_resize: bool = False
+    # To the decoder's width: a linear layer and a norm (the original), or LLaVA's two layers with
+    # GELU.
+    projection: str = "linear"
+    # How feature maps of different grids become equal before they are joined by channel: bilinear
+    # interpolation, or a pixel shuffle, which trades places for channels. null: they must be equal.
+    align: Optional[str] = None
+    # The common grid: `largest`, `first` (of the encoders in order) or patches a side; null:
+    # largest.
+    align_grid: Any = None
 
     def __post_init__(self) -> None:
         self.encoders = _encoders(self.encoders)
@@ -102,6 +116,23 @@ class VisionConfig:
             f"model.vision.encoders is empty: choose among {', '.join(sorted(ENCODERS))}, or set model.vision=null",
         )
         require(
+            self.projection in PROJECTIONS,
+            f"model.vision.projection='{self.projection}': {suggest(self.projection, PROJECTIONS)}",
+        )
+        require(
+            self.align is None or self.align in ALIGNMENTS,
+            f"model.vision.align='{self.align}': {suggest(str(self.align), ALIGNMENTS)}, or null",
+        )
+        require(
+            self.align_grid is None
+            or (self.align_grid in ALIGN_GRIDS if isinstance(self.align_grid, str) else _is_count(self.align_grid)),
+            f"model.vision.align_grid={self.align_grid} must be largest, first or a number of patches a side",
+        )
+        require(
+            self.align is not None or self.align_grid is None,
+            f"model.vision.align_grid={self.align_grid} needs model.vision.align: choose bilinear or shuffle",
+        )
+        require(
             self.merge_overview or self.merge != "shuffle",
             "model.vision.merge=shuffle changes the width of tokens: it needs merge_overview=true",
         )
@@ -110,12 +141,16 @@ class VisionConfig:
             f"model.vision.skip_padding=true never skips anything with grid={self.grid}: an image lies in the middle "
             "of its padding and so crosses all of 2 x 2 sub-images; set model.vision.grid to 3 or more",
         )
+        for config in self.encoders.values():
+            _check_joining(config)
         self._check_grids()
 
     def _check_grids(self) -> None:
         """Raises: UserError: the feature maps of the channel encoders cannot be joined or merged."""
         for config in self.channel_encoders:
-            if ENCODERS[config.kind].repeats:
+            if self.align is not None:
+                self._check_aligned(config)
+            elif ENCODERS[config.kind].repeats:
                 require(
                     self.patch_grid % config.grid == 0,
                     f"{config.section}: its {config.grid}x{config.grid} grid does not divide the "
@@ -125,9 +160,9 @@ class VisionConfig:
                 other = self._map_owner()
                 require(
                     config.grid == self.patch_grid,
-                    f"model.vision.encoders: {other.kind} has a {other.grid}x{other.grid} grid but {config.kind} "
-                    f"{config.grid}x{config.grid}: "
-                    "joining by channel needs equal grids, change an image_size or patch_size",
+                    f"model.vision.encoders: {other.part} has a {other.grid}x{other.grid} grid but {config.part} "
+                    f"{config.grid}x{config.grid}: joining by channel needs equal grids, change an image_size or "
+                    "patch_size, or set model.vision.align=bilinear",
                 )
         if self.channel_encoders:
             require(
@@ -136,15 +171,28 @@ class VisionConfig:
                 f"{self.patch_grid}x{self.patch_grid} patch grid",
             )
 
+    def _check_aligned(self, config: EncoderConfig) -> None:
+        """Raises: UserError: a pixel shuffle cannot bring this encoder's map to the common grid."""
+        grid, target = config.grid, self.patch_grid
+        larger, smaller = max(grid, target), min(grid, target)
+        fits = self.align == "bilinear" or larger % smaller == 0
+        if self.align == "shuffle" and fits and grid < target:
+            fits = config.width % (target // grid) ** 2 == 0
+        require(
+            fits,
+            f"{config.section}: a pixel shuffle cannot bring its {grid}x{grid} grid of {config.width} channels to "
+            f"{target}x{target}: set model.vision.align=bilinear, or change model.vision.align_grid or an image_size",
+        )
+
     @property
     def channel_encoders(self) -> list[EncoderConfig]:
         """The encoders whose tokens are joined by channel, in order."""
-        return [config for kind, config in self.encoders.items() if ENCODERS[kind].join == "channel"]
+        return [config for config in self.encoders.values() if config.by_channel]
 
     @property
     def sequence_encoders(self) -> list[EncoderConfig]:
         """The encoders whose tokens stand in front of the others, in order."""
-        return [config for kind, config in self.encoders.items() if ENCODERS[kind].join == "sequence"]
+        return [config for config in self.encoders.values() if not config.by_channel]
 
     def _map_owner(self) -> EncoderConfig:
         """The encoder onto whose grid the others' feature maps are repeated."""
@@ -154,7 +202,26 @@ class VisionConfig:
     @property
     def patch_grid(self) -> int:
         """Patches a side of the channel-joined feature map, before merging; 0 without channel encoders."""
-        return self._map_owner().grid if self.channel_encoders else 0
+        if not self.channel_encoders:
+            return 0
+        if self.align is None:
+            return self._map_owner().grid
+        if _is_count(self.align_grid):
+            return int(self.align_grid)
+        grids = [config.grid for config in self.channel_encoders]
+        return grids[0] if self.align_grid == "first" else max(grids)
+
+    def encoder_tokens(self, config: EncoderConfig) -> int:
+        """Tokens that the encoder gives for a view, before they are aligned or resampled."""
+        repeated = config.by_channel and self.align is None
+        return 1 + self.patch_grid**2 if repeated else config.tokens
+
+    def channel_width(self, config: EncoderConfig) -> int:
+        """Channels of a channel encoder's tokens on the common grid."""
+        if self.align != "shuffle":
+            return config.width
+        grid, target = config.grid, self.patch_grid
+        return config.width * (grid // target) ** 2 if grid > target else config.width // (target // grid) ** 2
 
     @property
     def views(self) -> int:
@@ -162,7 +229,7 @@ class VisionConfig:
 
     @property
     def scheme(self) -> ViewScheme:
-        return ViewScheme(self.grid, self.patch_grid or None, self.half_resize)
+        return ViewScheme(self.grid, None if self.align else self.patch_grid or None, self.half_resize)
 
     def patch_tokens(self, merge: str) -> int:
         """Channel-joined tokens of a view: one class token and the (merged) patches."""
@@ -182,12 +249,12 @@ class VisionConfig:
     def joined_width(self) -> int:
         """Channels of a joined token at the projection's input."""
         factor = self.merge_factor**2 if self.merge == "shuffle" else 1
-        return factor * sum(config.width for config in self.channel_encoders)
+        return factor * sum(self.channel_width(config) for config in self.channel_encoders)
 
     @property
     def view_tokens(self) -> list[int]:
         """Tokens of each view: start embedding, sequence encoders, patch tokens, end embedding."""
-        others = 2 + sum(config.tokens for config in self.sequence_encoders)
+        others = 2 + sum(config.sequence_tokens for config in self.sequence_encoders)
         return [others + self.patch_tokens(merge) for views, merge in self.view_groups for _ in range(views)]
 
     @property
@@ -197,20 +264,67 @@ class VisionConfig:
 
 
 def _encoders(sections: Mapping[str, Any]) -> dict[str, EncoderConfig]:
-    """The configuration of each encoder that is not null, in the order of the kinds' names.
+    """The configuration of each encoder that is not null, in the order of the keys.
 
     Raises:
-        UserError: an unknown kind, or as `build`.
+        UserError: an unknown kind or a key that cannot be used, or as `build`.
     """
     configs: dict[str, EncoderConfig] = {}
-    for kind, section in sorted(sections.items()):
-        if kind not in ENCODERS:
-            raise UserError(unknown_key(f"{_ENCODERS}.{kind}", [f"{_ENCODERS}.{known}" for known in ENCODERS]))
+    for key, section in sorted(sections.items()):
+        if section is None and (key in ENCODERS or usable_key(key)):
+            continue
         if isinstance(section, EncoderConfig):
-            configs[kind] = section
-        elif section is not None:
-            configs[kind] = build(ENCODERS[kind].config_class, section, f"{_ENCODERS}.{kind}")
+            config = section if section.part == key else dataclasses.replace(section, key=key)
+        else:
+            config = _encoder(key, section)
+        if config.resampler is not None:
+            config.resampler = resampler_config(config.resampler, f"{config.section}.resampler")
+        configs[key] = config
     return configs
+
+
+def _encoder(key: str, section: Any) -> EncoderConfig:
+    """The configuration of the encoder under a key, from its section. Raises as `_encoders` does."""
+    place = f"{_ENCODERS}.{key}"
+    values = dict(section) if isinstance(section, Mapping) else section
+    kind = values.pop("kind", None) if isinstance(values, dict) else None
+    if kind is None and key not in ENCODERS:
+        known = f"{place}.kind={'|'.join(sorted(ENCODERS))}"
+        raise UserError(
+            f"{unknown_key(place, [f'{_ENCODERS}.{name}' for name in ENCODERS])}; a key of your own needs {known}"
+        )
+    if not usable_key(key):
+        raise UserError(f"{place}: an encoder cannot have this key: choose a word of letters, digits and underscores")
+    if kind is not None and key in ENCODERS and kind != key:
+        raise UserError(
+            f"{place}.kind={kind}: '{key}' is a kind itself: choose another key for an encoder of kind {kind}"
+        )
+    if isinstance(values, dict) and "key" in values:
+        raise UserError(f"there is no key {place}.key: the section's own name is the encoder's key")
+    encoder = ENCODERS[str(kind or key)]
+    return build(encoder.config_class, {**values, "key": key} if isinstance(values, dict) else values, place)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _check_joining(config: EncoderConfig) -> None:
+    """Raises: UserError: an encoder cannot be joined as its configuration says."""
+    require(
+        config.join is None or config.join in JOINS,
+        f"{config.section}.join='{config.join}': {suggest(str(config.join), JOINS)}",
+    )
+    require(
+        config.has_grid or config.join != "channel",
+        f"{config.section}.join=channel: its tokens are no map of patches, so they can only be joined by sequence",
+    )
+    if config.resampler is not None:
+        require(
+            config.join != "channel",
+            f"{config.section}.join=channel: the tokens of a resampler are joined by sequence: remove one of the keys",
+        )
+        config.resampler.check(f"{config.section}.resampler", config.grid if config.has_grid else None)
 
 
 def _renamed_keys(model: Any) -> Any:
@@ -253,7 +367,10 @@ class SphinxConfig:
         return self.vision.tokens_per_image if self.vision else 0
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        for key, config in (self.vision.encoders if self.vision else {}).items():
+            values["vision"]["encoders"][key] = config.to_dict()
+        return values
 
     @classmethod
     def from_dict(cls, values: Any) -> SphinxConfig:

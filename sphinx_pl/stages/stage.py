@@ -29,7 +29,6 @@ from sphinx_pl.distributed.checkpointing import TrainingCheckpointIO, group_name
 from sphinx_pl.distributed.sharded import Sharded
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.decoder import CHECKPOINTING, Decoder
-from sphinx_pl.models.encoders.base import ENCODERS
 from sphinx_pl.models.placement import OneDevice, Placement
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.models.vision import build_encoders
@@ -43,13 +42,16 @@ from sphinx_pl.utils.errors import UserError, suggest
 
 log = logging.getLogger(__name__)
 
-_FREE = (
-    "model.decoder.max_positions",
-    "model.decoder.balance_weight",
-    "model.vision.half_resize",
-    *(f"model.vision.encoders.{kind}.{key}" for kind, encoder in ENCODERS.items() for key in encoder.config_class.free),
-)
-"""Model keys that a run may set differently from the run that trained the initial weights."""
+
+def _free(config: SphinxConfig) -> tuple[str, ...]:
+    """Return the model keys that a run may set differently from the run that trained the weights."""
+    encoders = config.vision.encoders.values() if config.vision else ()
+    return (
+        "model.decoder.max_positions",
+        "model.decoder.balance_weight",
+        "model.vision.half_resize",
+        *(f"{encoder.section}.{key}" for encoder in encoders for key in encoder.free),
+    )
 
 
 OTHERS_KEYS = ("global_batch_rows", "accumulate", "clip", "val_every", "text_required")
@@ -177,7 +179,7 @@ class Stage(L.LightningModule):
                 "stage.optim.moments=bf16, whose optimizer rounds stochastically"
             )
         if resume is not None:
-            check_resume(resume, self.config, self.optim, self.train_parts, parts, processor, _FREE)
+            check_resume(resume, self.config, self.optim, self.train_parts, parts, processor, _free(self.config))
         elif self.resumed:
             return
         elif self.init_from:
@@ -185,7 +187,9 @@ class Stage(L.LightningModule):
                 checkpoint = open_checkpoint(self.init_from)
             except UserError as error:
                 raise UserError(f"stage.init_from={self.init_from}: {error}") from None
-            check_same_model(checkpoint, self.config, processor, f"stage.init_from={self.init_from}", _FREE)
+            check_same_model(
+                checkpoint, self.config, processor, f"stage.init_from={self.init_from}", _free(self.config)
+            )
         else:
             self._check_pretrained()
 
@@ -197,7 +201,9 @@ class Stage(L.LightningModule):
                 checkpoint.check(Decoder(decoder), "decoder.")
                 # Shapes do not reveal these values: one matrix has 32 heads of 128 or 64 of 64.
                 differing = differences(asdict(checkpoint.model_config.decoder), asdict(decoder), "model.decoder")
-                if differing := [difference for difference in differing if not difference.startswith(_FREE)]:
+                if differing := [
+                    difference for difference in differing if not difference.startswith(_free(self.config))
+                ]:
                     raise UserError(f"model.decoder.load={decoder.load} holds another decoder: {differing[0]} here")
             if vision and any(config.load for config in vision.encoders.values()):
                 for encoder in build_encoders(vision).values():
