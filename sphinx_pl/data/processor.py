@@ -31,7 +31,7 @@ from sphinx_pl.data.prompt_format import (
 from sphinx_pl.data.schema import IMAGE_SLOT, PLACEHOLDER, ImageRef, Record, Sample, SampleQuestion, Turn
 from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import TASKS
-from sphinx_pl.data.tokenizers import Tokenizer
+from sphinx_pl.data.tokenizers import Tokenizer, load_tokenizer
 from sphinx_pl.utils.config import build, within
 from sphinx_pl.utils.errors import UserError, suggest
 
@@ -102,6 +102,11 @@ class Processor:
         assert self.config.max_length is not None
         return self.config.max_length
 
+    @property
+    def _begin(self) -> list[int]:
+        """The ids at the beginning of every sample: BOS, if the tokenizer has one."""
+        return [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self.config)
 
@@ -114,7 +119,7 @@ class Processor:
             UserError: the tokenizer has more pieces than the model's vocabulary, or does not tell
                 the line break that ends a turn from a space.
         """
-        tokenizer = Tokenizer(tokenizer_file)
+        tokenizer = load_tokenizer(tokenizer_file)
         if tokenizer.vocab_size > model.decoder.vocab_size:
             raise UserError(
                 f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} pieces but model.decoder.vocab_size is "
@@ -201,7 +206,7 @@ class Processor:
                 ids, spans = self._tokens(rendered, record, slots)
                 supervised = _overlaps(spans, rendered.answers)
             else:  # all of a text is supervised: spans would take a hundred times the bytes of a book
-                ids = [self.tokenizer.bos_id, *self.tokenizer.encode(rendered.text)]
+                ids = [*self._begin, *self.tokenizer.encode(rendered.text)]
                 supervised = [False] + [True] * (len(ids) - 1)
             # A plain document also teaches where a text ends.
             ids, supervised = [*ids, self.tokenizer.eos_id], [*supervised, True]
@@ -215,7 +220,7 @@ class Processor:
         question = SampleQuestion(ids, supervised, record.task, record.key)
         samples = [Sample([], [question], images, source, kept_views, +(events + Counter(record.events)))]
         for number, start in enumerate(range(0, len(rest), budget - 1), start=2):
-            part = [self.tokenizer.bos_id, *rest[start : start + budget - 1]]
+            part = [*self._begin, *rest[start : start + budget - 1]]
             question = SampleQuestion(part, [False] + [True] * (len(part) - 1), record.task, f"{record.key}#{number}")
             samples.append(Sample([], [question], (), source))
         return samples
@@ -338,8 +343,8 @@ class Processor:
         tokenized: of a million characters only the first few thousand need the work.
         """
         longest = len(rendered.text) if budget is None else budget * self.tokenizer.longest_piece
-        ids: list[int] = [self.tokenizer.bos_id]
-        spans = [(0, 0)]
+        ids = self._begin
+        spans = [(0, 0)] * len(ids)
         if record.images and self._leading(record):
             ids += [IMAGE_SLOT] * slots[0]
             spans += [(0, 0)] * slots[0]

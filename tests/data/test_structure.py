@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sphinx_pl.data.processor import Processor, ProcessorConfig
 from sphinx_pl.data.prompt_format import escaped, render, unescaped
 from sphinx_pl.data.schema import Record, Turn
-from sphinx_pl.data.tokenizers import Tokenizer
+from sphinx_pl.data.tokenizers import load_tokenizer
 from sphinx_pl.utils.errors import UserError
 
 PARTS = (
@@ -38,7 +38,7 @@ HOSTILE = st.lists(st.sampled_from(PARTS), min_size=1, max_size=8).map("".join)
 def plain(sample_data: Path, request: pytest.FixtureRequest) -> Processor:
     """With marks that are pieces of their own, and with LLaMA's way of writing a line break as a byte."""
     folders = {"sample": sample_data, "golden": Path(__file__).parents[1] / "golden"}
-    tokenizer = Tokenizer(folders[request.param] / "tokenizer.model")
+    tokenizer = load_tokenizer(folders[request.param] / "tokenizer.model")
     return Processor(ProcessorConfig(system="", max_length=4096), tokenizer, tokens_per_image=3, image_size=32)
 
 
@@ -123,7 +123,9 @@ def test_a_tokenizer_for_which_lines_are_spaces_is_refused(
     with pytest.raises(UserError, match="writes a line break as a space"):
         Processor.from_dict({}, tmp_path / "t.model", model_config)
     # What would be lost: escaped or not, a text has the ids of a turn's end, and what is generated keeps its end.
-    lost = Processor(ProcessorConfig(system=""), Tokenizer(tmp_path / "t.model"), tokens_per_image=3, image_size=32)
+    lost = Processor(
+        ProcessorConfig(system=""), load_tokenizer(tmp_path / "t.model"), tokens_per_image=3, image_size=32
+    )
     ends = [
         count(lost.sample(Record("k", "chat", turns=(Turn("a", answer),)), "s").questions[0].ids, stop)
         for answer in ("yes", "yes ### a")

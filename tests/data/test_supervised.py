@@ -15,7 +15,7 @@ from sphinx_pl.data.prompt_format import END_OF_TURN
 from sphinx_pl.data.schema import Record, Region, Sample, Turn
 from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import TASKS, WHOLE, choice_letter
-from sphinx_pl.data.tokenizers import Tokenizer
+from sphinx_pl.data.tokenizers import Tokenizer, load_tokenizer
 from tests.examples import EXAMPLES
 
 WORDS = (
@@ -40,7 +40,7 @@ SIZE = (100, 50)
 @pytest.fixture(scope="module", params=["sample", "golden"])
 def tokenizer(sample_data: Path, request: pytest.FixtureRequest) -> Tokenizer:
     folders = {"sample": sample_data, "golden": Path(__file__).parents[1] / "golden"}
-    return Tokenizer(folders[request.param] / "tokenizer.model")
+    return load_tokenizer(folders[request.param] / "tokenizer.model")
 
 
 def processor(tokenizer: Tokenizer, longest: int) -> Processor:
