@@ -41,7 +41,7 @@ from sphinx_pl.data import readers
 from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.images import PAD_COLOUR
 from sphinx_pl.data.processor import Processor, ProcessorConfig
-from sphinx_pl.data.prompt_format import render
+from sphinx_pl.data.prompt_formats import SPHINX
 from sphinx_pl.data.readers.base import Shard
 from sphinx_pl.data.schema import IMAGE_SLOT, Turn
 from sphinx_pl.data.tokenizers import load_tokenizer
@@ -212,7 +212,7 @@ def plain_webdataset(kind: Kind, tokenizer_file: Path, batch_size: int = 24) -> 
         if "json" in sample and "conversations" in sample["json"]:
             values = [message["value"] for message in sample["json"]["conversations"]]
             turns = [Turn(*pair) for pair in zip(values[::2], values[1::2], strict=True)]
-            text = render(turns, system).text
+            text = SPHINX.render(turns, system).text
         else:
             text = sample["txt"]
         slots = [IMAGE_SLOT] * IMAGE_TOKENS if "jpg" in sample else []

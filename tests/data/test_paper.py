@@ -28,7 +28,7 @@ from sphinx_pl.data.converters import CONVERTERS
 from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.processor import Processor, ProcessorConfig
-from sphinx_pl.data.prompt_format import SYSTEM
+from sphinx_pl.data.prompt_formats import SYSTEM
 from sphinx_pl.data.readers.filters import PairFilters
 from sphinx_pl.data.sampling.config import META, Group, SourceConfig
 from sphinx_pl.data.sampling.packing import PackingConfig

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sphinx_pl.data.processor import Processor, ProcessorConfig, _overlaps, merge_questions
-from sphinx_pl.data.prompt_format import SYSTEM
+from sphinx_pl.data.prompt_formats import SYSTEM
 from sphinx_pl.data.readers import build_reader
 from sphinx_pl.data.schema import IMAGE_SLOT, ImageRef, Record, Sample, SampleQuestion, Turn
 from sphinx_pl.data.skip import SkipSample

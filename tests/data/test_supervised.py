@@ -11,7 +11,7 @@ import pytest
 
 from sphinx_pl.data.coordinates import COCO_KEYPOINTS, Coordinates
 from sphinx_pl.data.processor import Processor, ProcessorConfig
-from sphinx_pl.data.prompt_format import END_OF_TURN
+from sphinx_pl.data.prompt_formats import SPHINX
 from sphinx_pl.data.schema import Record, Region, Sample, Turn
 from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import TASKS, WHOLE, choice_letter
@@ -104,7 +104,7 @@ def test_what_is_supervised_parses_back_to_the_first_part_of_the_annotation(task
             assert sample.events["cut_targets"] == pytest.approx(uncut.targets - sample.targets, abs=8)
             assert sample.events["cut_targets"] > 0
             ids = answer_ids(sample)
-            assert END_OF_TURN not in cut.tokenizer.decode(ids)
+            assert SPHINX.end not in cut.tokenizer.decode(ids)
             part = cut.decode(ids)
             assert turn.answer.startswith(part)
             assert part

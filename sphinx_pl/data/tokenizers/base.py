@@ -51,6 +51,8 @@ class Tokenizer(ABC):
     """The most characters that an id of text stands for."""
     controls: Mapping[str, ControlToken]
     """The control tokens by name."""
+    added_tokens: Sequence[str] = ()
+    """Tokens of the vocabulary that were added to it and are not control tokens."""
     new_tokens: Sequence[str] = ()
     """The control tokens that `files` did not have."""
     chat_template: str | None = None

@@ -60,6 +60,7 @@ class HuggingFaceTokenizer(Tokenizer):
             for id, token in added.items()
             if token.special and token.content and token.content != self.named_tokens.get("unk_token")
         }
+        self.added_tokens = [token.content for token in added.values() if not token.special]
         # A text of one character cannot be written in another way.
         self._forbidden = {token.id for name, token in self.controls.items() if len(name) > 1}
         self._special = {id for id, token in added.items() if token.special}
