@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from sphinx_pl.checkpoints.folder import (
     CONFIG,
     INDEX,
-    TOKENIZER,
     read_json,
     read_provenance,
     read_weight_map,
@@ -54,6 +53,7 @@ from sphinx_pl.checkpoints.tokenizer_json import TOKENIZER_CONFIG, TOKENIZER_JSO
 from sphinx_pl.checkpoints.unreadable import check_plain
 from sphinx_pl.checkpoints.vocabulary import uncompared, vocabulary_difference
 from sphinx_pl.checkpoints.writer import CheckpointWriter
+from sphinx_pl.data.tokenizers import load_tokenizer
 from sphinx_pl.models.config import DecoderConfig
 from sphinx_pl.models.decoder import Decoder
 from sphinx_pl.models.published import Source
@@ -272,8 +272,6 @@ def huggingface_config(config: DecoderConfig, dtype: str) -> dict[str, Any]:
         "rope_theta": config.rope_theta,
         "max_position_embeddings": config.max_positions,
         "tie_word_embeddings": config.tie_embeddings,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
         "torch_dtype": dtype,
     } | more
 
@@ -295,15 +293,19 @@ def huggingface_folder(checkpoint: Checkpoint, dtype: torch.dtype | None = None)
     except ValueError as error:
         raise UserError(f"'{checkpoint.path}' has {error}, which is not exported to Hugging Face's layout") from None
     entries = llama_entries(checkpoint, config, dtype)
-    tokenizer = checkpoint.tokenizer()
-    text, settings = tokenizer_json(tokenizer)
+    file = checkpoint.tokenizer()
+    tokenizer = load_tokenizer(file)
+    exported = None if file.suffix == ".json" else tokenizer_json(file)
     name_of_dtype = str(dtype or checkpoint.info("decoder.norm.weight").dtype).removeprefix("torch.")
 
     def finish(folder: Path) -> None:
-        write_json(folder / CONFIG, huggingface_config(config, name_of_dtype))
-        shutil.copyfile(tokenizer, folder / TOKENIZER)
-        write_whole(folder / TOKENIZER_JSON, text)
-        write_json(folder / TOKENIZER_CONFIG, settings)
+        ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        write_json(folder / CONFIG, huggingface_config(config, name_of_dtype) | ends)
+        tokenizer.write(folder)
+        if exported is not None:
+            text, settings = exported
+            write_whole(folder / TOKENIZER_JSON, text)
+            write_json(folder / TOKENIZER_CONFIG, settings)
 
     return safetensors_folder(entries, finish)
 
