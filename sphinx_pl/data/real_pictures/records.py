@@ -182,11 +182,10 @@ def placed_scene(pool: Sequence[RealPicture], count: int, rng: random.Random) ->
 
 
 def different_objects(pool: Sequence[RealPicture], count: int, rng: random.Random) -> list[RealPicture]:
-    """Return pictures whose names have no word in common."""
+    """Return pictures whose names have different nouns. The pool must have as many."""
     while True:
         pictures = rng.sample(pool, count)
-        words = [word for picture in pictures if picture.name for word in {*picture.name.text.split()}]
-        if len(words) == len(set(words)):
+        if len({picture.name.noun for picture in pictures if picture.name}) == count:
             return pictures
 
 
