@@ -39,7 +39,7 @@ from sphinx_pl.checkpoints.tensors import (
 from sphinx_pl.checkpoints.unreadable import why_unreadable
 from sphinx_pl.checkpoints.vocabulary import uncompared, vocabulary_difference
 from sphinx_pl.checkpoints.writer import write_file
-from sphinx_pl.models.config import SphinxConfig
+from sphinx_pl.models.config import DecoderConfig, SphinxConfig
 from sphinx_pl.utils.errors import UserError
 from sphinx_pl.utils.files import hash_file
 from sphinx_pl.utils.registry import Registry
@@ -311,6 +311,11 @@ _IRRELEVANT = ("name", "load", "max_length")
 """Last parts of configuration keys that may differ: they change neither what a weight means nor the
 prompt format.
 """
+
+
+def text_only(name: str, decoder: DecoderConfig) -> dict[str, Any]:
+    """The configuration of a checkpoint that is a decoder alone."""
+    return {"model": SphinxConfig(name=name, decoder=decoder, vision=None).to_dict(), "processor": {}}
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], section: str) -> list[str]:
