@@ -9,7 +9,6 @@ of one format are mixed file by file.
 from __future__ import annotations
 
 import hashlib
-import shutil
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sphinx_pl.checkpoints.folder import CONFIG, TOKENIZER, UNUSED, write_json
+from sphinx_pl.checkpoints.folder import CONFIG, UNUSED, write_json
 from sphinx_pl.checkpoints.hub import local_folder
 from sphinx_pl.checkpoints.output import (
     MAX_SHARD_BYTES,
@@ -39,6 +38,7 @@ from sphinx_pl.checkpoints.tensors import (
 from sphinx_pl.checkpoints.unreadable import why_unreadable
 from sphinx_pl.checkpoints.vocabulary import uncompared, vocabulary_difference
 from sphinx_pl.checkpoints.writer import write_file
+from sphinx_pl.data.tokenizers import Tokenizer, copy_tokenizer, find_tokenizer, load_tokenizer
 from sphinx_pl.models.config import DecoderConfig, SphinxConfig
 from sphinx_pl.utils.errors import UserError
 from sphinx_pl.utils.files import hash_file
@@ -140,7 +140,8 @@ class Checkpoint(ModelFolder):
 
     @property
     def tokenizer_file(self) -> Path:
-        return self.path / TOKENIZER
+        """tokenizer.json or tokenizer.model, whether or not it is there."""
+        return find_tokenizer(self.path)
 
     def tokenizer(self) -> Path:
         """`tokenizer_file`, if it is there.
@@ -206,8 +207,13 @@ class Checkpoint(ModelFolder):
                 more = f" ({len(lines) - 1} more keys differ)" if len(lines) > 1 else ""
                 return f"they are not of one {section}: {lines[0]}{more}"
         files = [self.tokenizer_file, other.tokenizer_file]
-        if all(file.is_file() for file in files) and len({hash_file(file) for file in files}) > 1:
-            return "their tokenizers differ"
+        if len({file.name for file in files}) == 1 and all(file.is_file() for file in files):
+            if len({hash_file(file) for file in files}) > 1:
+                return "their tokenizers differ"
+            if self.processor.get("prompt_format") == "model":
+                mine, others = (load_tokenizer(file).chat_template for file in files)
+                if mine != others:
+                    return "their chat templates differ"
         tokens = vocabulary_difference(*(file.parent for file in files))
         return f"their tokenizers differ: {tokens}" if tokens else ""
 
@@ -237,7 +243,7 @@ class SafetensorsFolder(TensorView, ModelFolder):
 def native_folder(
     reader: TensorReader,
     config: Mapping[str, Any],
-    tokenizer_file: Path,
+    tokenizer: Path | Tokenizer,
     unused: Iterable[tuple[str, Tensor]] = (),
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -253,7 +259,7 @@ def native_folder(
 
     def finish(folder: Path) -> None:
         write_json(folder / CONFIG, {"format": FORMAT_VERSION, **config})
-        shutil.copyfile(tokenizer_file, folder / TOKENIZER)
+        copy_tokenizer(tokenizer, folder)
         if tensors := dict(unused):
             others = TensorDict(tensors)
             write_file(folder / UNUSED, SafetensorsOutput(UNUSED, copies(others)), others)

@@ -13,7 +13,7 @@ HUB = "hf-hub:"
 _ON_HUB = re.compile(r"\w[\w.-]*/[\w.-]+")
 # What the formats read in a folder; not in folders inside it, which hold other formats' copies in
 # some repositories.
-_HUB_FILES = ("*.json", TOKENIZER, "model*.safetensors", "consolidated.*.pth")
+_HUB_FILES = ("*.json", "*.jinja", TOKENIZER, "model*.safetensors", "consolidated.*.pth")
 
 
 def local_folder(path: str | Path) -> Path:

@@ -22,7 +22,6 @@ from sphinx_pl.checkpoints.families import FAMILIES, Family, family_of
 from sphinx_pl.checkpoints.folder import (
     CONFIG,
     INDEX,
-    TOKENIZER,
     read_json,
     read_provenance,
     read_weight_map,
@@ -46,6 +45,7 @@ from sphinx_pl.checkpoints.tokenizer_json import TOKENIZER_CONFIG, TOKENIZER_JSO
 from sphinx_pl.checkpoints.unreadable import check_plain
 from sphinx_pl.checkpoints.vocabulary import uncompared, vocabulary_difference
 from sphinx_pl.checkpoints.writer import CheckpointWriter
+from sphinx_pl.data.tokenizers import load_tokenizer
 from sphinx_pl.models.config import DecoderConfig
 from sphinx_pl.models.decoder import Decoder
 from sphinx_pl.models.published import Source
@@ -258,15 +258,22 @@ def huggingface_folder(
     """
     config, chosen = checkpoint.model_config.decoder, exported_family(checkpoint, family)
     entries = chosen.entries(checkpoint, config, dtype)
-    tokenizer = checkpoint.tokenizer()
-    text, settings = tokenizer_json(tokenizer)
-    name_of_dtype = str(dtype or checkpoint.info("decoder.norm.weight").dtype).removeprefix("torch.")
+    file = checkpoint.tokenizer()
+    tokenizer = load_tokenizer(file)
+    exported = None if file.suffix == ".json" else tokenizer_json(file)
+    values = chosen.config(config) | {
+        "torch_dtype": str(dtype or checkpoint.info("decoder.norm.weight").dtype).removeprefix("torch."),
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+    }
 
     def finish(folder: Path) -> None:
-        write_json(folder / CONFIG, chosen.config(config) | {"torch_dtype": name_of_dtype})
-        shutil.copyfile(tokenizer, folder / TOKENIZER)
-        write_whole(folder / TOKENIZER_JSON, text)
-        write_json(folder / TOKENIZER_CONFIG, settings)
+        write_json(folder / CONFIG, values)
+        tokenizer.write(folder)
+        if exported is not None:
+            text, settings = exported
+            write_whole(folder / TOKENIZER_JSON, text)
+            write_json(folder / TOKENIZER_CONFIG, settings)
 
     return safetensors_folder(entries, finish)
 

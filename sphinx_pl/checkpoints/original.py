@@ -388,6 +388,8 @@ def original_folder(checkpoint: Checkpoint, shards: int = 1, dtype: torch.dtype 
     if kv_heads % shards:  # the original gives every rank whole heads
         raise UserError(f"'{checkpoint.path}' has {kv_heads} key/value heads, not a multiple of {shards} shards")
     unused, tokenizer = dict(checkpoint.unused()), checkpoint.tokenizer()
+    if tokenizer.name != TOKENIZER:
+        raise UserError(f"'{tokenizer}' is no {TOKENIZER}, which is all that the original reads: export to huggingface")
     names = {their_name(name): name for name in checkpoint}
     parts: list[dict[str, Entry]] = [{} for _ in range(shards)]
     for name, info in their_infos(checkpoint).items():

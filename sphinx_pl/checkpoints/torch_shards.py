@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sphinx_pl.checkpoints.folder import CONFIG, TOKENIZER
+from sphinx_pl.checkpoints.folder import CONFIG
 from sphinx_pl.checkpoints.format import Checkpoint, ModelFolder
 from sphinx_pl.checkpoints.output import Entry, OutputFile, OutputFolder, TorchOutput
 from sphinx_pl.checkpoints.tensors import MappedFile, Read, TensorInfo, TensorReader
+from sphinx_pl.data.tokenizers import copy_tokenizer
 from sphinx_pl.utils.errors import UserError
 from sphinx_pl.utils.files import check_pointer
 
@@ -254,7 +255,7 @@ class ShardsFolder(ModelFolder):
                 if (self.path / name).is_file():
                     shutil.copyfile(self.path / name, folder / name)
             if self.checkpoint.tokenizer_file.is_file():  # Meta's may lie one level up
-                shutil.copyfile(self.checkpoint.tokenizer_file, folder / TOKENIZER)
+                copy_tokenizer(self.checkpoint.tokenizer_file, folder)
 
         return OutputFolder(files, finish)
 

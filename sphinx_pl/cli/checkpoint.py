@@ -25,7 +25,7 @@ from sphinx_pl.checkpoints.native import check_free, write_checkpoint
 from sphinx_pl.checkpoints.original import Restored, write_original
 from sphinx_pl.checkpoints.provenance import provenance
 from sphinx_pl.checkpoints.tensors import TensorInfo, content_hash
-from sphinx_pl.data.prompt_format import SYSTEM
+from sphinx_pl.data.prompt_formats import SYSTEM
 from sphinx_pl.mixing.show import distances_table
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.runtime.hydra_app import report

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from sphinx_pl.checkpoints.format import open_checkpoint
 from sphinx_pl.checkpoints.huggingface import open_model
 from sphinx_pl.cli.checkpoint import import_checkpoint
-from sphinx_pl.data.tokenizers import Tokenizer
+from sphinx_pl.data.tokenizers import load_tokenizer
 from sphinx_pl.mixing.mix import mix_checkpoints
 from sphinx_pl.utils.errors import UserError
 
@@ -163,4 +163,4 @@ def test_packed_integers_are_not_taken_from_one_model(tmp_path: Path) -> None:
 def test_a_pointer_is_no_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_text(POINTER)
     with pytest.raises(UserError, match="is a Git LFS pointer"):
-        Tokenizer(tmp_path / "tokenizer.model")
+        load_tokenizer(tmp_path / "tokenizer.model")

@@ -195,8 +195,6 @@ class Family:
             "rope_theta": config.rope_theta,
             "max_position_embeddings": config.max_positions,
             "tie_word_embeddings": config.tie_embeddings,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
         }
         if config.head_dim * config.heads != config.width:
             values["head_dim"] = config.head_dim
