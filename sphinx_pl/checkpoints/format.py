@@ -202,8 +202,9 @@ class Checkpoint(ModelFolder):
     def compare(self, other: Checkpoint) -> str:
         if self.is_delta != other.is_delta:
             return "one holds whole weights, the other differences to a base model"
-        for section in ("model", "processor"):
-            if lines := differences(self.config[section], other.config[section], section):
+        models = (self.model_config.to_dict(), other.model_config.to_dict())  # options that one lacks are off
+        for section, (ours, theirs) in {"model": models, "processor": (self.processor, other.processor)}.items():
+            if lines := differences(ours, theirs, section):
                 more = f" ({len(lines) - 1} more keys differ)" if len(lines) > 1 else ""
                 return f"they are not of one {section}: {lines[0]}{more}"
         files = [self.tokenizer_file, other.tokenizer_file]
@@ -276,8 +277,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open and validate the checkpoint at `path`, in whichever of `FORMATS` it is.
 
     Args:
-        path: a folder, or `hf-hub:OWNER/NAME` or `hf-hub:OWNER/NAME/FOLDER` for one of a repository
-            in the Hugging Face cache, or downloaded to it.
+        path: a folder, a GGUF file, or `hf-hub:OWNER/NAME[@REVISION]` or
+            `hf-hub:OWNER/NAME[@REVISION]/FOLDER` for one of a repository in the Hugging Face cache,
+            or downloaded to it.
 
     Raises:
         UserError: there is none, or it is damaged or of a version that this code does not know.

@@ -40,7 +40,7 @@ from sphinx_pl.checkpoints.huggingface_files import (
     weight_files,
 )
 from sphinx_pl.checkpoints.output import OutputFolder, safetensors_folder, write_index
-from sphinx_pl.checkpoints.tensors import SafetensorsFiles, TensorInfo, same_bits
+from sphinx_pl.checkpoints.tensors import SafetensorsFiles, TensorInfo, TensorReader, same_bits
 from sphinx_pl.checkpoints.tokenizer_json import TOKENIZER_CONFIG, TOKENIZER_JSON, tokenizer_json
 from sphinx_pl.checkpoints.unreadable import check_plain
 from sphinx_pl.checkpoints.vocabulary import uncompared, vocabulary_difference
@@ -53,6 +53,7 @@ from sphinx_pl.utils.errors import UserError, suggest
 from sphinx_pl.utils.files import write_whole
 
 log = logging.getLogger(__name__)
+
 
 def read_family(values: Mapping[str, Any], file: Path) -> Family:
     """The family that a config.json names by its model_type.
@@ -78,24 +79,14 @@ def read_decoder(family: Family, values: Mapping[str, Any], file: Path) -> Decod
             raise UserError(f"'{file}': {error}") from None
 
 
-class HuggingFaceCheckpoint(Checkpoint):
-    """A decoder that `from_pretrained` reads, of a family in `sphinx_pl.checkpoints.families`."""
+class FamilyCheckpoint(Checkpoint):
+    """A decoder of a family in `sphinx_pl.checkpoints.families`, whose tensors have the family's names."""
 
-    @classmethod
-    def matches(cls, path: Path) -> bool:
-        return is_huggingface(path)
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        values = read_json(path / CONFIG)
-        family = read_family(values, path / CONFIG)
-        decoder = read_decoder(family, values, path / CONFIG)
-        self.config = text_only(path.name, decoder)
-        self.provenance = {"original": family.name} | read_provenance(path)
-        self._top = family.top
-        self._shards = SafetensorsFiles(path, weight_files(path))
-        stored = set(self._shards)
-        check_plain(path, values, stored, "read")
+    def _open(self, family: Family, decoder: DecoderConfig, tensors: TensorReader) -> None:
+        """Look up where each tensor of `decoder` stands in `tensors`."""
+        self.config = text_only(self.path.stem if self.path.is_file() else self.path.name, decoder)
+        self._top, self._tensors = family.top, tensors
+        stored = set(tensors)
         with torch.device("meta"):
             wanted = list(Decoder(decoder).state_dict())
         sources = {name: family.source(name, decoder) for name in wanted}
@@ -103,7 +94,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         # Saved from the class without an output head (LlamaModel), names lack their beginning.
         bare = not used & stored and any(f"model.{name}" in used for name in stored)
         self._prefix = "model." if bare else ""
-        self._stored = {f"{self._prefix}{name}": name for name in self._shards}
+        self._stored = {f"{self._prefix}{name}": name for name in tensors}
         self._sources = {f"decoder.{name}": source for name, source in sources.items()}
         self._extra = [name for name in self._stored if name not in used and not self._is_repeated(name)]
 
@@ -117,7 +108,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         return embedding in self._stored and same_bits(self._their_tensor(theirs), self._their_tensor(embedding))
 
     def _their_tensor(self, theirs: str) -> Tensor:
-        return self._shards.tensor(self._stored[theirs])
+        return self._tensors.tensor(self._stored[theirs])
 
     def check(self, module: nn.Module, part: str = "") -> None:
         if self._prefix and "decoder.output.weight" in self._sources:
@@ -133,7 +124,7 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     def info(self, name: str) -> TensorInfo:
         source = self._source(name)
-        infos = [self._shards.info(self._stored[theirs]) for theirs in source.names]
+        infos = [self._tensors.info(self._stored[theirs]) for theirs in source.names]
         return TensorInfo(source.shape([info.shape for info in infos]), infos[0].dtype)
 
     def tensor(self, name: str) -> Tensor:
@@ -142,6 +133,24 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     def _source(self, name: str) -> Source:
         return self._sources.get(name, Source((name,)))
+
+
+class HuggingFaceCheckpoint(FamilyCheckpoint):
+    """A decoder that `from_pretrained` reads."""
+
+    @classmethod
+    def matches(cls, path: Path) -> bool:
+        return is_huggingface(path)
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        values = read_json(path / CONFIG)
+        family = read_family(values, path / CONFIG)
+        decoder = read_decoder(family, values, path / CONFIG)
+        self.provenance = {"original": family.name} | read_provenance(path)
+        self._shards = SafetensorsFiles(path, weight_files(path))
+        check_plain(path, values, list(self._shards), "read")
+        self._open(family, decoder, self._shards)
 
     def files(self) -> Sequence[Path]:
         return [self.path / CONFIG, *(file.path for file in self._shards.files.values())]

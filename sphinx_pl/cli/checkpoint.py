@@ -33,7 +33,7 @@ from sphinx_pl.utils.console import Table
 from sphinx_pl.utils.errors import UserError
 from sphinx_pl.utils.files import check_folder
 
-PATH = "a checkpoint folder of any layout that this project reads, or hf-hub:OWNER/NAME"
+PATH = "a checkpoint folder of any layout that this project reads, a GGUF file, or hf-hub:OWNER/NAME[@REVISION]"
 
 
 def parts_table(checkpoint: Checkpoint | HuggingFaceFolder) -> Table:
@@ -120,7 +120,9 @@ def main(arguments: list[str] | None = None) -> int:
     exporter.add_argument("path", help=PATH)
     exporter.add_argument("out", help="the folder to write")
     exporter.add_argument("--to", choices=("original", "huggingface"), required=True, help="the layout")
-    exporter.add_argument("--family", help="Hugging Face's class to export for: llama, phi3, ... (default: the first that fits)")
+    exporter.add_argument(
+        "--family", help="Hugging Face's class to export for: llama, phi3, ... (default: the first that fits)"
+    )
     exporter.add_argument("--shards", type=int, default=1, help="files of the original's layout (default: 1)")
     options = parser.parse_args(arguments)
     console = Console()

@@ -61,8 +61,10 @@ class RopeScaling:
         section = "model.decoder.rope_scaling"
         require(self.kind in ROPE_SCALINGS, f"{section}.kind='{self.kind}': {suggest(self.kind, ROPE_SCALINGS)}")
         positive(section, self, "factor")
-        if self.kind != "linear":
-            positive(section, self, "original_positions")
+        require(
+            self.kind == "linear" or self.original_positions > 1,
+            f"{section}.original_positions={self.original_positions} must be above 1",
+        )
         require(
             self.high_freq_factor > self.low_freq_factor > 0,
             f"{section}.low_freq_factor={self.low_freq_factor} must be above 0 and below "

@@ -179,7 +179,9 @@ class Attention(nn.Module):
         self.wv = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=config.qkv_bias)
         self.wo = nn.Linear(config.heads * config.head_dim, config.width, bias=False)
         self.norm_over_width = config.qk_norm_over == "width"
-        q_width, k_width = (config.head_dim * (n if self.norm_over_width else 1) for n in (config.heads, config.kv_heads))
+        q_width, k_width = (
+            config.head_dim * (n if self.norm_over_width else 1) for n in (config.heads, config.kv_heads)
+        )
         self.q_norm = RMSNorm(q_width, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(k_width, config.norm_eps) if config.qk_norm else nn.Identity()
 

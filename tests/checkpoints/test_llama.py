@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sphinx_pl.checkpoints.format import Checkpoint, open_checkpoint
-from sphinx_pl.checkpoints.huggingface import write_huggingface
 from sphinx_pl.checkpoints.families import family_of
 from sphinx_pl.checkpoints.families.base import half_split, interleave
+from sphinx_pl.checkpoints.format import Checkpoint, open_checkpoint
+from sphinx_pl.checkpoints.huggingface import write_huggingface
 from sphinx_pl.checkpoints.native import write_checkpoint
 from sphinx_pl.checkpoints.torch_shards import open_tensors, split
 from sphinx_pl.cli.checkpoint import main
