@@ -39,7 +39,7 @@ from sphinx_pl.checkpoints.unreadable import why_unreadable
 from sphinx_pl.checkpoints.vocabulary import uncompared, vocabulary_difference
 from sphinx_pl.checkpoints.writer import write_file
 from sphinx_pl.data.tokenizers import Tokenizer, copy_tokenizer, find_tokenizer, load_tokenizer
-from sphinx_pl.models.config import SphinxConfig
+from sphinx_pl.models.config import DecoderConfig, SphinxConfig
 from sphinx_pl.utils.errors import UserError
 from sphinx_pl.utils.files import hash_file
 from sphinx_pl.utils.registry import Registry
@@ -278,8 +278,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open and validate the checkpoint at `path`, in whichever of `FORMATS` it is.
 
     Args:
-        path: a folder, or `hf-hub:OWNER/NAME` or `hf-hub:OWNER/NAME/FOLDER` for one of a repository
-            in the Hugging Face cache, or downloaded to it.
+        path: a folder, a GGUF file, or `hf-hub:OWNER/NAME[@REVISION]` or
+            `hf-hub:OWNER/NAME[@REVISION]/FOLDER` for one of a repository in the Hugging Face cache,
+            or downloaded to it.
 
     Raises:
         UserError: there is none, or it is damaged or of a version that this code does not know.
@@ -319,6 +320,11 @@ _IRRELEVANT = ("name", "load", "max_length")
 """Last parts of configuration keys that may differ: they change neither what a weight means nor the
 prompt format.
 """
+
+
+def text_only(name: str, decoder: DecoderConfig) -> dict[str, Any]:
+    """The configuration of a checkpoint that is a decoder alone."""
+    return {"model": SphinxConfig(name=name, decoder=decoder, vision=None).to_dict(), "processor": {}}
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], section: str) -> list[str]:

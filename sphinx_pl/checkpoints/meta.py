@@ -9,8 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from sphinx_pl.checkpoints.folder import read_json, read_provenance, sizes_of
-from sphinx_pl.checkpoints.format import FORMATS, Checkpoint, ModelFolder
-from sphinx_pl.checkpoints.llama import text_only
+from sphinx_pl.checkpoints.format import FORMATS, Checkpoint, ModelFolder, text_only
 from sphinx_pl.checkpoints.original import decoder_config
 from sphinx_pl.checkpoints.tensors import TensorInfo
 from sphinx_pl.checkpoints.torch_shards import PARAMS, ShardsFolder, TorchShards

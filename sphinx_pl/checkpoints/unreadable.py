@@ -77,8 +77,6 @@ def why_unreadable(path: Path, config: str) -> str:
         config: the name of the file that a checkpoint has.
     """
     if path.is_file():
-        if _is_gguf(path):
-            return "it is a GGUF file: take the model that it was made from, in safetensors"
         check_pointer(path)
         return f"it is a file: give its folder, which needs a {config}"
     if (path / config).is_file():
@@ -107,9 +105,4 @@ def why_no_weights(folder: Path, wanted: str, index: str) -> str:
 
 def _gguf(folder: Path) -> str:
     name = _first(folder, ("*.gguf",))
-    return f"it holds a GGUF file ({name}): take the model that it was made from, in safetensors" if name else ""
-
-
-def _is_gguf(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4) == b"GGUF"
+    return f"it holds a GGUF file ({name}): give the file itself" if name else ""

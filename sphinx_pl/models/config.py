@@ -27,6 +27,55 @@ ALIGNMENTS = ("bilinear", "shuffle")
 ALIGN_GRIDS = ("largest", "first")
 
 
+ROPE_SCALINGS = ("linear", "llama3", "yarn", "longrope")
+QK_NORM_OVER = ("head", "width")
+NORM_POSITIONS = ("before", "after")
+
+
+@dataclass
+class RopeScaling:
+    """How rotary frequencies are changed for positions beyond those of the first training.
+
+    linear: all frequencies are divided by `factor` (Chen et al. 2023). llama3: only the low ones, with a smooth
+    passage (Grattafiori et al. 2024). yarn: low ones are divided, high ones kept, and attention is sharpened (Peng et
+    al. 2023). longrope: each frequency has a factor of its own, in short and in long sequences (Ding et al. 2024).
+    """
+
+    kind: str = "linear"
+    factor: float = 1.0
+    # Positions of the first training, in tokens; linear does not use it.
+    original_positions: int = 0
+    # llama3: wavelengths beyond original_positions / low_freq_factor are stretched, those below
+    # original_positions / high_freq_factor are kept.
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    # yarn: frequencies that turn more often than beta_fast over original_positions are kept, less often than
+    # beta_slow divided.
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    # yarn: whether the two borders are rounded to whole channels.
+    truncate: bool = True
+    # longrope: divisors of the frequencies, one for each pair of rotary channels.
+    short_factor: list[float] = field(default_factory=list)
+    long_factor: list[float] = field(default_factory=list)
+    # Queries and keys are multiplied by it. None: as the paper of yarn or longrope derives it from `factor`.
+    attention_factor: Optional[float] = None
+
+    def __post_init__(self) -> None:
+        section = "model.decoder.rope_scaling"
+        require(self.kind in ROPE_SCALINGS, f"{section}.kind='{self.kind}': {suggest(self.kind, ROPE_SCALINGS)}")
+        positive(section, self, "factor")
+        require(
+            self.kind == "linear" or self.original_positions > 1,
+            f"{section}.original_positions={self.original_positions} must be above 1",
+        )
+        require(
+            self.high_freq_factor > self.low_freq_factor > 0,
+            f"{section}.low_freq_factor={self.low_freq_factor} must be above 0 and below "
+            f"high_freq_factor={self.high_freq_factor}",
+        )
+
+
 @dataclass
 class DecoderConfig:
     """A LLaMA-family decoder (Touvron et al. 2023, table 1; grouped queries: Ainslie et al. 2023)."""
@@ -36,37 +85,92 @@ class DecoderConfig:
     layers: int = 32
     heads: int = 32
     kv_heads: int = 32
+    # Channels of a head; 0: width / heads. Qwen 3 and Mistral Nemo have others.
+    head_dim: int = 0
     ffn_width: int = 11008
     norm_eps: float = 1e-5
+    # before: norms of the inputs of attention and feed-forward (LLaMA); after: of their outputs (OLMo 2).
+    norm_position: str = "before"
     rope_theta: float = 10000.0
+    rope_scaling: Optional[RopeScaling] = None
+    # Channels of a head that are rotated; 0: all of them. Phi-4-mini rotates three quarters.
+    rotary_dim: int = 0
+    # Layers whose queries and keys are not rotated, by index (SmolLM3).
+    unrotated_layers: list[int] = field(default_factory=list)
+    # A position sees itself and so many - 1 before it (Mistral's sliding window); 0: all before it.
+    window: int = 0
+    # Layers that have the window, by index; None: all of them.
+    window_layers: Optional[list[int]] = None
     max_positions: int = 4096
-    # RMSNorm on queries and keys per head (Qwen3, OLMo 2). Off in LLaMA; small models learn faster with it.
+    # Biases of queries, keys and values (Qwen 2).
+    qkv_bias: bool = False
+    # RMSNorm on queries and keys. Off in LLaMA; small models learn faster with it.
     qk_norm: bool = False
+    # head: each head has its own mean square (Qwen 3); width: all heads have one (OLMo 2).
+    qk_norm_over: str = "head"
     tie_embeddings: bool = False
     # Sparse feed-forward (Mixtral, Jiang et al. 2024): each token goes to `experts_per_token` of so many; 0: dense.
     experts: int = 0
     experts_per_token: int = 2
+    # Whether the weights of a token's experts add up to 1.
+    normalise_experts: bool = True
     # Of the load-balancing loss in the training loss.
     balance_weight: float = 0.0
-    # Weights to start from: a checkpoint folder (Meta's, Hugging Face's or ours) or `hf-hub:OWNER/NAME`.
+    # Weights to start from: a checkpoint folder (Meta's, Hugging Face's or ours), a GGUF file or
+    # `hf-hub:OWNER/NAME[@REVISION]`.
     load: Optional[str] = None
 
     def __post_init__(self) -> None:
-        positive("model.decoder", self, "vocab_size", "width", "layers", "heads", "kv_heads", "ffn_width")
+        section = "model.decoder"
+        positive(section, self, "vocab_size", "width", "layers", "heads", "kv_heads", "ffn_width")
         require(
             self.experts == 0 or 0 < self.experts_per_token <= self.experts,
-            f"model.decoder.experts_per_token={self.experts_per_token} must be 1 to experts={self.experts}",
+            f"{section}.experts_per_token={self.experts_per_token} must be 1 to experts={self.experts}",
         )
-        require(self.balance_weight >= 0, f"model.decoder.balance_weight={self.balance_weight} must not be negative")
-        divides("model.decoder", self, "heads", "width")
-        divides("model.decoder", self, "kv_heads", "heads")
+        require(self.balance_weight >= 0, f"{section}.balance_weight={self.balance_weight} must not be negative")
+        divides(section, self, "kv_heads", "heads")
+        if self.head_dim == 0:
+            divides(section, self, "heads", "width")
+            self.head_dim = self.width // self.heads
+            origin = "width/heads"
+        else:
+            origin = "head_dim"
         require(
-            self.head_dim % 2 == 0, f"model.decoder.width/heads = {self.head_dim} must be even for rotary embeddings"
+            self.head_dim > 0 and self.head_dim % 2 == 0,
+            f"{section}.{origin} = {self.head_dim} must be even for rotary embeddings",
         )
+        self.rotary_dim = self.rotary_dim or self.head_dim
+        require(
+            0 < self.rotary_dim <= self.head_dim and self.rotary_dim % 2 == 0,
+            f"{section}.rotary_dim={self.rotary_dim} must be even and at most head_dim={self.head_dim}",
+        )
+        require(self.window >= 0, f"{section}.window={self.window} must not be negative")
+        for key in ("unrotated_layers", "window_layers"):
+            for layer in getattr(self, key) or ():
+                require(0 <= layer < self.layers, f"{section}.{key}: there is no layer {layer} of {self.layers}")
+        for key, choices in (("qk_norm_over", QK_NORM_OVER), ("norm_position", NORM_POSITIONS)):
+            value = getattr(self, key)
+            require(value in choices, f"{section}.{key}='{value}': {suggest(value, choices)}")
+        if (scaling := self.rope_scaling) is not None and scaling.kind == "longrope":
+            for key in ("short_factor", "long_factor"):
+                count = len(getattr(scaling, key))
+                require(
+                    count == self.rotary_dim // 2,
+                    f"{section}.rope_scaling.{key} has {count} numbers, not one for each of {self.rotary_dim // 2} "
+                    "pairs of rotary channels",
+                )
 
-    @property
-    def head_dim(self) -> int:
-        return self.width // self.heads
+    def has_window(self, layer: int) -> bool:
+        """Whether attention in that layer ends `window` positions back."""
+        return self.window > 0 and (self.window_layers is None or layer in self.window_layers)
+
+    def shallow(self, layers: int) -> DecoderConfig:
+        """The same decoder with only its first layers."""
+        kept = {
+            key: value if value is None else [layer for layer in value if layer < layers]
+            for key, value in (("unrotated_layers", self.unrotated_layers), ("window_layers", self.window_layers))
+        }
+        return dataclasses.replace(self, layers=layers, **kept)  # type: ignore[arg-type]
 
 
 @dataclass

@@ -187,7 +187,7 @@ def _along(low: Peaks, high: Peaks, share: float) -> Peaks:
 def built(config: SphinxConfig, layers: int | None = None) -> Sphinx:
     """The model on the meta device, with so many blocks."""
     if layers is not None:
-        config = replace(config, decoder=replace(config.decoder, layers=layers))
+        config = replace(config, decoder=config.decoder.shallow(layers))
     with torch.device("meta"):
         return Sphinx(config).train()
 

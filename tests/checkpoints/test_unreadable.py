@@ -26,7 +26,7 @@ LLAMA |= {"intermediate_size": 8, "rms_norm_eps": 1e-5}
     ("files", "message"),
     [
         ({"adapter_config.json": "{}", "adapter_model.safetensors": ""}, "it is an adapter .*merge it into its base"),
-        ({"model-Q4_K_M.gguf": "GGUF"}, r"it holds a GGUF file \(model-Q4_K_M\.gguf\): take the model"),
+        ({"model-Q4_K_M.gguf": "GGUF"}, r"it holds a GGUF file \(model-Q4_K_M\.gguf\): give the file itself"),
         ({"config.json": "{}"}, "its config.json has no model_type"),
         ({"model.safetensors": ""}, "it has weights .* but no config.json"),
         ({}, "expected a folder with config.json"),
@@ -66,7 +66,7 @@ def test_paths_that_are_no_folders(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_text("x")
     (tmp_path / "pointer.safetensors").write_text(POINTER)
     for path, message in (
-        (tmp_path / "model.gguf", "it is a GGUF file"),
+        (tmp_path / "model.gguf", "is not a GGUF file that can be read"),
         (tmp_path / "model.safetensors", "it is a file: give its folder"),
         (tmp_path / "pointer.safetensors", "is a Git LFS pointer"),
         ("meta-llama/Llama-2-7b-hf", "does not exist: check the path, or write hf-hub:meta-llama/Llama-2-7b-hf"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sphinx_pl.checkpoints.llama import half_split
+from sphinx_pl.checkpoints.families.base import half_split
 from sphinx_pl.models.config import DecoderConfig
 from sphinx_pl.models.decoder import CHECKPOINTING, Decoder, KVCache, SparseFeedForward
 from tests.conftest import transformers_decoder
