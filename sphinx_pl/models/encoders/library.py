@@ -309,10 +309,10 @@ class LibraryEncoder(Encoder):
 
         def visit(module: nn.Module) -> Iterator[nn.Module]:
             children = [child for child in module.children() if any(True for _ in child.parameters())]
-            if isinstance(module, nn.ModuleList | nn.Sequential) and len(children) > 1:
-                if len({type(child) for child in children}) == 1:
-                    yield from children
-                    return
+            listed = isinstance(module, nn.ModuleList | nn.Sequential) and len(children) > 1
+            if listed and len({type(child) for child in children}) == 1:
+                yield from children
+                return
             for child in children:
                 yield from visit(child)
 

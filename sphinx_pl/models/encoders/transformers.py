@@ -179,6 +179,5 @@ def _published_names(model: Any, names: list[str]) -> dict[str, str]:
     value = torch.empty(0, device="meta")
     published = {}
     for name in names:
-        [(theirs, tensor)] = revert_weight_conversion(model, {name: value}).items()
-        published[name] = theirs
+        [published[name]] = revert_weight_conversion(model, {name: value})
     return published
