@@ -160,7 +160,7 @@ class Stage(L.LightningModule):
             UserError: a part is unknown. Or initial weights are missing, or belong to another model
                 or tokenizer. Or the optimizer does not match `resume` or `strategy`.
         """
-        parts = parts_of(self.config)
+        parts, free = parts_of(self.config), _free(self.config)
         if self.checkpointing not in CHECKPOINTING:
             raise UserError(
                 f"stage.checkpointing={self.checkpointing}: {suggest(self.checkpointing, list(CHECKPOINTING))}"
@@ -179,7 +179,7 @@ class Stage(L.LightningModule):
                 "stage.optim.moments=bf16, whose optimizer rounds stochastically"
             )
         if resume is not None:
-            check_resume(resume, self.config, self.optim, self.train_parts, parts, processor, _free(self.config))
+            check_resume(resume, self.config, self.optim, self.train_parts, parts, processor, free)
         elif self.resumed:
             return
         elif self.init_from:
@@ -187,23 +187,19 @@ class Stage(L.LightningModule):
                 checkpoint = open_checkpoint(self.init_from)
             except UserError as error:
                 raise UserError(f"stage.init_from={self.init_from}: {error}") from None
-            check_same_model(
-                checkpoint, self.config, processor, f"stage.init_from={self.init_from}", _free(self.config)
-            )
+            check_same_model(checkpoint, self.config, processor, f"stage.init_from={self.init_from}", free)
         else:
             self._check_pretrained()
 
     def _check_pretrained(self) -> None:
-        vision, decoder = self.config.vision, self.config.decoder
+        vision, decoder, free = self.config.vision, self.config.decoder, _free(self.config)
         with torch.device("meta"):
             if decoder.load:
                 checkpoint = open_checkpoint(decoder.load)
                 checkpoint.check(Decoder(decoder), "decoder.")
                 # Shapes do not reveal these values: one matrix has 32 heads of 128 or 64 of 64.
                 differing = differences(asdict(checkpoint.model_config.decoder), asdict(decoder), "model.decoder")
-                if differing := [
-                    difference for difference in differing if not difference.startswith(_free(self.config))
-                ]:
+                if differing := [difference for difference in differing if not difference.startswith(free)]:
                     raise UserError(f"model.decoder.load={decoder.load} holds another decoder: {differing[0]} here")
             if vision and any(config.load for config in vision.encoders.values()):
                 for encoder in build_encoders(vision).values():

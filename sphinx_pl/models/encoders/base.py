@@ -196,14 +196,8 @@ class Encoder(nn.Module, ABC):
         return self.encode(sized.to(next(self.parameters()).dtype))
 
     def init_weights(self) -> None:
-        """New weights with deviation 1 / sqrt(inputs), whatever the width.
-
-        The libraries' own 0.02 is that of wide layers: in narrow ones it all but switches the
-        residual branches off.
-        """
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                nn.init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+        """New weights, whatever the width."""
+        init_linear(self)
 
     @abstractmethod
     def encode(self, views: Tensor) -> Tensor:
@@ -258,6 +252,17 @@ def register(kind: str, config: type[EncoderConfig]) -> Callable[[Kind], Kind]:
         return encoder
 
     return add
+
+
+def init_linear(module: nn.Module) -> None:
+    """Draw the weights of all linear layers and convolutions with deviation 1 / sqrt(inputs).
+
+    The libraries' own 0.02 is that of wide layers: in narrow ones it all but switches the residual
+    branches off.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            nn.init.trunc_normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
 
 
 def vit_flops(grid: int, patch: int, width: int, layers: int, mlp_weights: int) -> float:

@@ -127,12 +127,14 @@ def _measure(config: LibraryConfig) -> Measured:
     model = constructed(kind, config, meta=True).to("meta").eval().requires_grad_(True)
     parameters = dict(model.named_parameters())
     views = torch.empty(1, 3, config.image_size, config.image_size, device="meta")
-    with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-        with FlopCounterMode(display=False) as counter:
-            prefix, patches = kind.features(model, config, views)
+    with torch.enable_grad():
+        prefix, patches = kind.features(model, config, views)
         tokens = with_prefix(config, prefix, patches, kind.has_class_token(model))
         gradients = torch.autograd.grad(tokens.sum(), list(parameters.values()), allow_unused=True)
     unused = {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None}
+    prune(model, unused)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        kind.features(model, config, views)
     grid = round(patches.shape[1] ** 0.5)
     require(
         grid**2 == patches.shape[1],
@@ -309,10 +311,10 @@ class LibraryEncoder(Encoder):
 
         def visit(module: nn.Module) -> Iterator[nn.Module]:
             children = [child for child in module.children() if any(True for _ in child.parameters())]
-            if isinstance(module, nn.ModuleList | nn.Sequential) and len(children) > 1:
-                if len({type(child) for child in children}) == 1:
-                    yield from children
-                    return
+            listed = isinstance(module, nn.ModuleList | nn.Sequential) and len(children) > 1
+            if listed and len({type(child) for child in children}) == 1:
+                yield from children
+                return
             for child in children:
                 yield from visit(child)
 

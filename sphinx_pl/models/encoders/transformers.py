@@ -156,13 +156,12 @@ class Transformers(LibraryEncoder):
         return any(name.rpartition(".")[2] in _CLASS_TOKENS for name, _ in model.named_parameters())
 
 
-def _patches(views: Tensor, size: int) -> dict[str, Tensor]:
-    """What a SigLIP 2 of variable shape reads: [N, g*g, size*size*3], all of them visible, row by row."""
+def _patches(views: Tensor, size: int) -> dict[str, Any]:
+    """What a SigLIP 2 of variable shape reads: patches [N, g*g, size*size*3], row by row, without a mask."""
     grid = views.shape[-1] // size
     blocks = views.unflatten(3, (grid, size)).unflatten(2, (grid, size)).permute(0, 2, 4, 3, 5, 1)
     shapes = torch.tensor([[grid, grid]] * len(views), device="cpu")  # positions are resized on the host's word
-    mask = torch.ones(len(views), grid**2, dtype=torch.int64, device=views.device)
-    return {"pixel_values": blocks.flatten(3).flatten(1, 2), "pixel_attention_mask": mask, "spatial_shapes": shapes}
+    return {"pixel_values": blocks.flatten(3).flatten(1, 2), "pixel_attention_mask": None, "spatial_shapes": shapes}
 
 
 def _layers(model: Any) -> nn.ModuleList:
@@ -179,6 +178,5 @@ def _published_names(model: Any, names: list[str]) -> dict[str, str]:
     value = torch.empty(0, device="meta")
     published = {}
     for name in names:
-        [(theirs, tensor)] = revert_weight_conversion(model, {name: value}).items()
-        published[name] = theirs
+        [published[name]] = revert_weight_conversion(model, {name: value})
     return published
