@@ -21,7 +21,7 @@ venv: $(STAMP)
 $(STAMP): setup.cfg constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11: make PYTHON=python3.11"; exit 2; }
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[sample,eval,tensorboard,web,slurm,dev]'
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[sample,eval,tensorboard,gguf,web,slurm,dev]'
 	@touch $@
 
 # The steps are in conf/pipeline/experiment/. Goes on where it stopped; ARGS=redo=all makes everything anew. Any other
