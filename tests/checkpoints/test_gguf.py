@@ -109,10 +109,19 @@ def logits(model: Sphinx, ids_BT: Tensor) -> Tensor:
     return decoder.logits(decoder(decoder.embed(ids_BT), positions))
 
 
-def theirs(path: Path) -> Any:
-    from transformers import AutoModelForCausalLM
+def theirs(path: Path, **changes: Any) -> Any:
+    """Return transformers' model of the file. Its `from_pretrained` does the same, and needs accelerate."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, **changes)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
+    keys = model.load_state_dict(tensors, strict=False)
+    assert not keys.unexpected_keys
+    assert set(keys.missing_keys) <= {"lm_head.weight"}
+    model.tie_weights()
+    return model
 
 
 def greatest_difference_of_values(path: Path, checkpoint: Checkpoint) -> float:
@@ -144,7 +153,7 @@ def test_values_and_logits(write: Callable[..., Path], tmp_path: Path, architect
     assert greatest_difference_of_values(path, checkpoint) == 0
     assert checkpoint.model_config.decoder.tie_embeddings
     ids = torch.randint(VOCAB, (2, 40))
-    expected = theirs(path)(ids).logits
+    expected = theirs(path, head_dim=WIDTH // HEADS)(ids).logits
     assert expected.std() > 0.3
     torch.testing.assert_close(logits(loaded(checkpoint).float(), ids), expected, atol=1e-5, rtol=1e-5)
 
