@@ -72,8 +72,9 @@ def _from_hub(source: str) -> Path:
         return hub_snapshot(repository, patterns, revision or None) / inside
     except Exception as error:  # of many libraries: no network, no such model, no access, a name that is none
         include = " ".join(f"'{pattern}'" for pattern in patterns)
+        options = f"--revision {revision} --include {include}" if revision else f"--include {include}"
         raise UserError(
             f"'{source}' is neither in '{constants.HF_HUB_CACHE}' nor downloadable ({type(error).__name__}): run `hf "
-            f"download {repository}{f' --revision {revision}' if revision else ''} --include {include}` on a machine with a network and copy models--{owner}--{name} "
+            f"download {repository} {options}` on a machine with a network and copy models--{owner}--{name} "
             "into that folder, or give the path of a folder with these files"
         ) from error

@@ -274,6 +274,8 @@ def open_tensors(file: Path, unwrap: Callable[[Any], Any]) -> Mapping[str, Tenso
     """The tensors of a file of `torch.save`, mapped into memory rather than read. Executes nothing
     that is in it.
 
+    A small file of PyTorch before 1.6, which cannot be mapped, is read.
+
     Args:
         unwrap: from the file's content to its tensors by name.
 
@@ -282,7 +284,8 @@ def open_tensors(file: Path, unwrap: Callable[[Any], Any]) -> Mapping[str, Tenso
             than tensors.
     """
     check_pointer(file)
-    if _starts_with(file, _LEGACY):
+    legacy = _starts_with(file, _LEGACY)
+    if legacy and file.stat().st_size > _LEGACY_BYTES:
         raise UserError(
             f"'{file}' is in the format of PyTorch before 1.6, which cannot be mapped: write it again with "
             "torch.save(torch.load(FILE, weights_only=True), NEW_FILE)"
@@ -293,7 +296,7 @@ def open_tensors(file: Path, unwrap: Callable[[Any], Any]) -> Mapping[str, Tenso
             "use the same weights as .safetensors or a state dict"
         )
     try:
-        content: Any = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        content: Any = torch.load(file, map_location="cpu", mmap=not legacy, weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"'{file}' holds something else than tensors and was not opened: get it from a source that you trust"
@@ -316,6 +319,8 @@ def open_tensors(file: Path, unwrap: Callable[[Any], Any]) -> Mapping[str, Tenso
 
 _LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 """What files of `torch.save` began with before they were zip archives."""
+_LEGACY_BYTES = 2**28
+"""Larger files of that kind would take too much memory beside a model."""
 
 
 def _starts_with(file: Path, magic: bytes) -> bool:

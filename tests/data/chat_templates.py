@@ -15,7 +15,9 @@ WORDS = [
     "naïve café 日本語 русский 😀 don't we'LL 1234 5,678.90 def f(x):\n    return x\n\n\ntwo  spaces\tand tabs",
 ] * 5
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 
 
@@ -131,7 +133,7 @@ _LLAMA3 = (
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 _LLAMA31 = (
-    '{{- bos_token }}\n{%- if not date_string is defined %}\n    {%- set date_string = "26 Jul 2024" %}\n'
+    "{{- bos_token }}\n{%- if not date_string is defined %}\n    {%- set date_string = \"26 Jul 2024\" %}\n"
     "{%- endif %}\n{%- if messages[0]['role'] == 'system' %}\n"
     "    {%- set system_message = messages[0]['content']|trim %}\n    {%- set messages = messages[1:] %}\n"
     '{%- else %}\n    {%- set system_message = "" %}\n{%- endif %}\n'
@@ -189,10 +191,7 @@ _OWN = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 _IM = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _THINK = [AddedToken(name, special=False, normalized=False) for name in ("<think>", "</think>", "<tool_call>")]
 _HEADERS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-_PHI = [
-    AddedToken(n, special=True, normalized=False, rstrip=True)
-    for n in ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>")
-]
+_PHI = [AddedToken(n, special=True, normalized=False, rstrip=True) for n in ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>")]
 
 
 def _qwen3() -> Tokenizer:

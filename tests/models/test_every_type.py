@@ -23,7 +23,7 @@ from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.runtime.hydra_app import CONFIG_FOLDER
 from tests.conftest import REPOSITORY
 
-MODELS = sorted(path.stem for path in (CONFIG_FOLDER / "model").glob("*.yaml"))
+MODELS = sorted({path.stem for path in (CONFIG_FOLDER / "model").glob("*.yaml")} - {"auto"})
 NARROW: dict[str, dict[str, Any]] = {
     "clip": {"width": 16, "layers": 1, "heads": 1},
     "convnext": {"depths": [1, 1, 1, 1], "dims": [4, 4, 8, 8]},

@@ -407,7 +407,7 @@ def test_efficientnet_lite_by_the_names_of_its_ports(tmp_path: Path) -> None:
             for theirs, layer in zip(order, layers, strict=True):
                 ported |= {f"_blocks.{number}.{theirs}.{key}": value for key, value in layer.state_dict().items()}
             number += 1
-    torch.save(ported, tmp_path / "lite.pth")
+    torch.save(ported, tmp_path / "lite.pth", _use_new_zipfile_serialization=False)
     encoder = encoder_of({"kind": "timm", "load": str(tmp_path / "lite.pth")} | TIMM["lite"])
     assert isinstance(encoder, Timm)
     load_pretrained(encoder, str(tmp_path / "lite.pth"))

@@ -195,6 +195,7 @@ class Family:
             "rope_theta": config.rope_theta,
             "max_position_embeddings": config.max_positions,
             "tie_word_embeddings": config.tie_embeddings,
+            "pad_token_id": None,  # a class has that of its own vocabulary, which may be larger
         }
         if config.head_dim * config.heads != config.width:
             values["head_dim"] = config.head_dim
