@@ -230,5 +230,5 @@ def test_the_real_recipe_asks_the_ten_questions_before_and_after_each_run() -> N
 def test_the_quick_recipe_has_the_same_steps_with_fewer_of_everything() -> None:
     real, quick = (load([f"experiment={name}"]).steps for name in ("real", "real_quick"))
     assert list(real) == list(quick)
-    assert "max_steps: 100" in quick["finetune"].config
+    assert "max_steps: 60" in quick["finetune"].config
     assert "data/real_quick" in quick["finetune"].config
