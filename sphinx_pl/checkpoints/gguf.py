@@ -186,9 +186,11 @@ class GGUFCheckpoint(FamilyCheckpoint):
         if key not in self._metadata:
             return default
         try:
-            return self._metadata[key]()
+            value = self._metadata[key]()
         except Exception as error:  # whatever the library makes of a damaged field
             raise UserError(f"'{self.path}': {key} cannot be read ({error}): fetch the file again") from None
+        # A float32 stands for the shortest decimal that rounds to it: 1e-5, not 9.999999747378752e-06.
+        return float(str(np.float32(value))) if isinstance(value, float) and np.float32(value) == value else value
 
     def _config(self, architecture: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
         """The metadata as a config.json of the family.
