@@ -15,8 +15,9 @@ import torch
 import yaml
 from PIL import Image
 
-from sphinx_pl.checkpoints import huggingface
+from sphinx_pl.checkpoints.families import FAMILIES
 from sphinx_pl.checkpoints.format import open_checkpoint
+from sphinx_pl.checkpoints.huggingface import exported_family
 from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.readers import READERS
@@ -38,7 +39,7 @@ from tests.conftest import REPOSITORY, tiny_model
 from tests.scripts import run_script
 
 PAGE = REPOSITORY / "docs" / "extending.md"
-REGISTRIES = (TASKS, READERS, BENCHMARKS, METHODS)
+REGISTRIES = (TASKS, READERS, BENCHMARKS, METHODS, FAMILIES)
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
 FILES = {content.splitlines()[0].removeprefix("# "): content for _, content in BLOCKS if content.startswith("# ")}
 """What the first line of a block says -> the block."""
@@ -50,7 +51,6 @@ def nothing_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Registries and modules are afterwards what they were."""
     for registry in REGISTRIES:
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
-    monkeypatch.setattr(huggingface, "_FAMILIES", dict(huggingface._FAMILIES))
 
 
 @pytest.fixture
@@ -168,23 +168,23 @@ def test_a_language_model(load: Load, tmp_path: Path) -> None:
     cfg = compose_config(CONFIG_FOLDER, "train", [f"hydra.searchpath=[file://{tmp_path / 'conf'}]", "model=sphinx_3b"])
     assert SphinxConfig.from_dict(cfg.model).decoder.head_dim == 100
 
-    from transformers import Phi3Config, Phi3ForCausalLM
+    from transformers import MinistralConfig, MinistralForCausalLM
 
-    module = load("sphinx_pl/checkpoints/huggingface.py (at its end)")
-    assert "phi3" in module._FAMILIES
+    load("sphinx_pl/checkpoints/families/ministral.py")
     torch.manual_seed(0)
     sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "sliding_window": None}
-    theirs = Phi3ForCausalLM(Phi3Config(**sizes, max_position_embeddings=64)).eval()
-    theirs.save_pretrained(tmp_path / "phi3")
-    checkpoint = open_checkpoint(tmp_path / "phi3")
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 5}
+    types = ["sliding_attention", "full_attention"]
+    theirs = MinistralForCausalLM(MinistralConfig(**sizes, layer_types=types, max_position_embeddings=64)).eval()
+    theirs.save_pretrained(tmp_path / "ministral")
+    checkpoint = open_checkpoint(tmp_path / "ministral")
     ours = Decoder(checkpoint.model_config.decoder).eval()
-    checkpoint.check(ours, "decoder.")
-    ours.load_state_dict({name: checkpoint.tensor(f"decoder.{name}") for name in ours.state_dict()})
+    checkpoint.load_into(ours, "decoder.")
     ids = torch.randint(96, (2, 11))
     with torch.no_grad():
         hidden = ours(ours.embed(ids), torch.arange(11).expand(2, -1))
         torch.testing.assert_close(ours.logits(hidden), theirs(ids).logits, atol=1e-5, rtol=1e-5)
+    assert exported_family(checkpoint, "ministral").architecture == "MinistralForCausalLM"
 
 
 def test_a_mixing_method(load: Load) -> None:

@@ -367,7 +367,7 @@ def layers_with_window(keys: Keys, first: int = 0) -> dict[str, Any]:
 
 def window_options(size: int, chosen: Sequence[int], layers: int) -> dict[str, Any]:
     """The options of a window in the layers `chosen`; one way to say each of them."""
-    if not chosen:
+    if not chosen or not size:
         return {}
     return {"window": size, "window_layers": None if len(chosen) == layers else list(chosen)}
 
