@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sphinx_pl.data.processor import Processor, ProcessorConfig
-from sphinx_pl.data.prompt_formats import NAMES
+from sphinx_pl.data.prompt_formats import format_names
 from sphinx_pl.data.schema import IMAGE_SLOT, ImageRef, Record, Turn
 from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tokenizers import Tokenizer, load_tokenizer
@@ -106,7 +106,7 @@ def test_a_format_by_name_is_the_template_of_its_model(name: str, models: dict[s
         assert named.prompt(record).ids[skip:] == own.prompt(record).ids
 
 
-@pytest.mark.parametrize("name", [*(f"model {model}" for model in MODELS), *NAMES[:-1]])
+@pytest.mark.parametrize("name", [*(f"model {model}" for model in MODELS), *format_names()[:-1]])
 @settings(max_examples=15, deadline=None)
 @given(
     texts=st.lists(
