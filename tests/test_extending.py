@@ -19,7 +19,8 @@ from sphinx_pl.checkpoints.families import FAMILIES
 from sphinx_pl.checkpoints.format import open_checkpoint
 from sphinx_pl.checkpoints.huggingface import exported_family
 from sphinx_pl.data.coordinates import Coordinates
-from sphinx_pl.data.processor import Processor
+from sphinx_pl.data.processor import Processor, ProcessorConfig
+from sphinx_pl.data.prompt_formats import FORMATS
 from sphinx_pl.data.readers import READERS
 from sphinx_pl.data.readers.instruction_json import to_record
 from sphinx_pl.data.sampling.config import SourceConfig
@@ -39,7 +40,7 @@ from tests.conftest import REPOSITORY, tiny_model
 from tests.scripts import run_script
 
 PAGE = REPOSITORY / "docs" / "extending.md"
-REGISTRIES = (TASKS, READERS, BENCHMARKS, METHODS, FAMILIES)
+REGISTRIES = (TASKS, FORMATS, READERS, BENCHMARKS, METHODS, FAMILIES)
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
 FILES = {content.splitlines()[0].removeprefix("# "): content for _, content in BLOCKS if content.startswith("# ")}
 """What the first line of a block says -> the block."""
@@ -86,11 +87,21 @@ def block(kind: str, words: str) -> str:
 def test_every_section_has_an_example_of_some_length() -> None:
     sections = re.split(r"^## ", PAGE.read_text(), flags=re.MULTILINE)[1:-1]
     names = [section.partition("\n")[0] for section in sections]
-    wanted = ["task", "reader", "benchmark", "encoder", "language model", "mixing method", "stage", "callback"]
+    wanted = [
+        "task",
+        "prompt format",
+        "reader",
+        "benchmark",
+        "encoder",
+        "language model",
+        "mixing method",
+        "stage",
+        "callback",
+    ]
     assert names == [f"{'an' if name[0] in 'aeiou' else 'a'} {name}".capitalize() for name in wanted]
     for section in sections:
         code = "".join(re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL))
-        assert 15 <= len(code.splitlines()) <= 60, section.partition("\n")[0]
+        assert 12 <= len(code.splitlines()) <= 60, section.partition("\n")[0]
 
 
 def test_a_task(load: Load, processor: Processor) -> None:
@@ -106,6 +117,18 @@ def test_a_task(load: Load, processor: Processor) -> None:
     assert [TASKS["count"].parse(text, coordinates).formed for text in ("12", "a few")] == [True, False]
     with pytest.raises(SkipSample, match="question_empty"):
         TASKS["count"].turns(to_record(entry | {"question": " "}, "k", Path("/"), "chat"), coordinates)
+
+
+def test_a_prompt_format(load: Load, processor: Processor) -> None:
+    load("sphinx_pl/data/prompt_formats/turns.py (at its end)")
+    entry = {"conversations": [{"from": "human", "value": "Hi<|end|>"}, {"from": "gpt", "value": "Hello"}]}
+    record = to_record(entry, "k", Path("/"), "chat")
+    phi3 = Processor(ProcessorConfig(prompt_format="phi3", max_length=64), processor.tokenizer, 3, 32)
+    assert phi3.tokenizer.new_tokens == ["<|user|>", "<|assistant|>", "<|end|>"]
+    [question] = phi3.sample(record, "train").questions
+    end = phi3.tokenizer.controls["<|end|>"].id
+    assert (question.ids.count(end), phi3.stop_sequences) == (2, [[end]])
+    assert phi3.decode([id for id, target in zip(question.ids, question.supervised, strict=True) if target]) == "Hello"
 
 
 def test_a_reader(load: Load, processor: Processor, tmp_path: Path) -> None:
