@@ -83,8 +83,6 @@ def why_unreadable(path: Path, config: str) -> str:
         return f"its {config} has no model_type, as Hugging Face's do: restore the file from its source"
     if adapter := _first(path, _ADAPTERS):
         return f"it is an adapter ({adapter}) without its model: {MERGE}"
-    if gguf := _gguf(path):
-        return gguf
     if weights := _first(path, _WEIGHTS):
         return f"it has weights ({weights}) but no {config}: expected a folder with {config}"
     return f"expected a folder with {config}"
@@ -94,15 +92,10 @@ def why_no_weights(folder: Path, wanted: str, index: str) -> str:
     """The line for a Hugging Face folder without `wanted`, and without shards in `index`."""
     if adapter := _first(folder, _ADAPTERS):
         return f"'{folder}' is an adapter ({adapter}) without its model: {MERGE}"
-    if gguf := _gguf(folder):
-        return f"'{folder}' cannot be read: {gguf}"
+    if gguf := _first(folder, ("*.gguf",)):
+        return f"'{folder}' cannot be read: it holds a GGUF file, give '{folder / gguf}' itself"
     if shard := _first(folder, (_SHARDS,)):
         return f"'{folder / index}' is missing, and there are shards such as {shard}: copy the checkpoint again, whole"
     if weights := _first(folder, _WEIGHTS):
         return f"'{folder / wanted}' is missing, and {weights} is not read: save the model as safetensors"
     return f"'{folder / wanted}' is missing: copy the checkpoint again, whole"
-
-
-def _gguf(folder: Path) -> str:
-    name = _first(folder, ("*.gguf",))
-    return f"it holds a GGUF file ({name}): give the file itself" if name else ""

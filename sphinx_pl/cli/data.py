@@ -130,7 +130,7 @@ def table(options: TableOptions, cfg: DictConfig) -> str:
     held_out = {name: value for name, value in (values.get("val_sources") or {}).items() if not is_absent(value)}
     configs = {name: SourceConfig.from_dict(name, value, "val_sources") for name, value in held_out.items()}
     absent |= {f"val_sources.{name}": why for name, why in missing(configs).items()}
-    if not Path(values["tokenizer"]).is_file():
+    if not Path(str(values["tokenizer"])).exists():
         absent["tokenizer"] = f"there is no tokenizer {values['tokenizer']}"
     if absent:
         text = rendered(plan(group, absent))

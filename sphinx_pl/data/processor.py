@@ -19,11 +19,11 @@ from typing import Any, Optional
 from sphinx_pl.data.coordinates import Coordinates, Size, kept_views
 from sphinx_pl.data.images import annotated_images, image_size
 from sphinx_pl.data.prompt_formats import (
-    NAMES,
     SPHINX,
     PromptFormat,
     Rendered,
     default_system,
+    format_names,
     is_document,
     prompt_format,
 )
@@ -58,9 +58,9 @@ class ProcessorConfig:
     prompt_format: str = "sphinx"
 
     def __post_init__(self) -> None:
-        if self.prompt_format not in NAMES:
+        if self.prompt_format not in (names := format_names()):
             raise UserError(
-                f"data.processor.prompt_format='{self.prompt_format}': {suggest(self.prompt_format, NAMES)}"
+                f"data.processor.prompt_format='{self.prompt_format}': {suggest(self.prompt_format, names)}"
             )
         if self.system is None:
             self.system = default_system(self.prompt_format)

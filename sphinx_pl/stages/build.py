@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sphinx_pl.checkpoints.format import Checkpoint, open_checkpoint
+from sphinx_pl.checkpoints.grown import grown
 from sphinx_pl.checkpoints.native import released_values
 from sphinx_pl.checkpoints.tensors import ENCODER_PREFIX, encoder_of
 from sphinx_pl.models.config import SphinxConfig
@@ -79,7 +80,8 @@ class Fresh:
         self.config = config
         with torch.device("meta"):
             self.model = Sphinx(config)
-        self._decoder = open_checkpoint(config.decoder.load) if config.decoder.load else None
+        load = config.decoder.load
+        self._decoder = grown(open_checkpoint(load), config.decoder.vocab_size) if load else None
         self._module = ""
         self._values: Callable[[str], Tensor] = lambda name: torch.empty(0)
 

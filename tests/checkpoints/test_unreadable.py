@@ -26,14 +26,17 @@ LLAMA |= {"intermediate_size": 8, "rms_norm_eps": 1e-5}
     ("files", "message"),
     [
         ({"adapter_config.json": "{}", "adapter_model.safetensors": ""}, "it is an adapter .*merge it into its base"),
-        ({"model-Q4_K_M.gguf": "GGUF"}, r"it holds a GGUF file \(model-Q4_K_M\.gguf\): give the file itself"),
+        ({"model-Q4_K_M.gguf": "GGUF"}, r"did you mean '.*model-Q4_K_M\.gguf' in it"),
         ({"config.json": "{}"}, "its config.json has no model_type"),
         ({"model.safetensors": ""}, "it has weights .* but no config.json"),
         ({}, "expected a folder with config.json"),
         ({"config.json": POINTER}, "config.json' is a Git LFS pointer"),
         ({"config.json": '{"model_type": null}'}, "its config.json has no model_type"),
         ({"config.json": json.dumps(LLAMA)}, "model.safetensors' is missing: copy the checkpoint again"),
-        ({"config.json": json.dumps(LLAMA), "a.gguf": "GGUF"}, r"cannot be read: it holds a GGUF file \(a\.gguf\)"),
+        (
+            {"config.json": json.dumps(LLAMA), "a.gguf": "GGUF"},
+            r"cannot be read: it holds a GGUF file, give '.*a\.gguf' itself",
+        ),
         ({"config.json": json.dumps(LLAMA), "adapter_model.bin": ""}, "is an adapter .* without its model"),
         (
             {"config.json": json.dumps(LLAMA), "model-00001-of-00002.safetensors": ""},

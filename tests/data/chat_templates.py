@@ -16,7 +16,8 @@ WORDS = [
 ] * 5
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 
@@ -54,7 +55,9 @@ def metaspace(tokens: Sequence[str | AddedToken], scheme: str = "") -> Tokenizer
         tokenizer.decoder = decoders.Sequence(steps)
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     words = [word for text in WORDS for word in text.split()]  # a text is one word: pieces must not span several
-    tokenizer.train_from_iterator(words, trainers.BpeTrainer(vocab_size=560, special_tokens=pieces))
+    tokenizer.train_from_iterator(
+        words, trainers.BpeTrainer(vocab_size=560, special_tokens=pieces, initial_alphabet=["▁"])
+    )
     content = json.loads(tokenizer.to_str())
     content["added_tokens"] = content["added_tokens"][:3]  # bytes are pieces, and no special tokens
     tokenizer = Tokenizer.from_str(json.dumps(content))
@@ -62,11 +65,11 @@ def metaspace(tokens: Sequence[str | AddedToken], scheme: str = "") -> Tokenizer
     return tokenizer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Shipped:
     """A model's template and the names of its tokens.
 
-    `system` says whether the template takes a system text, `multi` whether it takes several turns.
+    `system` says whether the template takes a system text, `end` what ends an answer.
     """
 
     template: str
@@ -133,7 +136,7 @@ _LLAMA3 = (
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 _LLAMA31 = (
-    "{{- bos_token }}\n{%- if not date_string is defined %}\n    {%- set date_string = \"26 Jul 2024\" %}\n"
+    '{{- bos_token }}\n{%- if not date_string is defined %}\n    {%- set date_string = "26 Jul 2024" %}\n'
     "{%- endif %}\n{%- if messages[0]['role'] == 'system' %}\n"
     "    {%- set system_message = messages[0]['content']|trim %}\n    {%- set messages = messages[1:] %}\n"
     '{%- else %}\n    {%- set system_message = "" %}\n{%- endif %}\n'
@@ -162,9 +165,11 @@ _LLAMA2 = (
     "{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
 _ZEPHYR = (
-    "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + eos_token "
+    "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + "
+    "eos_token "
     "}}\n{% elif message['role'] == 'system' %}\n{{ '<|system|>\n' + message['content'] + eos_token }}\n"
-    "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n"
+    "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% "
+    "endif %}\n"
     "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
 )
 _PHI3 = (
@@ -176,12 +181,14 @@ _PHI3 = (
 _GEMMA = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
     "{% endif %}{% for message in messages %}{% if (message['role'] == 'assistant') %}{% set role = 'model' %}"
-    "{% else %}{% set role = message['role'] %}{% endif %}{{ '<start_of_turn>' + role + '\n' + message['content'] | trim "
+    "{% else %}{% set role = message['role'] %}{% endif %}{{ '<start_of_turn>' + role + '\n' + "
+    "message['content'] | trim "
     "+ '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
 )
 _VICUNA = (
     "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + ' ' }}{% set messages = messages[1:] %}"
-    "{% else %}{{ 'A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+    "{% else %}{{ 'A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, "
     "detailed, and polite answers to the user\\'s questions. ' }}{% endif %}{% for message in messages %}"
     "{% if message['role'] == 'user' %}{{ 'USER: ' + message['content'] + ' ' }}"
     "{% else %}{{ 'ASSISTANT: ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
@@ -191,7 +198,10 @@ _OWN = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 _IM = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _THINK = [AddedToken(name, special=False, normalized=False) for name in ("<think>", "</think>", "<tool_call>")]
 _HEADERS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-_PHI = [AddedToken(n, special=True, normalized=False, rstrip=True) for n in ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>")]
+_PHI = [
+    AddedToken(n, special=True, normalized=False, rstrip=True)
+    for n in ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>")
+]
 
 
 def _qwen3() -> Tokenizer:

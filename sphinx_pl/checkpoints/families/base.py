@@ -33,12 +33,12 @@ def interleave(rows: Tensor, heads: int, rotary_dim: int = 0) -> Tensor:
         rows: weights [heads * h, D], or biases or norms [heads * h].
         rotary_dim: channels of a head that are rotated, which come first; 0: all.
     """
-    return _reorder(rows, heads, rotary_dim, lambda channels: channels.unflatten(1, (2, -1)))
+    return _reorder(rows, heads, rotary_dim, lambda channels: torch.unflatten(channels, 1, (2, -1)))
 
 
 def half_split(rows: Tensor, heads: int, rotary_dim: int = 0) -> Tensor:
     """The inverse of `interleave`."""
-    return _reorder(rows, heads, rotary_dim, lambda channels: channels.unflatten(1, (-1, 2)))
+    return _reorder(rows, heads, rotary_dim, lambda channels: torch.unflatten(channels, 1, (-1, 2)))
 
 
 def _reorder(rows: Tensor, heads: int, rotary_dim: int, grid: Callable[[Tensor], Tensor]) -> Tensor:
@@ -68,7 +68,7 @@ class Family:
         "output.weight": "lm_head.weight",
     }
     """Names outside of the layers: ours -> theirs."""
-    layer: ClassVar[Mapping[str, str]] = {
+    layer: ClassVar[dict[str, str]] = {
         "attention.wq.weight": "self_attn.q_proj.weight",
         "attention.wk.weight": "self_attn.k_proj.weight",
         "attention.wv.weight": "self_attn.v_proj.weight",
@@ -247,7 +247,7 @@ class Family:
 
     def split(self, whole: Tensor, rows: Sequence[int], config: DecoderConfig) -> Sequence[Tensor]:
         """The inverse of `fuse`, of so many rows each."""
-        return whole.split(list(rows))
+        return torch.split(whole, list(rows))
 
     def our_name(self, theirs: str) -> str:
         """The canonical name of a tensor that one of ours is made of alone; else theirs."""
@@ -367,7 +367,7 @@ def layers_with_window(keys: Keys, first: int = 0) -> dict[str, Any]:
 
 def window_options(size: int, chosen: Sequence[int], layers: int) -> dict[str, Any]:
     """The options of a window in the layers `chosen`; one way to say each of them."""
-    if not chosen:
+    if not chosen or not size:
         return {}
     return {"window": size, "window_layers": None if len(chosen) == layers else list(chosen)}
 

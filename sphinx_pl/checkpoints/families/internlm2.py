@@ -27,13 +27,13 @@ class InternLM2(Family):
     fused = {"attention.wqkv.weight": ("attention.wq.weight", "attention.wk.weight", "attention.wv.weight")}
 
     def fuse(self, parts: Sequence[Tensor], config: DecoderConfig) -> Tensor:
-        by_head = [part.unflatten(0, (config.kv_heads, -1, config.head_dim)) for part in parts]
+        by_head = [torch.unflatten(part, 0, (config.kv_heads, -1, config.head_dim)) for part in parts]
         return torch.cat(by_head, dim=1).flatten(0, 2)
 
     def split(self, whole: Tensor, rows: Sequence[int], config: DecoderConfig) -> Sequence[Tensor]:
-        by_head = whole.unflatten(0, (config.kv_heads, -1, config.head_dim))
+        by_head = torch.unflatten(whole, 0, (config.kv_heads, -1, config.head_dim))
         counts = [count // (config.kv_heads * config.head_dim) for count in rows]
-        return [part.flatten(0, 2) for part in by_head.split(counts, dim=1)]
+        return [part.flatten(0, 2) for part in torch.split(by_head, counts, dim=1)]
 
 
 FAMILIES.register(InternLM2.name, InternLM2())

@@ -8,12 +8,10 @@ from sphinx_pl.utils.errors import UserError, suggest
 
 MODEL = "model"
 """The name of the format that is the model's own chat template."""
-NAMES = (*FORMATS, MODEL)
 
 __all__ = [
     "FORMATS",
     "MODEL",
-    "NAMES",
     "SPHINX",
     "SYSTEM",
     "ChatTemplate",
@@ -21,13 +19,18 @@ __all__ = [
     "Rendered",
     "TurnFormat",
     "default_system",
+    "format_names",
     "is_document",
     "prompt_format",
 ]
 
 
+def format_names() -> list[str]:
+    return [*FORMATS, MODEL]
+
+
 def default_system(name: str) -> str:
-    """The system text of a format of `NAMES`. That of a chat template is the template's own."""
+    """The system text of a format of `format_names`. That of a chat template is the template's own."""
     return "" if name == MODEL else FORMATS[name].system
 
 
@@ -41,5 +44,5 @@ def prompt_format(name: str, tokenizer: Tokenizer) -> PromptFormat:
     if name == MODEL:
         return ChatTemplate(tokenizer)
     if name not in FORMATS:
-        raise UserError(f"data.processor.prompt_format='{name}': {suggest(name, NAMES)}")
+        raise UserError(f"data.processor.prompt_format='{name}': {suggest(name, format_names())}")
     return FORMATS[name].bound(tokenizer)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence, Sized
-from typing import Any, ClassVar
+from collections.abc import Sequence, Sized
+from typing import Any
 
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -35,7 +35,7 @@ class _RefusedError(Exception):
 class _Generation(Extension):
     """transformers' `{% generation %}`, which marks what the model writes and changes nothing."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - the base class has it so
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
@@ -91,7 +91,7 @@ class ChatTemplate(PromptFormat):
         self._tokens = [*tokenizer.controls, *(name for name in tokenizer.added_tokens if name.strip())]
         try:
             self._template = _environment().from_string(tokenizer.chat_template)
-            self.bos = bool(self._bos) and self._run([_message("user", "a")], True).startswith(self._bos)
+            self.bos = bool(self._bos) and self._writes_bos()
             self.begins = not self.bos
             literals = [*self._structure(2, False, False), *self._structure(1, False, True)]
             self.controls = tuple(name for name in self._tokens if any(name in literal for literal in literals))
@@ -110,6 +110,15 @@ class ChatTemplate(PromptFormat):
             self._structure(1, bool(system), False)
         except _RefusedError as error:
             raise UserError(f"{self._where} has no place for data.processor.system: {error}") from None
+
+    def _writes_bos(self) -> bool:
+        """Whether the template begins with its variable `bos_token`; its value may also begin a
+        turn."""
+        names, self._names = self._names, self._names | {"bos_token": "Qk0wZ"}
+        try:
+            return self._run([_message("user", "a")], True).startswith("Qk0wZ")
+        finally:
+            self._names = names
 
     def _run(self, messages: list[dict[str, str]], open_ended: bool) -> str:
         """Raises: _RefusedError: the template fails."""
@@ -190,11 +199,11 @@ class ChatTemplate(PromptFormat):
 
     def _write(self, turns: Sequence[Turn], system: str, open_ended: bool) -> Writing:
         try:
-            # Many templates remove white space around texts.
-            for cleaned in (_same, str.strip):
-                texts = [Turn(cleaned(turn.question), cleaned(turn.answer)) for turn in turns]
-                writing = self._written(texts, cleaned(system), open_ended)
-                if self._text(turns, system, open_ended) == writing.text:
+            # Many templates remove white space around texts, or some of it.
+            stripped = [Turn(turn.question.strip(), turn.answer.strip()) for turn in turns]
+            for texts, before in ((turns, system), (stripped, system.strip())):
+                writing = self._written(texts, before, open_ended)
+                if self._text(texts, before, open_ended) == writing.text:
                     return writing
             raise _RefusedError("it changes the texts")
         except _RefusedError as error:
@@ -228,6 +237,3 @@ class ChatTemplate(PromptFormat):
 
 def _message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
-
-
-_same: Callable[[str], str] = lambda text: text  # noqa: E731
