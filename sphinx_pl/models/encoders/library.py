@@ -251,8 +251,9 @@ def _compute_tables(kind: type[LibraryEncoder], config: LibraryConfig, model: nn
 class LibraryEncoder(Encoder):
     """The library's own modules, without those that its tokens do not depend on.
 
-    Norms with running statistics always use them, while the encoder trains too: batches of images
-    differ from step to step, and a run must not depend on how ranks divide them.
+    It is in eval mode while it trains, too. Norms use their running statistics, which stay as they
+    are, and nothing is random (dropout, jittered positions): a run does not depend on how ranks
+    divide images, and repeats exactly.
     """
 
     config: LibraryConfig
@@ -300,11 +301,7 @@ class LibraryEncoder(Encoder):
         return with_prefix(self.config, prefix, patches, self.has_class)
 
     def train(self, mode: bool = True) -> LibraryEncoder:
-        super().train(mode)
-        for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
-        return self
+        return super().train(False)
 
     def blocks(self) -> Iterable[nn.Module]:
         """Members of lists of equal modules."""
