@@ -57,7 +57,7 @@ class LibraryConfig(EncoderConfig):
         self.resolve()
         for name in ("mean", "std"):
             values = getattr(self, name)
-            require(len(values) == 3, f"{self.section}.{name}={values} must be three numbers")
+            require(bool(values) and len(values) == 3, f"{self.section}.{name}={values} must be three numbers")
         require(min(self.std or [1]) > 0, f"{self.section}.std={self.std} must be positive")
         require(
             not (self.by_channel and self.prefix == "all"),

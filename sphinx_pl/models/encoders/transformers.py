@@ -32,6 +32,7 @@ class TransformersConfig(LibraryConfig):
     config: dict[str, Any] = field(default_factory=dict)
 
     def resolve(self) -> None:
+        from huggingface_hub import constants
         from transformers import AutoConfig
 
         source = (self.name or self.load or "").removeprefix(HUB)
@@ -40,7 +41,7 @@ class TransformersConfig(LibraryConfig):
                 values = dict(self.config)
                 config = AutoConfig.for_model(values.pop("model_type", None), **values)
             else:
-                config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+                config = AutoConfig.from_pretrained(source, trust_remote_code=False, cache_dir=constants.HF_HUB_CACHE)
         except Exception as error:  # of many libraries and models
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             what = "config" if self.config else f"name={source}"
@@ -57,6 +58,7 @@ class TransformersConfig(LibraryConfig):
 def _normalisation(source: str, model_type: str) -> tuple[list[float], list[float]]:
     """The values of the preprocessor's file beside a model, else those of the model's image processor."""
     import transformers
+    from huggingface_hub import constants
     from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
     kind = model_type.removesuffix("_model").removesuffix("_vision")
@@ -65,7 +67,9 @@ def _normalisation(source: str, model_type: str) -> tuple[list[float], list[floa
     values: Mapping[str, Any] = {}
     if source:
         try:
-            values, _ = transformers.ImageProcessingMixin.get_image_processor_dict(source)
+            values, _ = transformers.ImageProcessingMixin.get_image_processor_dict(
+                source, cache_dir=constants.HF_HUB_CACHE
+            )
         except Exception:  # the file is not there, or no network is
             values = {}
     processor = next((getattr(transformers, name, None) for name in names if name), None)
