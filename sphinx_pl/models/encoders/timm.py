@@ -1,4 +1,4 @@
-"""Any model of timm (Wightman 2019) by name: ViTs, ConvNeXt, EfficientNet, ResNet and hundreds more."""
+"""Any model of timm (Wightman 2019) by name: ViTs, ConvNeXt, EfficientNet, ResNet and many more."""
 
 from __future__ import annotations
 
