@@ -174,7 +174,7 @@ def parameters_without_memory() -> Iterator[None]:
     def hook(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
         return None if parameter is None else nn.Parameter(parameter.to("meta"), parameter.requires_grad)
 
-    handle = register_module_parameter_registration_hook(hook)
+    handle = register_module_parameter_registration_hook(hook)  # type: ignore[arg-type]
     try:
         with torch.device("cpu"):
             yield

@@ -162,7 +162,7 @@ class Transformers(LibraryEncoder):
 def _patches(views: Tensor, size: int) -> dict[str, Any]:
     """What a SigLIP 2 of variable shape reads: patches [N, g*g, size*size*3], row by row."""
     grid = views.shape[-1] // size
-    blocks = views.unflatten(3, (grid, size)).unflatten(2, (grid, size)).permute(0, 2, 4, 3, 5, 1)
+    blocks = views.reshape(len(views), 3, grid, size, grid, size).permute(0, 2, 4, 3, 5, 1)
     shapes = torch.tensor([[grid, grid]] * len(views), device="cpu")  # positions are resized on the host's word
     return {"pixel_values": blocks.flatten(3).flatten(1, 2), "pixel_attention_mask": None, "spatial_shapes": shapes}
 
