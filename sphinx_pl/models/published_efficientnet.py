@@ -1,4 +1,4 @@
-"""EfficientNet-Lite as the PyTorch ports of TensorFlow's weights name it (`_conv_stem`, `_blocks.0._bn0`).
+"""EfficientNet-Lite as PyTorch ports of TensorFlow's weights name it: `_blocks.0._bn1`.
 
 They count blocks from first to last, and norms by what they follow; timm counts both in each stage.
 """

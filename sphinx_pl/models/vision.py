@@ -48,15 +48,10 @@ def align_map(tokens: Tensor, grid: int, how: str) -> Tensor:
     first, patches = tokens[:, :1], tokens[:, 1:]
     if how == "shuffle":
         factor = grid // side
-        blocks = patches.unflatten(2, (factor, factor, -1)).unflatten(1, (side, side)).transpose(2, 3)
-        return torch.cat(
-            [
-                first.unflatten(2, (factor**2, -1)).mean(dim=2),
-                blocks.flatten(3, 4).reshape(len(tokens), grid * grid, -1),
-            ],
-            dim=1,
-        )
-    image = patches.transpose(1, 2).unflatten(2, (side, side))
+        blocks = patches.reshape(len(tokens), side, side, factor, factor, -1).transpose(2, 3)
+        mean = first.reshape(len(tokens), 1, factor**2, -1).mean(dim=2)
+        return torch.cat([mean, blocks.reshape(len(tokens), grid**2, -1)], dim=1)
+    image = torch.unflatten(patches.transpose(1, 2), 2, (side, side))
     resized = F.interpolate(image.float(), size=(grid, grid), mode="bilinear").to(tokens.dtype)
     return torch.cat([first, resized.flatten(2).transpose(1, 2)], dim=1)
 

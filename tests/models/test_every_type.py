@@ -30,6 +30,7 @@ NARROW: dict[str, dict[str, Any]] = {
     "dinov2": {"width": 16, "layers": 1, "heads": 1, "mlp_ratio": 4.0},
     "qformer": {"vision_width": 16, "vision_layers": 1, "vision_heads": 1, "vision_ffn_width": 16}
     | {"width": 16, "layers": 1, "heads": 1, "ffn_width": 16},
+    "timm": {"args": {"embed_dim": 16, "depth": 1, "num_heads": 1}},
 }
 
 
@@ -39,9 +40,9 @@ def narrowed(name: str) -> SphinxConfig:
         values: Any = OmegaConf.to_container(compose("train", [f"model={name}"]).model, resolve=True)
     decoder = values["decoder"]
     decoder |= {"vocab_size": 512, "width": 16, "layers": 1, "heads": 2, "kv_heads": 2, "ffn_width": 16, "load": None}
-    for kind, sizes in values["vision"]["encoders"].items():
+    for key, sizes in values["vision"]["encoders"].items():
         if sizes:
-            sizes |= NARROW[kind] | {"load": None}
+            sizes |= NARROW[sizes.get("kind", key)] | {"load": None}
     return SphinxConfig.from_dict(values)
 
 

@@ -57,7 +57,7 @@ class LibraryConfig(EncoderConfig):
         self.resolve()
         for name in ("mean", "std"):
             values = getattr(self, name)
-            require(len(values) == 3, f"{self.section}.{name}={values} must be three numbers")
+            require(bool(values) and len(values) == 3, f"{self.section}.{name}={values} must be three numbers")
         require(min(self.std or [1]) > 0, f"{self.section}.std={self.std} must be positive")
         require(
             not (self.by_channel and self.prefix == "all"),
@@ -126,9 +126,15 @@ def _measure(config: LibraryConfig) -> Measured:
     assert issubclass(kind, LibraryEncoder)
     model = constructed(kind, config, meta=True).to("meta").eval().requires_grad_(True)
     parameters = dict(model.named_parameters())
-    views = torch.empty(1, 3, config.image_size, config.image_size, device="meta")
+    size = config.image_size
+    views = torch.empty(1, 3, size, size, device="meta")
     with torch.enable_grad():
-        prefix, patches = kind.features(model, config, views)
+        try:
+            prefix, patches = kind.features(model, config, views)
+        except UserError:
+            raise
+        except Exception as error:  # of many models
+            raise UserError(f"{config.section}: it cannot run on images of {size} pixels ({reason(error)})") from error
         tokens = with_prefix(config, prefix, patches, kind.has_class_token(model))
         gradients = torch.autograd.grad(tokens.sum(), list(parameters.values()), allow_unused=True)
     unused = {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None}
@@ -145,7 +151,7 @@ def _measure(config: LibraryConfig) -> Measured:
 
 
 def with_prefix(config: LibraryConfig, prefix: Tensor, patches: Tensor, has_class: bool) -> Tensor:
-    """Tokens without a place, [N, P, C], the class token first, and patches -> the encoder's tokens."""
+    """The encoder's tokens: patches behind those that are chosen of `prefix`, [N, P, C]."""
     if config.by_channel:
         chosen = prefix[:, :1] if config.prefix == "class" and has_class else patches.mean(dim=1, keepdim=True)
     else:
@@ -168,12 +174,17 @@ def parameters_without_memory() -> Iterator[None]:
     def hook(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
         return None if parameter is None else nn.Parameter(parameter.to("meta"), parameter.requires_grad)
 
-    handle = register_module_parameter_registration_hook(hook)
+    handle = register_module_parameter_registration_hook(hook)  # type: ignore[arg-type]
     try:
         with torch.device("cpu"):
             yield
     finally:
         handle.remove()
+
+
+def reason(error: Exception) -> str:
+    """The first line of what a library says."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def constructed(kind: type[LibraryEncoder], config: LibraryConfig, meta: bool) -> nn.Module:
@@ -190,9 +201,8 @@ def constructed(kind: type[LibraryEncoder], config: LibraryConfig, meta: bool) -
     except UserError:
         raise
     except Exception as error:  # of many libraries and models
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{config.section}: {config.kind} cannot build {config.name or 'this model'} ({reason})"
+            f"{config.section}: {config.kind} cannot build {config.name or 'this model'} ({reason(error)})"
         ) from error
 
 
@@ -204,7 +214,7 @@ class Unused(nn.Module):
 
 
 def prune(model: nn.Module, unused: Iterable[str]) -> None:
-    """Remove parameters, and whole modules that have no others: an encoder holds what it computes with."""
+    """Remove parameters, and whole modules that have no others."""
     names = set(unused)
 
     def visit(module: nn.Module, path: str) -> None:
@@ -221,9 +231,10 @@ def prune(model: nn.Module, unused: Iterable[str]) -> None:
 
 
 def keep_constants(model: nn.Module) -> None:
-    """Make the statistics of norms parameters without gradients; other buffers are in no checkpoint.
+    """Make the statistics of norms parameters without gradients.
 
-    So statistics are placed, sharded, read and written like every tensor of a model.
+    So they are placed, sharded, read and written like every tensor of a model. Other buffers are in
+    no checkpoint.
     """
     for module in model.modules():
         for name, buffer in list(module._buffers.items()):
@@ -239,7 +250,7 @@ def keep_constants(model: nn.Module) -> None:
 
 
 def _compute_tables(kind: type[LibraryEncoder], config: LibraryConfig, model: nn.Module) -> None:
-    """Fill buffers that are computed on the device of the weights: the model is built whole for them."""
+    """Fill buffers that are computed where the weights are; the model is built whole for them."""
     with torch.device("cpu"):
         tables = dict(constructed(kind, config, meta=False).named_buffers())
     for path, module in model.named_modules():
@@ -251,8 +262,9 @@ def _compute_tables(kind: type[LibraryEncoder], config: LibraryConfig, model: nn
 class LibraryEncoder(Encoder):
     """The library's own modules, without those that its tokens do not depend on.
 
-    Norms with running statistics always use them, while the encoder trains too: batches of images
-    differ from step to step, and a run must not depend on how ranks divide them.
+    It is in eval mode while it trains, too. Norms use their running statistics, which stay as they
+    are, and nothing is random (dropout, jittered positions): a run does not depend on how ranks
+    divide images, and repeats exactly.
     """
 
     config: LibraryConfig
@@ -288,7 +300,7 @@ class LibraryEncoder(Encoder):
     @classmethod
     @abstractmethod
     def features(cls, model: Any, config: Any, views: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, 3, s, s] -> tokens without a place [N, P, C], class token first, and patches [N, g*g, C]."""
+        """[N, 3, s, s] -> tokens without a place [N, P, C], class token first; patches [N, g*g, C]."""
 
     @classmethod
     @abstractmethod
@@ -300,11 +312,7 @@ class LibraryEncoder(Encoder):
         return with_prefix(self.config, prefix, patches, self.has_class)
 
     def train(self, mode: bool = True) -> LibraryEncoder:
-        super().train(mode)
-        for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
-        return self
+        return super().train(False)
 
     def blocks(self) -> Iterable[nn.Module]:
         """Members of lists of equal modules."""

@@ -102,7 +102,9 @@ class OpenClip(LibraryEncoder):
         from open_clip.model import CLIPVisionCfg, _build_vision_tower
 
         values = {**config.config["vision_cfg"], "image_size": config.image_size, "timm_model_pretrained": False}
-        return _build_vision_tower(config.config["embed_dim"], CLIPVisionCfg(**values), bool(config.quick_gelu))
+        size, gelu = config.config["embed_dim"], bool(config.quick_gelu)
+        model: nn.Module = _build_vision_tower(size, CLIPVisionCfg(**values), gelu)
+        return model
 
     @classmethod
     def features(cls, model: Any, config: LibraryConfig, views: Tensor) -> tuple[Tensor, Tensor]:

@@ -142,7 +142,7 @@ class QFormer(Encoder):
         return vision + _flops(c, patches, c.vision_width)
 
 
-def _transformer(config: Any, inputs: int) -> nn.Module:
+def _transformer(config: Any, inputs: int) -> Any:
     """The Q-Former itself, behind tokens of `inputs` channels."""
     from transformers import Blip2QFormerConfig, Blip2QFormerModel
 

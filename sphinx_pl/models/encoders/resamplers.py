@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -119,5 +120,5 @@ class AveragePool(Resampler):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[M, tokens, C] -> [M, fewer, C], row by row."""
-        patches = tokens[:, -(self.grid**2) :].transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        patches = torch.unflatten(tokens[:, -(self.grid**2) :].transpose(1, 2), 2, (self.grid, self.grid))
         return F.adaptive_avg_pool2d(patches, self.shape).flatten(2).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Any model of timm (Wightman 2019) by name: ViTs, ConvNeXt, EfficientNet, ResNet and hundreds more."""
+"""Any model of timm (Wightman 2019) by name: ViTs, ConvNeXt, EfficientNet, ResNet and many more."""
 
 from __future__ import annotations
 
@@ -69,7 +69,8 @@ class Timm(LibraryEncoder):
         args = dict(config.args)
         if timm.get_pretrained_cfg_value(config.name, "fixed_input_size"):
             args["img_size"] = config.image_size
-        return timm.create_model(config.name, pretrained=False, num_classes=0, **args)
+        model: nn.Module = timm.create_model(config.name, pretrained=False, num_classes=0, **args)
+        return model
 
     @classmethod
     def features(cls, model: Any, config: LibraryConfig, views: Tensor) -> tuple[Tensor, Tensor]:

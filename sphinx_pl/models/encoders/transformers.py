@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sphinx_pl.models.encoders.base import IMAGENET_MEAN, IMAGENET_STD, ViewScheme, register
-from sphinx_pl.models.encoders.library import LibraryConfig, LibraryEncoder, flat
+from sphinx_pl.models.encoders.library import LibraryConfig, LibraryEncoder, flat, reason
 from sphinx_pl.models.encoders.timm import unused_names
 from sphinx_pl.models.published import HUB, OURS, PublishedLayout, Source
 from sphinx_pl.utils.errors import UserError
@@ -32,6 +32,7 @@ class TransformersConfig(LibraryConfig):
     config: dict[str, Any] = field(default_factory=dict)
 
     def resolve(self) -> None:
+        from huggingface_hub import constants
         from transformers import AutoConfig
 
         source = (self.name or self.load or "").removeprefix(HUB)
@@ -40,11 +41,10 @@ class TransformersConfig(LibraryConfig):
                 values = dict(self.config)
                 config = AutoConfig.for_model(values.pop("model_type", None), **values)
             else:
-                config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+                config = AutoConfig.from_pretrained(source, trust_remote_code=False, cache_dir=constants.HF_HUB_CACHE)
         except Exception as error:  # of many libraries and models
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             what = "config" if self.config else f"name={source}"
-            raise UserError(f"{self.section}.{what} is no configuration of transformers ({reason})") from error
+            raise UserError(f"{self.section}.{what} is no configuration of transformers ({reason(error)})") from error
         config = getattr(config, "vision_config", config)
         self.config = {key: value for key, value in config.to_diff_dict().items() if key != "transformers_version"}
         size = getattr(config, "image_size", None) or int(getattr(config, "num_patches", 0) ** 0.5) * config.patch_size
@@ -55,8 +55,9 @@ class TransformersConfig(LibraryConfig):
 
 
 def _normalisation(source: str, model_type: str) -> tuple[list[float], list[float]]:
-    """The values of the preprocessor's file beside a model, else those of the model's image processor."""
+    """Mean and deviation of the preprocessor's file beside a model, else of its image processor."""
     import transformers
+    from huggingface_hub import constants
     from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
     kind = model_type.removesuffix("_model").removesuffix("_vision")
@@ -65,7 +66,9 @@ def _normalisation(source: str, model_type: str) -> tuple[list[float], list[floa
     values: Mapping[str, Any] = {}
     if source:
         try:
-            values, _ = transformers.ImageProcessingMixin.get_image_processor_dict(source)
+            values, _ = transformers.ImageProcessingMixin.get_image_processor_dict(
+                source, cache_dir=constants.HF_HUB_CACHE
+            )
         except Exception:  # the file is not there, or no network is
             values = {}
     processor = next((getattr(transformers, name, None) for name in names if name), None)
@@ -157,9 +160,9 @@ class Transformers(LibraryEncoder):
 
 
 def _patches(views: Tensor, size: int) -> dict[str, Any]:
-    """What a SigLIP 2 of variable shape reads: patches [N, g*g, size*size*3], row by row, without a mask."""
+    """What a SigLIP 2 of variable shape reads: patches [N, g*g, size*size*3], row by row."""
     grid = views.shape[-1] // size
-    blocks = views.unflatten(3, (grid, size)).unflatten(2, (grid, size)).permute(0, 2, 4, 3, 5, 1)
+    blocks = views.reshape(len(views), 3, grid, size, grid, size).permute(0, 2, 4, 3, 5, 1)
     shapes = torch.tensor([[grid, grid]] * len(views), device="cpu")  # positions are resized on the host's word
     return {"pixel_values": blocks.flatten(3).flatten(1, 2), "pixel_attention_mask": None, "spatial_shapes": shapes}
 
@@ -172,7 +175,7 @@ def _layers(model: Any) -> nn.ModuleList:
 
 
 def _published_names(model: Any, names: list[str]) -> dict[str, str]:
-    """Our names of a model's tensors -> those of files on the hub, which older versions of transformers wrote."""
+    """Our names of a model's tensors -> those of files, as all versions of transformers write them."""
     from transformers.core_model_loading import revert_weight_conversion
 
     value = torch.empty(0, device="meta")
