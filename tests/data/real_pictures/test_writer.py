@@ -59,9 +59,9 @@ def test_the_projects_readers_and_tasks_read_everything(real: Path) -> None:
         assert len(texts) == counts(real)[f"text/{split}"] > 0
     tasks: set[str] = set()
     for name in (*TRAINING, "val", "test", "questions"):
-        reader = InstructionReader(name, str(real / f"instructions/{name}.json"))
-        for index in range(len(reader)):
-            record = reader.record(index)
+        instructions = InstructionReader(name, str(real / f"instructions/{name}.json"))
+        for index in range(len(instructions)):
+            record = instructions.record(index)
             tasks.add(record.task)
             assert TASKS[record.task].turns(record, Coordinates(2))
             for image, size in zip(record.images, record.sizes, strict=True):
