@@ -24,9 +24,16 @@ _STOPS = frozenset(
 )
 # "A pair of cherries" names cherries.
 _UNITS = frozenset(["bunch", "group", "head", "kind", "pair", "piece", "set", "slice", "type"])
-# The last words of titles that say how something is drawn, not what it is.
-_MANNERS = frozenset(("art", "drawing", "drawn", "hand", "icon", "illustration", "logo", "outline", "style", "symbol"))
+# The last words of titles that say how something looks or is drawn, not what it is.
+_MANNERS = frozenset(
+    (
+        *("art", "drawing", "drawn", "hand", "icon", "illustration", "logo", "outline", "simple", "style", "symbol"),
+        *("black", "blue", "brown", "gray", "green", "grey", "pink", "purple", "red", "white", "yellow"),
+        *("clothing", "closed", "left", "open", "right"),
+    )
+)
 MOST_WORDS = 4
+SHORTEST_NOUN = 3
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,7 @@ def _named(found: list[str], words: frozenset[str] | None) -> ObjectName | None:
         return _named(found[stop + 1 :], words)
     while name and name[-1] in _MANNERS:
         name = name[:-1]
-    if not 1 <= len(name) <= MOST_WORDS or any(len(word) == 1 for word in name):
+    if not 1 <= len(name) <= MOST_WORDS or any(len(word) == 1 for word in name) or len(name[-1]) < SHORTEST_NOUN:
         return None
     if words is not None and not all(word in words for word in name):
         return None
