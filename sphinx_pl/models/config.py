@@ -160,17 +160,6 @@ class DecoderConfig:
                     "pairs of rotary channels",
                 )
 
-    @classmethod
-    def underived(cls) -> DecoderConfig:
-        """The default values, without those that follow from others.
-
-        A configuration is merged onto these. Derived sizes would outlive the sizes that they follow
-        from.
-        """
-        config = cls()
-        config.head_dim = config.rotary_dim = 0
-        return config
-
     def has_window(self, layer: int) -> bool:
         """Whether attention in that layer ends `window` positions back."""
         return self.window > 0 and (self.window_layers is None or layer in self.window_layers)
@@ -465,15 +454,13 @@ class SphinxConfig:
     """A whole model: a decoder and, unless null, mixed visual embeddings in front of it."""
 
     name: str = "sphinx"
-    decoder: DecoderConfig = field(default_factory=DecoderConfig.underived)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
     vision: Optional[VisionConfig] = None
     # Where one image's tokens stand: right after BOS (the original), or where its <image> stands in the text.
     # Several images always stand inline.
     image_position: str = "after_bos"
 
     def __post_init__(self) -> None:
-        if self.decoder.head_dim == 0:
-            self.decoder = DecoderConfig()
         require(
             self.image_position in IMAGE_POSITIONS,
             f"model.image_position='{self.image_position}': {suggest(self.image_position, IMAGE_POSITIONS)}",
