@@ -82,7 +82,7 @@ class DecoderConfig:
     heads: int = 32
     kv_heads: int = 32
     # Channels of a head; 0: width / heads. Qwen 3 and Mistral Nemo have others.
-    head_dim: int = 0
+    head_size: int = 0
     ffn_width: int = 11008
     norm_eps: float = 1e-5
     # before: norms of the inputs of attention and feed-forward (LLaMA); after: of their outputs (OLMo 2).
@@ -90,7 +90,7 @@ class DecoderConfig:
     rope_theta: float = 10000.0
     rope_scaling: Optional[RopeScaling] = None
     # Channels of a head that are rotated; 0: all of them. Phi-4-mini rotates three quarters.
-    rotary_dim: int = 0
+    rotary_size: int = 0
     # Layers whose queries and keys are not rotated, by index (SmolLM3).
     unrotated_layers: list[int] = field(default_factory=list)
     # A position sees itself and so many - 1 before it (Mistral's sliding window); 0: all before it.
@@ -125,21 +125,20 @@ class DecoderConfig:
         )
         require(self.balance_weight >= 0, f"{section}.balance_weight={self.balance_weight} must not be negative")
         divides(section, self, "kv_heads", "heads")
-        if self.head_dim == 0:
+        if self.head_size == 0:
             divides(section, self, "heads", "width")
-            self.head_dim = self.width // self.heads
-            origin = "width/heads"
-        else:
-            origin = "head_dim"
+        origin = "head_size" if self.head_size else "width/heads"
         require(
             self.head_dim > 0 and self.head_dim % 2 == 0,
             f"{section}.{origin} = {self.head_dim} must be even for rotary embeddings",
         )
-        self.rotary_dim = self.rotary_dim or self.head_dim
         require(
             0 < self.rotary_dim <= self.head_dim and self.rotary_dim % 2 == 0,
-            f"{section}.rotary_dim={self.rotary_dim} must be even and at most head_dim={self.head_dim}",
+            f"{section}.rotary_size={self.rotary_size} must be even and at most the head's {self.head_dim} channels",
         )
+        # One way to say each: configurations are compared.
+        self.rotary_size = 0 if self.rotary_size == self.head_dim else self.rotary_size
+        self.head_size = 0 if self.head_size * self.heads == self.width else self.head_size
         require(self.window >= 0, f"{section}.window={self.window} must not be negative")
         for key in ("unrotated_layers", "window_layers"):
             for layer in getattr(self, key) or ():
@@ -155,6 +154,16 @@ class DecoderConfig:
                     f"{section}.rope_scaling.{key} has {count} numbers, not one for each of {self.rotary_dim // 2} "
                     "pairs of rotary channels",
                 )
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head."""
+        return self.head_size or self.width // self.heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that are rotated."""
+        return self.rotary_size or self.head_dim
 
     def has_window(self, layer: int) -> bool:
         """Whether attention in that layer ends `window` positions back."""

@@ -112,7 +112,7 @@ class Family:
             "layers": keys["num_hidden_layers"],
             "heads": heads,
             "kv_heads": keys("num_key_value_heads", heads),
-            "head_dim": head_dim,
+            "head_size": head_dim,
             "ffn_width": keys["intermediate_size"],
             "norm_eps": keys["rms_norm_eps"],
             "max_positions": keys["max_position_embeddings"],
@@ -138,7 +138,7 @@ class Family:
             raise (rope if rope("partial_rotary_factor") else keys).refuse("partial_rotary_factor")
         options: dict[str, Any] = {
             "rope_theta": float(rope("rope_theta", keys("rope_theta", 10000.0))),
-            "rotary_dim": int(head_dim * share),
+            "rotary_size": int(head_dim * share),
         }
         # Phi 3 has it beside the section, where it comes first.
         places = (keys, rope)
@@ -197,9 +197,9 @@ class Family:
             "tie_word_embeddings": config.tie_embeddings,
             "pad_token_id": None,  # a class has that of its own vocabulary, which may be larger
         }
-        if config.head_dim * config.heads != config.width:
+        if config.head_size:
             values["head_dim"] = config.head_dim
-        if config.rotary_dim != config.head_dim:
+        if config.rotary_size:
             values["partial_rotary_factor"] = config.rotary_dim / config.head_dim
         if config.rope_scaling is not None:
             values["rope_scaling"] = _rope_section(config.rope_scaling)
