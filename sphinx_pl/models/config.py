@@ -32,9 +32,10 @@ NORM_POSITIONS = ("before", "after")
 class RopeScaling:
     """How rotary frequencies are changed for positions beyond those of the first training.
 
-    linear: all frequencies are divided by `factor` (Chen et al. 2023). llama3: only the low ones, with a smooth
-    passage (Grattafiori et al. 2024). yarn: low ones are divided, high ones kept, and attention is sharpened (Peng et
-    al. 2023). longrope: each frequency has a factor of its own, in short and in long sequences (Ding et al. 2024).
+    linear: all frequencies are divided by `factor` (Chen et al. 2023). llama3: only the low ones,
+    with a smooth passage (Grattafiori et al. 2024). yarn: low ones are divided, high ones kept, and
+    attention is sharpened (Peng et al. 2023). longrope: each frequency has a factor of its own, in
+    short and in long sequences (Ding et al. 2024).
     """
 
     kind: str = "linear"
@@ -45,8 +46,8 @@ class RopeScaling:
     # original_positions / high_freq_factor are kept.
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
-    # yarn: frequencies that turn more often than beta_fast over original_positions are kept, less often than
-    # beta_slow divided.
+    # yarn: frequencies that turn more often than beta_fast over original_positions are kept, those
+    # that turn less often than beta_slow divided.
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     # yarn: whether the two borders are rounded to whole channels.
@@ -54,7 +55,8 @@ class RopeScaling:
     # longrope: divisors of the frequencies, one for each pair of rotary channels.
     short_factor: list[float] = field(default_factory=list)
     long_factor: list[float] = field(default_factory=list)
-    # Queries and keys are multiplied by it. None: as the paper of yarn or longrope derives it from `factor`.
+    # Queries and keys are multiplied by it. None: as the paper of yarn or longrope derives it from
+    # `factor`.
     attention_factor: Optional[float] = None
 
     def __post_init__(self) -> None:
@@ -85,7 +87,8 @@ class DecoderConfig:
     head_size: int = 0
     ffn_width: int = 11008
     norm_eps: float = 1e-5
-    # before: norms of the inputs of attention and feed-forward (LLaMA); after: of their outputs (OLMo 2).
+    # before: norms of the inputs of attention and feed-forward (LLaMA); after: of their outputs
+    # (OLMo 2).
     norm_position: str = "before"
     rope_theta: float = 10000.0
     rope_scaling: Optional[RopeScaling] = None

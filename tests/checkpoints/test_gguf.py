@@ -110,7 +110,7 @@ def logits(model: Sphinx, ids_BT: Tensor) -> Tensor:
 
 
 def theirs(path: Path, **changes: Any) -> Any:
-    """Return transformers' model of the file. Its `from_pretrained` does the same, and needs accelerate."""
+    """Return transformers' model of the file, which `from_pretrained` only loads with accelerate."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 

@@ -126,7 +126,8 @@ class Family:
     def rotary(self, keys: Keys, head_dim: int) -> dict[str, Any]:
         """The options of rotary embeddings.
 
-        Both forms of config.json are read: `rope_scaling` beside `rope_theta`, and `rope_parameters`.
+        Both forms of config.json are read: `rope_scaling` beside `rope_theta`, and
+        `rope_parameters`.
         """
         section = "rope_parameters" if keys("rope_parameters") else "rope_scaling"
         rope = Keys(keys(section, {}), {}, f"{section}.")
@@ -217,7 +218,7 @@ class Family:
     # -- tensors --
 
     def source(self, name: str, config: DecoderConfig) -> Source:
-        """Where a tensor of `Decoder` stands in the family's files, and how it is made from there."""
+        """Where a tensor of `Decoder` stands in the family's files, and how it is made."""
         if name in self.top:
             return Source((self.top[name],))
         match = _LAYER.fullmatch(name)
@@ -304,7 +305,7 @@ _THEIR_LAYER = re.compile(r"(?:model\.)?(?:language_model\.)?(?:model\.)?layers\
 
 
 def _rotary_heads(part: str, config: DecoderConfig) -> int:
-    """Heads in the first dimension of a layer's tensor if that has rotary channels; 0 if it has none.
+    """Heads in the first dimension of a layer's tensor if that has rotary channels; else 0.
 
     A norm of queries or keys has the channels of one head, or of all.
     """
