@@ -167,6 +167,14 @@ def test_values_and_logits(write: Callable[..., Path], tmp_path: Path, architect
     assert tokenizer.eos_id == 256
     assert tokenizer.decode(ids) == "12he<|end|>"
 
+    # As a current folder of Hugging Face's is, with a tokenizer.json and no tokenizer.model.
+    assert main(["export", str(tmp_path / "ours"), str(tmp_path / "hf"), "--to", "huggingface"]) == 0
+    assert not (tmp_path / "hf" / "tokenizer.model").exists()
+    assert main(["import", str(tmp_path / "hf"), str(tmp_path / "again")]) == 0
+    again = open_checkpoint(tmp_path / "again")
+    assert again.model_config.decoder == checkpoint.model_config.decoder
+    assert all(torch.equal(again.tensor(name), checkpoint.tensor(name)) for name in checkpoint)
+
 
 @torch.no_grad()
 def test_a_decoder_for_long_texts_has_divisors_of_its_frequencies(write: Callable[..., Path]) -> None:
