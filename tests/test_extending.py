@@ -196,7 +196,7 @@ def test_a_language_model(load: Load, tmp_path: Path) -> None:
     load("sphinx_pl/checkpoints/families/ministral.py")
     torch.manual_seed(0)
     sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 5}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 5}
     types = ["sliding_attention", "full_attention"]
     theirs = MinistralForCausalLM(MinistralConfig(**sizes, layer_types=types, max_position_embeddings=64)).eval()
     theirs.save_pretrained(tmp_path / "ministral")

@@ -233,7 +233,7 @@ class GGUFCheckpoint(FamilyCheckpoint):
         return [self.path]
 
     @cached_property
-    def tokenizer_file(self) -> Path:  # type: ignore[override]
+    def tokenizer_file(self) -> Path:
         """A tokenizer.json made of the file's vocabulary, in a temporary folder.
 
         Raises:

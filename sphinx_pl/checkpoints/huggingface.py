@@ -80,7 +80,7 @@ def read_decoder(family: Family, values: Mapping[str, Any], file: Path) -> Decod
 
 
 class FamilyCheckpoint(Checkpoint):
-    """A decoder of a family in `sphinx_pl.checkpoints.families`, whose tensors have the family's names."""
+    """A decoder whose tensors have the names of a family in `sphinx_pl.checkpoints.families`."""
 
     def _open(self, family: Family, decoder: DecoderConfig, tensors: TensorReader) -> None:
         """Look up where each tensor of `decoder` stands in `tensors`."""

@@ -36,9 +36,10 @@ NORM_POSITIONS = ("before", "after")
 class RopeScaling:
     """How rotary frequencies are changed for positions beyond those of the first training.
 
-    linear: all frequencies are divided by `factor` (Chen et al. 2023). llama3: only the low ones, with a smooth
-    passage (Grattafiori et al. 2024). yarn: low ones are divided, high ones kept, and attention is sharpened (Peng et
-    al. 2023). longrope: each frequency has a factor of its own, in short and in long sequences (Ding et al. 2024).
+    linear: all frequencies are divided by `factor` (Chen et al. 2023). llama3: only the low ones,
+    with a smooth passage (Grattafiori et al. 2024). yarn: low ones are divided, high ones kept, and
+    attention is sharpened (Peng et al. 2023). longrope: each frequency has a factor of its own, in
+    short and in long sequences (Ding et al. 2024).
     """
 
     kind: str = "linear"
@@ -49,8 +50,8 @@ class RopeScaling:
     # original_positions / high_freq_factor are kept.
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
-    # yarn: frequencies that turn more often than beta_fast over original_positions are kept, less often than
-    # beta_slow divided.
+    # yarn: frequencies that turn more often than beta_fast over original_positions are kept, those
+    # that turn less often than beta_slow divided.
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     # yarn: whether the two borders are rounded to whole channels.
@@ -58,7 +59,8 @@ class RopeScaling:
     # longrope: divisors of the frequencies, one for each pair of rotary channels.
     short_factor: list[float] = field(default_factory=list)
     long_factor: list[float] = field(default_factory=list)
-    # Queries and keys are multiplied by it. None: as the paper of yarn or longrope derives it from `factor`.
+    # Queries and keys are multiplied by it. None: as the paper of yarn or longrope derives it from
+    # `factor`.
     attention_factor: Optional[float] = None
 
     def __post_init__(self) -> None:
@@ -86,15 +88,16 @@ class DecoderConfig:
     heads: int = 32
     kv_heads: int = 32
     # Channels of a head; 0: width / heads. Qwen 3 and Mistral Nemo have others.
-    head_dim: int = 0
+    head_size: int = 0
     ffn_width: int = 11008
     norm_eps: float = 1e-5
-    # before: norms of the inputs of attention and feed-forward (LLaMA); after: of their outputs (OLMo 2).
+    # before: norms of the inputs of attention and feed-forward (LLaMA); after: of their outputs
+    # (OLMo 2).
     norm_position: str = "before"
     rope_theta: float = 10000.0
     rope_scaling: Optional[RopeScaling] = None
     # Channels of a head that are rotated; 0: all of them. Phi-4-mini rotates three quarters.
-    rotary_dim: int = 0
+    rotary_size: int = 0
     # Layers whose queries and keys are not rotated, by index (SmolLM3).
     unrotated_layers: list[int] = field(default_factory=list)
     # A position sees itself and so many - 1 before it (Mistral's sliding window); 0: all before it.
@@ -129,21 +132,20 @@ class DecoderConfig:
         )
         require(self.balance_weight >= 0, f"{section}.balance_weight={self.balance_weight} must not be negative")
         divides(section, self, "kv_heads", "heads")
-        if self.head_dim == 0:
+        if self.head_size == 0:
             divides(section, self, "heads", "width")
-            self.head_dim = self.width // self.heads
-            origin = "width/heads"
-        else:
-            origin = "head_dim"
+        origin = "head_size" if self.head_size else "width/heads"
         require(
             self.head_dim > 0 and self.head_dim % 2 == 0,
             f"{section}.{origin} = {self.head_dim} must be even for rotary embeddings",
         )
-        self.rotary_dim = self.rotary_dim or self.head_dim
         require(
             0 < self.rotary_dim <= self.head_dim and self.rotary_dim % 2 == 0,
-            f"{section}.rotary_dim={self.rotary_dim} must be even and at most head_dim={self.head_dim}",
+            f"{section}.rotary_size={self.rotary_size} must be even and at most the head's {self.head_dim} channels",
         )
+        # One way to say each: configurations are compared.
+        self.rotary_size = 0 if self.rotary_size == self.head_dim else self.rotary_size
+        self.head_size = 0 if self.head_size * self.heads == self.width else self.head_size
         require(self.window >= 0, f"{section}.window={self.window} must not be negative")
         for key in ("unrotated_layers", "window_layers"):
             for layer in getattr(self, key) or ():
@@ -159,6 +161,16 @@ class DecoderConfig:
                     f"{section}.rope_scaling.{key} has {count} numbers, not one for each of {self.rotary_dim // 2} "
                     "pairs of rotary channels",
                 )
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head."""
+        return self.head_size or self.width // self.heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that are rotated."""
+        return self.rotary_size or self.head_dim
 
     def has_window(self, layer: int) -> bool:
         """Whether attention in that layer ends `window` positions back."""

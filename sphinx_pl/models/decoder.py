@@ -102,8 +102,8 @@ class KVCache:
 
 
 def rotary_frequencies(config: DecoderConfig, long: bool, device: torch.device) -> tuple[Tensor, float]:
-    """The angle by which each channel pair turns from one position to the next, in radians, float32 [rotary_dim/2];
-    and what queries and keys are multiplied by.
+    """The angle by which each channel pair turns from one position to the next, in radians,
+    float32 [rotary_dim/2]; and what queries and keys are multiplied by.
 
     Sources: `RopeScaling`.
 
@@ -139,7 +139,9 @@ def rotary_frequencies(config: DecoderConfig, long: bool, device: torch.device) 
 
 
 def _pair_that_turns(turns: float, config: DecoderConfig) -> float:
-    """The index, not rounded, of the channel pair that turns so often within `original_positions` (YaRN, appendix)."""
+    """The index, not rounded, of the channel pair that turns so often within `original_positions`
+    (YaRN, appendix).
+    """
     assert config.rope_scaling is not None
     wavelength = config.rope_scaling.original_positions / turns
     return config.rotary_dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(config.rope_theta))
@@ -376,10 +378,10 @@ class Decoder(nn.Module):
     def _biases(
         self, x_BTD: Tensor, position_ids_BT: Tensor, mask: Optional[Tensor], cache: Optional[KVCache]
     ) -> tuple[Optional[Tensor], Optional[Tensor]]:
-        """The masks of layers without and with a window, as additive biases in the attention's dtype.
+        """The masks of layers without and with a window, as biases in the attention's dtype.
 
-        They are converted here once, not in every layer. A window counts positions, not columns: questions that share
-        a prefix lie one after the other in a packed row.
+        They are converted here once, not in every layer. A window counts positions, not columns:
+        questions that share a prefix lie one after the other in a packed row.
         """
         length, past = x_BTD.shape[1], cache.length if cache else 0
         window = self.config.window
@@ -409,8 +411,8 @@ class Decoder(nn.Module):
         """FLOPs of a forward pass over `tokens` positions, of which `supervised` have logits.
 
         Args:
-            pairs: how many pairs of positions the mask lets through; layers with a window compare at most
-                `window` for each position.
+            pairs: how many pairs of positions the mask lets through. Layers with a window compare at
+                most `window` for each position.
         """
         c = self.config
         windows = sum(c.has_window(layer) for layer in range(c.layers))

@@ -110,7 +110,7 @@ def logits(model: Sphinx, ids_BT: Tensor) -> Tensor:
 
 
 def theirs(path: Path, **changes: Any) -> Any:
-    """Return transformers' model of the file. Its `from_pretrained` does the same, and needs accelerate."""
+    """Return transformers' model of the file, which `from_pretrained` only loads with accelerate."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
@@ -166,6 +166,14 @@ def test_values_and_logits(write: Callable[..., Path], tmp_path: Path, architect
     assert not {256, 257} & {*ids}  # digits stand alone, and a typed control token is text
     assert tokenizer.eos_id == 256
     assert tokenizer.decode(ids) == "12he<|end|>"
+
+    # As a current folder of Hugging Face's is, with a tokenizer.json and no tokenizer.model.
+    assert main(["export", str(tmp_path / "ours"), str(tmp_path / "hf"), "--to", "huggingface"]) == 0
+    assert not (tmp_path / "hf" / "tokenizer.model").exists()
+    assert main(["import", str(tmp_path / "hf"), str(tmp_path / "again")]) == 0
+    again = open_checkpoint(tmp_path / "again")
+    assert again.model_config.decoder == checkpoint.model_config.decoder
+    assert all(torch.equal(again.tensor(name), checkpoint.tensor(name)) for name in checkpoint)
 
 
 @torch.no_grad()

@@ -19,9 +19,10 @@ from sphinx_pl.checkpoints.families.base import half_split, interleave
 from sphinx_pl.checkpoints.format import Checkpoint, open_checkpoint
 from sphinx_pl.checkpoints.huggingface import write_huggingface
 from sphinx_pl.checkpoints.native import write_checkpoint
+from sphinx_pl.checkpoints.original import decoder_config
 from sphinx_pl.checkpoints.torch_shards import open_tensors, split
 from sphinx_pl.cli.checkpoint import main
-from sphinx_pl.models.config import DecoderConfig, SphinxConfig
+from sphinx_pl.models.config import DecoderConfig, RopeScaling, SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.utils.errors import UserError
 from tests.conftest import transformers_decoder
@@ -152,6 +153,13 @@ def test_metas_own_files(tmp_path: Path, ranks: int) -> None:
     checkpoint = open_checkpoint(folder)
     assert checkpoint.tokenizer_file.is_file()
     assert torch.equal(logits(loaded(checkpoint)), logits(model))
+
+
+def test_metas_scaled_rotary_embeddings() -> None:
+    sizes = {"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "multiple_of": 1024, "norm_eps": 1e-5}
+    sizes |= {"ffn_dim_multiplier": 1.3, "rope_theta": 500000.0, "use_scaled_rope": True}
+    config = decoder_config(sizes, 128256)
+    assert (config.ffn_width, config.rope_scaling) == (14336, RopeScaling("llama3", 8.0, 8192))
 
 
 @pytest.fixture

@@ -223,7 +223,7 @@ def test_flops_count_the_heads_own_size_and_what_a_window_hides() -> None:
     with torch.device("meta"):
         plain, wide, short = (
             Decoder(DecoderConfig(**{**vars(CONFIG), **extra}))
-            for extra in ({}, {"head_dim": 16, "rotary_dim": 0}, {"window": 4, "window_layers": [0, 2]})
+            for extra in ({}, {"head_size": 16}, {"window": 4, "window_layers": [0, 2]})
         )
     assert wide.flops(0, 10, 0) == 2 * plain.flops(0, 10, 0)
     tokens, pairs = 100, 100 * 101 / 2
@@ -240,8 +240,8 @@ def test_a_shallow_decoder_keeps_the_options_of_its_layers() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"head_dim": 7}, "head_dim = 7 must be even"),
-        ({"rotary_dim": 9}, "rotary_dim=9 must be even and at most head_dim=8"),
+        ({"head_size": 7}, "head_size = 7 must be even"),
+        ({"rotary_size": 9}, "rotary_size=9 must be even and at most the head's 8 channels"),
         ({"window": -1}, "window=-1 must not be negative"),
         ({"window_layers": [3]}, "there is no layer 3 of 3"),
         ({"norm_position": "behind"}, "norm_position='behind'"),
@@ -253,4 +253,14 @@ def test_a_shallow_decoder_keeps_the_options_of_its_layers() -> None:
 )
 def test_options_that_do_not_fit_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        SphinxConfig.from_dict({"decoder": {**vars(CONFIG), "rotary_dim": 0, **options}})
+        SphinxConfig.from_dict({"decoder": {**vars(CONFIG), **options}})
+
+
+def test_sizes_that_follow_from_others_are_not_kept() -> None:
+    """A section that leaves them out gets its own, not those of the default decoder."""
+    sizes = {"width": 48, "heads": 6, "kv_heads": 2}
+    config = SphinxConfig.from_dict({"decoder": sizes}).decoder
+    assert (config.head_dim, config.rotary_dim) == (8, 8)
+    assert SphinxConfig.from_dict({"decoder": sizes | {"head_size": 8, "rotary_size": 8}}).decoder == config
+    other = SphinxConfig.from_dict({"decoder": sizes | {"head_size": 12, "rotary_size": 6}}).decoder
+    assert (other.head_dim, other.rotary_dim) == (12, 6)

@@ -112,7 +112,7 @@ class Family:
             "layers": keys["num_hidden_layers"],
             "heads": heads,
             "kv_heads": keys("num_key_value_heads", heads),
-            "head_dim": head_dim,
+            "head_size": head_dim,
             "ffn_width": keys["intermediate_size"],
             "norm_eps": keys["rms_norm_eps"],
             "max_positions": keys["max_position_embeddings"],
@@ -126,7 +126,8 @@ class Family:
     def rotary(self, keys: Keys, head_dim: int) -> dict[str, Any]:
         """The options of rotary embeddings.
 
-        Both forms of config.json are read: `rope_scaling` beside `rope_theta`, and `rope_parameters`.
+        Both forms of config.json are read: `rope_scaling` beside `rope_theta`, and
+        `rope_parameters`.
         """
         section = "rope_parameters" if keys("rope_parameters") else "rope_scaling"
         rope = Keys(keys(section, {}), {}, f"{section}.")
@@ -138,7 +139,7 @@ class Family:
             raise (rope if rope("partial_rotary_factor") else keys).refuse("partial_rotary_factor")
         options: dict[str, Any] = {
             "rope_theta": float(rope("rope_theta", keys("rope_theta", 10000.0))),
-            "rotary_dim": int(head_dim * share),
+            "rotary_size": int(head_dim * share),
         }
         # Phi 3 has it beside the section, where it comes first.
         places = (keys, rope)
@@ -197,9 +198,9 @@ class Family:
             "tie_word_embeddings": config.tie_embeddings,
             "pad_token_id": None,  # a class has that of its own vocabulary, which may be larger
         }
-        if config.head_dim * config.heads != config.width:
+        if config.head_size:
             values["head_dim"] = config.head_dim
-        if config.rotary_dim != config.head_dim:
+        if config.rotary_size:
             values["partial_rotary_factor"] = config.rotary_dim / config.head_dim
         if config.rope_scaling is not None:
             values["rope_scaling"] = _rope_section(config.rope_scaling)
@@ -217,7 +218,7 @@ class Family:
     # -- tensors --
 
     def source(self, name: str, config: DecoderConfig) -> Source:
-        """Where a tensor of `Decoder` stands in the family's files, and how it is made from there."""
+        """Where a tensor of `Decoder` stands in the family's files, and how it is made."""
         if name in self.top:
             return Source((self.top[name],))
         match = _LAYER.fullmatch(name)
@@ -304,7 +305,7 @@ _THEIR_LAYER = re.compile(r"(?:model\.)?(?:language_model\.)?(?:model\.)?layers\
 
 
 def _rotary_heads(part: str, config: DecoderConfig) -> int:
-    """Heads in the first dimension of a layer's tensor if that has rotary channels; 0 if it has none.
+    """Heads in the first dimension of a layer's tensor if that has rotary channels; else 0.
 
     A norm of queries or keys has the channels of one head, or of all.
     """

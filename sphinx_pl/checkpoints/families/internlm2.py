@@ -1,4 +1,4 @@
-"""InternLM 2 and 2.5: Meta's names, with queries, keys and values of a key/value head in one matrix.
+"""InternLM 2 and 2.5: Meta's names, with queries, keys and values in one matrix by key/value head.
 
 transformers has no class for it, so it is read and not written.
 """

@@ -40,7 +40,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "logits_scaling": (1,),
     "logit_scale": (1,),
 }
-"""Values of keys that change the maths for which they change nothing, beside null, false, 0 and empty ones."""
+"""Values with which a key changes nothing, beside null, false, 0 and empty ones."""
 
 
 class Keys:

@@ -1,4 +1,4 @@
-"""Phi 3, 3.5 and 4: fused matrices, frequencies for long texts (longrope) and partly rotated heads."""
+"""Phi 3, 3.5 and 4: fused matrices, longrope's frequencies and partly rotated heads."""
 
 from typing import Any
 
