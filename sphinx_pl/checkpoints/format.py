@@ -202,10 +202,9 @@ class Checkpoint(ModelFolder):
     def compare(self, other: Checkpoint) -> str:
         if self.is_delta != other.is_delta:
             return "one holds whole weights, the other differences to a base model"
-        # Older files lack keys that have defaults today.
-        models = self.model_config.to_dict(), other.model_config.to_dict()
-        for section, (a, b) in {"model": models, "processor": (self.processor, other.processor)}.items():
-            if lines := differences(a, b, section):
+        models = (self.model_config.to_dict(), other.model_config.to_dict())  # options that one lacks are off
+        for section, (ours, theirs) in {"model": models, "processor": (self.processor, other.processor)}.items():
+            if lines := differences(ours, theirs, section):
                 more = f" ({len(lines) - 1} more keys differ)" if len(lines) > 1 else ""
                 return f"they are not of one {section}: {lines[0]}{more}"
         files = [self.tokenizer_file, other.tokenizer_file]

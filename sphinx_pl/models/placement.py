@@ -46,8 +46,10 @@ class OneDevice:
         setattr(owner, name, nn.Parameter(data, requires_grad=like.requires_grad))
 
 
-def allocate(module: nn.Module, device: torch.device | str) -> nn.Module:
-    """`module` on a device: its meta tensors get memory without values, all others keep theirs."""
-    return module._apply(
-        lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
-    )
+def allocate(module: nn.Module, device: torch.device | str) -> None:
+    """Move `module` to a device: its meta tensors get memory without values, others keep theirs."""
+
+    def placed(tensor: Tensor) -> Tensor:
+        return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+
+    module._apply(placed)  # type: ignore[no-untyped-call]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from sphinx_pl.models.encoders.base import IMAGENET_MEAN, IMAGENET_STD, ViewScheme, register
 from sphinx_pl.models.encoders.library import LibraryConfig, LibraryEncoder, flat, reason
@@ -144,6 +146,8 @@ class Transformers(LibraryEncoder):
         finally:
             if handle is not None:
                 handle.remove()
+            if isinstance(views, FakeTensor):  # which a plan computes with, and a run must not meet again
+                _clear_caches(model)
         if outputs:
             tokens = outputs[0]
             if config.norm:
@@ -157,6 +161,14 @@ class Transformers(LibraryEncoder):
     @classmethod
     def has_class_token(cls, model: Any) -> bool:
         return any(name.rpartition(".")[2] in _CLASS_TOKENS for name, _ in model.named_parameters())
+
+
+def _clear_caches(model: nn.Module) -> None:
+    """Forget what functions of the model's module have computed, such as coordinates of patches."""
+    for function in vars(sys.modules[type(model).__module__]).values():
+        for cell in getattr(function, "__closure__", None) or ():
+            if hasattr(cell.cell_contents, "cache_clear"):
+                cell.cell_contents.cache_clear()
 
 
 def _patches(views: Tensor, size: int) -> dict[str, Any]:
