@@ -5,11 +5,12 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo sample-full test test-long lint types build clean
+.PHONY: help venv demo sample-full real test test-long lint types build clean
 
 help:
 	@echo "make demo       the whole pipeline on sample data: ends with a table and outputs/demo/report.html"
 	@echo "make sample-full  the same recipe with more steps and data (an hour); both resume; ARGS=redo=all repeats all"
+	@echo "make real       the recipe on real pictures, text and weights from published packages (75 minutes; docs/real.md)"
 	@echo "make test       the tests (13 minutes on two cores)"
 	@echo "make test-long  what takes longer, such as many kills (log in docs/logs/)"
 	@echo "make lint       ruff          make types  mypy          make build  the wheel"
@@ -20,14 +21,15 @@ venv: $(STAMP)
 $(STAMP): setup.cfg constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11: make PYTHON=python3.11"; exit 2; }
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[sample,eval,tensorboard,web,slurm,dev]'
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[sample,eval,tensorboard,gguf,web,slurm,dev]'
 	@touch $@
 
 # The steps are in conf/pipeline/experiment/. It resumes; ARGS=redo=all repeats everything. Any other
 # override too: make demo ARGS="finetune:stage.max_steps=100 scale=2".
 demo: RECIPE = demo
 sample-full: RECIPE = sample_full
-demo sample-full: venv
+real: RECIPE = real
+demo sample-full real: venv
 	$(PY) -m sphinx_pl.cli.pipeline experiment=$(RECIPE) $(ARGS)
 
 # A process for each core; on many cores eight, since each imports PyTorch and makes the sample world for itself.

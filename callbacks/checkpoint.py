@@ -143,7 +143,7 @@ def _describe(trainer: L.Trainer, partial: Path, config: Path | None) -> None:
     processor = trainer.datamodule.processor
     composed: Any = OmegaConf.to_container(OmegaConf.load(config)) if config else None
     origin = provenance(stage=stage.name, config=composed, parents=stage.parents) | {"steps": trainer.global_step}
-    describe(partial, stage.config.to_dict(), processor.to_dict(), processor.tokenizer.path, origin)
+    describe(partial, stage.config.to_dict(), processor.to_dict(), processor.tokenizer, origin)
     sync(*partial.iterdir(), partial)
 
 

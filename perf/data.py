@@ -41,10 +41,10 @@ from sphinx_pl.data import readers
 from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.images import PAD_COLOUR
 from sphinx_pl.data.processor import Processor, ProcessorConfig
-from sphinx_pl.data.prompt_format import render
+from sphinx_pl.data.prompt_formats import SPHINX
 from sphinx_pl.data.readers.base import Shard
 from sphinx_pl.data.schema import IMAGE_SLOT, Turn
-from sphinx_pl.data.tokenizers import Tokenizer
+from sphinx_pl.data.tokenizers import load_tokenizer
 from sphinx_pl.data.train_loader import TrainLoader
 from sphinx_pl.utils.errors import UserError
 
@@ -57,7 +57,7 @@ def make_datamodule(
 ) -> DataModule:
     """The data of one source, or of several with equal weights, with the geometry of sphinx_7b."""
     mixture = [source] if isinstance(source, dict) else source
-    processor = Processor(ProcessorConfig(), Tokenizer(tokenizer_file), IMAGE_TOKENS, IMAGE_SIZE)
+    processor = Processor(ProcessorConfig(), load_tokenizer(tokenizer_file), IMAGE_TOKENS, IMAGE_SIZE)
     settings = {"row_length": ROW_LENGTH, "micro_batch_rows": rows}
     return DataModule(processor, {f"{one['kind']}{n}": one for n, one in enumerate(mixture)}, {}, settings, workers)
 
@@ -191,7 +191,7 @@ def plain_square(image: Image.Image) -> Image.Image:
 def bare(kind: Kind, tokenizer_file: Path) -> Iterator[Done]:
     """Pillow alone: open, RGB, pad, resize, to an array. Of text the tokenizer alone."""
     if not kind.photographs:
-        encoder = Tokenizer(tokenizer_file)
+        encoder = load_tokenizer(tokenizer_file)
         for text in itertools.cycle(kind.texts):
             encoder.encode(text)
             yield 1, 0
@@ -205,14 +205,14 @@ def plain_webdataset(kind: Kind, tokenizer_file: Path, batch_size: int = 24) -> 
     import webdataset
     from torchvision.transforms.functional import pil_to_tensor
 
-    encoder = Tokenizer(tokenizer_file)
+    encoder = load_tokenizer(tokenizer_file)
     system = ProcessorConfig().system
 
     def prepare(sample: dict[str, Any]) -> tuple[torch.Tensor | None, torch.Tensor]:
         if "json" in sample and "conversations" in sample["json"]:
             values = [message["value"] for message in sample["json"]["conversations"]]
             turns = [Turn(*pair) for pair in zip(values[::2], values[1::2], strict=True)]
-            text = render(turns, system).text
+            text = SPHINX.render(turns, system).text
         else:
             text = sample["txt"]
         slots = [IMAGE_SLOT] * IMAGE_TOKENS if "jpg" in sample else []

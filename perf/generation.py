@@ -31,8 +31,7 @@ import torch
 from omegaconf import OmegaConf
 
 from perf.harness import configuration, console, parser, ratios, run_command, seconds, spread, table, turns, where
-from sphinx_pl.checkpoints.huggingface import huggingface_config
-from sphinx_pl.checkpoints.llama import llama_entries
+from sphinx_pl.checkpoints.families import FAMILIES
 from sphinx_pl.checkpoints.tensors import TensorDict
 from sphinx_pl.data.images import load_image
 from sphinx_pl.data.processor import Processor
@@ -62,10 +61,10 @@ def theirs(model: Sphinx) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = model.config.decoder
-    values = {key: value for key, value in huggingface_config(config, "float32").items() if key != "architectures"}
+    values = {key: value for key, value in FAMILIES["llama"].config(config).items() if key != "architectures"}
     llama = LlamaForCausalLM(LlamaConfig(**values))
     decoder = {f"decoder.{name}": value for name, value in model.decoder.state_dict().items()}
-    entries = llama_entries(TensorDict(decoder), config)
+    entries = FAMILIES["llama"].entries(TensorDict(decoder), config, None)
     llama.load_state_dict({name: e.make(decoder[e.name]) if e.make else decoder[e.name] for name, e in entries.items()})
     return llama.to(model.decoder.tok_embeddings.weight).eval()
 

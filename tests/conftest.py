@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from sphinx_pl.data.processor import Processor, ProcessorConfig
-from sphinx_pl.data.tokenizers import Tokenizer
+from sphinx_pl.data.tokenizers import load_tokenizer
 from sphinx_pl.models.config import DecoderConfig, SphinxConfig
 from sphinx_pl.runtime import signals
 
@@ -110,7 +110,7 @@ def new_processor(sample_data: Path, model_config: SphinxConfig) -> Processor:
     config = ProcessorConfig(system="", decimals=2, max_length=256)
     return Processor(
         config,
-        Tokenizer(sample_data / "tokenizer.model"),
+        load_tokenizer(sample_data / "tokenizer.model"),
         tokens_per_image=model_config.tokens_per_image,
         image_size=model_config.vision.image_size,
     )

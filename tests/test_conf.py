@@ -39,19 +39,23 @@ def composed(config: str, *overrides: str, folder: str = "outputs/test") -> Dict
     return cfg
 
 
+MODELS = [name for name in options("model") if name != "auto"]
+"""The models with sizes of their own."""
+
+
 def test_no_group_is_empty() -> None:
     groups = ("stage", "model", "data", "data/mixture", "trainer", "callbacks", "logger", "experiment", "debug")
     assert all(options(group) for group in groups)
 
 
-@pytest.mark.parametrize("name", options("model"))
+@pytest.mark.parametrize("name", MODELS)
 def test_models_are_valid(name: str) -> None:
     model = SphinxConfig.from_dict(composed("train", f"model={name}").model)
     assert model.name == name
     assert model.tokens_per_image > 0
 
 
-@pytest.mark.parametrize("name", options("model"))
+@pytest.mark.parametrize("name", MODELS)
 def test_every_model_finetunes_with_the_papers_data(name: str) -> None:
     """One image and a question fit into the sample's limit, the decoder's positions and a row."""
     cfg = composed("train", "experiment=paper_finetune", f"model={name}")

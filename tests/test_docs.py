@@ -57,8 +57,12 @@ NEEDS = {
     "*evaluation.compare *": "two evaluations",
     "*evaluation.report.page *": "two evaluations",
     "*then=mixture*": "a model that has learned something",
+    "*experiment=real *": "published packages",
+    "*source=hf-hub*": "the Hugging Face Hub",
+    "*google/siglip2*": "the Hugging Face Hub",
 }
 """Patterns of commands that this test cannot run, and what they need."""
+REAL = "tests/pipeline/test_real.py::test_the_quick_recipe_of_real_pictures_ends_with_its_pages"
 WHOLE = "tests/pipeline/test_whole.py::test_a_recipe_killed_in_its_finetune_resumes_from_the_checkpoint"
 ELSEWHERE = {
     "python chat.py * ui=web": "tests/apps/test_web.py::test_a_browser_uploads_asks_and_sees_boxes",
@@ -75,10 +79,12 @@ ELSEWHERE = {
     "sphinx-pipeline status *": (
         "tests/pipeline/test_whole.py::test_a_recipe_killed_in_its_finetune_resumes_from_the_checkpoint"
     ),
+    "sphinx-pipeline experiment=real_quick": REAL,
+    "sphinx-data real *": REAL,
     "*plan=true*": "tests/planning/test_plan.py::test_13b_on_512_gpus_from_the_command_line",
 }
 """Patterns of commands, and the test that runs them."""
-MAKE = {"make demo": "demo", "make venv": "", "make test": "", "source .venv/bin/activate": ""}
+MAKE = {"make demo": "demo", "make real": "real", "make venv": "", "make test": "", "source .venv/bin/activate": ""}
 """What make runs, and what every user types: the recipe of it, if it is one."""
 
 
@@ -174,7 +180,9 @@ class AcceptedError(Exception):
 
 
 def check_module(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    if name == "sphinx_pl.cli.data":
+    if name == "sphinx_pl.cli.data" and arguments[0] == "real":
+        check_module("sphinx_pl.cli.real", arguments[1:], monkeypatch)
+    elif name == "sphinx_pl.cli.data":
         from sphinx_pl.cli.data import COMMANDS, composed, split
         from sphinx_pl.utils.config import build
 
@@ -236,7 +244,7 @@ def test_every_page_with_commands_is_read() -> None:
 
 
 def test_make_demo_runs_the_recipe() -> None:
-    for target in ("demo", "sample-full"):
+    for target in ("demo", "sample-full", "real"):
         output = subprocess.run(["make", "-n", target], cwd=REPOSITORY, capture_output=True, text=True, check=True)
         assert f"-m sphinx_pl.cli.pipeline experiment={target.replace('-', '_')}" in output.stdout
 

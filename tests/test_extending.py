@@ -15,10 +15,12 @@ import torch
 import yaml
 from PIL import Image
 
-from sphinx_pl.checkpoints import huggingface
+from sphinx_pl.checkpoints.families import FAMILIES
 from sphinx_pl.checkpoints.format import open_checkpoint
+from sphinx_pl.checkpoints.huggingface import exported_family
 from sphinx_pl.data.coordinates import Coordinates
-from sphinx_pl.data.processor import Processor
+from sphinx_pl.data.processor import Processor, ProcessorConfig
+from sphinx_pl.data.prompt_formats import FORMATS
 from sphinx_pl.data.readers import READERS
 from sphinx_pl.data.readers.instruction_json import to_record
 from sphinx_pl.data.sampling.config import SourceConfig
@@ -38,7 +40,7 @@ from tests.conftest import REPOSITORY, tiny_model
 from tests.scripts import run_script
 
 PAGE = REPOSITORY / "docs" / "extending.md"
-REGISTRIES = (TASKS, READERS, BENCHMARKS, METHODS)
+REGISTRIES = (TASKS, FORMATS, READERS, BENCHMARKS, METHODS, FAMILIES)
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
 FILES = {content.splitlines()[0].removeprefix("# "): content for _, content in BLOCKS if content.startswith("# ")}
 """What the first line of a block says -> the block."""
@@ -50,7 +52,6 @@ def nothing_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Registries and modules are afterwards what they were."""
     for registry in REGISTRIES:
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
-    monkeypatch.setattr(huggingface, "_FAMILIES", dict(huggingface._FAMILIES))
 
 
 @pytest.fixture
@@ -86,11 +87,21 @@ def block(kind: str, words: str) -> str:
 def test_every_section_has_an_example_of_some_length() -> None:
     sections = re.split(r"^## ", PAGE.read_text(), flags=re.MULTILINE)[1:-1]
     names = [section.partition("\n")[0] for section in sections]
-    wanted = ["task", "reader", "benchmark", "encoder", "language model", "mixing method", "stage", "callback"]
+    wanted = [
+        "task",
+        "prompt format",
+        "reader",
+        "benchmark",
+        "encoder",
+        "language model",
+        "mixing method",
+        "stage",
+        "callback",
+    ]
     assert names == [f"{'an' if name[0] in 'aeiou' else 'a'} {name}".capitalize() for name in wanted]
     for section in sections:
         code = "".join(re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL))
-        assert 15 <= len(code.splitlines()) <= 60, section.partition("\n")[0]
+        assert 12 <= len(code.splitlines()) <= 60, section.partition("\n")[0]
 
 
 def test_a_task(load: Load, processor: Processor) -> None:
@@ -106,6 +117,18 @@ def test_a_task(load: Load, processor: Processor) -> None:
     assert [TASKS["count"].parse(text, coordinates).formed for text in ("12", "a few")] == [True, False]
     with pytest.raises(SkipSample, match="question_empty"):
         TASKS["count"].turns(to_record(entry | {"question": " "}, "k", Path("/"), "chat"), coordinates)
+
+
+def test_a_prompt_format(load: Load, processor: Processor) -> None:
+    load("sphinx_pl/data/prompt_formats/turns.py (at its end)")
+    entry = {"conversations": [{"from": "human", "value": "Hi<|end|>"}, {"from": "gpt", "value": "Hello"}]}
+    record = to_record(entry, "k", Path("/"), "chat")
+    phi3 = Processor(ProcessorConfig(prompt_format="phi3", max_length=64), processor.tokenizer, 3, 32)
+    assert phi3.tokenizer.new_tokens == ["<|user|>", "<|assistant|>", "<|end|>"]
+    [question] = phi3.sample(record, "train").questions
+    end = phi3.tokenizer.controls["<|end|>"].id
+    assert (question.ids.count(end), phi3.stop_sequences) == (2, [[end]])
+    assert phi3.decode([id for id, target in zip(question.ids, question.supervised, strict=True) if target]) == "Hello"
 
 
 def test_a_reader(load: Load, processor: Processor, tmp_path: Path) -> None:
@@ -168,23 +191,23 @@ def test_a_language_model(load: Load, tmp_path: Path) -> None:
     cfg = compose_config(CONFIG_FOLDER, "train", [f"hydra.searchpath=[file://{tmp_path / 'conf'}]", "model=sphinx_3b"])
     assert SphinxConfig.from_dict(cfg.model).decoder.head_dim == 100
 
-    from transformers import Phi3Config, Phi3ForCausalLM
+    from transformers import MinistralConfig, MinistralForCausalLM
 
-    module = load("sphinx_pl/checkpoints/huggingface.py (at its end)")
-    assert "phi3" in module._FAMILIES
+    load("sphinx_pl/checkpoints/families/ministral.py")
     torch.manual_seed(0)
     sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "sliding_window": None}
-    theirs = Phi3ForCausalLM(Phi3Config(**sizes, max_position_embeddings=64)).eval()
-    theirs.save_pretrained(tmp_path / "phi3")
-    checkpoint = open_checkpoint(tmp_path / "phi3")
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 5}
+    types = ["sliding_attention", "full_attention"]
+    theirs = MinistralForCausalLM(MinistralConfig(**sizes, layer_types=types, max_position_embeddings=64)).eval()
+    theirs.save_pretrained(tmp_path / "ministral")
+    checkpoint = open_checkpoint(tmp_path / "ministral")
     ours = Decoder(checkpoint.model_config.decoder).eval()
-    checkpoint.check(ours, "decoder.")
-    ours.load_state_dict({name: checkpoint.tensor(f"decoder.{name}") for name in ours.state_dict()})
+    checkpoint.load_into(ours, "decoder.")
     ids = torch.randint(96, (2, 11))
     with torch.no_grad():
         hidden = ours(ours.embed(ids), torch.arange(11).expand(2, -1))
         torch.testing.assert_close(ours.logits(hidden), theirs(ids).logits, atol=1e-5, rtol=1e-5)
+    assert exported_family(checkpoint, "ministral").architecture == "MinistralForCausalLM"
 
 
 def test_a_mixing_method(load: Load) -> None:

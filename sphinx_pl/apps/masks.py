@@ -11,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from sphinx_pl.checkpoints.hub import HUB, hub_snapshot
+from sphinx_pl.checkpoints.hub import hub_snapshot
 from sphinx_pl.data.coordinates import Box4
+from sphinx_pl.models.published import HUB
 from sphinx_pl.utils.errors import UserError
 from sphinx_pl.utils.files import user_path
 

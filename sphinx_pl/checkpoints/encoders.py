@@ -18,11 +18,11 @@ from typing import Any
 from torch import Tensor
 
 from sphinx_pl.checkpoints.folder import read_json, read_weight_map
-from sphinx_pl.checkpoints.hub import HUB
 from sphinx_pl.checkpoints.tensors import SafetensorsFile, compare, copy_into
 from sphinx_pl.checkpoints.torch_shards import TorchShards
 from sphinx_pl.models.encoders.base import Encoder
-from sphinx_pl.models.published import PublishedLayout, Source
+from sphinx_pl.models.placement import allocate
+from sphinx_pl.models.published import HUB, PublishedLayout, Source
 from sphinx_pl.utils.errors import UserError, suggest
 from sphinx_pl.utils.files import user_path
 
@@ -360,5 +360,5 @@ def load_pretrained(encoder: Encoder, source: str) -> None:
     """
     value = pretrained_values(encoder, source)
     if any(tensor.is_meta for tensor in encoder.state_dict().values()):
-        encoder.to_empty(device="cpu")
+        allocate(encoder, "cpu")
     copy_into(encoder.state_dict(), ((name, value(name)) for name in encoder.state_dict()))

@@ -8,7 +8,6 @@ of one format are mixed file by file.
 from __future__ import annotations
 
 import hashlib
-import shutil
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sphinx_pl.checkpoints.folder import CONFIG, TOKENIZER, UNUSED, write_json
+from sphinx_pl.checkpoints.folder import CONFIG, UNUSED, write_json
 from sphinx_pl.checkpoints.hub import local_folder
 from sphinx_pl.checkpoints.output import (
     MAX_SHARD_BYTES,
@@ -38,7 +37,8 @@ from sphinx_pl.checkpoints.tensors import (
 from sphinx_pl.checkpoints.unreadable import why_unreadable
 from sphinx_pl.checkpoints.vocabulary import uncompared, vocabulary_difference
 from sphinx_pl.checkpoints.writer import write_file
-from sphinx_pl.models.config import SphinxConfig
+from sphinx_pl.data.tokenizers import Tokenizer, copy_tokenizer, find_tokenizer, load_tokenizer
+from sphinx_pl.models.config import DecoderConfig, SphinxConfig
 from sphinx_pl.utils.config import leaves
 from sphinx_pl.utils.errors import UserError
 from sphinx_pl.utils.files import hash_file
@@ -138,7 +138,8 @@ class Checkpoint(ModelFolder):
 
     @property
     def tokenizer_file(self) -> Path:
-        return self.path / TOKENIZER
+        """tokenizer.json or tokenizer.model, whether or not it is there."""
+        return find_tokenizer(self.path)
 
     def tokenizer(self) -> Path:
         """`tokenizer_file`, if it is there.
@@ -199,13 +200,19 @@ class Checkpoint(ModelFolder):
     def compare(self, other: Checkpoint) -> str:
         if self.is_delta != other.is_delta:
             return "one holds whole weights, the other differences to a base model"
-        for section in ("model", "processor"):
-            if lines := differences(self.config[section], other.config[section], section):
+        models = (self.model_config.to_dict(), other.model_config.to_dict())  # options that one lacks are off
+        for section, (ours, theirs) in {"model": models, "processor": (self.processor, other.processor)}.items():
+            if lines := differences(ours, theirs, section):
                 more = f" ({len(lines) - 1} more keys differ)" if len(lines) > 1 else ""
                 return f"they are not of one {section}: {lines[0]}{more}"
         files = [self.tokenizer_file, other.tokenizer_file]
-        if all(file.is_file() for file in files) and len({hash_file(file) for file in files}) > 1:
-            return "their tokenizers differ"
+        if len({file.name for file in files}) == 1 and all(file.is_file() for file in files):
+            if len({hash_file(file) for file in files}) > 1:
+                return "their tokenizers differ"
+            if self.processor.get("prompt_format") == "model":
+                mine, others = (load_tokenizer(file).chat_template for file in files)
+                if mine != others:
+                    return "their chat templates differ"
         tokens = vocabulary_difference(*(file.parent for file in files))
         return f"their tokenizers differ: {tokens}" if tokens else ""
 
@@ -235,7 +242,7 @@ class SafetensorsFolder(TensorView, ModelFolder):
 def native_folder(
     reader: TensorReader,
     config: Mapping[str, Any],
-    tokenizer_file: Path,
+    tokenizer: Path | Tokenizer,
     unused: Iterable[tuple[str, Tensor]] = (),
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -251,7 +258,7 @@ def native_folder(
 
     def finish(folder: Path) -> None:
         write_json(folder / CONFIG, {"format": FORMAT_VERSION, **config})
-        shutil.copyfile(tokenizer_file, folder / TOKENIZER)
+        copy_tokenizer(tokenizer, folder)
         if tensors := dict(unused):
             others = TensorDict(tensors)
             write_file(folder / UNUSED, SafetensorsOutput(UNUSED, copies(others)), others)
@@ -268,8 +275,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open and validate the checkpoint at `path`, in whichever of `FORMATS` it is.
 
     Args:
-        path: a folder, or `hf-hub:OWNER/NAME` or `hf-hub:OWNER/NAME/FOLDER` for one of a repository
-            in the Hugging Face cache, or downloaded to it.
+        path: a folder, a GGUF file, or `hf-hub:OWNER/NAME[@REVISION]` or
+            `hf-hub:OWNER/NAME[@REVISION]/FOLDER` for one of a repository in the Hugging Face cache,
+            or downloaded to it.
 
     Raises:
         UserError: there is none, or it is damaged or of a version that this code does not know.
@@ -308,6 +316,11 @@ def with_common_names(folders: Sequence[ModelFolder], own: bool = True) -> list[
 _IRRELEVANT = ("name", "load", "max_length")
 """Last parts of configuration keys that may differ: they change neither what a weight means nor the
 prompt format."""
+
+
+def text_only(name: str, decoder: DecoderConfig) -> dict[str, Any]:
+    """The configuration of a checkpoint that is a decoder alone."""
+    return {"model": SphinxConfig(name=name, decoder=decoder, vision=None).to_dict(), "processor": {}}
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], section: str) -> list[str]:

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sphinx_pl.checkpoints.folder import TOKENIZER
+from sphinx_pl.models.published import HUB
 from sphinx_pl.utils.errors import UserError
 
-HUB = "hf-hub:"
 _ON_HUB = re.compile(r"\w[\w.-]*/[\w.-]+")
 # What the formats read in a folder; not in folders inside it, which hold other formats' copies in
 # some repositories.
-_HUB_FILES = ("*.json", TOKENIZER, "model*.safetensors", "consolidated.*.pth")
+_HUB_FILES = ("*.json", "*.jinja", TOKENIZER, "model*.safetensors", "consolidated.*.pth")
 
 
 def local_folder(path: str | Path) -> Path:
@@ -30,9 +30,12 @@ def local_folder(path: str | Path) -> Path:
     return path
 
 
-def hub_snapshot(repository: str, patterns: Sequence[str]) -> Path:
+def hub_snapshot(repository: str, patterns: Sequence[str], revision: str | None = None) -> Path:
     """The files of a repository: as the Hugging Face cache has them if it has weights, else
     downloaded.
+
+    Args:
+        revision: a branch, a tag or a commit; None: the main branch.
 
     Raises what the library does.
     """
@@ -40,14 +43,16 @@ def hub_snapshot(repository: str, patterns: Sequence[str]) -> Path:
 
     wanted = list(patterns)
     try:
-        cached = Path(snapshot_download(repository, local_files_only=True, allow_patterns=wanted))
+        cached = Path(snapshot_download(repository, revision=revision, local_files_only=True, allow_patterns=wanted))
         # Another folder of the repository may be all that is cached.
         if any(any(cached.glob(pattern)) for pattern in wanted if pattern.endswith((".safetensors", ".pth"))):
             return cached
     except FileNotFoundError:
         pass
-    HfApi().model_info(repository, timeout=10)  # without a network the download would try for minutes
-    return Path(snapshot_download(repository, allow_patterns=wanted))
+    HfApi().model_info(
+        repository, revision=revision, timeout=10
+    )  # without a network the download would try for minutes
+    return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
 
 
 def _from_hub(source: str) -> Path:
@@ -55,16 +60,21 @@ def _from_hub(source: str) -> Path:
 
     parts = source.removeprefix(HUB).split("/")
     if len(parts) < 2 or not all(parts):
-        raise UserError(f"'{source}' is no name of a model: it has the form {HUB}OWNER/NAME or {HUB}OWNER/NAME/FOLDER")
+        raise UserError(
+            f"'{source}' is no name of a model: it has the form {HUB}OWNER/NAME[@REVISION] or "
+            f"{HUB}OWNER/NAME[@REVISION]/FOLDER"
+        )
     owner, name, *folder = parts
+    name, _, revision = name.partition("@")
     repository, inside = f"{owner}/{name}", "/".join(folder)
     patterns = ["/".join([*folder, pattern]) for pattern in _HUB_FILES]
     try:
-        return hub_snapshot(repository, patterns) / inside
+        return hub_snapshot(repository, patterns, revision or None) / inside
     except Exception as error:  # of many libraries: no network, no such model, no access, a name that is none
         include = " ".join(f"'{pattern}'" for pattern in patterns)
+        options = f"--revision {revision} --include {include}" if revision else f"--include {include}"
         raise UserError(
             f"'{source}' is neither in '{constants.HF_HUB_CACHE}' nor downloadable ({type(error).__name__}): run `hf "
-            f"download {repository} --include {include}` on a machine with a network and copy models--{owner}--{name} "
+            f"download {repository} {options}` on a machine with a network and copy models--{owner}--{name} "
             "into that folder, or give the path of a folder with these files"
         ) from error

@@ -9,26 +9,26 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sphinx_pl.checkpoints.families import FAMILIES, Family, family_of
 from sphinx_pl.checkpoints.folder import (
     CONFIG,
     INDEX,
-    TOKENIZER,
     read_json,
     read_provenance,
     read_weight_map,
     sizes_of,
     write_json,
 )
-from sphinx_pl.checkpoints.format import FORMATS, Checkpoint, SafetensorsFolder, open_checkpoint
+from sphinx_pl.checkpoints.format import FORMATS, Checkpoint, SafetensorsFolder, open_checkpoint, text_only
 from sphinx_pl.checkpoints.hub import local_folder
 from sphinx_pl.checkpoints.huggingface_files import (
     WEIGHTS,
@@ -39,21 +39,14 @@ from sphinx_pl.checkpoints.huggingface_files import (
     tokenizer_difference,
     weight_files,
 )
-from sphinx_pl.checkpoints.llama import (
-    LLAMA_TOP,
-    family,
-    internlm2_source,
-    llama_entries,
-    llama_source,
-    our_llama_name,
-    text_only,
-)
 from sphinx_pl.checkpoints.output import OutputFolder, safetensors_folder, write_index
-from sphinx_pl.checkpoints.tensors import SafetensorsFiles, TensorInfo, same_bits
+from sphinx_pl.checkpoints.tensors import SafetensorsFiles, TensorInfo, TensorReader, same_bits
 from sphinx_pl.checkpoints.tokenizer_json import TOKENIZER_CONFIG, TOKENIZER_JSON, tokenizer_json
 from sphinx_pl.checkpoints.unreadable import check_plain
 from sphinx_pl.checkpoints.vocabulary import uncompared, vocabulary_difference
 from sphinx_pl.checkpoints.writer import CheckpointWriter
+from sphinx_pl.data.prompt_formats import ChatTemplate
+from sphinx_pl.data.tokenizers import load_tokenizer
 from sphinx_pl.models.config import DecoderConfig
 from sphinx_pl.models.decoder import Decoder
 from sphinx_pl.models.published import Source
@@ -62,93 +55,70 @@ from sphinx_pl.utils.files import write_whole
 
 log = logging.getLogger(__name__)
 
-_FAMILIES: dict[str, Callable[[str, DecoderConfig], Source]] = {
-    "llama": llama_source,
-    "qwen3": llama_source,
-    "mixtral": llama_source,
-    "internlm2": internlm2_source,
-}
 
-
-def _from_huggingface(values: dict[str, Any], file: Path) -> DecoderConfig:
-    """The decoder that a config.json of transformers describes.
+def read_family(values: Mapping[str, Any], file: Path) -> Family:
+    """The family that a config.json names by its model_type.
 
     Raises:
-        UserError: it asks for something that the decoder here does not compute.
-        KeyError: a size is missing.
+        UserError: this project does not have it.
     """
-    heads = values["num_attention_heads"]
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    unlike = {
-        "attention_bias": bool(values.get("attention_bias") or values.get("bias")),
-        "rope_scaling": kind not in ("default", "dynamic"),  # dynamic: only beyond the trained length
-        "head_dim": (values.get("head_dim") or values["hidden_size"] // heads) * heads != values["hidden_size"],
-        "hidden_act": values.get("hidden_act", "silu") != "silu",
-        "sliding_window": values.get("use_sliding_window", True) and values.get("sliding_window") is not None,
-    }
-    if asked := [key for key, differs in unlike.items() if differs]:
-        raise UserError(f"'{file}': {asked[0]}={values.get(asked[0])!r} is not what the decoder here computes")
-    return DecoderConfig(
-        vocab_size=values["vocab_size"],
-        width=values["hidden_size"],
-        layers=values["num_hidden_layers"],
-        heads=heads,
-        kv_heads=values.get("num_key_value_heads") or heads,
-        ffn_width=values["intermediate_size"],
-        norm_eps=values["rms_norm_eps"],
-        rope_theta=float(values.get("rope_theta") or rope.get("rope_theta") or 10000.0),
-        max_positions=values.get("max_position_embeddings", 4096),
-        qk_norm=values["model_type"] == "qwen3",
-        tie_embeddings=bool(values.get("tie_word_embeddings", False)),
-        experts=values.get("num_local_experts", 0),
-        experts_per_token=values.get("num_experts_per_tok", 2),
-        balance_weight=values.get("router_aux_loss_coef", 0.0) if values.get("num_local_experts") else 0.0,
-    )
+    if (kind := str(values["model_type"])) not in FAMILIES:
+        raise UserError(f"'{file}': model_type '{kind}' cannot be read: {suggest(kind, FAMILIES)}")
+    return FAMILIES[kind]
 
 
-class HuggingFaceCheckpoint(Checkpoint):
-    """A decoder that `from_pretrained` reads: LLaMA (TinyLlama too), Mixtral, InternLM2."""
+def read_decoder(family: Family, values: Mapping[str, Any], file: Path) -> DecoderConfig:
+    """The decoder that the values of a config.json describe.
 
-    @classmethod
-    def matches(cls, path: Path) -> bool:
-        return is_huggingface(path)
+    Raises:
+        UserError: it is none that is computed here, or a value is missing or wrong.
+    """
+    with sizes_of(file):
+        try:
+            return family.decoder(values)
+        except UserError as error:
+            raise UserError(f"'{file}': {error}") from None
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        values = read_json(path / CONFIG)
-        kind = str(values["model_type"])
-        if kind not in _FAMILIES:
-            raise UserError(f"'{path / CONFIG}': model_type '{kind}' cannot be read: {suggest(kind, _FAMILIES)}")
-        with sizes_of(path / CONFIG):
-            decoder = _from_huggingface(values, path / CONFIG)
-        self.config = text_only(path.name, decoder)
-        self.provenance = {"original": kind} | read_provenance(path)
-        self._shards = SafetensorsFiles(path, weight_files(path))
-        stored = set(self._shards)
-        check_plain(path, values, stored, "read")
+
+class FamilyCheckpoint(Checkpoint):
+    """A decoder whose tensors have the names of a family in `sphinx_pl.checkpoints.families`."""
+
+    def _open(self, family: Family, decoder: DecoderConfig, tensors: TensorReader) -> None:
+        """Look up where each tensor of `decoder` stands in `tensors`."""
+        self.config = text_only(self.path.stem if self.path.is_file() else self.path.name, decoder)
+        self._top, self._tensors = family.top, tensors
+        stored = set(tensors)
         with torch.device("meta"):
             wanted = list(Decoder(decoder).state_dict())
-        sources = {name: _FAMILIES[kind](name, decoder) for name in wanted}
+        sources = {name: family.source(name, decoder) for name in wanted}
         used = {theirs for source in sources.values() for theirs in source.names}
         # Saved from the class without an output head (LlamaModel), names lack their beginning.
         bare = not used & stored and any(f"model.{name}" in used for name in stored)
         self._prefix = "model." if bare else ""
-        self._stored = {f"{self._prefix}{name}": name for name in self._shards}
+        self._stored = {f"{self._prefix}{name}": name for name in tensors}
         self._sources = {f"decoder.{name}": source for name, source in sources.items()}
         self._extra = [name for name in self._stored if name not in used and not self._is_repeated(name)]
+
+    @cached_property
+    def processor(self) -> dict[str, Any]:  # type: ignore[override]
+        """The model's own chat template, if it has one that can be used; else the default format."""
+        try:
+            ChatTemplate(load_tokenizer(self.tokenizer()))
+        except UserError:
+            return {}
+        return {"prompt_format": ChatTemplate.name}
 
     def _is_repeated(self, theirs: str) -> bool:
         """Whether a tensor says nothing new: computed angles, or a head that is the embedding."""
         if theirs.endswith("rotary_emb.inv_freq"):
             return True
-        if theirs != LLAMA_TOP["output.weight"] or not self.model_config.decoder.tie_embeddings:
+        if theirs != self._top["output.weight"] or not self.model_config.decoder.tie_embeddings:
             return False
-        embedding = LLAMA_TOP["tok_embeddings.weight"]
+        embedding = self._top["tok_embeddings.weight"]
         return embedding in self._stored and same_bits(self._their_tensor(theirs), self._their_tensor(embedding))
 
     def _their_tensor(self, theirs: str) -> Tensor:
-        return self._shards.tensor(self._stored[theirs])
+        return self._tensors.tensor(self._stored[theirs])
 
     def check(self, module: nn.Module, part: str = "") -> None:
         if self._prefix and "decoder.output.weight" in self._sources:
@@ -164,7 +134,7 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     def info(self, name: str) -> TensorInfo:
         source = self._source(name)
-        infos = [self._shards.info(self._stored[theirs]) for theirs in source.names]
+        infos = [self._tensors.info(self._stored[theirs]) for theirs in source.names]
         return TensorInfo(source.shape([info.shape for info in infos]), infos[0].dtype)
 
     def tensor(self, name: str) -> Tensor:
@@ -173,6 +143,24 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     def _source(self, name: str) -> Source:
         return self._sources.get(name, Source((name,)))
+
+
+class HuggingFaceCheckpoint(FamilyCheckpoint):
+    """A decoder that `from_pretrained` reads."""
+
+    @classmethod
+    def matches(cls, path: Path) -> bool:
+        return is_huggingface(path)
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        values = read_json(path / CONFIG)
+        family = read_family(values, path / CONFIG)
+        decoder = read_decoder(family, values, path / CONFIG)
+        self.provenance = {"original": family.name} | read_provenance(path)
+        self._shards = SafetensorsFiles(path, weight_files(path))
+        check_plain(path, values, list(self._shards), "read")
+        self._open(family, decoder, self._shards)
 
     def files(self) -> Sequence[Path]:
         return [self.path / CONFIG, *(file.path for file in self._shards.files.values())]
@@ -195,11 +183,13 @@ class HuggingFaceFolder(SafetensorsFolder):
                 if places.get(name) != file:
                     raise UserError(f"'{path / INDEX}' has '{name}' in {file}, where it is not: copy the folder again")
         self.config = read_json(path / CONFIG)
-        self.provenance = {"original": str(self.config["model_type"])}
+        kind = str(self.config["model_type"])
+        self._family = FAMILIES[kind if kind in FAMILIES else "llama"]
+        self.provenance = {"original": kind}
         self.provenance |= read_provenance(path)
 
     def canonical_name(self, name: str) -> str:
-        return our_llama_name(name)
+        return self._family.our_name(name)
 
     def canonical(self) -> Checkpoint:
         return open_checkpoint(self.path)
@@ -249,66 +239,65 @@ def open_model(path: str | Path) -> Checkpoint | HuggingFaceFolder:
 # -- exporting -------------------------------------------------------------------------------------
 
 
-def huggingface_config(config: DecoderConfig, dtype: str) -> dict[str, Any]:
-    """The config.json of `family(config)`."""
-    name = family(config)
-    more: dict[str, Any] = {}
-    if config.qk_norm:
-        more = {"head_dim": config.head_dim, "attention_bias": False, "use_sliding_window": False}
-    elif config.experts:
-        more = {"num_local_experts": config.experts, "num_experts_per_tok": config.experts_per_token}
-        more |= {"router_aux_loss_coef": config.balance_weight, "sliding_window": None}
-    return {
-        "architectures": [name],
-        "model_type": name.removesuffix("ForCausalLM").lower(),
-        "hidden_act": "silu",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "intermediate_size": config.ffn_width,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "max_position_embeddings": config.max_positions,
-        "tie_word_embeddings": config.tie_embeddings,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "torch_dtype": dtype,
-    } | more
+def exported_family(checkpoint: Checkpoint, name: str | None = None) -> Family:
+    """The family that a checkpoint's decoder is exported as.
+
+    Args:
+        name: the family's; None: the first one of transformers that computes this decoder.
+
+    Raises:
+        UserError: there is none, or the one of that name does not compute it.
+    """
+    config = checkpoint.model_config.decoder
+    if name is not None:
+        family = FAMILIES[name]
+        if not family.architecture or (lacking := family.lacks(config)):
+            why = f"has no {', '.join(lacking)}" if family.architecture else "is not in transformers"
+            raise UserError(f"'{checkpoint.path}' is not exported as {name}, which {why}")
+        return family
+    try:
+        return family_of(config)
+    except ValueError as error:
+        raise UserError(f"'{checkpoint.path}' has {error}, which is not exported to Hugging Face's layout") from None
 
 
-def huggingface_folder(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> OutputFolder:
-    """A folder that `family(config).from_pretrained` loads: the decoder, made of tensors with
-    canonical names.
+def huggingface_folder(
+    checkpoint: Checkpoint, dtype: torch.dtype | None = None, family: str | None = None
+) -> OutputFolder:
+    """A folder that the family's class loads with `from_pretrained`: the decoder, made of tensors
+    with canonical names.
 
     Args:
         dtype: of all tensors; None: each one's own.
+        family: see `exported_family`.
 
     Raises:
-        UserError: no class of transformers computes the decoder, or there is no tokenizer, or none
-            that transformers applies alike.
+        UserError: see `exported_family`; or there is no tokenizer, or none that transformers
+            applies alike.
     """
-    config = checkpoint.model_config.decoder
-    try:
-        family(config)
-    except ValueError as error:
-        raise UserError(f"'{checkpoint.path}' has {error}, which is not exported to Hugging Face's layout") from None
-    entries = llama_entries(checkpoint, config, dtype)
-    tokenizer = checkpoint.tokenizer()
-    text, settings = tokenizer_json(tokenizer)
-    name_of_dtype = str(dtype or checkpoint.info("decoder.norm.weight").dtype).removeprefix("torch.")
+    config, chosen = checkpoint.model_config.decoder, exported_family(checkpoint, family)
+    entries = chosen.entries(checkpoint, config, dtype)
+    file = checkpoint.tokenizer()
+    tokenizer = load_tokenizer(file)
+    exported = None if file.suffix == ".json" else tokenizer_json(file)
+    values = chosen.config(config) | {
+        "torch_dtype": str(dtype or checkpoint.info("decoder.norm.weight").dtype).removeprefix("torch."),
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+    }
 
     def finish(folder: Path) -> None:
-        write_json(folder / CONFIG, huggingface_config(config, name_of_dtype))
-        shutil.copyfile(tokenizer, folder / TOKENIZER)
-        write_whole(folder / TOKENIZER_JSON, text)
-        write_json(folder / TOKENIZER_CONFIG, settings)
+        write_json(folder / CONFIG, values)
+        tokenizer.write(folder)
+        if exported is not None:
+            text, settings = exported
+            write_whole(folder / TOKENIZER_JSON, text)
+            write_json(folder / TOKENIZER_CONFIG, settings)
 
     return safetensors_folder(entries, finish)
 
 
-def write_huggingface(checkpoint: Checkpoint, out: Path) -> None:
+def write_huggingface(checkpoint: Checkpoint, out: Path, family: str | None = None) -> None:
     """Write the decoder of `checkpoint` as a Hugging Face folder.
 
     Raises:
@@ -317,4 +306,4 @@ def write_huggingface(checkpoint: Checkpoint, out: Path) -> None:
     reader = copy(checkpoint)
     # The experts of one matrix are written one after the other.
     reader.tensor = lru_cache(1)(checkpoint.tensor)  # type: ignore[method-assign]
-    CheckpointWriter(out, huggingface_folder(checkpoint), progress="Exporting").write(reader)
+    CheckpointWriter(out, huggingface_folder(checkpoint, family=family), progress="Exporting").write(reader)

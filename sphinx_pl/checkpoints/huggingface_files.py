@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from sphinx_pl.checkpoints.families.keys import HARMLESS
 from sphinx_pl.checkpoints.folder import CONFIG, INDEX, PROVENANCE, read_json, read_weight_map
 from sphinx_pl.checkpoints.format import differences
 from sphinx_pl.checkpoints.tokenizer_json import PROBES
@@ -21,16 +22,6 @@ from sphinx_pl.utils.errors import UserError
 
 WEIGHTS = "model.safetensors"
 _OF = re.compile(r"-of-0*(\d+)\.")
-# Of a config.json: how a model is trained, cut short, shown or stored. None changes what a weight
-# means; what max_window_layers does is stated by layer_types.
-_HARMLESS = (
-    *("_*", "name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "auto_map", "unsloth_*"),
-    *("pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id", "use_cache", "max_position_embeddings"),
-    *("initializer_*", "*drop*", "gradient_checkpointing", "use_reentrant", "pretraining_tp", "attn_implementation"),
-    *("output_attentions", "output_hidden_states", "output_scores", "return_dict", "torchscript", "tokenizer_class"),
-    *("finetuning_task", "problem_type", "max_length"),
-    *("task_specific_params", "forced_decoder_ids", "*suppress_tokens", "apply_spec_augment", "max_window_layers"),
-)
 # Beside the weights and the card, what a training run or a download left in the folder: files and
 # folders.
 _LEFTOVERS = (
@@ -94,7 +85,7 @@ def _relevant(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         str(key): _relevant(value) if isinstance(value, Mapping) else value
         for key, value in config.items()
-        if not any(fnmatchcase(str(key), pattern) for pattern in _HARMLESS)
+        if not any(fnmatchcase(str(key), pattern) for pattern in HARMLESS)
     }
 
 

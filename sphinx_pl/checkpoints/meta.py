@@ -8,12 +8,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sphinx_pl.checkpoints.folder import TOKENIZER, read_json, read_provenance, sizes_of
-from sphinx_pl.checkpoints.format import FORMATS, Checkpoint, ModelFolder
-from sphinx_pl.checkpoints.llama import text_only
+from sphinx_pl.checkpoints.folder import read_json, read_provenance, sizes_of
+from sphinx_pl.checkpoints.format import FORMATS, Checkpoint, ModelFolder, text_only
 from sphinx_pl.checkpoints.original import decoder_config
 from sphinx_pl.checkpoints.tensors import TensorInfo
 from sphinx_pl.checkpoints.torch_shards import PARAMS, ShardsFolder, TorchShards
+from sphinx_pl.data.tokenizers import find_tokenizer
 from sphinx_pl.utils.errors import UserError
 
 _META_SHARD = re.compile(r"consolidated\.\d\d\.pth")
@@ -21,7 +21,7 @@ _META_QUERIES = "layers.0.attention.wq.weight"
 
 
 class MetaCheckpoint(Checkpoint):
-    """params.json, consolidated.NN.pth; tokenizer.model lies there or one folder up."""
+    """params.json, consolidated.NN.pth; the tokenizer lies there or one folder up."""
 
     @classmethod
     def matches(cls, path: Path) -> bool:
@@ -63,8 +63,8 @@ class MetaCheckpoint(Checkpoint):
 
     @property
     def tokenizer_file(self) -> Path:
-        here = self.path / TOKENIZER
-        return here if here.is_file() else self.path.parent / TOKENIZER
+        here = find_tokenizer(self.path)
+        return here if here.is_file() else find_tokenizer(self.path.parent)
 
 
 FORMATS.register("meta", MetaCheckpoint)

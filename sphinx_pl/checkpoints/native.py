@@ -4,7 +4,8 @@
     model.safetensors.index.json           tensor name -> shard, as Hugging Face writes it
     config.json                            {"format": 1, "model": SphinxConfig, "processor": ...}
                                            and "left_out": tensors read from `load` entries
-    tokenizer.model                        SentencePiece
+    tokenizer.model                        SentencePiece's, or Hugging Face's tokenizer.json with the
+                                           files beside it that belong to the tokenizer
     provenance.json                        see `sphinx_pl.checkpoints.provenance`
     unused.safetensors                     what no model here uses, kept for an export
 
@@ -28,7 +29,6 @@ from sphinx_pl.checkpoints.folder import (
     CONFIG,
     INDEX,
     PROVENANCE,
-    TOKENIZER,
     UNUSED,
     check_sections,
     read_json,
@@ -58,6 +58,7 @@ from sphinx_pl.checkpoints.tensors import (
     encoder_of,
 )
 from sphinx_pl.checkpoints.writer import CheckpointWriter
+from sphinx_pl.data.tokenizers import Tokenizer, copy_tokenizer, tokenizer_files
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.vision import build_encoder
 from sphinx_pl.utils.errors import UserError
@@ -93,7 +94,7 @@ class SphinxCheckpoint(Checkpoint):
             """Info and CRC-32 of the tensors that are read from `load` entries, by name."""
         self._released: dict[str, Callable[[str], Tensor]] = {}
         weight_map = read_weight_map(path / INDEX)
-        require(path, TOKENIZER)
+        require(path, self.tokenizer_file.name)
         self.shards = SafetensorsFiles(path, dict.fromkeys(weight_map.values()))
         for shard, file in self.shards.files.items():
             if different := set(file) ^ {name for name, place in weight_map.items() if place == shard}:
@@ -134,7 +135,8 @@ class SphinxCheckpoint(Checkpoint):
 
     def files(self) -> Sequence[Path]:
         unused = [UNUSED] if (self.path / UNUSED).is_file() else []
-        return [self.path / name for name in (CONFIG, INDEX, TOKENIZER, *self.shards.files, *unused)]
+        names = (CONFIG, INDEX, *self.shards.files, *unused)
+        return [*tokenizer_files(self.tokenizer_file), *(self.path / name for name in names)]
 
     def raw(self) -> ModelFolder | None:
         return None if self.left_out else SphinxFolder(self)
@@ -163,7 +165,8 @@ class SphinxFolder(SafetensorsFolder):
 
         def finish(folder: Path) -> None:
             write_index(folder, files)
-            for name in (CONFIG, TOKENIZER, UNUSED):
+            copy_tokenizer(self.checkpoint.tokenizer_file, folder)
+            for name in (CONFIG, UNUSED):
                 if (self.path / name).is_file():
                     shutil.copyfile(self.path / name, folder / name)
 
@@ -210,7 +213,7 @@ def write_checkpoint(
     weights: TensorReader | Mapping[str, Tensor],
     model: dict[str, Any],
     processor: dict[str, Any],
-    tokenizer_file: Path,
+    tokenizer: Path | Tokenizer,
     provenance: dict[str, Any] | Callable[[], dict[str, Any]],
     *,
     unused: Iterable[tuple[str, Tensor]] = (),
@@ -241,13 +244,13 @@ def write_checkpoint(
     """
     path = Path(path)
     check_free(path, overwrite)
-    if not tokenizer_file.is_file():
-        raise UserError(f"tokenizer '{tokenizer_file}' does not exist: check the path")
+    if isinstance(tokenizer, Path) and not tokenizer.is_file():
+        raise UserError(f"tokenizer '{tokenizer}' does not exist: check the path")
     reader = TensorDict(weights) if isinstance(weights, Mapping) else weights
     config: dict[str, Any] = {"model": model, "processor": processor}
     if keys := list(leave_out):
         config[LEFT_OUT] = released_tensors(reader, SphinxConfig.from_dict(model), keys)
-    files = native_folder(reader, config, tokenizer_file, unused, dtype, max_shard_bytes, config.get(LEFT_OUT, ()))
+    files = native_folder(reader, config, tokenizer, unused, dtype, max_shard_bytes, config.get(LEFT_OUT, ()))
 
     def finish(folder: Path, facts: Any) -> None:
         write_json(folder / PROVENANCE, provenance() if callable(provenance) else provenance)

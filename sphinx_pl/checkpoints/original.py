@@ -29,7 +29,7 @@ from sphinx_pl.checkpoints.tensors import ENCODER_PREFIX, TensorInfo
 from sphinx_pl.checkpoints.torch_shards import META, ShardsFolder, TorchShards, split
 from sphinx_pl.checkpoints.writer import CheckpointWriter
 from sphinx_pl.data.processor import TEXT_LENGTH, ProcessorConfig
-from sphinx_pl.models.config import DecoderConfig, SphinxConfig
+from sphinx_pl.models.config import DecoderConfig, RopeScaling, SphinxConfig
 from sphinx_pl.models.encoders.base import ENCODERS
 from sphinx_pl.utils.config import CONFIG_FOLDER
 from sphinx_pl.utils.errors import UserError, suggest
@@ -131,6 +131,7 @@ def decoder_config(sizes: dict[str, Any], vocab_size: int, kind: str = "") -> De
     """
     sizes = _DEFAULTS.get(kind, _LLAMA) | {key: value for key, value in sizes.items() if value is not None}
     width, heads, moe = sizes["dim"], sizes["n_heads"], sizes.get("moe")
+    scaled = sizes.get("use_scaled_rope", False)
     if sizes.get("rope_scaling", 1) != 1:
         raise UserError(f"config.json: rope_scaling={sizes['rope_scaling']} is not what the decoder here computes")
     if moe:
@@ -150,6 +151,8 @@ def decoder_config(sizes: dict[str, Any], vocab_size: int, kind: str = "") -> De
         experts=moe["num_experts"] if moe else 0,
         experts_per_token=moe["num_experts_per_tok"] if moe else 2,
         balance_weight=sizes["load_balancing_weight"] if moe else 0.0,
+        # LLaMA 3.1's, whose numbers are in Meta's code.
+        rope_scaling=RopeScaling("llama3", sizes.get("rope_scaling_factor", 8.0), 8192) if scaled else None,
     )
 
 
@@ -299,6 +302,12 @@ class Restored(Checkpoint):
         return self._delta.tokenizer_file
 
 
+_SIZES = (
+    *("vocab_size", "width", "layers", "heads", "kv_heads", "ffn_width", "norm_eps", "rope_theta", "max_positions"),
+    *("experts", "experts_per_token", "balance_weight", "load"),
+)
+"""Keys of `DecoderConfig` that the original's config.json holds, and what no weight depends on."""
+
 # -- the way back ----------------------------------------------------------------------------------
 
 
@@ -309,8 +318,9 @@ def original_type(checkpoint: Checkpoint) -> str:
         UserError: there is none.
     """
     model = checkpoint.model_config
-    if model.decoder.qk_norm or model.decoder.tie_embeddings:
-        raise UserError(f"'{checkpoint.path}': the original's decoder has no qk_norm and no tie_embeddings")
+    plain = DecoderConfig(**{key: getattr(model.decoder, key) for key in _SIZES})
+    if options := [key for key, value in vars(model.decoder).items() if value != getattr(plain, key)]:
+        raise UserError(f"'{checkpoint.path}': the original's decoder has no {', '.join(options)}")
     if model.image_position != "after_bos":
         raise UserError(f"'{checkpoint.path}': the original puts images after BOS, this model {model.image_position}")
     for kind, name in TYPES.items():
@@ -388,6 +398,8 @@ def original_folder(checkpoint: Checkpoint, shards: int = 1, dtype: torch.dtype 
     if kv_heads % shards:  # the original gives every rank whole heads
         raise UserError(f"'{checkpoint.path}' has {kv_heads} key/value heads, not a multiple of {shards} shards")
     unused, tokenizer = dict(checkpoint.unused()), checkpoint.tokenizer()
+    if tokenizer.name != TOKENIZER:
+        raise UserError(f"'{tokenizer}' is no {TOKENIZER}, which is all that the original reads: export to huggingface")
     names = {their_name(name): name for name in checkpoint}
     parts: list[dict[str, Entry]] = [{} for _ in range(shards)]
     for name, info in their_infos(checkpoint).items():

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sphinx_pl.data.tokenizers import Tokenizer
+from sphinx_pl.data.tokenizers import load_tokenizer
 from sphinx_pl.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def tokenizer_json(file: Path, probes: Sequence[str] = ()) -> tuple[str, dict[st
     Raises:
         UserError: the file is no SentencePiece model, or a test text gives other ids.
     """
-    own = Tokenizer(file)
+    own = load_tokenizer(file)
     pieces, tokenizer = _convert(file)
     tokenizer.encode_special_tokens = True
     for text in (*PROBES, *_probes(pieces), *probes):

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sphinx_pl.checkpoints.folder import CONFIG, TOKENIZER
+from sphinx_pl.checkpoints.folder import CONFIG
 from sphinx_pl.checkpoints.format import Checkpoint, ModelFolder
 from sphinx_pl.checkpoints.output import Entry, OutputFile, OutputFolder, TorchOutput
 from sphinx_pl.checkpoints.tensors import MappedFile, Read, TensorInfo, TensorReader
+from sphinx_pl.data.tokenizers import copy_tokenizer
 from sphinx_pl.utils.errors import UserError
 from sphinx_pl.utils.files import check_pointer
 
@@ -254,7 +255,7 @@ class ShardsFolder(ModelFolder):
                 if (self.path / name).is_file():
                     shutil.copyfile(self.path / name, folder / name)
             if self.checkpoint.tokenizer_file.is_file():  # Meta's may lie one level up
-                shutil.copyfile(self.checkpoint.tokenizer_file, folder / TOKENIZER)
+                copy_tokenizer(self.checkpoint.tokenizer_file, folder)
 
         return OutputFolder(files, finish)
 
@@ -273,6 +274,8 @@ def open_tensors(file: Path, unwrap: Callable[[Any], Any]) -> Mapping[str, Tenso
     """The tensors of a file of `torch.save`, mapped into memory rather than read. Executes nothing
     that is in it.
 
+    A small file of PyTorch before 1.6, which cannot be mapped, is read.
+
     Args:
         unwrap: from the file's content to its tensors by name.
 
@@ -281,7 +284,8 @@ def open_tensors(file: Path, unwrap: Callable[[Any], Any]) -> Mapping[str, Tenso
             than tensors.
     """
     check_pointer(file)
-    if _starts_with(file, _LEGACY):
+    legacy = _starts_with(file, _LEGACY)
+    if legacy and file.stat().st_size > _LEGACY_BYTES:
         raise UserError(
             f"'{file}' is in the format of PyTorch before 1.6, which cannot be mapped: write it again with "
             "torch.save(torch.load(FILE, weights_only=True), NEW_FILE)"
@@ -292,7 +296,7 @@ def open_tensors(file: Path, unwrap: Callable[[Any], Any]) -> Mapping[str, Tenso
             "use the same weights as .safetensors or a state dict"
         )
     try:
-        content: Any = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        content: Any = torch.load(file, map_location="cpu", mmap=not legacy, weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"'{file}' holds something else than tensors and was not opened: get it from a source that you trust"
@@ -315,6 +319,8 @@ def open_tensors(file: Path, unwrap: Callable[[Any], Any]) -> Mapping[str, Tenso
 
 _LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 """What files of `torch.save` began with before they were zip archives."""
+_LEGACY_BYTES = 2**28
+"""Larger files of that kind would take too much memory beside a model."""
 
 
 def _starts_with(file: Path, magic: bytes) -> bool:

@@ -4,7 +4,7 @@ ranks.
     training.json                       shapes, files, their sizes, model and prompt format
     pieces-00000-of-00002.safetensors   of one rank: shards of weights and of optimizer states
     state.pt                            loops, schedule, callbacks, data position: no pickled code
-    tokenizer.model, provenance.json    as beside every model
+    tokenizer.*, provenance.json        as beside every model
 
 A shard is a stretch of a flattened tensor: all of it where a process holds whole tensors, a rank's
 partition under ZeRO-3, some rows under FSDP2. A reader does not need to know which engine wrote it.
@@ -31,12 +31,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sphinx_pl.checkpoints.folder import PROVENANCE, TOKENIZER, check_sections, read_json, require, sync, write_json
+from sphinx_pl.checkpoints.folder import PROVENANCE, check_sections, read_json, require, sync, write_json
 from sphinx_pl.checkpoints.format import FORMATS, Checkpoint
 from sphinx_pl.checkpoints.native import write_checkpoint
 from sphinx_pl.checkpoints.output import SafetensorsOutput, copies
 from sphinx_pl.checkpoints.tensors import Read, SafetensorsFile, TensorDict, TensorInfo, TensorReader, TensorView
 from sphinx_pl.checkpoints.writer import write_file
+from sphinx_pl.data.tokenizers import Tokenizer, copy_tokenizer, tokenizer_files
 from sphinx_pl.utils.errors import UserError
 from sphinx_pl.utils.files import hash_file
 
@@ -117,11 +118,11 @@ def describe(
     folder: Path,
     model: dict[str, Any],
     processor: dict[str, Any],
-    tokenizer_file: Path,
+    tokenizer: Path | Tokenizer,
     provenance: dict[str, Any],
 ) -> None:
     """Make the folder a checkpoint of a model: see `write_checkpoint` for the arguments."""
-    (folder / TOKENIZER).write_bytes(tokenizer_file.read_bytes())
+    copy_tokenizer(tokenizer, folder)
     write_json(folder / PROVENANCE, provenance)
     write_json(folder / INDEX, read_json(folder / INDEX) | {"model": model, "processor": processor})
 
@@ -312,10 +313,11 @@ class TrainingCheckpoint(TensorView, Checkpoint):
         self.config = {key: self.shards.index.get(key) for key in ("model", "processor")}
         check_sections(path / INDEX, self.config)
         self.provenance = read_json(path / PROVENANCE)
-        require(path, TOKENIZER)
+        require(path, self.tokenizer_file.name)
 
     def files(self) -> Sequence[Path]:
-        return [self.path / name for name in (INDEX, TOKENIZER, *self.shards.index["files"])]
+        names = (INDEX, *self.shards.index["files"])
+        return [*tokenizer_files(self.tokenizer_file), *(self.path / name for name in names)]
 
 
 FORMATS.register("training", TrainingCheckpoint)
@@ -336,7 +338,7 @@ def consolidate(
         source,
         model=source.config["model"],
         processor=source.processor,
-        tokenizer_file=source.tokenizer_file,
+        tokenizer=source.tokenizer_file,
         provenance=source.provenance | (extra or {}),
         dtype=dtype,
         overwrite=True,

@@ -73,16 +73,12 @@ def why_unreadable(path: Path, config: str) -> str:
         config: the name of the file that a checkpoint has.
     """
     if path.is_file():
-        if _is_gguf(path):
-            return "it is a GGUF file: take the model that it was made from, in safetensors"
         check_pointer(path)
         return f"it is a file: give its folder, which needs a {config}"
     if (path / config).is_file():
         return f"its {config} has no model_type, as Hugging Face's do: restore the file from its source"
     if adapter := _first(path, _ADAPTERS):
         return f"it is an adapter ({adapter}) without its model: {MERGE}"
-    if gguf := _gguf(path):
-        return gguf
     if weights := _first(path, _WEIGHTS):
         return f"it has weights ({weights}) but no {config}: expected a folder with {config}"
     return f"expected a folder with {config}"
@@ -92,20 +88,10 @@ def why_no_weights(folder: Path, wanted: str, index: str) -> str:
     """The line for a Hugging Face folder without `wanted`, and without shards in `index`."""
     if adapter := _first(folder, _ADAPTERS):
         return f"'{folder}' is an adapter ({adapter}) without its model: {MERGE}"
-    if gguf := _gguf(folder):
-        return f"'{folder}' cannot be read: {gguf}"
+    if gguf := _first(folder, ("*.gguf",)):
+        return f"'{folder}' cannot be read: it holds a GGUF file, give '{folder / gguf}' itself"
     if shard := _first(folder, (_SHARDS,)):
         return f"'{folder / index}' is missing, and there are shards such as {shard}: copy the checkpoint again, whole"
     if weights := _first(folder, _WEIGHTS):
         return f"'{folder / wanted}' is missing, and {weights} is not read: save the model as safetensors"
     return f"'{folder / wanted}' is missing: copy the checkpoint again, whole"
-
-
-def _gguf(folder: Path) -> str:
-    name = _first(folder, ("*.gguf",))
-    return f"it holds a GGUF file ({name}): take the model that it was made from, in safetensors" if name else ""
-
-
-def _is_gguf(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4) == b"GGUF"

@@ -18,14 +18,13 @@ from rich.text import Text
 from sphinx_pl.checkpoints.folder import PROVENANCE, check_room
 from sphinx_pl.checkpoints.format import Checkpoint, open_checkpoint, with_common_names
 from sphinx_pl.checkpoints.hub import local_folder
-from sphinx_pl.checkpoints.huggingface import HuggingFaceFolder, open_model, write_huggingface
+from sphinx_pl.checkpoints.huggingface import HuggingFaceFolder, exported_family, open_model, write_huggingface
 from sphinx_pl.checkpoints.huggingface_files import is_huggingface
-from sphinx_pl.checkpoints.llama import family
 from sphinx_pl.checkpoints.native import check_free, write_checkpoint
 from sphinx_pl.checkpoints.original import Restored, write_original
 from sphinx_pl.checkpoints.provenance import provenance
 from sphinx_pl.checkpoints.tensors import TensorInfo, content_hash
-from sphinx_pl.data.prompt_format import SYSTEM
+from sphinx_pl.data.prompt_formats import SYSTEM
 from sphinx_pl.mixing.show import distances_table
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.runtime.hydra_app import report
@@ -33,7 +32,7 @@ from sphinx_pl.utils.console import Table
 from sphinx_pl.utils.errors import UserError
 from sphinx_pl.utils.files import check_folder
 
-PATH = "a checkpoint folder of any layout that this project reads, or hf-hub:OWNER/NAME"
+PATH = "a checkpoint folder of any layout that this project reads, a GGUF file, or hf-hub:OWNER/NAME[@REVISION]"
 
 
 def parts_table(checkpoint: Checkpoint | HuggingFaceFolder) -> Table:
@@ -117,6 +116,9 @@ def main(arguments: list[str] | None = None) -> int:
     exporter.add_argument("path", help=PATH)
     exporter.add_argument("out", help="the folder to write")
     exporter.add_argument("--to", choices=("original", "huggingface"), required=True, help="the layout")
+    exporter.add_argument(
+        "--family", help="Hugging Face's class to export for: llama, phi3, ... (default: the first that fits)"
+    )
     exporter.add_argument("--shards", type=int, default=1, help="files of the original's layout (default: 1)")
     options = parser.parse_args(arguments)
     console = Console()
@@ -182,8 +184,8 @@ def _export(checkpoint: Checkpoint, options: argparse.Namespace, console: Consol
     if options.shards < 1:
         raise UserError(f"--shards={options.shards} must be at least 1")
     if options.to == "huggingface":
-        write_huggingface(checkpoint, out)
-        name = family(checkpoint.model_config.decoder)
+        write_huggingface(checkpoint, out, options.family)
+        name = exported_family(checkpoint, options.family).architecture
         console.print(f"{out}: the decoder, for {name}.from_pretrained", markup=False)
     else:
         kind = write_original(checkpoint, out, options.shards)

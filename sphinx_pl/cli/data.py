@@ -42,6 +42,8 @@ class Command(Generic[Options]):
 
 
 COMMANDS: Registry[Command[Any]] = Registry("command")
+REAL = "real"
+"""The command that makes data instead of looking at them. It has options of its own."""
 
 
 @dataclass
@@ -125,7 +127,7 @@ def table(options: TableOptions, cfg: DictConfig) -> str:
     held_out = {name: value for name, value in (values.get("val_sources") or {}).items() if not is_absent(value)}
     configs = {name: SourceConfig.from_dict(name, value, "val_sources") for name, value in held_out.items()}
     absent |= {f"val_sources.{name}": why for name, why in missing(configs).items()}
-    if not Path(values["tokenizer"]).is_file():
+    if not Path(str(values["tokenizer"])).exists():
         absent["tokenizer"] = f"there is no tokenizer {values['tokenizer']}"
     if absent:
         text = rendered(plan(group, absent))
@@ -195,6 +197,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(_usage(), file=sys.stdout if words else sys.stderr)
         return 0 if words else 2
+    if words[0] == REAL:
+        from sphinx_pl.cli.real import main as make_real
+
+        return make_real(words[1:])
     try:
         command = COMMANDS[words[0]]
         values, overrides = split(words[1:], command.options)
@@ -246,6 +252,7 @@ def _usage() -> str:
     for name, command in sorted(COMMANDS.items()):
         own = " ".join(f"{field.name}={field.default}" for field in dataclasses.fields(command.options))
         lines += [f"    {name:12s}{command.help} ({own})"]
+    lines += [f"    {REAL:12s}data of real pictures and text from published packages (--help)"]
     return "\n".join([*lines, "", "    sphinx-data show experiment=demo stage=finetune n=64 out=page.html"])
 
 

@@ -165,12 +165,14 @@ def run_stage(cfg: DictConfig, run: RunFolder) -> float | None:
     from sphinx_pl.data.held_out import held_out_weights
     from sphinx_pl.models.config import SphinxConfig
     from sphinx_pl.runtime import ranks
+    from sphinx_pl.stages.checks import with_new_tokens
     from sphinx_pl.stages.stage import OTHERS_KEYS, NonFiniteError
 
     folder = run.path
     model = SphinxConfig.from_dict(cfg.model)
     values: dict[str, Any] = OmegaConf.to_container(cfg.data, resolve=True)  # type: ignore[assignment]
     datamodule = DataModule.from_config(values, model)
+    model, new_tokens = with_new_tokens(model, datamodule.processor.tokenizer)
 
     L.seed_everything(cfg.seed, verbose=False)
     trainer: L.Trainer = instantiate(
@@ -231,6 +233,8 @@ def run_stage(cfg: DictConfig, run: RunFolder) -> float | None:
     if ranks.first_process():
         weights = ", ".join(f"{name} {weight:.2f}" for name, weight in stage.val_weights.items())
         log.info("val/loss weighs the held-out sources by what this run trains on: %s", weights or "there are none")
+        if new_tokens:
+            log.info(new_tokens)
         if isinstance(trainer.accelerator, CPUAccelerator):
             log.info(threads)
         log.info("%s%s in %s", cfg.run, f", point {cfg.point}" if cfg.point else "", folder)

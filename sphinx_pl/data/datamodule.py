@@ -115,7 +115,9 @@ class DataModule(L.LightningDataModule):
     def from_config(cls, values: dict[str, Any], model: Any) -> DataModule:
         """The data module of a resolved `data` section and a model config (`Processor.from_dict`
         names what it reads)."""
-        processor = Processor.from_dict(values.get("processor") or {}, values["tokenizer"], model)
+        if not values["tokenizer"]:
+            raise UserError("data.tokenizer is null: name a tokenizer's file or folder, such as that of a checkpoint")
+        processor = Processor.from_dict(values.get("processor") or {}, values["tokenizer"], model, grows=True)
         numbers = build(DataConfig, {k: v for k, v in values.items() if k in DataConfig.__dataclass_fields__}, "data")
         return cls(
             processor,

@@ -18,20 +18,19 @@ from typing import Any, Optional
 
 from sphinx_pl.data.coordinates import Coordinates, Size, kept_views
 from sphinx_pl.data.images import annotated_images, image_size
-from sphinx_pl.data.prompt_format import (
-    END_OF_TURN,
-    SEPARATOR,
-    SYSTEM,
+from sphinx_pl.data.prompt_formats import (
+    SPHINX,
+    PromptFormat,
     Rendered,
-    escaped,
+    default_system,
+    format_names,
     is_document,
-    render,
-    unescaped,
+    prompt_format,
 )
 from sphinx_pl.data.schema import IMAGE_SLOT, PLACEHOLDER, ImageRef, Record, Sample, SampleQuestion, Turn
 from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import TASKS
-from sphinx_pl.data.tokenizers import Tokenizer
+from sphinx_pl.data.tokenizers import Tokenizer, load_tokenizer
 from sphinx_pl.utils.config import build, within
 from sphinx_pl.utils.errors import UserError, suggest
 
@@ -43,20 +42,28 @@ BEHIND_IMAGE = 512
 
 @dataclass
 class ProcessorConfig:
-    """The section `data.processor`: system text, decimals of coordinates, and the longest sample in
-    tokens.
+    """The section `data.processor`: prompt format, system text, decimals of coordinates, and the
+    longest sample in tokens.
 
+    `system` None is the format's own system text.
     `max_length` None follows from the model: `TEXT_LENGTH` tokens, or one image and `BEHIND_IMAGE`
     if that is more. `on_too_long` decides about longer conversations. `cut` ends one after the last
     whole part of an answer, and `skip` skips it.
     """
 
-    system: str = SYSTEM
+    system: Optional[str] = None
     decimals: int = within(3, at_least=1, at_most=6)
     max_length: Optional[int] = within(None, at_least=2, at_most=2**24)  # a text begins with BOS
     on_too_long: str = "cut"
+    prompt_format: str = "sphinx"
 
     def __post_init__(self) -> None:
+        if self.prompt_format not in (names := format_names()):
+            raise UserError(
+                f"data.processor.prompt_format='{self.prompt_format}': {suggest(self.prompt_format, names)}"
+            )
+        if self.system is None:
+            self.system = default_system(self.prompt_format)
         if self.on_too_long not in (known := ("cut", "skip")):
             raise UserError(f"data.processor.on_too_long='{self.on_too_long}': {suggest(self.on_too_long, known)}")
         if PLACEHOLDER in self.system:
@@ -75,7 +82,7 @@ class PromptSample:
 @dataclass
 class Processor:
     """Writes records as token ids: it owns the tokenizer, the prompt format and the text form of
-    coordinates.
+    coordinates. The format's control tokens are added to the tokenizer, if it lacks them.
 
     `tokens_per_image` and `image_size` belong to the model. The caller gives them, since data does
     not import models. `view_tokens` are the tokens of each view; () if the model does not skip
@@ -89,8 +96,12 @@ class Processor:
     image_position: str = "after_bos"
     view_tokens: tuple[int, ...] = ()
     coordinates: Coordinates = field(init=False)
+    format: PromptFormat = field(init=False)
 
     def __post_init__(self) -> None:
+        self.format = prompt_format(self.config.prompt_format, self.tokenizer)
+        self.format.check(self.config.system or "")
+        self.tokenizer = self.tokenizer.with_controls(self.format.controls)
         self.coordinates = Coordinates(decimals=self.config.decimals)
         if self.config.max_length is None:
             length = max(TEXT_LENGTH, self.tokens_per_image + BEHIND_IMAGE)
@@ -102,46 +113,80 @@ class Processor:
         assert self.config.max_length is not None
         return self.config.max_length
 
+    def _begin(self, document: bool) -> list[int]:
+        """The id at the beginning of a sample: BOS, where the format has it.
+
+        Without BOS a document begins with the end of the text before it, as models of this kind are
+        pretrained.
+        """
+        if self.format.bos and self.tokenizer.bos_id is not None:
+            return [self.tokenizer.bos_id]
+        return [self.tokenizer.eos_id] if document else []
+
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self.config)
+        """The configuration; the original's format is not named, as in older checkpoints."""
+        values = dataclasses.asdict(self.config)
+        if values["prompt_format"] == SPHINX.name:
+            del values["prompt_format"]
+        return values
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], tokenizer_file: str | Path, model: Any) -> Processor:
-        """The processor of `to_dict()`'s mapping, a tokenizer file and a model config (only image
-        sizes are read of it).
+    def from_dict(
+        cls, values: dict[str, Any], tokenizer_file: str | Path, model: Any, grows: bool = False
+    ) -> Processor:
+        """The processor of `to_dict()`'s mapping, a tokenizer's file or folder, and a model config
+        (only image sizes are read of it).
+
+        Args:
+            grows: whether the model's vocabulary grows by the control tokens that the tokenizer
+                lacks.
 
         Raises:
-            UserError: the tokenizer has more pieces than the model's vocabulary, or does not tell
-                the line break that ends a turn from a space.
+            UserError: the tokenizer has more pieces than the model's vocabulary, lacks what the
+                prompt format needs, or does not tell the line break that ends a turn from a space.
         """
-        tokenizer = Tokenizer(tokenizer_file)
-        if tokenizer.vocab_size > model.decoder.vocab_size:
-            raise UserError(
-                f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} pieces but model.decoder.vocab_size is "
-                f"{model.decoder.vocab_size}: use the tokenizer that the model was made for, or enlarge the vocabulary"
-            )
-        if tokenizer.encode(f"a{END_OF_TURN}") == tokenizer.encode(f"a {SEPARATOR}"):
-            raise UserError(
-                f"tokenizer {tokenizer.path} writes a line break as a space, so that ' {SEPARATOR}' in a text has the "
-                f"ids of a turn's end and answers keep a '{SEPARATOR}' at their end: use the tokenizer that the model "
-                "was made for, or train one with normalization_rule_name=identity, as LLaMA's is"
-            )
-        return cls(
-            build(ProcessorConfig, values, "data.processor"),
-            tokenizer,
+        config = build(ProcessorConfig, values, "data.processor")
+        processor = cls(
+            config,
+            load_tokenizer(tokenizer_file),
             tokens_per_image=model.tokens_per_image,
             image_size=model.vision.image_size if model.vision else 0,
             image_position=model.image_position,
             view_tokens=tuple(model.vision.view_tokens) if model.vision and model.vision.skip_padding else (),
         )
+        tokenizer, end = processor.tokenizer, processor.format.end
+        size = tokenizer.vocab_size
+        if (size - len(tokenizer.new_tokens) if grows else size) > model.decoder.vocab_size:
+            new = ", ".join(tokenizer.new_tokens)
+            raise UserError(
+                f"tokenizer {tokenizer.path} has {size} pieces{new and f' with the new {new}'} but "
+                f"model.decoder.vocab_size is {model.decoder.vocab_size}: use the tokenizer that the model was made "
+                f"for, or set model.decoder.vocab_size={size}"
+            )
+        if processor.format.ends_in_text and tokenizer.encode(f"a{end}") == tokenizer.encode(f"a {end.lstrip()}"):
+            raise UserError(
+                f"tokenizer {tokenizer.path} writes a line break as a space, so that ' {end.lstrip()}' in a text has "
+                f"the ids of a turn's end and answers keep a '{end.lstrip()}' at their end: use the tokenizer that the "
+                "model was made for, or train one with normalization_rule_name=identity, as LLaMA's is"
+            )
+        return processor
 
     @property
     def stop_sequences(self) -> list[list[int]]:
-        """The ids that end an answer: `\\n###` as it is tokenized after a word, at a start and
-        after blanks."""
-        sequences: list[list[int]] = []
+        """The ids that end an answer, beside `eos_id`: the format's end of a turn and the
+        tokenizer's other ends of a text.
+
+        An end that is text, such as `\\n###`, is there as it is tokenized after a word, at a start
+        and after blanks.
+        """
+        sequences = [[id] for id in self.tokenizer.eos_ids[1:]]
+        end = self.format.end
+        if not self.format.ends_in_text:
+            ids, _ = self.tokenizer.encode_with_spans(end, [(0, len(end))])
+            last = ids[-1:]
+            return sequences if last in ([self.tokenizer.eos_id], *sequences) else [last, *sequences]
         for before in ("a", "", "a ", "a\n", "a\r"):
-            ids, spans = self.tokenizer.encode_with_spans(before + END_OF_TURN)
+            ids, spans = self.tokenizer.encode_with_spans(before + end)
             stop = ids[bisect_right(spans, len(before), key=itemgetter(1)) :]
             if stop not in sequences:
                 sequences.append(stop)
@@ -149,11 +194,24 @@ class Processor:
 
     def decode(self, ids: list[int]) -> str:
         """The text of generated ids up to the end of the turn."""
-        return unescaped(self.tokenizer.decode(ids).split(END_OF_TURN)[0]).strip()
+        return self.until_end(self.tokenizer.decode(ids)).strip()
+
+    def until_end(self, text: str) -> str:
+        """The model's text up to an end of the turn that is text, as somebody would write it."""
+        return self.format.unescape(text.split(self.format.end)[0] if self.format.ends_in_text else text)
 
     def encode_answer(self, answer: str) -> list[int]:
-        """The ids of an answer as in training: it begins a word, with or without a space in front."""
-        return self.tokenizer.encode(escaped(answer.strip()))
+        """The ids of an answer as in training, without the end of its turn.
+
+        Raises:
+            SkipSample: the prompt format cannot write it.
+        """
+        if not answer.strip():
+            return []
+        rendered = self.format.render([Turn("a", answer.strip())], "")
+        [(begin, _)], [(_, end)] = rendered.answers, rendered.contents
+        ids, spans = self.tokenizer.encode_with_spans(rendered.text[:end], rendered.structure, self.format.begins)
+        return ids[bisect_right(spans, begin, key=itemgetter(1)) :]
 
     def sample(self, record: Record, source: str, rng: random.Random | None = None) -> Sample:
         """One record as a sample with one question of at most `max_length` tokens.
@@ -186,7 +244,7 @@ class Processor:
         rest: list[int] = []
         rendered, events = self._rendered(turns, record)
         if not document:
-            ids, spans = self._tokens(rendered, record, slots, budget)
+            ids, spans = self._tokens(rendered, record, slots, document, budget)
             supervised = _overlaps(spans, rendered.answers)
             if len(ids) > budget:
                 length, turns_kept = self._cut(rendered, spans, TASKS[record.task].parts)
@@ -198,10 +256,10 @@ class Processor:
                 ids, supervised = ids[:length], supervised[:length]
         else:
             if record.images:
-                ids, spans = self._tokens(rendered, record, slots)
+                ids, spans = self._tokens(rendered, record, slots, document)
                 supervised = _overlaps(spans, rendered.answers)
             else:  # all of a text is supervised: spans would take a hundred times the bytes of a book
-                ids = [self.tokenizer.bos_id, *self.tokenizer.encode(rendered.text)]
+                ids = [*self._begin(document), *self.tokenizer.encode(rendered.text)]
                 supervised = [False] + [True] * (len(ids) - 1)
             # A plain document also teaches where a text ends.
             ids, supervised = [*ids, self.tokenizer.eos_id], [*supervised, True]
@@ -215,7 +273,7 @@ class Processor:
         question = SampleQuestion(ids, supervised, record.task, record.key)
         samples = [Sample([], [question], images, source, kept_views, +(events + Counter(record.events)))]
         for number, start in enumerate(range(0, len(rest), budget - 1), start=2):
-            part = [self.tokenizer.bos_id, *rest[start : start + budget - 1]]
+            part = [*self._begin(document), *rest[start : start + budget - 1]]
             question = SampleQuestion(part, [False] + [True] * (len(part) - 1), record.task, f"{record.key}#{number}")
             samples.append(Sample([], [question], (), source))
         return samples
@@ -235,7 +293,7 @@ class Processor:
         images = annotated_images(record)
         kept_views = self._kept_views(self.sizes(images) if sizes is None else sizes)
         rendered, _ = self._rendered(turns, record, open_ended=True)
-        ids, _ = self._tokens(rendered, record, self.slots(len(record.images), kept_views))
+        ids, _ = self._tokens(rendered, record, self.slots(len(record.images), kept_views), is_document(turns))
         return PromptSample(ids, images, kept_views)
 
     def sizes(self, images: Sequence[ImageRef]) -> tuple[Size, ...]:
@@ -263,8 +321,8 @@ class Processor:
         self, turns: Sequence[Turn], record: Record, open_ended: bool = False
     ) -> tuple[Rendered, Counter[str]]:
         """The record's text, and the event `escaped` if a text in it would have become structure."""
-        system = self.config.system if record.system is None else escaped(record.system)
-        rendered = render(self._place(turns, record), system, open_ended, is_document(turns))
+        system = (self.config.system or "") if record.system is None else self.format.escape(record.system)
+        rendered = self.format.render(self._place(turns, record), system, open_ended, is_document(turns))
         return rendered, Counter(escaped=int(rendered.escaped or record.system not in (None, system)))
 
     def _place(self, turns: Sequence[Turn], record: Record) -> Sequence[Turn]:
@@ -306,10 +364,11 @@ class Processor:
             raise SkipSample("too_long", f"more than {budget} tokens")
         limit = min(spans[budget - 1][1], spans[budget][0])  # a character can be several tokens
         text, turn = rendered.text, bisect_right(rendered.answers, limit, key=itemgetter(1))
-        begin, end = rendered.answers[turn]
-        spans_of_parts = (match.span() for match in parts.finditer(text, begin + 1, end - len(END_OF_TURN)))
+        begin, _ = rendered.answers[turn]
+        first, last = rendered.contents[turn]
+        spans_of_parts = (match.span() for match in parts.finditer(text, first, last))
         whole = list(itertools.takewhile(lambda part: part[0] < limit, spans_of_parts))
-        limit = min(limit, end - len(END_OF_TURN))
+        limit = min(limit, last)
         while limit > begin:
             number = bisect_left(whole, limit, key=itemgetter(1))
             if number < len(whole) and whole[number][0] < limit < whole[number][1]:
@@ -329,7 +388,7 @@ class Processor:
         return not record.images or (len(record.images) == 1 and self.image_position == "after_bos")
 
     def _tokens(
-        self, rendered: Rendered, record: Record, slots: Sequence[int], budget: int | None = None
+        self, rendered: Rendered, record: Record, slots: Sequence[int], document: bool, budget: int | None = None
     ) -> tuple[list[int], list[tuple[int, int]]]:
         """The ids, and for each id the half-open range of characters of the text that it stands
         for.
@@ -338,8 +397,8 @@ class Processor:
         tokenized: of a million characters only the first few thousand need the work.
         """
         longest = len(rendered.text) if budget is None else budget * self.tokenizer.longest_piece
-        ids: list[int] = [self.tokenizer.bos_id]
-        spans = [(0, 0)]
+        ids = self._begin(document)
+        spans = [(0, 0)] * len(ids)
         if record.images and self._leading(record):
             ids += [IMAGE_SLOT] * slots[0]
             spans += [(0, 0)] * slots[0]
@@ -355,11 +414,21 @@ class Processor:
                 ids += [IMAGE_SLOT] * slots[i - 1]
                 spans += [(start, start)] * slots[i - 1]
             if piece:
-                piece_ids, piece_spans = self.tokenizer.encode_with_spans(piece[:longest])
+                piece_ids, piece_spans = self.tokenizer.encode_with_spans(
+                    piece[:longest],
+                    _within(rendered.structure, start, piece[:longest]),
+                    self.format.begins and not start,
+                )
                 ids += piece_ids
                 spans += [(begin + start, end + start) for begin, end in piece_spans]
             start += len(piece)
         return ids, spans
+
+
+def _within(ranges: Sequence[tuple[int, int]], start: int, text: str) -> list[tuple[int, int]]:
+    """The parts of ranges of characters that lie within `text`, which begins at `start`."""
+    end = start + len(text)
+    return [(max(a, start) - start, min(b, end) - start) for a, b in ranges if a < end and b > start]
 
 
 def _overlaps(spans: Sequence[tuple[int, int]], answers: Sequence[tuple[int, int]]) -> list[bool]:

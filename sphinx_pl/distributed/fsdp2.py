@@ -127,8 +127,9 @@ class RowPlacement:
     def __init__(self, strategy: Fsdp2) -> None:
         self.strategy = strategy
         self.reads = strategy.is_global_zero
-        device = strategy.root_device
-        self.mesh = init_device_mesh(device.type, (strategy.world_size,))
+        self.device = strategy.root_device
+        self.dtype = strategy.compute_dtype
+        self.mesh = init_device_mesh(self.device.type, (strategy.world_size,))
 
     def prepare(self, model: Sphinx) -> None:
         strategy = self.strategy
@@ -147,7 +148,7 @@ class RowPlacement:
 
     def put(self, owner: nn.Module, name: str, value: Tensor | None) -> None:
         like = owner.get_parameter(name)
-        device = self.strategy.root_device
+        device = self.device
         sharded = isinstance(like, DTensor)
         dtype = like.dtype if sharded else self.strategy.compute_dtype
         data = torch.empty(like.shape, dtype=dtype, device=device)

@@ -307,6 +307,7 @@ class Partitioned:
         self.strategy = strategy
         self.dtype = dtype
         self.reads = strategy.is_global_zero
+        self.device = strategy.root_device
         self.keeps_masters = dtype != torch.float32 and not strategy.bf16_masters and not strategy.resumes
         self.names: dict[nn.Parameter, str] = {}
         self._init: Any = zero.Init(module=nn.Module(), config_dict_or_path=strategy.config, dtype=dtype)
@@ -322,7 +323,7 @@ class Partitioned:
 
     def put(self, owner: nn.Module, name: str, value: Tensor | None) -> None:
         like = owner.get_parameter(name)
-        device = self.strategy.root_device
+        device = self.device
         keeps = like.requires_grad and self.keeps_masters
         data = torch.empty(like.shape, dtype=torch.float32 if keeps else self.dtype, device=device)
         if value is not None:

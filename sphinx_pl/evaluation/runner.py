@@ -288,7 +288,7 @@ def answer(
     tokens: list[list[list[int]]] = []
     for question, prompt in zip(questions, prompts, strict=True):
         choices = question.candidates if ranking else ()
-        ids = [processor.tokenizer.encode(choice) for choice in choices]  # like answers in training, they begin a word
+        ids = [processor.encode_answer(choice) for choice in choices]
         fit = max(map(len, ids), default=0) <= (prompt.max_new_tokens or config.max_new_tokens)
         candidates.append(choices if fit else ())
         tokens.append(ids)

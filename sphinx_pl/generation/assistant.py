@@ -17,11 +17,11 @@ from torch import Tensor
 from sphinx_pl.checkpoints.format import open_checkpoint
 from sphinx_pl.data.images import decode, padded_resize, read_bytes, to_tensor, upright_rgb
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.prompt_format import END_OF_TURN, escaped, unescaped
 from sphinx_pl.data.schema import PLACEHOLDER, ImageRef, Record, Turn
 from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.generation.generate import GenerationConfig, Prompt, generate, place_images, stream
 from sphinx_pl.generation.loglikelihood import answer_loglikelihoods
+from sphinx_pl.models.placement import allocate
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.runtime.device import autocast, check_precision, choose_device
 from sphinx_pl.utils.errors import UserError
@@ -84,7 +84,7 @@ class Assistant:
         with torch.device("meta"):
             model = Sphinx(checkpoint.model_config)
         checkpoint.check(model)
-        model = model.to(torch.bfloat16 if precision == "bf16" else torch.float32).to_empty(device=target)
+        allocate(model.to(torch.bfloat16 if precision == "bf16" else torch.float32), target)
         checkpoint.load_into(model)
         return cls(model, processor, precision)
 
@@ -130,7 +130,7 @@ class Assistant:
                 next_ids = next(steps, None)
             if next_ids is None:
                 break
-            ids, texts = next_ids, [_certain(self.processor.tokenizer.decode(answer)) for answer in next_ids]
+            ids, texts = next_ids, [self._certain(self.processor.tokenizer.decode(answer)) for answer in next_ids]
             yield texts
         # an apparent end was none
         if (answers := [self.processor.decode(answer) for answer in ids]) != texts:
@@ -153,6 +153,20 @@ class Assistant:
     def _end(self, config: GenerationConfig | None) -> GenerationConfig:
         stop = self.processor.stop_sequences
         return replace(config or GenerationConfig(), eos_id=self.processor.tokenizer.eos_id, stop=stop)
+
+    def _certain(self, text: str) -> str:
+        """Return the part of a growing answer that is certain, without an incomplete character or
+        end of turn.
+        """
+        prompt_format = self.processor.format
+        if not prompt_format.ends_in_text:
+            return prompt_format.unescape(text.rstrip("\ufffd")).strip()
+        text = text.split(prompt_format.end)[0].rstrip("\ufffd")
+        for mark in (prompt_format.end, prompt_format.escape(prompt_format.end)):
+            for length in range(len(mark) - 1, 0, -1):
+                if text.endswith(mark[:length]):
+                    return prompt_format.unescape(text[:-length]).strip()
+        return prompt_format.unescape(text).strip()
 
     def _prompts(self, dialogs: Sequence[Dialog], config: GenerationConfig | None) -> list[Prompt]:
         limit = (config or GenerationConfig()).max_new_tokens
@@ -200,15 +214,3 @@ def open_picture(picture: Picture) -> Image.Image:
     except SkipSample as error:
         hint = ": give a JPEG, PNG or WebP file" if error.reason == "image_unreadable" else ""
         raise BadDialog(f"image cannot be used ({error}){hint}") from None
-
-
-def _certain(text: str) -> str:
-    """Return the part of a growing answer that is certain, without an incomplete character or end
-    of turn.
-    """
-    text = text.split(END_OF_TURN)[0].rstrip("\ufffd")
-    for mark in (END_OF_TURN, escaped(END_OF_TURN)):
-        for length in range(len(mark) - 1, 0, -1):
-            if text.endswith(mark[:length]):
-                return unescaped(text[:-length]).strip()
-    return unescaped(text).strip()

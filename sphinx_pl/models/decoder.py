@@ -41,6 +41,7 @@ class KVCache:
         self.length = 0
         self._keys: list[Optional[Tensor]] = [None] * layers
         self._values: list[Optional[Tensor]] = [None] * layers
+        self._positions: Optional[Tensor] = None
         self.watched: Optional[int] = None
         self.weights: Optional[Tensor] = None
 
@@ -62,6 +63,14 @@ class KVCache:
         values[:, :, self.length : end] = v_BKTh
         return keys[:, :, :end], values[:, :, :end]
 
+    def place(self, position_ids_BT: Tensor) -> Tensor:
+        """Append the positions of new keys, return those of all keys, [B, S]."""
+        end = self.length + position_ids_BT.shape[1]
+        if self._positions is None:
+            self._positions = position_ids_BT.new_zeros(len(position_ids_BT), self.max_length)
+        self._positions[:, self.length : end] = position_ids_BT
+        return self._positions[:, :end]
+
     def advance(self, positions: int) -> None:
         """Called once all layers have been updated."""
         self.length += positions
@@ -74,9 +83,11 @@ class KVCache:
         """Row i becomes a copy of row `rows_B[i]`; there may be more or fewer of them than before."""
         for held in (self._keys, self._values):
             held[:] = [None if tensor is None else tensor[rows_B] for tensor in held]
+        if self._positions is not None:
+            self._positions = self._positions[rows_B]
 
     def reorder(self, rows_B: Tensor, start: int) -> None:
-        """Row i becomes row `rows_B[i]` from position `start` on, before which they are the same."""
+        """Row i becomes row `rows_B[i]` from column `start` on, before which they are the same."""
         for tensor in (*self._keys, *self._values):
             if tensor is not None:
                 tensor[:, :, start : self.length] = tensor[rows_B, :, start : self.length]
@@ -90,20 +101,72 @@ class KVCache:
                 tensor[:, :, self.length - 1] = tensor[rows, :, self.length - 1 + choices_B]
 
 
-def rotary_angles(position_ids_BT: Tensor, config: DecoderConfig) -> Tensor:
-    """cos + i sin of every position and channel pair (Su et al. 2021), complex64 [B, T, 1, h/2].
+def rotary_frequencies(config: DecoderConfig, long: bool, device: torch.device) -> tuple[Tensor, float]:
+    """The angle by which each channel pair turns from one position to the next, in radians,
+    float32 [rotary_dim/2]; and what queries and keys are multiplied by.
+
+    Sources: `RopeScaling`.
+
+    Args:
+        long: whether the sequence may become longer than `original_positions` (longrope).
+    """
+    exponent = torch.arange(0, config.rotary_dim, 2, device=device).float() / config.rotary_dim
+    frequencies, scaling = config.rope_theta**-exponent, config.rope_scaling
+    if scaling is None:
+        return frequencies, 1.0
+    log_factor = math.log(max(1.0, scaling.factor))
+    if scaling.kind == "linear":
+        frequencies, attention_factor = frequencies / scaling.factor, 1.0
+    elif scaling.kind == "llama3":
+        # How often a pair turns in the first training, between the two borders.
+        turns = scaling.original_positions * frequencies / (2 * math.pi)
+        kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        frequencies, attention_factor = torch.lerp(frequencies / scaling.factor, frequencies, kept.clamp(0, 1)), 1.0
+    elif scaling.kind == "yarn":
+        low, high = (_pair_that_turns(turns, config) for turns in (scaling.beta_fast, scaling.beta_slow))
+        if scaling.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, config.rotary_dim - 1)
+        pairs = torch.arange(len(frequencies), device=device)
+        divided = ((pairs - low) / max(high - low, 1e-3)).clamp(0, 1)
+        frequencies = torch.lerp(frequencies, frequencies / scaling.factor, divided)
+        attention_factor = 0.1 * log_factor + 1
+    else:
+        divisors = scaling.long_factor if long else scaling.short_factor
+        frequencies = frequencies / torch.tensor(divisors, device=device)
+        attention_factor = math.sqrt(1 + log_factor / math.log(scaling.original_positions))
+    return frequencies, attention_factor if scaling.attention_factor is None else scaling.attention_factor
+
+
+def _pair_that_turns(turns: float, config: DecoderConfig) -> float:
+    """The index, not rounded, of the channel pair that turns so often within `original_positions`
+    (YaRN, appendix).
+    """
+    assert config.rope_scaling is not None
+    wavelength = config.rope_scaling.original_positions / turns
+    return config.rotary_dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+
+def rotary_angles(position_ids_BT: Tensor, config: DecoderConfig, length: int) -> Tensor:
+    """cos + i sin of every position and channel pair (Su et al. 2021), complex64 [B, T, 1, rotary_dim/2].
 
     Not a buffer: it would be rounded with a bf16 model, and be missing from a model built on the meta device.
+
+    Args:
+        length: positions that the sequences may reach.
     """
-    exponent = torch.arange(0, config.head_dim, 2, device=position_ids_BT.device).float() / config.head_dim
-    angles = position_ids_BT[:, :, None, None].float() * config.rope_theta**-exponent
-    return torch.polar(torch.ones_like(angles), angles)
+    long = config.rope_scaling is not None and length > config.rope_scaling.original_positions
+    frequencies, attention_factor = rotary_frequencies(config, long, position_ids_BT.device)
+    angles = position_ids_BT[:, :, None, None].float() * frequencies
+    return torch.polar(torch.full_like(angles, attention_factor), angles)
 
 
 def rotate(x_BTHh: Tensor, angles: Tensor) -> Tensor:
-    """Turn channel pairs (0, 1), (2, 3), ... by `angles`, in float32."""
-    pairs = torch.view_as_complex(torch.unflatten(x_BTHh.float(), -1, (-1, 2)))
-    return torch.view_as_real(pairs * angles).flatten(-2)
+    """Turn channel pairs (0, 1), (2, 3), ... by `angles`, in float32; channels beyond them stay."""
+    x_BTHh, rest = x_BTHh.float().tensor_split([2 * angles.shape[-1]], dim=-1)
+    pairs = torch.view_as_complex(torch.unflatten(x_BTHh, -1, (-1, 2)))
+    rotated = torch.view_as_real(pairs * angles).flatten(-2)
+    return torch.cat([rotated, rest], dim=-1) if rest.shape[-1] else rotated
 
 
 class Attention(nn.Module):
@@ -113,19 +176,29 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         self.groups = config.heads // config.kv_heads
-        self.wq = nn.Linear(config.width, config.heads * config.head_dim, bias=False)
-        self.wk = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
-        self.wv = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
+        self.wq = nn.Linear(config.width, config.heads * config.head_dim, bias=config.qkv_bias)
+        self.wk = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=config.qkv_bias)
+        self.wv = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=config.qkv_bias)
         self.wo = nn.Linear(config.heads * config.head_dim, config.width, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.norm_over_width = config.qk_norm_over == "width"
+        q_width, k_width = (
+            config.head_dim * (n if self.norm_over_width else 1) for n in (config.heads, config.kv_heads)
+        )
+        self.q_norm = RMSNorm(q_width, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(k_width, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(
-        self, x_BTD: Tensor, angles: Tensor, bias: Optional[Tensor], cache: Optional[KVCache], layer: int
+        self, x_BTD: Tensor, angles: Optional[Tensor], bias: Optional[Tensor], cache: Optional[KVCache], layer: int
     ) -> Tensor:
-        q, k, v = (w(x_BTD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
-        q, k = rotate(self.q_norm(q), angles).type_as(v), rotate(self.k_norm(k), angles).type_as(v)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        q, k, v = self.wq(x_BTD), self.wk(x_BTD), self.wv(x_BTD)
+        if self.norm_over_width:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
+        if not self.norm_over_width:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        q, k, v = (t.type_as(v).transpose(1, 2) for t in (q, k, v))
         if cache is not None:
             k, v = cache.update(layer, k, v)
             if layer == cache.watched:
@@ -154,14 +227,16 @@ class FeedForward(nn.Module):
 class SparseFeedForward(nn.Module):
     """Mixtral's mixture of SwiGLU experts (Jiang et al. 2024, section 2.1).
 
-    A token's output is the sum of its best experts', weighted by their softmax renormalised over the chosen ones. All
-    experts are one matrix, [experts * F, D], as MegaBlocks stores them; w2 is not transposed.
+    A token's output is the sum of its best experts', weighted by their softmax, which is renormalised over the chosen
+    ones unless `normalise_experts` is off. All experts are one matrix, [experts * F, D], as MegaBlocks stores them; w2
+    is not transposed.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.experts = config.experts
         self.per_token = config.experts_per_token
+        self.normalise = config.normalise_experts
         shape = (config.experts * config.ffn_width, config.width)
         self.w1, self.w2, self.w3 = (nn.Parameter(torch.empty(shape)) for _ in range(3))
         self.gate = nn.Linear(config.width, config.experts, bias=False)
@@ -174,7 +249,9 @@ class SparseFeedForward(nn.Module):
         x_MD = x.flatten(0, -2)
         probabilities = self.gate(x_MD).float().softmax(-1)
         weights, chosen = probabilities.topk(self.per_token)
-        weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
+        if self.normalise:
+            weights = weights / weights.sum(-1, keepdim=True)
+        weights = weights.to(x.dtype)
         out = torch.zeros_like(x_MD)
         parts = (w.view(self.experts, -1, w.shape[-1]) for w in (self.w1, self.w2, self.w3))
         # Every expert runs, also on no token: its weights take part in every backward pass.
@@ -188,7 +265,7 @@ class SparseFeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward, each with its residual."""
+    """Attention and feed-forward, each with its residual and a norm of its input or output."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -196,15 +273,17 @@ class Block(nn.Module):
         self.feed_forward = SparseFeedForward(config) if config.experts else FeedForward(config)
         self.attention_norm = RMSNorm(config.width, config.norm_eps)
         self.ffn_norm = RMSNorm(config.width, config.norm_eps)
+        self.norm_after = config.norm_position == "after"
 
     def forward(
-        self, x_BTD: Tensor, angles: Tensor, bias: Optional[Tensor], cache: Optional[KVCache], layer: int
+        self, x_BTD: Tensor, angles: Optional[Tensor], bias: Optional[Tensor], cache: Optional[KVCache], layer: int
     ) -> tuple[Tensor, Optional[Tensor]]:
         """[B, T, D] -> the same shape, and the unevenness of experts where there are any."""
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), angles, bias, cache, layer)
-        out = self.feed_forward(self.ffn_norm(x_BTD))
+        out = self.attention(x_BTD if self.norm_after else self.attention_norm(x_BTD), angles, bias, cache, layer)
+        x_BTD = x_BTD + (self.attention_norm(out) if self.norm_after else out)
+        out = self.feed_forward(x_BTD if self.norm_after else self.ffn_norm(x_BTD))
         out, unevenness = out if isinstance(out, tuple) else (out, None)
-        return x_BTD + out, unevenness
+        return x_BTD + (self.ffn_norm(out) if self.norm_after else out), unevenness
 
 
 class TokenEmbedding(nn.Embedding):
@@ -219,12 +298,14 @@ class TokenEmbedding(nn.Embedding):
 
 def new_weight(name: str, tensor: Tensor, config: DecoderConfig) -> Tensor:
     """Fill a decoder's parameter: normal with deviation 1 / sqrt(inputs), onto the residual stream divided by
-    sqrt(2 layers) (GPT-2); norms are ones.
+    sqrt(2 layers) (GPT-2); norms are ones, biases zeros.
 
     At LLaMA's widths that is near the usual 0.02, which in a narrow decoder would be too little to start with.
     """
     if "norm" in name:
         return nn.init.ones_(tensor)
+    if name.endswith("bias"):
+        return nn.init.zeros_(tensor)
     depth = 2 * config.layers if name.endswith(("wo.weight", "w2.weight", "w2")) else 1
     # Experts' w2 is not transposed: its inputs are rows.
     inputs = config.ffn_width if name.endswith("w2") else tensor.shape[-1]
@@ -272,30 +353,50 @@ class Decoder(nn.Module):
 
         Args:
             position_ids_BT: rotary positions.
-            mask: bool, broadcastable to [B, 1, T, S], True = may attend; every row needs at least one. None: causal.
+            mask: bool, broadcastable to [B, 1, T, S], True = may attend, as far as a layer's window reaches; every
+                position may attend to itself. None: causal.
             cache: holds earlier positions; the new ones are added to it.
             unevenness: gets that of each layer's experts.
         """
-        angles = rotary_angles(position_ids_BT, self.config)
-        bias = self._bias(x_BTD, mask, cache.length if cache else 0)
+        angles = rotary_angles(position_ids_BT, self.config, cache.max_length if cache else x_BTD.shape[1])
+        biases = self._biases(x_BTD, position_ids_BT, mask, cache)
         training = self.training and torch.is_grad_enabled()
         again = {"none": 0, "selective": 2, "full": 1}[self.checkpointing if training else "none"]
         for index, layer in enumerate(self.layers):
+            turns = None if index in self.config.unrotated_layers else angles
+            bias = biases[self.config.has_window(index)]
             if again and index % again == 0:
-                x_BTD, uneven = checkpoint(layer, x_BTD, angles, bias, cache, index, use_reentrant=False)
+                x_BTD, uneven = checkpoint(layer, x_BTD, turns, bias, cache, index, use_reentrant=False)
             else:
-                x_BTD, uneven = layer(x_BTD, angles, bias, cache, index)
+                x_BTD, uneven = layer(x_BTD, turns, bias, cache, index)
             if unevenness is not None and uneven is not None:
                 unevenness.append(uneven)
         if cache is not None:
             cache.advance(x_BTD.shape[1])
         return torch.as_tensor(self.norm(x_BTD))
 
-    def _bias(self, x_BTD: Tensor, mask: Optional[Tensor], past: int) -> Optional[Tensor]:
-        """The mask as an additive bias in the attention's dtype: converted here once, not in every layer."""
-        length = x_BTD.shape[1]
-        if mask is None and past and length > 1:  # SDPA's own causal flag aligns to the top left
+    def _biases(
+        self, x_BTD: Tensor, position_ids_BT: Tensor, mask: Optional[Tensor], cache: Optional[KVCache]
+    ) -> tuple[Optional[Tensor], Optional[Tensor]]:
+        """The masks of layers without and with a window, as biases in the attention's dtype.
+
+        They are converted here once, not in every layer. A window counts positions, not columns:
+        questions that share a prefix lie one after the other in a packed row.
+        """
+        length, past = x_BTD.shape[1], cache.length if cache else 0
+        window = self.config.window
+        keys_BS = cache.place(position_ids_BT) if window and cache else position_ids_BT
+        if window >= past + length:  # no key is further away
+            window = 0
+        if mask is None and length > 1 and (past or window):  # SDPA's own causal flag aligns to the top left
             mask = torch.ones(length, past + length, dtype=torch.bool, device=x_BTD.device).tril(past)[None, None]
+        bias = self._bias(x_BTD, mask)
+        if not window:
+            return bias, bias
+        near = position_ids_BT[:, None, :, None] - keys_BS[:, None, None, :] < window
+        return bias, self._bias(x_BTD, near if mask is None else near & mask)
+
+    def _bias(self, x_BTD: Tensor, mask: Optional[Tensor]) -> Optional[Tensor]:
         if mask is None:
             return None
         kind = x_BTD.device.type
@@ -310,10 +411,13 @@ class Decoder(nn.Module):
         """FLOPs of a forward pass over `tokens` positions, of which `supervised` have logits.
 
         Args:
-            pairs: how many pairs of positions attention compares.
+            pairs: how many pairs of positions the mask lets through. Layers with a window compare at
+                most `window` for each position.
         """
         c = self.config
+        windows = sum(c.has_window(layer) for layer in range(c.layers))
+        pairs = (c.layers - windows) * pairs + windows * min(pairs, tokens * c.window)
         attention = c.width * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
         feed_forward = 3 * c.width * c.ffn_width * (c.experts_per_token if c.experts else 1) + c.width * c.experts
-        layer = 2 * tokens * (attention + feed_forward) + 4 * pairs * c.width
-        return float(c.layers * layer + 2 * supervised * c.width * c.vocab_size)
+        layers = 2 * c.layers * tokens * (attention + feed_forward) + 4 * pairs * c.heads * c.head_dim
+        return float(layers + 2 * supervised * c.width * c.vocab_size)

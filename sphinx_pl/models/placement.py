@@ -15,6 +15,10 @@ class Placement(Protocol):
 
     reads: bool
     """Whether this process has to know values; the others get theirs from one that does."""
+    device: torch.device
+    """Where modules compute."""
+    dtype: torch.dtype
+    """The dtype of tables that belong to no checkpoint, such as rotary angles."""
 
     def prepare(self, model: Sphinx) -> None:
         """Before the first parameter; the model is on the meta device, its frozen parts without gradients."""
@@ -28,6 +32,7 @@ class OneDevice:
 
     def __init__(self, device: torch.device | str = "cpu", reads: bool = True) -> None:
         self.device = torch.device(device)
+        self.dtype = torch.float32
         self.reads = reads
 
     def prepare(self, model: Sphinx) -> None:
@@ -39,3 +44,12 @@ class OneDevice:
         if value is not None:
             data.copy_(value)
         setattr(owner, name, nn.Parameter(data, requires_grad=like.requires_grad))
+
+
+def allocate(module: nn.Module, device: torch.device | str) -> None:
+    """Move `module` to a device: its meta tensors get memory without values, others keep theirs."""
+
+    def placed(tensor: Tensor) -> Tensor:
+        return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+
+    module._apply(placed)  # type: ignore[no-untyped-call]

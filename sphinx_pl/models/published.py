@@ -104,3 +104,6 @@ def joined(*parts: Tensor) -> Tensor:
 
 
 OURS = PublishedLayout("ours", own_name)
+
+HUB = "hf-hub:"
+"""What stands before OWNER/NAME of a model on the Hugging Face hub."""

@@ -111,7 +111,7 @@ class Sphinx(nn.Module):
         return flat.view_as(x_BTD), zero
 
     def parts(self) -> dict[str, list[nn.Module | nn.Parameter]]:
-        """The pieces that can be frozen: decoder, projections, and each encoder under its kind."""
+        """The pieces that can be frozen: decoder, projections, and each encoder under its key."""
         parts: dict[str, list[nn.Module | nn.Parameter]] = {"decoder": [self.decoder]}
         if (vision := self.vision) is not None:
             parts["projections"] = [*vision.projections, vision.start_img, vision.end_img]

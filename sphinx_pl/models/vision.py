@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sphinx_pl.models.attention import training_kernel
 from sphinx_pl.models.config import VisionConfig
-from sphinx_pl.models.encoders.base import ENCODERS, Encoder
+from sphinx_pl.models.encoders.base import ENCODERS, Encoder, EncoderConfig
+from sphinx_pl.models.encoders.resamplers import RESAMPLERS, Resampler
 
 
 def merge_patches(tokens: Tensor, mode: str, factor: int) -> Tensor:
@@ -31,16 +33,46 @@ def merge_patches(tokens: Tensor, mode: str, factor: int) -> Tensor:
     return torch.cat([first.repeat(1, 1, factor**2), blocks.flatten(3).flatten(1, 2)], dim=1)
 
 
-def build_encoder(config: VisionConfig, kind: str) -> Encoder:
+def align_map(tokens: Tensor, grid: int, how: str) -> Tensor:
+    """A feature map on another grid: [M, 1 + g*g, C] -> [M, 1 + grid*grid, C'], class token first.
+
+    "bilinear": interpolated between the centres of patches, C' = C. "shuffle": the channels of
+    neighbours side by side for a coarser grid, as `merge_patches` has them, or the inverse for a
+    finer one; the class token is then the mean of its parts.
+    """
+    side = round((tokens.shape[1] - 1) ** 0.5)
+    if side == grid:
+        return tokens
+    if how == "shuffle" and side > grid:
+        return merge_patches(tokens, "shuffle", side // grid)
+    first, patches = tokens[:, :1], tokens[:, 1:]
+    if how == "shuffle":
+        factor = grid // side
+        blocks = patches.reshape(len(tokens), side, side, factor, factor, -1).transpose(2, 3)
+        mean = first.reshape(len(tokens), 1, factor**2, -1).mean(dim=2)
+        return torch.cat([mean, blocks.reshape(len(tokens), grid**2, -1)], dim=1)
+    image = torch.unflatten(patches.transpose(1, 2), 2, (side, side))
+    resized = F.interpolate(image.float(), size=(grid, grid), mode="bilinear").to(tokens.dtype)
+    return torch.cat([first, resized.flatten(2).transpose(1, 2)], dim=1)
+
+
+def build_encoder(config: VisionConfig, key: str) -> Encoder:
     """One of the configured encoders, with new weights."""
-    encoder = ENCODERS[kind](config.encoders[kind], config.scheme)
+    section = config.encoders[key]
+    encoder = ENCODERS[section.kind](section, config.scheme)
     encoder.init_weights()
     return encoder
 
 
 def build_encoders(config: VisionConfig) -> dict[str, Encoder]:
-    """The configured encoders by kind, with new weights."""
-    return {kind: build_encoder(config, kind) for kind in config.encoders}
+    """The configured encoders by key, with new weights."""
+    return {key: build_encoder(config, key) for key in config.encoders}
+
+
+def build_resampler(config: EncoderConfig) -> Resampler:
+    """The resampler of an encoder that has one, with new weights."""
+    grid = config.grid if config.has_grid else None
+    return RESAMPLERS[config.resampler.kind](config.resampler, config.width, grid)
 
 
 class MixedVisionEncoder(nn.Module):
@@ -49,35 +81,39 @@ class MixedVisionEncoder(nn.Module):
     def __init__(self, config: VisionConfig, width: int) -> None:
         super().__init__()
         self.config = config
-        # Names of modules are names of tensors on disk. They stay `mixer.towers.KIND.…`, so that
+        # Names of modules are names of tensors on disk. They stay `mixer.towers.KEY.…`, so that
         # all checkpoints can be read.
         self.towers = nn.ModuleDict(build_encoders(config))
         self.visual_proj = self._projection(config.joined_width, width) if config.channel_encoders else None
         for encoder in config.sequence_encoders:
-            self.add_module(f"{encoder.kind}_proj", self._projection(encoder.width, width))
+            self.add_module(f"{encoder.part}_proj", self._projection(encoder.sequence_width, width))
+        resampled = [encoder for encoder in config.sequence_encoders if encoder.resampler is not None]
+        self.resamplers = nn.ModuleDict({encoder.part: build_resampler(encoder) for encoder in resampled})
         self.start_img = nn.Parameter(torch.randn(width) * 0.02)
         self.end_img = nn.Parameter(torch.randn(width) * 0.02)
         if config.skip_padding:
             self.skip_token = nn.Parameter(torch.randn(width) * 0.02)
 
-    @staticmethod
-    def _projection(inputs: int, outputs: int) -> nn.Sequential:
+    def _projection(self, inputs: int, outputs: int) -> nn.Sequential:
+        if self.config.projection == "mlp":
+            return nn.Sequential(nn.Linear(inputs, outputs), nn.GELU(), nn.Linear(outputs, outputs))
         return nn.Sequential(nn.Linear(inputs, outputs), nn.LayerNorm(outputs, eps=1e-5))
 
     @property
     def encoders(self) -> dict[str, Encoder]:
-        """The encoders by kind, in order."""
+        """The encoders by key, in order."""
         return dict(self.towers.items())  # type: ignore[arg-type]
 
     @property
     def sequence_projections(self) -> dict[str, nn.Module]:
-        """The projection of each encoder that is joined by sequence, by kind."""
-        return {encoder.kind: self.get_submodule(f"{encoder.kind}_proj") for encoder in self.config.sequence_encoders}
+        """The projection of each encoder that is joined by sequence, by key."""
+        return {encoder.part: self.get_submodule(f"{encoder.part}_proj") for encoder in self.config.sequence_encoders}
 
     @property
     def projections(self) -> list[nn.Module]:
-        """All projections: that of the joined channels first, if there is one."""
-        return [*([self.visual_proj] if self.visual_proj is not None else []), *self.sequence_projections.values()]
+        """All projections and resamplers: that of the joined channels first, if there is one."""
+        first = [self.visual_proj] if self.visual_proj is not None else []
+        return [*first, *self.sequence_projections.values(), *self.resamplers.values()]
 
     def forward(self, pixels: Tensor, kept_NV: Tensor | None = None) -> Tensor:
         """uint8 [N, 3, S, S] -> [N, L, D]; of each view: start, sequence encoders, class and patches, end.
@@ -124,20 +160,34 @@ class MixedVisionEncoder(nn.Module):
         """The encoders' [M, tokens, width] of M views -> [M, tokens of a view, D]."""
         views = len(next(iter(tokens.values())))
         parts = [self.start_img.expand(views, 1, -1)]
-        parts += [projection(tokens[kind]) for kind, projection in self.sequence_projections.items()]
+        for key, projection in self.sequence_projections.items():
+            own = self.resamplers[key](tokens[key]) if key in self.resamplers else tokens[key]
+            parts.append(projection(own))
         if self.visual_proj is not None:
-            joined = torch.cat([tokens[encoder.kind] for encoder in self.config.channel_encoders], dim=-1)
+            joined = torch.cat(
+                [self._on_grid(tokens[encoder.part]) for encoder in self.config.channel_encoders], dim=-1
+            )
             parts.append(self.visual_proj(merge_patches(joined, merge, self.config.merge_factor)))
         parts.append(self.end_img.expand(views, 1, -1))
         return torch.cat([part.to(self.start_img.dtype) for part in parts], dim=1)
+
+    def _on_grid(self, tokens: Tensor) -> Tensor:
+        """A channel encoder's tokens on the common grid."""
+        how = self.config.align
+        return tokens if how is None else align_map(tokens, self.config.patch_grid, how)
 
     def flops(self, images: float = 1, views: float | None = None) -> float:
         """FLOPs of a forward pass over `images` images with `views` kept views (None: all)."""
         config, width = self.config, len(self.start_img)
         views = images * config.views if views is None else views
         per_view = sum(encoder.flops() for encoder in self.encoders.values())
-        per_view += sum(2 * encoder.tokens * encoder.width * width for encoder in config.sequence_encoders)
+        second = width if config.projection == "mlp" else 0  # its other matrix
+        for section in config.sequence_encoders:
+            per_view += 2 * section.sequence_tokens * (section.sequence_width + second) * width
+        for key, resampler in self.resamplers.items():
+            per_view += resampler.flops(config.encoder_tokens(config.encoders[key]))  # type: ignore[operator]
         # The overview, which is never skipped, may be merged otherwise than the rest.
         (_, first), (_, rest) = config.view_groups[0], config.view_groups[-1]
         patches = images * config.patch_tokens(first) + (views - images) * config.patch_tokens(rest)
-        return float(views * per_view + 2 * patches * config.joined_width * width)
+        inputs = config.joined_width + second if config.channel_encoders else 0
+        return float(views * per_view + 2 * patches * inputs * width)

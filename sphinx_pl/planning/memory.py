@@ -188,7 +188,7 @@ def _along(low: Peaks, high: Peaks, share: float) -> Peaks:
 def built(config: SphinxConfig, layers: int | None = None) -> Sphinx:
     """The model on the meta device, with `layers` blocks."""
     if layers is not None:
-        config = replace(config, decoder=replace(config.decoder, layers=layers))
+        config = replace(config, decoder=config.decoder.shallow(layers))
     with torch.device("meta"):
         return Sphinx(config).train()
 
@@ -236,7 +236,8 @@ class _Simulation:
                     )
             for name, buffer in module._buffers.items():
                 if buffer is not None:
-                    module._buffers[name] = self._fake(buffer.to(dtype) if buffer.is_floating_point() else buffer)
+                    empty = buffer.to("meta")
+                    module._buffers[name] = self._fake(empty.to(dtype) if buffer.is_floating_point() else empty)
         self.layers = list(model.decoder.layers)
         self.dtype = dtype
         self.tracker: LiveBytes | None = None
@@ -342,7 +343,7 @@ class _Simulation:
         dtype = torch.float32 if self.run.precision == "32-true" else torch.bfloat16
         for encoder in frozen:
             assert vision is not None
-            tokens = encoder.config.tokens if encoder.join == "sequence" else 1 + vision.config.patch_grid**2
+            tokens = vision.config.encoder_tokens(encoder.config)
 
             def stub(views: Tensor, tokens: int = tokens, width: int = encoder.width) -> Tensor:
                 return torch.empty(len(views), tokens, width, dtype=dtype)

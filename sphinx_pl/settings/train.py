@@ -145,7 +145,8 @@ def check_machine(trainer: DictConfig) -> None:
 def check_train(cfg: DictConfig) -> None:
     """Check the keys, types and bounds of the whole conf/train.yaml.
 
-    No file of data or weights is read.
+    No file of data or weights is read, but for the sizes of a decoder that takes them from its
+    weights (`model=auto`).
 
     Raises:
         UserError: the first key or value that is wrong.
@@ -157,10 +158,13 @@ def check_train(cfg: DictConfig) -> None:
             if name not in cfg:  # removed by ~NAME
                 cfg[name] = value
 
+    from sphinx_pl.checkpoints.auto import fill_decoder
     from sphinx_pl.models.config import SphinxConfig
     from sphinx_pl.planning.rows import PlanConfig
 
     build(PlanConfig, cfg.plan_for, "plan_for")
+    with open_dict(cfg):
+        fill_decoder(cfg.model)
     SphinxConfig.from_dict(cfg.model)
     check_data(cfg)
     for key in ("tokenizer", "packing", "sources"):

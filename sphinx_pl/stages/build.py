@@ -15,13 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from sphinx_pl.checkpoints.format import Checkpoint, open_checkpoint
+from sphinx_pl.checkpoints.grown import grown
 from sphinx_pl.checkpoints.native import released_values
 from sphinx_pl.checkpoints.tensors import ENCODER_PREFIX, encoder_of
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.decoder import new_weight
+from sphinx_pl.models.encoders.base import EncoderConfig
 from sphinx_pl.models.placement import Placement
 from sphinx_pl.models.sphinx import Sphinx
-from sphinx_pl.models.vision import build_encoder
+from sphinx_pl.models.vision import build_encoder, build_resampler
+
+RESAMPLER_PREFIX = "mixer.resamplers."
+"""The prefix of the names of the resamplers' tensors."""
 
 
 def build_model(
@@ -43,7 +48,7 @@ def build_model(
     with torch.device("meta"):
         model = Sphinx(config)
     names = [name for name, _ in model.named_parameters()]
-    assert not list(model.buffers()), "buffers have no place yet"
+    assert set(model.state_dict()) == set(names), "a buffer that checkpoints hold has no place"
     if weights is not None:
         weights.check(model)
     model.freeze(frozen)
@@ -55,6 +60,11 @@ def build_model(
         for name in names:
             owner, _, own = name.rpartition(".")
             placement.put(model.get_submodule(owner), own, value(name) if value else None)
+    for module in model.modules():  # tables that constructors compute
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                dtype = placement.dtype if buffer.is_floating_point() else buffer.dtype
+                module._buffers[name] = buffer.to(placement.device, dtype)
     return model
 
 
@@ -70,7 +80,8 @@ class Fresh:
         self.config = config
         with torch.device("meta"):
             self.model = Sphinx(config)
-        self._decoder = open_checkpoint(config.decoder.load) if config.decoder.load else None
+        load = config.decoder.load
+        self._decoder = grown(open_checkpoint(load), config.decoder.vocab_size) if load else None
         self._module = ""
         self._values: Callable[[str], Tensor] = lambda name: torch.empty(0)
 
@@ -83,6 +94,10 @@ class Fresh:
             key = encoder_of(name)
             module = ENCODER_PREFIX + key
             make: Callable[[], Callable[[str], Tensor]] = lambda: self._encoder(key)  # noqa: E731
+        elif name.startswith(RESAMPLER_PREFIX):
+            key = name.removeprefix(RESAMPLER_PREFIX).split(".")[0]
+            module = RESAMPLER_PREFIX + key
+            make = lambda: build_resampler(self._section(key)).get_parameter  # noqa: E731
         else:
             module = name.rpartition(".")[0]
             if module == "mixer":  # the start, end and skip embeddings
@@ -93,9 +108,14 @@ class Fresh:
             self._module = module
         return self._values(name.removeprefix(f"{module}."))
 
+    def _section(self, key: str) -> EncoderConfig:
+        assert self.config.vision is not None
+        section: EncoderConfig = self.config.vision.encoders[key]
+        return section
+
     def _encoder(self, key: str) -> Callable[[str], Tensor]:
         assert self.config.vision is not None
-        if self.config.vision.encoders[key].load:
+        if self._section(key).load:
             value = released_values(self.config, key)
             return lambda name: value(f"{ENCODER_PREFIX}{key}.{name}")
         return build_encoder(self.config.vision, key).get_parameter

@@ -3,6 +3,7 @@ checkpoint."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from sphinx_pl.checkpoints.format import Checkpoint, differences
 from sphinx_pl.checkpoints.tensors import compare
 from sphinx_pl.checkpoints.training import TrainingCheckpoint
 from sphinx_pl.data.processor import Processor
+from sphinx_pl.data.tokenizers import Tokenizer
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.stages.optim import OptimConfig, optimizer_groups
@@ -42,13 +44,32 @@ def check_same_model(
             raise UserError(f"{key} holds another model, {difference}: choose the model that it was made with")
     if processor is None:
         return
-    if hash_file(checkpoint.tokenizer_file) != hash_file(processor.tokenizer.path):
+    file, tokenizer = checkpoint.tokenizer_file, processor.tokenizer
+    # The weights were trained with its new tokens, or get them now.
+    extended = bool(tokenizer.new_tokens) and file.read_bytes() == tokenizer.files.get(file.name)
+    if not extended and hash_file(file) != hash_file(tokenizer.path):
         raise UserError(
             f"{key} was trained with another tokenizer than {processor.tokenizer.path}: "
             f"set data.tokenizer={checkpoint.tokenizer_file}"
         )
     for difference in differences(checkpoint.processor, processor.to_dict(), "data.processor"):
         log.warning("%s in %s and in this run", difference, key)
+
+
+def with_new_tokens(config: SphinxConfig, tokenizer: Tokenizer) -> tuple[SphinxConfig, str]:
+    """The model with room for the control tokens that its tokenizer got, and a sentence that says
+    so; "" if it got none."""
+    decoder = config.decoder
+    if not tokenizer.new_tokens:
+        return config, ""
+    sentence = f"the tokenizer gets {len(tokenizer.new_tokens)} new control tokens, {', '.join(tokenizer.new_tokens)}"
+    if tokenizer.vocab_size <= decoder.vocab_size:
+        return config, f"{sentence}: they take rows of the vocabulary that no token had"
+    rows = dataclasses.replace(decoder, vocab_size=tokenizer.vocab_size)
+    return dataclasses.replace(config, decoder=rows), (
+        f"{sentence}: the vocabulary grows from {decoder.vocab_size} to {tokenizer.vocab_size}, and each new row of "
+        "loaded embeddings and of the output head is the mean of the old ones"
+    )
 
 
 def check_resume(

@@ -22,14 +22,14 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from sphinx_pl.checkpoints.encoders import check_pretrained
-from sphinx_pl.checkpoints.format import differences, open_checkpoint
+from sphinx_pl.checkpoints.format import Checkpoint, differences, open_checkpoint
+from sphinx_pl.checkpoints.grown import grown
 from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.schema import Batch
 from sphinx_pl.distributed.checkpointing import TrainingCheckpointIO, group_names, options_of
 from sphinx_pl.distributed.sharded import Sharded
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.decoder import CHECKPOINTING, Decoder
-from sphinx_pl.models.encoders.base import ENCODERS
 from sphinx_pl.models.placement import OneDevice, Placement
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.models.vision import build_encoders
@@ -43,13 +43,16 @@ from sphinx_pl.utils.errors import UserError, suggest
 
 log = logging.getLogger(__name__)
 
-_FREE = (
-    "model.decoder.max_positions",
-    "model.decoder.balance_weight",
-    "model.vision.half_resize",
-    *(f"model.vision.encoders.{kind}.{key}" for kind, encoder in ENCODERS.items() for key in encoder.config_class.free),
-)
-"""Model keys that a run may set differently from the run that trained the initial weights."""
+
+def _free(config: SphinxConfig) -> tuple[str, ...]:
+    """Return the model keys that a run may set differently from the run that trained the weights."""
+    encoders = config.vision.encoders.values() if config.vision else ()
+    return (
+        "model.decoder.max_positions",
+        "model.decoder.balance_weight",
+        "model.vision.half_resize",
+        *(f"{encoder.section}.{key}" for encoder in encoders for key in encoder.free),
+    )
 
 
 OTHERS_KEYS = ("global_batch_rows", "accumulate", "clip", "val_every", "text_required")
@@ -134,6 +137,8 @@ class Stage(L.LightningModule):
         self.nonfinite_steps = 0
         """Skipped steps, whose gradients were not finite."""
         self._nonfinite_in_a_row = 0
+        self._tokens = 0
+        """The size of the run's tokenizer, as far as `check` knows it."""
         self._logged: dict[str, float] = {}
         """Values that were last logged before the checkpoint that this run resumes from."""
         self._counted: list[str] = []
@@ -155,7 +160,8 @@ class Stage(L.LightningModule):
             UserError: a part is unknown. Or initial weights are missing, or belong to another model
                 or tokenizer. Or the optimizer does not match `resume` or `strategy`.
         """
-        parts = parts_of(self.config)
+        parts, free = parts_of(self.config), _free(self.config)
+        self._tokens = processor.tokenizer.vocab_size if processor else self._tokens
         if self.checkpointing not in CHECKPOINTING:
             raise UserError(
                 f"stage.checkpointing={self.checkpointing}: {suggest(self.checkpointing, list(CHECKPOINTING))}"
@@ -174,27 +180,33 @@ class Stage(L.LightningModule):
                 "stage.optim.moments=bf16, whose optimizer rounds stochastically"
             )
         if resume is not None:
-            check_resume(resume, self.config, self.optim, self.train_parts, parts, processor, _FREE)
+            check_resume(resume, self.config, self.optim, self.train_parts, parts, processor, free)
         elif self.resumed:
             return
         elif self.init_from:
             try:
-                checkpoint = open_checkpoint(self.init_from)
+                checkpoint = self._grown(self.init_from)
             except UserError as error:
                 raise UserError(f"stage.init_from={self.init_from}: {error}") from None
-            check_same_model(checkpoint, self.config, processor, f"stage.init_from={self.init_from}", _FREE)
+            check_same_model(checkpoint, self.config, processor, f"stage.init_from={self.init_from}", free)
         else:
             self._check_pretrained()
 
+    def _grown(self, path: str) -> Checkpoint:
+        """The checkpoint at `path`, with rows for tokens that its vocabulary has no room for."""
+        checkpoint = open_checkpoint(path)
+        room = checkpoint.model_config.decoder.vocab_size
+        return grown(checkpoint, self.config.decoder.vocab_size) if self._tokens > room else checkpoint
+
     def _check_pretrained(self) -> None:
-        vision, decoder = self.config.vision, self.config.decoder
+        vision, decoder, free = self.config.vision, self.config.decoder, _free(self.config)
         with torch.device("meta"):
             if decoder.load:
-                checkpoint = open_checkpoint(decoder.load)
+                checkpoint = self._grown(decoder.load)
                 checkpoint.check(Decoder(decoder), "decoder.")
                 # Shapes do not reveal these values: one matrix has 32 heads of 128 or 64 of 64.
                 differing = differences(asdict(checkpoint.model_config.decoder), asdict(decoder), "model.decoder")
-                if differing := [difference for difference in differing if not difference.startswith(_FREE)]:
+                if differing := [difference for difference in differing if not difference.startswith(free)]:
                     raise UserError(f"model.decoder.load={decoder.load} holds another decoder: {differing[0]} here")
             if vision and any(config.load for config in vision.encoders.values()):
                 for encoder in build_encoders(vision).values():
@@ -212,7 +224,7 @@ class Stage(L.LightningModule):
         strategy = self._trainer.strategy if self._trainer is not None else None
         self.check(strategy=strategy)
         placement: Placement = strategy.placement() if isinstance(strategy, Sharded) else self._one_device(strategy)
-        weights = open_checkpoint(self.init_from) if self.init_from and not self.resumed else None
+        weights = self._grown(self.init_from) if self.init_from and not self.resumed else None
         frozen = [part for part in parts_of(self.config) if part not in self.train_parts]
         self.model = build_model(self.config, frozen, placement, weights, self.resumed)
         self.model.decoder.checkpointing = self.checkpointing

@@ -99,7 +99,8 @@ def _explanation(cls: type[Any], values: Any, prefix: str, error: OmegaConfBaseE
     parts = [part for part in re.split(r"[.\[\]]", str(error.full_key or "")) if part]
     if isinstance(error, ConfigKeyError):
         owner = _optional(_hint(cls, parts[:-1])[0])[0]
-        names = [each.name for each in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
+        fields = dataclasses.fields(owner) if dataclasses.is_dataclass(owner) else ()
+        names = [each.name for each in fields if not each.metadata.get("hidden")]
         return unknown_key(key, [_joined(prefix, *parts[:-1], name) for name in names])
     reason = str(error).splitlines()[0]
     hint, bounds = _hint(cls, parts)

@@ -539,6 +539,8 @@ def test_a_hostile_pickle_is_refused_and_executes_nothing(
             torch.save(content, path)
             refused(encoder, path, "something else than tensors")
     torch.save(Hostile(), path, _use_new_zipfile_serialization=False)
+    refused(encoder, path, "something else than tensors")
+    os.truncate(path, 2**28 + 1)
     refused(encoder, path, "before 1.6")
     path.write_bytes(pickle.dumps(Hostile()))
     refused(encoder, path, "damaged")

@@ -196,9 +196,16 @@ def test_a_killed_write_leaves_no_half_checkpoint_under_the_final_name(
 
 
 @pytest.mark.parametrize("folder", ["", "/finetune/sphinx"])
-def test_a_name_on_the_hub_is_found_in_its_cache(write: Write, cache: Path, folder: str) -> None:
+@pytest.mark.parametrize("revision", ["", "@main", f"@{'0' * 40}"])
+def test_a_name_on_the_hub_is_found_in_its_cache(write: Write, cache: Path, revision: str, folder: str) -> None:
     shutil.copytree(write("a"), cached(cache, "some/model", f".{folder}"), dirs_exist_ok=True)
-    assert set(open_checkpoint(f"hf-hub:some/model{folder}")) == set(random_tensors(0))
+    assert set(open_checkpoint(f"hf-hub:some/model{revision}{folder}")) == set(random_tensors(0))
+
+
+def test_another_revision_is_not_enough(write: Write, cache: Path) -> None:
+    shutil.copytree(write("a"), cached(cache, "some/model", "."), dirs_exist_ok=True)
+    with pytest.raises(UserError, match="hf download some/model --revision v2 --include"):
+        open_checkpoint("hf-hub:some/model@v2")
 
 
 def test_another_folder_of_the_repository_is_not_enough(write: Write, cache: Path) -> None:

@@ -14,13 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sphinx_pl.checkpoints.families import family_of
+from sphinx_pl.checkpoints.families.base import half_split, interleave
 from sphinx_pl.checkpoints.format import Checkpoint, open_checkpoint
 from sphinx_pl.checkpoints.huggingface import write_huggingface
-from sphinx_pl.checkpoints.llama import family, half_split, interleave
 from sphinx_pl.checkpoints.native import write_checkpoint
+from sphinx_pl.checkpoints.original import decoder_config
 from sphinx_pl.checkpoints.torch_shards import open_tensors, split
 from sphinx_pl.cli.checkpoint import main
-from sphinx_pl.models.config import DecoderConfig, SphinxConfig
+from sphinx_pl.models.config import DecoderConfig, RopeScaling, SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.utils.errors import UserError
 from tests.conftest import transformers_decoder
@@ -95,7 +97,7 @@ def test_transformers_reads_what_is_exported(tmp_path: Path, kind: str, changes:
             if "norm" in name:
                 parameter.copy_(1 + 0.5 * torch.randn_like(parameter))
     write_huggingface(ours(model, tmp_path / "ours"), tmp_path / "hf")
-    assert family(model.config.decoder) == kind
+    assert family_of(model.config.decoder).architecture == kind
     reference, report = getattr(transformers, kind).from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
@@ -151,6 +153,13 @@ def test_metas_own_files(tmp_path: Path, ranks: int) -> None:
     checkpoint = open_checkpoint(folder)
     assert checkpoint.tokenizer_file.is_file()
     assert torch.equal(logits(loaded(checkpoint)), logits(model))
+
+
+def test_metas_scaled_rotary_embeddings() -> None:
+    sizes = {"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "multiple_of": 1024, "norm_eps": 1e-5}
+    sizes |= {"ffn_dim_multiplier": 1.3, "rope_theta": 500000.0, "use_scaled_rope": True}
+    config = decoder_config(sizes, 128256)
+    assert (config.ffn_width, config.rope_scaling) == (14336, RopeScaling("llama3", 8.0, 8192))
 
 
 @pytest.fixture
@@ -252,8 +261,9 @@ def test_what_holds_no_plain_tensors_is_named(tmp_path: Path, content: Any, mess
 
 
 def test_a_decoder_that_no_class_computes_is_not_exported(tmp_path: Path) -> None:
-    checkpoint = ours(text_only(qk_norm=True, experts=4), tmp_path / "ours")
-    with pytest.raises(UserError, match="has qk_norm and experts together, which is not exported") as error:
+    checkpoint = ours(text_only(qkv_bias=True, experts=4), tmp_path / "ours")
+    message = "the nearest, MixtralForCausalLM, has no qkv_bias=True.*, which is not exported"
+    with pytest.raises(UserError, match=message) as error:
         write_huggingface(checkpoint, tmp_path / "hf")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "hf").exists()

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from sphinx_pl.checkpoints.format import open_checkpoint
 from sphinx_pl.checkpoints.huggingface import open_model
 from sphinx_pl.cli.checkpoint import import_checkpoint
-from sphinx_pl.data.tokenizers import Tokenizer
+from sphinx_pl.data.tokenizers import load_tokenizer
 from sphinx_pl.mixing.mix import mix_checkpoints
 from sphinx_pl.utils.errors import UserError
 
@@ -26,14 +26,17 @@ LLAMA |= {"intermediate_size": 8, "rms_norm_eps": 1e-5}
     ("files", "message"),
     [
         ({"adapter_config.json": "{}", "adapter_model.safetensors": ""}, "it is an adapter .*merge it into its base"),
-        ({"model-Q4_K_M.gguf": "GGUF"}, r"it holds a GGUF file \(model-Q4_K_M\.gguf\): take the model"),
+        ({"model-Q4_K_M.gguf": "GGUF"}, r"did you mean '.*model-Q4_K_M\.gguf' in it"),
         ({"config.json": "{}"}, "its config.json has no model_type"),
         ({"model.safetensors": ""}, "it has weights .* but no config.json"),
         ({}, "expected a folder with config.json"),
         ({"config.json": POINTER}, "config.json' is a Git LFS pointer"),
         ({"config.json": '{"model_type": null}'}, "its config.json has no model_type"),
         ({"config.json": json.dumps(LLAMA)}, "model.safetensors' is missing: copy the checkpoint again"),
-        ({"config.json": json.dumps(LLAMA), "a.gguf": "GGUF"}, r"cannot be read: it holds a GGUF file \(a\.gguf\)"),
+        (
+            {"config.json": json.dumps(LLAMA), "a.gguf": "GGUF"},
+            r"cannot be read: it holds a GGUF file, give '.*a\.gguf' itself",
+        ),
         ({"config.json": json.dumps(LLAMA), "adapter_model.bin": ""}, "is an adapter .* without its model"),
         (
             {"config.json": json.dumps(LLAMA), "model-00001-of-00002.safetensors": ""},
@@ -66,7 +69,7 @@ def test_paths_that_are_no_folders(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_text("x")
     (tmp_path / "pointer.safetensors").write_text(POINTER)
     for path, message in (
-        (tmp_path / "model.gguf", "it is a GGUF file"),
+        (tmp_path / "model.gguf", "is not a GGUF file that can be read"),
         (tmp_path / "model.safetensors", "it is a file: give its folder"),
         (tmp_path / "pointer.safetensors", "is a Git LFS pointer"),
         ("meta-llama/Llama-2-7b-hf", "does not exist: check the path, or write hf-hub:meta-llama/Llama-2-7b-hf"),
@@ -163,4 +166,4 @@ def test_packed_integers_are_not_taken_from_one_model(tmp_path: Path) -> None:
 def test_a_pointer_is_no_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_text(POINTER)
     with pytest.raises(UserError, match="is a Git LFS pointer"):
-        Tokenizer(tmp_path / "tokenizer.model")
+        load_tokenizer(tmp_path / "tokenizer.model")

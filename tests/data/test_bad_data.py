@@ -809,13 +809,13 @@ from pathlib import Path
 from tests.conftest import tiny_model
 from tests.data.test_bad_data import huge_sources, train
 from sphinx_pl.data.processor import Processor, ProcessorConfig
-from sphinx_pl.data.tokenizers import Tokenizer
+from sphinx_pl.data.tokenizers import load_tokenizer
 
 def peak():
     return int(re.search(r"VmHWM:\\s+([0-9]+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 folder, tokenizer = map(Path, sys.argv[1:])
-processor = Processor(ProcessorConfig("", 2, 2048), Tokenizer(tokenizer), tiny_model().tokens_per_image, 32)
+processor = Processor(ProcessorConfig("", 2, 2048), load_tokenizer(tokenizer), tiny_model().tokens_per_image, 32)
 before = peak()
 for name, source in huge_sources(folder).items():
     loader = train(processor, {name: source}, row_length=2048)

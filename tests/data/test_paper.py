@@ -28,14 +28,14 @@ from sphinx_pl.data.converters import CONVERTERS
 from sphinx_pl.data.coordinates import Coordinates
 from sphinx_pl.data.datamodule import DataModule
 from sphinx_pl.data.processor import Processor, ProcessorConfig
-from sphinx_pl.data.prompt_format import SYSTEM
+from sphinx_pl.data.prompt_formats import SYSTEM
 from sphinx_pl.data.readers.filters import PairFilters
 from sphinx_pl.data.sampling.config import META, Group, SourceConfig
 from sphinx_pl.data.sampling.packing import PackingConfig
 from sphinx_pl.data.sampling.partition import Partition
 from sphinx_pl.data.schema import IGNORE, ImageRef, Sample
 from sphinx_pl.data.tasks import TASKS
-from sphinx_pl.data.tokenizers import Tokenizer
+from sphinx_pl.data.tokenizers import load_tokenizer
 from sphinx_pl.data.train_loader import TrainLoader
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.runtime.hydra_app import CONFIG_FOLDER
@@ -413,7 +413,7 @@ def long_processor(paper_root: Path, processor: Processor) -> Processor:
     """With room for 17 keypoints in pieces of a few letters."""
     config = ProcessorConfig(system="", decimals=2, max_length=900)
     return Processor(
-        config, Tokenizer(paper_root / "tokenizer.model"), processor.tokens_per_image, processor.image_size
+        config, load_tokenizer(paper_root / "tokenizer.model"), processor.tokens_per_image, processor.image_size
     )
 
 

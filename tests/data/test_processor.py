@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from sphinx_pl.data.processor import Processor, ProcessorConfig, _overlaps, merge_questions
-from sphinx_pl.data.prompt_format import SYSTEM
+from sphinx_pl.data.prompt_formats import SYSTEM
 from sphinx_pl.data.readers import build_reader
 from sphinx_pl.data.schema import IMAGE_SLOT, ImageRef, Record, Sample, SampleQuestion, Turn
 from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import TASKS
-from sphinx_pl.data.tokenizers import Tokenizer
+from sphinx_pl.data.tokenizers import load_tokenizer
 from sphinx_pl.utils.errors import UserError
 from tests.examples import EXAMPLES, NOT_IN_SAMPLE
 
@@ -24,7 +24,7 @@ SLOTS = 3  # tokens per image: few, so that expected ids can be written out
 
 @pytest.fixture
 def make(sample_data: Path):  # type: ignore[no-untyped-def]
-    tokenizer = Tokenizer(sample_data / "tokenizer.model")
+    tokenizer = load_tokenizer(sample_data / "tokenizer.model")
 
     def make(position: str = "after_bos", system: str = "", max_length: int = 4096) -> Processor:
         config = ProcessorConfig(system=system, decimals=2, max_length=max_length)

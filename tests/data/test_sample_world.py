@@ -24,7 +24,7 @@ from sphinx_pl.data.sample_world.records import relation_entry, relations_to_mid
 from sphinx_pl.data.sample_world.scenes import MAX_OBJECTS, Scene, draw_scene
 from sphinx_pl.data.sample_world.writer import build
 from sphinx_pl.data.tasks import TASKS
-from sphinx_pl.data.tokenizers import Tokenizer
+from sphinx_pl.data.tokenizers import load_tokenizer
 from sphinx_pl.utils.errors import UserError
 from tests.examples import NOT_IN_SAMPLE
 
@@ -343,7 +343,7 @@ def test_documents_are_short_and_held_out(sample: Path) -> None:
 
 
 def test_tokenizer_follows_llama_and_keeps_turns_and_boxes_short(sample: Path) -> None:
-    tokenizer = Tokenizer(sample / "tokenizer.model")
+    tokenizer = load_tokenizer(sample / "tokenizer.model")
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (512, 1, 2)
     answer = "<p>red circle</p>[0.12,0.34,0.56,0.78;0.11,0.22,1.00,0.44]"
     text = f"### Human: Ünïcode 漢 stays,  two spaces too?\n### Assistant: {answer}\n###"

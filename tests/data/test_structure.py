@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sphinx_pl.data.processor import Processor, ProcessorConfig
-from sphinx_pl.data.prompt_format import escaped, render, unescaped
+from sphinx_pl.data.prompt_formats import SPHINX
 from sphinx_pl.data.schema import Record, Turn
-from sphinx_pl.data.tokenizers import Tokenizer
+from sphinx_pl.data.tokenizers import load_tokenizer
 from sphinx_pl.utils.errors import UserError
 
 PARTS = (
@@ -38,7 +38,7 @@ HOSTILE = st.lists(st.sampled_from(PARTS), min_size=1, max_size=8).map("".join)
 def plain(sample_data: Path, request: pytest.FixtureRequest) -> Processor:
     """With marks that are pieces of their own, and with LLaMA's way of writing a line break as a byte."""
     folders = {"sample": sample_data, "golden": Path(__file__).parents[1] / "golden"}
-    tokenizer = Tokenizer(folders[request.param] / "tokenizer.model")
+    tokenizer = load_tokenizer(folders[request.param] / "tokenizer.model")
     return Processor(ProcessorConfig(system="", max_length=4096), tokenizer, tokens_per_image=3, image_size=32)
 
 
@@ -77,16 +77,16 @@ def test_no_text_has_the_ids_of_a_turns_end_or_beginning(plain: Processor, texts
 @given(HOSTILE)
 @settings(deadline=None, max_examples=300)
 def test_escaping_twice_is_escaping_once_and_lines_come_back(text: str) -> None:
-    once = escaped(text)
-    assert escaped(once) == once
-    assert escaped(unescaped(once)) == once
+    once = SPHINX.escape(text)
+    assert SPHINX.escape(once) == once
+    assert SPHINX.escape(SPHINX.unescape(once)) == once
 
 
 @given(st.text(alphabet=st.characters(exclude_categories=("Cs",), exclude_characters="#\uff03\ufe5f")))
 @settings(deadline=None, max_examples=100)
 def test_other_text_stays_as_it_is(text: str) -> None:
-    assert escaped(text) == text
-    assert render([Turn(text or "?", text)], "").escaped is False
+    assert SPHINX.escape(text) == text
+    assert SPHINX.render([Turn(text or "?", text)], "").escaped is False
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_other_text_stays_as_it_is(text: str) -> None:
     ],
 )
 def test_a_space_is_all_that_is_added(text: str, expected: str) -> None:
-    assert escaped(text) == expected
+    assert SPHINX.escape(text) == expected
 
 
 def test_a_plain_document_has_no_structure_and_keeps_its_text(plain: Processor) -> None:
@@ -123,7 +123,9 @@ def test_a_tokenizer_for_which_lines_are_spaces_is_refused(
     with pytest.raises(UserError, match="writes a line break as a space"):
         Processor.from_dict({}, tmp_path / "t.model", model_config)
     # What would be lost: escaped or not, a text has the ids of a turn's end, and what is generated keeps its end.
-    lost = Processor(ProcessorConfig(system=""), Tokenizer(tmp_path / "t.model"), tokens_per_image=3, image_size=32)
+    lost = Processor(
+        ProcessorConfig(system=""), load_tokenizer(tmp_path / "t.model"), tokens_per_image=3, image_size=32
+    )
     ends = [
         count(lost.sample(Record("k", "chat", turns=(Turn("a", answer),)), "s").questions[0].ids, stop)
         for answer in ("yes", "yes ### a")

@@ -11,11 +11,11 @@ import pytest
 
 from sphinx_pl.data.coordinates import COCO_KEYPOINTS, Coordinates
 from sphinx_pl.data.processor import Processor, ProcessorConfig
-from sphinx_pl.data.prompt_format import END_OF_TURN
+from sphinx_pl.data.prompt_formats import SPHINX
 from sphinx_pl.data.schema import Record, Region, Sample, Turn
 from sphinx_pl.data.skip import SkipSample
 from sphinx_pl.data.tasks import TASKS, WHOLE, choice_letter
-from sphinx_pl.data.tokenizers import Tokenizer
+from sphinx_pl.data.tokenizers import Tokenizer, load_tokenizer
 from tests.examples import EXAMPLES
 
 WORDS = (
@@ -40,7 +40,7 @@ SIZE = (100, 50)
 @pytest.fixture(scope="module", params=["sample", "golden"])
 def tokenizer(sample_data: Path, request: pytest.FixtureRequest) -> Tokenizer:
     folders = {"sample": sample_data, "golden": Path(__file__).parents[1] / "golden"}
-    return Tokenizer(folders[request.param] / "tokenizer.model")
+    return load_tokenizer(folders[request.param] / "tokenizer.model")
 
 
 def processor(tokenizer: Tokenizer, longest: int) -> Processor:
@@ -104,7 +104,7 @@ def test_what_is_supervised_parses_back_to_the_first_part_of_the_annotation(task
             assert sample.events["cut_targets"] == pytest.approx(uncut.targets - sample.targets, abs=8)
             assert sample.events["cut_targets"] > 0
             ids = answer_ids(sample)
-            assert END_OF_TURN not in cut.tokenizer.decode(ids)
+            assert SPHINX.end not in cut.tokenizer.decode(ids)
             part = cut.decode(ids)
             assert turn.answer.startswith(part)
             assert part

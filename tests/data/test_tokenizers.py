@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sphinx_pl.data.processor import Processor
-from sphinx_pl.data.tokenizers import Tokenizer
+from sphinx_pl.data.tokenizers import Tokenizer, load_tokenizer
 from sphinx_pl.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def tokenizer(sample_data: Path) -> Tokenizer:
-    return Tokenizer(sample_data / "tokenizer.model")
+    return load_tokenizer(sample_data / "tokenizer.model")
 
 
 def test_special_ids_and_size_are_llamas(tokenizer: Tokenizer) -> None:
@@ -68,11 +68,11 @@ def test_it_travels_to_a_data_worker(tokenizer: Tokenizer) -> None:
 
 def test_a_missing_or_wrong_file_is_answered_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no file at .*nowhere\.model"):
-        Tokenizer(tmp_path / "nowhere.model")
+        load_tokenizer(tmp_path / "nowhere.model")
     wrong = tmp_path / "wrong.model"
     wrong.write_bytes(b"{}" * 40)
     with pytest.raises(UserError, match=r"wrong\.model is not a sentencepiece model"):
-        Tokenizer(wrong)
+        load_tokenizer(wrong)
 
 
 def test_a_tokenizer_with_more_pieces_than_the_model_is_refused(sample_data: Path, model_config) -> None:  # type: ignore[no-untyped-def]

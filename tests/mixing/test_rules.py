@@ -10,9 +10,9 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from sphinx_pl.checkpoints.families import FAMILIES
 from sphinx_pl.checkpoints.format import with_common_names
 from sphinx_pl.checkpoints.huggingface import open_model
-from sphinx_pl.checkpoints.llama import our_llama_name
 from sphinx_pl.checkpoints.original import shipped_model
 from sphinx_pl.mixing.plan import check_weights
 from sphinx_pl.mixing.rules import PARTS, complement, layer_of, part_of, resolve, rules_table
@@ -207,7 +207,7 @@ PARENTS = {
 def test_a_part_is_recognised_by_its_parents(subtests: pytest.Subtests) -> None:
     for part, name in [(part, name) for part, names in PARENTS.items() for name in names]:
         with subtests.test(part=part, name=name):
-            ours = our_llama_name(name)
+            ours = FAMILIES["llama"].our_name(name)
             assert part_of(ours) == part
             assert [p for p in ("encoders", "projections", "decoder") if PARTS[p](ours)] == (
                 [] if part == "other" else [part]
@@ -249,7 +249,7 @@ def test_parts_of_transformers_own_models(kind: str) -> None:
         words = name.split(".")
         # A projection can lie in its encoder.
         ours = "projections" if {*words} & {*PROJECTIONS} else "encoders" if {*words} & {*ENCODERS} else ""
-        found = part_of(our_llama_name(name))
+        found = part_of(FAMILIES["llama"].our_name(name))
         assert found == ours or (not ours and found in ("decoder", "embeddings", "projections")), name
         parts.setdefault(found, set()).add(name)
     assert {"decoder", "embeddings"} <= parts.keys()

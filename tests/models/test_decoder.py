@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from sphinx_pl.checkpoints.llama import half_split
-from sphinx_pl.models.config import DecoderConfig
+from sphinx_pl.checkpoints.families.base import half_split
+from sphinx_pl.generation.prompt import Prefix, Prompt
+from sphinx_pl.models.config import DecoderConfig, SphinxConfig
 from sphinx_pl.models.decoder import CHECKPOINTING, Decoder, KVCache, SparseFeedForward
+from sphinx_pl.models.sphinx import Sphinx, packed_mask
+from sphinx_pl.utils.errors import UserError
 from tests.conftest import transformers_decoder
 
 CONFIG = DecoderConfig(vocab_size=61, width=48, layers=3, heads=6, kv_heads=2, ffn_width=80, max_positions=64)
@@ -164,3 +169,98 @@ def test_experts_start_as_the_dense_layer_does() -> None:
     for name in ("w1", "w2", "w3"):
         found, expected = getattr(sparse, name).std().item(), getattr(dense, name).weight.std().item()
         assert found == pytest.approx(expected, rel=0.05), name
+
+
+def windowed() -> Decoder:
+    torch.manual_seed(0)
+    decoder = Decoder(DecoderConfig(**{**vars(CONFIG), "window": 4, "window_layers": [0, 2]})).eval()
+    for parameter in decoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return decoder
+
+
+def test_a_window_counts_positions_within_a_packed_segment() -> None:
+    """Questions that share a prefix lie one behind the other, and padding behind all."""
+    decoder = windowed()
+    prefix, questions, other = torch.randint(61, (6,)), torch.randint(61, (2, 5)), torch.randint(61, (7,))
+    ids = torch.cat([prefix, questions[0], questions[1], other, torch.zeros(2, dtype=torch.long)])[None]
+    positions = torch.cat([torch.arange(11), torch.arange(6, 11), torch.arange(7), torch.arange(2)])[None]
+    segments = torch.tensor([[1] * 16 + [2] * 7 + [0] * 2])
+    asked = torch.tensor([[0] * 6 + [1] * 5 + [2] * 5 + [0] * 9])
+    packed = decoder.logits(decoder(decoder.embed(ids), positions, packed_mask(segments, asked)))[0]
+    assert packed.isfinite().all()
+    for number in (0, 1):
+        alone = run(decoder, torch.cat([prefix, questions[number]])[None])[0]
+        torch.testing.assert_close(packed[6 + 5 * number : 11 + 5 * number], alone[6:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(packed[16:23], run(decoder, other[None])[0], atol=1e-5, rtol=1e-5)
+    decoder.config.window = 0
+    assert not torch.allclose(packed[16:23], run(decoder, other[None])[0], atol=1e-2)
+
+
+@torch.no_grad()
+def test_a_window_with_prompts_of_different_lengths_and_alternatives() -> None:
+    model = Sphinx(SphinxConfig(decoder=CONFIG, vision=None)).eval()
+    model.decoder = decoder = windowed()
+    prompts = [torch.randint(61, (length,)) for length in (3, 9)]
+    prefix = Prefix(model, [Prompt(ids.tolist()) for ids in prompts], 8)
+    more = torch.randint(61, (2, 3))
+    hidden = prefix.follow(more)
+    choices = torch.randint(61, (2, 4))
+    forked = prefix.fork(choices)
+    prefix.cache.keep(torch.tensor([2, 0]), 4)
+    last = prefix.follow(torch.tensor([[5], [6]]))
+    for row, chosen in enumerate((2, 0)):
+        begin = torch.cat([prompts[row], more[row]])
+        whole = torch.cat([begin, choices[row, chosen : chosen + 1], torch.tensor([5 + row])])
+        expected = decoder(decoder.embed(whole[None]), torch.arange(len(whole))[None])[0]
+        length = len(begin)
+        torch.testing.assert_close(hidden[row], expected[length - 3 : length], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(forked[row, chosen], expected[length], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(last[row, 0], expected[length + 1], atol=1e-5, rtol=1e-5)
+
+
+def test_flops_count_the_heads_own_size_and_what_a_window_hides() -> None:
+    with torch.device("meta"):
+        plain, wide, short = (
+            Decoder(DecoderConfig(**{**vars(CONFIG), **extra}))
+            for extra in ({}, {"head_size": 16}, {"window": 4, "window_layers": [0, 2]})
+        )
+    assert wide.flops(0, 10, 0) == 2 * plain.flops(0, 10, 0)
+    tokens, pairs = 100, 100 * 101 / 2
+    hidden = plain.flops(tokens, pairs, 0) - short.flops(tokens, pairs, 0)
+    assert hidden == 2 * 4 * (pairs - 4 * tokens) * CONFIG.width
+
+
+def test_a_shallow_decoder_keeps_the_options_of_its_layers() -> None:
+    config = DecoderConfig(**{**vars(CONFIG), "window": 4, "window_layers": [0, 2], "unrotated_layers": [1, 2]})
+    shallow = config.shallow(2)
+    assert (shallow.layers, shallow.window_layers, shallow.unrotated_layers) == (2, [0], [1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"head_size": 7}, "head_size = 7 must be even"),
+        ({"rotary_size": 9}, "rotary_size=9 must be even and at most the head's 8 channels"),
+        ({"window": -1}, "window=-1 must not be negative"),
+        ({"window_layers": [3]}, "there is no layer 3 of 3"),
+        ({"norm_position": "behind"}, "norm_position='behind'"),
+        ({"qk_norm_over": "heads"}, "qk_norm_over='heads': did you mean 'head'"),
+        ({"rope_scaling": {"kind": "yarn"}}, r"rope_scaling\.original_positions=0 must be above 1"),
+        ({"rope_scaling": {"kind": "ntk"}}, r"rope_scaling\.kind='ntk'"),
+        ({"rope_scaling": {"kind": "longrope", "original_positions": 8}}, "short_factor has 0 numbers"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        SphinxConfig.from_dict({"decoder": {**vars(CONFIG), **options}})
+
+
+def test_sizes_that_follow_from_others_are_not_kept() -> None:
+    """A section that leaves them out gets its own, not those of the default decoder."""
+    sizes = {"width": 48, "heads": 6, "kv_heads": 2}
+    config = SphinxConfig.from_dict({"decoder": sizes}).decoder
+    assert (config.head_dim, config.rotary_dim) == (8, 8)
+    assert SphinxConfig.from_dict({"decoder": sizes | {"head_size": 8, "rotary_size": 8}}).decoder == config
+    other = SphinxConfig.from_dict({"decoder": sizes | {"head_size": 12, "rotary_size": 6}}).decoder
+    assert (other.head_dim, other.rotary_dim) == (12, 6)

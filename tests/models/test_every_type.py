@@ -23,13 +23,14 @@ from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.runtime.hydra_app import CONFIG_FOLDER
 from tests.conftest import REPOSITORY
 
-MODELS = sorted(path.stem for path in (CONFIG_FOLDER / "model").glob("*.yaml"))
+MODELS = sorted({path.stem for path in (CONFIG_FOLDER / "model").glob("*.yaml")} - {"auto"})
 NARROW: dict[str, dict[str, Any]] = {
     "clip": {"width": 16, "layers": 1, "heads": 1},
     "convnext": {"depths": [1, 1, 1, 1], "dims": [4, 4, 8, 8]},
     "dinov2": {"width": 16, "layers": 1, "heads": 1, "mlp_ratio": 4.0},
     "qformer": {"vision_width": 16, "vision_layers": 1, "vision_heads": 1, "vision_ffn_width": 16}
     | {"width": 16, "layers": 1, "heads": 1, "ffn_width": 16},
+    "timm": {"args": {"embed_dim": 16, "depth": 1, "num_heads": 1}},
 }
 
 
@@ -39,9 +40,9 @@ def narrowed(name: str) -> SphinxConfig:
         values: Any = OmegaConf.to_container(compose("train", [f"model={name}"]).model, resolve=True)
     decoder = values["decoder"]
     decoder |= {"vocab_size": 512, "width": 16, "layers": 1, "heads": 2, "kv_heads": 2, "ffn_width": 16, "load": None}
-    for kind, sizes in values["vision"]["encoders"].items():
+    for key, sizes in values["vision"]["encoders"].items():
         if sizes:
-            sizes |= NARROW[kind] | {"load": None}
+            sizes |= NARROW[sizes.get("kind", key)] | {"load": None}
     return SphinxConfig.from_dict(values)
 
 

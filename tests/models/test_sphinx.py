@@ -192,7 +192,19 @@ REAL_SIZES = {
 
 
 def test_no_real_size_is_forgotten() -> None:
-    assert {path.stem for path in CONF.glob("*.yaml") if "sample" not in path.stem} == REAL_SIZES.keys()
+    others = {"sphinx_siglip2_dinov2"}
+    assert {path.stem for path in CONF.glob("*.yaml") if "sample" not in path.stem} == REAL_SIZES.keys() | others
+
+
+def test_siglip2_and_dinov2_together() -> None:
+    """SigLIP 2 is that of so400m without its pooling, DINOv2 that of ViT-L with registers."""
+    with torch.device("meta"):
+        model = Sphinx(model_config("sphinx_siglip2_dinov2"))
+    counts = {part: trainable for part, trainable, _ in model.trainable_table()}
+    width, joined = 4096, 1024 + 1152
+    projections = (joined + 1) * width + (width + 1) * width + 2 * width
+    assert counts == {"decoder": LLAMA_7B, "projections": projections, "dino": 303230976, "siglip": 412649712}
+    assert model.config.tokens_per_image == 259
 
 
 @pytest.mark.parametrize("name", REAL_SIZES)

@@ -71,8 +71,8 @@ def test_an_unknown_benchmark_is_one_line(capsys: pytest.CaptureFixture[str]) ->
 def test_made_words_have_the_tokens_of_a_language(tmp_path: Path) -> None:
     import random
 
-    from sphinx_pl.data.tokenizers import Tokenizer
+    from sphinx_pl.data.tokenizers import load_tokenizer
 
     words = Words()
-    tokenizer = Tokenizer(train_tokenizer(words, tmp_path / "tokenizer.model"))
+    tokenizer = load_tokenizer(train_tokenizer(words, tmp_path / "tokenizer.model"))
     assert 1.1 < len(tokenizer.encode(words.text(random.Random(0), 1000))) / 1000 < 1.7

@@ -219,3 +219,25 @@ def test_help_names_the_commands() -> None:
 def test_an_unknown_experiment_key_is_refused() -> None:
     with pytest.raises(UserError, match=r"steps\.data"):
         load(["experiment=demo", "+steps.data.script=train"])
+
+
+def test_the_real_recipe_asks_the_ten_questions_before_and_after_each_run() -> None:
+    steps = load(["experiment=real"]).steps
+    runs = [name for name, step in steps.items() if step.script == "train"]
+    assert {*runs} == {
+        f"{stage}{text}" for stage in ("pretrain_real", "pretrain_synthetic", "finetune") for text in ("", "_notext")
+    }
+    asked = {name: step for name, step in steps.items() if name.startswith("ask_")}
+    assert set(asked) == {f"ask_{name}" for name in ("language_model", *runs)}
+    shown = steps["language_report"].command
+    for name, step in asked.items():
+        assert steps[name].needs == (name.removeprefix("ask_"),)
+        assert str(step.product.parent) in shown
+    assert "init_from: outputs/real/mixed" in steps["finetune"].config
+
+
+def test_the_quick_recipe_has_the_same_steps_with_fewer_of_everything() -> None:
+    real, quick = (load([f"experiment={name}"]).steps for name in ("real", "real_quick"))
+    assert list(real) == list(quick)
+    assert "max_steps: 60" in quick["finetune"].config
+    assert "data/real_quick" in quick["finetune"].config

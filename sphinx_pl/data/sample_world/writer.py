@@ -14,18 +14,13 @@ The same seed and scale give the same bytes with the same library versions.
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import random
-import tarfile
-import tempfile
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sphinx_pl.data.generated import MANIFEST, SHARD_SIZE, GeneratedFolder, generate, json_file, pair_files, tar
 from sphinx_pl.data.readers import InstructionReader
 from sphinx_pl.data.sample_world import figures, language, records
 from sphinx_pl.data.sample_world.assets import Assets, load_assets
@@ -33,14 +28,11 @@ from sphinx_pl.data.sample_world.drawing import DOMAINS, REAL
 from sphinx_pl.data.sample_world.records import JsonEntry
 from sphinx_pl.data.sample_world.scenes import MAX_OBJECTS, DrawnPicture, Scene, draw_scene
 from sphinx_pl.data.sample_world.vocabulary import train_tokenizer
-from sphinx_pl.utils.errors import UserError
+
+__all__ = ["MANIFEST", "build"]
 
 VERSION = 5
 """The version rises when the world changes. Data of an older version is then replaced."""
-
-SHARD_SIZE = 1000
-MANIFEST = "manifest.json"
-_IDENTITY = ("version", "seed", "scale")
 
 # The numbers of items at scale 1. They are per domain where items have domains.
 PAIRS = {"train": 3000, "val": 256}
@@ -69,33 +61,14 @@ TEST_QUESTIONS = {
 
 
 @dataclass
-class _World:
-    """The world that is being written, and its folder."""
+class _World(GeneratedFolder):
+    """The world that is being written, with the origin of every picture."""
 
-    root: Path
-    seed: int
-    scale: float
-    counts: Counter[str] = field(default_factory=Counter)
     origins: list[str] = field(default_factory=list)
-
-    def rng(self, *stream: object) -> random.Random:
-        """Return a generator for one item.
-
-        Each item has its own, so that no item depends on the number of items before it.
-        """
-        return random.Random("/".join(map(str, (self.seed, *stream))))
-
-    def number(self, at_full_scale: int) -> int:
-        return max(4, round(at_full_scale * self.scale))
 
     def note(self, place: str, split: str, picture: DrawnPicture) -> None:
         origin = {"image": place, "split": split, "domain": picture.domain, **picture.origin.to_dict()}
         self.origins.append(json.dumps(origin, sort_keys=True))
-
-    def write(self, name: str, content: bytes | str) -> None:
-        path = self.root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def build(out: str | Path, seed: int = 0, scale: float = 1.0) -> dict[str, Any]:
@@ -110,50 +83,11 @@ def build(out: str | Path, seed: int = 0, scale: float = 1.0) -> dict[str, Any]:
     Raises:
         UserError: `out` exists and holds something else.
     """
-    out = Path(out)
     identity = {"version": VERSION, "seed": seed, "scale": scale}
-    if (intact := _intact(out, identity)) is not None:
-        return intact
-    if out.exists() and not _replaceable(out):
-        raise UserError(f"out={out} is not empty and not sample data: choose another folder or empty this one")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
-        root = Path(temporary) / "new"
-        manifest = _fill(_World(root, seed, scale), identity)
-        if out.exists():
-            out.replace(Path(temporary) / "old")
-        root.replace(out)
-    return manifest
+    return generate(out, identity, lambda root: _fill(_World(root, seed, scale)), "sample data")
 
 
-def _replaceable(out: Path) -> bool:
-    """Return whether `out` may be replaced: an empty folder, or sample data of any version.
-
-    Other folders have a manifest.json too, so its keys are checked.
-    """
-    if not out.is_dir():
-        return False
-    try:
-        return not any(out.iterdir()) or json.loads((out / MANIFEST).read_text()).keys() >= {*_IDENTITY, "files"}
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def _intact(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    try:
-        manifest: dict[str, Any] = json.loads((out / MANIFEST).read_text())
-        same = all(manifest.get(key) == value for key, value in identity.items())
-        whole = same and all(_sha256(out / name) == digest for name, digest in manifest["files"].items())
-    except (OSError, ValueError, KeyError):
-        return None
-    return manifest if whole else None
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _fill(world: _World, identity: dict[str, Any]) -> dict[str, Any]:
+def _fill(world: _World) -> dict[str, int]:
     texts: list[str] = []
     for domain in DOMAINS:
         for split in ("train", "val"):
@@ -164,14 +98,7 @@ def _fill(world: _World, identity: dict[str, Any]) -> dict[str, Any]:
     instructions = InstructionReader("sample", str(world.root / "instructions/train-*.json"))
     world.write("tokenizer.model", train_tokenizer(texts, instructions))
     world.write("origins.jsonl", "".join(f"{line}\n" for line in world.origins))
-    names = sorted(path.relative_to(world.root).as_posix() for path in world.root.rglob("*") if path.is_file())
-    manifest = {
-        **identity,
-        "counts": dict(sorted(world.counts.items())),
-        "files": {name: _sha256(world.root / name) for name in names},
-    }
-    world.write(MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
-    return manifest
+    return world.counts
 
 
 def _assets(domain: str, split: str) -> Assets | None:
@@ -196,43 +123,12 @@ def _write_pairs(world: _World, domain: str, split: str) -> list[str]:
             key = f"{shard:05d}{index - first:04d}"
             world.note(f"{name}/{key}.jpg", split, scene)
             world.counts[f"pairs/{domain}/{split}"] += 1
-            members += [
-                (f"{key}.jpg", scene.jpeg),
-                (f"{key}.json", json.dumps(_metadata(key, caption, noise, scene), sort_keys=True).encode()),
-                (f"{key}.txt", caption.encode()),
-            ]
-        world.write(name, _tar(members))
+            url = f"sample://{domain}/{key}"
+            # The fault of the caption (none, partial, wrong), and what the picture shows.
+            columns = {"noise": noise, "objects": [thing.phrase for thing in scene.things]}
+            members += pair_files(key, scene.jpeg, (scene.width, scene.height), caption, url, columns)
+        world.write(name, tar(members))
     return captions
-
-
-def _metadata(key: str, caption: str, noise: str, scene: Scene) -> dict[str, Any]:
-    """Return img2dataset's fields, and our `noise` (none, partial, wrong) and `objects`."""
-    digest = hashlib.sha256(scene.jpeg).hexdigest()
-    return {
-        "caption": caption,
-        "error_message": None,
-        "height": scene.height,
-        "key": key,
-        "noise": noise,
-        "objects": [thing.phrase for thing in scene.things],
-        "original_height": scene.height,
-        "original_width": scene.width,
-        "sha256": digest,
-        "status": "success",
-        "uid": digest[:32],
-        "url": f"sample://{scene.domain}/{key}",
-        "width": scene.width,
-    }
-
-
-def _tar(members: Iterable[tuple[str, bytes]]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)  # without a time the bytes are always the same
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return buffer.getvalue()
 
 
 def _write_documents(world: _World) -> list[str]:
@@ -272,7 +168,7 @@ def _write_instructions(world: _World) -> None:
         for index, fact in enumerate(group):
             writer.add(f"{split}-chat-{index:05d}", records.chat_entry(fact))
         for name, entries in writer.files().items():
-            world.write(f"instructions/{name}.json", json.dumps(entries, sort_keys=True, separators=(",", ":")))
+            world.write(f"instructions/{name}.json", json_file(entries))
 
 
 @dataclass

@@ -11,6 +11,7 @@ from sphinx_pl.checkpoints.tensors import copy_into
 from sphinx_pl.evaluation.objective import Measurements
 from sphinx_pl.mixing.mixer import Facts
 from sphinx_pl.mixing.plan import MixPlan
+from sphinx_pl.models.placement import allocate
 from sphinx_pl.models.sphinx import Sphinx
 from sphinx_pl.utils.console import Steps
 
@@ -48,7 +49,8 @@ class MixtureEvaluator:
             model = Sphinx(first.model_config)
         first.check(model)
         self.plan = plan
-        self.model = model.to_empty(device=device).eval()
+        allocate(model, device)
+        self.model = model.eval()
         self.dtype = dtype
         self.steps = steps
         self.evaluations = 0

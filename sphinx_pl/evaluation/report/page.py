@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -193,7 +194,11 @@ def _language(runs: Sequence[TrainingRun]) -> list[dict[str, Any]]:
         # steps.
         last = points[-1][0]
         beside = text.get(run.name.removesuffix(WITHOUT_TEXT), {}).get(last) if not run.reads_text else None
-        rows.append({"run": run, "first": points[0], "last": points[-1], "beside": beside})
+        ends = points[0][1], points[-1][1]
+        perplexities = [math.exp(min(loss, 700)) for loss in ends]
+        rows.append(
+            {"run": run, "first": points[0], "last": points[-1], "beside": beside, "perplexities": perplexities}
+        )
     return rows
 
 

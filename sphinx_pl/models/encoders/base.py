@@ -7,6 +7,8 @@ pass does not use.
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -31,9 +33,16 @@ Values below 1 are for deep nets and long schedules: a shallow net does not begi
 """
 
 
+JOINS = ("channel", "sequence")
+
+
 @dataclass
 class EncoderConfig:
-    """The keys that every kind has: the size of its views, and released weights to `load`."""
+    """The keys that every kind has: how large its views are, what it loads, and how it is joined.
+
+    `load` names released weights. `join` is `channel` or `sequence`; null is the kind's own way. A
+    `resampler` turns its tokens into fewer, which are joined by sequence.
+    """
 
     kind: ClassVar[str]
     free: ClassVar[tuple[str, ...]] = ()
@@ -41,11 +50,20 @@ class EncoderConfig:
 
     image_size: int = 224
     load: Optional[str] = field(default=None, kw_only=True)
+    join: Optional[str] = field(default=None, kw_only=True)
+    resampler: Any = field(default=None, kw_only=True)
+    key: str = field(default="", kw_only=True, metadata={"hidden": True})
+    """Its key in the configuration, which no section holds; "" stands for the kind."""
+
+    @property
+    def part(self) -> str:
+        """The name of this part of the model: its key in the configuration."""
+        return self.key or self.kind
 
     @property
     def section(self) -> str:
         """The name of its section in a configuration, for messages."""
-        return f"model.vision.encoders.{self.kind}"
+        return f"model.vision.encoders.{self.part}"
 
     @property
     def width(self) -> int:
@@ -54,13 +72,41 @@ class EncoderConfig:
 
     @property
     def grid(self) -> int:
-        """Patches a side of the feature map of an encoder that is joined by channel."""
+        """Patches a side of the feature map, of a kind that has one."""
         raise NotImplementedError
 
     @property
     def tokens(self) -> int:
-        """Tokens of a view of an encoder that is joined by sequence."""
-        raise NotImplementedError
+        """Tokens that the encoder gives for a view."""
+        return 1 + self.grid**2
+
+    @property
+    def has_grid(self) -> bool:
+        """Whether its tokens are patches of a map, behind tokens without a place."""
+        return ENCODERS[self.kind].join == "channel"
+
+    @property
+    def by_channel(self) -> bool:
+        """Whether it is joined by channel; its tokens otherwise stand in front of the others."""
+        if self.resampler is not None:
+            return False
+        return (self.join or ENCODERS[self.kind].join) == "channel"
+
+    @property
+    def sequence_tokens(self) -> int:
+        """Tokens of a view that stand in front of the others, of an encoder joined by sequence."""
+        return int(self.resampler.tokens) if self.resampler is not None else self.tokens
+
+    @property
+    def sequence_width(self) -> int:
+        """Channels of these tokens."""
+        return int(self.resampler.width_of(self.width)) if self.resampler is not None else self.width
+
+    def to_dict(self) -> dict[str, Any]:
+        """The section that builds an equal configuration."""
+        values = dataclasses.asdict(self)
+        del values["key"]
+        return values if self.part == self.kind else {"kind": self.kind} | values
 
 
 @dataclass
@@ -101,27 +147,28 @@ class ViewScheme:
 class Encoder(nn.Module, ABC):
     """An encoder: [N, 3, s, s] views, normalised as it was trained -> [N, tokens, width].
 
-    One that is joined by channel gives 1 + patch_grid^2 tokens, class token first. One that is
-    joined by sequence gives `config.tokens`, which stand in front of the others.
+    A kind with a feature map gives 1 + grid^2 tokens, class token first, where it is joined by
+    channel; `scheme.patch_grid` may enlarge the grid. Otherwise it gives `config.tokens`.
     """
 
     config: EncoderConfig
     kind: ClassVar[str]
     config_class: ClassVar[type[EncoderConfig]]
     join: ClassVar[Literal["channel", "sequence"]] = "channel"
+    """How it is joined unless its configuration says otherwise."""
     repeats: ClassVar[bool] = False
     """It repeats its feature map onto the larger grid of the encoders that it is joined with."""
-    mean: ClassVar[Colour] = CLIP_MEAN
-    std: ClassVar[Colour] = CLIP_STD
+    mean: Colour = CLIP_MEAN
+    std: Colour = CLIP_STD
     resize_mode: ClassVar[str] = "bicubic"
 
-    published: ClassVar[tuple[PublishedLayout, ...]] = (OURS,)
+    published: tuple[PublishedLayout, ...] = (OURS,)
     """Layouts of released weights. The first one is taken of those that fit equally."""
     original: ClassVar[OriginalNames | None] = None
     """Its tensors in the released SPHINX weights; None: they do not have it."""
-    open_clip_model: ClassVar[str] = ""
+    open_clip_model: str = ""
     """open_clip's architecture that a tag alone belongs to; "": open_clip does not have it."""
-    timm_models: ClassVar[str] = ""
+    timm_models: str = ""
     """timm's names of it, a pattern; "": timm does not have it."""
     hub_models: ClassVar[tuple[str, ...]] = ()
     """Repositories on the Hugging Face hub that a message suggests."""
@@ -149,14 +196,8 @@ class Encoder(nn.Module, ABC):
         return self.encode(sized.to(next(self.parameters()).dtype))
 
     def init_weights(self) -> None:
-        """New weights with deviation 1 / sqrt(inputs), whatever the width.
-
-        The libraries' own 0.02 is that of wide layers: in narrow ones it all but switches the
-        residual branches off.
-        """
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                nn.init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+        """New weights, whatever the width."""
+        init_linear(self)
 
     @abstractmethod
     def encode(self, views: Tensor) -> Tensor:
@@ -187,14 +228,19 @@ Kind = TypeVar("Kind", bound=type[Encoder])
 _TAKEN = ("decoder", "projections", "visual")
 
 
+def usable_key(key: str) -> bool:
+    """Whether an encoder may have this key: names of parts, modules and tensors contain it."""
+    return bool(re.fullmatch(r"[a-zA-Z]\w*", key)) and key not in _TAKEN and not hasattr(nn.ModuleDict, key)
+
+
 def register(kind: str, config: type[EncoderConfig]) -> Callable[[Kind], Kind]:
-    """A class decorator: the encoder is built for the key `kind` of `model.vision.encoders`.
+    """A class decorator: the encoder is built for sections of this kind in `model.vision.encoders`.
 
     Args:
-        kind: also the name of a part of the model, in `train_parts` for instance.
+        kind: a section whose key is the kind need not name it.
         config: the dataclass of its keys, of this kind alone.
     """
-    if kind in _TAKEN:
+    if not usable_key(kind):
         raise ValueError(f"an encoder cannot be called '{kind}': a part of the model has this name")
     if "kind" in vars(config):
         raise ValueError(f"{config.__name__} is the configuration of '{config.kind}': make a subclass of it")
@@ -206,6 +252,17 @@ def register(kind: str, config: type[EncoderConfig]) -> Callable[[Kind], Kind]:
         return encoder
 
     return add
+
+
+def init_linear(module: nn.Module) -> None:
+    """Draw the weights of all linear layers and convolutions with deviation 1 / sqrt(inputs).
+
+    The libraries' own 0.02 is that of wide layers: in narrow ones it all but switches the residual
+    branches off.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            nn.init.trunc_normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
 
 
 def vit_flops(grid: int, patch: int, width: int, layers: int, mlp_weights: int) -> float:

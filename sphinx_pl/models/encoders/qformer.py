@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sphinx_pl.models.checks import divides, positive
-from sphinx_pl.models.encoders.base import Encoder, EncoderConfig, ViewScheme, register, vit_flops
+from sphinx_pl.models.encoders.base import Encoder, EncoderConfig, ViewScheme, init_linear, register, vit_flops
+from sphinx_pl.models.encoders.resamplers import Resampler, ResamplerConfig, resampler
 from sphinx_pl.models.published import Names, OriginalNames, PublishedLayout, Source, own_name
 
 _LAVIS_VIT = Names(
@@ -109,7 +111,7 @@ class QFormer(Encoder):
 
     def __init__(self, config: QFormerConfig, scheme: ViewScheme | None = None) -> None:
         super().__init__(config, scheme)
-        from transformers import Blip2QFormerConfig, Blip2QFormerModel, Blip2VisionConfig, Blip2VisionModel
+        from transformers import Blip2VisionConfig, Blip2VisionModel
 
         self.vision_model = Blip2VisionModel(
             Blip2VisionConfig(
@@ -122,25 +124,12 @@ class QFormer(Encoder):
                 initializer_range=0.02,  # its default, 1e-10, is for weights that will be overwritten
             )
         )
-        self.qformer = Blip2QFormerModel(
-            Blip2QFormerConfig(
-                hidden_size=config.width,
-                num_hidden_layers=config.layers,
-                num_attention_heads=config.heads,
-                intermediate_size=config.ffn_width,
-                hidden_dropout_prob=0.0,
-                attention_probs_dropout_prob=0.0,
-                cross_attention_frequency=config.cross_attention_every,
-                encoder_hidden_size=config.vision_width,
-            )
-        )
-        self.query_tokens = nn.Parameter(torch.empty(1, config.queries, config.width))
-        nn.init.normal_(self.query_tokens, std=0.02)  # equal queries would stay equal
+        self.qformer = _transformer(config, config.vision_width)
+        self.query_tokens = _queries(config)
 
     def encode(self, views: Tensor) -> Tensor:
         patches = self.vision_model(pixel_values=views).last_hidden_state
-        queries = self.query_tokens.expand(len(views), -1, -1)
-        return torch.as_tensor(self.qformer(query_embeds=queries, encoder_hidden_states=patches).last_hidden_state)
+        return _read(self, patches)
 
     def blocks(self) -> Iterable[nn.Module]:
         return [*self.vision_model.encoder.layers, *self.qformer.encoder.layer]
@@ -150,8 +139,84 @@ class QFormer(Encoder):
         grid = c.image_size // c.patch_size
         patches = 1 + grid**2
         vision = vit_flops(grid, c.patch_size, c.vision_width, c.vision_layers, 2 * c.vision_width * c.vision_ffn_width)
-        layer = 2 * c.queries * (4 * c.width**2 + 2 * c.width * c.ffn_width) + 4 * c.queries**2 * c.width
-        cross = 2 * c.queries * 2 * c.width**2 + 2 * patches * 2 * c.vision_width * c.width
-        cross += 4 * c.queries * patches * c.width
-        crossing = len(range(0, c.layers, c.cross_attention_every))
-        return vision + c.layers * layer + crossing * cross
+        return vision + _flops(c, patches, c.vision_width)
+
+
+def _transformer(config: Any, inputs: int) -> Any:
+    """The Q-Former itself, behind tokens of `inputs` channels."""
+    from transformers import Blip2QFormerConfig, Blip2QFormerModel
+
+    settings = Blip2QFormerConfig(
+        hidden_size=config.width,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        intermediate_size=config.ffn_width,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        cross_attention_frequency=config.cross_attention_every,
+        encoder_hidden_size=inputs,
+    )
+    return Blip2QFormerModel(settings)
+
+
+def _queries(config: Any) -> nn.Parameter:
+    queries = nn.Parameter(torch.empty(1, config.queries, config.width))
+    nn.init.normal_(queries, std=0.02)  # equal queries would stay equal
+    return queries
+
+
+def _read(module: Any, tokens: Tensor) -> Tensor:
+    """What a module's queries read in tokens, [M, tokens, inputs] -> [M, queries, width]."""
+    queries = module.query_tokens.expand(len(tokens), -1, -1)
+    return torch.as_tensor(module.qformer(query_embeds=queries, encoder_hidden_states=tokens).last_hidden_state)
+
+
+def _flops(config: Any, tokens: int, inputs: int) -> float:
+    """FLOPs of a Q-Former that reads `tokens` of `inputs` channels."""
+    c = config
+    layer = 2 * c.queries * (4 * c.width**2 + 2 * c.width * c.ffn_width) + 4 * c.queries**2 * c.width
+    cross = 2 * c.queries * 2 * c.width**2 + 2 * tokens * 2 * inputs * c.width
+    cross += 4 * c.queries * tokens * c.width
+    crossing = len(range(0, c.layers, c.cross_attention_every))
+    return float(c.layers * layer + crossing * cross)
+
+
+@dataclass
+class QFormerResamplerConfig(ResamplerConfig):
+    """The sizes of a Q-Former behind another encoder. Defaults: BLIP-2's."""
+
+    queries: int = 32
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    ffn_width: int = 3072
+    cross_attention_every: int = 2
+
+    @property
+    def tokens(self) -> int:
+        return self.queries
+
+    def width_of(self, width: int) -> int:
+        return self.width
+
+    def check(self, section: str, grid: int | None) -> None:
+        positive(section, self, "queries", "width", "layers", "heads", "ffn_width", "cross_attention_every")
+        divides(section, self, "heads", "width")
+
+
+@resampler("qformer", QFormerResamplerConfig)
+class QFormerResampler(Resampler):
+    """Queries that read all tokens of an encoder, those without a place too. Its weights are new."""
+
+    def __init__(self, config: QFormerResamplerConfig, width: int, grid: int | None) -> None:
+        super().__init__(config, width, grid)
+        self.config, self.inputs = config, width
+        self.qformer = _transformer(config, width)
+        self.query_tokens = _queries(config)
+        init_linear(self)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return _read(self, tokens)
+
+    def flops(self, tokens: int) -> float:
+        return _flops(self.config, tokens, self.inputs)

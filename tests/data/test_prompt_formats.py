@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sphinx_pl.data.prompt_format import SYSTEM, is_document, render
+from sphinx_pl.data.prompt_formats import SPHINX, SYSTEM, is_document
 from sphinx_pl.data.schema import Turn
 
 TWO = (Turn("What is it?", "A cat."), Turn("Its colour?", "B"))
@@ -13,7 +13,7 @@ def answers(rendered) -> list[str]:  # type: ignore[no-untyped-def]
 
 
 def test_one_turn_with_the_originals_system_text() -> None:
-    rendered = render([Turn("What's in the image?", "A dog.")], SYSTEM)
+    rendered = SPHINX.render([Turn("What's in the image?", "A dog.")], SYSTEM)
     assert rendered.text == (
         "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
         "detailed, and polite answers to the human's questions.\n\n### Human: What's in the image?\n### Assistant: "
@@ -23,7 +23,7 @@ def test_one_turn_with_the_originals_system_text() -> None:
 
 
 def test_several_turns_go_on_after_the_separator() -> None:
-    rendered = render(TWO, "Be brief.")
+    rendered = SPHINX.render(TWO, "Be brief.")
     assert rendered.text == (
         "Be brief.\n\n### Human: What is it?\n### Assistant: A cat.\n### Human: Its colour?\n### Assistant: B\n###"
     )
@@ -31,12 +31,12 @@ def test_several_turns_go_on_after_the_separator() -> None:
 
 
 def test_without_a_system_text_there_is_the_separator_alone() -> None:
-    assert render(TWO[:1], "").text == "### Human: What is it?\n### Assistant: A cat.\n###"
+    assert SPHINX.render(TWO[:1], "").text == "### Human: What is it?\n### Assistant: A cat.\n###"
 
 
 def test_an_answer_that_occurs_in_its_question_is_supervised_where_it_is_the_answer() -> None:
     # The original looks for the first match, which is in the question.
-    rendered = render([Turn("A or\n###B\n### or B", "B")], "")
+    rendered = SPHINX.render([Turn("A or\n###B\n### or B", "B")], "")
     [(begin, end)] = rendered.answers
     assert rendered.text[:begin].endswith("### Assistant:")
     assert rendered.text[begin:end] == " B\n###"
@@ -44,21 +44,21 @@ def test_an_answer_that_occurs_in_its_question_is_supervised_where_it_is_the_ans
 
 
 def test_open_ended_stops_where_the_model_is_to_answer() -> None:
-    rendered = render(TWO, "", open_ended=True)
+    rendered = SPHINX.render(TWO, "", open_ended=True)
     assert rendered.text == "### Human: What is it?\n### Assistant: A cat.\n### Human: Its colour?\n### Assistant:"
     assert answers(rendered) == [" A cat.\n###"]
-    assert render(TWO, "").text.startswith(rendered.text)
+    assert SPHINX.render(TWO, "").text.startswith(rendered.text)
 
 
 def test_a_document_is_its_text_alone() -> None:
     document = [Turn("", "Once upon a time.")]
     assert is_document(document)
-    assert render(document, SYSTEM).text == "Once upon a time."
-    assert render(document, SYSTEM).answers == ((0, 17),)
-    assert render(document, SYSTEM, open_ended=True).text == ""
+    assert SPHINX.render(document, SYSTEM).text == "Once upon a time."
+    assert SPHINX.render(document, SYSTEM).answers == ((0, 17),)
+    assert SPHINX.render(document, SYSTEM, open_ended=True).text == ""
 
 
 def test_an_empty_question_among_others_is_a_turn_all_the_same() -> None:
     turns = [Turn("", "A."), Turn("Why?", "So.")]
     assert not is_document(turns)
-    assert render(turns, "").text == "### Human: \n### Assistant: A.\n### Human: Why?\n### Assistant: So.\n###"
+    assert SPHINX.render(turns, "").text == "### Human: \n### Assistant: A.\n### Human: Why?\n### Assistant: So.\n###"
