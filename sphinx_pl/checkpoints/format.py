@@ -202,18 +202,20 @@ class Checkpoint(ModelFolder):
     def compare(self, other: Checkpoint) -> str:
         if self.is_delta != other.is_delta:
             return "one holds whole weights, the other differences to a base model"
-        for section in ("model", "processor"):
-            if lines := differences(self.config[section], other.config[section], section):
+        for section, (mine, others) in {
+            "model": (self.config["model"], other.config["model"]),
+            "processor": (self.processor, other.processor),
+        }.items():
+            if lines := differences(mine, others, section):
                 more = f" ({len(lines) - 1} more keys differ)" if len(lines) > 1 else ""
                 return f"they are not of one {section}: {lines[0]}{more}"
         files = [self.tokenizer_file, other.tokenizer_file]
         if len({file.name for file in files}) == 1 and all(file.is_file() for file in files):
             if len({hash_file(file) for file in files}) > 1:
                 return "their tokenizers differ"
-            if self.processor.get("prompt_format") == "model":
-                mine, others = (load_tokenizer(file).chat_template for file in files)
-                if mine != others:
-                    return "their chat templates differ"
+            own_template = self.processor.get("prompt_format") == "model"
+            if own_template and len({load_tokenizer(file).chat_template for file in files}) > 1:
+                return "their chat templates differ"
         tokens = vocabulary_difference(*(file.parent for file in files))
         return f"their tokenizers differ: {tokens}" if tokens else ""
 
@@ -221,7 +223,7 @@ class Checkpoint(ModelFolder):
         return uncompared(self.tokenizer_file.parent, other.tokenizer_file.parent)
 
     def output(self, dtype: torch.dtype | None = None) -> OutputFolder:
-        sections = {key: self.config[key] for key in ("model", "processor")}
+        sections = {"model": self.config["model"], "processor": self.processor}
         return native_folder(self, sections, self.tokenizer(), self.unused(), dtype)
 
 
