@@ -124,7 +124,7 @@ def test_a_prompt_format(load: Load, processor: Processor) -> None:
     entry = {"conversations": [{"from": "human", "value": "Hi<|end|>"}, {"from": "gpt", "value": "Hello"}]}
     record = to_record(entry, "k", Path("/"), "chat")
     phi3 = Processor(ProcessorConfig(prompt_format="phi3", max_length=64), processor.tokenizer, 3, 32)
-    assert phi3.tokenizer.new_tokens == ["<|user|>", "<|assistant|>", "<|end|>"]
+    assert phi3.tokenizer.new_tokens == ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
     [question] = phi3.sample(record, "train").questions
     end = phi3.tokenizer.controls["<|end|>"].id
     assert (question.ids.count(end), phi3.stop_sequences) == (2, [[end]])

@@ -209,10 +209,9 @@ class Checkpoint(ModelFolder):
         if len({file.name for file in files}) == 1 and all(file.is_file() for file in files):
             if len({hash_file(file) for file in files}) > 1:
                 return "their tokenizers differ"
-            if self.processor.get("prompt_format") == "model":
-                mine, others = (load_tokenizer(file).chat_template for file in files)
-                if mine != others:
-                    return "their chat templates differ"
+            own_template = self.processor.get("prompt_format") == "model"
+            if own_template and len({load_tokenizer(file).chat_template for file in files}) > 1:
+                return "their chat templates differ"
         tokens = vocabulary_difference(*(file.parent for file in files))
         return f"their tokenizers differ: {tokens}" if tokens else ""
 
@@ -220,7 +219,7 @@ class Checkpoint(ModelFolder):
         return uncompared(self.tokenizer_file.parent, other.tokenizer_file.parent)
 
     def output(self, dtype: torch.dtype | None = None) -> OutputFolder:
-        sections = {key: self.config[key] for key in ("model", "processor")}
+        sections = {"model": self.config["model"], "processor": self.processor}
         return native_folder(self, sections, self.tokenizer(), self.unused(), dtype)
 
 

@@ -100,7 +100,7 @@ class FamilyCheckpoint(Checkpoint):
         self._extra = [name for name in self._stored if name not in used and not self._is_repeated(name)]
 
     @cached_property
-    def processor(self) -> dict[str, Any]:  # type: ignore[override]
+    def processor(self) -> dict[str, Any]:
         """The model's own chat template, if it has one that can be used; else the default format."""
         try:
             ChatTemplate(load_tokenizer(self.tokenizer()))
