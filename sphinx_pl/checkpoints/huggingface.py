@@ -11,7 +11,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from sphinx_pl.checkpoints.tokenizer_json import TOKENIZER_CONFIG, TOKENIZER_JSO
 from sphinx_pl.checkpoints.unreadable import check_plain
 from sphinx_pl.checkpoints.vocabulary import uncompared, vocabulary_difference
 from sphinx_pl.checkpoints.writer import CheckpointWriter
+from sphinx_pl.data.prompt_formats import ChatTemplate
 from sphinx_pl.data.tokenizers import load_tokenizer
 from sphinx_pl.models.config import DecoderConfig
 from sphinx_pl.models.decoder import Decoder
@@ -97,6 +98,15 @@ class FamilyCheckpoint(Checkpoint):
         self._stored = {f"{self._prefix}{name}": name for name in tensors}
         self._sources = {f"decoder.{name}": source for name, source in sources.items()}
         self._extra = [name for name in self._stored if name not in used and not self._is_repeated(name)]
+
+    @cached_property
+    def processor(self) -> dict[str, Any]:  # type: ignore[override]
+        """The model's own chat template, if it has one that can be used; else the default format."""
+        try:
+            ChatTemplate(load_tokenizer(self.tokenizer()))
+        except UserError:
+            return {}
+        return {"prompt_format": ChatTemplate.name}
 
     def _is_repeated(self, theirs: str) -> bool:
         """Whether a tensor says nothing new: computed angles, or a head that is the embedding."""

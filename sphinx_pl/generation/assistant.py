@@ -129,7 +129,7 @@ class Assistant:
                 next_ids = next(steps, None)
             if next_ids is None:
                 break
-            ids, texts = next_ids, [self._certain(answer) for answer in next_ids]
+            ids, texts = next_ids, [self._certain(self.processor.tokenizer.decode(answer)) for answer in next_ids]
             yield texts
         # an apparent end was none
         if (answers := [self.processor.decode(answer) for answer in ids]) != texts:
@@ -153,12 +153,11 @@ class Assistant:
         stop = self.processor.stop_sequences
         return replace(config or GenerationConfig(), eos_id=self.processor.tokenizer.eos_id, stop=stop)
 
-    def _certain(self, ids: list[int]) -> str:
+    def _certain(self, text: str) -> str:
         """Return the part of a growing answer that is certain, without an incomplete character or
         end of turn.
         """
         prompt_format = self.processor.format
-        text = self.processor.tokenizer.decode(ids)
         if not prompt_format.ends_in_text:
             return prompt_format.unescape(text.rstrip("\ufffd")).strip()
         text = text.split(prompt_format.end)[0].rstrip("\ufffd")

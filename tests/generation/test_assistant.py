@@ -13,7 +13,7 @@ from sphinx_pl.data.processor import Processor
 from sphinx_pl.data.sampling.collator import Collator
 from sphinx_pl.data.schema import ImageRef, Record, Turn
 from sphinx_pl.evaluation.runner import evaluate
-from sphinx_pl.generation.assistant import Assistant, BadDialog, Dialog, _certain, open_picture
+from sphinx_pl.generation.assistant import Assistant, BadDialog, Dialog, open_picture
 from sphinx_pl.generation.generate import GenerationConfig
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.sphinx import Sphinx
@@ -134,8 +134,8 @@ def test_a_text_only_model_takes_no_image(tmp_path: Path, processor: Processor, 
     [(" a cat", "a cat"), ("a cat\n", "a cat"), ("a cat\n##", "a cat"), ("a cat\n###", "a cat"), ("a\nb", "a\nb"),
      ("caf\ufffd", "caf"), ("a #", "a #"), ("", ""), ("a\n ##", "a"), ("a\n ### b", "a\n### b")],
 )  # fmt: skip
-def test_an_answer_that_grows_shows_only_what_is_certain(text: str, shown: str) -> None:
-    assert _certain(text) == shown
+def test_an_answer_that_grows_shows_only_what_is_certain(assistant: Assistant, text: str, shown: str) -> None:
+    assert assistant._certain(text) == shown
 
 
 @pytest.fixture

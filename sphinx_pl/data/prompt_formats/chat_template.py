@@ -32,7 +32,7 @@ class _RefusedError(Exception):
     """Why a template cannot be used, or cannot write certain turns."""
 
 
-class _Generation(Extension):
+class _GenerationTag(Extension):
     """transformers' `{% generation %}`, which marks what the model writes and changes nothing."""
 
     tags = {"generation"}  # noqa: RUF012 - the base class has it so
@@ -56,7 +56,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 def _environment() -> _Sandbox:
     """Jinja with what transformers gives templates, but for `strftime_now`: a model's prompt must
     not depend on the day."""
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
 
     def raise_exception(message: object) -> None:
         raise TemplateError(str(message))
