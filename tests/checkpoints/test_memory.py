@@ -29,6 +29,7 @@ from sphinx_pl.checkpoints.writer import write_file
 from sphinx_pl.distributed.checkpointing import PREFIX
 from sphinx_pl.models.config import SphinxConfig
 from sphinx_pl.models.decoder import Decoder
+from tests.conftest import REPOSITORY
 
 POOL = 200_000_000
 """Numbers of which tensors are made: more than the largest has."""
@@ -118,7 +119,7 @@ convert(sys.argv[1], sys.argv[2], safe_serialization=True)
 
 
 def run(*command: str) -> None:
-    environment: dict[str, Any] = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment: dict[str, Any] = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     result = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
 

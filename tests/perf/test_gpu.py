@@ -7,7 +7,7 @@ import torch
 
 from perf import gpu
 
-SMALL = ["trainer=zero3_cpu", "trainer.devices=1", "data.packing.row_length=128"]
+SMALL = ["trainer=zero3_cpu", "trainer.devices=1", "data.packing.row_length=128", "stage.optim.lr=1e-3"]
 
 
 @pytest.mark.long

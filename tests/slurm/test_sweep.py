@@ -150,7 +150,7 @@ def test_points_that_fail_are_named_and_the_others_are_waited_for(
     assert "point 0 (stage.optim.lr=0.001) is done" in output
     [job, log] = re.findall(r"point 1 \(stage.optim.lr=abc\) failed: see the log of job (\d+_1): (.*)\n", output)[0]
     assert output.splitlines()[-1].startswith("error: point 1 (stage.optim.lr=abc) failed")
-    assert "error: stage.optim.lr: Value 'abc'" in Path(log).read_text()
+    assert "error: stage.optim.lr=abc must be a number" in Path(log).read_text()
     state = command("sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={job}", "--format=State")
     assert state in ("FAILED", "")  # empty: this SLURM keeps no accounts
 
