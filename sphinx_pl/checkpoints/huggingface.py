@@ -155,11 +155,11 @@ class HuggingFaceCheckpoint(FamilyCheckpoint):
     def __init__(self, path: Path) -> None:
         self.path = path
         values = read_json(path / CONFIG)
+        self._shards = SafetensorsFiles(path, weight_files(path))
+        check_plain(path, values, list(self._shards), "read")
         family = read_family(values, path / CONFIG)
         decoder = read_decoder(family, values, path / CONFIG)
         self.provenance = {"original": family.name} | read_provenance(path)
-        self._shards = SafetensorsFiles(path, weight_files(path))
-        check_plain(path, values, list(self._shards), "read")
         self._open(family, decoder, self._shards)
 
     def files(self) -> Sequence[Path]:

@@ -390,7 +390,7 @@ def _encoders(sections: Mapping[str, Any]) -> dict[str, EncoderConfig]:
         if section is None and (key in ENCODERS or usable_key(key)):
             continue
         if isinstance(section, EncoderConfig):
-            config = section if section.part == key else dataclasses.replace(section, key=key)
+            config = dataclasses.replace(section, key=key)
         else:
             config = _encoder(key, section)
         if config.resampler is not None:
@@ -407,7 +407,7 @@ def _encoder(key: str, section: Any) -> EncoderConfig:
     if kind is None and key not in ENCODERS:
         known = f"{place}.kind={'|'.join(sorted(ENCODERS))}"
         raise UserError(
-            f"{unknown_key(place, [f'{_ENCODERS}.{name}' for name in ENCODERS])}; a key of your own needs {known}"
+            f"{unknown_key(place, [f'{_ENCODERS}.{name}' for name in ENCODERS])} A key of your own needs {known}"
         )
     if not usable_key(key):
         raise UserError(f"{place}: an encoder cannot have this key: choose a word of letters, digits and underscores")

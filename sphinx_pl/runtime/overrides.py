@@ -51,6 +51,8 @@ def one_line(error: BaseException) -> str:
         quoted = shlex.quote(f"{key}={literal(value)}")
         return f"{error.override}: Hydra cannot read this value; as text it is {quoted}"
     message = str(error)
+    if match := re.match(r"UserError raised while resolving interpolation: (.+?)(?:\n|$)", message):
+        return match[1]  # OmegaConf drops the cause
     if (missing := re.search(r"Interpolation key '(.+?)' not found", message)) and (new := renamed_key(missing[1])):
         return new
     if match := re.match(r"Ambiguous value for argument '(.+?)=(.+)'", message):

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from sphinx_pl.callbacks.checkpoint import checkpoints
 from sphinx_pl.callbacks.wandb_logger import FILE, run_id
 from sphinx_pl.cli import train
+from sphinx_pl.cli.run_setup import steps_passed
 from sphinx_pl.runtime import slurm
 from sphinx_pl.runtime.run_folder import RunFolder
 from sphinx_pl.utils.errors import UserError
@@ -41,7 +42,7 @@ def start(folder: Path, monkeypatch: pytest.MonkeyPatch, job: str, restarts: int
         resume = train.checkpoint_to_resume(cfg, folder)
         OmegaConf.set_struct(cfg, False)
         del cfg["hydra"]
-        train.prepare_run_folder(cfg, run, resume)
+        train.prepare_run_folder(cfg, run, resume, steps_passed(cfg, run, resume, data_ended=False) > 0)
     finally:
         run.lock.release()
     return resume

@@ -133,7 +133,7 @@ def used_and_counted(data: DataModule) -> tuple[Counter[str], list[str]]:
     samples = sum(value for key, value in planned.items() if key.endswith("/samples"))
     others = sum(value for key, value in planned.items() if {"skipped", "filtered", "capped"} & set(key.split("/")))
     parts = sum(value for key, value in planned.items() if key.endswith("/parts"))
-    assert total == indexed
+    assert total == indexed.total()
     assert total + parts == samples + others, dict(planned)
     assert len(keys) == samples
     return counts + train.counts, keys

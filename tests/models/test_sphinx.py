@@ -192,7 +192,7 @@ REAL_SIZES = {
 
 
 def test_no_real_size_is_forgotten() -> None:
-    others = {"sphinx_siglip2_dinov2"}
+    others = {"sphinx_siglip2_dinov2", "auto", "real"}
     assert {path.stem for path in CONF.glob("*.yaml") if "sample" not in path.stem} == REAL_SIZES.keys() | others
 
 

@@ -107,7 +107,6 @@ def test_other_scripts_read_the_shipped_configurations(script: str) -> None:
             "model.vision.encoders.clip.layer",
             "model.vision.encoders.clip.layers",
         ),
-        ("model: {vision: {encoders: {clpi: {}}}}", "model.vision.encoders.clpi", "model.vision.encoders.clip"),
         ("model: {vision: {clip: null}}", "model.vision.clip", "model.vision.encoders.clip"),
         ("trainer: {max_tim: 5}", "trainer.max_tim", "trainer.max_time"),
         ("callbacks: {checkpoint: {every: 5}}", "callbacks.checkpoint.every", "callbacks.checkpoint.keep_every"),
@@ -118,6 +117,13 @@ def test_other_scripts_read_the_shipped_configurations(script: str) -> None:
 )
 def test_an_unknown_key_of_a_file_is_refused_with_the_nearest(changes: str, wrong: str, right: str) -> None:
     assert refusal("train", changes) == f"there is no key {wrong}: did you mean {right}?"
+
+
+def test_an_unknown_encoder_is_refused_with_the_nearest_and_the_kinds_of_others() -> None:
+    key = "model.vision.encoders.clpi"
+    assert refusal("train", "model: {vision: {encoders: {clpi: {}}}}").startswith(
+        f"there is no key {key}: did you mean model.vision.encoders.clip? A key of your own needs {key}.kind=clip|"
+    )
 
 
 @pytest.mark.parametrize(
