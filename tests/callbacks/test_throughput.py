@@ -136,6 +136,13 @@ def test_attention_counts_the_pairs_that_its_mask_lets_through(model_config: Sph
     assert TrainingFlops(model)(batch) == pytest.approx(whole - hidden, rel=1e-12)
 
 
+def test_empty_rows_cost_what_they_compute(model_config: SphinxConfig) -> None:
+    """They fill the last step of finite data."""
+    empty = Collator(row_length=20, image_size=64)([[], []])
+    flops = TrainingFlops(Sphinx(model_config))
+    assert flops(empty) == flops.of(2 * 20, 0, 0, 0) > 0
+
+
 def test_waiting_for_data_is_told_from_computing(
     fit: Fit, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

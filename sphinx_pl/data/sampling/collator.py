@@ -54,7 +54,7 @@ class Collator:
         slots: list[npt.NDArray[np.int64]] = [np.zeros(0, np.int64)]
         kept_views: list[tuple[bool, ...]] = []
         keys: list[str] = []
-        counters: Counter[str] = Counter()
+        counters: Counter[str] = Counter(samples=0, images=0, pairs=0)  # also of rows that are empty
         examples: dict[str, str] = {}
         weigh = WEIGHTINGS[self.weighting]
         ascending = np.arange(t)
