@@ -100,7 +100,7 @@ class AugmentConfig:
         for task in (*self.flip_tasks, *self.crop_tasks):
             TASKS[task]  # an unknown one is refused there
         if mirrored := TEXT_TASKS.intersection(self.flip_tasks):
-            raise UserError(f"data.augment.flip_tasks: {', '.join(sorted(mirrored))} would have mirror writing")
+            raise UserError(f"data.augment.flip_tasks: {', '.join(sorted(mirrored))} would show mirrored text")
 
 
 def augment(record: Record, config: AugmentConfig, rng: random.Random | None) -> Record:
