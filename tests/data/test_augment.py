@@ -403,7 +403,7 @@ def test_the_configuration_is_built_and_checked() -> None:
         ({"min_area": 0}, "min_area"),
         ({"max_cut": 1}, "max_cut"),
         ({"flip_tasks": ["recc"]}, "did you mean 'rec'"),
-        ({"flip_tasks": ["ocr"]}, "mirror writing"),
+        ({"flip_tasks": ["ocr"]}, "mirrored text"),
         ({"flop": 1}, "data.augment.flop"),
     ):
         with pytest.raises(UserError, match=message):
