@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 help:
 	@echo "make demo       the whole pipeline on sample data: ends with a table and outputs/demo/report.html"
 	@echo "make sample-full  the same recipe with more steps and data (an hour); both resume; ARGS=redo=all repeats all"
-	@echo "make real       the recipe on real pictures, text and weights from published packages (75 minutes; docs/real.md)"
+	@echo "make real       the recipe on real pictures, text and weights from published packages (docs/real.md)"
 	@echo "make test       the tests (13 minutes on two cores)"
 	@echo "make test-long  what takes longer, such as many kills (log in docs/logs/)"
 	@echo "make lint       ruff          make types  mypy          make build  the wheel"

@@ -42,7 +42,7 @@ from sphinx_pl.checkpoints.huggingface_files import (
 from sphinx_pl.checkpoints.output import OutputFolder, safetensors_folder, write_index
 from sphinx_pl.checkpoints.tensors import SafetensorsFiles, TensorInfo, TensorReader, same_bits
 from sphinx_pl.checkpoints.tokenizer_json import TOKENIZER_CONFIG, TOKENIZER_JSON, tokenizer_json
-from sphinx_pl.checkpoints.unreadable import check_plain
+from sphinx_pl.checkpoints.unreadable import check_plain, check_unquantized
 from sphinx_pl.checkpoints.vocabulary import uncompared, vocabulary_difference
 from sphinx_pl.checkpoints.writer import CheckpointWriter
 from sphinx_pl.data.prompt_formats import ChatTemplate
@@ -155,11 +155,12 @@ class HuggingFaceCheckpoint(FamilyCheckpoint):
     def __init__(self, path: Path) -> None:
         self.path = path
         values = read_json(path / CONFIG)
-        self._shards = SafetensorsFiles(path, weight_files(path))
-        check_plain(path, values, list(self._shards), "read")
+        check_unquantized(path, values, (), "read")  # before a family refuses the keys of a quantized model
         family = read_family(values, path / CONFIG)
         decoder = read_decoder(family, values, path / CONFIG)
         self.provenance = {"original": family.name} | read_provenance(path)
+        self._shards = SafetensorsFiles(path, weight_files(path))
+        check_plain(path, values, list(self._shards), "read")
         self._open(family, decoder, self._shards)
 
     def files(self) -> Sequence[Path]:

@@ -40,14 +40,23 @@ def check_plain(folder: Path, config: Mapping[str, Any], names: Iterable[str], v
         UserError: they are quantized, or an adapter's, or an adapter lies beside them, or a file is
             an LFS pointer.
     """
-    if why := _quantized(folder, config) or next((f"'{name}'" for name in names if _QUANTIZED_NAMES.search(name)), ""):
-        raise UserError(f"'{folder}' is a quantized model ({why}): {verb} what it was quantized from")
+    check_unquantized(folder, config, names, verb)
     if adapter := _first(folder, _ADAPTERS):
         raise UserError(f"'{folder}' has an adapter beside the model ({adapter}): {MERGE}, or move it elsewhere")
     if unmerged := next((name for name in names if _UNMERGED.search(name)), None):
         raise UserError(f"'{folder}' has an adapter's tensors in the model ('{unmerged}'): {MERGE}")
     for file in folder.iterdir():
         check_pointer(file)
+
+
+def check_unquantized(folder: Path, config: Mapping[str, Any], names: Iterable[str], verb: str) -> None:
+    """The first check of `check_plain`, which needs no weights.
+
+    Raises:
+        UserError: config.json, a file or a tensor's name says that weights are quantized.
+    """
+    if why := _quantized(folder, config) or next((f"'{name}'" for name in names if _QUANTIZED_NAMES.search(name)), ""):
+        raise UserError(f"'{folder}' is a quantized model ({why}): {verb} what it was quantized from")
 
 
 def _quantized(folder: Path, config: Mapping[str, Any], where: str = "config.json") -> str:

@@ -41,7 +41,7 @@ _NEARLY_ALL = 0.9
 
 
 def _margin(records: int) -> float:
-    """How far the share of so many records may exceed its limit by chance.
+    """How far the share among `records` records may exceed its limit by chance.
 
     By Hoeffding's inequality, a share at the limit exceeds it by more once in a million times.
     """

@@ -100,7 +100,7 @@ class DecoderConfig:
     rotary_size: int = 0
     # Layers whose queries and keys are not rotated, by index (SmolLM3).
     unrotated_layers: list[int] = field(default_factory=list)
-    # A position sees itself and so many - 1 before it (Mistral's sliding window); 0: all before it.
+    # A position sees itself and `window` - 1 positions before it (Mistral's sliding window); 0: all before it.
     window: int = 0
     # Layers that have the window, by index; None: all of them.
     window_layers: Optional[list[int]] = None

@@ -52,7 +52,9 @@ class WebConfig:
 
     def __post_init__(self) -> None:
         if not self.host.strip():
-            raise UserError("host is empty: 127.0.0.1 serves this machine alone, 0.0.0.0 serves everyone who can reach it")
+            raise UserError(
+                "host is empty: 127.0.0.1 serves this machine alone, 0.0.0.0 serves everyone who can reach it"
+            )
         if not 1 <= self.port <= 65535:
             raise UserError(f"port={self.port} must be 1 to 65535")
         if not 0 < self.max_upload_mb < math.inf:

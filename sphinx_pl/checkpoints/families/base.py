@@ -247,7 +247,7 @@ class Family:
         return torch.cat(list(parts))
 
     def split(self, whole: Tensor, rows: Sequence[int], config: DecoderConfig) -> Sequence[Tensor]:
-        """The inverse of `fuse`, of so many rows each."""
+        """The inverse of `fuse`. Part i gets `rows[i]` rows."""
         return torch.split(whole, list(rows))
 
     def our_name(self, theirs: str) -> str:

@@ -142,7 +142,7 @@ class ChatTemplate(PromptFormat):
         return text[len(self._bos) :] if self.bos else text
 
     def _structure(self, turns: int, system: bool, open_ended: bool) -> list[str]:
-        """What stands before, between and behind the texts of so many turns.
+        """What stands before, between and behind the texts of `turns` turns.
 
         Raises:
             _RefusedError: a text is missing, or stands there twice or in another order.

@@ -208,7 +208,9 @@ def unpack(archive: Path, folder: Path, wanted: str) -> None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(read())
         except Exception as error:  # damaged archives make tarfile, lzma and zipfile raise nearly anything
-            raise UserError(f"{archive} cannot be unpacked ({error}): download it again, or take another version") from None
+            raise UserError(
+                f"{archive} cannot be unpacked ({error}): download it again, or take another version"
+            ) from None
         if not total:
             raise UserError(f"{archive} holds no file like {wanted}: it is another package, or another version")
         try:
